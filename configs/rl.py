@@ -1,0 +1,34 @@
+"""Rewards right answers reached with shallow forward passes.
+
+    python -m jexit.main --config=configs/rl.py
+
+`tiny` starts from the shipped calibrated model on `sums`.
+"""
+
+from jexit.config import TINY_CALIBRATED_PATH, config_dict
+
+
+def get_config(preset: str = "tiny"):
+    config = config_dict("rl", preset)
+    if config.preset == "tiny":
+        config.model.path = TINY_CALIBRATED_PATH
+        config.steps = 150
+        config.batch_size = 24
+        config.rl.rollouts = 8
+        config.rl.max_new_tokens = 48
+        config.rl.depth_coef = 0.6
+        config.rl.kl_coef = 0.01
+        config.rl.warmup_steps = 30
+        config.rl.min_hazard = 0.01
+        config.optim.lora_lr = 1e-3
+        config.optim.exit_lr = 1e-2
+        config.eval.problems = 256
+        config.eval.batch_size = 256
+        config.eval.max_new_tokens = 48
+        config.checkpoint.every = 25
+        return config
+    config.task.name = "gsm8k"
+    config.steps = 200
+    config.batch_size = 16
+    config.checkpoint.every = 20
+    return config

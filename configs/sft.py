@@ -1,0 +1,36 @@
+"""Calibrates the exits of a model by self-distillation.
+
+    python -m jexit.main --config=configs/sft.py --workdir=runs/sft
+
+`tiny` calibrates the shipped trunk on `sums`.
+"""
+
+from jexit.config import config_dict
+
+
+def get_config(preset: str = "tiny"):
+    config = config_dict("sft", preset)
+    config.sft.explore = 0.5
+    config.sft.target = "student"
+    config.sft.exit_loss = "expected"
+    if config.preset == "tiny":
+        config.steps = 300
+        config.batch_size = 96
+        config.task.steps = "mixed"
+        config.sft.samples = 1
+        config.sft.pool = 4096
+        config.sft.generate_batch = 256
+        config.sft.max_new_tokens = 48
+        config.optim.lora_lr = 2e-3
+        config.optim.exit_lr = 5e-3
+        config.optim.schedule = "cosine"
+        config.optim.warmup_steps = 20
+        config.optim.final_fraction = 0.1
+        config.eval.problems = 256
+        config.eval.batch_size = 256
+        config.eval.max_new_tokens = 48
+        return config
+    config.task.name = "gsm8k"
+    config.steps = 500
+    config.batch_size = 16
+    return config

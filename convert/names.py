@@ -1,0 +1,201 @@
+"""Parameter names of Hugging Face checkpoints and of jexit, both ways, as data.
+
+A `Rule` ties one kind of tensor to one parameter and says how their axes correspond:
+
+    Rule("model.layers.{layer}.self_attn.q_proj.weight", "blocks.attn.q.kernel", "(N H) D -> D N H")
+
+The left side of the layout is the tensor in the file (axes in brackets are flattened into one, `1` is
+an axis of length one), the right side is the parameter, without the leading axis over layers or
+exits that jexit stacks it on. Letters are those of `jexit.axes`, and W for an exit head's width.
+This module knows names and shapes only: it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LAYER = "{layer}"
+
+# Buffers that old checkpoints store although they follow from config.json.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+TIED_HEAD = "lm_head.weight"  # a tied checkpoint may repeat the embedding under this name
+
+# jexit's projection: module of a decoder layer, parameter path, layout of its weight.
+PROJECTIONS = {
+    "q": ("self_attn.q_proj", "blocks.attn.q", "(N H) D -> D N H"),
+    "k": ("self_attn.k_proj", "blocks.attn.k", "(K H) D -> D K H"),
+    "v": ("self_attn.v_proj", "blocks.attn.v", "(K H) D -> D K H"),
+    "o": ("self_attn.o_proj", "blocks.attn.o", "D (N H) -> N H D"),
+    "gate": ("mlp.gate_proj", "blocks.mlp.gate", "F D -> D F"),
+    "up": ("mlp.up_proj", "blocks.mlp.up", "F D -> D F"),
+    "down": ("mlp.down_proj", "blocks.mlp.down", "D F -> F D"),
+}
+
+# PEFT's `target_modules` name the last part of the module.
+MODULE_OF_TARGET = {name: module.split(".")[1] for name, (module, _, _) in PROJECTIONS.items()}
+TARGET_OF_MODULE = {module: name for name, module in MODULE_OF_TARGET.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One kind of tensor in a file, one parameter of jexit, and how their axes correspond."""
+
+    name: str  # in the file; {layer} stands for a layer's or an exit's number
+    path: str  # in the parameter tree
+    layout: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has a leading axis that the file spreads over many tensors."""
+        return LAYER in self.name
+
+    def name_at(self, layer: int | None) -> str:
+        """The tensor's name for one layer or exit."""
+        return self.name if layer is None else self.name.replace(LAYER, str(layer))
+
+    def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        groups, _ = _parse(self.layout)
+        return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of the parameter, the stacked axis left out."""
+        _, letters = _parse(self.layout)
+        return tuple(sizes[letter] for letter in letters)
+
+    def to_jexit(self, tensor: Any, sizes: Mapping[str, int]) -> Any:
+        """The tensor of a file (any array with reshape and transpose) as a slice of the parameter."""
+        groups, letters = _parse(self.layout)
+        flat = [letter for group in groups for letter in group]
+        split = tensor.reshape([sizes[letter] for letter in flat])
+        return split.transpose([flat.index(letter) for letter in letters])
+
+    def to_hf(self, parameter: Any, sizes: Mapping[str, int]) -> Any:
+        """One slice of the parameter as the file stores it."""
+        groups, letters = _parse(self.layout)
+        flat = [letter for group in groups for letter in group]
+        ordered = parameter.transpose([letters.index(letter) for letter in flat])
+        return ordered.reshape(self.file_shape(sizes))
+
+
+def axis_sizes(
+    *,
+    vocab_size: int,
+    width: int,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    mlp_width: int,
+    rank: int = 0,
+    exit_width: int = 0,
+    **_: Any,
+) -> dict[str, int]:
+    """Length of every axis letter, from an architecture's fields (`Architecture.to_dict()`)."""
+    return {
+        "V": vocab_size,
+        "D": width,
+        "N": query_heads,
+        "K": kv_heads,
+        "H": head_dim,
+        "F": mlp_width,
+        "R": rank,
+        "W": exit_width,
+    }
+
+
+def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
+    """The base weights of a Qwen2 (QKV bias) or Qwen3 (query and key norms) checkpoint."""
+    layer = f"model.layers.{LAYER}."
+    rules = [Rule("model.embed_tokens.weight", "embed.embedding", "V D -> V D")]
+    if not tied:
+        rules.append(Rule(TIED_HEAD, "head.kernel", "V D -> V D"))
+    rules += [
+        Rule(f"{layer}{module}.weight", f"{path}.kernel", layout)
+        for module, path, layout in PROJECTIONS.values()
+    ]
+    if family == "qwen2":
+        for name, heads in (("q", "N"), ("k", "K"), ("v", "K")):
+            module, path, _ = PROJECTIONS[name]
+            rules.append(Rule(f"{layer}{module}.bias", f"{path}.bias", f"({heads} H) -> {heads} H"))
+    if family == "qwen3":
+        for norm in ("q_norm", "k_norm"):
+            rules.append(
+                Rule(f"{layer}self_attn.{norm}.weight", f"blocks.attn.{norm}.scale", "H -> H")
+            )
+    rules += [
+        Rule(f"{layer}input_layernorm.weight", "blocks.attn_norm.scale", "D -> D"),
+        Rule(f"{layer}post_attention_layernorm.weight", "blocks.mlp_norm.scale", "D -> D"),
+        Rule("model.norm.weight", "final_norm.scale", "D -> D"),
+    ]
+    return tuple(rules)
+
+
+def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
+    """LoRA matrices as PEFT names them: lora_A [R, in] and lora_B [out, R] of each projection."""
+    rules = []
+    for target in targets:
+        module, path, layout = PROJECTIONS[target]
+        (outputs, inputs), _ = _parse(layout)
+        prefix = f"base_model.model.model.layers.{LAYER}.{module}"
+        rules += [
+            Rule(
+                f"{prefix}.lora_A.weight",
+                f"{path}.lora_a",
+                f"R {_group(inputs)} -> {' '.join(inputs)} R",
+            ),
+            Rule(
+                f"{prefix}.lora_B.weight",
+                f"{path}.lora_b",
+                f"{_group(outputs)} R -> R {' '.join(outputs)}",
+            ),
+        ]
+    return tuple(rules)
+
+
+def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
+    """Exit heads as PyTorch modules: norm (RMSNorm), hidden and out (Linear), by layer number."""
+    prefix = f"exit_heads.{LAYER}"
+    rules = []
+    if norm == "rms":
+        rules.append(Rule(f"{prefix}.norm.weight", "exits.scale", "D -> D"))
+    if kind == "mlp":
+        rules += [
+            Rule(f"{prefix}.hidden.weight", "exits.w1", "W D -> D W"),
+            Rule(f"{prefix}.hidden.bias", "exits.b1", "W -> W"),
+        ]
+    rules += [
+        Rule(f"{prefix}.out.weight", "exits.w2", "1 W -> W"),
+        Rule(f"{prefix}.out.bias", "exits.b2", "1 -> "),
+    ]
+    return tuple(rules)
+
+
+def find(rules: Iterable[Rule], name: str) -> tuple[Rule, int | None] | None:
+    """The rule of a tensor's name and its layer's or exit's number; None for an unknown name."""
+    number = re.search(r"\.(0|[1-9]\d*)\.", name)
+    general = name if number is None else f"{name[: number.start()]}.{LAYER}.{name[number.end() :]}"
+    for rule in rules:
+        if rule.name == general:
+            return rule, (int(number[1]) if rule.stacked and number else None)
+    return None
+
+
+def _group(letters: tuple[str, ...]) -> str:
+    return letters[0] if len(letters) == 1 else f"({' '.join(letters)})"
+
+
+@functools.cache
+def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Axes of the file's tensor, each a group of letters (none for `1`), and of the parameter."""
+    left, right = layout.split("->")
+    groups = []
+    for bracket, letter in re.findall(r"\(([^)]*)\)|(\S+)", left):
+        group = bracket.split() if bracket else [letter]
+        groups.append(tuple(axis for axis in group if axis != "1"))
+    return tuple(groups), tuple(right.split())

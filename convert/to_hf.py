@@ -1,0 +1,167 @@
+"""jexit model directory → Hugging Face directory.
+
+    python -m convert.to_hf --source=DIR --target=HF_DIR [--adapter=merge|peft]
+                            [--dtype=auto|float32|bfloat16|float16] [--base=PATH_OR_HUB_ID]
+
+`merge` (the default) folds LoRA into the base weights and writes a checkpoint that transformers
+loads. `peft` writes the adapter alone, for `peft`, with a reference to its base: --base as given, else
+the checkpoint that the base was converted from, else a copy of the base in HF_DIR/base. Either way
+the exit heads come along in exit_heads.safetensors, described by exit_heads.json, and the tokenizer
+with its chat template. --dtype is that of merged weights (auto: as they are stored).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convert.from_hf import run
+
+if TYPE_CHECKING:
+    from jexit.data.tokenizer import Tokenizer
+    from jexit.io.model_source import ModelSource
+    from jexit.model.lora import LoRA
+
+
+def export(
+    source: str, target: str, *, adapter: str = "merge", dtype: str = "auto", base: str = ""
+) -> str:
+    """Exports and returns a one-line summary; raises ValueError or OSError with one sentence."""
+    from jexit.io import huggingface
+    from jexit.io.atomic import atomic_directory
+    from jexit.io.model_source import open_model
+
+    model = open_model(source)
+    tokenizer = model.tokenizer()
+    if adapter == "peft" and model.lora is None:
+        raise ValueError(f"{source} has no adapter to write; use --adapter=merge")
+    if adapter == "merge" and base:
+        raise ValueError("--base names the base of an adapter; use it with --adapter=peft")
+    with atomic_directory(target) as partial:
+        if adapter == "peft":
+            reference = base or _published_base(model)
+            if not reference:
+                (partial / "base").mkdir()
+                _write_checkpoint(partial / "base", model, tokenizer, {}, dtype)
+                reference = str(pathlib.Path(target).absolute() / "base")
+            huggingface.write_adapters(
+                partial, model.architecture, model.lora, model.adapters(), base=reference
+            )
+            _write_tokenizer(partial, tokenizer)
+        else:
+            _write_checkpoint(partial, model, tokenizer, model.adapters(), dtype)
+        if model.exit_layers:
+            huggingface.write_exits(
+                partial, model.architecture, model.exit_layers, model.exit_head, model.exits()
+            )
+    what = "adapter" if adapter == "peft" else "checkpoint"
+    heads = f", exit heads at {', '.join(map(str, model.exit_layers))}" if model.exit_layers else ""
+    return f"wrote {target}: {what} of a {model.architecture.family} model{heads}"
+
+
+def _published_base(model: ModelSource) -> str:
+    """The Hugging Face directory or hub id that holds the base weights; empty if there is none."""
+    from jexit.io.model_source import MODEL_FILE, is_hub_id
+
+    if not (model.base / MODEL_FILE).exists():
+        return model.source or str(model.base.resolve())
+    known = model.source
+    return known if known and (is_hub_id(known) or pathlib.Path(known).is_dir()) else ""
+
+
+def _write_checkpoint(
+    directory: pathlib.Path,
+    model: ModelSource,
+    tokenizer: Tokenizer,
+    adapters: Mapping[str, np.ndarray],
+    dtype: str,
+) -> None:
+    from jexit.io import huggingface
+    from jexit.io.hf_config import config_of_architecture, write_json
+
+    weights = model.weights()
+    dtypes = weights.dtypes()
+    if dtype != "auto":
+        dtypes = dict.fromkeys(dtypes, _dtype(dtype))
+    config = config_of_architecture(
+        model.architecture,
+        dtype=dtypes["embed.embedding"].name,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.backend.bos_token_id,
+    )
+    write_json(directory / "config.json", config)
+    merged = _merged(weights.parameters(), adapters, model.lora, dtypes)
+    huggingface.write_weights(directory, model.architecture, dtypes, merged)
+    _write_tokenizer(directory, tokenizer)
+
+
+def _merged(
+    parameters: Iterator[tuple[str, np.ndarray]],
+    adapters: Mapping[str, np.ndarray],
+    lora: LoRA | None,
+    dtypes: Mapping[str, np.dtype],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters with W + (alpha / rank) · A · B folded in, summed in float32."""
+    for path, array in parameters:
+        projection = path.removesuffix(".kernel")
+        if f"{projection}.lora_a" not in adapters:
+            yield path, array.astype(dtypes[path], copy=False)
+            continue
+        lora_a, lora_b = adapters[f"{projection}.lora_a"], adapters[f"{projection}.lora_b"]
+        folded = np.empty(array.shape, dtypes[path])
+        for layer, kernel in enumerate(array):
+            update = lora.scale * np.tensordot(lora_a[layer], lora_b[layer], 1)
+            folded[layer] = kernel.astype(np.float32) + update
+        yield path, folded
+
+
+def _write_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
+    from jexit.io.model_dir import write_eos_ids
+
+    tokenizer.save(directory)
+    write_eos_ids(directory, tokenizer)
+
+
+def _dtype(name: str) -> np.dtype:
+    import ml_dtypes
+
+    kinds: dict[str, Any] = {
+        "float32": np.float32,
+        "bfloat16": ml_dtypes.bfloat16,
+        "float16": np.float16,
+    }
+    return np.dtype(kinds[name])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--source", required=True, help="model directory of jexit")
+    parser.add_argument("--target", required=True, help="Hugging Face directory to write")
+    parser.add_argument("--adapter", choices=("merge", "peft"), default="merge")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+    )
+    parser.add_argument("--base", default="", help="what the adapter names as its base")
+    options = parser.parse_args(argv)
+    return run(
+        lambda: export(
+            options.source,
+            options.target,
+            adapter=options.adapter,
+            dtype=options.dtype,
+            base=options.base,
+        )
+    )
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # conversion needs no accelerator and should not hold one
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Stochastic early exits that reward language models for reasoning in the open.
+
+`load` a model directory, run it with `forward` or `generate` under a policy: `Full`, `Prescribed`,
+`Sample` or `Threshold`. Names are imported when they are first used, so that the parts which need no
+jax (tasks, tokenizer, report) load without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jexit.io.model_dir import load
+    from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
+    from jexit.model.transformer import Output, Transformer, forward
+    from jexit.rollout.engine import generate
+
+    __version__: str
+
+_MODULES = {
+    "Full": "jexit.model.policies",
+    "Output": "jexit.model.transformer",
+    "Policy": "jexit.model.policies",
+    "Prescribed": "jexit.model.policies",
+    "Sample": "jexit.model.policies",
+    "Threshold": "jexit.model.policies",
+    "Transformer": "jexit.model.transformer",
+    "forward": "jexit.model.transformer",
+    "generate": "jexit.rollout.engine",
+    "load": "jexit.io.model_dir",
+}
+
+__all__ = [
+    "Full",
+    "Output",
+    "Policy",
+    "Prescribed",
+    "Sample",
+    "Threshold",
+    "Transformer",
+    "__version__",
+    "forward",
+    "generate",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value = _version()
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("jexit")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"

@@ -1,0 +1,48 @@
+"""Axis letters that suffix array names, and the array types built from them.
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| B | batch | F | MLP width |
+| T | query time | V | vocabulary |
+| S | key time | L | layers |
+| D | model width | E | exits |
+| N | query heads (tokens, in the kernels) | G | rollouts of one prompt |
+| K | key/value heads | R | LoRA rank |
+| H | head dimension | | |
+
+A name such as `hazard_logits_BTE` has one axis a letter, in that order. Depths are int32 layer
+counts (1 … L), never indices into the exits.
+"""
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+TokensBT = Int[Array, "B T"]
+PositionsBT = Int[Array, "B T"]
+LengthsB = Int[Array, "B"]
+DepthBT = Int[Array, "B T"]
+MaskBT = Bool[Array, "B T"]
+HiddenBTD = Float[Array, "B T D"]
+ExitHiddenEBTD = Float[Array, "E B T D"]
+HazardLogitsBTE = Float[Array, "B T E"]
+LogitsBTV = Float[Array, "B T V"]
+CacheLBKSH = Float[Array, "L B K S H"]
+PRNGKey = Key[Array, ""]
+
+__all__ = [
+    "Array",
+    "Bool",
+    "CacheLBKSH",
+    "DepthBT",
+    "ExitHiddenEBTD",
+    "Float",
+    "HazardLogitsBTE",
+    "HiddenBTD",
+    "Int",
+    "Key",
+    "LengthsB",
+    "LogitsBTV",
+    "MaskBT",
+    "PRNGKey",
+    "PositionsBT",
+    "TokensBT",
+]

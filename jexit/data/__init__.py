@@ -1,0 +1,1 @@
+"""Tokenizer and batches, as numpy; nothing in here imports jax."""

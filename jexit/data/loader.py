@@ -1,0 +1,204 @@
+"""Batches as pure functions of (seed, step): resuming needs no state beyond the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from jexit.data.tokenizer import Tokenizer
+from jexit.tasks.base import Draw, Problem, Split, Task, stable_hash
+
+# Each seed's stream of generated problems has its own range of indices.
+_STREAM = 1 << 40
+_RETRY = 1 << 36
+_MAX_RETRIES = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """Prompts with reference completions, padded at the end.
+
+    `tokens_BT` int32; `loss_mask_BT` float32, the weight of each token *as a target*: 1 on the
+    completion and its end token, `prompt_weight` on the prompt (never on the first token, which
+    nothing predicts), 0 on padding; `prompt_lengths_B` and `lengths_B` int32.
+    """
+
+    tokens_BT: np.ndarray
+    loss_mask_BT: np.ndarray
+    prompt_lengths_B: np.ndarray
+    lengths_B: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Problems with their prompts' ids (of different lengths).
+
+    `skipped` counts the split's problems (finite data) or this batch's draws (generated data) that
+    were left out because their prompt is over the limit.
+    """
+
+    problems: list[Problem]
+    tokens: list[list[int]]
+    skipped: int = 0
+
+
+def text_batch(
+    mixture: Sequence[tuple[Task, float]],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    length: int,
+    prompt_weight: float = 0.0,
+    split: Split = "train",
+) -> TextBatch:
+    """Reference text of a weighted mixture of tasks, for pretraining.
+
+    Raises ValueError when an example, its end token included, does not fit `length`, or when a
+    task has no reference completions.
+    """
+    weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
+    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(
+            f"a text mixture needs tasks with weights >= 0, one of them positive, "
+            f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
+        )
+    problems = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        task = mixture[int(Draw("mixture", seed, position).weighted(weights))][0]
+        problem = _problem_at(task, split, seed=seed, position=position)
+        if problem.completion is None:
+            raise ValueError(
+                f"task {task.name!r} has problems without a reference completion to train on; "
+                "take another task or another file"
+            )
+        problems.append(problem)
+    prompts = tokenizer.encode_prompts([problem.prompt for problem in problems])
+    completions = tokenizer.encode_batch([problem.completion or "" for problem in problems])
+
+    tokens_BT = np.full((batch_size, length), tokenizer.pad_id, np.int32)
+    loss_mask_BT = np.zeros((batch_size, length), np.float32)
+    prompt_lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    lengths_B = np.zeros(batch_size, np.int32)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = [*prompt, *completion, tokenizer.eos_id]
+        if len(ids) > length:
+            raise ValueError(
+                f"a training example has {len(ids)} tokens, over the limit of {length}: "
+                f"{problems[row].prompt[:60]!r}; raise the sequence length or shorten the task"
+            )
+        tokens_BT[row, : len(ids)] = ids
+        loss_mask_BT[row, 1 : len(prompt)] = prompt_weight
+        loss_mask_BT[row, len(prompt) : len(ids)] = 1.0
+        lengths_B[row] = len(ids)
+    return TextBatch(
+        tokens_BT=tokens_BT,
+        loss_mask_BT=loss_mask_BT,
+        prompt_lengths_B=prompt_lengths_B,
+        lengths_B=lengths_B,
+    )
+
+
+def prompt_batch(
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    split: Split,
+    seed: int,
+    step: int,
+    batch_size: int,
+    max_prompt_tokens: int,
+    skip_long: bool = False,
+) -> PromptBatch:
+    """The prompts of one step.
+
+    Finite data is visited in epochs: every problem once per epoch, in an order drawn from
+    (seed, epoch), with batches running on across the border. Generated data never repeats an
+    index; each seed has its own.
+
+    Raises ValueError for a prompt over `max_prompt_tokens` (with `skip_long` such problems are left
+    out instead, and counted) and for a split that is empty or has only such problems.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    if (size := task.size(split)) is not None:
+        require_problems(task, split)
+        if skip_long:
+            kept = _short_enough(task, tokenizer, split, max_prompt_tokens)
+            if not kept:
+                raise ValueError(
+                    f"every prompt of task {task.name!r}, split {split!r}, is over the limit of "
+                    f"{max_prompt_tokens} tokens; raise config.task.max_prompt_tokens"
+                )
+        else:
+            kept = tuple(range(size))
+        problems = [
+            task.problem(split, kept[_epoch_order(seed, p // len(kept), len(kept))[p % len(kept)]])
+            for p in positions
+        ]
+        tokens = tokenizer.encode_prompts([problem.prompt for problem in problems])
+        for problem, ids in zip(problems, tokens, strict=True):
+            check_prompt_length(problem, ids, max_prompt_tokens)
+        return PromptBatch(problems=problems, tokens=tokens, skipped=size - len(kept))
+
+    problems = [_problem_at(task, split, seed=seed, position=p) for p in positions]
+    tokens = tokenizer.encode_prompts([problem.prompt for problem in problems])
+    skipped = 0
+    for row, position in enumerate(positions):
+        for attempt in range(1, _MAX_RETRIES + 1):
+            if len(tokens[row]) <= max_prompt_tokens or not skip_long:
+                break
+            skipped += 1
+            problems[row] = _problem_at(
+                task, split, seed=seed, position=position + attempt * _RETRY
+            )
+            tokens[row] = tokenizer.encode_prompt(problems[row].prompt)
+        check_prompt_length(problems[row], tokens[row], max_prompt_tokens)
+    return PromptBatch(problems=problems, tokens=tokens, skipped=skipped)
+
+
+def require_problems(task: Task, split: Split) -> None:
+    """Raises ValueError when the task's split holds no problem."""
+    if task.size(split) == 0:
+        raise ValueError(
+            f"task {task.name!r} has no problem in its {split} split; "
+            "point config.task.path at a data set that has some"
+        )
+
+
+def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens: int) -> None:
+    """Raises ValueError when a prompt has more than `max_prompt_tokens` ids."""
+    if len(ids) > max_prompt_tokens:
+        raise ValueError(
+            f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens}: "
+            f"{problem.prompt[:60]!r}; raise config.task.max_prompt_tokens"
+        )
+
+
+def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Problem:
+    """The problem at a position of a seed's endless stream."""
+    size = task.size(split)
+    if size is None:
+        # Seeds may be large or negative; their hash picks the range of indices.
+        return task.problem(split, (stable_hash("stream", seed) >> 20) * _STREAM + position)
+    require_problems(task, split)
+    return task.problem(split, _epoch_order(seed, position // size, size)[position % size])
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    return Draw("epoch", seed, epoch).permutation(size)
+
+
+@functools.lru_cache(maxsize=8)
+def _short_enough(
+    task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
+) -> tuple[int, ...]:
+    """Indices of a finite split's problems whose prompt is within the limit."""
+    size = task.size(split) or 0
+    prompts = [task.problem(split, index).prompt for index in range(size)]
+    lengths = map(len, tokenizer.encode_prompts(prompts))
+    return tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

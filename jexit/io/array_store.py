@@ -1,0 +1,76 @@
+"""Parameters on disk: one Orbax checkpoint each, so that no more than one is ever held twice.
+
+A single Orbax tree of all parameters would need about three times their memory while it is written.
+Names are the dotted paths of the parameter tree: `blocks.attn.q.kernel`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jexit.io.tensor_files import Spec
+
+_ITEM = "array"
+_CHUNK_BYTES = 32 << 20
+
+
+class ArrayStore:
+    """A directory of named arrays."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = pathlib.Path(directory)
+
+    def names(self) -> list[str]:
+        """What is stored; empty when the directory does not exist."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        path = (self.directory / name).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {_ITEM: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)}
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave({_ITEM: array}, save_args=options))
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype without reading the data; raises ValueError when damaged."""
+        path = (self.directory / name).resolve()
+        try:
+            with _checkpointer() as checkpointer:
+                found = checkpointer.metadata(path).item_metadata.tree[_ITEM]
+            return Spec(tuple(found.shape), np.dtype(found.dtype))
+        except Exception as error:  # Orbax raises many kinds for damaged files
+            raise ValueError(self._damaged(name, error)) from error
+
+    def read(self, name: str) -> np.ndarray:
+        """The array as it was stored; raises ValueError when damaged."""
+        path = (self.directory / name).resolve()
+        restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
+        try:
+            with _checkpointer() as checkpointer:
+                tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))
+        except Exception as error:  # Orbax raises many kinds for damaged files
+            raise ValueError(self._damaged(name, error)) from error
+        return tree[_ITEM]
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]:
+        for name in self.names():
+            yield name, self.read(name)
+
+    def _damaged(self, name: str, error: Exception) -> str:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return (
+            f"the parameter {name} in {self.directory} cannot be read ({reason}); copy or convert "
+            "the model directory again"
+        )
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Compression gains next to nothing on weights, costs most of the time and a second copy; small
+    # chunks save the copy on reading.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))

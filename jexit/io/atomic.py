@@ -1,0 +1,73 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    target: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[pathlib.Path]:
+    """Yields an empty sibling of `target` to write into, and renames it to `target` at the end.
+
+    The files are flushed to disk before the rename. When the block raises, everything is removed,
+    parent directories that were made for it included. Raises ValueError for a target that exists
+    and is not an empty directory, unless `overwrite`, which replaces a directory.
+    """
+    target = pathlib.Path(target).absolute()
+    _check_target(target, overwrite)
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Fixed names: what a killed run left behind is cleared by the next one.
+    partial = target.parent / f".{target.name}.partial"
+    previous = target.parent / f".{target.name}.previous"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        _flush(partial)
+        shutil.rmtree(previous, ignore_errors=True)
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+        _flush_one(target.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; give the name of a directory to write")
+    if not overwrite and any(target.iterdir()):
+        raise ValueError(
+            f"{target} exists and is not empty; give another target, or remove it first"
+        )
+
+
+def _flush(directory: pathlib.Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _flush_one(pathlib.Path(folder) / name)
+        _flush_one(pathlib.Path(folder))
+
+
+def _flush_one(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""Checkpoints of a run: asynchronous, atomic, the newest few kept (Orbax)."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from jexit.config import CheckpointConfig
+
+
+class Checkpoints:
+    """`WORKDIR/checkpoints/STEP/`: saves a pytree of arrays under the names of its paths.
+
+    A checkpoint that cannot be read (truncated, corrupted) is passed over with a warning in favour
+    of the one before.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
+        self.every = config.every
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step: int, tree: Any) -> None:
+        """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest readable checkpoint, placed and shaped as `like`; None when there is none.
+
+        Raises ValueError when checkpoints exist but hold other parameters than `like`, or when
+        none of them can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        failures = []
+        for step in steps:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+            self._check_same_parameters(step, abstract)
+            try:
+                args = ocp.args.StandardRestore(abstract)
+                named = self._manager.restore(step, args=args)
+            except Exception as error:  # Orbax raises many kinds for damaged files
+                logging.warning(
+                    "Checkpoint %s cannot be read (%s).", self.directory / str(step), error
+                )
+                failures.append(step)
+                continue
+            if failures:
+                logging.warning("Resuming from the checkpoint before: step %d.", step)
+                self._delete(failures)
+            leaves, treedef = jax.tree.flatten(like)
+            restored = [named[name] for name in _names(like)]
+            assert len(leaves) == len(restored)
+            return jax.tree.unflatten(treedef, restored)
+        if steps:
+            raise ValueError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; remove the "
+                "directory to start over, or choose another --workdir"
+            )
+        return None
+
+    def _check_same_parameters(self, step: int, abstract: dict[str, Any]) -> None:
+        try:
+            stored = self._manager.item_metadata(step)
+            stored = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+        except Exception:  # damaged metadata: restore reports it
+            return
+        wanted = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+        if stored and stored != wanted:
+            differing = sorted(
+                name
+                for name in stored.keys() | wanted.keys()
+                if stored.get(name) != wanted.get(name)
+            )
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} holds other parameters than this config "
+                f"({differing[0]} is {stored.get(differing[0])} there and "
+                f"{wanted.get(differing[0])} here); use the same config or another --workdir"
+            )
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            self._manager.delete(step)
+
+    def wait(self) -> None:
+        """Blocks until every started save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def _names(tree: Any) -> list[str]:
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves(tree)
+    names = _names(tree)
+    assert len(set(names)) == len(names)
+    return {
+        name: leaf
+        if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+        else np.asarray(leaf)
+        for name, leaf in zip(names, leaves, strict=True)
+    }

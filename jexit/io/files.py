@@ -1,0 +1,77 @@
+"""Small files that are whole or absent, JSON that any reader takes, disk errors in a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes indented JSON so that `path` is at any moment absent, the old file or the new one.
+
+    Raises ValueError when the disk refuses the write (the old file is then untouched) or when the
+    value holds something that is no JSON.
+    """
+    text = json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes_atomic(path, f"{text}\n".encode(errors="replace"))
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes `data` through a temporary file beside `path`; raises ValueError as above."""
+    path = Path(path)
+    # A fixed name: what a killed process left behind is overwritten by the next one.
+    partial = path.parent / f".{path.name}.partial"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the new name, too, survives a power cut
+        finally:
+            os.close(directory)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into the one sentence that the user needs."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "make it writable"
+        raise ValueError(
+            f"cannot write {path}: {reason}; {remedy} or choose another --workdir"
+        ) from error
+
+
+def to_jsonable(value: Any) -> Any:
+    """`value` with arrays as lists, paths as text and non-finite numbers as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_jsonable(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    raise ValueError(f"{value!r} of type {type(value).__name__} has no form in JSON")

@@ -1,0 +1,215 @@
+"""Hugging Face's config.json and jexit's `Architecture`, both ways.
+
+Reads the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). What
+shapes the computation comes from the file, never from a default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from jexit.presets import Architecture, Yarn
+
+ARCHITECTURE_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_QWEN3_HEAD_DIM = 128  # the format's own meaning of a Qwen3 config.json without head_dim
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError naming the file when it is something else."""
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file} holds a JSON {type(values).__name__}, not an object; copy it again"
+        )
+    return values
+
+
+def write_json(file: pathlib.Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
+    """The architecture that a Hugging Face directory's config.json describes.
+
+    Raises FileNotFoundError when there is no config.json, ValueError for another model family or a
+    feature that jexit does not compute (sliding windows, other rope types, quantised weights).
+    """
+    file = pathlib.Path(directory) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint"
+        )
+    return architecture_of_config(read_json(file), where=str(file))
+
+
+def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
+    """`read_architecture` for a config that has been parsed; `where` names it in messages."""
+    family = config.get("model_type")
+    if family not in ARCHITECTURE_NAMES:
+        raise ValueError(
+            f"{where} describes a {family!r} model; jexit reads model_type qwen2 and qwen3 (Qwen2, "
+            "Qwen2.5, R1-Distill-Qwen, dense Qwen3)"
+        )
+    _refuse_unsupported(config, family, where)
+
+    def need(key: str) -> Any:
+        if config.get(key) is None:
+            raise ValueError(f"{where} has no {key}; copy config.json again from the checkpoint")
+        return config[key]
+
+    width, heads = need("hidden_size"), need("num_attention_heads")
+    head_dim = config.get("head_dim")
+    if head_dim is None:
+        head_dim = _QWEN3_HEAD_DIM if family == "qwen3" else width // heads
+    rope_theta, yarn = _rope(config, where)
+    return Architecture(
+        family=family,
+        vocab_size=need("vocab_size"),
+        width=width,
+        layers=need("num_hidden_layers"),
+        query_heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        mlp_width=need("intermediate_size"),
+        rope_theta=rope_theta,
+        rms_norm_eps=float(need("rms_norm_eps")),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=need("max_position_embeddings"),
+        yarn=yarn,
+    )
+
+
+def config_of_architecture(
+    arch: Architecture,
+    *,
+    dtype: str,
+    eos_ids: Iterable[int] = (),
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 load; `dtype` is the weights' on disk."""
+    ends = sorted(eos_ids)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURE_NAMES[arch.family]],
+        "model_type": arch.family,
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.width,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.query_heads,
+        "num_key_value_heads": arch.kv_heads,
+        "head_dim": arch.head_dim,
+        "intermediate_size": arch.mlp_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": arch.max_positions,
+        "rms_norm_eps": arch.rms_norm_eps,
+        "rope_theta": arch.rope_theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": arch.tied,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": pad_id,
+        "torch_dtype": dtype,
+    }
+    if arch.family == "qwen3":
+        config["attention_bias"] = False
+    if arch.yarn is not None:
+        config["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": arch.yarn.factor,
+            "original_max_position_embeddings": arch.yarn.original_max_positions,
+            "beta_fast": arch.yarn.beta_fast,
+            "beta_slow": arch.yarn.beta_slow,
+            "truncate": arch.yarn.truncate,
+        }
+        if arch.yarn.attention_factor is not None:
+            config["rope_scaling"]["attention_factor"] = arch.yarn.attention_factor
+    return config
+
+
+def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None:
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{where} describes quantised weights; use the checkpoint in bfloat16, float16 or float32"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"{where} sets hidden_act to {activation!r}; jexit computes silu only")
+    if family == "qwen3" and config.get("attention_bias"):
+        raise ValueError(f"{where} sets attention_bias; jexit reads Qwen3 without attention biases")
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        windowed = "sliding_attention" in kinds
+    else:
+        first = config.get("max_window_layers")
+        layers = config.get("num_hidden_layers") or 0
+        windowed = first is None or first < layers
+    if windowed and config.get("use_sliding_window") and config.get("sliding_window"):
+        raise ValueError(
+            f"{where} limits attention to a sliding window of {config['sliding_window']}; jexit "
+            "computes full attention only: use a checkpoint with use_sliding_window false"
+        )
+
+
+def _rope(config: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
+    """rope_theta and the YaRN scaling, from either spelling."""
+    given = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+    theta = given.get("rope_theta", config.get("rope_theta"))
+    if any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"{where} gives rope parameters by layer type; jexit uses one set for all")
+    if theta is None:
+        raise ValueError(f"{where} has no rope_theta; copy config.json again from the checkpoint")
+    if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (
+        None,
+        1,
+        1.0,
+    ):
+        raise ValueError(f"{where} rotates a part of each head only; jexit rotates all of it")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "yarn":
+        raise ValueError(f"{where} scales rope by {kind!r}; jexit knows default and yarn")
+    positions = config.get("max_position_embeddings")
+    original = (
+        config.get("original_max_position_embeddings")
+        or given.get("original_max_position_embeddings")
+        or positions
+    )
+    factor = given.get("factor") or positions / original
+    return float(theta), Yarn(
+        factor=float(factor),
+        original_max_positions=int(original),
+        beta_fast=float(given.get("beta_fast") or 32.0),
+        beta_slow=float(given.get("beta_slow") or 1.0),
+        attention_factor=_attention_factor(given, float(factor)),
+        truncate=bool(given.get("truncate", True)),
+    )
+
+
+def _attention_factor(given: dict[str, Any], factor: float) -> float | None:
+    """The checkpoint's own attention factor, or the one that mscale and mscale_all_dim imply.
+
+    mscale m stands for 0.1·m·ln(factor) + 1 and their ratio is the factor (DeepSeek-V2,
+    arXiv:2405.04434, section 3.1.4, as transformers reads it). None: YaRN's own rule.
+    """
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    if not (mscale and all_dim):
+        return None
+    if factor <= 1.0:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * all_dim * math.log(factor) + 1.0)

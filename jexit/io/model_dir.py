@@ -1,0 +1,332 @@
+"""Loading and saving of model directories."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jexit
+from jexit.axes import Array
+from jexit.config import check_exits
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.array_store import ArrayStore
+from jexit.io.atomic import atomic_directory
+from jexit.io.hf_config import write_json
+from jexit.io.model_source import (
+    ADAPTERS,
+    BASE,
+    EXITS,
+    FORMAT_VERSION,
+    MODEL_FILE,
+    ModelSource,
+    open_model,
+)
+from jexit.model.exits import ExitParam
+from jexit.model.lora import LoRA, LoRAParam
+from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
+from jexit.presets import Architecture
+
+Place = Callable[[str, np.ndarray], Array]
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str | jnp.dtype = "auto",
+    exit_layers: tuple[int, ...] = (),
+    exit_head: ExitHeadSettings | None = None,
+    lora: LoRA | None = None,
+    execution: Execution = Execution(),
+    seed: int = 0,
+    place: Place | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a model directory (see `jexit.io.model_source` for the kinds).
+
+    `dtype` is that of the base weights: "auto" means float32 on CPU and bfloat16 on accelerators;
+    adapters and exit heads are float32. Without `exit_layers`, `exit_head` and `lora` the model is
+    what the directory holds; a directory without heads gets fresh ones (at every 5th layer, or half
+    way up a model of at most 5) and, when `lora` is given, one without adapters gets fresh adapters,
+    drawn from `seed`. `place` puts a parameter (dotted path, array in its final dtype) on devices;
+    by default the first device.
+
+    Raises ValueError when the directory's heads or adapters are not the ones asked for, or when its
+    files are damaged; FileNotFoundError when there is no model or no tokenizer.
+    """
+    source = open_model(directory)
+    return load_source(
+        source,
+        dtype=dtype,
+        exit_layers=exit_layers,
+        exit_head=exit_head,
+        lora=lora,
+        execution=execution,
+        seed=seed,
+        place=place,
+    ), source.tokenizer()
+
+
+def load_source(
+    source: ModelSource,
+    *,
+    dtype: str | jnp.dtype = "auto",
+    exit_layers: tuple[int, ...] = (),
+    exit_head: ExitHeadSettings | None = None,
+    lora: LoRA | None = None,
+    execution: Execution = Execution(),
+    seed: int = 0,
+    place: Place | None = None,
+) -> Transformer:
+    """`load` for a directory that is open already, without its tokenizer."""
+    place = place or (lambda path, array: jnp.asarray(array))
+    base_dtype = _base_dtype(dtype)
+    arch = source.architecture
+    layers, head = _exits_to_use(source, tuple(exit_layers), exit_head)
+    adapter = _lora_to_use(source, lora)
+
+    def build() -> Transformer:
+        return Transformer(
+            arch,
+            exit_layers=layers,
+            exit_head=head,
+            lora=adapter,
+            dtype=base_dtype,
+            execution=execution,
+            rngs=nnx.Rngs(seed),
+        )
+
+    abstract = nnx.eval_shape(build)
+    graphdef, state = nnx.split(abstract)
+    shapes = {".".join(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    values: dict[str, Array] = {}
+
+    def put(items: Iterable[tuple[str, np.ndarray]]) -> None:
+        for path, array in items:
+            if path not in shapes or shapes[path].shape != array.shape:
+                raise ValueError(
+                    f"{source.directory} stores {path} with shape {array.shape}, the model has "
+                    f"{getattr(shapes.get(path), 'shape', 'no such parameter')}; copy or convert "
+                    "the model directory again"
+                )
+            values[path] = place(path, array.astype(shapes[path].dtype, copy=False))
+
+    put(source.weights().parameters())
+    put(source.adapters().items())
+    put(source.exits().items())
+    missing = sorted(set(shapes) - set(values))
+    fresh = [path for path in missing if _is_fresh(path, source)]
+    if missing != fresh:
+        gone = ", ".join(path for path in missing if path not in fresh)
+        raise ValueError(
+            f"{source.directory} lacks the parameters {gone}; copy or convert the model directory "
+            "again"
+        )
+    if fresh:
+        drawn = _fresh_trainables(build)
+        put((path, np.asarray(drawn[path])) for path in fresh)
+    nnx.replace_by_pure_dict(state, _nested(values))
+    return nnx.merge(graphdef, state)
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    base: str | os.PathLike[str] = "",
+    overwrite: bool = False,
+) -> None:
+    """Writes a model directory, whole or not at all.
+
+    With `base`, the model path that the (unchanged) base weights were loaded from, only adapters and
+    exit heads are stored and the directory refers to the weights where they are; without it
+    everything is stored. `overwrite` replaces a directory that exists. Raises ValueError when it
+    exists otherwise, or when `base` is another model.
+    """
+    reference, source = "", ""
+    if base:
+        origin = open_model(base)
+        if origin.architecture != model.arch:
+            raise ValueError(
+                f"{base} is not the base of the model to save: their architectures differ"
+            )
+        reference, source = _reference(origin.base), origin.source
+    flat = {".".join(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    adapters = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, LoRAParam)}
+    exits = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, ExitParam)}
+    weights = {p: leaf[...] for p, leaf in flat.items() if p not in adapters and p not in exits}
+    with atomic_directory(directory, overwrite=overwrite) as partial:
+        write_model(
+            partial,
+            model.arch,
+            weights=() if reference else weights.items(),
+            adapters=adapters,
+            exits=exits,
+            exit_layers=model.exit_layers,
+            exit_head=model.exit_head,
+            lora=model.lora,
+            tokenizer=tokenizer,
+            base=reference,
+            source=source,
+        )
+
+
+def write_model(
+    directory: pathlib.Path,
+    arch: Architecture,
+    *,
+    weights: Iterable[tuple[str, Array | np.ndarray]],
+    adapters: Mapping[str, Array | np.ndarray],
+    exits: Mapping[str, Array | np.ndarray],
+    exit_layers: tuple[int, ...],
+    exit_head: ExitHeadSettings,
+    lora: LoRA | None,
+    tokenizer: Tokenizer,
+    base: str = "",
+    source: str = "",
+) -> None:
+    """Writes the files of a model directory into an existing one; `weights` come one at a time."""
+    dtype = ""
+    store = ArrayStore(directory / BASE)
+    for path, array in weights:
+        store.write(path, np.asarray(array))
+        dtype = dtype or np.asarray(array).dtype.name
+    for part, arrays in ((ADAPTERS, adapters), (EXITS, exits)):
+        store = ArrayStore(directory / part)
+        for path, array in arrays.items():
+            store.write(path, np.asarray(array))
+    tokenizer.save(directory)
+    write_eos_ids(directory, tokenizer)
+    values: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "jexit_version": jexit.__version__,
+        "architecture": arch.to_dict(),
+        "dtype": dtype,
+        "exit_layers": list(exit_layers) if exits else [],
+        "exit_head": dataclasses.asdict(exit_head) if exits else None,
+        "lora": dataclasses.asdict(lora) if lora and adapters else None,
+        "base": base,
+        "source": source,
+        "eos_ids": sorted(tokenizer.eos_ids),
+    }
+    write_json(directory / MODEL_FILE, values)
+
+
+def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Makes generation_config.json name every end token, where it does not already."""
+    file = directory / "generation_config.json"
+    values = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    named = values.get("eos_token_id")
+    named = {named} if isinstance(named, int) else set(named or ())
+    if not tokenizer.eos_ids <= named | {tokenizer.eos_id}:
+        ends = sorted(tokenizer.eos_ids)
+        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    if not file.exists():
+        values.setdefault("eos_token_id", tokenizer.eos_id)
+        values["pad_token_id"] = tokenizer.pad_id
+        write_json(file, values)
+    elif not tokenizer.eos_ids <= named | {tokenizer.eos_id}:
+        write_json(file, values)
+
+
+def _reference(base: pathlib.Path) -> str:
+    """How a directory refers to its base: absolute, but a shipped model by its name."""
+    shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
+    base = base.resolve()
+    if base.is_relative_to(shipped / "jexit" / "assets"):
+        return base.relative_to(shipped).as_posix()
+    return str(base)
+
+
+def _base_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
+    if dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"dtype is {dtype!r}; choose auto, float32 or bfloat16")
+    return wanted
+
+
+def _exits_to_use(
+    source: ModelSource, wanted: tuple[int, ...], head: ExitHeadSettings | None
+) -> tuple[tuple[int, ...], ExitHeadSettings]:
+    stored, layers = source.exit_layers, source.architecture.layers
+    if list(wanted) != sorted(set(wanted)) or (wanted and wanted[0] < 1):
+        raise ValueError(
+            f"exit_layers is {wanted}; exits are distinct layer numbers from 1 upwards in rising "
+            "order, such as (5, 10, 15)"
+        )
+    if stored:
+        if wanted and wanted != stored:
+            raise ValueError(
+                f"{source.directory} has exit heads at {stored}, not at {wanted}; leave "
+                "exits.layers empty to use them, or start from the base model"
+            )
+        kept = source.exit_head
+        if head is not None and (head.kind, head.norm) != (kept.kind, kept.norm):
+            raise ValueError(
+                f"{source.directory} has exit heads of kind {kept.kind} with norm {kept.norm}, not "
+                f"{head.kind} with {head.norm}; set exit_head to the stored ones, or start from "
+                "the base model"
+            )
+        return stored, kept
+    if not wanted and 1 < layers <= 5:
+        wanted = (layers // 2,)
+    return check_exits(wanted, layers), head or ExitHeadSettings()
+
+
+def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
+    stored = source.lora
+    if stored is None or wanted is None:
+        return stored or wanted
+    same = (
+        stored.rank == wanted.rank
+        and stored.alpha == wanted.alpha
+        and set(stored.targets) == set(wanted.targets)
+    )
+    if not same:
+        raise ValueError(
+            f"{source.directory} has adapters of rank {stored.rank} and alpha {stored.alpha:g} on "
+            f"{', '.join(stored.targets)}, not rank {wanted.rank} and alpha {wanted.alpha:g} on "
+            f"{', '.join(wanted.targets)}; set lora to the stored ones, or start from the base model"
+        )
+    return dataclasses.replace(stored, dropout=wanted.dropout)
+
+
+def _is_fresh(path: str, source: ModelSource) -> bool:
+    """Whether a parameter that the directory lacks may be drawn anew."""
+    if path.startswith("exits."):
+        return not source.exit_layers
+    return path.endswith((".lora_a", ".lora_b")) and source.lora is None
+
+
+def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
+    """Initial adapters and heads of `build`; under jit its base weights are never computed."""
+
+    @jax.jit
+    def trainables() -> nnx.State:
+        return nnx.state(build(), nnx.Any(LoRAParam, ExitParam))
+
+    return {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(trainables())}
+
+
+def _nested(values: Mapping[str, Array]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree

@@ -1,0 +1,206 @@
+"""Safetensors files read and written one tensor at a time.
+
+Reading goes through the safetensors library (without memory maps, so that memory holds only what is
+being converted). Writing lays a file out before its data exist, which the library cannot: the
+format is an 8-byte little-endian header length, a JSON header of dtypes, shapes and offsets, and the
+tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jexit.io.hf_config import read_json, write_json
+
+SHARD_BYTES = 5_000_000_000
+_CODES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = {code: np.dtype(kind) for code, kind in _CODES.items()}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPES.items()}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorReader:
+    """The tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` lists.
+
+    Only headers are read until `read` is called. Raises FileNotFoundError when there are no such
+    files (or shards are missing), ValueError for pickles and for damaged files.
+    """
+
+    def __init__(self, directory: pathlib.Path, stem: str = "model"):
+        self.directory = pathlib.Path(directory)
+        self._files = {}
+        self.specs: dict[str, Spec] = {}
+        for path in _find_files(self.directory, stem):
+            self._open(path)
+
+    def _open(self, path: pathlib.Path) -> None:
+        try:
+            file = safe_open(path, framework="numpy", backend="pread")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged or not a safetensors file ({error}); copy it again"
+            ) from error
+        for name, part in slices.items():
+            code = part.get_dtype()
+            if code not in _DTYPES:
+                raise ValueError(
+                    f"{path} stores {name} as {code}; jexit reads "
+                    f"{', '.join(_DTYPES)}: use the checkpoint in one of them"
+                )
+            self.specs[name] = Spec(tuple(part.get_shape()), _DTYPES[code])
+            self._files[name] = (path, file)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype it is stored in."""
+        path, file = self._files[name]
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{name} cannot be read from {path} ({error}); copy it again"
+            ) from error
+
+
+def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
+    single = directory / f"{stem}.safetensors"
+    if single.exists():
+        return [single]
+    index = directory / f"{stem}.safetensors.index.json"
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+            raise ValueError(f"{index} has no weight_map of tensors to files; copy it again")
+        shards = [directory / name for name in sorted(set(names.values()))]
+        gone = [shard.name for shard in shards if not shard.exists()]
+        if gone:
+            raise FileNotFoundError(
+                f"{directory} lacks {', '.join(gone)}, which {index.name} lists; copy the missing "
+                "shards"
+            )
+        return shards
+    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{directory} holds its weights as a pickle ({pickles[0]}), which could run any code and "
+            "is not read; convert the checkpoint to safetensors first"
+        )
+    raise FileNotFoundError(
+        f"{directory} holds no {stem}.safetensors (nor {index.name} with shards); copy the "
+        "checkpoint's weights into it"
+    )
+
+
+class TensorWriter:
+    """Writes `STEM.safetensors`, in shards with an index when larger than `shard_bytes`.
+
+    `specs` fixes names, shapes and dtypes beforehand; `write` then takes the tensors in any order.
+    `close` (or leaving the `with` block) checks that all were written.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        specs: Mapping[str, Spec],
+        *,
+        stem: str = "model",
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self._specs = dict(specs)
+        self._places: dict[str, tuple[Any, int]] = {}
+        self._files = []
+        shards = _plan_shards(specs, shard_bytes)
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            whole = len(shards) == 1
+            suffix = "" if whole else f"-{number:05d}-of-{len(shards):05d}"
+            path = pathlib.Path(directory) / f"{stem}{suffix}.safetensors"
+            self._lay_out(path, names)
+            weight_map.update(dict.fromkeys(names, path.name))
+        if len(shards) > 1:
+            total = sum(spec.bytes for spec in specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(pathlib.Path(directory) / f"{stem}.safetensors.index.json", index)
+
+    def _lay_out(self, path: pathlib.Path, names: list[str]) -> None:
+        # Wide dtypes first, so that every tensor is aligned to its own item size.
+        names = sorted(names, key=lambda name: -self._specs[name].dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset, offsets = 0, {}
+        for name in names:
+            spec = self._specs[name]
+            offsets[name] = offset
+            header[name] = {
+                "dtype": _CODE_OF_DTYPE[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.bytes],
+            }
+            offset += spec.bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = path.open("wb")
+        self._files.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+        for name in names:
+            self._places[name] = (file, 8 + len(text) + offsets[name])
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Stores one tensor; it must have the shape and dtype that was announced."""
+        spec = self._specs[name]
+        assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
+        file, offset = self._places.pop(name)
+        file.seek(offset)
+        file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close()
+        assert kind is not None or not self._places, f"not written: {sorted(self._places)}"
+
+
+def _plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.bytes
+    return shards
+
+
+def write_tensors(directory: pathlib.Path, stem: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a few tensors that are in memory already."""
+    specs = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    with TensorWriter(directory, specs, stem=stem) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)

@@ -1,0 +1,48 @@
+"""A run's directory: which run it belongs to, and what its config was."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from jexit.io.files import write_json_atomic
+
+# Settings that may change when a run is continued: they do not alter what was computed before.
+CONTINUABLE = ("steps", "checkpoint", "log")
+
+
+def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises ValueError when `workdir` holds a run with another config; writes nothing."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(
+            f"{path} is not readable as JSON; remove {workdir} to start over, or choose another "
+            "--workdir"
+        ) from None
+    wanted = json.loads(json.dumps(config))
+    old, new = _flat(stored), _flat(wanted)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key.split(".")[0] not in CONTINUABLE:
+            raise ValueError(
+                f"{workdir} holds a run with config.{key}={old.get(key)}, and this one has "
+                f"{new.get(key)}; choose another --workdir, or the same settings to continue it"
+            )
+
+
+def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Makes the directory and writes `config.json`; called when nothing can be refused any more."""
+    check_same_run(workdir, config)
+    write_json_atomic(workdir / "config.json", config)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

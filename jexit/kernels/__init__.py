@@ -1,0 +1,7 @@
+"""Vocabulary ops that never hold [tokens, vocabulary] in memory."""
+
+from jexit.kernels.exit_kl import ExitKL, exit_kl
+from jexit.kernels.linear_kl import linear_kl
+from jexit.kernels.linear_logprob import LinearLogprob, linear_logprob
+
+__all__ = ["ExitKL", "LinearLogprob", "exit_kl", "linear_kl", "linear_logprob"]

@@ -1,0 +1,84 @@
+"""Choice of an implementation: by name, or by the platform that the computation runs on.
+
+Each op owns one `Operation`. An implementation registers under a name and, if it is written for
+some platforms only, with those. No name picks for the platform at hand: what was registered for it
+first, then what runs anywhere, and one that raises `NotImplementedError` (a shape or a chip that it
+does not cover) hands over to the next. A name runs that implementation or raises.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+ANYWHERE = ("cpu", "gpu", "tpu")
+ONLY_BY_NAME = ()
+
+
+class Implementation(NamedTuple):
+    """One way to compute an op, and the platforms on which it may be picked unnamed."""
+
+    function: Callable[..., Any]
+    platforms: tuple[str, ...]
+
+
+class Operation:
+    """An op with several implementations that take the same arguments."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._implementations: dict[str, Implementation] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that `implementation=` may take, in order of registration."""
+        return tuple(self._implementations)
+
+    def register(
+        self, name: str, function: Callable[..., Any], *, platforms: tuple[str, ...] = ANYWHERE
+    ) -> None:
+        """Adds an implementation.
+
+        Args:
+          name: what `implementation=` calls it.
+          function: takes the op's arguments; raises `NotImplementedError` for what it does not
+            cover.
+          platforms: where it may be picked unnamed; fewer platforms mean a more special
+            implementation, which goes first.
+        """
+        assert name not in self._implementations, f"{self.name} already has {name}"
+        self._implementations[name] = Implementation(function, platforms)
+
+    def candidates(self, platform: str) -> tuple[str, ...]:
+        """Names that an unnamed call tries on `platform`, the most special first."""
+        fitting = [
+            (len(implementation.platforms), name)
+            for name, implementation in self._implementations.items()
+            if platform in implementation.platforms
+        ]
+        return tuple(name for _, name in sorted(fitting, key=lambda pair: pair[0]))
+
+    def __call__(self, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Runs the op.
+
+        Raises:
+          ValueError: for a name that was never registered.
+          NotImplementedError: from the named implementation, or when none covers the call.
+        """
+        if implementation is not None:
+            if implementation not in self._implementations:
+                raise ValueError(
+                    f"{self.name} has no implementation {implementation!r}; use None or one of "
+                    f"{', '.join(self.names)}"
+                )
+            return self._implementations[implementation].function(*args, **kwargs)
+        refusals = []
+        for name in self.candidates(jax.default_backend()):
+            try:
+                return self._implementations[name].function(*args, **kwargs)
+            except NotImplementedError as error:
+                refusals.append(f"{name}: {error}")
+        raise NotImplementedError(
+            f"No implementation of {self.name} covers this call on {jax.default_backend()} "
+            f"({'; '.join(refusals) or 'none is registered for it'})"
+        )

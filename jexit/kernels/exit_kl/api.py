@@ -1,0 +1,47 @@
+"""`exit_kl`, whatever implements it."""
+
+import jax
+
+from jexit.kernels import shapes
+from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
+from jexit.kernels.exit_kl import reference, xla
+from jexit.kernels.exit_kl.reference import ExitKL
+
+OPERATION = Operation("exit_kl")
+OPERATION.register("reference", reference.exit_kl, platforms=ONLY_BY_NAME)
+OPERATION.register("xla", xla.exit_kl)
+
+
+def exit_kl(
+    h_final_ND: jax.Array,
+    h_exits_END: jax.Array,
+    head_VD: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> ExitKL:
+    """KL of every exit's logit lens to the final distribution.
+
+    `KL_e = Σ_v p_v (log p_v − log p_e,v)`, p = softmax(head · h_final), p_e = softmax(head · h_e).
+    The output never carries a gradient.
+
+    Args:
+      h_final_ND: final hidden states, after the final norm.
+      h_exits_END: hidden states at the exits, after the final norm.
+      head_VD: output head.
+      implementation: `None` (by platform), `"reference"` or `"xla"`.
+
+    Returns:
+      `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], arg-max
+      agreement [E, N].
+
+    Raises:
+      ValueError: for shapes that do not fit or an implementation that does not exist.
+
+    Source: arXiv:2603.21376, calibration targets.
+    """
+    shapes.check_hidden("exit_kl", "h_final_ND", h_final_ND, head_VD)
+    shapes.check_same(
+        "exit_kl", "h_exits_END", h_exits_END.shape, (*h_exits_END.shape[:1], *h_final_ND.shape)
+    )
+    arguments = jax.lax.stop_gradient((h_final_ND, h_exits_END, head_VD))
+    return OPERATION(implementation, *arguments)

@@ -1,0 +1,5 @@
+"""KL between the next-token distributions of a student and a teacher."""
+
+from jexit.kernels.linear_kl.api import linear_kl
+
+__all__ = ["linear_kl"]

@@ -1,0 +1,65 @@
+"""`linear_kl`, whatever implements it."""
+
+import jax
+
+from jexit.kernels import shapes
+from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
+from jexit.kernels.linear_kl import reference, xla
+from jexit.kernels.linear_kl.reference import DIRECTIONS, STUDENT_TEACHER
+
+OPERATION = Operation("linear_kl")
+OPERATION.register("reference", reference.linear_kl, platforms=ONLY_BY_NAME)
+OPERATION.register("xla", xla.linear_kl)
+
+
+def linear_kl(
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    *,
+    direction: str = STUDENT_TEACHER,
+    head_teacher_VD: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """KL between the student's and the teacher's next-token distributions, in nats [N], float32.
+
+    With p = softmax(head · h_student) and q = softmax(head_teacher · h_teacher):
+    `student_teacher` is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is `KL(q ‖ p)`
+    and `jeffreys` their sum. A temperature is the caller's: scale the hidden states.
+
+    The gradient reaches `h_student_ND` and, as the student's head, `head_VD`; the teacher carries
+    none, also where the two share the head. The head's gradient is only computed where the head
+    itself is differentiated.
+
+    Args:
+      h_student_ND: student's final hidden states, after the final norm.
+      h_teacher_ND: teacher's, likewise.
+      head_VD: output head.
+      direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
+      head_teacher_VD: the teacher's own head, where it is not `head_VD`.
+      implementation: `None` (by platform), `"reference"` or `"xla"`.
+
+    Raises:
+      ValueError: for shapes that do not fit, an unknown direction or implementation.
+
+    Source: arXiv:2603.21376, calibration loss.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(
+            f"linear_kl has no direction {direction!r}; use one of {', '.join(DIRECTIONS)}"
+        )
+    shapes.check_hidden("linear_kl", "h_student_ND", h_student_ND, head_VD)
+    if head_teacher_VD is None:
+        shapes.check_same("linear_kl", "h_teacher_ND", h_teacher_ND.shape, h_student_ND.shape)
+    else:
+        shapes.check_hidden("linear_kl", "h_teacher_ND", h_teacher_ND, head_teacher_VD)
+        shapes.check_same(
+            "linear_kl", "h_teacher_ND", h_teacher_ND.shape[:1], h_student_ND.shape[:1]
+        )
+        shapes.check_same(
+            "linear_kl", "head_teacher_VD", head_teacher_VD.shape[:1], head_VD.shape[:1]
+        )
+    h_teacher_ND, head_teacher_VD = jax.lax.stop_gradient((h_teacher_ND, head_teacher_VD))
+    return OPERATION(
+        implementation, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, direction=direction
+    )

@@ -1,0 +1,6 @@
+"""Log-probability of chosen tokens, entropy and log-sum-exp of a linear head."""
+
+from jexit.kernels.linear_logprob.api import linear_logprob
+from jexit.kernels.linear_logprob.reference import LinearLogprob
+
+__all__ = ["LinearLogprob", "linear_logprob"]

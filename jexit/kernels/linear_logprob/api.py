@@ -1,0 +1,47 @@
+"""`linear_logprob`, whatever implements it."""
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import shapes
+from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
+from jexit.kernels.linear_logprob import reference, xla
+from jexit.kernels.linear_logprob.reference import LinearLogprob
+
+OPERATION = Operation("linear_logprob")
+OPERATION.register("reference", reference.linear_logprob, platforms=ONLY_BY_NAME)
+OPERATION.register("xla", xla.linear_logprob)
+
+
+def linear_logprob(
+    h_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> LinearLogprob:
+    """Log-probability of each token's target under softmax(head · h), with entropy and normaliser.
+
+    `log p_t = z_t − log Σ_v exp z_v`, `H = −Σ_v p_v log p_v`, z = head · h. A temperature is the
+    caller's: scale the hidden states. All three outputs carry gradients to `h_ND` and `head_VD`;
+    the head's is only computed where the head itself is differentiated.
+
+    Args:
+      h_ND: final hidden states, after the final norm.
+      head_VD: output head.
+      targets_N: token ids. One that the vocabulary does not have gets log-probability −∞.
+      implementation: `None` (by platform), `"reference"` or `"xla"`.
+
+    Returns:
+      `LinearLogprob`: log-probability, entropy and log-sum-exp in nats, float32 [N].
+
+    Raises:
+      ValueError: for shapes that do not fit or an implementation that does not exist.
+    """
+    shapes.check_hidden("linear_logprob", "h_ND", h_ND, head_VD)
+    shapes.check_same("linear_logprob", "targets_N", targets_N.shape, h_ND.shape[:1])
+    if not jnp.issubdtype(targets_N.dtype, jnp.integer):
+        raise ValueError(
+            f"linear_logprob: targets_N is {targets_N.dtype} but must be integer token ids; cast it"
+        )
+    return OPERATION(implementation, h_ND, head_VD, targets_N)

@@ -1,0 +1,37 @@
+"""The definition, written out: all logits in memory at once, gradients by JAX."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LinearLogprob(NamedTuple):
+    """Statistics of softmax(head · h) per token, float32, in nats.
+
+    Attributes:
+      logprob_N: log-probability of the target; −∞ where the vocabulary has no such token.
+      entropy_N: entropy of the distribution.
+      logsumexp_N: log-sum-exp of the logits.
+    """
+
+    logprob_N: jax.Array
+    entropy_N: jax.Array
+    logsumexp_N: jax.Array
+
+
+def linear_logprob(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> LinearLogprob:
+    """See `jexit.kernels.linear_logprob.api.linear_logprob`."""
+    vocab = head_VD.shape[0]
+    logits_NV = h_ND.astype(jnp.float32) @ head_VD.astype(jnp.float32).T
+    log_NV = jax.nn.log_softmax(logits_NV)
+    logsumexp_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    exists_N = (targets_N >= 0) & (targets_N < vocab)
+    target_N = jnp.take_along_axis(log_NV, jnp.clip(targets_N, 0, vocab - 1)[:, None], axis=-1)
+    # An impossible token still has its normaliser, and the normaliser's gradient.
+    impossible_N = -jnp.inf - logsumexp_N
+    return LinearLogprob(
+        logprob_N=jnp.where(exists_N, target_N[:, 0], impossible_N),
+        entropy_N=-jnp.sum(jnp.exp(log_NV) * log_NV, axis=-1),
+        logsumexp_N=logsumexp_N,
+    )

@@ -1,0 +1,35 @@
+"""Checks of what callers hand to the vocabulary ops."""
+
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+
+
+def _fail(op: str, message: str) -> NoReturn:
+    raise ValueError(f"{op}: {message}")
+
+
+def check_hidden(op: str, name: str, h_ND: jax.Array, head_VD: jax.Array) -> None:
+    """Raises `ValueError` unless `h_ND` and `head_VD` are floating matrices of one width."""
+    for label, array in ((name, h_ND), ("head_VD", head_VD)):
+        if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
+            _fail(
+                op,
+                f"{label} is {array.dtype}{list(array.shape)} but must be a matrix of floats; "
+                "flatten batch and time into one axis",
+            )
+    if h_ND.shape[1] != head_VD.shape[1]:
+        _fail(
+            op,
+            f"{name} has width {h_ND.shape[1]} but the head has width {head_VD.shape[1]}; "
+            "pass the head as [vocabulary, width]",
+        )
+    if head_VD.shape[0] == 0:
+        _fail(op, "the head has no rows; pass at least one token's row")
+
+
+def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises `ValueError` unless the two shapes agree."""
+    if tuple(shape) != tuple(expected):
+        _fail(op, f"{name} has shape {list(shape)} but {list(expected)} is needed; align the rows")

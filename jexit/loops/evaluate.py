@@ -1,0 +1,252 @@
+"""Accuracy and depth of a model on a task under halting policies; text for given prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from jexit.config import Config, EvalConfig
+from jexit.data.loader import check_prompt_length
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.metrics import write_json_atomic
+from jexit.io.progress import Progress, closing_table
+from jexit.io.workdir import start_run
+from jexit.loops.setup import load_model, load_task, make_policy
+from jexit.model.transformer import Transformer
+from jexit.rollout import generate, rollout
+from jexit.steps.state import split_model
+from jexit.tasks import Problem, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyResult:
+    """What `eval.json` holds for one policy; depths are of the passes that produced the tokens."""
+
+    policy: str
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+    depth_mean: float
+    depth_fraction: float
+    depth_histogram: dict[str, int]  # tokens by layers run
+    problems: int
+    tokens: int
+    completion_length: float
+    truncated: float
+    verdicts: dict[str, int]
+    tokens_per_second: float  # of the policy's last batch, which compiles nothing
+
+
+def wilson_interval(right: int, of: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927): sensible at 0, at 1 and for few problems."""
+    if of == 0:
+        return 0.0, 1.0
+    share, square = right / of, z * z / of
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / of + square / (4 * of))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def held_out(
+    task: Task, tokenizer: Tokenizer, config: Config, count: int
+) -> tuple[list[Problem], list[list[int]]]:
+    """The first `count` problems of the evaluation split (all, if there are fewer), tokenised."""
+    split, limit = config.eval.split, config.task.max_prompt_tokens
+    size = task.size(split)
+    problems, prompts, index = [], [], 0
+    while len(problems) < count and (size is None or index < size):
+        problem = task.problem(split, index)
+        ids = tokenizer.encode_prompt(problem.prompt)
+        index += 1
+        if len(ids) > limit and config.task.skip_long:
+            continue
+        check_prompt_length(problem, ids, limit)
+        problems.append(problem)
+        prompts.append(ids)
+    if not problems:
+        raise ValueError(
+            f"every prompt of task {task.name!r}, split {split!r}, is over the limit of {limit} "
+            "tokens; raise config.task.max_prompt_tokens"
+        )
+    return problems, prompts
+
+
+def evaluate_policy(
+    parts: tuple,
+    layers: int,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    policy: str,
+    config: EvalConfig,
+    *,
+    seed: int,
+    adapters: bool = True,
+) -> tuple[PolicyResult, list[dict[str, Any]]]:
+    """Decodes every prompt under a policy and judges the text.
+
+    `parts` is the split model. Returns the result and records of the first completions, with each
+    token's depth.
+    """
+    batch = min(config.batch_size, len(prompts))
+    histogram = np.zeros(layers + 1, np.int64)
+    verdicts = {"strict": 0, "lenient": 0, "wrong": 0, "none": 0}
+    truncated, speed, records = 0, 0.0, []
+    for start in range(0, len(prompts), batch):
+        # The last batch is filled up with its last prompt rather than compiled anew.
+        rows = [min(start + row, len(prompts) - 1) for row in range(batch)]
+        result = rollout(
+            parts,
+            [prompts[row] for row in rows],
+            policy=make_policy(policy, batch, config.max_new_tokens, layers),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            key=seed,
+            first_prompt=start,
+            adapters=adapters,
+        )
+        speed = result.tokens_per_second
+        for row in range(min(batch, len(prompts) - start)):
+            ids, depths = result.completion(row), result.depths_BT[row, : result.lengths_B[row]]
+            text = tokenizer.decode(ids)
+            verdict = task.verify(problems[start + row], text)
+            verdicts[verdict.kind] += 1
+            truncated += bool(result.truncated_B[row])
+            histogram += np.bincount(depths, minlength=layers + 1)
+            if len(records) < config.heat_maps:
+                records.append(
+                    {
+                        "policy": policy,
+                        "prompt": problems[start + row].prompt,
+                        "completion": text,
+                        "tokens": tokenizer.tokens(ids),
+                        "depths": depths.tolist(),
+                        "verdict": verdict.kind,
+                        "answer": problems[start + row].answer,
+                    }
+                )
+    right, count = verdicts["strict"] + verdicts["lenient"], len(prompts)
+    tokens = int(histogram.sum())
+    depth = float(histogram @ np.arange(layers + 1)) / tokens
+    return (
+        PolicyResult(
+            policy=policy,
+            accuracy=right / count,
+            accuracy_ci95=wilson_interval(right, count),
+            depth_mean=depth,
+            depth_fraction=depth / layers,
+            depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
+            problems=count,
+            tokens=tokens,
+            completion_length=tokens / count,
+            truncated=truncated / count,
+            verdicts=verdicts,
+            tokens_per_second=speed,
+        ),
+        records,
+    )
+
+
+def evaluate(config: Config, workdir: pathlib.Path) -> None:
+    """Runs every policy of `eval.policies` and writes `eval.json` and `completions.json`."""
+    task = load_task(config.task, config.eval.split)
+    model, tokenizer = load_model(config, trains=False)
+    problems, prompts = held_out(task, tokenizer, config, config.eval.problems)
+    parts, layers = _parts(model), model.arch.layers
+    for policy in config.eval.policies:
+        make_policy(policy, 1, 1, layers)  # refuse a wrong one before the first runs
+    start_run(workdir, config.to_dict())
+    results, records = [], []
+    with Progress(len(config.eval.policies), description="eval") as progress:
+        for number, policy in enumerate(config.eval.policies, start=1):
+            result, examples = evaluate_policy(
+                parts,
+                layers,
+                tokenizer,
+                task,
+                problems,
+                prompts,
+                policy,
+                config.eval,
+                seed=config.seed,
+            )
+            results.append(dataclasses.asdict(result))
+            records += examples
+            progress.update(
+                number,
+                policy=policy,
+                accuracy=result.accuracy,
+                **{"depth/fraction": result.depth_fraction},
+            )
+    description = {"path": config.model.path, "layers": layers, "exits": model.exit_layers}
+    write_json_atomic(
+        workdir / "eval.json",
+        {"task": dataclasses.asdict(config.task), "model": description, "runs": results},
+    )
+    write_json_atomic(workdir / "completions.json", records)
+    print_results(results)
+    print(f"Wrote {workdir / 'eval.json'}")
+
+
+def print_results(results: list[dict[str, Any]]) -> None:
+    """One line a policy: accuracy with its interval, depth, length, speed."""
+    print(
+        f"{'policy':<16}{'accuracy':>10}{'95 % interval':>18}{'depth':>8}{'of L':>7}{'tokens':>8}"
+    )
+    for run in results:
+        low, high = run["accuracy_ci95"]
+        print(
+            f"{run['policy']:<16}{run['accuracy']:>10.1%}{f'{low:.1%} – {high:.1%}':>18}"
+            f"{run['depth_mean']:>8.2f}{run['depth_fraction']:>7.0%}"
+            f"{run['completion_length']:>8.1f}"
+        )
+
+
+def compare(before: PolicyResult | dict, after: PolicyResult | dict, title: str) -> None:
+    """The closing table of a training run."""
+    old, new = (
+        dataclasses.asdict(result) if isinstance(result, PolicyResult) else result
+        for result in (before, after)
+    )
+    names = {
+        "accuracy": "accuracy",
+        "depth/fraction": "depth_fraction",
+        "depth/mean": "depth_mean",
+        "completion/length": "completion_length",
+    }
+    closing_table([(name, old[key], new[key]) for name, key in names.items()], title)
+
+
+def print_generations(config: Config) -> None:
+    """Completes `generate.prompts` and prints each text with its mean depth."""
+    model, tokenizer = load_model(config, trains=False)
+    g = config.generate
+    if not g.prompts:
+        raise ValueError("there are no prompts; set config.generate.prompts='(\"...\",)'")
+    layers = model.arch.layers
+    generation = generate(
+        model,
+        tokenizer,
+        g.prompts,
+        policy=make_policy(g.policy, len(g.prompts), g.max_new_tokens, layers),
+        max_new_tokens=g.max_new_tokens,
+        temperature=g.temperature,
+        top_p=g.top_p,
+        seed=config.seed,
+    )
+    for prompt, text, depths in zip(g.prompts, generation.texts, generation.depths, strict=True):
+        mean = sum(depths) / len(depths)
+        print(f"> {prompt}\n{text}")
+        print(f"  [{len(depths)} tokens, mean depth {mean:.2f} of {layers} layers]")
+        print("  depths: " + " ".join(map(str, depths)) + "\n")
+
+
+def _parts(model: Transformer) -> tuple:
+    split = split_model(model, full=False)
+    return split.decodable(split.trainable)

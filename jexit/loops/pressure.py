@@ -1,0 +1,92 @@
+"""How hard λ and μ press at each update, and the three ways in which pressure fails."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from absl import logging
+
+from jexit.config import RLConfig
+from jexit.steps.rl import Prices
+
+ACCURACY_DECAY = 0.8  # of the moving average that the floor is held against
+
+
+@dataclasses.dataclass
+class Pressure:
+    """λ and μ of the next update: warmed up, and withheld while accuracy is under the floor.
+
+    With `dual_ascent` one multiplier in [0, 1] climbs by `dual_rate` an update while the moving
+    average of accuracy is at or over `accuracy_floor` and falls by it otherwise (projected dual
+    ascent on the constraint accuracy ≥ floor).
+    """
+
+    config: RLConfig
+    accuracy: float = float("nan")
+    multiplier: float = 0.0
+
+    def prices(self, step: int) -> Prices:
+        share = self.share(step)
+        return Prices(
+            np.float32(share * self.config.depth_coef), np.float32(share * self.config.length_coef)
+        )
+
+    def share(self, step: int) -> float:
+        """The part of λ and μ in force at update `step` (counted from 0)."""
+        rl = self.config
+        if rl.dual_ascent:
+            return self.multiplier
+        ramp = min(1.0, (step + 1) / rl.warmup_steps) if rl.warmup_steps else 1.0
+        under_floor = rl.accuracy_floor > 0 and not self.accuracy >= rl.accuracy_floor
+        return 0.0 if under_floor else ramp
+
+    def observe(self, accuracy: float) -> None:
+        """Takes in the accuracy of one batch of rollouts."""
+        if np.isnan(self.accuracy):
+            self.accuracy = accuracy
+        self.accuracy = ACCURACY_DECAY * self.accuracy + (1 - ACCURACY_DECAY) * accuracy
+        over = self.accuracy >= self.config.accuracy_floor
+        change = self.config.dual_rate if over else -self.config.dual_rate
+        self.multiplier = float(np.clip(self.multiplier + change, 0.0, 1.0))
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"pressure": np.asarray([self.accuracy, self.multiplier], np.float64)}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        self.accuracy, self.multiplier = (float(value) for value in state["pressure"])
+
+
+@dataclasses.dataclass
+class FailureWatch:
+    """Warns, once each, of collapse, of shut exits and of text that shrinks away.
+
+    Collapse: nearly every token at the first exit while accuracy has halved. Shut-down: hardly a
+    token leaves. Text collapse: completions under 0.4 of their first length and accuracy down.
+    """
+
+    first_exit_fraction: float
+    best_accuracy: float = 0.0
+    first_length: float = 0.0
+    warned: set[str] = dataclasses.field(default_factory=set)
+
+    def observe(self, step: int, accuracy: float, depth_fraction: float, length: float) -> None:
+        self.best_accuracy = max(self.best_accuracy, accuracy)
+        self.first_length = self.first_length or length
+        worse = accuracy < 0.5 * self.best_accuracy
+        shallow = depth_fraction < self.first_exit_fraction + 0.05
+        found = {
+            "collapse: nearly every token leaves at the first exit and accuracy has halved; "
+            "lower config.rl.depth_coef, raise config.rl.warmup_steps or set "
+            "config.rl.accuracy_floor": shallow and worse,
+            "shut exits: hardly a token leaves early; raise config.rl.min_hazard or "
+            "config.rl.depth_entropy_coef, or calibrate with config.sft.explore": depth_fraction
+            > 0.995,
+            "text collapse: completions have shrunk and accuracy has halved; lower "
+            "config.rl.length_coef or bring it in later": length < 0.4 * self.first_length
+            and worse,
+        }
+        for message in sorted(text for text, holds in found.items() if holds):
+            if message not in self.warned:
+                logging.warning("Step %d: %s.", step, message)
+                self.warned.add(message)

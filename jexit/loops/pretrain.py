@@ -1,0 +1,107 @@
+"""Pretraining of the shipped model's trunk on the tasks' own text."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.config import Config, check_exits
+from jexit.data.loader import text_batch
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import save_model
+from jexit.io.workdir import start_run
+from jexit.loops.trainer import Trainer
+from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.presets import Architecture
+from jexit.steps.optim import make_optimizer, schedule
+from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
+from jexit.steps.state import new_state, parameter_labels, split_model, step_key
+from jexit.tasks import make_task
+
+# A target that follows one of these separators is the result of a step of that many operands.
+RESULT_GROUPS = {"step_2": "+", "step_3": "++", "step_4": "+++", "step_5": "++++"}
+
+
+def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
+    """A randomly initialised Qwen3-style trunk of the config's size."""
+    p = config.pretrain
+    arch = Architecture(
+        family="qwen3",
+        vocab_size=tokenizer.vocab_size,
+        width=p.width,
+        layers=p.layers,
+        query_heads=p.query_heads,
+        kv_heads=p.kv_heads,
+        head_dim=p.head_dim,
+        mlp_width=p.mlp_width,
+        rope_theta=p.rope_theta,
+        rms_norm_eps=1e-6,
+        tied=True,
+        max_positions=1024,
+    )
+    exits = check_exits(config.exits.layers, arch.layers)
+    head = config.exit_head
+    return Transformer(
+        arch,
+        exit_layers=exits,
+        exit_head=ExitHeadSettings(kind=head.kind, norm=head.norm, bias=head.bias),
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def pretrain(config: Config, workdir: pathlib.Path) -> None:
+    """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
+    tokenizer = Tokenizer.load(config.model.path)
+    model = new_model(config, tokenizer)
+    words = config.pretrain.word_problems
+    mixture = [(make_task("sums", steps="mixed"), 1.0 - words)]
+    if words:
+        mixture.append((make_task("word_problems"), words))
+    separators = [tokenizer.encode(text) for text in RESULT_GROUPS.values()]
+    assert all(len(ids) == 1 for ids in separators), "separators must be single tokens"
+
+    start_run(workdir, config.to_dict())
+    split = split_model(model, full=True, keep_teacher=False)
+    optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=True))
+    step_fn = make_pretrain_step(
+        split,
+        optimizer,
+        exit_loss=config.pretrain.exit_loss,
+        groups=tuple(RESULT_GROUPS),
+        micro_batches=config.optim.accumulate,
+    )
+    trainer = Trainer(
+        config,
+        workdir,
+        "pretrain",
+        {"loss": "loss", **{f"p_right/{name}": name for name in RESULT_GROUPS}},
+    )
+    state = trainer.restore(new_state(split.trainable, optimizer))
+    rate = schedule(config.optim, config.optim.full_lr, config.steps)
+
+    def one_step(state, step):
+        batch = text_batch(
+            mixture,
+            tokenizer,
+            seed=config.seed,
+            step=step,
+            batch_size=config.batch_size,
+            length=config.pretrain.length,
+            prompt_weight=config.pretrain.prompt_loss,
+        )
+        previous_BT = np.roll(batch.tokens_BT, 1, axis=1)
+        group_BT = np.zeros_like(batch.tokens_BT)
+        for number, (separator,) in enumerate(separators, start=1):
+            group_BT[(previous_BT == separator) & (batch.loss_mask_BT > 0)] = number
+        arrays = PretrainBatch(
+            jnp.asarray(batch.tokens_BT), jnp.asarray(batch.loss_mask_BT), jnp.asarray(group_BT)
+        )
+        state, metrics = step_fn(state, arrays, step_key(config.seed, step))
+        return state, metrics | {"lr": rate(step)}
+
+    state = trainer.run(state, one_step)
+    trainer.close()
+    save_model(workdir / "model", split.student(state.trainable), tokenizer, overwrite=True)

@@ -1,0 +1,73 @@
+"""Models, tasks and policies from a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jexit.config import Config, TaskConfig, parse_policy
+from jexit.data.loader import require_problems
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import load
+from jexit.model.lora import LoRA
+from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
+from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
+from jexit.tasks import Task, make_task
+from jexit.tasks.base import Rewards
+
+
+def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
+    """The config's model; when it will be trained, with the config's adapters and exits."""
+    settings: dict[str, Any] = {}
+    if trains:
+        lora, head = config.lora, config.exit_head
+        settings["exit_head"] = ExitHeadSettings(kind=head.kind, norm=head.norm, bias=head.bias)
+        if lora.rank:
+            settings["lora"] = LoRA(
+                rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
+            )
+    model = config.model
+    return load(
+        model.path,
+        dtype=model.dtype,
+        exit_layers=config.exits.layers,
+        execution=Execution(
+            attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
+        ),
+        seed=config.seed,
+        **settings,
+    )
+
+
+def load_task(config: TaskConfig, split: str) -> Task:
+    """The config's task; raises ValueError when the split that is needed is empty."""
+    options: dict[str, Any] = {
+        "rewards": Rewards(
+            strict=config.reward_strict,
+            lenient=config.reward_lenient,
+            wrong=config.reward_wrong,
+            none=config.reward_none,
+        )
+    }
+    if config.name == "sums":
+        options["steps"] = config.steps
+        options["operands"] = (config.operands_min, config.operands_max)
+    task = make_task(config.name, config.path or None, **options)
+    require_problems(task, split)
+    return task
+
+
+def make_policy(text: str, rows: int, columns: int, layers: int) -> Policy:
+    """The policy that a config names, for decoding `rows` completions of up to `columns` tokens."""
+    kind, argument = parse_policy(text)
+    if kind == "fixed":
+        if argument > layers:
+            raise ValueError(
+                f"policy {text!r} asks for {argument} layers of a model that has {layers}; use "
+                f"fixed:N with N from 1 to {layers}"
+            )
+        return Prescribed(jnp.full((rows, columns), argument, jnp.int32))
+    if kind == "threshold":
+        return Threshold(argument)
+    return Sample() if kind == "sample" else Full()

@@ -1,0 +1,137 @@
+"""What calibration and reinforcement learning share: the model, its measurement, its ending."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import optax
+
+from jexit.config import Config
+from jexit.data.loader import PromptBatch, prompt_batch
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.metrics import write_json_atomic
+from jexit.io.model_dir import save_model
+from jexit.io.workdir import start_run
+from jexit.loops.evaluate import compare, evaluate_policy, held_out
+from jexit.loops.setup import load_model, load_task
+from jexit.report.plots import plot_training
+from jexit.steps.optim import make_optimizer, schedule
+from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
+from jexit.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run's model (split once), task and optimiser, measured before and after."""
+
+    config: Config
+    workdir: pathlib.Path
+    task: Task
+    tokenizer: Tokenizer
+    split: SplitModel
+    layers: int
+    exit_layers: tuple[int, ...]
+    optimizer: optax.GradientTransformation
+    updates: int
+
+    @classmethod
+    def open(cls, config: Config, workdir: pathlib.Path, *, updates: int) -> Stage:
+        """Loads everything; `updates` is the number of optimiser steps of the whole run."""
+        task = load_task(config.task, "train")
+        model, tokenizer = load_model(config, trains=True)
+        check_prompts(task, tokenizer, config)
+        start_run(workdir, config.to_dict())
+        full = config.lora.rank == 0
+        optimizer = make_optimizer(config.optim, updates, parameter_labels(model, full=full))
+        return cls(
+            config,
+            workdir,
+            task,
+            tokenizer,
+            split_model(model, full=full),
+            model.arch.layers,
+            model.exit_layers,
+            optimizer,
+            updates,
+        )
+
+    def prompts(self, step: int, batch_size: int) -> PromptBatch:
+        """Training prompts of one step."""
+        return prompt_batch(
+            self.task,
+            self.tokenizer,
+            split="train",
+            seed=self.config.seed,
+            step=step,
+            batch_size=batch_size,
+            max_prompt_tokens=self.config.task.max_prompt_tokens,
+            skip_long=self.config.task.skip_long,
+        )
+
+    def learning_rates(self, step: int) -> dict[str, Any]:
+        optim, per_step = self.config.optim, self.updates // self.config.steps
+        peaks = {"lora": optim.lora_lr, "exit": optim.exit_lr}
+        if self.config.lora.rank == 0:
+            peaks = {"base": optim.full_lr, "exit": optim.exit_lr}
+        return {
+            f"lr/{name}": schedule(optim, peak, self.updates)(step * per_step)
+            for name, peak in peaks.items()
+        }
+
+    def measure(self, name: str, trainable: Params) -> dict[str, Any]:
+        """Held-out accuracy and depth under sampled exits; a resumed run reads `WORKDIR/name`."""
+        path = self.workdir / name
+        if not path.exists():
+            problems, prompts = held_out(
+                self.task, self.tokenizer, self.config, self.config.eval.problems
+            )
+            result, _ = evaluate_policy(
+                self.split.decodable(trainable),
+                self.layers,
+                self.tokenizer,
+                self.task,
+                problems,
+                prompts,
+                "sample",
+                self.config.eval,
+                seed=self.config.seed,
+            )
+            write_json_atomic(path, dataclasses.asdict(result))
+        return json.loads(path.read_text())
+
+    def finish(self, state: TrainState, before: dict[str, Any]) -> None:
+        """Measures again, writes `WORKDIR/model` and the plots, prints the closing table."""
+        after = self.measure("after.json", state.trainable)
+        full = self.config.lora.rank == 0
+        save_model(
+            self.workdir / "model",
+            self.split.student(state.trainable),
+            self.tokenizer,
+            base="" if full else self.config.model.path,
+            overwrite=True,
+        )
+        plots = plot_training(self.workdir)
+        compare(before, after, f"{self.config.task.name}, held out, sampled exits")
+        print(f"Wrote {self.workdir / 'model'} and {len(plots)} plots in {self.workdir / 'plots'}")
+
+
+def check_prompts(task: Task, tokenizer: Tokenizer, config: Config) -> None:
+    """Raises ValueError for a prompt over the limit before the run writes anything.
+
+    Looks at the held-out problems and, where the task is finite, at every training problem.
+    """
+    held_out(task, tokenizer, config, config.eval.problems)
+    size = task.size("train")
+    prompt_batch(
+        task,
+        tokenizer,
+        split="train",
+        seed=config.seed,
+        step=0,
+        batch_size=config.batch_size if size is None else size,
+        max_prompt_tokens=config.task.max_prompt_tokens,
+        skip_long=config.task.skip_long,
+    )

@@ -1,0 +1,145 @@
+"""What every training loop shares: resuming, metrics a step late, checkpoints, clean stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jexit.config import Config
+from jexit.io.checkpoint import Checkpoints
+from jexit.io.metrics import MetricsWriter, SamplesWriter
+from jexit.io.progress import Progress
+from jexit.steps.state import TrainState
+
+# (state, step) → (state after the step, metrics on device or host)
+OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
+
+
+class Diverged(RuntimeError):
+    """Too many non-finite steps in a row; the message names the last good checkpoint."""
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop; everything is saved and the same command continues it."""
+
+
+@dataclasses.dataclass
+class Trainer:
+    """Drives `one_step` from the newest checkpoint to `config.steps`.
+
+    Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
+    the log. `shown` maps metric names to the short names of the progress bar. `carry` and
+    `load_carry` save and restore what a loop keeps on the host besides the state.
+    """
+
+    config: Config
+    workdir: pathlib.Path
+    description: str
+    shown: dict[str, str]
+    host_state: Callable[[], dict[str, np.ndarray]] = dict
+    load_host_state: Callable[[dict[str, np.ndarray]], None] = lambda values: None
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
+        self.samples: SamplesWriter | None = None
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint's state, or `state` when the run is new."""
+        restored = self.checkpoints.restore({"state": state, "host": self.host_state()})
+        if restored is not None:
+            self.load_host_state(jax.tree.map(np.asarray, restored["host"]))
+            state = restored["state"]
+        start = int(state.step)
+        self.samples = SamplesWriter(self.workdir, resume_step=start)
+        log = self.config.log
+        self._writer = MetricsWriter(
+            self.workdir,
+            resume_step=start,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb_project or None,
+        )
+        return state
+
+    def run(self, state: TrainState, one_step: OneStep) -> TrainState:
+        """Trains to the end; raises Diverged or Interrupted (both after saving what is good)."""
+        start, total = int(state.step), self.config.steps
+        stop = _StopSignals()
+        pending: tuple[int, dict[str, Any]] | None = None
+        with stop, Progress(total, start=start, description=self.description) as self._progress:
+            last = time.monotonic()
+            for step in range(start, total):
+                state, metrics = one_step(state, step)
+                if pending is not None:
+                    self._flush(*pending)
+                now = time.monotonic()
+                pending = (step + 1, metrics | {"step_seconds": now - last})
+                last = now
+                done = step + 1 == total
+                if done or stop.requested or self.checkpoints.due(step + 1):
+                    # The log must hold every step that the checkpoint holds.
+                    self._flush(*pending)
+                    pending = None
+                    self._save(step + 1, state)
+                if stop.requested and not done:
+                    self.close()
+                    raise Interrupted(
+                        f"stopped by {stop.name} after step {step + 1}; the state is saved in "
+                        f"{self.checkpoints.directory}, and the same command continues the run"
+                    )
+        self.checkpoints.wait()
+        return state
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self._writer.close()
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, {"state": state, "host": self.host_state()})
+
+    def _flush(self, step: int, metrics: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if "tokens" in values:
+            values["tokens_per_second"] = values.pop("tokens") / values["step_seconds"]
+        self._writer.write(step, values)
+        self._progress.update(
+            step, **{short: values[name] for name, short in self.shown.items() if name in values}
+        )
+        if values.get("skipped", 0) >= self.config.optim.max_skipped:
+            latest = self.checkpoints.latest_step()
+            good = (
+                f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
+            )
+            self.close()
+            raise Diverged(
+                f"loss or gradients were not finite in {int(values['skipped'])} steps in a row (up "
+                f"to step {step}); last good checkpoint: {good}; lower config.optim.*_lr"
+            )
+
+
+class _StopSignals:
+    """While active, SIGTERM and SIGINT ask for a stop after the current step."""
+
+    def __init__(self) -> None:
+        self.requested, self.name = False, ""
+
+    def __enter__(self) -> None:
+        self._previous = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: object) -> None:
+        if self.requested:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self.requested, self.name = True, signal.Signals(number).name

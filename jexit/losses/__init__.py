@@ -1,0 +1,1 @@
+"""Loss mathematics: arrays in, arrays out; no modules, no config."""

@@ -1,0 +1,168 @@
+"""Rewards with a price on depth, advantages within groups, and policy-gradient losses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jexit.axes import Array, Float, Int
+from jexit.losses.masked import masked_mean
+
+
+class Reward(NamedTuple):
+    """Reward of each rollout and its parts, each [B] (already signed and weighted)."""
+
+    total_B: Float[Array, "B"]
+    depth_B: Float[Array, "B"]
+    kl_B: Float[Array, "B"]
+    length_B: Float[Array, "B"]
+
+
+def rewards(
+    verifier_B: Float[Array, "B"],
+    depth_fraction_BC: Float[Array, "B C"],
+    action_BC: Float[Array, "B C"],
+    log_ratio_BC: Float[Array, "B C"],
+    token_BC: Float[Array, "B C"],
+    *,
+    depth_coef: Array | float,
+    kl_coef: Array | float,
+    length_coef: Array | float,
+    length_ref: float,
+) -> Reward:
+    """R = verifier − λ·mean depth/L − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
+
+    The depth mean runs over action positions (`action_BC`): the passes that could have left. A
+    completion of one token has none and counts as full depth. The KL mean runs over all generated
+    tokens (`token_BC`), T is their number.
+    """
+    actions_B = jnp.sum(action_BC, axis=1)
+    depth_B = jnp.where(actions_B > 0, masked_mean(depth_fraction_BC, action_BC, axis=1), 1.0)
+    kl_B = masked_mean(log_ratio_BC, token_BC, axis=1)
+    parts = (
+        -depth_coef * depth_B,
+        -kl_coef * kl_B,
+        -length_coef * jnp.sum(token_BC, axis=1) / length_ref,
+    )
+    return Reward(verifier_B + sum(parts), *parts)
+
+
+def group_advantages(
+    rewards_B: Float[Array, "B *X"], rollouts: int, kind: str, keep_B: Array | None = None
+) -> Float[Array, "B *X"]:
+    """Advantages within groups of `rollouts` adjacent rows; extra axes are treated one by one.
+
+    `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j. `group_mean`: R_i − mean_j R_j.
+    `group_mean_std` (arXiv:2402.03300): that, divided by the group's standard deviation (n − 1)
+    plus 1e-4. Rows with keep_B = 0 take no part: advantage 0, and absent from the others' baselines;
+    a row that is left alone gets 0.
+
+    Raises ValueError for fewer than two rollouts: they would teach nothing.
+    """
+    if rollouts < 2:
+        raise ValueError(
+            f"RLOO needs at least 2 rollouts per prompt, got {rollouts}; raise config.rl.rollouts"
+        )
+    grouped = rewards_B.reshape(-1, rollouts, *rewards_B.shape[1:])
+    keep = jnp.ones(rewards_B.shape[0]) if keep_B is None else keep_B.astype(jnp.float32)
+    keep = keep.reshape(-1, rollouts, *([1] * (rewards_B.ndim - 1)))
+    kept = jnp.where(keep > 0, grouped, 0.0)
+    count = jnp.sum(keep, axis=1, keepdims=True)
+    total = jnp.sum(kept, axis=1, keepdims=True)
+    if kind == "rloo":
+        baseline = (total - kept) / jnp.maximum(count - 1.0, 1.0)
+        advantage = jnp.where(count > 1, grouped - baseline, 0.0)
+    else:
+        mean = total / jnp.maximum(count, 1.0)
+        advantage = grouped - mean
+        if kind == "group_mean_std":
+            squares = jnp.sum(keep * jnp.square(advantage), axis=1, keepdims=True)
+            advantage /= jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0)) + 1e-4
+    return jnp.where(keep > 0, advantage, 0.0).reshape(rewards_B.shape)
+
+
+def depth_cost_to_go(
+    depth_fraction_BC: Float[Array, "B C"], action_BC: Float[Array, "B C"]
+) -> Float[Array, "B C"]:
+    """Σ_{s ≥ t} depth_s/L over the number of action positions: what a token at t can still change.
+
+    For causal credit: token t (whose own pass has depth_t) is charged for depths at and after it.
+    """
+    cost = jnp.where(action_BC > 0, depth_fraction_BC, 0.0)
+    to_go = jnp.flip(jnp.cumsum(jnp.flip(cost, 1), axis=1), 1)
+    return to_go / jnp.maximum(jnp.sum(action_BC, axis=1, keepdims=True), 1.0)
+
+
+def policy_loss_terms(
+    log_prob_BC: Float[Array, "B C"],
+    behaviour_BC: Float[Array, "B C"],
+    advantage_BC: Float[Array, "B C"],
+    *,
+    clip: float | None,
+    importance_cap: float = 0.0,
+) -> Float[Array, "B C"]:
+    """Loss of each action pair (token, depth), to be masked, summed and normalised by the caller.
+
+    clip None: REINFORCE, −A · log π, optionally weighted by the truncated ratio
+    min(π/π_behaviour, cap) with its gradient stopped. Otherwise PPO (arXiv:1707.06347):
+    −min(r·A, clip(r, 1 ± clip)·A) with r = π/π_behaviour.
+    """
+    log_ratio = log_prob_BC - behaviour_BC
+    if clip is None:
+        loss = -advantage_BC * log_prob_BC
+        if importance_cap > 0:
+            ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
+            loss *= jnp.minimum(ratio, importance_cap)
+        return loss
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+    return -jnp.minimum(ratio * advantage_BC, clipped * advantage_BC)
+
+
+def loss_weights(
+    token_BC: Float[Array, "B C"], kind: str, token_budget: int
+) -> Float[Array, "B C"]:
+    """Weights w with loss = Σ w·term: `constant` 1/(B·budget), `sequence` 1/(B·T_i), `tokens` 1/ΣT.
+
+    The constant does not favour short answers (arXiv:2503.20783); it is the default.
+    """
+    batch = token_BC.shape[0]
+    lengths_B1 = jnp.maximum(jnp.sum(token_BC, axis=1, keepdims=True), 1.0)
+    denominator = {
+        "constant": batch * token_budget,
+        "sequence": batch * lengths_B1,
+        "tokens": jnp.maximum(jnp.sum(token_BC), 1.0),
+    }[kind]
+    return token_BC / denominator
+
+
+def k3(log_student: Array, log_teacher: Array) -> Array:
+    """The k3 estimate of KL(student ‖ teacher) at a sampled token: e^δ − δ − 1 ≥ 0, δ = log t/s."""
+    delta = log_teacher - log_student
+    return jnp.expm1(delta) - delta
+
+
+def zero_spread_groups(verifier_B: Float[Array, "B"], rollouts: int) -> Float[Array, ""]:
+    """Share of groups whose task rewards are all equal: they teach nothing about the answer."""
+    groups = verifier_B.reshape(-1, rollouts)
+    return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
+
+
+def reached_decision_entropy(
+    log_hazard: Float[Array, "*A E"],
+    log_rest: Float[Array, "*A E"],
+    exit_index: Int[Array, "*A"],
+) -> Float[Array, "*A"]:
+    """Entropy of the leave/stay decisions at the exits reached, nats.
+
+    Its mean over the policy's own depths is the entropy of the depth law (chain rule), and unlike
+    that it reads no hazard beyond the token's own exit.
+    """
+    leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
+    safe_rest = jnp.where(rest > 0, log_rest, 0.0)
+    safe_leave = jnp.where(leave > 0, log_hazard, 0.0)
+    entropy = -(leave * safe_leave + rest * safe_rest)
+    reached = jnp.arange(log_hazard.shape[-1]) <= exit_index[..., None]
+    return jnp.sum(jnp.where(reached, entropy, 0.0), axis=-1)

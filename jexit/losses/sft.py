@@ -1,0 +1,67 @@
+"""Calibration: target hazards from KL divergences, depths to prescribe, and the exit loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jexit.axes import Array, Float, Int, PRNGKey
+from jexit.model.exits import law_of_log_hazards
+
+
+def target_log_hazards(
+    kl_nats: Float[Array, "*A E"], sharpness: float
+) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
+    """(log hazard, log(1 − hazard)) of the target hazard 2·(1 − σ(k·KL)) = 1 − tanh(k·KL/2).
+
+    KL(π_L ‖ π_e) in nats, k the sharpness. In log space: log 2 + log σ(−k·KL), and
+    log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)), which is −∞ at KL = 0 where leaving is certain.
+    Source: arXiv:2603.21376, calibration targets.
+    """
+    x = sharpness * jnp.maximum(kl_nats.astype(jnp.float32), 0.0)
+    leave = jnp.log(2.0) + jax.nn.log_sigmoid(-x)
+    stay = jnp.log(-jnp.expm1(-x)) - jnp.log1p(jnp.exp(-x))
+    return leave, stay
+
+
+def draw_exit_indices(
+    key: PRNGKey,
+    leave: Float[Array, "*A E"],
+    stay: Float[Array, "*A E"],
+    *,
+    samples: int,
+    explore: float,
+) -> tuple[Int[Array, "S *A"], Array]:
+    """S draws of the exit index (E: never left) from the law of the target hazards.
+
+    With probability `explore` a draw is uniform over the E exits and the full depth instead, so that
+    the student learns to finish where the teacher could not. Returns the indices and which of them
+    were explored.
+    """
+    log_law = law_of_log_hazards(leave, stay)
+    law_key, flip_key, uniform_key = jax.random.split(key, 3)
+    shape = (samples, *log_law.shape[:-1])
+    drawn = jax.random.categorical(law_key, log_law, shape=shape)
+    uniform = jax.random.randint(uniform_key, shape, 0, log_law.shape[-1])
+    explored = jax.random.bernoulli(flip_key, explore, shape)
+    return jnp.where(explored, uniform, drawn).astype(jnp.int32), explored
+
+
+def expected_exit_loss(
+    log_hazard: Float[Array, "*A E"],
+    log_rest: Float[Array, "*A E"],
+    target_leave: Float[Array, "*A E"],
+    exit_index: Int[Array, "*A"],
+) -> Float[Array, "*A"]:
+    """Cross-entropy of the student's hazards to the targets' over the exits that were reached.
+
+    Σ_{e ≤ index} −[h*_e log h_e + (1 − h*_e) log(1 − h_e)]. Its mean over depths drawn from the
+    targets' law is that of −log P_student(d), with less noise; and each hazard keeps its own target
+    when depths are explored. Exits beyond the token's own were computed from a frozen residual and
+    do not count.
+    """
+    exits = log_hazard.shape[-1]
+    reached = jnp.arange(exits) <= exit_index[..., None]
+    target = jnp.exp(target_leave)
+    cross_entropy = -(target * log_hazard + (1.0 - target) * log_rest)
+    return jnp.sum(jnp.where(reached, cross_entropy, 0.0), axis=-1)

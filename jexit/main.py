@@ -1,0 +1,93 @@
+"""Command line of jexit: `python -m jexit.main --config=configs/rl.py[:PRESET]`."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from jexit.config import Config
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/rl.py or configs/rl.py:qwen3-4b."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; a rerun continues it. Default: runs/COMMAND-PRESET."
+)
+
+USER_ERROR, INTERRUPTED = 1, 3
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
+    """The checked config and the run's directory; raises ValueError for whatever is wrong."""
+    try:
+        rest = flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
+        raise ValueError(_one_line(error)) from error
+    if len(rest) > 1:
+        raise ValueError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
+    if CONFIG.value is None:
+        raise ValueError("there is no config; give one such as --config=configs/rl.py")
+    config = Config.from_dict(CONFIG.value)
+    return config, pathlib.Path(WORKDIR.value or f"runs/{config.command}-{config.preset}")
+
+
+def dispatch(config: Config, workdir: pathlib.Path) -> None:
+    """Runs the config's command."""
+    # Imported here, so that a wrong flag does not wait for jax.
+    from jexit.io.workdir import check_same_run
+    from jexit.loops import evaluate, pretrain, rl, sft
+
+    if config.command == "generate":
+        evaluate.print_generations(config)
+        return
+    check_same_run(workdir, config.to_dict())
+    commands = {
+        "pretrain": pretrain.pretrain,
+        "sft": sft.calibrate,
+        "rl": rl.reinforce,
+        "eval": evaluate.evaluate,
+    }
+    commands[config.command](config, workdir)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
+    logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    try:
+        dispatch(*parse(argv))
+    except (ValueError, FileNotFoundError) as error:
+        if _is_internal(error):
+            raise
+        print(f"jexit: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except RuntimeError as error:
+        from jexit.loops.trainer import Diverged, Interrupted
+
+        if not isinstance(error, (Diverged, Interrupted)):
+            raise
+        print(f"jexit: {error}", file=sys.stderr)
+        return INTERRUPTED if isinstance(error, Interrupted) else USER_ERROR
+    return 0
+
+
+def _is_internal(error: BaseException) -> bool:
+    """Whether the error was raised by a library below jexit: a fault, whose traceback matters."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return not module.startswith(("jexit", "convert", "__main__"))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    return text or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,1 @@
+"""The transformer with stochastic early exits."""

@@ -1,0 +1,55 @@
+"""One transformer block; the module holds every layer's parameters on a leading axis."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jexit.axes import Array, Bool, HiddenBTD, PRNGKey
+from jexit.model.attention import Attention, KeysValues, attend
+from jexit.model.layers import MLP, RMSNorm
+from jexit.model.lora import LoRA
+from jexit.presets import Architecture
+
+
+class Block(nnx.Module):
+    """h += o(attention(norm(h))); h += mlp(norm(h))."""
+
+    def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        norm = {"eps": arch.rms_norm_eps, "dtype": dtype}
+        self.attn_norm = RMSNorm(arch.layers, arch.width, **norm)
+        self.attn = Attention(arch, lora, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(arch.layers, arch.width, **norm)
+        self.mlp = MLP(arch, lora, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        h_BTD: HiddenBTD,
+        cos: Array,
+        sin: Array,
+        mask_BTS: Bool[Array, "B T S"],
+        *,
+        adapters: bool = True,
+        dropout_key: PRNGKey | None = None,
+        attention: str = "xla",
+    ) -> tuple[HiddenBTD, KeysValues]:
+        """One layer over whole sequences; returns the new residual and this layer's keys/values."""
+        keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
+        x_BTD = self.attn_norm(h_BTD)
+        kv = self.attn.keys_values(x_BTD, cos, sin, adapters=adapters, key=keys[0])
+        q_BTNH = self.attn.queries(x_BTD, cos, sin, adapters=adapters, key=keys[1])
+        mixed_BTNH = attend(q_BTNH, kv, mask_BTS, implementation=attention)
+        return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
+
+    def finish(
+        self,
+        h_BTD: HiddenBTD,
+        mixed_BTNH: Array,
+        *,
+        adapters: bool = True,
+        keys: tuple[PRNGKey | None, PRNGKey | None] = (None, None),
+    ) -> HiddenBTD:
+        """The block after attention: output projection, residual, MLP, residual."""
+        h_BTD = h_BTD + self.attn.o(mixed_BTNH, adapters=adapters, dropout_key=keys[0])
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD), adapters=adapters, dropout_key=keys[1])

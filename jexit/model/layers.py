@@ -1,0 +1,103 @@
+"""RMS normalisation, rotary positions and the gated MLP."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import Array, Float, HiddenBTD, PositionsBT, PRNGKey
+from jexit.model.lora import LoRA, StackedLinear
+from jexit.presets import Architecture, Yarn
+
+
+class RMSNorm(nnx.Module):
+    """Scales of one or more RMS norms (arXiv:1910.07467); shape [..., width]."""
+
+    def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, the statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return scale * normed.astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) · up(x)), stacked over layers."""
+
+    def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, hidden = (arch.width,), (arch.mlp_width,)
+
+        def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> StackedLinear:
+            adapter = lora if lora and name in lora.targets else None
+            return StackedLinear(arch.layers, inputs, outputs, lora=adapter, dtype=dtype, rngs=rngs)
+
+        self.gate = linear("gate", width, hidden)
+        self.up = linear("up", width, hidden)
+        self.down = linear("down", hidden, width)
+
+    def __call__(
+        self, x_BTD: HiddenBTD, *, adapters: bool, dropout_key: PRNGKey | None
+    ) -> HiddenBTD:
+        keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        gate_BTF = self.gate(x_BTD, adapters=adapters, dropout_key=keys[0])
+        up_BTF = self.up(x_BTD, adapters=adapters, dropout_key=keys[1])
+        return self.down(jax.nn.silu(gate_BTF) * up_BTF, adapters=adapters, dropout_key=keys[2])
+
+
+def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [H/2] and the factor on cos and sin (1 unless YaRN scales attention).
+
+    Plain rope: θ^(−2i/H) (arXiv:2104.09864). YaRN (arXiv:2309.00071, section 3.2): frequencies that
+    turn fewer than beta_slow times over the original context are divided by `factor`, those that
+    turn more than beta_fast times stay, a linear ramp lies between; attention factor
+    0.1·ln(factor) + 1 unless the checkpoint gives one.
+    """
+    half = arch.head_dim // 2
+    plain = arch.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    if arch.yarn is None:
+        return plain.astype(np.float32), 1.0
+    yarn = arch.yarn
+    low, high = (_turns_dimension(arch, yarn, beta) for beta in (yarn.beta_fast, yarn.beta_slow))
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, arch.head_dim - 1)
+    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    scaled = plain / yarn.factor * ramp + plain * (1.0 - ramp)
+    attention = yarn.attention_factor
+    if attention is None:
+        attention = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1.0 else 1.0
+    return scaled.astype(np.float32), attention
+
+
+def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:
+    """The (fractional) frequency index that turns `turns` times over the original context."""
+    ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
+    return arch.head_dim * math.log(ratio) / (2.0 * math.log(arch.rope_theta))
+
+
+def rope_table(
+    arch: Architecture, positions_BT: PositionsBT
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+    """Cosines and sines [B, T, H/2] in float32 for the given positions."""
+    frequencies, factor = rope_inverse_frequencies(arch)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the two halves of the head dimension; x [B, T, heads, H], cos and sin [B, T, H/2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,81 @@
+"""Linear projections of a stack of layers, with an optional low-rank adapter (arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jexit.axes import Array, PRNGKey
+
+
+class LoRAParam(nnx.Param):
+    """An adapter's parameter: float32 and trained while the base weights stay."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Adapter settings: y += (alpha / rank) · dropout(x) · A · B on the projections in `targets`."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class StackedLinear(nnx.Module):
+    """One projection of every layer: kernel [L, *inputs, *outputs], optional bias [L, *outputs].
+
+    `__call__` works on one layer's slice of the parameters (no leading L), as the scan over layers
+    hands it out.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        use_bias: bool = False,
+        lora: LoRA | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.inputs, self.outputs = inputs, outputs
+        fan_in = math.prod(inputs)
+        shape = (layers, *inputs, *outputs)
+        scale = fan_in**-0.5
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.bias = nnx.Param(jnp.zeros((layers, *outputs), dtype)) if use_bias else None
+        self.lora_scale = lora.scale if lora else 0.0
+        self.lora_dropout = lora.dropout if lora else 0.0
+        if lora is None:
+            self.lora_a = self.lora_b = None
+        else:
+            normal_a = jax.random.normal(rngs.params(), (layers, *inputs, lora.rank))
+            self.lora_a = LoRAParam(normal_a * fan_in**-0.5)
+            self.lora_b = LoRAParam(jnp.zeros((layers, lora.rank, *outputs)))
+
+    def __call__(
+        self, x: Array, *, adapters: bool = True, dropout_key: PRNGKey | None = None
+    ) -> Array:
+        """x [..., *inputs] → [..., *outputs]; `adapters=False` is the base projection alone."""
+        axes = len(self.inputs)
+        y = jnp.tensordot(x, self.kernel[...], axes)
+        if self.bias is not None:
+            y += self.bias[...]
+        if adapters and self.lora_a is not None:
+            if dropout_key is not None and self.lora_dropout > 0.0:
+                keep = jax.random.bernoulli(dropout_key, 1.0 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1.0 - self.lora_dropout), 0.0).astype(x.dtype)
+            low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), axes)
+            up = jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+            y += self.lora_scale * up
+        return y

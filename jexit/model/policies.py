@@ -1,0 +1,135 @@
+"""Halting policies: the rule by which a token leaves, as data that the model is given.
+
+A policy answers two questions. `start` gives each token's depth before any layer has run (L when it
+is decided on the way). `leaves` says, at an exit, which tokens leave now, from the hazard logits.
+`column` picks one position's policy while decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jexit.axes import Array, Bool, Float, Int, PRNGKey
+from jexit.model.exits import log_hazards
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the model asks of a halting policy; shapes are [B, T] or [B]."""
+
+    reads_hazards: ClassVar[bool]
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]: ...
+
+    def leaves(
+        self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None
+    ) -> Bool[Array, "*A"]: ...
+
+    def column(self, index: Int[Array, ""]) -> Policy: ...
+
+
+def _policy(cls: type) -> type:
+    """Makes a frozen dataclass that is a pytree of its fields."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+class _NeverOnTheWay:
+    """Shared by the policies whose depths are known beforehand."""
+
+    reads_hazards: ClassVar[bool] = False
+
+    def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
+        return jnp.zeros(hazard_logits.shape, bool)
+
+
+class _Uniform:
+    """Shared by the policies that treat every position alike and decide on the way."""
+
+    reads_hazards: ClassVar[bool] = True
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Array:
+        return jnp.full(shape, layers, jnp.int32)
+
+    def column(self, index: Array) -> Policy:
+        return self
+
+
+@_policy
+class Full(_NeverOnTheWay):
+    """Every token runs every layer."""
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Array:
+        return jnp.full(shape, layers, jnp.int32)
+
+    def column(self, index: Array) -> Policy:
+        return self
+
+
+@_policy
+class Prescribed(_NeverOnTheWay):
+    """Each token runs the given number of layers (1 … L); values beyond L mean L.
+
+    In `forward` one column an input position; in `generate` column i is for the pass that produces
+    generated token i, and column 0 is ignored because the last prompt position runs full depth.
+    """
+
+    depth_BT: Int[Array, "B T"]
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Array:
+        depth = jnp.asarray(self.depth_BT, jnp.int32)
+        if depth.shape != shape:
+            raise ValueError(
+                f"Prescribed has depths of shape {depth.shape} for tokens of shape {shape}; give "
+                "one depth a token"
+            )
+        return jnp.clip(depth, 1, layers)
+
+    def column(self, index: Array) -> Prescribed:
+        column_B1 = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.depth_BT), index, 1, axis=1)
+        return Prescribed(column_B1[:, 0])
+
+
+@_policy
+class Sample(_Uniform):
+    """Leaves with the probability that the exit's hazard gives, as the depth law has it.
+
+    hazard = min_hazard + (1 − min_hazard)·σ(z / temperature).
+    """
+
+    temperature: Float[Array, ""] | float = 1.0
+    min_hazard: Float[Array, ""] | float = 0.0
+
+    def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
+        if key is None:
+            raise ValueError("Sample draws depths at random and needs a PRNG key; pass key=")
+        log_leave, _ = log_hazards(
+            hazard_logits, temperature=self.temperature, min_hazard=self.min_hazard
+        )
+        uniform = jax.random.uniform(key, hazard_logits.shape, minval=1e-12)
+        return jnp.log(uniform) < log_leave
+
+
+@_policy
+class Threshold(_Uniform):
+    """Leaves at the first exit whose hazard σ(z) exceeds `hazard`."""
+
+    hazard: Float[Array, ""] | float = 0.5
+
+    def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
+        return jax.nn.sigmoid(hazard_logits) > self.hazard
+
+
+@functools.singledispatch
+def law_settings(policy: Policy) -> dict[str, Array | float]:
+    """Temperature and floor with which the depth law scores what this policy did."""
+    return {"temperature": 1.0, "min_hazard": 0.0}
+
+
+@law_settings.register
+def _(policy: Sample) -> dict[str, Array | float]:
+    return {"temperature": policy.temperature, "min_hazard": policy.min_hazard}

@@ -1,0 +1,295 @@
+"""The decoder: one stack of parameters run by `lax.scan`, with halting by a policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import (
+    Array,
+    DepthBT,
+    ExitHiddenEBTD,
+    Float,
+    HazardLogitsBTE,
+    HiddenBTD,
+    LengthsB,
+    LogitsBTV,
+    MaskBT,
+    PositionsBT,
+    PRNGKey,
+    TokensBT,
+)
+from jexit.model.attention import KeysValues
+from jexit.model.block import Block
+from jexit.model.exits import ExitHeads
+from jexit.model.layers import RMSNorm, rope_table
+from jexit.model.lora import LoRA
+from jexit.model.policies import Full, Policy
+from jexit.presets import Architecture
+
+REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the stack is computed; no influence on the result beyond rounding."""
+
+    attention: Literal["xla", "cudnn"] = "xla"
+    remat: Literal["none", "block", "dots"] = "none"
+    scan_unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitHeadSettings:
+    """Shape and start of the exit heads; see `ExitHeads`."""
+
+    kind: Literal["mlp", "linear"] = "mlp"
+    norm: Literal["rms", "none"] = "rms"
+    bias: float = -4.0
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D]; the output head too when the checkpoint ties them."""
+
+    def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (arch.vocab_size, arch.width)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * 0.02)
+
+
+class Head(nnx.Module):
+    """Untied output head [V, D]."""
+
+    def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (arch.vocab_size, arch.width)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * 0.02)
+
+
+class Transformer(nnx.Module):
+    """A Qwen-family decoder with exit heads and, optionally, LoRA adapters.
+
+    Owns the parameters; `run` and `forward` compute with them. `exit_layers` are layer numbers,
+    sorted: exit ℓ leaves before layer ℓ runs.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        exit_layers: tuple[int, ...],
+        exit_head: ExitHeadSettings = ExitHeadSettings(),
+        lora: LoRA | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        execution: Execution = Execution(),
+        rngs: nnx.Rngs,
+    ):
+        self.arch = arch
+        self.exit_layers = tuple(exit_layers)
+        self.exit_head = exit_head
+        self.lora = lora
+        self.execution = execution
+        self.embed = Embedding(arch, dtype=dtype, rngs=rngs)
+        self.blocks = Block(arch, lora, dtype=dtype, rngs=rngs)
+        self.final_norm = RMSNorm(arch.width, eps=arch.rms_norm_eps, dtype=dtype)
+        self.head = None if arch.tied else Head(arch, dtype=dtype, rngs=rngs)
+        self.exits = ExitHeads(
+            len(exit_layers),
+            arch.width,
+            kind=exit_head.kind,
+            norm=exit_head.norm,
+            bias=exit_head.bias,
+            eps=arch.rms_norm_eps,
+            rngs=rngs,
+        )
+
+    @property
+    def head_VD(self) -> Float[Array, "V D"]:
+        return (self.embed.embedding if self.head is None else self.head.kernel)[...]
+
+    @property
+    def exit_index_of_layer(self) -> np.ndarray:
+        """[L] int32: the exit index at each layer, −1 where there is no exit."""
+        index_L = np.full(self.arch.layers, -1, np.int32)
+        index_L[list(self.exit_layers)] = np.arange(len(self.exit_layers))
+        return index_L
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `run` returns; the parts that were not asked for are None.
+
+    hidden_BTD and exit_hidden_EBTD have been through the final norm: times the head they are logits
+    and the exits' logit lenses. exit_hidden_EBTD is the residual entering the exit's layer (frozen
+    for tokens that left before). Hazard logits of exits beyond a token's depth are computed from
+    its frozen residual; the depth law does not read them.
+    """
+
+    hidden_BTD: HiddenBTD
+    depth_BT: DepthBT
+    hazard_logits_BTE: HazardLogitsBTE | None
+    exit_hidden_EBTD: ExitHiddenEBTD | None
+    keys_values: KeysValues | None  # [L, B, T, K, H] each
+
+
+def run(
+    model: Transformer,
+    tokens_BT: TokensBT,
+    *,
+    policy: Policy = Full(),
+    positions_BT: PositionsBT | None = None,
+    valid_BT: MaskBT | None = None,
+    action_BT: MaskBT | None = None,
+    key: PRNGKey | None = None,
+    adapters: bool = True,
+    dropout_key: PRNGKey | None = None,
+    hazards: bool = False,
+    exit_hidden: bool = False,
+    keys_values: bool = False,
+) -> Run:
+    """Runs the stack over whole sequences, each token through as many layers as the policy says.
+
+    `valid_BT` masks keys that may not be attended to (padding on either side); `action_BT` limits
+    who may leave (None: everybody). `adapters=False` leaves LoRA out: the teacher. A token that has
+    left keeps its residual, from which later layers still compute its keys and values:
+    h = where(layer < depth, block(h), h).
+    """
+    arch, execution = model.arch, model.execution
+    batch, length = tokens_BT.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    cos, sin = rope_table(arch, positions_BT)
+    mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None]
+    mask_BTS = jnp.broadcast_to(mask_BTS, (batch, length, length))
+    if valid_BT is not None:
+        mask_BTS &= valid_BT[:, None, :]
+
+    block_def, block_state = nnx.split(model.blocks)
+    reads_hazards = hazards or policy.reads_hazards
+    keys_L = None if key is None else jax.random.split(key, arch.layers)
+    dropout_L = None if dropout_key is None else jax.random.split(dropout_key, arch.layers)
+
+    def at_exit(h_BTD, depth_BT, exit_index, layer, layer_key):
+        z_BT = model.exits(h_BTD, exit_index)
+        leaves_BT = policy.leaves(z_BT, layer_key) & (depth_BT > layer)
+        if action_BT is not None:
+            leaves_BT &= action_BT
+        return z_BT, jnp.where(leaves_BT, layer, depth_BT)
+
+    def body(carry, xs):
+        h_BTD, depth_BT, exit_hidden_EBTD = carry
+        params, layer, exit_index, layer_key, dropout = xs
+        z_BT = None
+        if reads_hazards:
+            z_BT, depth_BT = jax.lax.cond(
+                exit_index >= 0,
+                lambda: at_exit(h_BTD, depth_BT, exit_index, layer, layer_key),
+                lambda: (jnp.zeros((batch, length), jnp.float32), depth_BT),
+            )
+        if exit_hidden:
+            exit_hidden_EBTD = jax.lax.cond(
+                exit_index >= 0,
+                lambda: jax.lax.dynamic_update_index_in_dim(
+                    exit_hidden_EBTD, model.final_norm(h_BTD), exit_index, 0
+                ),
+                lambda: exit_hidden_EBTD,
+            )
+        block = nnx.merge(block_def, params)
+        new_BTD, kv = block(
+            h_BTD,
+            cos,
+            sin,
+            mask_BTS,
+            adapters=adapters,
+            dropout_key=dropout,
+            attention=execution.attention,
+        )
+        alive_BT = layer < depth_BT
+        h_BTD = jnp.where(alive_BT[..., None], new_BTD, h_BTD)
+        return (h_BTD, depth_BT, exit_hidden_EBTD), (z_BT, kv if keys_values else None)
+
+    if execution.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
+
+    h_BTD = model.embed.embedding[...][tokens_BT]
+    exits = len(model.exit_layers)
+    buffer = jnp.zeros((exits, *h_BTD.shape), h_BTD.dtype) if exit_hidden else None
+    start_BT = policy.start((batch, length), arch.layers)
+    if action_BT is not None:
+        start_BT = jnp.where(action_BT, start_BT, arch.layers)
+    xs = (
+        block_state,
+        jnp.arange(arch.layers),
+        jnp.asarray(model.exit_index_of_layer),
+        keys_L,
+        dropout_L,
+    )
+    carry = (h_BTD, start_BT, buffer)
+    (h_BTD, depth_BT, buffer), (z_LBT, kv) = jax.lax.scan(
+        body, carry, xs, unroll=execution.scan_unroll
+    )
+    hazard_logits_BTE = None
+    if reads_hazards:
+        hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
+    return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Result of `forward`: logits (float32), depth (layer counts, int32), hazard logits (float32)."""
+
+    logits_BTV: LogitsBTV
+    depth_BT: DepthBT
+    hazard_logits_BTE: HazardLogitsBTE
+
+
+def forward(
+    model: Transformer,
+    tokens_BT: TokensBT,
+    lengths_B: LengthsB | None = None,
+    *,
+    policy: Policy = Full(),
+    adapters: bool = True,
+    key: PRNGKey | None = None,
+) -> Output:
+    """Logits, depths and hazards of right-padded sequences under a halting policy.
+
+    Shapes: tokens [B, T]; lengths [B] (None: all of T). Column t of `depth_BT` is the pass at input
+    position t, which produces token t + 1. `adapters=False` is the teacher's trunk. `Sample` needs
+    a PRNG `key`. Logits at padding mean nothing. For long sequences over a large vocabulary use
+    `run` with the ops of `jexit.kernels`, which never hold the logits.
+    """
+    tokens_BT = jnp.asarray(tokens_BT)
+    lengths_B = None if lengths_B is None else jnp.asarray(lengths_B)
+    return _forward(model, tokens_BT, lengths_B, policy, key, adapters=adapters)
+
+
+@nnx.jit(static_argnames="adapters")
+def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters):
+    valid_BT = None
+    if lengths_B is not None:
+        valid_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    result = run(
+        model,
+        tokens_BT,
+        policy=policy,
+        valid_BT=valid_BT,
+        key=key,
+        adapters=adapters,
+        hazards=True,
+    )
+    logits_BTV = logits_of(result.hidden_BTD, model.head_VD)
+    return Output(logits_BTV, result.depth_BT, result.hazard_logits_BTE)
+
+
+def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
+    """hidden · headᵀ accumulated and returned in float32: [..., V]."""
+    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)

@@ -1,0 +1,320 @@
+"""The jitted halves of a rollout: prefill of the prompts, then a loop over tokens.
+
+Layers run in a `while_loop` that ends when every row has left, with the layer's weights indexed
+*inside* the loop body: a layer that nobody needs is not read. A second loop gives the remaining
+layers the frozen tokens' keys and values, from two projections a layer. The caches are carried
+through these loops and never through `lax.cond`, which copies what it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
+from jexit.model.attention import KeysValues
+from jexit.model.block import Block
+from jexit.model.cache import Cache
+from jexit.model.exits import depth_log_prob
+from jexit.model.layers import rope_table
+from jexit.model.policies import Policy, Sample, law_settings
+from jexit.model.transformer import Transformer, logits_of, run
+from jexit.rollout.sampling import Sampling
+
+TOKEN_DRAW = 0  # the draw of the token; 1 + e are the draws at the exits
+
+
+def _pytree(cls: type) -> type:
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class Records:
+    """What is kept of every generated token, with time first so that a step writes one row."""
+
+    tokens_TB: Int[Array, "T B"]
+    depths_TB: Int[Array, "T B"]
+    logprobs_TB: Float[Array, "T B"]
+    depth_logprobs_TB: Float[Array, "T B"]
+    hazard_logits_TBE: Float[Array, "T B E"] | None
+
+
+@_pytree
+class Decoding:
+    """A batch half way: `index` tokens a row are out, the last of them not yet run."""
+
+    index: Int[Array, ""]
+    token_B: Int[Array, "B"]
+    finished_B: Bool[Array, "B"]
+    length_B: Int[Array, "B"]
+    cache: Cache
+    records: Records
+
+
+@_pytree
+class Rows:
+    """What stays as it is while a batch decodes."""
+
+    keys_B: Key[Array, "B"]
+    pad_B: Int[Array, "B"]
+    eos_N: Int[Array, "N"]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "samples", "slots", "max_new_tokens", "adapters", "hazards"),
+)
+def prefill(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    prompts_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    eos_N: Int[Array, "N"],
+    key: PRNGKey,
+    first_prompt: Int[Array, ""],
+    sampling: Sampling,
+    *,
+    samples: int,
+    slots: int,
+    max_new_tokens: int,
+    adapters: bool,
+    hazards: bool,
+) -> tuple[Rows, Decoding]:
+    """Runs left-padded prompts [B, T] at full depth and draws `samples` first tokens for each.
+
+    Rows of one prompt are adjacent. A row's key comes from the seed, the prompt's index in the
+    caller's whole list and the sample's index, whatever the batch.
+    """
+    model: Transformer = nnx.merge(graphdef, *states)
+    prompts, length = prompts_BT.shape
+    pad_B = length - lengths_B
+    slot_T = jnp.arange(length)
+    result = run(
+        model,
+        prompts_BT,
+        positions_BT=jnp.maximum(slot_T - pad_B[:, None], 0),
+        valid_BT=slot_T >= pad_B[:, None],
+        adapters=adapters,
+        keys_values=True,
+    )
+    logits_BV = logits_of(result.hidden_BTD[:, -1], model.head_VD)
+
+    def row_keys(prompt: Array) -> Array:
+        prompt_key = jax.random.fold_in(key, prompt)
+        return jax.vmap(lambda sample: jax.random.fold_in(prompt_key, sample))(jnp.arange(samples))
+
+    keys_B = jax.vmap(row_keys)(first_prompt + jnp.arange(prompts)).reshape(-1)
+    rows = Rows(keys_B, jnp.repeat(pad_B, samples), eos_N)
+    token_B, logprob_B = sampling.draw(
+        jnp.repeat(logits_BV, samples, axis=0), _fold(_fold(keys_B, 0), TOKEN_DRAW)
+    )
+    batch = prompts * samples
+    empty = jnp.zeros((max_new_tokens, batch), jnp.float32)
+    exits = len(model.exit_layers)
+    records = Records(
+        tokens_TB=empty.astype(jnp.int32).at[0].set(token_B),
+        depths_TB=empty.astype(jnp.int32).at[0].set(model.arch.layers),
+        logprobs_TB=empty.at[0].set(logprob_B),
+        depth_logprobs_TB=empty,
+        hazard_logits_TBE=(
+            jnp.full((max_new_tokens, batch, exits), jnp.nan, jnp.float32) if hazards else None
+        ),
+    )
+    return rows, Decoding(
+        index=jnp.ones((), jnp.int32),
+        token_B=token_B,
+        finished_B=_ends(token_B, eos_N),
+        length_B=jnp.ones((batch,), jnp.int32),
+        cache=Cache.of_prompts(result.keys_values, slots, samples),
+        records=records,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="slots", donate_argnames="state")
+def grow(state: Decoding, *, slots: int) -> Decoding:
+    """The same batch with a cache of `slots` slots."""
+    return dataclasses.replace(state, cache=state.cache.grown(slots))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "prompt_slots", "adapters", "hazards"),
+    donate_argnames="state",
+)
+def decode(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    rows: Rows,
+    state: Decoding,
+    policy: Policy,
+    sampling: Sampling,
+    *,
+    prompt_slots: int,
+    adapters: bool,
+    hazards: bool,
+) -> Decoding:
+    """Generates until every row has ended, the records are full, or the cache is."""
+    model: Transformer = nnx.merge(graphdef, *states)
+    last = min(state.records.tokens_TB.shape[0], state.cache.slots - prompt_slots + 1)
+
+    def goes_on(state: Decoding) -> Array:
+        return (state.index < last) & ~jnp.all(state.finished_B)
+
+    def step(state: Decoding) -> Decoding:
+        slot = prompt_slots + state.index - 1
+        keys_B = _fold(rows.keys_B, state.index)
+        token_pass = _run_token(
+            model, state, rows, policy.column(state.index), keys_B, slot, adapters, hazards
+        )
+        logits_BV = logits_of(model.final_norm(token_pass.h_BD), model.head_VD)
+        token_B, logprob_B = sampling.draw(logits_BV, _fold(keys_B, TOKEN_DRAW))
+        return _recorded(state, token_pass, token_B, logprob_B, rows.eos_N)
+
+    return jax.lax.while_loop(goes_on, step, state)
+
+
+@_pytree
+class _Pass:
+    """One token's way through the layers."""
+
+    layer: Int[Array, ""]
+    h_BD: Float[Array, "B D"]
+    depth_B: Int[Array, "B"]
+    hazard_logits_BE: Float[Array, "B E"] | None
+    cache: Cache
+    depth_logprob_B: Float[Array, "B"] | None = None
+
+
+def _run_token(
+    model: Transformer,
+    state: Decoding,
+    rows: Rows,
+    policy: Policy,
+    keys_B: Array,
+    slot: Array,
+    adapters: bool,
+    hazards: bool,
+) -> _Pass:
+    """Runs each row's last token through as many layers as the policy says."""
+    arch, exit_layers = model.arch, model.exit_layers
+    layers, batch = arch.layers, state.token_B.shape[0]
+    reads_hazards = hazards or policy.reads_hazards
+    cos, sin = rope_table(arch, (slot - rows.pad_B)[:, None])
+    slot_S = jnp.arange(state.cache.slots)
+    mask_BS = (slot_S >= rows.pad_B[:, None]) & (slot_S <= slot)
+    block_def, stacked = nnx.split(model.blocks)
+    # One more entry: after the last layer there is no exit.
+    exit_index_L = jnp.asarray([*model.exit_index_of_layer, -1])
+
+    def block_of(layer: Array) -> Block:
+        def pick(parameter: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(parameter, layer, 0, keepdims=False)
+
+        return nnx.merge(block_def, jax.tree.map(pick, stacked))
+
+    def keys_values(block: Block, x_B1D: Array) -> KeysValues:
+        return block.attn.keys_values(x_B1D, cos, sin, adapters=adapters, key=None)
+
+    def someone_runs(at: _Pass) -> Array:
+        return (at.layer < layers) & jnp.any(at.layer < at.depth_B)
+
+    def run_layer(at: _Pass) -> _Pass:
+        block = block_of(at.layer)
+        h_B1D = at.h_BD[:, None]
+        x_B1D = block.attn_norm(h_B1D)
+        cache = at.cache.written(at.layer, slot, keys_values(block, x_B1D))
+        q_B1NH = block.attn.queries(x_B1D, cos, sin, adapters=adapters, key=None)
+        mixed_BNH = cache.attend(at.layer, q_B1NH[:, 0], mask_BS)
+        new_BD = block.finish(h_B1D, mixed_BNH[:, None], adapters=adapters)[:, 0]
+        h_BD = jnp.where((at.layer < at.depth_B)[:, None], new_BD, at.h_BD)
+        after = dataclasses.replace(at, layer=at.layer + 1, h_BD=h_BD, cache=cache)
+        return leave(after) if reads_hazards else after
+
+    def leave(at: _Pass) -> _Pass:
+        exit_index = exit_index_L[at.layer]
+
+        def at_exit() -> tuple[Array, Array]:
+            z_B = model.exits(at.h_BD, exit_index)
+            exit_keys_B = _fold(keys_B, 1 + exit_index)
+            leaves_B = jax.vmap(policy.leaves)(z_B, exit_keys_B) & (at.layer < at.depth_B)
+            z_BE = jax.lax.dynamic_update_slice(
+                at.hazard_logits_BE, z_B[:, None], (jnp.zeros((), jnp.int32), exit_index)
+            )
+            return jnp.where(leaves_B, at.layer, at.depth_B), z_BE
+
+        depth_B, z_BE = jax.lax.cond(
+            exit_index >= 0, at_exit, lambda: (at.depth_B, at.hazard_logits_BE)
+        )
+        return dataclasses.replace(at, depth_B=depth_B, hazard_logits_BE=z_BE)
+
+    depth_B = policy.start((batch,), layers)
+    start = _Pass(
+        layer=jnp.zeros((), jnp.int32),
+        h_BD=model.embed.embedding[...][state.token_B],
+        depth_B=jnp.where(state.finished_B, 0, depth_B),  # nobody runs for rows that have ended
+        # Exits that are not reached hold zeros in the loop: the law may read them, times nothing.
+        hazard_logits_BE=jnp.zeros((batch, len(exit_layers))) if reads_hazards else None,
+        cache=state.cache,
+    )
+    end = jax.lax.while_loop(someone_runs, run_layer, start)
+
+    def fill(layer: Array, cache: Cache) -> Cache:
+        block = block_of(layer)
+        return cache.written(layer, slot, keys_values(block, block.attn_norm(end.h_BD[:, None])))
+
+    cache = jax.lax.fori_loop(end.layer, layers, fill, end.cache)
+    depth_logprob_B = jnp.zeros((batch,))
+    if isinstance(policy, Sample):
+        depth_logprob_B = depth_log_prob(
+            end.depth_B, end.hazard_logits_BE, exit_layers, layers, **law_settings(policy)
+        )
+    if hazards:
+        reached_BE = jnp.asarray(exit_layers) <= end.depth_B[:, None]
+        end = dataclasses.replace(
+            end, hazard_logits_BE=jnp.where(reached_BE, end.hazard_logits_BE, jnp.nan)
+        )
+    return dataclasses.replace(end, cache=cache, depth_logprob_B=depth_logprob_B)
+
+
+def _recorded(
+    state: Decoding, token_pass: _Pass, token_B: Array, logprob_B: Array, eos_N: Array
+) -> Decoding:
+    """The batch after one more token; rows that had ended get zeros."""
+    running_B = ~state.finished_B
+
+    def write(record: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(record, new, state.index, 0)
+
+    kept = state.records
+    z_TBE = kept.hazard_logits_TBE
+    if z_TBE is not None:
+        z_BE = jnp.where(running_B[:, None], token_pass.hazard_logits_BE, jnp.nan)
+        z_TBE = write(z_TBE, z_BE)
+    depth_logprob_B = jnp.where(running_B, token_pass.depth_logprob_B, 0.0)
+    records = Records(
+        tokens_TB=write(kept.tokens_TB, token_B),
+        depths_TB=write(kept.depths_TB, token_pass.depth_B),
+        logprobs_TB=write(kept.logprobs_TB, jnp.where(running_B, logprob_B, 0.0)),
+        depth_logprobs_TB=write(kept.depth_logprobs_TB, depth_logprob_B),
+        hazard_logits_TBE=z_TBE,
+    )
+    return Decoding(
+        index=state.index + 1,
+        token_B=token_B,
+        finished_B=state.finished_B | _ends(token_B, eos_N),
+        length_B=state.length_B + running_B,
+        cache=token_pass.cache,
+        records=records,
+    )
+
+
+def _ends(token_B: Array, eos_N: Array) -> Array:
+    return jnp.any(token_B[:, None] == eos_N, axis=-1)
+
+
+def _fold(keys_B: Array, number: Array | int) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number)

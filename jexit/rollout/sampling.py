@@ -1,0 +1,137 @@
+"""Drawing tokens from logits, with the log-probability of what was drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jexit.axes import Array, Float, Int, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the flags are static, so an unused feature costs nothing."""
+
+    temperature: Float[Array, ""] | float
+    top_p: Float[Array, ""] | float
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    truncated: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, temperature: float, top_p: float) -> Sampling:
+        """Checks the settings; temperature 0 is greedy, whatever top_p."""
+        if not temperature >= 0.0:
+            raise ValueError(
+                f"temperature is {temperature}; it must be 0 (greedy) or above, such as 0.7"
+            )
+        if not 0.0 < top_p <= 1.0:
+            raise ValueError(
+                f"top_p is {top_p}; it is the probability mass to keep, above 0 and at most 1"
+            )
+        greedy = temperature == 0.0
+        return cls(
+            temperature=1.0 if greedy else float(temperature),
+            top_p=float(top_p),
+            greedy=greedy,
+            truncated=top_p < 1.0 and not greedy,
+        )
+
+    def draw(
+        self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
+    ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+        """(tokens, log-probabilities) [B] under the tempered, truncated distribution.
+
+        Greedy takes the first of the largest logits and reports the untempered log-probability.
+        """
+        if not self.greedy:
+            logits_BV = logits_BV / self.temperature
+        if self.truncated:
+            logits_BV = truncate_top_p(logits_BV, self.top_p)
+        top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+        if self.greedy:
+            token_B = _first(logits_BV == top_B1)
+        weights_BV = jnp.exp(logits_BV - top_B1)
+        if not self.greedy:
+            token_B = draw_by_weight(weights_BV, keys_B)
+        total_B = jnp.sum(weights_BV, axis=-1)
+        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+        return token_B, chosen_B - top_B1[:, 0] - jnp.log(total_B)
+
+
+def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> Int[Array, "B"]:
+    """Draws an index a row with probability weight / Σ weight; each row has its own key.
+
+    By inverting the cumulative sum in two levels (a block of about √V entries, then an entry of
+    it) with two uniform numbers a row; Gumbel noise would cost a random number and two logarithms
+    for every entry of the vocabulary. Entries of weight 0 are never drawn.
+    """
+    batch, vocab = weights_BV.shape
+    width = 1 << ((vocab - 1).bit_length() + 1) // 2
+    blocks = -(-vocab // width)
+    uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    padded_BV = jnp.pad(weights_BV, ((0, 0), (0, blocks * width - vocab)))
+    weights_BCW = padded_BV.reshape(batch, blocks, width)
+    block_B = _invert(jnp.sum(weights_BCW, axis=-1), uniform_B2[:, 0])
+    chosen_BW = jnp.take_along_axis(weights_BCW, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * width + _invert(chosen_BW, uniform_B2[:, 1])
+
+
+def _invert(weights_BC: Array, uniform_B: Array) -> Array:
+    """The first index of positive weight whose cumulative weight exceeds uniform · total."""
+    entries = weights_BC.shape[-1]
+    # A product with a triangle is one operation where a scan is a dozen.
+    triangle_CC = jnp.triu(jnp.ones((entries, entries), weights_BC.dtype))
+    sums_BC = jnp.dot(weights_BC, triangle_CC, precision=jax.lax.Precision.HIGHEST)
+    # Rounding may leave the sums not quite monotonic. The two guards make sure that some entry
+    # exceeds the target and that an entry of weight 0 is never the one.
+    sums_BC = jnp.where(weights_BC > 0, sums_BC, 0.0)
+    total_B1 = jnp.max(sums_BC, axis=-1, keepdims=True)
+    target_B1 = jnp.minimum(uniform_B[:, None] * total_B1, total_B1 * (1.0 - 2.0**-23))
+    return _first(sums_BC > target_B1)
+
+
+def _first(true_BC: Array) -> Array:
+    """The first true index of each row: two plain reductions, faster than one of pairs."""
+    entries = true_BC.shape[-1]
+    return jnp.min(jnp.where(true_BC, jnp.arange(entries), entries - 1), axis=-1).astype(jnp.int32)
+
+
+def truncate_top_p(
+    logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float
+) -> Float[Array, "*A V"]:
+    """Logits with −inf outside the nucleus (arXiv:1904.09751).
+
+    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p; tokens that tie at τ
+    all stay. τ is found by bisection over the bits of the probabilities, which order as they do: 31
+    sums over the vocabulary instead of a sort.
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+    # The whole mass may round to below top_p: the bound 0 then keeps everything.
+    low = jnp.zeros(logits.shape[:-1], jnp.int32)
+    high = jnp.max(bits, axis=-1) + 1
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        mass = jnp.sum(jnp.where(bits >= middle[..., None], probs, 0.0), axis=-1)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return jnp.where(bits >= low[..., None], logits, -jnp.inf)
+
+
+def sampling_log_probs(
+    logits: Float[Array, "*A V"],
+    temperature: Float[Array, ""] | float = 1.0,
+    top_p: float = 1.0,
+) -> Float[Array, "*A V"]:
+    """Log-probabilities [..., V] of the distribution that the sampler draws from."""
+    logits = logits.astype(jnp.float32) / temperature
+    if top_p < 1.0:
+        logits = truncate_top_p(logits, top_p)
+    return jax.nn.log_softmax(logits, axis=-1)

@@ -1,0 +1,1 @@
+"""Pure jitted steps: (state, batch, key) → (state, metrics); nothing here touches a disk."""

@@ -1,0 +1,115 @@
+"""AdamW with separate learning rates, accumulation, clipping, and steps that survive NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jexit.axes import Array, PRNGKey
+from jexit.config import OptimConfig
+from jexit.steps.state import Params, TrainState
+
+Metrics = dict[str, Array]
+# (params, micro-batch, key) → (its share of the loss, its share of the metrics)
+LossFn = Callable[[Params, Any, PRNGKey], tuple[Array, Metrics]]
+
+
+def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
+    """Linear warm-up to `peak`, then constant, linear or cosine decay to final_fraction·peak."""
+    warmup, end = config.warmup_steps, config.final_fraction * peak
+    rest = max(steps - warmup, 1)
+    decay = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, end, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
+    }[config.schedule]()
+    if warmup == 0:
+        return decay
+    # Step 0 already learns: the ramp starts one notch above zero.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW per label with its own rate; decay on matrices only."""
+    peaks = {"lora": config.lora_lr, "exit": config.exit_lr, "base": config.full_lr}
+
+    def matrices(params: Params) -> Params:
+        def decays(path: tuple, _: Array) -> bool:
+            return path[-1].key in ("kernel", "embedding", "lora_a", "lora_b", "w1", "w2")
+
+        return jax.tree_util.tree_map_with_path(decays, params)
+
+    adamw = {
+        label: optax.adamw(
+            schedule(config, peak, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=matrices,
+        )
+        for label, peak in peaks.items()
+    }
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(adamw, labels))
+
+
+def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
+    """Micro-batch `index` of a pytree of arrays, cut from their leading axis."""
+
+    def cut(rows: Array) -> Array:
+        size = rows.shape[0] // micro_batches
+        return jax.lax.dynamic_slice_in_dim(rows, index * size, size)
+
+    return batch if micro_batches == 1 else jax.tree.map(cut, batch)
+
+
+def accumulated_gradients(
+    loss_fn: LossFn, params: Params, take: Callable[[Array], Any], count: int, key: PRNGKey
+) -> tuple[Array, Metrics, Params]:
+    """Sums loss, metrics and gradients over the micro-batches `take(0)` … `take(count − 1)`.
+
+    `loss_fn` returns shares: values already divided by the whole batch's denominators, so that the
+    sums equal one pass over the whole batch, whatever the rows' lengths.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one(index: Array) -> tuple[Array, Metrics, Params]:
+        rows = take(index)
+        (loss, metrics), gradients = value_and_grad(params, rows, jax.random.fold_in(key, index))
+        return loss, metrics, gradients
+
+    if count == 1:
+        return one(jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
+    total, _ = jax.lax.scan(
+        lambda total, index: (jax.tree.map(jnp.add, total, one(index)), None),
+        zeros,
+        jnp.arange(count),
+    )
+    return total
+
+
+def apply_gradients(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    gradients: Params,
+    loss: Array,
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step; if loss or gradients are not finite, parameters stay and it is counted."""
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    trainable, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (trainable, opt_state),
+        (state.trainable, state.opt_state),
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    metrics = {"grad_norm": norm, "skipped": skipped.astype(jnp.float32)}
+    return TrainState(state.step + 1, trainable, opt_state, skipped), metrics

@@ -1,0 +1,288 @@
+"""One update of RLOO over pairs of token and depth, with a price on depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jexit.axes import Array, Bool, Float, Int, PRNGKey
+from jexit.config import RLConfig
+from jexit.kernels import linear_kl, linear_logprob
+from jexit.losses.masked import masked_mean, masked_sum
+from jexit.losses.rloo import (
+    Reward,
+    depth_cost_to_go,
+    group_advantages,
+    k3,
+    loss_weights,
+    policy_loss_terms,
+    reached_decision_entropy,
+    rewards,
+    zero_spread_groups,
+)
+from jexit.model.exits import depth_log_prob, exit_index_of_depth, log_hazards
+from jexit.model.policies import Full, Prescribed
+from jexit.model.transformer import Transformer, run
+from jexit.steps.completions import Completions
+from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
+from jexit.steps.state import Fixed, Params, SplitModel, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RLBatch:
+    """Rollouts (rows of one prompt adjacent) with what the sampler recorded.
+
+    `logprobs_BC` is of the tempered distribution that the token was drawn from, `depth_logprobs_BC`
+    of the depth under the policy's law (0 at position 0, which nobody chose).
+    """
+
+    completions: Completions
+    depth_BC: Int[Array, "B C"]
+    logprobs_BC: Float[Array, "B C"]
+    depth_logprobs_BC: Float[Array, "B C"]
+    verifier_B: Float[Array, "B"]
+    truncated_B: Bool[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """λ and μ of this step; arrays, so that a schedule does not recompile."""
+
+    depth_coef: Float[Array, ""] | float
+    length_coef: Float[Array, ""] | float
+
+
+RLStep = Callable[[TrainState, Fixed, RLBatch, Prices, PRNGKey], tuple[TrainState, Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """A batch with all that is constant during its updates."""
+
+    batch: RLBatch
+    advantage_BC: Float[Array, "B C"]
+    weight_BC: Float[Array, "B C"]  # loss weights: masked, normalised
+    mean_BC: Float[Array, "B C"]  # weights of a mean over generated tokens
+    teacher_BC: Float[Array, "B C"]  # log π_teacher of the tokens
+    teacher_hidden_BCD: Array | None
+
+
+def make_rl_step(
+    split: SplitModel,
+    optimizer: optax.GradientTransformation,
+    config: RLConfig,
+    *,
+    micro_batches: int = 1,
+) -> RLStep:
+    """The jitted update (state, fixed, batch, prices, key) → (state, metrics).
+
+    Scores the rollouts with the teacher, forms rewards and advantages, and takes
+    `updates_per_batch` optimiser steps on
+    −Σ w·A·[log π(y | d) + log P(d)] (REINFORCE), or PPO's clipped ratio when there are several.
+    """
+    model = split.student(split.trainable)
+    layers, exit_layers = model.arch.layers, model.exit_layers
+    law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
+    exact_kl = config.kl_loss_coef > 0 and config.kl_loss == "exact"
+
+    def flat(values: Array) -> Array:
+        return values.reshape(-1, *values.shape[2:])
+
+    def tempered(rows: Completions, hidden_BTD: Array) -> Array:
+        """Hidden states of the completion positions over the sampling temperature: [B, C, D]."""
+        hidden_BCD = rows.window(hidden_BTD)
+        return (hidden_BCD.astype(jnp.float32) / config.temperature).astype(hidden_BCD.dtype)
+
+    def token_logprobs(head_VD: Array, hidden_BCD: Array, rows: Completions):
+        tokens_BC = rows.completion_tokens_BC
+        result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC))
+        return (
+            result.logprob_N.reshape(tokens_BC.shape),
+            result.entropy_N.reshape(tokens_BC.shape),
+        )
+
+    def teach(teacher: Transformer, batch: RLBatch) -> tuple[Array, Array | None]:
+        """log π_teacher of every token, and the teacher's hidden states if the exact KL needs them."""
+
+        def one(index: Array) -> tuple[Array, Array | None]:
+            rows = micro_batch(batch.completions, index, micro_batches)
+            taught = run(
+                teacher, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, adapters=False
+            )
+            hidden_BCD = tempered(rows, taught.hidden_BTD)
+            logprob_BC, _ = token_logprobs(teacher.head_VD, hidden_BCD, rows)
+            return logprob_BC, hidden_BCD if exact_kl else None
+
+        if micro_batches == 1:
+            return one(jnp.zeros((), jnp.int32))
+        stacked = jax.lax.map(one, jnp.arange(micro_batches))
+        return jax.tree.map(flat, stacked)
+
+    def advantages(batch: RLBatch, reward: Reward, prices: Prices) -> Array:
+        """Advantage of every action pair [B, C]."""
+        keep_B = ~batch.truncated_B if config.mask_truncated else None
+        action_BC = batch.completions.action_BC
+        width = batch.depth_BC.shape[1]
+        if not config.causal_depth:
+            advantage_B = group_advantages(
+                reward.total_B, config.rollouts, config.advantage, keep_B
+            )
+            return jnp.broadcast_to(advantage_B[:, None], (advantage_B.shape[0], width))
+        cost_BC = prices.depth_coef * depth_cost_to_go(batch.depth_BC / layers, action_BC)
+        rest_B = reward.total_B - reward.depth_B
+        return group_advantages(
+            rest_B[:, None] - cost_BC, config.rollouts, config.advantage, keep_B
+        )
+
+    def score(teacher: Transformer, batch: RLBatch, prices: Prices) -> tuple[_Scored, Metrics]:
+        rows = batch.completions
+        token_BC = rows.token_BC.astype(jnp.float32)
+        action_BC = rows.action_BC.astype(jnp.float32)
+        teacher_BC, teacher_hidden_BCD = teach(teacher, batch)
+        reward = rewards(
+            batch.verifier_B,
+            batch.depth_BC / layers,
+            action_BC,
+            batch.logprobs_BC - teacher_BC,
+            token_BC,
+            depth_coef=prices.depth_coef,
+            kl_coef=config.kl_coef,
+            length_coef=prices.length_coef,
+            length_ref=config.length_ref,
+        )
+        advantage_BC = advantages(batch, reward, prices)
+        kept_BC = token_BC
+        if config.mask_truncated:
+            kept_BC = token_BC * ~batch.truncated_B[:, None]
+        scored = _Scored(
+            batch,
+            advantage_BC,
+            loss_weights(kept_BC, config.norm, config.max_new_tokens),
+            token_BC / jnp.maximum(jnp.sum(token_BC), 1.0),
+            teacher_BC,
+            teacher_hidden_BCD,
+        )
+        metrics = {
+            "reward/mean": jnp.mean(reward.total_B),
+            "reward/verifier": jnp.mean(batch.verifier_B),
+            "reward/depth": jnp.mean(reward.depth_B),
+            "reward/kl": jnp.mean(reward.kl_B),
+            "reward/length": jnp.mean(reward.length_B),
+            "advantage/std": jnp.std(advantage_BC[:, 0]),
+            "groups/zero_std": zero_spread_groups(batch.verifier_B, config.rollouts),
+            "kl/teacher": masked_mean(batch.logprobs_BC - teacher_BC, token_BC),
+            "completion/length": jnp.mean(rows.completion_lengths_B.astype(jnp.float32)),
+            "completion/truncated": jnp.mean(batch.truncated_B.astype(jnp.float32)),
+        }
+        return scored, metrics | depth_metrics(batch)
+
+    def depth_metrics(batch: RLBatch) -> Metrics:
+        """Depth of the passes that produced the tokens."""
+        token_BC = batch.completions.token_BC
+        fraction_BC = batch.depth_BC / layers
+        known_BC = jnp.where(token_BC, batch.depth_BC.astype(jnp.float32), jnp.nan)
+        metrics = {
+            "depth/mean": masked_mean(batch.depth_BC, token_BC),
+            "depth/fraction": masked_mean(fraction_BC, token_BC),
+            "depth/p10": jnp.nanquantile(known_BC, 0.1),
+            "depth/p90": jnp.nanquantile(known_BC, 0.9),
+        }
+        for layer in (*exit_layers, layers):
+            at_layer = (batch.depth_BC == layer).astype(jnp.float32)
+            metrics[f"exit/{layer}"] = masked_mean(at_layer, batch.completions.action_BC)
+        return metrics
+
+    def make_loss(fixed: Fixed, teacher: Transformer) -> Callable:
+        def loss_fn(params: Params, item: _Scored, key: PRNGKey) -> tuple[Array, Metrics]:
+            batch, rows = item.batch, item.batch.completions
+            student = split.student(params, fixed)
+            result = run(
+                student,
+                rows.tokens_BT,
+                policy=Prescribed(rows.input_depths(batch.depth_BC, layers)),
+                valid_BT=rows.valid_BT,
+                hazards=True,
+            )
+            hidden_BCD = tempered(rows, result.hidden_BTD)
+            logprob_BC, entropy_BC = token_logprobs(student.head_VD, hidden_BCD, rows)
+            z_BCE = rows.window(result.hazard_logits_BTE)
+            depth_logprob_BC = jnp.where(
+                rows.action_BC,
+                depth_log_prob(batch.depth_BC, z_BCE, exit_layers, layers, **law),
+                0.0,
+            )
+            pair_BC = logprob_BC + depth_logprob_BC
+            behaviour_BC = batch.logprobs_BC + batch.depth_logprobs_BC
+            terms_BC = policy_loss_terms(
+                pair_BC,
+                behaviour_BC,
+                item.advantage_BC,
+                clip=config.clip if config.updates_per_batch > 1 else None,
+                importance_cap=config.importance_cap,
+            )
+            loss = masked_sum(terms_BC, item.weight_BC)
+            metrics = {"loss/policy": loss}
+            if config.kl_loss_coef > 0:
+                if exact_kl:
+                    kl_BC = linear_kl(
+                        flat(hidden_BCD),
+                        flat(item.teacher_hidden_BCD),
+                        student.head_VD,
+                        direction="student_teacher",
+                        head_teacher_VD=teacher.head_VD if split.teacher_has_own_head else None,
+                    ).reshape(logprob_BC.shape)
+                else:
+                    kl_BC = k3(logprob_BC, item.teacher_BC)
+                metrics["loss/kl"] = masked_sum(kl_BC, item.weight_BC)
+                loss += config.kl_loss_coef * metrics["loss/kl"]
+            exit_index_BC = exit_index_of_depth(batch.depth_BC, exit_layers, layers)
+            depth_entropy_BC = jnp.where(
+                rows.action_BC,
+                reached_decision_entropy(*log_hazards(z_BCE, **law), exit_index_BC),
+                0.0,
+            )
+            if config.depth_entropy_coef > 0:
+                bonus = masked_sum(depth_entropy_BC, item.weight_BC)
+                loss -= config.depth_entropy_coef * bonus
+            gap_BC = jnp.abs(pair_BC - behaviour_BC)
+            metrics |= {
+                "loss": loss,
+                "entropy/tokens": masked_sum(entropy_BC, item.mean_BC),
+                "entropy/depth": masked_sum(depth_entropy_BC, item.mean_BC),
+                "sampler_gap": masked_sum(gap_BC, item.mean_BC),
+            }
+            return loss, metrics
+
+        return loss_fn
+
+    def step(
+        state: TrainState, fixed: Fixed, batch: RLBatch, prices: Prices, key: PRNGKey
+    ) -> tuple[TrainState, Metrics]:
+        teacher = split.teacher(state.trainable, fixed)
+        scored, metrics = score(teacher, batch, prices)
+        first_update = None
+        start = state.step
+        for update in range(config.updates_per_batch):
+            loss, loss_metrics, gradients = accumulated_gradients(
+                make_loss(fixed, teacher),
+                state.trainable,
+                lambda index: micro_batch(scored, index, micro_batches),
+                micro_batches,
+                jax.random.fold_in(key, update),
+            )
+            state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
+            # The gap to the sampler means something only before the first update.
+            first_update = first_update or loss_metrics
+            metrics |= loss_metrics | update_metrics
+        metrics["sampler_gap"] = first_update["sampler_gap"]
+        metrics["tokens"] = jnp.sum(batch.completions.token_BC).astype(jnp.float32)
+        return dataclasses.replace(state, step=start + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,112 @@
+"""What a training run carries from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jexit.axes import Array, Int, PRNGKey
+from jexit.model.exits import ExitParam
+from jexit.model.lora import LoRAParam
+from jexit.model.transformer import Transformer
+
+Params = Any  # nested nnx.State of arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Trainable parameters, optimiser state and counters.
+
+    `step` is the data cursor too: batches and PRNG keys derive from (seed, step), so a restored
+    state continues exactly where it stopped. `skipped` counts non-finite steps in a row.
+    """
+
+    step: Int[Array, ""]
+    trainable: Params
+    opt_state: optax.OptState
+    skipped: Int[Array, ""]
+
+
+class Fixed(NamedTuple):
+    """What a run does not train: frozen parameters and, in full fine-tuning, the teacher's copy.
+
+    Jitted steps take it as an argument; closed over, it would be compiled in as constants.
+    """
+
+    frozen: Params
+    teacher: Params | None
+
+
+class SplitModel(NamedTuple):
+    """A model taken apart once, so that steps stay functional."""
+
+    graphdef: nnx.GraphDef
+    trainable: Params
+    fixed: Fixed
+
+    def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
+        """The module with these trainable parameters; cheap, and meant for inside a trace."""
+        fixed = self.fixed if fixed is None else fixed
+        return nnx.merge(self.graphdef, trainable, fixed.frozen)
+
+    def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
+        """The module whose trunk is the base model; run it with `adapters=False`."""
+        fixed = self.fixed if fixed is None else fixed
+        if fixed.teacher is not None:
+            trainable = fixed.teacher
+        return nnx.merge(self.graphdef, jax.lax.stop_gradient(trainable), fixed.frozen)
+
+    @property
+    def teacher_has_own_head(self) -> bool:
+        return self.fixed.teacher is not None
+
+    def decodable(self, trainable: Params) -> tuple:
+        """(graphdef, states…) as `jexit.rollout` takes it."""
+        return (self.graphdef, trainable, self.fixed.frozen)
+
+    def decodable_teacher(self, trainable: Params) -> tuple:
+        """The same for the teacher; decode it with `adapters=False`."""
+        return self.decodable(self.fixed.teacher if self.teacher_has_own_head else trainable)
+
+
+def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) -> SplitModel:
+    """Splits into trainable and fixed parameters: adapters and heads train, or everything if `full`.
+
+    With `full` the teacher is a second copy of the parameters, unless `keep_teacher` is off.
+    """
+    trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
+    graphdef, trainable, frozen = nnx.split(model, trains, ...)
+    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
+    teacher = jax.tree.map(jnp.copy, trainable) if full and keep_teacher else None
+    return SplitModel(graphdef, trainable, Fixed(frozen, teacher))
+
+
+def parameter_labels(model: Transformer, *, full: bool) -> Params:
+    """`lora`, `exit` or `base` for each trainable parameter, in the shape of the trainable tree."""
+
+    def label(variable: nnx.Variable) -> str:
+        if isinstance(variable, ExitParam):
+            return "exit"
+        return "lora" if isinstance(variable, LoRAParam) else "base"
+
+    trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
+    state = nnx.state(model, trains)
+    return jax.tree.map(label, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(
+        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32)
+    )
+
+
+def step_key(seed: int, step: int | Array, stream: int = 0) -> PRNGKey:
+    """PRNG key of one step; `stream` tells apart independent uses within the step."""
+    key = jax.random.fold_in(jax.random.key(seed), stream)
+    return jax.random.fold_in(key, step)

@@ -1,0 +1,53 @@
+"""Prompts and verifiers; nothing in here imports jax."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict
+from jexit.tasks.gsm8k import Gsm8k
+from jexit.tasks.sums import Sums
+from jexit.tasks.word_problems import WordProblems
+
+__all__ = [
+    "Draw",
+    "Gsm8k",
+    "Problem",
+    "Rewards",
+    "Split",
+    "Sums",
+    "Task",
+    "Verdict",
+    "WordProblems",
+    "make_task",
+]
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Sums, WordProblems, Gsm8k)}
+
+
+def make_task(name: str, path: str | None = None, **options: Any) -> Task:
+    """Makes the task that a config names.
+
+    `path` says where a task that reads files finds them (None or "" for its default); the options
+    are the constructor's keyword arguments. Raises ValueError for an unknown task or option, or
+    for a path given to a generated task.
+    """
+    if name not in TASKS:
+        raise ValueError(
+            f"there is no task {name!r}; set config.task.name to one of {', '.join(sorted(TASKS))}"
+        )
+    known = inspect.signature(TASKS[name]).parameters
+    if path:
+        if "path" not in known:
+            raise ValueError(
+                f"task {name!r} generates its problems and reads no files, got path {path!r}; "
+                "leave config.task.path empty"
+            )
+        options["path"] = path
+    if surplus := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"task {name!r} has no option {surplus[0]!r}; "
+            f"it takes {', '.join(sorted(set(known) - {'path'}))}"
+        )
+    return TASKS[name](**options)

@@ -1,0 +1,144 @@
+"""What a task is: prompts by index, and a checker that judges any text without raising."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+Split = Literal["train", "test"]
+VerdictKind = Literal["strict", "lenient", "wrong", "none"]
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One question.
+
+    `prompt` is the user's message before any chat template, `answer` the right answer as text,
+    `completion` a reference completion without its end token (None where the data has none), and
+    `fields` whatever else describes the problem (operands, prescribed step, template, ...).
+    """
+
+    prompt: str
+    answer: str
+    completion: str | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """What each kind of verdict earns (defaults: arXiv:2603.21376, as far as published)."""
+
+    strict: float = 1.0
+    lenient: float = 0.5
+    wrong: float = 0.0
+    none: float = -1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A judged completion.
+
+    `strict`: the right answer in the required format; `lenient`: the right answer, found only by
+    the lenient parse; `wrong`: another answer, in either format; `none`: no answer found.
+    """
+
+    kind: VerdictKind
+    correct: bool
+    reward: float
+
+
+class Task(abc.ABC):
+    """A source of problems with random access, and the judge of their completions.
+
+    `problem(split, index)` depends on the task's own settings, the split and the index only, so a
+    data cursor is a number and resuming is exact. The two splits share no problem.
+    """
+
+    name: str
+
+    def __init__(self, *, rewards: Rewards | None = None) -> None:
+        self.rewards = Rewards() if rewards is None else rewards
+
+    @abc.abstractmethod
+    def problem(self, split: Split, index: int) -> Problem:
+        """The problem at `index` (from 0; below `size(split)` where that is not None)."""
+
+    @abc.abstractmethod
+    def size(self, split: Split) -> int | None:
+        """How many problems the split has; None for a generated task, which never ends."""
+
+    @abc.abstractmethod
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        """Judges a completion's text (special tokens removed). Total: never raises on any text."""
+
+    def text_metrics(self, completions: Sequence[str]) -> dict[str, float]:
+        """Figures about how completions reason, beyond right and wrong; none unless overridden."""
+        return {}
+
+    def verdict(self, kind: VerdictKind) -> Verdict:
+        """The verdict of this kind with the task's own reward."""
+        return Verdict(
+            kind=kind,
+            correct=kind in ("strict", "lenient"),
+            reward=float(getattr(self.rewards, kind)),
+        )
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless `split` is one of SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"a split is 'train' or 'test', got {split!r}; name one of the two")
+
+
+def stable_hash(*parts: object) -> int:
+    """A 64-bit hash of the parts' text, equal in every process and Python version."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def is_held_out(key: str, *, one_in: int) -> bool:
+    """Whether the problem identified by `key` belongs to the test split (one in `one_in` does).
+
+    Membership depends on the problem itself, not on how it was drawn, so no problem can occur on
+    both sides whatever the seeds.
+    """
+    return stable_hash("held out", key) % one_in == 0
+
+
+class Draw:
+    """Random choices that are the same on every Python version.
+
+    Only `random.Random.random` is promised to keep its sequence across versions; everything here
+    is derived from it.
+    """
+
+    def __init__(self, *key: object) -> None:
+        self._random = random.Random(stable_hash(*key)).random
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform over low ... high, both included."""
+        return low + int(self._random() * (high - low + 1))
+
+    def choice(self, options: Any) -> Any:
+        """Uniform over a sequence."""
+        return options[int(self._random() * len(options))]
+
+    def weighted(self, weights: Mapping[str, float]) -> str:
+        """A key drawn in proportion to its weight."""
+        point = self._random() * sum(weights.values())
+        for key, weight in weights.items():
+            point -= weight
+            if point < 0:
+                return key
+        return key  # rounding left the point at the very end: the last key
+
+    def permutation(self, count: int) -> list[int]:
+        """0 ... count-1 in random order."""
+        keys = [self._random() for _ in range(count)]
+        return sorted(range(count), key=keys.__getitem__)

@@ -1,0 +1,218 @@
+"""GSM8K: grade-school word problems, from JSONL files or through tensorflow-datasets.
+
+Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jexit.tasks import answers
+from jexit.tasks.base import Problem, Rewards, Split, Task, Verdict, check_split
+
+INSTRUCTION = (
+    "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
+)
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_REASONS_SHOWN = 5
+
+_log = logging.getLogger(__name__)
+
+# A row that is fit for use, or the reason why it is not; with the place it came from.
+Row = tuple[str, dict[str, Any] | str]
+
+
+class Gsm8k(Task):
+    """Questions with a number for an answer.
+
+    `path` names one of
+    - a folder with `train.jsonl` and `test*.jsonl`;
+    - one JSONL file: a test split if its name starts with `test`, otherwise every `test_every`-th
+      question is held out for the test split and the rest is the training split
+      (`test_every=0`: no test split);
+    - a tensorflow-datasets folder, either the data directory or a data set's version directory;
+    - nothing: the tensorflow-datasets data directory, downloading GSM8K if it is not there yet.
+
+    A row needs the texts `question` and `answer`, the latter ending in `#### n`. Rows that lack
+    them are left out, with one warning per split that counts them and names the first.
+    """
+
+    name = "gsm8k"
+
+    def __init__(
+        self,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        instruction: str = INSTRUCTION,
+        test_every: int = 8,
+        rewards: Rewards | None = None,
+    ) -> None:
+        super().__init__(rewards=rewards)
+        self.path = pathlib.Path(path).expanduser() if path else None
+        self.instruction = instruction
+        self.test_every = test_every
+        if self.path is not None and not self.path.exists():
+            raise FileNotFoundError(
+                f"no data set at {self.path}; set config.task.path to a JSONL file, a folder with "
+                "train.jsonl and test*.jsonl, or a tensorflow-datasets folder"
+            )
+        self.skipped_rows: dict[str, int] = {}
+        self._problems: dict[str, list[Problem]] = {}
+
+    def size(self, split: Split) -> int:
+        return len(self._split(split))
+
+    def problem(self, split: Split, index: int) -> Problem:
+        return self._split(split)[index]
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return self.verdict(answers.judge(completion, problem.answer))
+
+    def _split(self, split: Split) -> list[Problem]:
+        check_split(split)
+        if split not in self._problems:
+            self._problems[split] = self._load(split)
+        return self._problems[split]
+
+    def _load(self, split: Split) -> list[Problem]:
+        problems, reasons = [], []
+        for place, row in self._rows(split):
+            reason = row if isinstance(row, str) else _fault(row)
+            if reason:
+                reasons.append(f"{place}: {reason}")
+            else:
+                assert isinstance(row, dict)
+                problems.append(self._to_problem(row))
+        self.skipped_rows[split] = len(reasons)
+        if reasons:
+            more = len(reasons) - _REASONS_SHOWN
+            _log.warning(
+                "skipped %d of %d rows of the %s split: %s%s",
+                len(reasons),
+                len(reasons) + len(problems),
+                split,
+                "; ".join(reasons[:_REASONS_SHOWN]),
+                f"; and {more} more" if more > 0 else "",
+            )
+        if self.path is not None and self.path.is_file():
+            problems = self._hold_out(problems, split)
+        return problems
+
+    def _to_problem(self, row: dict[str, Any]) -> Problem:
+        worked = _CALCULATOR.sub("", row["answer"]).strip()
+        return Problem(
+            prompt=f"{row['question'].strip()}\n\n{self.instruction}".strip(),
+            answer=worked.rpartition("####")[2].strip(),
+            completion=worked,
+            fields={"question": row["question"]},
+        )
+
+    def _hold_out(self, problems: list[Problem], split: Split) -> list[Problem]:
+        """The part of a single file that belongs to the split, equal questions on one side."""
+        assert self.path is not None
+        if self.path.name.startswith("test"):
+            return problems if split == "test" else []
+        ranks: dict[str, int] = {}
+        for problem in problems:
+            ranks.setdefault(problem.prompt, len(ranks))
+        every = self.test_every
+
+        def held_out(problem: Problem) -> bool:
+            return every > 0 and ranks[problem.prompt] % every == every - 1
+
+        return [problem for problem in problems if held_out(problem) == (split == "test")]
+
+    def _rows(self, split: Split) -> Iterator[Row]:
+        if self.path is None:
+            return _tfds_rows(_downloaded_builder(), split)
+        if self.path.is_file():
+            return _jsonl_rows(self.path)
+        if (self.path / "train.jsonl").exists() or list(self.path.glob("test*.jsonl")):
+            pattern = "train.jsonl" if split == "train" else "test*.jsonl"
+            return (row for file in sorted(self.path.glob(pattern)) for row in _jsonl_rows(file))
+        versions = sorted(self.path.glob("gsm8k/*/dataset_info.json"))
+        for info in (self.path / "dataset_info.json", *reversed(versions)):
+            if info.exists():
+                return _tfds_rows(_prepared_builder(info.parent), split)
+        raise FileNotFoundError(
+            f"{self.path} holds no GSM8K data: neither train.jsonl, test*.jsonl nor a prepared "
+            "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
+            "to a folder that does"
+        )
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    """Why a row cannot be used, or None."""
+    for key in ("question", "answer"):
+        if key not in row:
+            return f"no {key!r}"
+        if not isinstance(row[key], str) or not row[key].strip():
+            return f"{key!r} is not a text"
+        try:
+            row[key].encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot
+            return f"{key!r} holds half a character"
+    _, marker, answer = row["answer"].rpartition("####")
+    if not marker or answers.parse_number(answer) is None:
+        return "'answer' does not end in '#### number'"
+    return None
+
+
+def _jsonl_rows(file: pathlib.Path) -> Iterator[Row]:
+    with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                row = None
+            yield f"{file}:{number}", row if isinstance(row, dict) else "not a JSON object"
+
+
+def _tfds_rows(builder: Any, split: Split) -> Iterator[Row]:
+    try:
+        source = builder.as_data_source(split=split)
+    except Exception as error:  # the library's errors have no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"split {split!r} in {builder.data_path} cannot be read without TensorFlow ({reason}); "
+            "prepare it with file_format='array_record', or set config.task.path to JSONL files"
+        ) from error
+    for index in range(len(source)):
+        row = {key: _text(value) for key, value in source[index].items()}
+        yield f"{builder.data_path}, {split}[{index}]", row
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _prepared_builder(directory: pathlib.Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(str(directory))
+
+
+def _downloaded_builder() -> Any:
+    # The class, not tfds.builder("gsm8k"): looking the name up needs TensorFlow.
+    from tensorflow_datasets.text.gsm8k import gsm8k
+
+    builder = gsm8k.Gsm8k(file_format="array_record")
+    if not builder.is_prepared():
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # network, disk, checksums: all of the library's own
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"GSM8K is not in {builder.data_path} and could not be downloaded ({reason}); set "
+                "config.task.path to JSONL files or to a prepared tensorflow-datasets folder"
+            ) from error
+    return builder

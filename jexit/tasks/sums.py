@@ -1,0 +1,203 @@
+"""Digits added modulo 10, a few operands at a time: the instrument for externalised reasoning.
+
+A completion reduces the leading k operands of the list to one digit, again and again, and prints
+each new list. Small steps put the work on the page, large steps do it in the hidden layers:
+
+    sum 37295184   ->  +0295184++15184+6184+784++9####9
+
+A step that adds k operands is announced by k-1 plus signs; the list that follows starts with the
+result. At one digit left, `####` and the digit. `sum by 3 ...` prescribes k = 3, `sum at once ...`
+asks for the answer without a chain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict, check_split, is_held_out
+
+MIN_STEP, MAX_STEP = 2, 5
+STEP_MODES = ("free", "at_once", "mixed", *range(MIN_STEP, MAX_STEP + 1))
+DEFAULT_MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.15}
+
+_HELD_OUT_ONE_IN = 8
+_STRICT = re.compile(r"####([0-9])\Z")
+_LENIENT = re.compile(r"(?<![0-9])([0-9])[\s.]*\Z")
+_STEP = re.compile(r"(\++)([0-9]*)")
+
+
+class Sums(Task):
+    """Single digits summed modulo 10.
+
+    `steps`: `free` (the model chooses; the reference draws a largest step g from 2 ... 5 for each
+    problem and every step from 2 ... g), 2 ... 5 (prescribed), `at_once` (no chain), or `mixed`
+    (all of them, weighted by `mixture`). `operands`: the smallest and the largest list, both
+    included. One operand string in eight is held out for the test split, whatever the seed.
+    """
+
+    name = "sums"
+
+    def __init__(
+        self,
+        *,
+        steps: str | int = "free",
+        operands: Sequence[int] = (3, 8),
+        mixture: Mapping[str, float] = DEFAULT_MIXTURE,
+        seed: int = 0,
+        rewards: Rewards | None = None,
+    ) -> None:
+        super().__init__(rewards=rewards)
+        if isinstance(steps, str) and steps.isdecimal():  # "3" from a command line
+            steps = int(steps)
+        if steps not in STEP_MODES:
+            raise ValueError(
+                f"sums: steps is one of {', '.join(map(str, STEP_MODES))}, got {steps!r}; "
+                "change config.task.steps"
+            )
+        if len(operands) != 2 or not 2 <= operands[0] <= operands[1]:
+            raise ValueError(
+                f"sums: operands is a pair (smallest, largest) with 2 <= smallest <= largest, "
+                f"got {tuple(operands)}; change config.task.operands"
+            )
+        if set(mixture) - set(DEFAULT_MIXTURE) or min(mixture.values(), default=0) < 0:
+            raise ValueError(
+                f"sums: mixture gives weights >= 0 to {', '.join(DEFAULT_MIXTURE)}, "
+                f"got {dict(mixture)}; change config.task.mixture"
+            )
+        if sum(mixture.values()) <= 0:
+            raise ValueError(
+                f"sums: mixture needs a positive weight, got {dict(mixture)}; "
+                "change config.task.mixture"
+            )
+        self.steps = steps
+        self.operands = (int(operands[0]), int(operands[1]))
+        self.mixture = dict(mixture)
+        self.seed = seed
+
+    def size(self, split: Split) -> None:
+        check_split(split)
+        return None
+
+    def problem(self, split: Split, index: int) -> Problem:
+        check_split(split)
+        draw = Draw("sums", self.seed, split, index)
+        digits = _draw_digits(draw, self.operands, split)
+        mode = draw.weighted(self.mixture) if self.steps == "mixed" else self.steps
+        if mode == "at_once":
+            return _problem(f"sum at once {digits}", digits, [], mode="at_once", step=None)
+        if mode == "free":
+            largest = draw.integer(MIN_STEP, MAX_STEP)
+            steps = _draw_steps(draw, len(digits), largest)
+            return _problem(f"sum {digits}", digits, steps, mode="free", step=None)
+        step = draw.integer(MIN_STEP, MAX_STEP) if mode == "prescribed" else int(mode)
+        steps = prescribed_steps(len(digits), step)
+        return _problem(f"sum by {step} {digits}", digits, steps, mode="prescribed", step=step)
+
+    def text_metrics(self, completions: Sequence[str]) -> dict[str, float]:
+        """Mean number of operands a step reduces (`step_size`), over all steps of all texts."""
+        sizes = [size for text in completions for size in step_sizes(text)]
+        return {"step_size": sum(sizes) / len(sizes)} if sizes else {}
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        strict = _STRICT.search(completion)
+        if strict and strict.group(1) == problem.answer:
+            return self.verdict("strict")
+        found = strict or _LENIENT.search(completion)
+        if found is None:
+            return self.verdict("none")
+        return self.verdict("lenient" if found.group(1) == problem.answer else "wrong")
+
+
+def _problem(
+    prompt: str, digits: str, steps: Sequence[int], *, mode: str, step: int | None
+) -> Problem:
+    chain, answer = reduce_by(digits, steps)
+    return Problem(
+        prompt=prompt,
+        answer=answer,
+        completion=f"{chain}####{answer}",
+        fields={"operands": digits, "mode": mode, "step": step},
+    )
+
+
+def _draw_digits(draw: Draw, operands: tuple[int, int], split: Split) -> str:
+    count = draw.integer(*operands)
+    while True:
+        digits = "".join(str(draw.integer(0, 9)) for _ in range(count))
+        if is_held_out(digits, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
+            return digits
+
+
+def _draw_steps(draw: Draw, count: int, largest: int) -> list[int]:
+    steps = []
+    while count > 1:
+        steps.append(draw.integer(MIN_STEP, min(largest, count)))
+        count -= steps[-1] - 1
+    return steps
+
+
+def prescribed_steps(count: int, step: int) -> list[int]:
+    """The step sizes that reduce `count` operands `step` at a time; the last takes what is left."""
+    steps = []
+    while count > 1:
+        steps.append(min(step, count))
+        count -= steps[-1] - 1
+    return steps
+
+
+def digit_sum(digits: str) -> str:
+    """The last digit of the sum of the digits."""
+    return str(sum(map(int, digits)) % 10)
+
+
+def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
+    """The chain that these step sizes write, and the answer.
+
+    >>> reduce_by("372", [2, 2])
+    ('+02+2', '2')
+    """
+    chain, current = [], digits
+    for step in steps:
+        current = digit_sum(current[:step]) + current[step:]
+        chain.append("+" * (step - 1) + current)
+    return "".join(chain), digit_sum(current)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainStep:
+    """One step read from a completion.
+
+    `size`: operands reduced, as announced by its plus signs; `given`: the list it started from,
+    as the completion itself had it; `wrote`: the list it printed; `correct`: whether `wrote` is
+    what reducing `size` operands of `given` gives.
+    """
+
+    size: int
+    given: str
+    wrote: str
+    correct: bool
+
+
+def step_sizes(completion: str) -> list[int]:
+    """How many operands each step of a completion says it reduces, in order.
+
+    >>> step_sizes("+0295184++15184+++1####1")
+    [2, 3, 4]
+    """
+    return [len(signs) + 1 for signs, _ in _STEP.findall(completion.partition("####")[0])]
+
+
+def chain_steps(operands: str, completion: str) -> list[ChainStep]:
+    """Reads a completion's steps and checks each against the list written just before it.
+
+    A step after a mistaken one is judged by its own input, so one slip counts once.
+    """
+    steps, given = [], operands
+    for signs, wrote in _STEP.findall(completion.partition("####")[0]):
+        size = len(signs) + 1
+        correct = size <= len(given) and wrote == digit_sum(given[:size]) + given[size:]
+        steps.append(ChainStep(size=size, given=given, wrote=wrote, correct=correct))
+        given = wrote
+    return steps

@@ -1,0 +1,159 @@
+"""Short arithmetic stories with worked answers in GSM8K's format.
+
+Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
+3+4=7
+#### 7
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jexit.tasks import answers
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict, check_split, is_held_out
+
+NAMES = ("Tom", "Mia", "Sam", "Lea", "Ben", "Ada", "Max", "Eva")
+OBJECTS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "balls", "eggs", "cups")
+BOXES = ("bags", "boxes", "packs", "rows")
+
+_HELD_OUT_ONE_IN = 8
+_OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """A story with holes and the steps that solve it.
+
+    `ranges` gives each number's smallest and largest value. A step is `left op right`, each side a
+    number's name or `_` for the step before; a step's result is never negative.
+    """
+
+    text: str
+    ranges: dict[str, tuple[int, int]]
+    steps: tuple[tuple[str, str, str], ...]
+
+
+TEMPLATES = (
+    Template(
+        text="{n} has {a} {o}. {m} gives {n} {b} more. How many {o} does {n} have now?",
+        ranges={"a": (2, 20), "b": (2, 20)},
+        steps=(("a", "+", "b"),),
+    ),
+    Template(
+        text="{n} had {a} {o} and lost {b}. How many {o} are left?",
+        ranges={"a": (10, 30), "b": (2, 10)},
+        steps=(("a", "-", "b"),),
+    ),
+    Template(
+        text="There are {a} {x} with {b} {o} each. How many {o} are there?",
+        ranges={"a": (2, 9), "b": (2, 9)},
+        steps=(("a", "*", "b"),),
+    ),
+    Template(
+        text="One of the {o} costs {a} dollars. How much do {b} {o} cost?",
+        ranges={"a": (2, 9), "b": (2, 9)},
+        steps=(("a", "*", "b"),),
+    ),
+    Template(
+        text="{n} is {a} years old. {m} is {b} years older. How old is {m}?",
+        ranges={"a": (3, 30), "b": (2, 15)},
+        steps=(("a", "+", "b"),),
+    ),
+    Template(
+        text="{n} has {a} {o}. {m} has {b} fewer. How many {o} do they have together?",
+        ranges={"a": (10, 20), "b": (2, 9)},
+        steps=(("a", "-", "b"), ("a", "+", "_")),
+    ),
+    Template(
+        text="{n} has {a} {o} and {m} has {b} times as many. How many do they have together?",
+        ranges={"a": (2, 9), "b": (2, 6)},
+        steps=(("a", "*", "b"), ("a", "+", "_")),
+    ),
+    Template(
+        text="{n} buys {a} {x} of {b} {o} and gives away {c}. How many {o} are left?",
+        ranges={"a": (3, 9), "b": (3, 9), "c": (2, 8)},
+        steps=(("a", "*", "b"), ("_", "-", "c")),
+    ),
+    Template(
+        text="{n} finds {a} {o} on Monday and {b} on Friday, then sells {c}. How many are left?",
+        ranges={"a": (5, 15), "b": (5, 15), "c": (2, 9)},
+        steps=(("a", "+", "b"), ("_", "-", "c")),
+    ),
+    Template(
+        text="{n} has {a} dollars and buys {b} {o} for {c} dollars each. How much is left?",
+        ranges={"a": (40, 60), "b": (2, 6), "c": (2, 6)},
+        steps=(("b", "*", "c"), ("a", "-", "_")),
+    ),
+    Template(
+        text="{n} reads {a} pages a day for {b} days and then {c} more. How many pages is that?",
+        ranges={"a": (2, 9), "b": (2, 7), "c": (2, 9)},
+        steps=(("a", "*", "b"), ("_", "+", "c")),
+    ),
+    Template(
+        text="{n} had {a} {o}, found {b} and lost {c}. How many now?",
+        ranges={"a": (5, 20), "b": (2, 12), "c": (2, 6)},
+        steps=(("a", "+", "b"), ("_", "-", "c")),
+    ),
+    Template(
+        text="{n} buys {a} {x} of {b} {o}, finds {c} and sells {d}. How many now?",
+        ranges={"a": (3, 6), "b": (3, 6), "c": (2, 9), "d": (2, 7)},
+        steps=(("a", "*", "b"), ("_", "+", "c"), ("_", "-", "d")),
+    ),
+    Template(
+        text="{n} makes {a} {o} a day for {b} days, {m} makes {c}. How many more than {m}?",
+        ranges={"a": (4, 9), "b": (3, 7), "c": (2, 9)},
+        steps=(("a", "*", "b"), ("_", "-", "c")),
+    ),
+)
+
+
+class WordProblems(Task):
+    """Generated stories of one to three operations; strict answers end in a line `#### n`.
+
+    One question in eight, by its text, is held out for the test split.
+    """
+
+    name = "word_problems"
+
+    def __init__(self, *, seed: int = 0, rewards: Rewards | None = None) -> None:
+        super().__init__(rewards=rewards)
+        self.seed = seed
+
+    def size(self, split: Split) -> None:
+        check_split(split)
+        return None
+
+    def problem(self, split: Split, index: int) -> Problem:
+        check_split(split)
+        draw = Draw("word_problems", self.seed, split, index)
+        while True:
+            problem = _draw_problem(draw)
+            if is_held_out(problem.prompt, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
+                return problem
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return self.verdict(answers.judge(completion, problem.answer))
+
+
+def _draw_problem(draw: Draw) -> Problem:
+    template = draw.choice(TEMPLATES)
+    first = draw.integer(0, len(NAMES) - 1)
+    second = (first + draw.integer(1, len(NAMES) - 1)) % len(NAMES)
+    numbers = {name: draw.integer(*limits) for name, limits in template.ranges.items()}
+    words = {
+        "n": NAMES[first],
+        "m": NAMES[second],
+        "o": draw.choice(OBJECTS),
+        "x": draw.choice(BOXES),
+    }
+    lines, result = [], 0
+    for left, operator, right in template.steps:
+        x, y = (result if side == "_" else numbers[side] for side in (left, right))
+        result = _OPERATIONS[operator](x, y)
+        lines.append(f"{x}{operator}{y}={result}\n")
+    return Problem(
+        prompt=template.text.format(**words, **numbers),
+        answer=str(result),
+        completion="".join(lines) + f"#### {result}",
+        fields={"numbers": numbers, "steps": len(lines)},
+    )

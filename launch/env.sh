@@ -1,0 +1,157 @@
+# shellcheck shell=bash
+# Sourced by run.sh and test.sh: finds a Python, makes .venv in the checkout and keeps it up to date.
+#
+#   JEXIT_PYTHON   the interpreter to build .venv with (default: the first of python3, python3.13,
+#                  python3.12, python3.11 that is 3.11 to 3.13 and can make environments)
+#   JEXIT_EXTRAS   extras of pyproject.toml to install, comma-separated, in place of the ones chosen
+#                  for the accelerator found here; empty for none
+#
+# .venv/.jexit-stamp says what was installed: a hash of pyproject.toml, the checkout's place and the
+# extras. It is written last, so an environment without it is unfinished. While it matches, nothing
+# is installed and no network is needed.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$root/.venv
+stamp=$venv/.jexit-stamp
+installing=$venv/.jexit-installing # left behind by an install that was killed
+
+say() { printf 'jexit: %s\n' "$*" >&2; }
+die() {
+  say "$*"
+  exit 1
+}
+
+supported() { # supported PYTHON: it runs and is a version that jexit supports
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+find_python() {
+  local candidate found=""
+  for candidate in ${JEXIT_PYTHON:+"$JEXIT_PYTHON"} python3 python3.13 python3.12 python3.11; do
+    # The name may be a version manager's stub or too old a Python: only running it tells.
+    if supported "$candidate"; then
+      # Debian ships Python without ensurepip until python3-venv is installed.
+      if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+        printf '%s\n' "$candidate"
+        return
+      fi
+      found=$candidate
+    fi
+    [[ $candidate != "${JEXIT_PYTHON:-}" ]] ||
+      die "JEXIT_PYTHON=$candidate is not a Python 3.11 to 3.13 that can make environments (with" \
+        "the venv and ensurepip modules); set it to one that is, or unset it."
+  done
+  [[ -z $found ]] ||
+    die "$found cannot make environments because its ensurepip module is missing; install it" \
+      "(Debian and Ubuntu: apt-get install python3-venv) and run this again."
+  die "jexit needs Python 3.11, 3.12 or 3.13, and none was found as python3, python3.13," \
+    "python3.12 or python3.11; install one, or set JEXIT_PYTHON to its path."
+}
+
+has_tpu() {
+  local device
+  # Only TPUs are accelN right under /dev; other vendors' devices lie in /dev/accel/.
+  compgen -G '/dev/accel[0-9]*' >/dev/null && return 0
+  compgen -G '/dev/vfio/[0-9]*' >/dev/null || return 1
+  [[ -n ${TPU_NAME:-}${TPU_WORKER_ID:-}${TPU_ACCELERATOR_TYPE:-} ]] && return 0
+  for device in /sys/bus/pci/devices/*; do
+    [[ -r $device/vendor && $(<"$device/vendor") == 0x1ae0 ]] || continue
+    case $(<"$device/device") in # v2/v3, v4, v5p, v5e, v6e, 7x; Google's network cards are others
+      0x0027 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076) return 0 ;;
+    esac
+  done
+  return 1
+}
+
+accelerator_extras() { # what the accelerator of this machine needs: cuda, cuda12, tpu or nothing
+  local driver
+  if [[ -n ${JEXIT_EXTRAS+set} ]]; then
+    printf '%s\n' "$JEXIT_EXTRAS"
+  elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    if [[ ${driver%%.*} =~ ^[0-9]+$ ]] && ((${driver%%.*} < 580)); then
+      printf 'cuda12\n' # CUDA 13 needs driver 580
+    else
+      printf 'cuda\n'
+    fi
+  elif has_tpu; then
+    printf 'tpu\n'
+  fi
+}
+
+merge_extras() { # merge_extras A,B C: sorted, each once, comma-separated
+  printf '%s\n' "$@" | tr -s ', ' '\n' | sed '/^$/d' | LC_ALL=C sort -u | paste -sd, -
+}
+
+pyproject_hash() {
+  if command -v sha256sum >/dev/null 2>&1; then
+    sha256sum <"$root/pyproject.toml"
+  else
+    cksum <"$root/pyproject.toml"
+  fi | tr -d ' -'
+}
+
+stamp_value() { # stamp_value KEY: what the stamp says, nothing without a stamp
+  [[ -r $stamp ]] && sed -n "s|^$1=||p" "$stamp"
+  return 0
+}
+
+up_to_date() { # up_to_date EXTRAS: .venv holds at least these for this pyproject.toml, here
+  local have
+  have=$(stamp_value extras)
+  [[ -x $venv/bin/python && -r $stamp && $(stamp_value pyproject) == "$(pyproject_hash)" &&
+    $(stamp_value root) == "$root" && $(merge_extras "$have" "$1") == "$have" ]]
+}
+
+install_env() { # install_env EXTRAS
+  local extras=$1 python updating="" spec=$root
+  [[ ! -e $stamp ]] || updating=yes
+  if [[ -e $installing ]]; then
+    say "an earlier install was interrupted; starting .venv afresh."
+    rm -rf "$venv"
+    updating=""
+  elif [[ -e $venv || -L $venv ]] &&
+    ! { supported "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
+    say "the environment in .venv does not run; making a new one."
+    rm -rf "$venv"
+    updating=""
+  fi
+  if [[ ! -e $venv ]]; then
+    python=$(find_python) || exit 1
+    say "making .venv with $("$python" -V 2>&1)."
+    mkdir -p "$venv" && : >"$installing"
+    "$python" -m venv "$venv" ||
+      die "$python could not make an environment in $venv; the reason is above."
+  fi
+  # What an earlier run asked for stays: run.sh after test.sh must not lose the tests' packages.
+  extras=$(merge_extras "$(stamp_value extras)" "$extras")
+  [[ -z $extras ]] || spec="${root}[$extras]"
+  say "installing jexit${extras:+ with $extras} into .venv; the first time takes a few minutes."
+  : >"$installing"
+  rm -f "$stamp"
+  if ! "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
+    --editable "$spec" >&2; then
+    # pip looks everything up before it changes anything, so an environment that worked still does.
+    [[ -z $updating ]] || rm -f "$installing"
+    die "the install failed for the reason above; put that right and run the same command again."
+  fi
+  printf 'pyproject=%s\nroot=%s\nextras=%s\n' "$(pyproject_hash)" "$root" "$extras" >"$stamp.new"
+  mv -f "$stamp.new" "$stamp"
+  rm -f "$installing"
+}
+
+ensure_env() { # ensure_env EXTRAS: returns with $venv/bin/python ready
+  local extras
+  extras=$(merge_extras "$1")
+  up_to_date "$extras" && return
+  if command -v flock >/dev/null 2>&1; then
+    exec 9>"$root/.venv.lock" || die "cannot write to $root; make the checkout writable."
+    if ! flock -n 9; then
+      say "another install into .venv is running; waiting for it."
+      flock 9
+    fi
+  fi
+  # Inside the lock: the one that held it before may have done the work.
+  if ! up_to_date "$extras"; then install_env "$extras"; fi
+  exec 9>&-
+}

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs a job: makes or updates .venv where needed, then starts jexit with the arguments given here.
+#
+#   bash launch/run.sh --config=configs/rl.py [--workdir=DIR] [--config.KEY=VALUE ...]
+#
+# Needs nothing but Python 3.11 to 3.13; launch/env.sh says which variables change what it does.
+# Paths are relative to the current directory; a config that is not there is taken from the checkout.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+config_path() { # config_path FILE[:PRESET]: the checkout's file when there is none here
+  if [[ $1 != /* && ! -e ${1%%:*} && -e $root/${1%%:*} ]]; then
+    printf '%s\n' "$root/$1"
+  else
+    printf '%s\n' "$1"
+  fi
+}
+
+extras=$(accelerator_extras)
+ensure_env "$extras"
+
+arguments=()
+while (($#)); do
+  case $1 in
+    --config=* | -config=*) arguments+=("${1%%=*}=$(config_path "${1#*=}")") ;;
+    --config | -config)
+      arguments+=("$1")
+      if (($# > 1)); then
+        arguments+=("$(config_path "$2")")
+        shift
+      fi
+      ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+exec "$venv/bin/python" -m jexit.main ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,176 @@
+import collections
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import jexit.data.tokenizer as tokenizer_module
+from jexit.data.loader import prompt_batch, require_problems, text_batch
+from jexit.data.tokenizer import Tokenizer
+from jexit.tasks import make_task
+from jexit.tasks.base import Problem, Task
+
+TOKENIZER = Tokenizer.load(pathlib.Path(tokenizer_module.__file__).parents[1] / "assets" / "tiny")
+MIXTURE = [(make_task("sums", steps="mixed"), 0.8), (make_task("word_problems"), 0.2)]
+
+
+class Finite(Task):
+    """Problems 0 ... n-1, each with its number as the prompt."""
+
+    name = "finite"
+
+    def __init__(self, prompts):
+        super().__init__()
+        self.prompts = prompts
+
+    def size(self, split):
+        return len(self.prompts) if split == "train" else 0
+
+    def problem(self, split, index):
+        return Problem(prompt=self.prompts[index], answer=str(index))
+
+    def verify(self, problem, completion):
+        return self.verdict("none")
+
+
+def prompts(task, **options):
+    settings = {"split": "train", "seed": 0, "step": 0, "batch_size": 4, "max_prompt_tokens": 20}
+    return prompt_batch(task, TOKENIZER, **(settings | options))
+
+
+def texts(**options):
+    settings = {"seed": 0, "step": 0, "batch_size": 32, "length": 56}
+    return text_batch(MIXTURE, TOKENIZER, **(settings | options))
+
+
+def test_text_batch_layout():
+    batch = texts(prompt_weight=0.25)
+    assert batch.tokens_BT.shape == batch.loss_mask_BT.shape == (32, 56)
+    assert batch.tokens_BT.dtype == np.int32 and batch.loss_mask_BT.dtype == np.float32
+    for row in range(32):
+        prompt, length = batch.prompt_lengths_B[row], batch.lengths_B[row]
+        ids = batch.tokens_BT[row]
+        text = TOKENIZER.decode(ids[:length], keep_special=True)
+        assert text.startswith("<|user|>") and text.endswith("<|end|>")
+        assert ids[prompt - 1] == 2 and ids[length - 1] == 3
+        assert (ids[length:] == TOKENIZER.pad_id).all()
+        weights = [0.0] + [0.25] * (prompt - 1) + [1.0] * (length - prompt) + [0.0] * (56 - length)
+        np.testing.assert_array_equal(batch.loss_mask_BT[row], np.array(weights, np.float32))
+
+
+def test_text_batch_ends_the_loss_with_the_end_token_even_where_pad_is_that_token():
+    tokenizer = Tokenizer(TOKENIZER.backend)
+    tokenizer.pad_id = tokenizer.eos_id
+    batch = text_batch(MIXTURE, tokenizer, seed=0, step=0, batch_size=8, length=56)
+    for row, length in enumerate(batch.lengths_B):
+        assert batch.loss_mask_BT[row, length - 1] == 1.0
+        assert batch.loss_mask_BT[row, length:].sum() == 0
+
+
+def test_text_batches_are_pure_and_never_repeat():
+    np.testing.assert_array_equal(texts(step=3).tokens_BT, texts(step=3).tokens_BT)
+    assert not np.array_equal(texts(step=3).tokens_BT, texts(step=4).tokens_BT)
+    assert not np.array_equal(texts(step=3).tokens_BT, texts(step=3, seed=1).tokens_BT)
+    # A step is a window on one stream: the batch size only moves the borders.
+    wide = texts(step=0, batch_size=64).tokens_BT
+    np.testing.assert_array_equal(wide[32:], texts(step=1, batch_size=32).tokens_BT)
+
+
+def test_text_batch_follows_the_mixture():
+    batch = texts(batch_size=600)
+    is_sum = [TOKENIZER.decode(row[1:2]) == "sum" for row in batch.tokens_BT]
+    assert 0.74 < np.mean(is_sum) < 0.86
+
+
+def test_text_batch_refuses_what_it_cannot_train_on():
+    with pytest.raises(ValueError, match=r"has \d+ tokens, over the limit of 16"):
+        texts(length=16)
+    with pytest.raises(ValueError, match="without a reference completion"):
+        text_batch([(Finite(["1"]), 1.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
+    with pytest.raises(ValueError, match="weights >= 0, one of them positive"):
+        text_batch([(MIXTURE[0][0], 0.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
+    with pytest.raises(ValueError, match="weights"):
+        text_batch([], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(7, 3), (5, 8), (6, 6), (1, 4)])
+def test_every_problem_once_an_epoch(size, batch_size):
+    task = Finite([str(i) for i in range(size)])
+    seen = [
+        problem.answer
+        for step in range(3 * size)
+        for problem in prompts(task, step=step, batch_size=batch_size).problems
+    ]
+    assert len(seen) == 3 * size * batch_size
+    epochs = [seen[start : start + size] for start in range(0, len(seen), size)]
+    for epoch in epochs:
+        assert sorted(epoch, key=int) == [str(i) for i in range(size)]
+    if size > 4:
+        assert len(set(map(tuple, epochs))) > 1
+        assert epochs[0] != [p.answer for p in prompts(task, seed=1, batch_size=size).problems]
+
+
+def test_prompt_batches_of_a_generated_task():
+    task = make_task("sums")
+    batch = prompts(task, step=5, split="test")
+    assert batch == prompts(task, step=5, split="test")
+    assert batch.tokens == [TOKENIZER.encode_prompt(p.prompt) for p in batch.problems]
+    wide = prompts(task, step=0, batch_size=24, split="test")
+    assert wide.problems[20:] == batch.problems
+    assert batch.problems != prompts(task, step=5, split="test", seed=1).problems
+    assert batch.problems != prompts(task, step=5, split="train").problems
+
+
+def test_any_seed_will_do():
+    task = make_task("sums")
+    batches = [prompts(task, seed=seed).problems for seed in (-1, 0, 2**63, 10**30)]
+    assert len({tuple(p.prompt for p in batch) for batch in batches}) == 4
+
+
+def test_a_prompt_over_the_limit_names_the_length_the_limit_and_the_key():
+    with pytest.raises(
+        ValueError, match=r"has 6 tokens, over the limit of 5: 'sum 12'.*config\.ta"
+    ):
+        prompts(Finite(["sum 12"]), max_prompt_tokens=5)
+    assert prompts(Finite(["sum 12"]), max_prompt_tokens=6).skipped == 0
+    with pytest.raises(ValueError, match=r"config\.task\.max_prompt_tokens"):
+        prompts(make_task("sums"), max_prompt_tokens=7, batch_size=64)
+
+
+def test_long_prompts_can_be_skipped_and_are_counted():
+    task = Finite(["1", "22", "3" * 50, "4", "5" * 60])
+    batches = [
+        prompts(task, step=step, batch_size=3, max_prompt_tokens=8, skip_long=True)
+        for step in range(4)
+    ]
+    answers = collections.Counter(p.answer for batch in batches for p in batch.problems)
+    assert answers == {"0": 4, "1": 4, "3": 4}
+    assert {batch.skipped for batch in batches} == {2}
+    with pytest.raises(ValueError, match=r"every prompt .* over the limit of 2 tokens"):
+        prompts(task, max_prompt_tokens=2, skip_long=True)
+
+    batch = prompts(make_task("sums"), batch_size=64, max_prompt_tokens=8, skip_long=True)
+    assert batch.skipped > 0 and len(batch.problems) == 64
+    assert max(map(len, batch.tokens)) <= 8
+
+
+def test_an_empty_data_set_is_an_error(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n")
+    task = make_task("gsm8k", str(tmp_path))
+    message = r"task 'gsm8k' has no problem in its train split; point config.task.path"
+    with pytest.raises(ValueError, match=message):
+        prompts(task)
+    with pytest.raises(ValueError, match=message):
+        require_problems(task, "train")
+    with pytest.raises(ValueError, match=message):
+        text_batch([(task, 1.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
+
+
+def test_a_finite_data_set_as_training_text(tmp_path):
+    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = make_task("gsm8k", str(tmp_path), instruction="")
+    batch = text_batch([(task, 1.0)], TOKENIZER, seed=0, step=1, batch_size=4, length=20)
+    decoded = {TOKENIZER.decode(row) for row in batch.tokens_BT}
+    assert decoded == {f"{i}?#### {i}" for i in range(4)}

@@ -1,0 +1,325 @@
+"""The engine against teacher forcing, Hugging Face, and itself in other batches and buckets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jexit.model import cache
+from jexit.model.exits import depth_log_prob
+from jexit.model.policies import Full, Prescribed, Sample, Threshold, law_settings
+from jexit.model.transformer import forward
+from jexit.rollout import rollout
+from jexit.rollout.sampling import sampling_log_probs
+
+LAYERS, EOS, PAD = 5, 60, 59
+ATOL = 1e-4  # the promise of the design; float32 keeps well under it
+
+
+def roll(model, prompts, **settings):
+    defaults = {"max_new_tokens": 12, "eos_ids": (), "pad_id": PAD, "key": 0}
+    return rollout(model, prompts, **defaults | settings)
+
+
+def teacher_forced(model, rollouts, *, temperature=1.0, top_p=1.0, adapters=True):
+    """(sequences, log-probabilities of the tokens, output) of `forward` at the recorded depths."""
+    sequences = rollouts.sequences()
+    out = forward(
+        model,
+        sequences.tokens_BT,
+        sequences.lengths_B,
+        policy=Prescribed(sequences.depth_BT),
+        adapters=adapters,
+    )
+    log_probs = np.asarray(sampling_log_probs(out.logits_BTV, temperature, top_p))
+    following = sequences.tokens_BT[:, 1:, None]
+    logprobs = np.take_along_axis(log_probs[:, :-1], following, axis=-1)[..., 0]
+    return sequences, np.pad(logprobs, ((0, 0), (0, 1))), out
+
+
+POLICIES = {
+    "full": Full(),
+    "sample": Sample(),
+    "sample_law": Sample(temperature=2.0, min_hazard=0.1),
+    "threshold": Threshold(0.55),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+def test_records_equal_teacher_forcing(model, prompts, name, temperature, top_p):
+    policy = POLICIES[name]
+    rollouts = roll(
+        model,
+        prompts,
+        policy=policy,
+        temperature=temperature,
+        top_p=top_p,
+        samples_per_prompt=4,
+        eos_ids=(EOS, 7, 12),
+        hazards=True,
+    )
+    forced_at = {"temperature": temperature, "top_p": top_p} if temperature else {}
+    sequences, logprobs_BT, out = teacher_forced(model, rollouts, **forced_at)
+    target, action = sequences.target_mask_BT, sequences.action_BT
+    np.testing.assert_allclose(sequences.logprobs_BT[target], logprobs_BT[target], atol=ATOL)
+    assert not sequences.logprobs_BT[~target].any()
+
+    if isinstance(policy, Sample):
+        law = depth_log_prob(
+            sequences.depth_BT,
+            out.hazard_logits_BTE,
+            model.exit_layers,
+            LAYERS,
+            **law_settings(policy),
+        )
+        expected_BT = np.where(action, law, 0.0)
+        assert len(np.unique(sequences.depth_BT)) == 4, "every depth should have been drawn"
+    else:
+        expected_BT = np.zeros(action.shape)
+    np.testing.assert_allclose(sequences.depth_logprobs_BT, expected_BT, atol=ATOL)
+
+    for row, start in enumerate(rollouts.prompt_lengths_B):
+        assert np.isnan(rollouts.hazard_logits_BTE[row, 0]).all()
+        assert np.isnan(rollouts.hazard_logits_BTE[row, rollouts.lengths_B[row] :]).all()
+        for i in range(1, rollouts.lengths_B[row]):
+            depth, z_E = rollouts.depths_BT[row, i], rollouts.hazard_logits_BTE[row, i]
+            reached = np.asarray(model.exit_layers) <= depth
+            np.testing.assert_allclose(
+                z_E[reached], out.hazard_logits_BTE[row, start + i - 1][reached], atol=ATOL
+            )
+            assert np.isnan(z_E[~reached]).all()
+            if isinstance(policy, Threshold):
+                over = 1 / (1 + np.exp(-z_E[reached])) > policy.hazard
+                assert over[:-1].sum() == 0, "it should have left at the first exit over it"
+                assert depth == LAYERS or over[-1]
+
+
+def test_depths_follow_their_law(model):
+    """Frequencies of the first free depth of many samples against the recorded probabilities."""
+    rollouts = roll(
+        model, [[5, 8]], policy=Sample(), max_new_tokens=2, temperature=0.0, samples_per_prompt=4000
+    )
+    depths, logprobs = rollouts.depths_BT[:, 1], rollouts.depth_logprobs_BT[:, 1]
+    total = 0.0
+    for depth in np.unique(depths):
+        (logprob,) = np.unique(np.round(logprobs[depths == depth], 5))
+        p = np.exp(logprob)
+        total += p
+        assert abs(np.mean(depths == depth) - p) < 5 * np.sqrt(p * (1 - p) / 4000)
+    assert total == pytest.approx(1.0, abs=1e-4)
+
+
+def test_prescribed_depths_are_run(model, prompts):
+    depth_BT = np.random.default_rng(1).choice([1, 2, 3, 4, 5, 99], (3, 15))
+    rollouts = roll(model, prompts, policy=Prescribed(depth_BT), temperature=0.0)
+    expected = np.minimum(depth_BT[:, :12], LAYERS)
+    expected[:, 0] = LAYERS
+    np.testing.assert_array_equal(rollouts.depths_BT, expected)
+    sequences, logprobs_BT, out = teacher_forced(model, rollouts)
+    target = sequences.target_mask_BT
+    np.testing.assert_allclose(sequences.logprobs_BT[target], logprobs_BT[target], atol=ATOL)
+    best_BT = np.argmax(out.logits_BTV, -1)
+    np.testing.assert_array_equal(
+        best_BT[:, :-1][target[:, :-1]], sequences.tokens_BT[:, 1:][target[:, :-1]]
+    )
+
+
+def test_without_adapters_it_is_the_teacher(model, prompts):
+    teacher = roll(model, prompts, adapters=False, temperature=0.0)
+    sequences, logprobs_BT, _ = teacher_forced(model, teacher, adapters=False)
+    target = sequences.target_mask_BT
+    np.testing.assert_allclose(sequences.logprobs_BT[target], logprobs_BT[target], atol=ATOL)
+    student = roll(model, prompts, temperature=0.0)
+    assert not np.allclose(student.logprobs_BT, teacher.logprobs_BT, atol=0.01)
+
+
+def test_bucket_boundaries_change_nothing(model, prompts, monkeypatch):
+    def run():
+        return roll(model, prompts, policy=Sample(), max_new_tokens=90, samples_per_prompt=2)
+
+    one = run()
+    monkeypatch.setattr(cache, "SMALLEST_CACHE", 16)  # 16 + 1 more: four caches, one after another
+    several = run()
+    np.testing.assert_array_equal(one.tokens_BT, several.tokens_BT)
+    np.testing.assert_array_equal(one.depths_BT, several.depths_BT)
+    np.testing.assert_allclose(one.logprobs_BT, several.logprobs_BT, atol=ATOL)
+
+
+def test_buckets_hold_what_they_must_and_little_more():
+    for length in range(1, 3000):
+        padded = cache.prompt_bucket(length)
+        assert length <= padded <= max(16, 1.25 * length)
+        assert length <= cache.cache_bucket(length, 3000) <= max(64, 2 * length)
+    assert len({cache.prompt_bucket(length) for length in range(1, 4097)}) < 32
+    assert cache.cache_bucket(100, 100) == 112
+
+
+def test_rows_do_not_depend_on_the_batch(model, prompts):
+    settings = {"policy": Sample(), "samples_per_prompt": 3, "eos_ids": (EOS, 7)}
+    together = roll(model, prompts, **settings)
+    for index, prompt in enumerate(prompts):
+        alone = roll(model, [prompt], first_prompt=index, **settings)
+        rows = slice(3 * index, 3 * index + 3)
+        np.testing.assert_array_equal(alone.tokens_BT, together.tokens_BT[rows])
+        np.testing.assert_array_equal(alone.depths_BT, together.depths_BT[rows])
+        np.testing.assert_allclose(alone.logprobs_BT, together.logprobs_BT[rows], atol=ATOL)
+
+
+def test_samples_share_a_prompt_and_differ(model, prompts):
+    rollouts = roll(model, prompts, samples_per_prompt=5, policy=Sample())
+    assert rollouts.rows == 15
+    assert rollouts.prompt_lengths_B.tolist() == [3] * 5 + [11] * 5 + [6] * 5
+    for group in rollouts.tokens_BT.reshape(3, 5, -1):
+        assert len(np.unique(group, axis=0)) == 5
+    again = roll(model, prompts, samples_per_prompt=5, policy=Sample())
+    np.testing.assert_array_equal(again.tokens_BT, rollouts.tokens_BT)
+    other = roll(model, prompts, samples_per_prompt=5, policy=Sample(), key=jax.random.key(1))
+    assert (other.tokens_BT != rollouts.tokens_BT).any()
+
+
+def test_any_end_token_stops_a_row_and_is_kept(model, prompts):
+    free = roll(model, prompts, temperature=0.0)
+    assert free.truncated_B.all()
+    assert free.lengths_B.tolist() == [12] * 3
+    ends = [int(free.tokens_BT[0, 4]), int(free.tokens_BT[1, 0])]
+    stopped = roll(model, prompts, temperature=0.0, eos_ids=ends)
+    for row in range(3):
+        tokens = free.tokens_BT[row].tolist()
+        stops = [tokens.index(end) + 1 for end in ends if end in tokens]
+        length = min(stops, default=12)
+        assert stopped.completion(row) == tokens[:length]
+        assert stopped.truncated_B[row] == (not stops)
+        assert (stopped.tokens_BT[row, length:] == PAD).all()
+        for record in (stopped.depths_BT, stopped.logprobs_BT, stopped.depth_logprobs_BT):
+            assert not record[row, length:].any()
+    assert stopped.lengths_B[1] == 1
+
+
+def test_ended_rows_do_not_keep_others_running(model, prompts, monkeypatch):
+    """The layer loop's own count: a pass runs as deep as the deepest row that is still going."""
+    from jexit.rollout import decode
+
+    depth_BT = np.full((3, 12), 1)
+    depth_BT[1] = LAYERS
+    first = int(roll(model, prompts, temperature=0.0).tokens_BT[1, 0])
+    rollouts = roll(model, prompts, temperature=0.0, eos_ids=[first], policy=Prescribed(depth_BT))
+    assert rollouts.lengths_B[1] == 1, "row 1 ends at once, so the others need one layer a pass"
+    ran = []
+    whole = decode._run_token
+
+    def counted(*args):
+        result = whole(*args)
+        jax.debug.callback(lambda layer: ran.append(int(layer)), result.layer)
+        return result
+
+    monkeypatch.setattr(decode, "_run_token", counted)
+    jax.clear_caches()
+    roll(model, prompts, temperature=0.0, eos_ids=[first], policy=Prescribed(depth_BT))
+    jax.effects_barrier()
+    jax.clear_caches()
+    assert ran
+    assert set(ran) == {1}
+
+
+def test_new_parameter_values_do_not_recompile(build, prompts):
+    from jexit.rollout import decode
+
+    model = build()
+    graphdef, trained, rest = nnx.split(model, nnx.filterlib.OfType(type(model.exits.b2)), ...)
+    before = roll((graphdef, trained, rest), prompts, policy=Sample())
+    compiled = decode.decode._cache_size(), decode.prefill._cache_size()
+    moved = jax.tree.map(lambda x: x - 100.0, trained)
+    after = roll((graphdef, moved, rest), prompts, policy=Sample(), key=4)
+    assert (decode.decode._cache_size(), decode.prefill._cache_size()) == compiled
+    assert (before.depths_BT < LAYERS).any()
+    assert (after.depths_BT == LAYERS).all(), "hazards near nothing"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_greedy_equals_hugging_face(build, prompts, family):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from convert.names import axis_sizes, base_rules
+
+    model = build(family, lora=False)
+    arch = model.arch
+    config_type = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[family]
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        config_type(
+            vocab_size=arch.vocab_size,
+            hidden_size=arch.width,
+            num_hidden_layers=arch.layers,
+            num_attention_heads=arch.query_heads,
+            num_key_value_heads=arch.kv_heads,
+            head_dim=arch.head_dim,
+            intermediate_size=arch.mlp_width,
+            rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
+            rms_norm_eps=arch.rms_norm_eps,
+            tie_word_embeddings=arch.tied,
+            max_position_embeddings=arch.max_positions,
+        )
+    ).eval()
+    sizes = axis_sizes(**arch.to_dict())
+    ours = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model))}
+    weights = {}
+    for rule in base_rules(family, arch.tied):
+        value = np.asarray(ours[rule.path][...])
+        for layer in range(arch.layers) if rule.stacked else [None]:
+            part = value if layer is None else value[layer]
+            weights[rule.name_at(layer)] = torch.tensor(rule.to_hf(part, sizes))
+    missing, surplus = theirs.load_state_dict(weights, strict=False)
+    assert not surplus
+    assert set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+
+    new = 80
+    rollouts = roll(model, prompts, temperature=0.0, max_new_tokens=new)
+    for row, prompt in enumerate(prompts):
+        with torch.no_grad():
+            generated = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=PAD
+            )
+        assert rollouts.completion(row) == generated[0, len(prompt) :].tolist()
+
+
+def test_sequences_line_up(model, prompts):
+    rollouts = roll(model, prompts, policy=Sample(), eos_ids=(7, 12))
+    sequences = rollouts.sequences(40)
+    for row, prompt in enumerate(prompts):
+        start, new = len(prompt), int(rollouts.lengths_B[row])
+        assert sequences.tokens_BT[row].tolist() == (
+            prompt + rollouts.completion(row) + [PAD] * (40 - start - new)
+        )
+        assert sequences.lengths_B[row] == start + new
+        assert (sequences.depth_BT[row, :start] == LAYERS).all()
+        for i in range(new - 1):
+            assert sequences.depth_BT[row, start + i] == rollouts.depths_BT[row, i + 1]
+        assert np.flatnonzero(sequences.action_BT[row]).tolist() == list(
+            range(start, start + new - 1)
+        )
+        assert np.flatnonzero(sequences.target_mask_BT[row]).tolist() == list(
+            range(start - 1, start + new - 1)
+        )
+    with pytest.raises(ValueError, match="cannot hold"):
+        rollouts.sequences(10)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "sentence"),
+    [
+        ([], {}, "no prompts"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1] * 512], {}, "prompt 0 has 512 tokens and the model takes 512 positions"),
+        ([[1] * 505], {}, "lower max_new_tokens to at most 7"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"samples_per_prompt": 0}, "samples_per_prompt is 0"),
+        ([[1]], {"policy": Prescribed(jnp.ones((2, 12)))}, r"\(2, 12\) for 1 rows"),
+        ([[1]], {"policy": Prescribed(jnp.ones((1, 11)))}, "up to 12 tokens"),
+        ([[61]], {}, "token 61"),
+    ],
+)
+def test_wrong_inputs_get_one_sentence(model, prompts, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        roll(model, prompts, **settings)

@@ -1,0 +1,164 @@
+import functools
+import json
+import logging
+import sys
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jexit.tasks import make_task
+from jexit.tasks.base import Problem
+
+QUESTION = "Ann has 3 pens and buys 4. How many has she?"
+ANSWER = "Ann has 3+4 = <<3+4=7>>7 pens.\n#### 7"
+
+
+def row(number: int) -> dict[str, str]:
+    return {"question": f"Question {number}?", "answer": f"It is <<1*{number}>>so.\n#### {number}"}
+
+
+def write_rows(file, rows):
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+    file.write_text("\n".join(lines) + "\n", "utf-8")
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_rows(tmp_path / "train.jsonl", map(row, range(5)))
+    write_rows(tmp_path / "test_a.jsonl", map(row, range(10, 12)))
+    write_rows(tmp_path / "test_b.jsonl", map(row, range(20, 23)))
+    return tmp_path
+
+
+def test_a_folder_of_jsonl(folder):
+    task = make_task("gsm8k", str(folder))
+    assert (task.size("train"), task.size("test")) == (5, 5)
+    assert [task.problem("test", i).answer for i in range(5)] == ["10", "11", "20", "21", "22"]
+    assert task.skipped_rows == {"train": 0, "test": 0}
+
+
+def test_prompt_and_reference_completion(tmp_path):
+    file = write_rows(tmp_path / "test.jsonl", [{"question": QUESTION, "answer": ANSWER}])
+    task = make_task("gsm8k", str(file))
+    problem = task.problem("test", 0)
+    assert problem.prompt.startswith(QUESTION + "\n\n")
+    assert "step by step" in problem.prompt and "#### answer" in problem.prompt
+    assert problem.completion == "Ann has 3+4 = 7 pens.\n#### 7"
+    assert task.verify(problem, problem.completion).kind == "strict"
+    assert task.verify(problem, "so \\boxed{7}").kind == "lenient"
+    assert task.verify(problem, "#### 8").kind == "wrong"
+    assert make_task("gsm8k", str(file), instruction="").problem("test", 0).prompt == QUESTION
+
+
+def test_one_file_keeps_a_part_for_testing(tmp_path):
+    rows = [row(i) for i in range(24)] + [row(7), row(8)]  # a held-out and a kept question again
+    task = make_task("gsm8k", str(write_rows(tmp_path / "mine.jsonl", rows)))
+    test = [task.problem("test", i).answer for i in range(task.size("test"))]
+    train = [task.problem("train", i).answer for i in range(task.size("train"))]
+    assert test == ["7", "15", "23", "7"]
+    assert len(train) == 22 and not set(train) & set(test)
+    whole = make_task("gsm8k", str(tmp_path / "mine.jsonl"), test_every=0)
+    assert (whole.size("train"), whole.size("test")) == (26, 0)
+
+
+def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
+    file = write_rows(
+        tmp_path / "train.jsonl",
+        [
+            row(0),
+            '{"question": "cut sho',
+            {"question": "no answer here"},
+            {"question": 3, "answer": "#### 3"},
+            "",
+            {"question": "What?", "answer": "no marker 3"},
+            {"question": "What?", "answer": "#### many"},
+            "[1, 2]",
+            '{"question": "\\ud800?", "answer": "#### 3"}',
+            "[" * 100_000,
+            row(1),
+        ],
+    )
+    file.write_bytes(file.read_bytes() + b'{"question": "\xff", "answer": "#### 1"}\n')
+    task = make_task("gsm8k", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert task.size("train") == 2
+        assert task.size("train") == 2
+    assert task.skipped_rows["train"] == 9
+    assert [task.problem("train", i).answer for i in range(2)] == ["0", "1"]
+    (warning,) = caplog.messages
+    assert warning.startswith("skipped 9 of 11 rows of the train split")
+    assert f"{file}:2: not a JSON object" in warning
+    assert f"{file}:3: no 'answer'" in warning
+    assert "4 more" in warning
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no data set at .*nowhere; set config.task.path"):
+        make_task("gsm8k", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"holds no GSM8K data.*config.task.path"):
+        make_task("gsm8k", str(tmp_path)).size("train")
+
+
+@given(text=st.text())
+def test_verify_is_total(text):
+    task = make_task("gsm8k")
+    verdict = task.verify(Problem(prompt="?", answer="7"), text)
+    assert verdict.kind in ("strict", "lenient", "wrong", "none")
+
+
+@pytest.fixture
+def tfds_folder(tmp_path):
+    """GSM8K as tensorflow-datasets' own builder writes it, with the download replaced."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from tensorflow_datasets.text.gsm8k import gsm8k
+
+    source = write_rows(tmp_path / "source.jsonl", map(row, range(6)))
+    files = mock.patch.object(
+        tfds.download.DownloadManager,
+        "download_and_extract",
+        lambda self, urls: {split: str(source) for split in urls},
+    )
+    data_dir = tmp_path / "data"
+    with files:
+        gsm8k.Gsm8k(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
+    return data_dir
+
+
+def test_tensorflow_datasets_round_trip(tfds_folder):
+    (version,) = tfds_folder.glob("gsm8k/*")
+    expected = {json.dumps(row(i)["question"]) for i in range(6)}
+    for path in (tfds_folder, version):
+        task = make_task("gsm8k", str(path))
+        assert task.size("train") == task.size("test") == 6
+        problems = [task.problem("train", i) for i in range(6)]
+        assert {json.dumps(problem.fields["question"]) for problem in problems} == expected
+        for problem in problems:
+            assert problem.fields["question"] == f"Question {problem.answer}?"
+            assert problem.completion == f"It is so.\n#### {problem.answer}"
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_default_is_the_prepared_data_directory(tfds_folder, monkeypatch):
+    from tensorflow_datasets.text.gsm8k import gsm8k
+
+    at_home = functools.partial(gsm8k.Gsm8k, data_dir=str(tfds_folder))
+    monkeypatch.setattr(gsm8k, "Gsm8k", at_home)
+    assert make_task("gsm8k").size("train") == 6
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from tensorflow_datasets.text.gsm8k import gsm8k
+
+    def refuse(*_):
+        raise OSError("no network")
+
+    at_home = functools.partial(gsm8k.Gsm8k, data_dir=str(tmp_path / "data"))
+    monkeypatch.setattr(gsm8k, "Gsm8k", at_home)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", refuse)
+    with pytest.raises(ValueError, match=r"no network.*set config.task.path"):
+        make_task("gsm8k").size("train")
+    assert not list(tmp_path.glob("data/gsm8k/*"))

@@ -1,0 +1,147 @@
+import collections
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jexit.tasks import make_task, sums
+
+sums_like = st.text(alphabet="0123456789+# .\n", max_size=60)
+
+
+def test_the_chain_by_hand():
+    assert sums.reduce_by("37295184", [2, 3, 2, 2, 2, 2]) == ("+0295184++15184+6184+784+54+9", "9")
+    assert sums.reduce_by("372", [3]) == ("++2", "2")
+    assert sums.reduce_by("372", []) == ("", "2")
+    assert sums.prescribed_steps(8, 3) == [3, 3, 3, 2]
+    assert sums.prescribed_steps(3, 5) == [3]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start"),
+    [("free", "sum "), (2, "sum by 2 "), ("5", "sum by 5 "), ("at_once", "sum at once ")],
+)
+def test_prompts(steps, start):
+    task = make_task("sums", steps=steps)
+    for index in range(50):
+        problem = task.problem("train", index)
+        operands = problem.prompt.removeprefix(start)
+        assert operands == problem.fields["operands"]
+        assert 3 <= len(operands) <= 8
+        assert problem.answer == str(sum(int(digit) for digit in operands) % 10)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_prescribed_chains_take_the_prescribed_steps(step):
+    task = make_task("sums", steps=step)
+    for index in range(100):
+        problem = task.problem("test", index)
+        sizes = sums.step_sizes(problem.completion)
+        assert all(size == step for size in sizes[:-1])
+        assert 2 <= sizes[-1] <= step
+        assert sum(size - 1 for size in sizes) == len(problem.fields["operands"]) - 1
+
+
+def test_at_once_has_no_chain():
+    problem = make_task("sums", steps="at_once").problem("train", 3)
+    assert problem.completion == f"####{problem.answer}"
+    assert sums.step_sizes(problem.completion) == []
+
+
+def test_the_mixture_follows_its_weights_and_has_every_step_size():
+    task = make_task("sums", steps="mixed")
+    problems = [task.problem("train", index) for index in range(2000)]
+    modes = collections.Counter(problem.fields["mode"] for problem in problems)
+    assert abs(modes["free"] / 2000 - 0.45) < 0.04
+    assert abs(modes["prescribed"] / 2000 - 0.40) < 0.04
+    assert abs(modes["at_once"] / 2000 - 0.15) < 0.03
+    assert {problem.fields["step"] for problem in problems} == {None, 2, 3, 4, 5}
+    free = [p for p in problems if p.fields["mode"] == "free"]
+    sizes = {size for problem in free for size in sums.step_sizes(problem.completion)}
+    assert sizes == {2, 3, 4, 5}
+    only = make_task("sums", steps="mixed", mixture={"at_once": 1.0})
+    assert {only.problem("train", index).fields["mode"] for index in range(20)} == {"at_once"}
+
+
+def test_no_operand_string_is_on_both_sides():
+    seen = {"train": set(), "test": set()}
+    for split, strings in seen.items():
+        for seed in (0, 1):
+            task = make_task("sums", operands=(3, 4), seed=seed)
+            strings.update(task.problem(split, i).fields["operands"] for i in range(3000))
+    assert not seen["train"] & seen["test"]
+    # Short strings are few enough to see both sides nearly whole: an eighth is held out.
+    short = {split: sum(len(s) == 3 for s in strings) for split, strings in seen.items()}
+    assert short["train"] + short["test"] > 900
+    assert 0.08 < short["test"] / 1000 < 0.17
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        ("+02+2####2", "strict"),
+        ("####2", "strict"),
+        ("#### 2", "lenient"),
+        ("####2\n", "lenient"),
+        ("+02+2", "lenient"),
+        ("the answer is 2.", "lenient"),
+        ("####3", "wrong"),
+        ("+02+2####3", "wrong"),
+        ("####2####3", "wrong"),
+        ("####22", "none"),
+        ("+02", "none"),
+        ("+02+2####", "none"),
+        ("", "none"),
+        ("####٢", "none"),
+    ],
+)
+def test_verdicts(completion, kind):
+    task = make_task("sums")
+    problem = sums._problem("sum 372", "372", [2, 2], mode="free", step=None)
+    assert task.verify(problem, completion).kind == kind
+
+
+@given(text=st.text() | sums_like)
+def test_verify_and_the_readers_are_total(text):
+    task = make_task("sums")
+    assert task.verify(task.problem("train", 0), text).kind in (
+        "strict",
+        "lenient",
+        "wrong",
+        "none",
+    )
+    sizes = sums.step_sizes(text)
+    assert all(size >= 2 for size in sizes)
+    assert [step.size for step in sums.chain_steps("372", text)] == sizes
+
+
+def test_chain_steps_judge_each_step_by_its_own_input():
+    steps = sums.chain_steps("3729", "+129+39+2####2")
+    assert [(s.size, s.given, s.wrote, s.correct) for s in steps] == [
+        (2, "3729", "129", False),
+        (2, "129", "39", True),
+        (2, "39", "2", True),
+    ]
+    too_large = sums.chain_steps("37", "++0")
+    assert [step.correct for step in too_large] == [False]
+    problem = make_task("sums").problem("train", 5)
+    read = sums.chain_steps(problem.fields["operands"], problem.completion)
+    assert read and all(step.correct for step in read)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 6},
+        {"steps": "often"},
+        {"operands": (1, 4)},
+        {"operands": (5, 4)},
+        {"operands": (5,)},
+        {"mixture": {"free": 0.0}},
+        {"mixture": {"sometimes": 1.0}},
+        {"mixture": {}},
+    ],
+)
+def test_wrong_options_name_the_config_key(options):
+    with pytest.raises(ValueError, match=rf"got .*config.task.{next(iter(options))}"):
+        make_task("sums", **options)

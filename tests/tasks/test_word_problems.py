@@ -1,0 +1,48 @@
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jexit.tasks import make_task
+from jexit.tasks.word_problems import TEMPLATES
+
+OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
+
+
+def test_every_line_of_a_completion_is_true_arithmetic():
+    task = make_task("word_problems")
+    for index in range(1000):
+        problem = task.problem("train", index)
+        *lines, last = problem.completion.split("\n")
+        assert 1 <= len(lines) <= 3
+        for line in lines:
+            x, operation, y, result = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", line).groups()
+            assert OPERATIONS[operation](int(x), int(y)) == int(result)
+        assert last == f"#### {result}" == f"#### {problem.answer}"
+
+
+def test_every_given_number_is_in_the_question_and_used():
+    task = make_task("word_problems")
+    for index in range(300):
+        problem = task.problem("test", index)
+        for number in problem.fields["numbers"].values():
+            assert re.search(rf"\b{number}\b", problem.prompt)
+            assert re.search(rf"\b{number}\b", problem.completion)
+
+
+def test_all_templates_occur_and_no_question_is_on_both_sides():
+    task = make_task("word_problems")
+    train = {task.problem("train", index).prompt for index in range(3000)}
+    test = {task.problem("test", index).prompt for index in range(3000)}
+    assert not train & test
+    endings = {template.text.rpartition("}")[2] for template in TEMPLATES}
+    assert len(TEMPLATES) >= 12
+    for ending in endings:
+        assert any(prompt.endswith(ending) for prompt in train)
+
+
+@given(text=st.text())
+def test_verify_is_total(text):
+    task = make_task("word_problems")
+    verdict = task.verify(task.problem("train", 0), text)
+    assert verdict.kind in ("strict", "lenient", "wrong", "none")
