@@ -79,7 +79,7 @@ class Cache:
 
 def prompt_bucket(length: int) -> int:
     """The padded length of a prompt: four sizes an octave, so that padding stays under a quarter."""
-    quantum = max(SMALLEST_PROMPT, 1 << (max(length, 1).bit_length() - 3))
+    quantum = max(SMALLEST_PROMPT, (1 << length.bit_length()) >> 3)
     return -(-length // quantum) * quantum
 
 

@@ -1,0 +1,140 @@
+"""RLOO by hand and by TRL's documented formula; rewards, weights and losses by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jexit.losses import rloo
+
+
+def test_rloo_by_hand():
+    rewards = jnp.array([1.0, 0.0, 0.0, -1.0, 2.0, 2.0, 2.0, 2.0])
+    # Group 1, row 0: 1 − mean(0, 0, −1) = 4/3; row 3: −1 − mean(1, 0, 0) = −4/3.
+    expected = [4 / 3, 0.0, 0.0, -4 / 3, 0.0, 0.0, 0.0, 0.0]
+    np.testing.assert_allclose(rloo.group_advantages(rewards, 4, "rloo"), expected, rtol=1e-6)
+
+
+def test_rloo_equals_the_formula_that_trl_documents():
+    # TRL lays rewards out as [rollouts, prompts] and takes
+    # baseline = (sum over rollouts − own) / (rollouts − 1), advantage = reward − baseline.
+    rng = np.random.default_rng(0)
+    grouped = rng.normal(size=(5, 3)).astype(np.float32)
+    baseline = (grouped.sum(0) - grouped) / (5 - 1)
+    ours = rloo.group_advantages(jnp.asarray(grouped.T.reshape(-1)), 5, "rloo")
+    np.testing.assert_allclose(ours, (grouped - baseline).T.reshape(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_group_mean_with_and_without_division():
+    rewards = jnp.array([1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(
+        rloo.group_advantages(rewards, 4, "group_mean"), [0.75, -0.25, -0.25, -0.25]
+    )
+    np.testing.assert_allclose(
+        rloo.group_advantages(rewards, 4, "group_mean_std"),
+        np.array([0.75, -0.25, -0.25, -0.25]) / (np.std([1, 0, 0, 0], ddof=1) + 1e-4),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("kind", ["rloo", "group_mean", "group_mean_std"])
+def test_rows_left_out_are_absent_from_the_baseline(kind):
+    rewards = jnp.array([1.0, 0.0, 100.0, 3.0, 5.0, 7.0])
+    keep = jnp.array([1, 1, 0, 1, 0, 0])
+    kept = rloo.group_advantages(jnp.array([1.0, 0.0]), 2, kind)
+    ours = rloo.group_advantages(rewards, 3, kind, keep)
+    np.testing.assert_allclose(ours[:2], kept, rtol=1e-6)
+    np.testing.assert_array_equal(ours[2:], 0.0)  # the second group's one survivor learns nothing
+
+
+def test_one_rollout_is_an_error():
+    with pytest.raises(ValueError, match="at least 2 rollouts per prompt, got 1"):
+        rloo.group_advantages(jnp.ones(4), 1, "rloo")
+
+
+def test_rewards_by_hand():
+    reward = rloo.rewards(
+        jnp.array([1.0, 0.5]),
+        jnp.array([[1.0, 0.5, 0.25, 9.0], [1.0, 9.0, 9.0, 9.0]]),
+        jnp.array([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]),
+        jnp.array([[0.2, 0.4, 0.6, np.nan], [1.0, np.nan, np.nan, np.nan]]),
+        jnp.array([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]),
+        depth_coef=0.8,
+        kl_coef=0.1,
+        length_coef=0.5,
+        length_ref=10.0,
+    )
+    # Row 0: depth mean over its two action positions 0.375; row 1 has none and counts as full.
+    np.testing.assert_allclose(reward.depth_B, [-0.3, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(reward.kl_B, [-0.04, -0.1], rtol=1e-6)
+    np.testing.assert_allclose(reward.length_B, [-0.15, -0.05], rtol=1e-6)
+    np.testing.assert_allclose(
+        reward.total_B, [1 - 0.3 - 0.04 - 0.15, 0.5 - 0.8 - 0.1 - 0.05], rtol=1e-6
+    )
+
+
+def test_cost_to_go_starts_at_the_mean_depth_and_falls():
+    depth = jnp.array([[1.0, 0.5, 0.25, 0.75, 9.0]])
+    action = jnp.array([[0.0, 1.0, 1.0, 1.0, 0.0]])
+    np.testing.assert_allclose(
+        rloo.depth_cost_to_go(depth, action)[0], np.array([1.5, 1.5, 1.0, 0.75, 0.0]) / 3
+    )
+
+
+def test_loss_weights():
+    token = jnp.array([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(rloo.loss_weights(token, "constant", 10), token / 20)
+    np.testing.assert_allclose(
+        rloo.loss_weights(token, "sequence", 10), token / jnp.array([[8.0], [4.0]])
+    )
+    np.testing.assert_allclose(rloo.loss_weights(token, "tokens", 10), token / 6)
+
+
+def test_ppo_clips_the_gradient_beyond_the_trust_region():
+    def loss(log_prob, advantage):
+        return rloo.policy_loss_terms(log_prob, jnp.zeros(()), advantage, clip=0.2)
+
+    gradient = jax.grad(loss)
+    assert gradient(jnp.log(1.1), 1.0) == pytest.approx(-1.1, rel=1e-5)
+    assert gradient(jnp.log(1.3), 1.0) == 0.0  # already pushed up far enough
+    assert gradient(jnp.log(0.7), -1.0) == 0.0  # already pushed down far enough
+    assert gradient(jnp.log(1.3), -1.0) == pytest.approx(1.3, rel=1e-5)  # wrong way: not clipped
+
+
+def test_on_policy_ppo_has_the_gradient_of_reinforce():
+    def gradient(clip):
+        return jax.grad(
+            lambda x: rloo.policy_loss_terms(x, jnp.float32(-1.3), 0.7, clip=clip)
+        )(jnp.float32(-1.3))
+
+    assert float(gradient(0.2)) == pytest.approx(float(gradient(None)), rel=1e-6)
+
+
+def test_truncated_importance_weights():
+    terms = rloo.policy_loss_terms(
+        jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.1, 0.4])), 1.0, clip=None,
+        importance_cap=2.0,
+    )
+    np.testing.assert_allclose(
+        terms, [-np.log(0.5) * 2.0, -np.log(0.2) * 0.5], rtol=1e-5
+    )  # fmt: skip
+
+
+def test_k3_averages_to_the_divergence():
+    student, teacher = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.25, 0.25])
+    estimate = rloo.k3(jnp.log(student), jnp.log(teacher))
+    assert np.all(np.asarray(estimate) >= 0)
+    assert float((student * estimate).sum()) == pytest.approx(
+        (student * np.log(student / teacher)).sum(), rel=1e-5
+    )
+
+
+def test_decision_entropy_averages_to_the_entropy_of_the_law():
+    from jexit.model.exits import depth_entropy, depth_log_law, log_hazards
+
+    z = jnp.array([0.3, -1.2, 2.0])
+    law = jnp.exp(depth_log_law(z))
+    per_exit = jnp.stack(
+        [rloo.reached_decision_entropy(*log_hazards(z), jnp.int32(e)) for e in range(4)]
+    )
+    assert float(law @ per_exit) == pytest.approx(float(depth_entropy(jnp.log(law))), rel=1e-5)

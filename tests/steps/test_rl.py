@@ -1,0 +1,265 @@
+"""The policy gradient against exact enumeration; options of the update; sampler against trainer."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jexit.config import RLConfig
+from jexit.model.exits import depth_log_prob
+from jexit.model.policies import Full, Prescribed, Sample
+from jexit.model.transformer import logits_of, run
+from jexit.rollout import rollout
+from jexit.steps.completions import pad_completions
+from jexit.steps.rl import Prices, RLBatch, make_rl_step
+from jexit.steps.state import new_state
+
+LAYERS, EXITS, NEW = 3, (1, 2), 2
+PROMPT = [1]
+
+
+def trajectories(vocab):
+    """All (first token, depth of the second pass, second token)."""
+    return list(itertools.product(range(vocab), (*EXITS, LAYERS), range(vocab)))
+
+
+def log_probs(split, trainable, paths, config):
+    """log P(y0) + log P(d1) + log P(y1 | d1) of every trajectory, straight from the definition."""
+    student = split.student(trainable)
+    tokens = jnp.array([[*PROMPT, y0, y1] for y0, _, y1 in paths])
+    depths = jnp.array([[LAYERS, d, LAYERS] for _, d, _ in paths])
+    result = run(student, tokens, policy=Prescribed(depths), hazards=True)
+    logits = logits_of(result.hidden_BTD, student.head_VD) / config.temperature
+    log_pi = jax.nn.log_softmax(logits)
+    rows = jnp.arange(len(paths))
+    law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
+    depth = depth_log_prob(depths[:, 1], result.hazard_logits_BTE[:, 1], EXITS, LAYERS, **law)
+    return log_pi[rows, 0, tokens[:, 1]] + depth + log_pi[rows, 1, tokens[:, 2]], log_pi, depth
+
+
+def batch_of(paths, verifier, log_pi, depth_logprobs, rows):
+    completions = pad_completions([PROMPT] * len(rows), [[paths[r][0], paths[r][2]] for r in rows], 0)
+    width = completions.completion_tokens_BC.shape[1]
+
+    def padded(columns):
+        return jnp.pad(jnp.stack(columns, 1), ((0, 0), (0, width - NEW)))
+
+    index = jnp.asarray(rows)
+    y0 = jnp.array([paths[r][0] for r in rows])
+    y1 = jnp.array([paths[r][2] for r in rows])
+    d1 = jnp.array([paths[r][1] for r in rows], jnp.int32)
+    return RLBatch(
+        completions,
+        padded([jnp.full(len(rows), LAYERS, jnp.int32), d1]),
+        padded([log_pi[index, 0, y0], log_pi[index, 1, y1]]),
+        padded([jnp.zeros(len(rows)), depth_logprobs[index]]),
+        jnp.asarray(verifier)[index],
+        jnp.zeros(len(rows), bool),
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
+        {"advantage": "group_mean"},
+        {"causal_depth": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_expected_gradient_equals_that_of_the_enumerated_return(make_split, options):
+    vocab = 2
+    split = make_split(vocab_size=vocab)
+    config = RLConfig(
+        rollouts=2, kl_coef=0.0, max_new_tokens=NEW, **{"temperature": 1.0, **options}
+    )
+    prices = Prices(0.7, 0.0)
+    paths = trajectories(vocab)
+    verifier = np.random.default_rng(0).normal(size=len(paths)).astype(np.float32)
+    returns = verifier - 0.7 * np.array([d / LAYERS for _, d, _ in paths], np.float32)
+
+    def expected_return(trainable):
+        return jnp.sum(jnp.exp(log_probs(split, trainable, paths, config)[0]) * returns)
+
+    exact = jax.jit(jax.grad(expected_return))(split.trainable)
+    log_p, log_pi, depth_logprobs = log_probs(split, split.trainable, paths, config)
+    assert float(jnp.sum(jnp.exp(log_p))) == pytest.approx(1.0, abs=1e-5)
+
+    optimizer = optax.sgd(1.0)
+    step = make_rl_step(split, optimizer, config)
+    total = jax.tree.map(jnp.zeros_like, split.trainable)
+    for a, b in itertools.product(range(len(paths)), repeat=2):
+        state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+        batch = batch_of(paths, verifier, log_pi, depth_logprobs, [a, b])
+        state, metrics = step(state, split.fixed, batch, prices, jax.random.key(0))
+        weight = jnp.exp(log_p[a] + log_p[b])
+        total = jax.tree.map(
+            lambda t, new, old, w=weight: t + w * (new - old), total, state.trainable,
+            split.trainable,
+        )  # fmt: skip
+        assert float(metrics["sampler_gap"]) < 1e-5
+    # Two rows, each weighted by 1 / (2 rows · 2 tokens): half the gradient of the return. The
+    # group mean as baseline keeps half of that again (it contains the row itself).
+    factor = 0.25 if config.advantage == "group_mean" else 0.5
+    for ours, truth in zip(jax.tree.leaves(total), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(ours, factor * truth, rtol=2e-3, atol=2e-6)
+
+
+def rolled_batch(split, config, *, prompts=4, seed=0):
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 11, size=rng.integers(1, 6)).tolist() for _ in range(prompts)]
+    rollouts = rollout(
+        split.decodable(split.trainable),
+        texts,
+        policy=Sample(config.hazard_temperature, config.min_hazard),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        eos_ids=[3],
+        pad_id=0,
+        key=seed,
+        samples_per_prompt=config.rollouts,
+    )
+    completions = pad_completions(
+        [texts[row // config.rollouts] for row in range(rollouts.rows)],
+        [rollouts.completion(row) for row in range(rollouts.rows)],
+        0,
+    )
+    width = completions.completion_tokens_BC.shape[1]
+
+    def fit(values):
+        values = values[:, :width]
+        return jnp.asarray(np.pad(values, ((0, 0), (0, width - values.shape[1]))))
+
+    return RLBatch(
+        completions,
+        fit(rollouts.depths_BT),
+        fit(rollouts.logprobs_BT),
+        fit(rollouts.depth_logprobs_BT),
+        jnp.asarray(rng.normal(size=rollouts.rows), jnp.float32),
+        jnp.asarray(rollouts.truncated_B),
+    )
+
+
+BASE = RLConfig(rollouts=3, max_new_tokens=10, temperature=0.8, min_hazard=0.05)
+
+
+def one_update(split, config, batch, *, micro_batches=1, optimizer=None):
+    optimizer = optimizer or optax.sgd(1.0)
+    step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
+    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    return step(state, split.fixed, batch, Prices(0.5, 0.1), jax.random.key(0))
+
+
+def test_the_sampler_and_the_trainer_agree(make_split):
+    split = make_split()
+    _, metrics = one_update(split, BASE, rolled_batch(split, BASE))
+    assert 0 <= float(metrics["sampler_gap"]) < 1e-4
+    assert float(metrics["depth/fraction"]) < 1.0  # something did leave
+
+
+@pytest.mark.parametrize("norm", ["constant", "sequence", "tokens"])
+@pytest.mark.parametrize("extra", [{}, {"kl_loss_coef": 0.2}, {"mask_truncated": True}])
+def test_micro_batches_change_nothing(make_split, norm, extra):
+    split = make_split()
+    config = dataclasses.replace(BASE, norm=norm, depth_entropy_coef=0.1, **extra)
+    batch = rolled_batch(split, config)
+    whole, whole_metrics = one_update(split, config, batch)
+    parts, parts_metrics = one_update(split, config, batch, micro_batches=4)
+    for a, b in zip(
+        jax.tree.leaves(whole.trainable), jax.tree.leaves(parts.trainable), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(value, parts_metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
+    split = make_split()
+    batch = rolled_batch(split, BASE)
+    rows = batch.completions
+    student, teacher = split.student(split.trainable), split.teacher(split.trainable)
+    depths = rows.input_depths(batch.depth_BC, LAYERS)
+    hidden = run(
+        student, rows.tokens_BT, policy=Prescribed(depths), valid_BT=rows.valid_BT
+    ).hidden_BTD
+    taught = run(
+        teacher, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, adapters=False
+    ).hidden_BTD
+
+    def log_pi(hidden_BTD):
+        logits = logits_of(rows.window(hidden_BTD), student.head_VD) / BASE.temperature
+        return jax.nn.log_softmax(logits)
+
+    s, t = log_pi(hidden), log_pi(taught)
+    token = rows.token_BC / (rows.token_BC.shape[0] * BASE.max_new_tokens)
+    exact = float(jnp.sum(token * jnp.sum(jnp.exp(s) * (s - t), -1)))
+    config = dataclasses.replace(BASE, kl_loss_coef=1.0)
+    _, metrics = one_update(split, config, batch)
+    assert float(metrics["loss/kl"]) == pytest.approx(exact, rel=1e-4)
+    picked = rows.completion_tokens_BC[..., None]
+    delta = jnp.take_along_axis(t - s, picked, -1)[..., 0]
+    sampled = float(jnp.sum(token * (jnp.exp(delta) - delta - 1)))
+    _, metrics = one_update(split, dataclasses.replace(config, kl_loss="k3"), batch)
+    assert float(metrics["loss/kl"]) == pytest.approx(sampled, rel=1e-4)
+
+
+def test_masked_truncated_rows_teach_nothing(make_split):
+    split = make_split()
+    config = dataclasses.replace(BASE, mask_truncated=True, kl_coef=0.0)
+    batch = rolled_batch(split, config)
+    assert bool(batch.truncated_B.any()) and not bool(batch.truncated_B.all())
+    wild = dataclasses.replace(
+        batch, verifier_B=jnp.where(batch.truncated_B, 1e3, batch.verifier_B)
+    )
+    a, _ = one_update(split, config, batch)
+    b, _ = one_update(split, config, wild)
+    for x, y in zip(jax.tree.leaves(a.trainable), jax.tree.leaves(b.trainable), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_several_updates_use_the_clipped_ratio(make_split):
+    split = make_split()
+    config = dataclasses.replace(BASE, updates_per_batch=4, clip=0.1)
+    batch = rolled_batch(split, config)
+    state, metrics = one_update(split, config, batch, optimizer=optax.adam(1e-2))
+    assert int(state.step) == 1 and float(metrics["sampler_gap"]) < 1e-4
+    once, _ = one_update(split, BASE, batch, optimizer=optax.adam(1e-2))
+    moved = [
+        float(optax.global_norm(jax.tree.map(jnp.subtract, s.trainable, split.trainable)))
+        for s in (state, once)
+    ]
+    assert moved[0] > 1.5 * moved[1]
+
+
+def test_full_fine_tuning_keeps_the_teacher_apart(make_split):
+    split = make_split(full=True)
+    batch = rolled_batch(split, BASE)
+    config = dataclasses.replace(BASE, kl_loss_coef=0.1)
+    step = make_rl_step(split, optax.sgd(0.5), config)
+    state = new_state(jax.tree.map(jnp.copy, split.trainable), optax.sgd(0.5))
+    args = (split.fixed, batch, Prices(0.5, 0.0), jax.random.key(0))
+    state, first = step(state, *args)
+    teacher = split.teacher(state.trainable)
+    np.testing.assert_array_equal(
+        teacher.embed.embedding[...], split.fixed.teacher["embed"]["embedding"]
+    )
+    assert not np.array_equal(
+        split.student(state.trainable).embed.embedding[...], teacher.embed.embedding[...]
+    )
+
+
+def test_a_step_that_is_not_finite_is_skipped(make_split):
+    split = make_split()
+    batch = rolled_batch(split, BASE)
+    broken = dataclasses.replace(batch, verifier_B=batch.verifier_B.at[0].set(jnp.nan))
+    state, metrics = one_update(split, BASE, broken)
+    assert int(state.skipped) == 1 and float(metrics["skipped"]) == 1
+    for x, y in zip(
+        jax.tree.leaves(state.trainable), jax.tree.leaves(split.trainable), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
