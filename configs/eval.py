@@ -14,5 +14,7 @@ def get_config(preset: str = "tiny"):
         config.eval.max_new_tokens = 48
         config.eval.batch_size = 256
         return config
+    config.model.path = f"runs/rl-{config.preset}"
     config.task.name = "gsm8k"
+    config.eval.max_new_tokens = 512
     return config

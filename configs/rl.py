@@ -27,8 +27,13 @@ def get_config(preset: str = "tiny"):
         config.eval.max_new_tokens = 48
         config.checkpoint.every = 25
         return config
+    config.model.path = f"runs/sft-{config.preset}"
     config.task.name = "gsm8k"
     config.steps = 200
     config.batch_size = 16
+    config.rl.max_new_tokens = 512
+    config.rl.min_hazard = 0.005
+    config.rl.warmup_steps = 40
+    config.rl.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
     config.checkpoint.every = 20
     return config

@@ -33,4 +33,8 @@ def get_config(preset: str = "tiny"):
     config.task.name = "gsm8k"
     config.steps = 500
     config.batch_size = 16
+    config.sft.max_new_tokens = 512
+    config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
+    config.optim.warmup_steps = 20
+    config.checkpoint.every = 50
     return config

@@ -3,9 +3,9 @@
     python -m convert.from_hf --source=HF_DIR_OR_HUB_ID --target=DIR
 
 Reads safetensors (single or sharded) from a directory or the hub's local cache, one parameter at a
-time, checks every tensor's name and shape, and writes the directory whole or not at all. Weights keep
-the dtype that they have in the checkpoint. A PEFT adapter and exit heads come along when the source
-has them.
+time, checks every tensor's name and shape, and writes the directory whole or not at all. Weights
+keep the dtype that they have in the checkpoint. A PEFT adapter and exit heads come along when the
+source has them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A `Rule` ties one kind of tensor to one parameter and says how their axes corres
 
     Rule("model.layers.{layer}.self_attn.q_proj.weight", "blocks.attn.q.kernel", "(N H) D -> D N H")
 
-The left side of the layout is the tensor in the file (axes in brackets are flattened into one, `1` is
+The left side of the layout is the tensor in the file (axes in brackets are flattened, `1` is
 an axis of length one), the right side is the parameter, without the leading axis over layers or
 exits that jexit stacks it on. Letters are those of `jexit.axes`, and W for an exit head's width.
 This module knows names and shapes only: it imports nothing but the standard library.
@@ -70,7 +70,7 @@ class Rule:
         return tuple(sizes[letter] for letter in letters)
 
     def to_jexit(self, tensor: Any, sizes: Mapping[str, int]) -> Any:
-        """The tensor of a file (any array with reshape and transpose) as a slice of the parameter."""
+        """The tensor of a file (any array with reshape and transpose) as a parameter's slice."""
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         split = tensor.reshape([sizes[letter] for letter in flat])

@@ -4,10 +4,10 @@
                             [--dtype=auto|float32|bfloat16|float16] [--base=PATH_OR_HUB_ID]
 
 `merge` (the default) folds LoRA into the base weights and writes a checkpoint that transformers
-loads. `peft` writes the adapter alone, for `peft`, with a reference to its base: --base as given, else
-the checkpoint that the base was converted from, else a copy of the base in HF_DIR/base. Either way
-the exit heads come along in exit_heads.safetensors, described by exit_heads.json, and the tokenizer
-with its chat template. --dtype is that of merged weights (auto: as they are stored).
+loads. `peft` writes the adapter alone, for `peft`, with a reference to its base: --base as given,
+else the checkpoint that the base was converted from, else a copy of the base in HF_DIR/base. Either
+way the exit heads come along in exit_heads.safetensors, described by exit_heads.json, and the
+tokenizer with its chat template. --dtype is that of merged weights (auto: as they are stored).
 """
 
 from __future__ import annotations

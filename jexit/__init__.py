@@ -1,7 +1,7 @@
 """Stochastic early exits that reward language models for reasoning in the open.
 
 `load` a model directory, run it with `forward` or `generate` under a policy: `Full`, `Prescribed`,
-`Sample` or `Threshold`. Names are imported when they are first used, so that the parts which need no
+`Sample` or `Threshold`. Names are imported when first used, so that the parts which need no
 jax (tasks, tokenizer, report) load without it.
 """
 

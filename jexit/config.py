@@ -1,7 +1,7 @@
 """Every setting of jexit, its default and the rules that hold between settings.
 
 A file in `configs/` starts from `config_dict(command, preset)` and only says what differs. `main`
-turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_dict`, which checks it.
+turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_dict`, which checks.
 """
 
 from __future__ import annotations
@@ -72,15 +72,11 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices used."""
+    """Devices along each mesh axis. This version runs on one device and refuses more."""
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,11 +257,11 @@ class Config:
                 f"config.exits.layers is {layers}; exits are distinct layer numbers from 1 upwards "
                 "in rising order, such as (5,10,15)"
             )
-        shards = self.mesh.data * self.mesh.fsdp
-        if self.batch_size % shards:
+        mesh = self.mesh
+        if (mesh.data, mesh.fsdp, mesh.tensor) != (1, 1, 1):
             raise ValueError(
-                f"config.batch_size {self.batch_size} does not divide among mesh.data × mesh.fsdp "
-                f"= {shards}; make it a multiple of {shards}"
+                f"config.mesh asks for data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} "
+                "devices; this version runs on one, so leave all three at 1"
             )
         if self.batch_size % self.optim.accumulate:
             raise ValueError(

@@ -142,7 +142,7 @@ def config_of_architecture(
 def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None:
     if config.get("quantization_config"):
         raise ValueError(
-            f"{where} describes quantised weights; use the checkpoint in bfloat16, float16 or float32"
+            f"{where} has quantised weights; use the checkpoint in bfloat16, float16 or float32"
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":

@@ -225,7 +225,7 @@ def write_exits(
 ) -> None:
     """Writes exit_heads.json and exit_heads.safetensors.
 
-    Head ℓ reads the residual that enters decoder layer ℓ: hazard = sigmoid(out(relu(hidden(norm)))).
+    Head ℓ reads the residual entering decoder layer ℓ: hazard = sigmoid(out(relu(hidden(norm)))).
     """
     config = {
         "format_version": _EXIT_FORMAT,

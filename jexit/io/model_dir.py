@@ -54,9 +54,9 @@ def load(
     `dtype` is that of the base weights: "auto" means float32 on CPU and bfloat16 on accelerators;
     adapters and exit heads are float32. Without `exit_layers`, `exit_head` and `lora` the model is
     what the directory holds; a directory without heads gets fresh ones (at every 5th layer, or half
-    way up a model of at most 5) and, when `lora` is given, one without adapters gets fresh adapters,
-    drawn from `seed`. `place` puts a parameter (dotted path, array in its final dtype) on devices;
-    by default the first device.
+    way up a model of at most 5) and, when `lora` is given, one without adapters gets fresh
+    adapters, drawn from `seed`. `place` puts a parameter (dotted path, array in its final dtype) on
+    devices; by default the first one.
 
     Raises ValueError when the directory's heads or adapters are not the ones asked for, or when its
     files are damaged; FileNotFoundError when there is no model or no tokenizer.
@@ -146,7 +146,7 @@ def save_model(
 ) -> None:
     """Writes a model directory, whole or not at all.
 
-    With `base`, the model path that the (unchanged) base weights were loaded from, only adapters and
+    With `base`, the model path that the (unchanged) base weights come from, only adapters and
     exit heads are stored and the directory refers to the weights where they are; without it
     everything is stored. `overwrite` replaces a directory that exists. Raises ValueError when it
     exists otherwise, or when `base` is another model.
@@ -299,7 +299,7 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
         raise ValueError(
             f"{source.directory} has adapters of rank {stored.rank} and alpha {stored.alpha:g} on "
             f"{', '.join(stored.targets)}, not rank {wanted.rank} and alpha {wanted.alpha:g} on "
-            f"{', '.join(wanted.targets)}; set lora to the stored ones, or start from the base model"
+            f"{', '.join(wanted.targets)}; set lora to the stored, or start from the base model"
         )
     return dataclasses.replace(stored, dropout=wanted.dropout)
 

@@ -163,7 +163,7 @@ def _open_own(directory: pathlib.Path) -> ModelSource:
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {version!r}; this jexit reads {FORMAT_VERSION}: convert the "
+            f"{file} has format version {version!r}; this jexit reads {FORMAT_VERSION}: make the "
             "model again, or use the jexit that wrote it"
         )
     try:
@@ -209,7 +209,7 @@ def _open_base(
         base = open_model(beside.resolve() if reference and beside.is_dir() else reference)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{directory} needs its base model at {reference or 'no place that it names'}, which is "
+            f"{directory} needs its base model at {reference or 'no place it names'}, which is "
             f"gone or empty; restore it, or correct the path in {_naming_file(directory)} (a path "
             "relative to that file works)"
         ) from error
@@ -255,11 +255,13 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
     """The directory that a model path or hub id means.
 
     A relative path counts from the working directory; `jexit/assets/...` is also found in the
-    installed package; OWNER/NAME is also looked up in the hub's local cache, never downloaded.
+    installed package; OWNER/NAME is also looked up in the hub's local cache, never downloaded. A
+    run's directory means the model in it.
     """
     text = os.fspath(path)
     if text and pathlib.Path(text).is_dir():
-        return pathlib.Path(text)
+        of_run = pathlib.Path(text) / "model"
+        return of_run if (of_run / MODEL_FILE).exists() else pathlib.Path(text)
     if text.startswith(ASSETS):
         shipped = pathlib.Path(jexit.__file__).parent.parent / text
         if shipped.is_dir():

@@ -2,7 +2,7 @@
 
 Reading goes through the safetensors library (without memory maps, so that memory holds only what is
 being converted). Writing lays a file out before its data exist, which the library cannot: the
-format is an 8-byte little-endian header length, a JSON header of dtypes, shapes and offsets, and the
+format is an 8-byte little-endian header length, a JSON header of dtypes, shapes, offsets, and the
 tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
 """
 
@@ -103,7 +103,7 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{directory} holds its weights as a pickle ({pickles[0]}), which could run any code and "
+            f"{directory} holds its weights as a pickle ({pickles[0]}), which can run any code and "
             "is not read; convert the checkpoint to safetensors first"
         )
     raise FileNotFoundError(

@@ -29,7 +29,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     rl = config.rl
     stage = Stage.open(config, workdir, updates=config.steps * rl.updates_per_batch)
     task, tokenizer, split, layers = stage.task, stage.tokenizer, stage.split, stage.layers
-    before = stage.measure("before.json", split.trainable)
+    before = stage.measure_before()
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
     pressure = Pressure(rl)
     watch = FailureWatch(stage.exit_layers[0] / layers)

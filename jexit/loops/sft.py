@@ -28,7 +28,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     """Runs stage 1 and writes `WORKDIR/model`: base reference, adapters and exit heads."""
     stage = Stage.open(config, workdir, updates=config.steps)
     trajectories = teacher_trajectories(stage)
-    before = stage.measure("before.json", stage.split.trainable)
+    before = stage.measure_before()
     step_fn = make_sft_step(
         stage.split, stage.optimizer, config.sft, micro_batches=config.optim.accumulate
     )

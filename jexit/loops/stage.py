@@ -17,6 +17,7 @@ from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.evaluate import compare, evaluate_policy, held_out
 from jexit.loops.setup import load_model, load_task
+from jexit.loops.trainer import peak_memory
 from jexit.report.plots import plot_training
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
@@ -81,30 +82,35 @@ class Stage:
             for name, peak in peaks.items()
         }
 
-    def measure(self, name: str, trainable: Params) -> dict[str, Any]:
-        """Held-out accuracy and depth under sampled exits; a resumed run reads `WORKDIR/name`."""
-        path = self.workdir / name
+    def measure_before(self) -> dict[str, Any]:
+        """`measure` of the model that the run starts from; a resumed run reads `before.json`."""
+        path = self.workdir / "before.json"
         if not path.exists():
-            problems, prompts = held_out(
-                self.task, self.tokenizer, self.config, self.config.eval.problems
-            )
-            result, _ = evaluate_policy(
-                self.split.decodable(trainable),
-                self.layers,
-                self.tokenizer,
-                self.task,
-                problems,
-                prompts,
-                "sample",
-                self.config.eval,
-                seed=self.config.seed,
-            )
-            write_json_atomic(path, dataclasses.asdict(result))
+            write_json_atomic(path, self.measure(self.split.trainable))
         return json.loads(path.read_text())
+
+    def measure(self, trainable: Params) -> dict[str, Any]:
+        """Held-out accuracy and depth under sampled exits."""
+        problems, prompts = held_out(
+            self.task, self.tokenizer, self.config, self.config.eval.problems
+        )
+        result, _ = evaluate_policy(
+            self.split.decodable(trainable),
+            self.layers,
+            self.tokenizer,
+            self.task,
+            problems,
+            prompts,
+            "sample",
+            self.config.eval,
+            seed=self.config.seed,
+        )
+        return dataclasses.asdict(result)
 
     def finish(self, state: TrainState, before: dict[str, Any]) -> None:
         """Measures again, writes `WORKDIR/model` and the plots, prints the closing table."""
-        after = self.measure("after.json", state.trainable)
+        after = self.measure(state.trainable)
+        write_json_atomic(self.workdir / "after.json", after)
         full = self.config.lora.rank == 0
         save_model(
             self.workdir / "model",
@@ -116,6 +122,8 @@ class Stage:
         plots = plot_training(self.workdir)
         compare(before, after, f"{self.config.task.name}, held out, sampled exits")
         print(f"Wrote {self.workdir / 'model'} and {len(plots)} plots in {self.workdir / 'plots'}")
+        memory = peak_memory()
+        print(f"Peak memory: {', '.join(f'{gib:.2f} GiB ({n})' for n, gib in memory.items())}")
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +109,7 @@ class Trainer:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") / values["step_seconds"]
-        self._writer.write(step, values)
+        self._writer.write(step, values | peak_memory())
         self._progress.update(
             step, **{short: values[name] for name, short in self.shown.items() if name in values}
         )
@@ -121,6 +123,17 @@ class Trainer:
                 f"loss or gradients were not finite in {int(values['skipped'])} steps in a row (up "
                 f"to step {step}); last good checkpoint: {good}; lower config.optim.*_lr"
             )
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory that this process has held, in GiB: on the host and, where known, the device."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peaks = {"memory/host_peak_gib": host / 2**30}
+    device = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in device:
+        peaks["memory/device_peak_gib"] = device["peak_bytes_in_use"] / 2**30
+    return peaks
 
 
 class _StopSignals:

@@ -56,7 +56,7 @@ def group_advantages(
 
     `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j. `group_mean`: R_i − mean_j R_j.
     `group_mean_std` (arXiv:2402.03300): that, divided by the group's standard deviation (n − 1)
-    plus 1e-4. Rows with keep_B = 0 take no part: advantage 0, and absent from the others' baselines;
+    plus 1e-4. Rows with keep_B = 0 take no part: advantage 0, and absent from others' baselines;
     a row that is left alone gets 0.
 
     Raises ValueError for fewer than two rollouts: they would teach nothing.

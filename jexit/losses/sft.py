@@ -34,7 +34,7 @@ def draw_exit_indices(
 ) -> tuple[Int[Array, "S *A"], Array]:
     """S draws of the exit index (E: never left) from the law of the target hazards.
 
-    With probability `explore` a draw is uniform over the E exits and the full depth instead, so that
+    With probability `explore` a draw is uniform over the E exits and full depth instead, so that
     the student learns to finish where the teacher could not. Returns the indices and which of them
     were explored.
     """

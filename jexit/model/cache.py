@@ -78,7 +78,7 @@ class Cache:
 
 
 def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt: four sizes an octave, so that padding stays under a quarter."""
+    """The padded length of a prompt: four sizes an octave, so padding stays under a quarter."""
     quantum = max(SMALLEST_PROMPT, (1 << length.bit_length()) >> 3)
     return -(-length // quantum) * quantum
 

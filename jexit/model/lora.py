@@ -18,7 +18,7 @@ class LoRAParam(nnx.Param):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Adapter settings: y += (alpha / rank) · dropout(x) · A · B on the projections in `targets`."""
+    """Adapter settings: y += (alpha / rank) · dropout(x) · A · B on projections `targets`."""
 
     rank: int
     alpha: float

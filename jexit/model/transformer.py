@@ -244,7 +244,7 @@ def run(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Result of `forward`: logits (float32), depth (layer counts, int32), hazard logits (float32)."""
+    """Of `forward`: logits (float32), depth (layer counts, int32), hazard logits (float32)."""
 
     logits_BTV: LogitsBTV
     depth_BT: DepthBT

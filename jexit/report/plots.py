@@ -154,7 +154,7 @@ def plot_training(workdir: str | os.PathLike[str]) -> list[Path]:
             if present:
                 figures[name] = _stacked(present, curves)
                 drawn.update(metric for panel in present for metric in panel.metrics)
-        exits = curves.under("exits/")
+        exits = sorted(curves.under("exit/"), key=_layer)
         if len(exits) > 1:
             figures["exits"] = _exit_shares(exits, curves)
             drawn.update(exits)
@@ -271,7 +271,7 @@ def _exit_shares(names: Sequence[str], curves: Curves) -> Figure:
     smooth = np.stack([running_mean(row, _span(len(steps))) for row in shares])
     # Light for shallow, dark for deep: one hue, so that the order can be read off.
     colours = mpl.colormaps["Blues"](np.linspace(0.25, 0.95, len(names)))
-    layers = [name.split("/")[-1].lstrip("0") or "0" for name in names]
+    layers = [str(_layer(name)) for name in names]
     bands = axes.stackplot(steps, smooth, colors=colours, linewidth=0)
     _label(axes, "Where tokens leave", "generated tokens")
     _per_cent(axes, full_scale=True)
@@ -287,6 +287,11 @@ def _exit_shares(names: Sequence[str], curves: Curves) -> Figure:
         title_fontsize=9,
     )
     return figure
+
+
+def _layer(name: str) -> int:
+    """The layer number in `exit/LAYER`."""
+    return int(name.removeprefix("exit/"))
 
 
 def _line(

@@ -17,7 +17,7 @@ from jexit.axes import Array, Bool, DepthBT, Float, Int, MaskBT
 class Completions:
     """Right-padded rows: prompt, completion, padding. T input positions, C completion positions.
 
-    Completion position i is produced by the pass at input position prompt_length − 1 + i. Position 0
+    Completion position i comes from the pass at input position prompt_length − 1 + i. Position 0
     is produced by the last prompt position, which never leaves early.
     """
 

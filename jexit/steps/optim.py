@@ -100,7 +100,7 @@ def apply_gradients(
     gradients: Params,
     loss: Array,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step; if loss or gradients are not finite, parameters stay and it is counted."""
+    """One optimiser step; if loss or gradients are not finite, parameters stay, counted."""
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

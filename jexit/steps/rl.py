@@ -109,7 +109,7 @@ def make_rl_step(
         )
 
     def teach(teacher: Transformer, batch: RLBatch) -> tuple[Array, Array | None]:
-        """log π_teacher of every token, and the teacher's hidden states if the exact KL needs them."""
+        """log π_teacher of every token, and the teacher's hidden states for the exact KL."""
 
         def one(index: Array) -> tuple[Array, Array | None]:
             rows = micro_batch(batch.completions, index, micro_batches)

@@ -1,4 +1,4 @@
-"""One step of calibration: the exits learn the teacher's certainty, the adapters to finish early."""
+"""One step of calibration: exits learn the teacher's certainty, adapters to finish early."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class SplitModel(NamedTuple):
 
 
 def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) -> SplitModel:
-    """Splits into trainable and fixed parameters: adapters and heads train, or everything if `full`.
+    """Splits into trainable and fixed parameters: adapters and heads train, or all if `full`.
 
     With `full` the teacher is a second copy of the parameters, unless `keep_teacher` is off.
     """

@@ -103,16 +103,19 @@ def test_ppo_clips_the_gradient_beyond_the_trust_region():
 
 def test_on_policy_ppo_has_the_gradient_of_reinforce():
     def gradient(clip):
-        return jax.grad(
-            lambda x: rloo.policy_loss_terms(x, jnp.float32(-1.3), 0.7, clip=clip)
-        )(jnp.float32(-1.3))
+        return jax.grad(lambda x: rloo.policy_loss_terms(x, jnp.float32(-1.3), 0.7, clip=clip))(
+            jnp.float32(-1.3)
+        )
 
     assert float(gradient(0.2)) == pytest.approx(float(gradient(None)), rel=1e-6)
 
 
 def test_truncated_importance_weights():
     terms = rloo.policy_loss_terms(
-        jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.1, 0.4])), 1.0, clip=None,
+        jnp.log(jnp.array([0.5, 0.2])),
+        jnp.log(jnp.array([0.1, 0.4])),
+        1.0,
+        clip=None,
         importance_cap=2.0,
     )
     np.testing.assert_allclose(

@@ -39,9 +39,7 @@ def test_expected_exit_loss_is_the_mean_of_the_sampled_one():
     law = np.exp(np.asarray(law_of_log_hazards(leave, stay)))
 
     def losses(z):
-        expected = [
-            sft.expected_exit_loss(*log_hazards(z), leave, jnp.int32(e)) for e in range(4)
-        ]
+        expected = [sft.expected_exit_loss(*log_hazards(z), leave, jnp.int32(e)) for e in range(4)]
         sampled = [-depth_log_prob(jnp.int32(d), z, (2, 4, 6), 8) for d in (2, 4, 6, 8)]
         return law @ jnp.stack(expected), law @ jnp.stack(sampled)
 
@@ -53,7 +51,7 @@ def test_expected_exit_loss_is_the_mean_of_the_sampled_one():
 
 def test_exits_beyond_the_own_one_do_not_count():
     leave, _ = sft.target_log_hazards(jnp.array([1.5, 0.7, 0.2]), 1.0)
-    gradient = jax.grad(
-        lambda z: sft.expected_exit_loss(*log_hazards(z), leave, jnp.int32(1))
-    )(jnp.zeros(3))
+    gradient = jax.grad(lambda z: sft.expected_exit_loss(*log_hazards(z), leave, jnp.int32(1)))(
+        jnp.zeros(3)
+    )
     assert gradient[2] == 0.0 and gradient[0] != 0.0 and gradient[1] != 0.0

@@ -13,7 +13,9 @@ from jexit.presets import Architecture
 EXITS = (1, 2, 4)
 
 
-def make_model(family: str = "qwen3", *, lora: bool = True, max_positions: int = 512) -> Transformer:
+def make_model(
+    family: str = "qwen3", *, lora: bool = True, max_positions: int = 512
+) -> Transformer:
     """Five layers, grouped queries, exit heads that leave often and differ between tokens."""
     arch = Architecture(
         family=family,

@@ -33,7 +33,7 @@ def nucleus_by_sorting(probs: np.ndarray, top_p: float) -> np.ndarray:
 def test_frequencies_follow_the_weights(vocab):
     rng = np.random.default_rng(vocab)
     weights = rng.gamma(0.3, size=vocab).astype(np.float32)
-    weights[:: 3] *= vocab > 2
+    weights[::3] *= vocab > 2
     weights[vocab // 2] += 0.1
     rows = jnp.broadcast_to(weights, (DRAWS, vocab))
     drawn = np.asarray(jax.jit(draw_by_weight)(rows, keys(DRAWS)))

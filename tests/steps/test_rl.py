@@ -42,7 +42,9 @@ def log_probs(split, trainable, paths, config):
 
 
 def batch_of(paths, verifier, log_pi, depth_logprobs, rows):
-    completions = pad_completions([PROMPT] * len(rows), [[paths[r][0], paths[r][2]] for r in rows], 0)
+    completions = pad_completions(
+        [PROMPT] * len(rows), [[paths[r][0], paths[r][2]] for r in rows], 0
+    )
     width = completions.completion_tokens_BC.shape[1]
 
     def padded(columns):
@@ -243,7 +245,7 @@ def test_full_fine_tuning_keeps_the_teacher_apart(make_split):
     step = make_rl_step(split, optax.sgd(0.5), config)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optax.sgd(0.5))
     args = (split.fixed, batch, Prices(0.5, 0.0), jax.random.key(0))
-    state, first = step(state, *args)
+    state, _ = step(state, *args)
     teacher = split.teacher(state.trainable)
     np.testing.assert_array_equal(
         teacher.embed.embedding[...], split.fixed.teacher["embed"]["embedding"]

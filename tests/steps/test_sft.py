@@ -1,6 +1,5 @@
 """The calibration step against a loss written out with materialised logits."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +39,7 @@ def by_hand(split, trainable, batch, depth_BC, direction):
         valid_BT=batch.valid_BT,
         hazards=True,
     )
-    taught = run(
-        teacher, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False
-    )
+    taught = run(teacher, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False)
     s = jax.nn.log_softmax(logits_of(result.hidden_BTD, student.head_VD))
     t = jax.lax.stop_gradient(jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD)))
     forward, backward = jnp.sum(jnp.exp(s) * (s - t), -1), jnp.sum(jnp.exp(t) * (t - s), -1)
@@ -127,17 +124,18 @@ def test_dropout_reaches_the_student_only(make_split):
     plain, _ = update(make_split(dropout=0.0), config, batch, key=0)
     assert any(
         not np.allclose(x, y)
-        for x, y in zip(
-            jax.tree.leaves(a.trainable), jax.tree.leaves(plain.trainable), strict=True
-        )
+        for x, y in zip(jax.tree.leaves(a.trainable), jax.tree.leaves(plain.trainable), strict=True)
     )
 
 
 def test_the_window_lines_up_with_depths():
     batch = rows()
-    depth_BC = jnp.arange(batch.completion_tokens_BC.size, dtype=jnp.int32).reshape(
-        batch.completion_tokens_BC.shape
-    ) + 100
+    depth_BC = (
+        jnp.arange(batch.completion_tokens_BC.size, dtype=jnp.int32).reshape(
+            batch.completion_tokens_BC.shape
+        )
+        + 100
+    )
     inputs = np.asarray(batch.input_depths(depth_BC, 3))
     back = np.asarray(batch.window(jnp.asarray(inputs)[..., None])[..., 0])
     action = np.asarray(batch.action_BC)

@@ -1,0 +1,19 @@
+"""Settings that hold for every test: CPU floats, where the real checkpoint lies."""
+
+import os
+import pathlib
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> pathlib.Path:
+    """A real Qwen2 or Qwen3 checkpoint in Hugging Face format, named by JEXIT_WEIGHTS."""
+    path = os.environ.get("JEXIT_WEIGHTS", "")
+    if not path:
+        pytest.skip("JEXIT_WEIGHTS names no checkpoint directory")
+    return pathlib.Path(path)

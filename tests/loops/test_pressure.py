@@ -1,0 +1,53 @@
+"""λ and μ over a run."""
+
+import numpy as np
+import pytest
+
+from jexit.config import RLConfig
+from jexit.loops.pressure import Pressure
+
+
+def test_prices_rise_linearly_over_the_warm_up():
+    pressure = Pressure(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
+    prices = [pressure.prices(step) for step in range(6)]
+    assert [float(p.depth_coef) for p in prices] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert [float(p.length_coef) for p in prices] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_prices_are_withheld_while_accuracy_is_under_the_floor():
+    pressure = Pressure(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
+    assert pressure.share(0) == 0.0  # nothing is known yet
+    pressure.observe(0.9)
+    assert pressure.share(1) == 1.0
+    for _ in range(10):
+        pressure.observe(0.1)
+    assert pressure.share(12) == 0.0
+
+
+def test_the_floor_is_held_against_a_moving_average():
+    pressure = Pressure(RLConfig(accuracy_floor=0.5))
+    for accuracy in (1.0, 0.0):
+        pressure.observe(accuracy)
+    assert pressure.accuracy == pytest.approx(0.8)
+    assert pressure.share(2) == 1.0  # one bad batch does not lift the pressure
+
+
+def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
+    config = RLConfig(depth_coef=2.0, dual_ascent=True, dual_rate=0.25, accuracy_floor=0.6)
+    pressure = Pressure(config)
+    shares = []
+    for accuracy in (0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0):
+        pressure.observe(accuracy)
+        shares.append(pressure.share(0))
+    # Moving average: .9 .9 .9 .72 .576 .461 .369 .295
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert float(pressure.prices(0).depth_coef) == 0.0
+
+
+def test_its_state_survives_a_checkpoint():
+    config = RLConfig(dual_ascent=True, accuracy_floor=0.5)
+    pressure, restored = Pressure(config), Pressure(config)
+    for accuracy in (0.7, 0.8):
+        pressure.observe(accuracy)
+    restored.load({name: np.array(value) for name, value in pressure.state().items()})
+    assert (restored.accuracy, restored.multiplier) == (pressure.accuracy, pressure.multiplier)

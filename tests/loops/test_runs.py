@@ -1,0 +1,281 @@
+"""Both stages and evaluation, end to end, on a small random model."""
+
+import json
+import logging
+import signal
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+import jexit
+from jexit.loops import rl, sft, trainer
+from jexit.loops.evaluate import wilson_interval
+from jexit.loops.trainer import Diverged, Interrupted
+from small_runs import make_config, metrics, parameters, run
+
+RL_METRICS = {
+    "loss",
+    "reward/mean",
+    "reward/verifier",
+    "accuracy",
+    "depth/mean",
+    "depth/fraction",
+    "depth/p10",
+    "depth/p90",
+    "exit/1",
+    "exit/2",
+    "exit/3",
+    "kl/teacher",
+    "entropy/tokens",
+    "entropy/depth",
+    "completion/length",
+    "completion/truncated",
+    "advantage/std",
+    "groups/zero_std",
+    "sampler_gap",
+    "tokens_per_second",
+    "step_seconds",
+    "lr/lora",
+    "lr/exit",
+    "grad_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def rl_run(model_dir, tmp_path_factory):
+    """An uninterrupted RL run of four updates with a checkpoint after every second one."""
+    workdir = tmp_path_factory.mktemp("rl") / "run"
+    run("rl", model_dir, workdir, checkpoint__every=2, rl__accuracy_floor=0.01)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def sft_run(model_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sft") / "run"
+    run("sft", model_dir, workdir, checkpoint__every=2)
+    return workdir
+
+
+def test_an_rl_run_leaves_everything_that_a_run_promises(rl_run):
+    rows = list(map(json.loads, (rl_run / "metrics.jsonl").read_text().splitlines()))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) >= RL_METRICS
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    samples = list(map(json.loads, (rl_run / "samples.jsonl").read_text().splitlines()))
+    assert {sample["step"] for sample in samples} == {1, 3}
+    for sample in samples:
+        assert len(sample["tokens"]) == len(sample["depths"])
+        assert sample["depths"][0] == 3
+        assert set(sample["depths"]) <= {1, 2, 3}
+    for plot in (rl_run / "plots").glob("*.svg"):
+        assert xml.etree.ElementTree.parse(plot).getroot().tag.endswith("svg")
+    assert list((rl_run / "plots").glob("*.svg"))
+    assert list((rl_run / "tensorboard").iterdir())
+    assert json.loads((rl_run / "config.json").read_text())["rl"]["rollouts"] == 2
+    for name in ("before.json", "after.json"):
+        assert json.loads((rl_run / name).read_text())["problems"] == 6
+
+
+def test_what_a_run_trained_loads_from_its_directory(rl_run, model_dir):
+    trained, tokenizer = jexit.load(rl_run)
+    generation = jexit.generate(trained, tokenizer, ["sum 372"], max_new_tokens=4)
+    assert generation.depths[0][0] == 3
+    before, after = parameters(model_dir), parameters(rl_run)
+    for name, value in before.items():
+        same = np.array_equal(value, after[name])
+        assert same == (not name.startswith("exits.")), name
+    assert np.abs(after["blocks.attn.q.lora_b"]).max() > 0
+
+
+def test_depth_and_sampler_figures_agree_with_the_samples(rl_run):
+    """The trainer's teacher-forced log-probabilities are the sampler's."""
+    for row in metrics(rl_run):
+        assert row["sampler_gap"] < 1e-4
+        assert row["depth/fraction"] == pytest.approx(row["depth/mean"] / 3, rel=1e-5)
+        shares = [row[f"exit/{layers}"] for layers in (1, 2, 3)]
+        assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("command", ["rl", "sft"])
+def test_a_run_stopped_half_way_ends_like_one_that_was_not(
+    command, rl_run, sft_run, model_dir, tmp_path, monkeypatch
+):
+    whole = {"rl": rl_run, "sft": sft_run}[command]
+    settings = {"checkpoint__every": 2}
+    if command == "rl":
+        settings["rl__accuracy_floor"] = 0.01
+    stop_after(monkeypatch, step=2)
+    with pytest.raises(Interrupted, match="SIGTERM after step 3; the state is saved"):
+        run(command, model_dir, tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "model").exists()
+    monkeypatch.undo()
+    run(command, model_dir, tmp_path / "run", **settings)
+    assert metrics(tmp_path / "run") == metrics(whole)
+    first, second = parameters(whole), parameters(tmp_path / "run")
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    for name in ("before.json", "after.json"):
+        ours, theirs = (json.loads((d / name).read_text()) for d in (tmp_path / "run", whole))
+        ours.pop("tokens_per_second"), theirs.pop("tokens_per_second")
+        assert ours == theirs
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Makes every trainer receive SIGTERM while it runs this step."""
+    original = trainer.Trainer.run
+
+    def run_and_stop(self, state, one_step):
+        def interrupted(state, number):
+            if number == step:
+                signal.raise_signal(signal.SIGTERM)
+            return one_step(state, number)
+
+        return original(self, state, interrupted)
+
+    monkeypatch.setattr(trainer.Trainer, "run", run_and_stop)
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(rl_run, model_dir):
+    rows, trained = metrics(rl_run), parameters(rl_run)
+    run("rl", model_dir, rl_run, checkpoint__every=2, rl__accuracy_floor=0.01)
+    assert metrics(rl_run) == rows
+    for name, value in parameters(rl_run).items():
+        np.testing.assert_array_equal(value, trained[name])
+
+
+def test_another_config_in_the_same_directory_is_refused(rl_run, model_dir):
+    rows = metrics(rl_run)
+    with pytest.raises(ValueError, match=r"config\.rl\.depth_coef=0\.5.* has 0\.9; choose another"):
+        run("rl", model_dir, rl_run, checkpoint__every=2, rl__depth_coef=0.9)
+    assert metrics(rl_run) == rows
+
+
+def test_calibration_reads_its_teacher_once(sft_run, model_dir, monkeypatch):
+    """A second run over the cached trajectories never decodes with the teacher."""
+    kept = (sft_run / "teacher").stat().st_mtime_ns
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the teacher was decoded again")
+
+    stage = rl.Stage.open(make_config("sft", model_dir, checkpoint__every=2), sft_run, updates=4)
+    monkeypatch.setattr(sft, "rollout", refuse)
+    assert len(sft.teacher_trajectories(stage)) == 6
+    assert (sft_run / "teacher").stat().st_mtime_ns == kept
+
+
+def test_calibration_on_the_data_sets_own_answers(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "rollout", None)  # would raise when called
+    run("sft", model_dir, tmp_path, sft__trajectories="dataset", steps=2, eval__problems=2)
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_calibration_lowers_both_parts_of_its_loss(model_dir, tmp_path):
+    run(
+        "sft",
+        model_dir,
+        tmp_path,
+        steps=30,
+        batch_size=8,
+        sft__pool=8,
+        sft__generate_batch=8,
+        sft__explore=0.5,
+        sft__exit_loss="expected",
+        optim__lora_lr=3e-2,
+        optim__exit_lr=3e-2,
+        eval__problems=2,
+    )
+    rows = metrics(tmp_path)
+    early, late = (
+        {k: np.mean([r[k] for r in part]) for k in rows[0]} for part in (rows[:5], rows[-5:])
+    )
+    assert late["kl/teacher"] < 0.7 * early["kl/teacher"]
+    assert late["loss/exit"] < early["loss/exit"]
+
+
+def test_full_fine_tuning_keeps_a_second_copy_as_the_teacher(model_dir, tmp_path):
+    run("rl", model_dir, tmp_path, lora__rank=0, optim__full_lr=1e-2, steps=2, eval__problems=2)
+    before, after = parameters(model_dir), parameters(tmp_path)
+    assert set(before) == set(after)
+    assert not np.array_equal(before["blocks.mlp.up.kernel"], after["blocks.mlp.up.kernel"])
+    rows = metrics(tmp_path)
+    assert rows[0]["kl/teacher"] == pytest.approx(rows[0]["kl/teacher"])
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(
+    model_dir, tmp_path
+):
+    with pytest.raises(Diverged, match=r"not finite in 3 steps in a row .*; last good checkpoint"):
+        run(
+            "rl",
+            model_dir,
+            tmp_path,
+            steps=8,
+            rl__kl_coef=float("nan"),
+            optim__max_skipped=3,
+            eval__problems=2,
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_log_warns_of_the_three_failures(caplog):
+    from jexit.loops.pressure import FailureWatch
+
+    watch = FailureWatch(first_exit_fraction=0.25)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        watch.observe(1, accuracy=0.8, depth_fraction=0.6, length=30.0)
+        assert not caplog.records
+        watch.observe(2, accuracy=0.1, depth_fraction=0.26, length=30.0)
+        watch.observe(3, accuracy=0.8, depth_fraction=1.0, length=30.0)
+        watch.observe(4, accuracy=0.1, depth_fraction=0.6, length=5.0)
+        watch.observe(5, accuracy=0.1, depth_fraction=0.6, length=5.0)
+    assert [record.getMessage().split(":")[1].strip() for record in caplog.records] == [
+        "collapse",
+        "shut exits",
+        "text collapse",
+    ]
+
+
+def test_evaluation_writes_what_outsiders_read(rl_run, model_dir, tmp_path, capsys):
+    policies = ("full", "sample", "threshold:0.5", "fixed:2")
+    run("eval", rl_run, tmp_path, eval__policies=policies, exits__layers=())
+    written = json.loads((tmp_path / "eval.json").read_text())
+    assert written["task"]["name"] == "sums"
+    assert [entry["policy"] for entry in written["runs"]] == list(policies)
+    for entry in written["runs"]:
+        assert entry["problems"] == 6
+        assert sum(entry["depth_histogram"].values()) == entry["tokens"]
+        assert entry["depth_fraction"] == pytest.approx(entry["depth_mean"] / 3)
+        low, high = entry["accuracy_ci95"]
+        assert 0 <= low <= entry["accuracy"] <= high <= 1
+        assert entry["tokens_per_second"] > 0
+    by_policy = {entry["policy"]: entry for entry in written["runs"]}
+    assert by_policy["full"]["depth_fraction"] == 1.0
+    # The first token of each of the six completions always runs every layer.
+    fixed = by_policy["fixed:2"]["depth_histogram"]
+    assert fixed == {"2": by_policy["fixed:2"]["tokens"] - 6, "3": 6}
+    printed = capsys.readouterr().out
+    assert all(policy in printed for policy in policies)
+
+
+def test_generation_prints_text_with_depths(model_dir, capsys):
+    run(
+        "generate",
+        model_dir,
+        None,
+        generate__prompts=("sum 372",),
+        generate__max_new_tokens=5,
+        generate__policy="fixed:2",
+        exits__layers=(),
+    )
+    printed = capsys.readouterr().out
+    assert "> sum 372" in printed
+    assert "depths: 3 2 2 2 2" in printed
+
+
+def test_the_interval_is_wilsons():
+    """Against the worked example of Newcombe (1998), 81 of 263: 0.2553 to 0.3662."""
+    low, high = wilson_interval(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == 1.0

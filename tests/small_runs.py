@@ -1,0 +1,87 @@
+"""Runs of every command on a random model that is small enough to train in seconds."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jexit.config import Config, config_dict
+from jexit.io.model_dir import load
+from jexit.main import dispatch
+from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.presets import Architecture
+
+# The only figures that two equal runs may differ in.
+TIMES = {"step_seconds", "rollout_seconds", "tokens_per_second", "memory/host_peak_gib"}
+
+
+def small_model(vocab_size: int) -> Transformer:
+    arch = Architecture(
+        family="qwen3",
+        vocab_size=vocab_size,
+        width=16,
+        layers=3,
+        query_heads=2,
+        kv_heads=1,
+        head_dim=8,
+        mlp_width=24,
+        rope_theta=1e4,
+        rms_norm_eps=1e-6,
+        tied=True,
+        max_positions=256,
+    )
+    head = ExitHeadSettings(bias=-1.0)
+    return Transformer(arch, exit_layers=(1, 2), exit_head=head, rngs=nnx.Rngs(0))
+
+
+def make_config(command: str, model_dir: pathlib.Path, **settings) -> Config:
+    """The command's defaults, cut down to the small model; `settings` as `rl__rollouts=3`."""
+    config = config_dict(command)
+    small = {
+        "model.path": str(model_dir),
+        "exits.layers": (1, 2),
+        "exit_head.bias": -1.0,
+        "lora.rank": 2,
+        "steps": 4,
+        "batch_size": 4,
+        "task.operands_max": 4,
+        "optim.lora_lr": 1e-2,
+        "optim.exit_lr": 1e-2,
+        "eval.problems": 6,
+        "eval.batch_size": 4,
+        "eval.max_new_tokens": 8,
+        "rl.rollouts": 2,
+        "rl.max_new_tokens": 8,
+        "sft.pool": 6,
+        "sft.generate_batch": 4,
+        "sft.samples": 2,
+        "sft.max_new_tokens": 8,
+        "log.samples_every": 2,
+        "log.samples": 2,
+    }
+    with config.unlocked():
+        config.update_from_flattened_dict(small)
+        config.update_from_flattened_dict(
+            {key.replace("__", "."): value for key, value in settings.items()}
+        )
+    return Config.from_dict(config)
+
+
+def run(command: str, model_dir: pathlib.Path, workdir: pathlib.Path, **settings) -> None:
+    """What `python -m jexit.main` does once its arguments are parsed."""
+    dispatch(make_config(command, model_dir, **settings), workdir)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    """The rows of metrics.jsonl without wall-clock figures."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def parameters(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every parameter of a model directory by its dotted path."""
+    model, _ = load(directory)
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(path): np.asarray(jax.device_get(leaf[...])) for path, leaf in state}
