@@ -1,4 +1,12 @@
-"""Command line of jexit: `python -m jexit.main --config=configs/rl.py[:PRESET]`."""
+"""Command line of jexit.
+
+    python -m jexit.main --config=configs/COMMAND.py[:PRESET] [--workdir=DIR]
+                         [--config.KEY=VALUE ...]
+
+COMMAND is pretrain, sft, rl, eval or generate. A run writes into its workdir (runs/COMMAND-PRESET
+unless given), and the same command again continues it. Each KEY is a field of `Config` in
+jexit/config.py, such as seed, rl.depth_coef or model.path.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +66,9 @@ def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(__doc__.strip())
+        return 0
     try:
         dispatch(*parse(argv))
     except (ValueError, FileNotFoundError) as error:

@@ -104,4 +104,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
 
     state = trainer.run(state, one_step)
     trainer.close()
-    save_model(workdir / "model", split.student(state.trainable), tokenizer, overwrite=True)
+    # The heads have learnt nothing yet: what is written is a plain trunk.
+    student = split.student(state.trainable)
+    save_model(workdir / "model", student, tokenizer, with_exits=False, overwrite=True)
+    print(f"Wrote {workdir / 'model'}")

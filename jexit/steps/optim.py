@@ -101,7 +101,7 @@ def apply_gradients(
     loss: Array,
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step; if loss or gradients are not finite, parameters stay, counted."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
