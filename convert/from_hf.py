@@ -34,6 +34,7 @@ def convert(source: str, target: str) -> str:
         for path, array in weights.parameters():
             count += array.size
             yield path, array
+            del array  # before the next one is read
 
     with atomic_directory(target) as partial:
         write_model(

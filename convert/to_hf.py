@@ -113,13 +113,16 @@ def _merged(
         projection = path.removesuffix(".kernel")
         if f"{projection}.lora_a" not in adapters:
             yield path, array.astype(dtypes[path], copy=False)
+            del array  # before the next one is read
             continue
         lora_a, lora_b = adapters[f"{projection}.lora_a"], adapters[f"{projection}.lora_b"]
         folded = np.empty(array.shape, dtypes[path])
         for layer, kernel in enumerate(array):
             update = lora.scale * np.tensordot(lora_a[layer], lora_b[layer], 1)
             folded[layer] = kernel.astype(np.float32) + update
+        del array, kernel
         yield path, folded
+        del folded
 
 
 def _write_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer) -> None:

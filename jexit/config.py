@@ -7,6 +7,7 @@ turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_d
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from typing import Any, Literal
@@ -111,7 +112,6 @@ class PretrainConfig:
     word_problems: float = 0.2  # share of word problems; the rest is sums
     exit_loss: float = 0.0  # total weight of cross-entropy at the exits' logit lens
     prompt_loss: float = 0.0  # weight of the prompt's tokens in the loss
-    eval_every: int = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,38 @@ class LogConfig:
     wandb_project: str = ""
 
 
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "lora.rank": 0,
+    "task.max_prompt_tokens": 1,
+    "optim.lora_lr": 0,
+    "optim.exit_lr": 0,
+    "optim.full_lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.accumulate": 1,
+    "optim.max_skipped": 1,
+    "sft.samples": 1,
+    "sft.pool": 1,
+    "sft.generate_batch": 1,
+    "sft.max_new_tokens": 1,
+    "rl.updates_per_batch": 1,
+    "rl.warmup_steps": 0,
+    "rl.max_new_tokens": 1,
+    "eval.problems": 1,
+    "eval.batch_size": 1,
+    "eval.max_new_tokens": 1,
+    "eval.temperature": 0,
+    "generate.max_new_tokens": 1,
+    "generate.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "log.samples_every": 1,
+    "log.samples": 0,
+}
+_ABOVE_ZERO = ("sft.sharpness", "rl.length_ref", "rl.hazard_temperature", "optim.clip_norm")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One run. `steps` counts optimiser batches; `batch_size` counts sequences (RL: prompts)."""
@@ -232,16 +264,14 @@ class Config:
 
     def validate(self) -> None:
         """Checks what can be known before the model is read (`check_exits` does the rest)."""
-        _at_least("steps", self.steps, 1)
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("optim.accumulate", self.optim.accumulate, 1)
-        _at_least("lora.rank", self.lora.rank, 0)
-        _at_least("checkpoint.every", self.checkpoint.every, 0)
-        _at_least("checkpoint.keep", self.checkpoint.keep, 1)
-        _at_least("eval.problems", self.eval.problems, 1)
-        _at_least("task.max_prompt_tokens", self.task.max_prompt_tokens, 1)
-        for name in ("rl", "sft", "eval", "generate"):
-            _at_least(f"{name}.max_new_tokens", getattr(self, name).max_new_tokens, 1)
+        for key, least in _LEAST.items():
+            value = operator.attrgetter(key)(self)
+            if not value >= least:  # NaN is refused too
+                raise ValueError(f"config.{key} is {value}; it must be at least {least}")
+        for key in _ABOVE_ZERO:
+            value = operator.attrgetter(key)(self)
+            if not value > 0:
+                raise ValueError(f"config.{key} is {value}; it must be above 0")
         unknown = [target for target in self.lora.targets if target not in PROJECTIONS]
         if unknown:
             raise ValueError(
@@ -272,7 +302,6 @@ class Config:
             raise ValueError(
                 f"config.sft.explore is {self.sft.explore}; it is a probability, 0 to 1"
             )
-        _at_least("sft.samples", self.sft.samples, 1)
         if self.command == "rl":
             self._validate_rl()
         for policy in (*self.eval.policies, self.generate.policy):
@@ -297,7 +326,6 @@ class Config:
             raise ValueError(
                 "config.rl.dual_ascent needs a floor to hold; set config.rl.accuracy_floor above 0"
             )
-        _at_least("rl.updates_per_batch", self.rl.updates_per_batch, 1)
 
 
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
@@ -358,13 +386,10 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     return config.lock()
 
 
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"config.{key} is {value}; it must be at least {least}")
-
-
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}; it holds settings: set {where}.KEY instead")
     for key in values:
         if key not in hints:
             near = ", ".join(sorted(hints))
@@ -376,6 +401,8 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
             built[key] = _build(hint, value, path)
         else:
             built[key] = _checked(hint, value, path)
+    if cls is Config and "command" not in built:
+        raise ValueError(f"config.command is missing; choose one of {', '.join(COMMANDS)}")
     return cls(**built)
 
 

@@ -33,7 +33,15 @@ def small_model(vocab_size: int) -> Transformer:
         max_positions=256,
     )
     head = ExitHeadSettings(bias=-1.0)
-    return Transformer(arch, exit_layers=(1, 2), exit_head=head, rngs=nnx.Rngs(0))
+    model = Transformer(arch, exit_layers=(1, 2), exit_head=head, rngs=nnx.Rngs(0))
+
+    def spread(path, value):
+        # At its start a model predicts next to nothing: exits would have nothing to differ in.
+        seed = sum(map(ord, jax.tree_util.keystr(path)))
+        return value + 0.2 * jax.random.normal(jax.random.key(seed), value.shape)
+
+    nnx.update(model, jax.tree_util.tree_map_with_path(spread, nnx.state(model)))
+    return model
 
 
 def make_config(command: str, model_dir: pathlib.Path, **settings) -> Config:

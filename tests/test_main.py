@@ -37,9 +37,11 @@ def call(capsys, tmp_path, monkeypatch):
 
     def run(*arguments: str) -> tuple[int, str, list[pathlib.Path]]:
         before = set(tmp_path.rglob("*"))
+        argv = ["jexit", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()
-            code = main.main(["jexit", *arguments])
+            code = main.main(argv)
         return code, capsys.readouterr().err, sorted(set(tmp_path.rglob("*")) - before)
 
     return run

@@ -31,11 +31,20 @@ class ArrayStore:
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
+        """Stores an array under a new name; raises ValueError when the disk refuses it."""
         path = (self.directory / name).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {_ITEM: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)}
-        with _checkpointer() as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave({_ITEM: array}, save_args=options))
+        args = ocp.args.PyTreeSave({_ITEM: array}, save_args=options)
+        try:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(path, args=args)
+        except Exception as error:  # Orbax raises many kinds when a write fails
+            reason = str(error).strip().partition("\n")[0][-200:]
+            raise ValueError(
+                f"the parameter {name} cannot be written to {self.directory} ({reason}); free some "
+                "space or choose another place"
+            ) from error
 
     def spec(self, name: str) -> Spec:
         """Shape and dtype without reading the data; raises ValueError when damaged."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+
+from jexit.io.files import DISK_FULL, disk_errors, disk_message
 
 
 @contextlib.contextmanager
@@ -17,18 +20,21 @@ def atomic_directory(
 
     The files are flushed to disk before the rename. When the block raises, everything is removed,
     parent directories that were made for it included. Raises ValueError for a target that exists
-    and is not an empty directory, unless `overwrite`, which replaces a directory.
+    and is not an empty directory, unless `overwrite`, which replaces a directory, and when the disk
+    refuses a write.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     # Fixed names: what a killed run left behind is cleared by the next one.
     partial = target.parent / f".{target.name}.partial"
     previous = target.parent / f".{target.name}.previous"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
+        with disk_errors(target):
+            partial.mkdir()
         yield partial
         _flush(partial)
         shutil.rmtree(previous, ignore_errors=True)
@@ -37,13 +43,16 @@ def atomic_directory(
         partial.rename(target)
         _flush_one(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if previous.exists() and not target.exists():
             previous.rename(target)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+        # Other errors may be about what the block reads.
+        if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EROFS):
+            raise ValueError(disk_message(target, error)) from error
         raise
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,20 +14,34 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from jexit.config import CheckpointConfig
+from jexit.io.files import disk_errors
+
+_CHECKSUMS = "crc32"  # of each leaf's bytes, in the checkpoint's own metadata
 
 
 class Checkpoints:
     """`WORKDIR/checkpoints/STEP/`: saves a pytree of arrays under the names of its paths.
 
     A checkpoint that cannot be read (truncated, corrupted) is passed over with a warning in favour
-    of the one before.
+    of the one before. Saving raises ValueError when the disk refuses it; as it runs in the
+    background, that may come from the call after.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
         self.every = config.every
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            create=True,
+            cleanup_tmp_directories=True,  # what a killed save left behind
+        )
+        with disk_errors(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                # Named here, or item_metadata knows nothing before the first save or restore.
+                item_handlers=ocp.StandardCheckpointHandler(),
+            )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -34,8 +51,13 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any) -> None:
         """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_named(tree)))
+        if step in self._manager.all_steps():
+            return
+        named = _named(tree)
+        # The storage notices missing bytes, not altered ones.
+        metadata = {_CHECKSUMS: _checksums(named)}
+        with self._write_errors():
+            self._manager.save(step, args=ocp.args.StandardSave(named), custom_metadata=metadata)
 
     def restore(self, like: Any) -> Any | None:
         """The newest readable checkpoint, placed and shaped as `like`; None when there is none.
@@ -51,6 +73,7 @@ class Checkpoints:
             try:
                 args = ocp.args.StandardRestore(abstract)
                 named = self._manager.restore(step, args=args)
+                self._check_bytes(step, named)
             except Exception as error:  # Orbax raises many kinds for damaged files
                 logging.warning(
                     "Checkpoint %s cannot be read (%s).", self.directory / str(step), error
@@ -90,13 +113,35 @@ class Checkpoints:
                 f"{wanted.get(differing[0])} here); use the same config or another --workdir"
             )
 
+    def _check_bytes(self, step: int, named: dict[str, Any]) -> None:
+        try:
+            stored = self._manager.metadata(step).custom_metadata[_CHECKSUMS]
+        except Exception:  # none were saved, or the metadata is damaged and the arrays may not be
+            return
+        altered = [name for name, sum_ in _checksums(named).items() if sum_ != stored.get(name)]
+        if altered:
+            raise ValueError(f"{altered[0]} is not what was saved")
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises many kinds when a write fails
+            reason = str(error).strip().rpartition("\n")[2][-200:]
+            raise ValueError(
+                f"a checkpoint cannot be written to {self.directory} ({reason}); free some space "
+                "or make it writable, then run the same command again: the checkpoints before are "
+                "whole"
+            ) from error
+
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
             self._manager.delete(step)
 
     def wait(self) -> None:
         """Blocks until every started save is on disk."""
-        self._manager.wait_until_finished()
+        with self._write_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
@@ -106,6 +151,15 @@ class Checkpoints:
 def _names(tree: Any) -> list[str]:
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def _checksums(named: dict[str, Any]) -> dict[str, int]:
+    return {
+        name: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        for name, leaf in named.items()
+        # Other hosts' shards cannot be seen from here.
+        if getattr(leaf, "is_fully_addressable", True)
+    }
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     """Writes indented JSON so that `path` is at any moment absent, the old file or the new one.
@@ -52,12 +54,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "make it writable"
-        raise ValueError(
-            f"cannot write {path}: {reason}; {remedy} or choose another --workdir"
-        ) from error
+        raise ValueError(disk_message(path, error)) from error
+
+
+def disk_message(path: Path, error: OSError) -> str:
+    """What could not be written, why, and what to do about it."""
+    remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
+    reason = error.strerror or str(error)
+    return f"cannot write {path}: {reason}; {remedy}, or choose another place"
 
 
 def to_jsonable(value: Any) -> Any:

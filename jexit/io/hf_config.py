@@ -53,36 +53,32 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
 def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
     """`read_architecture` for a config that has been parsed; `where` names it in messages."""
     family = config.get("model_type")
-    if family not in ARCHITECTURE_NAMES:
+    if not isinstance(family, str) or family not in ARCHITECTURE_NAMES:
         raise ValueError(
             f"{where} describes a {family!r} model; jexit reads model_type qwen2 and qwen3 (Qwen2, "
             "Qwen2.5, R1-Distill-Qwen, dense Qwen3)"
         )
     _refuse_unsupported(config, family, where)
 
-    def need(key: str) -> Any:
-        if config.get(key) is None:
-            raise ValueError(f"{where} has no {key}; copy config.json again from the checkpoint")
-        return config[key]
+    def count(key: str, default: int | None = None) -> int:
+        return positive(config, key, where, default, whole=True)
 
-    width, heads = need("hidden_size"), need("num_attention_heads")
-    head_dim = config.get("head_dim")
-    if head_dim is None:
-        head_dim = _QWEN3_HEAD_DIM if family == "qwen3" else width // heads
+    width, heads = count("hidden_size"), count("num_attention_heads")
+    head_dim = count("head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else width // heads)
     rope_theta, yarn = _rope(config, where)
     return Architecture(
         family=family,
-        vocab_size=need("vocab_size"),
+        vocab_size=count("vocab_size"),
         width=width,
-        layers=need("num_hidden_layers"),
+        layers=count("num_hidden_layers"),
         query_heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=count("num_key_value_heads", heads),
         head_dim=head_dim,
-        mlp_width=need("intermediate_size"),
+        mlp_width=count("intermediate_size"),
         rope_theta=rope_theta,
-        rms_norm_eps=float(need("rms_norm_eps")),
+        rms_norm_eps=positive(config, "rms_norm_eps", where),
         tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=need("max_position_embeddings"),
+        max_positions=count("max_position_embeddings"),
         yarn=yarn,
     )
 
@@ -150,12 +146,11 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
     if family == "qwen3" and config.get("attention_bias"):
         raise ValueError(f"{where} sets attention_bias; jexit reads Qwen3 without attention biases")
     kinds = config.get("layer_types")
-    if kinds is not None:
+    if isinstance(kinds, list):
         windowed = "sliding_attention" in kinds
     else:
-        first = config.get("max_window_layers")
-        layers = config.get("num_hidden_layers") or 0
-        windowed = first is None or first < layers
+        first, layers = config.get("max_window_layers"), config.get("num_hidden_layers")
+        windowed = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
     if windowed and config.get("use_sliding_window") and config.get("sliding_window"):
         raise ValueError(
             f"{where} limits attention to a sliding window of {config['sliding_window']}; jexit "
@@ -163,14 +158,40 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
         )
 
 
+def positive(
+    values: dict[str, Any], key: str, where: str, default: Any = None, *, whole: bool = False
+) -> Any:
+    """A number above zero; `default` where the key is absent or null, an error if that is None."""
+    value = values.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"{where} has no {key}; copy the file again")
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+        rule = "a whole number above 0" if whole else "a number above 0"
+        raise ValueError(
+            f"{where} sets {key} to {value!r}, which must be {rule}; copy the file again"
+        )
+    return value if whole else float(value)
+
+
 def _rope(config: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
     """rope_theta and the YaRN scaling, from either spelling."""
-    given = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    theta = given.get("rope_theta", config.get("rope_theta"))
+    given: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        part = config.get(key) or {}
+        if not isinstance(part, dict):
+            raise ValueError(
+                f"{where} sets {key} to {part!r}, which must be an object; copy config.json again "
+                "from the checkpoint"
+            )
+        given |= part
     if any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{where} gives rope parameters by layer type; jexit uses one set for all")
-    if theta is None:
-        raise ValueError(f"{where} has no rope_theta; copy config.json again from the checkpoint")
+    theta = positive(
+        {"rope_theta": given.get("rope_theta", config.get("rope_theta"))}, "rope_theta", where
+    )
     if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (
         None,
         1,
@@ -179,37 +200,37 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
         raise ValueError(f"{where} rotates a part of each head only; jexit rotates all of it")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "yarn":
         raise ValueError(f"{where} scales rope by {kind!r}; jexit knows default and yarn")
-    positions = config.get("max_position_embeddings")
-    original = (
-        config.get("original_max_position_embeddings")
-        or given.get("original_max_position_embeddings")
-        or positions
+    positions = positive(config, "max_position_embeddings", where, whole=True)
+    name = "original_max_position_embeddings"
+    original = positive(
+        {name: config.get(name) or given.get(name)}, name, where, positions, whole=True
     )
-    factor = given.get("factor") or positions / original
-    return float(theta), Yarn(
-        factor=float(factor),
-        original_max_positions=int(original),
-        beta_fast=float(given.get("beta_fast") or 32.0),
-        beta_slow=float(given.get("beta_slow") or 1.0),
-        attention_factor=_attention_factor(given, float(factor)),
+    factor = positive(given, "factor", where, positions / original)
+    return theta, Yarn(
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=positive(given, "beta_fast", where, 32.0),
+        beta_slow=positive(given, "beta_slow", where, 1.0),
+        attention_factor=_attention_factor(given, factor, where),
         truncate=bool(given.get("truncate", True)),
     )
 
 
-def _attention_factor(given: dict[str, Any], factor: float) -> float | None:
+def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float | None:
     """The checkpoint's own attention factor, or the one that mscale and mscale_all_dim imply.
 
     mscale m stands for 0.1·m·ln(factor) + 1 and their ratio is the factor (DeepSeek-V2,
     arXiv:2405.04434, section 3.1.4, as transformers reads it). None: YaRN's own rule.
     """
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
+        return positive(given, "attention_factor", where)
     mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
     if not (mscale and all_dim):
         return None
+    mscale, all_dim = (positive(given, key, where) for key in ("mscale", "mscale_all_dim"))
     if factor <= 1.0:
         return 1.0
     return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * all_dim * math.log(factor) + 1.0)

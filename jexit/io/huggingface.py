@@ -15,7 +15,7 @@ import numpy as np
 
 from convert import names
 from jexit.config import PROJECTIONS
-from jexit.io.hf_config import read_json, write_json
+from jexit.io.hf_config import positive, read_json, write_json
 from jexit.io.tensor_files import Spec, TensorReader, TensorWriter, write_tensors
 from jexit.model.lora import LoRA
 from jexit.model.transformer import ExitHeadSettings
@@ -101,9 +101,10 @@ def write_weights(
             rule = rules[path]
             if not rule.stacked:
                 writer.write(rule.name, rule.to_hf(array, sizes))
-                continue
-            for layer in range(arch.layers):
-                writer.write(rule.name_at(layer), rule.to_hf(array[layer], sizes))
+            else:
+                for layer in range(arch.layers):
+                    writer.write(rule.name_at(layer), rule.to_hf(array[layer], sizes))
+            del array  # before the next one is read
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
@@ -146,15 +147,19 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
     modules = config.get("target_modules")
     if modules == "all-linear":
         modules = list(names.TARGET_OF_MODULE)
-    if not isinstance(modules, list) or any(m not in names.TARGET_OF_MODULE for m in modules):
+    known = list(names.TARGET_OF_MODULE)  # a list: what is looked up may not be hashable
+    if not isinstance(modules, list) or not modules or any(m not in known for m in modules):
         raise ValueError(
             f"{file} adapts {modules!r}; jexit knows {', '.join(names.TARGET_OF_MODULE)}"
         )
     targets = {names.TARGET_OF_MODULE[module] for module in modules}
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{file} sets lora_dropout to {dropout!r}; it is a probability below 1")
     lora = LoRA(
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        rank=positive(config, "r", str(file), whole=True),
+        alpha=positive(config, "lora_alpha", str(file)),
+        dropout=float(dropout),
         targets=tuple(name for name in PROJECTIONS if name in targets),
     )
     return lora, config.get("base_model_name_or_path") or ""
@@ -204,8 +209,13 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitHead
             f"{file} has format version {config.get('format_version')!r}; this jexit reads "
             f"{_EXIT_FORMAT}: export the exit heads again with it"
         )
-    settings = ExitHeadSettings(kind=config["kind"], norm=config["norm"])
-    return tuple(config["exit_layers"]), settings
+    layers, kind, norm = (config.get(key) for key in ("exit_layers", "kind", "norm"))
+    if not isinstance(layers, list) or kind not in ("mlp", "linear") or norm not in ("rms", "none"):
+        raise ValueError(
+            f"{file} describes heads of kind {kind!r} with norm {norm!r} at {layers!r}; kind is "
+            "mlp or linear, norm rms or none, exit_layers a list: export the exit heads again"
+        )
+    return tuple(layers), ExitHeadSettings(kind=kind, norm=norm)
 
 
 def read_exits(

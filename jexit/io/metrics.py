@@ -18,10 +18,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jexit.io.files import disk_errors, to_jsonable, write_bytes_atomic, write_json_atomic
-from jexit.io.tensorboard import EventFile
+
+if TYPE_CHECKING:
+    from jexit.io.tensorboard import EventFile
 
 __all__ = [
     "MetricsWriter",
@@ -73,6 +75,9 @@ class MetricsWriter:
             self._wandb = _start_wandb(workdir, wandb)
         self._lines = _LineFile(workdir / METRICS_FILE, resume_step)
         if tensorboard:
+            # Imported here: tensorboardX loads PyTorch where there is one; readers need neither.
+            from jexit.io.tensorboard import EventFile
+
             first_step = 0 if resume_step is None else resume_step + 1
             with disk_errors(workdir / TENSORBOARD_DIR):
                 self._tensorboard = EventFile(workdir / TENSORBOARD_DIR, first_step)

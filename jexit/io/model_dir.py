@@ -142,14 +142,17 @@ def save_model(
     tokenizer: Tokenizer,
     *,
     base: str | os.PathLike[str] = "",
+    with_exits: bool = True,
     overwrite: bool = False,
 ) -> None:
     """Writes a model directory, whole or not at all.
 
     With `base`, the model path that the (unchanged) base weights come from, only adapters and
-    exit heads are stored and the directory refers to the weights where they are; without it
-    everything is stored. `overwrite` replaces a directory that exists. Raises ValueError when it
-    exists otherwise, or when `base` is another model.
+    exit heads are stored and the directory refers to the weights where they are; without it, or
+    when they are in the directory to replace, everything is stored. Without
+    `with_exits` the heads stay out: the directory holds a plain trunk. `overwrite` replaces a
+    directory that exists. Raises ValueError when it exists otherwise, or when `base` is another
+    model.
     """
     reference, source = "", ""
     if base:
@@ -158,11 +161,14 @@ def save_model(
             raise ValueError(
                 f"{base} is not the base of the model to save: their architectures differ"
             )
-        reference, source = _reference(origin.base), origin.source
+        source = origin.source
+        if origin.base.resolve() != pathlib.Path(directory).resolve():
+            reference = _reference(origin.base)
     flat = {".".join(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     adapters = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, LoRAParam)}
     exits = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, ExitParam)}
     weights = {p: leaf[...] for p, leaf in flat.items() if p not in adapters and p not in exits}
+    exits = exits if with_exits else {}
     with atomic_directory(directory, overwrite=overwrite) as partial:
         write_model(
             partial,
@@ -199,6 +205,7 @@ def write_model(
     for path, array in weights:
         store.write(path, np.asarray(array))
         dtype = dtype or np.asarray(array).dtype.name
+        del array  # before the next one is read
     for part, arrays in ((ADAPTERS, adapters), (EXITS, exits)):
         store = ArrayStore(directory / part)
         for path, array in arrays.items():

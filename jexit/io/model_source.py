@@ -171,7 +171,8 @@ def _open_own(directory: pathlib.Path) -> ModelSource:
         lora = _lora(values.get("lora"))
         head = ExitHeadSettings(**(values.get("exit_head") or {}))
         exits = tuple(values.get("exit_layers") or ())
-    except (KeyError, TypeError) as error:
+        eos_ids = tuple(values.get("eos_ids") or ())
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is incomplete or altered ({error}); convert it again") from error
     base = directory
     if values.get("base"):
@@ -184,7 +185,7 @@ def _open_own(directory: pathlib.Path) -> ModelSource:
         exit_head=head,
         lora=lora,
         source=values.get("source") or "",
-        eos_ids=tuple(values.get("eos_ids") or ()),
+        eos_ids=eos_ids,
     )
 
 

@@ -20,10 +20,12 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     try:
         stored = json.loads(path.read_text())
     except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
         raise ValueError(
-            f"{path} is not readable as JSON; remove {workdir} to start over, or choose another "
-            "--workdir"
-        ) from None
+            f"{path} is not readable as a JSON object; remove {workdir} to start over, or choose "
+            "another --workdir"
+        )
     wanted = json.loads(json.dumps(config))
     old, new = _flat(stored), _flat(wanted)
     for key in sorted(old.keys() | new.keys()):

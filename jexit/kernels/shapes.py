@@ -10,9 +10,11 @@ def _fail(op: str, message: str) -> NoReturn:
     raise ValueError(f"{op}: {message}")
 
 
-def check_hidden(op: str, name: str, h_ND: jax.Array, head_VD: jax.Array) -> None:
+def check_hidden(
+    op: str, name: str, h_ND: jax.Array, head_VD: jax.Array, head_name: str = "head_VD"
+) -> None:
     """Raises `ValueError` unless `h_ND` and `head_VD` are floating matrices of one width."""
-    for label, array in ((name, h_ND), ("head_VD", head_VD)):
+    for label, array in ((name, h_ND), (head_name, head_VD)):
         if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
             _fail(
                 op,
@@ -27,6 +29,12 @@ def check_hidden(op: str, name: str, h_ND: jax.Array, head_VD: jax.Array) -> Non
         )
     if head_VD.shape[0] == 0:
         _fail(op, "the head has no rows; pass at least one token's row")
+
+
+def check_floats(op: str, name: str, array: jax.Array) -> None:
+    """Raises `ValueError` unless the array is one of floats."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        _fail(op, f"{name} is {array.dtype} but must be floats; cast it")
 
 
 def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -14,15 +14,7 @@ from jax import lax
 
 Partial = TypeVar("Partial")
 
-# Sizes in float32 logits, measured on two CPU cores with 1 MiB of L2 each. A tile of statistics is
-# read a few times and dropped: it should stay in cache. A tile of a gradient enters a second matrix
-# product; with a whole row of the vocabulary in it nothing is computed twice, which is worth more
-# than cache as long as the rows are enough to keep the product busy.
-STATISTICS_TILE = 1 << 22
-STATISTICS_VOCAB = 1024
-GRADIENT_TILE = 1 << 23
-GRADIENT_MIN_ROWS = 32
-HEAD_GRADIENT_MIN_VOCAB = 128
+HEAD_MIN_VOCAB = 128  # fewer rows would leave the matrix product idle
 
 
 class Chunks(NamedTuple):
@@ -32,28 +24,39 @@ class Chunks(NamedTuple):
     vocab: int
 
 
-def statistics_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
-    """Tile for statistics alone, with `sets` hidden states a token."""
-    chunk_vocab = min(vocab, STATISTICS_VOCAB)
-    return Chunks(_clip(STATISTICS_TILE // (sets * chunk_vocab), tokens), chunk_vocab)
+class Tile(NamedTuple):
+    """Float32 logits in a tile, and how many tokens of the vocabulary they span at most."""
+
+    size: int
+    vocab: int
 
 
-def gradient_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
-    """Tile for statistics and the gradient to the hidden states: whole rows where they fit."""
-    rows = GRADIENT_TILE // vocab
-    if rows < min(tokens, GRADIENT_MIN_ROWS):
-        return statistics_chunks(tokens, vocab, sets)
-    return Chunks(_clip(rows, tokens), vocab)
+# A tile is read a few times and dropped: it should stay in cache, and its few copies should stay
+# far below all logits. Measured on two CPU cores with 1 MiB of L2 each, where sizes from 2¹⁸ to 2²⁰
+# are equally fast; an accelerator needs larger matrix products to fill it.
+CPU_TILE = Tile(1 << 19, 512)
+ACCELERATOR_TILE = Tile(1 << 22, 4096)
 
 
-def head_gradient_chunks(tokens: int, vocab: int) -> Chunks:
-    """Tile for the gradient to the head: all tokens at once where they fit.
+def _tile() -> Tile:
+    return CPU_TILE if jax.default_backend() == "cpu" else ACCELERATOR_TILE
 
-    Then a tile's part of the head's gradient is complete, and written once.
-    """
-    chunk_vocab = max(GRADIENT_TILE // max(tokens, 1), HEAD_GRADIENT_MIN_VOCAB)
-    chunk_vocab = _clip(chunk_vocab, vocab)
-    return Chunks(_clip(GRADIENT_TILE // chunk_vocab, tokens), chunk_vocab)
+
+def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
+    """Tile for `sets` hidden states a token: few chunks of tokens, each of which reads the head."""
+    chunk_vocab = min(vocab, _tile().vocab)
+    return _with_tokens(chunk_vocab, tokens, sets)
+
+
+def choose_head_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
+    """Tile for the gradient to the head: all tokens where they fit, to read the head once."""
+    chunk_vocab = max(HEAD_MIN_VOCAB, _tile().size // (sets * max(tokens, 1)))
+    return _with_tokens(min(chunk_vocab, _tile().vocab, vocab), tokens, sets)
+
+
+def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
+    fitting = _tile().size // (sets * chunk_vocab)
+    return Chunks(max(1, min(fitting, tokens)), chunk_vocab)
 
 
 def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
@@ -61,24 +64,29 @@ def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
     return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 
-def _clip(value: int, most: int) -> int:
-    return max(1, min(value, most))
-
-
 def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Rows `start … start + size − 1` of the head."""
+    """Rows `start … start + size − 1` of the head.
+
+    XLA:CPU slices bfloat16 by way of float32. The barrier makes the head depend on `start`, or else
+    the conversion of all of it would be hoisted out of the loop, and held.
+    """
+    head_VD, start = lax.optimization_barrier((head_VD, jnp.asarray(start)))
     return lax.dynamic_slice_in_dim(head_VD, start, size)
 
 
-def product(
-    left: jax.Array, right: jax.Array, contract: tuple[int, int], dtype: Any = None
-) -> jax.Array:
+def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
+    """Rows of the head by number, clipped to those there are; the barrier as in `slice_head`."""
+    head_VD, rows_N = lax.optimization_barrier((head_VD, rows_N))
+    return jnp.take(head_VD, rows_N, axis=0, mode="clip")
+
+
+def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Matrix product in float32 accumulation over axis `contract[0]` and `contract[1]`.
 
-    Operands of two types meet in the wider one, or in `dtype`. Float32 operands are multiplied as
+    Operands of two types meet in the wider one. Float32 operands are multiplied as
     such: accelerators would otherwise round them to bfloat16 or TF32 on the way.
     """
-    dtype = dtype or jnp.promote_types(left.dtype, right.dtype)
+    dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(
         left.astype(dtype),
         right.astype(dtype),
@@ -109,24 +117,6 @@ def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk:
         return function(*arguments)
     out = lax.map(lambda parts: function(*parts), _split(arguments, tokens, chunk))
     return _join(out, tokens)
-
-
-def over_tokens_summing(
-    function: Callable[..., tuple[Any, jax.Array]], arguments: tuple[Any, ...], chunk: int
-) -> tuple[Any, jax.Array]:
-    """As `over_tokens`, for a function that also returns an array to add up over chunks."""
-    tokens = _tokens(arguments)
-    if tokens <= chunk:
-        return function(*arguments)
-
-    def step(total: jax.Array, parts: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        out, part = function(*parts)
-        return total + part, out
-
-    chunks = _split(arguments, tokens, chunk)
-    shape = jax.eval_shape(function, *jax.tree.map(lambda part: part[0], chunks))[1]
-    total, out = lax.scan(step, jnp.zeros(shape.shape, shape.dtype), chunks)
-    return _join(out, tokens), total
 
 
 def _tokens(arguments: tuple[Any, ...]) -> int:
@@ -173,38 +163,52 @@ def over_vocab(
 
 
 def add(left: Partial, right: Partial) -> Partial:
-    """Sum of two pytrees, for `over_vocab`."""
+    """Sum of two pytrees."""
     return jax.tree.map(jnp.add, left, right)
 
 
 def head_gradient(
-    tile: Callable[[jax.Array | int, int], tuple[jax.Array, jax.Array]],
+    function: Callable[..., tuple[jax.Array, jax.Array]],
+    arguments: tuple[Any, ...],
     head_VD: jax.Array,
-    chunk: int,
-    dtype: Any,
+    chunks: Chunks,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradient to hidden states and head from `tile(start, size)` → (dh_ND, dhead_CD).
+    """Gradient to hidden states and head.
 
-    Returns `dh_ND` in float32, summed over tiles, and `dhead_VD` in `dtype`, put together of them.
+    Args:
+      function: `(start, size, *arguments of a chunk of tokens)` → (dh_ND, dhead_CD), both float32.
+      arguments: pytrees with the tokens as first axis.
+      head_VD: the head; its gradient has its type. A tile of it is summed over all tokens in
+        float32 before it is written.
+      chunks: size of a tile.
+
+    Returns:
+      dh_ND in float32, dhead_VD in the type of the head.
     """
-    vocab = head_VD.shape[0]
-    chunk = min(chunk, vocab)
+    tokens, vocab = _tokens(arguments), head_VD.shape[0]
+    parts = _split(arguments, tokens, chunks.tokens)
+
+    def tile(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+        def step(dhead_CD: jax.Array, part: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+            dh_ND, dhead_part_CD = function(start, size, *part)
+            return dhead_CD + dhead_part_CD, dh_ND
+
+        zeros_CD = jnp.zeros((size, head_VD.shape[1]), jnp.float32)
+        dhead_CD, dh_SND = lax.scan(step, zeros_CD, parts)
+        return dh_SND, dhead_CD
+
+    def step(
+        start: jax.Array | int, size: int, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        dh_SND, dhead_CD = tile(start, size)
+        dhead_CD = dhead_CD.astype(head_VD.dtype)
+        return carry[0] + dh_SND, lax.dynamic_update_slice_in_dim(carry[1], dhead_CD, start, 0)
+
+    chunk = min(chunks.vocab, vocab)
     full, rest = divmod(vocab, chunk)
-
-    def put(dhead_VD: jax.Array, dhead_CD: jax.Array, start: jax.Array | int) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(dhead_VD, dhead_CD.astype(dtype), start, 0)
-
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        dh_ND, dhead_CD = tile(i * chunk, chunk)
-        return carry[0] + dh_ND, put(carry[1], dhead_CD, i * chunk)
-
-    dh_ND, dhead_CD = tile(0, chunk)
-    if chunk == vocab:
-        return dh_ND, dhead_CD.astype(dtype)
-    carry = (dh_ND, put(jnp.zeros(head_VD.shape, dtype), dhead_CD, 0))
-    if full > 1:
-        carry = lax.fori_loop(1, full, step, carry)
+    dh_shape = jax.eval_shape(lambda: tile(0, chunk)[0])
+    carry = (jnp.zeros(dh_shape.shape, jnp.float32), jnp.zeros_like(head_VD))
+    carry = lax.fori_loop(0, full, lambda i, carry: step(i * chunk, chunk, carry), carry)
     if rest:
-        dh_ND, dhead_CD = tile(full * chunk, rest)
-        carry = (carry[0] + dh_ND, put(carry[1], dhead_CD, full * chunk))
-    return carry
+        carry = step(full * chunk, rest, carry)
+    return _join(carry[0], tokens), carry[1]

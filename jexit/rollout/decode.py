@@ -60,6 +60,7 @@ class Rows:
     """What stays as it is while a batch decodes."""
 
     keys_B: Key[Array, "B"]
+    prompt_slots: Int[Array, ""]  # of every row, its padding on the left included
     pad_B: Int[Array, "B"]
     eos_N: Int[Array, "N"]
 
@@ -108,7 +109,7 @@ def prefill(
         return jax.vmap(lambda sample: jax.random.fold_in(prompt_key, sample))(jnp.arange(samples))
 
     keys_B = jax.vmap(row_keys)(first_prompt + jnp.arange(prompts)).reshape(-1)
-    rows = Rows(keys_B, jnp.repeat(pad_B, samples), eos_N)
+    rows = Rows(keys_B, jnp.asarray(length), jnp.repeat(pad_B, samples), eos_N)
     token_B, logprob_B = sampling.draw(
         jnp.repeat(logits_BV, samples, axis=0), _fold(_fold(keys_B, 0), TOKEN_DRAW)
     )
@@ -134,15 +135,19 @@ def prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnames="slots", donate_argnames="state")
 def grow(state: Decoding, *, slots: int) -> Decoding:
     """The same batch with a cache of `slots` slots."""
-    return dataclasses.replace(state, cache=state.cache.grown(slots))
+    return dataclasses.replace(state, cache=_grown(state.cache, slots=slots))
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _grown(cache: Cache, *, slots: int) -> Cache:
+    return cache.grown(slots)  # another size: nothing that a donated buffer could serve for
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "prompt_slots", "adapters", "hazards"),
+    static_argnames=("graphdef", "adapters", "hazards"),
     donate_argnames="state",
 )
 def decode(
@@ -153,19 +158,22 @@ def decode(
     policy: Policy,
     sampling: Sampling,
     *,
-    prompt_slots: int,
     adapters: bool,
     hazards: bool,
 ) -> Decoding:
-    """Generates until every row has ended, the records are full, or the cache is."""
+    """Generates until every row has ended, the records are full, or the cache is.
+
+    The program depends on the size of the cache and not on that of the prompts.
+    """
     model: Transformer = nnx.merge(graphdef, *states)
-    last = min(state.records.tokens_TB.shape[0], state.cache.slots - prompt_slots + 1)
+    room = state.cache.slots - rows.prompt_slots + 1
+    last = jnp.minimum(state.records.tokens_TB.shape[0], room)
 
     def goes_on(state: Decoding) -> Array:
         return (state.index < last) & ~jnp.all(state.finished_B)
 
     def step(state: Decoding) -> Decoding:
-        slot = prompt_slots + state.index - 1
+        slot = rows.prompt_slots + state.index - 1
         keys_B = _fold(rows.keys_B, state.index)
         token_pass = _run_token(
             model, state, rows, policy.column(state.index), keys_B, slot, adapters, hazards

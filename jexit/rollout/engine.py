@@ -189,7 +189,6 @@ def rollout(
             state,
             policy,
             sampling,
-            prompt_slots=prompt_slots,
             adapters=adapters,
             hazards=hazards,
         )
@@ -294,6 +293,10 @@ def generate(
     `chat` puts each prompt into the tokenizer's chat format as the user's message. Temperature 0 is
     greedy. Raises ValueError as `rollout` does.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string and should be a list of them; put it in brackets")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_batch
     prompt_ids = encode(list(prompts))
     graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model

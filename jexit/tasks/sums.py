@@ -59,17 +59,16 @@ class Sums(Task):
         if len(operands) != 2 or not 2 <= operands[0] <= operands[1]:
             raise ValueError(
                 f"sums: operands is a pair (smallest, largest) with 2 <= smallest <= largest, "
-                f"got {tuple(operands)}; change config.task.operands"
+                f"got {tuple(operands)}; change config.task.operands_min or operands_max"
             )
         if set(mixture) - set(DEFAULT_MIXTURE) or min(mixture.values(), default=0) < 0:
             raise ValueError(
                 f"sums: mixture gives weights >= 0 to {', '.join(DEFAULT_MIXTURE)}, "
-                f"got {dict(mixture)}; change config.task.mixture"
+                f"got {dict(mixture)}; give other weights"
             )
         if sum(mixture.values()) <= 0:
             raise ValueError(
-                f"sums: mixture needs a positive weight, got {dict(mixture)}; "
-                "change config.task.mixture"
+                f"sums: mixture needs a positive weight, got {dict(mixture)}; give other weights"
             )
         self.steps = steps
         self.operands = (int(operands[0]), int(operands[1]))

@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 import jexit  # noqa: E402
 from hf_models import freeze_by_hand  # noqa: E402
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
     parser.add_argument("--gsm8k", type=pathlib.Path, required=True)
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         held = list(claims(arguments.checkpoint, arguments.gsm8k, pathlib.Path(scratch)))
     return 0 if all(held) else 1

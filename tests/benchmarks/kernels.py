@@ -2,9 +2,12 @@
 
     python tests/benchmarks/kernels.py --tokens=512 --width=896 --vocab=151936 --exits=4
 
-Each case runs in a process of its own, so that its peak memory is its own. `hidden` is the gradient
-to the hidden states, `head` that to the hidden states and the head. Below 1 the op is faster, or
-smaller, than materialising.
+`hidden` is forward and gradient to the hidden states, `head` that to the hidden states and the
+head. Below 1 the op is faster, or smaller, than materialising. The two are timed in turn in one
+process, so that other work on the machine slows both; each has a process of its own for its peak
+memory, which is what the process gains over its inputs: temporaries and outputs. `temp` is the
+temporary memory that the compiler reports, as a share of the logits of all sets of hidden states
+(the final one and the exits; student and teacher; one) in float32.
 """
 
 import argparse
@@ -35,100 +38,142 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ops", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--modes", default="forward,hidden,head", help="comma-separated")
     parser.add_argument("--implementation", default="xla")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(measure(arguments, *arguments.case.split(":"))))
+        what, *case = arguments.case.split(":")
+        print(json.dumps({"time": seconds, "memory": memory}[what](arguments, *case)))
         return
     print(
         f"N={arguments.tokens} D={arguments.width} V={arguments.vocab} E={arguments.exits} "
         f"{arguments.dtype}, median of {arguments.repeats}, {arguments.implementation} against "
         "materialising"
     )
-    print(f"{'op':<24}{'ms':>9}{'against':>9}{'time':>7}{'temp MB':>9}{'against':>9}{'temp':>7}"
-          f"{'peak MB':>9}{'against':>9}{'peak':>7}")  # fmt: skip
+    print(f"{'op':<24}{'ms':>9}{'against':>9}{'time':>7}{'peak MB':>9}{'against':>9}{'peak':>7}"
+          f"{'temp':>8}{'against':>9}")  # fmt: skip
     for op in arguments.ops.split(","):
-        for mode in CASES[op]:
+        for mode in (mode for mode in CASES[op] if mode in arguments.modes.split(",")):
+            ours, theirs = child(f"time:{op}:{mode}")
+            row = (
+                f"{op + ' ' + mode:<24}{1e3 * ours:>9.0f}{1e3 * theirs:>9.0f}{ours / theirs:>7.2f}"
+            )
             ours, theirs = (
-                child(f"{op}:{mode}:{implementation}")
+                child(f"memory:{op}:{mode}:{implementation}")
                 for implementation in (arguments.implementation, MATERIALISING)
             )
-            columns = "".join(
-                f"{ours[key]:>9.0f}{theirs[key]:>9.0f}{ours[key] / theirs[key]:>7.2f}"
-                for key in ("milliseconds", "temporary_mb", "peak_mb")
-            )
-            print(f"{op + ' ' + mode:<24}{columns}", flush=True)
+            ratio = ours["peak_mb"] / theirs["peak_mb"]
+            row += f"{ours['peak_mb']:>9.0f}{theirs['peak_mb']:>9.0f}{ratio:>7.2f}"
+            print(row + f"{ours['temp_share']:>8.1%}{theirs['temp_share']:>9.1%}", flush=True)
 
 
-def child(case: str) -> dict[str, float]:
-    """Runs one case with this process's own arguments in a new process."""
+def child(case: str) -> Any:
+    """Runs one measurement with this process's own arguments in a new process."""
     command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], f"--case={case}"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def measure(
-    arguments: argparse.Namespace, op: str, mode: str, implementation: str
-) -> dict[str, float]:
-    """Median milliseconds, compiled temporaries and the process's peak memory in MB."""
+def seconds(arguments: argparse.Namespace, op: str, mode: str) -> list[float]:
+    """Median seconds of the implementation and of materialising, run in turn."""
     import jax
 
-    function, operands = build(arguments, op, mode, implementation)
-    compiled = jax.jit(function).lower(*operands).compile()
-    jax.block_until_ready(compiled(*operands))
-    seconds = []
+    names = (arguments.implementation, MATERIALISING)
+    compiled = [compile_case(arguments, op, mode, name) for name in names]
+    operands = make_operands(arguments, op)
+    for function in compiled:
+        jax.block_until_ready(function(*operands))
+    taken: list[list[float]] = [[] for _ in compiled]
     for _ in range(arguments.repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*operands))
-        seconds.append(time.perf_counter() - start)
+        for function, times in zip(compiled, taken, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*operands))
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def memory(
+    arguments: argparse.Namespace, op: str, mode: str, implementation: str
+) -> dict[str, float]:
+    """What one run adds to the process's peak in MB, and the compiler's share of temporaries."""
+    import jax
+
+    compiled = compile_case(arguments, op, mode, implementation)
+    operands = make_operands(arguments, op)
+    before_mb = peak_mb()
+    jax.block_until_ready(compiled(*operands))
+    sets = {"exit_kl": arguments.exits + 1, "linear_kl": 2, "linear_logprob": 1}[op]
+    logits_bytes = 4 * sets * arguments.tokens * arguments.vocab
     return {
-        "milliseconds": 1e3 * statistics.median(seconds),
-        "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": peak_mb() - before_mb,
+        "temp_share": compiled.memory_analysis().temp_size_in_bytes / logits_bytes,
     }
 
 
-def build(
+def peak_mb() -> float:
+    """Largest resident memory that this process has had so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def operand_shapes(arguments: argparse.Namespace, op: str) -> tuple[tuple[int, ...], ...]:
+    """Hidden states, the head, and what else the op takes."""
+    tokens, width = arguments.tokens, arguments.width
+    other = {
+        "exit_kl": (arguments.exits, tokens, width),
+        "linear_kl": (tokens, width),
+        "linear_logprob": (tokens,),
+    }
+    return (tokens, width), (arguments.vocab, width), other[op]
+
+
+def make_operands(arguments: argparse.Namespace, op: str) -> list[Any]:
+    """Random operands, block by block: making them must not take more memory than they do."""
+    import jax
+
+    def make(seed: int, shape: tuple[int, ...]) -> jax.Array:
+        key = jax.random.key(seed)
+        if len(shape) == 1:
+            return jax.random.randint(key, shape, 0, arguments.vocab)
+        scale = 2 * shape[-1] ** -0.5 if shape[0] == arguments.vocab else 1.0
+        block = next(size for size in range(256, 0, -1) if shape[0] % size == 0)
+
+        def values(key: jax.Array) -> jax.Array:
+            part = scale * jax.random.normal(key, (block, *shape[1:]))
+            return part.astype(arguments.dtype)
+
+        keys = jax.random.split(key, shape[0] // block)
+        return jax.jit(lambda keys: jax.lax.map(values, keys).reshape(shape))(keys)
+
+    shapes = operand_shapes(arguments, op)
+    return jax.block_until_ready([make(seed, shape) for seed, shape in enumerate(shapes)])
+
+
+def compile_case(
     arguments: argparse.Namespace, op: str, mode: str, implementation: str
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The function to time, and its operands."""
+) -> Callable[..., Any]:
+    """The compiled function of `make_operands`' arrays."""
     import jax
     import jax.numpy as jnp
 
     from jexit import kernels
 
-    def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
-        values = scale * jax.random.normal(jax.random.key(seed), shape)
-        return values.astype(arguments.dtype)
-
-    tokens, width, vocab = arguments.tokens, arguments.width, arguments.vocab
-    head_VD = normal(0, vocab, width, scale=2 * width**-0.5)
-    h_ND = normal(1, tokens, width)
-    if op == "exit_kl":
-        exits_END = normal(2, arguments.exits, tokens, width)
-        return (
-            lambda *operands: kernels.exit_kl(*operands, implementation=implementation),
-            (h_ND, exits_END, head_VD),
-        )
-    if op == "linear_kl":
-        other = normal(2, tokens, width)
-
-        def forward(h_ND: jax.Array, head_VD: jax.Array, other: jax.Array) -> jax.Array:
+    def forward(h_ND: jax.Array, head_VD: jax.Array, other: jax.Array) -> Any:
+        if op == "exit_kl":
+            return kernels.exit_kl(h_ND, other, head_VD, implementation=implementation)
+        if op == "linear_kl":
             return kernels.linear_kl(h_ND, other, head_VD, implementation=implementation)
-    else:
-        other = jax.random.randint(jax.random.key(2), (tokens,), 0, vocab)
+        return kernels.linear_logprob(h_ND, head_VD, other, implementation=implementation).logprob_N
 
-        def forward(h_ND: jax.Array, head_VD: jax.Array, other: jax.Array) -> jax.Array:
-            out = kernels.linear_logprob(h_ND, head_VD, other, implementation=implementation)
-            return out.logprob_N
-
-    if mode == "forward":
-        return forward, (h_ND, head_VD, other)
-
-    def loss(h_ND: jax.Array, head_VD: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.mean(forward(h_ND, head_VD, other))
-
-    return jax.value_and_grad(loss, (0, 1) if mode == "head" else 0), (h_ND, head_VD, other)
+    function = forward
+    if mode != "forward":
+        argnums = (0, 1) if mode == "head" else 0
+        function = jax.value_and_grad(lambda *operands: jnp.mean(forward(*operands)), argnums)
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else arguments.dtype)
+        for shape in operand_shapes(arguments, op)
+    ]
+    return jax.jit(function).lower(*operands).compile()
 
 
 if __name__ == "__main__":

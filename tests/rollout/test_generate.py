@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jexit.model.policies import Full, Prescribed, Sample
-from jexit.rollout import generate
+from jexit.rollout import engine, generate
 
 
 class Letters:
@@ -60,13 +60,31 @@ def test_chat_and_seed_matter(model):
     assert texts(policy=Full()) == texts()
 
 
-def test_every_prompt_is_checked_before_the_first_runs(build):
-    model = build(max_positions=64)
-    with pytest.raises(ValueError, match="prompt 2 has 62 tokens"):
-        generate(model, Letters(), ["a", "b", "c" * 60], max_new_tokens=10, batch_size=1)
-    with pytest.raises(ValueError, match=r"\(1, 9\) for 2 rows of up to 10 tokens"):
-        generate(
-            model, Letters(), ["a", "b"], policy=Prescribed(np.ones((1, 9))), max_new_tokens=10
-        )
-    with pytest.raises(ValueError, match="no prompts"):
-        generate(model, Letters(), [], max_new_tokens=10)
+def test_every_prompt_is_checked_before_the_first_runs(model, monkeypatch):
+    monkeypatch.setattr(engine, "rollout", None)
+    with pytest.raises(ValueError, match=r"prompt 2 has 508 tokens .* at most 4"):
+        generate(model, Letters(), ["a", "b", "c" * 506], max_new_tokens=10, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "sentence"),
+    [
+        ([], {}, "no prompts to complete; give"),
+        ("abc", {}, "put it in brackets"),
+        (["a", ""], {"chat": False}, "prompt 1 is empty; a prompt needs"),
+        (["a" * 511], {}, "512 positions; shorten the prompt"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        (["a"], {"temperature": -0.5}, "temperature is -0.5; it must be 0"),
+        (["a"], {"temperature": float("nan")}, "temperature is nan"),
+        (["a"], {"top_p": 0.0}, "top_p is 0.0; it is the probability mass"),
+        (["a"], {"top_p": 1.5}, "top_p is 1.5"),
+        (["a"], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (["a", "b"], {"policy": Prescribed(np.ones((1, 10)))}, r"\(1, 10\) for 2 rows of up to 10"),
+        (["a"], {"policy": Prescribed(np.ones((1, 9)))}, r"\(1, 9\) for 1 rows of up to 10"),
+        (["a"], {"policy": Prescribed(np.ones(10))}, r"\(10,\) for 1 rows"),
+    ],
+)
+def test_wrong_inputs_get_one_sentence(model, prompts, settings, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        generate(model, Letters(), prompts, **{"max_new_tokens": 10} | settings)
+    assert "\n" not in str(error.value)

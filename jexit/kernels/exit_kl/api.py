@@ -43,5 +43,6 @@ def exit_kl(
     shapes.check_same(
         "exit_kl", "h_exits_END", h_exits_END.shape, (*h_exits_END.shape[:1], *h_final_ND.shape)
     )
+    shapes.check_floats("exit_kl", "h_exits_END", h_exits_END)
     arguments = jax.lax.stop_gradient((h_final_ND, h_exits_END, head_VD))
     return OPERATION(implementation, *arguments)

@@ -41,7 +41,7 @@ def exit_kl(
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     h_NSD = jnp.concatenate([h_final_ND[:, None], jnp.moveaxis(h_exits_END, 0, 1)], axis=1)
     chunks = tiles.override(
-        tiles.statistics_chunks(tokens, vocab, h_NSD.shape[1]), chunk_tokens, chunk_vocab
+        tiles.choose_chunks(tokens, vocab, h_NSD.shape[1]), chunk_tokens, chunk_vocab
     )
 
     def of_chunk(h_NSD: jax.Array) -> tuple[jax.Array, ...]:

@@ -51,8 +51,11 @@ def linear_kl(
     shapes.check_hidden("linear_kl", "h_student_ND", h_student_ND, head_VD)
     if head_teacher_VD is None:
         shapes.check_same("linear_kl", "h_teacher_ND", h_teacher_ND.shape, h_student_ND.shape)
+        shapes.check_floats("linear_kl", "h_teacher_ND", h_teacher_ND)
     else:
-        shapes.check_hidden("linear_kl", "h_teacher_ND", h_teacher_ND, head_teacher_VD)
+        shapes.check_hidden(
+            "linear_kl", "h_teacher_ND", h_teacher_ND, head_teacher_VD, "head_teacher_VD"
+        )
         shapes.check_same(
             "linear_kl", "h_teacher_ND", h_teacher_ND.shape[:1], h_student_ND.shape[:1]
         )

@@ -44,4 +44,5 @@ def linear_logprob(
         raise ValueError(
             f"linear_logprob: targets_N is {targets_N.dtype} but must be integer token ids; cast it"
         )
-    return OPERATION(implementation, h_ND, head_VD, targets_N)
+    # Narrow integers cannot count the vocabulary.
+    return OPERATION(implementation, h_ND, head_VD, targets_N.astype(jnp.int32))

@@ -1,12 +1,12 @@
-"""Tiles of the vocabulary with online soft-max statistics and a recomputing gradient, in plain XLA.
+"""Tiles of the vocabulary with online soft-max statistics and gradient, in plain XLA.
 
 With p = softmax(z), H its entropy and t the target, the gradients to a logit are
 `[v = t] − p` (log-probability), `p` (log-sum-exp) and `−p (log p + H)` (entropy).
 
 As in `linear_kl`: when only the hidden states are differentiated, the derivatives of each token's
-outputs are taken while the logits are at hand, and the head's gradient costs nothing (those of
-outputs that the loss does not use are dead code, which XLA removes with their matrix product). When
-the head is differentiated too, the backward pass recomputes the logits tile by tile.
+outputs are summed online while the logits are at hand, and the head's gradient costs nothing (those
+of outputs that the loss does not use are dead code, which XLA removes with their matrix product).
+When the head is differentiated too, the backward pass recomputes the logits tile by tile.
 """
 
 from functools import partial
@@ -36,12 +36,15 @@ class _Statistics(NamedTuple):
     sum_N: jax.Array  # Σ exp(x)
     spread_N: jax.Array  # Σ exp(x) x
     target_N: jax.Array  # z of the target, −∞ until its tile has come
+    row_ND: jax.Array | None  # Σ exp(x) row of the head, with gradient only
+    row_spread_ND: jax.Array | None  # Σ exp(x) x row of the head, likewise
 
 
 class _Finished(NamedTuple):
     out: LinearLogprob
     max_N: jax.Array
     log_sum_N: jax.Array
+    mean_N: jax.Array  # Σ p x
 
 
 class _Units(NamedTuple):
@@ -70,9 +73,9 @@ def linear_logprob(
 def _linear_logprob(
     static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
-    chunks = static.override(tiles.statistics_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
     return tiles.over_tokens(
-        lambda h_ND, targets_N: _statistics(h_ND, head_VD, targets_N, chunks.vocab).out,
+        lambda *part: _finish(_statistics(*part, head_VD, chunks.vocab)).out,
         (h_ND, targets_N),
         chunks.tokens,
     )
@@ -86,20 +89,19 @@ def _forward(
     h_ND, head_VD, targets_N = h_ND.value, head_VD.value, targets_N.value
     tokens, vocab = h_ND.shape[0], head_VD.shape[0]
 
+    chunks = static.override(tiles.choose_chunks(tokens, vocab, 1))
     if head_trains:
-        chunks = static.override(tiles.statistics_chunks(tokens, vocab, 1))
         finished = tiles.over_tokens(
-            lambda h_ND, targets_N: _statistics(h_ND, head_VD, targets_N, chunks.vocab),
+            lambda *part: _finish(_statistics(*part, head_VD, chunks.vocab)),
             (h_ND, targets_N),
             chunks.tokens,
         )
         return finished.out, (None, (h_ND, head_VD, targets_N), finished)
 
-    chunks = static.override(tiles.gradient_chunks(tokens, vocab, 1))
-
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> tuple[LinearLogprob, _Units]:
-        finished = _statistics(h_ND, head_VD, targets_N, chunks.vocab)
-        return finished.out, _units(h_ND, head_VD, targets_N, finished, chunks.vocab)
+        total = _statistics(h_ND, targets_N, head_VD, chunks.vocab, with_gradient=True)
+        units = _units(targets_N, head_VD, total)
+        return _finish(total).out, _Units(*(unit_ND.astype(h_ND.dtype) for unit_ND in units))
 
     out, units = tiles.over_tokens(of_chunk, (h_ND, targets_N), chunks.tokens)
     return out, (units, None, None)
@@ -123,72 +125,108 @@ def _backward(
         # A row that the loss masks out must not bring in its NaN.
         return jnp.where(live_N[:, None], dh_ND, 0).astype(dtype), None, None
 
-    h_ND, head_VD, targets_N = arguments
-    chunks = static.override(tiles.head_gradient_chunks(h_ND.shape[0], head_VD.shape[0]))
-    dtype = jnp.float32 if h_ND.shape[0] > chunks.tokens else head_VD.dtype
-
-    def of_chunk(
-        h_ND: jax.Array, targets_N: jax.Array, live_N: jax.Array, g: Any, finished: _Finished
+    def of_tile(
+        start: jax.Array | int,
+        size: int,
+        h_ND: jax.Array,
+        targets_N: jax.Array,
+        live_N: jax.Array,
+        g: LinearLogprob,
+        finished: _Finished,
     ) -> tuple[jax.Array, jax.Array]:
         h_ND = jnp.where(live_N[:, None], h_ND, 0)
+        head_CD = tiles.slice_head(head_VD, start, size)
+        dz_NC = _dlogits(tiles.logits(h_ND, head_CD), targets_N - start, g, finished)
+        dz_NC = jnp.where(live_N[:, None], dz_NC, 0)
+        return tiles.product(dz_NC, head_CD, (1, 0)), tiles.product(dz_NC, h_ND, (0, 0))
 
-        def tile(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-            head_CD = tiles.slice_head(head_VD, start, size)
-            dz_NC = _dlogits(tiles.logits(h_ND, head_CD), targets_N - start, g, finished)
-            dz_NC = jnp.where(live_N[:, None], dz_NC, 0)
-            return tiles.product(dz_NC, head_CD, (1, 0)), tiles.product(dz_NC, h_ND, (0, 0))
-
-        return tiles.head_gradient(tile, head_VD, chunks.vocab, dtype)
-
-    dh_ND, dhead_VD = tiles.over_tokens_summing(
-        of_chunk, (h_ND, targets_N, live_N, g, finished), chunks.tokens
+    h_ND, head_VD, targets_N = arguments
+    chunks = static.override(tiles.choose_head_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    dh_ND, dhead_VD = tiles.head_gradient(
+        of_tile, (h_ND, targets_N, live_N, g, finished), head_VD, chunks
     )
-    return dh_ND.astype(h_ND.dtype), dhead_VD.astype(head_VD.dtype), None
+    return dh_ND.astype(h_ND.dtype), dhead_VD, None
 
 
 _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _statistics(
-    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, chunk_vocab: int
-) -> _Finished:
+    h_ND: jax.Array,
+    targets_N: jax.Array,
+    head_VD: jax.Array,
+    chunk_vocab: int,
+    *,
+    with_gradient: bool = False,
+) -> _Statistics:
     def tile(start: jax.Array | int, size: int) -> _Statistics:
-        z_NC = tiles.logits(h_ND, tiles.slice_head(head_VD, start, size))
+        head_CD = tiles.slice_head(head_VD, start, size)
+        z_NC = tiles.logits(h_ND, head_CD)
         max_N = z_NC.max(-1)
         x_NC = z_NC - max_N[:, None]
         exp_NC = jnp.exp(x_NC)
+        row_ND = row_spread_ND = None
+        if with_gradient:
+            row_ND = tiles.product(exp_NC, head_CD, (1, 0))
+            row_spread_ND = tiles.product(exp_NC * x_NC, head_CD, (1, 0))
         return _Statistics(
             max_N=max_N,
             sum_N=exp_NC.sum(-1),
             spread_N=(exp_NC * x_NC).sum(-1),
             target_N=jnp.where(_hits(targets_N - start, size), z_NC, -jnp.inf).max(-1),
+            row_ND=row_ND,
+            row_spread_ND=row_spread_ND,
         )
 
-    total = tiles.over_vocab(tile, _merge, head_VD.shape[0], chunk_vocab)
-    log_sum_N = jnp.log(total.sum_N)
-    # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
-    out = LinearLogprob(
-        logprob_N=(total.target_N - total.max_N) - log_sum_N,
-        entropy_N=log_sum_N - total.spread_N / total.sum_N,
-        logsumexp_N=total.max_N + log_sum_N,
-    )
-    return _Finished(out, total.max_N, log_sum_N)
+    return tiles.over_vocab(tile, _merge, head_VD.shape[0], chunk_vocab)
 
 
 def _merge(left: _Statistics, right: _Statistics) -> _Statistics:
     max_N = jnp.maximum(left.max_N, right.max_N)
-    parts = []
-    for part in (left, right):
+    target_N = jnp.maximum(left.target_N, right.target_N)
+
+    def rescaled(part: _Statistics) -> _Statistics:
         shift_N = part.max_N - max_N
         scale_N = jnp.exp(shift_N)
-        parts.append((scale_N * part.sum_N, scale_N * (part.spread_N + part.sum_N * shift_N)))
-    (sum_left_N, spread_left_N), (sum_right_N, spread_right_N) = parts
-    return _Statistics(
-        max_N=max_N,
-        sum_N=sum_left_N + sum_right_N,
-        spread_N=spread_left_N + spread_right_N,
-        target_N=jnp.maximum(left.target_N, right.target_N),
+        row_ND = row_spread_ND = None
+        if part.row_ND is not None:
+            row_ND = scale_N[:, None] * part.row_ND
+            row_spread_ND = scale_N[:, None] * (part.row_spread_ND + part.row_ND * shift_N[:, None])
+        return _Statistics(
+            max_N=max_N,
+            sum_N=scale_N * part.sum_N,
+            spread_N=scale_N * (part.spread_N + part.sum_N * shift_N),
+            target_N=target_N,
+            row_ND=row_ND,
+            row_spread_ND=row_spread_ND,
+        )
+
+    total = tiles.add(rescaled(left), rescaled(right))
+    return total._replace(max_N=max_N, target_N=target_N)
+
+
+def _finish(total: _Statistics) -> _Finished:
+    log_sum_N = jnp.log(total.sum_N)
+    mean_N = total.spread_N / total.sum_N
+    # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
+    out = LinearLogprob(
+        logprob_N=(total.target_N - total.max_N) - log_sum_N,
+        entropy_N=log_sum_N - mean_N,
+        logsumexp_N=total.max_N + log_sum_N,
     )
+    return _Finished(out, total.max_N, log_sum_N, mean_N)
+
+
+def _units(targets_N: jax.Array, head_VD: jax.Array, total: _Statistics) -> _Units:
+    """Derivative of every output, float32."""
+    sum_N1 = total.sum_N[:, None]
+    mean_ND = total.row_ND / sum_N1
+    # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
+    entropy_ND = (total.spread_N[:, None] / sum_N1) * mean_ND - total.row_spread_ND / sum_N1
+    # An impossible target has no row.
+    exists_N1 = ((targets_N >= 0) & (targets_N < head_VD.shape[0]))[:, None]
+    row_ND = jnp.where(exists_N1, tiles.take_rows(head_VD, targets_N), 0)
+    return _Units(row_ND - mean_ND, entropy_ND, mean_ND)
 
 
 def _hits(targets_N: jax.Array, size: int) -> jax.Array:
@@ -196,47 +234,18 @@ def _hits(targets_N: jax.Array, size: int) -> jax.Array:
     return targets_N[:, None] == jnp.arange(size, dtype=targets_N.dtype)
 
 
-def _units(
-    h_ND: jax.Array,
-    head_VD: jax.Array,
-    targets_N: jax.Array,
-    finished: _Finished,
-    chunk_vocab: int,
-) -> _Units:
-    """Derivative of every output. With one tile its logits are those of `_statistics`, and XLA
-    keeps one of the two equal products."""
-
-    def tile(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-        head_CD = tiles.slice_head(head_VD, start, size)
-        log_NC = _log_probability(tiles.logits(h_ND, head_CD), finished)
-        p_NC = jnp.exp(log_NC)
-        centred_NC = p_NC * (log_NC + finished.out.entropy_N[:, None])
-        return tiles.product(p_NC, head_CD, (1, 0)), tiles.product(centred_NC, head_CD, (1, 0))
-
-    mean_ND, centred_ND = tiles.over_vocab(tile, tiles.add, head_VD.shape[0], chunk_vocab)
-    # An impossible target has no row.
-    exists_N1 = ((targets_N >= 0) & (targets_N < head_VD.shape[0]))[:, None]
-    row_ND = jnp.where(exists_N1, jnp.take(head_VD, targets_N, axis=0, mode="clip"), 0)
-    units = _Units(row_ND - mean_ND, -centred_ND, mean_ND)
-    return _Units(*(unit_ND.astype(h_ND.dtype) for unit_ND in units))
-
-
 def _dlogits(
     z_NC: jax.Array, targets_N: jax.Array, g: LinearLogprob, finished: _Finished
 ) -> jax.Array:
     """Gradient of the loss to a tile's logits; targets count from the tile's start."""
-    log_NC = _log_probability(z_NC, finished)
-    p_NC = jnp.exp(log_NC)
+    x_NC = z_NC - finished.max_N[:, None]
+    p_NC = jnp.exp(x_NC - finished.log_sum_N[:, None])
     dz_NC = jnp.zeros_like(p_NC)
     if g.logprob_N is not None:
         hit_NC = _hits(targets_N, z_NC.shape[1])
         dz_NC += g.logprob_N[:, None] * (hit_NC - p_NC)
     if g.entropy_N is not None:
-        dz_NC -= g.entropy_N[:, None] * p_NC * (log_NC + finished.out.entropy_N[:, None])
+        dz_NC -= g.entropy_N[:, None] * p_NC * (x_NC - finished.mean_N[:, None])
     if g.logsumexp_N is not None:
         dz_NC += g.logsumexp_N[:, None] * p_NC
     return dz_NC
-
-
-def _log_probability(z_NC: jax.Array, finished: _Finished) -> jax.Array:
-    return z_NC - finished.max_N[:, None] - finished.log_sum_N[:, None]

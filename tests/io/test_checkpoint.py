@@ -1,0 +1,218 @@
+"""Checkpoints hold a whole run state, bit for bit, or are passed over."""
+
+import dataclasses
+import logging
+import pathlib
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jexit.config import CheckpointConfig
+from jexit.io.checkpoint import Checkpoints
+from jexit.steps.state import new_state
+
+# Orbax leaves futures behind when the files under it are damaged.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def make_tree(step=0, width=4):
+    """A training state and what a loop keeps on the host."""
+    rng = np.random.default_rng(step)
+    trainable = {
+        "blocks": {"lora_a": jnp.asarray(rng.normal(size=(3, width)), jnp.float32)},
+        "exits": {"b2": jnp.asarray(rng.normal(size=5), jnp.bfloat16)},
+    }
+    state = new_state(trainable, optax.adam(1e-3))
+    state = dataclasses.replace(state, step=jnp.int32(step))
+    # Float64, which jax would round: a resumed run must not differ in the last bit.
+    return {"state": state, "host": {"pressure": np.asarray([np.nan, step + 1 / 3])}}
+
+
+def open_checkpoints(workdir, *, every=10, keep=2):
+    return Checkpoints(workdir, CheckpointConfig(every=every, keep=keep))
+
+
+def restore(workdir, like=None):
+    checkpoints = open_checkpoints(workdir)
+    try:
+        return checkpoints.restore(make_tree() if like is None else like)
+    finally:
+        checkpoints.close()
+
+
+def same(found, wanted):
+    leaves = list(zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+    return jax.tree.structure(found) == jax.tree.structure(wanted) and all(
+        x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f")
+        for x, y in leaves
+    )
+
+
+def stored(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's directory with the checkpoints of steps 20 and 30 (10 is gone: two are kept)."""
+    workdir = tmp_path_factory.mktemp("run")
+    checkpoints = open_checkpoints(workdir)
+    for step in (10, 20, 30):
+        checkpoints.save(step, make_tree(step))
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def data_files(workdir, step):
+    """The files that hold the arrays' bytes, the largest last."""
+    files = (workdir / "checkpoints" / str(step) / "default").rglob("d/*")
+    return sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def test_a_state_comes_back_bit_for_bit(workdir):
+    found = restore(workdir)
+    assert same(found, make_tree(30))
+    assert isinstance(found["host"]["pressure"], np.ndarray)
+    assert not same(found, make_tree(20))
+
+
+def test_only_the_newest_few_are_kept(saved):
+    assert stored(saved) == ["20", "30"]
+
+
+def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+    checkpoints = open_checkpoints(tmp_path)
+    assert checkpoints.latest_step() is None
+    assert checkpoints.restore(make_tree()) is None
+    checkpoints.close()
+
+
+def test_a_step_that_is_saved_already_is_left_alone(workdir):
+    checkpoints = open_checkpoints(workdir)
+    assert checkpoints.latest_step() == 30
+    checkpoints.save(30, make_tree(31))
+    checkpoints.close()
+    assert same(restore(workdir), make_tree(30))
+
+
+def test_checkpoints_are_due_at_multiples(tmp_path):
+    assert [s for s in range(1, 31) if open_checkpoints(tmp_path).due(s)] == [10, 20, 30]
+    assert not any(open_checkpoints(tmp_path, every=0).due(s) for s in range(1, 31))
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "empty", "no_metadata"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(workdir, how, caplog):
+    newest = workdir / "checkpoints" / "30" / "default"
+    if how == "no_metadata":
+        (newest / "_METADATA").write_text("{")
+    for path in data_files(workdir, 30):
+        data = bytearray(path.read_bytes())
+        if how == "truncated":
+            path.write_bytes(data[: len(data) // 2])
+        if how == "empty":
+            path.write_bytes(b"")
+        if how == "altered":
+            data[len(data) // 2] ^= 0x10
+            path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert same(restore(workdir), make_tree(20))
+    assert f"Checkpoint {workdir / 'checkpoints' / '30'} cannot be read" in caplog.text
+    assert "Resuming from the checkpoint before: step 20" in caplog.text
+    # Gone: or the resumed run could not save its own step 30.
+    assert stored(workdir) == ["20"]
+
+
+def test_every_altered_byte_of_the_arrays_is_noticed(tmp_path):
+    # One large array of noise, so that most bytes in the files are its values.
+    noise = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(1, {"noise": noise})
+    checkpoints.close()
+    path = data_files(tmp_path, 1)[-1]
+    whole = path.read_bytes()
+    for place in np.linspace(0.1, 0.9, 5):
+        data = bytearray(whole)
+        data[int(place * len(data))] ^= 0x01
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="none of the checkpoints"):
+            restore(tmp_path, {"noise": noise})
+    path.write_bytes(whole)
+    assert same(restore(tmp_path, {"noise": noise}), {"noise": noise})
+
+
+def test_checkpoints_without_checksums_are_read(workdir):
+    (workdir / "checkpoints" / "30" / "_CHECKPOINT_METADATA").unlink()
+    assert same(restore(workdir), make_tree(30))
+
+
+def test_when_none_can_be_read_the_directory_and_the_remedy_are_named(workdir):
+    for step in (20, 30):
+        for path in data_files(workdir, step):
+            path.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"none of the checkpoints \[30, 20\] in .*; remove the"
+    ) as e:
+        restore(workdir)
+    assert str(workdir / "checkpoints") in str(e.value)
+    assert stored(workdir) == ["20", "30"]
+
+
+@pytest.mark.parametrize("change", ["shape", "surplus", "missing"])
+def test_a_checkpoint_of_other_parameters_is_one_sentence(workdir, change):
+    like = make_tree(width=6 if change == "shape" else 4)
+    if change == "surplus":
+        like["host"]["extra"] = np.zeros(2)
+    if change == "missing":
+        del like["host"]["pressure"]
+    words = {
+        "shape": r"lora_a is \(3, 4\) there and \(3, 6\) here",
+        "surplus": r"host/extra is None there and \(2,\) here",
+        "missing": r"host/pressure is \(2,\) there and None here",
+    }
+    with pytest.raises(ValueError, match=words[change]) as caught:
+        restore(workdir, like)
+    assert str(workdir / "checkpoints" / "30") in str(caught.value)
+    assert "use the same config or another --workdir" in str(caught.value)
+    assert stored(workdir) == ["20", "30"]
+
+
+def test_what_a_killed_save_left_is_cleared(workdir):
+    left = workdir / "checkpoints" / "40.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_bytes(b"x")
+    assert same(restore(workdir), make_tree(30))
+    assert stored(workdir) == ["20", "30"]
+
+
+def test_a_full_disk_is_one_sentence_and_spares_the_checkpoints_before(workdir):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = open_checkpoints(workdir)
+    large = {"noise": np.random.default_rng(0).normal(size=50_000)}
+    # No file may pass this size: writes fail inside the storage library, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"a checkpoint cannot be written to .*; free some"):
+            checkpoints.save(40, large)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(restore(workdir), make_tree(30))
+    assert stored(workdir) == ["20", "30"]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot write .*checkpoints.*choose another place"):
+        open_checkpoints(tmp_path / "run")

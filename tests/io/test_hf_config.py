@@ -1,0 +1,211 @@
+"""Hugging Face's config.json becomes an Architecture, or is refused in one sentence."""
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from jexit.io.hf_config import (
+    architecture_of_config,
+    config_of_architecture,
+    read_architecture,
+    read_json,
+    write_json,
+)
+from jexit.presets import PRESETS, Yarn
+
+# As published with Qwen/Qwen2.5-0.5B-Instruct and Qwen/Qwen3-4B.
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def read(config, **changes):
+    changed = {**config, **changes}
+    return architecture_of_config({k: v for k, v in changed.items() if v != "gone"})
+
+
+def test_published_configs_are_the_presets():
+    assert read(QWEN2) == PRESETS["qwen2.5-0.5b"].architecture
+    assert read(QWEN3) == PRESETS["qwen3-4b"].architecture
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6, 5e6])
+def test_constants_come_from_the_file(theta):
+    for spelling in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta}}):
+        arch = read(QWEN3, **{"rope_theta": "gone", **spelling}, rms_norm_eps=1e-5)
+        assert (arch.rope_theta, arch.rms_norm_eps) == (theta, 1e-5)
+    assert read(QWEN3, head_dim=64).head_dim == 64
+    assert read(QWEN3, tie_word_embeddings=False).tied is False
+
+
+def test_absent_keys_mean_what_transformers_takes_them_to_mean():
+    fields = ("head_dim", "num_key_value_heads", "tie_word_embeddings")
+    for config, hf in ((QWEN2, transformers.Qwen2Config), (QWEN3, Qwen3Config)):
+        less = {key: value for key, value in config.items() if key not in fields[::2]}
+        arch, theirs = architecture_of_config(less), hf(**less)
+        heads = theirs.num_attention_heads
+        assert arch.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+        assert arch.tied == theirs.tie_word_embeddings
+    assert read(QWEN2, num_key_value_heads="gone").kv_heads == QWEN2["num_attention_heads"]
+
+
+def test_yarn_in_every_spelling():
+    expected = Yarn(factor=4.0, original_max_positions=32768)
+    five = {"rope_theta": "gone", "rope_parameters": {**YARN, "rope_theta": 1e6}}
+    four = {"rope_scaling": YARN}
+    three = {
+        "rope_scaling": {**{k: v for k, v in YARN.items() if k != "rope_type"}, "type": "yarn"}
+    }
+    for spelling in (five, four, three):
+        arch = read(QWEN3, **spelling)
+        assert arch.yarn == expected and arch.rope_theta == 1e6
+    fine = {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "truncate": False}
+    assert read(QWEN3, rope_scaling={**YARN, **fine}).yarn == Yarn(
+        factor=4.0,
+        original_max_positions=32768,
+        beta_fast=16.0,
+        beta_slow=2.0,
+        attention_factor=1.5,
+        truncate=False,
+    )
+    assert read(QWEN3, rope_scaling={"rope_type": "default"}).yarn is None
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        (QWEN2, {"model_type": "llama"}, "describes a 'llama' model; jexit reads model_type qwen2"),
+        (QWEN2, {"model_type": "gone"}, "describes a None model"),
+        (QWEN3, {"model_type": "qwen3_moe", "num_experts": 128}, "describes a 'qwen3_moe' model"),
+        (QWEN2, {"model_type": "qwen2_moe"}, "describes a 'qwen2_moe' model"),
+        (QWEN2, {"model_type": "qwen2_vl"}, "describes a 'qwen2_vl' model"),
+        (QWEN2, {"use_sliding_window": True}, "sliding window of 32768; jexit computes full"),
+        (
+            QWEN3,
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4096,
+                "layer_types": ["full_attention"] * 35 + ["sliding_attention"],
+            },
+            "sliding window of 4096",
+        ),
+        (QWEN3, {"rope_scaling": {"type": "linear", "factor": 2}}, "scales rope by 'linear'"),
+        (QWEN3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope by 'dynamic'"),
+        (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "rope by 'longrope'; jexit knows"),
+        (
+            QWEN3,
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope parameters by layer type",
+        ),
+        (QWEN3, {"partial_rotary_factor": 0.5}, "rotates a part of each head"),
+        (QWEN3, {"rope_theta": "gone"}, "has no rope_theta; copy"),
+        (QWEN3, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
+        (QWEN3, {"num_hidden_layers": "gone"}, "has no num_hidden_layers"),
+        (QWEN3, {"vocab_size": None}, "has no vocab_size"),
+        (QWEN3, {"hidden_act": "gelu"}, "hidden_act to 'gelu'; jexit computes silu"),
+        (QWEN3, {"attention_bias": True}, "attention_bias; jexit reads Qwen3 without"),
+        (QWEN3, {"quantization_config": {"bits": 4}}, "quantised weights; use the checkpoint in"),
+        (QWEN3, {"num_key_value_heads": 5}, "32 query heads do not divide among 5"),
+        (QWEN3, {"head_dim": 65}, "head_dim must be even"),
+    ],
+)
+def test_what_jexit_does_not_compute_is_refused_in_one_sentence(config, changes, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        read(config, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_window_that_no_layer_uses_is_no_window():
+    # max_window_layers counts the layers below that attend to everything.
+    arch = read(QWEN2, use_sliding_window=True, max_window_layers=24)
+    assert arch == PRESETS["qwen2.5-0.5b"].architecture
+    read(QWEN3, use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 36)
+
+
+def test_the_message_names_the_file(tmp_path):
+    write_json(tmp_path / "config.json", {**QWEN2, "model_type": "llama"})
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json describes"):
+        read_architecture(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; give the directory of a"):
+        read_architecture(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [('{"model_type"', "is not valid JSON"), ("[1]", "a JSON list, not an")]
+)
+def test_damaged_json_names_the_file(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json .*{words}.*copy it again"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("yarn", [False, True])
+def test_every_architecture_survives_the_way_out_and_back(preset, yarn):
+    arch = PRESETS[preset].architecture
+    if yarn:
+        scaling = Yarn(factor=4.0, original_max_positions=8192, attention_factor=1.25)
+        arch = dataclasses.replace(arch, yarn=scaling)
+    config = config_of_architecture(arch, dtype="bfloat16", eos_ids=(7, 3), pad_id=1)
+    assert architecture_of_config(json.loads(json.dumps(config))) == arch
+    assert config["eos_token_id"] == [3, 7]
+
+
+@pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "qwen3-4b"])
+def test_transformers_reads_what_is_written(preset, tmp_path):
+    arch = PRESETS[preset].architecture
+    arch = dataclasses.replace(arch, yarn=Yarn(factor=2.0, original_max_positions=16384))
+    write_json(tmp_path / "config.json", config_of_architecture(arch, dtype="bfloat16"))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.architectures == [f"{arch.family.title()}ForCausalLM"]
+    assert theirs.rope_parameters["rope_type"] == "yarn"
+    assert theirs.rope_parameters["factor"] == 2.0
+    assert theirs.rope_parameters["rope_theta"] == arch.rope_theta
+    assert set(theirs.layer_types) == {"full_attention"}
+    # And what transformers saves in its own spelling comes back as well.
+    theirs.save_pretrained(tmp_path)
+    assert read_architecture(tmp_path) == arch

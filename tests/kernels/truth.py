@@ -1,0 +1,81 @@
+"""The vocabulary ops in float64 numpy, gradients by hand, and inputs to try them on."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tolerances import KERNEL, relative_error
+
+DTYPES = ("float32", "bfloat16")
+LARGE_VOCAB = 151_936
+
+
+def float64(array: Any) -> np.ndarray:
+    """The very numbers that `array` holds, also in bfloat16."""
+    return np.asarray(jnp.asarray(array).astype(jnp.float32), np.float64)
+
+
+def log_softmax(z_NV: np.ndarray) -> np.ndarray:
+    x_NV = z_NV - z_NV.max(-1, keepdims=True)
+    return x_NV - np.log(np.exp(x_NV).sum(-1, keepdims=True))
+
+
+def logits(h: Any, head_VD: Any) -> np.ndarray:
+    return float64(h) @ float64(head_VD).T
+
+
+def logsumexp(z_NV: np.ndarray) -> np.ndarray:
+    max_N = z_NV.max(-1)
+    return max_N + np.log(np.exp(z_NV - max_N[..., None]).sum(-1))
+
+
+def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def entropy(log_p: np.ndarray) -> np.ndarray:
+    return -np.sum(np.exp(log_p) * log_p, axis=-1)
+
+
+def normal(seed: int, *shape: int, dtype: str = "float32", scale: float = 1.0) -> jax.Array:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(scale * values).astype(dtype)
+
+
+class Extreme(NamedTuple):
+    """Inputs whose logits are whole numbers from −10⁴ to 10⁴, exact in float32 and bfloat16.
+
+    Rows 2i and 2i + 1 of the head differ in the last column alone, where every second student has
+    a 0: its distribution is spread over two tokens at least, and so has a gradient.
+    """
+
+    student_ND: jax.Array
+    teacher_ND: jax.Array
+    head_VD: jax.Array
+
+
+def extreme(dtype: str, tokens: int = 10, vocab: int = 70) -> Extreme:
+    rng = np.random.default_rng(5)
+    student_ND = rng.integers(-50, 51, (tokens, 5))
+    teacher_ND = rng.integers(-50, 51, (tokens, 5))
+    head_VD = rng.integers(-50, 51, (vocab, 5))
+    head_VD[1::2, :4] = head_VD[::2, :4]
+    head_VD[1::2, 4] = head_VD[::2, 4] - 3
+    student_ND[:, 4] = np.arange(tokens) % 2
+    teacher_ND[:, 4] = 1 - np.arange(tokens) % 3
+    student_ND[0], head_VD[0, :4], head_VD[2, :4] = (50, 50, 50, 50, 0), 50, -50
+    arrays = Extreme(*(jnp.asarray(a, dtype) for a in (student_ND, teacher_ND, head_VD)))
+    largest = logits(arrays.student_ND, arrays.head_VD)[0]
+    assert largest.max() == 10_000 and largest.min() == -10_000
+    return arrays
+
+
+def assert_close(found: Any, truth: np.ndarray, dtype: str, what: str = "") -> None:
+    """Within the tolerance of the type of the inputs, and finite."""
+    found = float64(found)
+    assert found.shape == truth.shape
+    assert np.isfinite(found).all(), f"{what} is not finite"
+    error = relative_error(found, truth)
+    assert error <= KERNEL[dtype], f"{what} is off by {error:.1e} of its largest entry"

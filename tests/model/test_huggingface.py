@@ -1,0 +1,260 @@
+"""The model against Hugging Face transformers, float32 on CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jexit
+from convert import from_hf, names
+from jexit.model.transformer import ExitHeadSettings, Transformer, logits_of, run
+from tolerances import GRADIENT, LOGITS, LOGITS_REAL, relative_error
+
+torch = pytest.importorskip("torch")
+hf_models = pytest.importorskip("hf_models")
+
+DEFAULT = {"rope_type": "default"}
+CASES = {
+    "qwen2-untied": ("qwen2", {}, "single"),
+    "qwen2-tied-theta1e6": (
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": {**DEFAULT, "rope_theta": 1e6}},
+        "sharded",
+    ),
+    "qwen2-own-head-dim-no-groups": ("qwen2", {"head_dim": 20, "num_key_value_heads": 4}, "single"),
+    "qwen2-yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "single",
+    ),
+    "qwen3-tied-one-kv-head": (
+        "qwen3",
+        {"tie_word_embeddings": True, "num_key_value_heads": 1},
+        "sharded",
+    ),
+    "qwen3-untied-theta5e6": (
+        "qwen3",
+        {"head_dim": 20, "rope_parameters": {**DEFAULT, "rope_theta": 5e6}},
+        "single",
+    ),
+    "qwen3-yarn": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 3.0,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "attention_factor": 1.3,
+                "truncate": False,
+            }
+        },
+        "single",
+    ),
+}
+LENGTHS = (48, 1, 29)  # right-padded rows; YaRN's original contexts end at 16 and 24
+EXITS = (1, 3)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """Hugging Face's model, and jexit's from the converted directory; random exit heads."""
+    family, overrides, layout = CASES[request.param]
+    theirs = hf_models.make_model(family, seed=len(request.param), **overrides)
+    root = tmp_path_factory.mktemp("pair")
+    options = {"max_shard_size": "20KB"} if layout == "sharded" else {}
+    hf_models.save(root / "hf", theirs, **options)
+    assert len(list((root / "hf").glob("model-*.safetensors"))) > 2 or layout == "single"
+    assert from_hf.main([f"--source={root / 'hf'}", f"--target={root / 'jexit'}"]) == 0
+    ours, _ = jexit.load(root / "jexit", exit_layers=EXITS)
+    noise = np.random.default_rng(0)
+    nnx.update(
+        ours.exits,
+        jax.tree.map(
+            lambda leaf: leaf + noise.normal(0.0, 0.3, leaf.shape).astype(np.float32),
+            nnx.state(ours.exits),
+        ),
+    )
+    return theirs, ours, root / "hf"
+
+
+@pytest.fixture(scope="module")
+def tokens_BT():
+    """Padding is filled with ordinary tokens: it must not be looked at."""
+    return hf_models.random_tokens(len(LENGTHS), max(LENGTHS))
+
+
+def valid(array):
+    return np.concatenate(
+        [np.asarray(row)[:length] for row, length in zip(array, LENGTHS, strict=True)]
+    )
+
+
+def random_depths(layers, seed=0):
+    shape = (len(LENGTHS), max(LENGTHS))
+    return np.random.default_rng(seed).integers(1, layers + 1, shape)
+
+
+def test_logits_of_padded_batches_equal_hugging_faces(pair, tokens_BT):
+    theirs, ours, _ = pair
+    with torch.no_grad():
+        mask_BT = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+        tokens = torch.tensor(tokens_BT, dtype=torch.long)
+        truth = theirs(tokens, attention_mask=mask_BT.long()).logits
+        # The hand-made loop over layers, used below, is Hugging Face's own at full depth.
+        by_hand = hf_models.freeze_by_hand(theirs, tokens, random_depths(1) * 4, LENGTHS)
+    found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS))
+    assert np.abs(valid(found.logits_BTV) - valid(truth)).max() <= LOGITS
+    assert np.abs(valid(by_hand) - valid(truth)).max() <= LOGITS
+    assert valid(truth).std() > 1.0
+
+
+def test_prescribed_depths_equal_freezing_by_hand(pair, tokens_BT):
+    theirs, ours, _ = pair
+    depth_BT = random_depths(ours.arch.layers)
+    with torch.no_grad():
+        residuals = hf_models.residuals_by_hand(theirs, tokens_BT, depth_BT, LENGTHS)
+        truth = theirs.lm_head(theirs.model.norm(residuals[-1]))
+        full = hf_models.freeze_by_hand(theirs, tokens_BT, depth_BT * 0 + 4, LENGTHS)
+    policy = jexit.Prescribed(depth_BT)
+    found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS), policy=policy)
+    assert np.abs(valid(found.logits_BTV) - valid(truth)).max() <= LOGITS
+    assert np.abs(valid(full) - valid(truth)).mean() > 0.1
+    # Hazards: each head on the residual that enters its layer, where the token is still alive.
+    for index, layer in enumerate(EXITS):
+        z = ours.exits(jnp.asarray(residuals[layer].numpy()), jnp.asarray(index))
+        assert np.abs(valid(found.hazard_logits_BTE[..., index]) - valid(z)).max() <= LOGITS
+
+
+def test_straight_from_the_hugging_face_directory_it_is_the_same_model(pair):
+    _, ours, directory = pair
+    straight, _ = jexit.load(directory, exit_layers=EXITS)
+    assert straight.arch == ours.arch
+    base = [
+        {
+            path: leaf[...]
+            for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+            if path[0] != "exits"
+        }
+        for model in (straight, ours)
+    ]
+    assert base[0].keys() == base[1].keys()
+    for path, array in base[0].items():
+        np.testing.assert_array_equal(array, base[1][path], err_msg=".".join(path))
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def small_pair(request):
+    """Two layers, tied for Qwen3, without a directory in between."""
+    theirs = hf_models.make_model(
+        request.param, num_hidden_layers=3, tie_word_embeddings=request.param == "qwen3"
+    )
+    from jexit.io.hf_config import architecture_of_config
+
+    arch = architecture_of_config(theirs.config.to_dict())
+    ours = Transformer(arch, exit_layers=(1, 2), exit_head=ExitHeadSettings(), rngs=nnx.Rngs(0))
+    values = stacked(arch, dict(theirs.named_parameters()))
+    state = nnx.state(ours)
+    flat = dict(nnx.to_flat_state(state))
+    for path, array in values.items():
+        leaf = flat[tuple(path.split("."))]
+        assert leaf.shape == array.shape
+        leaf[...] = jnp.asarray(array)
+    nnx.update(ours, state)
+    return theirs, ours
+
+
+def stacked(arch, tensors):
+    """Hugging Face tensors by name as jexit's parameters by path, by the naming rules."""
+    sizes = names.axis_sizes(**arch.to_dict())
+    values = {}
+    for rule in names.base_rules(arch.family, arch.tied):
+        if rule.stacked:
+            layers = (tensors[rule.name_at(i)].detach().numpy() for i in range(arch.layers))
+            values[rule.path] = np.stack([rule.to_jexit(t, sizes) for t in layers])
+        else:
+            values[rule.path] = rule.to_jexit(tensors[rule.name].detach().numpy(), sizes)
+    return values
+
+
+def test_gradients_under_prescribed_depths_equal_torchs(small_pair):
+    """Through frozen keys and values too; a scan with masks against torch.autograd."""
+    theirs, ours = small_pair
+    tokens_BT = hf_models.random_tokens(2, 10, seed=3)
+    depth_BT = np.random.default_rng(4).integers(1, 4, tokens_BT.shape)
+    weights_BTV = np.random.default_rng(5).normal(size=(*tokens_BT.shape, hf_models.VOCABULARY))
+    weights_BTV = weights_BTV.astype(np.float32)
+
+    theirs.zero_grad()
+    logits = hf_models.freeze_by_hand(theirs, tokens_BT, depth_BT)
+    (logits * torch.tensor(weights_BTV)).sum().backward()
+    truth = stacked(ours.arch, {name: p.grad for name, p in theirs.named_parameters()})
+
+    graphdef, state = nnx.split(ours)
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        model = nnx.merge(graphdef, state)
+        out = run(model, jnp.asarray(tokens_BT), policy=jexit.Prescribed(jnp.asarray(depth_BT)))
+        return (logits_of(out.hidden_BTD, model.head_VD) * weights_BTV).sum()
+
+    found = {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(gradient(state))}
+    for path, array in truth.items():
+        assert relative_error(found[path], array) <= GRADIENT, path
+        assert np.abs(array).max() > 1e-2, path
+
+
+def test_logit_lens_at_the_exits_equals_hugging_faces(small_pair):
+    """`exit_hidden_EBTD` times the head: final norm and head on the residual entering ℓ."""
+    theirs, ours = small_pair
+    tokens_BT = hf_models.random_tokens(2, 10, seed=6)
+    with torch.no_grad():
+        residuals = hf_models.residuals_by_hand(theirs, tokens_BT, np.full(tokens_BT.shape, 3))
+        truth = [theirs.lm_head(theirs.model.norm(residuals[layer])).numpy() for layer in (1, 2)]
+    out = run(ours, jnp.asarray(tokens_BT), exit_hidden=True)
+    lens_EBTV = logits_of(out.exit_hidden_EBTD, ours.head_VD)
+    assert np.abs(np.asarray(lens_EBTV) - np.stack(truth)).max() <= LOGITS
+
+
+@pytest.mark.weights
+def test_real_checkpoint_at_full_and_prescribed_depths(real_checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32).eval()
+    ours, tokenizer = jexit.load(real_checkpoint, dtype="float32")
+    prompts = [
+        tokenizer.encode_prompt(text)
+        for text in (
+            "Natalia sold 48 clips in April and half as many in May. How many in all?",
+            "Write a haiku about the sea.",
+        )
+    ]
+    lengths_B = np.asarray([len(prompt) for prompt in prompts])
+    tokens_BT = np.full((2, lengths_B.max()), tokenizer.pad_id)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+    depth_BT = np.random.default_rng(0).integers(1, ours.arch.layers + 1, tokens_BT.shape)
+    for policy, depths in (
+        (jexit.Full(), np.full(tokens_BT.shape, ours.arch.layers)),
+        (jexit.Prescribed(depth_BT), depth_BT),
+    ):
+        with torch.no_grad():
+            truth = hf_models.freeze_by_hand(theirs, tokens_BT, depths, lengths_B).numpy()
+            if isinstance(policy, jexit.Full):
+                own = theirs(torch.tensor(tokens_BT[:1, : lengths_B[0]])).logits[0].numpy()
+                assert np.abs(own - truth[0, : lengths_B[0]]).max() <= LOGITS_REAL
+        found = jexit.forward(ours, tokens_BT, lengths_B, policy=policy).logits_BTV
+        for row, length in enumerate(lengths_B):
+            gap = np.abs(np.asarray(found[row, :length]) - truth[row, :length]).max()
+            assert gap <= LOGITS_REAL

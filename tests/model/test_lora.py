@@ -1,0 +1,131 @@
+"""Adapters against the dense weights that they stand for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jexit
+from jexit.config import PROJECTIONS
+from jexit.model.exits import ExitParam
+from jexit.model.lora import LoRA, LoRAParam, StackedLinear
+from jexit.model.transformer import Transformer, run
+from tolerances import LOGITS
+
+ALL = LoRA(rank=3, alpha=5.0, dropout=0.4, targets=PROJECTIONS)
+
+
+@pytest.fixture(scope="module")
+def tokens_BT():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 9)))
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def adapted(request, make_model):
+    return make_model(request.param, layers=3, exit_layers=(1, 2), lora=ALL)
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """The same base weights and heads in a model that has no adapters."""
+    bare = Transformer(
+        model.arch, exit_layers=model.exit_layers, exit_head=model.exit_head, rngs=nnx.Rngs(1)
+    )
+    kept, _ = nnx.state(model).split(lambda path, _: not path[-1].startswith("lora"), ...)
+    nnx.update(bare, kept)
+    return bare
+
+
+def projections(model):
+    attention, mlp = model.blocks.attn, model.blocks.mlp
+    for name in PROJECTIONS:
+        yield name, getattr(attention, name, None) or getattr(mlp, name)
+
+
+def test_fresh_adapters_change_nothing(make_model, tokens_BT):
+    arch = make_model(layers=3, exit_layers=(1, 2)).arch
+    model = Transformer(arch, exit_layers=(1, 2), lora=ALL, rngs=nnx.Rngs(0))
+    student = jexit.forward(model, tokens_BT)
+    teacher = jexit.forward(model, tokens_BT, adapters=False)
+    # Not bit for bit: with a sum to add to it, XLA may order a product's terms differently.
+    np.testing.assert_allclose(student.logits_BTV, teacher.logits_BTV, atol=1e-6)
+    # But they learn: of A and B only B starts at zero.
+    for name, linear in projections(model):
+        assert not linear.lora_b[...].any() and linear.lora_a[...].all(), name
+
+
+def test_without_adapters_it_is_the_teacher_exactly(adapted, tokens_BT):
+    teacher = jexit.forward(adapted, tokens_BT, adapters=False)
+    base = jexit.forward(without_adapters(adapted), tokens_BT)
+    np.testing.assert_array_equal(teacher.logits_BTV, base.logits_BTV)
+    student = jexit.forward(adapted, tokens_BT)
+    assert np.abs(student.logits_BTV - teacher.logits_BTV).max() > 0.1
+
+
+def test_adapters_equal_dense_weights_with_the_product_folded_in(adapted, tokens_BT):
+    merged = without_adapters(adapted)
+    for (name, linear), (_, dense) in zip(projections(adapted), projections(merged), strict=True):
+        a_LIR = np.asarray(linear.lora_a[...], np.float64).reshape(3, -1, 3)
+        b_LRO = np.asarray(linear.lora_b[...], np.float64).reshape(3, 3, -1)
+        update = (5.0 / 3.0 * a_LIR @ b_LRO).reshape(linear.kernel.shape)
+        assert np.abs(update).max() > 0.01, name
+        dense.kernel[...] = jnp.asarray(np.asarray(linear.kernel[...]) + update, jnp.float32)
+    depth_BT = np.random.default_rng(1).integers(1, 4, tokens_BT.shape)
+    policy = jexit.Prescribed(depth_BT)
+    found = jexit.forward(adapted, tokens_BT, policy=policy)
+    truth = jexit.forward(merged, tokens_BT, policy=policy)
+    np.testing.assert_allclose(found.logits_BTV, truth.logits_BTV, atol=LOGITS)
+    np.testing.assert_allclose(found.hazard_logits_BTE, truth.hazard_logits_BTE, atol=LOGITS)
+
+
+@pytest.mark.parametrize("target", PROJECTIONS)
+def test_only_the_named_projections_are_adapted(make_model, target):
+    model = make_model(layers=3, exit_layers=(1,), lora=dataclasses.replace(ALL, targets=(target,)))
+    have = {name for name, linear in projections(model) if linear.lora_a is not None}
+    assert have == {target}
+
+
+def test_dropout_acts_in_training_only(adapted, tokens_BT):
+    def hidden(key=None, **options):
+        return np.asarray(run(adapted, tokens_BT, dropout_key=key, **options).hidden_BTD)
+
+    quiet = hidden()
+    np.testing.assert_array_equal(quiet, hidden())
+    first, second = hidden(jax.random.key(0)), hidden(jax.random.key(1))
+    assert np.abs(first - quiet).max() > 0.05 and np.abs(first - second).max() > 0.05
+    np.testing.assert_array_equal(first, hidden(jax.random.key(0)))
+    # The teacher has no adapters, hence no dropout.
+    np.testing.assert_array_equal(hidden(jax.random.key(0), adapters=False), hidden(adapters=False))
+
+
+def test_dropout_is_unbiased_and_spares_the_base_projection():
+    linear = StackedLinear(1, (8,), (4,), lora=ALL, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    linear.lora_b[...] = jax.random.normal(jax.random.key(1), linear.lora_b.shape)
+    graphdef, state = nnx.split(linear)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state))
+    x = jax.random.normal(jax.random.key(2), (8,))
+    keys = jax.random.split(jax.random.key(3), 20_000)
+    dropped = np.asarray(jax.vmap(lambda key: layer(x, dropout_key=key))(keys))
+    spread = dropped.std(0)
+    assert (spread > 0.1).all()
+    error = np.abs(dropped.mean(0) - np.asarray(layer(x)))
+    assert (error < 4.5 * spread / np.sqrt(len(keys))).all()
+    # Of the eight inputs a share of 0.4 is dropped: 0.6⁸ of the draws drop none.
+    scale = ALL.scale * np.asarray(layer.lora_b[...]).T @ np.asarray(layer.lora_a[...]).T / 0.6
+    none_dropped = np.asarray(layer(x, adapters=False)) + scale @ np.asarray(x)
+    share = (np.abs(dropped - none_dropped).max(-1) < 1e-4).mean()
+    assert abs(share - 0.6**8) < 0.004
+
+
+def test_adapters_and_heads_are_float32_over_bfloat16_weights(make_model, tokens_BT):
+    model = make_model(layers=3, exit_layers=(1, 2), lora=ALL, dtype=jnp.bfloat16)
+    for _, leaf in nnx.to_flat_state(nnx.state(model)):
+        trained = isinstance(leaf, LoRAParam | ExitParam)
+        assert leaf[...].dtype == (jnp.float32 if trained else jnp.bfloat16)
+    out = jexit.forward(model, tokens_BT)
+    assert out.logits_BTV.dtype == out.hazard_logits_BTE.dtype == jnp.float32
+    # The residual entering the exit is bfloat16, what the head makes of it is not rounded to that.
+    z = np.asarray(out.hazard_logits_BTE)
+    assert (z != np.asarray(z.astype(jnp.bfloat16), np.float32)).mean() > 0.9

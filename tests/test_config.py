@@ -1,0 +1,334 @@
+"""Every setting is checked by name, by type and against the others, in one sentence."""
+
+import dataclasses
+import json
+import typing
+
+import pytest
+
+from jexit import axes
+from jexit.config import (
+    COMMANDS,
+    PROJECTIONS,
+    TINY_PATH,
+    Config,
+    check_exits,
+    config_dict,
+    parse_policy,
+)
+from jexit.presets import PRESETS, Architecture, Yarn
+
+
+def build(command="rl", **settings):
+    """A config from `rl__rollouts=3` and the like, as a parsed file would give it."""
+    values = Config(command=command).to_dict()
+    for key, value in settings.items():
+        *parents, name = key.split("__")
+        place = values
+        for parent in parents:
+            place = place[parent]
+        place[name] = value
+    return Config.from_dict(values)
+
+
+def leaves(cls=Config, prefix=""):
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}__")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+# Presets and defaults
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("preset", ["tiny", *PRESETS])
+def test_every_preset_builds_for_every_command(command, preset):
+    config = Config.from_dict(config_dict(command, preset))
+    assert (config.command, config.preset) == (command, preset)
+    if preset == "tiny":
+        assert config.model.path == TINY_PATH
+    else:
+        layers = PRESETS[preset].architecture.layers
+        assert config.exits.layers == tuple(range(5, layers, 5))
+        assert check_exits(config.exits.layers, layers) == config.exits.layers
+        assert config.lora.rank == PRESETS[preset].lora_rank
+
+
+def test_the_promised_presets_exist():
+    sizes = {
+        "qwen3": ("0.6b", "1.7b", "4b", "8b", "14b", "32b"),
+        "qwen2.5": ("0.5b", "1.5b", "3b", "7b"),
+        "r1-distill-qwen": ("1.5b", "7b", "14b", "32b"),
+    }
+    assert set(PRESETS) == {f"{family}-{size}" for family in sizes for size in sizes[family]}
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    # Totals of the published checkpoints' safetensors headers, in parameters.
+    [
+        ("qwen2.5-0.5b", 0.494032768),
+        ("qwen3-0.6b", 0.596049920),
+        ("r1-distill-qwen-1.5b", 1.777088000),
+        ("qwen3-4b", 4.022468096),
+        ("qwen2.5-7b", 7.615616512),
+        ("qwen3-32b", 32.762123264),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, billions):
+    a = PRESETS[preset].architecture
+    heads, kv = a.query_heads * a.head_dim, a.kv_heads * a.head_dim
+    block = a.width * (2 * heads + 2 * kv) + 3 * a.width * a.mlp_width + 2 * a.width
+    block += (heads + 2 * kv) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
+    embeddings = a.vocab_size * a.width * (1 if a.tied else 2)
+    assert a.layers * block + embeddings + a.width == round(billions * 1e9)
+
+
+def test_published_lora_settings():
+    small, large = (config_dict("sft", p) for p in ("r1-distill-qwen-1.5b", "qwen3-4b"))
+    assert (small.lora.rank, small.lora.alpha, small.lora.dropout) == (8, 16.0, 0.05)
+    assert (large.lora.rank, large.lora.alpha, large.lora.dropout) == (16, 32.0, 0.05)
+    assert Config(command="sft").lora.targets == ("q", "k", "v", "o")
+    assert Config(command="rl").optim.lora_lr == 1e-4
+    assert Config(command="rl").optim.exit_lr == 1e-5
+
+
+def test_an_unknown_preset_or_command_lists_the_known():
+    with pytest.raises(ValueError, match=r"preset 'qwen9' is not known; choose one of tiny, qwen3"):
+        config_dict("rl", "qwen9")
+    with pytest.raises(ValueError, match="command 'train' is not one of pretrain, sft, rl"):
+        config_dict("train")
+
+
+def test_a_parsed_config_is_locked_and_typed():
+    config = config_dict("rl")
+    with pytest.raises(AttributeError):
+        config.rl.rolouts = 3
+    with pytest.raises(TypeError):
+        config.rl.rollouts = "many"
+
+
+def test_a_config_survives_json():
+    config = build(exits__layers=(2, 4), eval__policies=("full", "fixed:3"))
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_architecture_survives_json():
+    arch = PRESETS["qwen3-4b"].architecture
+    for yarn in (None, Yarn(factor=2.0, original_max_positions=64)):
+        arch = dataclasses.replace(arch, yarn=yarn)
+        assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+# Keys and types
+
+
+@pytest.mark.parametrize(
+    ("key", "where"),
+    [("rolouts", "config"), ("rl__rolouts", "config.rl"), ("model__dtpye", "config.model")],
+)
+def test_an_unknown_key_is_refused_with_the_known_ones(key, where):
+    name = key.split("__")[-1]
+    with pytest.raises(ValueError, match=rf"^{where}\.{name} does not exist; {where} has \w+, "):
+        build(**{key: 1})
+
+
+@pytest.mark.parametrize("key", [key for key, _ in leaves()])
+def test_a_value_of_the_wrong_type_is_refused_by_name(key):
+    with pytest.raises(ValueError, match=rf"^config\.{key.replace('__', '.')} is ") as caught:
+        build(**{key: {"a": 1}})
+    assert "choose one of" in str(caught.value) or "must be of type" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key, hint in leaves() if hint in (int, float)])
+@pytest.mark.parametrize("value", ["1", None, True])
+def test_numbers_are_numbers(key, value):
+    with pytest.raises(ValueError, match=r"must be of type (int|float)"):
+        build(**{key: value})
+
+
+@pytest.mark.parametrize("key", [key for key, hint in leaves() if hint is int])
+def test_counts_are_whole(key):
+    with pytest.raises(ValueError, match=r"is 2\.5; it must be of type int"):
+        build(**{key: 2.5})
+
+
+def test_what_means_the_same_is_taken():
+    config = build(optim__lora_lr=1, exits__layers=[2, 3], lora__targets="q")
+    assert config.optim.lora_lr == 1.0 and isinstance(config.optim.lora_lr, float)
+    assert config.exits.layers == (2, 3)
+    assert config.lora.targets == ("q",)
+    with pytest.raises(ValueError, match=r"config\.exits\.layers is 'x'; it must be of type int"):
+        build(exits__layers=(1, "x"))
+
+
+def test_a_section_is_no_value():
+    with pytest.raises(
+        ValueError, match=r"config\.rl is 3; it holds settings: set config\.rl\.KEY"
+    ):
+        build(rl=3)
+
+
+def test_the_command_is_needed():
+    with pytest.raises(
+        ValueError, match=r"config\.command is missing; choose one of pretrain, sft"
+    ):
+        Config.from_dict({"seed": 1})
+    with pytest.raises(ValueError, match=r"config\.command is 'train'; choose one of pretrain"):
+        Config.from_dict({"command": "train"})
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"rl__rollouts": 1},
+            "RLOO needs at least 2 rollouts per prompt, got 1; raise config.rl.r",
+        ),
+        ({"rl__temperature": 0.0}, r"config\.rl\.temperature is 0\.0; rollouts are sampled"),
+        ({"rl__min_hazard": 1.0}, r"config\.rl\.min_hazard is 1\.0; it is a probability below 1"),
+        ({"rl__dual_ascent": True}, r"dual_ascent needs a floor to hold; set config\.rl\.accuracy"),
+        (
+            {"batch_size": 10, "optim__accumulate": 4},
+            "batch_size 10 does not divide into optim.acc",
+        ),
+        ({"exits__layers": (2, 2)}, r"config\.exits\.layers is \(2, 2\); exits are distinct"),
+        ({"exits__layers": (4, 2)}, "in rising order"),
+        ({"exits__layers": (0, 2)}, "from 1 upwards"),
+        ({"mesh__fsdp": 2}, "data 1 × fsdp 2 × tensor 1 devices; this version runs on one"),
+        ({"lora__targets": ("q", "x")}, "config.lora.targets names 'x'; choose among q, k, v"),
+        ({"lora__dropout": 1.0}, r"config\.lora\.dropout is 1\.0; it is a probability"),
+        ({"sft__explore": 1.5}, r"config\.sft\.explore is 1\.5; it is a probability"),
+        ({"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
+        ({"generate__policy": "fixed:0"}, "policy 'fixed:0' is not known"),
+    ],
+)
+def test_a_contradiction_is_one_sentence(settings, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        build("rl", **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [
+        ("steps", 0, 1),
+        ("batch_size", 0, 1),
+        ("lora__rank", -1, 0),
+        ("optim__accumulate", 0, 1),
+        ("optim__max_skipped", 0, 1),
+        ("optim__lora_lr", -1e-4, 0),
+        ("optim__exit_lr", float("nan"), 0),
+        ("task__max_prompt_tokens", 0, 1),
+        ("sft__samples", 0, 1),
+        ("sft__pool", 0, 1),
+        ("sft__generate_batch", 0, 1),
+        ("rl__updates_per_batch", 0, 1),
+        ("rl__max_new_tokens", 0, 1),
+        ("eval__max_new_tokens", 0, 1),
+        ("eval__problems", 0, 1),
+        ("eval__batch_size", 0, 1),
+        ("eval__temperature", -0.5, 0),
+        ("checkpoint__every", -1, 0),
+        ("checkpoint__keep", 0, 1),
+        ("log__samples_every", 0, 1),
+    ],
+)
+def test_what_would_divide_by_zero_or_never_end_is_refused(key, value, least):
+    name = key.replace("__", ".")
+    with pytest.raises(
+        ValueError, match=rf"config\.{name} is {value}; it must be at least {least}"
+    ):
+        build(**{key: value})
+    if value == value:
+        build(**{key: least})
+
+
+@pytest.mark.parametrize("key", ["sft__sharpness", "rl__length_ref", "optim__clip_norm"])
+def test_what_divides_is_above_zero(key):
+    with pytest.raises(
+        ValueError, match=rf"config\.{key.replace('__', '.')} is 0\.0; it must be ab"
+    ):
+        build(**{key: 0.0})
+
+
+def test_rules_of_rl_bind_rl_only():
+    assert build("sft", rl__rollouts=1).rl.rollouts == 1
+
+
+# Exits and policies
+
+
+@pytest.mark.parametrize(
+    ("exits", "layers", "expected"),
+    [((), 24, (5, 10, 15, 20)), ((), 6, (5,)), ((1, 3), 4, (1, 3)), ([2], 3, (2,))],
+)
+def test_exits_default_to_every_fifth_layer(exits, layers, expected):
+    assert check_exits(exits, layers) == expected
+
+
+def test_exits_lie_below_the_last_layer():
+    with pytest.raises(ValueError, match=r"exit 8 is not below the model's 8 layers; .* 1 to 7"):
+        check_exits((4, 8), 8)
+    with pytest.raises(
+        ValueError, match=r"5 layers has no exit at every 5th layer; set config\.ex"
+    ):
+        check_exits((), 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("full", ("full", None)),
+        ("sample", ("sample", None)),
+        ("threshold:0.5", ("threshold", 0.5)),
+        ("fixed:6", ("fixed", 6)),
+    ],
+)
+def test_policies_have_a_name_and_sometimes_a_number(text, expected):
+    assert parse_policy(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Full",
+        "full:3",
+        "sample:0.5",
+        "threshold",
+        "threshold:0",
+        "threshold:1",
+        "threshold:nan",
+        "threshold:x",
+        "fixed",
+        "fixed:0",
+        "fixed:-1",
+        "fixed:2.5",
+        "greedy",
+    ],
+)
+def test_other_policies_are_refused_with_the_known_ones(text):
+    with pytest.raises(
+        ValueError, match=r"policy '.*' is not known; use full, sample, threshold:X"
+    ):
+        parse_policy(text)
+
+
+# Axes
+
+
+def test_the_suffix_of_every_array_type_says_its_axes():
+    for name in axes.__all__:
+        dims = getattr(getattr(axes, name), "dim_str", None)
+        if dims:
+            assert name.endswith(dims.replace(" ", "")), (name, dims)
+
+
+def test_every_projection_can_be_adapted():
+    assert build(lora__targets=PROJECTIONS).lora.targets == PROJECTIONS

@@ -1,0 +1,259 @@
+"""The launch scripts: their syntax, and what they say when there is nothing to launch with."""
+
+import hashlib
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import jexit
+
+ROOT = pathlib.Path(jexit.__file__).parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+TOOLS = (
+    "bash dirname cut head sed tr sort paste sha256sum mkdir mv rm cat grep flock awk nproc uname"
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The launch scripts in a directory of their own, so that no real environment is touched."""
+    directory = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "launch", directory / "launch")
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    return directory
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH with the usual tools and no Python."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    for name in TOOLS.split():
+        if path := shutil.which(name):
+            (directory / name).symlink_to(path)
+    return directory
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{shutil.which('bash')}\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def old_python(path):
+    """A Python that is too old: whatever it is asked, its version does not do."""
+    return script(path, "exit 1")
+
+
+def bash(checkout, tools, command, **env):
+    return subprocess.run(
+        [shutil.which("bash"), *command],
+        cwd=checkout,
+        env={"PATH": str(tools), "HOME": str(checkout), "JEXIT_EXTRAS": "", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def sourced(checkout, tools, code, **env):
+    """Runs code with the functions of env.sh."""
+    return bash(checkout, tools, ["-c", f"set -euo pipefail; . launch/env.sh; {code}"], **env)
+
+
+def make_venv(checkout, extras, python="printf '%s\\n' \"$@\"", **stamp):
+    """An environment that looks finished and whose Python only prints its arguments."""
+    script(checkout / ".venv" / "bin" / "python", python)
+    values = {
+        "pyproject": hashlib.sha256((checkout / "pyproject.toml").read_bytes()).hexdigest(),
+        "root": str(checkout.resolve()),
+        "extras": extras,
+        **stamp,
+    }
+    text = "".join(f"{key}={value}\n" for key, value in values.items())
+    (checkout / ".venv" / ".jexit-stamp").write_text(text)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_parses(path):
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_commands_can_be_run_and_stop_at_errors(path):
+    text = path.read_text()
+    if path.name == "env.sh":  # sourced
+        assert text.startswith("# shellcheck shell=bash\n")
+    else:
+        assert text.startswith("#!/usr/bin/env bash\n")
+        assert "\nset -euo pipefail\n" in text
+        assert os.access(path, os.X_OK)
+
+
+def test_the_scripts_exist():
+    assert {"env.sh", "run.sh", "test.sh"} <= {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("name", ["run.sh", "test.sh"])
+def test_no_python_is_one_sentence(checkout, tools, name):
+    done = bash(checkout, tools, [f"launch/{name}"])
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("jexit: jexit needs Python 3.11, 3.12 or 3.13, and none was found")
+    assert line.endswith("install one, or set JEXIT_PYTHON to its path.")
+    assert not (checkout / ".venv").exists()
+
+
+def test_an_old_python_is_passed_over(checkout, tools):
+    for name in ("python3", "python3.13", "python3.12"):
+        old_python(tools / name)
+    assert "none was found" in bash(checkout, tools, ["launch/run.sh"]).stderr
+    (tools / "python3.11").symlink_to(script(tools / "good", "exit 0"))
+    assert sourced(checkout, tools, "find_python").stdout == "python3.11\n"
+
+
+def test_a_python_that_cannot_make_environments_is_one_sentence(checkout, tools):
+    script(tools / "python3", "[[ $2 != *ensurepip* ]]")
+    done = bash(checkout, tools, ["launch/run.sh"])
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "python3 cannot make environments because its ensurepip module is missing" in line
+    assert "apt-get install python3-venv" in line
+
+
+def test_a_named_python_is_used_or_refused_but_never_replaced(checkout, tools):
+    script(tools / "python3", "exit 0")
+    old = old_python(tools / "old")
+    done = bash(checkout, tools, ["launch/run.sh"], JEXIT_PYTHON=str(old))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"jexit: JEXIT_PYTHON={old} is not a Python 3.11 to 3.13")
+    assert not (checkout / ".venv").exists()
+    good = script(tools / "mine", "exit 0")
+    found = sourced(checkout, tools, "find_python", JEXIT_PYTHON=str(good))
+    assert found.stdout == f"{good}\n"
+
+
+def test_this_python_is_a_supported_one(checkout, tools):
+    done = sourced(checkout, tools, f"supported {sys.executable} && echo yes")
+    assert done.stdout == "yes\n"
+
+
+def test_a_finished_environment_needs_nothing_and_gets_the_arguments(checkout, tools):
+    make_venv(checkout, "")
+    arguments = ["--workdir=a b", "--config.rl.rollouts=3", "--config.generate.prompts=('x y',)"]
+    done = bash(checkout, tools, ["launch/run.sh", *arguments])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["-m", "jexit.main", *arguments]
+    assert bash(checkout, tools, ["launch/run.sh"]).stdout.splitlines() == ["-m", "jexit.main"]
+
+
+def test_a_config_of_the_checkout_is_found_from_anywhere(checkout, tools, tmp_path):
+    make_venv(checkout, "")
+    shutil.copytree(ROOT / "configs", checkout / "configs")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def config_argument(*arguments):
+        command = [str(checkout / "launch" / "run.sh"), *arguments]
+        return bash(elsewhere, tools, command).stdout.splitlines()[2:]
+
+    whole = f"{checkout}/configs/rl.py"
+    assert config_argument("--config=configs/rl.py") == [f"--config={whole}"]
+    assert config_argument("--config=configs/rl.py:qwen3-4b") == [f"--config={whole}:qwen3-4b"]
+    assert config_argument("--config", "configs/rl.py") == ["--config", whole]
+    assert config_argument("--config") == ["--config"]
+    assert config_argument("--config=/x/y.py") == ["--config=/x/y.py"]
+    (elsewhere / "configs").mkdir()
+    (elsewhere / "configs" / "rl.py").write_text("")
+    assert config_argument("--config=configs/rl.py") == ["--config=configs/rl.py"]
+
+
+@pytest.mark.parametrize(
+    ("have", "stamp", "ask", "expected"),
+    [
+        ("", {}, "", True),
+        ("cuda,dev", {}, "dev", True),
+        ("cuda,dev", {}, "dev,cuda", True),
+        ("dev", {}, "cuda", False),
+        ("dev", {"pyproject": "0" * 64}, "dev", False),
+        ("dev", {"root": "/another/place"}, "dev", False),
+    ],
+)
+def test_what_is_installed_is_known(checkout, tools, have, stamp, ask, expected):
+    make_venv(checkout, have, **stamp)
+    done = sourced(checkout, tools, f"up_to_date {ask!r} && echo yes || echo no")
+    assert done.stdout == ("yes\n" if expected else "no\n")
+
+
+def test_an_unfinished_environment_is_not_up_to_date(checkout, tools):
+    make_venv(checkout, "")
+    (checkout / ".venv" / ".jexit-stamp").unlink()
+    assert sourced(checkout, tools, "up_to_date '' || echo no").stdout == "no\n"
+
+
+def test_extras_are_merged_in_order(checkout, tools):
+    done = sourced(checkout, tools, "merge_extras 'dev, cuda' 'cuda,aot' ''; merge_extras ''")
+    assert done.stdout == "aot,cuda,dev\n\n"
+
+
+def test_extras_can_be_named(checkout, tools):
+    assert sourced(checkout, tools, "accelerator_extras", JEXIT_EXTRAS="tpu").stdout == "tpu\n"
+
+
+@pytest.mark.parametrize(
+    ("driver", "extra"), [("580.65.06", "cuda"), ("570.124.06", "cuda12"), ("[N/A]", "cuda")]
+)
+def test_the_driver_decides_between_the_cuda_versions(checkout, tools, driver, extra):
+    script(
+        tools / "nvidia-smi",
+        f'if [[ $1 == -L ]]; then echo "GPU 0: NVIDIA H100"; else echo "{driver}"; fi',
+    )
+    done = sourced(checkout, tools, "unset JEXIT_EXTRAS; accelerator_extras")
+    assert done.stdout == f"{extra}\n"
+
+
+def test_an_install_that_fails_says_so_and_is_not_taken_for_finished(checkout, tools):
+    # Makes an environment whose pip has no network.
+    pip_fails = '[[ "$*" != *"pip install"* ]] || { echo "no network" >&2; exit 1; }'
+    make_venv = (
+        'if [[ $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi; '
+        f"{pip_fails}; [[ $1 != -V ]] || echo Python 3.12.1"
+    )
+    script(tools / "python3", make_venv)
+    (tools / "cp").symlink_to(shutil.which("cp"))
+    done = bash(checkout, tools, ["launch/run.sh"])
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[-2:] == [
+        "no network",
+        "jexit: the install failed for the reason above; put that right and run the same command"
+        " again.",
+    ]
+    assert not (checkout / ".venv" / ".jexit-stamp").exists()
+    again = bash(checkout, tools, ["launch/run.sh"])
+    assert "an earlier install was interrupted; starting .venv afresh" in again.stderr
+
+
+def test_the_tests_run_in_the_checkout_and_ask_for_their_packages(checkout, tools):
+    make_venv(checkout, "dev", python="pwd; printf '%s\\n' \"$@\"")
+    done = bash(checkout, tools, ["launch/test.sh", "-n0", "tests/io", "-k", "a or b"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        str(checkout.resolve()),
+        *("-m", "pytest", "-n0", "tests/io", "-k", "a or b"),
+    ]
+    make_venv(checkout, "")
+    done = bash(checkout, tools, ["launch/test.sh", "-n0"])
+    assert "installing jexit with dev into .venv" in done.stderr
