@@ -14,14 +14,15 @@ def get_config(preset: str = "tiny"):
     config.sft.target = "student"
     config.sft.exit_loss = "expected"
     if config.preset == "tiny":
-        config.steps = 300
+        config.steps = 400
         config.batch_size = 96
         config.task.steps = "mixed"
         config.sft.samples = 1
+        config.sft.sharpness = 12.0  # careful heads: RL then has right answers to learn from
         config.sft.pool = 4096
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
-        config.optim.lora_lr = 2e-3
+        config.optim.lora_lr = 5e-3
         config.optim.exit_lr = 5e-3
         config.optim.schedule = "cosine"
         config.optim.warmup_steps = 20

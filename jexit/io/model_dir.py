@@ -274,6 +274,8 @@ def _exits_to_use(
             f"exit_layers is {wanted}; exits are distinct layer numbers from 1 upwards in rising "
             "order, such as (5, 10, 15)"
         )
+    if wanted:
+        check_exits(wanted, layers)
     if stored:
         if wanted and wanted != stored:
             raise ValueError(

@@ -24,7 +24,7 @@ def test_a_named_implementation_runs_or_raises() -> None:
     operation = Operation("op")
     operation.register("plain", lambda _: "plain")
     operation.register("special", lambda _: refuse("only even widths"), platforms=("cpu",))
-    with pytest.raises(NotImplementedError, match="^only even widths$"):
+    with pytest.raises(NotImplementedError, match=r"^only even widths$"):
         operation("special", 3)
     with pytest.raises(ValueError, match="op has no implementation 'other'; use None or one of "):
         operation("other", 3)

@@ -142,6 +142,8 @@ def test_chain_steps_judge_each_step_by_its_own_input():
         {"mixture": {}},
     ],
 )
-def test_wrong_options_name_the_config_key(options):
-    with pytest.raises(ValueError, match=rf"got .*config.task.{next(iter(options))}"):
+def test_wrong_options_name_value_and_remedy(options):
+    name = next(iter(options))
+    remedy = "give other weights" if name == "mixture" else rf"change config\.task\.{name}"
+    with pytest.raises(ValueError, match=rf"{name}.* got .*; {remedy}"):
         make_task("sums", **options)
