@@ -380,6 +380,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     known = PRESETS[config.preset]
     config.model.path = f"models/{config.preset}"
     config.exits.layers = tuple(range(5, known.architecture.layers, 5))
+    config.task.max_prompt_tokens = 512
     config.lora.rank = known.lora_rank
     config.lora.alpha = 2.0 * known.lora_rank
     config.lora.dropout = 0.05

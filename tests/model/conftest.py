@@ -1,7 +1,11 @@
 """A small random model in jexit's own terms, with nothing left at a start that hides it."""
 
+import math
+import zlib
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -22,7 +26,11 @@ def make_model(
     dtype: jnp.dtype = jnp.float32,
     execution: Execution = Execution(),
 ) -> Transformer:
-    """Grouped queries, exit heads that leave often and differ between tokens."""
+    """Grouped queries, exit heads that leave often and differ between tokens.
+
+    A parameter's values depend on its path and shape alone: models that differ in their adapters
+    share their base weights. Drawn by numpy, which compiles nothing.
+    """
     arch = Architecture(
         family=family,
         vocab_size=31,
@@ -37,23 +45,34 @@ def make_model(
         tied=family == "qwen3",
         max_positions=128,
     )
-    model = Transformer(
-        arch,
-        exit_layers=exit_layers,
-        exit_head=exit_head,
-        lora=lora,
-        dtype=dtype,
-        execution=execution,
-        rngs=nnx.Rngs(0),
-    )
 
-    def spread(path, value):
-        seed = sum(map(ord, jax.tree_util.keystr(path)))
-        return value + 0.3 * jax.random.normal(jax.random.key(seed), value.shape, value.dtype)
+    def build() -> Transformer:
+        return Transformer(
+            arch,
+            exit_layers=exit_layers,
+            exit_head=exit_head,
+            lora=lora,
+            dtype=dtype,
+            execution=execution,
+            rngs=nnx.Rngs(0),
+        )
 
-    nnx.update(model, jax.tree_util.tree_map_with_path(spread, nnx.state(model)))
-    model.exits.b2[...] = jnp.linspace(-0.5, 0.5, len(exit_layers))
-    return model
+    def draw(path, leaf):
+        *_, name = names = [str(key.key) for key in path if hasattr(key, "key")]
+        noise = np.random.default_rng(zlib.crc32(".".join(names).encode())).normal(size=leaf.shape)
+        if name == "b2":
+            value = np.linspace(-0.5, 0.5, len(exit_layers))
+        elif name == "scale":
+            value = 1.0 + 0.3 * noise
+        elif name in ("kernel", "lora_a", "w1") and leaf.ndim > 2:
+            outputs = 2 if names[-2] in ("q", "k", "v") and name == "kernel" else 1
+            value = noise / math.sqrt(math.prod(leaf.shape[1 : leaf.ndim - outputs]))
+        else:
+            value = 0.5 * noise
+        return jnp.asarray(value, leaf.dtype)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
 
 @pytest.fixture(scope="session", name="make_model")

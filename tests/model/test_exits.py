@@ -130,25 +130,63 @@ def test_entropy_of_the_depth_in_nats():
     np.testing.assert_allclose(depth_entropy(law_A), truth, rtol=1e-6, atol=1e-7)
 
 
+def head_by_hand(parameters, index, h, eps):
+    """z = w2 · relu(W1 · norm(h) + b1) + b2 in float64, its parts left out where they are None."""
+    scale, w1, b1, w2, b2 = (None if p is None else p[index] for p in parameters)
+    x = np.asarray(h, np.float64)
+    if scale is not None:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+    if w1 is not None:
+        x = np.maximum(x @ w1 + b1, 0.0)
+    return x @ w2 + b2
+
+
 @pytest.mark.parametrize("norm", ["rms", "none"])
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
-def test_head_is_the_formula_in_float32_for_any_residual_dtype(kind, norm):
+def test_head_and_its_gradient_are_the_formula_in_float32(kind, norm):
+    """Whatever the residual's dtype; the gradient against central differences in float64."""
     heads = ExitHeads(3, 8, kind=kind, norm=norm, bias=-2.0, eps=1e-3, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    state = nnx.state(heads)
-    nnx.update(heads, jax.tree.map(lambda x: x + rng.normal(0.0, 0.5, x.shape), state))
+    graphdef, state = nnx.split(heads)
+    state = jax.tree.map(lambda leaf: leaf + rng.normal(0.0, 0.5, leaf.shape), state)
+    heads = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state))
     h = jnp.asarray(rng.normal(0.0, 2.0, (4, 5, 8)), jnp.bfloat16)
+    names = ("scale", "w1", "b1", "w2", "b2")
+    parameters = [
+        None if getattr(heads, name) is None else np.asarray(getattr(heads, name)[...], np.float64)
+        for name in names
+    ]
+
+    @jax.jit
+    def of_index(state, index):
+        def total(state):
+            z = nnx.merge(graphdef, state)(h, index)
+            return z.sum(), z
+
+        return jax.value_and_grad(total, has_aux=True)(state)
+
     for index in range(3):
-        x = np.asarray(h, np.float64)
-        if norm == "rms":
-            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
-            x = x * np.asarray(heads.scale[...][index], np.float64)
-        if kind == "mlp":
-            x = np.maximum(x @ np.asarray(heads.w1[...][index], np.float64) + heads.b1[index], 0.0)
-        truth = x @ np.asarray(heads.w2[...][index], np.float64) + float(heads.b2[index])
-        found = heads(h, jnp.asarray(index))
-        assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, truth, rtol=2e-5, atol=2e-5)
+        (_, z), gradient = of_index(nnx.state(heads), index)
+        assert z.dtype == jnp.float32
+        np.testing.assert_allclose(
+            z, head_by_hand(parameters, index, h, 1e-3), rtol=2e-5, atol=2e-5
+        )
+        for place, name in enumerate(names):
+            if parameters[place] is None:
+                continue
+            step = np.zeros(parameters[place].shape)
+            step[index] = rng.normal(size=step[index].shape)
+            up, down = (
+                head_by_hand(
+                    [p if i != place else p + sign * 1e-6 * step for i, p in enumerate(parameters)],
+                    index,
+                    h,
+                    1e-3,
+                ).sum()
+                for sign in (1, -1)
+            )
+            found = float(np.vdot(gradient[name][...], step))
+            assert found == pytest.approx((up - down) / 2e-6, rel=GRADIENT, abs=1e-4), name
 
 
 def test_fresh_head_almost_never_leaves():

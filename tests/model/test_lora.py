@@ -1,6 +1,7 @@
 """Adapters against the dense weights that they stand for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,10 @@ def adapted(request, make_model):
     return make_model(request.param, layers=3, exit_layers=(1, 2), lora=ALL)
 
 
-def without_adapters(model: Transformer) -> Transformer:
+@pytest.fixture
+def bare(adapted, make_model):
     """The same base weights and heads in a model that has no adapters."""
-    bare = Transformer(
-        model.arch, exit_layers=model.exit_layers, exit_head=model.exit_head, rngs=nnx.Rngs(1)
-    )
-    kept, _ = nnx.state(model).split(lambda path, _: not path[-1].startswith("lora"), ...)
-    nnx.update(bare, kept)
-    return bare
+    return make_model(adapted.arch.family, layers=3, exit_layers=(1, 2))
 
 
 def projections(model):
@@ -46,7 +43,12 @@ def projections(model):
 
 def test_fresh_adapters_change_nothing(make_model, tokens_BT):
     arch = make_model(layers=3, exit_layers=(1, 2)).arch
-    model = Transformer(arch, exit_layers=(1, 2), lora=ALL, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def build():
+        return Transformer(arch, exit_layers=(1, 2), lora=ALL, rngs=nnx.Rngs(0))
+
+    model = build()
     student = jexit.forward(model, tokens_BT)
     teacher = jexit.forward(model, tokens_BT, adapters=False)
     # Not bit for bit: with a sum to add to it, XLA may order a product's terms differently.
@@ -56,17 +58,16 @@ def test_fresh_adapters_change_nothing(make_model, tokens_BT):
         assert not linear.lora_b[...].any() and linear.lora_a[...].all(), name
 
 
-def test_without_adapters_it_is_the_teacher_exactly(adapted, tokens_BT):
+def test_without_adapters_it_is_the_teacher_exactly(adapted, bare, tokens_BT):
     teacher = jexit.forward(adapted, tokens_BT, adapters=False)
-    base = jexit.forward(without_adapters(adapted), tokens_BT)
+    base = jexit.forward(bare, tokens_BT)
     np.testing.assert_array_equal(teacher.logits_BTV, base.logits_BTV)
     student = jexit.forward(adapted, tokens_BT)
     assert np.abs(student.logits_BTV - teacher.logits_BTV).max() > 0.1
 
 
-def test_adapters_equal_dense_weights_with_the_product_folded_in(adapted, tokens_BT):
-    merged = without_adapters(adapted)
-    for (name, linear), (_, dense) in zip(projections(adapted), projections(merged), strict=True):
+def test_adapters_equal_dense_weights_with_the_product_folded_in(adapted, bare, tokens_BT):
+    for (name, linear), (_, dense) in zip(projections(adapted), projections(bare), strict=True):
         a_LIR = np.asarray(linear.lora_a[...], np.float64).reshape(3, -1, 3)
         b_LRO = np.asarray(linear.lora_b[...], np.float64).reshape(3, 3, -1)
         update = (5.0 / 3.0 * a_LIR @ b_LRO).reshape(linear.kernel.shape)
@@ -75,7 +76,7 @@ def test_adapters_equal_dense_weights_with_the_product_folded_in(adapted, tokens
     depth_BT = np.random.default_rng(1).integers(1, 4, tokens_BT.shape)
     policy = jexit.Prescribed(depth_BT)
     found = jexit.forward(adapted, tokens_BT, policy=policy)
-    truth = jexit.forward(merged, tokens_BT, policy=policy)
+    truth = jexit.forward(bare, tokens_BT, policy=policy)
     np.testing.assert_allclose(found.logits_BTV, truth.logits_BTV, atol=LOGITS)
     np.testing.assert_allclose(found.hazard_logits_BTE, truth.hazard_logits_BTE, atol=LOGITS)
 
@@ -87,9 +88,13 @@ def test_only_the_named_projections_are_adapted(make_model, target):
     assert have == {target}
 
 
-def test_dropout_acts_in_training_only(adapted, tokens_BT):
-    def hidden(key=None, **options):
-        return np.asarray(run(adapted, tokens_BT, dropout_key=key, **options).hidden_BTD)
+def test_dropout_acts_in_training_only(make_model, tokens_BT):
+    graphdef, state = nnx.split(make_model(layers=3, exit_layers=(1, 2), lora=ALL))
+
+    @functools.partial(jax.jit, static_argnames="adapters")
+    def hidden(key=None, adapters=True):
+        model = nnx.merge(graphdef, state)
+        return run(model, tokens_BT, dropout_key=key, adapters=adapters).hidden_BTD
 
     quiet = hidden()
     np.testing.assert_array_equal(quiet, hidden())

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jexit
 from jexit.model.exits import depth_log_law
@@ -13,6 +14,7 @@ from jexit.model.transformer import run
 EXITS, LAYERS = (1, 2, 4), 5
 DEPTHS = (*EXITS, LAYERS)
 ROWS = 6000
+run_jit = nnx.jit(run)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_prompt_positions_never_leave(model, tokens_BT, policy):
     action_BT = np.arange(11) >= prompt_B[:, None]
 
     def hidden(policy):
-        return run(
+        return run_jit(
             model,
             jnp.asarray(tokens_BT),
             policy=policy,

@@ -11,7 +11,7 @@ from flax import nnx
 import jexit
 from jexit.model.exits import depth_log_prob
 from jexit.model.lora import LoRA
-from jexit.model.transformer import Execution, Transformer, logits_of, run
+from jexit.model.transformer import Execution, ExitHeadSettings, Transformer, logits_of, run
 from jexit.presets import PRESETS
 from tolerances import GRADIENT, relative_error
 
@@ -33,6 +33,9 @@ def adapted(make_model):
     return make_model(lora=LoRA(rank=2, alpha=4.0, targets=("q", "k", "down")))
 
 
+run_jit = nnx.jit(run, static_argnames=("hazards", "exit_hidden", "keys_values"))
+
+
 def loss_of(graphdef, tokens_BT, depth_BT, execution=Execution()):
     """Next-token loss plus −log P(depths), as a function of the parameters; all of them matter."""
 
@@ -49,10 +52,10 @@ def loss_of(graphdef, tokens_BT, depth_BT, execution=Execution()):
 
 
 def test_returns_what_was_asked_for_and_nothing_else(model, tokens_BT):
-    bare = run(model, tokens_BT)
+    bare = run_jit(model, tokens_BT)
     assert bare.hazard_logits_BTE is bare.exit_hidden_EBTD is bare.keys_values is None
     assert bare.hidden_BTD.shape == (3, 8, 16) and bare.depth_BT.shape == (3, 8)
-    rich = run(model, tokens_BT, hazards=True, exit_hidden=True, keys_values=True)
+    rich = run_jit(model, tokens_BT, hazards=True, exit_hidden=True, keys_values=True)
     assert rich.hazard_logits_BTE.shape == (3, 8, 3)
     assert rich.exit_hidden_EBTD.shape == (3, 3, 8, 16)
     assert rich.keys_values.keys.shape == rich.keys_values.values.shape == (5, 3, 8, 2, 6)
@@ -61,19 +64,19 @@ def test_returns_what_was_asked_for_and_nothing_else(model, tokens_BT):
 
 def test_exit_residuals_are_the_outputs_of_stopping_there(model, tokens_BT):
     """With everybody at full depth, exit ℓ's residual is what ℓ layers alone end with."""
-    lens_EBTD = run(model, tokens_BT, exit_hidden=True).exit_hidden_EBTD
+    lens_EBTD = run_jit(model, tokens_BT, exit_hidden=True).exit_hidden_EBTD
     for index, exit_layer in enumerate(EXITS):
-        stopped = run(model, tokens_BT, policy=jexit.Prescribed(jnp.full((3, 8), exit_layer)))
+        stopped = run_jit(model, tokens_BT, policy=jexit.Prescribed(jnp.full((3, 8), exit_layer)))
         np.testing.assert_allclose(lens_EBTD[index], stopped.hidden_BTD, atol=1e-5)
 
 
 def test_positions_and_masks_make_left_padding_equal_right_padding(model, tokens_BT):
     """The engine pads prompts on the left: same hidden states, whatever the padding holds."""
     length = 5
-    right = run(model, tokens_BT, valid_BT=jnp.arange(8)[None] < length)
+    right = run_jit(model, tokens_BT, valid_BT=jnp.arange(8)[None] < length)
     left_BT = jnp.concatenate([tokens_BT[:, length:], tokens_BT[:, :length]], axis=1)
     shift = 8 - length
-    left = run(
+    left = run_jit(
         model,
         left_BT,
         positions_BT=jnp.broadcast_to(jnp.maximum(jnp.arange(8) - shift, 0), (3, 8)),
@@ -170,11 +173,14 @@ def test_rematerialising_changes_the_program(adapted, tokens_BT, depth_BT):
     assert len(set(programs.values())) == 3
 
 
-def test_gradient_of_every_parameter_against_central_differences(adapted, tokens_BT, depth_BT):
-    """Along a random direction in each parameter; float32, so with a step of 1 % of its norm."""
-    graphdef, state = nnx.split(adapted)
+def test_gradient_of_every_parameter_against_central_differences(make_model, tokens_BT, depth_BT):
+    """Along one direction in each parameter. Linear heads: a difference across relu's kink is not
+    the slope on either side."""
+    lora = LoRA(rank=2, alpha=4.0, targets=("q", "k", "down"))
+    model = make_model(lora=lora, exit_head=ExitHeadSettings(kind="linear"))
+    graphdef, state = nnx.split(model)
     loss = jax.jit(loss_of(graphdef, tokens_BT, depth_BT))
-    gradient = jax.grad(loss_of(graphdef, tokens_BT, depth_BT))(state)
+    gradient = jax.jit(jax.grad(loss_of(graphdef, tokens_BT, depth_BT)))(state)
     leaves, structure = jax.tree.flatten(state)
     found, truth = [], []
     for index, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
@@ -189,27 +195,28 @@ def test_gradient_of_every_parameter_against_central_differences(adapted, tokens
             return float(loss(jax.tree.unflatten(structure, moved)))
 
         # Richardson's combination of two steps removes the cubic term.
-        h = 2e-2
+        h = 1e-2
         wide, narrow = ((at(s) - at(-s)) / (2 * s) for s in (2 * h, h))
         truth.append((4 * narrow - wide) / 3)
         found.append(float(jnp.vdot(slope, direction)))
     found, truth = np.asarray(found), np.asarray(truth)
     assert len(found) > 20 and (np.abs(found) > 1e-4).all()
-    assert relative_error(found, truth) <= GRADIENT
-    # Each by itself, with room for float32 rounding of the differences.
-    np.testing.assert_allclose(found, truth, rtol=2e-2, atol=1e-4)
+    # Each by itself: differences of a loss near 10 in float32 are known to about 1e-4.
+    np.testing.assert_allclose(found, truth, rtol=GRADIENT, atol=5e-4)
 
 
 def test_frozen_layers_get_no_gradient_from_a_tokens_own_update(model):
     """A lone token at depth 2 uses layers 0 and 1 only, so no other layer has a gradient."""
     graphdef, state = nnx.split(model)
 
-    def loss(state):
+    @jax.jit
+    @jax.grad
+    def gradient_of(state):
         model = nnx.merge(graphdef, state)
         policy = jexit.Prescribed(jnp.full((1, 1), 2))
         return run(model, jnp.asarray([[7]]), policy=policy).hidden_BTD.sum()
 
-    gradient = jax.grad(loss)(state)
+    gradient = gradient_of(state)
     kernel_LFD = gradient["blocks"]["mlp"]["down"]["kernel"][...]
     used_L = np.abs(kernel_LFD).max((1, 2)) > 0
     np.testing.assert_array_equal(used_L, [True, True, False, False, False])
