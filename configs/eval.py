@@ -1,6 +1,8 @@
 """Measures accuracy and depth of a model under halting policies.
 
-python -m jexit.main --config=configs/eval.py --config.model.path=runs/rl-tiny/model
+    python -m jexit.main --config=configs/eval.py --config.model.path=runs/rl-tiny
+
+`tiny` measures the shipped calibrated model under five policies: two minutes on two CPU cores.
 """
 
 from jexit.config import TINY_CALIBRATED_PATH, config_dict

@@ -2,7 +2,13 @@
 
     python -m jexit.main --config=configs/rl.py
 
-`tiny` starts from the shipped calibrated model on `sums`.
+`tiny` starts from the shipped calibrated model on `sums`: six minutes on two CPU cores, from 81 %
+right at 0.44 L to 100 % at 0.38 L.
+
+    python -m jexit.main --config=configs/rl.py:qwen2.5-0.5b
+
+Other presets train on GSM8K from runs/sft-PRESET. These settings have been tried on CPU for two
+updates of the smallest preset; nobody has timed a whole run.
 """
 
 from jexit.config import TINY_CALIBRATED_PATH, config_dict

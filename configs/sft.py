@@ -1,8 +1,16 @@
 """Calibrates the exits of a model by self-distillation.
 
-    python -m jexit.main --config=configs/sft.py --workdir=runs/sft
+    python -m jexit.main --config=configs/sft.py
+    python -m convert.to_hf --source=runs/sft-tiny --target=jexit/assets/tiny-calibrated \
+        --adapter=peft --base=jexit/assets/tiny
 
-`tiny` calibrates the shipped trunk on `sums`.
+`tiny` calibrates the shipped trunk on `sums`: under ten minutes on two CPU cores, then 71 % right
+at 0.47 L with sampled exits over all kinds of prompt.
+
+    python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
+
+Other presets calibrate on GSM8K from models/PRESET, which `convert.from_hf` writes. These settings
+have been tried on CPU for a few steps of the smallest preset; nobody has timed a whole run.
 """
 
 from jexit.config import config_dict
