@@ -7,6 +7,7 @@ turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_d
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import operator
 import types
 import typing
@@ -15,184 +16,27 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from jexit.presets import PRESETS
+from jexit.sections import (
+    CheckpointConfig,
+    EvalConfig,
+    ExitHeadConfig,
+    ExitsConfig,
+    GenerateConfig,
+    LogConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    RLConfig,
+    SFTConfig,
+    TaskConfig,
+)
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 COMMANDS = ("pretrain", "sft", "rl", "eval", "generate")
 TINY_PRESET = "tiny"
-TINY_PATH = "jexit/assets/tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Where the weights come from and how they are computed with."""
-
-    path: str = TINY_PATH  # a directory of convert.from_hf, of a run, or in Hugging Face format
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # base weights; auto: float32 on CPU
-    attention: Literal["xla", "cudnn"] = "xla"
-    remat: Literal["none", "block", "dots"] = "none"
-    scan_unroll: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitsConfig:
-    """Which layers may be left before; empty means: the checkpoint's own, else every 5th."""
-
-    layers: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitHeadConfig:
-    kind: Literal["mlp", "linear"] = "mlp"
-    norm: Literal["rms", "none"] = "rms"
-    bias: float = -4.0  # initial b2: a fresh head almost never leaves
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    rank: int = 8  # 0: full fine-tuning, with a second copy of the weights as the teacher
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    name: Literal["sums", "word_problems", "gsm8k"] = "sums"
-    path: str = ""  # gsm8k: a JSONL file, a directory of them, or a tfds data directory
-    steps: Literal["free", "2", "3", "4", "5", "at_once", "mixed"] = "free"  # sums only
-    operands_min: int = 3
-    operands_max: int = 8
-    max_prompt_tokens: int = 256
-    skip_long: bool = False  # skip (and count) problems over the limit instead of stopping
-    reward_strict: float = 1.0
-    reward_lenient: float = 0.5
-    reward_wrong: float = 0.0
-    reward_none: float = -1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each mesh axis. This version runs on one device and refuses more."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    lora_lr: float = 1e-4
-    exit_lr: float = 1e-5
-    full_lr: float = 1e-5  # base weights: pretraining, and full fine-tuning when lora.rank is 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0  # of the peak learning rate, at the last step
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    accumulate: int = 1  # micro-batches a step, summed by token weight
-    max_skipped: int = 5  # non-finite steps in a row before the run stops
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """The shipped model's trunk, trained from nothing on the tasks' own text."""
-
-    length: int = 56
-    width: int = 96
-    layers: int = 8
-    query_heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 24
-    mlp_width: int = 256
-    rope_theta: float = 1e4
-    word_problems: float = 0.2  # share of word problems; the rest is sums
-    exit_loss: float = 0.0  # total weight of cross-entropy at the exits' logit lens
-    prompt_loss: float = 0.0  # weight of the prompt's tokens in the loss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Calibration of the exits by self-distillation (arXiv:2603.21376, stage 1)."""
-
-    samples: int = 4  # S, depth assignments a sequence
-    sharpness: float = 1.0  # k
-    exit_coef: float = 1.0  # w_exit
-    explore: float = 0.0  # probability that a depth is drawn uniformly
-    target: Literal["teacher", "student"] = "teacher"
-    direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
-    exit_loss: Literal["sampled", "expected"] = "sampled"  # published: −log P(d) of the draw
-    trajectories: Literal["generate", "dataset"] = "generate"
-    pool: int = 512  # trajectories that are generated once and cached
-    temperature: float = 1.0
-    max_new_tokens: int = 256
-    generate_batch: int = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig:
-    """RLOO over tokens and depths with a depth penalty (arXiv:2603.21376, stage 2)."""
-
-    rollouts: int = 6  # G
-    depth_coef: float = 0.5  # λ
-    kl_coef: float = 0.1  # β, in the reward
-    length_coef: float = 0.0  # μ
-    length_ref: float = 256.0  # T_ref
-    advantage: Literal["rloo", "group_mean", "group_mean_std"] = "rloo"
-    temperature: float = 1.0
-    max_new_tokens: int = 256
-    norm: Literal["constant", "sequence", "tokens"] = "constant"
-    updates_per_batch: int = 1  # more than one: PPO's clipped ratio
-    clip: float = 0.2
-    kl_loss_coef: float = 0.0
-    kl_loss: Literal["exact", "k3"] = "exact"
-    causal_depth: bool = False  # a token is charged for depths at and after it only
-    depth_entropy_coef: float = 0.0
-    min_hazard: float = 0.0  # a floor under exploration, part of the law
-    hazard_temperature: float = 1.0
-    warmup_steps: int = 0  # λ and μ rise linearly to their value over these updates
-    dual_ascent: bool = False  # λ and μ grow only while accuracy stays over the floor
-    dual_rate: float = 0.02
-    accuracy_floor: float = 0.0  # 0: off; else λ and μ are withheld below it
-    importance_cap: float = 0.0  # 0: off; else truncated weights between sampler and trainer
-    mask_truncated: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    problems: int = 256
-    policies: tuple[str, ...] = ("full", "sample")
-    temperature: float = 0.0
-    max_new_tokens: int = 256
-    batch_size: int = 64
-    split: Literal["train", "test"] = "test"
-    heat_maps: int = 8  # completions kept with each token's depth
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    prompts: tuple[str, ...] = ()
-    policy: str = "sample"
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every: int = 0  # steps; 0: at the end only
-    keep: int = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    samples_every: int = 20  # steps between sample completions in samples.jsonl
-    samples: int = 4
-    tensorboard: bool = True
-    wandb_project: str = ""
 
 
 _LEAST = {
@@ -212,6 +56,15 @@ _LEAST = {
     "sft.max_new_tokens": 1,
     "rl.updates_per_batch": 1,
     "rl.warmup_steps": 0,
+    "rl.depth_coef": 0,
+    "rl.length_coef": 0,
+    "rl.kl_loss_coef": 0,
+    "rl.importance_cap": 0,
+    "rl.accuracy_floor": 0,
+    "rl.dual_rate": 0,
+    "sft.exit_coef": 0,
+    "sft.temperature": 0,
+    "pretrain.exit_loss": 0,
     "rl.max_new_tokens": 1,
     "eval.problems": 1,
     "eval.batch_size": 1,
@@ -224,7 +77,13 @@ _LEAST = {
     "log.samples_every": 1,
     "log.samples": 0,
 }
-_ABOVE_ZERO = ("sft.sharpness", "rl.length_ref", "rl.hazard_temperature", "optim.clip_norm")
+_ABOVE_ZERO = (
+    "sft.sharpness",
+    "rl.length_ref",
+    "rl.hazard_temperature",
+    "rl.clip",
+    "optim.clip_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +161,11 @@ class Config:
             raise ValueError(
                 f"config.sft.explore is {self.sft.explore}; it is a probability, 0 to 1"
             )
+        if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
+            raise ValueError(
+                "config.sft.target=student measures exits with the teacher's output head, which "
+                "config.lora.rank=0 trains; set config.sft.target=teacher or a rank above 0"
+            )
         if self.command == "rl":
             self._validate_rl()
         for policy in (*self.eval.policies, self.generate.policy):
@@ -321,6 +185,15 @@ class Config:
         if not 0.0 <= self.rl.min_hazard < 1.0:
             raise ValueError(
                 f"config.rl.min_hazard is {self.rl.min_hazard}; it is a probability below 1"
+            )
+        if self.rl.updates_per_batch > 1 and self.rl.importance_cap > 0:
+            raise ValueError(
+                "config.rl.importance_cap weights single updates, and config.rl.updates_per_batch "
+                f"is {self.rl.updates_per_batch}, which clips ratios instead; set one of the two"
+            )
+        if self.rl.dual_ascent and self.rl.warmup_steps > 0:
+            raise ValueError(
+                "config.rl.dual_ascent sets the prices itself; set config.rl.warmup_steps to 0"
             )
         if self.rl.dual_ascent and self.rl.accuracy_floor <= 0:
             raise ValueError(
@@ -385,6 +258,19 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     config.lora.alpha = 2.0 * known.lora_rank
     config.lora.dropout = 0.05
     return config.lock()
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError unless `key`, such as `config.rl.rollouts`, is a setting."""
+    owner, where = Config, "config"
+    for name in key.split(".")[1:]:
+        hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            meant = f"did you mean {where}.{near[0]}? " if near else ""
+            has = f"{where} has {', '.join(sorted(hints))}" if hints else f"{where} is one value"
+            raise ValueError(f"{where}.{name} does not exist; {meant}{has}")
+        owner, where = hints[name], f"{where}.{name}"
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

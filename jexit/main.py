@@ -11,13 +11,14 @@ jexit/config.py, such as seed, rl.depth_coef or model.path.
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from jexit.config import Config
+from jexit.config import Config, check_key
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, such as configs/rl.py or configs/rl.py:qwen3-4b."
@@ -31,6 +32,10 @@ USER_ERROR, INTERRUPTED = 1, 3
 
 def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     """The checked config and the run's directory; raises ValueError for whatever is wrong."""
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name.startswith("config."):
+            check_key(name)
     try:
         rest = flags.FLAGS(list(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
@@ -39,6 +44,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
         raise ValueError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
     if CONFIG.value is None:
         raise ValueError("there is no config; give one such as --config=configs/rl.py")
+    if not isinstance(CONFIG.value, ConfigDict):  # what ml_collections makes of a file in error
+        file = flags.FLAGS["config"].config_filename
+        raise ValueError(f"the config file {file} cannot be read; give one such as configs/rl.py")
     config = Config.from_dict(CONFIG.value)
     return config, pathlib.Path(WORKDIR.value or f"runs/{config.command}-{config.preset}")
 
@@ -96,8 +104,10 @@ def _is_internal(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-    return text or type(error).__name__
+    text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+    if "Traceback (most recent call last)" in text:  # an error in a config file, told as text
+        text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
+    return " ".join(text.split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from jexit import axes
 from jexit.config import (
     COMMANDS,
     PROJECTIONS,
-    TINY_PATH,
     Config,
     check_exits,
     config_dict,
     parse_policy,
 )
 from jexit.presets import PRESETS, Architecture, Yarn
+from jexit.sections import TINY_PATH
 
 
 def build(command="rl", **settings):

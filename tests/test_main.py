@@ -65,7 +65,12 @@ def assert_refused(result, *words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.rl.rolouts=4"], ["rolouts"]),
+        (
+            ["--config.rl.rolouts=4"],
+            ["config.rl.rolouts does not exist; did you mean config.rl.rollouts?", "rl has"],
+        ),
+        (["--config.nope=1"], ["config.nope does not exist; config has batch_size"]),
+        (["--config.seed.x=1"], ["config.seed.x does not exist; config.seed is one value"]),
         (["--config.exits.layers=(2,8)"], ["exit 8", "8 layers", "from 1 to 7"]),
         (["--config.exits.layers=(4,2)"], ["(4, 2)", "rising"]),
         (["--config.rl.rollouts=1"], ["RLOO needs at least 2 rollouts per prompt, got 1", "raise"]),

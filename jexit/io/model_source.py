@@ -262,7 +262,14 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
     text = os.fspath(path)
     if text and pathlib.Path(text).is_dir():
         of_run = pathlib.Path(text) / "model"
-        return of_run if (of_run / MODEL_FILE).exists() else pathlib.Path(text)
+        if (of_run / MODEL_FILE).exists():
+            return of_run
+        if (pathlib.Path(text) / "checkpoints").is_dir():
+            raise FileNotFoundError(
+                f"{text} is a run that has not finished, so it holds no model yet; run its command "
+                "again"
+            )
+        return pathlib.Path(text)
     if text.startswith(ASSETS):
         shipped = pathlib.Path(jexit.__file__).parent.parent / text
         if shipped.is_dir():

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from jexit.config import Config, EvalConfig
-from jexit.data.loader import check_prompt_length
+from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
 from jexit.loops.setup import load_model, load_task, make_policy
+from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate, rollout
 from jexit.steps.state import split_model
@@ -37,7 +38,8 @@ class PolicyResult:
     completion_length: float
     truncated: float
     verdicts: dict[str, int]
-    tokens_per_second: float  # of the policy's last batch, which compiles nothing
+    tokens_per_second: float  # of a batch that compiled nothing
+    text: dict[str, float]  # the task's own figures about the completions
 
 
 def wilson_interval(right: int, of: int, z: float = 1.959964) -> tuple[float, float]:
@@ -56,6 +58,7 @@ def held_out(
     """The first `count` problems of the evaluation split (all, if there are fewer), tokenised."""
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
+    require_problems(task, split)
     problems, prompts, index = [], [], 0
     while len(problems) < count and (size is None or index < size):
         problem = task.problem(split, index)
@@ -74,6 +77,17 @@ def held_out(
     return problems, prompts
 
 
+def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
+    """Raises ValueError when prompt and completion together can exceed the model's positions."""
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > positions:
+        raise ValueError(
+            f"config.{section}.max_new_tokens is {max_new_tokens} and the longest prompt has "
+            f"{longest} tokens, together over the model's {positions} positions; lower it to at "
+            f"most {positions - longest}"
+        )
+
+
 def evaluate_policy(
     parts: tuple,
     layers: int,
@@ -85,36 +99,45 @@ def evaluate_policy(
     config: EvalConfig,
     *,
     seed: int,
-    adapters: bool = True,
+    law: Sample = Sample(),
+    timed: bool = False,
 ) -> tuple[PolicyResult, list[dict[str, Any]]]:
     """Decodes every prompt under a policy and judges the text.
 
-    `parts` is the split model. Returns the result and records of the first completions, with each
-    token's depth.
+    `parts` is the split model, `law` what the policy `sample` means. `timed` decodes a single batch
+    twice, so that its speed is not that of the compiler. Returns the result and records of the
+    first completions, with each token's depth.
     """
     batch = min(config.batch_size, len(prompts))
     histogram = np.zeros(layers + 1, np.int64)
     verdicts = {"strict": 0, "lenient": 0, "wrong": 0, "none": 0}
-    truncated, speed, records = 0, 0.0, []
-    for start in range(0, len(prompts), batch):
+    truncated, speed, records, texts = 0, 0.0, [], []
+    starts = list(range(0, len(prompts), batch))
+    if timed and len(starts) == 1:
+        starts = starts * 2  # the first time compiles
+    for turn, start in enumerate(starts):
         # The last batch is filled up with its last prompt rather than compiled anew.
         rows = [min(start + row, len(prompts) - 1) for row in range(batch)]
         result = rollout(
             parts,
             [prompts[row] for row in rows],
-            policy=make_policy(policy, batch, config.max_new_tokens, layers),
+            policy=make_policy(policy, batch, config.max_new_tokens, layers, law),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
             key=seed,
             first_prompt=start,
-            adapters=adapters,
         )
-        speed = result.tokens_per_second
-        for row in range(min(batch, len(prompts) - start)):
+        real = min(batch, len(prompts) - start)
+        share = result.lengths_B[:real].sum() / result.lengths_B.sum()
+        speed = float(result.tokens_per_second * share)
+        if starts.index(start) != turn:
+            break
+        for row in range(real):
             ids, depths = result.completion(row), result.depths_BT[row, : result.lengths_B[row]]
             text = tokenizer.decode(ids)
+            texts.append(text)
             verdict = task.verify(problems[start + row], text)
             verdicts[verdict.kind] += 1
             truncated += bool(result.truncated_B[row])
@@ -148,6 +171,7 @@ def evaluate_policy(
             truncated=truncated / count,
             verdicts=verdicts,
             tokens_per_second=speed,
+            text=task.text_metrics(texts),
         ),
         records,
     )
@@ -158,6 +182,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     task = load_task(config.task, config.eval.split)
     model, tokenizer = load_model(config, trains=False)
     problems, prompts = held_out(task, tokenizer, config, config.eval.problems)
+    check_room(prompts, "eval", config.eval.max_new_tokens, model.arch.max_positions)
     parts, layers = _parts(model), model.arch.layers
     for policy in config.eval.policies:
         make_policy(policy, 1, 1, layers)  # refuse a wrong one before the first runs
@@ -175,6 +200,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
                 policy,
                 config.eval,
                 seed=config.seed,
+                timed=True,
             )
             results.append(dataclasses.asdict(result))
             records += examples
@@ -220,7 +246,10 @@ def compare(before: PolicyResult | dict, after: PolicyResult | dict, title: str)
         "depth/mean": "depth_mean",
         "completion/length": "completion_length",
     }
-    closing_table([(name, old[key], new[key]) for name, key in names.items()], title)
+    rows = [(name, old[key], new[key]) for name, key in names.items()]
+    shared = old["text"].keys() & new["text"].keys()
+    rows += [(name, old["text"][name], new["text"][name]) for name in sorted(shared)]
+    closing_table(rows, title)
 
 
 def print_generations(config: Config) -> None:

@@ -70,6 +70,12 @@ class FailureWatch:
     first_length: float = 0.0
     warned: set[str] = dataclasses.field(default_factory=set)
 
+    def state(self) -> dict[str, np.ndarray]:
+        return {"watch": np.asarray([self.best_accuracy, self.first_length], np.float64)}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        self.best_accuracy, self.first_length = (float(value) for value in state["watch"])
+
     def observe(self, step: int, accuracy: float, depth_fraction: float, length: float) -> None:
         self.best_accuracy = max(self.best_accuracy, accuracy)
         self.first_length = self.first_length or length

@@ -14,7 +14,6 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
-from jexit.model.policies import Sample
 from jexit.rollout import Rollouts, rollout
 from jexit.steps.completions import pad_completions
 from jexit.steps.rl import RLBatch, make_rl_step
@@ -33,6 +32,11 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
     pressure = Pressure(rl)
     watch = FailureWatch(stage.exit_layers[0] / layers)
+
+    def load_host_state(values: dict[str, np.ndarray]) -> None:
+        pressure.load(values)
+        watch.load(values)
+
     trainer = Trainer(
         config,
         workdir,
@@ -42,18 +46,17 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "depth/fraction": "depth/fraction",
             "reward/mean": "reward",
         },
-        host_state=pressure.state,
-        load_host_state=pressure.load,
+        host_state=lambda: pressure.state() | watch.state(),
+        load_host_state=load_host_state,
     )
     state = trainer.restore(new_state(split.trainable, stage.optimizer))
-    policy = Sample(jnp.float32(rl.hazard_temperature), jnp.float32(rl.min_hazard))
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         prompts = stage.prompts(step, config.batch_size)
         rollouts = rollout(
             split.decodable(state.trainable),
             prompts.tokens,
-            policy=policy,
+            policy=stage.law,
             max_new_tokens=rl.max_new_tokens,
             temperature=rl.temperature,
             eos_ids=tokenizer.eos_ids,
@@ -85,6 +88,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "depth_coef": prices.depth_coef,
             "length_coef": prices.length_coef,
             "rollout_seconds": rollouts.seconds,
+            "data/skipped": prompts.skipped,
         }
         metrics |= {f"task/{name}": value for name, value in task.text_metrics(texts).items()}
         return state, metrics | stage.learning_rates(step)

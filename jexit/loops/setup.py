@@ -58,8 +58,11 @@ def load_task(config: TaskConfig, split: str) -> Task:
     return task
 
 
-def make_policy(text: str, rows: int, columns: int, layers: int) -> Policy:
-    """The policy that a config names, for decoding `rows` completions of up to `columns` tokens."""
+def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = Sample()) -> Policy:
+    """The policy that a config names, for decoding `rows` completions of up to `columns` tokens.
+
+    `law` is what `sample` means: the temperature of the hazards and the floor under them.
+    """
     kind, argument = parse_policy(text)
     if kind == "fixed":
         if argument > layers:
@@ -70,4 +73,4 @@ def make_policy(text: str, rows: int, columns: int, layers: int) -> Policy:
         return Prescribed(jnp.full((rows, columns), argument, jnp.int32))
     if kind == "threshold":
         return Threshold(argument)
-    return Sample() if kind == "sample" else Full()
+    return law if kind == "sample" else Full()

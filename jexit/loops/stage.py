@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from jexit.config import Config
@@ -15,9 +16,10 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.io.metrics import write_json_atomic
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
-from jexit.loops.evaluate import compare, evaluate_policy, held_out
+from jexit.loops.evaluate import check_room, compare, evaluate_policy, held_out
 from jexit.loops.setup import load_model, load_task
 from jexit.loops.trainer import peak_memory
+from jexit.model.policies import Sample
 from jexit.report.plots import plot_training
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
@@ -43,7 +45,7 @@ class Stage:
         """Loads everything; `updates` is the number of optimiser steps of the whole run."""
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
-        check_prompts(task, tokenizer, config)
+        check_prompts(task, tokenizer, config, model.arch.max_positions)
         start_run(workdir, config.to_dict())
         full = config.lora.rank == 0
         optimizer = make_optimizer(config.optim, updates, parameter_labels(model, full=full))
@@ -71,6 +73,14 @@ class Stage:
             max_prompt_tokens=self.config.task.max_prompt_tokens,
             skip_long=self.config.task.skip_long,
         )
+
+    @property
+    def law(self) -> Sample:
+        """How tokens leave while the run samples and is measured."""
+        if self.config.command != "rl":
+            return Sample()
+        rl = self.config.rl
+        return Sample(jnp.float32(rl.hazard_temperature), jnp.float32(rl.min_hazard))
 
     def learning_rates(self, step: int) -> dict[str, Any]:
         optim, per_step = self.config.optim, self.updates // self.config.steps
@@ -104,6 +114,7 @@ class Stage:
             "sample",
             self.config.eval,
             seed=self.config.seed,
+            law=self.law,
         )
         return dataclasses.asdict(result)
 
@@ -120,20 +131,25 @@ class Stage:
             overwrite=True,
         )
         plots = plot_training(self.workdir)
-        compare(before, after, f"{self.config.task.name}, held out, sampled exits")
+        temperature = self.config.eval.temperature
+        tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
+        compare(before, after, f"{self.config.task.name}, held out, sampled exits, {tokens}")
         print(f"Wrote {self.workdir / 'model'} and {len(plots)} plots in {self.workdir / 'plots'}")
         memory = peak_memory()
         print(f"Peak memory: {', '.join(f'{gib:.2f} GiB ({n})' for n, gib in memory.items())}")
 
 
-def check_prompts(task: Task, tokenizer: Tokenizer, config: Config) -> None:
-    """Raises ValueError for a prompt over the limit before the run writes anything.
+def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:
+    """Raises ValueError for what is too long, before the run writes anything.
 
-    Looks at the held-out problems and, where the task is finite, at every training problem.
+    That is a prompt over the limit, or one that leaves a completion no room within the model's
+    `positions`. Looks at the held-out problems and, where the task is finite, at every training
+    problem.
     """
-    held_out(task, tokenizer, config, config.eval.problems)
+    _, held_out_prompts = held_out(task, tokenizer, config, config.eval.problems)
+    check_room(held_out_prompts, "eval", config.eval.max_new_tokens, positions)
     size = task.size("train")
-    prompt_batch(
+    batch = prompt_batch(
         task,
         tokenizer,
         split="train",
@@ -143,3 +159,5 @@ def check_prompts(task: Task, tokenizer: Tokenizer, config: Config) -> None:
         max_prompt_tokens=config.task.max_prompt_tokens,
         skip_long=config.task.skip_long,
     )
+    stage = "rl" if config.command == "rl" else "sft"
+    check_room(batch.tokens, stage, getattr(config, stage).max_new_tokens, positions)

@@ -89,10 +89,12 @@ def depth_cost_to_go(
     """Σ_{s ≥ t} depth_s/L over the number of action positions: what a token at t can still change.
 
     For causal credit: token t (whose own pass has depth_t) is charged for depths at and after it.
+    A row without action positions ran at full depth and costs 1, as in `rewards`.
     """
     cost = jnp.where(action_BC > 0, depth_fraction_BC, 0.0)
     to_go = jnp.flip(jnp.cumsum(jnp.flip(cost, 1), axis=1), 1)
-    return to_go / jnp.maximum(jnp.sum(action_BC, axis=1, keepdims=True), 1.0)
+    count = jnp.sum(action_BC, axis=1, keepdims=True)
+    return jnp.where(count > 0, to_go / jnp.maximum(count, 1.0), 1.0)
 
 
 def policy_loss_terms(

@@ -96,9 +96,14 @@ def make_rl_step(
         return values.reshape(-1, *values.shape[2:])
 
     def tempered(rows: Completions, hidden_BTD: Array) -> Array:
-        """Hidden states of the completion positions over the sampling temperature: [B, C, D]."""
+        """Hidden states of the completion positions over the sampling temperature: [B, C, D].
+
+        The sampler divides float32 logits; rounding the quotient to bfloat16 here would open a gap.
+        """
         hidden_BCD = rows.window(hidden_BTD)
-        return (hidden_BCD.astype(jnp.float32) / config.temperature).astype(hidden_BCD.dtype)
+        if config.temperature == 1.0:
+            return hidden_BCD
+        return hidden_BCD.astype(jnp.float32) / config.temperature
 
     def token_logprobs(head_VD: Array, hidden_BCD: Array, rows: Completions):
         tokens_BC = rows.completion_tokens_BC

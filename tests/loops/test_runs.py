@@ -198,8 +198,7 @@ def test_full_fine_tuning_keeps_a_second_copy_as_the_teacher(model_dir, tmp_path
     before, after = parameters(model_dir), parameters(tmp_path)
     assert set(before) == set(after)
     assert not np.array_equal(before["blocks.mlp.up.kernel"], after["blocks.mlp.up.kernel"])
-    rows = metrics(tmp_path)
-    assert rows[0]["kl/teacher"] == pytest.approx(rows[0]["kl/teacher"])
+    assert max(row["sampler_gap"] for row in metrics(tmp_path)) < 1e-4
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(
