@@ -25,7 +25,7 @@ def convert(source: str, target: str) -> str:
     from jexit.io.model_source import open_model
 
     model = open_model(source)
-    tokenizer = model.tokenizer()
+    model.find_tokenizer()
     weights = model.weights()
     count = 0
 
@@ -46,7 +46,7 @@ def convert(source: str, target: str) -> str:
             exit_layers=model.exit_layers,
             exit_head=model.exit_head,
             lora=model.lora,
-            tokenizer=tokenizer,
+            tokenizer=model.tokenizer,
             source=model.source,
         )
     arch = model.architecture

@@ -38,7 +38,7 @@ def export(
     from jexit.io.model_source import open_model
 
     model = open_model(source)
-    tokenizer = model.tokenizer()
+    model.find_tokenizer()
     if adapter == "peft" and model.lora is None:
         raise ValueError(f"{source} has no adapter to write; use --adapter=merge")
     if adapter == "merge" and base:
@@ -48,14 +48,14 @@ def export(
             reference = base or _published_base(model)
             if not reference:
                 (partial / "base").mkdir()
-                _write_checkpoint(partial / "base", model, tokenizer, {}, dtype)
+                _write_checkpoint(partial / "base", model, {}, dtype)
                 reference = str(pathlib.Path(target).absolute() / "base")
             huggingface.write_adapters(
                 partial, model.architecture, model.lora, model.adapters(), base=reference
             )
-            _write_tokenizer(partial, tokenizer)
+            _write_tokenizer(partial, model.tokenizer())
         else:
-            _write_checkpoint(partial, model, tokenizer, model.adapters(), dtype)
+            _write_checkpoint(partial, model, model.adapters(), dtype)
         if model.exit_layers:
             huggingface.write_exits(
                 partial, model.architecture, model.exit_layers, model.exit_head, model.exits()
@@ -78,7 +78,6 @@ def _published_base(model: ModelSource) -> str:
 def _write_checkpoint(
     directory: pathlib.Path,
     model: ModelSource,
-    tokenizer: Tokenizer,
     adapters: Mapping[str, np.ndarray],
     dtype: str,
 ) -> None:
@@ -89,6 +88,9 @@ def _write_checkpoint(
     dtypes = weights.dtypes()
     if dtype != "auto":
         dtypes = dict.fromkeys(dtypes, _dtype(dtype))
+    merged = _merged(weights.parameters(), adapters, model.lora, dtypes)
+    huggingface.write_weights(directory, model.architecture, dtypes, merged)
+    tokenizer = model.tokenizer()  # after the weights, which keeps memory low
     config = config_of_architecture(
         model.architecture,
         dtype=dtypes["embed.embedding"].name,
@@ -97,8 +99,6 @@ def _write_checkpoint(
         bos_id=tokenizer.backend.bos_token_id,
     )
     write_json(directory / "config.json", config)
-    merged = _merged(weights.parameters(), adapters, model.lora, dtypes)
-    huggingface.write_weights(directory, model.architecture, dtypes, merged)
     _write_tokenizer(directory, tokenizer)
 
 

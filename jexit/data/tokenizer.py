@@ -55,6 +55,23 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
+        path = cls.find(directory)
+        try:
+            backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # the library raises whatever its parsers raise
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"the tokenizer in {path} cannot be read ({reason}); "
+                "copy the checkpoint's tokenizer files again"
+            ) from error
+        return cls(backend, eos_ids=_configured_eos_ids(path), directory=path)
+
+    @staticmethod
+    def find(directory: str | os.PathLike[str]) -> pathlib.Path:
+        """The directory itself, once it is known to hold a tokenizer's files; reads none of them.
+
+        Raises FileNotFoundError when the directory or its tokenizer files are missing.
+        """
         path = pathlib.Path(directory)
         if not path.is_dir():
             raise FileNotFoundError(
@@ -68,15 +85,7 @@ class Tokenizer:
                 f"{path} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
                 "copy the tokenizer's files of the checkpoint into it"
             )
-        try:
-            backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except Exception as error:  # the library raises whatever its parsers raise
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"the tokenizer in {path} cannot be read ({reason}); "
-                "copy the checkpoint's tokenizer files again"
-            ) from error
-        return cls(backend, eos_ids=_configured_eos_ids(path), directory=path)
+        return path
 
     @property
     def vocab_size(self) -> int:

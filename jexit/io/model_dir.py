@@ -195,11 +195,14 @@ def write_model(
     exit_layers: tuple[int, ...],
     exit_head: ExitHeadSettings,
     lora: LoRA | None,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Callable[[], Tokenizer],
     base: str = "",
     source: str = "",
 ) -> None:
-    """Writes the files of a model directory into an existing one; `weights` come one at a time."""
+    """Writes the files of a model directory into an existing one; `weights` come one at a time.
+
+    A tokenizer to be called for is read after the weights are done, which keeps memory low.
+    """
     dtype = ""
     store = ArrayStore(directory / BASE)
     for path, array in weights:
@@ -210,6 +213,8 @@ def write_model(
         store = ArrayStore(directory / part)
         for path, array in arrays.items():
             store.write(path, np.asarray(array))
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = tokenizer()
     tokenizer.save(directory)
     write_eos_ids(directory, tokenizer)
     values: dict[str, Any] = {

@@ -101,9 +101,7 @@ class ModelSource:
 
     def tokenizer(self) -> Tokenizer:
         """The directory's tokenizer, or its base's when an adapter brings none."""
-        directory = self.directory
-        if not (directory / "tokenizer_config.json").exists() and directory != self.base:
-            directory = self.base
+        directory = self.find_tokenizer()
         tokenizer = Tokenizer.load(directory)
         tokenizer.eos_ids |= frozenset(self.eos_ids)
         if tokenizer.vocab_size > self.architecture.vocab_size:
@@ -112,6 +110,11 @@ class ModelSource:
                 f"{self.architecture.vocab_size} embeddings; use the model's own tokenizer"
             )
         return tokenizer
+
+    def find_tokenizer(self) -> pathlib.Path:
+        """Where the tokenizer lies; raises FileNotFoundError when it lacks files, reads none."""
+        own = (self.directory / "tokenizer_config.json").exists()
+        return Tokenizer.find(self.directory if own else self.base)
 
     def _stored(self, part: str) -> dict[str, np.ndarray]:
         return {name: array.astype(np.float32) for name, array in _store(self, part).items()}

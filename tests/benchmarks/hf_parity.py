@@ -10,7 +10,6 @@ Takes some minutes for a model of 0.5B parameters, and about ten bytes of memory
 import argparse
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -132,12 +131,13 @@ def claims(checkpoint: pathlib.Path, gsm8k: pathlib.Path, scratch: pathlib.Path)
 
 def convert(name: str, source: pathlib.Path, target: pathlib.Path) -> int:
     """Runs one conversion as its own process; returns its peak memory in bytes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     command = [sys.executable, "-m", f"convert.{name}", f"--source={source}", f"--target={target}"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    # The figure is the largest of all children so far: an upper bound for a later, smaller one.
-    return max(before, peak) * 1024
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"convert.{name} failed")
+    return usage.ru_maxrss * 1024
 
 
 def add(total: list[Any], found: Any, truth: np.ndarray) -> None:

@@ -278,3 +278,38 @@ def test_the_interval_is_wilsons():
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_completions_that_the_model_has_no_positions_for_are_refused_at_the_start(
+    model_dir, tmp_path
+):
+    for settings in ({"rl__max_new_tokens": 300}, {"eval__max_new_tokens": 300}):
+        with pytest.raises(ValueError, match=r"max_new_tokens is 300 .* model's 256 positions"):
+            run("rl", model_dir, tmp_path / "run", **settings)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_not_finished_holds_no_model(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="a run that has not finished"):
+        jexit.load(tmp_path)
+
+
+def test_a_run_is_measured_under_the_law_that_it_trains(model_dir, tmp_path):
+    """With a floor of 0.9 under the hazards nearly every token leaves at the first exit."""
+    settings = {"rl__min_hazard": 0.9, "steps": 1, "eval__problems": 4}
+    run("rl", model_dir, tmp_path, **settings)
+    before = json.loads((tmp_path / "before.json").read_text())
+    first_exit = before["depth_histogram"]["1"] / (before["tokens"] - before["problems"])
+    assert first_exit > 0.75
+
+
+def test_a_warning_survives_a_checkpoint():
+    from jexit.loops.pressure import FailureWatch
+
+    watch, resumed = FailureWatch(0.25), FailureWatch(0.25)
+    watch.observe(1, accuracy=0.8, depth_fraction=0.6, length=30.0)
+    resumed.load(watch.state())
+    resumed.observe(2, accuracy=0.1, depth_fraction=0.26, length=30.0)
+    assert len(resumed.warned) == 1

@@ -141,3 +141,12 @@ def test_decision_entropy_averages_to_the_entropy_of_the_law():
         [rloo.reached_decision_entropy(*log_hazards(z), jnp.int32(e)) for e in range(4)]
     )
     assert float(law @ per_exit) == pytest.approx(float(depth_entropy(jnp.log(law))), rel=1e-5)
+
+
+def test_a_completion_of_one_token_costs_its_full_depth_under_causal_credit_too():
+    """Its only pass runs every layer; free of charge, ending at once would be rewarded."""
+    depth_BC = jnp.asarray([[1.0, 0.0, 0.0], [1.0, 0.5, 0.25]])
+    action_BC = jnp.asarray([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    cost_BC = rloo.depth_cost_to_go(depth_BC, action_BC)
+    np.testing.assert_allclose(cost_BC[0], [1.0, 1.0, 1.0])
+    np.testing.assert_allclose(cost_BC[1], [0.375, 0.375, 0.125])
