@@ -1,0 +1,86 @@
+"""The shipped models: loadable by others, and able to do what they are shipped for."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+import jexit
+from jexit.tasks import make_task
+from tolerances import LOGITS
+
+ASSETS = pathlib.Path(jexit.__file__).parent / "assets"
+
+
+def problems(steps: str, count: int) -> list:
+    task = make_task("sums", steps=steps)
+    return [task.problem("test", index) for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The shipped trunk in transformers."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    return transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype="float32")
+
+
+def tokens_of(tokenizer, count: int = 16) -> np.ndarray:
+    """Right-padded prompts with their reference completions, and each one's length."""
+    rows = [
+        tokenizer.encode_prompt(p.prompt) + tokenizer.encode(p.completion)
+        for p in problems("mixed", count)
+    ]
+    tokens_BT = np.full((count, max(map(len, rows))), tokenizer.pad_id, np.int32)
+    for row, ids in enumerate(rows):
+        tokens_BT[row, : len(ids)] = ids
+    return tokens_BT, np.asarray([len(ids) for ids in rows], np.int32)
+
+
+def largest_difference(model, theirs, tokens_BT, lengths_B) -> float:
+    import torch
+
+    ours_BTV = np.asarray(jexit.forward(model, tokens_BT, lengths_B).logits_BTV)
+    with torch.no_grad():
+        theirs_BTV = theirs(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
+    real_BT = np.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    return float(np.abs(ours_BTV - theirs_BTV)[real_BT].max())
+
+
+def test_the_shipped_trunk_has_the_logits_and_the_text_that_transformers_gives(theirs):
+    import torch
+
+    model, tokenizer = jexit.load(ASSETS / "tiny")
+    tokens_BT, lengths_B = tokens_of(tokenizer)
+    assert largest_difference(model, theirs, tokens_BT, lengths_B) < LOGITS
+    prompt = "sum 3729518"
+    ids = torch.tensor([tokenizer.encode_prompt(prompt)])
+    expected = theirs.generate(ids, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
+    ours = jexit.generate(model, tokenizer, [prompt], max_new_tokens=48, temperature=0.0)
+    assert ours.tokens[0] == expected.tolist()
+
+
+def test_the_shipped_adapter_loads_in_peft_on_the_shipped_trunk():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    # peft changes the base in place, so it gets one of its own.
+    base = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype="float32")
+    theirs = peft.PeftModel.from_pretrained(base, ASSETS / "tiny-calibrated").eval()
+    model, tokenizer = jexit.load(ASSETS / "tiny-calibrated")
+    assert model.exit_layers == (1, 2, 3, 4, 6)
+    assert largest_difference(model, theirs, *tokens_of(tokenizer)) < LOGITS
+
+
+@pytest.mark.parametrize("steps", ["2", "3", "4", "5"])
+def test_the_shipped_trunk_takes_steps_of_every_size(steps):
+    """Greedy, all layers; the share that is right must be compatible with 98 %."""
+    model, tokenizer = jexit.load(ASSETS / "tiny")
+    task, asked = make_task("sums", steps=steps), problems(steps, 64)
+    prompts = [problem.prompt for problem in asked]
+    generation = jexit.generate(model, tokenizer, prompts, max_new_tokens=48, temperature=0.0)
+    pairs = zip(asked, generation.texts, strict=True)
+    assert sum(task.verify(problem, text).kind == "strict" for problem, text in pairs) >= 61
+
+
+def test_the_shipped_assets_are_small():
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*")) < 12e6
