@@ -144,7 +144,7 @@ def test_a_pickle_and_a_missing_tokenizer_are_refused(call, hf_dir, tmp_path_fac
     assert_refused(call(*arguments), "pickle", "pytorch_model.bin")
 
 
-def test_an_empty_and_a_corrupt_data_set_are_refused(call, hf_dir, tmp_path_factory):
+def test_an_empty_data_set_is_refused_whichever_split_it_is(call, hf_dir, tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     arguments = [
         config("rl.py"),
@@ -153,12 +153,12 @@ def test_an_empty_and_a_corrupt_data_set_are_refused(call, hf_dir, tmp_path_fact
         "--config.task.name=gsm8k",
         f"--config.task.path={data}",
     ]
-    for split in ("train", "test"):
-        (data / f"{split}.jsonl").write_text("")
-    assert_refused(call(*arguments), "gsm8k")
-    for split in ("train", "test"):
-        (data / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n{"quest')
-    assert_refused(call(*arguments), "train.jsonl", "2")
+    row = '{"question": "What is 1+1?", "answer": "#### 2"}\n'
+    for full in ((), ("train",), ("test",)):
+        for split in ("train", "test"):
+            (data / f"{split}.jsonl").write_text(row if split in full else "")
+        empty = "test" if full == ("train",) else "train"
+        assert_refused(call(*arguments), "gsm8k", f"no problem in its {empty} split")
 
 
 def test_as_a_command_it_exits_with_one_line_and_no_traceback(tmp_path):
