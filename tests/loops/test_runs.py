@@ -175,7 +175,7 @@ def test_calibration_lowers_both_parts_of_its_loss(model_dir, tmp_path):
         "sft",
         model_dir,
         tmp_path,
-        steps=30,
+        steps=60,
         batch_size=8,
         sft__pool=8,
         sft__generate_batch=8,
