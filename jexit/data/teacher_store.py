@@ -1,4 +1,4 @@
-"""Trajectories of the teacher, generated once and cached on disk."""
+"""Trajectories of the teacher, generated once and kept on disk batch by batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -22,30 +22,45 @@ class Trajectory:
 class TeacherStore:
     """One JSONL file per settings: whatever changes the trajectories changes the file's name.
 
-    The first line holds the settings. Files are written whole or not at all.
+    The first line holds the settings, each further one a generated batch. A line that a killed
+    process left unfinished is cut off when the file is opened, so generation continues there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]):
-        self._header = json.dumps(settings, sort_keys=True)
-        digest = hashlib.sha256(self._header.encode()).hexdigest()[:16]
+        header = json.dumps(settings, sort_keys=True)
+        digest = hashlib.sha256(header.encode()).hexdigest()[:16]
         self.path = pathlib.Path(directory) / f"{digest}.jsonl"
-
-    def read(self) -> list[Trajectory] | None:
-        """The cached trajectories; None when there are none, or the file is not whole."""
-        if not self.path.exists():
-            return None
-        header, *lines = self.path.read_text().splitlines()
-        if header != self._header:
-            return None
-        return [Trajectory(**json.loads(line)) for line in lines]
-
-    def write(self, trajectories: Iterable[Trajectory]) -> None:
-        lines = [self._header]
-        lines += [json.dumps(dataclasses.asdict(item)) for item in trajectories]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            partial.write_text("\n".join(lines) + "\n")
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        self._batches: list[list[Trajectory]] = []
+        whole = 0
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file):
+                    if not line.endswith(b"\n") or (number == 0 and line.decode() != header + "\n"):
+                        break
+                    if number:
+                        self._batches.append([Trajectory(**row) for row in json.loads(line)])
+                    whole += len(line)
+            os.truncate(self.path, whole)
+        if not whole:
+            self._append(header)
+
+    @property
+    def batches(self) -> int:
+        """How many batches are stored."""
+        return len(self._batches)
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [row for batch in self._batches for row in batch]
+
+    def append(self, batch: Sequence[Trajectory]) -> None:
+        """Stores the next batch; it may be empty."""
+        self._append(json.dumps([dataclasses.asdict(row) for row in batch]))
+        self._batches.append(list(batch))
+
+    def _append(self, line: str) -> None:
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -7,18 +7,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jexit.config import Config
+from jexit.data.buckets import LengthBuckets
 from jexit.data.teacher_store import TeacherStore, Trajectory
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import rollout
-from jexit.steps.completions import Completions, pad_completions
+from jexit.steps.completions import pad_completions
 from jexit.steps.sft import make_sft_step
-from jexit.steps.state import TrainState, new_state, step_key
+from jexit.steps.state import TrainState, fingerprint, new_state, step_key
 from jexit.tasks import Problem
 
 TEACHER_STREAM = 1  # of step_key: the teacher's own generations
@@ -28,6 +27,9 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     """Runs stage 1 and writes `WORKDIR/model`: base reference, adapters and exit heads."""
     stage = Stage.open(config, workdir, updates=config.steps)
     trajectories = teacher_trajectories(stage)
+    buckets = LengthBuckets(
+        [len(row.prompt) for row in trajectories], [len(row.completion) for row in trajectories]
+    )
     before = stage.measure_before()
     step_fn = make_sft_step(
         stage.split, stage.optimizer, config.sft, micro_batches=config.optim.accumulate
@@ -37,8 +39,17 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        batch = calibration_batch(config, trajectories, stage.tokenizer, step)
+        index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=config.batch_size)
+        rows = [trajectories[index] for index in index_B]
+        batch = pad_completions(
+            [row.prompt for row in rows],
+            [row.completion for row in rows],
+            stage.tokenizer.pad_id,
+            shape,
+        )
+        used = sum(len(row.prompt) + len(row.completion) for row in rows)
         state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
+        metrics["data/padding"] = 1.0 - used / batch.tokens_BT.size
         return state, metrics | stage.learning_rates(step)
 
     state = trainer.run(state, one_step)
@@ -46,41 +57,24 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     stage.finish(state, before)
 
 
-def calibration_batch(
-    config: Config, trajectories: list[Trajectory], tokenizer: Tokenizer, step: int
-) -> Completions:
-    """The rows of one step: epochs over the pool in an order drawn from (seed, epoch)."""
-    size, rows = len(trajectories), []
-    for position in range(step * config.batch_size, (step + 1) * config.batch_size):
-        epoch, place = divmod(position, size)
-        order = np.random.default_rng((config.seed, epoch)).permutation(size)
-        rows.append(trajectories[order[place]])
-    return pad_completions(
-        [row.prompt for row in rows], [row.completion for row in rows], tokenizer.pad_id
-    )
-
-
 def teacher_trajectories(stage: Stage) -> list[Trajectory]:
-    """`sft.pool` completions by the teacher (or the data set's own), from the cache if there."""
+    """`sft.pool` completions by the teacher (or the data set's own), those on disk not again."""
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
+    batch_size = min(sft.generate_batch, sft.pool)
+    batches = -(-sft.pool // batch_size)
     settings = {
-        "model": str(pathlib.Path(config.model.path)),
+        "model": fingerprint((split.fixed.teacher, split.fixed.frozen)),
         "task": dataclasses.asdict(config.task),
         "source": sft.trajectories,
         "pool": sft.pool,
+        "batch_size": batch_size,
         "temperature": sft.temperature,
         "max_new_tokens": sft.max_new_tokens,
         "seed": config.seed,
     }
     store = TeacherStore(stage.workdir / "teacher", settings)
-    cached = store.read()
-    if cached is not None:
-        return cached
-    batch_size = min(sft.generate_batch, sft.pool)
-    batches = -(-sft.pool // batch_size)
-    made: list[Trajectory] = []
-    with Progress(batches, description="teacher trajectories") as progress:
-        for step in range(batches):
+    with Progress(batches, start=store.batches, description="teacher trajectories") as progress:
+        for step in range(store.batches, batches):
             batch = stage.prompts(step, batch_size)
             if sft.trajectories == "dataset":
                 completions = dataset_completions(batch.problems, tokenizer, sft.max_new_tokens)
@@ -98,15 +92,14 @@ def teacher_trajectories(stage: Stage) -> list[Trajectory]:
                 completions = [result.completion(row) for row in range(result.rows)]
             pairs = zip(batch.tokens, completions, strict=True)
             # One token has no action position: nothing to calibrate.
-            made += [Trajectory(prompt, ids) for prompt, ids in pairs if len(ids) > 1]
-            progress.update(step + 1, trajectories=len(made))
-    made = made[: sft.pool]
+            store.append([Trajectory(prompt, ids) for prompt, ids in pairs if len(ids) > 1])
+            progress.update(step + 1)
+    made = store.trajectories[: sft.pool]
     if not made:
         raise ValueError(
             "the teacher's completions all end at once, so there is nothing to calibrate on; "
             "check the model and its chat template, or set config.sft.trajectories=dataset"
         )
-    store.write(made)
     return made
 
 

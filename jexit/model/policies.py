@@ -72,7 +72,7 @@ class Full(_NeverOnTheWay):
 
 @_policy
 class Prescribed(_NeverOnTheWay):
-    """Each token runs the given number of layers (1 … L); values beyond L mean L.
+    """Each token runs the given number of layers; values outside 1 … L are clipped to it.
 
     In `forward` one column an input position; in `generate` column i is for the pass that produces
     generated token i, and column 0 is ignored because the last prompt position runs full depth.

@@ -265,11 +265,44 @@ def forward(
     Shapes: tokens [B, T]; lengths [B] (None: all of T). Column t of `depth_BT` is the pass at input
     position t, which produces token t + 1. `adapters=False` is the teacher's trunk. `Sample` needs
     a PRNG `key`. Logits at padding mean nothing. For long sequences over a large vocabulary use
-    `run` with the ops of `jexit.kernels`, which never hold the logits.
+    `run` with the ops of `jexit.kernels`, which never hold the logits. Raises ValueError for tokens
+    outside the vocabulary, more positions than the model has, or lengths that do not fit.
     """
     tokens_BT = jnp.asarray(tokens_BT)
     lengths_B = None if lengths_B is None else jnp.asarray(lengths_B)
+    _check_input(model.arch, tokens_BT, lengths_B)
     return _forward(model, tokens_BT, lengths_B, policy, key, adapters=adapters)
+
+
+def _check_input(arch: Architecture, tokens_BT: TokensBT, lengths_B: LengthsB | None) -> None:
+    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
+        raise ValueError(
+            f"tokens have shape {tokens_BT.shape}; forward takes [batch, length], neither of them 0"
+        )
+    batch, length = tokens_BT.shape
+    if length > arch.max_positions:
+        raise ValueError(
+            f"tokens are {length} long and the model takes {arch.max_positions} positions; "
+            "shorten the sequences"
+        )
+    if lengths_B is not None and lengths_B.shape != (batch,):
+        raise ValueError(
+            f"lengths have shape {lengths_B.shape} for {batch} sequences; give one a sequence"
+        )
+    if not isinstance(tokens_BT, jax.core.Tracer):
+        low, high = int(tokens_BT.min()), int(tokens_BT.max())
+        if low < 0 or high >= arch.vocab_size:
+            raise ValueError(
+                f"tokens hold {low if low < 0 else high} and the model's vocabulary has "
+                f"{arch.vocab_size}; use the tokenizer that belongs to the model"
+            )
+    if lengths_B is not None and not isinstance(lengths_B, jax.core.Tracer):
+        low, high = int(lengths_B.min()), int(lengths_B.max())
+        if low < 1 or high > length:
+            raise ValueError(
+                f"lengths hold {low if low < 1 else high} for tokens of length {length}; they go "
+                f"from 1 to {length}"
+            )
 
 
 @nnx.jit(static_argnames="adapters")

@@ -61,13 +61,21 @@ class Completions:
 
 
 def pad_completions(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    shape: tuple[int, int] | None = None,
 ) -> Completions:
-    """Rows of token ids as arrays whose lengths come from a short ladder, against recompilation."""
+    """Rows of token ids as arrays of `shape` (T, C), which must hold them.
+
+    Without a shape T and C come from a short ladder of lengths, against recompilation.
+    """
     prompt_lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     lengths = np.asarray([len(completion) for completion in completions], np.int32)
-    width = bucket_length(int(lengths.max()))
-    total = bucket_length(int((prompt_lengths + lengths).max()))
+    total, width = shape or (
+        bucket_length(int((prompt_lengths + lengths).max())),
+        bucket_length(int(lengths.max())),
+    )
     tokens_BT = np.full((len(prompts), total), pad_id, np.int32)
     completion_BC = np.full((len(prompts), width), pad_id, np.int32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

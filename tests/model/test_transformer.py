@@ -227,3 +227,21 @@ def test_forward_takes_plain_lists_and_ragged_lengths(model):
     out = jexit.forward(model, np.asarray(tokens_BT), [4, 2])
     alone = jexit.forward(model, np.asarray([[5, 6]]))
     np.testing.assert_allclose(out.logits_BTV[1, :2], alone.logits_BTV[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([[1, 31]], None, "tokens hold 31 and the model's vocabulary has 31"),
+        ([[-1, 2]], None, "tokens hold -1"),
+        ([1, 2], None, r"tokens have shape \(2,\)"),
+        ([[]], None, r"tokens have shape \(1, 0\)"),
+        (np.zeros((1, 129), int), None, "tokens are 129 long and the model takes 128"),
+        ([[1, 2]], [3], "lengths hold 3 for tokens of length 2"),
+        ([[1, 2]], [0], "lengths hold 0"),
+        ([[1, 2]], [1, 2], r"lengths have shape \(2,\) for 1 sequences"),
+    ],
+)
+def test_forward_refuses_what_the_model_cannot_take(model, tokens, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        jexit.forward(model, tokens, lengths)
