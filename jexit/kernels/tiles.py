@@ -101,12 +101,6 @@ def logits(h: jax.Array, head_CD: jax.Array) -> jax.Array:
     return product(h, head_CD, (h.ndim - 1, 1))
 
 
-def first_index_of(max_N1: jax.Array, z_NC: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Smallest vocabulary index whose logit equals the row's maximum (vectorises, arg-max not)."""
-    index_C = start + jnp.arange(z_NC.shape[-1], dtype=jnp.int32)
-    return jnp.where(z_NC == max_N1, index_C, jnp.iinfo(jnp.int32).max).min(-1)
-
-
 def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk: int) -> Any:
     """Applies `function` to chunks of `arguments` (pytrees with the tokens as first axis).
 
@@ -167,47 +161,61 @@ def add(left: Partial, right: Partial) -> Partial:
     return jax.tree.map(jnp.add, left, right)
 
 
-def head_gradient(
-    function: Callable[..., tuple[jax.Array, jax.Array]],
+def gradients(
+    dlogits: Callable[..., tuple[jax.Array, jax.Array]],
     arguments: tuple[Any, ...],
     head_VD: jax.Array,
     chunks: Chunks,
-) -> tuple[jax.Array, jax.Array]:
-    """Gradient to hidden states and head.
+    head_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Gradients to hidden states and, unless `head_dtype` is None, to the head.
 
     Args:
-      function: `(start, size, *arguments of a chunk of tokens)` → (dh_ND, dhead_CD), both float32.
-      arguments: pytrees with the tokens as first axis.
-      head_VD: the head; its gradient has its type. A tile of it is summed over all tokens in
-        float32 before it is written.
+      dlogits: `(start, size, *arguments of a chunk of tokens)` → gradient of the loss to a tile's
+        logits dz_NC, and the tile of the head.
+      arguments: pytrees with the tokens as first axis; the first is the hidden states.
+      head_VD: the head.
       chunks: size of a tile.
+      head_dtype: type of the head's gradient. A tile of it is summed over all tokens in float32
+        before it is written.
 
     Returns:
-      dh_ND in float32, dhead_VD in the type of the head.
+      dh_ND in float32, dhead_VD in `head_dtype` or None.
     """
     tokens, vocab = _tokens(arguments), head_VD.shape[0]
     parts = _split(arguments, tokens, chunks.tokens)
 
-    def tile(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-        def step(dhead_CD: jax.Array, part: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-            dh_ND, dhead_part_CD = function(start, size, *part)
-            return dhead_CD + dhead_part_CD, dh_ND
+    def tile(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array | None]:
+        def step(
+            dhead_CD: jax.Array | None, part: tuple[Any, ...]
+        ) -> tuple[jax.Array | None, jax.Array]:
+            dz_NC, head_CD = dlogits(start, size, *part)
+            if dhead_CD is not None:
+                dhead_CD += product(dz_NC, part[0], (0, 0))
+            return dhead_CD, product(dz_NC, head_CD, (1, 0))
 
-        zeros_CD = jnp.zeros((size, head_VD.shape[1]), jnp.float32)
+        zeros_CD = None
+        if head_dtype is not None:
+            zeros_CD = jnp.zeros((size, head_VD.shape[1]), jnp.float32)
         dhead_CD, dh_SND = lax.scan(step, zeros_CD, parts)
         return dh_SND, dhead_CD
 
     def step(
-        start: jax.Array | int, size: int, carry: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+        start: jax.Array | int, size: int, carry: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array | None]:
         dh_SND, dhead_CD = tile(start, size)
-        dhead_CD = dhead_CD.astype(head_VD.dtype)
-        return carry[0] + dh_SND, lax.dynamic_update_slice_in_dim(carry[1], dhead_CD, start, 0)
+        dhead_VD = None
+        if dhead_CD is not None:
+            dhead_VD = lax.dynamic_update_slice_in_dim(
+                carry[1], dhead_CD.astype(head_dtype), start, 0
+            )
+        return carry[0] + dh_SND, dhead_VD
 
     chunk = min(chunks.vocab, vocab)
     full, rest = divmod(vocab, chunk)
     dh_shape = jax.eval_shape(lambda: tile(0, chunk)[0])
-    carry = (jnp.zeros(dh_shape.shape, jnp.float32), jnp.zeros_like(head_VD))
+    dhead_VD = None if head_dtype is None else jnp.zeros(head_VD.shape, head_dtype)
+    carry = (jnp.zeros(dh_shape.shape, jnp.float32), dhead_VD)
     carry = lax.fori_loop(0, full, lambda i, carry: step(i * chunk, chunk, carry), carry)
     if rest:
         carry = step(full * chunk, rest, carry)

@@ -1,0 +1,67 @@
+"""The op by tiles: statistics of each device's part of the vocabulary, merged and finished."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels.exit_kl import statistics
+from jexit.kernels.exit_kl.reference import ExitKL
+from jexit.kernels.exit_kl.statistics import Exit, Final
+from jexit.kernels.shards import Shards, fold
+
+
+class Statistics(NamedTuple):
+    """Of a part of the vocabulary: [N] of the final distribution, [E, N] of the exits'."""
+
+    final: Final
+    exits: Exit
+
+
+# (h_final_ND, h_exits_END, head_VD) → Statistics of one device's tokens and vocabulary
+Tiled = Callable[[jax.Array, jax.Array, jax.Array], Statistics]
+
+
+def exit_kl(
+    tiled: Tiled, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
+) -> ExitKL:
+    """See `jexit.kernels.exit_kl.api.exit_kl`."""
+    shards, tokens = Shards.current(), h_final_ND.shape[0]
+    shards.check_vocab("exit_kl", head_VD)
+
+    def local(h_final_ND: jax.Array, h_NED: jax.Array, head_VD: jax.Array) -> ExitKL:
+        part = tiled(h_final_ND, jnp.moveaxis(h_NED, 1, 0), head_VD)
+        start = shards.vocab_start(head_VD.shape[0])
+        part = Statistics(
+            part.final._replace(argmax=part.final.argmax + start),
+            part.exits._replace(argmax=part.exits.argmax + start),
+        )
+        kl_EN, entropy_N, logsumexp_N, agree_EN = statistics.finish(*shards.merged(part, merge))
+        return ExitKL(kl_EN.T, entropy_N, logsumexp_N, agree_EN.T)
+
+    out = shards.run(
+        local,
+        (
+            shards.pad_tokens(h_final_ND),
+            shards.pad_tokens(jnp.moveaxis(h_exits_END, 0, 1)),
+            head_VD,
+        ),
+        (shards.tokens, shards.tokens, shards.vocab),
+        shards.tokens,
+    )
+    kl_NE, entropy_N, logsumexp_N, agree_NE = jax.tree.map(lambda array: array[:tokens], out)
+    return ExitKL(kl_NE.T, entropy_N, logsumexp_N, agree_NE.T)
+
+
+def merge(left: Statistics, right: Statistics) -> Statistics:
+    """Of both parts, the left one first in the vocabulary."""
+    return Statistics(
+        statistics.merge_final(left.final, right.final),
+        statistics.merge_exit(left.exits, right.exits, left.final, right.final),
+    )
+
+
+def merge_all(parts: Statistics, count: int) -> Statistics:
+    """Of `count` parts along a new first axis of every array."""
+    return fold(parts, merge, count)

@@ -1,0 +1,105 @@
+"""Forward and backward by tiles: statistics going forward, the same tiles recomputed going back."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels.linear_kl import statistics
+from jexit.kernels.linear_kl.statistics import Finished
+from jexit.kernels.shards import Shards
+
+
+class Tiled(NamedTuple):
+    """An implementation by tiles, of one device's tokens and vocabulary.
+
+    Attributes:
+      statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` →
+        `Statistics` [N].
+      gradients: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, finished, g_N,
+        head_dtype)` → dh_ND in float32 and dhead_VD in `head_dtype`, or None where that is None.
+        Rows with g = 0 must give zeros.
+    """
+
+    statistics: Callable[..., statistics.Statistics]
+    gradients: Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+class _Static(NamedTuple):
+    tiled: Tiled
+    direction: str
+    shards: Shards
+
+
+def linear_kl(
+    tiled: Tiled,
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None,
+    direction: str,
+) -> jax.Array:
+    """See `jexit.kernels.linear_kl.api.linear_kl`."""
+    shards, tokens = Shards.current(), h_student_ND.shape[0]
+    shards.check_vocab("linear_kl", head_VD)
+    hidden = (shards.pad_tokens(h_student_ND), shards.pad_tokens(h_teacher_ND))
+    static = _Static(tiled, direction, shards)
+    return _linear_kl(static, *hidden, head_VD, head_teacher_VD)[:tokens]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
+    return _finished(static, *arguments).kl
+
+
+def _finished(static: _Static, *arguments: Any) -> Finished:
+    shards = static.shards
+
+    def local(*arguments: Any) -> Finished:
+        total = static.tiled.statistics(static.direction, *arguments)
+        return statistics.finish(shards.merged(total, lambda *pair: statistics.merge(*pair)[0]))
+
+    specs = (shards.tokens, shards.tokens, shards.vocab, shards.vocab)
+    return shards.run(local, arguments, specs, shards.tokens)
+
+
+def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Arguments are pairs of value and `perturbed`: whether that argument is differentiated."""
+    head_trains = arguments[2].perturbed
+    values = tuple(None if pair is None else pair.value for pair in arguments)
+    finished = _finished(static, *values)
+    return finished.kl, (values, finished, head_trains)
+
+
+def _backward(static: _Static, residuals: tuple[Any, ...], g_N: jax.Array) -> tuple[Any, ...]:
+    arguments, finished, head_trains = residuals
+    h_student_ND, _, head_VD, _ = arguments
+    shards = static.shards
+    head_dtype = None
+    if head_trains:  # devices' shares are summed in float32
+        head_dtype = jnp.float32 if shards.token_axes else head_VD.dtype
+
+    def local(*arguments: Any) -> tuple[jax.Array, jax.Array | None]:
+        *operands, finished, g_N = arguments
+        dh_ND, dhead_VD = static.tiled.gradients(
+            static.direction, *operands, finished, g_N, head_dtype
+        )
+        dhead_VD = None if dhead_VD is None else shards.sum_over_tokens(dhead_VD)
+        return shards.sum_over_vocab(dh_ND), dhead_VD
+
+    # A row that the loss masks out must not bring in its NaN.
+    h_student_ND = jnp.where((g_N != 0)[:, None], h_student_ND, 0)
+    tokens, vocab = shards.tokens, shards.vocab
+    dh_ND, dhead_VD = shards.run(
+        local,
+        (h_student_ND, *arguments[1:], finished, g_N),
+        (tokens, tokens, vocab, vocab, tokens, tokens),
+        (tokens, vocab),
+    )
+    dhead_VD = None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
+    return dh_ND.astype(h_student_ND.dtype), None, dhead_VD, None
+
+
+_linear_kl.defvjp(_forward, _backward, symbolic_zeros=True)

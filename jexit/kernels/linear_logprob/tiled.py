@@ -1,0 +1,116 @@
+"""Forward and backward by tiles: statistics going forward, the same tiles recomputed going back."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jexit.kernels.linear_logprob import statistics
+from jexit.kernels.linear_logprob.reference import LinearLogprob
+from jexit.kernels.linear_logprob.statistics import Finished
+from jexit.kernels.shards import Shards
+
+
+class Tiled(NamedTuple):
+    """An implementation by tiles, of one device's tokens and vocabulary.
+
+    Attributes:
+      statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Targets count from the first row
+        of this head and may lie outside of it.
+      gradients: `(h_ND, head_VD, targets_N, finished, g, head_dtype)` → dh_ND in float32 and
+        dhead_VD in `head_dtype`, or None where that is None. `g` is None where the loss does not
+        use an output. Rows whose g are all 0 must give zeros.
+    """
+
+    statistics: Callable[..., statistics.Statistics]
+    gradients: Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+class _Static(NamedTuple):
+    tiled: Tiled
+    shards: Shards
+
+
+def linear_logprob(
+    tiled: Tiled, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> LinearLogprob:
+    """See `jexit.kernels.linear_logprob.api.linear_logprob`."""
+    shards, tokens = Shards.current(), h_ND.shape[0]
+    shards.check_vocab("linear_logprob", head_VD)
+    out = _linear_logprob(
+        _Static(tiled, shards), shards.pad_tokens(h_ND), head_VD, shards.pad_tokens(targets_N)
+    )
+    return jax.tree.map(lambda array_N: array_N[:tokens], out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_logprob(
+    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> LinearLogprob:
+    return _finished(static, h_ND, head_VD, targets_N).out
+
+
+def _finished(
+    static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> Finished:
+    shards = static.shards
+
+    def local(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> Finished:
+        start = shards.vocab_start(head_VD.shape[0])
+        total = static.tiled.statistics(h_ND, head_VD, targets_N - start)
+        return statistics.finish(shards.merged(total, lambda *pair: statistics.merge(*pair)[0]))
+
+    specs = (shards.tokens, shards.vocab, shards.tokens)
+    return shards.run(local, (h_ND, head_VD, targets_N), specs, shards.tokens)
+
+
+def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
+    """Arguments are pairs of value and `perturbed`: whether that argument is differentiated."""
+    values = tuple(pair.value for pair in arguments)
+    finished = _finished(static, *values)
+    return finished.out, (values, finished, arguments[1].perturbed)
+
+
+def _backward(static: _Static, residuals: tuple[Any, ...], g: LinearLogprob) -> tuple[Any, ...]:
+    (h_ND, head_VD, targets_N), finished, head_trains = residuals
+    shards = static.shards
+    g, live_N = used(g)
+    head_dtype = None
+    if head_trains:  # devices' shares are summed in float32
+        head_dtype = jnp.float32 if shards.token_axes else head_VD.dtype
+
+    def local(
+        h_ND: jax.Array,
+        head_VD: jax.Array,
+        targets_N: jax.Array,
+        finished: Finished,
+        g: LinearLogprob,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        targets_N = targets_N - shards.vocab_start(head_VD.shape[0])
+        dh_ND, dhead_VD = static.tiled.gradients(h_ND, head_VD, targets_N, finished, g, head_dtype)
+        dhead_VD = None if dhead_VD is None else shards.sum_over_tokens(dhead_VD)
+        return shards.sum_over_vocab(dh_ND), dhead_VD
+
+    tokens, vocab = shards.tokens, shards.vocab
+    dh_ND, dhead_VD = shards.run(
+        local,
+        # A row that the loss masks out must not bring in its NaN.
+        (jnp.where(live_N[:, None], h_ND, 0), head_VD, targets_N, finished, g),
+        (tokens, vocab, tokens, tokens, tokens),
+        (tokens, vocab),
+    )
+    dhead_VD = None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
+    return dh_ND.astype(h_ND.dtype), dhead_VD, None
+
+
+_linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def used(g: LinearLogprob) -> tuple[LinearLogprob, jax.Array]:
+    """Cotangents with None for outputs that the loss does not use, and which rows have any."""
+    g = LinearLogprob(*(None if isinstance(g_N, SymbolicZero) else g_N for g_N in g))
+    live_N = jnp.any(jnp.stack([g_N != 0 for g_N in g if g_N is not None]), axis=0)
+    return g, live_N

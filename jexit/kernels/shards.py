@@ -1,0 +1,113 @@
+"""The vocabulary ops under a mesh: tokens over the data axes, vocabulary over the tensor axis.
+
+Each device computes the statistics of its tokens over its part of the vocabulary; the parts are a
+few numbers a token, gathered over the tensor axis and merged. In the backward pass each device
+recomputes its own tiles; the gradient to the hidden states is summed over the tensor axis, that to
+the head over the data axes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+TOKEN_AXES = ("data", "fsdp")
+VOCAB_AXIS = "tensor"
+
+Partial = TypeVar("Partial")
+
+
+class Shards(NamedTuple):
+    """How the mesh at hand divides an op; no axes mean one device, or a mesh that does not."""
+
+    mesh: AbstractMesh | None = None
+    token_axes: tuple[str, ...] = ()
+    vocab_axis: str | None = None
+
+    @classmethod
+    def current(cls) -> "Shards":
+        """From the mesh that `jax.set_mesh` has set; axes that are manual already are left out."""
+        mesh = jax.sharding.get_abstract_mesh()
+        divides = {
+            name
+            for name, size, kind in zip(
+                mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
+            )
+            if size > 1 and kind != AxisType.Manual
+        }
+        tokens = tuple(name for name in TOKEN_AXES if name in divides)
+        vocab = VOCAB_AXIS if VOCAB_AXIS in divides else None
+        return cls(mesh, tokens, vocab) if tokens or vocab else cls()
+
+    @property
+    def divides(self) -> bool:
+        return self.mesh is not None
+
+    @property
+    def tokens(self) -> P:
+        """Sharding of arrays whose first axis is the tokens."""
+        return P(self.token_axes or None)
+
+    @property
+    def vocab(self) -> P:
+        """Sharding of the head and of its gradient."""
+        return P(self.vocab_axis)
+
+    def pad_tokens(self, array: jax.Array, axis: int = 0) -> jax.Array:
+        """With zero rows until the devices' shares are equal."""
+        if not self.divides:
+            return array
+        parts = 1
+        for name in self.token_axes:
+            parts *= self.mesh.shape[name]
+        missing = -array.shape[axis] % parts
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, missing)
+        return jnp.pad(array, widths) if missing else array
+
+    def check_vocab(self, op: str, head_VD: jax.Array) -> None:
+        """Raises ValueError unless the vocabulary divides over the devices."""
+        if self.vocab_axis is None:
+            return
+        parts = self.mesh.shape[self.vocab_axis]
+        if head_VD.shape[0] % parts:
+            raise ValueError(
+                f"{op}: the head's {head_VD.shape[0]} rows do not divide over {parts} devices of "
+                f"the mesh axis {self.vocab_axis!r}; pad the vocabulary or take another mesh"
+            )
+
+    def run(self, function: Callable[..., Any], arguments: tuple, specs: tuple, out: Any) -> Any:
+        """`function(*arguments)`, on each device with its part where the mesh divides."""
+        if not self.divides:
+            return function(*arguments)
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False
+        )
+        return mapped(*arguments)
+
+    def vocab_start(self, rows: int) -> jax.Array | int:
+        """First vocabulary entry of this device's part of the head, which has `rows`."""
+        return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
+
+    def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
+        """Merges the devices' statistics, in the order of the vocabulary."""
+        if self.vocab_axis is None:
+            return part
+        parts = jax.lax.all_gather(part, self.vocab_axis)
+        return fold(parts, merge, self.mesh.shape[self.vocab_axis])
+
+    def sum_over_vocab(self, dh_ND: jax.Array) -> jax.Array:
+        return dh_ND if self.vocab_axis is None else jax.lax.psum(dh_ND, self.vocab_axis)
+
+    def sum_over_tokens(self, dhead_VD: jax.Array) -> jax.Array:
+        return jax.lax.psum(dhead_VD, self.token_axes) if self.token_axes else dhead_VD
+
+
+def fold(parts: Partial, merge: Callable[[Partial, Partial], Partial], count: int) -> Partial:
+    """Merges along the first axis of `parts`' arrays, which has `count` entries, in order."""
+    singles = [jax.tree.map(lambda array, i=i: array[i], parts) for i in range(count)]
+    return functools.reduce(merge, singles)
