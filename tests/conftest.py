@@ -1,13 +1,16 @@
-"""Settings that hold for every test: CPU floats, where the real checkpoint lies."""
+"""Settings that hold for every test: eight CPU devices, where the real checkpoint lies."""
 
 import os
 import pathlib
 
+import jax
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before JAX first looks for devices, and in this process only: commands that tests start see one.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Choice of an implementation: by name, or by the platform that the computation runs on.
+"""Choice of an implementation: by name, or by the platform that the computation is for.
 
 Each op owns one `Operation`. An implementation registers under a name and, if it is written for
 some platforms only, with those. No name picks for the platform at hand: what was registered for it
@@ -6,13 +6,46 @@ first, then what runs anywhere, and one that raises `NotImplementedError` (a sha
 does not cover) hands over to the next. A name runs that implementation or raises.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 ANYWHERE = ("cpu", "gpu", "tpu")
 ONLY_BY_NAME = ()
+
+
+class Target(NamedTuple):
+    """What is compiled for: a platform and JAX's name of the chip, such as `TPU v5 lite`."""
+
+    platform: str
+    device_kind: str
+
+
+_TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> Target:
+    """The chip of `compiling_for`, else the first device that this process has."""
+    chosen = _TARGET.get()
+    if chosen is not None:
+        return chosen
+    return Target(jax.default_backend(), jax.local_devices()[0].device_kind)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
+    """Picks implementations and tile sizes for a chip that this process need not have.
+
+    For compiling ahead of time: what is traced inside is for that chip.
+    """
+    token = _TARGET.set(Target(platform, device_kind))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 class Implementation(NamedTuple):
@@ -72,13 +105,13 @@ class Operation:
                     f"{', '.join(self.names)}"
                 )
             return self._implementations[implementation].function(*args, **kwargs)
-        refusals = []
-        for name in self.candidates(jax.default_backend()):
+        refusals, platform = [], target().platform
+        for name in self.candidates(platform):
             try:
                 return self._implementations[name].function(*args, **kwargs)
             except NotImplementedError as error:
                 refusals.append(f"{name}: {error}")
         raise NotImplementedError(
-            f"No implementation of {self.name} covers this call on {jax.default_backend()} "
+            f"No implementation of {self.name} covers this call on {platform} "
             f"({'; '.join(refusals) or 'none is registered for it'})"
         )

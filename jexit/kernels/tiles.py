@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jexit.kernels import dispatch
+
 Partial = TypeVar("Partial")
 
 HEAD_MIN_VOCAB = 128  # fewer rows would leave the matrix product idle
@@ -39,7 +41,7 @@ ACCELERATOR_TILE = Tile(1 << 22, 4096)
 
 
 def _tile() -> Tile:
-    return CPU_TILE if jax.default_backend() == "cpu" else ACCELERATOR_TILE
+    return CPU_TILE if dispatch.target().platform == "cpu" else ACCELERATOR_TILE
 
 
 def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:

@@ -10,7 +10,10 @@ import pytest
 from kernels import truth
 
 from jexit.kernels import ExitKL, exit_kl
-from jexit.kernels.exit_kl import xla
+from jexit.kernels.exit_kl import pallas_tpu, xla
+from jexit.kernels.tpu import BY_CHIP, Tile
+
+SMALL_TILE = Tile(tokens=4, vocab=32)
 
 
 def expected(h_final_ND: Any, h_exits_END: Any, head_VD: Any) -> ExitKL:
@@ -131,6 +134,24 @@ class TestXla(ExitKLCases):
 
 class TestXlaSmallTiles(ExitKLCases):
     op = staticmethod(partial(xla.exit_kl, chunk_tokens=4, chunk_vocab=32))
+
+
+class TestPallasTPU(ExitKLCases):
+    """Interpreted, with the tiles of a chip."""
+
+    op = staticmethod(partial(exit_kl, implementation="pallas_tpu"))
+
+    def test_default_tiles_that_do_not_divide(self) -> None:
+        """More tokens and more vocabulary than one default tile holds."""
+        exits_END, head_VD = truth.normal(1, 2, 300, 8), truth.normal(2, 1100, 8)
+        self.check(truth.normal(0, 300, 8), exits_END, head_VD, "float32")
+
+
+class TestPallasTPUSmallTiles(ExitKLCases):
+    @staticmethod
+    def op(h_final_ND: Any, h_exits_END: Any, head_VD: Any) -> ExitKL:
+        tile = SMALL_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else BY_CHIP
+        return pallas_tpu.exit_kl(h_final_ND, h_exits_END, head_VD, tile=tile)
 
 
 def test_no_gradient_passes() -> None:

@@ -10,7 +10,10 @@ import pytest
 from kernels import truth
 
 from jexit.kernels import linear_kl
-from jexit.kernels.linear_kl import xla
+from jexit.kernels.linear_kl import pallas_tpu, xla
+from jexit.kernels.tpu import BY_CHIP, Tile
+
+SMALL_TILE = Tile(tokens=4, vocab=32)
 
 DIRECTIONS = ("student_teacher", "teacher_student", "jeffreys")
 
@@ -270,6 +273,38 @@ class TestXlaSmallTiles(LinearKLCases):
             jax.lax.stop_gradient(head_teacher_VD),
             chunk_tokens=4,
             chunk_vocab=32,
+            **kwargs,
+        )
+
+
+class TestPallasTPU(LinearKLCases):
+    """Interpreted, with the tiles of a chip."""
+
+    op = staticmethod(partial(linear_kl, implementation="pallas_tpu"))
+
+    def test_default_tiles_that_do_not_divide(self) -> None:
+        """More tokens and more vocabulary than one default tile holds."""
+        student_ND, teacher_ND = (truth.normal(i, 300, 8) for i in (0, 1))
+        self.check(student_ND, teacher_ND, truth.normal(2, 1100, 8), "float32", "jeffreys")
+
+
+class TestPallasTPUSmallTiles(LinearKLCases):
+    @staticmethod
+    def op(
+        student_ND: Any,
+        teacher_ND: Any,
+        head_VD: Any,
+        *,
+        head_teacher_VD: Any = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        teacher_ND, head_teacher_VD = jax.lax.stop_gradient((teacher_ND, head_teacher_VD))
+        return pallas_tpu.linear_kl(
+            student_ND,
+            teacher_ND,
+            head_VD,
+            head_teacher_VD,
+            tile=SMALL_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else BY_CHIP,
             **kwargs,
         )
 

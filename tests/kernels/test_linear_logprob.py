@@ -10,7 +10,10 @@ import pytest
 from kernels import truth
 
 from jexit.kernels import LinearLogprob, linear_logprob
-from jexit.kernels.linear_logprob import xla
+from jexit.kernels.linear_logprob import pallas_tpu, xla
+from jexit.kernels.tpu import BY_CHIP, Tile
+
+SMALL_TILE = Tile(tokens=4, vocab=32)
 
 
 def expected(
@@ -208,6 +211,24 @@ class TestXlaSmallTiles(LinearLogprobCases):
     def op(h_ND: Any, head_VD: Any, targets_N: Any) -> LinearLogprob:
         targets_N = targets_N.astype(jnp.int32)
         return xla.linear_logprob(h_ND, head_VD, targets_N, chunk_tokens=4, chunk_vocab=32)
+
+
+class TestPallasTPU(LinearLogprobCases):
+    """Interpreted, with the tiles of a chip."""
+
+    op = staticmethod(partial(linear_logprob, implementation="pallas_tpu"))
+
+    def test_default_tiles_that_do_not_divide(self) -> None:
+        """More tokens and more vocabulary than one default tile holds."""
+        h_ND, head_VD = truth.normal(0, 600, 8), truth.normal(1, 1100, 8)
+        self.check(h_ND, head_VD, jnp.arange(600) + 450, "float32")
+
+
+class TestPallasTPUSmallTiles(LinearLogprobCases):
+    @staticmethod
+    def op(h_ND: Any, head_VD: Any, targets_N: Any) -> LinearLogprob:
+        tile = SMALL_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else BY_CHIP
+        return pallas_tpu.linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32), tile=tile)
 
 
 @pytest.mark.parametrize(

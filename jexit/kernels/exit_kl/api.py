@@ -4,12 +4,13 @@ import jax
 
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
-from jexit.kernels.exit_kl import reference, xla
+from jexit.kernels.exit_kl import pallas_tpu, reference, xla
 from jexit.kernels.exit_kl.reference import ExitKL
 
 OPERATION = Operation("exit_kl")
 OPERATION.register("reference", reference.exit_kl, platforms=ONLY_BY_NAME)
 OPERATION.register("xla", xla.exit_kl)
+OPERATION.register("pallas_tpu", pallas_tpu.exit_kl, platforms=("tpu",))
 
 
 def exit_kl(
@@ -28,7 +29,8 @@ def exit_kl(
       h_final_ND: final hidden states, after the final norm.
       h_exits_END: hidden states at the exits, after the final norm.
       head_VD: output head.
-      implementation: `None` (by platform), `"reference"` or `"xla"`.
+      implementation: `None` (by platform), `"reference"`, `"xla"` or `"pallas_tpu"` (interpreted
+        on a CPU).
 
     Returns:
       `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], arg-max

@@ -4,12 +4,13 @@ import jax
 
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
-from jexit.kernels.linear_kl import reference, xla
+from jexit.kernels.linear_kl import pallas_tpu, reference, xla
 from jexit.kernels.linear_kl.reference import DIRECTIONS, STUDENT_TEACHER
 
 OPERATION = Operation("linear_kl")
 OPERATION.register("reference", reference.linear_kl, platforms=ONLY_BY_NAME)
 OPERATION.register("xla", xla.linear_kl)
+OPERATION.register("pallas_tpu", pallas_tpu.linear_kl, platforms=("tpu",))
 
 
 def linear_kl(
@@ -37,7 +38,8 @@ def linear_kl(
       head_VD: output head.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
       head_teacher_VD: the teacher's own head, where it is not `head_VD`.
-      implementation: `None` (by platform), `"reference"` or `"xla"`.
+      implementation: `None` (by platform), `"reference"`, `"xla"` or `"pallas_tpu"` (interpreted
+        on a CPU).
 
     Raises:
       ValueError: for shapes that do not fit, an unknown direction or implementation.

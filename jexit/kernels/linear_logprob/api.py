@@ -5,12 +5,13 @@ import jax.numpy as jnp
 
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
-from jexit.kernels.linear_logprob import reference, xla
+from jexit.kernels.linear_logprob import pallas_tpu, reference, xla
 from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 OPERATION = Operation("linear_logprob")
 OPERATION.register("reference", reference.linear_logprob, platforms=ONLY_BY_NAME)
 OPERATION.register("xla", xla.linear_logprob)
+OPERATION.register("pallas_tpu", pallas_tpu.linear_logprob, platforms=("tpu",))
 
 
 def linear_logprob(
@@ -30,7 +31,8 @@ def linear_logprob(
       h_ND: final hidden states, after the final norm.
       head_VD: output head.
       targets_N: token ids. One that the vocabulary does not have gets log-probability −∞.
-      implementation: `None` (by platform), `"reference"` or `"xla"`.
+      implementation: `None` (by platform), `"reference"`, `"xla"` or `"pallas_tpu"` (interpreted
+        on a CPU).
 
     Returns:
       `LinearLogprob`: log-probability, entropy and log-sum-exp in nats, float32 [N].

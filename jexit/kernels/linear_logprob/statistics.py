@@ -103,7 +103,7 @@ def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: Finished) 
     p = jnp.exp(x - finished.log_sum)
     dz = jnp.zeros_like(p)
     if g.logprob_N is not None:
-        dz += g.logprob_N * (hit - p)
+        dz += g.logprob_N * (hit.astype(p.dtype) - p)
     if g.entropy_N is not None:
         dz -= g.entropy_N * p * (x - finished.mean)
     if g.logsumexp_N is not None:

@@ -1,5 +1,6 @@
 """Forward and backward by tiles: statistics going forward, the same tiles recomputed going back."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,5 +113,9 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 def used(g: LinearLogprob) -> tuple[LinearLogprob, jax.Array]:
     """Cotangents with None for outputs that the loss does not use, and which rows have any."""
     g = LinearLogprob(*(None if isinstance(g_N, SymbolicZero) else g_N for g_N in g))
-    live_N = jnp.any(jnp.stack([g_N != 0 for g_N in g if g_N is not None]), axis=0)
-    return g, live_N
+    return g, live(g)
+
+
+def live(g: LinearLogprob) -> jax.Array:
+    """Tokens of which the loss uses any output."""
+    return functools.reduce(jnp.logical_or, [g_N != 0 for g_N in g if g_N is not None])

@@ -145,8 +145,7 @@ def _gradients(
         finished, g = jax.tree.map(lambda array_N: array_N[:, None], (finished, g))
         hit_NC = _hits(targets_N - start, size)
         dz_NC = statistics.dlogits(tiles.logits(h_ND, head_CD), hit_NC, g, finished)
-        live_N1 = sum((g_N1 != 0) for g_N1 in g if g_N1 is not None) > 0
-        return jnp.where(live_N1, dz_NC, 0), head_CD
+        return jnp.where(tiled.live(g), dz_NC, 0), head_CD
 
     chunks = static.override(tiles.choose_head_chunks(h_ND.shape[0], head_VD.shape[0], 1))
     return tiles.gradients(dlogits, (h_ND, targets_N, finished, g), head_VD, chunks, head_dtype)

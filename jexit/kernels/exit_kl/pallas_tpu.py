@@ -1,0 +1,45 @@
+"""TPU kernel: a tile of the head meets the final and all exits' hidden states in VMEM."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import tpu
+from jexit.kernels.exit_kl import reference, statistics, tiled
+from jexit.kernels.exit_kl.reference import ExitKL
+from jexit.kernels.exit_kl.tiled import Statistics
+from jexit.kernels.tpu import BY_CHIP, Operands, Tile
+
+
+def exit_kl(
+    h_final_ND: jax.Array,
+    h_exits_END: jax.Array,
+    head_VD: jax.Array,
+    *,
+    tile: Tile = BY_CHIP,
+) -> ExitKL:
+    """See `jexit.kernels.exit_kl.api.exit_kl`; `tile` overrides the chip's table."""
+    if 0 in (h_final_ND.shape[0], h_exits_END.shape[0]):
+        return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
+    return tiled.exit_kl(partial(_statistics, tile), h_final_ND, h_exits_END, head_VD)
+
+
+def _statistics(
+    tile: Tile, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
+) -> Statistics:
+    def of_tile(blocks: Operands) -> Statistics:
+        h_final, h_exits = blocks.hidden
+        z_final_CT = blocks.logits(h_final[...])
+        index_CT = blocks.index(z_final_CT.shape)
+        final, of_final = statistics.of_final(z_final_CT, index_CT, axis=0)
+        exits = [
+            statistics.of_exit(blocks.logits(h_exits[e]), of_final, index_CT, axis=0)
+            for e in range(h_exits.shape[0])
+        ]
+        return Statistics(final, jax.tree.map(lambda *rows: jnp.concatenate(rows), *exits))
+
+    total = tpu.statistics(
+        of_tile, tiled.merge, Operands((h_final_ND, h_exits_END), (head_VD,)), tile
+    )
+    return Statistics(jax.tree.map(lambda array_1N: array_1N[0], total.final), total.exits)

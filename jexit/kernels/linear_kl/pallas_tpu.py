@@ -1,0 +1,78 @@
+"""TPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in VMEM."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import tpu
+from jexit.kernels.linear_kl import reference, statistics, tiled
+from jexit.kernels.linear_kl.reference import STUDENT_TEACHER
+from jexit.kernels.linear_kl.statistics import Finished, Statistics
+from jexit.kernels.tpu import BY_CHIP, Operands, Tile
+
+
+def linear_kl(
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None = None,
+    *,
+    direction: str = STUDENT_TEACHER,
+    tile: Tile = BY_CHIP,
+) -> jax.Array:
+    """See `jexit.kernels.linear_kl.api.linear_kl`; `tile` overrides the chip's table."""
+    arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
+    if h_student_ND.shape[0] == 0:
+        return reference.linear_kl(*arguments, direction=direction)
+    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    return tiled.linear_kl(kernels, *arguments, direction)
+
+
+def _operands(
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None,
+) -> Operands:
+    heads = (head_VD,) if head_teacher_VD is None else (head_VD, head_teacher_VD)
+    return Operands((h_student_ND, h_teacher_ND), heads)
+
+
+def _logits(blocks: Operands) -> tuple[jax.Array, jax.Array]:
+    """Of student and teacher, whose head is the last one."""
+    student, teacher = blocks.hidden
+    return blocks.logits(student[...]), blocks.logits(teacher[...], head=len(blocks.heads) - 1)
+
+
+def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
+    """As `tiled.Tiled.statistics` has it."""
+    total = tpu.statistics(
+        lambda blocks: statistics.of_tile(*_logits(blocks), direction, axis=0)[0],
+        lambda left, right: statistics.merge(left, right)[0],
+        _operands(*arrays),
+        tile,
+    )
+    return jax.tree.map(lambda array_1N: array_1N[0], total)
+
+
+def _gradients(
+    tile: Tile,
+    direction: str,
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None,
+    finished: Finished,
+    g_N: jax.Array,
+    head_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `tiled.Tiled.gradients` has it."""
+
+    def dlogits(blocks: Operands) -> jax.Array:
+        g_1T, finished = blocks.rows
+        dz_CT = g_1T * statistics.dlogits(*_logits(blocks), finished, direction)
+        return jnp.where(g_1T != 0, dz_CT, 0)
+
+    operands = _operands(h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
+    return tpu.gradients(dlogits, operands._replace(rows=(g_N, finished)), tile, head_dtype)

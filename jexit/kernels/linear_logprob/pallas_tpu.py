@@ -1,0 +1,63 @@
+"""TPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in VMEM."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import tpu
+from jexit.kernels.linear_logprob import reference, statistics, tiled
+from jexit.kernels.linear_logprob.reference import LinearLogprob
+from jexit.kernels.linear_logprob.statistics import Finished, Statistics
+from jexit.kernels.tpu import BY_CHIP, Operands, Tile
+
+
+def linear_logprob(
+    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
+) -> LinearLogprob:
+    """See `jexit.kernels.linear_logprob.api.linear_logprob`; `tile` overrides the chip's table."""
+    if h_ND.shape[0] == 0:
+        return reference.linear_logprob(h_ND, head_VD, targets_N)
+    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    return tiled.linear_logprob(kernels, h_ND, head_VD, targets_N)
+
+
+def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits, and where they are the targets'."""
+    z_CT = blocks.logits(blocks.hidden[0][...])
+    # A target beyond the vocabulary must not meet the last block's masked rows.
+    targets_1T = jnp.where(targets_1T < blocks.vocab, targets_1T, -1)
+    return z_CT, blocks.index(z_CT.shape) == targets_1T
+
+
+def _statistics(
+    tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> Statistics:
+    """As `tiled.Tiled.statistics` has it."""
+    total = tpu.statistics(
+        lambda blocks: statistics.of_tile(*_logits(blocks, blocks.rows), axis=0)[0],
+        lambda left, right: statistics.merge(left, right)[0],
+        Operands((h_ND,), (head_VD,), targets_N),
+        tile,
+    )
+    return jax.tree.map(lambda array_1N: array_1N[0], total)
+
+
+def _gradients(
+    tile: Tile,
+    h_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
+    finished: Finished,
+    g: LinearLogprob,
+    head_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `tiled.Tiled.gradients` has it."""
+
+    def dlogits(blocks: Operands) -> jax.Array:
+        targets_1T, finished, g = blocks.rows
+        z_CT, hit_CT = _logits(blocks, targets_1T)
+        return jnp.where(tiled.live(g), statistics.dlogits(z_CT, hit_CT, g, finished), 0)
+
+    operands = Operands((h_ND,), (head_VD,), (targets_N, finished, g))
+    return tpu.gradients(dlogits, operands, tile, head_dtype)
