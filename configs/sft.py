@@ -9,8 +9,9 @@ at 0.55 L with sampled exits over all kinds of prompt.
 
     python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
 
-Other presets calibrate on GSM8K from models/PRESET, which `convert.from_hf` writes. These settings
-have been tried on CPU for a few steps of the smallest preset; nobody has timed a whole run.
+Other presets calibrate on GSM8K from models/PRESET, which `convert.from_hf` writes. The smallest
+preset has been run on CPU for 24 steps with short completions (README.md has the options); nobody
+has timed a whole run with these settings.
 """
 
 from jexit.config import config_dict
@@ -42,6 +43,8 @@ def get_config(preset: str = "tiny"):
     config.task.name = "gsm8k"
     config.steps = 500
     config.batch_size = 16
+    config.optim.accumulate = 4
+    config.model.remat = "block"
     config.sft.max_new_tokens = 512
     config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
     config.optim.warmup_steps = 20

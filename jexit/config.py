@@ -161,6 +161,11 @@ class Config:
             raise ValueError(
                 f"config.sft.explore is {self.sft.explore}; it is a probability, 0 to 1"
             )
+        if not 0.0 <= self.pretrain.word_problems <= 1.0:
+            raise ValueError(
+                f"config.pretrain.word_problems is {self.pretrain.word_problems}; it is a share of "
+                "the text, 0 to 1"
+            )
         if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "

@@ -1,8 +1,8 @@
 """Architectures of the model families that jexit knows, by preset name.
 
 A checkpoint always brings its own numbers (`Architecture` is read from its config.json); this table
-serves configs that need the shape before there are weights, and checks that a checkpoint is the one
-that a preset means. Figures: the models' published config.json files.
+serves configs that need the shape before there are weights. Figures: the models' published
+config.json files.
 """
 
 from __future__ import annotations

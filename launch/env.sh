@@ -5,6 +5,7 @@
 #                  python3.12, python3.11 that is 3.11 to 3.13 and can make environments)
 #   JEXIT_EXTRAS   extras of pyproject.toml to install, comma-separated, in place of the ones chosen
 #                  for the accelerator found here; empty for none
+#   JEXIT_AOT      0 leaves out the compilers for absent accelerators, which tests use
 #
 # .venv/.jexit-stamp says what was installed: a hash of pyproject.toml, the checkout's place and the
 # extras. It is written last, so an environment without it is unfinished. While it matches, nothing
@@ -13,6 +14,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 stamp=$venv/.jexit-stamp
+aot=$root/.aot
 installing=$venv/.jexit-installing # left behind by an install that was killed
 
 say() { printf 'jexit: %s\n' "$*" >&2; }
@@ -154,4 +156,34 @@ ensure_env() { # ensure_env EXTRAS: returns with $venv/bin/python ready
   # Inside the lock: the one that held it before may have done the work.
   if ! up_to_date "$extras"; then install_env "$extras"; fi
   exec 9>&-
+}
+
+aot_requirements() { # what compiles for TPUs and for GPUs, at the releases of the installed JAX
+  "$venv/bin/python" - <<'PY'
+import importlib.metadata
+
+version = importlib.metadata.version("jax")
+extras = importlib.metadata.requires("jax")
+print(next(line.partition(";")[0] for line in extras if line.startswith("libtpu")).strip())
+print(f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}")
+PY
+}
+
+ensure_aot() { # puts them into .aot, apart from .venv: they would look for their hardware there
+  local wanted folder
+  [[ ${JEXIT_AOT:-1} != 0 ]] || return 0
+  if ! wanted=$(aot_requirements 2>/dev/null); then return 0; fi
+  [[ ! -r $aot/.stamp || $(<"$aot/.stamp") != "$wanted" ]] || return 0
+  say "installing compilers for TPUs and GPUs into .aot, for tests."
+  rm -rf "$aot"
+  for folder in tpu cuda; do
+    # shellcheck disable=SC2046 # a line holds several requirements
+    if ! "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
+      --no-deps --target "$aot/$folder" \
+      $(sed -n "$([[ $folder == tpu ]] && echo 1 || echo 2)p" <<<"$wanted") >&2; then
+      say "that failed for the reason above; tests that compile for ${folder^^} will be skipped."
+      rm -rf "${aot:?}/$folder"
+    fi
+  done
+  mkdir -p "$aot" && printf '%s\n' "$wanted" >"$aot/.stamp"
 }

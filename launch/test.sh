@@ -16,6 +16,7 @@ case ,$extras, in
   *) extras=$extras,dev ;;
 esac
 ensure_env "$extras"
+ensure_aot
 
 worker_count() {
   local cores memory_gib=8

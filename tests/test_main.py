@@ -98,6 +98,48 @@ def test_a_wrong_setting_of_rl_is_one_sentence(call, hf_dir, arguments, words):
     assert_refused(call(config("rl.py"), *own, *arguments), *words)
 
 
+def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
+    model = f"--config.model.path={ROOT / 'jexit/assets/tiny-calibrated'}"
+    assert_refused(
+        call(config("rl.py"), model, "--config.lora.rank=0"),
+        "adapters of rank 16",
+        "--adapter=merge",
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.pretrain.length=8", ["over the limit of 8"]),
+        ("--config.pretrain.word_problems=1.5", ["1.5", "0 to 1"]),
+    ],
+)
+def test_text_that_cannot_be_pretrained_on_leaves_nothing(call, argument, words):
+    path = f"--config.model.path={ROOT / 'jexit/assets/tiny'}"
+    assert_refused(call(config("pretrain.py"), path, argument), *words)
+
+
+def test_evaluation_samples_by_the_law_that_it_is_given(call, hf_dir):
+    """With a floor of nearly 1 under the hazards every token leaves at the first exit."""
+    depths = []
+    for floor in (0.0, 0.999999):
+        code, error, _ = call(
+            config("eval.py"),
+            f"--config.model.path={hf_dir}",
+            "--config.exits.layers=(1,2)",
+            "--config.eval.policies=('sample',)",
+            "--config.eval.problems=4",
+            "--config.eval.max_new_tokens=8",
+            f"--config.rl.min_hazard={floor}",
+            f"--workdir=floor-{floor}",
+        )
+        assert code == 0, error
+        run = json.loads(pathlib.Path(f"floor-{floor}/eval.json").read_text())["runs"][0]
+        depths.append(run["depth_mean"])
+    assert depths[0] > depths[1] + 1.0  # 3 layers; the first token always runs all of them
+    assert depths[1] < 1.5
+
+
 def test_no_config_and_an_unknown_preset_are_one_sentence(call):
     assert_refused(call(), "--config=configs/rl.py")
     assert_refused(call("--config=configs/nothing.py"), "nothing.py")

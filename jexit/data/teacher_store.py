@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ class Trajectory:
 class TeacherStore:
     """One JSONL file per settings: whatever changes the trajectories changes the file's name.
 
-    The first line holds the settings, each further one a generated batch. A line that a killed
-    process left unfinished is cut off when the file is opened, so generation continues there.
+    The first line holds the settings, each further one a generated batch, each after its checksum.
+    A line that a killed process left unfinished, or that was damaged since, is cut off with all
+    that follow when the file is opened: generation continues there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]):
@@ -36,10 +38,11 @@ class TeacherStore:
         if self.path.exists():
             with self.path.open("rb") as file:
                 for number, line in enumerate(file):
-                    if not line.endswith(b"\n") or (number == 0 and line.decode() != header + "\n"):
+                    text = _checked(line)
+                    if text is None or (number == 0 and text != header):
                         break
                     if number:
-                        self._batches.append([Trajectory(**row) for row in json.loads(line)])
+                        self._batches.append([Trajectory(**row) for row in json.loads(text)])
                     whole += len(line)
             os.truncate(self.path, whole)
         if not whole:
@@ -59,8 +62,15 @@ class TeacherStore:
         self._append(json.dumps([dataclasses.asdict(row) for row in batch]))
         self._batches.append(list(batch))
 
-    def _append(self, line: str) -> None:
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+    def _append(self, text: str) -> None:
+        with self.path.open("ab") as file:
+            file.write(b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _checked(line: bytes) -> str | None:
+    """A line without its checksum; None when it is not whole."""
+    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+    whole = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text)
+    return text.decode() if whole else None

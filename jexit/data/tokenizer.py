@@ -53,6 +53,8 @@ class Tokenizer:
         Raises FileNotFoundError when the directory or its tokenizer files are missing, ValueError
         when they cannot be read.
         """
+        # Without PyTorch, transformers says so on stderr whenever it is imported.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         path = cls.find(directory)

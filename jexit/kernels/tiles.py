@@ -1,8 +1,7 @@
 """Walks over chunks of tokens and tiles of the vocabulary, for the chunked XLA implementations.
 
-Token chunks are strided (chunk i takes tokens i, i + n, i + 2n, …), so that tokens sharded over
-devices stay where they are: each chunk holds an equal share of every device's rows. The vocabulary
-is cut into equal tiles and one smaller last tile, so that the head is neither padded nor masked.
+The vocabulary is cut into equal tiles and one smaller last tile, so that the head is neither padded
+nor masked.
 """
 
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from jax import lax
 from jexit.kernels import dispatch
 
 Partial = TypeVar("Partial")
-
-HEAD_MIN_VOCAB = 128  # fewer rows would leave the matrix product idle
 
 
 class Chunks(NamedTuple):
@@ -48,12 +45,6 @@ def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
     """Tile for `sets` hidden states a token: few chunks of tokens, each of which reads the head."""
     chunk_vocab = min(vocab, _tile().vocab)
     return _with_tokens(chunk_vocab, tokens, sets)
-
-
-def choose_head_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
-    """Tile for the gradient to the head: all tokens where they fit, to read the head once."""
-    chunk_vocab = max(HEAD_MIN_VOCAB, _tile().size // (sets * max(tokens, 1)))
-    return _with_tokens(min(chunk_vocab, _tile().vocab, vocab), tokens, sets)
 
 
 def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
@@ -127,16 +118,13 @@ def _split(tree: Any, tokens: int, chunk: int) -> Any:
     def split(array: jax.Array) -> jax.Array:
         missing = steps * rows - tokens
         array = jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
-        return array.reshape(rows, steps, *array.shape[1:]).swapaxes(0, 1)
+        return array.reshape(steps, rows, *array.shape[1:])
 
     return jax.tree.map(split, tree)
 
 
 def _join(tree: Any, tokens: int) -> Any:
-    def join(parts: jax.Array) -> jax.Array:
-        return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[:tokens]
-
-    return jax.tree.map(join, tree)
+    return jax.tree.map(lambda parts: parts.reshape(-1, *parts.shape[2:])[:tokens], tree)
 
 
 def over_vocab(
@@ -186,39 +174,34 @@ def gradients(
     """
     tokens, vocab = _tokens(arguments), head_VD.shape[0]
     parts = _split(arguments, tokens, chunks.tokens)
+    steps, rows = jax.tree.leaves(parts)[0].shape[:2]
+    Carry = tuple[jax.Array, jax.Array | None]
 
-    def tile(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array | None]:
-        def step(
-            dhead_CD: jax.Array | None, part: tuple[Any, ...]
-        ) -> tuple[jax.Array | None, jax.Array]:
+    def of_tile(start: jax.Array | int, size: int, carry: Carry) -> Carry:
+        def of_part(carry: Carry, numbered: tuple[jax.Array, Any]) -> tuple[Carry, None]:
+            (dh_SND, dhead_CD), (step, part) = carry, numbered
             dz_NC, head_CD = dlogits(start, size, *part)
+            dh_SND = dh_SND.at[step].add(product(dz_NC, head_CD, (1, 0)))
             if dhead_CD is not None:
                 dhead_CD += product(dz_NC, part[0], (0, 0))
-            return dhead_CD, product(dz_NC, head_CD, (1, 0))
+            return (dh_SND, dhead_CD), None
 
-        zeros_CD = None
-        if head_dtype is not None:
-            zeros_CD = jnp.zeros((size, head_VD.shape[1]), jnp.float32)
-        dhead_CD, dh_SND = lax.scan(step, zeros_CD, parts)
-        return dh_SND, dhead_CD
-
-    def step(
-        start: jax.Array | int, size: int, carry: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[jax.Array, jax.Array | None]:
-        dh_SND, dhead_CD = tile(start, size)
-        dhead_VD = None
-        if dhead_CD is not None:
+        dh_SND, dhead_VD = carry
+        dhead_CD = None
+        if dhead_VD is not None:
+            dhead_CD = jnp.zeros((size, head_VD.shape[1]), jnp.float32)
+        (dh_SND, dhead_CD), _ = lax.scan(of_part, (dh_SND, dhead_CD), (jnp.arange(steps), parts))
+        if dhead_VD is not None:
             dhead_VD = lax.dynamic_update_slice_in_dim(
-                carry[1], dhead_CD.astype(head_dtype), start, 0
+                dhead_VD, dhead_CD.astype(head_dtype), start, 0
             )
-        return carry[0] + dh_SND, dhead_VD
+        return dh_SND, dhead_VD
 
     chunk = min(chunks.vocab, vocab)
     full, rest = divmod(vocab, chunk)
-    dh_shape = jax.eval_shape(lambda: tile(0, chunk)[0])
-    dhead_VD = None if head_dtype is None else jnp.zeros(head_VD.shape, head_dtype)
-    carry = (jnp.zeros(dh_shape.shape, jnp.float32), dhead_VD)
-    carry = lax.fori_loop(0, full, lambda i, carry: step(i * chunk, chunk, carry), carry)
+    dh_SND = jnp.zeros((steps, rows, arguments[0].shape[1]), jnp.float32)
+    carry = (dh_SND, None if head_dtype is None else jnp.zeros(head_VD.shape, head_dtype))
+    carry = lax.fori_loop(0, full, lambda i, carry: of_tile(i * chunk, chunk, carry), carry)
     if rest:
-        carry = step(full * chunk, rest, carry)
+        carry = of_tile(full * chunk, rest, carry)
     return _join(carry[0], tokens), carry[1]

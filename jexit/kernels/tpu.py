@@ -129,6 +129,7 @@ def statistics(
         kernel,
         operands,
         vocab_first=False,
+        products=0,
         out_specs=[*map(spec, shapes)],
         out_shape=[*map(out, shapes)],
     )
@@ -180,6 +181,7 @@ def _to_hidden(
         kernel,
         operands,
         vocab_first=False,
+        products=1,
         out_specs=pl.BlockSpec((layout.tile.tokens, width), lambda t, v: (t, 0)),
         out_shape=jax.ShapeDtypeStruct((layout.padded, width), jnp.float32),
     )
@@ -214,6 +216,7 @@ def _to_head(
         kernel,
         operands,
         vocab_first=True,
+        products=1,
         out_specs=pl.BlockSpec(block, lambda v, t: (v, 0)),
         out_shape=jax.ShapeDtypeStruct(head_VD.shape, dtype),
         scratch_shapes=[pltpu.VMEM(block, jnp.float32)],
@@ -280,12 +283,14 @@ class _Layout(NamedTuple):
         operands: Operands,
         *,
         vocab_first: bool,
+        products: int,
         out_specs: Any,
         out_shape: Any,
         scratch_shapes: Any = (),
     ) -> Any:
         """Runs the kernel over a parallel and an accumulating grid axis.
 
+        `products` counts its matrix products beyond those for the logits.
         On a CPU the kernel is interpreted, which is for tests. Raises NotImplementedError on any
         other platform that is not a TPU.
         """
@@ -320,12 +325,30 @@ class _Layout(NamedTuple):
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes()
             ),
+            cost_estimate=self._cost(operands, products, vocab_first),
             interpret=platform == "cpu",
         )
         return function(
             *(_pad(h, tokens, -2) for h in operands.hidden),
             *operands.heads,
             *(_pad(row_N[None], tokens, 1) for row_N in rows),
+        )
+
+    def _cost(self, operands: Operands, products: int, vocab_first: bool) -> pl.CostEstimate:
+        """For XLA's scheduler: the head is read once a tile of tokens, or the tokens a tile."""
+        hidden = sum(h.size * h.dtype.itemsize for h in operands.hidden)
+        heads = sum(head.size * head.dtype.itemsize for head in operands.heads)
+        token_tiles, vocab_tiles = (
+            self.padded // self.tile.tokens,
+            -(-self.vocab // self.tile.vocab),
+        )
+        width = sum(h.size // h.shape[-2] for h in operands.hidden)
+        return pl.CostEstimate(
+            flops=2 * self.tokens * self.vocab * (width + products * operands.heads[0].shape[1]),
+            transcendentals=self.tokens * self.vocab * width // operands.hidden[0].shape[-1],
+            bytes_accessed=hidden * vocab_tiles + heads
+            if vocab_first
+            else hidden + heads * token_tiles,
         )
 
 

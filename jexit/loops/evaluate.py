@@ -15,7 +15,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
-from jexit.loops.setup import load_model, load_task, make_policy
+from jexit.loops.setup import load_model, load_task, make_policy, sampling_law
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate, rollout
@@ -200,6 +200,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
                 policy,
                 config.eval,
                 seed=config.seed,
+                law=sampling_law(config),
                 timed=True,
             )
             results.append(dataclasses.asdict(result))
@@ -263,7 +264,9 @@ def print_generations(config: Config) -> None:
         model,
         tokenizer,
         g.prompts,
-        policy=make_policy(g.policy, len(g.prompts), g.max_new_tokens, layers),
+        policy=make_policy(
+            g.policy, len(g.prompts), g.max_new_tokens, layers, sampling_law(config)
+        ),
         max_new_tokens=g.max_new_tokens,
         temperature=g.temperature,
         top_p=g.top_p,

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.config import Config, check_exits
-from jexit.data.loader import text_batch
+from jexit.data.loader import TextBatch, text_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
@@ -63,6 +63,18 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     separators = [tokenizer.encode(text) for text in RESULT_GROUPS.values()]
     assert all(len(ids) == 1 for ids in separators), "separators must be single tokens"
 
+    def batch_of(step: int) -> TextBatch:
+        return text_batch(
+            mixture,
+            tokenizer,
+            seed=config.seed,
+            step=step,
+            batch_size=config.batch_size,
+            length=config.pretrain.length,
+            prompt_weight=config.pretrain.prompt_loss,
+        )
+
+    batch_of(0)  # a length that is too short stops the run before it writes anything
     start_run(workdir, config.to_dict())
     split = split_model(model, full=True, keep_teacher=False)
     optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=True))
@@ -83,15 +95,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     rate = schedule(config.optim, config.optim.full_lr, config.steps)
 
     def one_step(state, step):
-        batch = text_batch(
-            mixture,
-            tokenizer,
-            seed=config.seed,
-            step=step,
-            batch_size=config.batch_size,
-            length=config.pretrain.length,
-            prompt_weight=config.pretrain.prompt_loss,
-        )
+        batch = batch_of(step)
         previous_BT = np.roll(batch.tokens_BT, 1, axis=1)
         group_BT = np.zeros_like(batch.tokens_BT)
         for number, (separator,) in enumerate(separators, start=1):

@@ -28,7 +28,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
                 rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
             )
     model = config.model
-    return load(
+    loaded, tokenizer = load(
         model.path,
         dtype=model.dtype,
         exit_layers=config.exits.layers,
@@ -38,6 +38,19 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
         seed=config.seed,
         **settings,
     )
+    if trains and config.lora.rank == 0 and loaded.lora is not None:
+        raise ValueError(
+            f"{model.path} holds LoRA adapters of rank {loaded.lora.rank} and config.lora.rank=0 "
+            "trains the trunk itself; merge them first (python -m convert.to_hf --adapter=merge) "
+            f"or set config.lora.rank={loaded.lora.rank}"
+        )
+    return loaded, tokenizer
+
+
+def sampling_law(config: Config) -> Sample:
+    """How tokens leave under `sample`: with the temperature and the floor of `config.rl`."""
+    rl = config.rl
+    return Sample(jnp.float32(rl.hazard_temperature), jnp.float32(rl.min_hazard))
 
 
 def load_task(config: TaskConfig, split: str) -> Task:

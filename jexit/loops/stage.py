@@ -7,7 +7,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from jexit.config import Config
@@ -17,7 +16,7 @@ from jexit.io.metrics import write_json_atomic
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.evaluate import check_room, compare, evaluate_policy, held_out
-from jexit.loops.setup import load_model, load_task
+from jexit.loops.setup import load_model, load_task, sampling_law
 from jexit.loops.trainer import peak_memory
 from jexit.model.policies import Sample
 from jexit.report.plots import plot_training
@@ -77,10 +76,7 @@ class Stage:
     @property
     def law(self) -> Sample:
         """How tokens leave while the run samples and is measured."""
-        if self.config.command != "rl":
-            return Sample()
-        rl = self.config.rl
-        return Sample(jnp.float32(rl.hazard_temperature), jnp.float32(rl.min_hazard))
+        return sampling_law(self.config) if self.config.command == "rl" else Sample()
 
     def learning_rates(self, step: int) -> dict[str, Any]:
         optim, per_step = self.config.optim, self.updates // self.config.steps

@@ -37,8 +37,8 @@ class Trainer:
     """Drives `one_step` from the newest checkpoint to `config.steps`.
 
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
-    the log. `shown` maps metric names to the short names of the progress bar. `carry` and
-    `load_carry` save and restore what a loop keeps on the host besides the state.
+    the log. `shown` maps metric names to the short names of the progress bar. `host_state` and
+    `load_host_state` save and restore what a loop keeps on the host besides the state.
     """
 
     config: Config

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jexit.axes import Array, Float, Int
+from jexit.axes import Array, Bool, Float, Int
 from jexit.losses.masked import masked_mean
 
 
@@ -83,18 +83,30 @@ def group_advantages(
     return jnp.where(keep > 0, advantage, 0.0).reshape(rewards_B.shape)
 
 
-def depth_cost_to_go(
-    depth_fraction_BC: Float[Array, "B C"], action_BC: Float[Array, "B C"]
+def causal_depth_cost(
+    depth_fraction_BC: Float[Array, "B C"],
+    action_BC: Float[Array, "B C"],
+    rollouts: int,
+    keep_B: Bool[Array, "B"] | None = None,
 ) -> Float[Array, "B C"]:
-    """Σ_{s ≥ t} depth_s/L over the number of action positions: what a token at t can still change.
+    """Mean depth/L of a row, less what was spent before each token: Σ_s d_s / n − Σ_{s<t} d_s / n̄.
 
     For causal credit: token t (whose own pass has depth_t) is charged for depths at and after it.
-    A row without action positions ran at full depth and costs 1, as in `rewards`.
+    n is the row's number of action positions, n̄ the mean number of the prompt's other rows: the
+    row's own n depends on what it does later, so that Σ_{s<t} d_s / n is no baseline and would
+    reward ending the text. Where all rows are equally long this is Σ_{s≥t} d_s / n. A row without
+    action positions ran at full depth and costs 1, as in `rewards`.
     """
-    cost = jnp.where(action_BC > 0, depth_fraction_BC, 0.0)
-    to_go = jnp.flip(jnp.cumsum(jnp.flip(cost, 1), axis=1), 1)
-    count = jnp.sum(action_BC, axis=1, keepdims=True)
-    return jnp.where(count > 0, to_go / jnp.maximum(count, 1.0), 1.0)
+    cost_BC = jnp.where(action_BC > 0, depth_fraction_BC, 0.0)
+    count_B = jnp.sum(action_BC, axis=1)
+    total_B = jnp.where(count_B > 0, jnp.sum(cost_BC, axis=1) / jnp.maximum(count_B, 1.0), 1.0)
+    keep_B = jnp.ones_like(count_B) if keep_B is None else keep_B.astype(jnp.float32)
+    kept_PG, keep_PG = (x.reshape(-1, rollouts) for x in (keep_B * count_B, keep_B))
+    others_B = (kept_PG.sum(1, keepdims=True) - kept_PG).ravel()
+    others_B /= jnp.maximum((keep_PG.sum(1, keepdims=True) - keep_PG).ravel(), 1.0)
+    before_BC = jnp.cumsum(cost_BC, axis=1) - cost_BC
+    usual_B1 = others_B[:, None]
+    return total_B[:, None] - jnp.where(usual_B1 > 0, before_BC / jnp.maximum(usual_B1, 1e-6), 0.0)
 
 
 def policy_loss_terms(

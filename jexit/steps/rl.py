@@ -15,7 +15,7 @@ from jexit.kernels import linear_kl, linear_logprob
 from jexit.losses.masked import masked_mean, masked_sum
 from jexit.losses.rloo import (
     Reward,
-    depth_cost_to_go,
+    causal_depth_cost,
     group_advantages,
     k3,
     loss_weights,
@@ -140,7 +140,9 @@ def make_rl_step(
                 reward.total_B, config.rollouts, config.advantage, keep_B
             )
             return jnp.broadcast_to(advantage_B[:, None], (advantage_B.shape[0], width))
-        cost_BC = prices.depth_coef * depth_cost_to_go(batch.depth_BC / layers, action_BC)
+        cost_BC = prices.depth_coef * causal_depth_cost(
+            batch.depth_BC / layers, action_BC, config.rollouts, keep_B
+        )
         rest_B = reward.total_B - reward.depth_B
         return group_advantages(
             rest_B[:, None] - cost_BC, config.rollouts, config.advantage, keep_B

@@ -150,6 +150,8 @@ def against_hugging_face(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.checkpoint, dtype=torch.float32
     ).eval()
+    # None in a call means: take the model's own.
+    theirs.generation_config.eos_token_id = None
     new = arguments.new_tokens
     print(f"\nagainst Hugging Face generate, float32, greedy, {new} new tokens, {threads} threads")
     print(
@@ -189,6 +191,7 @@ def against_hugging_face(
                 ),
             )
             tokens["theirs"] = out[:, ids.shape[1] :].numpy()
+            assert tokens["theirs"].shape[1] == new, "transformers stopped at an end token"
 
         seconds = in_turns({"ours": ours, "theirs": hugging_face}, arguments.repeats)
         mine, other = (np.median(seconds[name], axis=0) for name in ("ours", "theirs"))

@@ -43,6 +43,18 @@ def test_a_file_cut_at_any_byte_continues_from_its_whole_batches(tmp_path):
         assert store.path.read_bytes() == data
 
 
+def test_a_damaged_byte_costs_its_batch_and_those_after_it(tmp_path):
+    path = filled(tmp_path).path
+    data = bytearray(path.read_bytes())
+    start = data.index(b"\n") + 1
+    second = data.index(b"\n", start) + 1
+    for position in range(start, second):
+        damaged = data.copy()
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        assert TeacherStore(tmp_path, SETTINGS).batches == 0
+
+
 @pytest.mark.parametrize("content", [b"{}\n[]\n", b"not settings\n"])
 def test_a_strange_header_starts_anew(tmp_path, content):
     path = filled(tmp_path).path

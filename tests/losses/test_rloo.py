@@ -73,14 +73,6 @@ def test_rewards_by_hand():
     )
 
 
-def test_cost_to_go_starts_at_the_mean_depth_and_falls():
-    depth = jnp.array([[1.0, 0.5, 0.25, 0.75, 9.0]])
-    action = jnp.array([[0.0, 1.0, 1.0, 1.0, 0.0]])
-    np.testing.assert_allclose(
-        rloo.depth_cost_to_go(depth, action)[0], np.array([1.5, 1.5, 1.0, 0.75, 0.0]) / 3
-    )
-
-
 def test_loss_weights():
     token = jnp.array([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
     np.testing.assert_allclose(rloo.loss_weights(token, "constant", 10), token / 20)
@@ -147,6 +139,75 @@ def test_a_completion_of_one_token_costs_its_full_depth_under_causal_credit_too(
     """Its only pass runs every layer; free of charge, ending at once would be rewarded."""
     depth_BC = jnp.asarray([[1.0, 0.0, 0.0], [1.0, 0.5, 0.25]])
     action_BC = jnp.asarray([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    cost_BC = rloo.depth_cost_to_go(depth_BC, action_BC)
+    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, rollouts=2)
     np.testing.assert_allclose(cost_BC[0], [1.0, 1.0, 1.0])
-    np.testing.assert_allclose(cost_BC[1], [0.375, 0.375, 0.125])
+    # Its only neighbour has no action to compare with: nothing is taken off.
+    np.testing.assert_allclose(cost_BC[1], [0.375, 0.375, 0.375])
+
+
+def test_rows_of_one_length_are_charged_for_what_is_to_come():
+    depth_BC = jnp.asarray([[1.0, 0.5, 0.25, 1.0], [1.0, 1.0, 0.5, 0.25]])
+    action_BC = jnp.asarray([[0.0, 1.0, 1.0, 1.0]] * 2)
+    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, rollouts=2)
+    to_go_BC = np.cumsum((depth_BC * action_BC)[:, ::-1], axis=1)[:, ::-1] / 3
+    np.testing.assert_allclose(cost_BC, to_go_BC, rtol=1e-6)
+
+
+def test_causal_credit_has_the_gradient_of_the_reward_where_lengths_differ():
+    """Every pair of texts of up to three tokens, each of which may end the text, enumerated.
+
+    Two parameters: the logit of going on, and that of a shallow pass (0.3 of the layers).
+    """
+    texts = []  # (probability's parts, actions): per token (goes on, shallow or None)
+
+    def grow(actions):
+        for goes_on in (False, True):
+            shallow_choices = (None,) if not actions else (False, True)
+            for shallow in shallow_choices:
+                longer = [*actions, (goes_on, shallow)]
+                if goes_on and len(longer) < 3:
+                    grow(longer)
+                else:
+                    texts.append(longer)
+
+    grow([])
+
+    def log_pi(parameters, actions):
+        """Of each token's pair of decisions [3]; the last token's going on is not its choice."""
+        terms = []
+        for index, (goes_on, shallow) in enumerate(actions):
+            on, low = parameters
+            term = jax.nn.log_sigmoid(on if goes_on else -on) if index < 2 else 0.0
+            if shallow is not None:
+                term += jax.nn.log_sigmoid(low if shallow else -low)
+            terms.append(term)
+        return jnp.stack([jnp.asarray(term) for term in terms] + [jnp.zeros(())] * (3 - len(terms)))
+
+    # A third token has no choice of going on: texts that differ in it only are one text.
+    texts = [text for text in texts if len(text) < 3 or text[2][0]]
+    parameters = jnp.asarray([0.3, -0.7])
+    rows = [
+        ([1.0] + [0.3 if low else 1.0 for _, low in text[1:]] + [0.0] * (3 - len(text)),
+         [0.0] + [1.0] * (len(text) - 1) + [0.0] * (3 - len(text)))
+        for text in texts
+    ]  # fmt: skip
+    depth, action = (jnp.asarray(part) for part in zip(*rows, strict=True))
+    cost = jnp.where(action.sum(1) > 0, (depth * action).sum(1) / action.sum(1).clip(1), 1.0)
+    log_p = [lambda p, t=text: log_pi(p, t).sum() for text in texts]
+    assert sum(float(jnp.exp(f(parameters))) for f in log_p) == pytest.approx(1.0, abs=1e-6)
+    truth = jax.grad(lambda p: -sum(jnp.exp(f(p)) * c for f, c in zip(log_p, cost, strict=True)))(
+        parameters
+    )
+
+    probability = np.asarray([float(jnp.exp(f(parameters))) for f in log_p])
+    gradient_of_terms = [jax.jacobian(log_pi)(parameters, text) for text in texts]  # [3, 2]
+    found = np.zeros(2)
+    for i in range(len(texts)):
+        for j in range(len(texts)):
+            pair = jnp.asarray([i, j])
+            advantage = rloo.group_advantages(
+                -rloo.causal_depth_cost(depth[pair], action[pair], rollouts=2), 2, "rloo"
+            )
+            mine = sum(advantage[0][t] * gradient_of_terms[i][t] for t in range(3))
+            found += probability[i] * probability[j] * np.asarray(mine)
+    np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-6)

@@ -166,7 +166,7 @@ def _gradients(
         return jnp.where(g_N[:, None] != 0, dz_NC, 0), head_CD
 
     arguments = (h_student_ND, h_teacher_ND, finished, g_N)
-    chunks = tiles.choose_head_chunks(h_student_ND.shape[0], head_VD.shape[0], 2)
+    chunks = tiles.choose_chunks(h_student_ND.shape[0], head_VD.shape[0], 2)
     return tiles.gradients(dlogits, arguments, head_VD, static.override(chunks), head_dtype)
 
 

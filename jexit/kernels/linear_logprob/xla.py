@@ -147,7 +147,7 @@ def _gradients(
         dz_NC = statistics.dlogits(tiles.logits(h_ND, head_CD), hit_NC, g, finished)
         return jnp.where(tiled.live(g), dz_NC, 0), head_CD
 
-    chunks = static.override(tiles.choose_head_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
     return tiles.gradients(dlogits, (h_ND, targets_N, finished, g), head_VD, chunks, head_dtype)
 
 

@@ -1,0 +1,1 @@
+"""Compiling for accelerators that this machine does not have."""

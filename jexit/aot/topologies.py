@@ -1,0 +1,123 @@
+"""Descriptions of accelerators by name, for compiling without one.
+
+`v5e:2x2`, `v5p:2x2x1`, `v6e:4x4` (a TPU generation and its slice) need libtpu, which the extra
+`aot` installs; `h100:8` (GPUs of one node) needs JAX's CUDA plugin, without CUDA itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+
+from jexit.kernels.dispatch import compiling_for
+
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "v7x": 3}  # axes of a slice
+
+# Of the H100 SXM5 80 GB, in the words of XLA's description of a GPU.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+GPUS = {"h100": H100}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that can be compiled for, not run on."""
+
+    name: str
+    platform: str  # "tpu" or "gpu"
+    devices: list[jax.Device]
+
+    @property
+    def device_kind(self) -> str:
+        return self.devices[0].device_kind
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What is traced inside picks its implementations and tiles for these devices."""
+        with compiling_for(self.platform, self.device_kind):
+            yield
+
+
+def get_topology(name: str) -> Topology:
+    """The devices of a name such as `v5e:4x4` or `h100:8`.
+
+    Raises ValueError for a name that is not known or a compiler that is not installed.
+    """
+    kind, _, size = name.partition(":")
+    if kind in TPUS and re.fullmatch(rf"\d+(x\d+){{{TPUS[kind] - 1}}}", size):
+        return _tpu(name)
+    if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
+        return _gpu(name, GPUS[kind], int(size))
+    tpus = ", ".join(f"{kind}:{'x'.join('2' * axes)}" for kind, axes in TPUS.items())
+    raise ValueError(f"topology {name!r} is not known; use one like {tpus} or h100:8")
+
+
+def _tpu(name: str) -> Topology:
+    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"compiling for {name} needs libtpu, which is not installed; install jexit[aot]"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        described = topologies.get_topology_desc(name, platform="tpu")
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu has no slice {name}; the axes of a slice are powers of two ({error})"
+        ) from error
+    return Topology(name, "tpu", list(described.devices))
+
+
+def _gpu(name: str, description: str, count: int) -> Topology:
+    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+    if not any(_installed(plugin) for plugin in plugins):
+        raise ValueError(
+            f"compiling for {name} needs JAX's CUDA plugin, which is not installed; install "
+            "jexit[cuda] or, in an environment of its own, jax-cuda12-plugin and jax-cuda12-pjrt"
+        )
+    # Without a GPU nothing can be timed; left on, auto-tuning fails.
+    flag = "--xla_gpu_autotune_level=0"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    topology = f"1x1x{count}"
+    described = topologies.get_topology_desc(
+        topology, platform="cuda", topology=topology, target_config=description
+    )
+    return Topology(name, "gpu", list(described.devices))
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

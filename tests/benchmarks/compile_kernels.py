@@ -1,0 +1,181 @@
+"""What the vocabulary ops need on accelerators that are not at hand, from their compilers.
+
+    python tests/benchmarks/compile_kernels.py --topologies=v5e:2x2,v5p:2x2x1,v6e:2x2
+    PYTHONPATH=DIR_WITH_CUDA_PLUGIN python tests/benchmarks/compile_kernels.py --topologies=h100:1
+    python tests/benchmarks/compile_kernels.py --topologies=cpu --implementation=xla
+
+For each op: time to compile, temporary memory as a share of the logits that materialising would
+hold (float32, all sets of hidden states), the tile, and FLOPs. `--vmem` finds the least VMEM, in
+MiB, with which the TPU's compiler still succeeds: what the kernel uses. `launch/test.sh` puts
+libtpu and the CUDA plugin into .aot/tpu and .aot/cuda; the former is found through
+TPU_LIBRARY_PATH=.aot/tpu/libtpu/libtpu.so.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from jexit import kernels
+from jexit.aot.topologies import Topology, get_topology
+from jexit.kernels import tpu
+
+SHAPES = {  # tokens, width, vocabulary, exits
+    "qwen3-4b": (2048, 2560, 151_936, 7),
+    "r1-distill-qwen-1.5b": (2048, 1536, 151_936, 5),
+}
+Case = tuple[Callable[..., Any], tuple[str, ...], int, int]
+
+
+def cases(implementation: str | None) -> dict[str, Case]:
+    """For each: the function, its operands, its sets of hidden states, its matrix products."""
+
+    def exit_kl(h: Any, exits: Any, head: Any) -> Any:
+        return kernels.exit_kl(h, exits, head, implementation=implementation)
+
+    def kl(h: Any, other: Any, head: Any, direction: str = "student_teacher") -> Any:
+        return kernels.linear_kl(h, other, head, direction=direction, implementation=implementation)
+
+    def logprob(h: Any, head: Any, targets: Any) -> Any:
+        return kernels.linear_logprob(h, head, targets, implementation=implementation)
+
+    def gradient(function: Callable[..., Any], argnums: Any) -> Callable[..., Any]:
+        def loss(*arguments: Any) -> Any:
+            return sum(jnp.mean(leaf) for leaf in jax.tree.leaves(function(*arguments)))
+
+        return jax.value_and_grad(loss, argnums)
+
+    def jeffreys(*arguments: Any) -> Any:
+        return kl(*arguments, direction="jeffreys")
+
+    exits, two, one = ("h", "exits", "head"), ("h", "h", "head"), ("h", "head", "targets")
+    return {
+        "exit_kl": (exit_kl, exits, 0, 0),
+        "linear_kl": (kl, two, 2, 2),
+        "linear_kl to h": (gradient(kl, 0), two, 2, 5),
+        "linear_kl jeffreys to h": (gradient(jeffreys, 0), two, 2, 5),
+        "linear_kl to h and head": (gradient(kl, (0, 2)), two, 2, 8),
+        "linear_logprob": (logprob, one, 1, 1),
+        "linear_logprob to h": (gradient(logprob, 0), one, 1, 3),
+        "linear_logprob to h and head": (gradient(logprob, (0, 1)), one, 1, 5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--topologies", default="v5e:2x2")
+    parser.add_argument("--shapes", default="qwen3-4b", help=f"of {', '.join(SHAPES)}; or N,D,V,E")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--implementation", help="default: what is picked for the platform")
+    parser.add_argument("--ops", default="", help="part of a case's name")
+    parser.add_argument("--vmem", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one line a case")
+    arguments = parser.parse_args()
+    shapes = {name: SHAPES[name] for name in arguments.shapes.split(",") if name in SHAPES}
+    if not shapes:
+        shapes = {arguments.shapes: tuple(map(int, arguments.shapes.split(",")))}
+    for name in arguments.topologies.split(","):
+        cpu = Topology("cpu", "cpu", jax.devices("cpu"))
+        topology = cpu if name == "cpu" else get_topology(name)
+        for shape_name, shape in shapes.items():
+            if not arguments.json:
+                print(
+                    f"{name} ({topology.device_kind}), {shape_name}, {arguments.dtype}: "
+                    f"N, D, V, E = {', '.join(map(str, shape))}"
+                )
+                print(f"  {'op':<30}{'compile s':>10}{'temp MB':>9}{'share':>8}{'GFLOP':>9}  tiles")
+            for case in cases(arguments.implementation):
+                if arguments.ops not in case:
+                    continue
+                row = compile_case(case, topology, shape, arguments)
+                if arguments.json:
+                    print(json.dumps({"topology": name, "case": case} | row), flush=True)
+                    continue
+                tiles = " ".join(f"{tokens}×{vocab}" for tokens, vocab in row["tiles"])
+                vmem = f", {row['vmem_mib']} MiB of VMEM" if "vmem_mib" in row else ""
+                print(
+                    f"  {case:<30}{row['seconds']:>10.1f}{row['temp_bytes'] / 1e6:>9.1f}"
+                    f"{row['share']:>8.2%}{row['flops'] / 1e9:>9.0f}  {tiles}{vmem}",
+                    flush=True,
+                )
+
+
+def compile_case(
+    case: str, topology: Topology, shape: tuple[int, ...], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Compiles one case; errors of the compiler are raised."""
+    function, operands, sets, products = cases(arguments.implementation)[case]
+    tokens, width, vocab, exits = shape
+    sets, products = sets or exits + 1, products or exits + 1
+    sharding = SingleDeviceSharding(topology.devices[0])
+
+    def operand(name: str) -> jax.ShapeDtypeStruct:
+        dims = {
+            "h": (tokens, width),
+            "exits": (exits, tokens, width),
+            "head": (vocab, width),
+            "targets": (tokens,),
+        }[name]
+        dtype = jnp.int32 if name == "targets" else arguments.dtype
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    chosen, choose = [], tpu.choose_tile
+
+    def record(*args: Any, **kwargs: Any) -> tpu.Tile:
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    def compiled() -> Any:
+        jax.clear_caches()
+        with topology.compiling(), mock.patch.object(tpu, "choose_tile", record):
+            return jax.jit(function).lower(*map(operand, operands)).compile()
+
+    begin = time.perf_counter()
+    memory = compiled().memory_analysis()
+    row = {
+        "seconds": time.perf_counter() - begin,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "share": memory.temp_size_in_bytes / (4 * sets * tokens * vocab),
+        "flops": 2 * products * tokens * width * vocab,
+        "tiles": sorted(set(chosen)),
+    }
+    if arguments.vmem and topology.platform == "tpu":
+        with topology.compiling():
+            row["vmem_mib"] = least_vmem(compiled, tpu.vmem_limit_bytes() // 2**20)
+    return row
+
+
+def least_vmem(compiled: Callable[[], Any], enough: int) -> int:
+    """The least MiB with which `compiled` succeeds, by bisection; the tiles stay as chosen."""
+    choose, limit = tpu.choose_tile, tpu.vmem_limit_bytes
+    low, high = 0, enough
+
+    def choose_in_full(*args: Any, **kwargs: Any) -> tpu.Tile:
+        with mock.patch.object(tpu, "vmem_limit_bytes", limit):
+            return choose(*args, **kwargs)
+
+    while high - low > 1:
+        middle = (low + high) // 2
+        with (
+            mock.patch.object(tpu, "vmem_limit_bytes", lambda middle=middle: middle * 2**20),
+            mock.patch.object(tpu, "choose_tile", choose_in_full),
+        ):
+            try:
+                compiled()
+                high = middle
+            except jax.errors.JaxRuntimeError as error:
+                if "vmem" not in str(error).lower():
+                    raise
+                low = middle
+    return high
+
+
+if __name__ == "__main__":
+    sys.exit(main())

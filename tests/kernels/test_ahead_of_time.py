@@ -1,0 +1,51 @@
+"""The kernels through the real compilers, at the size of Qwen3-4B in bfloat16."""
+
+import functools
+
+import aot
+import pytest
+
+TOPOLOGIES = [
+    pytest.param(name, marks=[pytest.mark.tpu_aot, aot.needs_libtpu])
+    for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+]
+CASES = (
+    "exit_kl",
+    "linear_kl",
+    "linear_kl to h",
+    "linear_kl jeffreys to h",
+    "linear_kl to h and head",
+    "linear_logprob",
+    "linear_logprob to h",
+    "linear_logprob to h and head",
+)
+
+
+@functools.cache
+def compiled(topology: str, *options: str) -> dict:
+    """All cases in one process."""
+    command = ["tests/benchmarks/compile_kernels.py", f"--topologies={topology}", "--json"]
+    return {row["case"]: row for row in aot.run_compiler([*command, *options])}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_compiles_and_holds_no_logits(topology, case):
+    row = compiled(topology)[case]
+    assert row["share"] <= 0.05, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"
+    assert row["tiles"], "no Pallas kernel was picked"
+
+
+@pytest.mark.tpu_aot
+@aot.needs_libtpu
+@pytest.mark.parametrize("shape", ["300,96,151,5", "64,5120,152064,12"])
+def test_the_smallest_and_the_widest_model_compile(shape):
+    rows = compiled("v5p:2x2x1", f"--shapes={shape}", "--dtype=float32")
+    assert set(rows) == set(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_portable_version_holds_no_logits_either(case):
+    """The same size, compiled for this CPU."""
+    row = compiled("cpu", "--implementation=xla")[case]
+    assert row["share"] <= 0.05, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"
