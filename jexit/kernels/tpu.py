@@ -47,7 +47,7 @@ CHIPS = {
 }
 SMALLEST = Chip(16, 256)
 _KINDS = {"v5 lite": "v5e", "v6 lite": "v6e", "v5p": "v5p", "v5e": "v5e", "v6e": "v6e"} | {
-    "v7": "v7x",
+    "tpu7": "v7x",
     "v4": "v4",
     "v5": "v5p",
 }

@@ -1,0 +1,79 @@
+"""The choice of tiles by chip, and what is picked when a TPU is compiled for."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jexit.kernels import linear_logprob, tpu
+from jexit.kernels.dispatch import compiling_for, target
+from jexit.kernels.linear_kl import api as linear_kl
+from jexit.kernels.tpu import CHIPS, SMALLEST, Operands
+
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
+
+
+def operands(tokens=2048, width=2560, vocab=151_936, exits=0, dtype="bfloat16") -> Operands:
+    def shape(*dims):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    hidden = (shape(tokens, width),) + ((shape(exits, tokens, width),) if exits else ())
+    return Operands(hidden, (shape(vocab, width),))
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS.items())
+def test_chips_are_known_by_jaxs_names(kind, name):
+    with compiling_for("tpu", kind):
+        assert tpu.chip() == CHIPS[name]
+
+
+def test_an_unknown_chip_is_taken_for_the_smallest():
+    with compiling_for("tpu", "TPU v99"):
+        assert tpu.chip() == SMALLEST
+    assert target().platform == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("exits", [0, 7])
+def test_a_tile_of_the_head_meets_as_many_states_as_the_chip_needs(kind, exits):
+    with compiling_for("tpu", kind):
+        if exits and tpu.chip().vmem_mib < 32:
+            with pytest.raises(NotImplementedError, match="do not fit 16 MiB"):
+                tpu.choose_tile(operands(exits=exits))
+            return
+        tile = tpu.choose_tile(operands(exits=exits))
+        assert tile.tokens % 128 == 0 and tile.vocab % 16 == 0
+        assert tile.tokens * (exits + 1) >= tpu.chip().rows
+
+
+def test_small_shapes_get_small_tiles():
+    with compiling_for("tpu", "TPU v5"):
+        assert tpu.choose_tile(operands(tokens=5, vocab=97)) == (128, 97)
+        assert tpu.choose_tile(operands(tokens=200, vocab=2000)).tokens <= 256
+
+
+def test_what_the_kernel_does_not_hold_goes_to_the_portable_version():
+    with compiling_for("tpu", "TPU v4"):
+        assert linear_kl.OPERATION.candidates("tpu") == ("pallas_tpu", "xla")
+        wide = jax.ShapeDtypeStruct((128, 1 << 16), jnp.float32)
+        head = jax.ShapeDtypeStruct((64, 1 << 16), jnp.float32)
+        targets = jax.ShapeDtypeStruct((128,), jnp.int32)
+        with pytest.raises(NotImplementedError, match="VMEM"):
+            jax.eval_shape(
+                lambda *a: linear_logprob(*a, implementation="pallas_tpu"), wide, head, targets
+            )
+        jaxpr = jax.make_jaxpr(linear_logprob)(wide, head, targets)
+        assert "pallas_call" not in str(jaxpr)
+
+
+def test_other_platforms_are_refused():
+    with compiling_for("gpu", "NVIDIA H100"), pytest.raises(NotImplementedError, match="for TPUs"):
+        linear_logprob(
+            jnp.ones((4, 8)), jnp.ones((9, 8)), jnp.zeros(4, int), implementation="pallas_tpu"
+        )
