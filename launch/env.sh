@@ -165,7 +165,8 @@ import importlib.metadata
 version = importlib.metadata.version("jax")
 extras = importlib.metadata.requires("jax")
 print(next(line.partition(";")[0] for line in extras if line.startswith("libtpu")).strip())
-print(f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}")
+ptxas = "nvidia-cuda-nvcc-cu12>=12.6.85,<13"  # which XLA calls as its assembler
+print(f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} {ptxas}")
 PY
 }
 

@@ -29,7 +29,9 @@ def run_compiler(command: list[str], timeout: float = 900) -> list[Any]:
 
     The CUDA plugin clutters stderr where there is no GPU, so it shows only on failure.
     """
+    # XLA finds its assembler beside the plugin; the benchmark calls it too, for its report.
     env = os.environ | {
+        "PATH": os.pathsep.join([str(CUDA / "nvidia/cuda_nvcc/bin"), os.environ["PATH"]]),
         "JAX_PLATFORMS": "cpu",
         "TPU_LIBRARY_PATH": str(LIBTPU),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(CUDA)]),

@@ -5,15 +5,22 @@
     python tests/benchmarks/compile_kernels.py --topologies=cpu --implementation=xla
 
 For each op: time to compile, temporary memory as a share of the logits that materialising would
-hold (float32, all sets of hidden states), the tile, and FLOPs. `--vmem` finds the least VMEM, in
-MiB, with which the TPU's compiler still succeeds: what the kernel uses. `launch/test.sh` puts
+hold (float32, all sets of hidden states), FLOPs, the tile. For TPUs `--vmem` finds the least VMEM,
+in MiB, with which the compiler still succeeds: what the kernels use. For GPUs the most shared
+memory of a block and, where `ptxas` is on the PATH, registers a thread and bytes of them that are
+spilled. `launch/test.sh` puts
 libtpu and the CUDA plugin into .aot/tpu and .aot/cuda; the former is found through
 TPU_LIBRARY_PATH=.aot/tpu/libtpu/libtpu.so.
 """
 
 import argparse
 import json
+import pathlib
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +32,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jexit import kernels
 from jexit.aot.topologies import Topology, get_topology
-from jexit.kernels import tpu
+from jexit.kernels import gpu, tpu
 
 SHAPES = {  # tokens, width, vocabulary, exits
     "qwen3-4b": (2048, 2560, 151_936, 7),
@@ -98,11 +105,16 @@ def main() -> None:
                 if arguments.json:
                     print(json.dumps({"topology": name, "case": case} | row), flush=True)
                     continue
-                tiles = " ".join(f"{tokens}×{vocab}" for tokens, vocab in row["tiles"])
-                vmem = f", {row['vmem_mib']} MiB of VMEM" if "vmem_mib" in row else ""
+                notes = " ".join("×".join(map(str, tile)) for tile in row["tiles"])
+                if "vmem_mib" in row:
+                    notes += f", {row['vmem_mib']} MiB of VMEM"
+                if "shared_bytes" in row:
+                    notes += f", {row['shared_bytes'] / 1024:.0f} KiB shared"
+                if "registers" in row:
+                    notes += f", {row['registers']} registers, {row['spilled_bytes']} B spilled"
                 print(
                     f"  {case:<30}{row['seconds']:>10.1f}{row['temp_bytes'] / 1e6:>9.1f}"
-                    f"{row['share']:>8.2%}{row['flops'] / 1e9:>9.0f}  {tiles}{vmem}",
+                    f"{row['share']:>8.2%}{row['flops'] / 1e9:>9.0f}  {notes}",
                     flush=True,
                 )
 
@@ -126,30 +138,59 @@ def compile_case(
         dtype = jnp.int32 if name == "targets" else arguments.dtype
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-    chosen, choose = [], tpu.choose_tile
+    chosen, module = [], gpu if topology.platform == "gpu" else tpu
+    choose = module.choose_tile
 
-    def record(*args: Any, **kwargs: Any) -> tpu.Tile:
+    def record(*args: Any, **kwargs: Any) -> Any:
         chosen.append(choose(*args, **kwargs))
         return chosen[-1]
 
-    def compiled() -> Any:
+    def compiled(**options: str) -> Any:
         jax.clear_caches()
-        with topology.compiling(), mock.patch.object(tpu, "choose_tile", record):
-            return jax.jit(function).lower(*map(operand, operands)).compile()
+        with topology.compiling(), mock.patch.object(module, "choose_tile", record):
+            return jax.jit(function).lower(*map(operand, operands)).compile(options)
 
-    begin = time.perf_counter()
-    memory = compiled().memory_analysis()
+    begin, resources = time.perf_counter(), {}
+    if topology.platform == "gpu":
+        with tempfile.TemporaryDirectory() as dump:
+            memory = compiled(xla_dump_to=dump).memory_analysis()
+            resources = gpu_resources(pathlib.Path(dump))
+    else:
+        memory = compiled().memory_analysis()
     row = {
         "seconds": time.perf_counter() - begin,
         "temp_bytes": memory.temp_size_in_bytes,
         "share": memory.temp_size_in_bytes / (4 * sets * tokens * vocab),
         "flops": 2 * products * tokens * width * vocab,
         "tiles": sorted(set(chosen)),
-    }
+    } | resources
     if arguments.vmem and topology.platform == "tpu":
         with topology.compiling():
             row["vmem_mib"] = least_vmem(compiled, tpu.vmem_limit_bytes() // 2**20)
     return row
+
+
+def gpu_resources(dump: pathlib.Path) -> dict[str, int]:
+    """The most that one of the Pallas kernels takes of a multiprocessor, from XLA's dump."""
+    (plan,) = dump.glob("*.thunk_sequence.txt")
+    shared = re.findall(r"_kernel grid:.*shared_memory: (\d+) bytes", plan.read_text())
+    resources = {"shared_bytes": max(map(int, shared))}
+    if shutil.which("ptxas") is None:
+        return resources
+    registers, spilled = [], []
+    for ptx in dump.glob("*.ptx"):
+        if not re.search(r"\.entry \w+_kernel\b", ptx.read_text()):
+            continue
+        assembled = subprocess.run(
+            ["ptxas", "-arch=sm_90a", "-v", "-o", "/dev/null", str(ptx)],
+            check=True, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+        registers += re.findall(r"Used (\d+) registers", assembled)
+        spilled += re.findall(r"(\d+) bytes spill stores", assembled)
+    return resources | {
+        "registers": max(map(int, registers)),
+        "spilled_bytes": max(map(int, spilled)),
+    }
 
 
 def least_vmem(compiled: Callable[[], Any], enough: int) -> int:

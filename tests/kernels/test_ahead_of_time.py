@@ -9,6 +9,7 @@ TOPOLOGIES = [
     pytest.param(name, marks=[pytest.mark.tpu_aot, aot.needs_libtpu])
     for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 ]
+TOPOLOGIES.append(pytest.param("h100:1", marks=[pytest.mark.gpu_aot, aot.needs_cuda_plugin]))
 CASES = (
     "exit_kl",
     "linear_kl",
@@ -34,13 +35,13 @@ def test_compiles_and_holds_no_logits(topology, case):
     row = compiled(topology)[case]
     assert row["share"] <= 0.05, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"
     assert row["tiles"], "no Pallas kernel was picked"
+    assert row.get("shared_bytes", 0) <= 232_448  # of a block on an H100
 
 
-@pytest.mark.tpu_aot
-@aot.needs_libtpu
 @pytest.mark.parametrize("shape", ["300,96,151,5", "64,5120,152064,12"])
-def test_the_smallest_and_the_widest_model_compile(shape):
-    rows = compiled("v5p:2x2x1", f"--shapes={shape}", "--dtype=float32")
+@pytest.mark.parametrize("topology", TOPOLOGIES[1::2])
+def test_the_smallest_and_the_widest_model_compile(topology, shape):
+    rows = compiled(topology, f"--shapes={shape}", "--dtype=float32")
     assert set(rows) == set(CASES)
 
 

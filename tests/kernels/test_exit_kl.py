@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from kernels import truth
 
-from jexit.kernels import ExitKL, exit_kl
-from jexit.kernels.exit_kl import pallas_tpu, xla
-from jexit.kernels.tpu import BY_CHIP, Tile
+from jexit.kernels import ExitKL, exit_kl, gpu, tpu
+from jexit.kernels.exit_kl import pallas_gpu, pallas_tpu, xla
 
-SMALL_TILE = Tile(tokens=4, vocab=32)
+SMALL_TPU_TILE = tpu.Tile(tokens=4, vocab=32)
+SMALL_GPU_TILE = gpu.Tile(tokens=16, vocab=32, width=16)
 
 
 def expected(h_final_ND: Any, h_exits_END: Any, head_VD: Any) -> ExitKL:
@@ -150,8 +150,30 @@ class TestPallasTPU(ExitKLCases):
 class TestPallasTPUSmallTiles(ExitKLCases):
     @staticmethod
     def op(h_final_ND: Any, h_exits_END: Any, head_VD: Any) -> ExitKL:
-        tile = SMALL_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else BY_CHIP
+        tile = SMALL_TPU_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else tpu.BY_CHIP
         return pallas_tpu.exit_kl(h_final_ND, h_exits_END, head_VD, tile=tile)
+
+
+class TestPallasGPU(ExitKLCases):
+    """Interpreted, with the tiles of a chip."""
+
+    op = staticmethod(partial(exit_kl, implementation="pallas_gpu"))
+
+    def test_default_tiles_that_do_not_divide(self) -> None:
+        """More tokens and more vocabulary than one default tile holds."""
+        exits_END, head_VD = truth.normal(1, 2, 300, 8), truth.normal(2, 1100, 8)
+        self.check(truth.normal(0, 300, 8), exits_END, head_VD, "float32")
+
+    def test_more_exits_than_the_registers_hold(self) -> None:
+        exits_END, head_VD = truth.normal(1, 17, 5, 8), truth.normal(2, 300, 8)
+        self.check(truth.normal(0, 5, 8), exits_END, head_VD, "float32")
+
+
+class TestPallasGPUSmallTiles(ExitKLCases):
+    @staticmethod
+    def op(h_final_ND: Any, h_exits_END: Any, head_VD: Any) -> ExitKL:
+        tile = SMALL_GPU_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else gpu.BY_CHIP
+        return pallas_gpu.exit_kl(h_final_ND, h_exits_END, head_VD, tile=tile)
 
 
 def test_no_gradient_passes() -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from kernels import truth
 
-from jexit.kernels import linear_kl
-from jexit.kernels.linear_kl import pallas_tpu, xla
-from jexit.kernels.tpu import BY_CHIP, Tile
+from jexit.kernels import gpu, linear_kl, tpu
+from jexit.kernels.linear_kl import pallas_gpu, pallas_tpu, xla
 
-SMALL_TILE = Tile(tokens=4, vocab=32)
+SMALL_TPU_TILE = tpu.Tile(tokens=4, vocab=32)
+SMALL_GPU_TILE = gpu.Tile(tokens=16, vocab=32, width=16)
 
 DIRECTIONS = ("student_teacher", "teacher_student", "jeffreys")
 
@@ -304,7 +304,39 @@ class TestPallasTPUSmallTiles(LinearKLCases):
             teacher_ND,
             head_VD,
             head_teacher_VD,
-            tile=SMALL_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else BY_CHIP,
+            tile=SMALL_TPU_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else tpu.BY_CHIP,
+            **kwargs,
+        )
+
+
+class TestPallasGPU(LinearKLCases):
+    """Interpreted, with the tiles of a chip."""
+
+    op = staticmethod(partial(linear_kl, implementation="pallas_gpu"))
+
+    def test_default_tiles_that_do_not_divide(self) -> None:
+        """More tokens and more vocabulary than one default tile holds."""
+        student_ND, teacher_ND = (truth.normal(i, 300, 8) for i in (0, 1))
+        self.check(student_ND, teacher_ND, truth.normal(2, 1100, 8), "float32", "jeffreys")
+
+
+class TestPallasGPUSmallTiles(LinearKLCases):
+    @staticmethod
+    def op(
+        student_ND: Any,
+        teacher_ND: Any,
+        head_VD: Any,
+        *,
+        head_teacher_VD: Any = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        teacher_ND, head_teacher_VD = jax.lax.stop_gradient((teacher_ND, head_teacher_VD))
+        return pallas_gpu.linear_kl(
+            student_ND,
+            teacher_ND,
+            head_VD,
+            head_teacher_VD,
+            tile=SMALL_GPU_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else gpu.BY_CHIP,
             **kwargs,
         )
 

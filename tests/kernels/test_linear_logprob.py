@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from kernels import truth
 
-from jexit.kernels import LinearLogprob, linear_logprob
-from jexit.kernels.linear_logprob import pallas_tpu, xla
-from jexit.kernels.tpu import BY_CHIP, Tile
+from jexit.kernels import LinearLogprob, gpu, linear_logprob, tpu
+from jexit.kernels.linear_logprob import pallas_gpu, pallas_tpu, xla
 
-SMALL_TILE = Tile(tokens=4, vocab=32)
+SMALL_TPU_TILE = tpu.Tile(tokens=4, vocab=32)
+SMALL_GPU_TILE = gpu.Tile(tokens=16, vocab=32, width=16)
 
 
 def expected(
@@ -227,8 +227,26 @@ class TestPallasTPU(LinearLogprobCases):
 class TestPallasTPUSmallTiles(LinearLogprobCases):
     @staticmethod
     def op(h_ND: Any, head_VD: Any, targets_N: Any) -> LinearLogprob:
-        tile = SMALL_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else BY_CHIP
+        tile = SMALL_TPU_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else tpu.BY_CHIP
         return pallas_tpu.linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32), tile=tile)
+
+
+class TestPallasGPU(LinearLogprobCases):
+    """Interpreted, with the tiles of a chip."""
+
+    op = staticmethod(partial(linear_logprob, implementation="pallas_gpu"))
+
+    def test_default_tiles_that_do_not_divide(self) -> None:
+        """More tokens and more vocabulary than one default tile holds."""
+        h_ND, head_VD = truth.normal(0, 600, 8), truth.normal(1, 1100, 8)
+        self.check(h_ND, head_VD, jnp.arange(600) + 450, "float32")
+
+
+class TestPallasGPUSmallTiles(LinearLogprobCases):
+    @staticmethod
+    def op(h_ND: Any, head_VD: Any, targets_N: Any) -> LinearLogprob:
+        tile = SMALL_GPU_TILE if head_VD.shape[0] < truth.LARGE_VOCAB else gpu.BY_CHIP
+        return pallas_gpu.linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32), tile=tile)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jexit.kernels import exit_kl, linear_kl, linear_logprob
 from jexit.kernels.shards import Shards
 from tolerances import KERNEL, relative_error
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 MESHES = {
     "tokens and vocabulary": (2, 2, 2),
     "tokens": (4, 2, 1),

@@ -4,13 +4,14 @@ import jax
 
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
-from jexit.kernels.exit_kl import pallas_tpu, reference, xla
+from jexit.kernels.exit_kl import pallas_gpu, pallas_tpu, reference, xla
 from jexit.kernels.exit_kl.reference import ExitKL
 
 OPERATION = Operation("exit_kl")
 OPERATION.register("reference", reference.exit_kl, platforms=ONLY_BY_NAME)
 OPERATION.register("xla", xla.exit_kl)
 OPERATION.register("pallas_tpu", pallas_tpu.exit_kl, platforms=("tpu",))
+OPERATION.register("pallas_gpu", pallas_gpu.exit_kl, platforms=("gpu",))
 
 
 def exit_kl(
@@ -29,8 +30,8 @@ def exit_kl(
       h_final_ND: final hidden states, after the final norm.
       h_exits_END: hidden states at the exits, after the final norm.
       head_VD: output head.
-      implementation: `None` (by platform), `"reference"`, `"xla"` or `"pallas_tpu"` (interpreted
-        on a CPU).
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
+        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
     Returns:
       `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], arg-max

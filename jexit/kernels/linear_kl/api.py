@@ -4,13 +4,14 @@ import jax
 
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
-from jexit.kernels.linear_kl import pallas_tpu, reference, xla
+from jexit.kernels.linear_kl import pallas_gpu, pallas_tpu, reference, xla
 from jexit.kernels.linear_kl.reference import DIRECTIONS, STUDENT_TEACHER
 
 OPERATION = Operation("linear_kl")
 OPERATION.register("reference", reference.linear_kl, platforms=ONLY_BY_NAME)
 OPERATION.register("xla", xla.linear_kl)
 OPERATION.register("pallas_tpu", pallas_tpu.linear_kl, platforms=("tpu",))
+OPERATION.register("pallas_gpu", pallas_gpu.linear_kl, platforms=("gpu",))
 
 
 def linear_kl(
@@ -38,8 +39,8 @@ def linear_kl(
       head_VD: output head.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
       head_teacher_VD: the teacher's own head, where it is not `head_VD`.
-      implementation: `None` (by platform), `"reference"`, `"xla"` or `"pallas_tpu"` (interpreted
-        on a CPU).
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
+        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
     Raises:
       ValueError: for shapes that do not fit, an unknown direction or implementation.

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
-from jexit.kernels.linear_logprob import pallas_tpu, reference, xla
+from jexit.kernels.linear_logprob import pallas_gpu, pallas_tpu, reference, xla
 from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 OPERATION = Operation("linear_logprob")
 OPERATION.register("reference", reference.linear_logprob, platforms=ONLY_BY_NAME)
 OPERATION.register("xla", xla.linear_logprob)
 OPERATION.register("pallas_tpu", pallas_tpu.linear_logprob, platforms=("tpu",))
+OPERATION.register("pallas_gpu", pallas_gpu.linear_logprob, platforms=("gpu",))
 
 
 def linear_logprob(
@@ -31,8 +32,8 @@ def linear_logprob(
       h_ND: final hidden states, after the final norm.
       head_VD: output head.
       targets_N: token ids. One that the vocabulary does not have gets log-probability −∞.
-      implementation: `None` (by platform), `"reference"`, `"xla"` or `"pallas_tpu"` (interpreted
-        on a CPU).
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
+        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
     Returns:
       `LinearLogprob`: log-probability, entropy and log-sum-exp in nats, float32 [N].

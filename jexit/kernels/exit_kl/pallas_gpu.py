@@ -1,0 +1,66 @@
+"""GPU kernel: a tile of the head meets the final and several exits' hidden states in registers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import gpu
+from jexit.kernels.exit_kl import reference, statistics, tiled
+from jexit.kernels.exit_kl.reference import ExitKL
+from jexit.kernels.exit_kl.statistics import Exit, Final
+from jexit.kernels.exit_kl.tiled import Statistics
+from jexit.kernels.gpu import BY_CHIP, MASKED, MAX_SETS, Blocks, Operands, Set, Tile
+
+NEUTRAL = Final(MASKED, 0.0, 0.0, 0), Exit(MASKED, 0.0, 0.0, 0)  # of no vocabulary at all
+
+
+def exit_kl(
+    h_final_ND: jax.Array,
+    h_exits_END: jax.Array,
+    head_VD: jax.Array,
+    *,
+    tile: Tile = BY_CHIP,
+) -> ExitKL:
+    """See `jexit.kernels.exit_kl.api.exit_kl`; `tile` overrides the chip's table."""
+    if 0 in (h_final_ND.shape[0], h_exits_END.shape[0]):
+        return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
+    return tiled.exit_kl(partial(_statistics, tile), h_final_ND, h_exits_END, head_VD)
+
+
+def _statistics(
+    tile: Tile, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
+) -> Statistics:
+    """Exits in groups as large as the registers allow; each recomputes the final logits."""
+    exits = range(h_exits_END.shape[0])
+    groups = -(-len(exits) // (MAX_SETS - 1))
+    parts = [
+        _of_group(exits[group::groups], tile, h_final_ND, h_exits_END, head_VD)
+        for group in range(groups)
+    ]
+    # Group g has the exits g, g + groups, …
+    ordered = [parts[e % groups].exits[e // groups] for e in exits]
+    return Statistics(parts[0].final, jax.tree.map(lambda *rows: jnp.stack(rows), *ordered))
+
+
+def _of_group(exits: range, tile: Tile, *arrays: jax.Array) -> Statistics:
+    """Arrays [N], the exits' in a tuple: arrays in Triton have powers of two as sizes."""
+    h_final_ND, h_exits_END, head_VD = arrays
+
+    def of_tile(blocks: Blocks) -> Statistics:
+        z_final_TC, *z_exits_TC = blocks.logits
+        final, of_final = statistics.of_final(z_final_TC, blocks.index, axis=1)
+        of_exits = (statistics.of_exit(z_TC, of_final, blocks.index, axis=1) for z_TC in z_exits_TC)
+        return Statistics(final, tuple(of_exits))
+
+    def merge(left: Statistics, right: Statistics) -> Statistics:
+        of_exits = (
+            statistics.merge_exit(*pair, left.final, right.final)
+            for pair in zip(left.exits, right.exits, strict=True)
+        )
+        return Statistics(statistics.merge_final(left.final, right.final), tuple(of_exits))
+
+    final, one = NEUTRAL
+    sets = (Set(0), *(Set(1, at=(e,)) for e in exits))
+    operands = Operands((h_final_ND, h_exits_END), (head_VD,), sets)
+    return gpu.statistics(of_tile, merge, Statistics(final, (one,) * len(exits)), operands, tile)

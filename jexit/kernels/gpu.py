@@ -1,0 +1,385 @@
+"""What the GPU kernels share: the walk over tiles, their sizes on Hopper, products, masks.
+
+Written in Triton. A tile of logits is held as [tokens, vocabulary], so that reductions over the
+vocabulary stay within a few threads. All sets of hidden states of a tile of tokens meet a piece of
+the head together: it is read once for all of them.
+
+Statistics go over the vocabulary inside each program; few tokens are spread over the chip by
+splitting the vocabulary, and the splits are merged afterwards. Gradients go over the vocabulary in
+chunks: a kernel recomputes a chunk's logits and writes the gradient to them, the products with head
+and hidden states are XLA's. Nothing is summed atomically, so results repeat to the last digit.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jexit.kernels import dispatch, tiles
+
+# Logits beyond the vocabulary: finite, so that 0 · (difference of two) is 0.
+MASKED = -1e30
+SMALLEST = 16  # of every axis of a matrix product on tensor cores
+MULTIPROCESSORS = 132  # of an H100 or H200
+VOCAB_CHUNK = 2048  # columns of logits whose gradient is held at a time
+
+
+class Tile(NamedTuple):
+    """Sizes of a tile of logits, all powers of two; None leaves the choice to the chip."""
+
+    tokens: int | None = None
+    vocab: int | None = None
+    width: int | None = None  # of a step of the matrix product
+    warps: int | None = None
+    stages: int | None = None  # of the pipeline of loads
+
+
+BY_CHIP = Tile()
+
+# By bytes of a number: up to how many sets of hidden states, and the tile. The sums of all sets,
+# the statistics and one set's temporaries share a multiprocessor's 65,536 registers; in these
+# tiles the compiler spills nothing, or few bytes outside of the innermost loop (8 sets, ragged
+# widths). Bfloat16 keeps 64 tokens, the fewest that Hopper's matrix product takes. Float32 products
+# go without tensor cores, which would round their operands.
+TILES = {
+    2: (
+        (2, Tile(128, 128, 64, 8, 3)),
+        (4, Tile(64, 128, 64, 8, 2)),
+        (8, Tile(64, 64, 64, 8, 2)),
+    ),
+    4: (
+        (1, Tile(128, 128, 32, 8, 2)),
+        (2, Tile(64, 64, 32, 8, 2)),
+        (8, Tile(32, 64, 32, 8, 2)),
+    ),
+}
+MAX_SETS = 8
+
+
+class Set(NamedTuple):
+    """Which hidden states and which head make logits, by their places in `Operands`."""
+
+    hidden: int
+    head: int = 0
+    at: tuple[int, ...] = ()  # index into the leading axes of the hidden states
+
+
+class Operands(NamedTuple):
+    """What an op reads.
+
+    Attributes:
+      hidden: hidden states, [N, D] or [E, N, D].
+      heads: output heads [V, D]; all have one vocabulary.
+      sets: the logits that a tile holds.
+      rows: pytree of arrays [N].
+    """
+
+    hidden: tuple[jax.Array, ...]
+    heads: tuple[jax.Array, ...]
+    sets: tuple[Set, ...]
+    rows: Any = ()
+
+
+class Blocks(NamedTuple):
+    """A tile inside of a kernel.
+
+    Attributes:
+      logits: [T, C] float32 of each set; columns beyond the vocabulary are masked.
+      rows: as in `Operands`, [T, 1] each.
+      index: number of the vocabulary entry at each place [T, C].
+    """
+
+    logits: tuple[jax.Array, ...]
+    rows: Any
+    index: jax.Array
+
+
+def statistics(
+    of_tile: Callable[[Blocks], Any],
+    merge: Callable[[Any, Any], Any],
+    neutral: Any,
+    operands: Operands,
+    tile: Tile,
+) -> Any:
+    """Merges `of_tile` over the vocabulary: a pytree of arrays [T, 1] there, [N] here.
+
+    `neutral` holds the numbers, as a pytree, that leave another part alone when merged.
+    """
+    layout = _Layout.of(operands, tile)
+    tokens, vocab_tiles = layout.tile.tokens, layout.grid[1]
+    share = pl.cdiv(vocab_tiles, _splits(*layout.grid))
+    splits = pl.cdiv(vocab_tiles, share)
+    numbers, treedef = jax.tree.flatten(neutral)
+
+    def statistics_kernel(*refs: Any) -> None:
+        token_tile, split = pl.program_id(0), pl.program_id(1)
+        start = token_tile * tokens
+
+        def step(vocab_tile: jax.Array, total: Any) -> Any:
+            return merge(total, of_tile(layout.blocks(refs, start, vocab_tile)))
+
+        first = split * share
+        total = lax.fori_loop(
+            first,
+            jnp.minimum(first + share, vocab_tiles),
+            step,
+            jax.tree.map(lambda number: jnp.full((tokens, 1), number, _dtype(number)), neutral),
+        )
+        outs = refs[layout.inputs :]
+        for out, array in zip(outs, jax.tree.leaves(total), strict=True):
+            _store(out, lax.squeeze(array, (1,)), (start,), at=(split,))
+
+    shapes = [jax.ShapeDtypeStruct((splits, layout.tokens), _dtype(n)) for n in numbers]
+    parts = layout.call(statistics_kernel, operands, (layout.grid[0], splits), shapes)
+    return _merge_all(jax.tree.unflatten(treedef, parts), merge, splits)
+
+
+def gradients(
+    dlogits: Callable[[Blocks], jax.Array],
+    operands: Operands,
+    tile: Tile,
+    head_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Gradients to the first hidden states, float32, and the first head, in `head_dtype`.
+
+    `dlogits` gives the gradient to the logits of a tile [T, C], and zeros for tokens that are
+    masked out.
+    """
+    tokens, vocab = operands.hidden[0].shape[0], operands.heads[0].shape[0]
+
+    def of_chunk(start: jax.Array | int, size: int, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+        *hidden, rows = arguments
+        heads = tuple(tiles.slice_head(head_VD, start, size) for head_VD in operands.heads)
+        chunk = Operands(tuple(hidden), heads, operands.sets, rows)
+        return _dlogits(dlogits, chunk, start, tile), heads[0]
+
+    arguments = (*operands.hidden, operands.rows)
+    chunks = tiles.Chunks(tokens, min(VOCAB_CHUNK, vocab))
+    return tiles.gradients(of_chunk, arguments, operands.heads[0], chunks, head_dtype)
+
+
+def _dlogits(
+    dlogits: Callable[[Blocks], jax.Array], operands: Operands, start: jax.Array | int, tile: Tile
+) -> jax.Array:
+    """Gradient to the logits of a chunk of the vocabulary, in the type of its products."""
+    layout = _Layout.of(operands, tile)
+
+    def gradient_kernel(*refs: Any) -> None:
+        *refs, start_1, dz_NC = refs
+        token_tile, vocab_tile = pl.program_id(0), pl.program_id(1)
+        at = token_tile * layout.tile.tokens, vocab_tile * layout.tile.vocab
+        blocks = layout.blocks(refs, at[0], vocab_tile, start_1[0])
+        _store(dz_NC, dlogits(blocks).astype(dz_NC.dtype), at)
+
+    dtype = jnp.promote_types(operands.hidden[0].dtype, operands.heads[0].dtype)
+    shape = jax.ShapeDtypeStruct((layout.tokens, layout.vocab), dtype)
+    start_1 = jnp.asarray(start, jnp.int32)[None]
+    return layout.call(gradient_kernel, operands, layout.grid, shape, start_1)
+
+
+class _Layout(NamedTuple):
+    """How an op's operands are cut into tiles."""
+
+    tile: Tile
+    tokens: int
+    vocab: int
+    sets: tuple[Set, ...]
+    heads: int
+    rows: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, operands: Operands, tile: Tile) -> "_Layout":
+        tokens, vocab = operands.hidden[0].shape[-2], operands.heads[0].shape[0]
+        pairs = zip(tile, choose_tile(operands), strict=True)
+        tile = Tile(*(chosen if fixed is None else fixed for fixed, chosen in pairs))
+        rows = jax.tree.structure(operands.rows)
+        return cls(tile, tokens, vocab, operands.sets, len(operands.heads), rows)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of the tokens and of the vocabulary."""
+        return pl.cdiv(self.tokens, self.tile.tokens), pl.cdiv(self.vocab, self.tile.vocab)
+
+    @property
+    def inputs(self) -> int:
+        return len(self.sets) + self.heads + self.rows.num_leaves
+
+    def blocks(
+        self,
+        refs: tuple[Any, ...],
+        token: jax.Array,
+        vocab_tile: jax.Array,
+        start: jax.Array | int = 0,
+    ) -> Blocks:
+        """Inside a kernel: the tile at a token, of a vocabulary that begins at `start`."""
+        rows = [
+            _load(ref, (token,), (self.tile.tokens,))[:, None]
+            for ref in refs[len(self.sets) + self.heads : self.inputs]
+        ]
+        column = vocab_tile * self.tile.vocab
+        shape = (self.tile.tokens, self.tile.vocab)
+        index_TC = column + lax.broadcasted_iota(jnp.int32, shape, 1)
+        logits = self._logits(refs, token, column)
+        if self.vocab % self.tile.vocab:
+            logits = tuple(jnp.where(index_TC < self.vocab, z_TC, MASKED) for z_TC in logits)
+        return Blocks(logits, jax.tree.unflatten(self.rows, rows), start + index_TC)
+
+    def _logits(
+        self, refs: tuple[Any, ...], token: jax.Array, column: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """Of all sets, head by head."""
+        tokens, vocab, width = self.tile[:3]
+        logits: dict[int, jax.Array] = {}
+        for head, head_ref in enumerate(refs[len(self.sets) :][: self.heads]):
+            own = [i for i, set_ in enumerate(self.sets) if set_.head == head]
+
+            def step(k: jax.Array, sums: Any, head_ref: Any = head_ref, own: Any = own) -> Any:
+                head_CK = _load(head_ref, (column, k * width), (vocab, width))
+                out = []
+                for i, sum_TC in zip(own, sums, strict=True):
+                    h_TK = _load(refs[i], (token, k * width), (tokens, width))
+                    out.append(sum_TC + product(h_TK, head_CK))
+                return tuple(out)
+
+            zeros = tuple(jnp.zeros((tokens, vocab), jnp.float32) for _ in own)
+            sums = lax.fori_loop(0, pl.cdiv(head_ref.shape[1], width), step, zeros)
+            logits |= zip(own, sums, strict=True)
+        return tuple(logits[i] for i in range(len(self.sets)))
+
+    def call(
+        self,
+        kernel: Callable[..., None],
+        operands: Operands,
+        grid: tuple[int, int],
+        out_shape: Any,
+        *more: jax.Array,
+    ) -> Any:
+        """Runs the kernel over a grid of programs, each of which sees all of every array.
+
+        On a CPU the kernel is interpreted, which is for tests. Raises NotImplementedError on any
+        other platform that is not a Hopper GPU.
+        """
+        hidden = [operands.hidden[set_.hidden] for set_ in self.sets]
+        arrays = (*operands.heads, *jax.tree.leaves(operands.rows), *more)
+
+        def hidden_spec(h: jax.Array, at: tuple[int, ...]) -> pl.BlockSpec:
+            return pl.BlockSpec((*[None] * len(at), *h.shape[-2:]), lambda *_: (*at, 0, 0))
+
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=[
+                *(hidden_spec(h, set_.at) for h, set_ in zip(hidden, self.sets, strict=True)),
+                *[pl.BlockSpec()] * len(arrays),
+            ],
+            out_shape=out_shape,
+            compiler_params=plgpu.CompilerParams(
+                num_warps=self.tile.warps, num_stages=self.tile.stages
+            ),
+            interpret=_interpreted(),
+        )(*hidden, *arrays)
+
+
+def _interpreted() -> bool:
+    platform, kind = dispatch.target()
+    if platform == "cpu":
+        return True
+    if platform not in ("gpu", "cuda"):
+        raise NotImplementedError(f"the kernel is written for GPUs, not for {platform}")
+    if not any(name in kind for name in ("H100", "H200", "H800", "H20")):
+        raise NotImplementedError(f"the kernel's tiles are those of Hopper, not of {kind}")
+    return False
+
+
+def choose_tile(operands: Operands) -> Tile:
+    """By the table, and no larger than the arrays.
+
+    Raises NotImplementedError for more sets than the registers hold.
+    """
+    sets = len(operands.sets)
+    if sets > MAX_SETS:
+        raise NotImplementedError(f"{sets} sets of hidden states do not fit the registers")
+    table = TILES[4 if jnp.result_type(*operands.hidden, *operands.heads).itemsize == 4 else 2]
+    tile = next(tile for most, tile in table if sets <= most)
+    width = max(h.shape[-1] for h in operands.hidden)
+    tokens, vocab = operands.hidden[0].shape[-2], operands.heads[0].shape[0]
+    return tile._replace(
+        tokens=min(tile.tokens, _power(tokens)),
+        vocab=min(tile.vocab, _power(vocab)),
+        width=min(tile.width, _power(width)),
+    )
+
+
+def product(left_TK: jax.Array, right_CK: jax.Array) -> jax.Array:
+    """Products of rows, accumulated in float32; float32 operands keep all their digits."""
+    dtype = jnp.promote_types(left_TK.dtype, right_CK.dtype)
+    return lax.dot_general(
+        left_TK.astype(dtype),
+        right_CK.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
+    """A tile, zero beyond the array; `starts` are multiples of `sizes`."""
+    mask = _mask(ref.shape, starts, sizes)
+    index = (*map(pl.ds, starts, sizes),)
+    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+
+
+def _store(
+    ref: Any, array: jax.Array, starts: tuple[jax.Array, ...], at: tuple[jax.Array, ...] = ()
+) -> None:
+    """What of the tile lies in the array."""
+    index = (*at, *map(pl.ds, starts, array.shape))
+    plgpu.store(ref.at[index], array, mask=_mask(ref.shape[len(at) :], starts, array.shape))
+
+
+def _mask(
+    shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
+) -> jax.Array | None:
+    """Where a tile lies in the array; None for everywhere."""
+    mask = None
+    for axis, (end, start, size) in enumerate(zip(shape, starts, sizes, strict=True)):
+        if end % size:
+            inside = start + lax.broadcasted_iota(jnp.int32, sizes, axis) < end
+            mask = inside if mask is None else mask & inside
+    return mask
+
+
+def _splits(token_tiles: int, vocab_tiles: int) -> int:
+    """Parts of the vocabulary with which the chip's last wave of programs ends soonest."""
+
+    def time(splits: int) -> int:
+        waves = pl.cdiv(token_tiles * splits, MULTIPROCESSORS)
+        return waves * pl.cdiv(vocab_tiles, splits)
+
+    return min(range(1, min(vocab_tiles, MULTIPROCESSORS) + 1), key=time)
+
+
+def _merge_all(parts: Any, merge: Callable[[Any, Any], Any], count: int) -> Any:
+    """Merges along the first axis, neighbours first: few steps, in the vocabulary's order."""
+    while count > 1:
+        left, right, rest = (
+            jax.tree.map(lambda array, part=part: array[part], parts)
+            for part in (slice(0, count - 1, 2), slice(1, None, 2), slice(count - count % 2, None))
+        )
+        pairs = merge(left, right)
+        parts = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), pairs, rest)
+        count = -(-count // 2)
+    return jax.tree.map(lambda array: array[0], parts)
+
+
+def _dtype(number: float) -> jnp.dtype:
+    return jnp.dtype(jnp.int32 if isinstance(number, int) else jnp.float32)
+
+
+def _power(size: int) -> int:
+    """The least power of two that is no smaller, and fits a matrix product."""
+    return max(SMALLEST, 1 << (size - 1).bit_length())

@@ -1,0 +1,80 @@
+"""GPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in registers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import gpu
+from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, Operands, Set, Tile
+from jexit.kernels.linear_kl import reference, statistics, tiled
+from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER_STUDENT
+from jexit.kernels.linear_kl.statistics import Finished, Statistics
+
+
+def linear_kl(
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None = None,
+    *,
+    direction: str = STUDENT_TEACHER,
+    tile: Tile = BY_CHIP,
+) -> jax.Array:
+    """See `jexit.kernels.linear_kl.api.linear_kl`; `tile` overrides the chip's table."""
+    arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
+    if h_student_ND.shape[0] == 0:
+        return reference.linear_kl(*arguments, direction=direction)
+    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    return tiled.linear_kl(kernels, *arguments, direction)
+
+
+def _operands(
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None,
+) -> Operands:
+    """Logits of student and teacher, whose head is the last one."""
+    heads = (head_VD,) if head_teacher_VD is None else (head_VD, head_teacher_VD)
+    return Operands((h_student_ND, h_teacher_ND), heads, (Set(0), Set(1, head=len(heads) - 1)))
+
+
+def _neutral(direction: str) -> Statistics:
+    """Of no vocabulary at all."""
+    of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
+    of_teacher = 0.0 if direction in (TEACHER_STUDENT, JEFFREYS) else None
+    return Statistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
+
+
+def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
+    """As `tiled.Tiled.statistics` has it."""
+    return gpu.statistics(
+        lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
+        lambda left, right: statistics.merge(left, right)[0],
+        _neutral(direction),
+        _operands(*arrays),
+        tile,
+    )
+
+
+def _gradients(
+    tile: Tile,
+    direction: str,
+    h_student_ND: jax.Array,
+    h_teacher_ND: jax.Array,
+    head_VD: jax.Array,
+    head_teacher_VD: jax.Array | None,
+    finished: Finished,
+    g_N: jax.Array,
+    head_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `tiled.Tiled.gradients` has it."""
+
+    def dlogits(blocks: Blocks) -> jax.Array:
+        g_T1, finished = blocks.rows
+        dz_TC = g_T1 * statistics.dlogits(*blocks.logits, finished, direction)
+        return jnp.where(g_T1 != 0, dz_TC, 0)
+
+    operands = _operands(h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
+    return gpu.gradients(dlogits, operands._replace(rows=(g_N, finished)), tile, head_dtype)

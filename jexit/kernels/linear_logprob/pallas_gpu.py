@@ -1,0 +1,64 @@
+"""GPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in registers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import gpu
+from jexit.kernels.gpu import BY_CHIP, MASKED, Blocks, Operands, Set, Tile
+from jexit.kernels.linear_logprob import reference, statistics, tiled
+from jexit.kernels.linear_logprob.reference import LinearLogprob
+from jexit.kernels.linear_logprob.statistics import Finished, Statistics
+
+NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # of no vocabulary at all
+
+
+def linear_logprob(
+    h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
+) -> LinearLogprob:
+    """See `jexit.kernels.linear_logprob.api.linear_logprob`; `tile` overrides the chip's table."""
+    if h_ND.shape[0] == 0:
+        return reference.linear_logprob(h_ND, head_VD, targets_N)
+    kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
+    return tiled.linear_logprob(kernels, h_ND, head_VD, targets_N)
+
+
+def _statistics(
+    tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
+) -> Statistics:
+    """As `tiled.Tiled.statistics` has it."""
+
+    def of_tile(blocks: Blocks) -> Statistics:
+        return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
+
+    # A target beyond the vocabulary must not hit a masked column of the last tile.
+    targets_N = jnp.where(targets_N < head_VD.shape[0], targets_N, -1)
+    return gpu.statistics(
+        of_tile,
+        lambda left, right: statistics.merge(left, right)[0],
+        NEUTRAL,
+        Operands((h_ND,), (head_VD,), (Set(0),), targets_N),
+        tile,
+    )
+
+
+def _gradients(
+    tile: Tile,
+    h_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
+    finished: Finished,
+    g: LinearLogprob,
+    head_dtype: jnp.dtype | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `tiled.Tiled.gradients` has it."""
+
+    def dlogits(blocks: Blocks) -> jax.Array:
+        targets_T1, finished, g = blocks.rows
+        hit_TC = blocks.index == targets_T1
+        dz_TC = statistics.dlogits(*blocks.logits, hit_TC, g, finished)
+        return jnp.where(tiled.live(g), dz_TC, 0)
+
+    operands = Operands((h_ND,), (head_VD,), (Set(0),), (targets_N, finished, g))
+    return gpu.gradients(dlogits, operands, tile, head_dtype)
