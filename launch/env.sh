@@ -171,7 +171,7 @@ PY
 }
 
 ensure_aot() { # puts them into .aot, apart from .venv: they would look for their hardware there
-  local wanted folder
+  local wanted folder failed=""
   [[ ${JEXIT_AOT:-1} != 0 ]] || return 0
   if ! wanted=$(aot_requirements 2>/dev/null); then return 0; fi
   [[ ! -r $aot/.stamp || $(<"$aot/.stamp") != "$wanted" ]] || return 0
@@ -184,7 +184,8 @@ ensure_aot() { # puts them into .aot, apart from .venv: they would look for thei
       $(sed -n "$([[ $folder == tpu ]] && echo 1 || echo 2)p" <<<"$wanted") >&2; then
       say "that failed for the reason above; tests that compile for ${folder^^} will be skipped."
       rm -rf "${aot:?}/$folder"
+      failed=yes
     fi
   done
-  mkdir -p "$aot" && printf '%s\n' "$wanted" >"$aot/.stamp"
+  [[ -n $failed ]] || { mkdir -p "$aot" && printf '%s\n' "$wanted" >"$aot/.stamp"; }
 }

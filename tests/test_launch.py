@@ -57,7 +57,13 @@ def bash(checkout, tools, command, **env):
     return subprocess.run(
         [shutil.which("bash"), *command],
         cwd=checkout,
-        env={"PATH": str(tools), "HOME": str(checkout), "JEXIT_EXTRAS": "", **env},
+        env={
+            "PATH": str(tools),
+            "HOME": str(checkout),
+            "JEXIT_EXTRAS": "",
+            "JEXIT_AOT": "0",
+            **env,
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -257,3 +263,37 @@ def test_the_tests_run_in_the_checkout_and_ask_for_their_packages(checkout, tool
     make_venv(checkout, "")
     done = bash(checkout, tools, ["launch/test.sh", "-n0"])
     assert "installing jexit with dev into .venv" in done.stderr
+
+
+AOT_PYTHON = """
+if [[ $1 == - ]]; then cat >/dev/null; printf 'libtpu==1.*\\nplugin==2 pjrt==2\\n'; exit; fi
+if [[ "$*" == *"pip install"* ]]; then
+  printf '%s ' "$@" >>"$HOME/pip.log"; echo >>"$HOME/pip.log"
+  {pip}
+  exit
+fi
+echo tests ran
+"""
+
+
+def test_compilers_for_absent_accelerators_are_installed_once_and_apart(checkout, tools):
+    make_venv(checkout, "dev", python=AOT_PYTHON.replace("{pip}", ""))
+    first = bash(checkout, tools, ["launch/test.sh", "-n0"], JEXIT_AOT="1")
+    assert (first.returncode, first.stdout) == (0, "tests ran\n")
+    assert "installing compilers for TPUs and GPUs into .aot" in first.stderr
+    tpu, cuda = (checkout / "pip.log").read_text().splitlines()
+    assert "--no-deps --target" in tpu and tpu.endswith("/.aot/tpu libtpu==1.* ")
+    assert cuda.endswith("/.aot/cuda plugin==2 pjrt==2 ")
+    again = bash(checkout, tools, ["launch/test.sh", "-n0"], JEXIT_AOT="1")
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_the_tests_run_without_those_compilers_and_say_so(checkout, tools):
+    make_venv(checkout, "dev", python=AOT_PYTHON.replace("{pip}", "echo no network >&2; exit 1"))
+    done = bash(checkout, tools, ["launch/test.sh", "-n0"], JEXIT_AOT="1")
+    assert (done.returncode, done.stdout) == (0, "tests ran\n")
+    assert "no network" in done.stderr
+    assert "tests that compile for TPU will be skipped" in done.stderr
+    assert "tests that compile for CUDA will be skipped" in done.stderr
+    assert not (checkout / ".aot/tpu").exists()
+    assert not (checkout / ".aot/.stamp").exists(), "the next run must try again"
