@@ -102,7 +102,9 @@ def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk:
     tokens = _tokens(arguments)
     if tokens <= chunk:
         return function(*arguments)
-    out = lax.map(lambda parts: function(*parts), _split(arguments, tokens, chunk))
+    parts = _split(arguments, tokens, chunk)
+    steps = jax.tree.leaves(parts)[0].shape[0]
+    out = lax.map(lambda step: function(*_pick(parts, step)), jnp.arange(steps))
     return _join(out, tokens)
 
 
@@ -121,6 +123,12 @@ def _split(tree: Any, tokens: int, chunk: int) -> Any:
         return array.reshape(steps, rows, *array.shape[1:])
 
     return jax.tree.map(split, tree)
+
+
+def _pick(tree: Any, step: jax.Array) -> Any:
+    """One chunk of what `_split` gives; the barrier as in `slice_head`."""
+    tree, step = lax.optimization_barrier((tree, step))
+    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, step, keepdims=False), tree)
 
 
 def _join(tree: Any, tokens: int) -> Any:
@@ -178,19 +186,20 @@ def gradients(
     Carry = tuple[jax.Array, jax.Array | None]
 
     def of_tile(start: jax.Array | int, size: int, carry: Carry) -> Carry:
-        def of_part(carry: Carry, numbered: tuple[jax.Array, Any]) -> tuple[Carry, None]:
-            (dh_SND, dhead_CD), (step, part) = carry, numbered
+        def of_part(step: jax.Array, carry: Carry) -> Carry:
+            dh_SND, dhead_CD = carry
+            part = _pick(parts, step)
             dz_NC, head_CD = dlogits(start, size, *part)
             dh_SND = dh_SND.at[step].add(product(dz_NC, head_CD, (1, 0)))
             if dhead_CD is not None:
                 dhead_CD += product(dz_NC, part[0], (0, 0))
-            return (dh_SND, dhead_CD), None
+            return dh_SND, dhead_CD
 
         dh_SND, dhead_VD = carry
         dhead_CD = None
         if dhead_VD is not None:
             dhead_CD = jnp.zeros((size, head_VD.shape[1]), jnp.float32)
-        (dh_SND, dhead_CD), _ = lax.scan(of_part, (dh_SND, dhead_CD), (jnp.arange(steps), parts))
+        dh_SND, dhead_CD = lax.fori_loop(0, steps, of_part, (dh_SND, dhead_CD))
         if dhead_VD is not None:
             dhead_VD = lax.dynamic_update_slice_in_dim(
                 dhead_VD, dhead_CD.astype(head_dtype), start, 0

@@ -62,6 +62,9 @@ def cases(implementation: str | None) -> dict[str, Case]:
     def jeffreys(*arguments: Any) -> Any:
         return kl(*arguments, direction="jeffreys")
 
+    def chosen(*arguments: Any) -> Any:
+        return logprob(*arguments).logprob_N
+
     exits, two, one = ("h", "exits", "head"), ("h", "h", "head"), ("h", "head", "targets")
     return {
         "exit_kl": (exit_kl, exits, 0, 0),
@@ -70,8 +73,8 @@ def cases(implementation: str | None) -> dict[str, Case]:
         "linear_kl jeffreys to h": (gradient(jeffreys, 0), two, 2, 5),
         "linear_kl to h and head": (gradient(kl, (0, 2)), two, 2, 8),
         "linear_logprob": (logprob, one, 1, 1),
-        "linear_logprob to h": (gradient(logprob, 0), one, 1, 3),
-        "linear_logprob to h and head": (gradient(logprob, (0, 1)), one, 1, 5),
+        "linear_logprob to h": (gradient(chosen, 0), one, 1, 3),
+        "linear_logprob to h and head": (gradient(chosen, (0, 1)), one, 1, 5),
     }
 
 

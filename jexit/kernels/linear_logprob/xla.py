@@ -34,11 +34,10 @@ class _Total(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """∂(output)/∂h for each output and token."""
+    """∂(output)/∂h of a token; that of the log-probability is the target's row less the mean's."""
 
-    logprob_ND: jax.Array
     entropy_ND: jax.Array
-    logsumexp_ND: jax.Array
+    logsumexp_ND: jax.Array  # the mean row
 
 
 def linear_logprob(
@@ -76,31 +75,37 @@ def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any
         finished = statistics.finish(_of_all(static, *values))
         return finished.out, (None, values, finished)
 
-    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    # The sums over rows of the head lie beside the logits.
+    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> tuple[LinearLogprob, _Units]:
         total = _of_chunk(h_ND, targets_N, head_VD, chunks.vocab, with_gradient=True)
         out = jax.tree.map(lambda a: a[:, 0], statistics.finish(total.statistics).out)
-        units = _units(targets_N, head_VD, total)
-        return out, _Units(*(unit_ND.astype(h_ND.dtype) for unit_ND in units))
+        return out, _Units(*(unit_ND.astype(h_ND.dtype) for unit_ND in _units(total)))
 
     out, units = tiles.over_tokens(of_chunk, (h_ND, targets_N), chunks.tokens)
-    return out, (units, None, None)
+    return out, (units, (None, head_VD, targets_N), None)
 
 
 def _backward(
     static: _Static, residuals: tuple[Any, ...], g: LinearLogprob
 ) -> tuple[jax.Array, jax.Array | None, None]:
-    units, arguments, finished = residuals
+    units, (h_ND, head_VD, targets_N), finished = residuals
     g, live_N = tiled.used(g)
     if units is not None:
-        dtype = units.logprob_ND.dtype
-        dh_ND = sum(
-            g_N[:, None] * unit_ND for g_N, unit_ND in zip(g, units, strict=True) if g_N is not None
-        )
+        dtype = units.logsumexp_ND.dtype
+        dh_ND = jnp.zeros(units.logsumexp_ND.shape, jnp.float32)
+        if g.logprob_N is not None:
+            # An impossible target has no row.
+            exists_N = (targets_N >= 0) & (targets_N < head_VD.shape[0])
+            row_ND = jnp.where(exists_N[:, None], tiles.take_rows(head_VD, targets_N), 0)
+            dh_ND += g.logprob_N[:, None] * (row_ND - units.logsumexp_ND)
+        if g.entropy_N is not None:
+            dh_ND += g.entropy_N[:, None] * units.entropy_ND
+        if g.logsumexp_N is not None:
+            dh_ND += g.logsumexp_N[:, None] * units.logsumexp_ND
         # A row that the loss masks out must not bring in its NaN.
         return jnp.where(live_N[:, None], dh_ND, 0).astype(dtype), None, None
-    h_ND, head_VD, targets_N = arguments
     h_ND = jnp.where(live_N[:, None], h_ND, 0)
     dh_ND, dhead_VD = _gradients(static, h_ND, head_VD, targets_N, finished, g, head_VD.dtype)
     return dh_ND.astype(h_ND.dtype), dhead_VD, None
@@ -147,7 +152,7 @@ def _gradients(
         dz_NC = statistics.dlogits(tiles.logits(h_ND, head_CD), hit_NC, g, finished)
         return jnp.where(tiled.live(g), dz_NC, 0), head_CD
 
-    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
+    chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
     return tiles.gradients(dlogits, (h_ND, targets_N, finished, g), head_VD, chunks, head_dtype)
 
 
@@ -183,16 +188,12 @@ def _merge(left: _Total, right: _Total) -> _Total:
     return _Total(total, tiles.add(*map(rescaled, (left.rows, right.rows), scales)))
 
 
-def _units(targets_N: jax.Array, head_VD: jax.Array, total: _Total) -> _Units:
-    """Derivative of every output, float32."""
+def _units(total: _Total) -> _Units:
+    """Derivatives, float32."""
     sums, rows = total.statistics, total.rows
     mean_ND = rows.weight / sums.sum
     # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
-    entropy_ND = (sums.spread / sums.sum) * mean_ND - rows.spread / sums.sum
-    # An impossible target has no row.
-    exists_N1 = ((targets_N >= 0) & (targets_N < head_VD.shape[0]))[:, None]
-    row_ND = jnp.where(exists_N1, tiles.take_rows(head_VD, targets_N), 0)
-    return _Units(row_ND - mean_ND, entropy_ND, mean_ND)
+    return _Units((sums.spread / sums.sum) * mean_ND - rows.spread / sums.sum, mean_ND)
 
 
 def _hits(targets_N: jax.Array, size: int) -> jax.Array:
