@@ -50,6 +50,9 @@ _LEAST = {
     "optim.warmup_steps": 0,
     "optim.accumulate": 1,
     "optim.max_skipped": 1,
+    "mesh.data": 1,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
     "sft.samples": 1,
     "sft.pool": 1,
     "sft.generate_batch": 1,
@@ -146,16 +149,19 @@ class Config:
                 f"config.exits.layers is {layers}; exits are distinct layer numbers from 1 upwards "
                 "in rising order, such as (5,10,15)"
             )
-        mesh = self.mesh
-        if (mesh.data, mesh.fsdp, mesh.tensor) != (1, 1, 1):
-            raise ValueError(
-                f"config.mesh asks for data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} "
-                "devices; this version runs on one, so leave all three at 1"
-            )
         if self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into optim.accumulate "
                 f"{self.optim.accumulate} micro-batches; make it a multiple"
+            )
+        shares = self.mesh.data * self.mesh.fsdp
+        rows = self.batch_size * (self.rl.rollouts if self.command == "rl" else 1)
+        trains = self.command in ("pretrain", "sft", "rl")
+        if trains and rows // self.optim.accumulate % shares:
+            raise ValueError(
+                f"a micro-batch has {rows // self.optim.accumulate} rows, which do not divide over "
+                f"config.mesh.data {self.mesh.data} × fsdp {self.mesh.fsdp}; make "
+                f"config.batch_size a multiple of {shares * self.optim.accumulate}"
             )
         if not 0.0 <= self.sft.explore <= 1.0:
             raise ValueError(

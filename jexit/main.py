@@ -1,15 +1,17 @@
 """Command line of jexit.
 
     python -m jexit.main --config=configs/COMMAND.py[:PRESET] [--workdir=DIR]
-                         [--config.KEY=VALUE ...]
+                         [--config.KEY=VALUE ...] [--aot=TOPOLOGY]
 
 COMMAND is pretrain, sft, rl, eval or generate. A run writes into its workdir (runs/COMMAND-PRESET
 unless given), and the same command again continues it. Each KEY is a field of `Config` in
-jexit/config.py, such as seed, rl.depth_coef or model.path.
+jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1, v6e:2x2,
+h100:8, …) runs nothing: it compiles the config's steps for that topology and says what they need.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import sys
@@ -26,6 +28,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; a rerun continues it. Default: runs/COMMAND-PRESET."
 )
+AOT = flags.DEFINE_string("aot", None, "Compile for a topology such as v5e:4x4; run nothing.")
 
 USER_ERROR, INTERRUPTED = 1, 3
 
@@ -54,9 +57,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
 def dispatch(config: Config, workdir: pathlib.Path) -> None:
     """Runs the config's command."""
     # Imported here, so that a wrong flag does not wait for jax.
+    from jexit.dist import make_mesh, use_mesh
     from jexit.io.workdir import check_same_run
     from jexit.loops import evaluate, pretrain, rl, sft
 
+    if AOT.value:
+        from jexit.aot.preflight import preflight
+
+        preflight(config, AOT.value)
+        return
     if config.command == "generate":
         evaluate.print_generations(config)
         return
@@ -67,7 +76,8 @@ def dispatch(config: Config, workdir: pathlib.Path) -> None:
         "rl": rl.reinforce,
         "eval": evaluate.evaluate,
     }
-    commands[config.command](config, workdir)
+    with use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
+        commands[config.command](config, workdir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,9 +95,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"jexit: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except RuntimeError as error:
+        from jexit.aot.preflight import DoesNotFit
         from jexit.loops.trainer import Diverged, Interrupted
 
-        if not isinstance(error, (Diverged, Interrupted)):
+        if not isinstance(error, (Diverged, DoesNotFit, Interrupted)):
             raise
         print(f"jexit: {error}", file=sys.stderr)
         return INTERRUPTED if isinstance(error, Interrupted) else USER_ERROR

@@ -58,11 +58,11 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis. This version runs on one device and refuses more."""
+    """Devices along each mesh axis; as many are used as the three multiply to."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = 1  # rows divided, parameters repeated
+    fsdp: int = 1  # rows divided, parameters divided too and gathered a layer at a time
+    tensor: int = 1  # heads, MLP and vocabulary divided
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -176,8 +176,8 @@ ensure_aot() { # puts them into .aot, apart from .venv: they would look for thei
   if ! wanted=$(aot_requirements 2>/dev/null); then return 0; fi
   [[ ! -r $aot/.stamp || $(<"$aot/.stamp") != "$wanted" ]] || return 0
   say "installing compilers for TPUs and GPUs into .aot, for tests."
-  rm -rf "$aot"
   for folder in tpu cuda; do
+    rm -rf "${aot:?}/$folder"
     # shellcheck disable=SC2046 # a line holds several requirements
     if ! "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
       --no-deps --target "$aot/$folder" \

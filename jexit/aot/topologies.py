@@ -110,9 +110,14 @@ def _gpu(name: str, description: str, count: int) -> Topology:
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     topology = f"1x1x{count}"
-    described = topologies.get_topology_desc(
-        topology, platform="cuda", topology=topology, target_config=description
-    )
+    try:
+        described = topologies.get_topology_desc(
+            topology, platform="cuda", topology=topology, target_config=description
+        )
+    except NotImplementedError as error:  # JAX has looked for a GPU already, and found none
+        raise ValueError(
+            f"compiling for {name} needs JAX_PLATFORMS=cpu; set it and try again"
+        ) from error
     return Topology(name, "gpu", list(described.devices))
 
 

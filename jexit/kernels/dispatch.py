@@ -39,7 +39,9 @@ def target() -> Target:
 def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
     """Picks implementations and tile sizes for a chip that this process need not have.
 
-    For compiling ahead of time: what is traced inside is for that chip.
+    For compiling ahead of time: what is traced inside is for that chip. JAX remembers traces by
+    function and shapes, not by chip: a function that was traced outside needs
+    `jax.clear_caches()` first.
     """
     token = _TARGET.set(Target(platform, device_kind))
     try:

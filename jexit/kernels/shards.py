@@ -29,8 +29,12 @@ class Shards(NamedTuple):
     vocab_axis: str | None = None
 
     @classmethod
-    def current(cls) -> "Shards":
-        """From the mesh that `jax.set_mesh` has set; axes that are manual already are left out."""
+    def current(cls, vocab: int) -> "Shards":
+        """From the mesh that `jax.set_mesh` has set; axes that are manual already are left out.
+
+        A vocabulary that does not divide stays whole on every device. On axes of other names
+        nothing is divided: every device computes all of it. Raises ValueError for `Explicit` axes.
+        """
         mesh = jax.sharding.get_abstract_mesh()
         divides = {
             name
@@ -39,9 +43,20 @@ class Shards(NamedTuple):
             )
             if size > 1 and kind != AxisType.Manual
         }
+        explicit = [
+            name
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if name in divides and kind == AxisType.Explicit
+        ]
+        if explicit:
+            raise ValueError(
+                f"the mesh axis {explicit[0]!r} is Explicit and the vocabulary ops divide over "
+                "Auto axes; make the mesh with jexit.dist.make_mesh or axis_types=AxisType.Auto"
+            )
         tokens = tuple(name for name in TOKEN_AXES if name in divides)
-        vocab = VOCAB_AXIS if VOCAB_AXIS in divides else None
-        return cls(mesh, tokens, vocab) if tokens or vocab else cls()
+        whole = VOCAB_AXIS not in divides or vocab % mesh.shape[VOCAB_AXIS]
+        vocab_axis = None if whole else VOCAB_AXIS
+        return cls(mesh, tokens, vocab_axis) if divides else cls()
 
     @property
     def divides(self) -> bool:
@@ -68,17 +83,6 @@ class Shards(NamedTuple):
         widths = [(0, 0)] * array.ndim
         widths[axis] = (0, missing)
         return jnp.pad(array, widths) if missing else array
-
-    def check_vocab(self, op: str, head_VD: jax.Array) -> None:
-        """Raises ValueError unless the vocabulary divides over the devices."""
-        if self.vocab_axis is None:
-            return
-        parts = self.mesh.shape[self.vocab_axis]
-        if head_VD.shape[0] % parts:
-            raise ValueError(
-                f"{op}: the head's {head_VD.shape[0]} rows do not divide over {parts} devices of "
-                f"the mesh axis {self.vocab_axis!r}; pad the vocabulary or take another mesh"
-            )
 
     def run(self, function: Callable[..., Any], arguments: tuple, specs: tuple, out: Any) -> Any:
         """`function(*arguments)`, on each device with its part where the mesh divides."""

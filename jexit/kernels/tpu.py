@@ -46,11 +46,8 @@ CHIPS = {
     "v7x": Chip(64, 512),
 }
 SMALLEST = Chip(16, 256)
-_KINDS = {"v5 lite": "v5e", "v6 lite": "v6e", "v5p": "v5p", "v5e": "v5e", "v6e": "v6e"} | {
-    "tpu7": "v7x",
-    "v4": "v4",
-    "v5": "v5p",
-}
+_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e"}  # part of JAX's name
+_KINDS |= {"tpu7": "v7x", "v4": "v4", "v5": "v5p"}
 
 VMEM_SHARE = 0.75  # of a core's, for blocks and temporaries; the rest is the compiler's
 VOCAB_TILES = (512, 256, 128)
@@ -151,6 +148,20 @@ def gradients(
     return dh_ND, None if head_dtype is None else _to_head(dlogits, operands, tile, head_dtype)
 
 
+def check_covers(operands: Operands) -> None:
+    """Raises NotImplementedError for what the kernels, those of the gradients too, do not hold."""
+    for array in (*operands.hidden, *operands.heads):
+        if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
+            width = array.shape[-1]
+            raise NotImplementedError(f"XLA copies a head whose width {width} is no {LANES}-fold")
+    choose_tile(operands, token_sums=1)
+    choose_tile(operands, vocab_sums=1)
+
+
+def _product_dtype(operands: Operands) -> jnp.dtype:
+    return jnp.promote_types(operands.hidden[0].dtype, operands.heads[0].dtype)
+
+
 def _masked(dlogits: Callable[[Operands], jax.Array], blocks: Operands) -> jax.Array:
     dz_CT = dlogits(blocks)
     return jnp.where(blocks.index(dz_CT.shape) < blocks.vocab, dz_CT, 0)
@@ -159,7 +170,7 @@ def _masked(dlogits: Callable[[Operands], jax.Array], blocks: Operands) -> jax.A
 def _to_hidden(
     dlogits: Callable[[Operands], jax.Array], operands: Operands, tile: Tile
 ) -> jax.Array:
-    width = operands.hidden[0].shape[-1]
+    width, dtype = operands.hidden[0].shape[-1], _product_dtype(operands)
     layout = _Layout.of(operands, tile, token_sums=1)
 
     def kernel(*refs: Any) -> None:
@@ -167,7 +178,7 @@ def _to_hidden(
         head_CD = blocks.heads[0][...]
         # The head's block reaches beyond the vocabulary, where memory holds anything, NaN too.
         head_CD = jnp.where(blocks.index(head_CD.shape) < blocks.vocab, head_CD, 0)
-        part_TD = product(_masked(dlogits, blocks).astype(head_CD.dtype), head_CD, (0, 0))
+        part_TD = product(_masked(dlogits, blocks).astype(dtype), head_CD, (0, 0))
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
@@ -191,14 +202,14 @@ def _to_hidden(
 def _to_head(
     dlogits: Callable[[Operands], jax.Array], operands: Operands, tile: Tile, dtype: jnp.dtype
 ) -> jax.Array:
-    head_VD = operands.heads[0]
+    head_VD, product_dtype = operands.heads[0], _product_dtype(operands)
     layout = _Layout.of(operands, tile, vocab_sums=1)
     block = (layout.tile.vocab, head_VD.shape[1])
 
     def kernel(*refs: Any) -> None:
         blocks, (dhead_CD, sum_CD) = layout.blocks(refs, pl.program_id(0))
         h_TD = blocks.hidden[0][...]
-        part_CD = product(_masked(dlogits, blocks).astype(h_TD.dtype), h_TD, (1, 0))
+        part_CD = product(_masked(dlogits, blocks).astype(product_dtype), h_TD, (1, 0))
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jexit.config import Config
 from jexit.data.loader import PromptBatch
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import place_rows
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
@@ -119,19 +119,19 @@ def rl_batch(rollouts: Rollouts, verdicts: list[Verdict], pad_id: int) -> RLBatc
     )
     width = completions.completion_tokens_BC.shape[1]
 
-    def fitted(values_BT: np.ndarray) -> jnp.ndarray:
+    def fitted(values_BT: np.ndarray) -> np.ndarray:
         values_BC = values_BT[:, :width]
         missing = width - values_BC.shape[1]
-        return jnp.asarray(np.pad(values_BC, ((0, 0), (0, missing))))
+        return np.pad(values_BC, ((0, 0), (0, missing)))
 
-    return RLBatch(
-        completions,
+    arrays = (
         fitted(rollouts.depths_BT),
         fitted(rollouts.logprobs_BT),
         fitted(rollouts.depth_logprobs_BT),
-        jnp.asarray([verdict.reward for verdict in verdicts], jnp.float32),
-        jnp.asarray(rollouts.truncated_B),
+        np.asarray([verdict.reward for verdict in verdicts], np.float32),
+        rollouts.truncated_B,
     )
+    return RLBatch(completions, *place_rows(arrays))
 
 
 def sample_record(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jexit.config import Config, TaskConfig, parse_policy
 from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import place_parameter
 from jexit.io.model_dir import load
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
@@ -21,21 +22,15 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
     """The config's model; when it will be trained, with the config's adapters and exits."""
     settings: dict[str, Any] = {}
     if trains:
-        lora, head = config.lora, config.exit_head
-        settings["exit_head"] = ExitHeadSettings(kind=head.kind, norm=head.norm, bias=head.bias)
-        if lora.rank:
-            settings["lora"] = LoRA(
-                rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets
-            )
+        settings = {"exit_head": head_settings(config), "lora": adapter_settings(config)}
     model = config.model
     loaded, tokenizer = load(
         model.path,
         dtype=model.dtype,
         exit_layers=config.exits.layers,
-        execution=Execution(
-            attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll
-        ),
+        execution=execution_of(config),
         seed=config.seed,
+        place=place_parameter,
         **settings,
     )
     if trains and config.lora.rank == 0 and loaded.lora is not None:
@@ -45,6 +40,24 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
             f"or set config.lora.rank={loaded.lora.rank}"
         )
     return loaded, tokenizer
+
+
+def adapter_settings(config: Config) -> LoRA | None:
+    """The adapters that a run trains; None for full fine-tuning."""
+    lora = config.lora
+    if lora.rank == 0:
+        return None
+    return LoRA(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+
+
+def head_settings(config: Config) -> ExitHeadSettings:
+    head = config.exit_head
+    return ExitHeadSettings(kind=head.kind, norm=head.norm, bias=head.bias)
+
+
+def execution_of(config: Config) -> Execution:
+    model = config.model
+    return Execution(attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll)
 
 
 def sampling_law(config: Config) -> Sample:

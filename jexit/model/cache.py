@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jexit.axes import Array, Bool, CacheLBKSH, Float, Int
+from jexit.dist import constrain
 from jexit.model.attention import KeysValues
 
 SMALLEST_CACHE = 64
@@ -33,8 +34,8 @@ class Cache:
     def of_prompts(cls, kv: KeysValues, slots: int, samples: int) -> Cache:
         """The cache after a prefill with keys and values [L, P, T, K, H]: each prompt's repeated
         for its `samples` rollouts, rows of one prompt adjacent, with room for `slots` tokens."""
-        by_head = (jnp.swapaxes(part, 2, 3) for part in kv)
-        return cls(*(jnp.repeat(part, samples, axis=1) for part in by_head)).grown(slots)
+        by_head = (jnp.repeat(jnp.swapaxes(part, 2, 3), samples, axis=1) for part in kv)
+        return cls(*(constrain(part, ".BK..") for part in by_head)).grown(slots)
 
     def grown(self, slots: int) -> Cache:
         """The cache with room for `slots` tokens; the new slots hold zeros."""

@@ -24,6 +24,7 @@ from jexit.axes import (
     PRNGKey,
     TokensBT,
 )
+from jexit.dist import constrain
 from jexit.model.attention import KeysValues
 from jexit.model.block import Block
 from jexit.model.exits import ExitHeads
@@ -185,6 +186,7 @@ def run(
 
     def body(carry, xs):
         h_BTD, depth_BT, exit_hidden_EBTD = carry
+        h_BTD = constrain(h_BTD, "B..")
         params, layer, exit_index, layer_key, dropout = xs
         z_BT = None
         if reads_hazards:
@@ -218,7 +220,7 @@ def run(
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
 
-    h_BTD = model.embed.embedding[...][tokens_BT]
+    h_BTD = constrain(model.embed.embedding[...][tokens_BT], "B..")
     exits = len(model.exit_layers)
     buffer = jnp.zeros((exits, *h_BTD.shape), h_BTD.dtype) if exit_hidden else None
     start_BT = policy.start((batch, length), arch.layers)

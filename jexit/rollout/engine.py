@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import PRNGKey
+from jexit.dist import place_rows
 from jexit.model.cache import cache_bucket, prompt_bucket
 from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
@@ -169,8 +170,7 @@ def rollout(
     rows, state = decode.prefill(
         graphdef,
         states,
-        tokens_BT,
-        np.asarray([len(prompt) for prompt in prompts], np.int32),
+        *place_rows((tokens_BT, np.asarray([len(prompt) for prompt in prompts], np.int32))),
         np.asarray(sorted(eos_ids), np.int32),
         jax.random.key(key) if isinstance(key, int | np.integer) else key,
         np.int32(first_prompt),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jexit.axes import Array, Bool, DepthBT, Float, Int, MaskBT
+from jexit.dist import place_rows
 
 
 @jax.tree_util.register_dataclass
@@ -81,12 +82,7 @@ def pad_completions(
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         tokens_BT[row, : len(prompt) + len(completion)] = [*prompt, *completion]
         completion_BC[row, : len(completion)] = completion
-    return Completions(
-        jnp.asarray(tokens_BT),
-        jnp.asarray(prompt_lengths),
-        jnp.asarray(completion_BC),
-        jnp.asarray(lengths),
-    )
+    return place_rows(Completions(tokens_BT, prompt_lengths, completion_BC, lengths))
 
 
 def bucket_length(length: int) -> int:

@@ -28,7 +28,13 @@ from jexit.model.exits import depth_log_prob, exit_index_of_depth, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, run
 from jexit.steps.completions import Completions
-from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
+from jexit.steps.optim import (
+    Metrics,
+    accumulated_gradients,
+    apply_gradients,
+    joined,
+    micro_batch,
+)
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
@@ -128,7 +134,7 @@ def make_rl_step(
         if micro_batches == 1:
             return one(jnp.zeros((), jnp.int32))
         stacked = jax.lax.map(one, jnp.arange(micro_batches))
-        return jax.tree.map(flat, stacked)
+        return joined(stacked)
 
     def advantages(batch: RLBatch, reward: Reward, prices: Prices) -> Array:
         """Advantage of every action pair [B, C]."""

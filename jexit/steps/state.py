@@ -84,7 +84,11 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
     trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
     graphdef, trainable, frozen = nnx.split(model, trains, ...)
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
-    teacher = jax.tree.map(jnp.copy, trainable) if full and keep_teacher else None
+    teacher = None
+    if full and keep_teacher:  # shapes without values need no copy
+        teacher = jax.tree.map(
+            lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, trainable
+        )
     return SplitModel(graphdef, trainable, Fixed(frozen, teacher))
 
 

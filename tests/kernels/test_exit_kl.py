@@ -178,7 +178,7 @@ class TestPallasGPUSmallTiles(ExitKLCases):
 
 def test_no_gradient_passes() -> None:
     arguments = truth.normal(0, 5, 8), truth.normal(1, 2, 5, 8), truth.normal(2, 30, 8)
-    for implementation in ("reference", "xla"):
+    for implementation in ("reference", "xla", "pallas_tpu", "pallas_gpu"):
         gradients = jax.grad(
             lambda *a, name=implementation: exit_kl(*a, implementation=name).kl_EN.sum(), (0, 1, 2)
         )(*arguments)

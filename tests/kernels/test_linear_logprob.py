@@ -223,6 +223,26 @@ class TestPallasTPU(LinearLogprobCases):
         h_ND, head_VD = truth.normal(0, 600, 8), truth.normal(1, 1100, 8)
         self.check(h_ND, head_VD, jnp.arange(600) + 450, "float32")
 
+    @pytest.mark.parametrize(
+        ("of_h", "of_head"), [("float32", "bfloat16"), ("bfloat16", "float32")]
+    )
+    def test_operands_of_two_types_meet_in_the_wider_one(self, of_h: str, of_head: str) -> None:
+        h_ND, head_VD = truth.normal(0, 40, 16, dtype=of_h), truth.normal(1, 300, 16, dtype=of_head)
+        targets_N = jnp.arange(40)
+
+        def loss(h_ND: Any, head_VD: Any, implementation: str) -> jax.Array:
+            return linear_logprob(h_ND, head_VD, targets_N, implementation=implementation)[0].sum()
+
+        ours, theirs = (
+            jax.grad(loss, (0, 1))(h_ND, head_VD, name) for name in ("pallas_tpu", "xla")
+        )
+        for found, wanted, dtype in zip(ours, theirs, (of_h, of_head), strict=True):
+            # As exact as the type that the gradient is rounded to, not that of the other operand.
+            tolerance = 1e-5 if dtype == "float32" else 1e-2
+            np.testing.assert_allclose(
+                truth.float64(found), truth.float64(wanted), rtol=tolerance, atol=tolerance
+            )
+
 
 class TestPallasTPUSmallTiles(LinearLogprobCases):
     @staticmethod

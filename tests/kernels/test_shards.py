@@ -118,13 +118,38 @@ def test_no_device_gathers_the_head(arrays):
             assert f"[{V},{D}]" not in line, line
 
 
-def test_a_vocabulary_that_does_not_divide_is_refused(arrays):
-    refused = pytest.raises(ValueError, match="1031 rows do not divide over 8 devices")
-    with jax.set_mesh(make_mesh((1, 1, 8))), refused:
-        linear_kl(arrays["h_ND"], arrays["other_ND"], arrays["head_VD"][:-1])
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 1, 4)])
+def test_a_vocabulary_that_does_not_divide_stays_whole(arrays, sizes):
+    def loss(h_ND, other_ND, head_VD):
+        return linear_kl(h_ND, other_ND, head_VD).sum()
+
+    arguments = (arrays["h_ND"], arrays["other_ND"], arrays["head_VD"][:-1])
+    compare(jax.value_and_grad(loss, (0, 2)), arguments, sizes)
+    with jax.set_mesh(make_mesh(sizes)):
+        assert Shards.current(V - 1).vocab_axis is None
+
+
+def test_explicit_axes_are_refused(arrays):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"'data' is Explicit.*make_mesh"):
+        linear_kl(arrays["h_ND"], arrays["other_ND"], arrays["head_VD"])
+
+
+def test_on_axes_of_other_names_every_device_computes_all(arrays):
+    mesh = jax.make_mesh((2, 4), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def loss(h_ND, other_ND, head_VD):
+        return linear_kl(h_ND, other_ND, head_VD, implementation="pallas_tpu").sum()
+
+    arguments = (arrays["h_ND"], arrays["other_ND"], arrays["head_VD"])
+    alone = jax.jit(jax.grad(loss, (0, 2)))(*arguments)
+    with jax.set_mesh(mesh):
+        spread = jax.jit(jax.grad(loss, (0, 2)))(*arguments)
+    for one, many in zip(alone, spread, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_mesh_nothing_divides():
-    assert Shards.current() == Shards()
+    assert Shards.current(V) == Shards()
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        assert not Shards.current().divides
+        assert not Shards.current(V).divides

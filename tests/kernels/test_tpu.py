@@ -72,6 +72,24 @@ def test_what_the_kernel_does_not_hold_goes_to_the_portable_version():
         assert "pallas_call" not in str(jaxpr)
 
 
+@pytest.mark.parametrize(
+    ("kind", "width", "dtype"),
+    [("TPU v4", 2560, "float32"), ("TPU v4", 8192, "bfloat16"), ("TPU v5 lite", 2500, "bfloat16")],
+)
+def test_what_only_the_gradient_does_not_hold_goes_there_too(kind, width, dtype):
+    """On a v4 the forward kernel fits and the gradient's does not; 2,500 is no multiple of 128."""
+
+    def loss(h_ND, head_VD, targets_N):
+        return linear_logprob(h_ND, head_VD, targets_N).logprob_N.sum()
+
+    shapes = [jax.ShapeDtypeStruct(dims, dtype) for dims in ((2048, width), (151_936, width))]
+    with compiling_for("tpu", kind):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(
+            *shapes, jax.ShapeDtypeStruct((2048,), jnp.int32)
+        )
+    assert "pallas_call" not in str(jaxpr)
+
+
 def test_other_platforms_are_refused():
     with compiling_for("gpu", "NVIDIA H100"), pytest.raises(NotImplementedError, match="for TPUs"):
         linear_logprob(

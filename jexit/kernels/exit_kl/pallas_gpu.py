@@ -23,8 +23,10 @@ def exit_kl(
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
     """See `jexit.kernels.exit_kl.api.exit_kl`; `tile` overrides the chip's table."""
-    if 0 in (h_final_ND.shape[0], h_exits_END.shape[0]):
+    if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
+    if h_exits_END.shape[0] == 0:
+        raise NotImplementedError("the kernel needs at least one exit")
     return tiled.exit_kl(partial(_statistics, tile), h_final_ND, h_exits_END, head_VD)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jexit.kernels.exit_kl import statistics
 from jexit.kernels.exit_kl.reference import ExitKL
 from jexit.kernels.exit_kl.statistics import Exit, Final
-from jexit.kernels.shards import Shards, fold
+from jexit.kernels.shards import Shards
 
 
 class Statistics(NamedTuple):
@@ -27,8 +27,7 @@ def exit_kl(
     tiled: Tiled, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
 ) -> ExitKL:
     """See `jexit.kernels.exit_kl.api.exit_kl`."""
-    shards, tokens = Shards.current(), h_final_ND.shape[0]
-    shards.check_vocab("exit_kl", head_VD)
+    shards, tokens = Shards.current(head_VD.shape[0]), h_final_ND.shape[0]
 
     def local(h_final_ND: jax.Array, h_NED: jax.Array, head_VD: jax.Array) -> ExitKL:
         part = tiled(h_final_ND, jnp.moveaxis(h_NED, 1, 0), head_VD)
@@ -60,8 +59,3 @@ def merge(left: Statistics, right: Statistics) -> Statistics:
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),
     )
-
-
-def merge_all(parts: Statistics, count: int) -> Statistics:
-    """Of `count` parts along a new first axis of every array."""
-    return fold(parts, merge, count)

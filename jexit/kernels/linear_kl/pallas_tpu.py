@@ -25,6 +25,7 @@ def linear_kl(
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
+    tpu.check_covers(_operands(*arguments))
     kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
     return tiled.linear_kl(kernels, *arguments, direction)
 

@@ -42,8 +42,7 @@ def linear_kl(
     direction: str,
 ) -> jax.Array:
     """See `jexit.kernels.linear_kl.api.linear_kl`."""
-    shards, tokens = Shards.current(), h_student_ND.shape[0]
-    shards.check_vocab("linear_kl", head_VD)
+    shards, tokens = Shards.current(head_VD.shape[0]), h_student_ND.shape[0]
     hidden = (shards.pad_tokens(h_student_ND), shards.pad_tokens(h_teacher_ND))
     static = _Static(tiled, direction, shards)
     return _linear_kl(static, *hidden, head_VD, head_teacher_VD)[:tokens]

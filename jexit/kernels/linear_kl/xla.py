@@ -58,7 +58,7 @@ def linear_kl(
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
     static = _Static(direction, chunk_tokens, chunk_vocab)
-    if Shards.current().divides:
+    if Shards.current(head_VD.shape[0]).divides:
         return tiled.linear_kl(_tiled(static), *arguments, direction)
     return _linear_kl(static, *arguments)
 

@@ -18,6 +18,7 @@ def linear_logprob(
     """See `jexit.kernels.linear_logprob.api.linear_logprob`; `tile` overrides the chip's table."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
+    tpu.check_covers(Operands((h_ND,), (head_VD,)))
     kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
     return tiled.linear_logprob(kernels, h_ND, head_VD, targets_N)
 

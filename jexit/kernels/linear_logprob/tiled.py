@@ -39,8 +39,7 @@ def linear_logprob(
     tiled: Tiled, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
     """See `jexit.kernels.linear_logprob.api.linear_logprob`."""
-    shards, tokens = Shards.current(), h_ND.shape[0]
-    shards.check_vocab("linear_logprob", head_VD)
+    shards, tokens = Shards.current(head_VD.shape[0]), h_ND.shape[0]
     out = _linear_logprob(
         _Static(tiled, shards), shards.pad_tokens(h_ND), head_VD, shards.pad_tokens(targets_N)
     )

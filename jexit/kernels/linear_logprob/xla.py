@@ -52,7 +52,7 @@ def linear_logprob(
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     static = _Static(chunk_tokens, chunk_vocab)
-    if Shards.current().divides:
+    if Shards.current(head_VD.shape[0]).divides:
         return tiled.linear_logprob(_tiled(static), h_ND, head_VD, targets_N)
     return _linear_logprob(static, h_ND, head_VD, targets_N)
 

@@ -1,0 +1,181 @@
+"""Training steps on eight devices give one device's losses and parameters."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jexit.config import RLConfig, SFTConfig
+from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
+from jexit.model.lora import LoRA
+from jexit.model.policies import Sample
+from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.presets import Architecture
+from jexit.rollout import rollout
+from jexit.steps.completions import pad_completions
+from jexit.steps.rl import Prices, RLBatch, make_rl_step
+from jexit.steps.sft import make_sft_step
+from jexit.steps.state import Fixed, new_state, split_model
+from tolerances import GRADIENT, relative_error
+
+# As in Qwen3-4B, key/value heads are fewer than the largest tensor axis.
+ARCH = Architecture(
+    family="qwen3",
+    vocab_size=48,
+    width=32,
+    layers=3,
+    query_heads=8,
+    kv_heads=4,
+    head_dim=8,
+    mlp_width=64,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tied=True,
+    max_positions=64,
+)
+MESHES = {
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "tensor, beyond the key heads": (1, 1, 8),
+    "all": (2, 2, 2),
+}
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=SLOW)], ids=["lora", "full"]
+)
+def split(request):
+    model = Transformer(
+        ARCH,
+        exit_layers=(1, 2),
+        exit_head=ExitHeadSettings(bias=-0.5),
+        lora=None if request.param else LoRA(rank=2, alpha=4.0, targets=("q", "k", "o", "down")),
+        rngs=nnx.Rngs(0),
+    )
+    split = split_model(model, full=request.param)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return split._replace(
+        trainable=jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), split.trainable
+        )
+    )
+
+
+def texts(rows):
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 48, n).tolist() for n in random.integers(2, 7, rows)]
+    return prompts, [random.integers(0, 48, n).tolist() for n in random.integers(2, 12, rows)]
+
+
+def sft_update(split, micro_batches):
+    batch = pad_completions(*texts(16), 0)
+    config = SFTConfig(samples=2, explore=0.3, target="teacher")
+    optimizer = optax.adam(1e-2)
+    step = make_sft_step(split, optimizer, config, micro_batches=micro_batches)
+    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    return step(state, split.fixed, batch, jax.random.key(0))
+
+
+def rl_update(split, micro_batches):
+    config = RLConfig(rollouts=4, max_new_tokens=12, kl_loss_coef=0.1, depth_entropy_coef=0.1)
+    random = np.random.default_rng(1)
+    prompts, _ = texts(4)
+    completions = pad_completions(
+        [prompts[row // 4] for row in range(16)], texts(16)[1], 0
+    )  # fmt: skip
+    shape = completions.completion_tokens_BC.shape
+    arrays = (
+        random.choice([1, 2, 3], shape).astype(np.int32),
+        -random.random(shape).astype(np.float32),
+        -random.random(shape).astype(np.float32),
+        random.normal(size=16).astype(np.float32),
+        np.zeros(16, bool),
+    )
+    batch = RLBatch(completions, *place_rows(arrays))
+    optimizer = optax.adam(1e-2)
+    step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
+    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    return step(state, split.fixed, batch, Prices(0.5, 0.1), jax.random.key(0))
+
+
+def placed(split):
+    return split._replace(
+        trainable=place_parameters(split.trainable), fixed=Fixed(*place_parameters(split.fixed))
+    )
+
+
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("update", [sft_update, rl_update], ids=["sft", "rl"])
+def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_batches):
+    alone, metrics_alone = update(split, micro_batches)
+    with use_mesh(make_mesh(*sizes)):
+        spread, metrics_spread = update(placed(split), micro_batches)
+    for name, value in metrics_alone.items():
+        assert float(metrics_spread[name]) == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
+    for one, many in zip(
+        jax.tree.leaves(alone.trainable), jax.tree.leaves(spread.trainable), strict=True
+    ):
+        assert relative_error(np.asarray(many), np.asarray(one)) < GRADIENT
+        assert len(many.sharding.device_set) == 8
+
+
+def test_a_step_leaves_every_parameter_where_it_was(split):
+    with use_mesh(make_mesh(2, 2, 2)):
+        before = placed(split)
+        after, _ = sft_update(before, 1)
+        divided = 0
+        for old, new in zip(
+            jax.tree.leaves(before.trainable), jax.tree.leaves(after.trainable), strict=True
+        ):
+            assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+            divided += not new.sharding.is_fully_replicated
+        assert divided >= 4
+        moments = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim > 1]
+        assert any(not leaf.sharding.is_fully_replicated for leaf in moments)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes):
+    prompts, _ = texts(8)
+
+    def roll(split):
+        return rollout(
+            split.decodable(split.trainable),
+            prompts,
+            policy=Sample(),
+            max_new_tokens=10,
+            temperature=0.8,
+            eos_ids=[3],
+            pad_id=0,
+            key=5,
+            samples_per_prompt=2,
+        )
+
+    alone = roll(split)
+    with use_mesh(make_mesh(*sizes)):
+        spread = roll(placed(split))
+    np.testing.assert_array_equal(spread.tokens_BT, alone.tokens_BT)
+    np.testing.assert_array_equal(spread.depths_BT, alone.depths_BT)
+    np.testing.assert_allclose(spread.logprobs_BT, alone.logprobs_BT, atol=1e-4)
+
+
+def test_no_weight_is_gathered_whole_by_fsdp(split):
+    """A layer at a time: the stack of all layers must not travel at once."""
+    with use_mesh(make_mesh(1, 8, 1)):
+        ready = placed(split)
+        batch = pad_completions(*texts(16), 0)
+        optimizer = optax.sgd(1e-2)
+        step = make_sft_step(ready, optimizer, SFTConfig(samples=1))
+        state = new_state(ready.trainable, optimizer)
+        text = step.lower(state, ready.fixed, batch, jax.random.key(0)).compile().as_text()
+    for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text):
+        shape = tuple(map(int, dims.split(",")))
+        assert shape not in {(3, 32, 64), (3, 64, 32), (3, 32, 8, 8)}, f"gathered {shape}"
