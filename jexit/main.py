@@ -33,8 +33,11 @@ AOT = flags.DEFINE_string("aot", None, "Compile for a topology such as v5e:4x4; 
 USER_ERROR, INTERRUPTED = 1, 3
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
-    """The checked config and the run's directory; raises ValueError for whatever is wrong."""
+def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path, str | None]:
+    """The checked config, the run's directory and the topology to compile for, if any.
+
+    Raises ValueError for whatever is wrong.
+    """
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):
@@ -51,20 +54,21 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
         file = flags.FLAGS["config"].config_filename
         raise ValueError(f"the config file {file} cannot be read; give one such as configs/rl.py")
     config = Config.from_dict(CONFIG.value)
-    return config, pathlib.Path(WORKDIR.value or f"runs/{config.command}-{config.preset}")
+    workdir = pathlib.Path(WORKDIR.value or f"runs/{config.command}-{config.preset}")
+    return config, workdir, AOT.value
 
 
-def dispatch(config: Config, workdir: pathlib.Path) -> None:
-    """Runs the config's command."""
+def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
+    """Runs the config's command, or compiles its steps for a topology."""
     # Imported here, so that a wrong flag does not wait for jax.
     from jexit.dist import make_mesh, use_mesh
     from jexit.io.workdir import check_same_run
     from jexit.loops import evaluate, pretrain, rl, sft
 
-    if AOT.value:
+    if topology is not None:
         from jexit.aot.preflight import preflight
 
-        preflight(config, AOT.value)
+        preflight(config, topology)
         return
     if config.command == "generate":
         evaluate.print_generations(config)
