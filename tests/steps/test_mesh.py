@@ -112,7 +112,13 @@ def placed(split):
 
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=SLOW), 2])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, id=name, marks=() if name in ("fsdp", "all") else SLOW)
+        for name, sizes in MESHES.items()
+    ],
+)
 @pytest.mark.parametrize("update", [sft_update, rl_update], ids=["sft", "rl"])
 def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_batches):
     alone, metrics_alone = update(split, micro_batches)
