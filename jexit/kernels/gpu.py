@@ -242,7 +242,7 @@ class _Layout(NamedTuple):
                 out = []
                 for i, sum_TC in zip(own, sums, strict=True):
                     h_TK = _load(refs[i], (token, k * width), (tokens, width))
-                    out.append(sum_TC + product(h_TK, head_CK))
+                    out.append(sum_TC + tiles.product(h_TK, head_CK, (1, 1)))
                 return tuple(out)
 
             zeros = tuple(jnp.zeros((tokens, vocab), jnp.float32) for _ in own)
@@ -311,18 +311,6 @@ def choose_tile(operands: Operands) -> Tile:
         tokens=min(tile.tokens, _power(tokens)),
         vocab=min(tile.vocab, _power(vocab)),
         width=min(tile.width, _power(width)),
-    )
-
-
-def product(left_TK: jax.Array, right_CK: jax.Array) -> jax.Array:
-    """Products of rows, accumulated in float32; float32 operands keep all their digits."""
-    dtype = jnp.promote_types(left_TK.dtype, right_CK.dtype)
-    return lax.dot_general(
-        left_TK.astype(dtype),
-        right_CK.astype(dtype),
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
     )
 
 

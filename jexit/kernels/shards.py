@@ -72,17 +72,15 @@ class Shards(NamedTuple):
         """Sharding of the head and of its gradient."""
         return P(self.vocab_axis)
 
-    def pad_tokens(self, array: jax.Array, axis: int = 0) -> jax.Array:
+    def pad_tokens(self, array: jax.Array) -> jax.Array:
         """With zero rows until the devices' shares are equal."""
         if not self.divides:
             return array
         parts = 1
         for name in self.token_axes:
             parts *= self.mesh.shape[name]
-        missing = -array.shape[axis] % parts
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, missing)
-        return jnp.pad(array, widths) if missing else array
+        missing = -array.shape[0] % parts
+        return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
     def run(self, function: Callable[..., Any], arguments: tuple, specs: tuple, out: Any) -> Any:
         """`function(*arguments)`, on each device with its part where the mesh divides."""

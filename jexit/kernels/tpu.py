@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jexit.kernels import dispatch
+from jexit.kernels.tiles import product
 
 LANES = 128
 # Logits of rows beyond the vocabulary: finite, so that 0 · (difference of two) is 0.
@@ -401,18 +402,6 @@ def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0)
     raise NotImplementedError(
         f"{sets} hidden states of {width // sets} numbers a token do not fit "
         f"{chip().vmem_mib} MiB of VMEM in tiles of {TOKEN_TILES[-1]} tokens"
-    )
-
-
-def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Matrix product accumulated in float32; float32 operands keep all their digits."""
-    dtype = jnp.promote_types(left.dtype, right.dtype)
-    return lax.dot_general(
-        left.astype(dtype),
-        right.astype(dtype),
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
     )
 
 
