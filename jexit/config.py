@@ -77,6 +77,7 @@ _LEAST = {
     "generate.temperature": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
     "log.samples_every": 1,
     "log.samples": 0,
 }
@@ -112,6 +113,11 @@ class Config:
     generate: GenerateConfig = GenerateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that the best checkpoint has most of; of "-NAME", least."""
+        return self.checkpoint.best_metric or ("reward/mean" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -176,6 +182,11 @@ class Config:
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "
                 "config.lora.rank=0 trains; set config.sft.target=teacher or a rank above 0"
+            )
+        if self.checkpoint.final == "best" and self.checkpoint.keep_best == 0:
+            raise ValueError(
+                "config.checkpoint.final=best needs a checkpoint that is kept for being the best; "
+                "set config.checkpoint.keep_best=1"
             )
         if self.command == "rl":
             self._validate_rl()

@@ -2,11 +2,15 @@
 
     python -m jexit.main --config=configs/COMMAND.py[:PRESET] [--workdir=DIR]
                          [--config.KEY=VALUE ...] [--aot=TOPOLOGY]
+                         [--coordinator=HOST:PORT --processes=N --process=I] [--host_timeout=S]
 
 COMMAND is pretrain, sft, rl, eval or generate. A run writes into its workdir (runs/COMMAND-PRESET
 unless given), and the same command again continues it. Each KEY is a field of `Config` in
 jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1, v6e:2x2,
 h100:8, …) runs nothing: it compiles the config's steps for that topology and says what they need.
+
+On several hosts the same command runs on each. On Cloud TPU slices and under SLURM they find each
+other; elsewhere --coordinator is an address of process 0, and --process each one's own number.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import dataclasses
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -28,8 +33,17 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; a rerun continues it. Default: runs/COMMAND-PRESET."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where hosts do not find each other by themselves."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+PROCESS = flags.DEFINE_integer("process", None, "Number of this process, with --coordinator.")
+HOST_TIMEOUT = flags.DEFINE_float(
+    "host_timeout", 600.0, "Seconds after which a wait for other hosts ends the run.", 1.0
+)
 AOT = flags.DEFINE_string("aot", None, "Compile for a topology such as v5e:4x4; run nothing.")
 
+# `jexit.dist.multihost.LOST`, 4, is the exit code of a host that another one left alone.
 USER_ERROR, INTERRUPTED = 1, 3
 
 
@@ -60,8 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path, str | None]:
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
     """Runs the config's command, or compiles its steps for a topology."""
-    # Imported here, so that a wrong flag does not wait for jax.
-    from jexit.dist import make_mesh, use_mesh
+    from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.workdir import check_same_run
     from jexit.loops import evaluate, pretrain, rl, sft
 
@@ -70,6 +83,8 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
 
         preflight(config, topology)
         return
+    if config.command == "generate" and several_hosts():
+        raise ValueError("generate runs on one host; start it on one, without --coordinator")
     if config.command == "generate":
         evaluate.print_generations(config)
         return
@@ -92,21 +107,53 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__.strip())
         return 0
     try:
-        dispatch(*parse(argv))
-    except (ValueError, FileNotFoundError) as error:
-        if _is_internal(error):
-            raise
-        print(f"jexit: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
-    except RuntimeError as error:
-        from jexit.aot.preflight import DoesNotFit
-        from jexit.loops.trainer import Diverged, Interrupted
+        config, workdir, topology = parse(argv)
+    except ValueError as error:
+        return _say(error, USER_ERROR)
+    # Imported here, so that a wrong flag does not wait for jax.
+    from jexit.dist import multihost
 
-        if not isinstance(error, (Diverged, DoesNotFit, Interrupted)):
+    code = 0
+    try:
+        if topology is None:
+            multihost.initialize(
+                COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=HOST_TIMEOUT.value
+            )
+        dispatch(config, workdir, topology)
+        multihost.barrier("the end of the run")
+    except Exception as error:
+        found = _exit_code(error)
+        if found is None and not multihost.several_hosts():
             raise
-        print(f"jexit: {error}", file=sys.stderr)
-        return INTERRUPTED if isinstance(error, Interrupted) else USER_ERROR
-    return 0
+        if found is None:
+            traceback.print_exception(error)
+        code = found or USER_ERROR
+    if code and multihost.several_hosts():
+        multihost.leave(code)
+    return code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Says in a sentence what ended the run and returns its exit code; None for a fault."""
+    from jexit.aot.preflight import DoesNotFit
+    from jexit.dist import multihost
+    from jexit.loops.trainer import Diverged, Interrupted
+
+    if lost := multihost.ended(error):
+        return _say(lost, multihost.LOST)
+    if isinstance(error, (ValueError, FileNotFoundError)) and not _is_internal(error):
+        return _say(error, USER_ERROR)
+    if isinstance(error, Interrupted):
+        return _say(error, INTERRUPTED)
+    if isinstance(error, (Diverged, DoesNotFit)):
+        return _say(error, USER_ERROR)
+    return None
+
+
+def _say(error: BaseException | str, code: int) -> int:
+    text = _one_line(error) if isinstance(error, BaseException) else error
+    print(f"jexit: {text}", file=sys.stderr)
+    return code
 
 
 def _is_internal(error: BaseException) -> bool:

@@ -169,7 +169,10 @@ class GenerateConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 0  # steps; 0: at the end only
-    keep: int = 2
+    keep: int = 2  # the newest ones
+    keep_best: int = 0  # and as many with the best metric, a mean since the checkpoint before
+    best_metric: str = ""  # "-NAME": lowest; empty: reward/mean in RL, else -loss
+    final: Literal["last", "best"] = "last"  # what WORKDIR/model is made of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,13 @@ from jexit.model.transformer import ExitHeadSettings, Transformer
 from jexit.presets import Architecture
 
 # The only figures that two equal runs may differ in.
-TIMES = {"step_seconds", "rollout_seconds", "tokens_per_second", "memory/host_peak_gib"}
+TIMES = {
+    "step_seconds",
+    "rollout_seconds",
+    "tokens_per_second",
+    "memory/host_peak_gib",
+    "compilations",
+}
 
 
 def small_model(vocab_size: int) -> Transformer:
@@ -47,6 +53,13 @@ def small_model(vocab_size: int) -> Transformer:
 def make_config(command: str, model_dir: pathlib.Path, **settings) -> Config:
     """The command's defaults, cut down to the small model; `settings` as `rl__rollouts=3`."""
     config = config_dict(command)
+    with config.unlocked():
+        config.update_from_flattened_dict(small_settings(model_dir, **settings))
+    return Config.from_dict(config)
+
+
+def small_settings(model_dir: pathlib.Path, **settings) -> dict:
+    """What differs from the defaults, by key."""
     small = {
         "model.path": str(model_dir),
         "exits.layers": (1, 2),
@@ -69,12 +82,7 @@ def make_config(command: str, model_dir: pathlib.Path, **settings) -> Config:
         "log.samples_every": 2,
         "log.samples": 2,
     }
-    with config.unlocked():
-        config.update_from_flattened_dict(small)
-        config.update_from_flattened_dict(
-            {key.replace("__", "."): value for key, value in settings.items()}
-        )
-    return Config.from_dict(config)
+    return small | {key.replace("__", "."): value for key, value in settings.items()}
 
 
 def run(command: str, model_dir: pathlib.Path, workdir: pathlib.Path, **settings) -> None:

@@ -236,3 +236,18 @@ def test_every_config_file_builds_for_every_preset():
             built = Config.from_dict(module.get_config(preset))
             assert built.command == file.stem
             assert json.dumps(built.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--coordinator=127.0.0.1:1"], ["--coordinator, --processes", "all three or none"]),
+        (["--coordinator=h", "--processes=2", "--process=0"], ["'h'", "HOST:PORT of process 0"]),
+        (["--coordinator=h:1", "--processes=2", "--process=2"], ["2 of", "counts from 0 to 1"]),
+        (["--host_timeout=0"], ["host_timeout"]),
+    ],
+)
+def test_wrong_flags_for_several_hosts(call, flags, words):
+    result = call(config("rl.py"), *flags)
+    assert_refused(result, *words)
+    assert not result[2]

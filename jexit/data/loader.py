@@ -1,11 +1,16 @@
-"""Batches as pure functions of (seed, step): resuming needs no state beyond the step."""
+"""Batches as pure functions of (seed, step): resuming needs no state beyond the step.
+
+Each host takes its own rows of a step's batch, so the batch is the same whatever their number.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+import grain
 import numpy as np
 
 from jexit.data.tokenizer import Tokenizer
@@ -15,6 +20,10 @@ from jexit.tasks.base import Draw, Problem, Split, Task, stable_hash
 _STREAM = 1 << 40
 _RETRY = 1 << 36
 _MAX_RETRIES = 100
+
+PREPARED_AHEAD = 2  # batches
+
+Batch = TypeVar("Batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class TextBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """Problems with their prompts' ids (of different lengths).
+    """Problems with their prompts' ids (of different lengths): this host's rows of a step.
 
     `skipped` counts the split's problems (finite data) or this batch's draws (generated data) that
     were left out because their prompt is over the limit.
@@ -43,6 +52,17 @@ class PromptBatch:
     problems: list[Problem]
     tokens: list[list[int]]
     skipped: int = 0
+
+
+def prepared(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    """`make(step)` for the steps from `start`, made by a thread ahead of the step that runs.
+
+    The iterator's place is the step: one that starts at step n goes on as if it had never stopped.
+    Errors of `make` come out where its batch would have.
+    """
+    steps = grain.MapDataset.range(start, stop).map(make)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREPARED_AHEAD)
+    return iter(steps.to_iter_dataset(options))
 
 
 def text_batch(
@@ -55,11 +75,13 @@ def text_batch(
     length: int,
     prompt_weight: float = 0.0,
     split: Split = "train",
+    rows: Sequence[int] | None = None,
 ) -> TextBatch:
     """Reference text of a weighted mixture of tasks, for pretraining.
 
-    Raises ValueError when an example, its end token included, does not fit `length`, or when a
-    task has no reference completions.
+    `rows` picks this host's among the `batch_size` rows of the step; None: all. Raises ValueError
+    when an example, its end token included, does not fit `length`, or when a task has no reference
+    completions.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -68,7 +90,7 @@ def text_batch(
             f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
         )
     problems = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
+    for position in _positions(step, batch_size, rows):
         task = mixture[int(Draw("mixture", seed, position).weighted(weights))][0]
         problem = _problem_at(task, split, seed=seed, position=position)
         if problem.completion is None:
@@ -80,10 +102,10 @@ def text_batch(
     prompts = tokenizer.encode_prompts([problem.prompt for problem in problems])
     completions = tokenizer.encode_batch([problem.completion or "" for problem in problems])
 
-    tokens_BT = np.full((batch_size, length), tokenizer.pad_id, np.int32)
-    loss_mask_BT = np.zeros((batch_size, length), np.float32)
+    tokens_BT = np.full((len(problems), length), tokenizer.pad_id, np.int32)
+    loss_mask_BT = np.zeros(tokens_BT.shape, np.float32)
     prompt_lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    lengths_B = np.zeros(batch_size, np.int32)
+    lengths_B = np.zeros(len(problems), np.int32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ids = [*prompt, *completion, tokenizer.eos_id]
         if len(ids) > length:
@@ -113,8 +135,9 @@ def prompt_batch(
     batch_size: int,
     max_prompt_tokens: int,
     skip_long: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> PromptBatch:
-    """The prompts of one step.
+    """The prompts of one step; `rows` picks this host's among its `batch_size`, None: all.
 
     Finite data is visited in epochs: every problem once per epoch, in an order drawn from
     (seed, epoch), with batches running on across the border. Generated data never repeats an
@@ -123,7 +146,7 @@ def prompt_batch(
     Raises ValueError for a prompt over `max_prompt_tokens` (with `skip_long` such problems are left
     out instead, and counted) and for a split that is empty or has only such problems.
     """
-    positions = range(step * batch_size, (step + 1) * batch_size)
+    positions = _positions(step, batch_size, rows)
     if (size := task.size(split)) is not None:
         require_problems(task, split)
         if skip_long:
@@ -135,10 +158,8 @@ def prompt_batch(
                 )
         else:
             kept = tuple(range(size))
-        problems = [
-            task.problem(split, kept[_epoch_order(seed, p // len(kept), len(kept))[p % len(kept)]])
-            for p in positions
-        ]
+        order = _shuffled(seed, len(kept))
+        problems = [task.problem(split, kept[order[p]]) for p in positions]
         tokens = tokenizer.encode_prompts([problem.prompt for problem in problems])
         for problem, ids in zip(problems, tokens, strict=True):
             check_prompt_length(problem, ids, max_prompt_tokens)
@@ -185,12 +206,18 @@ def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Proble
         # Seeds may be large or negative; their hash picks the range of indices.
         return task.problem(split, (stable_hash("stream", seed) >> 20) * _STREAM + position)
     require_problems(task, split)
-    return task.problem(split, _epoch_order(seed, position // size, size)[position % size])
+    return task.problem(split, _shuffled(seed, size)[position])
 
 
 @functools.lru_cache(maxsize=8)
-def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    return Draw("epoch", seed, epoch).permutation(size)
+def _shuffled(seed: int, size: int) -> grain.MapDataset:
+    """0 … size − 1 epoch after epoch, each in an order of its own; random access."""
+    seed = stable_hash("epochs", seed) & 0x7FFFFFFF  # seeds may be large or negative
+    return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
+
+
+def _positions(step: int, batch_size: int, rows: Sequence[int] | None) -> list[int]:
+    return [step * batch_size + int(row) for row in (range(batch_size) if rows is None else rows)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Trajectories of the teacher, generated once and kept on disk batch by batch."""
+"""Trajectories of the teacher, generated once and kept on disk by one writer or several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -21,46 +21,65 @@ class Trajectory:
 
 
 class TeacherStore:
-    """One JSONL file per settings: whatever changes the trajectories changes the file's name.
+    """One folder per settings: whatever changes the trajectories changes the folder's name.
 
-    The first line holds the settings, each further one a generated batch, each after its checksum.
-    A line that a killed process left unfinished, or that was damaged since, is cut off with all
-    that follow when the file is opened: generation continues there.
+    Every writer appends to a file of its own, so hosts never wait for each other, and reads all of
+    them: a rerun may have another number of writers. A file's first line holds the settings, each
+    further one the rows of a batch that its writer made, each after its checksum. A line that a
+    killed process left unfinished, or that was damaged since, is left out with all that follow; the
+    writer whose file it is cuts them off.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]):
-        header = json.dumps(settings, sort_keys=True)
-        digest = hashlib.sha256(header.encode()).hexdigest()[:16]
-        self.path = pathlib.Path(directory) / f"{digest}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._batches: list[list[Trajectory]] = []
-        whole = 0
+    def __init__(
+        self, directory: str | os.PathLike[str], settings: dict[str, Any], *, writer: int = 0
+    ):
+        self._header = json.dumps(settings, sort_keys=True)
+        digest = hashlib.sha256(self._header.encode()).hexdigest()[:16]
+        self.directory = pathlib.Path(directory) / digest
+        self.path = self.directory / f"host-{writer}.jsonl"
+        self.directory.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file):
-                    text = _checked(line)
-                    if text is None or (number == 0 and text != header):
-                        break
-                    if number:
-                        self._batches.append([Trajectory(**row) for row in json.loads(text)])
-                    whole += len(line)
+            lines = list(_whole_lines(self.path))
+            whole = lines[-1][1] if lines and lines[0][0] == self._header else 0
             os.truncate(self.path, whole)
-        if not whole:
-            self._append(header)
+        if not self.path.exists() or not self.path.stat().st_size:
+            self._append(self._header)
+        self._rows: dict[tuple[int, int], Trajectory | None] = {}
+        self.read()
 
-    @property
-    def batches(self) -> int:
-        """How many batches are stored."""
-        return len(self._batches)
+    def read(self) -> None:
+        """Reads what every writer has stored so far."""
+        self._rows = {}
+        for path in sorted(self.directory.glob("host-*.jsonl")):
+            for number, (text, _) in enumerate(_whole_lines(path)):
+                if number == 0:
+                    if text != self._header:
+                        break
+                    continue
+                stored = json.loads(text)
+                for row, pair in zip(stored["rows"], stored["trajectories"], strict=True):
+                    trajectory = None if pair is None else Trajectory(**pair)
+                    self._rows[stored["batch"], row] = trajectory
+
+    def holds(self, batch: int, rows: int) -> bool:
+        """Whether all `rows` rows of a batch are stored."""
+        return all((batch, row) in self._rows for row in range(rows))
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        return [row for batch in self._batches for row in batch]
+        """All that are stored, by batch and row."""
+        rows = (self._rows[place] for place in sorted(self._rows))
+        return [row for row in rows if row is not None]
 
-    def append(self, batch: Sequence[Trajectory]) -> None:
-        """Stores the next batch; it may be empty."""
-        self._append(json.dumps([dataclasses.asdict(row) for row in batch]))
-        self._batches.append(list(batch))
+    def append(
+        self, batch: int, rows: Sequence[int], trajectories: Sequence[Trajectory | None]
+    ) -> None:
+        """Stores rows of a batch; None for one that is of no use and need not be made again."""
+        pairs = [None if row is None else dataclasses.asdict(row) for row in trajectories]
+        numbers = [int(row) for row in rows]
+        self._append(json.dumps({"batch": batch, "rows": numbers, "trajectories": pairs}))
+        for row, trajectory in zip(numbers, trajectories, strict=True):
+            self._rows[batch, row] = trajectory
 
     def _append(self, text: str) -> None:
         with self.path.open("ab") as file:
@@ -69,8 +88,13 @@ class TeacherStore:
             os.fsync(file.fileno())
 
 
-def _checked(line: bytes) -> str | None:
-    """A line without its checksum; None when it is not whole."""
-    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
-    whole = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text)
-    return text.decode() if whole else None
+def _whole_lines(path: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """Each line without its checksum and where it ends, up to the first that is not whole."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+                return
+            end += len(line)
+            yield text.decode(), end

@@ -1,14 +1,42 @@
-"""Where arrays lie on many devices: the mesh, and the rules from logical axes to its axes."""
+"""Where arrays lie on many devices and hosts: the mesh, its rules, and the hosts' exchange."""
 
-from jexit.dist.mesh import make_mesh, place_parameter, place_parameters, place_rows, use_mesh
+from jexit.dist.mesh import (
+    HostRows,
+    fetch_rows,
+    host_rows,
+    make_mesh,
+    place_parameter,
+    place_parameters,
+    place_rows,
+    use_mesh,
+)
+from jexit.dist.multihost import (
+    barrier,
+    from_primary,
+    gather,
+    is_primary,
+    several_hosts,
+    waiting,
+    whole,
+)
 from jexit.dist.rules import constrain, constrain_parameters
 
 __all__ = [
+    "HostRows",
+    "barrier",
     "constrain",
     "constrain_parameters",
+    "fetch_rows",
+    "from_primary",
+    "gather",
+    "host_rows",
+    "is_primary",
     "make_mesh",
     "place_parameter",
     "place_parameters",
     "place_rows",
+    "several_hosts",
     "use_mesh",
+    "waiting",
+    "whole",
 ]

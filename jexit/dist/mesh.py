@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +22,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `tensor`, neighbours along `tensor` the closest.
 
-    Takes as many of the devices as the sizes ask for. Raises ValueError when there are fewer.
+    Takes as many of the devices as the sizes ask for; of several hosts it must take all. Raises
+    ValueError when there are fewer, or some would be left over.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
@@ -29,6 +32,12 @@ def make_mesh(
         raise ValueError(
             f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
             f"and there are {len(devices)}; lower the sizes"
+        )
+    if jax.process_count() > 1 and wanted < len(devices):
+        raise ValueError(
+            f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
+            f"and the {jax.process_count()} hosts have {len(devices)}; make the product "
+            f"{len(devices)}, such as config.mesh.fsdp={len(devices)}"
         )
     devices = devices[:wanted]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -44,9 +53,79 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def place_rows(tree: Any) -> Any:
-    """Host arrays with rows on their first axis, as device arrays spread over the data axes."""
-    return jax.tree.map(lambda array: _place(array, "B" + "." * (np.ndim(array) - 1)), tree)
+@dataclasses.dataclass(frozen=True)
+class HostRows:
+    """Which of a batch's rows this host holds.
+
+    `index_B` are their numbers in the whole batch, rising; `first_B` says for each whether this is
+    the first host that holds it, so that a sum over hosts counts no row twice. A batch that does
+    not divide over the data axes lies whole on every host.
+    """
+
+    total: int
+    index_B: np.ndarray
+    first_B: np.ndarray
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows, by their numbers in the whole batch, stand among this host's."""
+        return np.searchsorted(self.index_B, rows)
+
+
+def host_rows(total: int) -> HostRows:
+    """The rows of a batch of `total` that this host prepares, and gets back."""
+    if jax.process_count() == 1:
+        return HostRows(total, np.arange(total), np.ones(total, bool))
+    return _host_rows(jax.sharding.get_mesh(), total)
+
+
+@functools.lru_cache
+def _host_rows(mesh: Mesh, total: int) -> HostRows:
+    sharding = NamedSharding(mesh, spec("B", (total,), mesh))
+    first_B = np.full(total, jax.process_count())
+    here_B = np.zeros(total, bool)
+    for device, (rows,) in sharding.devices_indices_map((total,)).items():
+        first_B[rows] = np.minimum(first_B[rows], device.process_index)
+        here_B[rows] |= device.process_index == jax.process_index()
+    index_B = np.flatnonzero(here_B)
+    return HostRows(total, index_B, first_B[index_B] == jax.process_index())
+
+
+def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
+    """This host's arrays, rows on their first axis, as device arrays spread over the data axes.
+
+    `rows` says which rows of the whole batch they are; None: all of them.
+    """
+
+    def place(array: np.ndarray) -> jax.Array:
+        axes = "B" + "." * (np.ndim(array) - 1)
+        if rows is None or len(rows.index_B) == rows.total:
+            return _place(array, axes)
+        shape = (rows.total, *np.shape(array)[1:])
+        sharding = NamedSharding(jax.sharding.get_mesh(), spec(axes, shape))
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows.total)
+            return array[rows.find(np.arange(start, stop))]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, tree)
+
+
+def fetch_rows(tree: Any, axis: int = 0) -> Any:
+    """This host's rows of device arrays, as NumPy arrays; `axis` is the one with the rows."""
+
+    def fetch(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return jax.device_get(array)
+        parts = {}
+        for shard in array.addressable_shards:
+            other = [s for a, s in enumerate(shard.index) if a != axis]
+            assert all(s == slice(None) for s in other), "only rows may be divided"
+            parts[shard.index[axis].start or 0] = shard.data
+        return np.concatenate([jax.device_get(parts[start]) for start in sorted(parts)], axis)
+
+    return jax.tree.map(fetch, tree)
 
 
 def place_parameter(path: str, array: np.ndarray) -> jax.Array:
@@ -55,7 +134,7 @@ def place_parameter(path: str, array: np.ndarray) -> jax.Array:
 
 
 def place_parameters(tree: Any) -> Any:
-    """The same of a tree of parameters that are on this host's devices already."""
+    """The same of a whole tree, whose arrays may lie on this host's devices already."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
     )
@@ -66,5 +145,8 @@ def _place(array: np.ndarray | jax.Array, axes: str) -> jax.Array:
         return jnp.asarray(array)
     sharding = NamedSharding(jax.sharding.get_mesh(), spec(axes, np.shape(array)))
     if isinstance(array, jax.Array):
-        return jax.device_put(array, sharding)
+        if array.is_fully_addressable and jax.process_count() > 1:
+            array = jax.device_get(array)
+        else:
+            return jax.device_put(array, sharding)
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])

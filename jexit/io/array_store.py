@@ -9,6 +9,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -82,4 +83,11 @@ class ArrayStore:
 def _checkpointer() -> ocp.Checkpointer:
     # Compression gains next to nothing on weights, costs most of the time and a second copy; small
     # chunks save the copy on reading.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.distributed.is_initialized():  # other hosts read for themselves, and do not write
+        host = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host{host}"
+        )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)

@@ -1,10 +1,9 @@
-"""Checkpoints of a run: asynchronous, atomic, the newest few kept (Orbax)."""
+"""Checkpoints of a run: asynchronous, atomic, the newest and the best few kept (Orbax)."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from jexit.config import CheckpointConfig
+from jexit.dist import gather
 from jexit.io.files import disk_errors
+from jexit.io.fingerprint import digests
 
-_CHECKSUMS = "crc32"  # of each leaf's bytes, in the checkpoint's own metadata
+_CHECKSUMS = "digests"  # of each leaf, in the checkpoint's own metadata
+_SCORE = "score"  # a checkpoint's only metric: more is better
 
 
 class Checkpoints:
@@ -30,8 +32,16 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
         self.every = config.every
+        kept = [ocp.checkpoint_managers.LatestN(config.keep)]
+        if config.keep_best:
+            best = ocp.checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[_SCORE],
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            kept.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
             create=True,
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
@@ -49,34 +59,56 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
-    def save(self, step: int, tree: Any) -> None:
-        """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone."""
+    def save(self, step: int, tree: Any, score: float | None = None) -> None:
+        """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone.
+
+        `score` ranks the checkpoint among those that are kept for being the best.
+        """
         if step in self._manager.all_steps():
             return
         named = _named(tree)
         # The storage notices missing bytes, not altered ones.
-        metadata = {_CHECKSUMS: _checksums(named)}
+        metadata = {_CHECKSUMS: digests(named)}
         with self._write_errors():
-            self._manager.save(step, args=ocp.args.StandardSave(named), custom_metadata=metadata)
+            self._manager.save(
+                step,
+                args=ocp.args.StandardSave(named),
+                metrics=None if score is None else {_SCORE: score},
+                custom_metadata=metadata,
+            )
 
-    def restore(self, like: Any) -> Any | None:
+    def best_step(self) -> int | None:
+        """The stored checkpoint with the highest score; None when none has one."""
+        scores = {}
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics is not None:
+                scores[step] = metrics[_SCORE]
+        return max(scores, key=lambda step: (scores[step], step), default=None)
+
+    def restore(self, like: Any, step: int | None = None) -> Any | None:
         """The newest readable checkpoint, placed and shaped as `like`; None when there is none.
 
-        Raises ValueError when checkpoints exist but hold other parameters than `like`, or when
-        none of them can be read.
+        With `step` that one and no other. Raises ValueError when checkpoints exist but hold other
+        parameters than `like`, or when none of them can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []
         for step in steps:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
             self._check_same_parameters(step, abstract)
+            named, failure = {}, ""
             try:
                 args = ocp.args.StandardRestore(abstract)
                 named = self._manager.restore(step, args=args)
                 self._check_bytes(step, named)
             except Exception as error:  # Orbax raises many kinds for damaged files
+                failure = str(error) or type(error).__name__
+            # One host that cannot read it is reason enough for all.
+            reasons = [text for text in gather(f"reading checkpoint {step}", failure) if text]
+            if reasons:
                 logging.warning(
-                    "Checkpoint %s cannot be read (%s).", self.directory / str(step), error
+                    "Checkpoint %s cannot be read (%s).", self.directory / str(step), reasons[0]
                 )
                 failures.append(step)
                 continue
@@ -118,7 +150,7 @@ class Checkpoints:
             stored = self._manager.metadata(step).custom_metadata[_CHECKSUMS]
         except Exception:  # none were saved, or the metadata is damaged and the arrays may not be
             return
-        altered = [name for name, sum_ in _checksums(named).items() if sum_ != stored.get(name)]
+        altered = [name for name, sum_ in digests(named).items() if sum_ != stored.get(name)]
         if altered:
             raise ValueError(f"{altered[0]} is not what was saved")
 
@@ -151,15 +183,6 @@ class Checkpoints:
 def _names(tree: Any) -> list[str]:
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-
-
-def _checksums(named: dict[str, Any]) -> dict[str, int]:
-    return {
-        name: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-        for name, leaf in named.items()
-        # Other hosts' shards cannot be seen from here.
-        if getattr(leaf, "is_fully_addressable", True)
-    }
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import jexit
 from jexit.axes import Array
 from jexit.config import check_exits
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import is_primary, whole
 from jexit.io.array_store import ArrayStore
 from jexit.io.atomic import atomic_directory
 from jexit.io.hf_config import write_json
@@ -151,8 +152,8 @@ def save_model(
     exit heads are stored and the directory refers to the weights where they are; without it, or
     when they are in the directory to replace, everything is stored. Without
     `with_exits` the heads stay out: the directory holds a plain trunk. `overwrite` replaces a
-    directory that exists. Raises ValueError when it exists otherwise, or when `base` is another
-    model.
+    directory that exists. With several hosts all must call, and the primary one writes. Raises
+    ValueError when it exists otherwise, or when `base` is another model.
     """
     reference, source = "", ""
     if base:
@@ -169,11 +170,21 @@ def save_model(
     exits = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, ExitParam)}
     weights = {p: leaf[...] for p, leaf in flat.items() if p not in adapters and p not in exits}
     exits = exits if with_exits else {}
+    adapters, exits = whole((adapters, exits), f"writing {directory}")
+    stored_weights = (
+        (path, whole(leaf, f"writing {directory}"))
+        for path, leaf in weights.items()
+        if not reference
+    )
+    if not is_primary():
+        for _ in stored_weights:  # takes part in bringing the pieces together
+            pass
+        return
     with atomic_directory(directory, overwrite=overwrite) as partial:
         write_model(
             partial,
             model.arch,
-            weights=() if reference else weights.items(),
+            weights=stored_weights,
             adapters=adapters,
             exits=exits,
             exit_layers=model.exit_layers,

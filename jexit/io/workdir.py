@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from jexit.dist import barrier, gather, is_primary
 from jexit.io.files import write_json_atomic
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
@@ -37,9 +38,22 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Makes the directory and writes `config.json`; called when nothing can be refused any more."""
+    """Makes the directory and writes `config.json`; called when nothing can be refused any more.
+
+    Raises ValueError as `check_same_run` does, and on a host that does not see what the primary
+    host wrote.
+    """
     check_same_run(workdir, config)
-    write_json_atomic(workdir / "config.json", config)
+    path = workdir / "config.json"
+    if is_primary():
+        write_json_atomic(path, config)
+    barrier("opening the workdir")
+    blind = [host for host, sees in enumerate(gather("the workdir", path.exists())) if not sees]
+    if blind:
+        raise ValueError(
+            f"host {blind[0]} does not see {path}, which host 0 wrote; give --workdir on a file "
+            "system that all hosts share"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

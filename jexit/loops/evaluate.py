@@ -12,6 +12,7 @@ import numpy as np
 from jexit.config import Config, EvalConfig
 from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import gather, host_rows, is_primary
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
@@ -88,6 +89,16 @@ def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, posi
         )
 
 
+def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """The task's figures about texts, from every host's sums and counts."""
+    means = {}
+    for name in sorted({name for totals in hosts for name in totals}):
+        pairs = [totals[name] for totals in hosts if name in totals]
+        if count := sum(count for _, count in pairs):
+            means[name] = sum(total for total, _ in pairs) / count
+    return means
+
+
 def evaluate_policy(
     parts: tuple,
     layers: int,
@@ -109,18 +120,20 @@ def evaluate_policy(
     first completions, with each token's depth.
     """
     batch = min(config.batch_size, len(prompts))
+    here = host_rows(batch)
     histogram = np.zeros(layers + 1, np.int64)
-    verdicts = {"strict": 0, "lenient": 0, "wrong": 0, "none": 0}
-    truncated, speed, records, texts = 0, 0.0, [], []
+    verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
+    truncated, speed, texts = 0, 0.0, []
+    records: list[tuple[int, dict[str, Any]]] = []  # with the problem's number
     starts = list(range(0, len(prompts), batch))
     if timed and len(starts) == 1:
         starts = starts * 2  # the first time compiles
     for turn, start in enumerate(starts):
         # The last batch is filled up with its last prompt rather than compiled anew.
-        rows = [min(start + row, len(prompts) - 1) for row in range(batch)]
+        index_B = np.minimum(start + np.arange(batch), len(prompts) - 1)
         result = rollout(
             parts,
-            [prompts[row] for row in rows],
+            [prompts[index] for index in index_B[here.index_B]],
             policy=make_policy(policy, batch, config.max_new_tokens, layers, law),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -128,32 +141,47 @@ def evaluate_policy(
             pad_id=tokenizer.pad_id,
             key=seed,
             first_prompt=start,
+            total=batch,
         )
-        real = min(batch, len(prompts) - start)
-        share = result.lengths_B[:real].sum() / result.lengths_B.sum()
-        speed = float(result.tokens_per_second * share)
+        rows = result.host_rows
+        counted_B = rows.first_B & (start + rows.index_B < len(prompts))
+        speed = float(result.lengths_B[counted_B].sum()) / result.seconds
         if starts.index(start) != turn:
             break
-        for row in range(real):
+        for row in np.flatnonzero(counted_B):
+            number = start + int(rows.index_B[row])
             ids, depths = result.completion(row), result.depths_BT[row, : result.lengths_B[row]]
             text = tokenizer.decode(ids)
             texts.append(text)
-            verdict = task.verify(problems[start + row], text)
+            verdict = task.verify(problems[number], text)
             verdicts[verdict.kind] += 1
             truncated += bool(result.truncated_B[row])
             histogram += np.bincount(depths, minlength=layers + 1)
             if len(records) < config.heat_maps:
-                records.append(
-                    {
-                        "policy": policy,
-                        "prompt": problems[start + row].prompt,
-                        "completion": text,
-                        "tokens": tokenizer.tokens(ids),
-                        "depths": depths.tolist(),
-                        "verdict": verdict.kind,
-                        "answer": problems[start + row].answer,
-                    }
-                )
+                record = {
+                    "policy": policy,
+                    "prompt": problems[number].prompt,
+                    "completion": text,
+                    "tokens": tokenizer.tokens(ids),
+                    "depths": depths.tolist(),
+                    "verdict": verdict.kind,
+                    "answer": problems[number].answer,
+                }
+                records.append((number, record))
+    mine = {
+        "verdicts": verdicts,
+        "truncated": truncated,
+        "histogram": histogram.tolist(),
+        "speed": speed,
+        "text": task.text_totals(texts),
+        "records": records,
+    }
+    hosts = gather(f"evaluation under {policy}", mine)
+    verdicts = {kind: sum(host["verdicts"][kind] for host in hosts) for kind in verdicts}
+    histogram = np.sum([host["histogram"] for host in hosts], axis=0)
+    records = sorted(
+        (tuple(pair) for host in hosts for pair in host["records"]), key=lambda r: r[0]
+    )
     right, count = verdicts["strict"] + verdicts["lenient"], len(prompts)
     tokens = int(histogram.sum())
     depth = float(histogram @ np.arange(layers + 1)) / tokens
@@ -168,12 +196,12 @@ def evaluate_policy(
             problems=count,
             tokens=tokens,
             completion_length=tokens / count,
-            truncated=truncated / count,
+            truncated=sum(host["truncated"] for host in hosts) / count,
             verdicts=verdicts,
-            tokens_per_second=speed,
-            text=task.text_metrics(texts),
+            tokens_per_second=sum(host["speed"] for host in hosts),
+            text=text_means([host["text"] for host in hosts]),
         ),
-        records,
+        [record for _, record in records[: config.heat_maps]],
     )
 
 
@@ -188,7 +216,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
         make_policy(policy, 1, 1, layers)  # refuse a wrong one before the first runs
     start_run(workdir, config.to_dict())
     results, records = [], []
-    with Progress(len(config.eval.policies), description="eval") as progress:
+    with Progress(len(config.eval.policies), description="eval", enabled=is_primary()) as progress:
         for number, policy in enumerate(config.eval.policies, start=1):
             result, examples = evaluate_policy(
                 parts,
@@ -211,6 +239,8 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
                 accuracy=result.accuracy,
                 **{"depth/fraction": result.depth_fraction},
             )
+    if not is_primary():
+        return
     description = {"path": config.model.path, "layers": layers, "exits": model.exit_layers}
     write_json_atomic(
         workdir / "eval.json",

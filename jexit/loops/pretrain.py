@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jexit.config import Config, check_exits
-from jexit.data.loader import TextBatch, text_batch
+from jexit.data.loader import prepared, text_batch
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import host_rows, is_primary, place_parameters, place_rows
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.trainer import Trainer
@@ -63,8 +63,10 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     separators = [tokenizer.encode(text) for text in RESULT_GROUPS.values()]
     assert all(len(ids) == 1 for ids in separators), "separators must be single tokens"
 
-    def batch_of(step: int) -> TextBatch:
-        return text_batch(
+    here = host_rows(config.batch_size)
+
+    def batch_of(step: int) -> PretrainBatch:
+        batch = text_batch(
             mixture,
             tokenizer,
             seed=config.seed,
@@ -72,11 +74,18 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
             batch_size=config.batch_size,
             length=config.pretrain.length,
             prompt_weight=config.pretrain.prompt_loss,
+            rows=here.index_B,
         )
+        previous_BT = np.roll(batch.tokens_BT, 1, axis=1)
+        group_BT = np.zeros_like(batch.tokens_BT)
+        for number, (separator,) in enumerate(separators, start=1):
+            group_BT[(previous_BT == separator) & (batch.loss_mask_BT > 0)] = number
+        return PretrainBatch(batch.tokens_BT, batch.loss_mask_BT, group_BT)
 
     batch_of(0)  # a length that is too short stops the run before it writes anything
     start_run(workdir, config.to_dict())
     split = split_model(model, full=True, keep_teacher=False)
+    split = split._replace(trainable=place_parameters(split.trainable))
     optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=True))
     step_fn = make_pretrain_step(
         split,
@@ -94,21 +103,19 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     state = trainer.restore(new_state(split.trainable, optimizer))
     rate = schedule(config.optim, config.optim.full_lr, config.steps)
 
+    batches = prepared(batch_of, int(state.step), config.steps)
+
     def one_step(state, step):
-        batch = batch_of(step)
-        previous_BT = np.roll(batch.tokens_BT, 1, axis=1)
-        group_BT = np.zeros_like(batch.tokens_BT)
-        for number, (separator,) in enumerate(separators, start=1):
-            group_BT[(previous_BT == separator) & (batch.loss_mask_BT > 0)] = number
-        arrays = PretrainBatch(
-            jnp.asarray(batch.tokens_BT), jnp.asarray(batch.loss_mask_BT), jnp.asarray(group_BT)
-        )
-        state, metrics = step_fn(state, arrays, step_key(config.seed, step))
+        batch = place_rows(next(batches), here)
+        state, metrics = step_fn(state, batch, step_key(config.seed, step))
         return state, metrics | {"lr": rate(step)}
 
     state = trainer.run(state, one_step)
+    if config.checkpoint.final == "best":
+        state = trainer.best(state)
     trainer.close()
     # The heads have learnt nothing yet: what is written is a plain trunk.
     student = split.student(state.trainable)
     save_model(workdir / "model", student, tokenizer, with_exits=False, overwrite=True)
-    print(f"Wrote {workdir / 'model'}")
+    if is_primary():
+        print(f"Wrote {workdir / 'model'}")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from jexit.config import Config
-from jexit.data.loader import PromptBatch
+from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
-from jexit.dist import place_rows
+from jexit.dist import gather, host_rows, place_rows
+from jexit.loops.evaluate import text_means
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import Rollouts, rollout
-from jexit.steps.completions import pad_completions
+from jexit.steps.completions import bucket_length, pad_completions
 from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Task, Verdict
@@ -51,8 +53,11 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     )
     state = trainer.restore(new_state(split.trainable, stage.optimizer))
 
+    here = host_rows(config.batch_size)
+    batches = prepared(lambda step: stage.prompts(step, here), int(state.step), config.steps)
+
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        prompts = stage.prompts(step, config.batch_size)
+        prompts = next(batches)
         rollouts = rollout(
             split.decodable(state.trainable),
             prompts.tokens,
@@ -63,18 +68,18 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             pad_id=tokenizer.pad_id,
             key=step_key(config.seed, step, ROLLOUT_STREAM),
             samples_per_prompt=rl.rollouts,
+            total=config.batch_size,
         )
         texts, verdicts = judge(task, tokenizer, prompts, rollouts)
-        batch = rl_batch(rollouts, verdicts, tokenizer.pad_id)
+        totals = Totals.over_hosts(task, rollouts, texts, verdicts, prompts.skipped)
+        batch = rl_batch(rollouts, verdicts, tokenizer.pad_id, totals.shape)
+        trainer.shapes((totals.shape, rollouts.shape))
         prices = pressure.prices(step)
+        batch = place_rows(batch, rollouts.host_rows)
         state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
-        accuracy = float(np.mean([verdict.correct for verdict in verdicts]))
-        pressure.observe(accuracy)
+        pressure.observe(totals.accuracy)
         watch.observe(
-            step + 1,
-            accuracy,
-            rollouts.mean_depth / layers,
-            float(rollouts.lengths_B.mean()),
+            step + 1, totals.accuracy, totals.mean_depth(layers) / layers, totals.mean_length
         )
         if step % config.log.samples_every == 0:
             count = min(config.log.samples, rollouts.rows)
@@ -84,18 +89,18 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             ]
             trainer.samples.write(step + 1, records)
         metrics |= {
-            "accuracy": accuracy,
+            "accuracy": totals.accuracy,
             "depth_coef": prices.depth_coef,
             "length_coef": prices.length_coef,
             "rollout_seconds": rollouts.seconds,
-            "data/skipped": prompts.skipped,
+            "data/skipped": totals.skipped,
+            "data/padding": totals.padding,
         }
-        metrics |= {f"task/{name}": value for name, value in task.text_metrics(texts).items()}
+        metrics |= {f"task/{name}": value for name, value in totals.text.items()}
         return state, metrics | stage.learning_rates(step)
 
     state = trainer.run(state, one_step)
-    trainer.close()
-    stage.finish(state, before)
+    stage.finish(trainer, state, before)
 
 
 def judge(
@@ -103,19 +108,90 @@ def judge(
 ) -> tuple[list[str], list[Verdict]]:
     """Each completion's text and verdict."""
     texts = [tokenizer.decode(rollouts.completion(row)) for row in range(rollouts.rows)]
-    group = rollouts.samples_per_prompt
+    problems = [prompts.problems[place] for place in rollouts.prompt_B]
     return texts, [
-        task.verify(prompts.problems[row // group], text) for row, text in enumerate(texts)
+        task.verify(problem, text) for problem, text in zip(problems, texts, strict=True)
     ]
 
 
-def rl_batch(rollouts: Rollouts, verdicts: list[Verdict], pad_id: int) -> RLBatch:
-    """Rollouts and verdicts as the arrays of an update."""
-    group = rollouts.samples_per_prompt
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What all hosts' rollouts come to; each row counts once, wherever it lies."""
+
+    rows: int
+    correct: int
+    tokens: int  # generated
+    positions: int  # prompts and completions
+    passes: int  # that could leave early
+    layers_run: int  # by those
+    skipped: int
+    shape: tuple[int, int]  # (T, C) that holds every host's rows
+    text: dict[str, float]
+
+    @classmethod
+    def over_hosts(
+        cls,
+        task: Task,
+        rollouts: Rollouts,
+        texts: list[str],
+        verdicts: list[Verdict],
+        skipped: int,
+    ) -> Totals:
+        first_B = rollouts.host_rows.first_B
+        lengths_B = rollouts.lengths_B
+        total_B = rollouts.prompt_lengths_B + lengths_B
+        mine = {
+            "rows": int(first_B.sum()),
+            "correct": sum(v.correct for v, first in zip(verdicts, first_B, strict=True) if first),
+            "tokens": int(lengths_B[first_B].sum()),
+            "positions": int(total_B[first_B].sum()),
+            "passes": int((lengths_B[first_B] - 1).sum()),
+            "layers_run": int(rollouts.depths_BT[first_B, 1:].sum()),
+            "skipped": skipped if first_B.any() else 0,
+        }
+        mine_texts = [text for text, first in zip(texts, first_B, strict=True) if first]
+        hosts = gather(
+            "verified rollouts",
+            mine
+            | {
+                "longest": [int(total_B.max()), int(lengths_B.max())],
+                "text": task.text_totals(mine_texts),
+            },
+        )
+        longest = np.max([host["longest"] for host in hosts], axis=0)
+        return cls(
+            **{name: sum(host[name] for host in hosts) for name in mine},
+            shape=(bucket_length(int(longest[0])), bucket_length(int(longest[1]))),
+            text=text_means([host["text"] for host in hosts]),
+        )
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.rows
+
+    @property
+    def mean_length(self) -> float:
+        return self.tokens / self.rows
+
+    @property
+    def padding(self) -> float:
+        """Share of the update's positions that hold no token."""
+        return 1.0 - self.positions / (self.rows * self.shape[0])
+
+    def mean_depth(self, layers: int) -> float:
+        """Over action positions: every generated token but a row's first."""
+        return self.layers_run / self.passes if self.passes else float(layers)
+
+
+def rl_batch(
+    rollouts: Rollouts, verdicts: list[Verdict], pad_id: int, shape: tuple[int, int]
+) -> RLBatch:
+    """This host's rollouts and verdicts as the arrays of an update, padded to `shape` (T, C)."""
     completions = pad_completions(
-        [rollouts.prompts[row // group] for row in range(rollouts.rows)],
+        [rollouts.prompts[place] for place in rollouts.prompt_B],
         [rollouts.completion(row) for row in range(rollouts.rows)],
         pad_id,
+        shape,
     )
     width = completions.completion_tokens_BC.shape[1]
 
@@ -124,14 +200,14 @@ def rl_batch(rollouts: Rollouts, verdicts: list[Verdict], pad_id: int) -> RLBatc
         missing = width - values_BC.shape[1]
         return np.pad(values_BC, ((0, 0), (0, missing)))
 
-    arrays = (
+    return RLBatch(
+        completions,
         fitted(rollouts.depths_BT),
         fitted(rollouts.logprobs_BT),
         fitted(rollouts.depth_logprobs_BT),
         np.asarray([verdict.reward for verdict in verdicts], np.float32),
         rollouts.truncated_B,
     )
-    return RLBatch(completions, *place_rows(arrays))
 
 
 def sample_record(
@@ -144,7 +220,7 @@ def sample_record(
 ) -> dict[str, Any]:
     """One completion for `samples.jsonl`, with the depth of the pass that produced each token."""
     ids = rollouts.completion(row)
-    problem = prompts.problems[row // rollouts.samples_per_prompt]
+    problem = prompts.problems[rollouts.prompt_B[row]]
     return {
         "prompt": problem.prompt,
         "completion": texts[row],

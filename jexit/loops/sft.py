@@ -7,17 +7,22 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from jexit.config import Config
 from jexit.data.buckets import LengthBuckets
+from jexit.data.loader import prepared
 from jexit.data.teacher_store import TeacherStore, Trajectory
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows
+from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import rollout
-from jexit.steps.completions import pad_completions
+from jexit.steps.completions import Completions, pad_completions
 from jexit.steps.sft import make_sft_step
-from jexit.steps.state import TrainState, fingerprint, new_state, step_key
+from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Problem
 
 TEACHER_STREAM = 1  # of step_key: the teacher's own generations
@@ -38,23 +43,33 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     trainer = Trainer(config, workdir, "sft", shown={name: name for name in shown})
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
 
-    def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+    here = host_rows(config.batch_size)
+
+    def batch_of(step: int) -> tuple[Completions, float]:
+        """This host's rows of a step, and the padding's share of the whole batch."""
         index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=config.batch_size)
-        rows = [trajectories[index] for index in index_B]
+        rows = [trajectories[index] for index in index_B[here.index_B]]
         batch = pad_completions(
             [row.prompt for row in rows],
             [row.completion for row in rows],
             stage.tokenizer.pad_id,
             shape,
         )
-        used = sum(len(row.prompt) + len(row.completion) for row in rows)
+        used = sum(len(trajectories[i].prompt) + len(trajectories[i].completion) for i in index_B)
+        return batch, 1.0 - used / (len(index_B) * shape[0])
+
+    batches = prepared(batch_of, int(state.step), config.steps)
+
+    def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        batch, padding = next(batches)
+        trainer.shapes((batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
+        batch = place_rows(batch, here)
         state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
-        metrics["data/padding"] = 1.0 - used / batch.tokens_BT.size
+        metrics["data/padding"] = padding
         return state, metrics | stage.learning_rates(step)
 
     state = trainer.run(state, one_step)
-    trainer.close()
-    stage.finish(state, before)
+    stage.finish(trainer, state, before)
 
 
 def teacher_trajectories(stage: Stage) -> list[Trajectory]:
@@ -72,10 +87,20 @@ def teacher_trajectories(stage: Stage) -> list[Trajectory]:
         "max_new_tokens": sft.max_new_tokens,
         "seed": config.seed,
     }
-    store = TeacherStore(stage.workdir / "teacher", settings)
-    with Progress(batches, start=store.batches, description="teacher trajectories") as progress:
-        for step in range(store.batches, batches):
-            batch = stage.prompts(step, batch_size)
+    store = TeacherStore(stage.workdir / "teacher", settings, writer=jax.process_index())
+    barrier("opening the teacher's trajectories")
+    store.read()
+    missing = [step for step in range(batches) if not store.holds(step, batch_size)]
+    missing = from_primary("the teacher's missing trajectories", missing)
+    here = host_rows(batch_size)
+    with Progress(
+        batches,
+        start=batches - len(missing),
+        description="teacher trajectories",
+        enabled=is_primary(),
+    ) as progress:
+        for number, step in enumerate(missing, start=1 + batches - len(missing)):
+            batch = stage.prompts(step, here)
             if sft.trajectories == "dataset":
                 completions = dataset_completions(batch.problems, tokenizer, sft.max_new_tokens)
             else:
@@ -88,12 +113,19 @@ def teacher_trajectories(stage: Stage) -> list[Trajectory]:
                     pad_id=tokenizer.pad_id,
                     key=step_key(config.seed, step, TEACHER_STREAM),
                     adapters=False,
+                    total=batch_size,
                 )
                 completions = [result.completion(row) for row in range(result.rows)]
-            pairs = zip(batch.tokens, completions, strict=True)
-            # One token has no action position: nothing to calibrate.
-            store.append([Trajectory(prompt, ids) for prompt, ids in pairs if len(ids) > 1])
-            progress.update(step + 1)
+            rows = [
+                # One token has no action position: nothing to calibrate.
+                Trajectory(prompt, ids) if len(ids) > 1 else None
+                for prompt, ids in zip(batch.tokens, completions, strict=True)
+            ]
+            mine = [place for place, first in enumerate(here.first_B) if first]
+            store.append(step, here.index_B[mine], [rows[place] for place in mine])
+            progress.update(number)
+    barrier("the teacher's trajectories")
+    store.read()
     made = store.trajectories[: sft.pool]
     if not made:
         raise ValueError(

@@ -12,12 +12,13 @@ import optax
 from jexit.config import Config
 from jexit.data.loader import PromptBatch, prompt_batch
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import HostRows, from_primary, is_primary
 from jexit.io.metrics import write_json_atomic
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.evaluate import check_room, compare, evaluate_policy, held_out
 from jexit.loops.setup import load_model, load_task, sampling_law
-from jexit.loops.trainer import peak_memory
+from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
 from jexit.report.plots import plot_training
 from jexit.steps.optim import make_optimizer, schedule
@@ -60,17 +61,18 @@ class Stage:
             updates,
         )
 
-    def prompts(self, step: int, batch_size: int) -> PromptBatch:
-        """Training prompts of one step."""
+    def prompts(self, step: int, rows: HostRows) -> PromptBatch:
+        """This host's training prompts of one step."""
         return prompt_batch(
             self.task,
             self.tokenizer,
             split="train",
             seed=self.config.seed,
             step=step,
-            batch_size=batch_size,
+            batch_size=rows.total,
             max_prompt_tokens=self.config.task.max_prompt_tokens,
             skip_long=self.config.task.skip_long,
+            rows=rows.index_B,
         )
 
     @property
@@ -91,9 +93,11 @@ class Stage:
     def measure_before(self) -> dict[str, Any]:
         """`measure` of the model that the run starts from; a resumed run reads `before.json`."""
         path = self.workdir / "before.json"
-        if not path.exists():
-            write_json_atomic(path, self.measure(self.split.trainable))
-        return json.loads(path.read_text())
+        if not from_primary("before.json", path.exists()):
+            before = self.measure(self.split.trainable)
+            if is_primary():
+                write_json_atomic(path, before)
+        return from_primary("before.json", json.loads(path.read_text()) if is_primary() else None)
 
     def measure(self, trainable: Params) -> dict[str, Any]:
         """Held-out accuracy and depth under sampled exits."""
@@ -114,10 +118,12 @@ class Stage:
         )
         return dataclasses.asdict(result)
 
-    def finish(self, state: TrainState, before: dict[str, Any]) -> None:
-        """Measures again, writes `WORKDIR/model` and the plots, prints the closing table."""
+    def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:
+        """Ends a run: measures again, writes `WORKDIR/model` and plots, prints a closing table."""
+        if self.config.checkpoint.final == "best":
+            state = trainer.best(state)
+        trainer.close()
         after = self.measure(state.trainable)
-        write_json_atomic(self.workdir / "after.json", after)
         full = self.config.lora.rank == 0
         save_model(
             self.workdir / "model",
@@ -126,6 +132,9 @@ class Stage:
             base="" if full else self.config.model.path,
             overwrite=True,
         )
+        if not is_primary():
+            return
+        write_json_atomic(self.workdir / "after.json", after)
         plots = plot_training(self.workdir)
         temperature = self.config.eval.temperature
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"

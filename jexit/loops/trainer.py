@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import numpy as np
 
 from jexit.config import Config
+from jexit.dist import gather, is_primary, place_parameters, waiting
 from jexit.io.checkpoint import Checkpoints
 from jexit.io.metrics import MetricsWriter, SamplesWriter
 from jexit.io.progress import Progress
+from jexit.loops.compilations import Compilations
 from jexit.steps.state import TrainState
 
 # (state, step) → (state after the step, metrics on device or host)
@@ -51,62 +54,101 @@ class Trainer:
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
         self.samples: SamplesWriter | None = None
+        self._compilations = Compilations()
+        self._scores: list[float] = []  # since the last checkpoint
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint's state, or `state` when the run is new."""
+        state = place_parameters(state)
         restored = self.checkpoints.restore({"state": state, "host": self.host_state()})
         if restored is not None:
             self.load_host_state(jax.tree.map(np.asarray, restored["host"]))
             state = restored["state"]
         start = int(state.step)
-        self.samples = SamplesWriter(self.workdir, resume_step=start)
+        self.samples = SamplesWriter(self.workdir, resume_step=start, enabled=is_primary())
         log = self.config.log
         self._writer = MetricsWriter(
             self.workdir,
             resume_step=start,
             tensorboard=log.tensorboard,
             wandb=log.wandb_project or None,
+            enabled=is_primary(),
         )
         return state
+
+    def shapes(self, shapes: Hashable) -> None:
+        """Tells what shapes the step at hand computes with, before its first jitted call."""
+        self._compilations.shapes = shapes
+
+    def best(self, state: TrainState) -> TrainState:
+        """The state of the best checkpoint, of which `state` has the shapes."""
+        step = self.checkpoints.best_step()
+        assert step is not None, "the run's last checkpoint has a score"
+        return self.checkpoints.restore({"state": state, "host": self.host_state()}, step)["state"]
 
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
         """Trains to the end; raises Diverged or Interrupted (both after saving what is good)."""
         start, total = int(state.step), self.config.steps
         stop = _StopSignals()
         pending: tuple[int, dict[str, Any]] | None = None
-        with stop, Progress(total, start=start, description=self.description) as self._progress:
+        progress = Progress(total, start=start, description=self.description, enabled=is_primary())
+        with stop, progress as self._progress:
             last = time.monotonic()
             for step in range(start, total):
-                state, metrics = one_step(state, step)
+                with self._compilations:
+                    state, metrics = one_step(state, step)
                 if pending is not None:
                     self._flush(*pending)
                 now = time.monotonic()
-                pending = (step + 1, metrics | {"step_seconds": now - last})
+                metrics |= {"step_seconds": now - last} | self._compilations.of_step()
+                pending = (step + 1, metrics)
                 last = now
                 done = step + 1 == total
-                if done or stop.requested or self.checkpoints.due(step + 1):
+                # A signal to one host stops all of them after the same step.
+                signals = [
+                    name for name in gather(f"the end of step {step + 1}", stop.name) if name
+                ]
+                if done or signals or self.checkpoints.due(step + 1):
                     # The log must hold every step that the checkpoint holds.
                     self._flush(*pending)
                     pending = None
                     self._save(step + 1, state)
-                if stop.requested and not done:
+                if signals and not done:
                     self.close()
                     raise Interrupted(
-                        f"stopped by {stop.name} after step {step + 1}; the state is saved in "
+                        f"stopped by {signals[0]} after step {step + 1}; the state is saved in "
                         f"{self.checkpoints.directory}, and the same command continues the run"
                     )
-        self.checkpoints.wait()
+        with waiting("the last checkpoint"):
+            self.checkpoints.wait()
         return state
 
     def close(self) -> None:
-        self.checkpoints.close()
+        with waiting("the last checkpoint"):
+            self.checkpoints.close()
         self._writer.close()
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, {"state": state, "host": self.host_state()})
+        score = float(np.nanmean(self._scores)) if np.isfinite(self._scores).any() else -math.inf
+        self._scores.clear()
+        with waiting(f"the checkpoint of step {step}"):
+            self.checkpoints.save(step, {"state": state, "host": self.host_state()}, score)
+
+    def _score(self, values: dict[str, float]) -> float:
+        name = self.config.best_metric
+        sign = -1.0 if name.startswith("-") else 1.0
+        if name.lstrip("-") not in values:
+            raise ValueError(
+                f"config.checkpoint.best_metric is {name!r}, which this run does not measure; "
+                f"choose among {', '.join(sorted(values))}"
+            )
+        return sign * values[name.lstrip("-")]
 
     def _flush(self, step: int, metrics: dict[str, Any]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with waiting(f"step {step}"):
+            metrics = jax.device_get(metrics)
+        values = {name: float(value) for name, value in metrics.items()}
+        self._scores.append(self._score(values))
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") / values["step_seconds"]
         self._writer.write(step, values | peak_memory())

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
+from jexit.dist import constrain
 from jexit.model.attention import KeysValues
 from jexit.model.block import Block
 from jexit.model.cache import Cache
@@ -125,13 +126,27 @@ def prefill(
             jnp.full((max_new_tokens, batch, exits), jnp.nan, jnp.float32) if hazards else None
         ),
     )
-    return rows, Decoding(
-        index=jnp.ones((), jnp.int32),
-        token_B=token_B,
-        finished_B=_ends(token_B, eos_N),
-        length_B=jnp.ones((batch,), jnp.int32),
-        cache=Cache.of_prompts(result.keys_values, slots, samples),
-        records=records,
+    return rows, _pinned(
+        Decoding(
+            index=jnp.ones((), jnp.int32),
+            token_B=token_B,
+            finished_B=_ends(token_B, eos_N),
+            length_B=jnp.ones((batch,), jnp.int32),
+            cache=Cache.of_prompts(result.keys_values, slots, samples),
+            records=records,
+        )
+    )
+
+
+def _pinned(state: Decoding) -> Decoding:
+    """What hosts fetch lies by rows, as the prompts do."""
+    return dataclasses.replace(
+        state,
+        finished_B=constrain(state.finished_B, "B"),
+        length_B=constrain(state.length_B, "B"),
+        records=jax.tree.map(
+            lambda record: constrain(record, "." + "B" + "." * (record.ndim - 2)), state.records
+        ),
     )
 
 
@@ -182,7 +197,7 @@ def decode(
         token_B, logprob_B = sampling.draw(logits_BV, _fold(keys_B, TOKEN_DRAW))
         return _recorded(state, token_pass, token_B, logprob_B, rows.eos_N)
 
-    return jax.lax.while_loop(goes_on, step, state)
+    return _pinned(jax.lax.while_loop(goes_on, step, state))
 
 
 @_pytree

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import PRNGKey
-from jexit.dist import place_rows
+from jexit.dist import HostRows, fetch_rows, gather, host_rows, place_rows, waiting
 from jexit.model.cache import cache_bucket, prompt_bucket
 from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
@@ -45,11 +45,13 @@ class Rollouts:
     """Completions of a batch: B = prompts · samples rows, those of one prompt adjacent.
 
     T is `max_new_tokens`; beyond a row's length there are `pad_id` and zeros. A token's depth is
-    that of the pass that produced it, so column 0 of `depths_BT` is L.
+    that of the pass that produced it, so column 0 of `depths_BT` is L. With several hosts these are
+    the rows that lie here.
     """
 
     prompts: list[list[int]]
-    samples_per_prompt: int
+    prompt_B: np.ndarray  # int, the place of a row's prompt in `prompts`
+    host_rows: HostRows  # of the whole batch, the rows that are here
     layers: int
     pad_id: int
     tokens_BT: np.ndarray  # int32, the end token kept as a row's last
@@ -59,6 +61,7 @@ class Rollouts:
     depth_logprobs_BT: np.ndarray  # float32, under the policy's law; 0 where nothing was drawn
     hazard_logits_BTE: np.ndarray | None  # float32, NaN at exits that were not reached
     truncated_B: np.ndarray  # bool: ran into `max_new_tokens` without an end token
+    shape: tuple[int, int]  # padded prompt length and last cache size: what was compiled for
     seconds: float
 
     @property
@@ -68,17 +71,7 @@ class Rollouts:
     @property
     def prompt_lengths_B(self) -> np.ndarray:
         lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
-        return np.repeat(lengths, self.samples_per_prompt)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return float(self.lengths_B.sum()) / self.seconds
-
-    @property
-    def mean_depth(self) -> float:
-        """Mean depth over action positions: every generated token but a row's first."""
-        passes = int((self.lengths_B - 1).sum())
-        return float(self.depths_BT[:, 1:].sum()) / passes if passes else float(self.layers)
+        return lengths[self.prompt_B]
 
     def completion(self, row: int) -> list[int]:
         """The generated tokens of a row, the end token included."""
@@ -101,7 +94,7 @@ class Rollouts:
         logprobs_BT = np.zeros(shape, np.float32)
         depth_logprobs_BT = np.zeros(shape, np.float32)
         for row in range(self.rows):
-            prompt = self.prompts[row // self.samples_per_prompt]
+            prompt = self.prompts[self.prompt_B[row]]
             new, start, stop = self.lengths_B[row], prompt_B[row], total_B[row]
             tokens_BT[row, :start] = prompt
             tokens_BT[row, start:stop] = self.tokens_BT[row, :new]
@@ -138,15 +131,17 @@ def rollout(
     adapters: bool = True,
     hazards: bool = False,
     first_prompt: int = 0,
+    total: int | None = None,
 ) -> Rollouts:
     """Generates `samples_per_prompt` completions of each prompt; one prefill serves them all.
 
     `model` is a `Transformer` or what `nnx.split(model, ...)` returned, which saves the splitting
     in a training loop; new parameter values never recompile. Temperature 0 is greedy. A row's draws
     depend on the key, `first_prompt` plus its prompt's index, the sample's index and the token's,
-    not on the batch: `first_prompt` lets a long list run in chunks with the same result. Raises
-    ValueError when a prompt is empty or does not fit the model with its completion, or when
-    `Prescribed` has too few rows or columns.
+    not on the batch: `first_prompt` lets a long list run in chunks with the same result. With
+    several hosts `prompts` are this host's of `total` (`jexit.dist.host_rows`), and `Prescribed`
+    holds the depths of all. Raises ValueError when a prompt is empty or does not fit the model with
+    its completion, or when `Prescribed` has too few rows or columns.
     """
     began = time.perf_counter()
     sampling = Sampling.of(temperature, top_p)
@@ -157,9 +152,11 @@ def rollout(
     _check_prompts(arch, prompts, max_new_tokens)
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
-    policy = _fitted(policy, len(prompts) * samples_per_prompt, max_new_tokens)
+    prompt_rows = host_rows(len(prompts) if total is None else total)
+    rows_here = host_rows(prompt_rows.total * samples_per_prompt)
+    policy = _fitted(policy, rows_here.total, max_new_tokens)
 
-    longest = max(map(len, prompts))
+    longest = max(gather("the prompts' lengths", max(map(len, prompts))))
     prompt_slots = prompt_bucket(longest)
     most = prompt_slots + max_new_tokens - 1
     slots = cache_bucket(min(prompt_slots + max(16, prompt_slots // 8), most), most)
@@ -170,7 +167,9 @@ def rollout(
     rows, state = decode.prefill(
         graphdef,
         states,
-        *place_rows((tokens_BT, np.asarray([len(prompt) for prompt in prompts], np.int32))),
+        *place_rows(
+            (tokens_BT, np.asarray([len(prompt) for prompt in prompts], np.int32)), prompt_rows
+        ),
         np.asarray(sorted(eos_ids), np.int32),
         jax.random.key(key) if isinstance(key, int | np.integer) else key,
         np.int32(first_prompt),
@@ -192,19 +191,22 @@ def rollout(
             adapters=adapters,
             hazards=hazards,
         )
-        if slots >= most or bool(jnp.all(state.finished_B)):
+        with waiting("the rollouts"):
+            done = slots >= most or bool(jnp.all(state.finished_B))
+        if done:
             break
         slots = cache_bucket(slots + 1, most)
         state = decode.grow(state, slots=slots)
 
-    records, length_B, finished_B = jax.device_get(
-        (state.records, state.length_B, state.finished_B)
-    )
+    with waiting("the rollouts"):
+        records = fetch_rows(state.records, axis=1)
+        length_B, finished_B = fetch_rows((state.length_B, state.finished_B))
     beyond_BT = np.arange(max_new_tokens) >= length_B[:, None]
     z_TBE = records.hazard_logits_TBE
     return Rollouts(
         prompts=prompts,
-        samples_per_prompt=samples_per_prompt,
+        prompt_B=prompt_rows.find(rows_here.index_B // samples_per_prompt),
+        host_rows=rows_here,
         layers=arch.layers,
         pad_id=pad_id,
         tokens_BT=np.where(beyond_BT, np.int32(pad_id), records.tokens_TB.T),
@@ -214,6 +216,7 @@ def rollout(
         depth_logprobs_BT=np.ascontiguousarray(records.depth_logprobs_TB.T),
         hazard_logits_BTE=None if z_TBE is None else np.moveaxis(z_TBE, 0, 1),
         truncated_B=~finished_B,
+        shape=(prompt_slots, slots),
         seconds=time.perf_counter() - began,
     )
 

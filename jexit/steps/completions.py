@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jexit.axes import Array, Bool, DepthBT, Float, Int, MaskBT
-from jexit.dist import place_rows
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +66,7 @@ def pad_completions(
     pad_id: int,
     shape: tuple[int, int] | None = None,
 ) -> Completions:
-    """Rows of token ids as arrays of `shape` (T, C), which must hold them.
+    """Rows of token ids as NumPy arrays of `shape` (T, C), which must hold them.
 
     Without a shape T and C come from a short ladder of lengths, against recompilation.
     """
@@ -82,7 +81,7 @@ def pad_completions(
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         tokens_BT[row, : len(prompt) + len(completion)] = [*prompt, *completion]
         completion_BC[row, : len(completion)] = completion
-    return place_rows(Completions(tokens_BT, prompt_lengths, completion_BC, lengths))
+    return Completions(tokens_BT, prompt_lengths, completion_BC, lengths)
 
 
 def bucket_length(length: int) -> int:

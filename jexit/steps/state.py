@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -90,26 +89,6 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
             lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, trainable
         )
     return SplitModel(graphdef, trainable, Fixed(frozen, teacher))
-
-
-def fingerprint(params: Params) -> str:
-    """Eight hexadecimal digits of every bit of every array, the same on any device.
-
-    Σ bits_i · (2i + 1) modulo 2³² for each array, in integers, so that no order of summation
-    matters; names and shapes go in as well.
-    """
-
-    @jax.jit
-    def digest(leaf: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.itemsize])
-        index = jax.lax.iota(jnp.uint32, bits.size)
-        return jnp.sum(bits.ravel().astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
-
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path)
-        total.update(f"{name} {leaf.shape} {leaf.dtype} {int(digest(leaf))}".encode())
-    return total.hexdigest()[:8]
 
 
 def parameter_labels(model: Transformer, *, full: bool) -> Params:

@@ -77,8 +77,11 @@ class Task(abc.ABC):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judges a completion's text (special tokens removed). Total: never raises on any text."""
 
-    def text_metrics(self, completions: Sequence[str]) -> dict[str, float]:
-        """Figures about how completions reason, beyond right and wrong; none unless overridden."""
+    def text_totals(self, completions: Sequence[str]) -> dict[str, tuple[float, int]]:
+        """Figures about how completions reason, beyond right and wrong: sum and count of each.
+
+        Totals of parts add up to those of the whole. None unless overridden.
+        """
         return {}
 
     def verdict(self, kind: VerdictKind) -> Verdict:
@@ -137,8 +140,3 @@ class Draw:
             if point < 0:
                 return key
         return key  # rounding left the point at the very end: the last key
-
-    def permutation(self, count: int) -> list[int]:
-        """0 ... count-1 in random order."""
-        keys = [self._random() for _ in range(count)]
-        return sorted(range(count), key=keys.__getitem__)

@@ -94,10 +94,10 @@ class Sums(Task):
         steps = prescribed_steps(len(digits), step)
         return _problem(f"sum by {step} {digits}", digits, steps, mode="prescribed", step=step)
 
-    def text_metrics(self, completions: Sequence[str]) -> dict[str, float]:
-        """Mean number of operands a step reduces (`step_size`), over all steps of all texts."""
+    def text_totals(self, completions: Sequence[str]) -> dict[str, tuple[float, int]]:
+        """The number of operands a step reduces (`step_size`), over all steps of all texts."""
         sizes = [size for text in completions for size in step_sizes(text)]
-        return {"step_size": sum(sizes) / len(sizes)} if sizes else {}
+        return {"step_size": (sum(sizes), len(sizes))}
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         strict = _STRICT.search(completion)

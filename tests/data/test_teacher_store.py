@@ -1,45 +1,51 @@
-"""Stored trajectories survive a kill at any byte."""
+"""Stored trajectories survive a kill at any byte, and writers share them."""
 
 import pytest
 
 from jexit.data.teacher_store import TeacherStore, Trajectory
 
 SETTINGS = {"model": "deadbeef", "temperature": 1.0}
-BATCHES = [[Trajectory([1, 2], [3]), Trajectory([4], [5, 6])], [], [Trajectory([7], [8, 9])]]
+BATCHES = [[Trajectory([1, 2], [3]), Trajectory([4], [5, 6])], [None, Trajectory([7], [8, 9])]]
+ALL = [row for batch in BATCHES for row in batch if row is not None]
+
+
+def done(store):
+    return [store.holds(batch, 2) for batch in range(3)]
 
 
 def filled(directory):
     store = TeacherStore(directory, SETTINGS)
-    for batch in BATCHES:
-        store.append(batch)
+    for number, batch in enumerate(BATCHES):
+        store.append(number, [0, 1], batch)
     return store
 
 
 def test_batches_come_back_in_order(tmp_path):
     filled(tmp_path)
     store = TeacherStore(tmp_path, SETTINGS)
-    assert store.batches == 3
-    assert store.trajectories == [row for batch in BATCHES for row in batch]
+    assert done(store) == [True, True, False]
+    assert store.trajectories == ALL
 
 
-def test_other_settings_are_another_file(tmp_path):
+def test_other_settings_are_another_folder(tmp_path):
     filled(tmp_path)
     other = TeacherStore(tmp_path, SETTINGS | {"temperature": 0.7})
-    assert other.batches == 0 and len(list(tmp_path.iterdir())) == 2
+    assert not any(done(other)) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_cut_at_any_byte_continues_from_its_whole_batches(tmp_path):
-    path = filled(tmp_path / "whole").path
-    data = path.read_bytes()
+    whole = filled(tmp_path / "whole")
+    data = whole.path.read_bytes()
     for length in range(len(data)):
-        cut = tmp_path / f"cut{length}"
-        cut.mkdir()
-        (cut / path.name).write_bytes(data[:length])
-        store = TeacherStore(cut, SETTINGS)
-        lines = data[:length].count(b"\n")
-        assert store.batches == max(lines - 1, 0)
-        for batch in BATCHES[store.batches :]:
-            store.append(batch)
+        place = tmp_path / f"cut{length}"
+        cut = place / whole.directory.name
+        cut.mkdir(parents=True)
+        (cut / whole.path.name).write_bytes(data[:length])
+        store = TeacherStore(place, SETTINGS)
+        kept = max(data[:length].count(b"\n") - 1, 0)
+        assert done(store) == [number < kept for number in range(3)]
+        for number in range(kept, 2):
+            store.append(number, [0, 1], BATCHES[number])
         assert store.path.read_bytes() == data
 
 
@@ -52,11 +58,31 @@ def test_a_damaged_byte_costs_its_batch_and_those_after_it(tmp_path):
         damaged = data.copy()
         damaged[position] ^= 1
         path.write_bytes(damaged)
-        assert TeacherStore(tmp_path, SETTINGS).batches == 0
+        assert not any(done(TeacherStore(tmp_path, SETTINGS)))
 
 
-@pytest.mark.parametrize("content", [b"{}\n[]\n", b"not settings\n"])
+@pytest.mark.parametrize("content", [b"{}\n[]\n", b"not settings\n", b""])
 def test_a_strange_header_starts_anew(tmp_path, content):
     path = filled(tmp_path).path
     path.write_bytes(content)
-    assert TeacherStore(tmp_path, SETTINGS).batches == 0
+    assert not any(done(TeacherStore(tmp_path, SETTINGS)))
+    filled(tmp_path)
+    assert TeacherStore(tmp_path, SETTINGS).trajectories == ALL
+
+
+def test_several_writers_make_one_pool_and_one_continues_it(tmp_path):
+    first, second = (TeacherStore(tmp_path, SETTINGS, writer=n) for n in (0, 1))
+    for number, batch in enumerate(BATCHES):
+        first.append(number, [1], batch[1:])
+        second.append(number, [0], batch[:1])
+    assert not any(done(first))
+    first.read()
+    assert done(first) == [True, True, False] and first.trajectories == ALL
+
+    damaged = second.path.read_bytes()[:-3]
+    second.path.write_bytes(damaged)
+    alone = TeacherStore(tmp_path, SETTINGS)
+    assert done(alone) == [True, False, False]
+    alone.append(1, [0], BATCHES[1][:1])
+    assert alone.trajectories == ALL
+    assert second.path.read_bytes() == damaged  # another writer's file is only read

@@ -75,7 +75,7 @@ def texts(rows):
 
 
 def sft_update(split, micro_batches):
-    batch = pad_completions(*texts(16), 0)
+    batch = place_rows(pad_completions(*texts(16), 0))
     config = SFTConfig(samples=2, explore=0.3, target="teacher")
     optimizer = optax.adam(1e-2)
     step = make_sft_step(split, optimizer, config, micro_batches=micro_batches)
@@ -98,7 +98,7 @@ def rl_update(split, micro_batches):
         random.normal(size=16).astype(np.float32),
         np.zeros(16, bool),
     )
-    batch = RLBatch(completions, *place_rows(arrays))
+    batch = place_rows(RLBatch(completions, *arrays))
     optimizer = optax.adam(1e-2)
     step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)

@@ -1,0 +1,255 @@
+"""Several processes as one run: starting them, exchanging small values, and never waiting for ever.
+
+A *host* is one process of JAX's distributed runtime. Every host runs the same program; each
+prepares, verifies and writes down its own rows, and the primary host (number 0) writes the files
+that are written once. Whatever waits for other hosts does so under a timeout and says where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+TIMEOUT_SECONDS = 600
+HEARTBEAT_SECONDS = 100  # a host that is silent for longer counts as dead
+POLL_SECONDS = 1.0
+LOST = 4  # exit code of a host that another one left alone
+
+_settings = {"timeout": float(TIMEOUT_SECONDS), "place": "the start of the run"}
+_numbers = itertools.count()
+
+
+class HostLost(RuntimeError):
+    """Another host did not come, or is gone; the message names both hosts and the place."""
+
+
+def initialize(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    timeout: float = TIMEOUT_SECONDS,
+) -> None:
+    """Joins the hosts of this run; alone it does nothing.
+
+    On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts by
+    itself. Elsewhere all three arguments are needed: HOST:PORT of process 0, the number of
+    processes and this one's number. Must come before the first computation. `timeout` in seconds
+    holds for this and every later wait. Raises ValueError for arguments that do not fit together,
+    HostLost when the others do not come.
+    """
+    _settings["timeout"] = timeout
+    given = (coordinator, processes, process)
+    if given == (None, None, None):
+        if not _cluster_present():
+            return
+    elif None in given:
+        raise ValueError(
+            "--coordinator, --processes and --process belong together; give all three or none"
+        )
+    elif not re.fullmatch(r".+:\d+", coordinator or ""):
+        raise ValueError(f"--coordinator is {coordinator!r}; it is HOST:PORT of process 0")
+    elif not 0 <= process < processes:
+        raise ValueError(
+            f"--process is {process} of --processes {processes}; it counts from 0 to "
+            f"{processes - 1}"
+        )
+    if coordinator and process != 0:
+        _await_coordinator(coordinator, process, timeout)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            # With an address the caller knows best; SLURM's one device a task is then not assumed.
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=max(1, int(timeout)),
+            heartbeat_timeout_seconds=max(1, min(HEARTBEAT_SECONDS, int(timeout))),
+            shutdown_timeout_seconds=max(1, int(timeout)),
+        )
+    except ValueError:
+        if coordinator:
+            raise
+        # A TPU that is no part of a slice: JAX found no other host.
+    except RuntimeError as error:
+        place = coordinator or "the place that the cluster names"
+        raise _no_coordinator(process, place, timeout, error) from error
+
+
+def _await_coordinator(coordinator: str, process: int | None, timeout: float) -> None:
+    """Waits for the coordinator's port: JAX itself aborts the process when it never opens."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() + POLL_SECONDS > end:
+                raise _no_coordinator(process, coordinator, timeout, error) from error
+        time.sleep(POLL_SECONDS)
+
+
+def _no_coordinator(
+    process: int | None, place: str, timeout: float, error: BaseException
+) -> HostLost:
+    return HostLost(
+        f"process {'?' if process is None else process} found no coordinator at {place} within "
+        f"{timeout:g} s ({_first_line(error)}); start every host, and let them reach each other's "
+        "ports"
+    )
+
+
+def _cluster_present() -> bool:
+    """Whether this process was started as one of several in a way that JAX knows."""
+    environment = os.environ
+    if "OMPI_MCA_orte_hnp_uri" in environment:
+        return True
+    # Of the step that srun started; the batch script itself is one process of no step.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return True
+    if environment.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
+        return False
+    # On a slice the environment (GKE) or the machine's metadata, which JAX reads, name the others.
+    return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+
+
+def several_hosts() -> bool:
+    return jax.process_count() > 1
+
+
+def is_primary() -> bool:
+    """Whether this host writes what is written once."""
+    return jax.process_index() == 0
+
+
+def gather(place: str, value: Any) -> list[Any]:
+    """Every host's JSON value, in the order of the hosts; `place` says in messages what this is.
+
+    Goes through the coordinator and not through the devices, so it waits for no step to finish.
+    Raises HostLost when a host has not come within the timeout.
+    """
+    if not several_hosts():
+        return [value]
+    client = ocp.multihost.get_jax_distributed_client()
+    number, index = next(_numbers), jax.process_index()
+    folder = f"jexit/gather/{number}/"
+    with waiting(place):
+        try:
+            client.key_value_set(f"{folder}{index}", json.dumps(value))
+            client.wait_at_barrier(f"jexit/{number}", int(_settings["timeout"] * 1000))
+            pairs = client.key_value_dir_get(folder)
+        except jax.errors.JaxRuntimeError as error:
+            raise _lost(place, error) from error
+        # Whoever is here has read the values of the time before.
+        if number > 0 and index == 0:
+            client.key_value_delete(f"jexit/gather/{number - 1}/")
+    values = {int(key.rpartition("/")[2]): text for key, text in pairs}
+    assert sorted(values) == list(range(jax.process_count())), values.keys()
+    return [json.loads(values[host]) for host in sorted(values)]
+
+
+def from_primary(place: str, value: Any) -> Any:
+    """The primary host's JSON value, on every host."""
+    return gather(place, value if is_primary() else None)[0]
+
+
+def barrier(place: str) -> None:
+    """Goes on when every host is here."""
+    gather(place, None)
+
+
+@contextlib.contextmanager
+def waiting(place: str) -> Iterator[None]:
+    """Ends the process, saying where it was, when the block takes longer than the timeout.
+
+    For waits that nobody else limits: a collective with a host that hangs never returns.
+    """
+    if not several_hosts():
+        yield
+        return
+    before, _settings["place"] = _settings["place"], place
+    # The client's own timeout comes first where there is one: it knows who is missing.
+    timer = threading.Timer(_settings["timeout"] + 5, _give_up, (place,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    _settings["place"] = before  # an error keeps its place, for `ended`
+
+
+def whole(tree: Any, place: str) -> Any:
+    """Arrays that lie over all hosts, as NumPy arrays on every host; for what is small."""
+    with waiting(place):
+        return jax.tree.map(_whole, tree)
+
+
+def _whole(array: jax.Array) -> Any:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def ended(error: BaseException) -> str | None:
+    """One sentence when an error comes from the loss of another host, else None."""
+    if isinstance(error, HostLost):
+        return str(error)
+    lost = re.search(
+        r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|peer|heartbeat|coordination", str(error)
+    )
+    from_runtime = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    if several_hosts() and lost and from_runtime:
+        return str(_lost(_settings["place"], error))
+    return None
+
+
+def leave(code: int) -> None:
+    """Ends a host of several at once: a common goodbye would wait for those that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _lost(place: str, error: BaseException) -> HostLost:
+    text = str(error)
+    missing = re.search(r"Some timed out task names:\s*((?:\d+\s*)+)", text)
+    who = f"host {', '.join(missing.group(1).split())}" if missing else "another host"
+    late = "did not come within" if missing else "was lost while this one waited up to"
+    return HostLost(
+        f"host {jax.process_index()} of {jax.process_count()} stops at {place}: {who} {late} "
+        f"{_settings['timeout']:g} s ({_first_line(error)}); run the same command on every host: "
+        "it continues from the newest checkpoint"
+    )
+
+
+def _give_up(place: str) -> None:
+    message = (
+        f"jexit: host {jax.process_index()} of {jax.process_count()} stops at {place}: nothing "
+        f"came from the other hosts in {_settings['timeout']:g} s; run the same command on every "
+        "host: it continues from the newest checkpoint"
+    )
+    print(message, file=sys.stderr)
+    main_thread = sys._current_frames().get(threading.main_thread().ident)
+    traceback.print_stack(main_thread)
+    leave(LOST)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

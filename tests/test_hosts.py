@@ -1,0 +1,164 @@
+"""Several processes that talk over loopback are one run: same figures, files once, no hanging."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import save_model
+from jexit.sections import TINY_PATH
+from small_runs import metrics, parameters, small_model, small_settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+INTERRUPTED, LOST = 3, 4
+RELATIVE = 1e-5  # of losses and parameters: two processes add up in another order
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model"
+    tokenizer = Tokenizer.load(ROOT / TINY_PATH)
+    save_model(path, small_model(tokenizer.vocab_size), tokenizer)
+    return path
+
+
+def arguments(command, model_dir, workdir, **settings):
+    """The flags of a small run over two devices."""
+    settings = small_settings(model_dir, mesh__fsdp=2, **settings)
+    return [
+        f"--config={ROOT}/configs/{command}.py",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def start(flags, *, devices=2, hosts=1, timeout=60):
+    """Starts every host of a run; their output goes to HOST.log in the workdir's parent."""
+    workdir = pathlib.Path(next(f for f in flags if f.startswith("--workdir=")).partition("=")[2])
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // hosts} "
+        "--xla_cpu_multi_thread_eigen=false",
+        "PYTHONPATH": f"{ROOT}",
+    }
+    processes = []
+    for host in range(hosts):
+        log = workdir.parent / f"{workdir.name}.host{host}"
+        joining = [f"--coordinator={address}", f"--processes={hosts}", f"--process={host}"]
+        command = [sys.executable, "tests/host_process.py", f"{log}.verified", *flags]
+        command += [f"--host_timeout={timeout}", *(joining if hosts > 1 else [])]
+        with open(f"{log}.log", "w") as output:
+            processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            )
+    return processes, [workdir.parent / f"{workdir.name}.host{host}" for host in range(hosts)]
+
+
+def finish(processes, logs, seconds=400):
+    """Waits for all; returns exit codes and what they wrote."""
+    codes = [process.wait(seconds) for process in processes]
+    return codes, [pathlib.Path(f"{log}.log").read_text() for log in logs]
+
+
+def run(*args, **options):
+    codes, texts = finish(*start(*args, **options))
+    assert set(codes) == {0}, "\n".join(texts)
+    return texts
+
+
+def wait_for_steps(workdir, steps, processes, seconds=300):
+    """Waits until the run has logged so many steps."""
+    path, end = workdir / "metrics.jsonl", time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert all(process.poll() is None for process in processes), "a host ended early"
+        if path.exists() and path.read_text().count("\n") >= steps:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no {steps} steps in {seconds} s")
+
+
+def assert_same_run(one, two):
+    for ours, theirs in zip(metrics(one), metrics(two), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(theirs[name], value, RELATIVE, 1e-7, err_msg=name)
+    first, second = parameters(one / "model"), parameters(two / "model")
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, RELATIVE, 1e-6, err_msg=name)
+    for name in ("before.json", "after.json"):
+        ours, theirs = (json.loads((run / name).read_text()) for run in (one, two))
+        ours.pop("tokens_per_second"), theirs.pop("tokens_per_second")
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("command", ["rl", pytest.param("sft", marks=pytest.mark.slow)])
+def test_two_hosts_are_one_run(command, model_dir, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(arguments(command, model_dir, one))
+    texts = run(arguments(command, model_dir, two), hosts=2)
+    assert_same_run(one, two)
+    assert "before" in texts[0] and "before" not in texts[1]  # the closing table, once
+    samples = [len((w / "samples.jsonl").read_text().splitlines()) for w in (one, two)]
+    assert command == "sft" or samples[1] == samples[0] == 4
+    verified = [
+        sorted((tmp_path / f"two.host{host}.verified").read_text().splitlines())
+        for host in range(2)
+    ]
+    alone = sorted((tmp_path / "one.host0.verified").read_text().splitlines())
+    assert sorted(verified[0] + verified[1]) == alone  # nothing twice, nothing left out
+    assert len(verified[0]) and abs(len(verified[0]) - len(verified[1])) <= 4
+    if command == "sft":
+        files = sorted(p.name for p in (two / "teacher").rglob("host-*.jsonl"))
+        assert files == ["host-0.jsonl", "host-1.jsonl"]
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_host_that_is_killed_ends_the_other_with_a_message(victim, model_dir, tmp_path):
+    flags = arguments("rl", model_dir, tmp_path / "run", steps=10_000)
+    processes, logs = start(flags, hosts=2, timeout=30)
+    wait_for_steps(tmp_path / "run", 2, processes)
+    processes[victim].kill()
+    began = time.monotonic()
+    other = 1 - victim
+    code = processes[other].wait(60)
+    assert time.monotonic() - began < 45
+    assert code == LOST
+    text = pathlib.Path(f"{logs[other]}.log").read_text()
+    assert f"jexit: host {other} of 2 stops at " in text
+    assert "run the same command on every host" in text and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_host_saves_all_and_one_process_can_go_on(model_dir, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = {"steps": 12, "checkpoint__every": 5}
+    run(arguments("rl", model_dir, whole, **settings), hosts=2)
+    flags = arguments("rl", model_dir, cut, **settings)
+    processes, logs = start(flags, hosts=2)
+    wait_for_steps(cut, 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, texts = finish(processes, logs)
+    assert codes == [INTERRUPTED, INTERRUPTED], "\n".join(texts)
+    assert "stopped by SIGTERM after step" in texts[0]
+    run(flags)  # one process with both devices
+    assert_same_run(whole, cut)
+
+
+def test_a_coordinator_that_never_comes(model_dir, tmp_path):
+    hosts = ["--coordinator=127.0.0.1:9", "--processes=2", "--process=1"]
+    flags = [*arguments("rl", model_dir, tmp_path / "run"), *hosts]
+    codes, (text,) = finish(*start(flags, timeout=1))
+    assert codes == [LOST] and not (tmp_path / "run").exists()
+    assert "found no coordinator at 127.0.0.1:9 within 1 s" in text and "Traceback" not in text
