@@ -207,6 +207,10 @@ def test_the_command_is_needed():
         ({"sft__explore": 1.5}, r"config\.sft\.explore is 1\.5; it is a probability"),
         ({"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
         ({"generate__policy": "fixed:0"}, "policy 'fixed:0' is not known"),
+        ({"checkpoint__final": "best"}, r"kept for being the best; set config\.checkpoint\.keep_b"),
+        ({"checkpoint__final": "first"}, r"final is 'first'; choose one of last, best"),
+        ({"checkpoint__keep_best": -1}, r"config\.checkpoint\.keep_best is -1; it must be at"),
+        ({"checkpoint__keep": 0}, r"config\.checkpoint\.keep is 0; it must be at least 1"),
     ],
 )
 def test_a_contradiction_is_one_sentence(settings, words):

@@ -35,13 +35,15 @@ class Checkpoints:
         kept = [ocp.checkpoint_managers.LatestN(config.keep)]
         if config.keep_best:
             best = ocp.checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[_SCORE],
+                get_metric_fn=_score,
                 n=config.keep_best,
                 keep_checkpoints_without_metrics=False,
             )
             kept.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
+            # Only so that scores are written: the policy above is what decides.
+            best_fn=_score if config.keep_best else None,
             create=True,
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
@@ -83,7 +85,7 @@ class Checkpoints:
         for step in self._manager.all_steps():
             metrics = self._manager.metrics(step)
             if metrics is not None:
-                scores[step] = metrics[_SCORE]
+                scores[step] = _score(metrics)
         return max(scores, key=lambda step: (scores[step], step), default=None)
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:
@@ -178,6 +180,10 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics[_SCORE]
 
 
 def _names(tree: Any) -> list[str]:

@@ -1,12 +1,19 @@
 import collections
 import json
 import pathlib
+import threading
 
 import numpy as np
 import pytest
 
 import jexit.data.tokenizer as tokenizer_module
-from jexit.data.loader import prompt_batch, require_problems, text_batch
+from jexit.data.loader import (
+    PREPARED_AHEAD,
+    prepared,
+    prompt_batch,
+    require_problems,
+    text_batch,
+)
 from jexit.data.tokenizer import Tokenizer
 from jexit.tasks import make_task
 from jexit.tasks.base import Problem, Task
@@ -174,3 +181,55 @@ def test_a_finite_data_set_as_training_text(tmp_path):
     batch = text_batch([(task, 1.0)], TOKENIZER, seed=0, step=1, batch_size=4, length=20)
     decoded = {TOKENIZER.decode(row) for row in batch.tokens_BT}
     assert decoded == {f"{i}?#### {i}" for i in range(4)}
+
+
+def test_batches_are_prepared_ahead_by_another_thread():
+    made, asked = [], threading.Event()
+
+    def make(step):
+        made.append((step, threading.current_thread()))
+        if len(made) > PREPARED_AHEAD:
+            asked.set()
+        return step * 10
+
+    batches = prepared(make, 0, 100)
+    assert next(batches) == 0
+    assert asked.wait(30)  # nobody has asked for these
+    assert [step for step, _ in made][: PREPARED_AHEAD + 1] == list(range(PREPARED_AHEAD + 1))
+    assert all(thread is not threading.main_thread() for _, thread in made)
+    assert len(made) < 10  # ahead, but not far
+
+
+def test_prepared_batches_go_on_from_any_step():
+    whole = list(prepared(lambda step: step * 10, 0, 7))
+    assert whole == [0, 10, 20, 30, 40, 50, 60]
+    assert list(prepared(lambda step: step * 10, 4, 7)) == whole[4:]
+    assert list(prepared(lambda step: step, 7, 7)) == []
+
+
+def test_an_error_of_a_prepared_batch_comes_with_its_step():
+    def make(step):
+        if step == 2:
+            raise ValueError("a prompt has 99 tokens")
+        return step
+
+    batches = prepared(make, 0, 5)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(ValueError, match="a prompt has 99 tokens"):
+        next(batches)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0, 3], [1, 2]], [[0, 1, 2, 3], []]])
+def test_hosts_rows_together_are_the_batch(parts):
+    for task in (make_task("sums"), Finite([f"sum {i}" for i in range(6)])):
+        batch = prompts(task, step=3)
+        for rows in parts:
+            mine = prompts(task, step=3, rows=rows)
+            assert mine.problems == [batch.problems[row] for row in rows]
+            assert mine.tokens == [batch.tokens[row] for row in rows]
+    options = {"seed": 0, "step": 3, "batch_size": 4, "length": 160}
+    text = text_batch(MIXTURE, TOKENIZER, **options)
+    for rows in filter(None, parts):
+        mine = text_batch(MIXTURE, TOKENIZER, **options, rows=rows)
+        np.testing.assert_array_equal(mine.tokens_BT, text.tokens_BT[rows])
+        np.testing.assert_array_equal(mine.loss_mask_BT, text.loss_mask_BT[rows])

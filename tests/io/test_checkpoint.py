@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jexit.config import CheckpointConfig
+from jexit.dist import make_mesh, place_parameters, use_mesh
 from jexit.io.checkpoint import Checkpoints
 from jexit.steps.state import new_state
 
@@ -35,8 +36,8 @@ def make_tree(step=0, width=4):
     return {"state": state, "host": {"pressure": np.asarray([np.nan, step + 1 / 3])}}
 
 
-def open_checkpoints(workdir, *, every=10, keep=2):
-    return Checkpoints(workdir, CheckpointConfig(every=every, keep=keep))
+def open_checkpoints(workdir, *, every=10, keep=2, keep_best=0):
+    return Checkpoints(workdir, CheckpointConfig(every=every, keep=keep, keep_best=keep_best))
 
 
 def restore(workdir, like=None):
@@ -216,3 +217,58 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot write .*checkpoints.*choose another place"):
         open_checkpoints(tmp_path / "run")
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path):
+    checkpoints = open_checkpoints(tmp_path, keep=1, keep_best=2)
+    assert checkpoints.best_step() is None
+    for step, score in {10: 0.5, 20: 0.9, 30: float("-inf"), 40: 0.9, 50: 0.1}.items():
+        checkpoints.save(step, make_tree(step), score)
+    checkpoints.wait()
+    assert stored(tmp_path) == ["20", "40", "50"]
+    assert checkpoints.best_step() == 40  # the later of equals
+    assert same(checkpoints.restore(make_tree(), 40), make_tree(40))
+    checkpoints.close()
+    # What a later process finds: the newest to go on from, the best to end with.
+    checkpoints = open_checkpoints(tmp_path, keep=1, keep_best=2)
+    assert same(checkpoints.restore(make_tree()), make_tree(50))
+    assert checkpoints.best_step() == 40
+    checkpoints.close()
+
+
+def test_a_damaged_best_is_not_replaced_by_another(tmp_path):
+    checkpoints = open_checkpoints(tmp_path, keep=2, keep_best=1)
+    for step, score in {10: 0.9, 20: 0.1}.items():
+        checkpoints.save(step, make_tree(step), score)
+    checkpoints.wait()
+    for path in data_files(tmp_path, 10):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[10\] in .* can be read"):
+        checkpoints.restore(make_tree(), checkpoints.best_step())
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_on_one_and_on_two(tmp_path):
+    meshes = [make_mesh(2, 2, 2), make_mesh(1, 1, 1), make_mesh(1, 2, 1)]
+    width = 8
+    wanted = jax.tree.map(np.asarray, jax.device_get(make_tree(7, width)))
+    for number, mesh in enumerate(meshes):
+        workdir = tmp_path / str(number)
+        with use_mesh(mesh):
+            like = make_tree(0, width) | {"state": place_parameters(make_tree(0, width)["state"])}
+            if number == 0:
+                found = make_tree(7, width) | {
+                    "state": place_parameters(make_tree(7, width)["state"])
+                }
+            else:
+                shutil.copytree(tmp_path / str(number - 1), workdir)
+                found = restore(workdir, like)
+                shutil.rmtree(workdir)
+            assert same(jax.device_get(found), wanted)
+            placed = jax.tree.map(lambda x: x.sharding, like["state"])
+            assert placed == jax.tree.map(lambda x: x.sharding, found["state"])
+            checkpoints = open_checkpoints(workdir)
+            checkpoints.save(7, found)
+            checkpoints.close()
+    lora_a = found["state"].trainable["blocks"]["lora_a"]
+    assert lora_a.sharding.device_set == set(jax.devices()[:2])

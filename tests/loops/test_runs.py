@@ -10,7 +10,7 @@ import pytest
 
 import jexit
 from jexit.loops import rl, sft, trainer
-from jexit.loops.evaluate import wilson_interval
+from jexit.loops.evaluate import text_means, wilson_interval
 from jexit.loops.trainer import Diverged, Interrupted
 from small_runs import make_config, metrics, parameters, run
 
@@ -278,6 +278,47 @@ def test_the_interval_is_wilsons():
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_figures_about_texts_are_means_over_all_hosts():
+    hosts = [{"step_size": (30.0, 10)}, {"step_size": (2.0, 1), "words": (9.0, 3)}, {}]
+    assert text_means(hosts) == {"step_size": pytest.approx(32 / 11), "words": 3.0}
+    assert text_means([{"step_size": (0.0, 0)}, {}]) == {}  # no step anywhere: no mean
+
+
+@pytest.mark.parametrize("command", ["rl", "sft", "pretrain"])
+def test_a_run_can_end_with_its_best_checkpoint(command, model_dir, tmp_path, monkeypatch):
+    """What is written is the best step's parameters, also when the run was cut after it."""
+    name = {"rl": "reward/mean", "sft": "-loss", "pretrain": "-loss/text"}[command]
+    best = {"checkpoint__every": 1, "checkpoint__keep_best": 1, "checkpoint__final": "best"}
+    best |= {"checkpoint__best_metric": name, "checkpoint__keep": 1, "eval__problems": 2}
+    # Steps that are large enough to make things worse.
+    best |= {"steps": 5, "optim__lora_lr": 0.3, "optim__exit_lr": 0.3, "optim__full_lr": 0.3}
+    if command == "pretrain":
+        best |= {"pretrain__layers": 3, "pretrain__width": 16, "pretrain__mlp_width": 24}
+    stop_after(monkeypatch, step=3)
+    with pytest.raises(Interrupted):
+        run(command, model_dir, tmp_path / "cut", **best)
+    monkeypatch.undo()
+    run(command, model_dir, tmp_path / "cut", **best)
+    key = name.lstrip("-")
+    values = [row[key] for row in metrics(tmp_path / "cut")]
+    scores = [-value if name.startswith("-") else value for value in values]
+    winner = max(range(5), key=lambda step: (scores[step], step)) + 1
+    kept = {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()}
+    assert kept == {str(winner), "5"}
+    # A run of just so many steps ends with the same parameters: schedules here are constant.
+    short = best | {"steps": winner, "checkpoint__final": "last"}
+    run(command, model_dir, tmp_path / "short", **short)
+    first, second = parameters(tmp_path / "cut"), parameters(tmp_path / "short")
+    for path, value in first.items():
+        np.testing.assert_array_equal(value, second[path], err_msg=path)
+
+
+def test_a_best_metric_that_is_not_measured_names_those_that_are(model_dir, tmp_path):
+    settings = {"checkpoint__keep_best": 1, "checkpoint__best_metric": "rewards"}
+    with pytest.raises(ValueError, match=r"is 'rewards', which .* choose among .*reward/mean"):
+        run("rl", model_dir, tmp_path / "run", **settings)
 
 
 def test_completions_that_the_model_has_no_positions_for_are_refused_at_the_start(

@@ -1,4 +1,5 @@
 import collections
+import statistics
 
 import pytest
 from hypothesis import given
@@ -147,3 +148,16 @@ def test_wrong_options_name_value_and_remedy(options):
     remedy = "give other weights" if name == "mixture" else rf"change config\.task\.{name}"
     with pytest.raises(ValueError, match=rf"{name}.* got .*; {remedy}"):
         make_task("sums", **options)
+
+
+def test_figures_of_parts_add_up_to_those_of_the_whole():
+    task = make_task("sums", steps="mixed")
+    texts = [task.problem("train", index).completion for index in range(40)]
+    texts += ["", "no steps at all"]
+    (total, count), whole = (task.text_totals(texts)["step_size"] for _ in range(2))
+    parts = [task.text_totals(part)["step_size"] for part in (texts[:7], texts[7:40], texts[40:])]
+    assert tuple(map(sum, zip(*parts, strict=True))) == whole
+    assert parts[2] == (0, 0)
+    assert total / count == pytest.approx(
+        statistics.mean(size for text in texts for size in sums.step_sizes(text))
+    )
