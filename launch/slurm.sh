@@ -71,8 +71,8 @@ submit() {
 plan() { # --dry-run: what the job then does on its first node
   note "then, in the job:"
   {
-    quoted scontrol show hostnames NODES
     quoted bash "$root/launch/worker.sh" install
+    quoted scontrol show hostnames NODES
     slurm_step "$opt_nodes" "FIRST_NODE:PORT" --state="${opt_shared%/}/.jexit/JOB" \
       "${options[@]}" -- "${arguments[@]}"
     quoted "${step_command[@]}"

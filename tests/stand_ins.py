@@ -293,7 +293,7 @@ def _sbatch(args: list[str], directory: str, env: dict[str, str]) -> int:
 
 
 def _play_signal(process: subprocess.Popen[bytes], directory: str) -> None:
-    """Sends the batch script its signal, once all hosts wait for one; TERM goes to the tasks too."""
+    """Sends the batch script its signal once all hosts wait for one; the tasks get a TERM too."""
     with stage(directory) as now:
         name, hosts = now.pop("slurm_signal", None), now["hosts"]
     if not name:
