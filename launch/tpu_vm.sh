@@ -29,16 +29,18 @@
 #   --option=OPTION    a further option for gcloud's create; may come several times
 #   --dry-run          print every command, in order, and run none
 #
-# Exit codes: jexit's; 2 for a command line that cannot be right; 3 for a run that was stopped;
-# 42 when the restarts are used up.
+# JEXIT_POLL_SECONDS is the time between two looks at the slice (default 20). Exit codes: jexit's; 2
+# for a command line that cannot be right; 3 for a run that was stopped; 42 when the restarts are
+# used up.
 
 # shellcheck disable=SC2154 # parse_options sets opt_NAME
 set -euo pipefail
 # shellcheck source=launch/cluster.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
-poll=${JEXIT_POLL_SECONDS:-20} # between two looks at the slice
-remote_state=.jexit            # in every worker's home directory
+EXPORT='^[^/: ]+:/([^/ ][^ ]*)?$' # of NFS
+poll=${JEXIT_POLL_SECONDS:-20}
+remote_state=.jexit # in every worker's home directory
 
 read_options() {
   parse_options "run stop fetch delete" \
@@ -56,7 +58,7 @@ read_options() {
   check_count restarts "$opt_restarts"
   if [[ $action == run || $action == fetch ]]; then
     require shared
-    [[ $opt_shared =~ $BUCKET || $opt_shared =~ ^[^/:\ ]+:/[^\ ]+$ ]] ||
+    [[ $opt_shared =~ $BUCKET || $opt_shared =~ $EXPORT ]] ||
       misuse "--shared is '$opt_shared'; it is gs://BUCKET[/PATH] or, for NFS, HOST:/EXPORT."
     check_job "$opt_mount"
   fi
@@ -75,7 +77,7 @@ ask() { # ask ANSWER GCLOUD_ARG ...: what gcloud prints; ABSENT when there is no
     quoted gcloud "$@"
   elif ! gcloud "$@" 2>"$scratch/error"; then
     error=$(<"$scratch/error")
-    [[ $error == *NOT_FOUND* || $error == *"not found"* ]] ||
+    [[ $error == *NOT_FOUND* || $error == *"was not found"* ]] ||
       die "gcloud could not tell the state of $opt_name: ${error//$'\n'/ }"
     echo ABSENT
   fi

@@ -1,0 +1,68 @@
+"""The README's lines for clusters: each prints its commands, and its config is one that can run."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from stand_ins import ROOT
+
+README = (ROOT / "README.md").read_text()
+LINES = re.findall(r"^bash launch/(?:tpu_vm|gke|slurm)\.sh .*$", README, re.MULTILINE)
+# Parses a job's flags, which need to be the process's own, and prints what matters here.
+PARSE = """
+import sys
+from jexit.main import parse
+config, workdir, _ = parse(sys.argv)
+mesh = config.mesh
+print(config.command, config.preset, workdir, mesh.data * mesh.fsdp * mesh.tensor)
+"""
+
+
+def split(line):
+    """The launch script's options by name, and jexit's arguments."""
+    words = shlex.split(line)
+    options = [word.lstrip("-").partition("=") for word in words[2 : words.index("--")]]
+    return {name: value for name, _, value in options}, words[words.index("--") + 1 :]
+
+
+def run(command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def chips(options):
+    if "nodes" in options:
+        return int(options["nodes"]) * int(options["gpus"])
+    return int(options["type"].rpartition("-")[2])  # of v5litepod and v6e
+
+
+def test_the_readme_has_the_lines():
+    said = {(options.get("type"), job[0]) for options, job in map(split, LINES)}
+    for command in ("sft", "rl"):
+        assert ("v5litepod-16", f"--config=configs/{command}.py:qwen3-4b") in said
+        assert ("v6e-8", f"--config=configs/{command}.py:r1-distill-qwen-1.5b") in said
+    scripts = {line.split()[1] for line in LINES}
+    assert scripts == {"launch/tpu_vm.sh", "launch/gke.sh", "launch/slurm.sh"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize("line", LINES)
+def test_each_line_prints_its_commands(line):
+    done = run(["bash", "-c", line.replace(" -- ", " --dry-run -- ")])
+    assert (done.returncode, done.stderr) == (0, "")
+    _, job = split(line)
+    assert shlex.join(job) in done.stdout
+
+
+@pytest.mark.parametrize("line", sorted(set(LINES)))
+def test_each_config_is_valid_and_takes_the_whole_slice(line):
+    options, job = split(line)
+    done = run([sys.executable, "-c", PARSE, *job])
+    assert (done.returncode, done.stderr) == (0, "")
+    command, preset, workdir, devices = done.stdout.split()
+    assert f"--config=configs/{command}.py:{preset}" in job
+    assert workdir == f"runs/{command}-{preset}"  # relative: the scripts put it on the shared mount
+    assert int(devices) == chips(options)
