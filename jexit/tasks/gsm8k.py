@@ -84,7 +84,7 @@ class Gsm8k(Task):
     def _load(self, split: Split) -> list[Problem]:
         problems, reasons = [], []
         for place, row in self._rows(split):
-            reason = row if isinstance(row, str) else _fault(row)
+            reason = row if isinstance(row, str) else row_fault(row)
             if reason:
                 reasons.append(f"{place}: {reason}")
             else:
@@ -133,10 +133,10 @@ class Gsm8k(Task):
         if self.path is None:
             return _tfds_rows(_downloaded_builder(), split)
         if self.path.is_file():
-            return _jsonl_rows(self.path)
+            return read_jsonl(self.path)
         if (self.path / "train.jsonl").exists() or list(self.path.glob("test*.jsonl")):
             pattern = "train.jsonl" if split == "train" else "test*.jsonl"
-            return (row for file in sorted(self.path.glob(pattern)) for row in _jsonl_rows(file))
+            return (row for file in sorted(self.path.glob(pattern)) for row in read_jsonl(file))
         versions = sorted(self.path.glob("gsm8k/*/dataset_info.json"))
         for info in (self.path / "dataset_info.json", *reversed(versions)):
             if info.exists():
@@ -148,7 +148,7 @@ class Gsm8k(Task):
         )
 
 
-def _fault(row: dict[str, Any]) -> str | None:
+def row_fault(row: dict[str, Any]) -> str | None:
     """Why a row cannot be used, or None."""
     for key in ("question", "answer"):
         if key not in row:
@@ -165,7 +165,8 @@ def _fault(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _jsonl_rows(file: pathlib.Path) -> Iterator[Row]:
+def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
+    """Each line that is not blank: its place, and the row or the reason why it is none."""
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():

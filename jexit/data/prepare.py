@@ -1,0 +1,210 @@
+"""Builds the datasets of tensorflow-datasets from published files, without a network.
+
+    python -m jexit.data.prepare gsm8k --from=DIR [--to=TFDS_DIR]
+
+DIR holds GSM8K as it is published: `train.jsonl` and `test.jsonl`, one question and answer a line
+(https://github.com/openai/grade-school-math). TFDS_DIR is the data directory of tensorflow-datasets
+(default: $TFDS_DATA_DIR, else ~/tensorflow_datasets), where `config.task.name=gsm8k` looks too. The
+dataset appears whole or not at all, and one that is there already is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jexit.tasks.base import SPLITS
+from jexit.tasks.gsm8k import Gsm8k, read_jsonl, row_fault
+
+PUBLISHED_ROWS = {"train": 7473, "test": 1319}
+
+_AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there as they are published"
+
+
+def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str] | None) -> str:
+    """Builds `target`/gsm8k/VERSION from the files in `source`; returns a one-line summary.
+
+    Raises FileNotFoundError or ValueError with one sentence for files or rows that are missing or
+    damaged, for a dataset in `target` that the task could not read, and when the disk refuses.
+    """
+    source = pathlib.Path(source).expanduser()
+    data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None
+    files = _source_files(source)  # before the import, which takes seconds
+    builder_class = _builder_class()
+    final = pathlib.Path(os.fspath(_builder(builder_class, {}, data_dir).data_path))
+    if final.exists():
+        return _left_alone(final)
+    rows = {split: list(_rows(file)) for split, file in files.items()}
+
+    # A sibling of the dataset's folder: a rename then moves it, and the task never looks there. Its
+    # name is fixed, so that what a killed run left behind is cleared by the next one.
+    partial = final.parent.parent / ".gsm8k.partial"
+    made = [parent for parent in final.parents if not parent.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        _write(_builder(builder_class, rows, str(partial)))
+        _flush(partial)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        (partial / final.relative_to(final.parent.parent)).rename(final)
+        _flush_one(final.parent)
+    except OSError as error:
+        raise ValueError(
+            f"{final} cannot be written ({error.strerror or error}); make room or give another "
+            "directory with --to"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not final.exists():
+            for parent in made:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+    counts = {split: len(split_rows) for split, split_rows in rows.items()}
+    note = "" if counts == PUBLISHED_ROWS else f"; published are {_counted(PUBLISHED_ROWS)}"
+    return f"wrote {final}: {_counted(counts)}{note}"
+
+
+def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no directory {source}; {_AS_PUBLISHED}")
+    files = {}
+    for split in SPLITS:
+        named = source / f"{split}.jsonl"
+        # A part of a split goes by a name such as test_first660.jsonl; the "socratic" files hold
+        # the same questions again, with other answers.
+        parts = [f for f in sorted(source.glob(f"{split}*.jsonl")) if "socratic" not in f.name]
+        if not named.exists() and len(parts) > 1:
+            raise ValueError(
+                f"{source} holds {parts[0].name} and {parts[1].name} and no {named.name}; name the "
+                f"one to take {named.name}"
+            )
+        if not named.exists() and not parts:
+            raise FileNotFoundError(f"{source} holds no {named.name}; {_AS_PUBLISHED}")
+        files[split] = named if named.exists() else parts[0]
+    return files
+
+
+def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
+    """The rows of a file in the dataset's own fields; the first that is damaged raises."""
+    empty = True
+    for place, row in read_jsonl(file):
+        empty = False
+        fault = row if isinstance(row, str) else row_fault(row)
+        if fault:
+            raise ValueError(
+                f"{place}: {fault}; the published file has a question and an answer in every line: "
+                "fetch it again"
+            )
+        annotation, _, short_answer = row["answer"].rpartition("####")
+        yield {
+            "question": row["question"],
+            "answer": row["answer"],
+            "annotation": annotation,
+            "short_answer": short_answer.removeprefix(" "),
+        }
+    if empty:
+        raise ValueError(f"{file} holds no rows; fetch it again")
+
+
+def _builder_class() -> type:
+    """The library's own builder of GSM8K, fed with rows that are here instead of a download."""
+    # The class, not tfds.builder("gsm8k"): looking the name up needs TensorFlow.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.text.gsm8k import gsm8k
+
+    tfds.disable_progress_bar()
+
+    class Builder(gsm8k.Gsm8k, skip_registration=True):
+        name = "gsm8k"
+        rows: dict[str, list[dict[str, str]]]
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+            return {split: enumerate(rows) for split, rows in self.rows.items()}
+
+    return Builder
+
+
+def _builder(builder_class: type, rows: dict[str, list], data_dir: str | None) -> Any:
+    try:
+        builder = builder_class(data_dir=data_dir, file_format="array_record")
+    except Exception as error:  # a dataset is there, in a format or a state that it refuses
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the gsm8k in {data_dir or 'the data directory of tensorflow-datasets'} is not one "
+            f"that can be read ({reason}); remove it, or give another directory with --to"
+        ) from error
+    builder.rows = rows
+    return builder
+
+
+def _left_alone(final: pathlib.Path) -> str:
+    try:
+        task = Gsm8k(path=final)
+        counts = {split: task.size(split) for split in SPLITS}
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{final} exists and is not a dataset that can be read ({error}); remove it, or give "
+            "another directory with --to"
+        ) from error
+    return f"{final} is there already and was left alone: {_counted(counts)}"
+
+
+def _write(builder: Any) -> None:
+    try:
+        # It would announce a download, and the name of a directory that is about to go.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except OSError:
+        raise
+    except Exception as error:  # the writer is C++, whose errors have no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{builder.data_path} cannot be written ({reason}); make room or give another "
+            "directory with --to"
+        ) from error
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return f"{counts['train']:,} train and {counts['test']:,} test rows"
+
+
+def _flush(directory: pathlib.Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for path in (*(pathlib.Path(folder, name) for name in names), pathlib.Path(folder)):
+            _flush_one(path)
+
+
+def _flush_one(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jexit.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", choices=["gsm8k"])
+    parser.add_argument("--from", dest="source", required=True, help="directory of the files")
+    parser.add_argument("--to", dest="target", help="data directory of tensorflow-datasets")
+    options = parser.parse_args(argv)
+    try:
+        print(prepare_gsm8k(options.source, options.target))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
