@@ -1,17 +1,182 @@
-"""`--aot`: what it says about the tiny config's steps, and when it says no."""
+"""`--aot`: what it says about every command's steps, and when it says no."""
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 
 import aot
+import jax
 import pytest
 
-from jexit.aot.preflight import collectives
-from jexit.aot.topologies import get_topology
+from jexit.aot import preflight as preflight_module
+from jexit.aot.preflight import DoesNotFit, preflight
+from jexit.aot.topologies import Topology, get_topology
+from jexit.config import Config, config_dict
 
 
-def run(code: str) -> subprocess.CompletedProcess:
+def config_of(command: str, **settings) -> Config:
+    """The tiny preset, its lengths cut so that a CPU compiles a step in seconds."""
+    small = {
+        "exits.layers": (2, 4),
+        "lora.targets": ("q", "v"),
+        "batch_size": 8,
+        "task.max_prompt_tokens": 16,
+        "sft.max_new_tokens": 16,
+        "sft.generate_batch": 8,
+        "sft.samples": 2,
+        "rl.rollouts": 2,
+        "rl.max_new_tokens": 16,
+        "eval.batch_size": 8,
+        "eval.max_new_tokens": 16,
+        "eval.policies": ("full", "threshold:0.3", "threshold:0.5"),
+    }
+    config = config_dict(command)
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            small | {key.replace("__", "."): value for key, value in settings.items()}
+        )
+    return Config.from_dict(config)
+
+
+@pytest.fixture
+def eight_cpus(monkeypatch):
+    """This process's CPU devices in a chip's place: the same path without its compiler."""
+    monkeypatch.setitem(preflight_module.CAPACITY_GIB, "cpu", 4.0)
+    monkeypatch.setattr(
+        preflight_module, "get_topology", lambda name: Topology(name, "cpu", jax.devices()[:8])
+    )
+
+
+STEPS = {
+    "pretrain": ["pretraining step"],
+    "sft": [
+        "teacher prefill",
+        "teacher decode, a token",
+        "calibration step",
+        "evaluation prefill",
+        "evaluation decode (sample), a token",
+    ],
+    "rl": [
+        "rollout prefill",
+        "rollout decode, a token",
+        "RL update",
+        "evaluation prefill",
+        "evaluation decode (sample), a token",
+    ],
+    "eval": [
+        "evaluation prefill",
+        "evaluation decode (full), a token",
+        "evaluation decode (threshold), a token",
+    ],
+    "generate": ["generation prefill", "generation decode (sample), a token"],
+}
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_every_jitted_step_of_a_command_has_its_row(command, eight_cpus, capsys):
+    reports = preflight(config_of(command), "cpu:8")
+    assert [report.step for report in reports] == STEPS[command]
+    for report in reports:
+        assert report.arguments > 0 and report.peak >= report.arguments + report.beside
+        assert report.cost.flops > 0 and report.seconds > 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("arguments", "temporaries", "peak", "TFLOP", "compile"))
+    if command == "sft":
+        assert "teacher scoring (final distribution, exits' KL) is part of the calibration" in out
+    if command == "rl":
+        assert "teacher scoring (log-probabilities of the rollouts' tokens) is part of" in out
+    if command != "pretrain":
+        assert "loops that end by themselves count once (jit(decode)/while" in out
+
+
+def test_rows_divide_over_the_mesh_that_is_filled_in(eight_cpus, capsys):
+    preflight(config_of("generate", generate__prompts=("a", "b")), "cpu:8")
+    out = capsys.readouterr().out
+    assert "data 1 × fsdp 2 × tensor 4" in out
+    assert "a run asks for it: --config.mesh.fsdp=2 --config.mesh.tensor=4" in out
+
+
+def test_a_mesh_that_does_not_fit_is_one_sentence(eight_cpus):
+    with pytest.raises(ValueError, match=r"data 1 × fsdp 3 × tensor 1 devices and cpu:8 has 8; "):
+        preflight(config_of("eval", mesh__fsdp=3), "cpu:8")
+
+
+def test_flops_of_pretraining_are_those_of_its_products(eight_cpus, capsys):
+    """Forward and twice that backward, over 8 devices, with whole attention squares."""
+    config = config_of("pretrain", mesh__fsdp=8)
+    (report,) = preflight(config, "cpu:8")
+    p, rows, length = config.pretrain, config.batch_size, config.pretrain.length - 1
+    width, inner = p.width, p.query_heads * p.head_dim
+    assert p.kv_heads == p.query_heads
+    layer = 4 * width * inner + 3 * width * p.mlp_width + 2 * length * inner
+    head = 512 * width
+    products = 2 * rows * length * (p.layers * layer)
+    # The head's chunked op computes the logits again for the gradients: once more than thrice.
+    expected = (3 * products + 4 * 2 * rows * length * head) / 8
+    assert report.cost.flops == pytest.approx(expected, rel=0.03)
+
+
+def test_what_does_not_fit_names_the_step_and_what_in_it(eight_cpus, monkeypatch, capsys):
+    monkeypatch.setitem(preflight_module.CAPACITY_GIB, "cpu", 0.001)
+    with pytest.raises(DoesNotFit) as refused:
+        preflight(config_of("pretrain"), "cpu:8")
+    said = str(refused.value)
+    assert "GiB on cpu:8, whose devices have 0.00; its temporaries take" in said
+    assert "the largest " in said and "jit(" in said and "f32[" in said
+    assert said.startswith("pretraining step needs") and "config.optim.accumulate" in said
+    assert "arguments" in capsys.readouterr().out  # the table comes first
+
+
+def test_parameters_that_do_not_fit_are_named(eight_cpus, monkeypatch):
+    """Full fine-tuning: weights, moments and the teacher's copy, of which decoding takes one."""
+    monkeypatch.setitem(preflight_module.CAPACITY_GIB, "cpu", 0.0001)
+    config = config_of("sft", lora__rank=0, sft__target="teacher")
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, generate_batch=1))
+    decoding = preflight_module.programs
+    monkeypatch.setattr(
+        preflight_module, "programs", lambda *args: itertools.islice(decoding(*args), 2)
+    )
+    reports = []
+    monkeypatch.setattr(preflight_module, "_print", lambda *args: reports.extend(args[4]))
+    with pytest.raises(DoesNotFit):
+        preflight(config, "cpu:8")
+    prefill, decode = reports
+    assert prefill.beside > prefill.arguments  # the student, and two moments of every weight
+    assert decode.part == "arguments"
+    assert "embed.embedding" in " ".join(decode.largest)
+    sentence = preflight_module._refusal(decode, Topology("cpu:8", "cpu", jax.devices()), 2**10)
+    assert "its arguments take" in sentence and "config.mesh.fsdp or tensor" in sentence
+
+
+def test_what_the_compiler_refuses_is_a_row_and_a_sentence(eight_cpus, monkeypatch, capsys):
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (54.38G) exceeds available HBM (15.75G).\nmore"
+    )
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    with pytest.raises(DoesNotFit) as refused:
+        preflight(config_of("sft"), "cpu:8")
+    assert "refused" in capsys.readouterr().out
+    assert "needs 54.38 GiB on cpu:8" in str(refused.value)
+    assert "exceeds available HBM (15.75G).); its temporaries take 54.38" in str(refused.value)
+    assert "over 8 devices" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e:2x2x2", "h100", "h100:0", "v5p:4x4"])
+def test_a_topology_that_is_not_known_is_one_sentence(name, capsys):
+    with pytest.raises(ValueError, match="is not known; use one like"):
+        get_topology(name)
+
+
+def run(argv: list[str], before: str = "") -> subprocess.CompletedProcess:
+    """The command in a process of its own, with libtpu."""
+    code = f"import sys; from jexit import main; {before}sys.exit(main.main({argv!r}))"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_LIBRARY_PATH": str(aot.LIBTPU)}
     return subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=aot.ROOT, capture_output=True, text=True,
@@ -19,45 +184,45 @@ def run(code: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-MAIN = "import sys; from jexit import main; sys.argv = {argv!r}; sys.exit(main.main(sys.argv))"
+SHORT = [
+    "--config.batch_size=4",
+    "--config.task.max_prompt_tokens=16",
+    "--config.eval.max_new_tokens=16",
+    "--config.eval.batch_size=4",
+    "--config.rl.rollouts=2",
+    "--config.rl.max_new_tokens=16",
+    "--config.sft.max_new_tokens=16",
+    "--config.sft.generate_batch=4",
+]
+
+
+def test_an_unknown_topology_ends_the_command_with_one_sentence():
+    done = run(["jexit", "--config=configs/sft.py", "--aot=v9:2x2"])
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("jexit: topology 'v9:2x2' is not known")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.tpu_aot
 @aot.needs_libtpu
-@pytest.mark.parametrize("config", ["sft", "rl"])
-def test_every_step_of_a_stage_is_compiled(config):
-    done = run(MAIN.format(argv=["jexit", f"--config=configs/{config}.py", "--aot=v5e:2x2"]))
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_every_step_of_a_stage_is_compiled_for_a_tpu(command):
+    done = run(["jexit", f"--config=configs/{command}.py", "--aot=v5e:2x2", *SHORT])
     assert done.returncode == 0, done.stderr[-2000:]
-    steps = {"sft": ["calibration step", "teacher prefill", "teacher decode"]}
-    steps["rl"] = ["RL update", "rollout prefill", "rollout decode"]
-    for step in steps[config]:
+    for step in STEPS[command]:
         assert step in done.stdout
     assert "fsdp 4" in done.stdout and "all-gather" in done.stdout
+    # XLA says no trip counts for TPUs; the layers' loops are counted all the same.
+    for step in ("teacher prefill: loops", "calibration step: loops", "RL update: loops"):
+        assert step not in done.stdout
 
 
 @pytest.mark.tpu_aot
 @aot.needs_libtpu
-def test_what_does_not_fit_is_refused_by_name():
-    argv = ["jexit", "--config=configs/sft.py", "--aot=v5e:2x2"]
-    small = "from jexit.aot import preflight; preflight.CAPACITY_GIB['v5e'] = 0.001; "
-    done = run(small + MAIN.format(argv=argv))
+def test_what_does_not_fit_a_tpu_ends_the_command_with_one_sentence():
+    small = "from jexit.aot import preflight; preflight.CAPACITY_GIB['v5e'] = 0.0001; "
+    done = run(["jexit", "--config=configs/generate.py", "--aot=v5e:2x2"], small)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("jexit: ") and "GiB on v5e:2x2" in last
-    assert "config.optim.accumulate" in last or "config.mesh" in last
-
-
-def test_collectives_are_counted_with_their_bytes():
-    text = """
-  %a = bf16[4,8]{1,0} all-gather(bf16[1,8] %x), dimensions={0}
-  %b = (f32[16]{0}, f32[2,2]{1,0}) all-reduce-start(f32[16] %y, f32[2,2] %z), channel_id=1
-  %c = f32[16]{0} all-reduce(f32[16] %y), channel_id=2
-  %d = f32[16]{0} add(f32[16] %y, f32[16] %y)
-"""
-    assert collectives(text) == {"all-gather": (1, 64), "all-reduce": (2, 144)}
-
-
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e:2x2x2", "h100", "h100:0", "v5p:4x4"])
-def test_a_topology_that_is_not_known_is_one_sentence(name):
-    with pytest.raises(ValueError, match="is not known; use one like"):
-        get_topology(name)
+    assert last.startswith("jexit: generation ") and "GiB on v5e:2x2" in last
+    assert "the largest bf16[" in last or "the largest f32[" in last

@@ -5,46 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from jexit.aot.cost import Cost, cost_of, largest_arrays
+from jexit.aot.hlo import Array, parse
+from jexit.aot.programs import Program, device_bytes, programs, rows_of
 from jexit.aot.topologies import Topology, get_topology
-from jexit.config import Config, check_exits
+from jexit.config import Config
 from jexit.dist import make_mesh
-from jexit.dist.rules import names_of, parameter_axes, spec
-from jexit.io.model_source import open_model
-from jexit.loops.setup import adapter_settings, execution_of, head_settings
-from jexit.model.cache import cache_bucket, prompt_bucket
-from jexit.model.policies import Full, Sample
-from jexit.model.transformer import Transformer
-from jexit.presets import PRESETS, Architecture
-from jexit.rollout import decode
-from jexit.rollout.sampling import Sampling
-from jexit.steps.completions import Completions, bucket_length
-from jexit.steps.optim import make_optimizer
-from jexit.steps.rl import Prices, RLBatch, make_rl_step
-from jexit.steps.sft import make_sft_step
-from jexit.steps.state import SplitModel, new_state, parameter_labels, split_model
+from jexit.dist.rules import names_of
 
-# HBM of one device in GiB, by the beginning of a topology's name. Public figures.
+# Memory of one device in GiB, by the beginning of a topology's name. Public figures.
 CAPACITY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "v7x": 192, "h100": 79.1}
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+
+_LARGEST = 3  # arrays named of a step that does not fit
 
 
 class DoesNotFit(RuntimeError):
@@ -53,255 +33,211 @@ class DoesNotFit(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One step on one device: bytes, FLOPs and collectives of a call."""
+    """One call of one step on one device, in bytes; figures that are not known are None."""
 
     step: str
     arguments: int
-    temporaries: int
-    peak: int  # arguments, temporaries and outputs that share no memory with arguments
-    flops: float
-    collectives: dict[str, tuple[int, int]]  # kind → (how many, bytes they produce), loops once
+    beside: int  # of the run's state, and no argument of this step
+    temporaries: int | None
+    peak: int  # arguments, temporaries, outputs that share no memory with arguments, and `beside`
+    cost: Cost | None
     seconds: float  # to compile
+    largest: list[str]  # arrays, with where they come from
+    refused: str = ""  # what the compiler said instead of compiling
+
+    @property
+    def part(self) -> str:
+        """What takes most of it."""
+        held = self.arguments + self.beside
+        return "arguments" if held > self.peak - held else "temporaries"
 
 
 def preflight(config: Config, topology_name: str) -> list[Report]:
     """Compiles the config's steps for a topology and prints a table.
 
-    Raises ValueError for a topology or a mesh that does not exist, DoesNotFit when a step's peak
-    is beyond the chip's memory.
+    Raises ValueError for a topology that does not exist or a mesh that the config does not divide
+    over, DoesNotFit when a step needs more than the chip's memory.
     """
     topology = get_topology(topology_name)
-    mesh = _mesh(config, topology)
+    config, notes = _on_mesh(config, topology)
+    mesh = make_mesh(*dataclasses.astuple(config.mesh), devices=topology.devices)
     capacity = CAPACITY_GIB[topology_name.partition(":")[0]] * 2**30
     reports = []
     with topology.compiling(), jax.set_mesh(mesh):
-        for name, lower in _steps(config, mesh):
-            begin = time.perf_counter()
-            reports.append(_report(name, lower(), begin))
-    _print(config, topology, mesh, capacity, reports)
+        for program in programs(config, mesh):
+            reports.append(_compile(program, mesh))
+            if program.note:
+                notes.append(program.note)
+    _print(config, topology, mesh, capacity, reports, notes)
     worst = max(reports, key=lambda report: report.peak)
-    if worst.peak > capacity:
-        part = "temporaries" if worst.temporaries > worst.arguments else "arguments"
-        remedy = (
-            "raise config.optim.accumulate, or set config.model.remat=block"
-            if part == "temporaries"
-            else "divide the parameters over more devices with config.mesh.fsdp or tensor"
-        )
-        raise DoesNotFit(
-            f"{worst.step} needs {_gib(worst.peak)} GiB on {topology_name}, whose devices have "
-            f"{_gib(capacity)}; its {part} take {_gib(getattr(worst, part))}: {remedy}"
-        )
+    refused = [report for report in reports if report.refused]
+    if refused or worst.peak > capacity:
+        worst = max(refused or [worst], key=lambda report: report.peak)
+        raise DoesNotFit(_refusal(worst, topology, capacity))
     return reports
 
 
-def _mesh(config: Config, topology: Topology) -> Mesh:
-    """The config's mesh; one that was left at 1 × 1 × 1 is taken as `fsdp` over all devices."""
-    sizes = dataclasses.astuple(config.mesh)
-    if math.prod(sizes) == 1:
-        sizes = (1, len(topology.devices), 1)
-    if math.prod(sizes) != len(topology.devices):
-        raise ValueError(
-            f"config.mesh asks for {math.prod(sizes)} devices and {topology.name} has "
-            f"{len(topology.devices)}; make the product of data, fsdp and tensor equal"
-        )
-    return make_mesh(*sizes, devices=topology.devices)
+def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
+    """The config with a mesh of all the topology's devices, checked, and what to say about it.
+
+    A mesh left at 1 × 1 × 1 becomes `fsdp` as far as a step's rows divide, and `tensor` beyond.
+    """
+    count, mesh = len(topology.devices), config.mesh
+    if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
+        if math.prod(dataclasses.astuple(mesh)) != count:
+            raise ValueError(
+                f"config.mesh asks for data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} "
+                f"devices and {topology.name} has {count}; make the product {count}"
+            )
+        return config, []
+    rows = rows_of(config)
+    fsdp = math.gcd(rows, count)
+    mesh = dataclasses.replace(mesh, fsdp=fsdp, tensor=count // fsdp)
+    config = dataclasses.replace(config, mesh=mesh)
+    config.validate()
+    said = f"--config.mesh.fsdp={mesh.fsdp} --config.mesh.tensor={mesh.tensor}"
+    why = f"; fsdp divides the {rows} rows that a step takes at once" if mesh.tensor > 1 else ""
+    return config, [f"the mesh was left to this table, a run asks for it: {said}{why}"]
 
 
-def _architecture(config: Config) -> Architecture:
-    """Of the preset; the shipped model's comes from its files, which are always there."""
-    if config.preset in PRESETS:
-        return PRESETS[config.preset].architecture
-    return open_model(config.model.path).architecture
-
-
-def _abstract_model(config: Config) -> Transformer:
-    """The config's model without values; the base weights as an accelerator would hold them."""
-    arch = _architecture(config)
-    dtype = jnp.bfloat16 if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
-
-    def build() -> Transformer:
-        return Transformer(
-            arch,
-            exit_layers=check_exits(config.exits.layers, arch.layers),
-            exit_head=head_settings(config),
-            lora=adapter_settings(config),
-            dtype=dtype,
-            execution=execution_of(config),
-            rngs=nnx.Rngs(0),
-        )
-
-    return nnx.eval_shape(build)
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings that the rules give parameters, moments and counters."""
-
-    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        axes = parameter_axes(names_of(path), leaf.ndim)
-        sharding = NamedSharding(mesh, spec(axes, leaf.shape))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """An array with rows on its first axis, spread over the data axes."""
-    sharding = NamedSharding(mesh, spec("B" + "." * (len(shape) - 1), shape))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _steps(config: Config, mesh: Mesh) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
-    """Name and compilation of every jitted step that the command runs."""
-    if config.command not in ("sft", "rl", "eval", "generate"):
-        raise ValueError(
-            f"--aot compiles sft, rl, eval and generate, not {config.command}; give such a config"
-        )
-    model = _abstract_model(config)
-    full = config.lora.rank == 0
-    split = jax.tree.map(lambda leaf: leaf, split_model(model, full=full))
-    split = SplitModel(split.graphdef, _placed(split.trainable, mesh), _placed(split.fixed, mesh))
-    prompt = prompt_bucket(config.task.max_prompt_tokens)
-    if config.command in ("sft", "rl"):
-        yield from _training(config, mesh, model, split, prompt)
-    section = {"sft": config.sft, "rl": config.rl}.get(config.command, config.eval)
-    new = section.max_new_tokens
-    if config.command == "rl":
-        name, prompts, samples, policy = "rollout", config.batch_size, config.rl.rollouts, Sample()
-    elif config.command == "sft":
-        name, prompts, samples, policy = "teacher", config.sft.generate_batch, 1, Full()
-    else:
-        name, prompts, samples, policy = "eval", config.eval.batch_size, 1, Sample()
-    yield from _decoding(
-        config, mesh, split, name, prompts, samples, prompt, new, policy, name != "teacher"
-    )
-
-
-def _training(
-    config: Config, mesh: Mesh, model: Transformer, split: SplitModel, prompt: int
-) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
-    optimizer = make_optimizer(
-        config.optim, config.steps, parameter_labels(model, full=config.lora.rank == 0)
-    )
-    state = _placed(jax.eval_shape(lambda: new_state(_zeros(split.trainable), optimizer)), mesh)
-    section = config.rl if config.command == "rl" else config.sft
-    rows = config.batch_size * (config.rl.rollouts if config.command == "rl" else 1)
-    total = bucket_length(prompt + section.max_new_tokens)
-    width = bucket_length(section.max_new_tokens)
-    batch: Any = Completions(
-        _rows(mesh, rows, total),
-        _rows(mesh, rows),
-        _rows(mesh, rows, width),
-        _rows(mesh, rows),
-    )
-    extra: tuple[Any, ...] = ()
-    if config.command == "sft":
-        step = make_sft_step(split, optimizer, config.sft, micro_batches=config.optim.accumulate)
-    else:
-        step = make_rl_step(split, optimizer, config.rl, micro_batches=config.optim.accumulate)
-        floats = _rows(mesh, rows, width, dtype=jnp.float32)
-        batch = RLBatch(
-            batch,
-            _rows(mesh, rows, width),
-            floats,
-            floats,
-            _rows(mesh, rows, dtype=jnp.float32),
-            _rows(mesh, rows, dtype=jnp.bool),
-        )
-        extra = (Prices(0.5, 0.0),)
-    name = "calibration step" if config.command == "sft" else "RL update"
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    yield name, lambda: step.lower(state, split.fixed, batch, *extra, key).compile()
-
-
-def _decoding(
-    config: Config,
-    mesh: Mesh,
-    split: SplitModel,
-    name: str,
-    prompts: int,
-    samples: int,
-    prompt: int,
-    new: int,
-    policy: Any,
-    adapters: bool,
-) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
-    """Prefill, and the loop over tokens with the largest cache that it may come to."""
-    sampling = Sampling.of(1.0, 1.0)
-    states = (split.trainable, split.fixed.frozen)
-    slots = cache_bucket(prompt + new - 1, prompt + new - 1)
-    options = {"adapters": adapters, "hazards": False}
-    arguments = (
-        split.graphdef,
-        states,
-        _rows(mesh, prompts, prompt),
-        _rows(mesh, prompts),
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-        jax.eval_shape(lambda: jax.random.key(0)),
-        np.int32(0),
-        sampling,
-    )
-    static = {"samples": samples, "slots": slots, "max_new_tokens": new}
-    made: dict[str, Any] = {}
-
-    def prefill() -> jax.stages.Compiled:
-        lowered = decode.prefill.lower(*arguments, **static, **options)
+def _compile(program: Program, mesh: Mesh) -> Report:
+    # A compiler that crashes takes the process along; this line is what tells where.
+    print(f"compiling {program.name}", file=sys.stderr, flush=True)
+    begin = time.perf_counter()
+    lowered = program.lower()
+    try:
         compiled = lowered.compile()
-        made["out"] = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            lowered.out_info,
-            compiled.output_shardings,
-        )
-        return compiled
-
-    def tokens() -> jax.stages.Compiled:
-        rows, state = made["out"]
-        lowered = decode.decode.lower(
-            split.graphdef, states, rows, state, policy, sampling, **options
-        )
-        return lowered.compile()
-
-    yield f"{name} prefill", prefill
-    yield f"{name} decode", tokens
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-
-
-def _report(step: str, compiled: jax.stages.Compiled, begin: float) -> Report:
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refused(program, lowered, mesh, str(error), time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    if program.compiled is not None:
+        program.compiled(lowered, compiled)
     memory = compiled.memory_analysis()
-    shared = memory.alias_size_in_bytes
-    cost = compiled.cost_analysis() or {}
+    module = parse(compiled.as_text())
+    beside = _beside(program, memory.argument_size_in_bytes)
+    held = memory.argument_size_in_bytes + beside
+    made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if held > made:
+        largest = _largest_inputs(program)
+    else:
+        largest = [_named(*pair) for pair in largest_arrays(module, _LARGEST)]
     return Report(
-        step=step,
+        step=program.name,
         arguments=memory.argument_size_in_bytes,
+        beside=beside,
         temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - shared,
-        flops=float(cost.get("flops", 0.0)),
-        collectives=collectives(compiled.as_text()),
-        seconds=time.perf_counter() - begin,
+        peak=held + made,
+        cost=cost_of(module, branch_share=program.exit_share),
+        seconds=seconds,
+        largest=largest,
     )
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Kinds of collectives in a compiled module: how many, and the bytes they produce."""
-    found: dict[str, tuple[int, int]] = {}
-    kinds = "|".join(COLLECTIVES)
-    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        sizes = [
-            _BYTES.get(dtype, 4) * math.prod(int(size) for size in dims.split(",") if size)
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        ]
-        count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + sum(sizes))
-    return found
+def _beside(program: Program, arguments: int) -> int:
+    """Bytes of the run's state that lie there too; what both hold is one array, counted once."""
+    together = {id(leaf): leaf for leaf in jax.tree.leaves((program.inputs, program.beside))}
+    return max(0, device_bytes(list(together.values())) - arguments)
+
+
+def _refused(
+    program: Program, lowered: jax.stages.Lowered, mesh: Mesh, error: str, seconds: float
+) -> Report:
+    """What is known of a step that the compiler itself found too large."""
+    arguments = device_bytes(program.inputs)
+    beside = _beside(program, arguments)
+    used = [
+        float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
+        for number, unit in re.findall(r"(?:Used |temporaries \()([\d.]+)([KMGT])", error)
+    ]
+    temporaries = int(used[0]) if used else None
+    if "Used" in error and temporaries is not None:  # the whole program, arguments too
+        temporaries = max(0, temporaries - arguments)
+    held = arguments + beside
+    if held > (temporaries or 0):
+        largest = _largest_inputs(program)
+    else:
+        # Nothing is partitioned yet: sizes over all devices.
+        largest = [f"{array} over {mesh.size} devices" for array in _largest_types(lowered)]
+    return Report(
+        step=program.name,
+        arguments=arguments,
+        beside=beside,
+        temporaries=temporaries,
+        peak=held + (temporaries or 0),
+        cost=None,
+        seconds=seconds,
+        largest=largest,
+        refused=error.strip().splitlines()[0],
+    )
+
+
+def _largest_inputs(program: Program) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path((program.inputs, program.beside))
+    sized = {
+        id(leaf): (
+            Array(
+                _SHORT.get(leaf.dtype.name, leaf.dtype.name), leaf.sharding.shard_shape(leaf.shape)
+            ),
+            ".".join(
+                name for name in names_of(path)[1:] if name not in ("states", "fixed", "state")
+            ),
+        )
+        for path, leaf in reversed(leaves)
+        if getattr(leaf, "sharding", None) is not None
+    }
+    return [
+        _named(*pair) for pair in sorted(sized.values(), key=lambda pair: -pair[0].bytes)[:_LARGEST]
+    ]
+
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "bool": "pred", "float16": "f16"}
+_STABLEHLO = {"i1": "pred", "i8": "s8", "i32": "s32", "ui32": "u32", "i64": "s64"}
+
+
+def _largest_types(lowered: jax.stages.Lowered) -> list[Array]:
+    found = {
+        Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
+        for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
+    }
+    return sorted(found, key=lambda array: -array.bytes)[:_LARGEST]
+
+
+def _named(array: Array, name: str) -> str:
+    return f"{array} ({_gib(array.bytes)}) {name}"
+
+
+def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
+    """The sentence of a step that does not fit: how much, what in it, and what to do."""
+    remedies = {
+        "arguments": "divide the parameters over more devices with config.mesh.fsdp or tensor, or "
+        "take a larger topology",
+        "temporaries": "raise config.optim.accumulate, set config.model.remat=block, or divide "
+        "over more devices",
+    }
+    remedy = remedies[worst.part]
+    if worst.part == "temporaries" and "step" not in worst.step and "update" not in worst.step:
+        remedy = "decode fewer prompts at once, lower max_new_tokens, or divide over more devices"
+    parts = {
+        "arguments": worst.arguments + worst.beside,
+        "temporaries": worst.peak - worst.arguments - worst.beside,
+    }
+    said = f" ({worst.refused})" if worst.refused else ""
+    return (
+        f"{worst.step} needs {_gib(worst.peak)} GiB on {topology.name}, whose devices have "
+        f"{_gib(capacity)}{said}; its {worst.part} take {_gib(parts[worst.part])}, the largest "
+        f"{'; '.join(worst.largest)}: {remedy}"
+    )
 
 
 def _print(
-    config: Config, topology: Topology, mesh: Mesh, capacity: float, reports: list[Report]
+    config: Config,
+    topology: Topology,
+    mesh: Mesh,
+    capacity: float,
+    reports: list[Report],
+    notes: list[str],
 ) -> None:
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     table = Table(
@@ -309,25 +245,66 @@ def _print(
         f"{sizes}; GiB and TFLOP a device",
         title_justify="left",
     )
-    for column in ("step", "arguments", "temporaries", "peak", "of memory", "TFLOP", "compile s"):
+    for column in ("step", "arguments", "beside", "temporaries", "peak", f"of {_gib(capacity)}"):
         table.add_column(column, justify="left" if column == "step" else "right")
-    table.add_column("collectives (count, MiB; loops once)")
+    table.add_column("TFLOP", justify="right")
+    table.add_column("collectives: how many, MiB")
+    table.add_column("compile s", justify="right")
     for report in reports:
-        kinds = ", ".join(
-            f"{kind} {count}, {size / 2**20:.0f}"
-            for kind, (count, size) in report.collectives.items()
-        )
         table.add_row(
             report.step,
             _gib(report.arguments),
-            _gib(report.temporaries),
+            _gib(report.beside),
+            "?" if report.temporaries is None else _gib(report.temporaries),
             _gib(report.peak),
             f"{report.peak / capacity:.0%}",
-            f"{report.flops / 1e12:.2f}",
+            f"{report.cost.flops / 1e12:.3g}" if report.cost else "refused",
+            _collectives(report.cost),
             f"{report.seconds:.1f}",
-            kinds,
         )
-    Console(width=160).print(table)
+    console = Console(width=160)
+    console.print(table)
+    for note in [*notes, *_footnotes(reports)]:
+        console.print(f"· {note}", highlight=False, soft_wrap=True)
+
+
+def _collectives(cost: Cost | None) -> str:
+    if cost is None:
+        return ""
+    return "\n".join(
+        f"{kind} {count:,.0f}, {size / 2**20:,.0f}"
+        for kind, (count, size) in sorted(cost.collectives.items())
+    )
+
+
+def _footnotes(reports: list[Report]) -> list[str]:
+    """What the figures mean, and where they are no more than bounds."""
+    notes = [
+        "beside: what the run keeps on a device and this step does not take; peak: all of it with "
+        "arguments, temporaries and new outputs",
+        "TFLOP: 2 · multiplications of matrix products (Pallas kernels by their own account), "
+        "loops as often as they run, an exit's head at its exits; collectives likewise, with the "
+        "bytes that they produce",
+    ]
+    for report in reports:
+        cost = report.cost or Cost()
+        if report.step.endswith("a token"):
+            notes.append(
+                f"{report.step}: of every row, through all layers; loops that end by themselves "
+                f"count once ({', '.join(sorted(cost.unknown)) or 'none'})"
+            )
+        elif cost.unknown:
+            notes.append(
+                f"{report.step}: loops of unknown length count once: "
+                f"{', '.join(sorted(cost.unknown))}"
+            )
+        if cost.at_most and not report.step.endswith("a token"):
+            notes.append(f"{report.step}: at most, for {', '.join(sorted(cost.at_most))}")
+        if cost.kernels:
+            notes.append(
+                f"{report.step}: TFLOP without {len(cost.kernels)} kernels that give no account"
+            )
+    return notes
 
 
 def _gib(size: float) -> str:

@@ -105,10 +105,11 @@ def _gpu(name: str, description: str, count: int) -> Topology:
             f"compiling for {name} needs JAX's CUDA plugin, which is not installed; install "
             "jexit[cuda] or, in an environment of its own, jax-cuda12-plugin and jax-cuda12-pjrt"
         )
-    # Without a GPU nothing can be timed; left on, auto-tuning fails.
-    flag = "--xla_gpu_autotune_level=0"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    # Without a GPU nothing can be timed; left on, auto-tuning fails. Untuned Triton products refuse
+    # some widths, such as the 112 columns of a layer of the tiny model and its adapter.
+    for flag in ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"):
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     topology = f"1x1x{count}"
     try:
         described = topologies.get_topology_desc(

@@ -152,11 +152,11 @@ def _pinned(state: Decoding) -> Decoding:
 
 def grow(state: Decoding, *, slots: int) -> Decoding:
     """The same batch with a cache of `slots` slots."""
-    return dataclasses.replace(state, cache=_grown(state.cache, slots=slots))
+    return dataclasses.replace(state, cache=grown(state.cache, slots=slots))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def _grown(cache: Cache, *, slots: int) -> Cache:
+def grown(cache: Cache, *, slots: int) -> Cache:
     return cache.grown(slots)  # another size: nothing that a donated buffer could serve for
 
 

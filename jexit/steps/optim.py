@@ -92,6 +92,11 @@ def accumulated_gradients(
         (loss, metrics), gradients = value_and_grad(params, rows, jax.random.fold_in(key, index))
         return loss, metrics, gradients
 
+    return summed(one, count)
+
+
+def summed(one: Callable[[Array], Any], count: int) -> Any:
+    """one(0) + … + one(count − 1), trees of arrays, in a loop whose body is compiled once."""
     if count == 1:
         return one(jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))

@@ -17,7 +17,13 @@ from jexit.model.exits import depth_log_prob, depth_of_exit_index, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Run, Transformer, run
 from jexit.steps.completions import Completions
-from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
+from jexit.steps.optim import (
+    Metrics,
+    accumulated_gradients,
+    apply_gradients,
+    micro_batch,
+    summed,
+)
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
@@ -149,16 +155,7 @@ def make_sft_step(
                 jax.random.fold_in(student_key, index),
             )
 
-        loss, metrics, gradients = sampled_gradients(jnp.zeros((), jnp.int32))
-        if micro_batches > 1:
-            (loss, metrics, gradients), _ = jax.lax.scan(
-                lambda total, index: (
-                    jax.tree.map(jnp.add, total, sampled_gradients(index)),
-                    None,
-                ),
-                (loss, metrics, gradients),
-                jnp.arange(1, micro_batches),
-            )
+        loss, metrics, gradients = summed(sampled_gradients, micro_batches)
         state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
         metrics["tokens"] = jnp.sum(batch.token_BC).astype(jnp.float32) * config.samples
         return state, metrics | update_metrics

@@ -1,0 +1,267 @@
+"""What a compiled module does on one device: FLOPs and collectives, each loop as often as it runs.
+
+FLOPs are 2 · multiplications of every matrix product and convolution, plus what Pallas kernels say
+of themselves; additions, exponentials and the like between them are left out, as usual for model
+FLOPs. Recomputation (rematerialised layers) and what devices do twice count, for they run it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Sequence
+
+from jexit.aot.hlo import Array, Computation, Instruction, Module
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run of a computation by one device.
+
+    `collectives` maps a kind to how many are started and the bytes that they produce. The rest says
+    where the figures are not exact: loops that may end earlier, loops counted once as nobody knows
+    how often they run, and kernels whose FLOPs are not known.
+    """
+
+    flops: float = 0.0
+    collectives: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    at_most: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+    kernels: frozenset[str] = frozenset()
+
+    def __add__(self, other: Cost) -> Cost:
+        kinds = dict(self.collectives)
+        for kind, (count, size) in other.collectives.items():
+            before = kinds.get(kind, (0.0, 0.0))
+            kinds[kind] = (before[0] + count, before[1] + size)
+        return Cost(
+            self.flops + other.flops,
+            kinds,
+            self.at_most | other.at_most,
+            self.unknown | other.unknown,
+            self.kernels | other.kernels,
+        )
+
+    def times(self, factor: float) -> Cost:
+        kinds = {
+            kind: (count * factor, size * factor)
+            for kind, (count, size) in self.collectives.items()
+        }
+        return dataclasses.replace(self, flops=self.flops * factor, collectives=kinds)
+
+    @property
+    def collective_bytes(self) -> float:
+        return sum(size for _, size in self.collectives.values())
+
+
+def cost_of(module: Module, *, branch_share: float = 1.0) -> Cost:
+    """The cost of a module's run.
+
+    A conditional takes its dearest branch in `branch_share` of the cases and its cheapest in the
+    rest: what is conditional in the stack is the exits' heads, at E of L layers.
+    """
+
+    @functools.cache
+    def of(name: str) -> Cost:
+        computation = module.computations[name]
+        total = Cost()
+        for instruction in computation.values():
+            total += of_instruction(instruction, computation)
+        return total
+
+    def of_instruction(instruction: Instruction, computation: Computation) -> Cost:
+        if instruction.opcode == "while":
+            trips = module.trips(instruction, computation)
+            where = frozenset({instruction.op_name or instruction.name})
+            cost = of(_attribute(instruction, "body")).times(trips.count)
+            cost += of(_attribute(instruction, "condition")).times(trips.count + 1)
+            return dataclasses.replace(
+                cost,
+                at_most=cost.at_most | (where if trips.kind == "at most" else frozenset()),
+                unknown=cost.unknown | (where if trips.kind == "unknown" else frozenset()),
+            )
+        if instruction.opcode == "conditional":
+            branches = sorted(
+                map(of, instruction.called), key=lambda cost: (cost.flops, cost.collective_bytes)
+            )
+            return branches[-1].times(branch_share) + branches[0].times(1.0 - branch_share)
+        collective = _collective(instruction)
+        if collective is not None:
+            return Cost(collectives=collective)
+        inner = sum((of(name) for name in instruction.called), Cost())
+        if _is_reduce_scatter(instruction):
+            size = sum(array.bytes for array in instruction.arrays)
+            return dataclasses.replace(inner, collectives={"reduce-scatter": (1.0, size)})
+        return inner + _products(instruction, computation)
+
+    return of(module.entry)
+
+
+def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
+    """The largest arrays that the module makes beside its arguments, and where each comes from."""
+    found: dict[str, tuple[Array, str]] = {}
+    for name in _scheduled(module):
+        for instruction in module.computations[name].values():
+            if instruction.opcode in _MAKES_NOTHING:
+                continue
+            for array in instruction.arrays:
+                if array.in_hbm:
+                    found.setdefault(str(array), (array, instruction.op_name or instruction.name))
+    return sorted(found.values(), key=lambda pair: -pair[0].bytes)[:count]
+
+
+_MAKES_NOTHING = (
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "optimization-barrier",
+)
+
+
+def _scheduled(module: Module) -> set[str]:
+    """Computations whose instructions each have memory of their own: none inside a fusion."""
+    found, waiting = set(), [module.entry]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for instruction in module.computations[name].values():
+            if instruction.opcode in ("while", "conditional", "call"):
+                waiting += instruction.called
+    return found
+
+
+def _attribute(instruction: Instruction, key: str) -> str:
+    return re.search(rf"\b{key}=%?([\w.\-]+)", instruction.attributes).group(1)
+
+
+def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | None:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    arrays: Sequence[Array] = instruction.arrays
+    if instruction.opcode != kind and kind != "all-reduce":
+        # What is started returns its operands too, then its results, then flags without a size.
+        arrays = [array for array in arrays if array.dims]
+        arrays = arrays[len(instruction.operands) :][: len(instruction.operands)] or arrays
+    return {kind: (1.0, float(sum(array.bytes for array in arrays)))}
+
+
+def _is_reduce_scatter(instruction: Instruction) -> bool:
+    """A TPU's fusion of an all-reduce with the slice that a device keeps of it."""
+    return any(name.startswith("all-reduce-scatter") for name in instruction.called)
+
+
+def _products(instruction: Instruction, computation: Computation) -> Cost:
+    """FLOPs of a matrix product, a convolution or a kernel."""
+    if instruction.opcode == "dot":
+        contracted = _integers(instruction.attributes, "lhs_contracting_dims")
+        return Cost(_dot_flops(instruction, computation, contracted))
+    if instruction.opcode == "convolution":
+        return Cost(_convolution_flops(instruction, computation))
+    if instruction.opcode == "custom-call":
+        return _custom_call_cost(instruction, computation)
+    return Cost()
+
+
+def _dot_flops(
+    instruction: Instruction, computation: Computation, contracted: Sequence[int]
+) -> float:
+    left = computation[instruction.operands[0]].arrays[0].dims
+    return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left[i] for i in contracted)
+
+
+def _custom_call_cost(instruction: Instruction, computation: Computation) -> Cost:
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes).group(1)
+    if "gemm" in target or "matmul" in target:  # of cuBLAS
+        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        contracted = [int(index) for index in re.findall(r"\d+", found.group(1))]
+        return Cost(_dot_flops(instruction, computation, contracted))
+    if target not in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
+        return Cost()
+    said = re.search(r'"cost_estimate":(\{[^{}]*\})', instruction.attributes)
+    if said is None:
+        return Cost(kernels=frozenset({instruction.op_name or instruction.name}))
+    return Cost(float(json.loads(said.group(1))["flops"]))
+
+
+def _integers(text: str, key: str) -> list[int]:
+    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", text)
+    return [int(part) for part in found.group(1).split(",") if part] if found else []
+
+
+def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
+    """2 · products of an output with a kernel element that meet an input rather than padding.
+
+    TPUs compute matrix products as convolutions, whose batch axes are windows over padding: what
+    falls there is no multiplication.
+    """
+    left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    out = instruction.arrays[0].dims
+    window = _window(instruction.attributes, sum(label.isdigit() for label in labels[0]))
+    products = float(out[labels[2].index("b")] * out[labels[2].index("f")])
+    products *= right[labels[1].index("i")]
+    for axis, settings in enumerate(window):
+        at = str(axis)
+        sizes = (left[labels[0].index(at)], right[labels[1].index(at)], out[labels[2].index(at)])
+        products *= _meetings(*sizes, **settings)
+    return 2.0 * products
+
+
+def _window(attributes: str, axes: int) -> list[dict[str, int]]:
+    """Stride, padding and dilations of each spatial axis of a convolution."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
+
+    def of(key: str, axis: int, default: int) -> int:
+        return int(parts[key].split("x")[axis]) if key in parts else default
+
+    return [
+        {
+            "stride": of("stride", axis, 1),
+            "padding": int(parts["pad"].split("x")[axis].split("_")[0]) if "pad" in parts else 0,
+            "left_dilation": of("lhs_dilate", axis, 1),
+            "right_dilation": of("rhs_dilate", axis, 1),
+        }
+        for axis in range(axes)
+    ]
+
+
+@functools.cache
+def _meetings(
+    left: int,
+    right: int,
+    out: int,
+    *,
+    stride: int,
+    padding: int,
+    left_dilation: int,
+    right_dilation: int,
+) -> int:
+    """Pairs of an output and a kernel position that meet an input position, on one axis."""
+    end = (left - 1) * left_dilation + 1
+    return sum(
+        0 <= (place := o * stride + k * right_dilation - padding) < end
+        and place % left_dilation == 0
+        for o in range(out)
+        for k in range(right)
+    )
