@@ -314,11 +314,9 @@ class _Rollouts:
             beside=beside,
             compiled=prefilled,
         )
-        if new == 1:  # the prefill has drawn it
+        if new == 1 or not made:  # the prefill has drawn it, or was not compiled
             return
         for label, policy in policies:
-            if not made:
-                return
             yield Program(
                 name=f"{name} decode{label}, a token",
                 lower=lambda policy=policy: decode.decode.lower(
