@@ -14,7 +14,9 @@ class ModelConfig:
 
     path: str = TINY_PATH  # a directory of convert.from_hf, of a run, or in Hugging Face format
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # base weights; auto: float32 on CPU
-    attention: Literal["xla", "cudnn"] = "xla"
+    # Over whole sequences: training, scoring, prefill; decoding is XLA's. cudnn: NVIDIA GPUs,
+    # splash: TPUs, auto: splash on TPUs for 2,048 positions and more, else xla.
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     remat: Literal["none", "block", "dots"] = "none"
     scan_unroll: int = 1
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 from jexit.kernels.dispatch import compiling_for
@@ -47,6 +48,7 @@ dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPUS = {"h100": H100}
+CUDNN = 90_800  # version 9.8, as described above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,23 @@ class Topology:
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
         """What is traced inside picks its implementations and tiles for these devices."""
-        with compiling_for(self.platform, self.device_kind):
+        with compiling_for(self.platform, self.device_kind), _described_cudnn():
             yield
+
+
+@contextlib.contextmanager
+def _described_cudnn() -> Iterator[None]:
+    """Lets cuDNN's attention be traced where there is no cuDNN.
+
+    JAX asks this machine's library for its version, to record it and to refuse what an old one
+    lacks; here the described chip's answers. The graph itself goes to cuDNN when the program runs.
+    """
+    asked = cudnn.check_cudnn_version
+    cudnn.check_cudnn_version = lambda: CUDNN
+    try:
+        yield
+    finally:
+        cudnn.check_cudnn_version = asked
 
 
 def get_topology(name: str) -> Topology:

@@ -13,8 +13,9 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows, is_primary, place_parameters, place_rows
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
+from jexit.loops.setup import execution_of, head_settings
 from jexit.loops.trainer import Trainer
-from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
@@ -43,11 +44,11 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
         max_positions=1024,
     )
     exits = check_exits(config.exits.layers, arch.layers)
-    head = config.exit_head
     return Transformer(
         arch,
         exit_layers=exits,
-        exit_head=ExitHeadSettings(kind=head.kind, norm=head.norm, bias=head.bias),
+        exit_head=head_settings(config),
+        execution=execution_of(config),
         rngs=nnx.Rngs(config.seed),
     )
 

@@ -11,6 +11,7 @@ from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
 from jexit.io.model_dir import load
+from jexit.model.attention import check_attention
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
 from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
@@ -56,7 +57,9 @@ def head_settings(config: Config) -> ExitHeadSettings:
 
 
 def execution_of(config: Config) -> Execution:
+    """How the model is computed; raises ValueError for an attention that cannot run here."""
     model = config.model
+    check_attention(model.attention)
     return Execution(attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll)
 
 

@@ -1,17 +1,27 @@
-"""Grouped-query attention with the projections of every layer stacked."""
+"""Grouped-query attention with the projections of every layer stacked, computed by name."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jexit.axes import Array, Bool, Float, HiddenBTD, PRNGKey
+from jexit.axes import Array, Float, HiddenBTD, MaskBT, PRNGKey
+from jexit.kernels.dispatch import target
+from jexit.model.heads import over_mesh
 from jexit.model.layers import RMSNorm, apply_rope
 from jexit.model.lora import LoRA, StackedLinear
+from jexit.model.splash import splash_attention
 from jexit.presets import Architecture
+
+Padding = Literal["right", "left"]
+# The platform that an implementation is written for; the others run anywhere.
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+# Positions from which `auto` takes splash attention on a TPU.
+SPLASH_FROM = 2048
 
 
 class KeysValues(NamedTuple):
@@ -73,18 +83,87 @@ class Attention(nnx.Module):
         return KeysValues(apply_rope(k_BTKH, cos, sin), v_BTKH)
 
 
+def check_attention(name: str) -> None:
+    """Raises ValueError when the platform at hand cannot run the implementation of that name."""
+    needs, found = PLATFORMS.get(name), target().platform
+    if needs is not None and needs != found:
+        raise ValueError(
+            f"config.model.attention={name} needs a {needs.upper()}, found {found}; set "
+            "config.model.attention=auto, which picks what runs there"
+        )
+
+
+def choose_attention(name: str, length: int) -> str:
+    """The implementation that `name` means for sequences of `length` on the platform at hand.
+
+    `auto` is `splash` on a TPU for 2,048 positions and more, where the scores that `xla` holds,
+    4·B·N·T² bytes a layer, are what a step has most of; everywhere else it is `xla`. No chip has
+    timed the two: the length comes from what the compiler says of memory.
+    """
+    if name != "auto":
+        return name
+    return "splash" if target().platform == "tpu" and length >= SPLASH_FROM else "xla"
+
+
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     kv: KeysValues,
-    mask_BTS: Bool[Array, "B T S"],
+    valid_BT: MaskBT | None = None,
     *,
+    padding: Padding = "right",
     implementation: str = "xla",
+    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q·k / sqrt(H)) · v over the keys that `mask_BTS` allows.
+    """softmax(q·k / sqrt(H)) · v over the valid keys at or before each query.
 
-    A query with no key allowed gets finite values that nobody reads. The named implementation of
-    `jax.nn.dot_product_attention` runs or raises.
+    For whole sequences, whose keys are the queries' own positions (one query a row over a cache is
+    `Cache.attend`). `valid_BT` is False at padding, which lies on the side that `padding` says;
+    queries there get finite values that nobody reads. The named implementation runs or raises
+    ValueError: `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs), or `auto` for one of
+    them. `interpret` runs splash attention on any platform, very slowly.
     """
+    chosen = choose_attention(implementation, q_BTNH.shape[1])
+    if chosen == "xla":
+        mask_B11S = None if valid_BT is None else valid_BT[:, None, None]
+        return jax.nn.dot_product_attention(
+            q_BTNH, *kv, mask=mask_B11S, is_causal=True, implementation="xla"
+        )
+    if chosen == "splash":
+        if not interpret:
+            check_attention(chosen)
+        return over_mesh(
+            functools.partial(splash_attention, interpret=interpret), q_BTNH, *kv, valid_BT
+        )
+    if chosen == "cudnn":
+        check_attention(chosen)
+        return over_mesh(functools.partial(_cudnn, padding=padding), q_BTNH, *kv, valid_BT)
+    raise ValueError(
+        f"attention has no implementation {implementation!r}; use auto, xla, cudnn or splash"
+    )
+
+
+def _cudnn(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, valid_BT: Array | None, *, padding: Padding
+) -> Array:
+    """cuDNN's flash attention; padding on the left costs it a mask [B, 1, T, T]."""
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"config.model.attention=cudnn takes bfloat16 or float16, found {q_BTNH.dtype}; set "
+            "config.model.dtype=bfloat16 or config.model.attention=xla"
+        )
+    mask_BNTS = length_B = None
+    if valid_BT is not None and padding == "left":
+        batch, length = valid_BT.shape
+        mask_BNTS = jnp.broadcast_to(valid_BT[:, None, None], (batch, 1, length, length))
+    elif valid_BT is not None:
+        length_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
     return jax.nn.dot_product_attention(
-        q_BTNH, kv.keys, kv.values, mask=mask_BTS[:, None], implementation=implementation
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=mask_BNTS,
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        is_causal=True,
+        implementation="cudnn",
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jexit.axes import Array, Bool, HiddenBTD, PRNGKey
-from jexit.model.attention import Attention, KeysValues, attend
+from jexit.axes import Array, HiddenBTD, PRNGKey
+from jexit.model.attention import Attention, KeysValues
 from jexit.model.layers import MLP, RMSNorm
 from jexit.model.lora import LoRA
 from jexit.presets import Architecture
@@ -28,18 +30,21 @@ class Block(nnx.Module):
         h_BTD: HiddenBTD,
         cos: Array,
         sin: Array,
-        mask_BTS: Bool[Array, "B T S"],
+        attend: Callable[[Array, KeysValues], Array],
         *,
         adapters: bool = True,
         dropout_key: PRNGKey | None = None,
-        attention: str = "xla",
     ) -> tuple[HiddenBTD, KeysValues]:
-        """One layer over whole sequences; returns the new residual and this layer's keys/values."""
+        """One layer over whole sequences; returns the new residual and this layer's keys/values.
+
+        `attend` mixes the values by queries [B, T, N, H] and keys: `jexit.model.attention.attend`
+        with its settings.
+        """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)
         kv = self.attn.keys_values(x_BTD, cos, sin, adapters=adapters, key=keys[0])
         q_BTNH = self.attn.queries(x_BTD, cos, sin, adapters=adapters, key=keys[1])
-        mixed_BTNH = attend(q_BTNH, kv, mask_BTS, implementation=attention)
+        mixed_BTNH = attend(q_BTNH, kv)
         return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
 
     def finish(

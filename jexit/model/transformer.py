@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -25,7 +26,7 @@ from jexit.axes import (
     TokensBT,
 )
 from jexit.dist import constrain
-from jexit.model.attention import KeysValues
+from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
 from jexit.model.exits import ExitHeads
 from jexit.model.layers import RMSNorm, rope_table
@@ -43,7 +44,8 @@ REMAT_POLICIES = {
 class Execution:
     """How the stack is computed; no influence on the result beyond rounding."""
 
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # over whole sequences; see run
+    interpret: bool = False  # splash attention on any platform, very slowly: for tests
     remat: Literal["none", "block", "dots"] = "none"
     scan_unroll: int = 1
 
@@ -147,6 +149,7 @@ def run(
     policy: Policy = Full(),
     positions_BT: PositionsBT | None = None,
     valid_BT: MaskBT | None = None,
+    padding: Padding = "right",
     action_BT: MaskBT | None = None,
     key: PRNGKey | None = None,
     adapters: bool = True,
@@ -157,20 +160,26 @@ def run(
 ) -> Run:
     """Runs the stack over whole sequences, each token through as many layers as the policy says.
 
-    `valid_BT` masks keys that may not be attended to (padding on either side); `action_BT` limits
+    `valid_BT` is False at padding, which lies on the side that `padding` says; `action_BT` limits
     who may leave (None: everybody). `adapters=False` leaves LoRA out: the teacher. A token that has
     left keeps its residual, from which later layers still compute its keys and values:
     h = where(layer < depth, block(h), h).
+
+    Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
+    a cache, is XLA's whatever that says.
     """
     arch, execution = model.arch, model.execution
     batch, length = tokens_BT.shape
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     cos, sin = rope_table(arch, positions_BT)
-    mask_BTS = jnp.tril(jnp.ones((length, length), bool))[None]
-    mask_BTS = jnp.broadcast_to(mask_BTS, (batch, length, length))
-    if valid_BT is not None:
-        mask_BTS &= valid_BT[:, None, :]
+    mix = functools.partial(
+        attend,
+        valid_BT=valid_BT,
+        padding=padding,
+        implementation=execution.attention,
+        interpret=execution.interpret,
+    )
 
     block_def, block_state = nnx.split(model.blocks)
     reads_hazards = hazards or policy.reads_hazards
@@ -208,10 +217,9 @@ def run(
             h_BTD,
             cos,
             sin,
-            mask_BTS,
+            mix,
             adapters=adapters,
             dropout_key=dropout,
-            attention=execution.attention,
         )
         alive_BT = layer < depth_BT
         h_BTD = jnp.where(alive_BT[..., None], new_BTD, h_BTD)

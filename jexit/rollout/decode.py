@@ -100,6 +100,7 @@ def prefill(
         prompts_BT,
         positions_BT=jnp.maximum(slot_T - pad_B[:, None], 0),
         valid_BT=slot_T >= pad_B[:, None],
+        padding="left",
         adapters=adapters,
         keys_values=True,
     )

@@ -1,0 +1,80 @@
+"""Flash attention on TPUs: JAX's own splash attention kernel (arXiv:2205.14135), wrapped.
+
+The scores never leave the chip's vector memory, neither forward nor backward; blocks that the
+causal mask rules out are not computed. The kernel wants lengths that its blocks divide, one row at
+a time, heads first, and scaled queries; this gives it them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha_single_device,
+)
+
+from jexit.axes import Array, Float, MaskBT
+
+LANES = 128
+# Queries and keys of a block, from the largest: 512 × 512 float32 scores and what the backward
+# kernel keeps beside them stay under the 16 MiB of VMEM that a kernel may take by default.
+BLOCKS = (512, 384, 256)
+
+
+def block_size(length: int) -> int:
+    """Queries and keys of a block; sequences are padded to a multiple of it.
+
+    The size with the least padding, under 256 positions; the larger of two that pad alike. Up to
+    512 positions are one block, padded to whole lanes.
+    """
+    whole_lanes = -(-length // LANES) * LANES
+    if whole_lanes <= BLOCKS[0]:
+        return whole_lanes
+    return min(BLOCKS, key=lambda block: (-length % block, -block))
+
+
+def splash_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    valid_BT: MaskBT | None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """softmax(q·k / sqrt(H)) · v over the keys at or before a query that are valid as it is.
+
+    Valid positions and padding, on either side, are two segments that do not see each other.
+    `interpret` runs the kernel's code on any platform, very slowly.
+    """
+    length, heads, width = q_BTNH.shape[1:]
+    block = block_size(length)
+    padded = length + -length % block
+
+    def by_head(part_BTNH: Array) -> Array:
+        room = [(0, 0), (0, padded - length), (0, 0), (0, 0)]
+        return jnp.swapaxes(jnp.pad(part_BTNH, room), 1, 2)
+
+    # Made anew in each trace: it holds arrays, which a cache would leak from one to another.
+    kernel = make_splash_mha_single_device(
+        mask=MultiHeadMask([CausalMask((padded, padded))] * heads),
+        block_sizes=BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+    segments = None
+    if valid_BT is not None:
+        ids_BT = jnp.pad(valid_BT.astype(jnp.int32), [(0, 0), (0, padded - length)])
+        segments = SegmentIds(ids_BT, ids_BT)
+    scaled_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
+    out_BNTH = jax.vmap(kernel)(by_head(scaled_BTNH), by_head(k_BTKH), by_head(v_BTKH), segments)
+    return jnp.swapaxes(out_BNTH, 1, 2)[:, :length]
