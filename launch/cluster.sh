@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 RESTART=42 # exit code of a worker whose run goes on when the same command is started again
 MISUSE=2   # exit code of a command line that cannot be right
+COUNT='^(0|[1-9][0-9]{0,5})$'
 BUCKET='^gs://[a-z0-9][a-z0-9._-]+(/[^/ ]+)*/?$'
 
 dry_run=""
@@ -132,7 +133,7 @@ check_name() { # check_name VALUE: what clouds take as the name of a machine or 
 }
 
 check_count() { # check_count OPTION VALUE
-  [[ $2 =~ ^[0-9]{1,6}$ ]] || misuse "--$1 is '$2'; it is a whole number."
+  [[ $2 =~ $COUNT ]] || misuse "--$1 is '$2'; it is a whole number."
 }
 
 check_directory() { # check_directory OPTION VALUE: an absolute path, nothing that a shell rewrites
@@ -167,9 +168,9 @@ check_job() {
   config=$(jexit_flag config)
   [[ -n $config ]] ||
     misuse "there is no config for jexit; end the command with -- --config=configs/rl.py:PRESET."
-  [[ ${config%%:*} == /* || -e ${config%%:*} || -e $root/${config%%:*} ]] ||
-    misuse "the config '${config%%:*}' is neither here nor in the checkout; give one of" \
-      "configs/*.py."
+  # What lies elsewhere on this machine does not come along.
+  [[ ${config%%:*} == /* || -e $root/${config%%:*} ]] ||
+    misuse "the config '${config%%:*}' is not in the checkout; give one such as configs/rl.py."
   run_directory=$(jexit_flag workdir)
   if [[ -z $run_directory ]]; then # as jexit itself chooses
     run_directory=$(basename "${config%%:*}" .py)
@@ -214,7 +215,7 @@ check_mesh() { # check_mesh CHIPS WHAT: the mesh, where jexit's arguments name i
   local axis size product=1 named=""
   for axis in data fsdp tensor; do
     size=$(jexit_flag "config.mesh.$axis")
-    [[ $size =~ ^[0-9]{1,6}$ ]] || continue
+    [[ $size =~ $COUNT ]] || continue # jexit itself says what is wrong with it
     named+="${named:+ × }$axis $size"
     product=$((product * size))
   done

@@ -175,8 +175,10 @@ worker() { # worker ACTION ARG ...: the command line of worker.sh on a worker
 
 copy_and_install() {
   local archive=$scratch/jexit.tar.gz unpack
-  # Not under a run that is going: then the code that it started with stays.
-  unpack="mkdir -p jexit $remote_state && if flock -n $remote_state/lock true; then cd jexit &&"
+  # Not under a run that is going: the code that it started with stays. What is left of earlier
+  # runs must not be taken for the end of this one.
+  unpack="mkdir -p jexit $remote_state && if flock -n $remote_state/lock true; then"
+  unpack+=" rm -f $remote_state/code $remote_state/command && cd jexit &&"
   unpack+=" rm -rf jexit convert configs launch && tar -xzf ../jexit.tar.gz; fi"
   run_cmd bash "$root/launch/pack.sh" "$archive" &&
     run_cmd gcloud compute tpus tpu-vm scp "$archive" "$opt_name:jexit.tar.gz" "${place[@]}" \
@@ -196,22 +198,28 @@ prepare() { # a slice that has just come up may not take connections yet
   die "nothing could be installed on $opt_name in 5 tries; the reason is above."
 }
 
-ended() { # how the run ended: a code, `gone` (the slice) or `running` (only the connection broke)
+ended() { # how the run ended: a code, `gone` (the slice), `other` (it runs another job) or `running`
+  # (only the connection broke)
   local state codes
   state=$(tpu_state) || exit 1
   if [[ $state != READY* ]]; then
     echo gone
   elif ! codes=$(gcloud compute tpus tpu-vm ssh "$opt_name" "${place[@]}" --worker=all \
-    --command="$(worker status --state="$remote_state")" 2>/dev/null); then
+    --command="$(worker_status)" 2>/dev/null); then
     echo running # a worker that does not answer: look again
   else
     codes=$(sed -n 's/.*jexit-status: *\([a-z0-9]*\).*/\1/p' <<<"$codes")
     # shellcheck disable=SC2086 # a list of words
     case $codes in
+      *other*) echo other ;;
       *running* | "") echo running ;;
       *) verdict ${codes//none/$RESTART} ;;
     esac
   fi
+}
+
+worker_status() {
+  worker status --state="$remote_state" -- "${arguments[@]}"
 }
 
 follow() { # follow [--attach]
@@ -232,6 +240,7 @@ see_through() { # runs to the end; sets $code
     fi
     attach=""
     case $how in
+      other) die "$opt_name runs another job; stop it first, or choose another --name." ;;
       gone) say "$opt_name is gone; making it again, and the run continues." ;;
       running)
         say "the connection to $opt_name broke; following the run again."
@@ -280,7 +289,7 @@ plan() { # --dry-run: what run does, as far as it can be known beforehand
   note "run; the same command finds a run that is going"
   follow
   note "how it ended on every worker"
-  on_all "$(worker status --state="$remote_state")"
+  on_all "$(worker_status)"
   note "after a preemption these, then everything again from the second look at the state on:"
   { delete_tpu && create_tpu; } | sed 's/^/# /'
   note "the results"

@@ -4,13 +4,15 @@
 #   bash launch/worker.sh install [--source=gs://BUCKET[/PATH] or HOST:/EXPORT --mount=DIR]
 #   bash launch/worker.sh run    --directory=DIR [--state=DIR] [--env=NAME=VALUE] -- JEXIT_ARGUMENTS
 #   bash launch/worker.sh follow --directory=DIR --state=DIR [...] -- JEXIT_ARGUMENTS
-#   bash launch/worker.sh status --state=DIR      or      stop --state=DIR
+#   bash launch/worker.sh status --state=DIR -- JEXIT_ARGUMENTS
+#   bash launch/worker.sh stop   --state=DIR
 #
 # install  mounts the directory that all hosts share (Ubuntu and Debian) and makes .venv
 # run      runs jexit in DIR, which all hosts share; TERM, INT and USR1 reach it as one SIGTERM
 # follow   the same apart from this terminal: the run goes on when the connection breaks, and the
 #          same command finds it again
-# status   prints `jexit-status: running`, `none` or the exit code of the last run
+# status   prints `jexit-status: ` and `running`, `other` (another job is), `none`, or the exit code
+#          of the last run
 # stop     has a followed run save and end, and waits for that
 #
 #   --attach                  follow: start nothing, only follow what is going
@@ -123,11 +125,14 @@ meaning() { # meaning CODE: the worker's exit code
   fi
 }
 
+leave_code() { # leave_code CODE: for whoever asks later how the run ended
+  echo "$1" >"$opt_state/code.new"
+  mv -f "$opt_state/code.new" "$opt_state/code"
+}
+
 run_job() {
   local code result pair
   trap request_stop TERM INT USR1
-  [[ -d $opt_directory ]] ||
-    die "there is no directory $opt_directory on $(hostname); mount what all hosts share there."
   if [[ -n $opt_coordinator ]]; then
     arguments+=(--coordinator="$opt_coordinator" --processes="$SLURM_NTASKS"
       --process="$SLURM_PROCID")
@@ -138,7 +143,10 @@ run_job() {
     mkdir -p "$opt_state"
     rm -f "$opt_state/code"
     echo $$ >"$opt_state/pid"
+    trap 'leave_code $?' EXIT
   fi
+  [[ -d $opt_directory ]] ||
+    die "there is no directory $opt_directory on $(hostname); mount what all hosts share there."
   for pair in ${environment[@]+"${environment[@]}"}; do export "${pair?}"; done
   provide_python
   cd "$opt_directory"
@@ -151,10 +159,6 @@ run_job() {
     await_child
   fi
   result=$(meaning "$code")
-  if [[ -n $opt_state ]]; then
-    echo "$result" >"$opt_state/code.new"
-    mv -f "$opt_state/code.new" "$opt_state/code"
-  fi
   ((code == 0)) || say "$(hostname): jexit ended with $code, this host with $result."
   exit "$result"
 }
@@ -164,30 +168,26 @@ last_code() { # what a run that is over left behind; nothing means that it was k
 }
 
 follow_job() {
-  local command follower pair
+  local pair
   local options=(--directory="$opt_directory" --state="$opt_state")
   for pair in ${environment[@]+"${environment[@]}"}; do options+=(--env="$pair"); done
   if [[ -n $opt_attach ]] && ! going; then exit "$(last_code)"; fi
   mkdir -p "$opt_state"
-  command=$(quoted "${arguments[@]}")
   exec 8>>"$opt_state/lock"
   if flock -n 8; then
     rm -f "$opt_state/code" "$opt_state/stopped"
-    printf '%s\n' "$command" >"$opt_state/command"
+    quoted "${arguments[@]}" >"$opt_state/command"
     # The run inherits the lock and holds it as long as one of its processes lives.
     setsid bash "$root/launch/worker.sh" run "${options[@]}" -- "${arguments[@]}" \
       </dev/null >"$opt_state/log" 2>&1 &
-  elif [[ $(<"$opt_state/command") == "$command" ]]; then
+  elif same_job; then
     say "$(hostname): this run is going already; following it."
   else
     misuse "$(hostname) is running another job ($(<"$opt_state/command")); stop it first."
   fi
   exec 8>&-
-  tail --pid=$$ -n +1 -f "$opt_state/log" & # which must not outlive a broken connection
-  follower=$!
-  flock "$opt_state/lock" true
-  sleep 0.2 # for the last lines
-  kill "$follower" 2>/dev/null || true
+  flock "$opt_state/lock" true & # until the run is over
+  tail --pid=$! -n +1 -f "$opt_state/log" || true
   exit "$(last_code)"
 }
 
@@ -195,9 +195,13 @@ going() { # a followed run is going here
   [[ -e $opt_state/lock ]] && ! flock -n "$opt_state/lock" true
 }
 
+same_job() { # the arguments here are those of the last run that was started
+  [[ $(<"$opt_state/command") == "$(quoted "${arguments[@]}")" ]]
+}
+
 show_status() {
   if going; then
-    echo "jexit-status: running"
+    if same_job; then echo "jexit-status: running"; else echo "jexit-status: other"; fi
   elif [[ -e $opt_state/command ]]; then
     echo "jexit-status: $(last_code)"
   else

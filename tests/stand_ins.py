@@ -34,7 +34,8 @@ class StandIns:
 
     Plans: `node` and `request`, the states of a TPU slice and of its queued resource; `states` and
     `requests`, what describing them says first; `create_errors`; `jobs`, for each host how its runs
-    end, one after the other (an exit code, `preempt` or `wait` for SIGTERM).
+    end, one after the other (an exit code, `preempt` or `wait` for SIGTERM). `unreachable` and
+    `broken` count connections that fail before a run begins, and after.
     """
 
     def __init__(self, directory: pathlib.Path, hosts: int = 2) -> None:
@@ -197,12 +198,15 @@ def _scp(args: list[str], directory: str) -> int:
 
 
 def _ssh(args: list[str], directory: str, env: dict[str, str]) -> int:
+    follows = "follow" in _flag(args, "command")
     with stage(directory) as now:
-        if now.get("broken", 0) and "follow" in _flag(args, "command"):
-            now["broken"] -= 1
-            broken = True
-        else:
-            broken = False
+        unreachable, broken = (
+            follows and now.get(plan, 0) > 0 for plan in ("unreachable", "broken")
+        )
+        if unreachable or broken:
+            now["unreachable" if unreachable else "broken"] -= 1
+    if unreachable:
+        return 255
     started = [
         subprocess.Popen(
             ["bash", "-c", _flag(args, "command")], cwd=home, env=env | {"HOME": str(home)}

@@ -172,6 +172,18 @@ def test_a_broken_connection_does_not_end_the_run(cluster):
         assert (cluster.directory / "hosts" / host / "signals").read_text() == "SIGTERM"
 
 
+def test_what_an_earlier_run_left_behind_is_not_this_ones_end(cluster):
+    cluster.plan(node="READY v5litepod-16")
+    assert launch(cluster).returncode == 0
+    cluster.plan(jobs={"0": ["wait"], "1": ["wait"]}, unreachable=1)
+    process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
+    cluster.waits_for("waiting")
+    cluster.run("tpu_vm.sh", "stop", "--name=trial", "--zone=us-west4-a")
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert len(cluster.calls("jexit")) == 4
+
+
 def test_an_interrupt_here_leaves_the_run_alone(cluster):
     cluster.plan(node="READY v5litepod-16", jobs={"0": ["wait"], "1": ["wait"]})
     process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
@@ -188,20 +200,13 @@ def test_another_job_on_the_same_slice_is_refused(cluster):
     cluster.plan(node="READY v5litepod-16", jobs={"0": ["wait"], "1": ["wait"]})
     process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
     cluster.waits_for("waiting")
-    home = cluster.directory / "hosts" / "0"
-    other = subprocess.run(
-        [
-            *("bash", home / "jexit/launch/worker.sh", "follow", "--directory=/", "--state=.jexit"),
-            *("--", "--config=configs/sft.py"),
-        ],
-        cwd=home,
-        env=cluster.environment(HOME=str(home)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert other.returncode == 2
+    other = launch(cluster, job=["--", "--config=configs/sft.py"])
+    assert other.returncode == 1
     assert "is running another job (--config=configs/rl.py:qwen3-4b" in other.stderr
+    assert other.stderr.splitlines()[-1] == (
+        "jexit: trial runs another job; stop it first, or choose another --name."
+    )
+    assert len(cluster.calls("jexit")) == 2
     cluster.run("tpu_vm.sh", "stop", "--name=trial", "--zone=us-west4-a")
     process.communicate(timeout=60)
 
@@ -290,6 +295,14 @@ def test_a_dry_run_prints_what_a_run_does_and_runs_nothing(cluster, queued):
     ]
 
 
+@pytest.mark.parametrize("action", ["stop", "fetch", "delete"])
+def test_the_other_actions_have_dry_runs_too(cluster, action):
+    done = cluster.run("tpu_vm.sh", action, *options(cluster, "--dry-run"), *JOB)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("gcloud ")
+    assert cluster.records() == []
+
+
 WRONG = [
     (["--zon=x"], "unknown option '--zon=x'; the options are --name, --zone,"),
     (["--project"], "--project has no value; write --project=VALUE."),
@@ -301,6 +314,7 @@ WRONG = [
     (["--name=Trial"], "--name is 'Trial'; use up to 40 lower-case letters"),
     (["--shared=/home/me"], "--shared is '/home/me'; it is gs://BUCKET[/PATH] or"),
     (["--mount=here"], "--mount is 'here'; it is an absolute path"),
+    (["--restarts=08"], "--restarts is '08'; it is a whole number."),
     (["--timeout=soon"], "--timeout is 'soon'; it is a whole number."),
     (["--env=7=8"], "--env is '7=8'; it sets a variable"),
     (["extra"], "unknown option 'extra'"),
@@ -321,7 +335,10 @@ def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster, wrong
     ("job", "said"),
     [
         ([], "there is no config for jexit; end the command with -- --config="),
-        (["--", "--config=configs/nothing.py"], "the config 'configs/nothing.py' is neither here"),
+        (
+            ["--", "--config=configs/nothing.py"],
+            "the config 'configs/nothing.py' is not in the checkout",
+        ),
         ([*JOB, "--workdir=/tmp/elsewhere"], "--workdir is '/tmp/elsewhere', outside of "),
         ([*JOB, "--workdir=runs/../../x"], "--workdir is 'runs/../../x', outside of "),
     ],
