@@ -159,7 +159,9 @@ def _refused(
         largest = _largest_inputs(program)
     else:
         # Nothing is partitioned yet: sizes over all devices.
-        largest = [f"{array} over {mesh.size} devices" for array in _largest_types(lowered)]
+        largest = [
+            f"{array} over {mesh.size} devices" for array in _largest_types(program, lowered)
+        ]
     return Report(
         step=program.name,
         arguments=arguments,
@@ -177,9 +179,7 @@ def _largest_inputs(program: Program) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path((program.inputs, program.beside))
     sized = {
         id(leaf): (
-            Array(
-                _SHORT.get(leaf.dtype.name, leaf.dtype.name), leaf.sharding.shard_shape(leaf.shape)
-            ),
+            _array(leaf, leaf.sharding.shard_shape(leaf.shape)),
             ".".join(
                 name for name in names_of(path)[1:] if name not in ("states", "fixed", "state")
             ),
@@ -196,11 +196,17 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "bool": "pred", 
 _STABLEHLO = {"i1": "pred", "i8": "s8", "i32": "s32", "ui32": "u32", "i64": "s64"}
 
 
-def _largest_types(lowered: jax.stages.Lowered) -> list[Array]:
+def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
+    return Array(_SHORT.get(leaf.dtype.name, leaf.dtype.name), tuple(shape))
+
+
+def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
+    """The largest arrays that a step makes, before anything is divided; arguments left out."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
     }
+    found -= {_array(leaf, leaf.shape) for leaf in jax.tree.leaves(program.inputs)}
     return sorted(found, key=lambda array: -array.bytes)[:_LARGEST]
 
 
