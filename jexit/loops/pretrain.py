@@ -13,6 +13,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows, is_primary, place_parameters, place_rows
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
+from jexit.loops.flops import ModelFlops
 from jexit.loops.setup import execution_of, head_settings
 from jexit.loops.trainer import Trainer
 from jexit.model.transformer import Transformer
@@ -102,6 +103,9 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         {"loss": "loss", **{f"p_right/{name}": name for name in RESULT_GROUPS}},
     )
     state = trainer.restore(new_state(split.trainable, optimizer))
+    flops = ModelFlops.of(model, full=True).pretrain_step(
+        config.batch_size, config.pretrain.length - 1, exit_loss=config.pretrain.exit_loss > 0
+    )
     rate = schedule(config.optim, config.optim.full_lr, config.steps)
 
     batches = prepared(batch_of, int(state.step), config.steps)
@@ -109,7 +113,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     def one_step(state, step):
         batch = place_rows(next(batches), here)
         state, metrics = step_fn(state, batch, step_key(config.seed, step))
-        return state, metrics | {"lr": rate(step)}
+        return state, metrics | {"lr": rate(step), "model_flops": flops}
 
     state = trainer.run(state, one_step)
     if config.checkpoint.final == "best":

@@ -13,6 +13,7 @@ from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows, place_rows
 from jexit.loops.evaluate import text_means
+from jexit.loops.flops import Work
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
@@ -71,7 +72,14 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             total=config.batch_size,
         )
         texts, verdicts = judge(task, tokenizer, prompts, rollouts)
-        totals = Totals.over_hosts(task, rollouts, texts, verdicts, prompts.skipped)
+        totals = Totals.over_hosts(
+            task,
+            rollouts,
+            texts,
+            verdicts,
+            prompts.skipped,
+            stage.flops.rollouts(rollouts, rollouts.host_rows.first_B, samples=rl.rollouts),
+        )
         batch = rl_batch(rollouts, verdicts, tokenizer.pad_id, totals.shape)
         trainer.shapes((totals.shape, rollouts.shape))
         prices = pressure.prices(step)
@@ -95,6 +103,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "rollout_seconds": rollouts.seconds,
             "data/skipped": totals.skipped,
             "data/padding": totals.padding,
+            "model_flops": totals.rollout_flops
+            + stage.flops.rl_step(totals.work, totals.tokens, updates=rl.updates_per_batch),
         }
         metrics |= {f"task/{name}": value for name, value in totals.text.items()}
         return state, metrics | stage.learning_rates(step)
@@ -122,6 +132,8 @@ class Totals:
     correct: int
     tokens: int  # generated
     positions: int  # prompts and completions
+    pairs: int  # of a position and one at or before it
+    rollout_flops: float
     passes: int  # that could leave early
     layers_run: int  # by those
     skipped: int
@@ -136,15 +148,20 @@ class Totals:
         texts: list[str],
         verdicts: list[Verdict],
         skipped: int,
+        rollout_flops: float,
     ) -> Totals:
+        """`skipped` and `rollout_flops` are this host's."""
         first_B = rollouts.host_rows.first_B
         lengths_B = rollouts.lengths_B
         total_B = rollouts.prompt_lengths_B + lengths_B
+        work = Work.of(total_B[first_B])
         mine = {
             "rows": int(first_B.sum()),
             "correct": sum(v.correct for v, first in zip(verdicts, first_B, strict=True) if first),
             "tokens": int(lengths_B[first_B].sum()),
-            "positions": int(total_B[first_B].sum()),
+            "positions": work.tokens,
+            "pairs": work.pairs,
+            "rollout_flops": rollout_flops,
             "passes": int((lengths_B[first_B] - 1).sum()),
             "layers_run": int(rollouts.depths_BT[first_B, 1:].sum()),
             "skipped": skipped if first_B.any() else 0,
@@ -168,6 +185,10 @@ class Totals:
     @property
     def accuracy(self) -> float:
         return self.correct / self.rows
+
+    @property
+    def work(self) -> Work:
+        return Work(self.positions, self.pairs)
 
     @property
     def mean_length(self) -> float:

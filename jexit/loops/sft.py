@@ -17,6 +17,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
+from jexit.loops.flops import Work
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import rollout
@@ -45,8 +46,8 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 
     here = host_rows(config.batch_size)
 
-    def batch_of(step: int) -> tuple[Completions, float]:
-        """This host's rows of a step, and the padding's share of the whole batch."""
+    def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
+        """This host's rows of a step, and the whole batch's padding and model FLOPs."""
         index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=config.batch_size)
         rows = [trajectories[index] for index in index_B[here.index_B]]
         batch = pad_completions(
@@ -55,18 +56,25 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
             stage.tokenizer.pad_id,
             shape,
         )
-        used = sum(len(trajectories[i].prompt) + len(trajectories[i].completion) for i in index_B)
-        return batch, 1.0 - used / (len(index_B) * shape[0])
+        whole = [trajectories[index] for index in index_B]
+        work = Work.of([len(row.prompt) + len(row.completion) for row in whole])
+        flops = stage.flops.sft_step(
+            work,
+            sum(len(row.completion) for row in whole),
+            samples=config.sft.samples,
+            target=config.sft.target,
+        )
+        padding = 1.0 - work.tokens / (len(index_B) * shape[0])
+        return batch, {"data/padding": padding, "model_flops": flops}
 
     batches = prepared(batch_of, int(state.step), config.steps)
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        batch, padding = next(batches)
+        batch, totals = next(batches)
         trainer.shapes((batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
         batch = place_rows(batch, here)
         state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
-        metrics["data/padding"] = padding
-        return state, metrics | stage.learning_rates(step)
+        return state, metrics | totals | stage.learning_rates(step)
 
     state = trainer.run(state, one_step)
     stage.finish(trainer, state, before)

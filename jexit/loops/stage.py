@@ -17,6 +17,7 @@ from jexit.io.metrics import write_json_atomic
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.evaluate import check_room, compare, evaluate_policy, held_out
+from jexit.loops.flops import ModelFlops
 from jexit.loops.setup import load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
@@ -37,6 +38,7 @@ class Stage:
     split: SplitModel
     layers: int
     exit_layers: tuple[int, ...]
+    flops: ModelFlops
     optimizer: optax.GradientTransformation
     updates: int
 
@@ -57,6 +59,7 @@ class Stage:
             split_model(model, full=full),
             model.arch.layers,
             model.exit_layers,
+            ModelFlops.of(model, full=full),
             optimizer,
             updates,
         )

@@ -21,6 +21,7 @@ from jexit.io.checkpoint import Checkpoints
 from jexit.io.metrics import MetricsWriter, SamplesWriter
 from jexit.io.progress import Progress
 from jexit.loops.compilations import Compilations
+from jexit.loops.flops import mfu
 from jexit.steps.state import TrainState
 
 # (state, step) → (state after the step, metrics on device or host)
@@ -40,8 +41,10 @@ class Trainer:
     """Drives `one_step` from the newest checkpoint to `config.steps`.
 
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
-    the log. `shown` maps metric names to the short names of the progress bar. `host_state` and
-    `load_host_state` save and restore what a loop keeps on the host besides the state.
+    the log. `tokens` and `model_flops` of a step's metrics become `tokens_per_second` and, where
+    the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
+    `host_state` and `load_host_state` save and restore what a loop keeps on the host besides the
+    state.
     """
 
     config: Config
@@ -151,6 +154,9 @@ class Trainer:
         self._scores.append(self._score(values))
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") / values["step_seconds"]
+        if "model_flops" in values:
+            devices = math.prod(dataclasses.astuple(self.config.mesh))
+            values |= mfu(values.pop("model_flops"), values["step_seconds"], devices)
         self._writer.write(step, values | peak_memory())
         self._progress.update(
             step, **{short: values[name] for name, short in self.shown.items() if name in values}

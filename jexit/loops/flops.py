@@ -1,0 +1,193 @@
+"""Model FLOPs of training steps, and `mfu`: what share they are of what the chips could do.
+
+mfu = model FLOPs of a step / (seconds of the step × peak bfloat16 FLOP/s of a device × devices).
+
+Model FLOPs are those of the matrix products that the method asks for (arXiv:2204.02311, appendix
+B), a multiply-add counting 2, over real tokens: padding, recomputation by `model.remat` or inside a
+kernel, element-wise work and the optimiser add seconds and no FLOPs. Attention counts the pairs of
+a query and a key at or before it. For a token, n tokens into its row, in one layer forward:
+
+    4·D·H·(N + K) + 6·D·F                 projections q, k, v, o and the MLP
+    + Σ over LoRA's targets 2·R·(in + out)
+    + 4·N·H·n                             scores and the average of the values
+
+Backward: frozen weights cost their forward FLOPs once (the gradient to the activations), trained
+ones and attention twice. Logits cost 2·D·V a token, the same again for the gradient to the hidden
+state, and once more for that to a head that trains. An exit's head costs 4·D² + 4·D forward (2·D
+when linear) and twice that backward; the embedding costs nothing.
+
+A step of
+- pretraining is a forward and backward pass of the trunk and the logits of every position (each
+  exit's too, where they have a loss). Rows count whole: their padding is not known apart;
+- calibration is the teacher's pass, with `sft.target=student` one of the student, the logits of the
+  final states and of every exit at the completion's tokens, and for each of the S students a
+  forward and backward pass with the logits of its completion;
+- RL is the rollouts, the teacher's pass and its logits, and for each of `rl.updates_per_batch` a
+  forward and backward pass of the student with its logits. Training runs every layer for every
+  token, masked where the token has left, and so it is counted. Rollouts are counted by what ran:
+  each prompt once, each token the layers of its own depth and the keys and values of the rest. A
+  step's seconds hold the rollouts' too, so `mfu` here is mostly decoding's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jexit.kernels.dispatch import target
+from jexit.model.lora import LoRA
+from jexit.model.transformer import Transformer
+from jexit.presets import Architecture
+from jexit.rollout import Rollouts
+
+# Dense bfloat16 FLOP/s of a device by JAX's name of it: the vendors' public figures, for GPUs half
+# of those "with sparsity". A name that is not here reports no mfu.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+}
+
+
+def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
+    """The metric `mfu` of a step, or nothing where the chip's peak is not known."""
+    peak = PEAK_FLOPS.get(target().device_kind)
+    return {} if peak is None else {"mfu": flops / (seconds * peak * devices)}
+
+
+class Work(NamedTuple):
+    """Tokens that a pass computes, and the pairs of a query and a key among them."""
+
+    tokens: int
+    pairs: int
+
+    @classmethod
+    def of(cls, lengths_B: np.ndarray) -> Work:
+        """Of whole rows with so many tokens each."""
+        lengths_B = np.asarray(lengths_B, np.int64)
+        return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlops:
+    """FLOPs of one model's passes and steps; the module has the formulas."""
+
+    arch: Architecture
+    exit_layers: tuple[int, ...]
+    exit_kind: str
+    lora: LoRA | None
+    full: bool  # the base weights train
+
+    @classmethod
+    def of(cls, model: Transformer, *, full: bool) -> ModelFlops:
+        return cls(
+            arch=model.arch,
+            exit_layers=model.exit_layers,
+            exit_kind=model.exit_head.kind,
+            lora=model.lora,
+            full=full,
+        )
+
+    def forward(self, work: Work, *, adapters: bool = True, hazards: bool = False) -> float:
+        """One pass through all layers; with `hazards` through every exit's head too."""
+        token = self._base() + (self._adapters() if adapters else 0.0)
+        layers = self.arch.layers * (token * work.tokens + self._pair() * work.pairs)
+        return layers + (len(self.exit_layers) * self._exit_head() * work.tokens if hazards else 0)
+
+    def backward(self, work: Work, *, hazards: bool = False) -> float:
+        """The gradients that `forward` of the same needs, to what trains."""
+        token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
+        layers = self.arch.layers * (token * work.tokens + 2.0 * self._pair() * work.pairs)
+        heads = 2.0 * len(self.exit_layers) * self._exit_head() * work.tokens
+        return layers + (heads if hazards else 0.0)
+
+    def logits(self, tokens: int, *, trained: bool = False) -> float:
+        """The output head at so many states; `trained`: with the gradients of a loss on them."""
+        products = 1 + (2 if self.full else 1) * trained
+        return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
+
+    def pretrain_step(self, rows: int, length: int, *, exit_loss: bool) -> float:
+        """`rows` rows of `length` positions each."""
+        work = Work.of(np.full(rows, length))
+        losses = 1 + (len(self.exit_layers) if exit_loss else 0)
+        passes = self.forward(work) + self.backward(work)
+        return passes + losses * self.logits(work.tokens, trained=True)
+
+    def sft_step(self, work: Work, completion_tokens: int, *, samples: int, target: str) -> float:
+        """`work` is of prompts and completions; `target` is `sft.target`."""
+        measured = self.forward(work, adapters=False)
+        if target == "student":
+            measured += self.forward(work)
+        measured += (1 + len(self.exit_layers)) * self.logits(completion_tokens)
+        return measured + samples * self._student(work, completion_tokens)
+
+    def rl_step(self, work: Work, completion_tokens: int, *, updates: int) -> float:
+        """Scoring and updates, without the rollouts."""
+        scored = self.forward(work, adapters=False) + self.logits(completion_tokens)
+        return scored + updates * self._student(work, completion_tokens)
+
+    def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
+        """What ran for the rows that the mask `rows_B` picks; a prompt counts with its first."""
+        length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
+        first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)
+        flops = self.forward(Work.of(prompt_B[first_B])) + self.logits(int(first_B.sum()))
+        # The pass that produced token i stands at position prompt + i − 1 and sees itself.
+        column_C = np.arange(1, rollouts.depths_BT.shape[1])
+        pass_BC = rows_B[:, None] & (column_C < length_B[:, None])
+        depth_BC = np.where(pass_BC, rollouts.depths_BT[:, 1:], 0).astype(np.int64)
+        passes, layers_run = int(pass_BC.sum()), int(depth_BC.sum())
+        flops += layers_run * (self._base() + self._adapters())
+        frozen = passes * self.arch.layers - layers_run
+        flops += frozen * (self._base("k", "v") + self._adapters("k", "v"))
+        flops += self._pair() * int((depth_BC * (prompt_B[:, None] + column_C)).sum())
+        reached = sum(int((depth_BC >= exit_layer).sum()) for exit_layer in self.exit_layers)
+        return flops + reached * self._exit_head() + self.logits(passes)
+
+    def _student(self, work: Work, completion_tokens: int) -> float:
+        passes = self.forward(work, hazards=True) + self.backward(work, hazards=True)
+        return passes + self.logits(completion_tokens, trained=True)
+
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each projection."""
+        arch = self.arch
+        queries, keys = arch.query_heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        return {
+            "q": (arch.width, queries),
+            "k": (arch.width, keys),
+            "v": (arch.width, keys),
+            "o": (queries, arch.width),
+            "gate": (arch.width, arch.mlp_width),
+            "up": (arch.width, arch.mlp_width),
+            "down": (arch.mlp_width, arch.width),
+        }
+
+    def _base(self, *names: str) -> float:
+        """A token in one layer's projections: those named, or all."""
+        projections = self._projections()
+        return sum(2.0 * math.prod(projections[name]) for name in names or projections)
+
+    def _adapters(self, *names: str) -> float:
+        projections, lora = self._projections(), self.lora
+        if lora is None:
+            return 0.0
+        targets = [name for name in names or projections if name in lora.targets]
+        return sum(2.0 * lora.rank * sum(projections[name]) for name in targets)
+
+    def _pair(self) -> float:
+        """A query and a key in one layer: the score, and the value's part."""
+        return 4.0 * self.arch.query_heads * self.arch.head_dim
+
+    def _exit_head(self) -> float:
+        width = self.arch.width
+        return 2.0 * width if self.exit_kind == "linear" else 4.0 * width**2 + 4.0 * width

@@ -1,0 +1,195 @@
+"""Model FLOPs against what XLA counts in the same passes, and `mfu` from them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jexit.dist import host_rows
+from jexit.kernels.dispatch import compiling_for
+from jexit.loops import flops
+from jexit.loops.flops import PEAK_FLOPS, ModelFlops, Work, mfu
+from jexit.model.lora import LoRA
+from jexit.model.policies import Prescribed
+from jexit.model.transformer import Execution, ExitHeadSettings, Transformer, logits_of, run
+from jexit.presets import PRESETS, Architecture
+from jexit.rollout import Rollouts
+from jexit.steps.state import split_model
+from small_runs import run as run_command
+
+# Wide enough that what is not a matrix product, which XLA counts too, is little.
+ARCH = Architecture(
+    family="qwen3",
+    vocab_size=640,
+    width=256,
+    layers=3,
+    query_heads=8,
+    kv_heads=2,
+    head_dim=48,
+    mlp_width=704,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tied=False,
+    max_positions=64,
+)
+ADAPTERS = LoRA(rank=16, alpha=16.0, targets=("q", "k", "o", "gate", "down"))
+EXITS = (1, 2)
+ROWS, LENGTH = 4, 32
+# XLA computes every pair of a query and a key, and has no padding.
+WHOLE = Work(ROWS * LENGTH, ROWS * LENGTH**2)
+ELEMENTWISE = 0.04  # what XLA counts besides matrix products, at most
+
+
+def make_model(lora, kind="mlp"):
+    return Transformer(
+        ARCH,
+        exit_layers=EXITS,
+        exit_head=ExitHeadSettings(kind=kind),
+        lora=lora,
+        execution=Execution(attention="xla", scan_unroll=ARCH.layers),  # a loop counts once
+        rngs=nnx.Rngs(0),
+    )
+
+
+def counted_by_xla(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+TOKENS_BT = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+DEPTHS_BT = jnp.full((ROWS, LENGTH), ARCH.layers)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+@pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["plain", "lora"])
+def test_a_forward_pass_is_what_xla_counts(lora, kind):
+    model = make_model(lora, kind)
+    graphdef, state = nnx.split(model)
+
+    def forward(state, tokens_BT):
+        model = nnx.merge(graphdef, state)
+        out = run(model, tokens_BT, policy=Prescribed(DEPTHS_BT), hazards=True)
+        return logits_of(out.hidden_BTD, model.head_VD), out.hazard_logits_BTE
+
+    ours = ModelFlops.of(model, full=False)
+    truth = ours.forward(WHOLE, hazards=True) + ours.logits(WHOLE.tokens)
+    found = counted_by_xla(forward, state, TOKENS_BT)
+    assert truth <= found <= (1 + ELEMENTWISE) * truth
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_backward_pass_is_what_xla_counts(full):
+    """Twice the forward pass for what trains, once for what is frozen."""
+    model = make_model(None if full else ADAPTERS)
+    split = split_model(model, full=full, keep_teacher=False)
+    # With a gradient to the embedding none of the first layer's work can be left out.
+    trainable, frozen = split.trainable, split.fixed.frozen
+
+    def loss(trainable, frozen, offset_BTD, tokens_BT):
+        model = nnx.merge(split.graphdef, trainable, frozen)
+        out = run(model, tokens_BT, policy=Prescribed(DEPTHS_BT), hazards=True)
+        logits = logits_of(out.hidden_BTD + offset_BTD, model.head_VD)
+        return jnp.sum(jnp.square(logits)) + jnp.sum(out.hazard_logits_BTE)
+
+    offset_BTD = jax.ShapeDtypeStruct((ROWS, LENGTH, ARCH.width), jnp.float32)
+    found = counted_by_xla(jax.grad(loss, (0, 2)), trainable, frozen, offset_BTD, TOKENS_BT)
+    ours = ModelFlops.of(model, full=full)
+    passes = ours.forward(WHOLE, hazards=True) + ours.backward(WHOLE, hazards=True)
+    truth = passes + ours.logits(WHOLE.tokens, trained=True)
+    assert found == pytest.approx(truth, rel=ELEMENTWISE)
+
+
+def test_steps_are_made_of_passes():
+    ours = ModelFlops.of(make_model(ADAPTERS), full=False)
+    work = Work.of(np.asarray([5, 3]))
+    assert work == (8, 15 + 6)
+    student = ours.forward(work, hazards=True) + ours.backward(work, hazards=True)
+    student += 2 * ours.logits(4)  # and the gradient to the hidden states
+    teacher = ours.forward(work, adapters=False)
+    published = ours.sft_step(work, 4, samples=3, target="teacher")
+    assert published == pytest.approx(teacher + 3 * ours.logits(4) + 3 * student)
+    other = ours.sft_step(work, 4, samples=3, target="student")
+    assert other - published == pytest.approx(ours.forward(work))
+    update = ours.rl_step(work, 4, updates=2)
+    assert update == pytest.approx(teacher + ours.logits(4) + 2 * student)
+
+
+def test_the_biggest_part_is_six_times_the_parameters_a_token():
+    """The rule of thumb, for a real model without adapters, within a twentieth."""
+    arch = PRESETS["qwen3-4b"].architecture
+    ours = ModelFlops(arch=arch, exit_layers=(), exit_kind="mlp", lora=None, full=True)
+    parameters = 4.02e9  # published; the tied head is among them
+    found = ours.pretrain_step(1, 512, exit_loss=False) / 512
+    assert found == pytest.approx(6 * parameters, rel=0.05)
+
+
+def rollouts(depths, prompt=3):
+    depths_BT = np.asarray(depths, np.int32)
+    rows, width = depths_BT.shape
+    zeros = np.zeros((rows, width))
+    return Rollouts(
+        prompts=[[1] * prompt] * (rows // 2),
+        prompt_B=np.arange(rows) // 2,
+        host_rows=host_rows(rows),
+        layers=ARCH.layers,
+        pad_id=0,
+        tokens_BT=zeros.astype(np.int32),
+        lengths_B=(depths_BT > 0).sum(1),
+        depths_BT=depths_BT,
+        logprobs_BT=zeros,
+        depth_logprobs_BT=zeros,
+        hazard_logits_BTE=None,
+        truncated_B=np.zeros(rows, bool),
+        shape=(prompt, width),
+        seconds=0.0,
+    )
+
+
+def test_rollouts_cost_what_ran():
+    """At full depth what one pass over the row costs; at depth 1 two layers' keys and values."""
+    ours = ModelFlops.of(make_model(None), full=False)
+    everyone = np.ones(2, bool)
+    whole = ours.rollouts(rollouts([[3, 3, 3, 0], [3, 0, 0, 0]]), everyone, samples=2)
+    prompt, row = Work.of([3]), Work.of([5])
+    heads = 2 * (4 * ARCH.width**2 + 4 * ARCH.width)
+    truth = ours.forward(row) + 2 * heads + ours.logits(1 + 2)
+    assert whole == pytest.approx(truth)
+    early = ours.rollouts(rollouts([[3, 1, 1, 0], [3, 0, 0, 0]]), everyone, samples=2)
+    saved = ours.forward(row) - ours.forward(prompt)
+    kept = 2 * 2 * ARCH.width * ARCH.kv_heads * ARCH.head_dim  # a token's keys and values
+    assert whole - early == pytest.approx(saved * 2 / 3 - 2 * kept * 2 + 2 * heads / 2)
+    halves = [
+        ours.rollouts(rollouts([[3, 2, 1, 3], [3, 3, 0, 0]]), np.asarray(rows), samples=2)
+        for rows in ([True, False], [False, True], [True, True])
+    ]
+    assert halves[0] + halves[1] == pytest.approx(halves[2])
+
+
+def test_mfu_is_a_share_of_the_chips_peak():
+    with compiling_for("tpu", "TPU v5 lite"):
+        assert mfu(197e12, 2.0, 4) == {"mfu": pytest.approx(1 / 8)}
+    with compiling_for("gpu", "NVIDIA H100 80GB HBM3"):
+        assert mfu(989.4e12, 1.0, 1) == {"mfu": pytest.approx(1.0)}
+    with compiling_for("gpu", "NVIDIA GeForce RTX 5090"):
+        assert mfu(1e12, 1.0, 1) == {}
+    assert "cpu" not in PEAK_FLOPS and mfu(1e12, 1.0, 1) == {}
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_a_run_logs_mfu_where_the_chip_is_known(command, model_dir, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e9)
+    monkeypatch.setattr(
+        f"jexit.loops.trainer.{mfu.__name__}",
+        lambda *arguments: seen.append(arguments) or flops.mfu(*arguments),
+    )
+    run_command(command, model_dir, tmp_path, steps=2, eval__problems=2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(seen) == 2
+    for row, (counted, seconds, devices) in zip(rows, seen, strict=True):
+        assert devices == 1 and seconds == row["step_seconds"]
+        assert 1e6 < counted < 1e9
+        assert row["mfu"] == pytest.approx(counted / (seconds * 1e9))
+        assert "model_flops" not in row
