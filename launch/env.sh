@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# Sourced by run.sh, test.sh and cluster.sh: finds a Python, makes .venv in the checkout and keeps it
-# up to date.
+# Sourced by run.sh, test.sh and cluster.sh: finds a Python and keeps the checkout's .venv current.
 #
 #   JEXIT_PYTHON   the interpreter to build .venv with (default: the first of python3, python3.13,
 #                  python3.12, python3.11 that is 3.11 to 3.13 and can make environments)
