@@ -62,3 +62,35 @@ def test_cudnn_is_called_and_nothing_holds_scores(padding):
     assert row["kernels"] == 2, "forward and backward"
     assert not row["holds_scores"], f"the program holds an array [{row['largest']}]"
     assert row["share"] < 0.08, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"
+
+
+@pytest.mark.parametrize(
+    ("topology", "attention", "sentence"),
+    [
+        pytest.param(*case, marks=marks)
+        for *case, marks in [
+            ("v5e:2x2", "cudnn", "needs a GPU, found tpu", [pytest.mark.tpu_aot, aot.needs_libtpu]),
+            (
+                "h100:1",
+                "splash",
+                "needs a TPU, found gpu",
+                [pytest.mark.gpu_aot, aot.needs_cuda_plugin],
+            ),
+        ]
+    ],
+)
+def test_preflight_refuses_what_the_topology_cannot_run(topology, attention, sentence):
+    code = f"""
+import json
+from jexit.aot.preflight import preflight
+from jexit.config import Config
+from configs.sft import get_config
+config = get_config()
+config.model.attention = {attention!r}
+try:
+    preflight(Config.from_dict(config), {topology!r})
+except ValueError as error:
+    print(json.dumps(str(error)).join(('{{"error": ', '}}')))
+"""
+    (row,) = aot.run_compiler(["-c", code])
+    assert f"config.model.attention={attention} {sentence}; set " in row["error"]
