@@ -28,6 +28,7 @@ from jexit.axes import (
 from jexit.dist import constrain
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
+from jexit.model.embedding import Embedding
 from jexit.model.exits import ExitHeads
 from jexit.model.layers import RMSNorm, rope_table
 from jexit.model.lora import LoRA
@@ -57,14 +58,6 @@ class ExitHeadSettings:
     kind: Literal["mlp", "linear"] = "mlp"
     norm: Literal["rms", "none"] = "rms"
     bias: float = -4.0
-
-
-class Embedding(nnx.Module):
-    """Token embeddings [V, D]; the output head too when the checkpoint ties them."""
-
-    def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        shape = (arch.vocab_size, arch.width)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * 0.02)
 
 
 class Head(nnx.Module):
@@ -228,7 +221,7 @@ def run(
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
 
-    h_BTD = constrain(model.embed.embedding[...][tokens_BT], "B..")
+    h_BTD = constrain(model.embed(tokens_BT), "B..")
     exits = len(model.exit_layers)
     buffer = jnp.zeros((exits, *h_BTD.shape), h_BTD.dtype) if exit_hidden else None
     start_BT = policy.start((batch, length), arch.layers)

@@ -278,7 +278,7 @@ def _run_token(
     depth_B = policy.start((batch,), layers)
     start = _Pass(
         layer=jnp.zeros((), jnp.int32),
-        h_BD=model.embed.embedding[...][state.token_B],
+        h_BD=model.embed(state.token_B),
         depth_B=jnp.where(state.finished_B, 0, depth_B),  # nobody runs for rows that have ended
         # Exits that are not reached hold zeros in the loop: the law may read them, times nothing.
         hazard_logits_BE=jnp.zeros((batch, len(exit_layers))) if reads_hazards else None,

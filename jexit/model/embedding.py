@@ -1,0 +1,71 @@
+"""Token embeddings, and their lookup where the table is divided over a mesh."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jexit.axes import Array, Float, Int
+from jexit.dist.rules import spec
+from jexit.presets import Architecture
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D]; the output head too when the checkpoint ties them."""
+
+    def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (arch.vocab_size, arch.width)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * 0.02)
+
+    def __call__(self, tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
+        return look_up(self.embedding[...], tokens)
+
+
+def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
+    """`table_VD[tokens]`, divided over the mesh that is set as `jexit.dist.rules` has its rows.
+
+    The table lies in pieces of vocabulary (over `tensor`) and width (over `fsdp`), from which the
+    compiler by itself makes the whole result on every device. Here each device looks up, for the
+    rows of all its neighbours along `fsdp`, what its piece holds; a sum over `tensor` completes the
+    vocabulary, and neighbours exchange pieces of the width for rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return table_VD[tokens]
+    table_spec = spec("VD", table_VD.shape)
+    rows_spec = spec("B" + "." * (tokens.ndim - 1), tokens.shape)
+    vocab_axes, width_axes = table_spec
+    exchanges = bool(_names(width_axes)) and _names(width_axes) <= _names(rows_spec[0])
+    last = tokens.ndim
+
+    def local(table_VD: Array, tokens: Array) -> Array:
+        if exchanges:
+            tokens = jax.lax.all_gather(tokens, width_axes, axis=0, tiled=True)
+        if vocab_axes is None:
+            found = table_VD[tokens]
+        else:
+            place = tokens - jax.lax.axis_index(vocab_axes) * table_VD.shape[0]
+            here = (place >= 0) & (place < table_VD.shape[0])
+            found = jnp.where(here[..., None], jnp.take(table_VD, place, axis=0, mode="clip"), 0)
+            found = jax.lax.psum(found, vocab_axes)  # of one number and zeros: exact
+        if exchanges:
+            return jax.lax.all_to_all(found, width_axes, 0, last, tiled=True)
+        if width_axes is not None:
+            return jax.lax.all_gather(found, width_axes, axis=last, tiled=True)
+        return found
+
+    divided = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(table_spec, rows_spec),
+        out_specs=P(*rows_spec, None),
+        check_vma=False,
+    )
+    return divided(table_VD, tokens)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> set[str]:
+    """Mesh axes of a partition's entry, which writes a single one without its tuple."""
+    return {entry} if isinstance(entry, str) else set(entry or ())
