@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import grain  # noqa: F401  it defines flags, which flagsaver would take away if it came later
 import numpy as np
 import pytest
 from absl import flags

@@ -180,7 +180,8 @@ def test_a_topology_that_is_not_known_is_one_sentence(name, capsys):
 
 def run(argv: list[str], before: str = "") -> subprocess.CompletedProcess:
     """The command in a process of its own, with libtpu."""
-    code = f"import sys; from jexit import main; {before}sys.exit(main.main({argv!r}))"
+    code = f"import sys; from jexit import main; sys.argv = {argv!r}; {before}"
+    code += "sys.exit(main.main(sys.argv))"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_LIBRARY_PATH": str(aot.LIBTPU)}
     return subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=aot.ROOT, capture_output=True, text=True,
@@ -209,7 +210,7 @@ def test_an_unknown_topology_ends_the_command_with_one_sentence():
 
 @pytest.mark.tpu_aot
 @aot.needs_libtpu
-@pytest.mark.parametrize("command", ["sft", "rl"])
+@pytest.mark.parametrize("command", ["sft", pytest.param("rl", marks=pytest.mark.slow)])
 def test_every_step_of_a_stage_is_compiled_for_a_tpu(command):
     done = run(["jexit", f"--config=configs/{command}.py", "--aot=v5e:2x2", *SHORT])
     assert done.returncode == 0, done.stderr[-2000:]
