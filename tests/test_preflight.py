@@ -231,3 +231,18 @@ def test_what_does_not_fit_a_tpu_ends_the_command_with_one_sentence():
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("jexit: generation ") and "GiB on v5e:2x2" in last
     assert "the largest bf16[" in last or "the largest f32[" in last
+
+
+@pytest.mark.tpu_aot
+@aot.needs_libtpu
+def test_a_v4_chip_is_one_device():
+    code = (
+        "from jexit.aot.topologies import get_topology; from jexit.dist import make_mesh; "
+        "t = get_topology('v4:2x2x1'); print(make_mesh(1, 4, 1, devices=t.devices).size)"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_LIBRARY_PATH": str(aot.LIBTPU)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=aot.ROOT, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "4", done.stderr[-2000:]

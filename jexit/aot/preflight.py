@@ -224,7 +224,10 @@ def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
     }
     remedy = remedies[worst.part]
     if worst.part == "temporaries" and "step" not in worst.step and "update" not in worst.step:
-        remedy = "decode fewer prompts at once, lower max_new_tokens, or divide over more devices"
+        remedy = (
+            "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
+            "config.eval.batch_size), lower max_new_tokens, or divide over more devices"
+        )
     parts = {
         "arguments": worst.arguments + worst.beside,
         "temporaries": worst.peak - worst.arguments - worst.beside,
@@ -293,11 +296,17 @@ def _footnotes(reports: list[Report]) -> list[str]:
         "bytes that they produce",
     ]
     for report in reports:
-        cost = report.cost or Cost()
+        if report.cost is None:
+            continue
+        cost = report.cost
         if report.step.endswith("a token"):
+            # Where the layers' loop has a bound it counts as often; else it is among the others.
+            layers = (
+                "through all layers" if cost.at_most else "a loop over layers among those below"
+            )
             notes.append(
-                f"{report.step}: of every row, through all layers; loops that end by themselves "
-                f"count once ({', '.join(sorted(cost.unknown)) or 'none'})"
+                f"{report.step}: of every row, {layers}; loops that end by themselves count once "
+                f"({', '.join(sorted(cost.unknown)) or 'none'})"
             )
         elif cost.unknown:
             notes.append(

@@ -106,8 +106,10 @@ def _tpu(name: str) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # A v4 chip's two cores are one device, as JAX has them on real ones; libtpu's default is two.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        described = topologies.get_topology_desc(name, platform="tpu")
+        described = topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"libtpu has no slice {name}; the axes of a slice are powers of two ({error})"
