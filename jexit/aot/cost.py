@@ -3,6 +3,7 @@
 FLOPs are 2 · multiplications of every matrix product and convolution, plus what Pallas kernels say
 of themselves; additions, exponentials and the like between them are left out, as usual for model
 FLOPs. Recomputation (rematerialised layers) and what devices do twice count, for they run it.
+A product with a single row, which TPUs compute as multiplications and a sum, is left out with them.
 """
 
 from __future__ import annotations
