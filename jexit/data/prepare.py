@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jexit.tasks.base import SPLITS
-from jexit.tasks.gsm8k import Gsm8k, read_jsonl, row_fault
+from jexit.tasks.gsm8k import Gsm8k, published_files, read_jsonl, row_fault
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 
@@ -76,9 +76,7 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
     files = {}
     for split in SPLITS:
         named = source / f"{split}.jsonl"
-        # A part of a split goes by a name such as test_first660.jsonl; the "socratic" files hold
-        # the same questions again, with other answers.
-        parts = [f for f in sorted(source.glob(f"{split}*.jsonl")) if "socratic" not in f.name]
+        parts = published_files(source, split)
         if not named.exists() and len(parts) > 1:
             raise ValueError(
                 f"{source} holds {parts[0].name} and {parts[1].name} and no {named.name}; name the "

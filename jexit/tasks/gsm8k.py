@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jexit.tasks import answers
-from jexit.tasks.base import Problem, Rewards, Split, Task, Verdict, check_split
+from jexit.tasks.base import SPLITS, Problem, Rewards, Split, Task, Verdict, check_split
 
 INSTRUCTION = (
     "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
@@ -134,9 +134,9 @@ class Gsm8k(Task):
             return _tfds_rows(_downloaded_builder(), split)
         if self.path.is_file():
             return read_jsonl(self.path)
-        if (self.path / "train.jsonl").exists() or list(self.path.glob("test*.jsonl")):
-            pattern = "train.jsonl" if split == "train" else "test*.jsonl"
-            return (row for file in sorted(self.path.glob(pattern)) for row in read_jsonl(file))
+        if any(published_files(self.path, either) for either in SPLITS):
+            files = published_files(self.path, split)
+            return (row for file in files for row in read_jsonl(file))
         versions = sorted(self.path.glob("gsm8k/*/dataset_info.json"))
         for info in (self.path / "dataset_info.json", *reversed(versions)):
             if info.exists():
@@ -146,6 +146,15 @@ class Gsm8k(Task):
             "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
             "to a folder that does"
         )
+
+
+def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
+    """`train.jsonl`, or all of `test*.jsonl`: the split may come in parts.
+
+    Not the "socratic" files, which hold the same questions again with other answers.
+    """
+    pattern = "train.jsonl" if split == "train" else "test*.jsonl"
+    return [file for file in sorted(folder.glob(pattern)) if "socratic" not in file.name]
 
 
 def row_fault(row: dict[str, Any]) -> str | None:

@@ -44,6 +44,11 @@ def refusal(capsys, *argv) -> str:
     return err
 
 
+def test_the_task_takes_the_same_files_as_they_are(source):
+    task = make_task("gsm8k", str(source))
+    assert (task.size("train"), task.size("test")) == (40, 7)
+
+
 def test_the_task_reads_what_was_built(source, tmp_path, capsys):
     target = tmp_path / "data"
     assert prepare.main(["gsm8k", f"--from={source}", f"--to={target}"]) == 0
