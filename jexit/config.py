@@ -90,6 +90,14 @@ _ABOVE_ZERO = (
 )
 
 
+# Metrics by which a checkpoint can be the best, of each command that trains.
+BEST_METRICS = {
+    "pretrain": ("loss", "loss/text"),
+    "sft": ("loss", "loss/exit", "kl/teacher", "depth/fraction"),
+    "rl": ("reward/mean", "reward/verifier", "accuracy", "loss", "kl/teacher", "depth/fraction"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One run. `steps` counts optimiser batches; `batch_size` counts sequences (RL: prompts)."""
@@ -182,6 +190,12 @@ class Config:
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "
                 "config.lora.rank=0 trains; set config.sft.target=teacher or a rank above 0"
+            )
+        measured = BEST_METRICS.get(self.command, ())
+        if measured and self.best_metric.removeprefix("-") not in measured:
+            raise ValueError(
+                f"config.checkpoint.best_metric is {self.checkpoint.best_metric!r}; choose among "
+                f"{', '.join(measured)}, with a '-' before what is best when lowest"
             )
         if self.checkpoint.final == "best" and self.checkpoint.keep_best == 0:
             raise ValueError(

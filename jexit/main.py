@@ -39,7 +39,7 @@ COORDINATOR = flags.DEFINE_string(
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 PROCESS = flags.DEFINE_integer("process", None, "Number of this process, with --coordinator.")
 HOST_TIMEOUT = flags.DEFINE_float(
-    "host_timeout", 600.0, "Seconds after which a wait for other hosts ends the run.", 1.0
+    "host_timeout", 600.0, "Seconds after which a wait for other hosts ends the run."
 )
 AOT = flags.DEFINE_string("aot", None, "Compile for a topology such as v5e:4x4; run nothing.")
 

@@ -178,7 +178,7 @@ check_job() {
     run_directory=runs/$run_directory
   fi
   case $run_directory/ in
-    */../*) ;;
+    ../* | */../*) ;;
     /*)
       case $run_directory in
         "$shared"/?*)
@@ -211,15 +211,15 @@ read_accelerator() {
   chips=$((size / cores))
 }
 
-check_mesh() { # check_mesh CHIPS WHAT: the mesh, where jexit's arguments name it, takes all of them
+check_mesh() { # check_mesh CHIPS WHAT: the mesh takes all of them
   local axis size product=1 named=""
   for axis in data fsdp tensor; do
     size=$(jexit_flag "config.mesh.$axis")
-    [[ $size =~ $COUNT ]] || continue # jexit itself says what is wrong with it
+    [[ $size =~ $COUNT ]] || size=1 # as jexit has it, or says what is wrong with it
     named+="${named:+ × }$axis $size"
     product=$((product * size))
   done
-  [[ -z $named || $product == "$1" ]] ||
+  [[ $product == "$1" ]] ||
     misuse "the mesh is $named = $product devices and $2 has $1; make the product $1, such as" \
       "--config.mesh.fsdp=$1."
 }

@@ -210,6 +210,10 @@ def test_the_command_is_needed():
         ({"checkpoint__final": "best"}, r"kept for being the best; set config\.checkpoint\.keep_b"),
         ({"checkpoint__final": "first"}, r"final is 'first'; choose one of last, best"),
         ({"checkpoint__keep_best": -1}, r"config\.checkpoint\.keep_best is -1; it must be at"),
+        (
+            {"checkpoint__best_metric": "rewards"},
+            r"best_metric is 'rewards'; choose among reward/mean, .*, with a '-' before",
+        ),
         ({"checkpoint__keep": 0}, r"config\.checkpoint\.keep is 0; it must be at least 1"),
     ],
 )

@@ -156,7 +156,10 @@ def test_a_dry_run_prints_what_a_run_does_and_runs_nothing(cluster):
     ("wrong", "said"),
     [
         ("--type=h100", "--type is 'h100'; give v5litepod-N or v6e-N"),
-        ("--type=v6e-16", "the mesh is fsdp 8 = 8 devices and v6e-16 has 16; make the product 16"),
+        (
+            "--type=v6e-16",
+            "the mesh is data 1 × fsdp 8 × tensor 1 = 8 devices and v6e-16 has 16; make",
+        ),
         ("--storage=", "--storage has no value; write --storage=VALUE."),
         ("--mount=~/x", "--mount is '~/x'; it is an absolute path"),
         ("--shared=bucket", "--shared is 'bucket'; it is gs://BUCKET[/PATH], or left out."),

@@ -140,6 +140,39 @@ def test_a_host_that_is_killed_ends_the_other_with_a_message(victim, model_dir, 
     assert "run the same command on every host" in text and "Traceback" not in text
 
 
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_host_that_hangs_ends_the_other_with_a_message(victim, model_dir, tmp_path):
+    flags = arguments("rl", model_dir, tmp_path / "run", steps=10_000)
+    processes, logs = start(flags, hosts=2, timeout=15)
+    wait_for_steps(tmp_path / "run", 2, processes)
+    processes[victim].send_signal(signal.SIGSTOP)
+    other = 1 - victim
+    try:
+        code = processes[other].wait(60)
+    finally:
+        processes[victim].kill()
+        processes[other].kill()
+    text = pathlib.Path(f"{logs[other]}.log").read_text()
+    assert code == LOST, text
+    assert f"jexit: host {other} of 2 stops at " in text
+    assert "run the same command on every host" in text
+
+
+@pytest.mark.slow
+def test_a_signal_before_training_ends_a_host_and_then_the_others(model_dir, tmp_path):
+    """While the teacher writes there is nothing to save: SIGTERM does what it does alone."""
+    settings = {"sft__pool": 4000, "sft__max_new_tokens": 64}
+    flags = arguments("sft", model_dir, tmp_path / "run", **settings)
+    processes, logs = start(flags, hosts=2, timeout=30)
+    end = time.monotonic() + 200
+    while "teacher trajectories" not in pathlib.Path(f"{logs[0]}.log").read_text():
+        assert time.monotonic() < end and processes[0].poll() is None
+        time.sleep(0.2)
+    processes[1].terminate()
+    assert processes[1].wait(10) == -signal.SIGTERM
+    assert processes[0].wait(90) == LOST
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_host_saves_all_and_one_process_can_go_on(model_dir, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -154,6 +187,30 @@ def test_a_signal_to_one_host_saves_all_and_one_process_can_go_on(model_dir, tmp
     assert "stopped by SIGTERM after step" in texts[0]
     run(flags)  # one process with both devices
     assert_same_run(whole, cut)
+
+
+def test_hosts_that_never_come(model_dir, tmp_path):
+    hosts = ["--coordinator=127.0.0.1:15999", "--processes=2", "--process=0"]
+    flags = [*arguments("rl", model_dir, tmp_path / "run"), *hosts]
+    codes, (text,) = finish(*start(flags, timeout=3))
+    assert codes == [LOST] and not (tmp_path / "run").exists()
+    assert "process 0 of 2 waited 3 s and the others have not all come" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("processes", "timeout", "words"),
+    [
+        (2, "inf", "--host_timeout is inf; give seconds from 1 to 86400"),
+        (2, "nan", "--host_timeout is nan; give seconds from 1 to 86400"),
+        (0, "60", "--processes is 0; it is at least 1"),
+    ],
+)
+def test_flags_for_hosts_that_cannot_be(processes, timeout, words, model_dir, tmp_path):
+    hosts = ["--coordinator=127.0.0.1:9", f"--processes={processes}", "--process=0"]
+    flags = [*arguments("rl", model_dir, tmp_path / "run"), *hosts]
+    codes, (text,) = finish(*start(flags, timeout=timeout))
+    assert codes == [1] and f"jexit: {words}" in text and "Traceback" not in text
 
 
 def test_a_coordinator_that_never_comes(model_dir, tmp_path):

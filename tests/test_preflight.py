@@ -172,6 +172,31 @@ def test_what_the_compiler_refuses_is_a_row_and_a_sentence(eight_cpus, monkeypat
     assert "over 8 devices" in str(refused.value)
 
 
+def test_a_slice_that_libtpu_aborts_on_is_one_sentence():
+    with pytest.raises(ValueError, match="slice v5e:64x64 has an axis over 16, which libtpu"):
+        get_topology("v5e:64x64")
+
+
+SLICES = """
+import json
+from jexit.aot.topologies import get_topology
+for name in ("v5e:1x1", "v6e:2x4", "v4:2x2x1"):
+    print(json.dumps({"found": [name, len(get_topology(name).devices)]}))
+try:
+    get_topology("v5e:3x5")
+except ValueError as error:
+    print(json.dumps({"found": str(error)}))
+"""
+
+
+@pytest.mark.tpu_aot
+@aot.needs_libtpu
+def test_a_slice_has_a_device_a_chip_and_one_that_there_is_not_is_one_sentence():
+    *found, error = (line["found"] for line in aot.run_compiler(["-c", SLICES]))
+    assert found == [["v5e:1x1", 1], ["v6e:2x4", 8], ["v4:2x2x1", 4]]
+    assert error.startswith("libtpu has no slice v5e:3x5 (") and error.endswith("such as 2x2")
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e:2x2x2", "h100", "h100:0", "v5p:4x4"])
 def test_a_topology_that_is_not_known_is_one_sentence(name, capsys):
     with pytest.raises(ValueError, match="is not known; use one like"):

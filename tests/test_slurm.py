@@ -133,7 +133,10 @@ def test_a_dry_run_prints_everything_and_runs_nothing(cluster):
         ("--gpus=", "--gpus has no value; write --gpus=VALUE."),
         ("--gpus=0", "--nodes is 2 and --gpus is 0; both are at least 1."),
         ("--nodes=two", "--nodes is 'two'; it is a whole number."),
-        ("--nodes=4", "the mesh is data 2 × fsdp 8 = 16 devices and 4 × 8 GPUs has 32; make"),
+        (
+            "--nodes=4",
+            "the mesh is data 2 × fsdp 8 × tensor 1 = 16 devices and 4 × 8 GPUs has 32; make",
+        ),
         ("--shared=runs", "--shared is 'runs'; it is an absolute path"),
         ("--shared=/not/there", "there is no directory /not/there; make it, on a file system"),
         ("--zone=x", "unknown option '--zone=x'; the options are --name, --nodes, --gpus,"),

@@ -310,7 +310,10 @@ WRONG = [
     (["--type=v9-8"], "--type is 'v9-8'; give v5litepod-N or v6e-N"),
     (["--type=v6e-7"], "--type is 'v6e-7'; give"),
     (["--type=v5litepod-"], "--type is 'v5litepod-'; give"),
-    (["--type=v6e-8"], "the mesh is fsdp 16 = 16 devices and v6e-8 has 8; make the product 8"),
+    (
+        ["--type=v6e-8"],
+        "the mesh is data 1 × fsdp 16 × tensor 1 = 16 devices and v6e-8 has 8; make the product 8",
+    ),
     (["--name=Trial"], "--name is 'Trial'; use up to 40 lower-case letters"),
     (["--shared=/home/me"], "--shared is '/home/me'; it is gs://BUCKET[/PATH] or"),
     (["--mount=here"], "--mount is 'here'; it is an absolute path"),
@@ -341,6 +344,8 @@ def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster, wrong
         ),
         ([*JOB, "--workdir=/tmp/elsewhere"], "--workdir is '/tmp/elsewhere', outside of "),
         ([*JOB, "--workdir=runs/../../x"], "--workdir is 'runs/../../x', outside of "),
+        ([*JOB, "--workdir=../x"], "--workdir is '../x', outside of "),
+        (JOB[:2], "the mesh is data 1 × fsdp 1 × tensor 1 = 1 devices and v5litepod-16 has 16"),
     ],
 )
 def test_a_job_that_cannot_be_right_is_one_sentence(cluster, job, said):

@@ -13,9 +13,9 @@ import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from jexit.aot.hlo import Array, Computation, Instruction, Module
+from jexit.aot.hlo import Array, Computation, Instruction, Module, Trips
 
 COLLECTIVES = (
     "all-gather",
@@ -68,11 +68,13 @@ class Cost:
         return sum(size for _, size in self.collectives.values())
 
 
-def cost_of(module: Module, *, branch_share: float = 1.0) -> Cost:
+def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
     """The cost of a module's run.
 
-    A conditional takes its dearest branch in `branch_share` of the cases and its cheapest in the
-    rest: what is conditional in the stack is the exits' heads, at E of L layers.
+    `loops` has the most rounds of loops whose number the module itself does not give, by the
+    `jax.named_scope` around them. A conditional takes its dearest branch in `branch_share` of the
+    cases and its cheapest in the rest: what is conditional in the stack is the exits' heads, at E
+    of L layers.
     """
 
     @functools.cache
@@ -87,6 +89,9 @@ def cost_of(module: Module, *, branch_share: float = 1.0) -> Cost:
         if instruction.opcode == "while":
             trips = module.trips(instruction, computation)
             where = frozenset({instruction.op_name or instruction.name})
+            for scope in loops.keys() & set(instruction.op_name.split("/")):
+                if trips.kind == "unknown":
+                    trips = Trips(loops[scope], "at most")
             cost = of(_attribute(instruction, "body")).times(trips.count)
             cost += of(_attribute(instruction, "condition")).times(trips.count + 1)
             return dataclasses.replace(

@@ -22,7 +22,7 @@ from jexit.dist import make_mesh
 from jexit.dist.rules import names_of
 
 # Memory of one device in GiB, by the beginning of a topology's name. Public figures.
-CAPACITY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "v7x": 192, "h100": 79.1}
+CAPACITY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 79.1}
 
 _LARGEST = 3  # arrays named of a step that does not fit
 
@@ -129,7 +129,7 @@ def _compile(program: Program, mesh: Mesh) -> Report:
         beside=beside,
         temporaries=memory.temp_size_in_bytes,
         peak=held + made,
-        cost=cost_of(module, branch_share=program.exit_share),
+        cost=cost_of(module, branch_share=program.exit_share, loops=program.loops),
         seconds=seconds,
         largest=largest,
     )

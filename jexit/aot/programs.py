@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +44,8 @@ class Program:
     """One jitted step: how to lower it, and what lies on the devices while it runs.
 
     `inputs` are its arguments by name; `beside` is what the run keeps there that is none of them;
-    `exit_share` is the share of the layers that have an exit before them.
+    `exit_share` is the share of the layers that have an exit before them; `loops` has the rounds of
+    loops that the compiled module does not tell, by their scope.
     `compiled` hears of the result, for a program that takes what this one returns.
     """
 
@@ -52,6 +53,7 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     inputs: dict[str, Any]
     exit_share: float
+    loops: Mapping[str, int] = dataclasses.field(default_factory=dict)
     beside: Any = None
     note: str = ""
     compiled: Callable[[jax.stages.Lowered, jax.stages.Compiled], None] | None = None
@@ -280,6 +282,7 @@ class _Rollouts:
     ) -> Iterator[Program]:
         """One prefill, and a decode with the largest cache for each policy."""
         split, mesh = self._split, self._mesh
+        layers = split.student(split.trainable).arch.layers
         own_teacher = split.fixed.teacher is not None and not adapters
         trunk = split.fixed.teacher if own_teacher else split.trainable
         states = (trunk, split.fixed.frozen)
@@ -324,6 +327,7 @@ class _Rollouts:
                 ),
                 inputs={"states": states, "decoding": made["state"]},
                 exit_share=_exit_share(split),
+                loops={decode.LAYERS_SCOPE: layers, decode.FILL_SCOPE: 0},
                 beside=beside,
             )
         yield from self._growth(name, new, slots, made["state"], beside)

@@ -19,7 +19,8 @@ from jax.experimental import topologies
 
 from jexit.kernels.dispatch import compiling_for
 
-TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "v7x": 3}  # axes of a slice
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # axes of a slice
+MAX_AXIS = 16  # chips; libtpu aborts the process beyond
 
 # Of the H100 SXM5 80 GB, in the words of XLA's description of a GPU.
 H100 = """
@@ -92,6 +93,11 @@ def get_topology(name: str) -> Topology:
     """
     kind, _, size = name.partition(":")
     if kind in TPUS and re.fullmatch(rf"\d+(x\d+){{{TPUS[kind] - 1}}}", size):
+        if max(map(int, size.split("x"))) > MAX_AXIS:
+            raise ValueError(
+                f"slice {name} has an axis over {MAX_AXIS}, which libtpu does not compile for; "
+                "take a smaller one: what a device needs hardly changes beyond"
+            )
         return _tpu(name)
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
         return _gpu(name, GPUS[kind], int(size))
@@ -108,11 +114,14 @@ def _tpu(name: str) -> Topology:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # A v4 chip's two cores are one device, as JAX has them on real ones; libtpu's default is two.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if name.endswith(":1x1"):  # by itself libtpu looks for whole hosts of several chips
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         described = topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"libtpu has no slice {name}; the axes of a slice are powers of two ({error})"
+            f"libtpu has no slice {name} ({reason}); take one that Cloud TPU offers, such as 2x2"
         ) from error
     return Topology(name, "tpu", list(described.devices))
 

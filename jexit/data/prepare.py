@@ -16,7 +16,9 @@ import io
 import os
 import pathlib
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +26,9 @@ from jexit.tasks.base import SPLITS
 from jexit.tasks.gsm8k import Gsm8k, published_files, read_jsonl, row_fault
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
+
+_PARTIAL = ".gsm8k.partial-"
+_STALE_SECONDS = 3600
 
 _AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there as they are published"
 
@@ -43,18 +48,21 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
         return _left_alone(final)
     rows = {split: list(_rows(file)) for split, file in files.items()}
 
-    # A sibling of the dataset's folder: a rename then moves it, and the task never looks there. Its
-    # name is fixed, so that what a killed run left behind is cleared by the next one.
-    partial = final.parent.parent / ".gsm8k.partial"
+    # A sibling of the dataset's folder: a rename then moves it, and the task never looks there.
+    # Hosts that share the directory may all build it, each in a folder of its own; one wins.
+    own = f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}"
+    partial = final.parent.parent / own
     made = [parent for parent in final.parents if not parent.exists()]
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear_old(final.parent.parent)
         _write(_builder(builder_class, rows, str(partial)))
         _flush(partial)
         final.parent.mkdir(parents=True, exist_ok=True)
         (partial / final.relative_to(final.parent.parent)).rename(final)
         _flush_one(final.parent)
     except OSError as error:
+        if final.exists():
+            return _left_alone(final)
         raise ValueError(
             f"{final} cannot be written ({error.strerror or error}); make room or give another "
             "directory with --to"
@@ -68,6 +76,13 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
     counts = {split: len(split_rows) for split, split_rows in rows.items()}
     note = "" if counts == PUBLISHED_ROWS else f"; published are {_counted(PUBLISHED_ROWS)}"
     return f"wrote {final}: {_counted(counts)}{note}"
+
+
+def _clear_old(folder: pathlib.Path) -> None:
+    """Removes what a killed run left behind; younger folders may belong to one that still runs."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jexit.dist.rules import AXES, names_of, parameter_axes, spec
@@ -38,6 +39,14 @@ def make_mesh(
             f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
             f"and the {jax.process_count()} hosts have {len(devices)}; make the product "
             f"{len(devices)}, such as config.mesh.fsdp={len(devices)}"
+        )
+    if wanted < len(devices) and devices[0].platform != "cpu":
+        logging.warning(
+            "config.mesh asks for %d of this machine's %d devices; the others stay idle, unless "
+            "the product of its sizes is %d.",
+            wanted,
+            len(devices),
+            len(devices),
         )
     devices = devices[:wanted]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,8 +26,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 TIMEOUT_SECONDS = 600
-HEARTBEAT_SECONDS = 100  # a host that is silent for longer counts as dead
+MAX_TIMEOUT_SECONDS = 86_400
 POLL_SECONDS = 1.0
+# JAX's own checks end a process without a word about the run, so they come after ours.
+MARGIN_SECONDS = 60
 LOST = 4  # exit code of a host that another one left alone
 
 _settings = {"timeout": float(TIMEOUT_SECONDS), "place": "the start of the run"}
@@ -51,8 +53,13 @@ def initialize(
     itself. Elsewhere all three arguments are needed: HOST:PORT of process 0, the number of
     processes and this one's number. Must come before the first computation. `timeout` in seconds
     holds for this and every later wait. Raises ValueError for arguments that do not fit together,
-    HostLost when the others do not come.
+    HostLost when no coordinator comes; a coordinator to which the others do not come ends the
+    process with a message.
     """
+    if not 1 <= timeout <= MAX_TIMEOUT_SECONDS:
+        raise ValueError(
+            f"--host_timeout is {timeout:g}; give seconds from 1 to {MAX_TIMEOUT_SECONDS}"
+        )
     _settings["timeout"] = timeout
     given = (coordinator, processes, process)
     if given == (None, None, None):
@@ -64,6 +71,8 @@ def initialize(
         )
     elif not re.fullmatch(r".+:\d+", coordinator or ""):
         raise ValueError(f"--coordinator is {coordinator!r}; it is HOST:PORT of process 0")
+    elif processes < 1:
+        raise ValueError(f"--processes is {processes}; it is at least 1")
     elif not 0 <= process < processes:
         raise ValueError(
             f"--process is {process} of --processes {processes}; it counts from 0 to "
@@ -71,6 +80,11 @@ def initialize(
         )
     if coordinator and process != 0:
         _await_coordinator(coordinator, process, timeout)
+    # It would take SIGTERM for itself; here signals of all hosts are exchanged after each step, and
+    # before the first step one ends the process, as it does alone.
+    jax.config.update("jax_enable_preemption_service", False)
+    patience = int(timeout) + MARGIN_SECONDS
+    timer = _after(timeout + 5, _nobody_came, process, processes)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -78,17 +92,24 @@ def initialize(
             process,
             # With an address the caller knows best; SLURM's one device a task is then not assumed.
             cluster_detection_method="deactivate" if coordinator else None,
-            initialization_timeout=max(1, int(timeout)),
-            heartbeat_timeout_seconds=max(1, min(HEARTBEAT_SECONDS, int(timeout))),
-            shutdown_timeout_seconds=max(1, int(timeout)),
+            initialization_timeout=patience,
+            heartbeat_timeout_seconds=patience,
+            shutdown_timeout_seconds=patience,
         )
-    except ValueError:
+    except ValueError as error:
         if coordinator:
             raise
+        if _task_of_several():
+            raise ValueError(
+                "this is one of several tasks and JAX cannot tell where they meet "
+                f"({_first_line(error)}); give --coordinator, --processes and --process"
+            ) from error
         # A TPU that is no part of a slice: JAX found no other host.
     except RuntimeError as error:
         place = coordinator or "the place that the cluster names"
         raise _no_coordinator(process, place, timeout, error) from error
+    finally:
+        timer.cancel()
 
 
 def _await_coordinator(coordinator: str, process: int | None, timeout: float) -> None:
@@ -115,13 +136,28 @@ def _no_coordinator(
     )
 
 
+def _nobody_came(process: int | None, processes: int | None) -> None:
+    who = "a process" if process is None else f"process {process} of {processes}"
+    print(
+        f"jexit: {who} waited {_settings['timeout']:g} s and the others have not all come; start "
+        "every host, and let them reach each other's ports",
+        file=sys.stderr,
+    )
+    leave(LOST)
+
+
+def _task_of_several() -> bool:
+    """Whether SLURM or Open MPI says that there are others."""
+    if "OMPI_MCA_orte_hnp_uri" in os.environ:
+        return True
+    # Of the step that srun started; the batch script itself is one process of no step.
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
 def _cluster_present() -> bool:
     """Whether this process was started as one of several in a way that JAX knows."""
     environment = os.environ
-    if "OMPI_MCA_orte_hnp_uri" in environment:
-        return True
-    # Of the step that srun started; the batch script itself is one process of no step.
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if _task_of_several():
         return True
     if environment.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
         return False
@@ -185,14 +221,19 @@ def waiting(place: str) -> Iterator[None]:
         return
     before, _settings["place"] = _settings["place"], place
     # The client's own timeout comes first where there is one: it knows who is missing.
-    timer = threading.Timer(_settings["timeout"] + 5, _give_up, (place,))
-    timer.daemon = True
-    timer.start()
+    timer = _after(_settings["timeout"] + 5, _give_up, place)
     try:
         yield
     finally:
         timer.cancel()
     _settings["place"] = before  # an error keeps its place, for `ended`
+
+
+def _after(seconds: float, function: Callable[..., None], *arguments: Any) -> threading.Timer:
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def whole(tree: Any, place: str) -> Any:

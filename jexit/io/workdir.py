@@ -10,7 +10,7 @@ from jexit.dist import barrier, gather, is_primary
 from jexit.io.files import write_json_atomic
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
-CONTINUABLE = ("steps", "checkpoint", "log")
+CONTINUABLE = ("steps", "mesh", "checkpoint", "log")
 
 
 def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:

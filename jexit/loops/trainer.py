@@ -58,14 +58,15 @@ class Trainer:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
         self.samples: SamplesWriter | None = None
         self._compilations = Compilations()
-        self._scores: list[float] = []  # since the last checkpoint
+        self._scores = np.zeros(2)  # since the last scored checkpoint: their sum and number
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint's state, or `state` when the run is new."""
         state = place_parameters(state)
-        restored = self.checkpoints.restore({"state": state, "host": self.host_state()})
+        restored = self.checkpoints.restore(self._saved(state))
         if restored is not None:
             self.load_host_state(jax.tree.map(np.asarray, restored["host"]))
+            self._scores = np.array(restored["scores"])
             state = restored["state"]
         start = int(state.step)
         self.samples = SamplesWriter(self.workdir, resume_step=start, enabled=is_primary())
@@ -87,7 +88,7 @@ class Trainer:
         """The state of the best checkpoint, of which `state` has the shapes."""
         step = self.checkpoints.best_step()
         assert step is not None, "the run's last checkpoint has a score"
-        return self.checkpoints.restore({"state": state, "host": self.host_state()}, step)["state"]
+        return self.checkpoints.restore(self._saved(state), step)["state"]
 
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
         """Trains to the end; raises Diverged or Interrupted (both after saving what is good)."""
@@ -111,11 +112,12 @@ class Trainer:
                 signals = [
                     name for name in gather(f"the end of step {step + 1}", stop.name) if name
                 ]
-                if done or signals or self.checkpoints.due(step + 1):
+                due = done or self.checkpoints.due(step + 1)
+                if due or signals:
                     # The log must hold every step that the checkpoint holds.
                     self._flush(*pending)
                     pending = None
-                    self._save(step + 1, state)
+                    self._save(step + 1, state, scored=due)
                 if signals and not done:
                     self.close()
                     raise Interrupted(
@@ -131,27 +133,31 @@ class Trainer:
             self.checkpoints.close()
         self._writer.close()
 
-    def _save(self, step: int, state: TrainState) -> None:
-        score = float(np.nanmean(self._scores)) if np.isfinite(self._scores).any() else -math.inf
-        self._scores.clear()
-        with waiting(f"the checkpoint of step {step}"):
-            self.checkpoints.save(step, {"state": state, "host": self.host_state()}, score)
+    def _saved(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"state": state, "host": self.host_state(), "scores": self._scores}
 
-    def _score(self, values: dict[str, float]) -> float:
+    def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
+        """Without a score where only a signal asks for it: it must not change which is the best."""
+        score = None
+        if scored:
+            total, count = self._scores
+            score = float(total / count) if count else -math.inf
+            self._scores = np.zeros(2)
+        with waiting(f"the checkpoint of step {step}"):
+            self.checkpoints.save(step, self._saved(state), score)
+
+    def _note_score(self, values: dict[str, float]) -> None:
         name = self.config.best_metric
-        sign = -1.0 if name.startswith("-") else 1.0
-        if name.lstrip("-") not in values:
-            raise ValueError(
-                f"config.checkpoint.best_metric is {name!r}, which this run does not measure; "
-                f"choose among {', '.join(sorted(values))}"
-            )
-        return sign * values[name.lstrip("-")]
+        score = values[name.lstrip("-")] * (-1.0 if name.startswith("-") else 1.0)
+        if math.isfinite(score):
+            self._scores = self._scores + (score, 1.0)
 
     def _flush(self, step: int, metrics: dict[str, Any]) -> None:
         with waiting(f"step {step}"):
             metrics = jax.device_get(metrics)
         values = {name: float(value) for name, value in metrics.items()}
-        self._scores.append(self._score(values))
+        self._note_score(values)
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") / values["step_seconds"]
         if "model_flops" in values:

@@ -26,6 +26,8 @@ from jexit.model.policies import Policy, Sample, law_settings
 from jexit.model.transformer import Transformer, logits_of, run
 from jexit.rollout.sampling import Sampling
 
+# Names of the loops over layers in a compiled module, together at most L rounds a token.
+LAYERS_SCOPE, FILL_SCOPE = "layers", "fill"
 TOKEN_DRAW = 0  # the draw of the token; 1 + e are the draws at the exits
 
 
@@ -284,13 +286,15 @@ def _run_token(
         hazard_logits_BE=jnp.zeros((batch, len(exit_layers))) if reads_hazards else None,
         cache=state.cache,
     )
-    end = jax.lax.while_loop(someone_runs, run_layer, start)
+    with jax.named_scope(LAYERS_SCOPE):
+        end = jax.lax.while_loop(someone_runs, run_layer, start)
 
     def fill(layer: Array, cache: Cache) -> Cache:
         block = block_of(layer)
         return cache.written(layer, slot, keys_values(block, block.attn_norm(end.h_BD[:, None])))
 
-    cache = jax.lax.fori_loop(end.layer, layers, fill, end.cache)
+    with jax.named_scope(FILL_SCOPE):
+        cache = jax.lax.fori_loop(end.layer, layers, fill, end.cache)
     depth_logprob_B = jnp.zeros((batch,))
     if isinstance(policy, Sample):
         depth_logprob_B = depth_log_prob(

@@ -111,6 +111,21 @@ def test_a_loop_that_ends_by_itself_counts_once_and_one_with_a_bound_at_most(mes
     assert len(cost.at_most) == 1 and not cost.unknown
 
 
+def test_a_loop_that_the_caller_knows_counts_by_its_scope():
+    def until_small(h_BB, limit):
+        with jax.named_scope("layers"):
+            return jax.lax.while_loop(
+                lambda h_BB: jnp.max(h_BB) > limit, lambda h_BB: h_BB @ h_BB, h_BB
+            )
+
+    arguments = (jax.ShapeDtypeStruct((B, B), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
+    module = parse(jax.jit(until_small).lower(*arguments).compile().as_text())
+    cost = cost_of(module, loops={"layers": 7, "fill": 0})
+    assert cost.flops == 7 * 2 * B**3
+    assert len(cost.at_most) == 1 and not cost.unknown
+    assert cost_of(module, loops={"fill": 0}).flops == 2 * B**3
+
+
 def test_a_conditional_counts_by_the_share_of_its_dearest_branch():
     def at_exits(h_BB, exits_L):
         def layer(h_BB, leaves):

@@ -96,6 +96,26 @@ def test_the_default_is_where_the_task_looks(source, tmp_path):
         assert done.stdout.startswith(expected)
 
 
+def test_several_hosts_may_build_it_at_once(source, tmp_path):
+    command = [sys.executable, "-m", "jexit.data.prepare", "gsm8k", f"--from={source}"]
+    command.append(f"--to={tmp_path / 'data'}")
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert all("40 train and 7 test rows" in text for text in said), said
+    assert os.listdir(tmp_path / "data") == ["gsm8k"]
+    assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 40
+
+
+def test_what_a_killed_run_left_behind_is_cleared_once_it_is_old(source, tmp_path):
+    old, young = (tmp_path / "data" / f".gsm8k.partial-host-{number}" for number in (1, 2))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    prepare.prepare_gsm8k(source, tmp_path / "data")
+    assert sorted(os.listdir(tmp_path / "data")) == [young.name, "gsm8k"]
+
+
 def test_a_dataset_that_is_there_is_left_alone(source, tmp_path):
     prepare.prepare_gsm8k(source, tmp_path / "data")
     write_rows(source / "train.jsonl", [row(1)])
@@ -177,5 +197,7 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_one_builds_it(source, tmp
     assert not (tmp_path / "data/gsm8k").exists()
     with pytest.raises(FileNotFoundError, match="holds no GSM8K data"):
         make_task("gsm8k", str(tmp_path / "data")).size("train")
+    (left,) = (tmp_path / "data").iterdir()
+    os.utime(left, (0, 0))  # an hour later
     assert prepare.prepare_gsm8k(source, tmp_path / "data").startswith("wrote ")
     assert os.listdir(tmp_path / "data") == ["gsm8k"]

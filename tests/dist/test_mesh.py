@@ -11,6 +11,16 @@ from jexit.dist import HostRows, fetch_rows, host_rows, make_mesh, place_rows, u
 from jexit.dist import mesh as mesh_module
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a sharding asks of a device: who owns it."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def test_a_mesh_needs_its_devices():
     assert make_mesh(2, 2, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(
@@ -26,21 +36,19 @@ def test_several_hosts_leave_no_device_idle(monkeypatch):
         make_mesh(2, 2, 1)
 
 
+def test_idle_accelerators_are_warned_of(caplog):
+    chips = [Device(number, 0, platform="tpu") for number in range(4)]
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING", logger="absl"):
+        patch.setattr(jax, "make_mesh", lambda sizes, *_, devices, **__: (sizes, len(devices)))
+        assert make_mesh(1, 2, 1, devices=chips) == ((1, 2, 1), 2)
+    assert "2 of this machine's 4 devices; the others stay idle" in caplog.text
+
+
 def test_one_host_holds_every_row():
     with use_mesh(make_mesh(2, 2, 2)):
         rows = host_rows(6)
     assert rows.total == 6
     assert rows.index_B.tolist() == list(range(6)) and rows.first_B.all()
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a sharding asks of a device: who owns it."""
-
-    id: int
-    process_index: int
-    platform: str = "cpu"
-    device_kind: str = "cpu"
 
 
 def hosts_of(mesh_shape, devices_by_host, total, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jexit
+from jexit.config import BEST_METRICS
 from jexit.loops import rl, sft, trainer
 from jexit.loops.evaluate import text_means, wilson_interval
 from jexit.loops.trainer import Diverged, Interrupted
@@ -291,13 +292,13 @@ def test_figures_about_texts_are_means_over_all_hosts():
 def test_a_run_can_end_with_its_best_checkpoint(command, model_dir, tmp_path, monkeypatch):
     """What is written is the best step's parameters, also when the run was cut after it."""
     name = {"rl": "reward/mean", "sft": "-loss", "pretrain": "-loss/text"}[command]
-    best = {"checkpoint__every": 1, "checkpoint__keep_best": 1, "checkpoint__final": "best"}
+    best = {"checkpoint__every": 2, "checkpoint__keep_best": 1, "checkpoint__final": "best"}
     best |= {"checkpoint__best_metric": name, "checkpoint__keep": 1, "eval__problems": 2}
     # Steps that are large enough to make things worse.
     best |= {"steps": 5, "optim__lora_lr": 0.3, "optim__exit_lr": 0.3, "optim__full_lr": 0.3}
     if command == "pretrain":
         best |= {"pretrain__layers": 3, "pretrain__width": 16, "pretrain__mlp_width": 24}
-    stop_after(monkeypatch, step=3)
+    stop_after(monkeypatch, step=2)  # with a checkpoint that is not due, and has no score
     with pytest.raises(Interrupted):
         run(command, model_dir, tmp_path / "cut", **best)
     monkeypatch.undo()
@@ -305,7 +306,8 @@ def test_a_run_can_end_with_its_best_checkpoint(command, model_dir, tmp_path, mo
     key = name.lstrip("-")
     values = [row[key] for row in metrics(tmp_path / "cut")]
     scores = [-value if name.startswith("-") else value for value in values]
-    winner = max(range(5), key=lambda step: (scores[step], step)) + 1
+    means = {2: np.mean(scores[:2]), 4: np.mean(scores[2:4]), 5: scores[4]}
+    winner = max(means, key=lambda step: (means[step], step))
     kept = {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()}
     assert kept == {str(winner), "5"}
     # A run of just so many steps ends with the same parameters: schedules here are constant.
@@ -316,10 +318,25 @@ def test_a_run_can_end_with_its_best_checkpoint(command, model_dir, tmp_path, mo
         np.testing.assert_array_equal(value, second[path], err_msg=path)
 
 
-def test_a_best_metric_that_is_not_measured_names_those_that_are(model_dir, tmp_path):
-    settings = {"checkpoint__keep_best": 1, "checkpoint__best_metric": "rewards"}
-    with pytest.raises(ValueError, match=r"is 'rewards', which .* choose among .*reward/mean"):
-        run("rl", model_dir, tmp_path / "run", **settings)
+def test_every_metric_that_a_checkpoint_can_be_best_in_is_measured(rl_run, sft_run):
+    for command, workdir in (("rl", rl_run), ("sft", sft_run)):
+        assert set(BEST_METRICS[command]) <= set(metrics(workdir)[0])
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_a_run_goes_on_with_other_numbers_of_devices(command, model_dir, tmp_path):
+    """On eight devices, then one, then two: the figures and parameters of one that never moved."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(command, model_dir, whole, steps=6)
+    meshes = [{"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, {}, {"mesh__fsdp": 2}]
+    for steps, mesh in zip((2, 4, 6), meshes, strict=True):
+        run(command, model_dir, moved, steps=steps, **mesh)
+    for ours, theirs in zip(metrics(whole), metrics(moved), strict=True):
+        for name in ("loss", "kl/teacher", "depth/mean", "grad_norm"):
+            np.testing.assert_allclose(theirs[name], ours[name], 1e-4, 1e-5, err_msg=name)
+    first, second = parameters(whole), parameters(moved)
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, 1e-4, 1e-5, err_msg=name)
 
 
 def test_completions_that_the_model_has_no_positions_for_are_refused_at_the_start(
