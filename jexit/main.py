@@ -111,8 +111,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         return _say(error, USER_ERROR)
     # Imported here, so that a wrong flag does not wait for jax.
-    from jexit.dist import multihost
+    from jexit.dist import multihost, provide_threads
 
+    provide_threads()
     code = 0
     try:
         if topology is None:

@@ -32,7 +32,7 @@ def model_dir(tmp_path_factory):
 
 def arguments(command, model_dir, workdir, **settings):
     """The flags of a small run over two devices."""
-    settings = small_settings(model_dir, mesh__fsdp=2, **settings)
+    settings = small_settings(model_dir, **({"mesh__fsdp": 2} | settings))
     return [
         f"--config={ROOT}/configs/{command}.py",
         f"--workdir={workdir}",
@@ -122,6 +122,24 @@ def test_two_hosts_are_one_run(command, model_dir, tmp_path):
     if command == "sft":
         files = sorted(p.name for p in (two / "teacher").rglob("host-*.jsonl"))
         assert files == ["host-0.jsonl", "host-1.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_a_run_goes_on_with_other_numbers_of_devices(command, model_dir, tmp_path):
+    """On eight devices, then one, then two: the figures and parameters of one that never moved."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(arguments(command, model_dir, whole, steps=6, mesh__fsdp=1), devices=1)
+    turns = [(2, 8, (2, 2, 2)), (4, 1, (1, 1, 1)), (6, 2, (1, 2, 1))]
+    for steps, devices, (data, fsdp, tensor) in turns:
+        mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+        run(arguments(command, model_dir, moved, steps=steps, **mesh), devices=devices)
+    for ours, theirs in zip(metrics(whole), metrics(moved), strict=True):
+        for name in ("loss", "kl/teacher", "depth/fraction", "grad_norm"):
+            np.testing.assert_allclose(theirs[name], ours[name], 1e-4, 1e-5, err_msg=name)
+    first, second = parameters(whole / "model"), parameters(moved / "model")
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, 1e-4, 1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -8,6 +8,7 @@ from jexit.dist.mesh import (
     place_parameter,
     place_parameters,
     place_rows,
+    provide_threads,
     use_mesh,
 )
 from jexit.dist.multihost import (
@@ -35,6 +36,7 @@ __all__ = [
     "place_parameter",
     "place_parameters",
     "place_rows",
+    "provide_threads",
     "several_hosts",
     "use_mesh",
     "waiting",

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,9 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jexit.dist.rules import AXES, names_of, parameter_axes, spec
+
+
+THREADS_A_DEVICE = 8
 
 
 def make_mesh(
@@ -50,6 +55,19 @@ def make_mesh(
         )
     devices = devices[:wanted]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def provide_threads() -> None:
+    """Gives the CPU devices that XLA_FLAGS pretends enough threads; before JAX looks for devices.
+
+    XLA runs independent collectives at once, and each of them holds a thread of every device until
+    all have joined: with one thread a device they can wait for each other for ever.
+    """
+    pretended = re.search(
+        r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    if pretended and int(pretended[1]) > 1:
+        os.environ.setdefault("PJRT_NPROC", str(THREADS_A_DEVICE * int(pretended[1])))
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
 """Rows of a batch: which a host holds, and their way to the devices and back."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jexit.dist import HostRows, fetch_rows, host_rows, make_mesh, place_rows, use_mesh
+from jexit.dist import HostRows, fetch_rows, host_rows, make_mesh, place_rows, provide_threads, use_mesh
 from jexit.dist import mesh as mesh_module
 
 
@@ -42,6 +43,18 @@ def test_idle_accelerators_are_warned_of(caplog):
         patch.setattr(jax, "make_mesh", lambda sizes, *_, devices, **__: (sizes, len(devices)))
         assert make_mesh(1, 2, 1, devices=chips) == ((1, 2, 1), 2)
     assert "2 of this machine's 4 devices; the others stay idle" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "threads"),
+    [("--xla_force_host_platform_device_count=8", "64"), ("--xla_cpu_x=1", None), ("", None)],
+)
+def test_pretended_devices_have_threads(flags, threads, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("PJRT_NPROC", "")
+    monkeypatch.delenv("PJRT_NPROC")
+    provide_threads()
+    assert os.environ.get("PJRT_NPROC") == threads
 
 
 def test_one_host_holds_every_row():

@@ -57,7 +57,7 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, changes, wo
 
 def test_what_does_not_alter_the_past_may_change(tmp_path):
     start_run(tmp_path, config())
-    longer = config(steps=500, checkpoint__every=7, log__samples=2)
+    longer = config(steps=500, checkpoint__every=7, log__samples=2, mesh__fsdp=2)
     start_run(tmp_path, longer)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 500
 

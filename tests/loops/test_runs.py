@@ -323,22 +323,6 @@ def test_every_metric_that_a_checkpoint_can_be_best_in_is_measured(rl_run, sft_r
         assert set(BEST_METRICS[command]) <= set(metrics(workdir)[0])
 
 
-@pytest.mark.parametrize("command", ["sft", "rl"])
-def test_a_run_goes_on_with_other_numbers_of_devices(command, model_dir, tmp_path):
-    """On eight devices, then one, then two: the figures and parameters of one that never moved."""
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    run(command, model_dir, whole, steps=6)
-    meshes = [{"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, {}, {"mesh__fsdp": 2}]
-    for steps, mesh in zip((2, 4, 6), meshes, strict=True):
-        run(command, model_dir, moved, steps=steps, **mesh)
-    for ours, theirs in zip(metrics(whole), metrics(moved), strict=True):
-        for name in ("loss", "kl/teacher", "depth/mean", "grad_norm"):
-            np.testing.assert_allclose(theirs[name], ours[name], 1e-4, 1e-5, err_msg=name)
-    first, second = parameters(whole), parameters(moved)
-    for name, value in first.items():
-        np.testing.assert_allclose(second[name], value, 1e-4, 1e-5, err_msg=name)
-
-
 def test_completions_that_the_model_has_no_positions_for_are_refused_at_the_start(
     model_dir, tmp_path
 ):
