@@ -200,7 +200,7 @@ def test_another_job_on_the_same_slice_is_refused(cluster):
     cluster.plan(node="READY v5litepod-16", jobs={"0": ["wait"], "1": ["wait"]})
     process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
     cluster.waits_for("waiting")
-    other = launch(cluster, job=["--", "--config=configs/sft.py"])
+    other = launch(cluster, job=["--", "--config=configs/sft.py", "--config.mesh.fsdp=16"])
     assert other.returncode == 1
     assert "is running another job (--config=configs/rl.py:qwen3-4b" in other.stderr
     assert other.stderr.splitlines()[-1] == (
