@@ -106,6 +106,15 @@ await_child() { # sets $code to how it ended
   while :; do
     before=$signals latest=0
     wait "$child" || latest=$?
+    if ((latest < 0)); then
+      # A child that ends just as a signal comes can be lost to bash, and its code with it.
+      if kill -0 "$child" 2>/dev/null; then
+        sleep 1
+        continue
+      fi
+      ((code != 127)) || code=$((128 + 15))
+      return 0
+    fi
     # 127: it had ended already when the signal came, so its code is known.
     ((latest == 127)) || code=$latest
     # A signal interrupts `wait` without the child having ended.
@@ -177,9 +186,10 @@ follow_job() {
   if flock -n 8; then
     rm -f "$opt_state/code" "$opt_state/stopped"
     quoted "${arguments[@]}" >"$opt_state/command"
+    : >"$opt_state/log" # there before anybody reads it
     # The run inherits the lock and holds it as long as one of its processes lives.
     setsid bash "$root/launch/worker.sh" run "${options[@]}" -- "${arguments[@]}" \
-      </dev/null >"$opt_state/log" 2>&1 &
+      </dev/null >>"$opt_state/log" 2>&1 &
   elif same_job; then
     say "$(hostname): this run is going already; following it."
   else
