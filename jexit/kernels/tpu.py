@@ -381,7 +381,8 @@ def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0)
     `token_sums` and `vocab_sums` count the float32 sums [tokens, width] and [vocab, width] that are
     held beside. Raises NotImplementedError when not even the smallest tile fits.
     """
-    size = jnp.dtype(operands.heads[0].dtype).itemsize
+    # Operands of two types meet in the wider one, which is then held of both.
+    size = jnp.result_type(*operands.hidden, *operands.heads).itemsize
     copies = 4 if size == 4 else 2
     sets = sum(h.size // (h.shape[-1] * h.shape[-2]) for h in operands.hidden)
     width = sum(h.size // h.shape[-2] for h in operands.hidden)  # of all sets of a token

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--topologies", default="v5e:2x2")
     parser.add_argument("--shapes", default="qwen3-4b", help=f"of {', '.join(SHAPES)}; or N,D,V,E")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--head-dtype", choices=("float32", "bfloat16"), help="default: the same")
     parser.add_argument("--implementation", help="default: what is picked for the platform")
     parser.add_argument("--ops", default="", help="part of a case's name")
     parser.add_argument("--vmem", action="store_true")
@@ -142,7 +143,8 @@ def compile_case(
             "head": (vocab, width),
             "targets": (tokens,),
         }[name]
-        dtype = jnp.int32 if name == "targets" else arguments.dtype
+        own = arguments.head_dtype if name == "head" else None
+        dtype = jnp.int32 if name == "targets" else own or arguments.dtype
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     chosen, module = [], gpu if topology.platform == "gpu" else tpu

@@ -45,6 +45,14 @@ def test_the_smallest_and_the_widest_model_compile(topology, shape):
     assert set(rows) == set(CASES)
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_tempered_states_over_the_widest_head_compile(topology):
+    """Float32 states, a bfloat16 head, and as many tokens as a tile takes."""
+    shape = ("--shapes=2048,5120,151936,1", "--ops=linear_logprob")
+    rows = compiled(topology, *shape, "--dtype=float32", "--head-dtype=bfloat16")
+    assert set(rows) == {case for case in CASES if "linear_logprob" in case}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_portable_version_holds_no_logits_either(case):
     """The same size, compiled for this CPU."""

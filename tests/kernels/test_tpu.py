@@ -19,12 +19,14 @@ KINDS = {
 }
 
 
-def operands(tokens=2048, width=2560, vocab=151_936, exits=0, dtype="bfloat16") -> Operands:
+def operands(
+    tokens=2048, width=2560, vocab=151_936, exits=0, dtype="bfloat16", head_dtype=None
+) -> Operands:
     def shape(*dims):
         return jax.ShapeDtypeStruct(dims, dtype)
 
     hidden = (shape(tokens, width),) + ((shape(exits, tokens, width),) if exits else ())
-    return Operands(hidden, (shape(vocab, width),))
+    return Operands(hidden, (jax.ShapeDtypeStruct((vocab, width), head_dtype or dtype),))
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS.items())
@@ -50,6 +52,15 @@ def test_a_tile_of_the_head_meets_as_many_states_as_the_chip_needs(kind, exits):
         tile = tpu.choose_tile(operands(exits=exits))
         assert tile.tokens % 128 == 0 and tile.vocab % 16 == 0
         assert tile.tokens * (exits + 1) >= tpu.chip().rows
+
+
+def test_operands_of_two_types_take_the_room_of_the_wider_one():
+    """Tempered hidden states are float32 over a head in bfloat16."""
+    with compiling_for("tpu", "TPU v5"):
+        wide = tpu.choose_tile(operands(width=5120, dtype="float32"), token_sums=1)
+        for types in (("float32", "bfloat16"), ("bfloat16", "float32")):
+            mixed = operands(width=5120, dtype=types[0], head_dtype=types[1])
+            assert tpu.choose_tile(mixed, token_sums=1) == wide
 
 
 def test_small_shapes_get_small_tiles():
