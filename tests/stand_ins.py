@@ -85,6 +85,7 @@ class StandIns:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # so that a test can signal all of it, as a terminal does
         )
 
     def run(self, script: str | pathlib.Path, *args: str, **env: str):
