@@ -14,7 +14,6 @@ def get_config(preset: str = "tiny"):
         config.model.path = TINY_CALIBRATED_PATH
         config.eval.policies = ("full", "sample", "threshold:0.3", "threshold:0.5", "fixed:4")
         config.eval.max_new_tokens = 48
-        config.eval.batch_size = 256
         return config
     config.model.path = f"runs/rl-{config.preset}"
     config.task.name = "gsm8k"

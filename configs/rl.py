@@ -29,7 +29,6 @@ def get_config(preset: str = "tiny"):
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.eval.problems = 256
-        config.eval.batch_size = 256
         config.eval.max_new_tokens = 48
         config.checkpoint.every = 25
         return config

@@ -37,7 +37,6 @@ def get_config(preset: str = "tiny"):
         config.optim.warmup_steps = 20
         config.optim.final_fraction = 0.1
         config.eval.problems = 256
-        config.eval.batch_size = 256
         config.eval.max_new_tokens = 48
         return config
     config.task.name = "gsm8k"

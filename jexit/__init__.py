@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from jexit.io.model_dir import load
     from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
     from jexit.model.transformer import Output, Transformer, forward
-    from jexit.rollout.engine import generate
+    from jexit.rollout.generate import generate, stream
+    from jexit.rollout.layout import EngineSize
 
     __version__: str
 
 _MODULES = {
+    "EngineSize": "jexit.rollout.layout",
     "Full": "jexit.model.policies",
     "Output": "jexit.model.transformer",
     "Policy": "jexit.model.policies",
@@ -27,11 +29,13 @@ _MODULES = {
     "Threshold": "jexit.model.policies",
     "Transformer": "jexit.model.transformer",
     "forward": "jexit.model.transformer",
-    "generate": "jexit.rollout.engine",
+    "generate": "jexit.rollout.generate",
     "load": "jexit.io.model_dir",
+    "stream": "jexit.rollout.generate",
 }
 
 __all__ = [
+    "EngineSize",
     "Full",
     "Output",
     "Policy",
@@ -43,6 +47,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "stream",
 ]
 
 

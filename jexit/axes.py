@@ -8,7 +8,7 @@
 | D | model width | E | exits |
 | N | query heads (tokens, in the kernels) | G | rollouts of one prompt |
 | K | key/value heads | R | LoRA rank |
-| H | head dimension | | |
+| H | head dimension | P | rows of a decoding pool |
 
 A name such as `hazard_logits_BTE` has one axis a letter, in that order. Depths are int32 layer
 counts (1 … L), never indices into the exits.
@@ -25,13 +25,13 @@ HiddenBTD = Float[Array, "B T D"]
 ExitHiddenEBTD = Float[Array, "E B T D"]
 HazardLogitsBTE = Float[Array, "B T E"]
 LogitsBTV = Float[Array, "B T V"]
-CacheLBKSH = Float[Array, "L B K S H"]
+CacheKLPSH = Float[Array, "K L P S H"]
 PRNGKey = Key[Array, ""]
 
 __all__ = [
     "Array",
     "Bool",
-    "CacheLBKSH",
+    "CacheKLPSH",
     "DepthBT",
     "ExitHiddenEBTD",
     "Float",

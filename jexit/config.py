@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jexit.presets import PRESETS
 from jexit.sections import (
     CheckpointConfig,
+    EngineConfig,
     EvalConfig,
     ExitHeadConfig,
     ExitsConfig,
@@ -70,11 +71,14 @@ _LEAST = {
     "pretrain.exit_loss": 0,
     "rl.max_new_tokens": 1,
     "eval.problems": 1,
-    "eval.batch_size": 1,
+    "engine.rows": 0,
+    "engine.places": 0,
     "eval.max_new_tokens": 1,
     "eval.temperature": 0,
     "generate.max_new_tokens": 1,
     "generate.temperature": 0,
+    "generate.top_k": 0,
+    "generate.min_p": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "checkpoint.keep_best": 0,
@@ -117,6 +121,7 @@ class Config:
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
     rl: RLConfig = RLConfig()
+    engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     generate: GenerateConfig = GenerateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -149,12 +149,19 @@ class RLConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Decoding, of each data shard; 0 leaves a number to the engine (see `EngineSize`)."""
+
+    rows: int = 0  # completions under way
+    places: int = 0  # rows of a tick, which runs the layers between two exits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     problems: int = 256
     policies: tuple[str, ...] = ("full", "sample")
     temperature: float = 0.0
     max_new_tokens: int = 256
-    batch_size: int = 64
     split: Literal["train", "test"] = "test"
     heat_maps: int = 8  # completions kept with each token's depth
 
@@ -165,6 +172,9 @@ class GenerateConfig:
     policy: str = "sample"
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # strings that end a completion
     max_new_tokens: int = 256
 
 

@@ -71,7 +71,6 @@ def small_settings(model_dir: pathlib.Path, **settings) -> dict:
         "optim.lora_lr": 1e-2,
         "optim.exit_lr": 1e-2,
         "eval.problems": 6,
-        "eval.batch_size": 4,
         "eval.max_new_tokens": 8,
         "rl.rollouts": 2,
         "rl.max_new_tokens": 8,

@@ -241,7 +241,7 @@ def test_a_contradiction_is_one_sentence(settings, words):
         ("rl__max_new_tokens", 0, 1),
         ("eval__max_new_tokens", 0, 1),
         ("eval__problems", 0, 1),
-        ("eval__batch_size", 0, 1),
+        ("engine__rows", -1, 0),
         ("eval__temperature", -0.5, 0),
         ("checkpoint__every", -1, 0),
         ("checkpoint__keep", 0, 1),

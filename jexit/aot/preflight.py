@@ -15,7 +15,8 @@ from rich.table import Table
 
 from jexit.aot.cost import Cost, cost_of, largest_arrays
 from jexit.aot.hlo import Array, parse
-from jexit.aot.programs import Program, device_bytes, programs, rows_of
+from jexit.aot.program import Program, device_bytes
+from jexit.aot.programs import architecture, programs, rows_of
 from jexit.aot.topologies import Topology, get_topology
 from jexit.config import Config
 from jexit.dist import make_mesh
@@ -80,7 +81,9 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
 def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     """The config with a mesh of all the topology's devices, checked, and what to say about it.
 
-    A mesh left at 1 × 1 × 1 becomes `fsdp` as far as a step's rows divide, and `tensor` beyond.
+    A mesh left at 1 × 1 × 1 becomes, for training, `fsdp` as far as a step's rows divide and
+    `tensor` beyond; for decoding alone, which would gather over `fsdp` what that divides, `tensor`
+    as far as the heads divide and `data` beyond.
     """
     count, mesh = len(topology.devices), config.mesh
     if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
@@ -90,13 +93,18 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
                 f"devices and {topology.name} has {count}; make the product {count}"
             )
         return config, []
-    rows = rows_of(config)
-    fsdp = math.gcd(rows, count)
-    mesh = dataclasses.replace(mesh, fsdp=fsdp, tensor=count // fsdp)
+    if config.command in ("eval", "generate"):
+        tensor = math.gcd(architecture(config).query_heads, count)
+        mesh, why = dataclasses.replace(mesh, data=count // tensor, tensor=tensor), ""
+    else:
+        rows = rows_of(config)
+        fsdp = math.gcd(rows, count)
+        mesh = dataclasses.replace(mesh, fsdp=fsdp, tensor=count // fsdp)
+        why = f"; fsdp divides the {rows} rows that a step takes at once" if mesh.tensor > 1 else ""
     config = dataclasses.replace(config, mesh=mesh)
     config.validate()
-    said = f"--config.mesh.fsdp={mesh.fsdp} --config.mesh.tensor={mesh.tensor}"
-    why = f"; fsdp divides the {rows} rows that a step takes at once" if mesh.tensor > 1 else ""
+    sizes = dataclasses.asdict(mesh).items()
+    said = " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
     return config, [f"the mesh was left to this table, a run asks for it: {said}{why}"]
 
 
@@ -226,7 +234,7 @@ def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
     if worst.part == "temporaries" and "step" not in worst.step and "update" not in worst.step:
         remedy = (
             "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
-            "config.eval.batch_size), lower max_new_tokens, or divide over more devices"
+            "config.engine.rows), lower max_new_tokens, or divide over more devices"
         )
     parts = {
         "arguments": worst.arguments + worst.beside,

@@ -2,7 +2,9 @@
 
 from jexit.dist.mesh import (
     HostRows,
+    data_shards,
     fetch_rows,
+    gathered_width,
     host_rows,
     make_mesh,
     place_parameter,
@@ -20,16 +22,19 @@ from jexit.dist.multihost import (
     waiting,
     whole,
 )
-from jexit.dist.rules import constrain, constrain_parameters
+from jexit.dist.rules import constrain, constrain_parameters, data_axes
 
 __all__ = [
     "HostRows",
     "barrier",
     "constrain",
     "constrain_parameters",
+    "data_axes",
+    "data_shards",
     "fetch_rows",
     "from_primary",
     "gather",
+    "gathered_width",
     "host_rows",
     "is_primary",
     "make_mesh",

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jexit.dist.rules import AXES, names_of, parameter_axes, spec
+from jexit.dist.rules import AXES, constrain, data_axes, names_of, parameter_axes, spec
 
 
 THREADS_A_DEVICE = 8
@@ -164,6 +164,26 @@ def place_parameters(tree: Any) -> Any:
     """The same of a whole tree, whose arrays may lie on this host's devices already."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
+    )
+
+
+def data_shards() -> int:
+    """Parts that the mesh that is set divides rows into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in data_axes())
+
+
+@jax.jit
+def gathered_width(tree: Any) -> Any:
+    """Parameters that lie over `fsdp` along the model width, whole along it on every device.
+
+    Once for many uses, such as the tokens of a rollout.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: constrain(
+            leaf, parameter_axes(names_of(path), leaf.ndim).replace("D", ".")
+        ),
+        tree,
     )
 
 

@@ -63,13 +63,30 @@ PARAMETERS: dict[tuple[str, ...], str] = {
 
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
     """How an array with these logical axes lies on the mesh (by default the one that is set)."""
-    sizes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
+    sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
     for letter, size in zip(axes, shape, strict=True):
         names = tuple(name for name in RULES.get(letter, ()) if sizes.get(name, 1) > 1)
         divides = names and size % math.prod(sizes[name] for name in names) == 0
         entries.append(names if divides else None)
     return P(*entries)
+
+
+def free_axes(mesh: Any) -> dict[str, int]:
+    """Sizes of the axes that arrays can still be divided over: not those of a `shard_map` around."""
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+
+def divides(mesh: Any) -> bool:
+    """Whether there is anything to divide over."""
+    return not mesh.empty and math.prod(free_axes(mesh).values()) > 1
+
+
+def data_axes() -> tuple[str, ...]:
+    """The axes that divide rows on the mesh that is set, as far as they do."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.empty else free_axes(mesh)
+    return tuple(name for name in RULES["B"] if sizes.get(name, 1) > 1)
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
@@ -80,7 +97,7 @@ def parameter_axes(path: Sequence[str], ndim: int) -> str:
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:
     """Pins an intermediate array with these logical axes to the mesh that is set, if any."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not divides(jax.sharding.get_abstract_mesh()):
         return array
     return jax.lax.with_sharding_constraint(array, spec(axes, array.shape))
 

@@ -16,10 +16,10 @@ from jexit.dist import gather, host_rows, is_primary
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
-from jexit.loops.setup import load_model, load_task, make_policy, sampling_law
+from jexit.loops.setup import engine_size, load_model, load_task, make_policy, sampling_law
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
-from jexit.rollout import generate, rollout
+from jexit.rollout import EngineSize, generate, rollout
 from jexit.steps.state import split_model
 from jexit.tasks import Problem, Task
 
@@ -39,7 +39,7 @@ class PolicyResult:
     completion_length: float
     truncated: float
     verdicts: dict[str, int]
-    tokens_per_second: float  # of a batch that compiled nothing
+    tokens_per_second: float  # without compilation
     text: dict[str, float]  # the task's own figures about the completions
 
 
@@ -111,68 +111,55 @@ def evaluate_policy(
     *,
     seed: int,
     law: Sample = Sample(),
-    timed: bool = False,
+    size: EngineSize,
 ) -> tuple[PolicyResult, list[dict[str, Any]]]:
     """Decodes every prompt under a policy and judges the text.
 
-    `parts` is the split model, `law` what the policy `sample` means. `timed` decodes a single batch
-    twice, so that its speed is not that of the compiler. Returns the result and records of the
-    first completions, with each token's depth.
+    `parts` is the split model, `law` what the policy `sample` means. Returns the result and records
+    of the first completions, with each token's depth.
     """
-    batch = min(config.batch_size, len(prompts))
-    here = host_rows(batch)
+    here = host_rows(len(prompts))
+    made = rollout(
+        parts,
+        [prompts[index] for index in here.index_B],
+        policy=make_policy(policy, len(prompts), config.max_new_tokens, layers, law),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        key=seed,
+        total=len(prompts),
+        size=size,
+    )
     histogram = np.zeros(layers + 1, np.int64)
     verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
-    truncated, speed, texts = 0, 0.0, []
+    truncated, texts = 0, []
     records: list[tuple[int, dict[str, Any]]] = []  # with the problem's number
-    starts = list(range(0, len(prompts), batch))
-    if timed and len(starts) == 1:
-        starts = starts * 2  # the first time compiles
-    for turn, start in enumerate(starts):
-        # The last batch is filled up with its last prompt rather than compiled anew.
-        index_B = np.minimum(start + np.arange(batch), len(prompts) - 1)
-        result = rollout(
-            parts,
-            [prompts[index] for index in index_B[here.index_B]],
-            policy=make_policy(policy, batch, config.max_new_tokens, layers, law),
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-            key=seed,
-            first_prompt=start,
-            total=batch,
-        )
-        rows = result.host_rows
-        counted_B = rows.first_B & (start + rows.index_B < len(prompts))
-        speed = float(result.lengths_B[counted_B].sum()) / result.seconds
-        if starts.index(start) != turn:
-            break
-        for row in np.flatnonzero(counted_B):
-            number = start + int(rows.index_B[row])
-            ids, depths = result.completion(row), result.depths_BT[row, : result.lengths_B[row]]
-            text = tokenizer.decode(ids)
-            texts.append(text)
-            verdict = task.verify(problems[number], text)
-            verdicts[verdict.kind] += 1
-            truncated += bool(result.truncated_B[row])
-            histogram += np.bincount(depths, minlength=layers + 1)
-            if len(records) < config.heat_maps:
-                record = {
-                    "policy": policy,
-                    "prompt": problems[number].prompt,
-                    "completion": text,
-                    "tokens": tokenizer.tokens(ids),
-                    "depths": depths.tolist(),
-                    "verdict": verdict.kind,
-                    "answer": problems[number].answer,
-                }
-                records.append((number, record))
+    for row in np.flatnonzero(made.host_rows.first_B):
+        number = int(made.host_rows.index_B[row])
+        ids, depths = made.completion(row), made.depths_BT[row, : made.lengths_B[row]]
+        text = tokenizer.decode(ids)
+        texts.append(text)
+        verdict = task.verify(problems[number], text)
+        verdicts[verdict.kind] += 1
+        truncated += bool(made.truncated_B[row])
+        histogram += np.bincount(depths, minlength=layers + 1)
+        if len(records) < config.heat_maps:
+            record = {
+                "policy": policy,
+                "prompt": problems[number].prompt,
+                "completion": text,
+                "tokens": tokenizer.tokens(ids),
+                "depths": depths.tolist(),
+                "verdict": verdict.kind,
+                "answer": problems[number].answer,
+            }
+            records.append((number, record))
     mine = {
         "verdicts": verdicts,
         "truncated": truncated,
         "histogram": histogram.tolist(),
-        "speed": speed,
+        "speed": float(histogram.sum()) / made.seconds,
         "text": task.text_totals(texts),
         "records": records,
     }
@@ -229,7 +216,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
                 config.eval,
                 seed=config.seed,
                 law=sampling_law(config),
-                timed=True,
+                size=engine_size(config),
             )
             results.append(dataclasses.asdict(result))
             records += examples
@@ -300,7 +287,11 @@ def print_generations(config: Config) -> None:
         max_new_tokens=g.max_new_tokens,
         temperature=g.temperature,
         top_p=g.top_p,
+        top_k=g.top_k,
+        min_p=g.min_p,
+        stop=g.stop,
         seed=config.seed,
+        size=engine_size(config),
     )
     for prompt, text, depths in zip(g.prompts, generation.texts, generation.depths, strict=True):
         mean = sum(depths) / len(depths)

@@ -15,6 +15,7 @@ from jexit.dist import gather, host_rows, place_rows
 from jexit.loops.evaluate import text_means
 from jexit.loops.flops import Work
 from jexit.loops.pressure import FailureWatch, Pressure
+from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import Rollouts, rollout
@@ -70,6 +71,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             key=step_key(config.seed, step, ROLLOUT_STREAM),
             samples_per_prompt=rl.rollouts,
             total=config.batch_size,
+            size=engine_size(config),
         )
         texts, verdicts = judge(task, tokenizer, prompts, rollouts)
         totals = Totals.over_hosts(

@@ -15,6 +15,7 @@ from jexit.model.attention import check_attention
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
 from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
+from jexit.rollout import EngineSize
 from jexit.tasks import Task, make_task
 from jexit.tasks.base import Rewards
 
@@ -67,6 +68,10 @@ def sampling_law(config: Config) -> Sample:
     """How tokens leave under `sample`: with the temperature and the floor of `config.rl`."""
     rl = config.rl
     return Sample(jnp.float32(rl.hazard_temperature), jnp.float32(rl.min_hazard))
+
+
+def engine_size(config: Config) -> EngineSize:
+    return EngineSize(rows=config.engine.rows, places=config.engine.places)
 
 
 def load_task(config: TaskConfig, split: str) -> Task:

@@ -18,6 +18,7 @@ from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
 from jexit.loops.flops import Work
+from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import rollout
@@ -122,6 +123,7 @@ def teacher_trajectories(stage: Stage) -> list[Trajectory]:
                     key=step_key(config.seed, step, TEACHER_STREAM),
                     adapters=False,
                     total=batch_size,
+                    size=engine_size(config),
                 )
                 completions = [result.completion(row) for row in range(result.rows)]
             rows = [

@@ -18,7 +18,7 @@ from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.evaluate import check_room, compare, evaluate_policy, held_out
 from jexit.loops.flops import ModelFlops
-from jexit.loops.setup import load_model, load_task, sampling_law
+from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
 from jexit.report.plots import plot_training
@@ -118,6 +118,7 @@ class Stage:
             self.config.eval,
             seed=self.config.seed,
             law=self.law,
+            size=engine_size(self.config),
         )
         return dataclasses.asdict(result)
 

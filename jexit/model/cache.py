@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for decoding one token at a time."""
+"""Keys and values of the tokens so far, for decoding one token of a row at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jexit.axes import Array, Bool, CacheLBKSH, Float, Int
+from jexit.axes import Array, CacheKLPSH, Float, Int
 from jexit.dist import constrain
+from jexit.kernels import decode_attention
 from jexit.model.attention import KeysValues
+from jexit.model.heads import cache_heads, decode_over_mesh, over_heads
+from jexit.presets import Architecture
 
 SMALLEST_CACHE = 64
 SMALLEST_PROMPT = 16
@@ -18,64 +21,121 @@ SMALLEST_PROMPT = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Rotated keys and values [L, B, K, S, H] of S slots; all rows fill the same slot at a time.
+    """Rotated keys and values [K, L, P, S, H] of P rows, each of which fills its slots from 0 on.
 
     The slots lie inside the heads, so that attention is a plain batched product for each head.
     """
 
-    keys_LBKSH: CacheLBKSH
-    values_LBKSH: CacheLBKSH
+    keys_KLPSH: CacheKLPSH
+    values_KLPSH: CacheKLPSH
 
     @property
     def slots(self) -> int:
-        return self.keys_LBKSH.shape[3]
+        return self.keys_KLPSH.shape[3]
 
     @classmethod
-    def of_prompts(cls, kv: KeysValues, slots: int, samples: int) -> Cache:
-        """The cache after a prefill with keys and values [L, P, T, K, H]: each prompt's repeated
-        for its `samples` rollouts, rows of one prompt adjacent, with room for `slots` tokens."""
-        by_head = (jnp.repeat(jnp.swapaxes(part, 2, 3), samples, axis=1) for part in kv)
-        return cls(*(constrain(part, ".BK..") for part in by_head)).grown(slots)
+    def empty(cls, arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+        heads = cache_heads(arch.query_heads, arch.kv_heads)
+        shape = (heads, arch.layers, rows, slots, arch.head_dim)
+        return cls(*(constrain(jnp.zeros(shape, dtype), "K.B..") for _ in range(2)))
 
     def grown(self, slots: int) -> Cache:
-        """The cache with room for `slots` tokens; the new slots hold zeros."""
+        """The cache with room for `slots` tokens a row; the new slots hold zeros."""
         room = [(0, 0), (0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
-        return Cache(jnp.pad(self.keys_LBKSH, room), jnp.pad(self.values_LBKSH, room))
+        return jax.tree.map(lambda part: jnp.pad(part, room), self)
 
-    def written(self, layer: Int[Array, ""], slot: Int[Array, ""], kv: KeysValues) -> Cache:
-        """The cache with one layer's keys and values [B, 1, K, H] of the token at `slot`."""
+    def written(
+        self,
+        layer: Int[Array, ""],
+        rows_B: Int[Array, "B"],
+        slot_B: Int[Array, "B"],
+        kv: KeysValues,
+    ) -> Cache:
+        """The cache with one layer's keys and values [B, 1, K, H] of a token in each of B rows.
 
-        def write(part: Array, new: Array) -> Array:
+        The rows differ. Slots outside of the cache write nothing.
+        """
+
+        def write(part_KLPSH: Array, new_B1KH: Array) -> Array:
+            new_KBH = _repeated(jnp.moveaxis(new_B1KH[:, 0], 1, 0), part_KLPSH)
+            return over_heads(_write, part_KLPSH, new_KBH, layer, rows_B, slot_B)
+
+        return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
+
+    def with_prompts(self, places_B: Int[Array, "B"], kv: KeysValues) -> Cache:
+        """The cache whose rows `places` begin with the keys and values [L, B, T, K, H] of prompts.
+
+        Places outside of the cache write nothing.
+        """
+
+        def write(part_KLPSH: Array, new_LBTKH: Array) -> Array:
+            new_KLBTH = _repeated(jnp.moveaxis(new_LBTKH, 3, 0), part_KLPSH)
+            place = part_KLPSH.at[:, :, places_B, : new_KLBTH.shape[3]]
+            return place.set(new_KLBTH, mode="drop", unique_indices=True)
+
+        return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
+
+    def with_row(self, row: Int[Array, ""], prompts: Cache, place: Int[Array, ""]) -> Cache:
+        """The cache whose row `row` begins with row `place` of `prompts`."""
+
+        def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
+            prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, place, 1, axis=2)
             zero = jnp.zeros((), jnp.int32)
-            new_1BK1H = jnp.swapaxes(new, 1, 2)[None].astype(part.dtype)
-            return jax.lax.dynamic_update_slice(part, new_1BK1H, (layer, zero, zero, slot, zero))
+            return jax.lax.dynamic_update_slice(part_KLPSH, prompt, (zero, zero, row, zero, zero))
 
-        return Cache(write(self.keys_LBKSH, kv.keys), write(self.values_LBKSH, kv.values))
+        return jax.tree.map(copied, self, prompts)
 
     def attend(
         self,
         layer: Int[Array, ""],
+        rows_B: Int[Array, "B"] | None,
         q_BNH: Float[Array, "B N H"],
-        mask_BS: Bool[Array, "B S"],
+        length_B: Int[Array, "B"],
     ) -> Float[Array, "B N H"]:
-        """softmax(q·k / sqrt(H)) · v of one query a row over one layer; the soft-max in float32.
+        """softmax(q·k / sqrt(H)) · v of one query a row over the row's first `length` slots.
 
-        Every row must have a slot that `mask_BS` allows.
+        `rows_B` None: the queries are those of all rows, in order. Lengths are at least 1.
         """
-        keys_BKSH, values_BKSH = (
-            jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False)
-            for part in (self.keys_LBKSH, self.values_LBKSH)
+        return decode_over_mesh(
+            decode_attention,
+            q_BNH,
+            self.keys_KLPSH,
+            self.values_KLPSH,
+            layer,
+            rows_B,
+            length_B,
         )
-        batch, heads, width = q_BNH.shape
-        kv_heads = keys_BKSH.shape[1]
-        # Query heads of one key/value head are adjacent; G here counts them.
-        q_BKGH = q_BNH.reshape(batch, kv_heads, heads // kv_heads, width) * width**-0.5
-        scores_BKGS = jnp.einsum(
-            "BKGH,BKSH->BKGS", q_BKGH, keys_BKSH, preferred_element_type=jnp.float32
-        )
-        scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS, -jnp.inf)
-        weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(values_BKSH.dtype)
-        return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, values_BKSH).reshape(q_BNH.shape)
+
+
+def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
+    """Of a token's keys and values in all layers, on each device of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = cache_heads(arch.query_heads, arch.kv_heads)
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    here = heads // tensor if heads % tensor == 0 else heads
+    return 2 * arch.layers * here * arch.head_dim * jnp.dtype(dtype).itemsize
+
+
+def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
+    """One token's numbers in each of B rows; by lines of one head, the cache's own order.
+
+    A window over the heads would have TPUs lay the whole cache out anew, in each layer.
+    """
+    heads, layers, rows, slots, width = part_KLPSH.shape
+    row_KB = (jnp.arange(heads)[:, None] * layers + layer) * rows + rows_B
+    lines = part_KLPSH.reshape(-1, width)
+    beyond_KB = lines.shape[0] + jnp.arange(row_KB.size, dtype=jnp.int32).reshape(row_KB.shape)
+    exists_B = (slot_B >= 0) & (slot_B < slots)
+    line_KB = jnp.where(exists_B, row_KB * slots + slot_B, beyond_KB)
+    lines = lines.at[line_KB.reshape(-1)].set(
+        new_KBH.reshape(-1, width), mode="drop", unique_indices=True
+    )
+    return lines.reshape(part_KLPSH.shape)
+
+
+def _repeated(new: Array, part_KLPSH: Array) -> Array:
+    """Heads [K, …] as often as the cache has them, in its dtype."""
+    return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
 def prompt_bucket(length: int) -> int:
@@ -87,8 +147,8 @@ def prompt_bucket(length: int) -> int:
 def cache_bucket(used: int, most: int) -> int:
     """Slots of a cache that must hold `used` tokens now and may come to hold `most`.
 
-    Sizes double from one bucket to the next, so attention never runs over more than about twice the
-    tokens that are there, at few compilations; the last bucket is what is needed at all.
+    Sizes double from one bucket to the next, at few compilations, so that the cache takes at most
+    about twice the memory of its longest row; the last bucket is what is needed at all.
     """
     bucket = max(SMALLEST_CACHE, 1 << (used - 1).bit_length())
     return min(bucket, prompt_bucket(most))

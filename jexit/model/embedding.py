@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jexit.axes import Array, Float, Int
-from jexit.dist.rules import spec
+from jexit.dist.rules import divides, free_axes, spec
 from jexit.presets import Architecture
 
 
@@ -32,7 +32,7 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
     vocabulary, and neighbours exchange pieces of the width for rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not divides(mesh):
         return table_VD[tokens]
     table_spec = spec("VD", table_VD.shape)
     rows_spec = spec("B" + "." * (tokens.ndim - 1), tokens.shape)
@@ -61,6 +61,7 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
         mesh=mesh,
         in_specs=(table_spec, rows_spec),
         out_specs=P(*rows_spec, None),
+        axis_names=set(free_axes(mesh)),
         check_vma=False,
     )
     return divided(table_VD, tokens)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jexit.axes import Array, Float, MaskBT
-from jexit.dist.rules import spec
+from jexit.axes import Array, CacheKLPSH, Float, MaskBT
+from jexit.dist.rules import divides, free_axes, spec
 
 # (queries [B, T, N, H], keys and values [B, S, K, H], valid [B, S] or None) → [B, T, N, H]
 Attend = Callable[[Array, Array, Array, Array | None], Array]
@@ -28,7 +29,7 @@ def over_mesh(
     picks those of its own query heads. Nothing travels, except the sum of their gradients.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not divides(mesh):
         return attend(q_BTNH, k_BSKH, v_BSKH, valid_BS)
     q_spec, kv_spec = spec("B.N.", q_BTNH.shape), spec("B.K.", k_BSKH.shape)
     valid_spec = None if valid_BS is None else spec("B.", valid_BS.shape)
@@ -47,6 +48,7 @@ def over_mesh(
         mesh=mesh,
         in_specs=(q_spec, kv_spec, kv_spec, valid_spec),
         out_specs=q_spec,
+        axis_names=set(free_axes(mesh)),
         check_vma=False,
     )
     return divided(q_BTNH, k_BSKH, v_BSKH, valid_BS)
@@ -62,3 +64,65 @@ def own_heads(
     if group % count == 0:
         return jax.lax.dynamic_slice_in_dim(part_BSKH, first // group, 1, axis=2)
     return jnp.take(part_BSKH, (first + jnp.arange(count)) // group, axis=2)
+
+
+def cache_heads(query_heads: int, kv_heads: int) -> int:
+    """Key/value heads of a cache under the mesh that is set: each repeated where there are too few.
+
+    The least multiple of `kv_heads` that divides over `tensor` and whose heads the query heads
+    share evenly, so that a device holds the heads of its own queries and no others; `kv_heads`
+    itself when there is none, for then the query heads do not divide either.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    fitting = (
+        heads
+        for heads in range(kv_heads, query_heads + 1, kv_heads)
+        if heads % tensor == 0 and query_heads % heads == 0
+    )
+    return next(fitting, kv_heads)
+
+
+def decode_over_mesh(
+    attend: Callable[..., Array],
+    q_BNH: Float[Array, "B N H"],
+    keys_KLPSH: CacheKLPSH,
+    values_KLPSH: CacheKLPSH,
+    *rest: Array | None,
+) -> Float[Array, "B N H"]:
+    """`jexit.kernels.decode_attention` on each device with that device's heads; nothing travels."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not divides(mesh):
+        return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
+    q_spec, kv_spec = spec(".N.", q_BNH.shape), spec("K....", keys_KLPSH.shape)
+    divided = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, *(None if part is None else P() for part in rest)),
+        out_specs=q_spec,
+        axis_names=set(free_axes(mesh)),
+        check_vma=False,
+    )
+    return divided(q_BNH, keys_KLPSH, values_KLPSH, *rest)
+
+
+def over_heads(
+    write: Callable[..., Array],
+    part_KLPSH: CacheKLPSH,
+    new_KBH: Float[Array, "K B H"],
+    *rest: Array,
+) -> CacheKLPSH:
+    """`write` on each device for that device's heads of a cache; nothing travels."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not divides(mesh):
+        return write(part_KLPSH, new_KBH, *rest)
+    kv_spec = spec("K....", part_KLPSH.shape)
+    divided = jax.shard_map(
+        write,
+        mesh=mesh,
+        in_specs=(kv_spec, spec("K..", new_KBH.shape), *(P() for _ in rest)),
+        out_specs=kv_spec,
+        axis_names=set(free_axes(mesh)),
+        check_vma=False,
+    )
+    return divided(part_KLPSH, new_KBH, *rest)

@@ -2,7 +2,7 @@
 
 A policy answers two questions. `start` gives each token's depth before any layer has run (L when it
 is decided on the way). `leaves` says, at an exit, which tokens leave now, from the hazard logits.
-`column` picks one position's policy while decoding.
+`of` picks the policy of single tokens while decoding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Policy(Protocol):
         self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None
     ) -> Bool[Array, "*A"]: ...
 
-    def column(self, index: Int[Array, ""]) -> Policy: ...
+    def of(self, row_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Policy: ...
 
 
 def _policy(cls: type) -> type:
@@ -55,7 +55,7 @@ class _Uniform:
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         return jnp.full(shape, layers, jnp.int32)
 
-    def column(self, index: Array) -> Policy:
+    def of(self, row_B: Array, index_B: Array) -> Policy:
         return self
 
 
@@ -66,7 +66,7 @@ class Full(_NeverOnTheWay):
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         return jnp.full(shape, layers, jnp.int32)
 
-    def column(self, index: Array) -> Policy:
+    def of(self, row_B: Array, index_B: Array) -> Policy:
         return self
 
 
@@ -89,9 +89,8 @@ class Prescribed(_NeverOnTheWay):
             )
         return jnp.clip(depth, 1, layers)
 
-    def column(self, index: Array) -> Prescribed:
-        column_B1 = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.depth_BT), index, 1, axis=1)
-        return Prescribed(column_B1[:, 0])
+    def of(self, row_B: Array, index_B: Array) -> Prescribed:
+        return Prescribed(jnp.asarray(self.depth_BT).at[row_B, index_B].get(mode="clip"))
 
 
 @_policy

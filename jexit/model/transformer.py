@@ -110,6 +110,11 @@ class Transformer(nnx.Module):
         return (self.embed.embedding if self.head is None else self.head.kernel)[...]
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of the base weights, the residual, and keys and values."""
+        return self.embed.embedding.get_value().dtype
+
+    @property
     def exit_index_of_layer(self) -> np.ndarray:
         """[L] int32: the exit index at each layer, −1 where there is no exit."""
         index_L = np.full(self.arch.layers, -1, np.int32)

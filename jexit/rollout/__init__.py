@@ -1,5 +1,19 @@
 """Generation: prefill, decoding with early exits, sampling."""
 
-from jexit.rollout.engine import Generation, Rollouts, Sequences, SplitModel, generate, rollout
+from jexit.rollout.engine import SplitModel, rollout
+from jexit.rollout.generate import Generation, Piece, generate, stream
+from jexit.rollout.layout import EngineSize
+from jexit.rollout.rollouts import Efficiency, Rollouts, Sequences
 
-__all__ = ["Generation", "Rollouts", "Sequences", "SplitModel", "generate", "rollout"]
+__all__ = [
+    "Efficiency",
+    "EngineSize",
+    "Generation",
+    "Piece",
+    "Rollouts",
+    "Sequences",
+    "SplitModel",
+    "generate",
+    "rollout",
+    "stream",
+]

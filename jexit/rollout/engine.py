@@ -1,10 +1,10 @@
-"""Rollouts, evaluation and `generate`: one engine over prefill and decode."""
+"""The decoding engine's host side: rollouts, evaluation and `generate` all run through it."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,107 +13,29 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import PRNGKey
-from jexit.dist import HostRows, fetch_rows, gather, host_rows, place_rows, waiting
-from jexit.model.cache import cache_bucket, prompt_bucket
+from jexit.dist import (
+    fetch_rows,
+    gather,
+    gathered_width,
+    host_rows,
+    place_rows,
+    waiting,
+    whole,
+)
+from jexit.model.cache import cache_bucket, token_bytes
 from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
-from jexit.rollout import decode
+from jexit.rollout import programs
+from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
+from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
+from jexit.rollout.state import Progress, Records
+from jexit.rollout.ticks import Draws
 
 SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states) as `nnx.split` returns them
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """Prompts with their completions, right-padded, for training and teacher forcing.
-
-    Column t describes the pass at input position t, which produces token t + 1.
-    """
-
-    tokens_BT: np.ndarray  # int32
-    lengths_B: np.ndarray  # int32, prompt and completion
-    depth_BT: np.ndarray  # int32: recorded at action positions, L elsewhere; for `Prescribed`
-    target_mask_BT: np.ndarray  # bool: positions that produce a generated token
-    action_BT: np.ndarray  # bool: positions whose pass may leave early
-    logprobs_BT: np.ndarray  # float32: recorded log-probability of token t + 1
-    depth_logprobs_BT: np.ndarray  # float32: recorded log-probability of the depth at t
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollouts:
-    """Completions of a batch: B = prompts · samples rows, those of one prompt adjacent.
-
-    T is `max_new_tokens`; beyond a row's length there are `pad_id` and zeros. A token's depth is
-    that of the pass that produced it, so column 0 of `depths_BT` is L. With several hosts these are
-    the rows that lie here.
-    """
-
-    prompts: list[list[int]]
-    prompt_B: np.ndarray  # int, the place of a row's prompt in `prompts`
-    host_rows: HostRows  # of the whole batch, the rows that are here
-    layers: int
-    pad_id: int
-    tokens_BT: np.ndarray  # int32, the end token kept as a row's last
-    lengths_B: np.ndarray  # int32, at least 1
-    depths_BT: np.ndarray  # int32
-    logprobs_BT: np.ndarray  # float32, of the tempered, truncated distribution (greedy: plain)
-    depth_logprobs_BT: np.ndarray  # float32, under the policy's law; 0 where nothing was drawn
-    hazard_logits_BTE: np.ndarray | None  # float32, NaN at exits that were not reached
-    truncated_B: np.ndarray  # bool: ran into `max_new_tokens` without an end token
-    shape: tuple[int, int]  # padded prompt length and last cache size: what was compiled for
-    seconds: float
-
-    @property
-    def rows(self) -> int:
-        return len(self.lengths_B)
-
-    @property
-    def prompt_lengths_B(self) -> np.ndarray:
-        lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
-        return lengths[self.prompt_B]
-
-    def completion(self, row: int) -> list[int]:
-        """The generated tokens of a row, the end token included."""
-        return self.tokens_BT[row, : self.lengths_B[row]].tolist()
-
-    def sequences(self, length: int | None = None) -> Sequences:
-        """Prompts and completions right-padded to `length` (None: the longest row's)."""
-        prompt_B = self.prompt_lengths_B
-        total_B = prompt_B + self.lengths_B
-        longest = int(total_B.max())
-        length = longest if length is None else length
-        if length < longest:
-            raise ValueError(
-                f"sequences of length {length} cannot hold a prompt and completion of {longest} "
-                "tokens; raise the length or lower max_new_tokens"
-            )
-        shape = (self.rows, length)
-        tokens_BT = np.full(shape, self.pad_id, np.int32)
-        depth_BT = np.full(shape, self.layers, np.int32)
-        logprobs_BT = np.zeros(shape, np.float32)
-        depth_logprobs_BT = np.zeros(shape, np.float32)
-        for row in range(self.rows):
-            prompt = self.prompts[self.prompt_B[row]]
-            new, start, stop = self.lengths_B[row], prompt_B[row], total_B[row]
-            tokens_BT[row, :start] = prompt
-            tokens_BT[row, start:stop] = self.tokens_BT[row, :new]
-            # The pass at position `start + i` produced generated token i + 1.
-            produced = slice(start - 1, stop - 1)
-            depth_BT[row, produced] = self.depths_BT[row, :new]
-            logprobs_BT[row, produced] = self.logprobs_BT[row, :new]
-            depth_logprobs_BT[row, produced] = self.depth_logprobs_BT[row, :new]
-        position_T = np.arange(length)
-        before_last_BT = position_T < total_B[:, None] - 1
-        return Sequences(
-            tokens_BT=tokens_BT,
-            lengths_B=total_B.astype(np.int32),
-            depth_BT=depth_BT,
-            target_mask_BT=(position_T >= prompt_B[:, None] - 1) & before_last_BT,
-            action_BT=(position_T >= prompt_B[:, None]) & before_last_BT,
-            logprobs_BT=logprobs_BT,
-            depth_logprobs_BT=depth_logprobs_BT,
-        )
+NO_LIMIT = np.int32(2**31 - 1)
 
 
 def rollout(
@@ -124,6 +46,8 @@ def rollout(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
     eos_ids: Iterable[int],
     pad_id: int,
     key: PRNGKey | int,
@@ -132,96 +56,280 @@ def rollout(
     hazards: bool = False,
     first_prompt: int = 0,
     total: int | None = None,
+    size: EngineSize = AUTOMATIC,
 ) -> Rollouts:
     """Generates `samples_per_prompt` completions of each prompt; one prefill serves them all.
 
     `model` is a `Transformer` or what `nnx.split(model, ...)` returned, which saves the splitting
     in a training loop; new parameter values never recompile. Temperature 0 is greedy. A row's draws
     depend on the key, `first_prompt` plus its prompt's index, the sample's index and the token's,
-    not on the batch: `first_prompt` lets a long list run in chunks with the same result. With
-    several hosts `prompts` are this host's of `total` (`jexit.dist.host_rows`), and `Prescribed`
-    holds the depths of all. Raises ValueError when a prompt is empty or does not fit the model with
-    its completion, or when `Prescribed` has too few rows or columns.
+    not on other rows nor on `size`. With several hosts `prompts` are this host's of `total`
+    (`jexit.dist.host_rows`), and `Prescribed` holds the depths of all. Raises ValueError when a
+    prompt is empty or does not fit the model with its completion, or when `Prescribed` has too few
+    rows or columns.
     """
-    began = time.perf_counter()
-    sampling = Sampling.of(temperature, top_p)
-    graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
-    states = tuple(states)
-    arch = nnx.merge(graphdef, *states).arch
-    prompts = [[int(token) for token in prompt] for prompt in prompts]
-    _check_prompts(arch, prompts, max_new_tokens)
-    if samples_per_prompt < 1:
-        raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
-    prompt_rows = host_rows(len(prompts) if total is None else total)
-    rows_here = host_rows(prompt_rows.total * samples_per_prompt)
-    policy = _fitted(policy, rows_here.total, max_new_tokens)
-
-    longest = max(gather("the prompts' lengths", max(map(len, prompts))))
-    prompt_slots = prompt_bucket(longest)
-    most = prompt_slots + max_new_tokens - 1
-    slots = cache_bucket(min(prompt_slots + max(16, prompt_slots // 8), most), most)
-    tokens_BT = np.full((len(prompts), prompt_slots), pad_id, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, prompt_slots - len(prompt) :] = prompt
-
-    rows, state = decode.prefill(
-        graphdef,
-        states,
-        *place_rows(
-            (tokens_BT, np.asarray([len(prompt) for prompt in prompts], np.int32)), prompt_rows
-        ),
-        np.asarray(sorted(eos_ids), np.int32),
-        jax.random.key(key) if isinstance(key, int | np.integer) else key,
-        np.int32(first_prompt),
-        sampling,
-        samples=samples_per_prompt,
-        slots=slots,
+    decoding = Decoding(
+        model,
+        prompts,
+        policy=policy,
         max_new_tokens=max_new_tokens,
+        sampling=Sampling.of(temperature, top_p, top_k=top_k, min_p=min_p),
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        key=key,
+        samples_per_prompt=samples_per_prompt,
         adapters=adapters,
         hazards=hazards,
+        first_prompt=first_prompt,
+        total=total,
+        size=size,
     )
-    while max_new_tokens > 1:
-        state = decode.decode(
-            graphdef,
-            states,
-            rows,
-            state,
-            policy,
+    while not decoding.turn():
+        pass
+    return decoding.rollouts()
+
+
+class Decoding:
+    """One batch on its way: prefills prompts as places for them come free, and lets the pool tick.
+
+    Every data shard of the mesh has its own prompts, completions and pool; the host does the same
+    for all of them, so that several hosts stay in step.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | SplitModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        policy: Policy,
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Iterable[int],
+        pad_id: int,
+        key: PRNGKey | int,
+        samples_per_prompt: int = 1,
+        adapters: bool = True,
+        hazards: bool = False,
+        first_prompt: int = 0,
+        total: int | None = None,
+        size: EngineSize = AUTOMATIC,
+    ) -> None:
+        self._began, self._compiling = time.perf_counter(), 0.0
+        self._graphdef, self._states, arch, dtype = _split_for_decoding(model)
+        self._arch, self._columns, self._pad_id = arch, max_new_tokens, pad_id
+        self._samples, self._adapters, self._hazards = samples_per_prompt, adapters, hazards
+        self._prompts = [[int(token) for token in prompt] for prompt in prompts]
+        check_prompts(arch, self._prompts, max_new_tokens)
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
+        self._here = host_rows(len(self._prompts) if total is None else total)
+        self._total = self._here.total
+        self._layout = Layout.of(
+            self._all_lengths(),
+            samples_per_prompt,
+            size,
+            token_bytes=token_bytes(arch, dtype),
+            new=max_new_tokens,
+        )
+        self._policy = self._placed(
+            fitted_policy(policy, self._total * samples_per_prompt, self._columns)
+        )
+        self._draws = Draws(
+            jax.random.key(key) if isinstance(key, int | np.integer) else key,
+            np.asarray(sorted(eos_ids), np.int32),
             sampling,
-            adapters=adapters,
+        )
+        layout = self._layout
+        self._most = layout.prompt_slots + max_new_tokens - 1
+        self.slots = layout.first_slots(self._most)
+        self._work = place_rows(layout.work(first_prompt))
+        self._pool, self._records, self._store = programs.empty(
+            self._graphdef,
+            self._states,
+            rows=layout.shards * layout.rows,
+            jobs=layout.shards * layout.jobs,
+            prompts=layout.shards * layout.places,
+            columns=max_new_tokens,
+            prompt_slots=layout.prompt_slots,
+            slots=self.slots,
             hazards=hazards,
         )
+        self._prefilled, self._positions = 0, 0
+        self.progress = Progress(
+            started=np.zeros(layout.shards, np.int32),
+            under_way=np.zeros(layout.shards, np.int32),
+            full=np.zeros(layout.shards, bool),
+            filled=np.zeros(layout.shards),
+            places=np.zeros(layout.shards),
+            ticks=np.zeros(layout.shards, np.int32),
+        )
+
+    def turn(self, emissions: int | None = None) -> bool:
+        """Works until the host has something to do, or for so many ticks that emit tokens.
+
+        Returns whether all completions have ended.
+        """
+        layout = self._layout
+        while self._prefilled < layout.prompts and layout.has_room(
+            self._prefilled, self.progress.started
+        ):
+            self._prefill()
+        if self._columns == 1:  # the prefill has drawn them all
+            return self._prefilled >= layout.prompts
+        if self.progress.full.any():
+            self.slots = cache_bucket(self.slots + 1, self._most)
+            cache = programs.grown(self._pool.cache, slots=self.slots)
+            self._pool = dataclasses.replace(self._pool, cache=cache)
+        self._compiled(programs.advance, lambda: self._advance(np.int32(0)))
+        progress = self._advance(NO_LIMIT if emissions is None else np.int32(emissions))
         with waiting("the rollouts"):
-            done = slots >= most or bool(jnp.all(state.finished_B))
-        if done:
-            break
-        slots = cache_bucket(slots + 1, most)
-        state = decode.grow(state, slots=slots)
+            self.progress = jax.device_get(progress)
+        begun = self.progress.started >= layout.jobs_S
+        return bool(np.all(begun & (self.progress.under_way == 0)))
 
-    with waiting("the rollouts"):
-        records = fetch_rows(state.records, axis=1)
-        length_B, finished_B = fetch_rows((state.length_B, state.finished_B))
-    beyond_BT = np.arange(max_new_tokens) >= length_B[:, None]
-    z_TBE = records.hazard_logits_TBE
-    return Rollouts(
-        prompts=prompts,
-        prompt_B=prompt_rows.find(rows_here.index_B // samples_per_prompt),
-        host_rows=rows_here,
-        layers=arch.layers,
-        pad_id=pad_id,
-        tokens_BT=np.where(beyond_BT, np.int32(pad_id), records.tokens_TB.T),
-        lengths_B=length_B,
-        depths_BT=np.where(beyond_BT, 0, records.depths_TB.T),
-        logprobs_BT=np.ascontiguousarray(records.logprobs_TB.T),
-        depth_logprobs_BT=np.ascontiguousarray(records.depth_logprobs_TB.T),
-        hazard_logits_BTE=None if z_TBE is None else np.moveaxis(z_TBE, 0, 1),
-        truncated_B=~finished_B,
-        shape=(prompt_slots, slots),
-        seconds=time.perf_counter() - began,
-    )
+    def so_far(self) -> Records:
+        """What there is of this host's completions; those that have not begun have length 0."""
+        return self._fetched()
+
+    def cut(self, length_B: np.ndarray) -> None:
+        """Ends completions after so many of the tokens that they have; 0 leaves one alone.
+
+        For all rows of the batch, as a call on every host.
+        """
+        missing = self._layout.shards * self._layout.jobs - len(length_B)
+        length_J = place_rows(np.pad(np.asarray(length_B, np.int32), (0, missing)))
+        self._pool, self._records = programs.cut(self._pool, self._records, length_J)
+
+    def rollouts(self) -> Rollouts:
+        """The completions, when all have ended."""
+        records = self._fetched()
+        layout, length_B, z_BTE = self._layout, records.length_J, records.hazard_logits_JTE
+        beyond_BT = np.arange(self._columns) >= length_B[:, None]
+        rows_here = host_rows(self._total * self._samples)
+        positions, tokens = self._positions, int(layout.length_SP.sum())
+        return Rollouts(
+            prompts=self._prompts,
+            prompt_B=self._here.find(rows_here.index_B // self._samples),
+            host_rows=rows_here,
+            layers=self._arch.layers,
+            pad_id=self._pad_id,
+            tokens_BT=np.where(beyond_BT, np.int32(self._pad_id), records.tokens_JT),
+            lengths_B=length_B,
+            depths_BT=np.where(beyond_BT, 0, records.depths_JT),
+            logprobs_BT=np.where(beyond_BT, np.float32(0), records.logprobs_JT),
+            depth_logprobs_BT=np.where(beyond_BT, np.float32(0), records.depth_logprobs_JT),
+            hazard_logits_BTE=None
+            if z_BTE is None
+            else np.where(beyond_BT[..., None], np.float32(np.nan), z_BTE),
+            truncated_B=~records.ended_J,
+            shape=(layout.prompt_slots, self.slots),
+            seconds=time.perf_counter() - self._began - self._compiling,
+            efficiency=Efficiency(
+                prefills=self._total,
+                prompt_padding=1.0 - tokens / positions,
+                idle=1.0 - float(self.progress.filled.sum() / max(self.progress.places.sum(), 1)),
+                ticks=int(self.progress.ticks.max()),
+            ),
+        )
+
+    def _fetched(self) -> Records:
+        """This host's rows of the records."""
+        layout = self._layout
+        with waiting("the rollouts"):
+            if layout.shards * layout.prompts == self._total:
+                return fetch_rows(self._records)
+            # Rows that do not divide over the shards lie on every host.
+            rows = self._total * self._samples
+            return jax.tree.map(lambda part: part[:rows], whole(self._records, "the rollouts"))
+
+    def _all_lengths(self) -> np.ndarray:
+        mine = [self._here.index_B.tolist(), [len(prompt) for prompt in self._prompts]]
+        lengths = np.zeros(self._total, np.int32)
+        for index_B, length_B in gather("the prompts' lengths", mine):
+            lengths[index_B] = length_B
+        return lengths
+
+    def _placed(self, policy: Policy) -> Policy:
+        """`Prescribed` with the rows of the shards; others have none."""
+        if not isinstance(policy, Prescribed):
+            return policy
+        missing = self._layout.shards * self._layout.jobs - policy.depth_BT.shape[0]
+        depth_BT = np.pad(
+            np.asarray(policy.depth_BT, np.int32), ((0, missing), (0, 0)), mode="edge"
+        )
+        return Prescribed(place_rows(depth_BT))
+
+    def _prefill(self) -> None:
+        layout = self._layout
+        index_SB, length_SB, slots = layout.group(self._prefilled)
+        tokens_SBT = np.full((*index_SB.shape, slots), self._pad_id, np.int32)
+        held = {int(index): place for place, index in enumerate(self._here.index_B)}
+        for shard, place in np.ndindex(index_SB.shape):
+            index = index_SB[shard, place]
+            prompt = held.get(int(shard * layout.prompts + index))
+            if index < layout.prompts and prompt is not None:  # another host's lie there
+                tokens_SBT[shard, place, : length_SB[shard, place]] = self._prompts[prompt]
+        self._prefilled += index_SB.shape[1]
+        self._positions += tokens_SBT.size
+        rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), index_SB.reshape(-1))
+
+        def run() -> None:
+            self._store, self._records = programs.prefill(
+                self._graphdef,
+                self._states,
+                self._store,
+                self._records,
+                self._work,
+                *place_rows(rows),
+                self._draws,
+                samples=self._samples,
+                adapters=self._adapters,
+            )
+
+        self._compiled(programs.prefill, run)
+
+    def _advance(self, emissions: np.int32) -> Progress:
+        layout = self._layout
+        prompts_S = np.minimum(self._prefilled, layout.prompts_S)
+        self._pool, self._records, progress = programs.advance(
+            self._graphdef,
+            self._states,
+            self._pool,
+            self._records,
+            self._store,
+            self._work,
+            place_rows((prompts_S * self._samples).astype(np.int32)),
+            place_rows(prompts_S < layout.prompts_S),
+            emissions,
+            self._policy,
+            self._draws,
+            width=layout.width,
+            adapters=self._adapters,
+            hazards=self._hazards,
+        )
+        return progress
+
+    def _compiled(self, program: Any, run: Callable[[], Any]) -> None:
+        """Runs it and, when that meant compiling it, leaves that time out of the batch's."""
+        known, began = program._cache_size(), time.perf_counter()
+        run()
+        if program._cache_size() > known:
+            self._compiling += time.perf_counter() - began
 
 
-def _check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _split_for_decoding(
+    model: Transformer | SplitModel,
+) -> tuple[nnx.GraphDef, tuple[Any, ...], Architecture, jnp.dtype]:
+    """(graphdef, states, architecture, dtype); weights whole along the model width."""
+    graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
+    whole, mesh = nnx.merge(graphdef, *states), jax.sharding.get_abstract_mesh()
+    divided = not mesh.empty and mesh.shape["fsdp"] > 1
+    states = gathered_width(tuple(states)) if divided else tuple(states)
+    return graphdef, states, whole.arch, whole.dtype
+
+
+def check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises ValueError for prompts that the model cannot take with their completions."""
     if not prompts:
         raise ValueError("there are no prompts to complete; give at least one")
     if max_new_tokens < 1:
@@ -249,7 +357,7 @@ def _check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens:
             )
 
 
-def _fitted(policy: Policy, rows: int, columns: int) -> Policy:
+def fitted_policy(policy: Policy, rows: int, columns: int) -> Policy:
     """`Prescribed` cut to the tokens that may be generated, so that its width never recompiles."""
     if not isinstance(policy, Prescribed):
         return policy
@@ -260,86 +368,3 @@ def _fitted(policy: Policy, rows: int, columns: int) -> Policy:
             "give a row for each completion and a column for each token that may be generated"
         )
     return Prescribed(jnp.asarray(policy.depth_BT)[:, :columns])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """Completions of text prompts, one entry a prompt; tokens end with the end token if it came."""
-
-    texts: list[str]
-    tokens: list[list[int]]
-    depths: list[list[int]]  # of the pass that produced each token; the first is L
-    logprobs: list[list[float]]
-    depth_logprobs: list[list[float]]
-    hazard_logits: list[list[list[float]]] | None  # an entry an exit, NaN where not reached
-    truncated: list[bool]
-    seconds: float
-
-
-def generate(
-    model: Transformer | SplitModel,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    policy: Policy = Full(),
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chat: bool = True,
-    adapters: bool = True,
-    hazards: bool = False,
-    batch_size: int = 64,
-) -> Generation:
-    """Completes texts under a halting policy; `tokenizer` is `jexit.data.tokenizer.Tokenizer`.
-
-    `chat` puts each prompt into the tokenizer's chat format as the user's message. Temperature 0 is
-    greedy. Raises ValueError as `rollout` does.
-    """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string and should be a list of them; put it in brackets")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    encode = tokenizer.encode_prompts if chat else tokenizer.encode_batch
-    prompt_ids = encode(list(prompts))
-    graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
-    arch = nnx.merge(graphdef, *states).arch
-    _check_prompts(arch, prompt_ids, max_new_tokens)
-    policy = _fitted(policy, len(prompt_ids), max_new_tokens)
-    batch_size = min(batch_size, len(prompt_ids))
-    parts: dict[str, list] = {field.name: [] for field in dataclasses.fields(Generation)}
-    for start in range(0, len(prompt_ids), batch_size):
-        # The last batch is filled up with its own last prompt rather than compiled anew.
-        index = np.minimum(np.arange(start, start + batch_size), len(prompt_ids) - 1)
-        part = rollout(
-            (graphdef, *states),
-            [prompt_ids[i] for i in index],
-            policy=Prescribed(policy.depth_BT[index]) if isinstance(policy, Prescribed) else policy,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-            key=seed,
-            adapters=adapters,
-            hazards=hazards,
-            first_prompt=start,
-        )
-        parts["seconds"].append(part.seconds)
-        for row in range(min(batch_size, len(prompt_ids) - start)):
-            length = part.lengths_B[row]
-            parts["tokens"].append(part.completion(row))
-            parts["depths"].append(part.depths_BT[row, :length].tolist())
-            parts["logprobs"].append(part.logprobs_BT[row, :length].tolist())
-            parts["depth_logprobs"].append(part.depth_logprobs_BT[row, :length].tolist())
-            parts["truncated"].append(bool(part.truncated_B[row]))
-            if hazards:
-                parts["hazard_logits"].append(part.hazard_logits_BTE[row, :length].tolist())
-    parts["texts"] = [tokenizer.decode(tokens) for tokens in parts["tokens"]]
-    return Generation(
-        **parts
-        | {
-            "seconds": sum(parts["seconds"]),
-            "hazard_logits": parts["hazard_logits"] if hazards else None,
-        }
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,25 @@ from jexit.axes import Array, Float, Int, Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the flags are static, so an unused feature costs nothing."""
+    """How tokens are drawn; the flags are static, so an unused feature costs nothing.
+
+    First the temperature, then truncation to the `top_k` most likely tokens, to the nucleus `top_p`
+    of what is left, and to what has `min_p` of the most likely one's probability, as Hugging Face's
+    `generate` does it.
+    """
 
     temperature: Float[Array, ""] | float
+    top_k: Int[Array, ""] | int
     top_p: Float[Array, ""] | float
+    min_p: Float[Array, ""] | float
     greedy: bool = dataclasses.field(metadata={"static": True})
-    truncated: bool = dataclasses.field(metadata={"static": True})
+    truncations: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, temperature: float, top_p: float) -> Sampling:
-        """Checks the settings; temperature 0 is greedy, whatever top_p."""
+    def of(
+        cls, temperature: float, top_p: float = 1.0, *, top_k: int = 0, min_p: float = 0.0
+    ) -> Sampling:
+        """Checks the settings; temperature 0 is greedy, and then nothing is truncated."""
         if not temperature >= 0.0:
             raise ValueError(
                 f"temperature is {temperature}; it must be 0 (greedy) or above, such as 0.7"
@@ -31,25 +41,42 @@ class Sampling:
             raise ValueError(
                 f"top_p is {top_p}; it is the probability mass to keep, above 0 and at most 1"
             )
+        if top_k < 0:
+            raise ValueError(f"top_k is {top_k}; it is how many tokens to keep, or 0 for all")
+        if not 0.0 <= min_p <= 1.0:
+            raise ValueError(
+                f"min_p is {min_p}; it is a share of the most likely token's probability, from 0 "
+                "to 1"
+            )
         greedy = temperature == 0.0
+        used = {"top_k": top_k > 0, "top_p": top_p < 1.0, "min_p": min_p > 0.0}
         return cls(
             temperature=1.0 if greedy else float(temperature),
+            top_k=int(top_k),
             top_p=float(top_p),
+            min_p=float(min_p),
             greedy=greedy,
-            truncated=top_p < 1.0 and not greedy,
+            truncations=() if greedy else tuple(name for name, on in used.items() if on),
         )
+
+    def law(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
+        """Logits of the distribution that is drawn from, −inf where it has been truncated."""
+        logits = logits.astype(jnp.float32)
+        if not self.greedy:
+            logits = logits / self.temperature
+        truncate = {"top_k": truncate_top_k, "top_p": truncate_top_p, "min_p": truncate_min_p}
+        for name in self.truncations:
+            logits = truncate[name](logits, getattr(self, name))
+        return logits
 
     def draw(
         self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """(tokens, log-probabilities) [B] under the tempered, truncated distribution.
+        """(tokens, log-probabilities) [B] under the law.
 
         Greedy takes the first of the largest logits and reports the untempered log-probability.
         """
-        if not self.greedy:
-            logits_BV = logits_BV / self.temperature
-        if self.truncated:
-            logits_BV = truncate_top_p(logits_BV, self.top_p)
+        logits_BV = self.law(logits_BV)
         top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
         if self.greedy:
             token_B = _first(logits_BV == top_B1)
@@ -99,39 +126,46 @@ def _first(true_BC: Array) -> Array:
     return jnp.min(jnp.where(true_BC, jnp.arange(entries), entries - 1), axis=-1).astype(jnp.int32)
 
 
-def truncate_top_p(
-    logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float
-) -> Float[Array, "*A V"]:
+def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
+    """Logits with −inf outside the `top_k` most likely tokens; those that tie with the last stay.
+
+    Tokens whose probability rounds to 0 may stay too: they are never drawn.
+    """
+    return _truncate(logits, lambda kept, probs: jnp.sum(kept, axis=-1) >= top_k)
+
+
+def truncate_top_p(logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float) -> Array:
     """Logits with −inf outside the nucleus (arXiv:1904.09751).
 
     The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p; tokens that tie at τ
-    all stay. τ is found by bisection over the bits of the probabilities, which order as they do: 31
-    sums over the vocabulary instead of a sort.
+    all stay.
+    """
+    return _truncate(logits, lambda kept, p: jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= top_p)
+
+
+def truncate_min_p(logits: Float[Array, "*A V"], min_p: Float[Array, ""] | float) -> Array:
+    """Logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
+    least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _truncate(logits: Array, enough: Callable[[Array, Array], Array]) -> Array:
+    """Keeps {p ≥ τ} with the largest τ that is `enough` (kept [..., V], p [..., V] → [...]).
+
+    τ is found by bisection over the bits of the probabilities, which order as they do: 31 sums over
+    the vocabulary instead of a sort.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-    # The whole mass may round to below top_p: the bound 0 then keeps everything.
+    # Nothing may be enough, such as a mass that rounds to below 1: the bound 0 keeps everything.
     low = jnp.zeros(logits.shape[:-1], jnp.int32)
     high = jnp.max(bits, axis=-1) + 1
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        mass = jnp.sum(jnp.where(bits >= middle[..., None], probs, 0.0), axis=-1)
-        enough = mass >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        stays = enough(bits >= middle[..., None], probs)
+        return jnp.where(stays, middle, low), jnp.where(stays, high, middle)
 
     low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
     return jnp.where(bits >= low[..., None], logits, -jnp.inf)
-
-
-def sampling_log_probs(
-    logits: Float[Array, "*A V"],
-    temperature: Float[Array, ""] | float = 1.0,
-    top_p: float = 1.0,
-) -> Float[Array, "*A V"]:
-    """Log-probabilities [..., V] of the distribution that the sampler draws from."""
-    logits = logits.astype(jnp.float32) / temperature
-    if top_p < 1.0:
-        logits = truncate_top_p(logits, top_p)
-    return jax.nn.log_softmax(logits, axis=-1)

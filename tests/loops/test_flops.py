@@ -16,7 +16,7 @@ from jexit.model.lora import LoRA
 from jexit.model.policies import Prescribed
 from jexit.model.transformer import Execution, ExitHeadSettings, Transformer, logits_of, run
 from jexit.presets import PRESETS, Architecture
-from jexit.rollout import Rollouts
+from jexit.rollout import Efficiency, Rollouts
 from jexit.steps.state import split_model
 from small_runs import run as run_command
 
@@ -144,6 +144,7 @@ def rollouts(depths, prompt=3):
         truncated_B=np.zeros(rows, bool),
         shape=(prompt, width),
         seconds=0.0,
+        efficiency=Efficiency(prefills=1, prompt_padding=0.0, idle=0.0, ticks=1),
     )
 
 

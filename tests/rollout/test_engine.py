@@ -1,5 +1,7 @@
 """The engine against teacher forcing, Hugging Face, and itself in other batches and buckets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from jexit.model import cache
 from jexit.model.exits import depth_log_prob
 from jexit.model.policies import Full, Prescribed, Sample, Threshold, law_settings
 from jexit.model.transformer import forward
-from jexit.rollout import decode, rollout
-from jexit.rollout.sampling import sampling_log_probs
+from jexit.rollout import layout, programs, rollout
+from jexit.rollout.sampling import Sampling
+from jexit.rollout.ticks import Ticks
 from tolerances import LOGPROBS
 
 LAYERS, EOS, PAD = 5, 60, 59
@@ -33,7 +36,7 @@ def teacher_forced(model, rollouts, *, temperature=1.0, top_p=1.0, adapters=True
         policy=Prescribed(sequences.depth_BT),
         adapters=adapters,
     )
-    log_probs = np.asarray(sampling_log_probs(out.logits_BTV, temperature, top_p))
+    log_probs = np.asarray(jax.nn.log_softmax(Sampling.of(temperature, top_p).law(out.logits_BTV)))
     following = sequences.tokens_BT[:, 1:, None]
     logprobs = np.take_along_axis(log_probs[:, :-1], following, axis=-1)[..., 0]
     return sequences, np.pad(logprobs, ((0, 0), (0, 1))), out
@@ -193,28 +196,47 @@ def test_samples_share_a_prompt_and_differ(model, prompts):
 
 def test_samples_share_one_prefill(model, prompts, monkeypatch):
     shapes = []
-    whole = decode.run
+    whole = programs.run
 
     def seen(model, tokens_BT, **settings):
         shapes.append(tokens_BT.shape)
         return whole(model, tokens_BT, **settings)
 
-    monkeypatch.setattr(decode, "run", seen)
+    monkeypatch.setattr(programs, "run", seen)
     rollouts = roll(model, prompts, samples_per_prompt=7, max_new_tokens=1)
     assert rollouts.rows == 21
     assert shapes == [(3, 16)]
+    assert rollouts.efficiency.prefills == 3
+    assert rollouts.efficiency.prompt_padding == pytest.approx(1 - 20 / 48)
+
+
+def test_prompts_of_like_length_are_prefilled_together(model, monkeypatch):
+    """In groups of one size, each as long as its longest prompt."""
+    monkeypatch.setattr(layout, "PREFILL_TOKENS", 128)  # two prompts of up to 64 tokens
+    shapes = []
+    whole = programs.run
+
+    def seen(model, tokens_BT, **settings):
+        shapes.append(tokens_BT.shape)
+        return whole(model, tokens_BT, **settings)
+
+    monkeypatch.setattr(programs, "run", seen)
+    lengths = [60, 3, 17, 64, 5, 20]
+    made = roll(model, [[length % 60] * length for length in lengths], max_new_tokens=4)
+    assert shapes == [(2, 16), (2, 32), (2, 64)]
+    assert made.efficiency.prompt_padding == pytest.approx(1 - sum(lengths) / 224)
 
 
 def test_programs_do_not_multiply_with_prompt_lengths(model):
-    """One prefill a prompt bucket; decode knows the size of the cache alone, not the prompt's."""
-    before = np.asarray([decode.prefill._cache_size(), decode.decode._cache_size()])
-    programs = []
+    """One prefill a prompt bucket, and ticks for each size of the cache and of the prompts."""
+    before = np.asarray([programs.prefill._cache_size(), programs.advance._cache_size()])
+    counts = []
     for length in (1, 9, 16, 17, 24, 60, 64, 65, 70, 80):
         roll(model, [[3] * length], temperature=0.0, max_new_tokens=41)
-        programs.append([decode.prefill._cache_size(), decode.decode._cache_size()] - before)
-    # Prompts in 16, 32, 64 and 80 slots; caches of 64, of 80 after 64, of 112 and of 128.
+        counts.append([programs.prefill._cache_size(), programs.advance._cache_size()] - before)
+    # Prompts in 16, 32, 64 and 80 slots; caches of 64, 64 (all that is needed), 112 and 128.
     expected = [1, 1, 1, 2, 2, 3, 3, 4, 4, 4]
-    assert np.transpose(programs).tolist() == [expected, expected]
+    assert np.transpose(counts).tolist() == [expected, expected]
 
 
 def equations(jaxpr):
@@ -230,26 +252,27 @@ def is_jaxpr(value):
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
-def test_decode_copies_neither_cache_nor_weights(model, prompts, monkeypatch):
+def test_ticks_copy_neither_cache_nor_weights(model, prompts, monkeypatch):
     """Temporaries of a layer's keys and values at a time, and no scan over stacked weights.
 
     What a scan is given to slice is copied whether or not a branch reads it.
     """
-    programs = []
-    whole = decode.decode
+    traced = []
+    whole = programs.advance
 
-    def traced(graphdef, states, rows, state, *settings, **static):
-        state = decode.grow(state, slots=1024)
-        programs.append(whole.trace(graphdef, states, rows, state, *settings, **static))
-        return state
+    def trace(graphdef, states, pool, *settings, **static):
+        larger = dataclasses.replace(pool, cache=programs.grown(pool.cache, slots=1024))
+        traced.append(whole.trace(graphdef, states, larger, *settings, **static))
+        return whole(graphdef, states, pool, *settings, **static)
 
-    monkeypatch.setattr(decode, "decode", traced)
+    trace._cache_size = whole._cache_size
+    monkeypatch.setattr(programs, "advance", trace)
     roll(model, prompts, samples_per_prompt=4, policy=Sample(), hazards=True)
-    (program,) = programs
+    program = traced[0]
     cache_bytes = LAYERS * 12 * model.arch.kv_heads * 1024 * model.arch.head_dim * 4  # keys alone
     assert program.lower().compile().memory_analysis().temp_size_in_bytes < cache_bytes
     names = [equation.primitive.name for equation in equations(program.jaxpr.jaxpr)]
-    assert names.count("while") >= 3, "over tokens, over layers, over the layers to fill"
+    assert names.count("while") >= 4, "over ticks, layers, layers to fill, prompts to copy"
     scanned = [
         sliced.aval.shape
         for equation in equations(program.jaxpr.jaxpr)
@@ -277,36 +300,36 @@ def test_any_end_token_stops_a_row_and_is_kept(model, prompts):
     assert stopped.lengths_B[1] == 1
 
 
-def test_ended_rows_do_not_keep_others_running(model, prompts, monkeypatch):
-    """The layer loop's own count: a pass runs as deep as the deepest row that is still going."""
+def test_a_tick_runs_the_layers_that_its_rows_need(model, prompts, monkeypatch):
+    """The layer loop's own count: a row that has ended keeps nobody running."""
     depth_BT = np.full((3, 12), 1)
     depth_BT[1] = LAYERS
     first = int(roll(model, prompts, temperature=0.0).tokens_BT[1, 0])
     ran = []
-    whole = decode._run_token
+    whole = Ticks._block
 
-    def counted(*args):
-        result = whole(*args)
-        jax.debug.callback(lambda layer: ran.append(int(layer)), result.layer)
-        return result
+    def counted(ticks, layer):
+        jax.debug.callback(lambda layer: ran.append(int(layer)), layer)
+        return whole(ticks, layer)
 
-    monkeypatch.setattr(decode, "_run_token", counted)
+    monkeypatch.setattr(Ticks, "_block", counted)
     settings = {"temperature": 0.0, "policy": Prescribed(depth_BT)}
-    # 11 tokens, as nowhere else: decode is traced anew, and no other test meets the callback.
+    # 11 tokens, as nowhere else: the ticks are traced anew, and no other test meets the callback.
     rollouts = roll(model, prompts, eos_ids=[first], max_new_tokens=11, **settings)
     jax.effects_barrier()
-    assert rollouts.lengths_B[1] == 1, "row 1 ends at once, so the others need one layer a pass"
-    assert ran
-    assert set(ran) == {1}
+    assert rollouts.lengths_B.tolist() == [11, 1, 11]
+    # Ten passes of one layer each, and the keys and values of the other four for all but the last.
+    assert ran.count(0) == 10
+    assert [ran.count(layer) for layer in range(1, LAYERS)] == [9] * 4
 
 
 def test_new_parameter_values_do_not_recompile(model, prompts):
     graphdef, trained, rest = nnx.split(model, nnx.filterlib.OfType(type(model.exits.b2)), ...)
     before = roll((graphdef, trained, rest), prompts, policy=Sample())
-    compiled = decode.decode._cache_size(), decode.prefill._cache_size()
+    compiled = programs.advance._cache_size(), programs.prefill._cache_size()
     moved = jax.tree.map(lambda x: x - 100.0, trained)
     after = roll((graphdef, moved, rest), prompts, policy=Sample(), key=4)
-    assert (decode.decode._cache_size(), decode.prefill._cache_size()) == compiled
+    assert (programs.advance._cache_size(), programs.prefill._cache_size()) == compiled
     assert (before.depths_BT < LAYERS).any()
     assert (after.depths_BT == LAYERS).all(), "hazards near nothing"
 

@@ -1,10 +1,14 @@
 """`generate`: texts in and out, batches, and what lines up with what."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from jexit.model.policies import Full, Prescribed, Sample
-from jexit.rollout import engine, generate
+from jexit.rollout import EngineSize, generate, stream
+
+generate_module = sys.modules["jexit.rollout.generate"]
 
 
 class Letters:
@@ -39,12 +43,14 @@ def test_lists_line_up(model):
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_batches_change_nothing(model, chat):
+def test_sizes_change_nothing(model, chat):
     settings = {"max_new_tokens": 10, "temperature": 1.0, "seed": 3, "chat": chat}
     depth_BT = np.random.default_rng(0).integers(1, 6, (5, 10))
     for policy in (Sample(), Prescribed(depth_BT)):
         whole = generate(model, Letters(), PROMPTS, policy=policy, **settings)
-        parts = generate(model, Letters(), PROMPTS, policy=policy, batch_size=2, **settings)
+        parts = generate(
+            model, Letters(), PROMPTS, policy=policy, size=EngineSize(rows=2), **settings
+        )
         assert whole.tokens == parts.tokens
         assert whole.depths == parts.depths
         assert len(parts.texts) == 5
@@ -60,12 +66,6 @@ def test_chat_and_seed_matter(model):
     assert texts(policy=Full()) == texts()
 
 
-def test_every_prompt_is_checked_before_the_first_runs(model, monkeypatch):
-    monkeypatch.setattr(engine, "rollout", None)
-    with pytest.raises(ValueError, match=r"prompt 2 has 508 tokens .* at most 4"):
-        generate(model, Letters(), ["a", "b", "c" * 506], max_new_tokens=10, batch_size=1)
-
-
 @pytest.mark.parametrize(
     ("prompts", "settings", "sentence"),
     [
@@ -78,7 +78,7 @@ def test_every_prompt_is_checked_before_the_first_runs(model, monkeypatch):
         (["a"], {"temperature": float("nan")}, "temperature is nan"),
         (["a"], {"top_p": 0.0}, "top_p is 0.0; it is the probability mass"),
         (["a"], {"top_p": 1.5}, "top_p is 1.5"),
-        (["a"], {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens .* at most 4"),
         (["a", "b"], {"policy": Prescribed(np.ones((1, 10)))}, r"\(1, 10\) for 2 rows of up to 10"),
         (["a"], {"policy": Prescribed(np.ones((1, 9)))}, r"\(1, 9\) for 1 rows of up to 10"),
         (["a"], {"policy": Prescribed(np.ones(10))}, r"\(10,\) for 1 rows"),
@@ -88,3 +88,87 @@ def test_wrong_inputs_get_one_sentence(model, prompts, settings, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         generate(model, Letters(), prompts, **{"max_new_tokens": 10} | settings)
     assert "\n" not in str(error.value)
+
+
+def spelled(ids):
+    return "".join(chr(ord("a") + i % 26) for i in ids if i not in Letters.eos_ids)
+
+
+class Spelling(Letters):
+    """Decodes to one letter a token, so that stop strings cross tokens."""
+
+    def decode(self, ids):
+        return spelled(ids)
+
+
+SETTINGS = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3}
+
+
+@pytest.mark.parametrize("size", [EngineSize(), EngineSize(rows=2, places=1)])
+def test_stop_strings_end_a_completion(model, size, monkeypatch):
+    """At the token that completes the first of them, whenever it is looked for."""
+    free = generate(model, Spelling(), PROMPTS, policy=Sample(), **SETTINGS)
+    stop = [free.texts[0][4:7], free.texts[1][9:11], free.texts[1][20:22]]
+    for every in (1, 16):
+        monkeypatch.setattr(generate_module, "STOP_EVERY", every)
+        made = generate(
+            model, Spelling(), PROMPTS, policy=Sample(), stop=stop, size=size, **SETTINGS
+        )
+        for row, whole in enumerate(free.texts):
+            at = min((whole.find(s) for s in stop if s in whole), default=len(whole))
+            assert made.texts[row] == whole[:at]
+            ends = [whole.find(s) + len(s) for s in stop if s in whole]
+            if not ends:
+                assert made.tokens[row] == free.tokens[row]
+                continue
+            assert spelled(made.tokens[row]) == whole[: min(ends)]
+            assert not made.truncated[row]
+            length = len(made.tokens[row])
+            assert len(made.depths[row]) == len(made.logprobs[row]) == length
+            assert made.depths[row] == free.depths[row][:length]
+        assert len(made.tokens[0]) <= 7
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_pieces_make_the_whole(model, every, stopped):
+    stop = []
+    if stopped:
+        stop = [generate(model, Spelling(), PROMPTS, policy=Sample(), **SETTINGS).texts[1][9:12]]
+    settings = {"policy": Sample(), "stop": stop} | SETTINGS
+    whole = generate(model, Spelling(), PROMPTS, **settings)
+    size = EngineSize(rows=3, places=2)
+    pieces = list(stream(model, Spelling(), PROMPTS, every=every, size=size, **settings))
+    assert len(pieces) > len(PROMPTS)
+    for row in range(len(PROMPTS)):
+        mine = [piece for piece in pieces if piece.index == row]
+        assert "".join(piece.text for piece in mine) == whole.texts[row]
+        for name in ("tokens", "depths", "logprobs"):
+            joined = [value for piece in mine for value in getattr(piece, name)]
+            assert joined == getattr(whole, name)[row]
+        assert [piece.finished for piece in mine] == [False] * (len(mine) - 1) + [True]
+        if every == 1:
+            assert max(len(piece.tokens) for piece in mine) <= 2, "the first comes with its second"
+
+
+def test_unfinished_characters_wait(model):
+    """A token may hold a part of a character: its text comes when the rest is there."""
+
+    class Bytes(Letters):
+        def decode(self, ids):
+            raw = b"".join("é".encode()[i % 2 : i % 2 + 1] for i in ids)
+            return raw.decode(errors="replace")
+
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+    whole = generate(model, Bytes(), PROMPTS, **settings)
+    pieces = list(stream(model, Bytes(), PROMPTS, every=1, **settings))
+    for row in range(len(PROMPTS)):
+        assert "".join(p.text for p in pieces if p.index == row) == whole.texts[row]
+
+
+@pytest.mark.parametrize("stop", ["ab", ["a", ""]])
+def test_wrong_stop_strings_are_refused(model, stop):
+    with pytest.raises(ValueError, match=r"stop is .* give a list of strings, none of them empty"):
+        generate(model, Letters(), ["a"], max_new_tokens=4, stop=stop)
+    with pytest.raises(ValueError, match="every is 0"):
+        stream(model, Letters(), ["a"], every=0)

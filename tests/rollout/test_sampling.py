@@ -5,18 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jexit.rollout.sampling import (
-    Sampling,
-    draw_by_weight,
-    sampling_log_probs,
-    truncate_top_p,
-)
+from jexit.rollout.sampling import Sampling, draw_by_weight, truncate_top_k, truncate_top_p
 
 DRAWS = 40_000
 
 
 def keys(count: int) -> jax.Array:
     return jax.random.split(jax.random.key(1), count)
+
+
+def log_law(logits: np.ndarray, *settings: float, **more: float) -> np.ndarray:
+    return np.asarray(jax.nn.log_softmax(Sampling.of(*settings, **more).law(jnp.asarray(logits))))
 
 
 def nucleus_by_sorting(probs: np.ndarray, top_p: float) -> np.ndarray:
@@ -53,7 +52,7 @@ def test_frequencies_follow_the_weights(vocab):
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.62, 0.9, 0.999])
 def test_nucleus_equals_sorting(top_p):
     logits = np.random.default_rng(0).normal(size=(6, 200)).astype(np.float32) * 3
-    kept = np.exp(np.asarray(sampling_log_probs(logits, 1.3, top_p)))
+    kept = np.exp(log_law(logits, 1.3, top_p))
     for row, found in zip(logits, kept, strict=True):
         probs = np.exp(row.astype(np.float64) / 1.3)
         np.testing.assert_allclose(found, nucleus_by_sorting(probs / probs.sum(), top_p), atol=1e-6)
@@ -71,7 +70,7 @@ def test_draws_follow_the_recorded_law(top_p):
     logits = np.random.default_rng(5).normal(size=12).astype(np.float32) * 2
     sampling = Sampling.of(0.7, top_p)
     token_B, logprob_B = sampling.draw(jnp.broadcast_to(logits, (DRAWS, 12)), keys(DRAWS))
-    law = np.asarray(sampling_log_probs(logits, 0.7, top_p))
+    law = log_law(logits, 0.7, top_p)
     np.testing.assert_allclose(logprob_B, law[np.asarray(token_B)], atol=1e-5)
     expected = np.exp(law)
     found = np.bincount(np.asarray(token_B), minlength=12) / DRAWS
@@ -94,8 +93,55 @@ def test_a_rows_draw_depends_on_its_key_alone():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "named"), [(-1.0, 1.0, "temperature"), (1.0, 0.0, "top_p")]
+    "settings",
+    [
+        {"top_k": 5},
+        {"top_k": 1},
+        {"top_k": 1000},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"top_k": 20, "top_p": 0.8},
+        {"top_p": 0.9, "min_p": 0.05},
+        {"top_k": 30, "top_p": 0.7, "min_p": 0.2},
+    ],
 )
-def test_settings_are_checked(temperature, top_p, named):
-    with pytest.raises(ValueError, match=f"{named} is"):
-        Sampling.of(temperature, top_p)
+def test_the_law_is_hugging_faces(settings):
+    """Each truncation, and all in their order, against the warpers of `generate`."""
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process
+
+    logits = np.random.default_rng(3).normal(size=(8, 300)).astype(np.float32) * 3
+    warpers = {
+        "top_k": logits_process.TopKLogitsWarper,
+        "top_p": logits_process.TopPLogitsWarper,
+        "min_p": logits_process.MinPLogitsWarper,
+    }
+    scores = logits_process.TemperatureLogitsWarper(0.7)(None, torch.tensor(logits))
+    for name, warper in warpers.items():
+        if name in settings:
+            scores = warper(settings[name])(None, scores)
+    found = log_law(logits, 0.7, **settings)
+    wanted = torch.log_softmax(scores, -1).numpy()
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted))
+    np.testing.assert_allclose(np.exp(found), np.exp(wanted), atol=1e-6)
+
+
+def test_top_k_keeps_ties():
+    logits = jnp.asarray([[3.0, 1.0, 1.0, 0.0]])
+    kept = [int(np.isfinite(truncate_top_k(logits, k)).sum()) for k in (1, 2, 3, 4)]
+    assert kept == [1, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k"),
+        ({"temperature": 1.0, "min_p": 1.5}, "min_p"),
+        ({"temperature": 1.0, "min_p": float("nan")}, "min_p"),
+    ],
+)
+def test_settings_are_checked(settings, named):
+    with pytest.raises(ValueError, match=f"^{named} is"):
+        Sampling.of(**settings)

@@ -15,7 +15,7 @@ from jexit.model.lora import LoRA
 from jexit.model.policies import Sample
 from jexit.model.transformer import ExitHeadSettings, Transformer
 from jexit.presets import Architecture
-from jexit.rollout import rollout
+from jexit.rollout import EngineSize, rollout
 from jexit.steps.completions import pad_completions
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
@@ -148,9 +148,11 @@ def test_a_step_leaves_every_parameter_where_it_was(split):
         assert any(not leaf.sharding.is_fully_replicated for leaf in moments)
 
 
+@pytest.mark.parametrize("count", [8, 7])
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes):
-    prompts, _ = texts(8)
+def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes, count):
+    """Also with more rows than a shard's pool takes, and prompts that do not divide over shards."""
+    prompts, _ = texts(count)
 
     def roll(split):
         return rollout(
@@ -163,6 +165,7 @@ def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes):
             pad_id=0,
             key=5,
             samples_per_prompt=2,
+            size=EngineSize(rows=3, places=2),
         )
 
     alone = roll(split)

@@ -1,34 +1,94 @@
-"""The jitted halves of a rollout: prefill of the prompts, then a loop over tokens.
+"""The plain loop over a batch, which the engine replaced: the truth for it, and what it must beat.
 
-Layers run in a `while_loop` that ends when every row has left, with the layer's weights indexed
-*inside* the loop body: a layer that nobody needs is not read. A second loop gives the remaining
-layers the frozen tokens' keys and values, from two projections a layer. The caches are carried
-through these loops and never through `lax.cond`, which copies what it returns.
+All rows of a batch run in step: a layer runs while anybody needs it, and the batch ends with its
+slowest row. Prompts are padded on the left, so that every row writes the same slot.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
-from jexit.dist import constrain
 from jexit.model.attention import KeysValues
 from jexit.model.block import Block
-from jexit.model.cache import Cache
+from jexit.model.cache import prompt_bucket
 from jexit.model.exits import depth_log_prob
 from jexit.model.layers import rope_table
-from jexit.model.policies import Policy, Sample, law_settings
+from jexit.model.policies import Policy, Prescribed, Sample, law_settings
 from jexit.model.transformer import Transformer, logits_of, run
 from jexit.rollout.sampling import Sampling
 
-# Names of the loops over layers in a compiled module, together at most L rounds a token.
-LAYERS_SCOPE, FILL_SCOPE = "layers", "fill"
 TOKEN_DRAW = 0  # the draw of the token; 1 + e are the draws at the exits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Rotated keys and values [L, B, K, S, H] of S slots; all rows fill the same slot at a time.
+
+    The slots lie inside the heads, so that attention is a plain batched product for each head.
+    """
+
+    keys_LBKSH: Float[Array, "L B K S H"]
+    values_LBKSH: Float[Array, "L B K S H"]
+
+    @property
+    def slots(self) -> int:
+        return self.keys_LBKSH.shape[3]
+
+    @classmethod
+    def of_prompts(cls, kv: KeysValues, slots: int, samples: int) -> Cache:
+        """The cache after a prefill with keys and values [L, P, T, K, H]: each prompt's repeated
+        for its `samples` rollouts, rows of one prompt adjacent, with room for `slots` tokens."""
+        by_head = (jnp.repeat(jnp.swapaxes(part, 2, 3), samples, axis=1) for part in kv)
+        return cls(*by_head).grown(slots)
+
+    def grown(self, slots: int) -> Cache:
+        """The cache with room for `slots` tokens; the new slots hold zeros."""
+        room = [(0, 0), (0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
+        return Cache(jnp.pad(self.keys_LBKSH, room), jnp.pad(self.values_LBKSH, room))
+
+    def written(self, layer: Int[Array, ""], slot: Int[Array, ""], kv: KeysValues) -> Cache:
+        """The cache with one layer's keys and values [B, 1, K, H] of the token at `slot`."""
+
+        def write(part: Array, new: Array) -> Array:
+            zero = jnp.zeros((), jnp.int32)
+            new_1BK1H = jnp.swapaxes(new, 1, 2)[None].astype(part.dtype)
+            return jax.lax.dynamic_update_slice(part, new_1BK1H, (layer, zero, zero, slot, zero))
+
+        return Cache(write(self.keys_LBKSH, kv.keys), write(self.values_LBKSH, kv.values))
+
+    def attend(
+        self,
+        layer: Int[Array, ""],
+        q_BNH: Float[Array, "B N H"],
+        mask_BS: Bool[Array, "B S"],
+    ) -> Float[Array, "B N H"]:
+        """softmax(q·k / sqrt(H)) · v of one query a row over one layer; the soft-max in float32.
+
+        Every row must have a slot that `mask_BS` allows.
+        """
+        keys_BKSH, values_BKSH = (
+            jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False)
+            for part in (self.keys_LBKSH, self.values_LBKSH)
+        )
+        batch, heads, width = q_BNH.shape
+        kv_heads = keys_BKSH.shape[1]
+        # Query heads of one key/value head are adjacent; G here counts them.
+        q_BKGH = q_BNH.reshape(batch, kv_heads, heads // kv_heads, width) * width**-0.5
+        scores_BKGS = jnp.einsum(
+            "BKGH,BKSH->BKGS", q_BKGH, keys_BKSH, preferred_element_type=jnp.float32
+        )
+        scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS, -jnp.inf)
+        weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(values_BKSH.dtype)
+        return jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS, values_BKSH).reshape(q_BNH.shape)
 
 
 def _pytree(cls: type) -> type:
@@ -129,38 +189,14 @@ def prefill(
             jnp.full((max_new_tokens, batch, exits), jnp.nan, jnp.float32) if hazards else None
         ),
     )
-    return rows, _pinned(
-        Decoding(
-            index=jnp.ones((), jnp.int32),
-            token_B=token_B,
-            finished_B=_ends(token_B, eos_N),
-            length_B=jnp.ones((batch,), jnp.int32),
-            cache=Cache.of_prompts(result.keys_values, slots, samples),
-            records=records,
-        )
+    return rows, Decoding(
+        index=jnp.ones((), jnp.int32),
+        token_B=token_B,
+        finished_B=_ends(token_B, eos_N),
+        length_B=jnp.ones((batch,), jnp.int32),
+        cache=Cache.of_prompts(result.keys_values, slots, samples),
+        records=records,
     )
-
-
-def _pinned(state: Decoding) -> Decoding:
-    """What hosts fetch lies by rows, as the prompts do."""
-    return dataclasses.replace(
-        state,
-        finished_B=constrain(state.finished_B, "B"),
-        length_B=constrain(state.length_B, "B"),
-        records=jax.tree.map(
-            lambda record: constrain(record, "." + "B" + "." * (record.ndim - 2)), state.records
-        ),
-    )
-
-
-def grow(state: Decoding, *, slots: int) -> Decoding:
-    """The same batch with a cache of `slots` slots."""
-    return dataclasses.replace(state, cache=grown(state.cache, slots=slots))
-
-
-@functools.partial(jax.jit, static_argnames="slots")
-def grown(cache: Cache, *, slots: int) -> Cache:
-    return cache.grown(slots)  # another size: nothing that a donated buffer could serve for
 
 
 @functools.partial(
@@ -194,13 +230,20 @@ def decode(
         slot = rows.prompt_slots + state.index - 1
         keys_B = _fold(rows.keys_B, state.index)
         token_pass = _run_token(
-            model, state, rows, policy.column(state.index), keys_B, slot, adapters, hazards
+            model,
+            state,
+            rows,
+            policy.of(jnp.arange(state.token_B.shape[0]), state.index),
+            keys_B,
+            slot,
+            adapters,
+            hazards,
         )
         logits_BV = logits_of(model.final_norm(token_pass.h_BD), model.head_VD)
         token_B, logprob_B = sampling.draw(logits_BV, _fold(keys_B, TOKEN_DRAW))
         return _recorded(state, token_pass, token_B, logprob_B, rows.eos_N)
 
-    return _pinned(jax.lax.while_loop(goes_on, step, state))
+    return jax.lax.while_loop(goes_on, step, state)
 
 
 @_pytree
@@ -286,15 +329,13 @@ def _run_token(
         hazard_logits_BE=jnp.zeros((batch, len(exit_layers))) if reads_hazards else None,
         cache=state.cache,
     )
-    with jax.named_scope(LAYERS_SCOPE):
-        end = jax.lax.while_loop(someone_runs, run_layer, start)
+    end = jax.lax.while_loop(someone_runs, run_layer, start)
 
     def fill(layer: Array, cache: Cache) -> Cache:
         block = block_of(layer)
         return cache.written(layer, slot, keys_values(block, block.attn_norm(end.h_BD[:, None])))
 
-    with jax.named_scope(FILL_SCOPE):
-        cache = jax.lax.fori_loop(end.layer, layers, fill, end.cache)
+    cache = jax.lax.fori_loop(end.layer, layers, fill, end.cache)
     depth_logprob_B = jnp.zeros((batch,))
     if isinstance(policy, Sample):
         depth_logprob_B = depth_log_prob(
@@ -346,3 +387,72 @@ def _ends(token_B: Array, eos_N: Array) -> Array:
 
 def _fold(keys_B: Array, number: Array | int) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Completions, rows of one prompt adjacent, as `jexit.rollout.Rollouts` has them."""
+
+    tokens_BT: np.ndarray
+    depths_BT: np.ndarray
+    logprobs_BT: np.ndarray
+    depth_logprobs_BT: np.ndarray
+    hazard_logits_BTE: np.ndarray | None
+    lengths_B: np.ndarray
+
+
+def plain(
+    model: Transformer | tuple,
+    prompts: list[list[int]],
+    *,
+    policy: Policy,
+    max_new_tokens: int,
+    eos_ids: Any = (),
+    pad_id: int = 0,
+    key: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    samples_per_prompt: int = 1,
+    adapters: bool = True,
+    hazards: bool = False,
+) -> Made:
+    """What `jexit.rollout.rollout` is asked for, all rows in step."""
+    graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
+    states = tuple(states)
+    sampling = Sampling.of(temperature, top_p)
+    width = prompt_bucket(max(map(len, prompts)))
+    tokens_BT = np.full((len(prompts), width), pad_id, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, width - len(prompt) :] = prompt
+    rows, state = prefill(
+        graphdef,
+        states,
+        tokens_BT,
+        np.asarray([len(prompt) for prompt in prompts], np.int32),
+        np.asarray(sorted(eos_ids), np.int32),
+        jax.random.key(key),
+        np.int32(0),
+        sampling,
+        samples=samples_per_prompt,
+        slots=prompt_bucket(width + max_new_tokens - 1),
+        max_new_tokens=max_new_tokens,
+        adapters=adapters,
+        hazards=hazards,
+    )
+    if max_new_tokens > 1:
+        if isinstance(policy, Prescribed):
+            policy = Prescribed(jnp.asarray(policy.depth_BT)[:, :max_new_tokens])
+        state = decode(
+            graphdef, states, rows, state, policy, sampling, adapters=adapters, hazards=hazards
+        )
+    records, lengths_B = jax.device_get((state.records, state.length_B))
+    beyond_BT = np.arange(max_new_tokens) >= lengths_B[:, None]
+    z_TBE = records.hazard_logits_TBE
+    return Made(
+        tokens_BT=np.where(beyond_BT, np.int32(pad_id), records.tokens_TB.T),
+        depths_BT=np.where(beyond_BT, 0, records.depths_TB.T),
+        logprobs_BT=records.logprobs_TB.T,
+        depth_logprobs_BT=records.depth_logprobs_TB.T,
+        hazard_logits_BTE=None if z_TBE is None else np.moveaxis(z_TBE, 0, 1),
+        lengths_B=lengths_B,
+    )

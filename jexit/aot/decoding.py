@@ -1,0 +1,165 @@
+"""The programs of the decoding engine, with abstract arguments of the largest shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jexit.aot.program import (
+    Program,
+    abstract_key,
+    exit_share,
+    placed,
+    placed_parameters,
+    rows,
+)
+from jexit.config import Config
+from jexit.dist import gathered_width
+from jexit.loops.setup import engine_size
+from jexit.model.cache import Cache, cache_bucket, token_bytes
+from jexit.model.policies import Policy, Prescribed
+from jexit.rollout import programs
+from jexit.rollout.layout import Layout
+from jexit.rollout.sampling import Sampling
+from jexit.rollout.ticks import COPY_SCOPE, FILL_SCOPE, LAYERS_SCOPE, Draws
+from jexit.steps.state import SplitModel
+
+
+class Decoding:
+    """Gathering of the weights, prefill, ticks, and copies into larger caches."""
+
+    def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
+        self._mesh, self._split = mesh, split
+        self._size = engine_size(config)
+        self._longest = config.task.max_prompt_tokens
+        self._beside = {"state": state, "fixed": split.fixed}
+        self._gathered: set[bool] = set()  # of the teacher's own weights, of the student's
+
+    def programs(
+        self,
+        name: str,
+        prompts: int,
+        samples: int,
+        new: int,
+        policies: list[tuple[str, Policy]],
+        *,
+        adapters: bool = True,
+    ) -> Iterator[Program]:
+        """One prefill, and ticks over the largest cache for each policy."""
+        split, mesh = self._split, self._mesh
+        model = split.student(split.trainable)
+        layers = model.arch.layers
+        own_teacher = split.fixed.teacher is not None and not adapters
+        trunk = split.fixed.teacher if own_teacher else split.trainable
+        held = (trunk, split.fixed.frozen)
+        layout = Layout.of(
+            np.full(prompts, self._longest),
+            samples,
+            self._size,
+            token_bytes=token_bytes(model.arch, model.dtype),
+            new=new,
+        )
+        shards, most = layout.shards, layout.prompt_slots + new - 1
+        states, beside = held, self._beside
+        if mesh.shape["fsdp"] > 1:
+            states = placed_parameters(held, mesh, whole_width=True)
+            if own_teacher not in self._gathered:
+                self._gathered.add(own_teacher)
+                yield Program(
+                    name=f"{name} weights, gathered over fsdp",
+                    lower=lambda: gathered_width.lower(held),
+                    inputs={"states": held},
+                    exit_share=exit_share(split),
+                    beside=self._beside,
+                )
+        sizes = {
+            "rows": shards * layout.rows,
+            "jobs": shards * layout.jobs,
+            "prompts": shards * layout.places,
+            "columns": new,
+            "prompt_slots": layout.prompt_slots,
+            "slots": cache_bucket(most, most),
+            "hazards": False,
+        }
+        pool, records, store = self._by_rows(
+            jax.eval_shape(lambda states: programs.empty(split.graphdef, states, **sizes), states)
+        )
+        work = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.work(0))
+        draws = Draws(abstract_key(), jax.ShapeDtypeStruct((2,), jnp.int32), Sampling.of(1.0, 1.0))
+        group = shards * layout.group_size
+        batch = (rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group))
+        yield Program(
+            name=f"{name} prefill",
+            lower=lambda: programs.prefill.lower(
+                split.graphdef,
+                states,
+                store,
+                records,
+                work,
+                *batch,
+                draws,
+                samples=samples,
+                adapters=adapters,
+            ),
+            inputs={"states": states, "store": store, "records": records, "prompts": batch},
+            exit_share=exit_share(split),
+            beside=beside | {"pool": pool},
+        )
+        if new == 1:  # the prefill has drawn it
+            return
+        ready, more = rows(mesh, shards), rows(mesh, shards, dtype=jnp.bool)
+        for label, policy in policies:
+            if isinstance(policy, Prescribed):
+                policy = Prescribed(rows(mesh, shards * layout.jobs, new))
+            yield Program(
+                name=f"{name} decode{label}, a token",
+                lower=lambda policy=policy: programs.advance.lower(
+                    split.graphdef, states, pool, records, store, work, ready, more, np.int32(1),
+                    policy, draws, width=layout.width, adapters=adapters, hazards=False,
+                ),
+                inputs={"states": states, "pool": pool, "records": records, "store": store},
+                exit_share=exit_share(split),
+                loops={LAYERS_SCOPE: layers, FILL_SCOPE: 0, COPY_SCOPE: 0},
+                beside=beside,
+                note=f"{name} decode: {layout.rows} completions under way, {layout.width} of them "
+                "in a tick, of each data shard",
+            )  # fmt: skip
+        yield from self._growth(name, layout, most, pool.cache, beside)
+
+    def _by_rows(self, tree: Any) -> Any:
+        """Shapes with each data shard's rows in their place."""
+
+        def place(part: Any) -> Any:
+            if isinstance(part, Cache):
+                return jax.tree.map(lambda leaf: placed(leaf, self._mesh, "K.B.."), part)
+            return rows(self._mesh, *part.shape, dtype=part.dtype)
+
+        return jax.tree.map(place, tree, is_leaf=lambda part: isinstance(part, Cache))
+
+    def _growth(
+        self, name: str, layout: Layout, most: int, cache: Cache, beside: Any
+    ) -> Iterator[Program]:
+        """The last of the copies into a larger cache, if decoding starts with a smaller one."""
+        slots, smaller = cache.slots, layout.first_slots(most)
+        if smaller >= slots:
+            return
+        while (larger := cache_bucket(smaller + 1, most)) < slots:
+            smaller = larger
+
+        def with_slots(part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (*part.shape[:3], smaller, part.shape[4])
+            return jax.ShapeDtypeStruct(shape, part.dtype, sharding=part.sharding)
+
+        before = jax.tree.map(with_slots, cache)
+        yield Program(
+            name=f"{name} cache, {smaller} → {slots} slots",
+            lower=lambda: programs.grown.lower(before, slots=slots),
+            inputs={"cache": before},
+            exit_share=exit_share(self._split),
+            beside=beside,
+        )

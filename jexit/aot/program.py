@@ -1,0 +1,77 @@
+"""One jitted step of a run, with abstract arguments, and where its arrays would lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from jexit.dist.rules import names_of, parameter_axes, spec
+from jexit.steps.state import SplitModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One jitted step: how to lower it, and what lies on the devices while it runs.
+
+    `inputs` are its arguments by name; `beside` is what the run keeps there that is none of them;
+    `exit_share` is the share of the layers that have an exit before them; `loops` has the rounds of
+    loops that the compiled module does not tell, by their scope.
+    `compiled` hears of the result, for a program that takes what this one returns.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    inputs: dict[str, Any]
+    exit_share: float
+    loops: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    beside: Any = None
+    note: str = ""
+    compiled: Callable[[jax.stages.Lowered, jax.stages.Compiled], None] | None = None
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that arrays without values would take on each device, by their shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if getattr(leaf, "sharding", None) is not None
+    )
+
+
+def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
+    """Shapes with the shardings that the rules give parameters, moments and counters.
+
+    `whole_width`: as `jexit.dist.gathered_width` leaves them.
+    """
+
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        axes = parameter_axes(names_of(path), leaf.ndim)
+        return placed(leaf, mesh, axes.replace("D", ".") if whole_width else axes)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:
+    sharding = NamedSharding(mesh, spec(axes, leaf.shape, mesh))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    """An array with rows on its first axis, spread over the data axes."""
+    return placed(jax.ShapeDtypeStruct(shape, dtype), mesh, "B" + "." * (len(shape) - 1))
+
+
+def abstract_key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def exit_share(split: SplitModel) -> float:
+    """The share of the layers that have an exit before them."""
+    model = split.student(split.trainable)
+    return len(model.exit_layers) / model.arch.layers

@@ -1,0 +1,70 @@
+"""`decode_attention`, whatever implements it."""
+
+import jax
+import jax.numpy as jnp
+
+from jexit.kernels import shapes
+from jexit.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla
+from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
+
+OPERATION = Operation("decode_attention")
+OPERATION.register("reference", reference.decode_attention, platforms=ONLY_BY_NAME)
+OPERATION.register("xla", xla.decode_attention)
+OPERATION.register("pallas_tpu", pallas_tpu.decode_attention, platforms=("tpu",))
+OPERATION.register("pallas_gpu", pallas_gpu.decode_attention, platforms=("gpu",))
+
+
+def decode_attention(
+    q_BNH: jax.Array,
+    keys_KLPSH: jax.Array,
+    values_KLPSH: jax.Array,
+    layer: jax.Array | int,
+    rows_B: jax.Array | None,
+    lengths_B: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(q·k / sqrt(H)) · v of one query a row, over the first `lengths` slots of its row.
+
+    No implementation reads more of the cache than the longest of these rows holds, in whole blocks,
+    whatever is allocated; the soft-max is in float32.
+
+    Args:
+      q_BNH: rotated queries; query heads that share a key/value head are adjacent.
+      keys_KLPSH: rotated keys of every layer and of the P rows of a pool, in S slots.
+      values_KLPSH: values, likewise.
+      layer: the layer to attend to.
+      rows_B: each query's row in the pool; None when the queries are of all rows, in order.
+      lengths_B: slots that each of these rows has filled, at least 1.
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
+        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
+
+    Returns:
+      Mixed values [B, N, H], of the queries' dtype.
+
+    Raises:
+      ValueError: for shapes that do not fit or an implementation that does not exist.
+      NotImplementedError: when the named implementation does not cover these shapes.
+    """
+    name = "decode_attention"
+    shapes.check_floats(name, "q_BNH", q_BNH)
+    shapes.check_same(name, "values_KLPSH", values_KLPSH.shape, keys_KLPSH.shape)
+    if q_BNH.ndim != 3 or keys_KLPSH.ndim != 5:
+        raise ValueError(
+            f"{name}: q_BNH has shape {list(q_BNH.shape)} and keys_KLPSH {list(keys_KLPSH.shape)}; "
+            "give [rows, heads, width] and [heads, layers, rows, slots, width]"
+        )
+    batch, heads, width = q_BNH.shape
+    kv_heads, _, rows, _, kv_width = keys_KLPSH.shape
+    if width != kv_width or heads % kv_heads:
+        raise ValueError(
+            f"{name}: {heads} query heads of {width} do not go with {kv_heads} key/value heads of "
+            f"{kv_width}; the widths must agree and the number divide"
+        )
+    expected = (rows if rows_B is None else batch,)
+    shapes.check_same(name, "q_BNH", q_BNH.shape[:1], expected)
+    if rows_B is not None:
+        shapes.check_same(name, "rows_B", rows_B.shape, (batch,))
+    shapes.check_same(name, "lengths_B", lengths_B.shape, (batch,))
+    layer = jnp.asarray(layer, jnp.int32)
+    return OPERATION(implementation, q_BNH, keys_KLPSH, values_KLPSH, layer, rows_B, lengths_B)

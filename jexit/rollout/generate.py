@@ -1,0 +1,244 @@
+"""Completions of text prompts, whole or as they grow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jexit.model.policies import Full, Policy
+from jexit.model.transformer import Transformer
+from jexit.rollout.engine import Decoding, SplitModel
+from jexit.rollout.layout import AUTOMATIC, EngineSize
+from jexit.rollout.sampling import Sampling
+from jexit.rollout.state import Records
+
+STOP_EVERY = 16  # tokens of a row between two looks for stop strings
+_INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Completions of text prompts, one entry a prompt; tokens end with the end token if it came."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    depths: list[list[int]]  # of the pass that produced each token; the first is L
+    logprobs: list[list[float]]
+    depth_logprobs: list[list[float]]
+    hazard_logits: list[list[list[float]]] | None  # an entry an exit, NaN where not reached
+    truncated: list[bool]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one completion has grown by; lists have an entry a token.
+
+    `text` may lag behind the tokens: the beginnings of a character and of a stop string wait.
+    """
+
+    index: int  # of the prompt
+    text: str
+    tokens: list[int]
+    depths: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def generate(
+    model: Transformer | SplitModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    policy: Policy = Full(),
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    chat: bool = True,
+    adapters: bool = True,
+    hazards: bool = False,
+    size: EngineSize = AUTOMATIC,
+) -> Generation:
+    """Completes texts under a halting policy; `tokenizer` is `jexit.data.tokenizer.Tokenizer`.
+
+    `chat` puts each prompt into the tokenizer's chat format as the user's message. Temperature 0 is
+    greedy. A completion ends with an end token, or with the token that completes one of the strings
+    `stop`, which are left out of its text. Raises ValueError as `jexit.rollout.rollout` does.
+    """
+    decoding = _decoding(
+        model, tokenizer, prompts, policy=policy, max_new_tokens=max_new_tokens,
+        sampling=Sampling.of(temperature, top_p, top_k=top_k, min_p=min_p), seed=seed, chat=chat,
+        adapters=adapters, hazards=hazards, size=size,
+    )  # fmt: skip
+    texts = _Texts(tokenizer, len(prompts), stop)
+    while not decoding.turn(STOP_EVERY if stop else None):
+        if stop:
+            _look(decoding, texts)
+    _look(decoding, texts)
+    made = decoding.rollouts()
+
+    def rows(values_BT: Any) -> list[list]:
+        return [
+            row[:length].tolist() for row, length in zip(values_BT, made.lengths_B, strict=True)
+        ]
+
+    return Generation(
+        texts=texts.whole,
+        tokens=rows(made.tokens_BT),
+        depths=rows(made.depths_BT),
+        logprobs=rows(made.logprobs_BT),
+        depth_logprobs=rows(made.depth_logprobs_BT),
+        hazard_logits=rows(made.hazard_logits_BTE) if hazards else None,
+        truncated=made.truncated_B.tolist(),
+        seconds=made.seconds,
+    )
+
+
+def stream(
+    model: Transformer | SplitModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    policy: Policy = Full(),
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    chat: bool = True,
+    adapters: bool = True,
+    every: int = 4,
+    size: EngineSize = AUTOMATIC,
+) -> Iterator[Piece]:
+    """The completions of `generate` as they grow: some tokens of some prompt at a time.
+
+    Joined, the pieces of a prompt are `generate`'s text, tokens, depths and log-probabilities.
+    `every` is how many ticks that emit tokens pass between two looks at what there is: one shows
+    every token at once, and more cost less. Raises ValueError before the first piece.
+    """
+    if every < 1:
+        raise ValueError(f"every is {every}; it must be at least 1")
+    decoding = _decoding(
+        model, tokenizer, prompts, policy=policy, max_new_tokens=max_new_tokens,
+        sampling=Sampling.of(temperature, top_p, top_k=top_k, min_p=min_p), seed=seed, chat=chat,
+        adapters=adapters, hazards=False, size=size,
+    )  # fmt: skip
+    return _pieces(decoding, _Texts(tokenizer, len(prompts), stop), every)
+
+
+def _pieces(decoding: Decoding, texts: _Texts, every: int) -> Iterator[Piece]:
+    done, sent = False, [0] * len(texts.whole)
+    while not done:
+        done = decoding.turn(every)
+        records = _look(decoding, texts)
+        for row, text, finished in texts.news():
+            part = slice(sent[row], int(records.length_J[row]))
+            sent[row] = part.stop
+            yield Piece(
+                index=row,
+                text=text,
+                tokens=records.tokens_JT[row, part].tolist(),
+                depths=records.depths_JT[row, part].tolist(),
+                logprobs=records.logprobs_JT[row, part].tolist(),
+                finished=finished,
+            )
+
+
+def _decoding(
+    model: Transformer | SplitModel, tokenizer: Any, prompts: Sequence[str], *, policy: Policy,
+    max_new_tokens: int, sampling: Sampling, seed: int, chat: bool, adapters: bool, hazards: bool,
+    size: EngineSize,
+) -> Decoding:  # fmt: skip
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string and should be a list of them; put it in brackets")
+    encode = tokenizer.encode_prompts if chat else tokenizer.encode_batch
+    return Decoding(
+        model,
+        encode(list(prompts)),
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        key=seed,
+        adapters=adapters,
+        hazards=hazards,
+        size=size,
+    )
+
+
+def _look(decoding: Decoding, texts: _Texts) -> Records:
+    """Decodes what is new, and ends completions in which a stop string has come."""
+    records = decoding.so_far()
+    full_B = records.length_J >= records.tokens_JT.shape[1]
+    length_B = texts.grow(records.tokens_JT, records.length_J, records.ended_J | full_B)
+    if length_B.any():
+        decoding.cut(length_B)
+        records = dataclasses.replace(
+            records, length_J=np.where(length_B > 0, length_B, records.length_J)
+        )
+    return records
+
+
+class _Texts:
+    """The texts of completions that grow, each up to the first stop string."""
+
+    def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
+        if isinstance(stop, str) or not all(stop):
+            raise ValueError(
+                f"stop is {stop!r}; give a list of strings, none of them empty, such as ['\\n\\n']"
+            )
+        self._decode, self._stop = tokenizer.decode, tuple(stop)
+        self.whole = [""] * rows
+        self._known, self._sent, self._told = [0] * rows, [0] * rows, [0] * rows
+        self._over = [False] * rows
+
+    def grow(self, tokens_BT: np.ndarray, length_B: np.ndarray, over_B: np.ndarray) -> np.ndarray:
+        """Takes the tokens so far; the lengths to which stop strings cut rows, 0 for the others."""
+        cut_B = np.zeros(len(length_B), np.int32)
+        for row, length in enumerate(length_B.tolist()):
+            if self._over[row] or length == 0:
+                continue
+            ids = tokens_BT[row, :length].tolist()
+            text = self._decode(ids)
+            if self._first_stop(text) >= 0:
+                # Which token completed it? An earlier look found none in those known before.
+                while self._first_stop(text := self._decode(ids[: self._known[row] + 1])) < 0:
+                    self._known[row] += 1
+                cut_B[row] = length = self._known[row] + 1
+                text = text[: self._first_stop(text)]
+            self._known[row], self.whole[row] = length, text
+            self._over[row] = bool(over_B[row]) or cut_B[row] > 0
+        return cut_B
+
+    def news(self) -> Iterator[tuple[int, str, bool]]:
+        """(row, text, finished) of rows that have new tokens, without what may still change."""
+        for row, text in enumerate(self.whole):
+            if self._known[row] == self._told[row]:
+                continue
+            self._told[row] = self._known[row]
+            end = len(text) if self._over[row] else self._settled(text)
+            new = text[self._sent[row] : end]
+            self._sent[row] = max(self._sent[row], end)
+            yield row, new, self._over[row]
+
+    def _first_stop(self, text: str) -> int:
+        return min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
+
+    def _settled(self, text: str) -> int:
+        """How much of a text stays as it is whatever follows."""
+        end = len(text.rstrip(_INCOMPLETE))
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, end), 0, -1):
+                if text[:end].endswith(stop[:size]):
+                    return end - size
+        return end

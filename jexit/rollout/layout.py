@@ -1,0 +1,164 @@
+"""How much the engine does at once, and which prompts each data shard begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from jexit.dist import data_shards
+from jexit.kernels.dispatch import target
+from jexit.model.cache import cache_bucket, prompt_bucket
+from jexit.rollout.state import Work
+
+# Places of a tick. With fewer than the first, a layer's products take no less time: reading its
+# weights is what they wait for (peak FLOP/s over bandwidth). More than the second gain nothing.
+PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
+ROWS_A_PLACE = 3  # of the pool: what waits at other segments while a tick's places fill
+PREFILL_TOKENS = 2048  # positions of one prefill, of each data shard
+# Memory of a device by part of JAX's name of it, for pools that are as large as they should be; of
+# a device that is not here they are limited by the work alone.
+MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "a100-sxm4-40gb": 39, "80gb": 79,
+              "h200": 139}  # fmt: skip
+CACHE_SHARE = 0.3  # of it, for a pool's keys and values; the prompts' take up to as much again
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSize:
+    """Rows of the pool and places in a tick, of each data shard; 0 leaves either to the engine.
+
+    Depths save time when the pool has some three times as many rows as a tick has places: rows that
+    wait at other segments then fill the places of those that have left. But a tick with few places
+    takes as long as one with more (`PLACES`), so few completions are best run all at once. Left to
+    the engine, the rows' keys and values take at most a fixed share of the device's memory.
+    """
+
+    rows: int = 0
+    places: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 0 or self.places < 0:
+            raise ValueError(
+                f"the engine has {self.rows} rows and {self.places} places; give positive numbers, "
+                "or 0 to leave them to it"
+            )
+
+    def fitted(self, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
+        """(rows, places) for so many completions a shard, of which each takes so much memory."""
+        chip, kind = target()
+        least, most = PLACES[chip]
+        rows = min(self.rows or ROWS_A_PLACE * (self.places or most), jobs)
+        memory = next((gib for part, gib in MEMORY_GIB.items() if part in kind.lower()), 0)
+        if memory and row_bytes and not self.rows:
+            rows = max(1, min(rows, int(CACHE_SHARE * memory * 2**30) // row_bytes))
+        places = self.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
+        return rows, min(places, rows)
+
+
+AUTOMATIC = EngineSize()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which shard has which prompts, and in what order they begin: the shortest first.
+
+    Prompts lie in their shard in the caller's order, n to a shard; the last shards may have fewer.
+    A shard's prompts are prefilled in groups of equal size, and lie in a ring of `places`.
+    """
+
+    length_SP: np.ndarray  # 0 where a shard has fewer prompts
+    samples: int
+    rows: int
+    width: int
+    group_size: int
+    places: int
+
+    @classmethod
+    def of(
+        cls, length_B: np.ndarray, samples: int, size: EngineSize, *, token_bytes: int, new: int
+    ) -> Layout:
+        """For up to `new` tokens a completion, each of which takes so much of a device's cache."""
+        shards = data_shards()
+        prompts = -(-len(length_B) // shards)
+        length_SP = np.pad(length_B, (0, shards * prompts - len(length_B)))
+        slots = prompt_bucket(int(length_B.max()))
+        most = cache_bucket(slots + new - 1, slots + new - 1)
+        rows, width = size.fitted(prompts * samples, most * token_bytes)
+        groups = -(-prompts // max(PREFILL_TOKENS // slots, 1))
+        group = -(-prompts // groups)  # of like size, so that the last is not padded
+        # As many prompts as begin at once, and a group to go on with.
+        places = group * min(-(-prompts // group), -(-rows // (samples * group)) + 1)
+        return cls(length_SP.reshape(shards, prompts), samples, rows, width, group, places)
+
+    @property
+    def shards(self) -> int:
+        return self.length_SP.shape[0]
+
+    @property
+    def prompts(self) -> int:
+        """Of the shard with the most."""
+        return self.length_SP.shape[1]
+
+    @property
+    def jobs(self) -> int:
+        return self.prompts * self.samples
+
+    @functools.cached_property
+    def prompts_S(self) -> np.ndarray:
+        return np.sum(self.length_SP > 0, axis=1)
+
+    @property
+    def jobs_S(self) -> np.ndarray:
+        return self.prompts_S * self.samples
+
+    @functools.cached_property
+    def order_SP(self) -> np.ndarray:
+        """Prompts of each shard in the order in which they begin; those that it lacks are last."""
+        length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
+        return np.argsort(length_SP, axis=1, kind="stable")
+
+    @property
+    def prompt_slots(self) -> int:
+        return prompt_bucket(int(self.length_SP.max()))
+
+    def first_slots(self, most: int) -> int:
+        """Of the cache to begin with: the longest prompt and a little, of `most` at the end."""
+        slots = self.prompt_slots + max(16, self.prompt_slots // 8)
+        return cache_bucket(min(slots, most), most)
+
+    def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
+        """Whether the ring holds another group: prompts all of whose completions have begun go."""
+        begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
+        return prefilled + self.group_size - self.places <= int(begun_S.min())
+
+    def group(self, first: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(prompts, their lengths, slots) of the group that begins at `first`, of every shard.
+
+        A prompt that does not exist has the number `prompts` and length 1.
+        """
+        turn = first + np.arange(self.group_size)
+        index_SB = self.order_SP[:, np.minimum(turn, self.prompts - 1)]
+        length_SB = np.take_along_axis(self.length_SP, index_SB, axis=1)
+        exists_SB = (length_SB > 0) & (turn < self.prompts)
+        index_SB = np.where(exists_SB, index_SB, self.prompts).astype(np.int32)
+        length_SB = np.where(exists_SB, length_SB, 1).astype(np.int32)
+        return index_SB, length_SB, prompt_bucket(int(length_SB.max()))
+
+    def work(self, first_prompt: int) -> Work:
+        """The completions of all shards."""
+        shards, prompts, samples = self.shards, self.prompts, self.samples
+        turn_SP = np.argsort(self.order_SP, axis=1)
+        sample_G = np.arange(samples)
+
+        def by_job(values_SP: np.ndarray) -> np.ndarray:
+            return np.repeat(values_SP.reshape(-1), samples).astype(np.int32)
+
+        order_SPG = self.order_SP[:, :, None] * samples + sample_G
+        return Work(
+            number_J=by_job(first_prompt + np.arange(shards * prompts)),
+            sample_J=np.tile(sample_G, shards * prompts).astype(np.int32),
+            prompt_length_J=by_job(self.length_SP),
+            place_J=by_job(turn_SP % self.places),
+            order_J=order_SPG.reshape(-1).astype(np.int32),
+        )

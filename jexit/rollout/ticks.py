@@ -1,0 +1,351 @@
+"""A tick of the decoding engine: one segment of the stack for the rows that wait for it.
+
+Which layers those are is data: one body, with loops over layers whose bounds are not known before,
+serves all segments and emission (`jexit.rollout.schedule`), and the weights are indexed inside the
+loops: a layer that nobody needs is not read. The caches are carried through these loops and never
+through `lax.cond`, which copies what it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
+from jexit.dist import constrain
+from jexit.model.attention import KeysValues
+from jexit.model.block import Block
+from jexit.model.cache import Cache
+from jexit.model.exits import depth_log_prob
+from jexit.model.layers import rope_table
+from jexit.model.policies import Policy, Sample, law_settings
+from jexit.model.transformer import Transformer, logits_of
+from jexit.rollout.sampling import Sampling
+from jexit.rollout.schedule import Segments, choose, pick
+from jexit.rollout.state import FREE, Pool, Records, Work
+
+# Names of the loops over layers in a compiled module.
+LAYERS_SCOPE, FILL_SCOPE, COPY_SCOPE = "layers", "fill", "copy"
+TOKEN_DRAW = 0  # the draw of the token; 1 + e are the draws at the exits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How tokens are drawn, and which of them end a completion."""
+
+    key: PRNGKey
+    eos_N: Int[Array, "N"]
+    sampling: Sampling
+
+    def keys(self, work: Work, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
+        """A key for each token: of the seed, the prompt's number, the sample's and the token's."""
+
+        def one(*numbers: Array) -> Array:
+            return functools.reduce(jax.random.fold_in, numbers, self.key)
+
+        return jax.vmap(one)(work.number_J[job_B], work.sample_J[job_B], index_B)
+
+    def ends(self, token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
+        return jnp.any(token_B[:, None] == self.eos_N, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows that a tick has in its places."""
+
+    job_B: Int[Array, "B"]
+    index_B: Int[Array, "B"]
+    depth_B: Int[Array, "B"]
+    h_BD: Float[Array, "B D"]
+    hazard_logits_BE: Float[Array, "B E"]
+    here_B: Bool[Array, "B"]  # a place may hold a row that has no business in this tick
+    rows_B: Int[Array, "B"] | None  # None: all rows of the pool, in order
+
+    @property
+    def cache_rows_B(self) -> Int[Array, "B"]:
+        batch = self.job_B.shape[0]
+        return jnp.arange(batch, dtype=jnp.int32) if self.rows_B is None else self.rows_B
+
+    @property
+    def runs_B(self) -> Bool[Array, "B"]:
+        return self.here_B & (self.job_B != FREE)
+
+
+def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
+    zeros_B = jnp.zeros(at.job_B.shape)
+    return zeros_B.astype(jnp.int32), zeros_B, zeros_B
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticks:
+    """One shard's ticks, with what stays as it is during them."""
+
+    model: Transformer
+    prompts: Cache
+    work: Work
+    ready: Array
+    policy: Policy
+    draws: Draws
+    width: int
+    adapters: bool
+    hazards: bool
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        model = self.model
+        return Segments.of(model.arch, model.exit_layers, self.policy, hazards=self.hazards)
+
+    @property
+    def reads_hazards(self) -> bool:
+        return self.hazards or self.policy.reads_hazards
+
+    def full(self, pool: Pool, records: Records) -> Array:
+        """Whether a row's next token but one may need a slot that the cache does not have."""
+        goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < records.tokens_JT.shape[1])
+        slot_P = self.work.prompt_length_J[pool.job_P] + pool.index_P
+        return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))
+
+    def tick(self, pool: Pool, records: Records) -> tuple[Pool, Records, Array]:
+        """Runs one segment; the last result says whether it was one that emits."""
+        segments, tick = self.segments, pool.tick[0]
+        free_P = pool.job_P == FREE
+        # Free rows wait for emission too, as many as there are completions to begin.
+        opens_P = free_P & (jnp.cumsum(free_P) <= self.ready - pool.started[0])
+        waits_P = ~free_P | opens_P
+        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.width)
+        rows_B, here_B = pick(waits_P & (pool.segment_P == segment), pool.since_P, tick, self.width)
+
+        def of_rows(part: Array) -> Array:
+            return part if rows_B is None else part[rows_B]
+
+        at = Rows(
+            *(
+                of_rows(part)
+                for part in (
+                    pool.job_P, pool.index_P, pool.depth_P, pool.h_PD, pool.hazard_logits_PE
+                )
+            ),
+            here_B=here_B,
+            rows_B=rows_B,
+        )  # fmt: skip
+        emits = segment == 0
+        at, records, cache, started = self._emit(at, records, pool, emits)
+        at, cache = self._run(at, cache, segment)
+        depth_end = segments.ends_S[segment]
+        leaves_B = (at.depth_B <= depth_end) | (segment == segments.count - 1)
+
+        def back(part: Array, new: Array) -> Array:
+            here = here_B.reshape(-1, *[1] * (new.ndim - 1))
+            new = jnp.where(here, new, of_rows(part))
+            return new if rows_B is None else part.at[rows_B].set(new, unique_indices=True)
+
+        cost = jnp.asarray(segments.costs_S)[segment]
+        after = dataclasses.replace(
+            pool,
+            job_P=back(pool.job_P, at.job_B),
+            index_P=back(pool.index_P, at.index_B),
+            depth_P=back(pool.depth_P, at.depth_B),
+            segment_P=back(
+                pool.segment_P, jnp.where(leaves_B | (at.job_B == FREE), 0, segment + 1)
+            ),
+            since_P=back(pool.since_P, jnp.full_like(at.job_B, tick + 1)),
+            h_PD=back(pool.h_PD, at.h_BD),
+            hazard_logits_PE=back(pool.hazard_logits_PE, at.hazard_logits_BE),
+            cache=cache,
+            tick=pool.tick + 1,
+            started=started,
+            filled=pool.filled + cost * jnp.sum(at.runs_B),
+            places=pool.places + cost * self.width,
+        )
+        return after, records, emits.astype(jnp.int32)
+
+    def _emit(
+        self, at: Rows, records: Records, pool: Pool, emits: Array
+    ) -> tuple[Rows, Records, Cache, Array]:
+        """At segment 0: tokens of the passes that have ended, and the next passes' beginnings."""
+        model, layers = self.model, self.model.arch.layers
+        jobs, columns = records.tokens_JT.shape
+        emits_B = at.runs_B & emits
+        token_B, logprob_B, depth_logprob_B = jax.lax.cond(
+            jnp.any(emits_B), self._draw, lambda at: _nothing_drawn(at), at
+        )
+        ends_B = self.draws.ends(token_B)
+        records = self._recorded(
+            records, at, jnp.where(emits_B, at.job_B, jobs), token_B, logprob_B, depth_logprob_B,
+            ends_B,
+        )  # fmt: skip
+        over_B = emits_B & (ends_B | (at.index_B + 1 >= columns))
+        cache = self._fill(at, pool.cache, emits_B & ~over_B)
+
+        # Rows that are free, or have just become so, take the next completions in order.
+        open_B = emits & at.here_B & ((at.job_B == FREE) | over_B)
+        turn_B = pool.started[0] + jnp.cumsum(open_B) - 1
+        begins_B = open_B & (turn_B < self.ready)
+        started = pool.started + jnp.sum(begins_B, dtype=jnp.int32)
+        next_B = self.work.order_J[jnp.minimum(turn_B, jobs - 1)]
+        first_B = records.tokens_JT[next_B, 0]  # drawn by the prefill
+        alive_B = begins_B & ~self.draws.ends(first_B) & (columns > 1)
+        job_B = jnp.where(open_B, jnp.where(alive_B, next_B, FREE), at.job_B)
+        index_B = jnp.where(open_B, 1, at.index_B + emits_B)
+        cache = self._copied(cache, at, alive_B, next_B)
+
+        passes_B = emits & at.here_B & (job_B != FREE)
+        token_B = jnp.where(open_B, first_B, token_B)
+        h_BD = jax.lax.cond(
+            emits, lambda: model.embed(token_B).astype(at.h_BD.dtype), lambda: at.h_BD
+        )
+        policy = self.policy.of(jnp.maximum(job_B, 0), index_B)
+        depth_B = policy.start(job_B.shape, layers)
+        after = dataclasses.replace(
+            at,
+            job_B=job_B,
+            index_B=index_B,
+            depth_B=jnp.where(passes_B, depth_B, at.depth_B),
+            h_BD=jnp.where(passes_B[:, None], h_BD, at.h_BD),
+            hazard_logits_BE=jnp.where(passes_B[:, None], 0.0, at.hazard_logits_BE),
+        )
+        return after, records, cache, started
+
+    def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
+        """Tokens, their log-probabilities and those of their depths."""
+        model = self.model
+        logits_BV = constrain(logits_of(model.final_norm(at.h_BD), model.head_VD), ".V")
+        token_B, logprob_B = self.draws.sampling.draw(
+            logits_BV, fold_in(self._keys(at), TOKEN_DRAW)
+        )
+        depth_logprob_B = jnp.zeros(token_B.shape)
+        if isinstance(self.policy, Sample):
+            depth_logprob_B = depth_log_prob(
+                at.depth_B,
+                at.hazard_logits_BE,
+                model.exit_layers,
+                model.arch.layers,
+                **law_settings(self.policy),
+            )
+        return token_B, logprob_B, depth_logprob_B
+
+    def _recorded(
+        self, records: Records, at: Rows, job_B: Array, token_B: Array, logprob_B: Array,
+        depth_logprob_B: Array, ends_B: Array,
+    ) -> Records:  # fmt: skip
+        """The records with one more token of each completion that exists."""
+
+        def kept(record: Array, new: Array) -> Array:
+            return record.at[job_B, at.index_B].set(new, mode="drop")
+
+        z_JTE = records.hazard_logits_JTE
+        if z_JTE is not None:
+            reached_BE = jnp.asarray(self.model.exit_layers) <= at.depth_B[:, None]
+            z_JTE = kept(z_JTE, jnp.where(reached_BE, at.hazard_logits_BE, jnp.nan))
+        return Records(
+            tokens_JT=kept(records.tokens_JT, token_B),
+            depths_JT=kept(records.depths_JT, at.depth_B),
+            logprobs_JT=kept(records.logprobs_JT, logprob_B),
+            depth_logprobs_JT=kept(records.depth_logprobs_JT, depth_logprob_B),
+            hazard_logits_JTE=z_JTE,
+            length_J=records.length_J.at[job_B].set(at.index_B + 1, mode="drop"),
+            ended_J=records.ended_J.at[job_B].set(ends_B, mode="drop"),
+        )
+
+    def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> Cache:
+        """Keys and values of tokens that have left, at the layers that they did not run."""
+        layers = self.model.arch.layers
+        slot_B = self._slot(at)
+        rope = rope_table(self.model.arch, slot_B[:, None])
+
+        def fill(layer: Array, cache: Cache) -> Cache:
+            block = self._block(layer)
+            kv = self._keys_values(block, block.attn_norm(at.h_BD[:, None]), rope)
+            place_B = jnp.where(fills_B & (at.depth_B <= layer), slot_B, cache.slots)
+            return cache.written(layer, at.cache_rows_B, place_B, kv)
+
+        first = jnp.min(jnp.where(fills_B, at.depth_B, layers))
+        with jax.named_scope(FILL_SCOPE):
+            return jax.lax.fori_loop(first, layers, fill, cache)
+
+    def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
+        """The prompts' keys and values into the rows of completions that begin."""
+        order_B = jnp.argsort(~begins_B)
+
+        def copy(turn: Array, cache: Cache) -> Cache:
+            place = order_B[turn]
+            return cache.with_row(
+                at.cache_rows_B[place], self.prompts, self.work.place_J[job_B[place]]
+            )
+
+        with jax.named_scope(COPY_SCOPE):
+            return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, cache)
+
+    def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
+        """The segment's layers, as far as anybody needs them, and the decision at its end."""
+        slot_B = self._slot(at)
+        rope = rope_table(self.model.arch, slot_B[:, None])
+        place_B = jnp.where(at.runs_B, slot_B, cache.slots)
+        length_B = jnp.where(at.runs_B, slot_B + 1, 1)
+
+        def layer_of(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+            h_BD, cache = carry
+            block = self._block(layer)
+            h_B1D = h_BD[:, None]
+            x_B1D = block.attn_norm(h_B1D)
+            kv = self._keys_values(block, x_B1D, rope)
+            cache = cache.written(layer, at.cache_rows_B, place_B, kv)
+            q_B1NH = block.attn.queries(x_B1D, *rope, adapters=self.adapters, key=None)
+            mixed_BNH = cache.attend(layer, at.rows_B, q_B1NH[:, 0], length_B)
+            new_BD = block.finish(h_B1D, mixed_BNH[:, None], adapters=self.adapters)[:, 0]
+            return jnp.where((layer < at.depth_B)[:, None], new_BD, h_BD), cache
+
+        first, end = self.segments.starts_S[segment], self.segments.ends_S[segment]
+        deepest = jnp.max(jnp.where(at.runs_B, at.depth_B, 0))
+        with jax.named_scope(LAYERS_SCOPE):
+            h_BD, cache = jax.lax.fori_loop(
+                first, jnp.minimum(end, deepest), layer_of, (at.h_BD, cache)
+            )
+        at = dataclasses.replace(at, h_BD=h_BD)
+        if not self.reads_hazards or self.segments.count == 1:
+            return at, cache
+
+        def at_exit(at: Rows) -> tuple[Array, Array]:
+            z_B = self.model.exits(at.h_BD, segment)
+            keys_B = fold_in(self._keys(at), 1 + segment)
+            leaves_B = jax.vmap(self.policy.leaves)(z_B, keys_B) & (end < at.depth_B)
+            z_BE = jax.lax.dynamic_update_slice(
+                at.hazard_logits_BE, z_B[:, None], (jnp.zeros((), jnp.int32), segment)
+            )
+            return jnp.where(leaves_B, end, at.depth_B), z_BE
+
+        depth_B, z_BE = jax.lax.cond(
+            segment < self.segments.count - 1,
+            at_exit,
+            lambda at: (at.depth_B, at.hazard_logits_BE),
+            at,
+        )
+        return dataclasses.replace(at, depth_B=depth_B, hazard_logits_BE=z_BE), cache
+
+    def _block(self, layer: Array) -> Block:
+        block_def, stacked = nnx.split(self.model.blocks)
+
+        def one(parameter: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(parameter, layer, 0, keepdims=False)
+
+        return nnx.merge(block_def, jax.tree.map(one, stacked))
+
+    def _keys_values(self, block: Block, x_B1D: Array, rope: tuple[Array, Array]) -> KeysValues:
+        return block.attn.keys_values(x_B1D, *rope, adapters=self.adapters, key=None)
+
+    def _slot(self, at: Rows) -> Int[Array, "B"]:
+        """Of the token on its way: its position in the sequence."""
+        return self.work.prompt_length_J[jnp.maximum(at.job_B, 0)] + at.index_B - 1
+
+    def _keys(self, at: Rows) -> Array:
+        return self.draws.keys(self.work, jnp.maximum(at.job_B, 0), at.index_B)
+
+
+def fold_in(keys_B: Array, number: Array | int) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number)

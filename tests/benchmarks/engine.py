@@ -1,0 +1,158 @@
+"""Throughput of the decoding engine by depth, against what the work itself promises.
+
+    python tests/benchmarks/engine.py [--model 0.5b|small-head] [--prompts 96] [--new-tokens 25]
+
+Random weights in the shape of Qwen2.5-0.5B (whose output head holds 28 % of the weights), or with a
+vocabulary of 8,192; float32 on the CPU. Every pass of every completion gets a depth drawn at random
+among the exits, with a mean of a half or a quarter of the layers. The same completions then come
+from the engine at full depth, from the engine at those depths, and from the plain loop at both,
+which masks rows that have left and runs as deep as its deepest row.
+
+The ideal counts what must be computed for a token, in multiplications: the layers that it runs, the
+head, and keys and values at the layers that it does not run. Alternatives take turns; medians.
+Exits 1 when a speed-up is under 0.85 of the ideal, or full depth through the engine under 0.97 of
+the plain loop's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+OF_IDEAL, FULL = 0.85, 0.97
+EXITS = (3, 6, 12, 18)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=("0.5b", "small-head"), default="0.5b")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--prompt-tokens", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=25)
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--places", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+    sys.exit(0 if compare(arguments) else 1)
+
+
+def random_model(name: str) -> Any:
+    from flax import nnx
+
+    from jexit.model.transformer import Transformer
+    from jexit.presets import PRESETS
+
+    arch = PRESETS["qwen2.5-0.5b"].architecture
+    if name == "small-head":
+        arch = dataclasses.replace(arch, vocab_size=8192)
+    return Transformer(arch, exit_layers=EXITS, rngs=nnx.Rngs(0))
+
+
+def random_depths(rows: int, columns: int, layers: int, mean: float) -> np.ndarray:
+    """Of the exits and the full depth, with probabilities in geometric progression."""
+    depths = np.asarray([*EXITS, layers])
+    low, high = 1e-3, 1e3
+    for _ in range(100):
+        ratio = np.sqrt(low * high)
+        p = ratio ** np.arange(len(depths))
+        p /= p.sum()
+        low, high = (ratio, high) if p @ depths < mean else (low, ratio)
+    return np.random.default_rng(0).choice(depths, (rows, columns), p=p).astype(np.int32)
+
+
+def ideal(arch: Any, depths: np.ndarray) -> float:
+    """Work at full depth over work at these depths."""
+    kv = 2 * arch.width * arch.kv_heads * arch.head_dim
+    layer = arch.width * (2 * arch.query_heads * arch.head_dim + 3 * arch.mlp_width) + kv
+    head = arch.vocab_size * arch.width
+    mean = float(depths.mean())
+    full = arch.layers * layer + head
+    return full / (mean * layer + (arch.layers - mean) * kv + head)
+
+
+def compare(arguments: argparse.Namespace) -> bool:
+    from flax import nnx
+    from plain_loop import plain
+
+    from jexit.model.policies import Full, Prescribed
+    from jexit.rollout import EngineSize, rollout
+
+    model = random_model(arguments.model)
+    arch, split = model.arch, nnx.split(model)
+    count, new, places = arguments.prompts, arguments.new_tokens, arguments.places
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(0, arch.vocab_size, (count, arguments.prompt_tokens)).tolist()
+    asked = {"eos_ids": (), "pad_id": 0, "key": 0, "temperature": 0.0}
+    size = EngineSize(rows=arguments.rows, places=places)
+    idle: dict[str, float] = {}
+
+    def engine(name: str, policy: Any, columns: int) -> Any:
+        made = rollout(split, prompts, policy=policy, max_new_tokens=columns, size=size, **asked)
+        idle[name] = made.efficiency.idle
+        return made.tokens_BT
+
+    def loop(depths: np.ndarray | None, columns: int) -> Any:
+        tokens = []
+        for start in range(0, count, places):
+            part = slice(start, start + places)
+            policy = Full() if depths is None else Prescribed(depths[part])
+            made = plain(split, prompts[part], policy=policy, max_new_tokens=columns, **asked)
+            tokens.append(made.tokens_BT)
+        return np.concatenate(tokens)
+
+    means = {"L/2": arch.layers / 2, "L/4": arch.layers / 4}
+    depths = {name: random_depths(count, new, arch.layers, mean) for name, mean in means.items()}
+    runs = {"engine, prefill": lambda: engine("prefill", Full(), 1)}
+    runs["loop, prefill"] = lambda: loop(None, 1)
+    runs["engine, full"] = lambda: engine("full", Full(), new)
+    runs["loop, full"] = lambda: loop(None, new)
+    for name, depth_BT in depths.items():
+        runs[f"engine, {name}"] = lambda n=name, d=depth_BT: engine(n, Prescribed(d), new)
+        runs[f"loop, {name}"] = lambda d=depth_BT: loop(d, new)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    tokens = {}
+    for turn in range(arguments.repeats + 1):  # the first compiles
+        for name, run in runs.items():
+            began = time.perf_counter()
+            tokens[name] = run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    median = {name: float(np.median(turns)) for name, turns in seconds.items()}
+
+    def decoding(name: str) -> float:
+        return median[name] - median[f"{name.partition(',')[0]}, prefill"]
+
+    print(
+        f"{arguments.model}: {count} completions of {new} tokens, {arguments.rows} rows, {places} "
+        f"places; speed over the plain loop's at full depth, prefill left out"
+    )
+    print(
+        f"{'depths':<8}{'ideal':>8}{'engine':>8}{'of ideal':>10}{'masking':>9}{'idle':>7}  tokens"
+    )
+    base, good = decoding("loop, full"), True
+    full = base / decoding("engine, full")
+    good &= full >= FULL
+    same = np.array_equal(tokens["engine, full"], tokens["loop, full"])
+    print(f"{'full':<8}{1:>8.2f}{full:>8.2f}{full:>10.2f}{1:>9.2f}{idle['full']:>7.1%}  "
+          f"{'equal' if same else 'differ'}")  # fmt: skip
+    for name, depth_BT in depths.items():
+        wanted = ideal(arch, depth_BT[:, 1:])
+        speed = decoding("engine, full") / decoding(f"engine, {name}")
+        masking = base / decoding(f"loop, {name}")
+        good &= speed >= OF_IDEAL * wanted
+        same = np.array_equal(tokens[f"engine, {name}"], tokens[f"loop, {name}"])
+        print(f"{name:<8}{wanted:>8.2f}{speed:>8.2f}{speed / wanted:>10.2f}{masking:>9.2f}"
+              f"{idle[name]:>7.1%}  {'equal' if same else 'differ'}")  # fmt: skip
+    return good
+
+
+if __name__ == "__main__":
+    main()

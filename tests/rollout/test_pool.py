@@ -1,0 +1,190 @@
+"""The engine against the plain loop: the same tokens and depths, whatever the pool's size."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_loop import Made, plain
+
+from jexit.kernels.dispatch import compiling_for
+from jexit.model.policies import Full, Prescribed, Sample, Threshold
+from jexit.rollout import EngineSize, Rollouts, layout, rollout
+from jexit.rollout.schedule import PATIENCE, Segments, choose, pick
+from tolerances import LOGPROBS
+
+LAYERS, PAD, COLUMNS = 5, 59, 14
+
+
+def assert_same(made: Rollouts, plain: Made) -> None:
+    np.testing.assert_array_equal(made.lengths_B, plain.lengths_B)
+    np.testing.assert_array_equal(made.tokens_BT, plain.tokens_BT)
+    np.testing.assert_array_equal(made.depths_BT, plain.depths_BT)
+    np.testing.assert_allclose(made.logprobs_BT, plain.logprobs_BT, atol=LOGPROBS)
+    np.testing.assert_allclose(made.depth_logprobs_BT, plain.depth_logprobs_BT, atol=LOGPROBS)
+    if plain.hazard_logits_BTE is not None:
+        np.testing.assert_allclose(
+            made.hazard_logits_BTE, plain.hazard_logits_BTE, atol=LOGPROBS, equal_nan=True
+        )
+
+
+def ten_prompts() -> list[list[int]]:
+    rng = np.random.default_rng(8)
+    return [rng.integers(0, 60, length).tolist() for length in (3, 11, 6, 40, 1, 17, 2, 16, 9, 25)]
+
+
+POLICIES = {
+    "full": Full(),
+    "sample": Sample(temperature=2.0, min_hazard=0.1),
+    "threshold": Threshold(0.55),
+    "prescribed": Prescribed(np.random.default_rng(1).integers(1, LAYERS + 1, (20, COLUMNS))),
+}
+
+
+@pytest.mark.parametrize("size", [(20, 4), (20, 20), (7, 3), (3, 3), (1, 1)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_equals_the_plain_loop(model, name, size):
+    """With as many rows as completions, with fewer, and with one."""
+    asked = {
+        "policy": POLICIES[name],
+        "max_new_tokens": COLUMNS,
+        "eos_ids": (60, 7, 12),
+        "pad_id": PAD,
+        "key": 4,
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "samples_per_prompt": 2,
+        "hazards": name != "full",
+    }
+    wanted = plain(model, ten_prompts(), **asked)
+    assert len(set(wanted.lengths_B.tolist())) > 4, "completions should end at different times"
+    made = rollout(model, ten_prompts(), size=EngineSize(rows=size[0], places=size[1]), **asked)
+    assert_same(made, wanted)
+    assert made.efficiency.prefills == 10
+
+
+# One shape of everything, so that the examples share two programs.
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_depths_and_ends(model, data):
+    """Depths, prompts, sizes and end tokens at random: every token still comes out as it should."""
+    lengths = data.draw(st.lists(st.integers(1, 16), min_size=8, max_size=8))
+    seed = data.draw(st.integers(0, 2**16))
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 60, length).tolist() for length in lengths]
+    deepest = data.draw(st.integers(1, LAYERS))
+    depths_BT = rng.integers(1, deepest + 1, (8, COLUMNS))
+    eos_ids = data.draw(st.lists(st.integers(0, 60), min_size=3, max_size=3))
+    size = data.draw(st.sampled_from([(8, 3), (5, 2), (8, 8)]))
+    asked = {
+        "policy": Prescribed(depths_BT),
+        "max_new_tokens": COLUMNS,
+        "eos_ids": eos_ids,
+        "pad_id": PAD,
+        "key": seed,
+        # A draw at random may fall within rounding of the border between two tokens.
+        "temperature": 0.0,
+    }
+    made = rollout(model, prompts, size=EngineSize(rows=size[0], places=size[1]), **asked)
+    assert_same(made, plain(model, prompts, **asked))
+
+
+def test_a_ring_of_prompts_smaller_than_the_list(model, monkeypatch):
+    """Prompts are prefilled as others have begun, into their places."""
+    monkeypatch.setattr(layout, "PREFILL_TOKENS", 64)  # groups of 4, of 2 and of 1
+    asked = {
+        "policy": Sample(),
+        "max_new_tokens": 9,
+        "eos_ids": (60, 7),
+        "pad_id": PAD,
+        "key": 1,
+        "samples_per_prompt": 3,
+    }
+    prompts = 3 * ten_prompts()
+    made = rollout(model, prompts, size=EngineSize(rows=5, places=2), **asked)
+    assert_same(made, plain(model, prompts, **asked))
+
+
+def test_finished_rows_make_room_at_once(model):
+    """Of 12 completions one is long: two rows take the other eleven in turn meanwhile."""
+    depth_BT = np.full((12, 40), LAYERS)
+    asked = {"policy": Prescribed(depth_BT), "pad_id": PAD, "key": 0, "temperature": 0.0}
+    prompts = [[5, 8]] * 12
+    free = rollout(model, prompts, max_new_tokens=40, eos_ids=(), **asked)
+    assert (free.tokens_BT == free.tokens_BT[0]).all()
+    size = EngineSize(rows=2, places=2)
+    ticks = [
+        rollout(model, prompts, max_new_tokens=new, eos_ids=(), size=size, **asked).efficiency.ticks
+        for new in (2, 40)
+    ]
+    segments = 4
+    # Two rows, six completions each: `new` − 1 passes of each segment, and a tick to end the last.
+    assert ticks == [6 * segments + 1, 6 * 39 * segments + 1]
+
+
+def at(segment_P, waits_P=None, since_P=None, tick=0, width=4, bounds=(0, 2, 4, 6), emission=3.0):
+    segment_P = jnp.asarray(segment_P)
+    waits_P = jnp.ones(segment_P.shape, bool) if waits_P is None else jnp.asarray(waits_P)
+    since_P = jnp.zeros_like(segment_P) if since_P is None else jnp.asarray(since_P)
+    return int(
+        choose(Segments(bounds, emission), segment_P, waits_P, since_P, jnp.int32(tick), width)
+    )
+
+
+def test_the_least_waste_goes_first():
+    assert at([0, 0, 0, 0, 1, 1, 2]) == 0, "the only one that fills the places"
+    assert at([0, 0, 0, 0, 2, 2, 2, 2]) == 2, "the deepest of equals"
+    assert at([0, 0, 0, 1, 1, 1]) == 1, "an emission costs more than two layers"
+    assert at([0, 0, 0, 1, 1]) == 0 if 5 / 3 < 2 * 2 / 2 else 1
+    assert at([0, 0, 0, 1, 1, 1, 1], waits_P=[1, 1, 1, 1, 0, 0, 0]) == 0
+
+
+def test_nobody_waits_for_ever():
+    """A single row against segments that always fill the places."""
+    segment_P, since_P = [1, 0, 0, 0, 0], [0, 50, 50, 50, 50]
+    assert at(segment_P, since_P=since_P, tick=3 * PATIENCE) == 0
+    assert at(segment_P, since_P=since_P, tick=3 * PATIENCE + 1) == 1
+
+
+def test_those_that_wait_longest_take_the_places():
+    here_P = jnp.asarray([True, False, True, True, True])
+    since_P = jnp.asarray([4, 0, 1, 9, 2])
+    rows_B, here_B = pick(here_P, since_P, jnp.int32(10), 2)
+    assert rows_B.tolist() == [2, 4] and here_B.all()
+    rows_B, here_B = pick(here_P & (since_P < 3), since_P, jnp.int32(10), 3)
+    assert sorted(np.asarray(rows_B)[np.asarray(here_B)].tolist()) == [2, 4]
+    assert len(set(rows_B.tolist())) == 3
+    assert pick(here_P, since_P, jnp.int32(10), 5)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "jobs", "fitted"),
+    [
+        ((0, 0), 1000, (384, 128)),
+        ((0, 0), 192, (192, 64)),
+        ((0, 0), 20, (20, 16)),
+        ((0, 0), 3, (3, 3)),
+        ((90, 0), 99, (90, 30)),
+        ((10, 4), 99, (10, 4)),
+        ((0, 4), 99, (12, 4)),
+        ((500, 100), 200, (200, 100)),
+    ],
+)
+def test_sizes_fit_the_work(size, jobs, fitted):
+    assert EngineSize(rows=size[0], places=size[1]).fitted(jobs) == fitted
+
+
+def test_rows_fit_the_memory_of_a_chip():
+    """Those left to the engine; of 1,319 completions on a GPU."""
+    with compiling_for("gpu", "NVIDIA H100 80GB HBM3"):
+        assert EngineSize().fitted(1319) == (1319, 440)
+        rows, places = EngineSize().fitted(1319, 150 * 2**20)
+        assert rows == places == int(0.3 * 79 * 1024 / 150) == 161
+        assert EngineSize(rows=700).fitted(1319, 150 * 2**20) == (700, 256)
+    with compiling_for("tpu", "TPU v5 lite"):
+        assert EngineSize().fitted(1319, 2**40) == (1, 1)
+
+
+def test_a_size_below_zero_is_refused():
+    with pytest.raises(ValueError, match="the engine has -1 rows and 0 places; give positive"):
+        EngineSize(rows=-1)
