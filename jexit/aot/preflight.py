@@ -120,8 +120,6 @@ def _compile(program: Program, mesh: Mesh) -> Report:
             raise
         return _refused(program, lowered, mesh, str(error), time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
-    if program.compiled is not None:
-        program.compiled(lowered, compiled)
     memory = compiled.memory_analysis()
     module = parse(compiled.as_text())
     beside = _beside(program, memory.argument_size_in_bytes)

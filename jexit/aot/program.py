@@ -22,7 +22,6 @@ class Program:
     `inputs` are its arguments by name; `beside` is what the run keeps there that is none of them;
     `exit_share` is the share of the layers that have an exit before them; `loops` has the rounds of
     loops that the compiled module does not tell, by their scope.
-    `compiled` hears of the result, for a program that takes what this one returns.
     """
 
     name: str
@@ -32,7 +31,6 @@ class Program:
     loops: Mapping[str, int] = dataclasses.field(default_factory=dict)
     beside: Any = None
     note: str = ""
-    compiled: Callable[[jax.stages.Lowered, jax.stages.Compiled], None] | None = None
 
 
 def device_bytes(tree: Any) -> int:

@@ -71,7 +71,7 @@ class Cache:
         def write(part_KLPSH: Array, new_LBTKH: Array) -> Array:
             new_KLBTH = _repeated(jnp.moveaxis(new_LBTKH, 3, 0), part_KLPSH)
             place = part_KLPSH.at[:, :, places_B, : new_KLBTH.shape[3]]
-            return place.set(new_KLBTH, mode="drop", unique_indices=True)
+            return place.set(new_KLBTH, mode="drop")  # several may have no place
 
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 

@@ -154,7 +154,7 @@ class Decoding:
             slots=self.slots,
             hazards=hazards,
         )
-        self._prefilled, self._positions = 0, 0
+        self._prefilled, self._positions, self._compiled_slots = 0, 0, 0
         self.progress = Progress(
             started=np.zeros(layout.shards, np.int32),
             under_way=np.zeros(layout.shards, np.int32),
@@ -180,7 +180,9 @@ class Decoding:
             self.slots = cache_bucket(self.slots + 1, self._most)
             cache = programs.grown(self._pool.cache, slots=self.slots)
             self._pool = dataclasses.replace(self._pool, cache=cache)
-        self._compiled(programs.advance, lambda: self._advance(np.int32(0)))
+        if self.slots != self._compiled_slots:  # no ticks: what it takes is the compilation
+            self._compiled(programs.advance, lambda: self._advance(np.int32(0)))
+            self._compiled_slots = self.slots
         progress = self._advance(NO_LIMIT if emissions is None else np.int32(emissions))
         with waiting("the rollouts"):
             self.progress = jax.device_get(progress)

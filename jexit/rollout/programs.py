@@ -106,7 +106,7 @@ def prefill(
         prompts = prompts.with_prompts(place_B[::samples], kv)
 
         def first(record_JT: Array, new: Array | int) -> Array:
-            return record_JT.at[job_B, 0].set(new, mode="drop", unique_indices=True)
+            return record_JT.at[job_B, 0].set(new, mode="drop")
 
         records = dataclasses.replace(
             records,

@@ -135,7 +135,7 @@ def test_the_least_waste_goes_first():
     assert at([0, 0, 0, 0, 1, 1, 2]) == 0, "the only one that fills the places"
     assert at([0, 0, 0, 0, 2, 2, 2, 2]) == 2, "the deepest of equals"
     assert at([0, 0, 0, 1, 1, 1]) == 1, "an emission costs more than two layers"
-    assert at([0, 0, 0, 1, 1]) == 0 if 5 / 3 < 2 * 2 / 2 else 1
+    assert at([0, 0, 0, 1, 1]) == 0, "5 · 1/3 is less than 2 · 2/2"
     assert at([0, 0, 0, 1, 1, 1, 1], waits_P=[1, 1, 1, 1, 0, 0, 0]) == 0
 
 
