@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -11,6 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before JAX first looks for devices, and in this process only: commands that tests start see one.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs_left_behind() -> Iterator[None]:
+    """A process may have 65,530 memory mappings on Linux, and compiled programs are made of them.
+
+    One that compiles for all the files here would have more, and XLA would abort.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -77,8 +77,10 @@ class StandIns:
         }
 
     def start(self, script: str | pathlib.Path, *args: str, **env: str) -> subprocess.Popen[str]:
+        # A shell's background jobs, perhaps these tests, ignore interrupts and pass that on.
+        as_from_a_terminal = ["env", "--default-signal=INT"]
         return subprocess.Popen(
-            ["bash", str(ROOT / "launch" / script), *map(str, args)],
+            [*as_from_a_terminal, "bash", str(ROOT / "launch" / script), *map(str, args)],
             cwd=self.directory,
             env=self.environment(**env),
             stdin=subprocess.DEVNULL,

@@ -119,8 +119,9 @@ class Decoding:
             yield Program(
                 name=f"{name} decode{label}, a token",
                 lower=lambda policy=policy: programs.advance.lower(
-                    split.graphdef, states, pool, records, store, work, ready, more, np.int32(1),
-                    policy, draws, width=layout.width, adapters=adapters, hazards=False,
+                    split.graphdef, states, None, pool, records, store, work, ready, more,
+                    np.int32(1), policy, draws, width=layout.width, adapters=adapters,
+                    hazards=False,
                 ),
                 inputs={"states": states, "pool": pool, "records": records, "store": store},
                 exit_share=exit_share(split),

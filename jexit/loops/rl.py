@@ -105,6 +105,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "rollout_seconds": rollouts.seconds,
             "data/skipped": totals.skipped,
             "data/padding": totals.padding,
+            "engine/idle": rollouts.efficiency.idle,
+            "engine/prompt_padding": rollouts.efficiency.prompt_padding,
             "model_flops": totals.rollout_flops
             + stage.flops.rl_step(totals.work, totals.tokens, updates=rl.updates_per_batch),
         }

@@ -14,7 +14,7 @@ from jexit.model.attention import KeysValues
 from jexit.model.heads import cache_heads, decode_over_mesh, over_heads
 from jexit.presets import Architecture
 
-SMALLEST_CACHE = 64
+SMALLEST_CACHE = 128  # slots, as many as XLA's attention reads at once
 SMALLEST_PROMPT = 16
 
 

@@ -27,6 +27,7 @@ from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import programs
+from jexit.rollout.layers import layers_apart
 from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
 from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
@@ -116,6 +117,7 @@ class Decoding:
     ) -> None:
         self._began, self._compiling = time.perf_counter(), 0.0
         self._graphdef, self._states, arch, dtype = _split_for_decoding(model)
+        self._layers = layers_apart(self._graphdef, self._states)
         self._arch, self._columns, self._pad_id = arch, max_new_tokens, pad_id
         self._samples, self._adapters, self._hazards = samples_per_prompt, adapters, hazards
         self._prompts = [[int(token) for token in prompt] for prompt in prompts]
@@ -296,6 +298,7 @@ class Decoding:
         self._pool, self._records, progress = programs.advance(
             self._graphdef,
             self._states,
+            self._layers,
             self._pool,
             self._records,
             self._store,

@@ -16,7 +16,8 @@ from jexit.rollout.state import Work
 # weights is what they wait for (peak FLOP/s over bandwidth). More than the second gain nothing.
 PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
 ROWS_A_PLACE = 3  # of the pool: what waits at other segments while a tick's places fill
-PREFILL_TOKENS = 2048  # positions of one prefill, of each data shard
+# Positions of one prefill, of each data shard. More of them read weights less often, and pad more.
+PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 # Memory of a device by part of JAX's name of it, for pools that are as large as they should be; of
 # a device that is not here they are limited by the work alone.
 MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "a100-sxm4-40gb": 39, "80gb": 79,
@@ -85,7 +86,7 @@ class Layout:
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
         rows, width = size.fitted(prompts * samples, most * token_bytes)
-        groups = -(-prompts // max(PREFILL_TOKENS // slots, 1))
+        groups = -(-prompts // max(PREFILL_TOKENS[target().platform] // slots, 1))
         group = -(-prompts // groups)  # of like size, so that the last is not padded
         # As many prompts as begin at once, and a group to go on with.
         places = group * min(-(-prompts // group), -(-rows // (samples * group)) + 1)

@@ -22,6 +22,7 @@ from jexit.model.attention import KeysValues
 from jexit.model.cache import Cache
 from jexit.model.policies import Policy
 from jexit.model.transformer import Transformer, logits_of, run
+from jexit.rollout.layers import Layers
 from jexit.rollout.state import FREE, Pool, Progress, Records, Work
 from jexit.rollout.ticks import TOKEN_DRAW, Draws, Ticks, fold_in
 
@@ -136,6 +137,7 @@ def prefill(
 def advance(
     graphdef: nnx.GraphDef,
     states: tuple[nnx.State, ...],
+    layers: Layers | None,
     pool: Pool,
     records: Records,
     prompts: Cache,
@@ -158,11 +160,12 @@ def advance(
     """
 
     def local(
-        states: tuple, pool: Pool, records: Records, prompts: Cache, work: Work, ready: Array,
-        policy: Policy, draws: Draws, more: Array, emissions: Array,
+        states: tuple, layers: Layers | None, pool: Pool, records: Records, prompts: Cache,
+        work: Work, ready: Array, policy: Policy, draws: Draws, more: Array, emissions: Array,
     ) -> tuple[Pool, Records, Progress]:  # fmt: skip
         ticks = Ticks(
             nnx.merge(graphdef, *states),
+            layers,
             prompts,
             work,
             ready[0],
@@ -205,12 +208,12 @@ def advance(
     stepped = _by_shard(
         local,
         in_specs=(
-            P(), *carried, *_specs((prompts, work)), _rows(), rows_of_policy, P(), _rows(), P()
+            P(), P(), *carried, *_specs((prompts, work)), _rows(), rows_of_policy, P(), _rows(), P()
         ),
         out_specs=(*carried, _rows()),
     )  # fmt: skip
     pool, records, progress = stepped(
-        states, pool, records, prompts, work, ready, policy, draws, more, emissions
+        states, layers, pool, records, prompts, work, ready, policy, draws, more, emissions
     )
     return pool, records, jax.tree.map(lambda part: constrain(part, "."), progress)
 

@@ -1,9 +1,9 @@
 """A tick of the decoding engine: one segment of the stack for the rows that wait for it.
 
 Which layers those are is data: one body, with loops over layers whose bounds are not known before,
-serves all segments and emission (`jexit.rollout.schedule`), and the weights are indexed inside the
-loops: a layer that nobody needs is not read. The caches are carried through these loops and never
-through `lax.cond`, which copies what it returns.
+serves all segments and emission (`jexit.rollout.schedule`), and a layer's weights are taken inside
+the loops (`jexit.rollout.layers`): one that nobody needs is not read. The caches are carried
+through these loops and never through `lax.cond`, which copies what it returns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
 from jexit.dist import constrain
@@ -23,7 +22,8 @@ from jexit.model.cache import Cache
 from jexit.model.exits import depth_log_prob
 from jexit.model.layers import rope_table
 from jexit.model.policies import Policy, Sample, law_settings
-from jexit.model.transformer import Transformer, logits_of
+from jexit.model.transformer import Transformer
+from jexit.rollout.layers import Layers, at_layer, head_logits
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.schedule import Segments, choose, pick
 from jexit.rollout.state import FREE, Pool, Records, Work
@@ -87,6 +87,7 @@ class Ticks:
     """One shard's ticks, with what stays as it is during them."""
 
     model: Transformer
+    layers: Layers | None
     prompts: Cache
     work: Work
     ready: Array
@@ -215,7 +216,7 @@ class Ticks:
     def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
         """Tokens, their log-probabilities and those of their depths."""
         model = self.model
-        logits_BV = constrain(logits_of(model.final_norm(at.h_BD), model.head_VD), ".V")
+        logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
         token_B, logprob_B = self.draws.sampling.draw(
             logits_BV, fold_in(self._keys(at), TOKEN_DRAW)
         )
@@ -259,9 +260,11 @@ class Ticks:
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
 
+        def keys_values(block: Block) -> KeysValues:
+            return self._keys_values(block, block.attn_norm(at.h_BD[:, None]), rope)
+
         def fill(layer: Array, cache: Cache) -> Cache:
-            block = self._block(layer)
-            kv = self._keys_values(block, block.attn_norm(at.h_BD[:, None]), rope)
+            kv = at_layer(layer, self.model.blocks, self.layers, keys_values)
             place_B = jnp.where(fills_B & (at.depth_B <= layer), slot_B, cache.slots)
             return cache.written(layer, at.cache_rows_B, place_B, kv)
 
@@ -271,16 +274,15 @@ class Ticks:
 
     def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
         """The prompts' keys and values into the rows of completions that begin."""
-        order_B = jnp.argsort(~begins_B)
 
-        def copy(turn: Array, cache: Cache) -> Cache:
-            place = order_B[turn]
-            return cache.with_row(
-                at.cache_rows_B[place], self.prompts, self.work.place_J[job_B[place]]
-            )
+        def copy(_: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+            cache, left_B = carry
+            place = jnp.argmax(left_B)
+            row, prompt = at.cache_rows_B[place], self.work.place_J[job_B[place]]
+            return cache.with_row(row, self.prompts, prompt), left_B.at[place].set(False)
 
         with jax.named_scope(COPY_SCOPE):
-            return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, cache)
+            return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
 
     def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
         """The segment's layers, as far as anybody needs them, and the decision at its end."""
@@ -289,16 +291,20 @@ class Ticks:
         place_B = jnp.where(at.runs_B, slot_B, cache.slots)
         length_B = jnp.where(at.runs_B, slot_B + 1, 1)
 
+        def inputs(block: Block, h_BD: Array) -> tuple[Array, KeysValues]:
+            x_B1D = block.attn_norm(h_BD[:, None])
+            q_B1NH = block.attn.queries(x_B1D, *rope, adapters=self.adapters, key=None)
+            return q_B1NH[:, 0], self._keys_values(block, x_B1D, rope)
+
+        def output(block: Block, h_BD: Array, mixed_BNH: Array) -> Array:
+            return block.finish(h_BD[:, None], mixed_BNH[:, None], adapters=self.adapters)[:, 0]
+
         def layer_of(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             h_BD, cache = carry
-            block = self._block(layer)
-            h_B1D = h_BD[:, None]
-            x_B1D = block.attn_norm(h_B1D)
-            kv = self._keys_values(block, x_B1D, rope)
+            q_BNH, kv = at_layer(layer, self.model.blocks, self.layers, inputs, h_BD)
             cache = cache.written(layer, at.cache_rows_B, place_B, kv)
-            q_B1NH = block.attn.queries(x_B1D, *rope, adapters=self.adapters, key=None)
-            mixed_BNH = cache.attend(layer, at.rows_B, q_B1NH[:, 0], length_B)
-            new_BD = block.finish(h_B1D, mixed_BNH[:, None], adapters=self.adapters)[:, 0]
+            mixed_BNH = cache.attend(layer, at.rows_B, q_BNH, length_B)
+            new_BD = at_layer(layer, self.model.blocks, self.layers, output, h_BD, mixed_BNH)
             return jnp.where((layer < at.depth_B)[:, None], new_BD, h_BD), cache
 
         first, end = self.segments.starts_S[segment], self.segments.ends_S[segment]
@@ -327,14 +333,6 @@ class Ticks:
             at,
         )
         return dataclasses.replace(at, depth_B=depth_B, hazard_logits_BE=z_BE), cache
-
-    def _block(self, layer: Array) -> Block:
-        block_def, stacked = nnx.split(self.model.blocks)
-
-        def one(parameter: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(parameter, layer, 0, keepdims=False)
-
-        return nnx.merge(block_def, jax.tree.map(one, stacked))
 
     def _keys_values(self, block: Block, x_B1D: Array, rope: tuple[Array, Array]) -> KeysValues:
         return block.attn.keys_values(x_B1D, *rope, adapters=self.adapters, key=None)

@@ -1,12 +1,13 @@
 """Throughput of the decoding engine by depth, against what the work itself promises.
 
-    python tests/benchmarks/engine.py [--model 0.5b|small-head] [--prompts 96] [--new-tokens 25]
+    python tests/benchmarks/engine.py [--model 0.5b|small-head] [--prompts 192] [--new-tokens 25]
 
 Random weights in the shape of Qwen2.5-0.5B (whose output head holds 28 % of the weights), or with a
 vocabulary of 8,192; float32 on the CPU. Every pass of every completion gets a depth drawn at random
 among the exits, with a mean of a half or a quarter of the layers. The same completions then come
-from the engine at full depth, from the engine at those depths, and from the plain loop at both,
-which masks rows that have left and runs as deep as its deepest row.
+from the engine at full depth, from the engine at those depths, and, a few of them, from the plain
+loop at both, which masks rows that have left and runs as deep as its deepest row. Work that ends
+leaves places idle at its end, the more the fewer completions there are for a row of the pool.
 
 The ideal counts what must be computed for a token, in multiplications: the layers that it runs, the
 head, and keys and values at the layers that it does not run. Alternatives take turns; medians.
@@ -32,7 +33,8 @@ EXITS = (3, 6, 12, 18)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("0.5b", "small-head"), default="0.5b")
-    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=192)
+    parser.add_argument("--batches", type=int, default=2, help="of the plain loop")
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=25)
     parser.add_argument("--rows", type=int, default=48)
@@ -56,18 +58,6 @@ def random_model(name: str) -> Any:
     return Transformer(arch, exit_layers=EXITS, rngs=nnx.Rngs(0))
 
 
-def random_depths(rows: int, columns: int, layers: int, mean: float) -> np.ndarray:
-    """Of the exits and the full depth, with probabilities in geometric progression."""
-    depths = np.asarray([*EXITS, layers])
-    low, high = 1e-3, 1e3
-    for _ in range(100):
-        ratio = np.sqrt(low * high)
-        p = ratio ** np.arange(len(depths))
-        p /= p.sum()
-        low, high = (ratio, high) if p @ depths < mean else (low, ratio)
-    return np.random.default_rng(0).choice(depths, (rows, columns), p=p).astype(np.int32)
-
-
 def ideal(arch: Any, depths: np.ndarray) -> float:
     """Work at full depth over work at these depths."""
     kv = 2 * arch.width * arch.kv_heads * arch.head_dim
@@ -79,6 +69,7 @@ def ideal(arch: Any, depths: np.ndarray) -> float:
 
 
 def compare(arguments: argparse.Namespace) -> bool:
+    from decode import random_depths
     from flax import nnx
     from plain_loop import plain
 
@@ -101,7 +92,7 @@ def compare(arguments: argparse.Namespace) -> bool:
 
     def loop(depths: np.ndarray | None, columns: int) -> Any:
         tokens = []
-        for start in range(0, count, places):
+        for start in range(0, arguments.batches * places, places):
             part = slice(start, start + places)
             policy = Full() if depths is None else Prescribed(depths[part])
             made = plain(split, prompts[part], policy=policy, max_new_tokens=columns, **asked)
@@ -109,7 +100,9 @@ def compare(arguments: argparse.Namespace) -> bool:
         return np.concatenate(tokens)
 
     means = {"L/2": arch.layers / 2, "L/4": arch.layers / 4}
-    depths = {name: random_depths(count, new, arch.layers, mean) for name, mean in means.items()}
+    depths = {
+        name: random_depths(count, new, EXITS, arch.layers, mean) for name, mean in means.items()
+    }
     runs = {"engine, prefill": lambda: engine("prefill", Full(), 1)}
     runs["loop, prefill"] = lambda: loop(None, 1)
     runs["engine, full"] = lambda: engine("full", Full(), new)
@@ -128,7 +121,14 @@ def compare(arguments: argparse.Namespace) -> bool:
     median = {name: float(np.median(turns)) for name, turns in seconds.items()}
 
     def decoding(name: str) -> float:
-        return median[name] - median[f"{name.partition(',')[0]}, prefill"]
+        """Seconds a completion."""
+        of = median[name] - median[f"{name.partition(',')[0]}, prefill"]
+        return of / len(tokens[name])
+
+    def equal(name: str) -> str:
+        few = tokens[f"loop, {name}"]
+        same = np.array_equal(tokens[f"engine, {name}"][: len(few)], few)
+        return "equal" if same else "differ"
 
     print(
         f"{arguments.model}: {count} completions of {new} tokens, {arguments.rows} rows, {places} "
@@ -140,17 +140,15 @@ def compare(arguments: argparse.Namespace) -> bool:
     base, good = decoding("loop, full"), True
     full = base / decoding("engine, full")
     good &= full >= FULL
-    same = np.array_equal(tokens["engine, full"], tokens["loop, full"])
     print(f"{'full':<8}{1:>8.2f}{full:>8.2f}{full:>10.2f}{1:>9.2f}{idle['full']:>7.1%}  "
-          f"{'equal' if same else 'differ'}")  # fmt: skip
+          f"{equal('full')}")  # fmt: skip
     for name, depth_BT in depths.items():
         wanted = ideal(arch, depth_BT[:, 1:])
         speed = decoding("engine, full") / decoding(f"engine, {name}")
         masking = base / decoding(f"loop, {name}")
         good &= speed >= OF_IDEAL * wanted
-        same = np.array_equal(tokens[f"engine, {name}"], tokens[f"loop, {name}"])
         print(f"{name:<8}{wanted:>8.2f}{speed:>8.2f}{speed / wanted:>10.2f}{masking:>9.2f}"
-              f"{idle[name]:>7.1%}  {'equal' if same else 'differ'}")  # fmt: skip
+              f"{idle[name]:>7.1%}  {equal(name)}")  # fmt: skip
     return good
 
 

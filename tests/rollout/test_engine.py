@@ -13,9 +13,8 @@ from jexit.model import cache
 from jexit.model.exits import depth_log_prob
 from jexit.model.policies import Full, Prescribed, Sample, Threshold, law_settings
 from jexit.model.transformer import forward
-from jexit.rollout import layout, programs, rollout
+from jexit.rollout import layout, programs, rollout, ticks
 from jexit.rollout.sampling import Sampling
-from jexit.rollout.ticks import Ticks
 from tolerances import LOGPROBS
 
 LAYERS, EOS, PAD = 5, 60, 59
@@ -165,7 +164,7 @@ def test_buckets_hold_what_they_must_and_little_more():
     for length in range(1, 3000):
         padded = cache.prompt_bucket(length)
         assert length <= padded <= max(length + 15, 1.25 * length)
-        assert length <= cache.cache_bucket(length, 3000) <= max(64, 2 * length)
+        assert length <= cache.cache_bucket(length, 3000) <= max(128, 2 * length)
     assert len({cache.prompt_bucket(length) for length in range(1, 4097)}) < 32
     assert cache.cache_bucket(100, 100) == 112
 
@@ -212,7 +211,7 @@ def test_samples_share_one_prefill(model, prompts, monkeypatch):
 
 def test_prompts_of_like_length_are_prefilled_together(model, monkeypatch):
     """In groups of one size, each as long as its longest prompt."""
-    monkeypatch.setattr(layout, "PREFILL_TOKENS", 128)  # two prompts of up to 64 tokens
+    monkeypatch.setitem(layout.PREFILL_TOKENS, "cpu", 128)  # two prompts of up to 64 tokens
     shapes = []
     whole = programs.run
 
@@ -234,7 +233,7 @@ def test_programs_do_not_multiply_with_prompt_lengths(model):
     for length in (1, 9, 16, 17, 24, 60, 64, 65, 70, 80):
         roll(model, [[3] * length], temperature=0.0, max_new_tokens=41)
         counts.append([programs.prefill._cache_size(), programs.advance._cache_size()] - before)
-    # Prompts in 16, 32, 64 and 80 slots; caches of 64, 64 (all that is needed), 112 and 128.
+    # Prompts in 16, 32, 64 and 80 slots; caches of all that is needed: 64, 80, 112 and 128.
     expected = [1, 1, 1, 2, 2, 3, 3, 4, 4, 4]
     assert np.transpose(counts).tolist() == [expected, expected]
 
@@ -260,10 +259,10 @@ def test_ticks_copy_neither_cache_nor_weights(model, prompts, monkeypatch):
     traced = []
     whole = programs.advance
 
-    def trace(graphdef, states, pool, *settings, **static):
+    def trace(graphdef, states, layers, pool, *settings, **static):
         larger = dataclasses.replace(pool, cache=programs.grown(pool.cache, slots=1024))
-        traced.append(whole.trace(graphdef, states, larger, *settings, **static))
-        return whole(graphdef, states, pool, *settings, **static)
+        traced.append(whole.trace(graphdef, states, layers, larger, *settings, **static))
+        return whole(graphdef, states, layers, pool, *settings, **static)
 
     trace._cache_size = whole._cache_size
     monkeypatch.setattr(programs, "advance", trace)
@@ -306,13 +305,14 @@ def test_a_tick_runs_the_layers_that_its_rows_need(model, prompts, monkeypatch):
     depth_BT[1] = LAYERS
     first = int(roll(model, prompts, temperature=0.0).tokens_BT[1, 0])
     ran = []
-    whole = Ticks._block
+    whole = ticks.at_layer
 
-    def counted(ticks, layer):
-        jax.debug.callback(lambda layer: ran.append(int(layer)), layer)
-        return whole(ticks, layer)
+    def counted(layer, blocks, apart, function, *operands):
+        if function.__name__ != "output":  # the second half of what began with "inputs"
+            jax.debug.callback(lambda layer: ran.append(int(layer)), layer)
+        return whole(layer, blocks, apart, function, *operands)
 
-    monkeypatch.setattr(Ticks, "_block", counted)
+    monkeypatch.setattr(ticks, "at_layer", counted)
     settings = {"temperature": 0.0, "policy": Prescribed(depth_BT)}
     # 11 tokens, as nowhere else: the ticks are traced anew, and no other test meets the callback.
     rollouts = roll(model, prompts, eos_ids=[first], max_new_tokens=11, **settings)

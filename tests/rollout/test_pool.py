@@ -9,7 +9,7 @@ from plain_loop import Made, plain
 
 from jexit.kernels.dispatch import compiling_for
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
-from jexit.rollout import EngineSize, Rollouts, layout, rollout
+from jexit.rollout import EngineSize, Rollouts, engine, layout, rollout
 from jexit.rollout.schedule import PATIENCE, Segments, choose, pick
 from tolerances import LOGPROBS
 
@@ -63,6 +63,27 @@ def test_equals_the_plain_loop(model, name, size):
     assert made.efficiency.prefills == 10
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_weights_that_stay_stacked_give_the_same(model, name, monkeypatch):
+    """As on accelerators; on CPUs each layer's weights are arrays of their own."""
+    asked = {
+        "policy": POLICIES[name],
+        "max_new_tokens": COLUMNS,
+        "eos_ids": (60, 7, 12),
+        "pad_id": PAD,
+        "key": 4,
+        "temperature": 0.9,
+        "samples_per_prompt": 2,
+        "size": EngineSize(rows=7, places=3),
+    }
+    apart = rollout(model, ten_prompts(), **asked)
+    monkeypatch.setattr(engine, "layers_apart", lambda *_: None)
+    stacked = rollout(model, ten_prompts(), **asked)
+    np.testing.assert_array_equal(stacked.tokens_BT, apart.tokens_BT)
+    np.testing.assert_array_equal(stacked.depths_BT, apart.depths_BT)
+    np.testing.assert_allclose(stacked.logprobs_BT, apart.logprobs_BT, atol=LOGPROBS)
+
+
 # One shape of everything, so that the examples share two programs.
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -91,7 +112,7 @@ def test_any_depths_and_ends(model, data):
 
 def test_a_ring_of_prompts_smaller_than_the_list(model, monkeypatch):
     """Prompts are prefilled as others have begun, into their places."""
-    monkeypatch.setattr(layout, "PREFILL_TOKENS", 64)  # groups of 4, of 2 and of 1
+    monkeypatch.setitem(layout.PREFILL_TOKENS, "cpu", 64)  # groups of 4, of 2 and of 1
     asked = {
         "policy": Sample(),
         "max_new_tokens": 9,

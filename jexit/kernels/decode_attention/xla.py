@@ -9,11 +9,11 @@ BLOCK = 128  # slots
 
 
 class _Mix(NamedTuple):
-    """Soft-max statistics of the slots so far."""
+    """Soft-max statistics of the slots so far; heads first, as the cache has them."""
 
-    mixed_BKGH: jax.Array  # Σ exp(score − top) · value
-    top_BKG: jax.Array
-    total_BKG: jax.Array  # Σ exp(score − top)
+    mixed_KBGH: jax.Array  # Σ exp(score − top) · value
+    top_KBG: jax.Array
+    total_KBG: jax.Array  # Σ exp(score − top)
 
 
 def decode_attention(
@@ -30,8 +30,8 @@ def decode_attention(
     batch, heads, width = q_BNH.shape
     kv_heads, _, _, slots, _ = keys_KLPSH.shape
     block = min(block, slots)
-    q_BKGH = q_BNH.reshape(batch, kv_heads, heads // kv_heads, width)
-    q_BKGH = (q_BKGH.astype(jnp.float32) * width**-0.5).astype(keys_KLPSH.dtype)
+    q_KBGH = jnp.moveaxis(q_BNH.reshape(batch, kv_heads, heads // kv_heads, width), 1, 0)
+    q_KBGH = (q_KBGH.astype(jnp.float32) * width**-0.5).astype(keys_KLPSH.dtype)
 
     def slots_from(part_KLPSH: jax.Array, start: jax.Array) -> jax.Array:
         """[K, B, block, H]: of all rows a slice, of some a gather."""
@@ -47,44 +47,44 @@ def decode_attention(
 
     def scores(first: jax.Array, start: jax.Array) -> jax.Array:
         """Of the slots `first` … `start` + block − 1 that exist; −∞ elsewhere."""
-        scores_BKGS = jnp.einsum(
-            "BKGH,KBSH->BKGS",
-            q_BKGH,
+        scores_KBGS = jnp.einsum(
+            "KBGH,KBSH->KBGS",
+            q_KBGH,
             slots_from(keys_KLPSH, start),
             preferred_element_type=jnp.float32,
         )
         slot_S = start + jnp.arange(block)
         exists_BS = (slot_S >= first) & (slot_S < lengths_B[:, None])
-        return jnp.where(exists_BS[:, None, None], scores_BKGS, -jnp.inf)
+        return jnp.where(exists_BS[:, None], scores_KBGS, -jnp.inf)
 
     def step(number: jax.Array, so_far: _Mix) -> _Mix:
         first = number * block
         start = jnp.minimum(first, slots - block)  # the last block may overlap the one before
-        scores_BKGS = scores(first, start)
-        top_BKG = jnp.maximum(so_far.top_BKG, jnp.max(scores_BKGS, axis=-1))
-        weights_BKGS = jnp.exp(scores_BKGS - top_BKG[..., None])
-        shrink_BKG = jnp.exp(so_far.top_BKG - top_BKG)
-        mixed_BKGH = jnp.einsum(
-            "BKGS,KBSH->BKGH",
-            weights_BKGS.astype(values_KLPSH.dtype),
+        scores_KBGS = scores(first, start)
+        top_KBG = jnp.maximum(so_far.top_KBG, jnp.max(scores_KBGS, axis=-1))
+        weights_KBGS = jnp.exp(scores_KBGS - top_KBG[..., None])
+        shrink_KBG = jnp.exp(so_far.top_KBG - top_KBG)
+        mixed_KBGH = jnp.einsum(
+            "KBGS,KBSH->KBGH",
+            weights_KBGS.astype(values_KLPSH.dtype),
             slots_from(values_KLPSH, start),
             preferred_element_type=jnp.float32,
         )
         return _Mix(
-            so_far.mixed_BKGH * shrink_BKG[..., None] + mixed_BKGH,
-            top_BKG,
-            so_far.total_BKG * shrink_BKG + jnp.sum(weights_BKGS, axis=-1),
+            so_far.mixed_KBGH * shrink_KBG[..., None] + mixed_KBGH,
+            top_KBG,
+            so_far.total_KBG * shrink_KBG + jnp.sum(weights_KBGS, axis=-1),
         )
 
     nothing = _Mix(
-        jnp.zeros(q_BKGH.shape, jnp.float32),
-        jnp.full(q_BKGH.shape[:-1], -jnp.inf),
-        jnp.zeros(q_BKGH.shape[:-1], jnp.float32),
+        jnp.zeros(q_KBGH.shape, jnp.float32),
+        jnp.full(q_KBGH.shape[:-1], -jnp.inf),
+        jnp.zeros(q_KBGH.shape[:-1], jnp.float32),
     )
     # The first block holds a key of every row, so that `top` is finite from there on.
     if block == slots:
         mix = step(jnp.zeros((), jnp.int32), nothing)
     else:
         mix = jax.lax.fori_loop(0, -(-jnp.max(lengths_B) // block), step, nothing)
-    mixed_BKGH = mix.mixed_BKGH / mix.total_BKG[..., None]
-    return mixed_BKGH.reshape(q_BNH.shape).astype(q_BNH.dtype)
+    mixed_KBGH = mix.mixed_KBGH / mix.total_KBG[..., None]
+    return jnp.moveaxis(mixed_KBGH, 0, 1).reshape(q_BNH.shape).astype(q_BNH.dtype)

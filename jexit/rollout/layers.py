@@ -1,0 +1,87 @@
+"""Weights as a step of decoding wants them: a few rows, and layers whose number is data.
+
+On accelerators XLA reads a layer's part of the stacked weights where they lie. On CPUs it copies
+the part out first, which takes longer than the products with it. There every layer's weights become
+arrays of their own, once for a batch, in the order that suits a few rows, and a branch a layer
+reads them. XLA copies what a branch returns: activations of a few rows, never caches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jexit.axes import Array, Float, Int
+from jexit.kernels.dispatch import target
+from jexit.model.block import Block
+from jexit.model.lora import StackedLinear
+from jexit.model.transformer import Transformer, logits_of
+
+Layers: TypeAlias = tuple[nnx.State, ...]
+
+
+def layers_apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers | None:
+    """Each layer's weights, where XLA would copy them; None where it reads the stacked ones."""
+    return _apart(graphdef, states) if _on_cpu() else None
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
+    model: Transformer = nnx.merge(graphdef, *states)
+    blocks_def, stacked = nnx.split(model.blocks)
+
+    def one(layer: int) -> nnx.State:
+        block = nnx.merge(blocks_def, jax.tree.map(lambda leaf: leaf[layer], stacked))
+        for linear in _linears(block):
+            linear.turn()
+        return nnx.state(block)
+
+    return tuple(one(layer) for layer in range(model.arch.layers))
+
+
+def at_layer(
+    layer: Int[Array, ""],
+    blocks: Block,
+    apart: Layers | None,
+    function: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """`function(block, *operands)` with the weights of one layer of `blocks`."""
+    graphdef, stacked = nnx.split(blocks)
+    if apart is None:
+        one = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), stacked
+        )
+        return function(nnx.merge(graphdef, one), *operands)
+
+    def branch(state: nnx.State) -> Callable[..., Any]:
+        block = nnx.merge(graphdef, state)
+        for linear in _linears(block):
+            linear.turned = True
+        return lambda *operands: function(block, *operands)
+
+    return jax.lax.switch(layer, [branch(state) for state in apart], *operands)
+
+
+def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
+    """`logits_of` a few rows.
+
+    CPUs take half the time for head · hᵀ, which XLA would turn round.
+    """
+    if not _on_cpu():
+        return logits_of(h_BD, head_VD)
+    logits_VB = jnp.einsum("VD,BD->VB", head_VD, h_BD, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(logits_VB).T
+
+
+def _linears(block: Block) -> Iterator[StackedLinear]:
+    return (part for _, part in nnx.iter_modules(block) if isinstance(part, StackedLinear))
+
+
+def _on_cpu() -> bool:
+    return target().platform == "cpu"
