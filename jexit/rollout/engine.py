@@ -172,12 +172,13 @@ class Decoding:
         Returns whether all completions have ended.
         """
         layout = self._layout
-        while self._prefilled < layout.prompts and layout.has_room(
-            self._prefilled, self.progress.started
+        one_token = self._columns == 1  # which the prefill draws; nothing of a prompt stays in use
+        while self._prefilled < layout.prompts and (
+            one_token or layout.has_room(self._prefilled, self.progress.started)
         ):
             self._prefill()
-        if self._columns == 1:  # the prefill has drawn them all
-            return self._prefilled >= layout.prompts
+        if one_token:
+            return True
         if self.progress.full.any():
             self.slots = cache_bucket(self.slots + 1, self._most)
             cache = programs.grown(self._pool.cache, slots=self.slots)

@@ -110,12 +110,13 @@ def test_any_depths_and_ends(model, data):
     assert_same(made, plain(model, prompts, **asked))
 
 
-def test_a_ring_of_prompts_smaller_than_the_list(model, monkeypatch):
+@pytest.mark.parametrize("new", [9, 1])
+def test_a_ring_of_prompts_smaller_than_the_list(model, monkeypatch, new):
     """Prompts are prefilled as others have begun, into their places."""
     monkeypatch.setitem(layout.PREFILL_TOKENS, "cpu", 64)  # groups of 4, of 2 and of 1
     asked = {
         "policy": Sample(),
-        "max_new_tokens": 9,
+        "max_new_tokens": new,
         "eos_ids": (60, 7),
         "pad_id": PAD,
         "key": 1,
