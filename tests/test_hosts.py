@@ -125,6 +125,16 @@ def test_two_hosts_are_one_run(command, model_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_prompts_need_not_divide_over_the_shards(model_dir, tmp_path):
+    """Two prompts on four data shards: their completions do divide."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {"mesh__data": 4, "mesh__fsdp": 1, "batch_size": 2, "rl__rollouts": 2}
+    run(arguments("rl", model_dir, one, **settings), devices=4)
+    run(arguments("rl", model_dir, two, **settings), devices=4, hosts=2)
+    assert_same_run(one, two)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "rl"])
 def test_a_run_goes_on_with_other_numbers_of_devices(command, model_dir, tmp_path):
     """On eight devices, then one, then two: the figures and parameters of one that never moved."""

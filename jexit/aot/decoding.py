@@ -130,7 +130,8 @@ class Decoding:
                 note=f"{name} decode: {layout.rows} completions under way, {layout.width} of them "
                 "in a tick, of each data shard",
             )  # fmt: skip
-        yield from self._growth(name, layout, most, pool.cache, beside)
+        held = beside | {"states": states, "records": records, "store": store}
+        yield from self._growth(name, layout, most, pool.cache, held)
 
     def _by_rows(self, tree: Any) -> Any:
         """Shapes with each data shard's rows in their place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,14 @@ from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import programs
-from jexit.rollout.layers import layers_apart
+from jexit.rollout.layers import Layers, apart, on_cpu
 from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
 from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.state import Progress, Records
 from jexit.rollout.ticks import Draws
 
+T = TypeVar("T")
 SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states) as `nnx.split` returns them
 
 NO_LIMIT = np.int32(2**31 - 1)
@@ -66,8 +67,8 @@ def rollout(
     depend on the key, `first_prompt` plus its prompt's index, the sample's index and the token's,
     not on other rows nor on `size`. With several hosts `prompts` are this host's of `total`
     (`jexit.dist.host_rows`), and `Prescribed` holds the depths of all. Raises ValueError when a
-    prompt is empty or does not fit the model with its completion, or when `Prescribed` has too few
-    rows or columns.
+    prompt is empty or does not fit the model with its completion, or when `Prescribed` has another
+    number of rows or too few columns.
     """
     decoding = Decoding(
         model,
@@ -116,8 +117,10 @@ class Decoding:
         size: EngineSize = AUTOMATIC,
     ) -> None:
         self._began, self._compiling = time.perf_counter(), 0.0
-        self._graphdef, self._states, arch, dtype = _split_for_decoding(model)
-        self._layers = layers_apart(self._graphdef, self._states)
+        self._graphdef, self._states, arch, dtype = self._compiled(
+            gathered_width, lambda: _split_for_decoding(model)
+        )
+        self._layers: Layers | None = None  # taken apart when there is a first tick
         self._arch, self._columns, self._pad_id = arch, max_new_tokens, pad_id
         self._samples, self._adapters, self._hazards = samples_per_prompt, adapters, hazards
         self._prompts = [[int(token) for token in prompt] for prompt in prompts]
@@ -145,18 +148,23 @@ class Decoding:
         self._most = layout.prompt_slots + max_new_tokens - 1
         self.slots = layout.first_slots(self._most)
         self._work = place_rows(layout.work(first_prompt))
-        self._pool, self._records, self._store = programs.empty(
-            self._graphdef,
-            self._states,
-            rows=layout.shards * layout.rows,
-            jobs=layout.shards * layout.jobs,
-            prompts=layout.shards * layout.places,
-            columns=max_new_tokens,
-            prompt_slots=layout.prompt_slots,
-            slots=self.slots,
-            hazards=hazards,
+        self._pool, self._records, self._store = self._compiled(
+            programs.empty,
+            lambda: programs.empty(
+                self._graphdef,
+                self._states,
+                rows=layout.shards * layout.rows,
+                jobs=layout.shards * layout.jobs,
+                prompts=layout.shards * layout.places,
+                columns=max_new_tokens,
+                prompt_slots=layout.prompt_slots,
+                slots=self.slots,
+                hazards=hazards,
+            ),
         )
         self._prefilled, self._positions, self._compiled_slots = 0, 0, 0
+        self._prefills = 0  # of prompts that exist, each time that one is
+        self._held = {int(index): place for place, index in enumerate(self._here.index_B)}
         self.progress = Progress(
             started=np.zeros(layout.shards, np.int32),
             under_way=np.zeros(layout.shards, np.int32),
@@ -181,8 +189,12 @@ class Decoding:
             return True
         if self.progress.full.any():
             self.slots = cache_bucket(self.slots + 1, self._most)
-            cache = programs.grown(self._pool.cache, slots=self.slots)
+            cache = self._compiled(
+                programs.grown, lambda: programs.grown(self._pool.cache, slots=self.slots)
+            )
             self._pool = dataclasses.replace(self._pool, cache=cache)
+        if self._layers is None and on_cpu():
+            self._layers = self._compiled(apart, lambda: apart(self._graphdef, self._states))
         if self.slots != self._compiled_slots:  # no ticks: what it takes is the compilation
             self._compiled(programs.advance, lambda: self._advance(np.int32(0)))
             self._compiled_slots = self.slots
@@ -193,7 +205,7 @@ class Decoding:
         return bool(np.all(begun & (self.progress.under_way == 0)))
 
     def so_far(self) -> Records:
-        """What there is of this host's completions; those that have not begun have length 0."""
+        """What there is of this host's completions; those without a prefill have length 0."""
         return self._fetched()
 
     def cut(self, length_B: np.ndarray) -> None:
@@ -203,7 +215,9 @@ class Decoding:
         """
         missing = self._layout.shards * self._layout.jobs - len(length_B)
         length_J = place_rows(np.pad(np.asarray(length_B, np.int32), (0, missing)))
-        self._pool, self._records = programs.cut(self._pool, self._records, length_J)
+        self._pool, self._records = self._compiled(
+            programs.cut, lambda: programs.cut(self._pool, self._records, length_J)
+        )
 
     def rollouts(self) -> Rollouts:
         """The completions, when all have ended."""
@@ -230,9 +244,9 @@ class Decoding:
             shape=(layout.prompt_slots, self.slots),
             seconds=time.perf_counter() - self._began - self._compiling,
             efficiency=Efficiency(
-                prefills=self._total,
+                prefills=self._prefills,
                 prompt_padding=1.0 - tokens / positions,
-                idle=1.0 - float(self.progress.filled.sum() / max(self.progress.places.sum(), 1)),
+                idle=self._idle(),
                 ticks=int(self.progress.ticks.max()),
             ),
         )
@@ -243,9 +257,13 @@ class Decoding:
         with waiting("the rollouts"):
             if layout.shards * layout.prompts == self._total:
                 return fetch_rows(self._records)
-            # Rows that do not divide over the shards lie on every host.
-            rows = self._total * self._samples
-            return jax.tree.map(lambda part: part[:rows], whole(self._records, "the rollouts"))
+            # Prompts that do not divide over the shards: the completions lie on every host.
+            rows = host_rows(self._total * self._samples).index_B
+            return jax.tree.map(lambda part: part[rows], whole(self._records, "the rollouts"))
+
+    def _idle(self) -> float:
+        places = float(self.progress.places.sum())
+        return 1.0 - float(self.progress.filled.sum()) / places if places else 0.0
 
     def _all_lengths(self) -> np.ndarray:
         mine = [self._here.index_B.tolist(), [len(prompt) for prompt in self._prompts]]
@@ -268,13 +286,13 @@ class Decoding:
         layout = self._layout
         index_SB, length_SB, slots = layout.group(self._prefilled)
         tokens_SBT = np.full((*index_SB.shape, slots), self._pad_id, np.int32)
-        held = {int(index): place for place, index in enumerate(self._here.index_B)}
         for shard, place in np.ndindex(index_SB.shape):
             index = index_SB[shard, place]
-            prompt = held.get(int(shard * layout.prompts + index))
+            prompt = self._held.get(int(shard * layout.prompts + index))
             if index < layout.prompts and prompt is not None:  # another host's lie there
                 tokens_SBT[shard, place, : length_SB[shard, place]] = self._prompts[prompt]
         self._prefilled += index_SB.shape[1]
+        self._prefills += int(np.sum(index_SB < layout.prompts))
         self._positions += tokens_SBT.size
         rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), index_SB.reshape(-1))
 
@@ -315,12 +333,13 @@ class Decoding:
         )
         return progress
 
-    def _compiled(self, program: Any, run: Callable[[], Any]) -> None:
+    def _compiled(self, program: Any, run: Callable[[], T]) -> T:
         """Runs it and, when that meant compiling it, leaves that time out of the batch's."""
         known, began = program._cache_size(), time.perf_counter()
-        run()
+        result = run()
         if program._cache_size() > known:
             self._compiling += time.perf_counter() - began
+        return result
 
 
 def _split_for_decoding(

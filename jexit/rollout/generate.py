@@ -237,8 +237,10 @@ class _Texts:
     def _settled(self, text: str) -> int:
         """How much of a text stays as it is whatever follows."""
         end = len(text.rstrip(_INCOMPLETE))
+        settled = end
         for stop in self._stop:
             for size in range(min(len(stop) - 1, end), 0, -1):
                 if text[:end].endswith(stop[:size]):
-                    return end - size
-        return end
+                    settled = min(settled, end - size)
+                    break
+        return settled

@@ -9,7 +9,7 @@ reads them. XLA copies what a branch returns: activations of a few rows, never c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -22,24 +22,21 @@ from jexit.model.block import Block
 from jexit.model.lora import StackedLinear
 from jexit.model.transformer import Transformer, logits_of
 
-Layers: TypeAlias = tuple[nnx.State, ...]
-
-
-def layers_apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers | None:
-    """Each layer's weights, where XLA would copy them; None where it reads the stacked ones."""
-    return _apart(graphdef, states) if _on_cpu() else None
+Layers: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # a block each, split
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
+def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
+    """A block for each layer, with kernels that lie as few rows want them."""
     model: Transformer = nnx.merge(graphdef, *states)
     blocks_def, stacked = nnx.split(model.blocks)
 
-    def one(layer: int) -> nnx.State:
+    def one(layer: int) -> tuple[nnx.GraphDef, nnx.State]:
         block = nnx.merge(blocks_def, jax.tree.map(lambda leaf: leaf[layer], stacked))
-        for linear in _linears(block):
-            linear.turn()
-        return nnx.state(block)
+        for _, part in nnx.iter_modules(block):
+            if isinstance(part, StackedLinear):
+                part.turn()
+        return nnx.split(block)
 
     return tuple(one(layer) for layer in range(model.arch.layers))
 
@@ -47,25 +44,20 @@ def _apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
 def at_layer(
     layer: Int[Array, ""],
     blocks: Block,
-    apart: Layers | None,
+    layers: Layers | None,
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """`function(block, *operands)` with the weights of one layer of `blocks`."""
-    graphdef, stacked = nnx.split(blocks)
-    if apart is None:
+    """`function(block, *operands)` with one layer of `blocks`; of `layers` if there are any."""
+    if layers is None:
+        graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False), stacked
         )
         return function(nnx.merge(graphdef, one), *operands)
 
-    def branch(state: nnx.State) -> Callable[..., Any]:
-        block = nnx.merge(graphdef, state)
-        for linear in _linears(block):
-            linear.turned = True
-        return lambda *operands: function(block, *operands)
-
-    return jax.lax.switch(layer, [branch(state) for state in apart], *operands)
+    branches = [functools.partial(function, nnx.merge(*one)) for one in layers]
+    return jax.lax.switch(layer, branches, *operands)
 
 
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
@@ -73,15 +65,12 @@ def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Floa
 
     CPUs take half the time for head · hᵀ, which XLA would turn round.
     """
-    if not _on_cpu():
+    if not on_cpu():
         return logits_of(h_BD, head_VD)
     logits_VB = jnp.einsum("VD,BD->VB", head_VD, h_BD, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(logits_VB).T
 
 
-def _linears(block: Block) -> Iterator[StackedLinear]:
-    return (part for _, part in nnx.iter_modules(block) if isinstance(part, StackedLinear))
-
-
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether XLA compiles for CPUs, which want weights apart."""
     return target().platform == "cpu"

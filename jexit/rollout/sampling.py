@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jexit.axes import Array, Float, Int, Key
 
+SHARPEST = 1e-6  # the lowest temperature but 0; logits divided by less may overflow
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Sampling:
         cls, temperature: float, top_p: float = 1.0, *, top_k: int = 0, min_p: float = 0.0
     ) -> Sampling:
         """Checks the settings; temperature 0 is greedy, and then nothing is truncated."""
-        if not temperature >= 0.0:
+        if not (temperature == 0.0 or SHARPEST <= temperature < float("inf")):
             raise ValueError(
-                f"temperature is {temperature}; it must be 0 (greedy) or above, such as 0.7"
+                f"temperature is {temperature}; give 0 (greedy) or at least {SHARPEST:g}, such as "
+                "0.7"
             )
         if not 0.0 < top_p <= 1.0:
             raise ValueError(

@@ -19,7 +19,8 @@ from jexit.axes import Array, Bool, Int
 from jexit.model.policies import Full, Policy
 from jexit.presets import Architecture
 
-# Ticks that a sequence waits at most, by segment: then its segment goes next, however few wait.
+# A sequence that has waited for more ticks than this times the segments is overdue: the oldest of
+# these goes next, however few wait with it.
 PATIENCE = 4
 
 

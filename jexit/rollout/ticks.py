@@ -191,7 +191,7 @@ class Ticks:
         started = pool.started + jnp.sum(begins_B, dtype=jnp.int32)
         next_B = self.work.order_J[jnp.minimum(turn_B, jobs - 1)]
         first_B = records.tokens_JT[next_B, 0]  # drawn by the prefill
-        alive_B = begins_B & ~self.draws.ends(first_B) & (columns > 1)
+        alive_B = begins_B & ~records.ended_J[next_B] & (columns > 1)
         job_B = jnp.where(open_B, jnp.where(alive_B, next_B, FREE), at.job_B)
         index_B = jnp.where(open_B, 1, at.index_B + emits_B)
         cache = self._copied(cache, at, alive_B, next_B)

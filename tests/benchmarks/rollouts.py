@@ -78,10 +78,14 @@ def efficiency(model: Any, prompts: list, tokenizer: Any, arguments: argparse.Na
 
 
 def by_cache(split: tuple, prompts: list, arguments: argparse.Namespace) -> bool:
+    from flax import nnx
+
     from jexit import Full
-    from jexit.rollout import programs
+    from jexit.model.cache import Cache
     from jexit.rollout.engine import Decoding
     from jexit.rollout.sampling import Sampling
+
+    model = nnx.merge(*split)
 
     length, steps = 16, 64  # 80 of the slots are used at the end
     seconds: dict[int, list[float]] = {slots: [] for slots in SLOTS}
@@ -92,7 +96,7 @@ def by_cache(split: tuple, prompts: list, arguments: argparse.Namespace) -> bool
                 max_new_tokens=max(SLOTS) - length + 1, sampling=Sampling.of(0.0, 1.0), pad_id=0,
             )  # fmt: skip
             # Left alone, the engine never holds much more than is used.
-            cache = programs.grown(decoding._pool.cache, slots=slots)
+            cache = Cache.empty(model.arch, len(prompts), slots, model.dtype)
             decoding._pool = dataclasses.replace(decoding._pool, cache=cache)
             decoding.slots = slots
             decoding.turn(1)

@@ -77,7 +77,7 @@ def test_weights_that_stay_stacked_give_the_same(model, name, monkeypatch):
         "size": EngineSize(rows=7, places=3),
     }
     apart = rollout(model, ten_prompts(), **asked)
-    monkeypatch.setattr(engine, "layers_apart", lambda *_: None)
+    monkeypatch.setattr(engine, "on_cpu", lambda: False)
     stacked = rollout(model, ten_prompts(), **asked)
     np.testing.assert_array_equal(stacked.tokens_BT, apart.tokens_BT)
     np.testing.assert_array_equal(stacked.depths_BT, apart.depths_BT)
@@ -128,20 +128,17 @@ def test_a_ring_of_prompts_smaller_than_the_list(model, monkeypatch, new):
 
 
 def test_finished_rows_make_room_at_once(model):
-    """Of 12 completions one is long: two rows take the other eleven in turn meanwhile."""
-    depth_BT = np.full((12, 40), LAYERS)
-    asked = {"policy": Prescribed(depth_BT), "pad_id": PAD, "key": 0, "temperature": 0.0}
-    prompts = [[5, 8]] * 12
-    free = rollout(model, prompts, max_new_tokens=40, eos_ids=(), **asked)
-    assert (free.tokens_BT == free.tokens_BT[0]).all()
-    size = EngineSize(rows=2, places=2)
-    ticks = [
-        rollout(model, prompts, max_new_tokens=new, eos_ids=(), size=size, **asked).efficiency.ticks
-        for new in (2, 40)
-    ]
-    segments = 4
-    # Two rows, six completions each: `new` − 1 passes of each segment, and a tick to end the last.
-    assert ticks == [6 * segments + 1, 6 * 39 * segments + 1]
+    """Completions of many lengths over two rows: each takes the row that is free first."""
+    prompts = [[5, token] for token in range(24)]
+    asked = {"max_new_tokens": 40, "eos_ids": (60, 7, 12, 33), "pad_id": PAD, "key": 0}
+    made = rollout(model, prompts, size=EngineSize(rows=2, places=2), **asked)
+    assert made.lengths_B.min() < 4 and made.lengths_B.max() > 20
+    busy = [0, 0]
+    for length in made.lengths_B.tolist():
+        # A tick a token, of which the prefill drew one; at least the tick that takes the row.
+        busy[busy.index(min(busy))] += max(length - 1, 1)
+    # And one for the last token of all, which nobody's next pass goes with.
+    assert made.efficiency.ticks == max(busy) + 1
 
 
 def at(segment_P, waits_P=None, since_P=None, tick=0, width=4, bounds=(0, 2, 4, 6), emission=3.0):
