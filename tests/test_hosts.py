@@ -93,7 +93,9 @@ def assert_same_run(one, two):
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            np.testing.assert_allclose(theirs[name], value, RELATIVE, 1e-7, err_msg=name)
+            # A difference of log-probabilities, which is their rounding and nothing else.
+            least = 1e-6 if name == "sampler_gap" else 1e-7
+            np.testing.assert_allclose(theirs[name], value, RELATIVE, least, err_msg=name)
     first, second = parameters(one / "model"), parameters(two / "model")
     for name, value in first.items():
         np.testing.assert_allclose(second[name], value, RELATIVE, 1e-6, err_msg=name)
