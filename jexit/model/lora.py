@@ -82,10 +82,7 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Turns one layer's kernel to [*outputs, *inputs], with which CPUs project few rows faster.
-
-        By a quarter of the time for 8 or 16 rows of the 0.5B model, by two fifths for 32.
-        """
+        """Turns one layer's kernel to [*outputs, *inputs]: CPUs project few rows faster with it."""
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
         self.kernel = nnx.Param(turned)

@@ -18,7 +18,6 @@ import os
 import pathlib
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -37,6 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+    from decode import in_turns
+
     from jexit.presets import Architecture
 
     arch = Architecture(
@@ -53,17 +54,10 @@ def main() -> None:
             "tunix": with_tunix(folder, arch, prompts, arguments.new_tokens, SPARE),
             "tunix, cut": with_tunix(folder, arch, prompts, arguments.new_tokens, 0),
         }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    tokens = {}
-    for turn in range(arguments.repeats + 1):  # the first compiles
-        for name, run in runs.items():
-            began = time.perf_counter()
-            tokens[name] = run()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+    tokens = {name: run() for name, run in runs.items()}
     speeds = {
-        name: arguments.batch * arguments.new_tokens / np.asarray(turns)
-        for name, turns in seconds.items()
+        name: arguments.batch * arguments.new_tokens / turns[:, 0]
+        for name, turns in in_turns(runs, arguments.repeats).items()
     }
     print(
         f"batch {arguments.batch}, {arguments.new_tokens} new tokens after "
