@@ -27,7 +27,7 @@ from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import programs
-from jexit.rollout.layers import Layers, apart, on_cpu
+from jexit.rollout.layers import KEPT, Layers, apart, on_cpu
 from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
 from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
@@ -194,7 +194,7 @@ class Decoding:
             )
             self._pool = dataclasses.replace(self._pool, cache=cache)
         if self._layers is None and on_cpu():
-            self._layers = self._compiled(apart, lambda: apart(self._graphdef, self._states))
+            self._layers = self._compiled(apart, lambda: KEPT.of(self._graphdef, self._states))
         if self.slots != self._compiled_slots:  # no ticks: what it takes is the compilation
             self._compiled(programs.advance, lambda: self._advance(np.int32(0)))
             self._compiled_slots = self.slots

@@ -2,13 +2,15 @@
 
 On accelerators XLA reads a layer's part of the stacked weights where they lie. On CPUs it copies
 the part out first, which takes longer than the products with it. There every layer's weights become
-arrays of their own, once for a batch, in the order that suits a few rows, and a branch a layer
-reads them. XLA copies what a branch returns: activations of a few rows, never caches.
+arrays of their own, in the order that suits a few rows, and a branch a layer reads them. That copy
+serves all batches of a model and goes when the model's arrays do. XLA copies what a branch returns:
+activations of a few rows, never caches.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -39,6 +41,35 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
         return nnx.split(block)
 
     return tuple(one(layer) for layer in range(model.arch.layers))
+
+
+class Copy:
+    """`apart` of the newest model, kept for as long as every array of that model lives."""
+
+    def __init__(self) -> None:
+        self._model: tuple[nnx.GraphDef, list[weakref.ref]] | None = None
+        self._layers: Layers = ()
+
+    def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
+        """What was kept if these are the same arrays, else a new copy instead of it."""
+        arrays = jax.tree.leaves(states)
+        if not self._holds(graphdef, arrays):
+            self._forget()  # first: two copies need not fit
+            self._layers = apart(graphdef, states)
+            self._model = graphdef, [weakref.ref(array, self._forget) for array in arrays]
+        return self._layers
+
+    def _holds(self, graphdef: nnx.GraphDef, arrays: list[Array]) -> bool:
+        if self._model is None:
+            return False
+        known_graphdef, known = self._model
+        return known_graphdef == graphdef and [id(ref()) for ref in known] == list(map(id, arrays))
+
+    def _forget(self, _: weakref.ref | None = None) -> None:
+        self._model, self._layers = None, ()
+
+
+KEPT = Copy()
 
 
 def at_layer(

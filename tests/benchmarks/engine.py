@@ -9,8 +9,8 @@ from the engine at full depth, from the engine at those depths, and, a few of th
 loop at both, which masks rows that have left and runs as deep as its deepest row. Work that ends
 leaves places idle at its end, the more the fewer completions there are for a row of the pool.
 
-The ideal counts what must be computed for a token, in multiplications: the layers that it runs, the
-head, and keys and values at the layers that it does not run. Alternatives take turns; medians.
+The ideal counts what must be computed for a token, in multiplications (`decode.work`). Alternatives
+take turns; medians.
 Exits 1 when a speed-up is under 0.85 of the ideal, or full depth through the engine under 0.97 of
 the plain loop's speed.
 """
@@ -21,12 +21,11 @@ import argparse
 import dataclasses
 import os
 import sys
-import time
 from typing import Any
 
 import numpy as np
 
-OF_IDEAL, FULL = 0.85, 0.97
+FULL = 0.97
 EXITS = (3, 6, 12, 18)
 
 
@@ -58,18 +57,8 @@ def random_model(name: str) -> Any:
     return Transformer(arch, exit_layers=EXITS, rngs=nnx.Rngs(0))
 
 
-def ideal(arch: Any, depths: np.ndarray) -> float:
-    """Work at full depth over work at these depths."""
-    kv = 2 * arch.width * arch.kv_heads * arch.head_dim
-    layer = arch.width * (2 * arch.query_heads * arch.head_dim + 3 * arch.mlp_width) + kv
-    head = arch.vocab_size * arch.width
-    mean = float(depths.mean())
-    full = arch.layers * layer + head
-    return full / (mean * layer + (arch.layers - mean) * kv + head)
-
-
 def compare(arguments: argparse.Namespace) -> bool:
-    from decode import random_depths
+    from decode import OF_IDEAL, in_turns, random_depths, work
     from flax import nnx
     from plain_loop import plain
 
@@ -84,41 +73,34 @@ def compare(arguments: argparse.Namespace) -> bool:
     asked = {"eos_ids": (), "pad_id": 0, "key": 0, "temperature": 0.0}
     size = EngineSize(rows=arguments.rows, places=places)
     idle: dict[str, float] = {}
+    tokens: dict[str, np.ndarray] = {}
 
-    def engine(name: str, policy: Any, columns: int) -> Any:
+    def engine(name: str, policy: Any, columns: int) -> None:
         made = rollout(split, prompts, policy=policy, max_new_tokens=columns, size=size, **asked)
-        idle[name] = made.efficiency.idle
-        return made.tokens_BT
+        idle[name], tokens[f"engine, {name}"] = made.efficiency.idle, made.tokens_BT
 
-    def loop(depths: np.ndarray | None, columns: int) -> Any:
-        tokens = []
+    def loop(name: str, depths: np.ndarray | None, columns: int) -> None:
+        made_BT = []
         for start in range(0, arguments.batches * places, places):
             part = slice(start, start + places)
             policy = Full() if depths is None else Prescribed(depths[part])
             made = plain(split, prompts[part], policy=policy, max_new_tokens=columns, **asked)
-            tokens.append(made.tokens_BT)
-        return np.concatenate(tokens)
+            made_BT.append(made.tokens_BT)
+        tokens[f"loop, {name}"] = np.concatenate(made_BT)
 
     means = {"L/2": arch.layers / 2, "L/4": arch.layers / 4}
     depths = {
         name: random_depths(count, new, EXITS, arch.layers, mean) for name, mean in means.items()
     }
     runs = {"engine, prefill": lambda: engine("prefill", Full(), 1)}
-    runs["loop, prefill"] = lambda: loop(None, 1)
+    runs["loop, prefill"] = lambda: loop("prefill", None, 1)
     runs["engine, full"] = lambda: engine("full", Full(), new)
-    runs["loop, full"] = lambda: loop(None, new)
+    runs["loop, full"] = lambda: loop("full", None, new)
     for name, depth_BT in depths.items():
         runs[f"engine, {name}"] = lambda n=name, d=depth_BT: engine(n, Prescribed(d), new)
-        runs[f"loop, {name}"] = lambda d=depth_BT: loop(d, new)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    tokens = {}
-    for turn in range(arguments.repeats + 1):  # the first compiles
-        for name, run in runs.items():
-            began = time.perf_counter()
-            tokens[name] = run()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    median = {name: float(np.median(turns)) for name, turns in seconds.items()}
+        runs[f"loop, {name}"] = lambda n=name, d=depth_BT: loop(n, d, new)
+    seconds = in_turns(runs, arguments.repeats)
+    median = {name: float(np.median(turns[:, 0])) for name, turns in seconds.items()}
 
     def decoding(name: str) -> float:
         """Seconds a completion."""
@@ -143,7 +125,7 @@ def compare(arguments: argparse.Namespace) -> bool:
     print(f"{'full':<8}{1:>8.2f}{full:>8.2f}{full:>10.2f}{1:>9.2f}{idle['full']:>7.1%}  "
           f"{equal('full')}")  # fmt: skip
     for name, depth_BT in depths.items():
-        wanted = ideal(arch, depth_BT[:, 1:])
+        wanted = work(arch, arch.layers) / work(arch, float(depth_BT[:, 1:].mean()))
         speed = decoding("engine, full") / decoding(f"engine, {name}")
         masking = base / decoding(f"loop, {name}")
         good &= speed >= OF_IDEAL * wanted

@@ -39,23 +39,21 @@ POLICIES = {
     "threshold": Threshold(0.55),
     "prescribed": Prescribed(np.random.default_rng(1).integers(1, LAYERS + 1, (20, COLUMNS))),
 }
+ASKED = {
+    "max_new_tokens": COLUMNS,
+    "eos_ids": (60, 7, 12),
+    "pad_id": PAD,
+    "key": 4,
+    "temperature": 0.9,
+    "samples_per_prompt": 2,
+}
 
 
 @pytest.mark.parametrize("size", [(20, 4), (20, 20), (7, 3), (3, 3), (1, 1)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_equals_the_plain_loop(model, name, size):
     """With as many rows as completions, with fewer, and with one."""
-    asked = {
-        "policy": POLICIES[name],
-        "max_new_tokens": COLUMNS,
-        "eos_ids": (60, 7, 12),
-        "pad_id": PAD,
-        "key": 4,
-        "temperature": 0.9,
-        "top_p": 0.95,
-        "samples_per_prompt": 2,
-        "hazards": name != "full",
-    }
+    asked = ASKED | {"policy": POLICIES[name], "top_p": 0.95, "hazards": name != "full"}
     wanted = plain(model, ten_prompts(), **asked)
     assert len(set(wanted.lengths_B.tolist())) > 4, "completions should end at different times"
     made = rollout(model, ten_prompts(), size=EngineSize(rows=size[0], places=size[1]), **asked)
@@ -66,16 +64,7 @@ def test_equals_the_plain_loop(model, name, size):
 @pytest.mark.parametrize("name", POLICIES)
 def test_weights_that_stay_stacked_give_the_same(model, name, monkeypatch):
     """As on accelerators; on CPUs each layer's weights are arrays of their own."""
-    asked = {
-        "policy": POLICIES[name],
-        "max_new_tokens": COLUMNS,
-        "eos_ids": (60, 7, 12),
-        "pad_id": PAD,
-        "key": 4,
-        "temperature": 0.9,
-        "samples_per_prompt": 2,
-        "size": EngineSize(rows=7, places=3),
-    }
+    asked = ASKED | {"policy": POLICIES[name], "size": EngineSize(rows=7, places=3)}
     apart = rollout(model, ten_prompts(), **asked)
     monkeypatch.setattr(engine, "on_cpu", lambda: False)
     stacked = rollout(model, ten_prompts(), **asked)
