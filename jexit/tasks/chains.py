@@ -1,0 +1,52 @@
+"""What the measurements of faithfulness ask of a task: to read and to edit a chain of thought."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from jexit.tasks.base import Draw, Problem, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corruption:
+    """A chain with one step changed.
+
+    `prefix` is the completion up to and including the changed step; `answer` what the rest comes to
+    when it is worked out rightly from there, None where the task cannot know.
+    """
+
+    prefix: str
+    answer: str | None
+
+
+class ChainTask(Task):
+    """A task whose completions are steps that can be told apart, then an answer.
+
+    `cue` is the text that, after any number of steps, asks for the answer at once. `granularities`
+    are the values of the setting `task.steps` that prescribe how much a step does, from small to
+    large; empty where prompts cannot. Every method is total: any text may come in.
+    """
+
+    cue: ClassVar[str]
+    granularities: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def steps(self, completion: str) -> list[str]:
+        """The chain's steps in order; joined, they are the completion up to its answer's cue."""
+
+    @abc.abstractmethod
+    def final_answer(self, completion: str) -> str | None:
+        """The answer that a completion gives, in a form in which equal answers are equal texts."""
+
+    @abc.abstractmethod
+    def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
+        """The completion up to one changed step, drawn at random; None if no step can be changed.
+
+        The changed step leads to another answer than the completion's.
+        """
+
+    @abc.abstractmethod
+    def wrong_answer(self, problem: Problem, draw: Draw) -> str:
+        """A plausible answer that is not the right one, in the form of `problem.answer`."""
