@@ -5,17 +5,26 @@
 `tiny` measures the shipped calibrated model under five policies: two minutes on two CPU cores.
 """
 
-from jexit.config import TINY_CALIBRATED_PATH, config_dict
+from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH, config_dict
 
 
 def get_config(preset: str = "tiny"):
     config = config_dict("eval", preset)
     if config.preset == "tiny":
         config.model.path = TINY_CALIBRATED_PATH
-        config.eval.policies = ("full", "sample", "threshold:0.3", "threshold:0.5", "fixed:4")
+        config.eval.policies = (
+            *("full", "sample", "shuffled", "fixed:matched"),
+            *("threshold:0.3", "threshold:0.5", "threshold:0.7"),
+        )
+        config.eval.measures = EVAL_MEASURES
         config.eval.max_new_tokens = 48
+        config.sft.sharpness = 60.0  # the calibration's own, which hazards are measured against
+        config.sft.target = "student"
         return config
     config.model.path = f"runs/rl-{config.preset}"
     config.task.name = "gsm8k"
     config.eval.max_new_tokens = 512
+    config.eval.policies = ("full", "sample", "shuffled", "fixed:matched", "threshold:0.5")
+    config.eval.measures = tuple(name for name in EVAL_MEASURES if name != "capacity")
+    config.sft.target = "student"
     return config

@@ -94,6 +94,16 @@ _ABOVE_ZERO = (
 )
 
 
+EVAL_MEASURES = (
+    "hazards",
+    "capacity",
+    "early_answering",
+    "no_chain",
+    "filler",
+    "corrupted_step",
+    "hint",
+)
+
 # Metrics by which a checkpoint can be the best, of each command that trains.
 BEST_METRICS = {
     "pretrain": ("loss", "loss/text"),
@@ -209,8 +219,25 @@ class Config:
             )
         if self.command == "rl":
             self._validate_rl()
-        for policy in (*self.eval.policies, self.generate.policy):
-            parse_policy(policy)
+        self._validate_eval()
+
+    def _validate_eval(self) -> None:
+        for index, policy in enumerate(self.eval.policies):
+            of = control_of(policy)
+            parse_policy(policy if of is None else of)
+            if of is not None and of not in self.eval.policies[:index]:
+                raise ValueError(
+                    f"policy {policy!r} is a control for {of!r}; put that before it in "
+                    "config.eval.policies"
+                )
+        parse_policy(self.generate.policy)
+        parse_policy(self.eval.measured)
+        unknown = [name for name in self.eval.measures if name not in EVAL_MEASURES]
+        if unknown:
+            raise ValueError(
+                f"config.eval.measures names {unknown[0]!r}; choose among "
+                f"{', '.join(EVAL_MEASURES)}"
+            )
 
     def _validate_rl(self) -> None:
         if self.rl.rollouts < 2:
@@ -276,6 +303,21 @@ def parse_policy(text: str) -> tuple[str, float | int | None]:
         f"policy {text!r} is not known; use full, sample, threshold:X with 0 < X < 1, or fixed:N "
         "with N layers"
     )
+
+
+def control_of(text: str) -> str | None:
+    """The policy at whose mean depth a control runs; None for a policy that is no control.
+
+    `shuffled` deals out the depths of `sample` to tokens at random, `fixed:matched` stops every
+    token at its mean depth, rounded up; `shuffled:POLICY` and `fixed:matched:POLICY` do so with
+    another policy's.
+    """
+    for control in ("shuffled", "fixed:matched"):
+        if text == control:
+            return "sample"
+        if text.startswith(f"{control}:"):
+            return text.removeprefix(f"{control}:")
+    return None
 
 
 def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:

@@ -76,7 +76,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
     """Runs the config's command, or compiles its steps for a topology."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.workdir import check_same_run
-    from jexit.loops import evaluate, pretrain, rl, sft
+    from jexit.loops import evaluate, generate, pretrain, rl, sft
 
     if topology is not None:
         from jexit.aot.preflight import preflight
@@ -86,7 +86,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
     if config.command == "generate" and several_hosts():
         raise ValueError("generate runs on one host; start it on one, without --coordinator")
     if config.command == "generate":
-        evaluate.print_generations(config)
+        generate.print_generations(config)
         return
     check_same_run(workdir, config.to_dict())
     commands = {

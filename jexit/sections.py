@@ -160,6 +160,10 @@ class EngineConfig:
 class EvalConfig:
     problems: int = 256
     policies: tuple[str, ...] = ("full", "sample")
+    # Beyond accuracy and depth: hazards, capacity, early_answering, no_chain, filler,
+    # corrupted_step, hint (`jexit.eval` defines them).
+    measures: tuple[str, ...] = ()
+    measured: str = "sample"  # the policy that is measured, beside full depth
     temperature: float = 0.0
     max_new_tokens: int = 256
     split: Literal["train", "test"] = "test"

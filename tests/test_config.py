@@ -13,6 +13,7 @@ from jexit.config import (
     Config,
     check_exits,
     config_dict,
+    control_of,
     parse_policy,
 )
 from jexit.presets import PRESETS, Architecture, Yarn
@@ -327,6 +328,22 @@ def test_other_policies_are_refused_with_the_known_ones(text):
         ValueError, match=r"policy '.*' is not known; use full, sample, threshold:X"
     ):
         parse_policy(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "of"),
+    [
+        ("shuffled", "sample"),
+        ("fixed:matched", "sample"),
+        ("shuffled:threshold:0.5", "threshold:0.5"),
+        ("fixed:matched:fixed:3", "fixed:3"),
+        ("fixed:4", None),
+        ("sample", None),
+        ("shuffledness", None),
+    ],
+)
+def test_a_control_names_what_it_controls(text, of):
+    assert control_of(text) == of
 
 
 # Axes

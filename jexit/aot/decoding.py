@@ -27,6 +27,7 @@ from jexit.rollout import programs
 from jexit.rollout.layout import Layout
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.ticks import COPY_SCOPE, FILL_SCOPE, LAYERS_SCOPE, Draws
+from jexit.rollout.written import Written
 from jexit.steps.state import SplitModel
 
 
@@ -49,8 +50,13 @@ class Decoding:
         policies: list[tuple[str, Policy]],
         *,
         adapters: bool = True,
+        written: int = 0,
     ) -> Iterator[Program]:
-        """One prefill, and ticks over the largest cache for each policy."""
+        """One prefill, and ticks over the largest cache for each policy.
+
+        Prompts end in up to `written` tokens of their completions, which leave as the first policy
+        says.
+        """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
         layers = model.arch.layers
@@ -58,7 +64,7 @@ class Decoding:
         trunk = split.fixed.teacher if own_teacher else split.trainable
         held = (trunk, split.fixed.frozen)
         layout = Layout.of(
-            np.full(prompts, self._longest),
+            np.full(prompts, self._longest + written),
             samples,
             self._size,
             token_bytes=token_bytes(model.arch, model.dtype),
@@ -93,6 +99,13 @@ class Decoding:
         draws = Draws(abstract_key(), jax.ShapeDtypeStruct((2,), jnp.int32), Sampling.of(1.0, 1.0))
         group = shards * layout.group_size
         batch = (rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group))
+        placed_policies = [
+            (label, self._of_jobs(policy, shards * layout.jobs, new + written))
+            for label, policy in policies
+        ]
+        begun = None
+        if written:
+            begun = Written(rows(mesh, group), rows(mesh, group), placed_policies[0][1])
         yield Program(
             name=f"{name} prefill",
             lower=lambda: programs.prefill.lower(
@@ -103,6 +116,7 @@ class Decoding:
                 work,
                 *batch,
                 draws,
+                begun,
                 samples=samples,
                 adapters=adapters,
             ),
@@ -113,9 +127,7 @@ class Decoding:
         if new == 1:  # the prefill has drawn it
             return
         ready, more = rows(mesh, shards), rows(mesh, shards, dtype=jnp.bool)
-        for label, policy in policies:
-            if isinstance(policy, Prescribed):
-                policy = Prescribed(rows(mesh, shards * layout.jobs, new))
+        for label, policy in placed_policies:
             yield Program(
                 name=f"{name} decode{label}, a token",
                 lower=lambda policy=policy: programs.advance.lower(
@@ -132,6 +144,12 @@ class Decoding:
             )  # fmt: skip
         held = beside | {"states": states, "records": records, "store": store}
         yield from self._growth(name, layout, most, pool.cache, held)
+
+    def _of_jobs(self, policy: Policy, jobs: int, columns: int) -> Policy:
+        """A policy whose depths, if it has any, lie as the engine places them."""
+        if not isinstance(policy, Prescribed):
+            return policy
+        return Prescribed(rows(self._mesh, jobs, columns))
 
     def _by_rows(self, tree: Any) -> Any:
         """Shapes with each data shard's rows in their place."""

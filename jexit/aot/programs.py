@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 from jexit.aot.decoding import Decoding
 from jexit.aot.program import Program, abstract_key, exit_share, placed_parameters, rows
-from jexit.config import Config, check_exits
+from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
+from jexit.eval.faithfulness import MEASURES
+from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
 from jexit.loops.pretrain import RESULT_GROUPS, new_model
 from jexit.loops.setup import (
@@ -80,13 +82,52 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         section = getattr(config, config.command)
         names = config.eval.policies if config.command == "eval" else (config.generate.policy,)
     prompts, new = _prompts(config), section.max_new_tokens
-    policies = {
-        # Thresholds and prescribed depths are arguments: one program serves all of them.
-        f" ({name.partition(':')[0]})": _policy(config, name, prompts, new, layers)
-        for name in names
-    }
+    # Thresholds and prescribed depths are arguments: one program serves all of them.
+    policies = dict(_labelled(config, name, prompts, new, layers) for name in names)
     kind = "generation" if config.command == "generate" else "evaluation"
     yield from rollouts.programs(kind, prompts, 1, new, list(policies.items()))
+    if config.command == "eval":
+        yield from _measurements(config, mesh, split, rollouts)
+
+
+def _measurements(
+    config: Config, mesh: Mesh, split: SplitModel, rollouts: Decoding
+) -> Iterator[Program]:
+    """What `eval.measures` runs beside the policies' own decoding."""
+    prompts, new = config.eval.problems, config.eval.max_new_tokens
+    layers = split.student(split.trainable).arch.layers
+    if set(config.eval.measures) & set(MEASURES):
+        label, policy = _labelled(config, config.eval.measured, prompts, new, layers)
+        policies = {label: policy, " (full)": Full()}
+        yield from rollouts.programs(
+            "measurement", prompts, 1, new, list(policies.items()), written=new
+        )
+    if "hazards" in config.eval.measures:
+        length = bucket_length(config.task.max_prompt_tokens + new)
+        with jax.set_mesh(mesh):
+            count = batch_rows(prompts, length)
+        batch = _completions(config, mesh, count, new)
+        student = split.decodable(split.trainable)
+        teacher = split.decodable_teacher(split.trainable)
+        yield Program(
+            name="hazards and their targets",
+            lower=lambda: decisions_and_targets.lower(
+                student[0], student[1:], teacher[0], teacher[1:], batch,
+                batch.completion_tokens_BC, jax.ShapeDtypeStruct((), jnp.float32),
+                target=config.sft.target,
+            ),
+            inputs={"trainable": split.trainable, "fixed": split.fixed, "batch": batch},
+            exit_share=exit_share(split),
+        )  # fmt: skip
+
+
+def _labelled(
+    config: Config, name: str, rows: int, columns: int, layers: int
+) -> tuple[str, Policy]:
+    """A policy with the name that its program has; controls prescribe depths."""
+    if control_of(name) is not None:
+        name = f"fixed:{layers}"
+    return f" ({name.partition(':')[0]})", _policy(config, name, rows, columns, layers)
 
 
 def _policy(config: Config, name: str, rows: int, columns: int, layers: int) -> Policy:

@@ -12,8 +12,8 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows, place_rows
-from jexit.loops.evaluate import text_means
 from jexit.loops.flops import Work
+from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
@@ -22,7 +22,7 @@ from jexit.rollout import Rollouts, rollout
 from jexit.steps.completions import bucket_length, pad_completions
 from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
-from jexit.tasks import Task, Verdict
+from jexit.tasks import Problem, Task, Verdict
 
 ROLLOUT_STREAM = 2  # of step_key: the sampler's noise
 
@@ -77,6 +77,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         totals = Totals.over_hosts(
             task,
             rollouts,
+            [prompts.problems[place] for place in rollouts.prompt_B],
             texts,
             verdicts,
             prompts.skipped,
@@ -149,6 +150,7 @@ class Totals:
         cls,
         task: Task,
         rollouts: Rollouts,
+        problems: list[Problem],
         texts: list[str],
         verdicts: list[Verdict],
         skipped: int,
@@ -170,13 +172,15 @@ class Totals:
             "layers_run": int(rollouts.depths_BT[first_B, 1:].sum()),
             "skipped": skipped if first_B.any() else 0,
         }
-        mine_texts = [text for text, first in zip(texts, first_B, strict=True) if first]
+        own = np.flatnonzero(first_B)
+        mine_problems = [problems[row] for row in own]
+        mine_texts = [texts[row] for row in own]
         hosts = gather(
             "verified rollouts",
             mine
             | {
                 "longest": [int(total_B.max()), int(lengths_B.max())],
-                "text": task.text_totals(mine_texts),
+                "text": task.text_totals(mine_problems, mine_texts),
             },
         )
         longest = np.max([host["longest"] for host in hosts], axis=0)

@@ -16,8 +16,10 @@ from jexit.dist import HostRows, from_primary, is_primary
 from jexit.io.metrics import write_json_atomic
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
-from jexit.loops.evaluate import check_room, compare, evaluate_policy, held_out
+from jexit.loops.decoder import Decoder
+from jexit.loops.evaluate import compare
 from jexit.loops.flops import ModelFlops
+from jexit.loops.policies import Examination, check_room, evaluate_policy, held_out
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
@@ -104,22 +106,18 @@ class Stage:
 
     def measure(self, trainable: Params) -> dict[str, Any]:
         """Held-out accuracy and depth under sampled exits."""
-        problems, prompts = held_out(
-            self.task, self.tokenizer, self.config, self.config.eval.problems
-        )
-        result, _ = evaluate_policy(
-            self.split.decodable(trainable),
-            self.layers,
-            self.tokenizer,
-            self.task,
-            problems,
-            prompts,
-            "sample",
-            self.config.eval,
-            seed=self.config.seed,
+        decoder = Decoder(
+            parts=self.split.decodable(trainable),
+            layers=self.layers,
+            tokenizer=self.tokenizer,
             law=self.law,
             size=engine_size(self.config),
+            temperature=self.config.eval.temperature,
+            max_new_tokens=self.config.eval.max_new_tokens,
+            seed=self.config.seed,
         )
+        examination = Examination.of(self.task, self.tokenizer, self.config)
+        result, _ = evaluate_policy(decoder, examination, "sample")
         return dataclasses.asdict(result)
 
     def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from jexit.axes import (
     Float,
     HazardLogitsBTE,
     HiddenBTD,
+    Key,
     LengthsB,
     LogitsBTV,
     MaskBT,
@@ -149,7 +150,7 @@ def run(
     valid_BT: MaskBT | None = None,
     padding: Padding = "right",
     action_BT: MaskBT | None = None,
-    key: PRNGKey | None = None,
+    key: PRNGKey | Key[Array, "B"] | None = None,
     adapters: bool = True,
     dropout_key: PRNGKey | None = None,
     hazards: bool = False,
@@ -159,8 +160,9 @@ def run(
     """Runs the stack over whole sequences, each token through as many layers as the policy says.
 
     `valid_BT` is False at padding, which lies on the side that `padding` says; `action_BT` limits
-    who may leave (None: everybody). `adapters=False` leaves LoRA out: the teacher. A token that has
-    left keeps its residual, from which later layers still compute its keys and values:
+    who may leave (None: everybody). With a `key` for each row a row's draws depend on nothing but
+    that key. `adapters=False` leaves LoRA out: the teacher. A token that has left keeps its
+    residual, from which later layers still compute its keys and values:
     h = where(layer < depth, block(h), h).
 
     Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
@@ -181,12 +183,17 @@ def run(
 
     block_def, block_state = nnx.split(model.blocks)
     reads_hazards = hazards or policy.reads_hazards
-    keys_L = None if key is None else jax.random.split(key, arch.layers)
+    by_row = key is not None and key.ndim == 1 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    keys_L = None
+    if key is not None:
+        split = functools.partial(jax.random.split, num=arch.layers)
+        keys_L = jax.vmap(split, out_axes=1)(key) if by_row else split(key)
     dropout_L = None if dropout_key is None else jax.random.split(dropout_key, arch.layers)
 
     def at_exit(h_BTD, depth_BT, exit_index, layer, layer_key):
         z_BT = model.exits(h_BTD, exit_index)
-        leaves_BT = policy.leaves(z_BT, layer_key) & (depth_BT > layer)
+        leaves = jax.vmap(policy.leaves) if by_row else policy.leaves
+        leaves_BT = leaves(z_BT, layer_key) & (depth_BT > layer)
         if action_BT is not None:
             leaves_BT &= action_BT
         return z_BT, jnp.where(leaves_BT, layer, depth_BT)

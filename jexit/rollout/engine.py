@@ -27,12 +27,14 @@ from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import programs
+from jexit.rollout.checks import check_prompts, check_written, fitted_policy
 from jexit.rollout.layers import KEPT, Layers, apart, on_cpu
 from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
 from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.state import Progress, Records
 from jexit.rollout.ticks import Draws
+from jexit.rollout.written import Written
 
 T = TypeVar("T")
 SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states) as `nnx.split` returns them
@@ -58,6 +60,7 @@ def rollout(
     hazards: bool = False,
     first_prompt: int = 0,
     total: int | None = None,
+    written: Sequence[int] | None = None,
     size: EngineSize = AUTOMATIC,
 ) -> Rollouts:
     """Generates `samples_per_prompt` completions of each prompt; one prefill serves them all.
@@ -66,9 +69,15 @@ def rollout(
     in a training loop; new parameter values never recompile. Temperature 0 is greedy. A row's draws
     depend on the key, `first_prompt` plus its prompt's index, the sample's index and the token's,
     not on other rows nor on `size`. With several hosts `prompts` are this host's of `total`
-    (`jexit.dist.host_rows`), and `Prescribed` holds the depths of all. Raises ValueError when a
-    prompt is empty or does not fit the model with its completion, or when `Prescribed` has another
-    number of rows or too few columns.
+    (`jexit.dist.host_rows`), and `Prescribed` holds the depths of all.
+
+    `written` says of each prompt how many of its last tokens are the beginning of its completion:
+    they leave as the policy says, as if they had been decoded, and columns of `Prescribed` count
+    from the first of them. The result holds new tokens only.
+
+    Raises ValueError when a prompt is empty or does not fit the model with its completion, when
+    `written` leaves nothing of it, or when `Prescribed` has another number of rows or too few
+    columns.
     """
     decoding = Decoding(
         model,
@@ -84,6 +93,7 @@ def rollout(
         hazards=hazards,
         first_prompt=first_prompt,
         total=total,
+        written=written,
         size=size,
     )
     while not decoding.turn():
@@ -114,6 +124,7 @@ class Decoding:
         hazards: bool = False,
         first_prompt: int = 0,
         total: int | None = None,
+        written: Sequence[int] | None = None,
         size: EngineSize = AUTOMATIC,
     ) -> None:
         self._began, self._compiling = time.perf_counter(), 0.0
@@ -129,16 +140,27 @@ class Decoding:
             raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
         self._here = host_rows(len(self._prompts) if total is None else total)
         self._total = self._here.total
+        self._writes = written is not None
+        written = [0] * len(self._prompts) if written is None else [int(n) for n in written]
+        check_written(self._prompts, written)
+        length_B, written_B = self._of_all(map(len, self._prompts)), self._of_all(written)
         self._layout = Layout.of(
-            self._all_lengths(),
+            length_B,
             samples_per_prompt,
             size,
             token_bytes=token_bytes(arch, dtype),
             new=max_new_tokens,
+            written_B=written_B,
         )
+        columns = self._columns + int(written_B.max())
         self._policy = self._placed(
-            fitted_policy(policy, self._total * samples_per_prompt, self._columns)
+            fitted_policy(policy, self._total * samples_per_prompt, columns)
         )
+        if self._writes and samples_per_prompt > 1 and isinstance(policy, Prescribed):
+            raise ValueError(
+                f"{samples_per_prompt} samples share one prefill and Prescribed gives each its own "
+                "depths, which the written part has too; repeat the prompts instead"
+            )
         self._draws = Draws(
             jax.random.key(key) if isinstance(key, int | np.integer) else key,
             np.asarray(sorted(eos_ids), np.int32),
@@ -265,12 +287,13 @@ class Decoding:
         places = float(self.progress.places.sum())
         return 1.0 - float(self.progress.filled.sum()) / places if places else 0.0
 
-    def _all_lengths(self) -> np.ndarray:
-        mine = [self._here.index_B.tolist(), [len(prompt) for prompt in self._prompts]]
-        lengths = np.zeros(self._total, np.int32)
-        for index_B, length_B in gather("the prompts' lengths", mine):
-            lengths[index_B] = length_B
-        return lengths
+    def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
+        """A number of every prompt, from those of the prompts that are here."""
+        mine = [self._here.index_B.tolist(), list(numbers)]
+        number_B = np.zeros(self._total, np.int32)
+        for index_B, here_B in gather("the prompts' lengths", mine):
+            number_B[index_B] = here_B
+        return number_B
 
     def _placed(self, policy: Policy) -> Policy:
         """`Prescribed` with the rows of the shards; others have none."""
@@ -295,6 +318,7 @@ class Decoding:
         self._prefills += int(np.sum(index_SB < layout.prompts))
         self._positions += tokens_SBT.size
         rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), index_SB.reshape(-1))
+        written = self._written(index_SB) if self._writes else None
 
         def run() -> None:
             self._store, self._records = programs.prefill(
@@ -305,11 +329,22 @@ class Decoding:
                 self._work,
                 *place_rows(rows),
                 self._draws,
+                written,
                 samples=self._samples,
                 adapters=self._adapters,
             )
 
         self._compiled(programs.prefill, run)
+
+    def _written(self, index_SB: np.ndarray) -> Written:
+        """Of a group's prompts; none of it where one only fills the batch."""
+        layout = self._layout
+        known_SB = np.minimum(index_SB, layout.prompts - 1)
+        tokens_SB = np.take_along_axis(layout.written_SP, known_SB, axis=1)
+        tokens_SB = np.where(index_SB < layout.prompts, tokens_SB, 0)
+        job_SB = (np.arange(layout.shards)[:, None] * layout.prompts + known_SB) * self._samples
+        rows = tokens_SB.reshape(-1).astype(np.int32), job_SB.reshape(-1).astype(np.int32)
+        return Written(*place_rows(rows), self._policy)
 
     def _advance(self, emissions: np.int32) -> Progress:
         layout = self._layout
@@ -351,45 +386,3 @@ def _split_for_decoding(
     divided = not mesh.empty and mesh.shape["fsdp"] > 1
     states = gathered_width(tuple(states)) if divided else tuple(states)
     return graphdef, states, whole.arch, whole.dtype
-
-
-def check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises ValueError for prompts that the model cannot take with their completions."""
-    if not prompts:
-        raise ValueError("there are no prompts to complete; give at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    most = arch.max_positions
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token")
-        if len(prompt) >= most:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens and the model takes {most} positions; "
-                "shorten the prompt"
-            )
-        if len(prompt) + max_new_tokens > most:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens and with {max_new_tokens} new ones "
-                f"exceeds the model's {most} positions; lower max_new_tokens to at most "
-                f"{most - len(prompt)}"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < arch.vocab_size:
-            outside = next(token for token in prompt if not 0 <= token < arch.vocab_size)
-            raise ValueError(
-                f"prompt {index} holds token {outside} and the model's vocabulary has "
-                f"{arch.vocab_size}; use the tokenizer that belongs to the model"
-            )
-
-
-def fitted_policy(policy: Policy, rows: int, columns: int) -> Policy:
-    """`Prescribed` cut to the tokens that may be generated, so that its width never recompiles."""
-    if not isinstance(policy, Prescribed):
-        return policy
-    shape = np.shape(policy.depth_BT)
-    if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
-        raise ValueError(
-            f"Prescribed has depths of shape {shape} for {rows} rows of up to {columns} tokens; "
-            "give a row for each completion and a column for each token that may be generated"
-        )
-    return Prescribed(jnp.asarray(policy.depth_BT)[:, :columns])

@@ -69,6 +69,7 @@ class Layout:
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
+    written_SP: np.ndarray  # of these lengths, what is the completion's
     samples: int
     rows: int
     width: int
@@ -77,12 +78,22 @@ class Layout:
 
     @classmethod
     def of(
-        cls, length_B: np.ndarray, samples: int, size: EngineSize, *, token_bytes: int, new: int
+        cls,
+        length_B: np.ndarray,
+        samples: int,
+        size: EngineSize,
+        *,
+        token_bytes: int,
+        new: int,
+        written_B: np.ndarray | None = None,
     ) -> Layout:
         """For up to `new` tokens a completion, each of which takes so much of a device's cache."""
         shards = data_shards()
         prompts = -(-len(length_B) // shards)
-        length_SP = np.pad(length_B, (0, shards * prompts - len(length_B)))
+
+        def by_shard(values_B: np.ndarray) -> np.ndarray:
+            return np.pad(values_B, (0, shards * prompts - len(values_B))).reshape(shards, prompts)
+
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
         rows, width = size.fitted(prompts * samples, most * token_bytes)
@@ -90,7 +101,9 @@ class Layout:
         group = -(-prompts // groups)  # of like size, so that the last is not padded
         # As many prompts as begin at once, and a group to go on with.
         places = group * min(-(-prompts // group), -(-rows // (samples * group)) + 1)
-        return cls(length_SP.reshape(shards, prompts), samples, rows, width, group, places)
+        written_B = np.zeros_like(length_B) if written_B is None else written_B
+        lengths = by_shard(length_B), by_shard(written_B)
+        return cls(*lengths, samples, rows, width, group, places)
 
     @property
     def shards(self) -> int:
@@ -160,6 +173,7 @@ class Layout:
             number_J=by_job(first_prompt + np.arange(shards * prompts)),
             sample_J=np.tile(sample_G, shards * prompts).astype(np.int32),
             prompt_length_J=by_job(self.length_SP),
+            written_J=by_job(self.written_SP),
             place_J=by_job(turn_SP % self.places),
             order_J=order_SPG.reshape(-1).astype(np.int32),
         )

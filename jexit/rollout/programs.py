@@ -25,6 +25,7 @@ from jexit.model.transformer import Transformer, logits_of, run
 from jexit.rollout.layers import Layers
 from jexit.rollout.state import FREE, Pool, Progress, Records, Work
 from jexit.rollout.ticks import TOKEN_DRAW, Draws, Ticks, fold_in
+from jexit.rollout.written import Written
 
 
 @functools.partial(
@@ -69,31 +70,43 @@ def prefill(
     length_B: Int[Array, "B"],
     index_B: Int[Array, "B"],
     draws: Draws,
+    written: Written | None,
     *,
     samples: int,
     adapters: bool,
 ) -> tuple[Cache, Records]:
-    """Runs right-padded prompts at full depth and draws the first token of each completion.
+    """Runs right-padded prompts and draws the first token of each completion.
 
     `index_B` are the prompts' places in their shard's list; outside of it for rows that only fill
-    the batch. Returns the prompts' keys and values with these, and the records.
+    the batch. Prompts run at full depth, but for what is `written` of a completion already. Returns
+    the prompts' keys and values with these, and the records.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     length = tokens_BT.shape[1]
+    valid_BT = jnp.arange(length) < length_B[:, None]
+    keeps_hazards = records.hazard_logits_JTE is not None
+    halting = {}
+    if written is not None:
+        halting = written.halting(work, draws, length_B, length) | {"hazards": keeps_hazards}
     result = run(
-        model,
-        tokens_BT,
-        valid_BT=jnp.arange(length) < length_B[:, None],
-        adapters=adapters,
-        keys_values=True,
+        model, tokens_BT, valid_BT=valid_BT, adapters=adapters, keys_values=True, **halting
     )
-    last_B11 = (length_B - 1)[:, None, None]
-    last_BD = jnp.take_along_axis(result.hidden_BTD, last_B11, axis=1)[:, 0]
-    logits_BV = constrain(logits_of(last_BD, model.head_VD), "BV")
+
+    def last(values_BTX: Array) -> Array:
+        at = (length_B - 1).reshape(-1, *[1] * (values_BTX.ndim - 1))
+        return jnp.take_along_axis(values_BTX, at, axis=1)[:, 0]
+
+    logits_BV = constrain(logits_of(last(result.hidden_BTD), model.head_VD), "BV")
+    depth_B, z_BE, depth_logprob_B = last(result.depth_BT), None, jnp.zeros(length_B.shape)
+    if written is not None and result.hazard_logits_BTE is not None:
+        z_BE = last(result.hazard_logits_BTE)
+        depth_logprob_B = written.depth_log_prob(model, depth_B, z_BE)
+        reached_BE = (jnp.asarray(model.exit_layers) <= depth_B[:, None]) & written.any_B[:, None]
+        z_BE = jnp.where(reached_BE, z_BE, jnp.nan) if keeps_hazards else None
 
     def store(
-        prompts: Cache, records: Records, work: Work, kv: KeysValues, logits_BV: Array,
-        index_B: Array, draws: Draws,
+        prompts: Cache, records: Records, work: Work, kv: KeysValues, index_B: Array,
+        logits_BV: Array, depth_B: Array, depth_logprob_B: Array, z_BE: Array | None, draws: Draws,
     ) -> tuple[Cache, Records]:  # fmt: skip
         jobs = records.length_J.shape[0]
         job_B = (index_B[:, None] * samples + jnp.arange(samples)).reshape(-1)
@@ -106,27 +119,36 @@ def prefill(
         place_B = jnp.where(real_B, work.place_J[known_B], prompts.keys_KLPSH.shape[2])
         prompts = prompts.with_prompts(place_B[::samples], kv)
 
-        def first(record_JT: Array, new: Array | int) -> Array:
+        def first(record_JT: Array, new: Array) -> Array:
             return record_JT.at[job_B, 0].set(new, mode="drop")
+
+        def of_prompt(record_JT: Array, new_B: Array) -> Array:
+            return first(record_JT, jnp.repeat(new_B, samples, axis=0))
 
         records = dataclasses.replace(
             records,
             tokens_JT=first(records.tokens_JT, token_B),
-            depths_JT=first(records.depths_JT, model.arch.layers),
+            depths_JT=of_prompt(records.depths_JT, depth_B),
             logprobs_JT=first(records.logprobs_JT, logprob_B),
+            depth_logprobs_JT=of_prompt(records.depth_logprobs_JT, depth_logprob_B),
             length_J=records.length_J.at[job_B].set(1, mode="drop"),
             ended_J=records.ended_J.at[job_B].set(draws.ends(token_B), mode="drop"),
         )
+        if z_BE is not None:
+            z_JTE = of_prompt(records.hazard_logits_JTE, z_BE)
+            records = dataclasses.replace(records, hazard_logits_JTE=z_JTE)
         return prompts, records
 
-    kv_spec = P(None, data_axes() or None)
-    rows = _specs((prompts, records, work))
+    kv_spec, row = P(None, data_axes() or None), _rows()
     stored = _by_shard(
         store,
-        in_specs=(*rows, kv_spec, _rows(), _rows(), P()),
+        in_specs=(*_specs((prompts, records, work)), kv_spec, row, row, row, row, row, P()),
         out_specs=_specs((prompts, records)),
     )
-    return stored(prompts, records, work, result.keys_values, logits_BV, index_B, draws)
+    return stored(
+        prompts, records, work, result.keys_values, index_B, logits_BV, depth_B, depth_logprob_B,
+        z_BE, draws,
+    )  # fmt: skip
 
 
 @functools.partial(

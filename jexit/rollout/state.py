@@ -27,7 +27,8 @@ class Work:
 
     number_J: Int[Array, "J"]  # of the prompt in the caller's whole list
     sample_J: Int[Array, "J"]
-    prompt_length_J: Int[Array, "J"]
+    prompt_length_J: Int[Array, "J"]  # with what is written of the completion
+    written_J: Int[Array, "J"]
     place_J: Int[Array, "J"]  # of the prompt among the prompts' keys and values
     order_J: Int[Array, "J"]  # completions in the order in which they start
 

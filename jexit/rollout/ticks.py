@@ -201,7 +201,8 @@ class Ticks:
         h_BD = jax.lax.cond(
             emits, lambda: model.embed(token_B).astype(at.h_BD.dtype), lambda: at.h_BD
         )
-        policy = self.policy.of(jnp.maximum(job_B, 0), index_B)
+        known_B = jnp.maximum(job_B, 0)
+        policy = self.policy.of(known_B, index_B + self.work.written_J[known_B])
         depth_B = policy.start(job_B.shape, layers)
         after = dataclasses.replace(
             at,

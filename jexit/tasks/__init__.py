@@ -6,11 +6,13 @@ import inspect
 from typing import Any
 
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict
+from jexit.tasks.chains import ChainTask
 from jexit.tasks.gsm8k import Gsm8k
 from jexit.tasks.sums import Sums
 from jexit.tasks.word_problems import WordProblems
 
 __all__ = [
+    "ChainTask",
     "Draw",
     "Gsm8k",
     "Problem",

@@ -77,7 +77,9 @@ class Task(abc.ABC):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judges a completion's text (special tokens removed). Total: never raises on any text."""
 
-    def text_totals(self, completions: Sequence[str]) -> dict[str, tuple[float, int]]:
+    def text_totals(
+        self, problems: Sequence[Problem], completions: Sequence[str]
+    ) -> dict[str, tuple[float, int]]:
         """Figures about how completions reason, beyond right and wrong: sum and count of each.
 
         Totals of parts add up to those of the whole. None unless overridden.

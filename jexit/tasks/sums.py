@@ -94,10 +94,26 @@ class Sums(Task):
         steps = prescribed_steps(len(digits), step)
         return _problem(f"sum by {step} {digits}", digits, steps, mode="prescribed", step=step)
 
-    def text_totals(self, completions: Sequence[str]) -> dict[str, tuple[float, int]]:
-        """The number of operands a step reduces (`step_size`), over all steps of all texts."""
-        sizes = [size for text in completions for size in step_sizes(text)]
-        return {"step_size": (sum(sizes), len(sizes))}
+    def text_totals(
+        self, problems: Sequence[Problem], completions: Sequence[str]
+    ) -> dict[str, tuple[float, int]]:
+        """Over all steps of all texts.
+
+        `step_size`: the number of operands that a step reduces; `steps_right`: the share of steps
+        that are what their own input gives; `on_the_page`: results written over additions done, 1
+        when every step adds two operands and ½ when every step adds three.
+        """
+        steps = [
+            step
+            for problem, text in zip(problems, completions, strict=True)
+            for step in chain_steps(problem.fields["operands"], text)
+        ]
+        sizes = sum(step.size for step in steps)
+        return {
+            "step_size": (sizes, len(steps)),
+            "steps_right": (sum(step.correct for step in steps), len(steps)),
+            "on_the_page": (len(steps), sizes - len(steps)),
+        }
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         strict = _STRICT.search(completion)

@@ -92,20 +92,25 @@ def compare(arguments: argparse.Namespace) -> bool:
     depths = {
         name: random_depths(count, new, EXITS, arch.layers, mean) for name, mean in means.items()
     }
+    # What is compared runs one after the other: a shared machine changes from minute to minute.
     runs = {"engine, prefill": lambda: engine("prefill", Full(), 1)}
-    runs["loop, prefill"] = lambda: loop("prefill", None, 1)
     runs["engine, full"] = lambda: engine("full", Full(), new)
-    runs["loop, full"] = lambda: loop("full", None, new)
     for name, depth_BT in depths.items():
         runs[f"engine, {name}"] = lambda n=name, d=depth_BT: engine(n, Prescribed(d), new)
+    runs["loop, prefill"] = lambda: loop("prefill", None, 1)
+    runs["loop, full"] = lambda: loop("full", None, new)
+    for name, depth_BT in depths.items():
         runs[f"loop, {name}"] = lambda n=name, d=depth_BT: loop(n, d, new)
-    seconds = in_turns(runs, arguments.repeats)
-    median = {name: float(np.median(turns[:, 0])) for name, turns in seconds.items()}
+    turns = in_turns(runs, arguments.repeats)
 
-    def decoding(name: str) -> float:
-        """Seconds a completion."""
-        of = median[name] - median[f"{name.partition(',')[0]}, prefill"]
-        return of / len(tokens[name])
+    def decoding(name: str) -> np.ndarray:
+        """Seconds a completion, of every turn."""
+        prefill = turns[f"{name.partition(',')[0]}, prefill"]
+        return (turns[name] - prefill)[:, 0] / len(tokens[name])
+
+    def times(slow: str, fast: str) -> float:
+        """How many times as fast; the median over the turns."""
+        return float(np.median(decoding(slow) / decoding(fast)))
 
     def equal(name: str) -> str:
         few = tokens[f"loop, {name}"]
@@ -119,15 +124,14 @@ def compare(arguments: argparse.Namespace) -> bool:
     print(
         f"{'depths':<8}{'ideal':>8}{'engine':>8}{'of ideal':>10}{'masking':>9}{'idle':>7}  tokens"
     )
-    base, good = decoding("loop, full"), True
-    full = base / decoding("engine, full")
-    good &= full >= FULL
+    full = times("loop, full", "engine, full")
+    good = full >= FULL
     print(f"{'full':<8}{1:>8.2f}{full:>8.2f}{full:>10.2f}{1:>9.2f}{idle['full']:>7.1%}  "
           f"{equal('full')}")  # fmt: skip
     for name, depth_BT in depths.items():
         wanted = work(arch, arch.layers) / work(arch, float(depth_BT[:, 1:].mean()))
-        speed = decoding("engine, full") / decoding(f"engine, {name}")
-        masking = base / decoding(f"loop, {name}")
+        speed = times("engine, full", f"engine, {name}")
+        masking = times("loop, full", f"loop, {name}")
         good &= speed >= OF_IDEAL * wanted
         print(f"{name:<8}{wanted:>8.2f}{speed:>8.2f}{speed / wanted:>10.2f}{masking:>9.2f}"
               f"{idle[name]:>7.1%}  {equal(name)}")  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import jexit
 from jexit.config import BEST_METRICS
 from jexit.loops import rl, sft, trainer
-from jexit.loops.evaluate import text_means, wilson_interval
+from jexit.loops.policies import text_means
 from jexit.loops.trainer import Diverged, Interrupted
 from small_runs import make_config, metrics, parameters, run
 
@@ -272,14 +272,6 @@ def test_generation_prints_text_with_depths(model_dir, capsys):
     printed = capsys.readouterr().out
     assert "> sum 372" in printed
     assert "depths: 3 2 2 2 2" in printed
-
-
-def test_the_interval_is_wilsons():
-    """Against the worked example of Newcombe (1998), 81 of 263: 0.2553 to 0.3662."""
-    low, high = wilson_interval(81, 263)
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson_interval(0, 10)[0] == 0.0
-    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
 
 
 def test_figures_about_texts_are_means_over_all_hosts():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jexit.tasks import make_task, sums
+from jexit.tasks import Problem, make_task, sums
 
 sums_like = st.text(alphabet="0123456789+# .\n", max_size=60)
 
@@ -152,12 +152,32 @@ def test_wrong_options_name_value_and_remedy(options):
 
 def test_figures_of_parts_add_up_to_those_of_the_whole():
     task = make_task("sums", steps="mixed")
-    texts = [task.problem("train", index).completion for index in range(40)]
-    texts += ["", "no steps at all"]
-    (total, count), whole = (task.text_totals(texts)["step_size"] for _ in range(2))
-    parts = [task.text_totals(part)["step_size"] for part in (texts[:7], texts[7:40], texts[40:])]
-    assert tuple(map(sum, zip(*parts, strict=True))) == whole
-    assert parts[2] == (0, 0)
+    problems = [task.problem("train", index) for index in range(42)]
+    texts = [problem.completion for problem in problems[:40]] + ["", "no steps at all"]
+
+    def totals(part):
+        return task.text_totals(problems[part], texts[part])
+
+    whole = totals(slice(0, 42))
+    parts = [totals(part) for part in (slice(0, 7), slice(7, 40), slice(40, 42))]
+    for name, total in whole.items():
+        assert tuple(map(sum, zip(*(part[name] for part in parts), strict=True))) == total
+        assert parts[2][name] == (0, 0)
+    total, count = whole["step_size"]
     assert total / count == pytest.approx(
         statistics.mean(size for text in texts for size in sums.step_sizes(text))
     )
+
+
+def test_figures_of_known_chains():
+    problem = Problem(prompt="sum 1234", answer="0", fields={"operands": "1234"})
+    task = make_task("sums")
+    by_two, by_three, wrong = "+334+64+0####0", "++64+0####0", "+434++1####1"
+    figures = {
+        text: {name: part / of for name, (part, of) in task.text_totals([problem], [text]).items()}
+        for text in (by_two, by_three, wrong)
+    }
+    assert figures[by_two] == {"step_size": 2.0, "steps_right": 1.0, "on_the_page": 1.0}
+    assert figures[by_three]["step_size"] == 2.5
+    assert figures[by_three]["on_the_page"] == pytest.approx(2 / 3)
+    assert figures[wrong]["steps_right"] == 0.5  # 1 + 2 is not 4, but 4 + 3 + 4 ends in 1

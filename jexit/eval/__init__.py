@@ -1,0 +1,1 @@
+"""What a model's completions say about it: depth, its controls, calibration, faithfulness."""

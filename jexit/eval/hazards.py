@@ -1,0 +1,211 @@
+"""Hazards of completions, and how well they agree with what the exits' certainty asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, Int
+from jexit.dist import data_shards, place_rows, whole
+from jexit.kernels import exit_kl
+from jexit.losses.sft import target_log_hazards
+from jexit.model.policies import Full, Prescribed
+from jexit.model.transformer import Transformer, run
+from jexit.steps.completions import Completions, pad_completions
+
+SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states)
+
+BINS = 10
+_POSITIONS = 8192  # of one pass: rows of a batch follow from its length
+
+
+def _decisions(
+    student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
+    """(hazards σ(z_e), which of them were asked for) where completion positions could leave."""
+    result = run(
+        student,
+        rows.tokens_BT,
+        policy=Prescribed(rows.input_depths(depth_BC, student.arch.layers)),
+        valid_BT=rows.valid_BT,
+        hazards=True,
+    )
+    hazard_BCE = jax.nn.sigmoid(rows.window(result.hazard_logits_BTE))
+    reached_BCE = jnp.asarray(student.exit_layers) <= depth_BC[..., None]
+    return hazard_BCE, reached_BCE & rows.action_BC[..., None]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def decisions(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    rows: Completions,
+    depth_BC: Int[Array, "B C"],
+) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
+    """Hazards of a split model under the completions' own depths, and where there are such."""
+    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC)
+
+
+@functools.partial(jax.jit, static_argnames=("student_def", "teacher_def", "target"))
+def decisions_and_targets(
+    student_def: nnx.GraphDef,
+    student_states: tuple[nnx.State, ...],
+    teacher_def: nnx.GraphDef,
+    teacher_states: tuple[nnx.State, ...],
+    rows: Completions,
+    depth_BC: Int[Array, "B C"],
+    sharpness: Float[Array, ""],
+    *,
+    target: str,
+) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"]]:
+    """`decisions` of the student, and target hazards.
+
+    These are 1 − tanh(k·KL_e / 2), from the exits of the teacher or, with `target="student"`, from
+    the student's at full depth (as `sft.target` has it).
+    """
+    student = nnx.merge(student_def, *student_states)
+    teacher = nnx.merge(teacher_def, *teacher_states)
+    valid_BT = rows.valid_BT
+    taught = run(
+        teacher, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, adapters=False,
+        exit_hidden=target == "teacher",
+    )  # fmt: skip
+    measured, head_VD = taught, teacher.head_VD
+    if target == "student":
+        measured = run(student, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, exit_hidden=True)
+        head_VD = student.head_VD
+    final_BCD = rows.window(taught.hidden_BTD)
+    exits_EBCD = jax.vmap(rows.window)(measured.exit_hidden_EBTD)
+    shape = exits_EBCD.shape
+    kl_EN = exit_kl(
+        final_BCD.reshape(-1, shape[-1]), exits_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
+    ).kl_EN
+    kl_BCE = jnp.moveaxis(kl_EN.reshape(shape[:3]), 0, -1)
+    leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)
+    return *_decisions(student, rows, depth_BC), jnp.exp(leave_BCE)
+
+
+def reliability(
+    hazard_N: np.ndarray, target_N: np.ndarray, bins: int = BINS
+) -> tuple[float, list[dict[str, float]]]:
+    """(ECE, bins) of hazards against targets.
+
+    ECE = Σ_b n_b / N · |mean hazard − mean target| over equal bins of the hazard; 0 is perfect.
+    (Guo et al. 2017, arXiv:1706.04599, with a target probability where they have an outcome.) NaN
+    without any position.
+    """
+    which_N = np.minimum((hazard_N * bins).astype(int), bins - 1)
+    table, error = [], 0.0
+    for number in range(bins):
+        inside_N = which_N == number
+        if count := int(inside_N.sum()):
+            hazard, target = float(hazard_N[inside_N].mean()), float(target_N[inside_N].mean())
+            error += count * abs(hazard - target)
+            table.append(
+                {
+                    "low": number / bins,
+                    "high": (number + 1) / bins,
+                    "hazard_mean": hazard,
+                    "target_mean": target,
+                    "positions": count,
+                }
+            )
+    return (error / len(hazard_N) if len(hazard_N) else float("nan")), table
+
+
+def batch_rows(count: int, length: int) -> int:
+    """How many of `count` sequences of this length go through the model at once."""
+    shards = data_shards()
+    return min(-(-count // shards), max(1, _POSITIONS // length)) * shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """Prompts and completions as tokens, with the depth of every pass that wrote one."""
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Sequence[int]]
+    depths: Sequence[Sequence[int]]
+    pad_id: int
+
+    def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
+        """What `program(rows, depth_BC)` gives for all rows; it sees batches of one shape."""
+        whole_batch = pad_completions(self.prompts, self.completions, self.pad_id)
+        shape = whole_batch.tokens_BT.shape[1], whole_batch.completion_tokens_BC.shape[1]
+        count = len(self.prompts)
+        size = batch_rows(count, shape[0])
+        found: list[Any] = []
+        for start in range(0, count, size):
+            # The last batch is filled with the first rows again.
+            chosen = [index % count for index in range(start, start + size)]
+            rows = pad_completions(
+                [self.prompts[i] for i in chosen], [self.completions[i] for i in chosen],
+                self.pad_id, shape,
+            )  # fmt: skip
+            depth_BC = np.zeros((size, shape[1]), np.int32)
+            for row, i in enumerate(chosen):
+                depth_BC[row, : len(self.depths[i])] = self.depths[i]
+            found.append(whole(program(*place_rows((rows, depth_BC))), "the hazards"))
+        return [np.concatenate(parts)[:count] for parts in zip(*found, strict=True)]
+
+
+def hazards_of(student: SplitModel, recorded: Recorded) -> list[list[list[float | None]]]:
+    """Hazards of every token's pass at each exit; None at exits that it did not ask."""
+    hazard_BCE, there_BCE = recorded.through(
+        lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC)
+    )
+    return [
+        [
+            [float(h) if there else None for h, there in zip(*pair, strict=True)]
+            for pair in zip(hazard_CE[: len(ids)], there_CE[: len(ids)], strict=True)
+        ]
+        for hazard_CE, there_CE, ids in zip(
+            hazard_BCE, there_BCE, recorded.completions, strict=True
+        )
+    ]
+
+
+def hazard_reliability(
+    student: SplitModel,
+    teacher: SplitModel,
+    exit_layers: Sequence[int],
+    recorded: Recorded,
+    *,
+    sharpness: float,
+    target: str,
+) -> dict[str, Any]:
+    """Reliability of every exit's hazards over completions with their recorded depths.
+
+    The figure of all exits together weighs every decision alike.
+    """
+    hazard_BCE, there_BCE, target_BCE = recorded.through(
+        lambda rows, depth_BC: decisions_and_targets(
+            student[0], student[1:], teacher[0], teacher[1:], rows, depth_BC,
+            jnp.float32(sharpness), target=target,
+        )
+    )  # fmt: skip
+    ece, _ = reliability(hazard_BCE[there_BCE], target_BCE[there_BCE])
+    exits = []
+    for number, layer in enumerate(exit_layers):
+        there_BC = there_BCE[..., number]
+        hazard_N, target_N = hazard_BCE[there_BC, number], target_BCE[there_BC, number]
+        if len(hazard_N):
+            exit_ece, bins = reliability(hazard_N, target_N)
+            exits.append(
+                {
+                    "exit": int(layer),
+                    "ece": exit_ece,
+                    "positions": len(hazard_N),
+                    "hazard_mean": float(hazard_N.mean()),
+                    "target_mean": float(target_N.mean()),
+                    "bins": bins,
+                }
+            )
+    return {"sharpness": sharpness, "target": target, "ece": ece, "exits": exits}

@@ -1,0 +1,151 @@
+"""A model that completes prompts under named policies, on every host the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jexit.data.tokenizer import Tokenizer
+from jexit.dist import gather, host_rows
+from jexit.eval.faithfulness import Reply
+from jexit.loops.setup import make_policy
+from jexit.model.policies import Policy, Sample
+from jexit.rollout import EngineSize, rollout
+
+ANSWER_TOKENS = 16  # of an answer that follows its cue
+FILLERS = (" .", ".", " -", "-", " ~", "~")  # texts without content; the first that stays apart
+_GATHERED = 64  # completions of a message between hosts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Completions of all prompts, in their order; a token's depth is of the pass that made it."""
+
+    ids: list[list[int]]
+    depths: list[list[int]]
+    truncated: list[bool]
+    tokens_per_second: float  # without compilation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """`parts` is the split model, `law` what the policy `sample` means."""
+
+    parts: tuple[Any, ...]
+    layers: int
+    tokenizer: Tokenizer
+    law: Sample = Sample()
+    size: EngineSize
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+    def policy(self, name: str, rows: int, columns: int) -> Policy:
+        return make_policy(name, rows, columns, self.layers, self.law)
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: Policy,
+        *,
+        max_new_tokens: int | None = None,
+        written: Sequence[int] | None = None,
+        what: str,
+    ) -> Decoded:
+        """Every host gives all prompts and gets all completions; each decodes its own.
+
+        `what` says in messages what is being decoded; the rest as `jexit.rollout.rollout` has it.
+        """
+        here = host_rows(len(prompts))
+        made = rollout(
+            self.parts,
+            [prompts[index] for index in here.index_B],
+            policy=policy,
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
+            temperature=self.temperature,
+            eos_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+            key=self.seed,
+            total=len(prompts),
+            written=None if written is None else [written[index] for index in here.index_B],
+            size=self.size,
+        )
+        mine = {}
+        for row in np.flatnonzero(made.host_rows.first_B):
+            depths = made.depths_BT[row, : made.lengths_B[row]].tolist()
+            number = int(made.host_rows.index_B[row])
+            mine[number] = (made.completion(row), depths, bool(made.truncated_B[row]))
+        rows: dict[int, tuple[list[int], list[int], bool]] = {}
+        for start in range(0, len(prompts), _GATHERED):
+            numbers = range(start, min(start + _GATHERED, len(prompts)))
+            part = [[number, *mine[number]] for number in numbers if number in mine]
+            for host in gather(what, part):
+                rows |= {number: tuple(row) for number, *row in host}
+        ids, depths, truncated = zip(*(rows[number] for number in range(len(prompts))), strict=True)
+        tokens = sum(len(completion) for completion, _, _ in mine.values())
+        speeds = gather(what, tokens / made.seconds)
+        return Decoded(
+            ids=list(ids), depths=list(depths), truncated=list(truncated),
+            tokens_per_second=sum(speeds),
+        )  # fmt: skip
+
+    def texts(self, decoded: Decoded) -> list[str]:
+        return [self.tokenizer.decode(ids) for ids in decoded.ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCompleter:
+    """Goes on from the beginnings of completions, under a policy (`eval.faithfulness.Completer`).
+
+    `positions` is how many the model has for a prompt and its completion.
+    """
+
+    decoder: Decoder
+    policy: str
+    positions: int
+
+    @property
+    def layers(self) -> int:
+        return self.decoder.layers
+
+    def complete(
+        self, prompts: Sequence[str], begun: Sequence[str], *, answer_only: bool
+    ) -> list[Reply]:
+        """What follows. Raises ValueError when that does not fit the model."""
+        decoder = self.decoder
+        tokenizer = decoder.tokenizer
+        new = min(ANSWER_TOKENS, decoder.max_new_tokens) if answer_only else decoder.max_new_tokens
+        asked = tokenizer.encode_prompts(list(prompts))
+        written = tokenizer.encode_batch(list(begun))
+        longest = max(len(a) + len(w) for a, w in zip(asked, written, strict=True)) + new
+        if longest > self.positions:
+            raise ValueError(
+                f"a prompt with its completion and {new} more tokens takes {longest} positions and "
+                f"the model has {self.positions}; lower config.eval.max_new_tokens"
+            )
+        columns = max(map(len, written)) + new
+        decoded = decoder.decode(
+            [a + w for a, w in zip(asked, written, strict=True)],
+            decoder.policy(self.policy, len(asked), columns),
+            max_new_tokens=new,
+            written=[len(w) for w in written],
+            what=f"measurements under {self.policy}",
+        )
+        return [
+            Reply(text=text, depths=depths)
+            for text, depths in zip(decoder.texts(decoded), decoded.depths, strict=True)
+        ]
+
+    def filler(self, text: str) -> str:
+        """Punctuation of as many tokens as `text` has."""
+        encode = self.decoder.tokenizer.encode
+        apart = [mark for mark in FILLERS if len(encode(mark * 8)) == 8]
+        if not apart:
+            raise ValueError(
+                f"the tokenizer joins repetitions of each of {FILLERS}, so that the length of "
+                "filler is not known; leave filler out of config.eval.measures"
+            )
+        return apart[0] * len(encode(text))

@@ -1,0 +1,37 @@
+"""Text for given prompts."""
+
+from __future__ import annotations
+
+from jexit.config import Config
+from jexit.loops.setup import engine_size, load_model, make_policy, sampling_law
+from jexit.rollout import generate
+
+
+def print_generations(config: Config) -> None:
+    """Completes `generate.prompts` and prints each text with its mean depth."""
+    model, tokenizer = load_model(config, trains=False)
+    g = config.generate
+    if not g.prompts:
+        raise ValueError("there are no prompts; set config.generate.prompts='(\"...\",)'")
+    layers = model.arch.layers
+    generation = generate(
+        model,
+        tokenizer,
+        g.prompts,
+        policy=make_policy(
+            g.policy, len(g.prompts), g.max_new_tokens, layers, sampling_law(config)
+        ),
+        max_new_tokens=g.max_new_tokens,
+        temperature=g.temperature,
+        top_p=g.top_p,
+        top_k=g.top_k,
+        min_p=g.min_p,
+        stop=g.stop,
+        seed=config.seed,
+        size=engine_size(config),
+    )
+    for prompt, text, depths in zip(g.prompts, generation.texts, generation.depths, strict=True):
+        mean = sum(depths) / len(depths)
+        print(f"> {prompt}\n{text}")
+        print(f"  [{len(depths)} tokens, mean depth {mean:.2f} of {layers} layers]")
+        print("  depths: " + " ".join(map(str, depths)) + "\n")

@@ -1,0 +1,177 @@
+"""The measurements of an evaluation beyond accuracy: hazards, faithfulness, capacity, examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jexit.config import Config, EvalConfig, TaskConfig
+from jexit.eval.depth import Completion
+from jexit.eval.faithfulness import MEASURES, Reply, Sample, measured
+from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of
+from jexit.io.progress import Progress
+from jexit.loops.decoder import Decoder, ModelCompleter
+from jexit.loops.policies import Examination, PolicyResult, evaluate_policy
+from jexit.loops.setup import load_task
+from jexit.steps.state import SplitModel
+from jexit.tasks import ChainTask, Task
+
+DIRECT = "at_once"  # the value of `task.steps` that asks for an answer without a chain
+
+
+def check_measures(task: Task, names: tuple[str, ...]) -> None:
+    """Raises ValueError for a measurement that the task cannot have."""
+    if "capacity" in names and not granularities(task):
+        raise ValueError(
+            f"config.eval.measures has capacity, and task {task.name!r} cannot prescribe how much "
+            "a step does; leave it out"
+        )
+    chains = [name for name in names if name in MEASURES]
+    if chains and not isinstance(task, ChainTask):
+        raise ValueError(
+            f"config.eval.measures has {chains[0]}, and the completions of task {task.name!r} have "
+            "no steps; leave it out"
+        )
+
+
+def granularities(task: Task) -> tuple[str, ...]:
+    return task.granularities if isinstance(task, ChainTask) else ()
+
+
+def policies_of(config: EvalConfig) -> tuple[str, ...]:
+    """The policy that is measured, and full depth on the same weights."""
+    return tuple(dict.fromkeys((config.measured, "full")))
+
+
+def rounds(task: Task, config: EvalConfig) -> int:
+    """How many steps of progress the measurements are."""
+    names, policies = config.measures, len(policies_of(config))
+    count = int("hazards" in names)
+    count += policies * bool(set(names) & set(MEASURES))
+    return count + policies * (len(granularities(task)) + 1) * ("capacity" in names)
+
+
+@dataclasses.dataclass
+class Measurer:
+    """What is measured of one model, from its completions and from new ones.
+
+    `made` holds completions that there are already, by policy.
+    """
+
+    config: Config
+    decoder: Decoder
+    examination: Examination
+    split: SplitModel
+    exits: tuple[int, ...]
+    positions: int
+    made: dict[str, list[Completion]]
+
+    def run(self, done: int, progress: Progress) -> dict[str, Any]:
+        """The parts of `eval.json` that `eval.measures` names."""
+        names, policies = self.config.eval.measures, policies_of(self.config.eval)
+        parts: dict[str, list[dict[str, Any]]] = {}
+
+        def add(part: str, entry: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            parts.setdefault(part, []).append(entry)
+            progress.update(done, measure=part, policy=entry["policy"])
+
+        if "hazards" in names:
+            add("hazards", self._hazards(self.config.eval.measured))
+        if chosen := [name for name in names if name in MEASURES]:
+            for policy in policies:
+                add("faithfulness", self._faithfulness(policy, chosen))
+        if "capacity" in names:
+            for granularity in (*granularities(self.examination.task), DIRECT):
+                task_config = dataclasses.replace(self.config.task, steps=granularity)
+                examination = self._examination(task_config)
+                for policy in policies:
+                    add("capacity", self._capacity(policy, granularity, examination))
+        return parts
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Completions for reading: each token with its depth and the hazards that it met."""
+        examples = []
+        for policy in self.config.eval.policies:
+            made = self.made[policy][: self.config.eval.heat_maps]
+            if not made:
+                continue
+            hazards = hazards_of(self._student, self._recorded(made))
+            for index, completion in enumerate(made):
+                problem = self.examination.problems[index]
+                examples.append(
+                    {
+                        "policy": policy,
+                        "prompt": problem.prompt,
+                        "completion": completion.text,
+                        "tokens": self.examination.tokenizer.tokens(completion.ids),
+                        "depths": completion.depths,
+                        "hazards": hazards[index],
+                        "verdict": completion.verdict,
+                        "answer": problem.answer,
+                    }
+                )
+        return examples
+
+    @property
+    def _student(self) -> tuple[Any, ...]:
+        return self.split.decodable(self.split.trainable)
+
+    def _completions(self, policy: str) -> list[Completion]:
+        if policy not in self.made:
+            _, self.made[policy] = evaluate_policy(self.decoder, self.examination, policy)
+        return self.made[policy]
+
+    def _recorded(self, made: list[Completion]) -> Recorded:
+        """Of the first problems' completions."""
+        return Recorded(
+            self.examination.prompts[: len(made)],
+            [completion.ids for completion in made],
+            [completion.depths for completion in made],
+            self.examination.tokenizer.pad_id,
+        )
+
+    def _examination(self, task: TaskConfig) -> Examination:
+        config = dataclasses.replace(self.config, task=task)
+        return Examination.of(
+            load_task(task, config.eval.split), self.examination.tokenizer, config
+        )
+
+    def _hazards(self, policy: str) -> dict[str, Any]:
+        sft = self.config.sft
+        return {"policy": policy} | hazard_reliability(
+            self._student,
+            self.split.decodable_teacher(self.split.trainable),
+            self.exits,
+            self._recorded(self._completions(policy)),
+            sharpness=sft.sharpness,
+            target=sft.target,
+        )
+
+    def _faithfulness(self, policy: str, names: list[str]) -> dict[str, Any]:
+        task = self.examination.task
+        assert isinstance(task, ChainTask)
+        made = self._completions(policy)
+        result = _brief(PolicyResult.of(policy, self.examination, made, self.decoder.layers))
+        sample = Sample.of(
+            task,
+            self.examination.problems,
+            [Reply(text=completion.text, depths=completion.depths) for completion in made],
+            ModelCompleter(self.decoder, policy, self.positions),
+            self.config.seed,
+        )
+        return result | {"measures": measured(sample, names)}
+
+    def _capacity(self, policy: str, granularity: str, examination: Examination) -> dict[str, Any]:
+        result, _ = evaluate_policy(self.decoder, examination, policy)
+        return _brief(result) | {
+            "granularity": granularity,
+            "accuracy_ci95": result.accuracy_ci95,
+            "step_size": result.text.get("step_size"),
+        }
+
+
+def _brief(result: PolicyResult) -> dict[str, Any]:
+    names = ("policy", "problems", "accuracy", "depth_fraction", "completion_length")
+    return {name: getattr(result, name) for name in names}

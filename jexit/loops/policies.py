@@ -1,0 +1,195 @@
+"""Accuracy and depth of a model on a task's problems under one halting policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jexit.config import Config, control_of
+from jexit.data.loader import check_prompt_length, require_problems
+from jexit.data.tokenizer import Tokenizer
+from jexit.eval.depth import Completion, depth_by_class, matched_layers, shuffled_depths
+from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
+from jexit.loops.decoder import Decoded, Decoder
+from jexit.model.policies import Prescribed
+from jexit.tasks import ChainTask, Problem, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyResult:
+    """What `eval.json` holds for one policy; depths are of the passes that produced the tokens."""
+
+    policy: str
+    accuracy: float
+    accuracy_ci95: Interval  # Wilson's
+    depth_mean: float
+    depth_fraction: float
+    depth_fraction_ci95: Interval  # bootstrap over problems
+    depth_histogram: dict[str, int]  # tokens by layers run
+    depth_by_class: dict[str, dict[str, float]]
+    problems: int
+    tokens: int
+    completion_length: float
+    truncated: float
+    verdicts: dict[str, int]
+    tokens_per_second: float  # without compilation
+    text: dict[str, float]  # the task's own figures about the completions
+    control_of: str | None = None  # the policy whose mean depth this one has
+
+    @classmethod
+    def of(
+        cls,
+        policy: str,
+        examination: Examination,
+        made: list[Completion],
+        layers: int,
+        *,
+        tokens_per_second: float = math.nan,
+        control_of: str | None = None,
+    ) -> PolicyResult:
+        """The figures of one policy's completions of every problem."""
+        histogram = np.bincount(
+            [depth for completion in made for depth in completion.depths], minlength=layers + 1
+        )
+        verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
+        for completion in made:
+            verdicts[completion.verdict] += 1
+        right, count = verdicts["strict"] + verdicts["lenient"], len(made)
+        tokens = int(histogram.sum())
+        depth = float(histogram @ np.arange(layers + 1)) / tokens
+        run, whole = zip(*((c.layers_run, layers * len(c.depths)) for c in made), strict=True)
+        pieces = [(examination.tokenizer.tokens(c.ids), c.depths) for c in made]
+        texts = [completion.text for completion in made]
+        return cls(
+            policy=policy,
+            accuracy=right / count,
+            accuracy_ci95=wilson_interval(right, count),
+            depth_mean=depth,
+            depth_fraction=depth / layers,
+            depth_fraction_ci95=bootstrap_ratio(run, whole),
+            depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
+            depth_by_class=depth_by_class(pieces, examination.cue),
+            problems=count,
+            tokens=tokens,
+            completion_length=tokens / count,
+            truncated=sum(completion.truncated for completion in made) / count,
+            verdicts=verdicts,
+            tokens_per_second=tokens_per_second,
+            text=text_means([examination.task.text_totals(examination.problems, texts)]),
+            control_of=control_of,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """The problems of an evaluation, with their prompts' tokens."""
+
+    task: Task
+    tokenizer: Tokenizer
+    problems: list[Problem]
+    prompts: list[list[int]]
+
+    @classmethod
+    def of(cls, task: Task, tokenizer: Tokenizer, config: Config) -> Examination:
+        return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
+
+    def judged(self, decoded: Decoded) -> list[Completion]:
+        """A completion for each problem."""
+        rows = zip(self.problems, decoded.ids, decoded.depths, decoded.truncated, strict=True)
+        made = []
+        for problem, ids, depths, truncated in rows:
+            text = self.tokenizer.decode(ids)
+            kind = self.task.verify(problem, text).kind
+            made.append(
+                Completion(ids=ids, text=text, depths=depths, verdict=kind, truncated=truncated)
+            )
+        return made
+
+    @property
+    def cue(self) -> str | None:
+        return self.task.cue if isinstance(self.task, ChainTask) else None
+
+
+def held_out(
+    task: Task, tokenizer: Tokenizer, config: Config, count: int
+) -> tuple[list[Problem], list[list[int]]]:
+    """The first `count` problems of the evaluation split (all, if there are fewer), tokenised."""
+    split, limit = config.eval.split, config.task.max_prompt_tokens
+    size = task.size(split)
+    require_problems(task, split)
+    problems, prompts, index = [], [], 0
+    while len(problems) < count and (size is None or index < size):
+        problem = task.problem(split, index)
+        ids = tokenizer.encode_prompt(problem.prompt)
+        index += 1
+        if len(ids) > limit and config.task.skip_long:
+            continue
+        check_prompt_length(problem, ids, limit)
+        problems.append(problem)
+        prompts.append(ids)
+    if not problems:
+        raise ValueError(
+            f"every prompt of task {task.name!r}, split {split!r}, is over the limit of {limit} "
+            "tokens; raise config.task.max_prompt_tokens"
+        )
+    return problems, prompts
+
+
+def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
+    """Raises ValueError when prompt and completion together can exceed the model's positions."""
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > positions:
+        raise ValueError(
+            f"config.{section}.max_new_tokens is {max_new_tokens} and the longest prompt has "
+            f"{longest} tokens, together over the model's {positions} positions; lower it to at "
+            f"most {positions - longest}"
+        )
+
+
+def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """The task's figures about texts, from every host's sums and counts."""
+    means = {}
+    for name in sorted({name for totals in hosts for name in totals}):
+        pairs = [totals[name] for totals in hosts if name in totals]
+        if count := sum(count for _, count in pairs):
+            means[name] = sum(total for total, _ in pairs) / count
+    return means
+
+
+def evaluate_policy(
+    decoder: Decoder, examination: Examination, policy: str
+) -> tuple[PolicyResult, list[Completion]]:
+    """Decodes every prompt under a named policy and judges the text."""
+    rows = len(examination.prompts)
+    decoded = decoder.decode(
+        examination.prompts,
+        decoder.policy(policy, rows, decoder.max_new_tokens),
+        what=f"evaluation under {policy}",
+    )
+    made = examination.judged(decoded)
+    result = PolicyResult.of(
+        policy, examination, made, decoder.layers, tokens_per_second=decoded.tokens_per_second
+    )
+    return result, made
+
+
+def evaluate_control(
+    decoder: Decoder, examination: Examination, policy: str, of: list[Completion]
+) -> tuple[PolicyResult, list[Completion]]:
+    """The same under a control, which has its depths from the completions of another policy."""
+    columns, layers = decoder.max_new_tokens, decoder.layers
+    if policy.startswith("shuffled"):
+        depth_BT = shuffled_depths(of, layers, columns=columns, seed=decoder.seed)
+    else:
+        depth_BT = np.full((len(of), columns), matched_layers(of, layers), np.int32)
+    decoded = decoder.decode(
+        examination.prompts, Prescribed(depth_BT), what=f"evaluation under {policy}"
+    )
+    made = examination.judged(decoded)
+    result = PolicyResult.of(
+        policy, examination, made, layers, tokens_per_second=decoded.tokens_per_second,
+        control_of=control_of(policy),
+    )  # fmt: skip
+    return result, made

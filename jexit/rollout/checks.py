@@ -1,0 +1,65 @@
+"""What the engine refuses before it compiles anything."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from jexit.model.policies import Policy, Prescribed
+from jexit.presets import Architecture
+
+
+def check_written(prompts: list[list[int]], written: list[int]) -> None:
+    """Raises ValueError unless each prompt keeps a token of its own before what is written."""
+    if len(written) != len(prompts):
+        raise ValueError(
+            f"written has {len(written)} numbers for {len(prompts)} prompts; give one a prompt"
+        )
+    for index, (prompt, tokens) in enumerate(zip(prompts, written, strict=True)):
+        if not 0 <= tokens < len(prompt):
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, of which {tokens} are said to be its "
+                f"completion's; that is a number from 0 to {len(prompt) - 1}"
+            )
+
+
+def check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises ValueError for prompts that the model cannot take with their completions."""
+    if not prompts:
+        raise ValueError("there are no prompts to complete; give at least one")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    most = arch.max_positions
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token")
+        if len(prompt) >= most:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens and the model takes {most} positions; "
+                "shorten the prompt"
+            )
+        if len(prompt) + max_new_tokens > most:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens and with {max_new_tokens} new ones "
+                f"exceeds the model's {most} positions; lower max_new_tokens to at most "
+                f"{most - len(prompt)}"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < arch.vocab_size:
+            outside = next(token for token in prompt if not 0 <= token < arch.vocab_size)
+            raise ValueError(
+                f"prompt {index} holds token {outside} and the model's vocabulary has "
+                f"{arch.vocab_size}; use the tokenizer that belongs to the model"
+            )
+
+
+def fitted_policy(policy: Policy, rows: int, columns: int) -> Policy:
+    """`Prescribed` cut to the tokens that may be generated, so that its width never recompiles."""
+    if not isinstance(policy, Prescribed):
+        return policy
+    shape = np.shape(policy.depth_BT)
+    if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
+        raise ValueError(
+            f"Prescribed has depths of shape {shape} for {rows} rows of up to {columns} tokens; "
+            "give a row for each completion and a column for each token that may be generated"
+        )
+    return Prescribed(jnp.asarray(policy.depth_BT)[:, :columns])

@@ -1,0 +1,140 @@
+"""Hazards of completions against the engine's own, and reliability against hand figures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jexit.dist import make_mesh
+from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of, reliability
+from jexit.model.lora import LoRA
+from jexit.model.policies import Full, Prescribed, Sample
+from jexit.model.transformer import ExitHeadSettings, Transformer, logits_of, run
+from jexit.rollout import rollout
+from jexit.steps.state import split_model
+from small_runs import small_model
+from tolerances import LOGPROBS
+
+EXITS, LAYERS, VOCABULARY = (1, 2), 3, 31
+PROMPTS = [[4, 9, 1], [7, 7, 20, 3, 2], [11], [30, 2], [5, 6, 7]]
+
+
+@pytest.fixture(scope="module")
+def split():
+    """A small model with adapters that are not at their start."""
+    arch = small_model(VOCABULARY).arch
+    model = Transformer(
+        dataclasses.replace(arch, vocab_size=VOCABULARY),
+        exit_layers=EXITS,
+        exit_head=ExitHeadSettings(bias=-0.5),
+        lora=LoRA(rank=2, alpha=4.0, targets=("q", "v", "up")),
+        rngs=nnx.Rngs(0),
+    )
+    split = split_model(model, full=False)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    trainable = jax.tree.map(
+        lambda leaf: leaf + 0.5 * jax.random.normal(next(keys), leaf.shape), split.trainable
+    )
+    return split._replace(trainable=trainable)
+
+
+@pytest.fixture(scope="module")
+def made(split):
+    return rollout(
+        split.decodable(split.trainable), PROMPTS, policy=Sample(), max_new_tokens=9,
+        temperature=1.0, eos_ids=(3, 8), pad_id=0, key=5, hazards=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(made):
+    rows = range(len(PROMPTS))
+    depths = [made.depths_BT[row, : made.lengths_B[row]].tolist() for row in rows]
+    assert len({depth for row in depths for depth in row[1:]}) == LAYERS
+    return Recorded(PROMPTS, [made.completion(row) for row in rows], depths, 0)
+
+
+def test_hazards_are_those_of_decoding(split, made, recorded):
+    found = hazards_of(split.decodable(split.trainable), recorded)
+    for row, tokens in enumerate(found):
+        assert len(tokens) == made.lengths_B[row]
+        assert tokens[0] == [None, None]  # the prompt's last pass asks nobody
+        z_TE = made.hazard_logits_BTE[row, 1 : len(tokens)]
+        hazards_TE = np.asarray(tokens[1:], float).reshape(-1, len(EXITS))  # None becomes NaN
+        np.testing.assert_allclose(
+            hazards_TE, 1 / (1 + np.exp(-z_TE)), atol=LOGPROBS, equal_nan=True
+        )
+
+
+def by_hand(split, recorded, target, sharpness):
+    """(exit, hazard, target) of every decision, a completion and whole soft-maxes at a time."""
+    student, teacher = split.student(split.trainable), split.teacher(split.trainable)
+    decisions = []
+    for prompt, ids, depths in zip(
+        recorded.prompts, recorded.completions, recorded.depths, strict=True
+    ):
+        tokens = jnp.asarray([[*prompt, *ids]])
+        depth = np.full(tokens.shape, LAYERS)
+        depth[0, len(prompt) : len(prompt) + len(ids) - 1] = depths[1:]
+        hazards = run(student, tokens, policy=Prescribed(depth), hazards=True).hazard_logits_BTE
+        taught = run(teacher, tokens, policy=Full(), adapters=False, exit_hidden=True)
+        lens, head = taught, teacher.head_VD
+        if target == "student":
+            lens = run(student, tokens, policy=Full(), exit_hidden=True)
+            head = student.head_VD
+        final = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
+        exits = jax.nn.log_softmax(logits_of(lens.exit_hidden_EBTD, head))
+        kl_EBT = jnp.sum(jnp.exp(final) * (final - exits), -1)
+        for i in range(1, len(ids)):
+            t = len(prompt) - 1 + i
+            for e, layer in enumerate(EXITS):
+                if layer <= depths[i]:
+                    hazard = float(jax.nn.sigmoid(hazards[0, t, e]))
+                    wanted = float(1 - jnp.tanh(sharpness * kl_EBT[e, 0, t] / 2))
+                    decisions.append((layer, hazard, wanted))
+    return decisions
+
+
+@pytest.mark.parametrize("target", ["teacher", "student"])
+def test_reliability_of_a_model(split, recorded, target):
+    student = split.decodable(split.trainable)
+    made = hazard_reliability(
+        student, split.decodable_teacher(split.trainable), EXITS, recorded, sharpness=3.0,
+        target=target,
+    )  # fmt: skip
+    decisions = by_hand(split, recorded, target, 3.0)
+    for entry in made["exits"]:
+        here = [(h, t) for layer, h, t in decisions if layer == entry["exit"]]
+        assert entry["positions"] == len(here)
+        assert entry["hazard_mean"] == pytest.approx(np.mean([h for h, _ in here]), abs=1e-5)
+        assert entry["target_mean"] == pytest.approx(np.mean([t for _, t in here]), abs=1e-5)
+        assert sum(part["positions"] for part in entry["bins"]) == len(here)
+    assert [entry["exit"] for entry in made["exits"]] == list(EXITS)
+    _, hazards, targets = map(np.asarray, zip(*decisions, strict=True))
+    assert made["ece"] == pytest.approx(reliability(hazards, targets)[0], abs=1e-5)
+
+
+def test_the_same_over_data_shards(split, recorded):
+    """Five completions do not divide over two shards."""
+    student = split.decodable(split.trainable)
+    wanted = hazards_of(student, recorded)
+    with jax.set_mesh(make_mesh(data=2)):
+        made = hazards_of(student, recorded)
+    for row, tokens in zip(made, wanted, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(row, float), np.asarray(tokens, float), atol=1e-6, equal_nan=True
+        )
+
+
+def test_reliability_by_hand():
+    hazards = np.asarray([0.05, 0.05, 0.32, 0.38, 1.0])
+    targets = np.asarray([0.0, 0.2, 0.9, 0.7, 1.0])
+    ece, bins = reliability(hazards, targets)
+    # Bins 0, 3 and 9: |0.05 − 0.1|·2/5 + |0.35 − 0.8|·2/5 + 0.
+    assert ece == pytest.approx(0.05 * 0.4 + 0.45 * 0.4)
+    assert [(part["low"], part["positions"]) for part in bins] == [(0.0, 2), (0.3, 2), (0.9, 1)]
+    assert reliability(hazards, hazards)[0] == 0.0
+    assert np.isnan(reliability(np.zeros(0), np.zeros(0))[0])

@@ -1,0 +1,139 @@
+"""Evaluation end to end on a small random model, and its parts against figures known otherwise."""
+
+import json
+
+import pytest
+
+from jexit.config import EVAL_MEASURES
+from jexit.io.model_dir import load
+from jexit.loops.decoder import Decoder, ModelCompleter
+from jexit.model.policies import Threshold
+from jexit.rollout import EngineSize, generate
+from jexit.steps.state import split_model
+from small_runs import make_config, run
+
+POLICIES = ("full", "threshold:0.2", "shuffled:threshold:0.2", "fixed:matched:threshold:0.2")
+
+
+@pytest.fixture(scope="module")
+def workdir(model_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("eval") / "run"
+    run(
+        "eval", model_dir, workdir, eval__policies=POLICIES, eval__measures=EVAL_MEASURES,
+        eval__measured="threshold:0.2", eval__problems=12, exits__layers=(),
+    )  # fmt: skip
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def written(workdir):
+    return json.loads((workdir / "eval.json").read_text())
+
+
+def test_controls_run_at_the_depth_of_what_they_control(written):
+    runs = {entry["policy"]: entry for entry in written["runs"]}
+    assert [entry["control_of"] for entry in written["runs"]] == [None, None, *[POLICIES[1]] * 2]
+    ours, shuffled, fixed = (runs[name] for name in POLICIES[1:])
+    assert len(ours["depth_histogram"]) > 2, "the threshold should stop tokens at several exits"
+    assert shuffled["depth_fraction"] == pytest.approx(ours["depth_fraction"], abs=0.08)
+    if shuffled["tokens"] == ours["tokens"]:  # as many passes: the very same depths
+        assert shuffled["depth_histogram"] == ours["depth_histogram"]
+    assert len(fixed["depth_histogram"]) <= 2  # full depth at each completion's first token
+    assert 0 <= fixed["depth_mean"] - ours["depth_mean"] < 1
+    pairs = [(pair["policy"], pair["control"]) for pair in written["controls"]]
+    assert pairs == [(POLICIES[1], POLICIES[2]), (POLICIES[1], POLICIES[3])]
+    for pair in written["controls"]:
+        assert pair["accuracy_difference"] == pytest.approx(
+            ours["accuracy"] - runs[pair["control"]]["accuracy"]
+        )
+
+
+def test_figures_of_a_policy_agree_with_each_other(written):
+    for entry in written["runs"]:
+        classes = entry["depth_by_class"].values()
+        assert sum(part["tokens"] for part in classes) == entry["tokens"] - entry["problems"]
+        layers = sum(part["tokens"] * part["depth_mean"] for part in classes)
+        assert layers + 3 * entry["problems"] == pytest.approx(
+            entry["depth_mean"] * entry["tokens"]
+        )
+        low, high = entry["depth_fraction_ci95"]
+        assert low <= entry["depth_fraction"] <= high
+
+
+def test_every_measure_is_there_for_both_policies(written):
+    assert [entry["policy"] for entry in written["faithfulness"]] == [POLICIES[1], "full"]
+    granularities = [entry["granularity"] for entry in written["capacity"]]
+    assert granularities[::2] == ["2", "3", "4", "5", "at_once"]
+    assert {entry["policy"] for entry in written["capacity"]} == {POLICIES[1], "full"}
+    (hazards,) = written["hazards"]
+    assert hazards["policy"] == POLICIES[1]
+    assert 0 <= hazards["ece"] <= 1
+
+
+def test_completions_are_kept_with_depth_and_hazards(workdir):
+    rows = json.loads((workdir / "completions.json").read_text())
+    assert {row["policy"] for row in rows} == set(POLICIES)
+    for row in rows:
+        assert len(row["tokens"]) == len(row["depths"]) == len(row["hazards"])
+        assert row["hazards"][0] == [None, None]
+        for depth, hazards in list(zip(row["depths"], row["hazards"], strict=True))[1:]:
+            assert [hazard is not None for hazard in hazards] == [depth >= 1, depth >= 2]
+            if row["policy"] == POLICIES[1]:
+                left = [hazard is not None and hazard > 0.2 for hazard in hazards]
+                assert depth == next((e + 1 for e in (0, 1) if left[e]), 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"eval__policies": ("full", "shuffled")}, "'shuffled' is a control for 'sample'"),
+        ({"eval__policies": ("shuffled:full", "full")}, "put that before it"),
+        ({"eval__policies": ("fixed:matched:deep",)}, "policy 'deep' is not known"),
+        ({"eval__measures": ("chain",)}, "measures names 'chain'; choose among hazards"),
+        ({"eval__measured": "shuffled"}, "policy 'shuffled' is not known"),
+    ],
+)
+def test_refuses(model_dir, settings, says):
+    with pytest.raises(ValueError, match=says):
+        make_config("eval", model_dir, **settings)
+
+
+@pytest.fixture(scope="module")
+def completer(model_dir):
+    model, tokenizer = load(model_dir, exit_layers=(1, 2))
+    split = split_model(model, full=False)
+    decoder = Decoder(
+        parts=split.decodable(split.trainable), layers=3, tokenizer=tokenizer, size=EngineSize(),
+        temperature=0.0, max_new_tokens=12, seed=0,
+    )  # fmt: skip
+    return ModelCompleter(decoder, "threshold:0.2", model.arch.max_positions), model
+
+
+def test_a_completer_goes_on_as_decoding_would_have(completer):
+    """From a completion's own first tokens on come its last ones, at the same depths."""
+    completer, model = completer
+    tokenizer = completer.decoder.tokenizer
+    prompts = ["sum 372", "sum by 3 48151"]
+    whole = generate(model, tokenizer, prompts, policy=Threshold(0.2), max_new_tokens=12)
+    begun = [tokenizer.decode(ids[:5]) for ids in whole.tokens]
+    for text, ids in zip(begun, whole.tokens, strict=True):
+        assert tokenizer.encode(text) == ids[:5], "take prompts whose text gives its tokens again"
+    replies = completer.complete(prompts, begun, answer_only=False)
+    for reply, ids, depths, text in zip(replies, whole.tokens, whole.depths, begun, strict=True):
+        assert (text + reply.text).startswith(tokenizer.decode(ids))
+        assert reply.depths[: len(ids) - 5] == depths[5:]
+
+
+@pytest.mark.parametrize("text", ["", "+34+7####7", "Tom has 3 apples.\n3+4=7\n"])
+def test_filler_has_as_many_tokens(completer, text):
+    completer, _ = completer
+    encode = completer.decoder.tokenizer.encode
+    made = completer.filler(text)
+    assert len(encode(made)) == len(encode(text))
+    assert not any(character.isalnum() for character in made)
+
+
+def test_what_does_not_fit_the_model_is_refused(completer):
+    completer, _ = completer
+    with pytest.raises(ValueError, match=r"lower config\.eval\.max_new_tokens"):
+        completer.complete(["sum 372"], ["+" * 300], answer_only=True)
