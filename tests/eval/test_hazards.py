@@ -125,7 +125,7 @@ def test_the_same_over_data_shards(split, recorded):
         made = hazards_of(student, recorded)
     for row, tokens in zip(made, wanted, strict=True):
         np.testing.assert_allclose(
-            np.asarray(row, float), np.asarray(tokens, float), atol=1e-6, equal_nan=True
+            np.asarray(row, float), np.asarray(tokens, float), atol=LOGPROBS, equal_nan=True
         )
 
 

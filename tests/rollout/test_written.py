@@ -23,7 +23,7 @@ def test_goes_on_as_if_it_had_never_stopped(model, prompts, name, cuts):
     begun = [prompts[i] + whole.tokens_BT[i, :cut].tolist() for i, cut in enumerate(cuts)]
     new = COLUMNS - max(cuts)
     made = rollout(
-        model, begun, policy=POLICIES[name], hazards=True, written=cuts, size=EngineSize(2, 1),
+        model, begun, policy=POLICIES[name], hazards=True, written=cuts, size=EngineSize(rows=2, places=1),
         **ASKED | {"max_new_tokens": new},
     )  # fmt: skip
     for row, cut in enumerate(cuts):
