@@ -63,7 +63,7 @@ def held_out(
     problems, prompts, index = [], [], 0
     while len(problems) < count and (size is None or index < size):
         problem = task.problem(split, index)
-        ids = tokenizer.encode_prompt(problem.prompt)
+        ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
         index += 1
         if len(ids) > limit and config.task.skip_long:
             continue
@@ -140,7 +140,7 @@ def evaluate_policy(
         ids, depths = made.completion(row), made.depths_BT[row, : made.lengths_B[row]]
         text = tokenizer.decode(ids)
         texts.append(text)
-        verdict = task.verify(problems[number], text)
+        verdict = task.verify(problems[number], tokenizer.completion_text(ids))
         verdicts[verdict.kind] += 1
         truncated += bool(made.truncated_B[row])
         histogram += np.bincount(depths, minlength=layers + 1)
