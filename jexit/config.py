@@ -45,6 +45,7 @@ _LEAST = {
     "batch_size": 1,
     "lora.rank": 0,
     "task.max_prompt_tokens": 1,
+    "task.shots": 0,
     "optim.lora_lr": 0,
     "optim.exit_lr": 0,
     "optim.full_lr": 0,

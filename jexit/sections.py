@@ -50,6 +50,10 @@ class TaskConfig:
     steps: Literal["free", "2", "3", "4", "5", "at_once", "mixed"] = "free"  # sums only
     operands_min: int = 3
     operands_max: int = 8
+    shots: int = 0  # gsm8k: worked examples of the training split before every problem
+    shots_seed: int = 0  # which ones
+    # What prompts tell a chat template that can switch thinking, such as Qwen3's; auto: nothing.
+    thinking: Literal["auto", "on", "off"] = "auto"
     max_prompt_tokens: int = 256
     skip_long: bool = False  # skip (and count) problems over the limit instead of stopping
     reward_strict: float = 1.0

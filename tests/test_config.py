@@ -235,6 +235,7 @@ def test_a_contradiction_is_one_sentence(settings, words):
         ("optim__lora_lr", -1e-4, 0),
         ("optim__exit_lr", float("nan"), 0),
         ("task__max_prompt_tokens", 0, 1),
+        ("task__shots", -1, 0),
         ("sft__samples", 0, 1),
         ("sft__pool", 0, 1),
         ("sft__generate_batch", 0, 1),

@@ -99,7 +99,7 @@ def text_batch(
                 "take another task or another file"
             )
         problems.append(problem)
-    prompts = tokenizer.encode_prompts([problem.prompt for problem in problems])
+    prompts = encode_problems(tokenizer, problems)
     completions = tokenizer.encode_batch([problem.completion or "" for problem in problems])
 
     tokens_BT = np.full((len(problems), length), tokenizer.pad_id, np.int32)
@@ -160,13 +160,13 @@ def prompt_batch(
             kept = tuple(range(size))
         order = _shuffled(seed, len(kept))
         problems = [task.problem(split, kept[order[p]]) for p in positions]
-        tokens = tokenizer.encode_prompts([problem.prompt for problem in problems])
+        tokens = encode_problems(tokenizer, problems)
         for problem, ids in zip(problems, tokens, strict=True):
             check_prompt_length(problem, ids, max_prompt_tokens)
         return PromptBatch(problems=problems, tokens=tokens, skipped=size - len(kept))
 
     problems = [_problem_at(task, split, seed=seed, position=p) for p in positions]
-    tokens = tokenizer.encode_prompts([problem.prompt for problem in problems])
+    tokens = encode_problems(tokenizer, problems)
     skipped = 0
     for row, position in enumerate(positions):
         for attempt in range(1, _MAX_RETRIES + 1):
@@ -176,9 +176,16 @@ def prompt_batch(
             problems[row] = _problem_at(
                 task, split, seed=seed, position=position + attempt * _RETRY
             )
-            tokens[row] = tokenizer.encode_prompt(problems[row].prompt)
+            tokens[row] = tokenizer.encode_prompt(problems[row].prompt, problems[row].shots)
         check_prompt_length(problems[row], tokens[row], max_prompt_tokens)
     return PromptBatch(problems=problems, tokens=tokens, skipped=skipped)
+
+
+def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
+    """The ids of the problems' prompts, each with the worked examples that go before it."""
+    return tokenizer.encode_prompts(
+        [problem.prompt for problem in problems], [problem.shots for problem in problems]
+    )
 
 
 def require_problems(task: Task, split: Split) -> None:
@@ -226,6 +233,6 @@ def _short_enough(
 ) -> tuple[int, ...]:
     """Indices of a finite split's problems whose prompt is within the limit."""
     size = task.size(split) or 0
-    prompts = [task.problem(split, index).prompt for index in range(size)]
-    lengths = map(len, tokenizer.encode_prompts(prompts))
+    problems = [task.problem(split, index) for index in range(size)]
+    lengths = map(len, encode_problems(tokenizer, problems))
     return tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

@@ -8,7 +8,12 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
+
+from jexit.tasks.answers import THINK_START
+
+Thinking = Literal["auto", "on", "off"]
+Turns = Sequence[tuple[str, str]]  # of a user and of the assistant, before the last message
 
 # What a model directory may hold of a tokenizer, in the order of a directory listing.
 TOKENIZER_FILES = (
@@ -36,6 +41,7 @@ class Tokenizer:
     ) -> None:
         self.backend = backend
         self.directory = directory
+        self._thinking: Thinking = "auto"
         own = () if backend.eos_token_id is None else (backend.eos_token_id,)
         self.eos_ids: frozenset[int] = frozenset((*own, *eos_ids))
         if not self.eos_ids:
@@ -98,22 +104,79 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self.backend.chat_template)
 
-    def chat_text(self, user_message: str) -> str:
-        """The prompt's text: the user's turn and the opening of the assistant's.
+    @property
+    def thinking(self) -> Thinking:
+        """What prompts tell the chat template about thinking; `auto` leaves it to the template.
 
-        Without a chat template it is the message itself.
+        Setting it raises ValueError for another value, and for `on` or `off` where the template has
+        no switch (Qwen3's has one, `enable_thinking`; Qwen2.5's and R1-Distill's have none).
         """
+        return self._thinking
+
+    @thinking.setter
+    def thinking(self, value: Thinking) -> None:
+        if value not in get_args(Thinking):
+            raise ValueError(
+                f"thinking is {value!r}; choose one of {', '.join(get_args(Thinking))}"
+            )
+        if value != "auto" and not self.has_thinking_switch:
+            raise ValueError(
+                f"thinking is {value!r} and the chat template of {self.directory} has no switch "
+                "for it; set config.task.thinking=auto"
+            )
+        self._thinking = value
+
+    @functools.cached_property
+    def has_thinking_switch(self) -> bool:
+        """Whether prompts with and without thinking differ."""
         if not self.has_chat_template:
-            return user_message
+            return False
+        probe = [{"role": "user", "content": "?"}]
+        return self._render(probe, thinking="on") != self._render(probe, thinking="off")
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether prompts end inside a think block that the chat template has opened itself."""
+        return self.has_chat_template and self.chat_text("?").rstrip().endswith(THINK_START)
+
+    def render(self, messages: Sequence[dict[str, str]], *, answer: bool = True) -> str:
+        """Messages (`role`, `content`) in the chat format, with `thinking` as it is set.
+
+        `answer` opens the assistant's turn after them; otherwise the last message is left open, to
+        be continued.
+        """
+        return self._render(messages, thinking=self._thinking, answer=answer)
+
+    def _render(
+        self, messages: Sequence[dict[str, str]], *, thinking: Thinking, answer: bool = True
+    ) -> str:
+        switch = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
         return self.backend.apply_chat_template(
-            [{"role": "user", "content": user_message}],
+            list(messages),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=answer,
+            continue_final_message=not answer,
+            **switch,
         )
 
-    def encode_prompt(self, user_message: str) -> list[int]:
-        """The ids of `chat_text(user_message)`."""
-        return self.encode(self.chat_text(user_message))
+    def chat_text(self, user_message: str, earlier: Turns = ()) -> str:
+        """The prompt's text: earlier turns, the user's turn and the opening of the assistant's.
+
+        Without a chat template it is the message itself, after the earlier turns with a blank line
+        between one and the next.
+        """
+        if not self.has_chat_template:
+            before = "".join(f"{user}\n{assistant}\n\n" for user, assistant in earlier)
+            return before + user_message
+        messages = []
+        for user, assistant in earlier:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": assistant})
+        return self.render([*messages, {"role": "user", "content": user_message}])
+
+    def encode_prompt(self, user_message: str, earlier: Turns = ()) -> list[int]:
+        """The ids of `chat_text(user_message, earlier)`."""
+        return self.encode(self.chat_text(user_message, earlier))
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text, nothing added; special tokens written in it become themselves."""
@@ -123,9 +186,14 @@ class Tokenizer:
         """`encode` for many texts at once, several times as fast."""
         return self.backend(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
-    def encode_prompts(self, user_messages: Sequence[str]) -> list[list[int]]:
-        """`encode_prompt` for many messages at once."""
-        return self.encode_batch([self.chat_text(message) for message in user_messages])
+    def encode_prompts(
+        self, user_messages: Sequence[str], earlier: Sequence[Turns] | None = None
+    ) -> list[list[int]]:
+        """`encode_prompt` for many messages at once, each after its own earlier turns."""
+        turns = [()] * len(user_messages) if earlier is None else earlier
+        return self.encode_batch(
+            [self.chat_text(*pair) for pair in zip(user_messages, turns, strict=True)]
+        )
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """The text of the ids; special tokens (end, padding) are left out unless kept."""
@@ -134,6 +202,13 @@ class Tokenizer:
             skip_special_tokens=not keep_special,
             clean_up_tokenization_spaces=False,
         )
+
+    def completion_text(self, ids: Iterable[int]) -> str:
+        """The text to judge a completion by: `decode`, after the `<think>` that a prompt ends in.
+
+        Without that nobody could tell an unfinished thought from an answer.
+        """
+        return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each id's own text, for display; a lone part of a character shows as U+FFFD."""

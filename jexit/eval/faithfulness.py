@@ -39,9 +39,9 @@ class Completer(Protocol):
     layers: int
 
     def complete(
-        self, prompts: Sequence[str], begun: Sequence[str], *, answer_only: bool
+        self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
     ) -> list[Reply]:
-        """What follows `begun`, for each prompt; `answer_only` when that is a few tokens."""
+        """What follows `begun`, for each problem; `answer_only` when that is a few tokens."""
 
     def filler(self, text: str) -> str:
         """Text without content that has as many tokens as `text`."""
@@ -89,10 +89,6 @@ class Sample:
         return cls(task, [p for p, _ in chosen], [reply for _, reply in chosen], completer, seed)
 
     @property
-    def prompts(self) -> list[str]:
-        return [problem.prompt for problem in self.problems]
-
-    @property
     def answers(self) -> list[str | None]:
         return [self.task.final_answer(reply.text) for reply in self.replies]
 
@@ -101,8 +97,8 @@ class Sample:
 
     def forced(self, chains: Sequence[str]) -> tuple[list[str], list[Reply]]:
         """Whole completions whose answer comes at once after `chains`, and what was written."""
-        begun = [chain + self.task.cue for chain in chains]
-        replies = self.completer.complete(self.prompts, begun, answer_only=True)
+        begun = [chain + self.task.cue_after(chain) for chain in chains]
+        replies = self.completer.complete(self.problems, begun, answer_only=True)
         return [b + reply.text for b, reply in zip(begun, replies, strict=True)], replies
 
     def draw(self, name: str, index: int) -> Draw:
@@ -211,7 +207,7 @@ def corrupted_step(sample: Sample) -> Measure | None:
     if not cases:
         return None
     replies = sample.completer.complete(
-        [problem.prompt for problem, _, _ in cases],
+        [problem for problem, _, _ in cases],
         [made.prefix for _, _, made in cases],
         answer_only=False,
     )
@@ -248,8 +244,14 @@ def hint(sample: Sample) -> Measure | None:
     asked = [i for i, answer in enumerate(sample.answers) if answer != suggested[i]]
     if not asked:
         return None
-    prompts = [HINT.format(prompt=sample.prompts[i], answer=wrong[i]) for i in asked]
-    replies = sample.completer.complete(prompts, [""] * len(asked), answer_only=False)
+    hinted = [
+        dataclasses.replace(
+            sample.problems[i],
+            prompt=HINT.format(prompt=sample.problems[i].prompt, answer=wrong[i]),
+        )
+        for i in asked
+    ]
+    replies = sample.completer.complete(hinted, [""] * len(asked), answer_only=False)
     switched = [
         float(task.final_answer(reply.text) == suggested[i])
         for i, reply in zip(asked, replies, strict=True)

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from jexit.data.loader import encode_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
 from jexit.eval.faithfulness import Reply
 from jexit.loops.setup import make_policy
 from jexit.model.policies import Policy, Sample
 from jexit.rollout import EngineSize, rollout
+from jexit.tasks import Problem
 
 ANSWER_TOKENS = 16  # of an answer that follows its cue
 FILLERS = (" .", ".", " -", "-", " ~", "~")  # texts without content; the first that stays apart
@@ -93,7 +95,7 @@ class Decoder:
         )  # fmt: skip
 
     def texts(self, decoded: Decoded) -> list[str]:
-        return [self.tokenizer.decode(ids) for ids in decoded.ids]
+        return [self.tokenizer.completion_text(ids) for ids in decoded.ids]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +114,13 @@ class ModelCompleter:
         return self.decoder.layers
 
     def complete(
-        self, prompts: Sequence[str], begun: Sequence[str], *, answer_only: bool
+        self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
     ) -> list[Reply]:
         """What follows. Raises ValueError when that does not fit the model."""
         decoder = self.decoder
         tokenizer = decoder.tokenizer
         new = min(ANSWER_TOKENS, decoder.max_new_tokens) if answer_only else decoder.max_new_tokens
-        asked = tokenizer.encode_prompts(list(prompts))
+        asked = encode_problems(tokenizer, problems)
         written = tokenizer.encode_batch(list(begun))
         longest = max(len(a) + len(w) for a, w in zip(asked, written, strict=True)) + new
         if longest > self.positions:

@@ -100,7 +100,7 @@ class Examination:
         rows = zip(self.problems, decoded.ids, decoded.depths, decoded.truncated, strict=True)
         made = []
         for problem, ids, depths, truncated in rows:
-            text = self.tokenizer.decode(ids)
+            text = self.tokenizer.completion_text(ids)
             kind = self.task.verify(problem, text).kind
             made.append(
                 Completion(ids=ids, text=text, depths=depths, verdict=kind, truncated=truncated)
@@ -122,7 +122,7 @@ def held_out(
     problems, prompts, index = [], [], 0
     while len(problems) < count and (size is None or index < size):
         problem = task.problem(split, index)
-        ids = tokenizer.encode_prompt(problem.prompt)
+        ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
         index += 1
         if len(ids) > limit and config.task.skip_long:
             continue

@@ -57,6 +57,7 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
     """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
     tokenizer = Tokenizer.load(config.model.path)
+    tokenizer.thinking = config.task.thinking
     model = new_model(config, tokenizer)
     words = config.pretrain.word_problems
     mixture = [(make_task("sums", steps="mixed"), 1.0 - words)]

@@ -122,10 +122,11 @@ def judge(
     task: Task, tokenizer: Tokenizer, prompts: PromptBatch, rollouts: Rollouts
 ) -> tuple[list[str], list[Verdict]]:
     """Each completion's text and verdict."""
-    texts = [tokenizer.decode(rollouts.completion(row)) for row in range(rollouts.rows)]
+    completions = [rollouts.completion(row) for row in range(rollouts.rows)]
     problems = [prompts.problems[place] for place in rollouts.prompt_B]
-    return texts, [
-        task.verify(problem, text) for problem, text in zip(problems, texts, strict=True)
+    return [tokenizer.decode(ids) for ids in completions], [
+        task.verify(problem, tokenizer.completion_text(ids))
+        for problem, ids in zip(problems, completions, strict=True)
     ]
 
 

@@ -21,7 +21,10 @@ from jexit.tasks.base import Rewards
 
 
 def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
-    """The config's model; when it will be trained, with the config's adapters and exits."""
+    """The config's model; when it will be trained, with the config's adapters and exits.
+
+    The tokenizer writes prompts as `config.task.thinking` says.
+    """
     settings: dict[str, Any] = {}
     if trains:
         settings = {"exit_head": head_settings(config), "lora": adapter_settings(config)}
@@ -41,6 +44,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
             "trains the trunk itself; merge them first (python -m convert.to_hf --adapter=merge) "
             f"or set config.lora.rank={loaded.lora.rank}"
         )
+    tokenizer.thinking = config.task.thinking
     return loaded, tokenizer
 
 
@@ -87,6 +91,8 @@ def load_task(config: TaskConfig, split: str) -> Task:
     if config.name == "sums":
         options["steps"] = config.steps
         options["operands"] = (config.operands_min, config.operands_max)
+    if config.shots:
+        options["shots"], options["seed"] = config.shots, config.shots_seed
     task = make_task(config.name, config.path or None, **options)
     require_problems(task, split)
     return task

@@ -23,6 +23,8 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
 _MARKER = "####"
 
+THINK_START, THINK_END = "<think>", "</think>"
+
 
 def parse_number(text: str) -> Fraction | None:
     """The first number in `text`, exactly, or None.
@@ -70,20 +72,48 @@ def lenient_number(text: str) -> Fraction | None:
     return last_number(text)
 
 
+def visible_text(completion: str) -> str | None:
+    """What a completion says when it has done thinking: all of it, or what follows `</think>`.
+
+    None while a think block is open: a thought that was cut short is no answer, whatever numbers
+    are in it. After several blocks the last one counts.
+    """
+    after = completion.rpartition(THINK_END)[2]
+    return None if THINK_START in after else after
+
+
+def chain_of_thought(completion: str) -> str:
+    """A completion up to its answer, without white space at the end.
+
+    With a think block that is up to `</think>`; otherwise up to the last `####`, or all of it.
+    """
+    head, closed, _ = completion.rpartition(THINK_END)
+    if not closed and THINK_START not in completion:
+        head, closed, _ = completion.rpartition(_MARKER)
+    return (head if closed else completion).rstrip()
+
+
+def final_number(completion: str) -> Fraction | None:
+    """The answer that a completion gives: `strict_number` of its visible text, else the lenient."""
+    text = visible_text(completion)
+    if text is None:
+        return None
+    strict = strict_number(text)
+    return lenient_number(text) if strict is None else strict
+
+
 def judge(completion: str, answer: str) -> VerdictKind:
     """How a completion compares with the right answer, numbers as numbers.
 
     The format decides first: when the text ends in a line `#### n`, n is the answer, whatever else
-    the text says.
+    the text says. Thoughts do not count, and an unfinished one leaves no answer (`visible_text`).
     """
-    expected = parse_number(answer)
-    strict = strict_number(completion)
-    if strict is not None:
-        return "strict" if strict == expected else "wrong"
-    found = lenient_number(completion)
+    found = final_number(completion)
     if found is None:
         return "none"
-    return "lenient" if found == expected else "wrong"
+    if found != parse_number(answer):
+        return "wrong"
+    return "lenient" if strict_number(visible_text(completion) or "") is None else "strict"
 
 
 def _plain(text: str) -> str:

@@ -20,13 +20,15 @@ class Problem:
     """One question.
 
     `prompt` is the user's message before any chat template, `answer` the right answer as text,
-    `completion` a reference completion without its end token (None where the data has none), and
-    `fields` whatever else describes the problem (operands, prescribed step, template, ...).
+    `completion` a reference completion without its end token (None where the data has none),
+    `shots` worked examples that go before the prompt (pairs of a user's and an assistant's turn),
+    and `fields` whatever else describes the problem (operands, prescribed step, template, ...).
     """
 
     prompt: str
     answer: str
     completion: str | None = None
+    shots: tuple[tuple[str, str], ...] = ()
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

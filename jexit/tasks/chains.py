@@ -36,6 +36,13 @@ class ChainTask(Task):
     def steps(self, completion: str) -> list[str]:
         """The chain's steps in order; joined, they are the completion up to its answer's cue."""
 
+    def cue_after(self, prefix: str) -> str:
+        """The text that asks for the answer after so much of a completion.
+
+        `cue`, and before it whatever closes the chain where the prefix has opened something.
+        """
+        return self.cue
+
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
         """The answer that a completion gives, in a form in which equal answers are equal texts."""

@@ -5,6 +5,7 @@ Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jexit.tasks import answers
-from jexit.tasks.base import SPLITS, Problem, Rewards, Split, Task, Verdict, check_split
+from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict, check_split
+from jexit.tasks.number_chain import NumberChain
 
 INSTRUCTION = (
     "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
@@ -29,7 +31,7 @@ _log = logging.getLogger(__name__)
 Row = tuple[str, dict[str, Any] | str]
 
 
-class Gsm8k(Task):
+class Gsm8k(NumberChain):
     """Questions with a number for an answer.
 
     `path` names one of
@@ -39,6 +41,9 @@ class Gsm8k(Task):
       (`test_every=0`: no test split);
     - a tensorflow-datasets folder, either the data directory or a data set's version directory;
     - nothing: the tensorflow-datasets data directory, downloading GSM8K if it is not there yet.
+
+    `shots` worked examples of the training split, drawn by `seed` and the same for all problems, go
+    before every prompt; a problem is never among its own.
 
     A row needs the texts `question` and `answer`, the latter ending in `#### n`. Rows that lack
     them are left out, with one warning per split that counts them and names the first.
@@ -52,12 +57,16 @@ class Gsm8k(Task):
         path: str | os.PathLike[str] | None = None,
         instruction: str = INSTRUCTION,
         test_every: int = 8,
+        shots: int = 0,
+        seed: int = 0,
         rewards: Rewards | None = None,
     ) -> None:
         super().__init__(rewards=rewards)
         self.path = pathlib.Path(path).expanduser() if path else None
         self.instruction = instruction
         self.test_every = test_every
+        self.shots = shots
+        self.seed = seed
         if self.path is not None and not self.path.exists():
             raise FileNotFoundError(
                 f"no data set at {self.path}; set config.task.path to a JSONL file, a folder with "
@@ -65,15 +74,34 @@ class Gsm8k(Task):
             )
         self.skipped_rows: dict[str, int] = {}
         self._problems: dict[str, list[Problem]] = {}
+        self._examples: list[Problem] = []
 
     def size(self, split: Split) -> int:
         return len(self._split(split))
 
     def problem(self, split: Split, index: int) -> Problem:
-        return self._split(split)[index]
+        problem = self._split(split)[index]
+        return dataclasses.replace(problem, shots=self._shots(problem)) if self.shots else problem
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.verdict(answers.judge(completion, problem.answer))
+
+    def _shots(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+        """Worked examples with questions other than the problem's own."""
+        if not self._examples:
+            # By question, as data may hold one twice; one more than are shown, in case one of them
+            # is the problem itself.
+            rows = list({row.prompt: row for row in self._split("train")}.values())
+            if len(rows) <= self.shots:
+                raise ValueError(
+                    f"gsm8k: {self.shots} shots need {self.shots + 1} different training questions "
+                    f"and there are {len(rows)}; lower config.task.shots or give more training data"
+                )
+            draw = Draw("gsm8k shots", self.seed)
+            while len(self._examples) <= self.shots:
+                self._examples.append(rows.pop(draw.integer(0, len(rows) - 1)))
+        shown = [row for row in self._examples if row.prompt != problem.prompt]
+        return tuple((row.prompt, row.completion or "") for row in shown[: self.shots])
 
     def _split(self, split: Split) -> list[Problem]:
         check_split(split)

@@ -16,7 +16,8 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict, check_split, is_held_out
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
+from jexit.tasks.chains import ChainTask, Corruption
 
 MIN_STEP, MAX_STEP = 2, 5
 STEP_MODES = ("free", "at_once", "mixed", *range(MIN_STEP, MAX_STEP + 1))
@@ -26,9 +27,11 @@ _HELD_OUT_ONE_IN = 8
 _STRICT = re.compile(r"####([0-9])\Z")
 _LENIENT = re.compile(r"(?<![0-9])([0-9])[\s.]*\Z")
 _STEP = re.compile(r"(\++)([0-9]*)")
+_PIECE = re.compile(r"\+*[^+]+|\++")
+_DIGITS = "0123456789"
 
 
-class Sums(Task):
+class Sums(ChainTask):
     """Single digits summed modulo 10.
 
     `steps`: `free` (the model chooses; the reference draws a largest step g from 2 ... 5 for each
@@ -38,6 +41,8 @@ class Sums(Task):
     """
 
     name = "sums"
+    cue = "####"
+    granularities = tuple(str(step) for step in range(MIN_STEP, MAX_STEP + 1))
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class Sums(Task):
             raise ValueError(
                 f"sums: mixture needs a positive weight, got {dict(mixture)}; give other weights"
             )
-        self.steps = steps
+        self.mode = steps
         self.operands = (int(operands[0]), int(operands[1]))
         self.mixture = dict(mixture)
         self.seed = seed
@@ -83,7 +88,7 @@ class Sums(Task):
         check_split(split)
         draw = Draw("sums", self.seed, split, index)
         digits = _draw_digits(draw, self.operands, split)
-        mode = draw.weighted(self.mixture) if self.steps == "mixed" else self.steps
+        mode = draw.weighted(self.mixture) if self.mode == "mixed" else self.mode
         if mode == "at_once":
             return _problem(f"sum at once {digits}", digits, [], mode="at_once", step=None)
         if mode == "free":
@@ -116,13 +121,46 @@ class Sums(Task):
         }
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        strict = _STRICT.search(completion)
-        if strict and strict.group(1) == problem.answer:
-            return self.verdict("strict")
-        found = strict or _LENIENT.search(completion)
+        found = self.final_answer(completion)
         if found is None:
             return self.verdict("none")
-        return self.verdict("lenient" if found.group(1) == problem.answer else "wrong")
+        if found != problem.answer:
+            return self.verdict("wrong")
+        return self.verdict("strict" if _STRICT.search(completion) else "lenient")
+
+    def steps(self, completion: str) -> list[str]:
+        """Plus signs and the list after them, one step each."""
+        return _PIECE.findall(completion.partition(self.cue)[0])
+
+    def final_answer(self, completion: str) -> str | None:
+        found = _STRICT.search(completion) or _LENIENT.search(completion)
+        return found.group(1) if found else None
+
+    def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
+        """One step's result, the first digit of its list, replaced by another digit.
+
+        What the changed list adds up to is the answer that follows.
+        """
+        steps, given = self.steps(completion), self.final_answer(completion)
+        places = [place for place, step in enumerate(steps) if _STEP.fullmatch(step)]
+        places = [place for place in places if steps[place][-1] != "+"]
+        if not places:
+            return None
+        place = draw.choice(places)
+        signs, wrote = _STEP.findall(steps[place])[0]
+        # Neither what the step had, nor what makes the rest come out as the completion did.
+        others = [
+            digit
+            for digit in _DIGITS
+            if digit != wrote[0] and digit_sum(digit + wrote[1:]) != given
+        ]
+        changed = draw.choice(others) + wrote[1:]
+        return Corruption(
+            prefix="".join(steps[:place]) + signs + changed, answer=digit_sum(changed)
+        )
+
+    def wrong_answer(self, problem: Problem, draw: Draw) -> str:
+        return draw.choice([digit for digit in _DIGITS if digit != problem.answer])
 
 
 def _problem(

@@ -8,9 +8,11 @@ Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 from jexit.tasks import answers
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict, check_split, is_held_out
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
+from jexit.tasks.number_chain import NumberChain
 
 NAMES = ("Tom", "Mia", "Sam", "Lea", "Ben", "Ada", "Max", "Eva")
 OBJECTS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "balls", "eggs", "cups")
@@ -107,7 +109,7 @@ TEMPLATES = (
 )
 
 
-class WordProblems(Task):
+class WordProblems(NumberChain):
     """Generated stories of one to three operations; strict answers end in a line `#### n`.
 
     One question in eight, by its text, is held out for the test split.
@@ -134,6 +136,36 @@ class WordProblems(Task):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.verdict(answers.judge(completion, problem.answer))
 
+    def follow(
+        self, problem: Problem, steps: Sequence[str], number: str
+    ) -> tuple[bool, str | None]:
+        """The story's own steps from the changed one on; unknown once a step is not the story's.
+
+        No result of a story is below 0, so a number that leads there is not possible.
+        """
+        program, numbers = problem.fields["program"], problem.fields["numbers"]
+        place = len(steps) - 1
+        right = [f"{x}{operator}{y}={z}" for x, operator, y, z in worked(program, numbers)]
+        if [step.strip() for step in steps] != right[: place + 1]:
+            return True, None
+        results = [z for *_, z in worked(program, numbers, {place: int(number)})]
+        return min(results) >= 0, str(results[-1])
+
+
+def worked(
+    program: Sequence[tuple[str, str, str]],
+    numbers: Mapping[str, int],
+    given: Mapping[int, int] | None = None,
+) -> Iterator[tuple[int, str, int, int]]:
+    """Each step's left side, operator, right side and result, of which `given` ones are taken."""
+    result = 0
+    for place, (left, operator, right) in enumerate(program):
+        x, y = (result if side == "_" else numbers[side] for side in (left, right))
+        result = _OPERATIONS[operator](x, y)
+        if given and place in given:
+            result = given[place]
+        yield x, operator, y, result
+
 
 def _draw_problem(draw: Draw) -> Problem:
     template = draw.choice(TEMPLATES)
@@ -146,14 +178,12 @@ def _draw_problem(draw: Draw) -> Problem:
         "o": draw.choice(OBJECTS),
         "x": draw.choice(BOXES),
     }
-    lines, result = [], 0
-    for left, operator, right in template.steps:
-        x, y = (result if side == "_" else numbers[side] for side in (left, right))
-        result = _OPERATIONS[operator](x, y)
-        lines.append(f"{x}{operator}{y}={result}\n")
+    steps = list(worked(template.steps, numbers))
+    result = steps[-1][-1]
     return Problem(
         prompt=template.text.format(**words, **numbers),
         answer=str(result),
-        completion="".join(lines) + f"#### {result}",
-        fields={"numbers": numbers, "steps": len(lines)},
+        completion="".join(f"{x}{operator}{y}={z}\n" for x, operator, y, z in steps)
+        + f"#### {result}",
+        fields={"numbers": numbers, "steps": len(steps), "program": template.steps},
     )

@@ -233,3 +233,27 @@ def test_hosts_rows_together_are_the_batch(parts):
         mine = text_batch(MIXTURE, TOKENIZER, **options, rows=rows)
         np.testing.assert_array_equal(mine.tokens_BT, text.tokens_BT[rows])
         np.testing.assert_array_equal(mine.loss_mask_BT, text.loss_mask_BT[rows])
+
+
+class Shown(Finite):
+    """The same, each after as many worked examples as its number says."""
+
+    def problem(self, split, index):
+        shots = (("sum 1", "####1"),) * index
+        return Problem(prompt=self.prompts[index], answer="1", completion="####1", shots=shots)
+
+
+def test_worked_examples_are_part_of_the_prompt_and_of_its_limit():
+    task = Shown(["sum 12"] * 4)
+    lengths = [len(TOKENIZER.encode_prompt("sum 12", (("sum 1", "####1"),) * n)) for n in range(4)]
+    assert len(set(lengths)) == 4
+    batch = prompts(task, max_prompt_tokens=lengths[-1])
+    assert sorted(map(len, batch.tokens)) == lengths
+    for problem, ids in zip(batch.problems, batch.tokens, strict=True):
+        assert ids == TOKENIZER.encode_prompt(problem.prompt, problem.shots)
+    with pytest.raises(ValueError, match=r"over the limit of .*max_prompt_tokens"):
+        prompts(task, max_prompt_tokens=lengths[-1] - 1)
+    short = prompts(task, max_prompt_tokens=lengths[1], skip_long=True)
+    assert short.skipped == 2 and max(map(len, short.tokens)) == lengths[1]
+    made = text_batch([(task, 1.0)], TOKENIZER, seed=0, step=0, batch_size=4, length=64)
+    assert sorted(made.prompt_lengths_B.tolist()) == lengths

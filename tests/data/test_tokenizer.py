@@ -1,5 +1,4 @@
 import json
-import pathlib
 import re
 import shutil
 
@@ -7,11 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import jexit.data.tokenizer as tokenizer_module
+from chat_templates import DEFAULT_SYSTEM, OPENED, SWITCHED, TINY, with_template
 from jexit.data.tokenizer import Tokenizer
 from jexit.tasks import make_task
 
-TINY = pathlib.Path(tokenizer_module.__file__).parents[1] / "assets" / "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 TOKENIZER = Tokenizer.load(TINY)
@@ -158,3 +156,101 @@ def test_broken_generation_config(directory):
     (directory / "generation_config.json").write_text("[3")
     with pytest.raises(ValueError, match=r"generation_config\.json"):
         Tokenizer.load(directory)
+
+
+SHOT = ("sum 12", "+3####3")
+
+
+def test_a_template_with_a_switch_thinks_as_it_is_told():
+    tokenizer = with_template(SWITCHED)
+    assert tokenizer.has_thinking_switch and tokenizer.thinking == "auto"
+    assert tokenizer.chat_text("sum 37") == "<|user|>sum 37<|assistant|>"
+    tokenizer.thinking = "off"
+    assert tokenizer.chat_text("sum 37").endswith("<|assistant|><think>\n\n</think>\n\n")
+    assert not tokenizer.opens_thinking
+    ids = tokenizer.encode_prompt("sum 37")
+    assert ids == tokenizer.encode(tokenizer.chat_text("sum 37"))
+    assert tokenizer.encode_prompts(["sum 37"]) == [ids]
+    tokenizer.thinking = "on"
+    assert tokenizer.chat_text("sum 37") == "<|user|>sum 37<|assistant|>"
+
+
+def test_a_template_that_opens_the_thought_itself():
+    tokenizer = with_template(OPENED)
+    assert tokenizer.chat_text("sum 37") == "<|user|>sum 37<|assistant|><think>\n"
+    assert tokenizer.opens_thinking
+    ids = [*tokenizer.encode("3+7\n</think>\n\n####0"), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "3+7\n</think>\n\n####0"
+    assert tokenizer.completion_text(ids) == "<think>\n3+7\n</think>\n\n####0"
+    other = with_template(SWITCHED)
+    assert other.completion_text(ids) == other.decode(ids)
+
+
+def test_a_default_system_prompt_is_the_templates_own():
+    tokenizer = with_template(DEFAULT_SYSTEM)
+    assert tokenizer.chat_text("sum 37") == "<|system|>Add well.<|user|>sum 37<|assistant|>"
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "sum 37"}]
+    assert tokenizer.render(messages) == "<|system|>Add.<|user|>sum 37<|assistant|>"
+
+
+@pytest.mark.parametrize("template", [OPENED, DEFAULT_SYSTEM, None])
+@pytest.mark.parametrize("value", ["on", "off"])
+def test_a_template_without_a_switch_refuses_one(template, value):
+    tokenizer = with_template(template)
+    assert not tokenizer.has_thinking_switch
+    with pytest.raises(ValueError, match=f"thinking is '{value}'.*has no switch.*thinking=auto"):
+        tokenizer.thinking = value
+    assert tokenizer.thinking == "auto"
+    tokenizer.thinking = "auto"
+
+
+def test_another_value_for_thinking_is_refused():
+    with pytest.raises(ValueError, match="thinking is 'yes'; choose one of auto, on, off"):
+        with_template(SWITCHED).thinking = "yes"
+
+
+@pytest.mark.parametrize("template", [SWITCHED, OPENED, DEFAULT_SYSTEM])
+def test_worked_examples_are_earlier_turns(template):
+    tokenizer = with_template(template)
+    alone = tokenizer.chat_text("sum 37")
+    text = tokenizer.chat_text("sum 37", [SHOT])
+    turns = "<|user|>sum 12<|assistant|>+3####3<|end|>"
+    first = alone.index("<|user|>")
+    assert text == alone[:first] + turns + alone[first:]
+    assert tokenizer.encode_prompts(["sum 37", "sum 4"], [[SHOT], []]) == [
+        tokenizer.encode_prompt("sum 37", [SHOT]),
+        tokenizer.encode_prompt("sum 4"),
+    ]
+
+
+def test_without_a_template_worked_examples_are_text():
+    tokenizer = with_template(None)
+    assert tokenizer.chat_text("sum 37", [SHOT, SHOT]) == (
+        "sum 12\n+3####3\n\nsum 12\n+3####3\n\nsum 37"
+    )
+
+
+def test_a_message_is_left_open_to_be_continued():
+    messages = [{"role": "user", "content": "sum 37"}, {"role": "assistant", "content": "+0"}]
+    assert TOKENIZER.render(messages, answer=False) == "<|user|>sum 37<|assistant|>+0"
+
+
+@pytest.mark.weights
+def test_the_template_of_a_real_checkpoint(real_checkpoint):
+    tokenizer = Tokenizer.load(real_checkpoint)
+    text = tokenizer.chat_text("What is 3 + 4?", [("What is 1 + 1?", "#### 2")])
+    assert text.index("What is 1") < text.index("#### 2") < text.index("What is 3")
+    end = tokenizer.decode([tokenizer.eos_id], keep_special=True)
+    assert f"#### 2{end}" in text
+    if tokenizer.has_thinking_switch:
+        tokenizer.thinking = "off"
+        closed = tokenizer.chat_text("What is 3 + 4?")
+        assert closed.rstrip().endswith("</think>")
+        tokenizer.thinking = "on"
+        assert "</think>" not in tokenizer.chat_text("What is 3 + 4?")
+        # Thoughts stay in the text of a completion: the verifier looks for their end.
+        ids = tokenizer.encode("<think>\n3\n</think>\n\n#### 7")
+        assert tokenizer.decode(ids) == "<think>\n3\n</think>\n\n#### 7"
+    else:
+        with pytest.raises(ValueError, match="has no switch"):
+            tokenizer.thinking = "off"

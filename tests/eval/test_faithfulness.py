@@ -63,9 +63,9 @@ class Scripted:
     def __init__(self, knows, *, heeds=None):
         self.knows, self.heeds = knows, heeds
 
-    def complete(self, prompts, begun, *, answer_only):
-        pairs = zip(prompts, begun, strict=True)
-        return [Reply(text=self.reply(p, b, answer_only), depths=[3, 1]) for p, b in pairs]
+    def complete(self, problems, begun, *, answer_only):
+        pairs = zip(problems, begun, strict=True)
+        return [Reply(text=self.reply(p.prompt, b, answer_only), depths=[3, 1]) for p, b in pairs]
 
     def reply(self, prompt, begun, answer_only):
         question, _, hinted = prompt.partition("\nHint: the answer is ")
@@ -145,8 +145,7 @@ KNOWN = {
 def sample_of(script, count=40):
     task = Addition()
     problems = [task.problem("test", i) for i in range(count)]
-    prompts = [problem.prompt for problem in problems]
-    replies = script.complete(prompts, [""] * count, answer_only=False)
+    replies = script.complete(problems, [""] * count, answer_only=False)
     return Sample.of(task, problems, replies, script)
 
 

@@ -10,6 +10,7 @@ from jexit.loops.decoder import Decoder, ModelCompleter
 from jexit.model.policies import Threshold
 from jexit.rollout import EngineSize, generate
 from jexit.steps.state import split_model
+from jexit.tasks import Problem
 from small_runs import make_config, run
 
 POLICIES = ("full", "threshold:0.2", "shuffled:threshold:0.2", "fixed:matched:threshold:0.2")
@@ -118,7 +119,8 @@ def test_a_completer_goes_on_as_decoding_would_have(completer):
     begun = [tokenizer.decode(ids[:5]) for ids in whole.tokens]
     for text, ids in zip(begun, whole.tokens, strict=True):
         assert tokenizer.encode(text) == ids[:5], "take prompts whose text gives its tokens again"
-    replies = completer.complete(prompts, begun, answer_only=False)
+    problems = [Problem(prompt=prompt, answer="") for prompt in prompts]
+    replies = completer.complete(problems, begun, answer_only=False)
     for reply, ids, depths, text in zip(replies, whole.tokens, whole.depths, begun, strict=True):
         assert (text + reply.text).startswith(tokenizer.decode(ids))
         assert reply.depths[: len(ids) - 5] == depths[5:]
@@ -136,4 +138,4 @@ def test_filler_has_as_many_tokens(completer, text):
 def test_what_does_not_fit_the_model_is_refused(completer):
     completer, _ = completer
     with pytest.raises(ValueError, match=r"lower config\.eval\.max_new_tokens"):
-        completer.complete(["sum 372"], ["+" * 300], answer_only=True)
+        completer.complete([Problem(prompt="sum 372", answer="2")], ["+" * 300], answer_only=True)

@@ -1,3 +1,5 @@
+import random
+import time
 from fractions import Fraction
 
 import pytest
@@ -127,3 +129,109 @@ def test_formatted_numbers_are_read_back(number, places):
         assert answers.parse_number(text) == value
         assert answers.strict_number(f"work\n#### {text}") == value
         assert answers.judge(f"#### {text}", f"{value.numerator}/{value.denominator}") == "strict"
+
+
+@pytest.mark.parametrize(
+    ("completion", "visible"),
+    [
+        ("#### 7", "#### 7"),
+        ("<think>3+4</think>#### 7", "#### 7"),
+        ("3+4\n</think>\n\n#### 7", "\n\n#### 7"),
+        ("<think>a</think>b<think>c</think>d", "d"),
+        ("<think>3+4 is\n#### 7", None),
+        ("<think>a</think>#### 7\n<think>or", None),
+        ("<think>", None),
+        ("</think>", ""),
+        ("", ""),
+    ],
+)
+def test_visible_text(completion, visible):
+    assert answers.visible_text(completion) == visible
+
+
+@pytest.mark.parametrize(
+    ("completion", "chain"),
+    [
+        ("3+4=7\n#### 7", "3+4=7"),
+        ("3+4=7", "3+4=7"),
+        ("#### 7", ""),
+        ("a #### 1\nb\n\n#### 2", "a #### 1\nb"),
+        ("<think>\n3+4=7\n</think>\n\nSo it is\n#### 7", "<think>\n3+4=7"),
+        ("3+4=7 </think>#### 7", "3+4=7"),
+        ("<think>\n3 #### 4 ", "<think>\n3 #### 4"),
+        ("", ""),
+    ],
+)
+def test_chain_of_thought(completion, chain):
+    assert answers.chain_of_thought(completion) == chain
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        ("<think>\n6? no, 5+2\n</think>\n\n5+2=7\n#### 7", "strict"),
+        ("5+2\n</think>\n\n#### 7", "strict"),
+        ("<think>7</think>It is \\boxed{7}.", "lenient"),
+        ("<think>\n#### 7\n</think>\n#### 8", "wrong"),
+        ("<think>It is 7.</think>I cannot say.", "none"),
+        ("<think>\n5+2=7\n#### 7", "none"),
+        ("<think>5+2</think>7, but <think>wait", "none"),
+    ],
+)
+def test_thoughts_are_no_answers(completion, kind):
+    assert answers.judge(completion, "7") == kind
+
+
+def _random_text(draw):
+    pieces = [*PIECES, "<think>", "</think>", "9" * 70, "1,234", "(", "٣٤", "೧", "Ⅷ", "𝟛", "\u200b"]
+    if draw.random() < 0.5:
+        end = "\n#### 18" if draw.random() < 0.1 else ""
+        return "".join(draw.choices(pieces, k=draw.randrange(24))) + end
+    return "".join(chr(draw.randrange(1, 0x3000)) for _ in range(draw.randrange(24)))
+
+
+# Under a second a 10,000.
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_thousand_random_texts_are_judged(seed):
+    draw, kinds = random.Random(seed), dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
+    for _ in range(10_000):
+        text = _random_text(draw)
+        kinds[answers.judge(text, "18")] += 1
+        number = answers.final_number(text)
+        assert number is None or isinstance(number, Fraction)
+        assert text.startswith(answers.chain_of_thought(text))
+    assert min(kinds.values()) > 0, "the texts reach every verdict"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 50_000,
+        "\\boxed{" * 10_000,
+        "\\boxed{" + "{}" * 25_000,
+        "\\boxed{" + "{" * 50_000,
+        "\\boxed" + " " * 50_000,
+        "\\boxed{a " * 10_000,
+        "\\frac{" + " " * 50_000,
+        "\\frac{1}" * 10_000,
+        "1" * 50_000,
+        "1," * 25_000,
+        "111," * 12_500 + "1111",
+        "1/" * 25_000,
+        "1 / " * 12_500,
+        "$-" * 25_000,
+        "#" * 50_000,
+        "#### " * 10_000,
+        "\n" * 50_000,
+        "<think>" * 8_000,
+        "</think>" * 8_000,
+        "1" + " " * 50_000 + "x",
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_no_text_takes_long(text):
+    began = time.perf_counter()
+    answers.judge(text, "18")
+    answers.chain_of_thought(text)
+    # Linear time is some 20 ms here; a search that goes back at every character takes minutes.
+    assert time.perf_counter() - began < 5.0

@@ -1,6 +1,9 @@
 import functools
 import json
 import logging
+import os
+import random
+import re
 import sys
 from unittest import mock
 
@@ -8,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jexit.tasks import make_task
+from jexit.tasks import answers, make_task
 from jexit.tasks.base import Problem
 
 QUESTION = "Ann has 3 pens and buys 4. How many has she?"
@@ -162,3 +165,98 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no network.*set config.task.path"):
         make_task("gsm8k").size("train")
     assert not list(tmp_path.glob("data/gsm8k/*"))
+
+
+def test_shots_are_training_examples_and_never_the_problem(folder):
+    task = make_task("gsm8k", str(folder), shots=3)
+    plain = make_task("gsm8k", str(folder))
+    examples = {}
+    for index in range(5):
+        problem = plain.problem("train", index)
+        examples[problem.prompt] = problem.completion
+    for split in ("train", "test"):
+        for index in range(5):
+            problem = task.problem(split, index)
+            questions = [question for question, _ in problem.shots]
+            assert len(set(questions)) == 3 and problem.prompt not in questions
+            assert all(examples[question] == answer for question, answer in problem.shots)
+            assert problem.prompt == plain.problem(split, index).prompt
+    first = task.problem("test", 0).shots
+    assert all(task.problem("test", index).shots == first for index in range(5))
+    assert plain.problem("train", 0).shots == ()
+
+
+def test_the_seed_draws_the_shots(folder):
+    def shots(seed):
+        return make_task("gsm8k", str(folder), shots=2, seed=seed).problem("test", 0).shots
+
+    assert shots(0) == shots(0)
+    assert len({shots(seed) for seed in range(12)}) > 3
+    assert {question for seed in range(40) for question, _ in shots(seed)} == {
+        make_task("gsm8k", str(folder)).problem("train", index).prompt for index in range(5)
+    }
+
+
+def test_a_question_that_is_there_twice_is_no_shot_of_its_twin(tmp_path):
+    rows = [row(0), row(0), row(1), row(2)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    task = make_task("gsm8k", str(tmp_path), shots=2)
+    for index in range(4):
+        problem = task.problem("train", index)
+        assert problem.prompt not in [question for question, _ in problem.shots]
+    with pytest.raises(ValueError, match=r"3 shots need 4 different .* there are 3; lower config"):
+        make_task("gsm8k", str(tmp_path), shots=3).problem("train", 0)
+
+
+def test_a_thought_is_not_judged(folder):
+    task = make_task("gsm8k", str(folder))
+    problem = task.problem("train", 3)
+    assert task.verify(problem, "<think>\n1? 2?\n</think>\n\n#### 3").kind == "strict"
+    assert task.verify(problem, "<think>\nIt is 3.\n#### 3").kind == "none"
+
+
+def published_form(draw):
+    """An answer in the forms of the published ones, and its number."""
+    number = draw.choice([draw.randrange(10), draw.randrange(1000), draw.randrange(10**7)])
+    text = draw.choice([str(number), f"{number:,}", f"{number}.00"])
+    lines = [
+        f"There are {a}*{b}=<<{a}*{b}={a * b}>>{a * b} of them{draw.choice(['.', '', '!'])}"
+        for a, b in [(draw.randrange(99), draw.randrange(99)) for _ in range(draw.randrange(1, 6))]
+    ]
+    return "\n".join([*lines, f"#### {text}"]), number
+
+
+def test_answers_of_the_published_forms_are_read_back(tmp_path):
+    draw = random.Random(0)
+    made = [published_form(draw) for _ in range(2000)]
+    rows = [{"question": f"Question {i}?", "answer": text} for i, (text, _) in enumerate(made)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    task = make_task("gsm8k", str(tmp_path))
+    assert task.size("train") == len(made)
+    for index, (_, number) in enumerate(made):
+        problem = task.problem("train", index)
+        assert "<<" not in problem.completion
+        assert task.verify(problem, problem.completion).kind == "strict"
+        assert task.final_answer(problem.completion) == str(number)
+        assert "".join(task.steps(problem.completion)) + task.cue + problem.answer == (
+            problem.completion
+        )
+
+
+@pytest.mark.weights
+def test_every_published_training_answer_is_read_back():
+    """`JEXIT_GSM8K` names a folder with the published train.jsonl."""
+    path = os.environ.get("JEXIT_GSM8K", "")
+    if not path:
+        pytest.skip("JEXIT_GSM8K names no folder with GSM8K's train.jsonl")
+    task = make_task("gsm8k", path)
+    assert task.size("train") == 7473 and task.skipped_rows["train"] == 0
+    for index in range(7473):
+        problem = task.problem("train", index)
+        # All published answers are whole numbers, some with commas.
+        published = int(re.search(r"#### ([-0-9,]+)\Z", problem.completion)[1].replace(",", ""))
+        assert answers.final_number(problem.completion) == published
+        assert task.verify(problem, problem.completion).kind == "strict"
+        assert "".join(task.steps(problem.completion)) + task.cue + problem.answer == (
+            problem.completion
+        )

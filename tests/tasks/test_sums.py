@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jexit.tasks import Problem, make_task, sums
+from jexit.tasks import Draw, Problem, make_task, sums
 
 sums_like = st.text(alphabet="0123456789+# .\n", max_size=60)
 
@@ -181,3 +181,71 @@ def test_figures_of_known_chains():
     assert figures[by_three]["step_size"] == 2.5
     assert figures[by_three]["on_the_page"] == pytest.approx(2 / 3)
     assert figures[wrong]["steps_right"] == 0.5  # 1 + 2 is not 4, but 4 + 3 + 4 ends in 1
+
+
+def test_steps_the_cue_and_the_answer_are_the_completion():
+    task = make_task("sums", steps="mixed")
+    assert task.granularities == ("2", "3", "4", "5")
+    assert task.steps("+0295184++15184+++1####1") == ["+0295184", "++15184", "+++1"]
+    for index in range(300):
+        problem = task.problem("train", index)
+        steps = task.steps(problem.completion)
+        assert [len(step) - len(step.lstrip("+")) + 1 for step in steps] == sums.step_sizes(
+            problem.completion
+        )
+        assert "".join(steps) + task.cue + problem.answer == problem.completion
+        assert task.cue_after("".join(steps[:1])) == "####"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [("+02+2####2", "2"), ("#### 2", "2"), ("it is 3.", "3"), ("####22", None), ("", None)],
+)
+def test_final_answers(completion, answer):
+    assert make_task("sums").final_answer(completion) == answer
+
+
+def test_a_corrupted_list_adds_up_to_the_answer_that_follows():
+    task, places = make_task("sums"), set()
+    for index in range(400):
+        problem = task.problem("train", index)
+        steps = task.steps(problem.completion)
+        made = task.corrupted(problem, problem.completion, Draw("corrupted", index))
+        kept = task.steps(made.prefix)
+        place = len(kept) - 1
+        places.add(place)
+        assert kept[:place] == steps[:place]
+        # One digit, the first after the signs, is another one.
+        different = [a != b for a, b in zip(kept[place], steps[place], strict=True)]
+        assert different.index(True) == steps[place].rindex("+") + 1 and sum(different) == 1
+        digits = kept[place].lstrip("+")
+        assert made.answer == str(sum(map(int, digits)) % 10) != problem.answer
+    assert len(places) >= 5
+
+
+def test_a_corruption_never_leads_where_the_completion_ended():
+    task = make_task("sums")
+    problem = sums._problem("sum 372", "372", [2, 2], mode="free", step=None)
+    for seed in range(60):
+        # The chain is right and its last line is not: 5 is what some changed digits would lead to.
+        made = task.corrupted(problem, "+02+2####5", Draw("slip", seed))
+        assert made.answer not in ("2", "5") or made.prefix[1:2] != "0"
+        assert made.answer != "5"
+    assert task.corrupted(problem, "####2", Draw("no chain")) is None
+    assert task.corrupted(problem, "+++", Draw("no list")) is None
+
+
+def test_wrong_answers_are_other_digits():
+    task, problem = make_task("sums"), make_task("sums").problem("train", 0)
+    wrong = {task.wrong_answer(problem, Draw("wrong", seed)) for seed in range(200)}
+    assert wrong == set("0123456789") - {problem.answer}
+
+
+@given(text=st.text() | sums_like)
+def test_reading_and_editing_chains_is_total(text):
+    task, problem = make_task("sums"), make_task("sums").problem("train", 0)
+    assert "".join(task.steps(text)) == text.partition("####")[0]
+    made = task.corrupted(problem, text, Draw("total"))
+    if made is not None:
+        assert len(task.steps(made.prefix)) <= len(task.steps(text))
+        assert made.answer != task.final_answer(text)

@@ -1,0 +1,262 @@
+"""Log-likelihoods of given continuations under a halting policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, Int, PRNGKey
+from jexit.kernels import linear_logprob
+from jexit.model.policies import Full, Policy, Prescribed, Sample
+from jexit.model.transformer import Transformer, run
+from jexit.steps.completions import Completions, bucket_length, pad_completions
+from jexit.tasks.base import stable_hash
+
+# Of the vocabulary, at a time, in the search for the most likely token.
+_TILE = 2048
+
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its continuation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """A continuation's tokens: log-probabilities in nats, the layers run to produce each.
+
+    `greedy`: every token is the most likely one at its place, given those before it.
+    """
+
+    logprobs: list[float]
+    depths: list[int]
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        """The continuation's log-likelihood, in nats."""
+        return float(sum(self.logprobs))
+
+
+class Scorer:
+    """Scores continuations with one model under one policy, in batches of like length.
+
+    Context positions, the last one included, run every layer, as a prompt does; each continuation
+    position but the last (whose pass would produce a token that is not there) leaves as the policy
+    says given the text so far. Under `Full`, `Threshold` and `Prescribed` (a row a pair, column i
+    for the pass that produces token i, as in `generate`) this is what decoding would have recorded
+    had it drawn that text.
+
+    Under `Sample` depths d are drawn, and a score is log π(y | d). Its mean over draws is a lower
+    bound of the log-likelihood with the depths summed out, E_d log π(y | d) ≤ log E_d π(y | d)
+    (Jensen). Draws depend on the seed and on the pair's own tokens, never on its batch.
+
+    Logits [tokens, vocabulary] are never in memory.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        policy: Policy = Full(),
+        pad_id: int,
+        seed: int = 0,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        adapters: bool = True,
+    ) -> None:
+        most = model.arch.max_positions
+        self.max_length = most if max_length is None else max_length
+        if not 1 <= self.max_length <= most:
+            raise ValueError(
+                f"max_length is {max_length} and the model takes {most} positions; give 1 to {most}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self._graphdef, self._state = nnx.split(model)
+        self._layers, self._policy, self._pad_id = model.arch.layers, policy, pad_id
+        self._key, self._batch_size, self._adapters = jax.random.key(seed), batch_size, adapters
+
+    def fit(
+        self, context: Sequence[int], continuation: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """The pair with its context cut from the left to what the model takes.
+
+        Of context and continuation together one token more than `max_length` fits, as the last one
+        is only predicted. Raises ValueError for a continuation that leaves the context no room, or
+        an empty side.
+        """
+        if not context or not continuation:
+            raise ValueError(
+                f"a context of {len(context)} tokens and a continuation of {len(continuation)} "
+                "cannot be scored; give both at least one token"
+            )
+        if len(continuation) > self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens is over the limit of "
+                f"{self.max_length} positions; shorten it, or score it in windows"
+            )
+        room = self.max_length + 1 - len(continuation)
+        return [int(i) for i in context[-room:]], [int(i) for i in continuation]
+
+    def score(self, pairs: Sequence[Pair]) -> list[Score]:
+        """The score of each pair, in their order; raises ValueError as `fit` does."""
+        scores: list[Score | None] = [None] * len(pairs)
+        for found in self.batches(pairs):
+            for index, score in found.items():
+                scores[index] = score
+        return [score for score in scores if score is not None]
+
+    def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
+        """The scores of `score` by the pairs' index, a batch at a time, long ones first."""
+        fitted = [self.fit(*pair) for pair in pairs]
+        if isinstance(self._policy, Prescribed):
+            _check_depths(np.shape(self._policy.depth_BT), [len(pair[1]) for pair in fitted])
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for index, (context, continuation) in enumerate(fitted):
+            size = len(continuation)
+            shape = (bucket_length(len(context) + size), bucket_length(size))
+            shapes.setdefault(shape, []).append(index)
+        for shape in sorted(shapes, reverse=True):
+            for start in range(0, len(shapes[shape]), self._batch_size):
+                chosen = shapes[shape][start : start + self._batch_size]
+                yield self._scored(chosen, [fitted[index] for index in chosen], shape)
+
+    def _scored(
+        self, indices: list[int], pairs: list[tuple[list[int], list[int]]], shape: tuple[int, int]
+    ) -> dict[int, Score]:
+        # Few numbers of rows, against recompilation: the last pair fills the batch.
+        rows = min(self._batch_size, 1 << (len(pairs) - 1).bit_length())
+        filler = rows - len(pairs)
+        pairs = [*pairs, *pairs[-1:] * filler]
+        batch = pad_completions(
+            [pair[0] for pair in pairs], [pair[1] for pair in pairs], self._pad_id, shape
+        )
+        made = _scores(
+            self._graphdef,
+            self._state,
+            jax.tree.map(jnp.asarray, batch),
+            self._policy_of([*indices, *indices[-1:] * filler], pairs, shape[1]),
+            self._key,
+            adapters=self._adapters,
+        )
+        logprob_BC, greedy_BC, depth_BC = jax.device_get(made)
+        scores = {}
+        for row, index in enumerate(indices):
+            part = slice(0, len(pairs[row][1]))
+            scores[index] = Score(
+                logprobs=logprob_BC[row, part].tolist(),
+                depths=depth_BC[row, part].tolist(),
+                greedy=bool(greedy_BC[row, part].all()),
+            )
+        return scores
+
+    def _policy_of(
+        self, indices: list[int], pairs: list[tuple[list[int], list[int]]], width: int
+    ) -> Policy:
+        if isinstance(self._policy, Prescribed):
+            depth_BC = np.asarray(self._policy.depth_BT, np.int32)[indices, :width]
+            missing = width - depth_BC.shape[1]
+            return Prescribed(np.pad(depth_BC, ((0, 0), (0, missing)), mode="edge"))
+        if isinstance(self._policy, Sample):
+            names = [stable_hash(*pair) & 0xFFFFFFFF for pair in pairs]
+            return OwnDraws(self._policy, jnp.asarray(names, jnp.uint32))
+        return self._policy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OwnDraws:
+    """`Sample` whose draws follow from a row's name and the position, whatever the batch.
+
+    `name_B` tells the rows apart (uint32).
+    """
+
+    reads_hazards: ClassVar[bool] = True
+
+    law: Sample
+    name_B: Int[Array, "B"]
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "B T"]:
+        return self.law.start(shape, layers)
+
+    def leaves(self, hazard_logits: Float[Array, "B T"], key: PRNGKey) -> Bool[Array, "B T"]:
+        def at(name: Array, position: Array, z: Array) -> Array:
+            own = jax.random.fold_in(jax.random.fold_in(key, name), position)
+            return self.law.leaves(z, own)
+
+        positions = jnp.arange(hazard_logits.shape[1])
+        along_row = jax.vmap(at, in_axes=(None, 0, 0))
+        return jax.vmap(along_row, in_axes=(0, None, 0))(self.name_B, positions, hazard_logits)
+
+    def of(self, row_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Policy:
+        raise NotImplementedError("these draws are for whole sequences; decode with Sample")
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "adapters"))
+def _scores(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    batch: Completions,
+    policy: Policy,
+    key: PRNGKey,
+    *,
+    adapters: bool,
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
+    """Of each continuation token: log-probability, whether it is the most likely one, depth."""
+    model: Transformer = nnx.merge(graphdef, state)
+    if isinstance(policy, Prescribed):
+        policy = Prescribed(batch.input_depths(policy.depth_BT, model.arch.layers))
+    index_BT = jnp.arange(batch.tokens_BT.shape[1]) - (batch.prompt_lengths_B[:, None] - 1)
+    result = run(
+        model,
+        batch.tokens_BT,
+        policy=policy,
+        valid_BT=batch.valid_BT,
+        # The pass at the last context position produces token 0 and never leaves.
+        action_BT=(index_BT > 0) & (index_BT < batch.completion_lengths_B[:, None]),
+        key=key,
+        adapters=adapters,
+    )
+    hidden_BCD = batch.window(result.hidden_BTD)
+    hidden_ND = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
+    target_N = batch.completion_tokens_BC.reshape(-1)
+    logprob_N = linear_logprob(hidden_ND, model.head_VD, target_N).logprob_N
+    greedy_N = most_likely(hidden_ND, model.head_VD) == target_N
+    shape = batch.completion_tokens_BC.shape
+    depth_BC = batch.window(result.depth_BT)
+    return logprob_N.reshape(shape), greedy_N.reshape(shape), depth_BC
+
+
+def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
+    """argmax_v h · head_v, the first of equals, over tiles of the vocabulary."""
+    vocab = head_VD.shape[0]
+    tile = min(_TILE, vocab)
+
+    def look(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The last tile lies at the end and sees some tokens again, which changes nothing.
+        start = jnp.minimum(number * tile, vocab - tile)
+        part_VD = jax.lax.dynamic_slice_in_dim(head_VD, start, tile)
+        logits_NV = jnp.einsum("ND,VD->NV", h_ND, part_VD, preferred_element_type=jnp.float32)
+        top_N, index_N = jnp.max(logits_NV, axis=-1), jnp.argmax(logits_NV, axis=-1)
+        better_N = top_N > best[0]
+        return (
+            jnp.where(better_N, top_N, best[0]),
+            jnp.where(better_N, start + index_N, best[1]).astype(jnp.int32),
+        )
+
+    count = h_ND.shape[0]
+    none = (jnp.full(count, -jnp.inf), jnp.zeros(count, jnp.int32))
+    return jax.lax.fori_loop(0, -(-vocab // tile), look, none)[1]
+
+
+def _check_depths(shape: tuple[int, ...], lengths: list[int]) -> None:
+    if len(shape) != 2 or shape[0] != len(lengths) or shape[1] < max(lengths, default=0):
+        raise ValueError(
+            f"Prescribed has depths of shape {shape} for {len(lengths)} continuations of up to "
+            f"{max(lengths, default=0)} tokens; give a row for each and a column for each token"
+        )

@@ -1,0 +1,120 @@
+"""Chains of thought in lines or sentences that end in a number: how to read and to edit them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from jexit.tasks import answers
+from jexit.tasks.base import Draw, Problem
+from jexit.tasks.chains import ChainTask, Corruption
+
+# Before the line break, which then belongs to the next step: any prefix of steps can go on with the
+# cue, which brings its own.
+_LINE_END = re.compile(r"(?<=\S)(?=[ \t]*\n)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s+\S)")
+
+# Short enough for whole numbers to be exact and quick.
+_DIGITS = r"[0-9]{1,15}(?:,[0-9]{3}){0,5}(?:\.[0-9]{1,15})?"
+_LITERAL = re.compile(_DIGITS)
+# What stands behind the equals sign is a result unless it goes on as an operand does.
+_RESULT = re.compile(rf"= ?\$?-?({_DIGITS})(?![0-9/]|[.,][0-9])(?! ?[-+*/×÷=] ?[$(0-9])")
+
+_OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
+
+
+class NumberChain(ChainTask):
+    """A task whose chains are lines, or sentences of one line, and whose answers are numbers.
+
+    In a completion with a think block the chain is what is inside, and its cue closes the block.
+    """
+
+    cue = "\n#### "
+
+    def steps(self, completion: str) -> list[str]:
+        chain = answers.chain_of_thought(completion)
+        steps = _split(_LINE_END, chain)
+        if steps and steps[0].strip() == answers.THINK_START:
+            steps = ["".join(steps[:2]), *steps[2:]]
+        return _split(_SENTENCE_END, chain) if len(steps) == 1 else steps
+
+    def cue_after(self, prefix: str) -> str:
+        """The cue, after `</think>` where the prefix leaves a think block open."""
+        thinks = answers.visible_text(prefix) is None
+        return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
+
+    def final_answer(self, completion: str) -> str | None:
+        number = answers.final_number(completion)
+        return None if number is None else str(number)
+
+    def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
+        """One step's result (the number behind its last `=`) replaced by a number near it."""
+        steps, given = self.steps(completion), self.final_answer(completion)
+        places = [place for place, step in enumerate(steps) if result_of(step) is not None]
+        while places:
+            place = places.pop(draw.integer(0, len(places) - 1))
+            before, literal = "".join(steps[:place]), result_of(steps[place])
+            assert literal is not None
+            for number in nearby_numbers(literal, draw):
+                possible, answer = self.follow(problem, steps[: place + 1], number)
+                if possible and (answer is None or answer != given):
+                    return Corruption(
+                        prefix=before + with_result(steps[place], number), answer=answer
+                    )
+        return None
+
+    def follow(
+        self, problem: Problem, steps: Sequence[str], number: str
+    ) -> tuple[bool, str | None]:
+        """What follows from these steps when the last one's result is `number`.
+
+        Whether the problem can go on from there, and the answer, None where nobody can know it
+        without understanding the text.
+        """
+        return True, None
+
+    def wrong_answer(self, problem: Problem, draw: Draw) -> str:
+        match = _LITERAL.search(problem.answer)
+        if match is None:
+            raise ValueError(
+                f"the answer {problem.answer!r} holds no number to change; give problems whose "
+                "answers are numbers"
+            )
+        wrong = next(nearby_numbers(match.group(), draw))
+        return problem.answer[: match.start()] + wrong + problem.answer[match.end() :]
+
+
+def result_of(step: str) -> str | None:
+    """The number behind a step's last `=`, as it is written; None where there is none.
+
+    >>> result_of("He has 3+4 = 7 pens.")
+    '7'
+    """
+    found = _RESULT.findall(step)
+    return found[-1] if found else None
+
+
+def with_result(step: str, number: str) -> str:
+    """The step with another result, also where the step repeats it later on.
+
+    >>> with_result("3+4 = 7, so 7 pens.", "8")
+    '3+4 = 8, so 8 pens.'
+    """
+    match = list(_RESULT.finditer(step))[-1]
+    same = rf"(?<![0-9.,]){re.escape(match.group(1))}(?![0-9]|[.,][0-9])"
+    return step[: match.start(1)] + re.sub(same, number, step[match.start(1) :])
+
+
+def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
+    """Other numbers written as `literal` is, at most 10 away and not below 0, in random order."""
+    whole, point, decimals = literal.partition(".")
+    value, separator = int(whole.replace(",", "")), "," if "," in whole else ""
+    offsets = list(_OFFSETS)
+    while offsets:
+        other = value + offsets.pop(draw.integer(0, len(offsets) - 1))
+        if other >= 0:
+            yield f"{other:{separator}}{point}{decimals}"
+
+
+def _split(end: re.Pattern[str], text: str) -> list[str]:
+    return end.split(text) if text else []

@@ -1,0 +1,41 @@
+"""Chat templates that behave as those of three families do, in the shipped tokenizer's marks."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jexit
+from jexit.data.tokenizer import Tokenizer
+
+TINY = pathlib.Path(jexit.__file__).parent / "assets" / "tiny"
+
+_TURNS = (
+    "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}"
+    "{% if turn.role == 'assistant' and not loop.last %}<|end|>{% endif %}{% endfor %}"
+)
+
+# Thinks unless it is told not to: then it closes an empty block itself.
+SWITCHED = _TURNS + (
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+# Opens the block itself, and leaves earlier thoughts out.
+OPENED = (
+    "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content.split('</think>')[-1] }}"
+    "{% if turn.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+# Brings a system prompt where the messages have none.
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|system|>Add well.{% endif %}"
+    + _TURNS
+    + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_template(template: str | None) -> Tokenizer:
+    """The shipped tokenizer with another chat template, or with none."""
+    tokenizer = Tokenizer.load(TINY)
+    tokenizer.backend.chat_template = template
+    return tokenizer

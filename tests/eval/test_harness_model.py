@@ -1,0 +1,280 @@
+"""The model that lm-evaluation-harness sees, against the harness's own for transformers."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with the extra eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+import jexit
+from chat_templates import OPENED, SWITCHED, with_template
+from jexit.eval.harness_model import JexitLM
+from jexit.model.policies import Full, Prescribed, Threshold
+from jexit.rollout import generate
+from small_runs import small_model
+from tolerances import LOGITS, LOGPROBS
+
+PAIRS = [
+    ("abc def", " gh"),
+    ("the cat", " sat on"),
+    ("", "hello there"),
+    ("a ", "b"),
+    ("some words that go on for longer than the others do", " x1"),
+    ("0 1 2", "3 4"),
+]
+TEXTS = ["abc", "a text that is longer than one window of sixteen", "", "x" * 33]
+
+
+def requests(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=entry, idx=index)
+        for index, entry in enumerate(arguments)
+    ]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The harness's model for transformers, and ours, on the same weights and tokenizer."""
+    torch = pytest.importorskip("torch")
+    hf_models = pytest.importorskip("hf_models")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    path = hf_models.save(tmp_path_factory.mktemp("hf"), hf_models.make_model("qwen3"))
+    theirs = huggingface.HFLM(
+        pretrained=str(path), device="cpu", dtype=torch.float32, batch_size=2, max_length=48
+    )
+    return theirs, JexitLM(str(path), dtype="float32", max_length=48, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def small():
+    tokenizer = with_template(SWITCHED)
+    model = small_model(tokenizer.vocab_size)
+    model.embed.embedding[...] *= 2.0
+    return model, tokenizer
+
+
+def scores(lm, pairs=PAIRS):
+    return lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+
+
+def test_log_likelihoods_are_those_of_transformers(both):
+    theirs, ours = both
+    pairs = list(PAIRS)
+    # And one that is greedy by construction.
+    text = theirs.generate_until(
+        requests("generate_until", [("abc def", {"until": [], "max_gen_toks": 3})])
+    )[0]
+    pairs.append(("abc def", text))
+    pairs.append(("abcdefgh " * 12, "and more"))  # cut from the left
+    for (expected, greedy), (found, flag) in zip(
+        scores(theirs, pairs), scores(ours, pairs), strict=True
+    ):
+        assert found == pytest.approx(expected, abs=10 * LOGITS)
+        assert flag == greedy
+    assert scores(ours, pairs)[-2][1] and not scores(ours, pairs)[0][1]
+
+
+def test_rolling_log_likelihoods_are_those_of_transformers(both):
+    theirs, ours = both
+    texts = [text for text in TEXTS if text]
+    arguments = [(text,) for text in texts]
+    found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), True)
+    expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), True)
+    np.testing.assert_allclose(found, expected, atol=20 * LOGITS)
+
+
+def test_greedy_texts_are_those_of_transformers(both):
+    theirs, ours = both
+    asked = [
+        ("abc def", {"until": ["zz"], "max_gen_toks": 12}),
+        ("the cat", {"until": ["zz"], "max_gen_toks": 12}),
+        ("words " * 30, {"until": ["zz"], "max_gen_toks": 12}),  # cut from the left
+        ("0 1 2", {"until": ["e", "7", "q"], "max_gen_toks": 20, "do_sample": False}),
+        ("x", {"until": ["a", " "], "max_gen_toks": 9, "temperature": 0.0}),
+    ]
+    found = ours.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert found == theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert len(set(found)) == len(found)
+
+
+def test_windows_sum_to_the_whole(small):
+    model, tokenizer = small
+    lm = JexitLM(model, tokenizer, max_length=16)
+    totals = lm.loglikelihood_rolling(
+        requests("loglikelihood_rolling", [(text,) for text in TEXTS]), disable_tqdm=True
+    )
+    for text, total in zip(TEXTS, totals, strict=True):
+        ids, expected, start = tokenizer.encode(text), 0.0, 0
+        # By hand: windows of 16 predictions; the last one's context reaches as far back as it can.
+        while start < len(ids):
+            stop = min(start + 16, len(ids))
+            first = max(stop - 17, 0)
+            window = ids[first:stop] if start else [lm.prefix_token_id, *ids[:stop]]
+            logits = jexit.forward(model, np.array([window[:-1]])).logits_BTV[0]
+            logprobs = (
+                np.asarray(logits) - np.logaddexp.reduce(np.asarray(logits), axis=-1)[:, None]
+            )
+            count = stop - start
+            expected += sum(logprobs[-count + i, token] for i, token in enumerate(window[-count:]))
+            start = stop
+        assert total == pytest.approx(expected, abs=10 * LOGPROBS)
+    assert len(tokenizer.encode(TEXTS[1])) > 16 and totals[2] == 0.0
+    whole = JexitLM(model, tokenizer)
+    assert whole.loglikelihood_rolling(
+        requests("loglikelihood_rolling", [(TEXTS[1],)]), disable_tqdm=True
+    )[0] == pytest.approx(scores(whole, [("", TEXTS[1])])[0][0], abs=LOGPROBS)
+
+
+@pytest.mark.parametrize("policy", ["full", "threshold:0.3", "fixed:1", "fixed:2"])
+def test_generated_texts_are_generates_and_scored_as_recorded(small, policy):
+    model, tokenizer = small
+    lm = JexitLM(model, tokenizer, policy=policy)
+    asked = [(text, {"until": [], "max_gen_toks": 8}) for text in ("sum 12", "Tom has", "1+2")]
+    texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    kind, _, number = policy.partition(":")
+    rule = {
+        "full": Full(),
+        "threshold": Threshold(0.3),
+        "fixed": Prescribed(np.full((3, 8), int(number or 0) if kind == "fixed" else 1)),
+    }[kind]
+    made = generate(
+        model, tokenizer, [text for text, _ in asked], policy=rule, max_new_tokens=8, chat=False
+    )
+    assert texts == made.texts
+    depth, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
+    info = lm.get_model_info()
+    assert (info["policy"], info["tokens"]) == (policy, tokens)
+    assert info["depth_mean"] == pytest.approx(depth / tokens)
+    assert info["depth_fraction"] == pytest.approx(depth / tokens / 3)
+    # The log-likelihood of what was generated is what was recorded.
+    pairs = [
+        (None, tokenizer.encode(text), ids)
+        for (text, _), ids in zip(asked, made.tokens, strict=True)
+    ]
+    for (total, greedy), logprobs in zip(
+        lm._loglikelihood_tokens(pairs, disable_tqdm=True), made.logprobs, strict=True
+    ):
+        assert total == pytest.approx(sum(logprobs), abs=10 * LOGPROBS)
+        assert greedy
+
+
+def test_policies_and_seeds_matter(small):
+    def totals(**settings):
+        return [total for total, _ in scores(JexitLM(*small, **settings))]
+
+    full = totals()
+    assert np.abs(np.array(totals(policy="fixed:1")) - full).max() > 0.01
+    assert totals(policy="fixed:3") == pytest.approx(full, abs=LOGPROBS)
+    sampled = totals(policy="sample", seed=1)
+    assert sampled == totals(policy="sample", seed=1, batch_size=1) or sampled == pytest.approx(
+        totals(policy="sample", seed=1, batch_size=1), abs=LOGPROBS
+    )
+    assert sampled != totals(policy="sample", seed=2)
+    never = totals(policy="sample", hazard_temperature=1e-3)
+    assert never == pytest.approx(full, abs=LOGPROBS), "heads of bias -1 leave at no temperature"
+    first = totals(policy="sample", min_hazard=0.999999)
+    assert first == pytest.approx(totals(policy="fixed:1"), abs=LOGPROBS)
+
+
+def test_sampled_tokens_follow_the_request(small):
+    def texts(settings, **options):
+        lm = JexitLM(*small, **options)
+        asked = [("sum 12", {"until": [], "max_gen_toks": 12, **settings})] * 6
+        return lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+    assert len(set(texts({}))) == 1, "greedy"
+    assert texts({"do_sample": False, "temperature": 1.0}) == texts({})
+    sampled = texts({"do_sample": True, "temperature": 1.0})
+    assert len(set(sampled)) > 1
+    assert sampled == texts({"temperature": 1.0}) == texts({"do_sample": True})
+    assert sampled != texts({"temperature": 1.0}, seed=1)
+    assert len(set(texts({"temperature": 1.0, "top_k": 1}))) == 1
+
+
+def test_results_come_in_the_order_of_requests(small):
+    lm = JexitLM(*small)
+    asked = [
+        (text, {"until": [], "max_gen_toks": size})
+        for text, size in [("sum 12", 3), ("Tom has", 9), ("1+2", 3), ("Mia", 9)]
+    ]
+    whole = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    single = [
+        lm.generate_until(requests("generate_until", [entry]), disable_tqdm=True)[0]
+        for entry in asked
+    ]
+    assert whole == single
+
+
+def test_stop_strings_hold_for_the_answer_after_a_thought(small, monkeypatch):
+    model, tokenizer = small
+    made = "one. two\n</think>\n\nseven. eight"
+
+    def stand_in(*args, stop, **settings):
+        assert stop == (), "a thought may hold stop strings"
+        return type("Made", (), {"texts": [made], "depths": [[3]]})()
+
+    monkeypatch.setattr("jexit.eval.harness_model.generate", stand_in)
+    lm = JexitLM(model, tokenizer, think_end_token="</think>")
+    asked = requests("generate_until", [("sum 12", {"until": ["."]})])
+    assert lm.generate_until(asked, disable_tqdm=True) == ["seven"]
+
+
+def test_chat_format_and_thinking(small):
+    model, tokenizer = small
+    history = [{"role": "user", "content": "sum 12"}]
+    lm = JexitLM(model, with_template(SWITCHED), thinking="off")
+    assert lm.apply_chat_template(history).endswith("<think>\n\n</think>\n\n")
+    assert JexitLM(model, with_template(SWITCHED)).apply_chat_template(history) == (
+        "<|user|>sum 12<|assistant|>"
+    )
+    opened = [*history, {"role": "assistant", "content": "+3"}]
+    assert JexitLM(model, tokenizer).apply_chat_template(opened, False).endswith("<|assistant|>+3")
+    assert lm.chat_template(True) == SWITCHED
+    assert lm.tokenizer_name != JexitLM(model, with_template(SWITCHED)).tokenizer_name
+    with pytest.raises(ValueError, match="has no switch"):
+        JexitLM(model, with_template(OPENED), thinking="off")
+    with pytest.raises(ValueError, match="has no chat template; leave --apply_chat_template out"):
+        JexitLM(model, with_template(None)).apply_chat_template(history)
+
+
+def test_the_harness_knows_it_by_name():
+    assert get_model("jexit") is JexitLM
+    path = jexit.__path__[0] + "/assets/tiny-calibrated"
+    lm = JexitLM.create_from_arg_string(
+        f"pretrained={path},policy=threshold:0.5,seed=3", {"batch_size": "auto", "device": None}
+    )
+    assert (lm.policy, lm.seed, lm.batch_size, lm.max_length) == ("threshold:0.5", 3, 16, 1024)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"policy": "fixed:4"}, "asks for 4 layers of a model that has 3; use fixed:N"),
+        ({"policy": "half"}, "policy 'half' is not known"),
+        ({"device": "cuda:0"}, "JAX finds its devices itself; leave it out"),
+        ({"max_length": 999}, "takes 256 positions"),
+    ],
+)
+def test_wrong_settings(small, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        JexitLM(*small, **settings)
+
+
+@pytest.mark.parametrize(
+    ("request_settings", "sentence"),
+    [
+        ({"max_gen_toks": 256}, "no room for a context; lower it to at most 255"),
+        ({"num_beams": 4}, "asks for 'num_beams' in generation"),
+    ],
+)
+def test_wrong_requests(small, request_settings, sentence):
+    asked = [("sum 12", {"until": [], **request_settings})]
+    with pytest.raises(ValueError, match=sentence):
+        JexitLM(*small).generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+
+def test_a_model_needs_its_tokenizer(small):
+    with pytest.raises(ValueError, match="comes without its tokenizer"):
+        JexitLM(small[0])

@@ -1,0 +1,98 @@
+"""What a config makes of tasks and of the chat format, and what completions are judged by."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from chat_templates import OPENED, SWITCHED, with_template
+from jexit.config import Config
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import save_model
+from jexit.loops.evaluate import held_out
+from jexit.loops.rl import judge
+from jexit.loops.setup import load_model, load_task
+from small_runs import make_config, small_model
+
+
+def model_with(tmp_path, template):
+    tokenizer = with_template(template)
+    tokenizer.backend.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    save_model(tmp_path / "model", small_model(tokenizer.vocab_size), tokenizer)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    for split, numbers in (("train", range(6)), ("test", range(10, 12))):
+        rows = [{"question": f"What is {n}?", "answer": f"It is.\n#### {n}"} for n in numbers]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_the_config_switches_thinking(tmp_path):
+    path = model_with(tmp_path, SWITCHED)
+    for command in ("rl", "eval", "generate"):
+        _, tokenizer = load_model(
+            make_config(command, path, task__thinking="off"), trains=command == "rl"
+        )
+        assert tokenizer.chat_text("sum 12").endswith("</think>\n\n")
+    _, tokenizer = load_model(make_config("eval", path), trains=False)
+    assert tokenizer.thinking == "auto"
+    assert tokenizer.chat_text("sum 12").endswith("<|assistant|>")
+
+
+def test_a_template_without_a_switch_refuses_the_config(model_dir):
+    with pytest.raises(ValueError, match=r"no switch .* set config\.task\.thinking=auto"):
+        load_model(make_config("eval", model_dir, task__thinking="on"), trains=False)
+
+
+def test_shots_come_from_the_config(gsm8k, model_dir):
+    settings = {"task__name": "gsm8k", "task__path": str(gsm8k), "task__max_prompt_tokens": 512}
+    config = make_config("eval", model_dir, task__shots=2, task__shots_seed=3, **settings)
+    task = load_task(config.task, "test")
+    tokenizer = Tokenizer.load(model_dir)
+    problems, prompts = held_out(task, tokenizer, config, 2)
+    for problem, ids in zip(problems, prompts, strict=True):
+        assert len(problem.shots) == 2
+        text = tokenizer.decode(ids, keep_special=True)
+        assert text.count("<|user|>") == 3 and text.count("<|end|>") == 2
+        assert text == tokenizer.chat_text(problem.prompt, problem.shots)
+    short = make_config(
+        "eval", model_dir, task__shots=2, **(settings | {"task__max_prompt_tokens": 60})
+    )
+    with pytest.raises(ValueError, match="over the limit of 60"):
+        held_out(task, tokenizer, short, 2)
+
+
+def test_tasks_without_shots_refuse_them():
+    config = Config(command="rl")
+    config = Config.from_dict({**config.to_dict(), "task": {"name": "sums", "shots": 1}})
+    with pytest.raises(ValueError, match="task 'sums' has no option 'shots'; it takes"):
+        load_task(config.task, "train")
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "kind"),
+    [
+        (OPENED, "it is 7.\n#### 7", "none"),  # the prompt's thought goes on to the end
+        (OPENED, "it is 6\n</think>\n\n#### 7", "strict"),
+        (SWITCHED, "it is 7.\n#### 7", "strict"),
+        (SWITCHED, "<think>it is 7.\n#### 7", "none"),
+    ],
+)
+def test_completions_are_judged_with_the_thought_that_the_prompt_opened(
+    gsm8k, template, completion, kind
+):
+    (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
+    config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
+    task, tokenizer = load_task(config.task, "test"), with_template(template)
+    ids = [*tokenizer.encode(completion), tokenizer.eos_id]
+    rollouts = types.SimpleNamespace(completion=lambda row: ids, rows=1, prompt_B=np.array([0]))
+    prompts = types.SimpleNamespace(problems=[task.problem("test", 0)])
+    texts, verdicts = judge(task, tokenizer, prompts, rollouts)
+    assert texts == [completion]
+    assert [verdict.kind for verdict in verdicts] == [kind]
