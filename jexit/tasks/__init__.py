@@ -8,6 +8,7 @@ from typing import Any
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict
 from jexit.tasks.gsm8k import Gsm8k
 from jexit.tasks.sums import Sums
+from jexit.tasks.tom import Tom
 from jexit.tasks.word_problems import WordProblems
 
 __all__ = [
@@ -18,12 +19,13 @@ __all__ = [
     "Split",
     "Sums",
     "Task",
+    "Tom",
     "Verdict",
     "WordProblems",
     "make_task",
 ]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Sums, WordProblems, Gsm8k)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Sums, WordProblems, Gsm8k, Tom)}
 
 
 def make_task(name: str, path: str | None = None, **options: Any) -> Task:

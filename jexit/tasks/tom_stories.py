@@ -36,7 +36,7 @@ from jexit.tasks.tom_world import PLACINGS, Event, World
 PLACES = 3  # that a story about things mentions
 
 _PROPOSALS = 12
-_KINDS_OF_MENTIONS = {"puts": 2.0, "moves": 3.0, "takes": 1.0, "claims": 3.0}
+_LATER_MENTIONS = ("moves", "moves", "moves", "takes", "claims", "claims", "claims")
 _MORE_SENTENCES = 3  # at most, than those that name a place or a topic: bounds the prompt
 _EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
 _WHISPER_PERCENT = 60  # of speech
@@ -281,14 +281,21 @@ def _mention(
     draw: Draw, world: World, cast: Cast, place: str, allowed: Callable[[Event], bool]
 ) -> Event | None:
     """A possible and allowed event that names the place; None if none is found quickly."""
+    home = world.homes[place]
     for _ in range(_PROPOSALS):
-        kind = draw.weighted(_KINDS_OF_MENTIONS)
+        thing = draw.choice(cast.things)
+        now = world.place_of.get(thing)
+        kind = "puts" if now is None else draw.choice(_LATER_MENTIONS)
+        room = world.homes[now] if kind == "takes" and now is not None else home
+        actors = cast.people if kind == "claims" else world.inside(room)
+        if not actors:
+            continue
         event = Event(
             kind=kind,
-            actor=draw.choice(cast.people),
-            thing=draw.choice(cast.things),
+            actor=draw.choice(actors),
+            thing=thing,
             place=place,
-            room=world.homes[place] if kind == "takes" else "",
+            room=home if kind == "takes" else "",
             hearer=_hearer(draw, cast) if kind == "claims" else "",
         )
         if allowed(event) and world.possible(event):

@@ -6,7 +6,7 @@ import pytest
 from jexit.tasks import Rewards, make_task
 from jexit.tasks.base import Draw, is_held_out, stable_hash
 
-GENERATED = ("sums", "word_problems")
+GENERATED = ("sums", "word_problems", "tom")
 
 
 @pytest.mark.parametrize("name", GENERATED)
