@@ -37,20 +37,21 @@ PLACES = 3  # that a story about things mentions
 
 _PROPOSALS = 12
 _LATER_MENTIONS = ("moves", "moves", "moves", "takes", "claims", "claims", "claims")
-_MORE_SENTENCES = 3  # at most, than those that name a place or a topic: bounds the prompt
+_MORE_SENTENCES = 2  # at most, than the largest number of moves: bounds the prompt
 _EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
 _WHISPER_PERCENT = 60  # of speech
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-    """The words that one story uses."""
+    """The words that one story uses, and how many sentences it may have after its opening."""
 
     people: tuple[str, ...]
     rooms: tuple[str, ...]
     places: tuple[str, ...]
     things: tuple[str, ...]
     topics: tuple[str, ...]
+    longest: int
 
 
 def draw_problem(
@@ -67,6 +68,7 @@ def draw_problem(
         places=draw.sample(CONTAINERS, PLACES),
         things=draw.sample(OBJECTS, 2),
         topics=draw.sample(TOPICS, 2),
+        longest=moves[1] + _MORE_SENTENCES,
     )
     count = draw.integer(*moves)
     if kind in OF_PLACES:
@@ -225,7 +227,7 @@ def _story_of_places(
         if event is None:
             return None
         events.append(_happening(world, event))
-    return _told(stage, events, len(pattern))
+    return _told(stage, events, cast)
 
 
 def _story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
@@ -243,13 +245,13 @@ def _story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
         if event is None or event in events:
             return None
         events.append(_happening(world, event))
-    return _told(stage, events, count)
+    return _told(stage, events, cast)
 
 
-def _told(stage: Story, events: Sequence[Event], mentions: int) -> Story | None:
+def _told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
     """The story of these events; None if it has grown too long."""
     sentences = sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
-    if sentences > mentions + _MORE_SENTENCES:
+    if sentences > cast.longest:
         return None
     return dataclasses.replace(stage, events=tuple(events))
 

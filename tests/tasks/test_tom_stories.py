@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 import re
 
@@ -172,12 +173,14 @@ def test_every_pattern_can_have_every_answer_with_two_people(kind):
         places=CONTAINERS[:PLACES],
         things=("coins", "books"),
         topics=("trip", "film"),
+        longest=0,
     )
     patterns = {draw_pattern(Draw("patterns", n), 3 + n % 2) for n in range(200)}
     assert len(patterns) == 7
     wanted = itertools.product(sorted(patterns), range(PLACES), (False, True))
     for pattern, rank, false in wanted:
         draw = Draw("feasible", kind, pattern, rank, false)
+        cast = dataclasses.replace(cast, longest=len(pattern) + 2)
         story, question = _about_places(draw, kind, cast, pattern, rank=rank, false=false)
         world = story.end()
         assert question.answer(world) == CONTAINERS[rank]
