@@ -9,7 +9,16 @@ from story_reader import read_story
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_stories import PLACES, Cast, _about_places, _exchanged, draw_pattern
+from jexit.tasks.tom_stories import (
+    PLACES,
+    Cast,
+    _about_places,
+    _exchanged,
+    _story_of_topics,
+    _twins,
+    draw_pattern,
+    questions,
+)
 from jexit.tasks.tom_text import CONTAINERS, KINDS, NO, OF_PLACES, YES
 from jexit.tasks.tom_world import Event
 
@@ -150,7 +159,40 @@ def test_a_bag_of_words_does_not_tell_yes_from_no(problems):
     assert held_out_accuracy(leaky, labels, choices) > 0.95
 
 
-def test_twins_have_the_same_words():
+CAST = Cast(
+    people=("Tom", "Mia", "Ben"),
+    rooms=("hall", "garden"),
+    places=CONTAINERS[:PLACES],
+    things=("coins", "books"),
+    topics=("trip", "film"),
+    longest=6,
+)
+
+
+def test_twins_have_the_same_words_and_opposite_answers():
+    asked = questions("knowledge", CAST.people, CAST.topics)
+    asked += questions("second_knowledge", CAST.people, CAST.topics)
+    found = 0
+    for number in range(600):
+        draw = Draw("twins", number)
+        story = _story_of_topics(draw, CAST, 4)
+        pair = _twins(draw, story, asked) if story else None
+        if pair is None:
+            continue
+        found += 1
+        twin, question = pair
+        texts = (story.text(), twin.text())
+        assert texts[0] != texts[1]
+        assert sorted(re.findall(r"\w+", texts[0])) == sorted(re.findall(r"\w+", texts[1]))
+        answers = {
+            read_story(text).answer(question.kind, question.people, question.thing)
+            for text in texts
+        }
+        assert answers == {YES, NO}
+    assert found > 100
+
+
+def test_exchanges():
     before = (
         Event(kind="tells", actor="Tom", thing="trip", hearer="Mia"),
         Event(kind="enters", actor="Ben", room="hall"),
@@ -167,20 +209,12 @@ def test_twins_have_the_same_words():
 @pytest.mark.parametrize("kind", OF_PLACES)
 def test_every_pattern_can_have_every_answer_with_two_people(kind):
     """Otherwise drawing the place first would never end."""
-    cast = Cast(
-        people=("Tom", "Mia"),
-        rooms=("hall", "garden"),
-        places=CONTAINERS[:PLACES],
-        things=("coins", "books"),
-        topics=("trip", "film"),
-        longest=0,
-    )
     patterns = {draw_pattern(Draw("patterns", n), 3 + n % 2) for n in range(200)}
     assert len(patterns) == 7
     wanted = itertools.product(sorted(patterns), range(PLACES), (False, True))
     for pattern, rank, false in wanted:
         draw = Draw("feasible", kind, pattern, rank, false)
-        cast = dataclasses.replace(cast, longest=len(pattern) + 2)
+        cast = dataclasses.replace(CAST, people=("Tom", "Mia"), longest=len(pattern) + 2)
         story, question = _about_places(draw, kind, cast, pattern, rank=rank, false=false)
         world = story.end()
         assert question.answer(world) == CONTAINERS[rank]
