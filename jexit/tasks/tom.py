@@ -164,6 +164,8 @@ class Tom(ChainTask):
         stays as the changed line has it.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
+        if answer is None:
+            return None
         question = Question(
             kind=problem.fields["kind"],
             people=problem.fields["people"],
