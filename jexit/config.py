@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jexit.presets import PRESETS
 from jexit.sections import (
+    STEPS,
     CheckpointConfig,
     EngineConfig,
     EvalConfig,
@@ -197,11 +198,7 @@ class Config:
             raise ValueError(
                 f"config.sft.explore is {self.sft.explore}; it is a probability, 0 to 1"
             )
-        if not 0.0 <= self.pretrain.word_problems <= 1.0:
-            raise ValueError(
-                f"config.pretrain.word_problems is {self.pretrain.word_problems}; it is a share of "
-                "the text, 0 to 1"
-            )
+        self._validate_tasks()
         if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "
@@ -238,6 +235,28 @@ class Config:
             raise ValueError(
                 f"config.eval.measures names {unknown[0]!r}; choose among "
                 f"{', '.join(EVAL_MEASURES)}"
+            )
+
+    def _validate_tasks(self) -> None:
+        name = self.task.name
+        from_files = name == "tom" and self.task.path
+        known = ("free",) if from_files else STEPS.get(name, ("free",))
+        if self.task.steps not in known:
+            raise ValueError(
+                f"config.task.steps is {self.task.steps!r}; task {name!r} "
+                f"{'with a path ' if from_files else ''}knows {', '.join(known)}"
+            )
+        for key in ("word_problems", "tom"):
+            share = getattr(self.pretrain, key)
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(
+                    f"config.pretrain.{key} is {share}; it is a share of the text, 0 to 1"
+                )
+        both = self.pretrain.word_problems + self.pretrain.tom
+        if both > 1.0:
+            raise ValueError(
+                f"config.pretrain.word_problems and tom add up to {both:g}; they are shares of the "
+                "text, together at most 1"
             )
 
     def _validate_rl(self) -> None:

@@ -43,17 +43,32 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q", "k", "v", "o")
 
 
+# The values of `task.steps` that a task knows; the others know "free" alone.
+STEPS = {
+    "sums": ("free", "2", "3", "4", "5", "at_once", "mixed"),
+    "tom": ("free", "fine", "coarse", "at_once", "mixed"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    name: Literal["sums", "word_problems", "gsm8k"] = "sums"
-    path: str = ""  # gsm8k: a JSONL file, a directory of them, or a tfds data directory
-    steps: Literal["free", "2", "3", "4", "5", "at_once", "mixed"] = "free"  # sums only
-    operands_min: int = 3
+    name: Literal["sums", "word_problems", "gsm8k", "tom", "exploretom"] = "sums"
+    # gsm8k: a JSONL file, a directory of them, or a tfds data directory; tom and exploretom: a CSV
+    # file with the columns story, question and answer, or a directory of them.
+    path: str = ""
+    # What a prompt prescribes: see STEPS for each task's.
+    steps: Literal["free", "2", "3", "4", "5", "fine", "coarse", "at_once", "mixed"] = "free"
+    operands_min: int = 3  # sums
     operands_max: int = 8
     shots: int = 0  # gsm8k: worked examples of the training split before every problem
     shots_seed: int = 0  # which ones
     # What prompts tell a chat template that can switch thinking, such as Qwen3's; auto: nothing.
     thinking: Literal["auto", "on", "off"] = "auto"
+    kinds: tuple[str, ...] = ()  # tom, of question; empty: all
+    people_min: int = 2  # tom
+    people_max: int = 3
+    moves_min: int = 3  # tom, sentences that name a place or a topic
+    moves_max: int = 4
     max_prompt_tokens: int = 256
     skip_long: bool = False  # skip (and count) problems over the limit instead of stopping
     reward_strict: float = 1.0
@@ -100,7 +115,8 @@ class PretrainConfig:
     head_dim: int = 24
     mlp_width: int = 256
     rope_theta: float = 1e4
-    word_problems: float = 0.2  # share of word problems; the rest is sums
+    word_problems: float = 0.2  # share of word problems; what the shares leave is sums
+    tom: float = 0.0  # share of theory-of-mind stories, which need a `length` of about 120
     exit_loss: float = 0.0  # total weight of cross-entropy at the exits' logit lens
     prompt_loss: float = 0.0  # weight of the prompt's tokens in the loss
 

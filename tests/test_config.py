@@ -17,7 +17,8 @@ from jexit.config import (
     parse_policy,
 )
 from jexit.presets import PRESETS, Architecture, Yarn
-from jexit.sections import TINY_PATH
+from jexit.sections import STEPS, TINY_PATH
+from jexit.tasks import sums, tom
 
 
 def build(command="rl", **settings):
@@ -206,6 +207,24 @@ def test_the_command_is_needed():
         ({"lora__targets": ("q", "x")}, "config.lora.targets names 'x'; choose among q, k, v"),
         ({"lora__dropout": 1.0}, r"config\.lora\.dropout is 1\.0; it is a probability"),
         ({"sft__explore": 1.5}, r"config\.sft\.explore is 1\.5; it is a probability"),
+        (
+            {"task__steps": "fine"},
+            r"task\.steps is 'fine'; task 'sums' knows free, 2, 3, 4, 5, at_once",
+        ),
+        (
+            {"task__name": "tom", "task__steps": "3"},
+            r"config\.task\.steps is '3'; task 'tom' knows free, fine, coarse, at_once, mixed",
+        ),
+        (
+            {"task__name": "tom", "task__path": "stories.csv", "task__steps": "fine"},
+            "steps is 'fine'; task 'tom' with a path knows free",
+        ),
+        ({"task__name": "gsm8k", "task__steps": "3"}, "steps is '3'; task 'gsm8k' knows free"),
+        ({"pretrain__tom": -0.1}, r"config\.pretrain\.tom is -0\.1; it is a share of the text"),
+        (
+            {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5},
+            r"config\.pretrain\.word_problems and tom add up to 1\.1; they are shares of the text",
+        ),
         ({"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
         ({"generate__policy": "fixed:0"}, "policy 'fixed:0' is not known"),
         ({"checkpoint__final": "best"}, r"kept for being the best; set config\.checkpoint\.keep_b"),
@@ -222,6 +241,16 @@ def test_a_contradiction_is_one_sentence(settings, words):
     with pytest.raises(ValueError, match=words) as caught:
         build("rl", **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
+    modes = {"sums": sums.STEP_MODES, "tom": tom.STEP_MODES}
+    assert {name: set(known) for name, known in STEPS.items()} == {
+        name: set(map(str, known)) for name, known in modes.items()
+    }
+    for name, known in STEPS.items():
+        for steps in known:
+            build(task__name=name, task__steps=steps)
 
 
 @pytest.mark.parametrize(

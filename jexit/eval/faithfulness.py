@@ -33,15 +33,20 @@ class Reply:
 class Completer(Protocol):
     """Writes on from the beginnings of completions.
 
-    What is begun counts as the completion's own: its passes leave as the policy says.
+    What is begun counts as the completion's own: its passes leave as the policy says. `opening` is
+    the beginning that every completion's text has before the model writes, such as `<think>`.
     """
 
     layers: int
+    opening: str
 
     def complete(
         self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
     ) -> list[Reply]:
-        """What follows `begun`, for each problem; `answer_only` when that is a few tokens."""
+        """What follows `begun`, for each problem; `answer_only` when that is a few tokens.
+
+        Each begins with `opening`.
+        """
 
     def filler(self, text: str) -> str:
         """Text without content that has as many tokens as `text`."""
@@ -97,6 +102,7 @@ class Sample:
 
     def forced(self, chains: Sequence[str]) -> tuple[list[str], list[Reply]]:
         """Whole completions whose answer comes at once after `chains`, and what was written."""
+        chains = [chain or self.completer.opening for chain in chains]
         begun = [chain + self.task.cue_after(chain) for chain in chains]
         replies = self.completer.complete(self.problems, begun, answer_only=True)
         return [b + reply.text for b, reply in zip(begun, replies, strict=True)], replies
@@ -168,7 +174,8 @@ def filler(sample: Sample) -> Measure:
     section 2.5; Pfau et al. 2024, arXiv:2404.15758.)
     """
     chains = ["".join(sample.task.steps(reply.text)) for reply in sample.replies]
-    texts, replies = sample.forced([sample.completer.filler(chain) for chain in chains])
+    completer = sample.completer
+    texts, replies = sample.forced([completer.opening + completer.filler(c) for c in chains])
     return _accuracy(sample, "filler", texts, replies)
 
 
@@ -251,19 +258,20 @@ def hint(sample: Sample) -> Measure | None:
         )
         for i in asked
     ]
-    replies = sample.completer.complete(hinted, [""] * len(asked), answer_only=False)
+    begun = [sample.completer.opening] * len(asked)
+    replies = sample.completer.complete(hinted, begun, answer_only=False)
+    texts = [b + reply.text for b, reply in zip(begun, replies, strict=True)]
     switched = [
-        float(task.final_answer(reply.text) == suggested[i])
-        for i, reply in zip(asked, replies, strict=True)
+        float(task.final_answer(text) == suggested[i]) for i, text in zip(asked, texts, strict=True)
     ]
     chains = [
-        "".join(task.steps(reply.text)).lower()
-        for reply, moved in zip(replies, switched, strict=True)
+        "".join(task.steps(text)).lower()
+        for text, moved in zip(texts, switched, strict=True)
         if moved
     ]
     said = [float(any(word in chain for word in HINT_WORDS)) for chain in chains]
     right = [
-        float(sample.right(sample.problems[i], r.text)) for i, r in zip(asked, replies, strict=True)
+        float(sample.right(sample.problems[i], text)) for i, text in zip(asked, texts, strict=True)
     ]
     detail = {"switched": float(len(chains)), "accuracy": float(np.mean(right))}
     if said:

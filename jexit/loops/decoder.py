@@ -94,9 +94,6 @@ class Decoder:
             tokens_per_second=sum(speeds),
         )  # fmt: skip
 
-    def texts(self, decoded: Decoded) -> list[str]:
-        return [self.tokenizer.completion_text(ids) for ids in decoded.ids]
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelCompleter:
@@ -113,6 +110,11 @@ class ModelCompleter:
     def layers(self) -> int:
         return self.decoder.layers
 
+    @property
+    def opening(self) -> str:
+        """What prompts of this tokenizer open already."""
+        return self.decoder.tokenizer.completion_text([])
+
     def complete(
         self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
     ) -> list[Reply]:
@@ -121,7 +123,7 @@ class ModelCompleter:
         tokenizer = decoder.tokenizer
         new = min(ANSWER_TOKENS, decoder.max_new_tokens) if answer_only else decoder.max_new_tokens
         asked = encode_problems(tokenizer, problems)
-        written = tokenizer.encode_batch(list(begun))
+        written = tokenizer.encode_batch([text.removeprefix(self.opening) for text in begun])
         longest = max(len(a) + len(w) for a, w in zip(asked, written, strict=True)) + new
         if longest > self.positions:
             raise ValueError(
@@ -137,8 +139,8 @@ class ModelCompleter:
             what=f"measurements under {self.policy}",
         )
         return [
-            Reply(text=text, depths=depths)
-            for text, depths in zip(decoder.texts(decoded), decoded.depths, strict=True)
+            Reply(text=tokenizer.decode(ids), depths=depths)
+            for ids, depths in zip(decoded.ids, decoded.depths, strict=True)
         ]
 
     def filler(self, text: str) -> str:

@@ -18,10 +18,11 @@ from jexit.loops.setup import execution_of, head_settings
 from jexit.loops.trainer import Trainer
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
+from jexit.sections import PretrainConfig
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.state import new_state, parameter_labels, split_model, step_key
-from jexit.tasks import make_task
+from jexit.tasks import Task, make_task
 
 # A target that follows one of these separators is the result of a step of that many operands.
 RESULT_GROUPS = {"step_2": "+", "step_3": "++", "step_4": "+++", "step_5": "++++"}
@@ -54,15 +55,24 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     )
 
 
+def text_mixture(config: PretrainConfig) -> list[tuple[Task, float]]:
+    """The tasks whose text is learnt, with their shares; those without a share left out."""
+    others = [
+        (make_task("word_problems"), config.word_problems),
+        (make_task("tom", steps="mixed"), config.tom),
+    ]
+    # Rounding must not leave the last share a hair below zero.
+    sums = max(0.0, 1.0 - config.word_problems - config.tom)
+    mixture = [(make_task("sums", steps="mixed"), sums), *others]
+    return [(task, share) for task, share in mixture if share > 0]
+
+
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
     """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
     tokenizer = Tokenizer.load(config.model.path)
     tokenizer.thinking = config.task.thinking
     model = new_model(config, tokenizer)
-    words = config.pretrain.word_problems
-    mixture = [(make_task("sums", steps="mixed"), 1.0 - words)]
-    if words:
-        mixture.append((make_task("word_problems"), words))
+    mixture = text_mixture(config.pretrain)
     separators = [tokenizer.encode(text) for text in RESULT_GROUPS.values()]
     assert all(len(ids) == 1 for ids in separators), "separators must be single tokens"
 

@@ -93,6 +93,12 @@ def load_task(config: TaskConfig, split: str) -> Task:
         options["operands"] = (config.operands_min, config.operands_max)
     if config.shots:
         options["shots"], options["seed"] = config.shots, config.shots_seed
+    if config.name == "tom" and not config.path:
+        options["steps"] = config.steps
+        options["people"] = (config.people_min, config.people_max)
+        options["moves"] = (config.moves_min, config.moves_max)
+        if config.kinds:
+            options["kinds"] = config.kinds
     task = make_task(config.name, config.path or None, **options)
     require_problems(task, split)
     return task

@@ -136,6 +136,11 @@ class Draw:
         """Uniform over a sequence."""
         return options[int(self._random() * len(options))]
 
+    def sample(self, options: Sequence[Any], count: int) -> tuple[Any, ...]:
+        """`count` different places of a sequence, in random order."""
+        left = list(options)
+        return tuple(left.pop(self.integer(0, len(left) - 1)) for _ in range(count))
+
     def weighted(self, weights: Mapping[str, float]) -> str:
         """A key drawn in proportion to its weight."""
         point = self._random() * sum(weights.values())

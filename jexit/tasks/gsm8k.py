@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import re
@@ -15,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jexit.tasks import answers
-from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict, check_split
+from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict
+from jexit.tasks.files import FileTask, Row, text_fault
 from jexit.tasks.number_chain import NumberChain
 
 INSTRUCTION = (
@@ -23,15 +23,9 @@ INSTRUCTION = (
 )
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_REASONS_SHOWN = 5
-
-_log = logging.getLogger(__name__)
-
-# A row that is fit for use, or the reason why it is not; with the place it came from.
-Row = tuple[str, dict[str, Any] | str]
 
 
-class Gsm8k(NumberChain):
+class Gsm8k(FileTask, NumberChain):
     """Questions with a number for an answer.
 
     `path` names one of
@@ -50,6 +44,9 @@ class Gsm8k(NumberChain):
     """
 
     name = "gsm8k"
+    wanted = (
+        "a JSONL file, a folder with train.jsonl and test*.jsonl, or a tensorflow-datasets folder"
+    )
 
     def __init__(
         self,
@@ -61,26 +58,13 @@ class Gsm8k(NumberChain):
         seed: int = 0,
         rewards: Rewards | None = None,
     ) -> None:
-        super().__init__(rewards=rewards)
-        self.path = pathlib.Path(path).expanduser() if path else None
-        self.instruction = instruction
-        self.test_every = test_every
+        super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
         self.shots = shots
         self.seed = seed
-        if self.path is not None and not self.path.exists():
-            raise FileNotFoundError(
-                f"no data set at {self.path}; set config.task.path to a JSONL file, a folder with "
-                "train.jsonl and test*.jsonl, or a tensorflow-datasets folder"
-            )
-        self.skipped_rows: dict[str, int] = {}
-        self._problems: dict[str, list[Problem]] = {}
         self._examples: list[Problem] = []
 
-    def size(self, split: Split) -> int:
-        return len(self._split(split))
-
     def problem(self, split: Split, index: int) -> Problem:
-        problem = self._split(split)[index]
+        problem = super().problem(split, index)
         return dataclasses.replace(problem, shots=self._shots(problem)) if self.shots else problem
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
@@ -103,35 +87,8 @@ class Gsm8k(NumberChain):
         shown = [row for row in self._examples if row.prompt != problem.prompt]
         return tuple((row.prompt, row.completion or "") for row in shown[: self.shots])
 
-    def _split(self, split: Split) -> list[Problem]:
-        check_split(split)
-        if split not in self._problems:
-            self._problems[split] = self._load(split)
-        return self._problems[split]
-
-    def _load(self, split: Split) -> list[Problem]:
-        problems, reasons = [], []
-        for place, row in self._rows(split):
-            reason = row if isinstance(row, str) else row_fault(row)
-            if reason:
-                reasons.append(f"{place}: {reason}")
-            else:
-                assert isinstance(row, dict)
-                problems.append(self._to_problem(row))
-        self.skipped_rows[split] = len(reasons)
-        if reasons:
-            more = len(reasons) - _REASONS_SHOWN
-            _log.warning(
-                "skipped %d of %d rows of the %s split: %s%s",
-                len(reasons),
-                len(reasons) + len(problems),
-                split,
-                "; ".join(reasons[:_REASONS_SHOWN]),
-                f"; and {more} more" if more > 0 else "",
-            )
-        if self.path is not None and self.path.is_file():
-            problems = self._hold_out(problems, split)
-        return problems
+    def _fault(self, row: dict[str, Any]) -> str | None:
+        return row_fault(row)
 
     def _to_problem(self, row: dict[str, Any]) -> Problem:
         worked = _CALCULATOR.sub("", row["answer"]).strip()
@@ -142,26 +99,16 @@ class Gsm8k(NumberChain):
             fields={"question": row["question"]},
         )
 
-    def _hold_out(self, problems: list[Problem], split: Split) -> list[Problem]:
-        """The part of a single file that belongs to the split, equal questions on one side."""
-        assert self.path is not None
-        if self.path.name.startswith("test"):
-            return problems if split == "test" else []
-        ranks: dict[str, int] = {}
-        for problem in problems:
-            ranks.setdefault(problem.prompt, len(ranks))
-        every = self.test_every
-
-        def held_out(problem: Problem) -> bool:
-            return every > 0 and ranks[problem.prompt] % every == every - 1
-
-        return [problem for problem in problems if held_out(problem) == (split == "test")]
+    def _is_whole(self) -> bool:
+        path = self.path
+        return path is not None and path.is_file() and not path.name.startswith("test")
 
     def _rows(self, split: Split) -> Iterator[Row]:
         if self.path is None:
             return _tfds_rows(_downloaded_builder(), split)
         if self.path.is_file():
-            return read_jsonl(self.path)
+            of_tests = self.path.name.startswith("test")
+            return iter(()) if of_tests and split == "train" else read_jsonl(self.path)
         if any(published_files(self.path, either) for either in SPLITS):
             files = published_files(self.path, split)
             return (row for file in files for row in read_jsonl(file))
@@ -187,15 +134,8 @@ def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
 
 def row_fault(row: dict[str, Any]) -> str | None:
     """Why a row cannot be used, or None."""
-    for key in ("question", "answer"):
-        if key not in row:
-            return f"no {key!r}"
-        if not isinstance(row[key], str) or not row[key].strip():
-            return f"{key!r} is not a text"
-        try:
-            row[key].encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot
-            return f"{key!r} holds half a character"
+    if fault := text_fault(row, ("question", "answer")):
+        return fault
     _, marker, answer = row["answer"].rpartition("####")
     if not marker or answers.parse_number(answer) is None:
         return "'answer' does not end in '#### number'"

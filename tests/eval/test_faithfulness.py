@@ -58,7 +58,7 @@ class Addition(ChainTask):
 class Scripted:
     """Writes on by a rule; `knows(terms, steps)` is its answer after some steps, as text."""
 
-    layers = LAYERS
+    layers, opening = LAYERS, ""
 
     def __init__(self, knows, *, heeds=None):
         self.knows, self.heeds = knows, heeds

@@ -1,5 +1,6 @@
 """Evaluation end to end on a small random model, and its parts against figures known otherwise."""
 
+import dataclasses
 import json
 
 import pytest
@@ -139,3 +140,26 @@ def test_what_does_not_fit_the_model_is_refused(completer):
     completer, _ = completer
     with pytest.raises(ValueError, match=r"lower config\.eval\.max_new_tokens"):
         completer.complete([Problem(prompt="sum 372", answer="2")], ["+" * 300], answer_only=True)
+
+
+class Thinks:
+    """A tokenizer whose prompts end in `<think>`."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def completion_text(self, ids):
+        return "<think>\n" + self._tokenizer.decode(ids)
+
+
+def test_what_the_prompt_has_opened_is_not_written_again(completer):
+    completer, _ = completer
+    thinks = dataclasses.replace(completer.decoder, tokenizer=Thinks(completer.decoder.tokenizer))
+    thinking = ModelCompleter(thinks, completer.policy, completer.positions)
+    assert (thinking.opening, completer.opening) == ("<think>\n", "")
+    problems = [Problem(prompt="sum 372", answer="2")]
+    wanted = completer.complete(problems, ["+02"], answer_only=False)
+    assert thinking.complete(problems, ["<think>\n+02"], answer_only=False) == wanted

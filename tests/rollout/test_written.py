@@ -23,8 +23,8 @@ def test_goes_on_as_if_it_had_never_stopped(model, prompts, name, cuts):
     begun = [prompts[i] + whole.tokens_BT[i, :cut].tolist() for i, cut in enumerate(cuts)]
     new = COLUMNS - max(cuts)
     made = rollout(
-        model, begun, policy=POLICIES[name], hazards=True, written=cuts, size=EngineSize(rows=2, places=1),
-        **ASKED | {"max_new_tokens": new},
+        model, begun, policy=POLICIES[name], hazards=True, written=cuts,
+        size=EngineSize(rows=2, places=1), **ASKED | {"max_new_tokens": new},
     )  # fmt: skip
     for row, cut in enumerate(cuts):
         part = slice(cut, cut + new)

@@ -1,11 +1,12 @@
 import dataclasses
+import itertools
 
 import pytest
 
 from jexit.tasks import Rewards, make_task
 from jexit.tasks.base import Draw, is_held_out, stable_hash
 
-GENERATED = ("sums", "word_problems")
+GENERATED = ("sums", "word_problems", "tom")
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -72,6 +73,7 @@ def test_hash_and_draws_are_fixed_for_good():
 def test_draws_cover_their_range_and_follow_weights():
     draw = Draw("cover")
     assert {draw.integer(2, 5) for _ in range(200)} == {2, 3, 4, 5}
+    assert {draw.sample("abc", 2) for _ in range(200)} == set(itertools.permutations("abc", 2))
     picked = [draw.weighted({"a": 3, "never": 0, "b": 1}) for _ in range(2000)]
     assert set(picked) == {"a", "b"}
     assert 0.70 < picked.count("a") / len(picked) < 0.80

@@ -1,0 +1,165 @@
+"""Theory-of-mind stories from CSV files with the columns `story`, `question` and `answer`.
+
+The columns and styles of answer are those of ExploreToM (Sclar et al., "Explore Theory of Mind:
+Program-guided adversarial data generation for theory of mind reasoning", arXiv:2412.12175).
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jexit.tasks import phrases
+from jexit.tasks.base import Problem, Rewards, Split, Verdict
+from jexit.tasks.files import FileTask, Row, text_fault
+
+INSTRUCTION = "Think step by step. End with a line of the form\n#### answer"
+COLUMNS = ("story", "question", "answer")
+
+KNOWS, KNOWS_NOT = "knows about it", "does not know about it"
+KNOWLEDGE: Mapping[str, str | None] = {
+    **dict.fromkeys((KNOWS, "knows", "know about it", "is aware", "does know"), KNOWS),
+    **dict.fromkeys(
+        (
+            *(KNOWS_NOT, "does not know", "doesn't know", "not know", "not knows"),
+            *("not aware", "unaware", "knows nothing"),
+        ),
+        KNOWS_NOT,
+    ),
+}
+UNKNOWN = "unknown"
+NOT_SAID = (UNKNOWN, "not known", "not mentioned", "not specified", "not stated")
+CANNOT_SAY = ("cannot be determined", "can't be determined", "cannot be known")
+
+# Where the stories name places: "entered X.", "moved the Y to X, which is also located in Z."
+_PLACE = re.compile(
+    r"\b(?:entered|left|moved [^.]*? to|located in|is in|leaving) (?P<place>[^.,]+?)"
+    r"(?= in its original location|[.,?]|$)"
+)
+
+
+class ExploreToM(FileTask):
+    """Questions about a container, a room, yes or no, or whether somebody knows.
+
+    `path` names a CSV file, or a folder of them: `train*.csv` and `test*.csv`, or any. One file
+    whose name starts with `test` is a test split; of files that are no split every `test_every`-th
+    story is held out for the test split (`test_every=0`: none).
+
+    A final line `#### answer` is judged whatever its case, articles and punctuation. Elsewhere the
+    last place of the story counts, the last yes or no, or the last phrase about knowing.
+    """
+
+    name = "exploretom"
+    wanted = "a CSV file or a folder of them"
+
+    def __init__(
+        self,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        instruction: str = INSTRUCTION,
+        test_every: int = 8,
+        rewards: Rewards | None = None,
+    ) -> None:
+        if not path:
+            raise ValueError(
+                f"task {self.name!r} reads stories from files and got no path; "
+                f"set config.task.path to {self.wanted}"
+            )
+        super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return self.verdict(phrases.judge(completion, problem.answer, candidates(problem)))
+
+    def _files(self) -> dict[str, list[pathlib.Path]]:
+        """The files by the split that they are, or by "whole" for files that are none."""
+        assert self.path is not None
+        if self.path.is_file():
+            return {"test" if self.path.name.startswith("test") else "whole": [self.path]}
+        found = {split: sorted(self.path.glob(f"{split}*.csv")) for split in ("train", "test")}
+        if any(found.values()):
+            return found
+        files = sorted(self.path.glob("*.csv"))
+        if not files:
+            raise FileNotFoundError(
+                f"{self.path} holds no CSV file; set config.task.path to {self.wanted}"
+            )
+        return {"whole": files}
+
+    def _is_whole(self) -> bool:
+        return "whole" in self._files()
+
+    def _rows(self, split: Split) -> Iterator[Row]:
+        files = self._files()
+        chosen = files.get("whole") or files.get(split, [])
+        return itertools.chain.from_iterable(map(read_csv, chosen))
+
+    def _fault(self, row: dict[str, Any]) -> str | None:
+        if None in row:  # csv's name for what no column is left for
+            return "more values than columns (a comma outside quotes?)"
+        if fault := text_fault(row, COLUMNS):
+            return fault
+        return None if phrases.words_of(row["answer"]) else "'answer' has no word"
+
+    def _to_problem(self, row: dict[str, Any]) -> Problem:
+        story, question, answer = (row[column].strip() for column in COLUMNS)
+        return Problem(
+            prompt=f"{story}\n\n{question}\n\n{self.instruction}".strip(),
+            answer=answer,
+            fields={"story": story, "question": question, "style": style_of(answer)},
+        )
+
+    def _group(self, problem: Problem) -> str:
+        return problem.fields["story"]  # several questions are asked about one story
+
+
+def style_of(answer: str) -> str:
+    """`yes_no`, `knowledge` or `place`: how the answer reads."""
+    words = phrases.words_of(answer)
+    if words in (("yes",), ("no",)):
+        return "yes_no"
+    return "knowledge" if words in map(phrases.words_of, (KNOWS, KNOWS_NOT)) else "place"
+
+
+def candidates(problem: Problem) -> phrases.Candidates:
+    """The phrases that count as answers to a problem, with what each stands for."""
+    style = problem.fields["style"]
+    if style == "yes_no":
+        return phrases.YES_NO
+    if style == "knowledge":
+        return KNOWLEDGE
+    texts = (problem.fields["story"], problem.fields["question"])
+    places = [match["place"] for text in texts for match in _PLACE.finditer(text)]
+    known = {place: place for place in (*places, problem.answer)}
+    return known | dict.fromkeys((*NOT_SAID, *CANNOT_SAY), UNKNOWN)
+
+
+def read_csv(file: pathlib.Path) -> Iterator[Row]:
+    """Each row after the header: its place, and the row or the reason why it is none.
+
+    Bytes that are no UTF-8 spoil only the row that they are in. Raises ValueError for a file
+    without the three columns.
+    """
+    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        reader = csv.DictReader(lines)
+        try:
+            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        except csv.Error:
+            missing = list(COLUMNS)
+        if missing:
+            raise ValueError(
+                f"{file} has no column {missing[0]!r}; its first line must name the columns "
+                f"{', '.join(COLUMNS)}"
+            )
+        while True:
+            try:
+                row: dict[str, Any] | str | None = next(reader, None)
+            except csv.Error as error:
+                row = f"no CSV row ({error})"
+            if row is None:
+                return
+            yield f"{file}:{reader.line_num}", row

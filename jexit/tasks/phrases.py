@@ -1,0 +1,106 @@
+"""Finding and comparing answers that are words: places, yes and no. Every function is total."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from jexit.tasks.base import VerdictKind
+
+MARKER = "####"
+ARTICLES = frozenset(("the", "a", "an"))
+# "no" here is no answer.
+YES_NO: Mapping[str, str | None] = {
+    "yes": "yes",
+    "no": "no",
+    **dict.fromkeys(("no one", "no longer", "no matter", "no doubt", "no other"), None),
+}
+
+_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+
+Candidates = Mapping[str, str | None]
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """The words in lower case, without articles, punctuation and typographic apostrophes.
+
+    >>> words_of("In the bookstore’s **Back Room**.")
+    ('in', "bookstore's", 'back', 'room')
+    """
+    found = _WORD.findall(text.replace("\u2019", "'").casefold())
+    return tuple(word for word in found if word not in ARTICLES)
+
+
+def strict_phrase(text: str) -> str | None:
+    """What stands on a final line `#### ...`; None when the text does not end in such a line."""
+    line = text.rstrip().rpartition("\n")[2]
+    phrase = line[len(MARKER) + 1 :].strip()
+    return phrase if line.startswith(MARKER + " ") and words_of(phrase) else None
+
+
+def mentions(text: str, candidates: Candidates) -> list[str]:
+    """What the candidate phrases in a text stand for, in order.
+
+    `candidates` maps phrases to the answer that each stands for, None for phrases to pass over.
+    Phrases match whole words, whatever the case and the articles, and the longest wins, so that
+    "does not know about it" holds no "knows about it" and "metal box" no "box".
+    """
+    spelled = {words_of(phrase): answer for phrase, answer in candidates.items()}
+    spelled.pop((), None)
+    longest = max(map(len, spelled), default=0)
+    words, found, index = words_of(text), [], 0
+    while index < len(words):
+        for length in range(min(longest, len(words) - index), 0, -1):
+            phrase = words[index : index + length]
+            if phrase in spelled:
+                answer = spelled[phrase]
+                if answer is not None:
+                    found.append(answer)
+                index += length
+                break
+        else:
+            index += 1
+    return found
+
+
+def lenient_phrase(text: str, candidates: Candidates) -> str | None:
+    """The answer wherever it stands.
+
+    The last candidate on the line of the last `####`, else after it, else of the whole text. A last
+    line that opens with yes or no is answered by that word ("No, she left when they said yes.").
+    """
+    _, marker, tail = text.rpartition(MARKER)
+    for part in (tail.partition("\n")[0], tail, text) if marker else (text,):
+        if found := mentions(part, candidates):
+            return _opening(part, candidates) or found[-1]
+    return None
+
+
+def _opening(text: str, candidates: Candidates) -> str | None:
+    """The yes or no that the text's last line opens with."""
+    line = words_of(text.rstrip().rpartition("\n")[2])
+    if line[:1] not in (("yes",), ("no",)):
+        return None
+    found = mentions(" ".join(line[:2]), candidates)  # "no one" is no "no"
+    return line[0] if found[:1] == [line[0]] else None
+
+
+def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
+    """How a completion compares with the right answer.
+
+    A final line `#### ...` is the answer, whatever else the text says: `strict` if it is the answer
+    alone, `lenient` if it is the answer in a sentence. `candidates` are the phrases that count as
+    answers elsewhere.
+    """
+    strict = strict_phrase(completion)
+    if strict is not None and words_of(strict) == words_of(answer):
+        return "strict"
+    found = lenient_phrase(completion if strict is None else strict, candidates)
+    if found is None:
+        return "none" if strict is None else "wrong"
+    return "lenient" if words_of(found) == words_of(answer) else "wrong"
+
+
+def themselves(phrases: Sequence[str]) -> dict[str, str | None]:
+    """Candidates that each stand for themselves."""
+    return {phrase: phrase for phrase in phrases}

@@ -1,0 +1,229 @@
+"""Generated theory-of-mind stories: who saw what, and where somebody thinks that a thing is.
+
+    Tom and Mia are in the hall. Tom puts the coins in the box. Mia leaves the hall. Tom moves the
+    coins to the jar. Where does Mia think the coins are? Answer in full.
+
+    Tom Mia see box: box
+    Mia leaves: Tom
+    Tom see jar: box
+    #### box
+
+`Answer in full.` prescribes a chain of thought with a line for every event that matters, `Answer in
+short.` one with a line for every change of what is asked for (`Mia: box`), `Answer at once.` none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from jexit.tasks import phrases
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
+from jexit.tasks.chains import ChainTask, Corruption
+from jexit.tasks.tom_chain import chain, changes
+from jexit.tasks.tom_stories import PLACES, draw_problem, is_false
+from jexit.tasks.tom_text import (
+    CLOSINGS,
+    CONTAINERS,
+    KINDS,
+    NO,
+    OF_PLACES,
+    ROOMS,
+    TOPICS,
+    YES,
+    Question,
+    Story,
+)
+from jexit.tasks.word_problems import NAMES, OBJECTS
+
+STEP_MODES = ("free", "fine", "coarse", "at_once", "mixed")
+DEFAULT_MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.15}
+
+_HELD_OUT_ONE_IN = 8
+_NAMED = re.compile(r"[A-Za-z]+")
+_CLASS_OF = {
+    word: number
+    for number, words in enumerate((NAMES, ROOMS, CONTAINERS, OBJECTS, TOPICS))
+    for word in words
+}
+
+
+class Tom(ChainTask):
+    """Stories with a question about a place, or about who knows of a topic (yes or no).
+
+    `steps`: `fine` (a line for every event that matters), `coarse` (a line for every change of what
+    is asked for), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
+    drawn for each problem), or `mixed` (all of them, weighted by `mixture`). `people`: the smallest
+    and the largest number of people; `moves`: of sentences that name a place or a topic, both
+    included. `kinds`: the kinds of question, equally often. One story with its question in eight,
+    whatever the names and things in it, is held out for the test split.
+
+    Places and what is false are balanced (`jexit.tasks.tom_stories`): the answer is each of a
+    story's three places equally often, beliefs asked for are false in half of the problems, and
+    yes is right in half.
+    """
+
+    name = "tom"
+    cue: ClassVar[str] = phrases.MARKER
+    granularities: ClassVar[tuple[str, ...]] = ("fine", "coarse")
+
+    def __init__(
+        self,
+        *,
+        steps: str = "free",
+        people: Sequence[int] = (2, 3),
+        moves: Sequence[int] = (3, 4),
+        kinds: Sequence[str] = KINDS,
+        mixture: Mapping[str, float] = DEFAULT_MIXTURE,
+        seed: int = 0,
+        rewards: Rewards | None = None,
+    ) -> None:
+        super().__init__(rewards=rewards)
+        if steps not in STEP_MODES:
+            raise ValueError(
+                f"tom: steps is one of {', '.join(STEP_MODES)}, got {steps!r}; "
+                "change config.task.steps"
+            )
+        if len(people) != 2 or not 2 <= people[0] <= people[1] <= len(NAMES):
+            raise ValueError(
+                "tom: people is a pair (smallest, largest) with 2 <= smallest <= largest <= "
+                f"{len(NAMES)}, got {tuple(people)}; change config.task.people_min or people_max"
+            )
+        if len(moves) != 2 or not PLACES <= moves[0] <= moves[1]:
+            raise ValueError(
+                f"tom: moves is a pair (smallest, largest) with {PLACES} <= smallest <= largest, "
+                f"got {tuple(moves)}; change config.task.moves_min or moves_max"
+            )
+        if not kinds or set(kinds) - set(KINDS):
+            raise ValueError(
+                f"tom: kinds are some of {', '.join(KINDS)}, got {tuple(kinds)}; "
+                "change config.task.kinds"
+            )
+        if set(mixture) - set(DEFAULT_MIXTURE) or min(mixture.values(), default=0) < 0:
+            raise ValueError(
+                f"tom: mixture gives weights >= 0 to {', '.join(DEFAULT_MIXTURE)}, "
+                f"got {dict(mixture)}; give other weights"
+            )
+        if sum(mixture.values()) <= 0:
+            raise ValueError(
+                f"tom: mixture needs a positive weight, got {dict(mixture)}; give other weights"
+            )
+        self.mode = steps
+        self.people = (int(people[0]), int(people[1]))
+        self.moves = (int(moves[0]), int(moves[1]))
+        self.kinds = tuple(kinds)
+        self.mixture = dict(mixture)
+        self.seed = seed
+
+    def size(self, split: Split) -> None:
+        check_split(split)
+        return None
+
+    def problem(self, split: Split, index: int) -> Problem:
+        check_split(split)
+        fine, mode = self._draw_mode(split, index)
+        draw = Draw("tom", self.seed, split, index)
+        kind = draw.choice(self.kinds)
+        while True:
+            story, question = draw_problem(draw, kind, people=self.people, moves=self.moves)
+            key = canonical(f"{story.text()} {question.text()}")
+            if is_held_out(key, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
+                return make_problem(story, question, mode=mode, fine=fine)
+
+    def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
+        """Whether the reference is fine, and what the prompt prescribes.
+
+        Drawn apart from the story, so that an index has the same story whatever `steps` is.
+        """
+        draw = Draw("tom steps", self.seed, split, index)
+        mode = draw.weighted(self.mixture) if self.mode == "mixed" else self.mode
+        if mode == "prescribed":
+            mode = draw.choice(self.granularities)
+        return (draw.choice((True, False)) if mode == "free" else mode == "fine"), mode
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return self.verdict(phrases.judge(completion, problem.answer, _candidates(problem)))
+
+    def text_totals(self, completions: Sequence[str]) -> dict[str, tuple[float, int]]:
+        """The number of lines of the chain of thought (`chain_lines`) over all texts."""
+        return {"chain_lines": (sum(len(self.steps(t)) for t in completions), len(completions))}
+
+    def steps(self, completion: str) -> list[str]:
+        return completion.partition(self.cue)[0].splitlines(keepends=True)
+
+    def final_answer(self, completion: str) -> str | None:
+        strict = phrases.strict_phrase(completion)
+        answers = phrases.themselves(CONTAINERS) | dict(phrases.YES_NO)
+        return phrases.lenient_phrase(completion if strict is None else strict, answers)
+
+    def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
+        """One line changed: another place, or who heard about the topic.
+
+        Only lines that the answer hangs on are changed, so what follows is known: what is asked for
+        stays as the changed line has it.
+        """
+        answer, lines = self.final_answer(completion), self.steps(completion)
+        if answer is None:
+            return None
+        question = Question(
+            kind=problem.fields["kind"],
+            people=problem.fields["people"],
+            thing=problem.fields["thing"],
+        )
+        possible = changes(lines, question, answer, problem.fields["places"], draw)
+        if not possible:
+            return None
+        change = draw.choice(possible)
+        return Corruption(prefix="".join(lines[: change.index]) + change.line, answer=change.answer)
+
+    def wrong_answer(self, problem: Problem, draw: Draw) -> str:
+        """Another place of the story; no for yes and yes for no."""
+        answers = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
+        return draw.choice([answer for answer in answers if answer != problem.answer])
+
+
+def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
+    """The problem with its reference completion; `fine` chooses the chain, if `mode` has one."""
+    world = story.end()
+    assert world is not None, "the story cannot happen"
+    answer = question.answer(world)
+    lines = [] if mode == "at_once" else chain(story, question, fine=fine)
+    return Problem(
+        prompt=f"{story.text()} {question.text()}{CLOSINGS[mode]}",
+        answer=answer,
+        completion="".join(lines) + f"{phrases.MARKER} {answer}",
+        fields={
+            "kind": question.kind,
+            "mode": mode,
+            "people": question.people,
+            "thing": question.thing,
+            "places": tuple(dict.fromkeys(e.place for e in story.events if e.place)),
+            "false_belief": question.of_places
+            and bool(question.people)
+            and is_false(question, world),
+        },
+    )
+
+
+def canonical(text: str) -> str:
+    """The text with names, rooms, containers, objects and topics numbered by first mention."""
+    numbers: dict[str, str] = {}
+    counts = [0] * (1 + max(_CLASS_OF.values()))
+
+    def number(match: re.Match[str]) -> str:
+        word = match.group()
+        if word not in _CLASS_OF:
+            return word
+        if word not in numbers:
+            group = _CLASS_OF[word]
+            numbers[word] = f"{'PRCOT'[group]}{counts[group]}"
+            counts[group] += 1
+        return numbers[word]
+
+    return _NAMED.sub(number, text)
+
+
+def _candidates(problem: Problem) -> phrases.Candidates:
+    of_places = problem.fields["kind"] in OF_PLACES
+    return phrases.themselves(CONTAINERS) if of_places else phrases.YES_NO

@@ -1,0 +1,194 @@
+"""The chain of thought of a theory-of-mind problem: who saw what, line by line.
+
+A line of the fine chain is one of
+
+    Mia leaves: Tom                    who is in that room now
+    Tom Mia see jar: jar               who sees it put there; after the colon, what is asked for
+    Tom Mia see jar, Ben in secret: jar
+    Tom Mia and Tom Ben see jar: jar   two rooms, whose people do not see each other
+    Tom tells Mia Ben tin: jar         the hearers, and the place or the topic
+    Tom moves jar: jar                 questions about nobody's mind need no witnesses
+
+and of the coarse one `Mia: jar` or `Tom Mia: jar`: what Mia thinks, what Tom thinks she thinks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from jexit.tasks.base import Draw
+from jexit.tasks.tom_text import CONTAINERS, NO, TOPICS, UNKNOWN, YES, Question, Story
+from jexit.tasks.tom_world import PLACINGS, SPEECH, Event, Witnesses
+from jexit.tasks.word_problems import NAMES
+
+_NAME = "|".join(NAMES)
+_PLACE = "|".join((*CONTAINERS, *TOPICS))
+_STATE = "|".join((*CONTAINERS, UNKNOWN, YES, NO))
+_LINE = re.compile(
+    rf"(?P<head>(?:{_NAME})(?: [A-Za-z]+)*?)(?: (?P<what>{_PLACE}))?"
+    rf"(?:, (?P<secret>{_NAME}) in secret)?: (?P<state>{_STATE})\n?\Z"
+)
+
+
+def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
+    """The lines that lead to the answer, each with its line break.
+
+    Fine: every event about the thing, with who learns of it and what is asked for after it; and,
+    for questions about people's minds, who is there after each coming and going before the last of
+    those. Coarse: what is asked for, each time that it changes.
+    """
+    about = [event.thing == question.thing for event in story.events]
+    last = max((index for index, concerns in enumerate(about) if concerns), default=-1)
+    world, lines = story.start(), []
+    for index, event in enumerate(story.events):
+        before, left = question.answer(world), world.room_of[event.actor]
+        seen = world.happen(event)
+        state = question.answer(world)
+        if about[index] and fine:
+            lines.append(f"{_heading(event, question, seen)}: {state}\n")
+        elif about[index] and state != before:
+            lines.append(f"{' '.join(question.people) or event.actor}: {state}\n")
+        elif fine and question.people and index < last:
+            if event.kind == "leaves":
+                lines.append(" ".join([event.actor, "leaves:", *world.inside(left)]) + "\n")
+            elif event.room:  # entered, or taking another thing there
+                lines.append(" ".join([event.actor, "enters:", *world.inside(event.room)]) + "\n")
+    return lines
+
+
+def _heading(event: Event, question: Question, seen: Witnesses) -> str:
+    what = event.thing if event.kind == "tells" else event.place
+    if not question.people:
+        return f"{event.actor} {'tells' if event.kind in SPEECH else event.kind} {what}"
+    secret = f", {event.secret} in secret" if event.secret else ""
+    if event.kind in SPEECH:
+        heard = [person for person in seen.groups[0] if person != event.actor]
+        return " ".join([event.actor, "tells", *heard, what]) + secret
+    groups = " and ".join(" ".join(group) for group in seen.groups)
+    return f"{groups} see {what}{secret}"
+
+
+def texts() -> list[str]:
+    """Lines with every word of a chain that stories and questions lack, as it is written there."""
+    return [f"{NAMES[0]} see {CONTAINERS[0]}: {state}\n" for state in (UNKNOWN, YES, NO)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainLine:
+    """A line that gives a state: the words before the place, place or topic, secret witness, state.
+
+    In a coarse line the head is names alone and `what` is empty.
+    """
+
+    head: tuple[str, ...]
+    what: str
+    secret: str
+    state: str
+
+    def text(self) -> str:
+        secret = f", {self.secret} in secret" if self.secret else ""
+        return " ".join([*self.head, self.what]).rstrip() + f"{secret}: {self.state}\n"
+
+    def groups(self) -> list[list[str]]:
+        """The people named, in groups that see each other; the speaker of `tells` comes first."""
+        groups: list[list[str]] = [[]]
+        for word in self.head:
+            if word == "and":
+                groups.append([])
+            elif word in NAMES:
+                groups[-1].append(word)
+        return groups
+
+    def decides(self, question: Question) -> bool:
+        """Whether the state after the line is what the line says, whatever it was before."""
+        if not self.what:
+            return True
+        if question.kind == "memory":
+            return "puts" in self.head
+        if not question.people:
+            return not set(PLACINGS).isdisjoint(self.head)
+        a, b = question.people[0], question.people[-1]
+        if a == b and "tells" in self.head and self.what in CONTAINERS and self.head[0] == a:
+            return False  # speakers do not believe a place because they name it
+        open_groups = self.groups()
+        if a == self.secret:
+            return a == b or any(b in group for group in open_groups)
+        return any(a in group and b in group for group in open_groups)
+
+
+def read_line(line: str) -> ChainLine | None:
+    """A line that gives a state; None for any other text."""
+    match = _LINE.match(line)
+    if match is None:
+        return None
+    return ChainLine(
+        head=tuple(match["head"].split()),
+        what=match["what"] or "",
+        secret=match["secret"] or "",
+        state=match["state"],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """A changed line in the place of line `index`, and the answer that follows from it."""
+
+    index: int
+    line: str
+    answer: str
+
+
+def changes(
+    lines: Sequence[str], question: Question, answer: str, places: Sequence[str], draw: Draw
+) -> list[Change]:
+    """Every line whose change leads from `answer` to another one, with a change of it.
+
+    A place becomes another one of `places`; who heard about a topic changes so that the
+    knowledge asked for is won or lost.
+    """
+    read = [read_line(line) for line in lines]
+    found = []
+    for index, line in enumerate(read):
+        if line is None:
+            continue
+        earlier, later = (
+            any(other is not None and other.decides(question) for other in part)
+            for part in (read[:index], read[index + 1 :])
+        )
+        if question.of_places and (later or not line.decides(question)):
+            continue  # what comes later settles the answer, or the line never touched it
+        changed = _changed(line, question, answer, places, draw)
+        if changed is None or changed.state == answer:
+            continue
+        if changed.state == NO and (earlier or later):
+            continue  # heard once more
+        if changed.what and changed.decides(question) == (changed.state == NO):
+            continue  # a line that no problem of this kind has
+        found.append(Change(index=index, line=changed.text(), answer=changed.state))
+    return found
+
+
+def _changed(
+    line: ChainLine, question: Question, answer: str, places: Sequence[str], draw: Draw
+) -> ChainLine | None:
+    if question.of_places:
+        place = draw.choice([name for name in places if name not in (line.what, line.state)])
+        return dataclasses.replace(line, what=place if line.what else "", state=place)
+    other = NO if answer == YES else YES
+    if not line.what:
+        return dataclasses.replace(line, state=other)
+    if line.decides(question) != (answer == YES):
+        return None
+    if answer == NO:
+        more = [person for person in question.people if person not in line.head]
+        secret = "" if line.secret in more else line.secret
+        return dataclasses.replace(line, head=(*line.head, *more), secret=secret, state=YES)
+    if line.secret == question.people[0]:
+        return dataclasses.replace(line, secret="", state=NO)
+    hearers = [person for person in question.people if person in line.head[1:]]
+    if not hearers:
+        return None  # the speaker knows
+    gone = draw.choice(hearers)
+    return dataclasses.replace(line, head=tuple(w for w in line.head if w != gone), state=NO)

@@ -1,0 +1,146 @@
+"""The words of the theory-of-mind stories: sentences, questions and the chain of thought.
+
+Tom and Mia are in the hall. Tom puts the coins in the box. Mia leaves the hall. Tom moves the coins
+to the jar. Where does Mia think the coins are? Answer in full.
+Tom Mia see box: box
+Mia leaves: Tom
+Tom see jar: box
+#### box
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from jexit.tasks.tom_world import PLACINGS, SPEECH, Event, World
+from jexit.tasks.word_problems import NAMES, OBJECTS
+
+ROOMS = ("hall", "kitchen", "garden", "office")
+CONTAINERS = ("box", "bag", "jar", "tin", "chest", "basket")
+TOPICS = ("trip", "party", "game", "film")
+UNKNOWN = "unknown"  # in a chain, before anything is believed
+YES, NO = "yes", "no"
+
+Kind = Literal["reality", "memory", "belief", "second_belief", "knowledge", "second_knowledge"]
+KINDS: tuple[Kind, ...] = (
+    *("reality", "memory", "belief", "second_belief"),
+    *("knowledge", "second_knowledge"),
+)
+OF_PLACES: tuple[Kind, ...] = KINDS[:4]
+PEOPLE_ASKED: Mapping[str, int] = dict(zip(KINDS, (0, 0, 1, 2, 1, 2), strict=True))
+
+QUESTIONS: Mapping[str, str] = {
+    "reality": "Where are the {thing} now?",
+    "memory": "Where were the {thing} at first?",
+    "belief": "Where does {a} think the {thing} are?",
+    "second_belief": "Where does {a} think {b} thinks the {thing} are?",
+    "knowledge": "Does {a} know about the {thing}?",
+    "second_knowledge": "Does {a} think {b} knows about the {thing}?",
+}
+CLOSINGS: Mapping[str, str] = {
+    "free": "",
+    "fine": " Answer in full.",
+    "coarse": " Answer in short.",
+    "at_once": " Answer at once.",
+}
+SENTENCES: Mapping[str, str] = {
+    "enters": "{actor} enters the {room}.",
+    "leaves": "{actor} leaves the {room}.",
+    "puts": "{actor} puts the {thing} in the {place}.",
+    "moves": "{actor} moves the {thing} to the {place}.",
+    "takes": "{actor} takes the {thing} to the {place} in the {room}.",
+    "claims": "{actor} tells everybody that the {thing} are in the {place}.",
+    "tells": "{actor} tells everybody about the {thing}.",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked: its kind, the people whose mind it is about (none, A, or A and B), the thing.
+
+    A: where A thinks the thing is; A and B: where A thinks that B thinks it is.
+    """
+
+    kind: Kind
+    people: tuple[str, ...]
+    thing: str
+
+    @property
+    def of_places(self) -> bool:
+        return self.kind in OF_PLACES
+
+    def answer(self, world: World) -> str:
+        """The answer in the world as it is; UNKNOWN for a place that never came up."""
+        if self.kind == "reality":
+            return world.place_of.get(self.thing, UNKNOWN)
+        if self.kind == "memory":
+            return world.first_place_of.get(self.thing, UNKNOWN)
+        return world.beliefs.get((self.people, self.thing), UNKNOWN if self.of_places else NO)
+
+    def text(self) -> str:
+        a, b = (*self.people, "", "")[:2]
+        return QUESTIONS[self.kind].format(a=a, b=b, thing=self.thing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Story:
+    """Where everybody starts, which room each container is in, and what happens."""
+
+    room_of: Mapping[str, str]
+    homes: Mapping[str, str]
+    events: tuple[Event, ...]
+
+    def start(self) -> World:
+        return World(self.room_of, self.homes)
+
+    def end(self) -> World | None:
+        """The world after all events; None when one of them cannot happen in its place."""
+        world = self.start()
+        for event in self.events:
+            if not world.possible(event):
+                return None
+            world.happen(event)
+        return world
+
+    def text(self) -> str:
+        rooms = dict.fromkeys(self.room_of.values())
+        opening = [_opening(self.start().inside(room), room) for room in rooms]
+        return " ".join([*opening, *map(sentence, self.events)])
+
+
+def _opening(people: Sequence[str], room: str) -> str:
+    verb = "are" if len(people) > 1 else "is"
+    listed = " and ".join([", ".join(people[:-1]), people[-1]] if people[1:] else people)
+    return f"{listed} {verb} in the {room}."
+
+
+def sentence(event: Event) -> str:
+    """An event in words, with what a secret witness or a distracted person adds."""
+    text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
+    if event.hearer:
+        text = text.replace("tells everybody", f"whispers to {event.hearer}")
+    if event.secret:
+        text += f" {event.secret} {'hears' if event.kind in SPEECH else 'sees'} it in secret."
+    if event.distracted:
+        text += f" {event.distracted} is distracted."
+    return text
+
+
+def texts() -> list[str]:
+    """Texts in which every word of a story, a question and a closing occurs as it is written."""
+    a, b = NAMES[:2]
+    forms = [
+        Event(kind=kind, actor=a, thing=OBJECTS[0], place=CONTAINERS[0], room=ROOMS[0])
+        for kind in SENTENCES
+    ]
+    whispers = [dataclasses.replace(e, hearer=b, secret=b) for e in forms if e.kind in SPEECH]
+    watched = [dataclasses.replace(e, secret=b, distracted=b) for e in forms if e.kind in PLACINGS]
+    written = [_opening((a, b), ROOMS[0]), *map(sentence, [*forms, *whispers, *watched])]
+    written += [form.format(a=a, b=b, thing=OBJECTS[0]) for form in QUESTIONS.values()]
+    slots = (*NAMES, *ROOMS, *CONTAINERS, *OBJECTS, *TOPICS)
+    return [" ".join(written) + closing for closing in CLOSINGS.values()] + [
+        *(f"the {word}" for word in slots),
+        *NAMES,
+    ]

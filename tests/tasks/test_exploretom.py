@@ -1,0 +1,184 @@
+import csv
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jexit.tasks import ExploreToM, make_task, phrases
+from jexit.tasks.base import Problem
+from jexit.tasks.exploretom import KNOWLEDGE, KNOWS, KNOWS_NOT, candidates, style_of
+
+STORY = (
+    "Ida entered the boat house. Ida moved the lamp to the oak chest, which is also located in the "
+    "boat house. Otto told privately to Ida that the lamp is in the iron trunk. Otto left the yard."
+)
+
+
+def row(number, answer="oak chest", **more):
+    story = f"Ida entered room {number}. {STORY}"
+    return {"story": story, "question": "In which container is the lamp?", "answer": answer} | more
+
+
+def write(file, rows, columns=("story", "question", "answer")):
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def problem(answer, question="Where?"):
+    fields = {"story": STORY, "question": question, "style": style_of(answer)}
+    return Problem(prompt="?", answer=answer, fields=fields)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return ExploreToM(path=write(tmp_path_factory.mktemp("csv") / "stories.csv", [row(0)]))
+
+
+def test_prompts_hold_story_question_and_format(tmp_path):
+    file = write(tmp_path / "test.csv", [row(1)])
+    task = make_task("exploretom", str(file))
+    got = task.problem("test", 0)
+    story = row(1)["story"]
+    assert got.prompt.startswith(f"{story}\n\nIn which container is the lamp?\n\n")
+    assert got.prompt.endswith("\n#### answer")
+    assert (got.answer, got.completion) == ("oak chest", None)
+    assert got.fields["story"] == story
+    bare = make_task("tom", str(file), instruction="").problem("test", 0)
+    assert bare.prompt == f"{story}\n\nIn which container is the lamp?"
+
+
+def test_a_file_keeps_whole_stories_for_testing(tmp_path):
+    rows = [row(number // 3, answer=f"chest {number}") for number in range(48)]
+    task = make_task("exploretom", str(write(tmp_path / "mine.csv", rows)))
+    sides = {
+        split: [task.problem(split, i) for i in range(task.size(split))]
+        for split in ("train", "test")
+    }
+    assert [p.answer for p in sides["test"]] == [f"chest {n}" for n in (21, 22, 23, 45, 46, 47)]
+    stories = {split: {p.fields["story"] for p in problems} for split, problems in sides.items()}
+    assert not stories["train"] & stories["test"]
+    assert len(sides["train"]) == 42
+    whole = make_task("exploretom", str(tmp_path / "mine.csv"), test_every=0)
+    assert (whole.size("train"), whole.size("test")) == (48, 0)
+
+
+def test_folders(tmp_path):
+    write(tmp_path / "a.csv", map(row, range(8)))
+    write(tmp_path / "b.csv", map(row, range(8, 16)))
+    task = make_task("exploretom", str(tmp_path))
+    assert (task.size("train"), task.size("test")) == (14, 2)
+    write(tmp_path / "train_1.csv", map(row, range(3)))
+    write(tmp_path / "test_1.csv", map(row, range(3, 5)))
+    write(tmp_path / "test_2.csv", map(row, range(5, 6)))
+    task = make_task("exploretom", str(tmp_path))
+    assert (task.size("train"), task.size("test")) == (3, 3)
+
+
+def test_surplus_columns_and_a_byte_order_mark_do_no_harm(tmp_path):
+    file = write(tmp_path / "x.csv", [row(0, index="7")], ("index", "story", "question", "answer"))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert make_task("exploretom", str(file)).problem("train", 0).answer == "oak chest"
+
+
+def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
+    rows = [row(0), row(1, answer=""), row(2, answer="..."), row(3, story="  "), row(4)]
+    file = write(tmp_path / "train.csv", rows)
+    with file.open("ab") as lines:
+        lines.write(b"only a story\r\n")
+        lines.write(b'"\xff story",Where?,box\r\n')
+        lines.write(b"x" * 200_000 + b",Where?,box\r\n")
+        lines.write(b"A last story.,Where?,box\r\n")
+        lines.write(b"A lamp, a chest,Where?,box\r\n")
+        lines.write(b'"cut short, Where?')
+    task = make_task("exploretom", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert task.size("train") == 3
+        assert task.size("train") == 3
+    assert task.skipped_rows["train"] == 8
+    assert [task.problem("train", i).answer for i in range(3)] == ["oak chest", "oak chest", "box"]
+    (warning,) = caplog.messages
+    assert warning.startswith(f"skipped 8 of 11 rows of the train split: {file}:3: 'answer' is not")
+    assert "'answer' has no word" in warning and "'story' is not a text" in warning
+    assert "holds half a character" in warning and "3 more" in warning
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"got no path; set config\.task\.path to a CSV file"):
+        make_task("exploretom")
+    with pytest.raises(FileNotFoundError, match=r"no data set at .*nowhere; set config.task.path"):
+        make_task("exploretom", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"holds no CSV file; set config.task.path"):
+        make_task("exploretom", str(tmp_path)).size("train")
+    for text in ("story,answer\nx,y\n", ""):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"no column '.*'; its first line must name the col"):
+            make_task("exploretom", str(tmp_path)).size("train")
+
+
+def test_places_are_found_in_the_story():
+    found = set(candidates(problem("the attic", "Where was it before Ida moved it to the vase?")))
+    assert {"the boat house", "the oak chest", "the iron trunk", "the yard", "the vase"} <= found
+    assert "the attic" in found
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "kind"),
+    [
+        ("oak chest", "#### oak chest", "strict"),
+        ("oak chest", "#### The oak chest.", "strict"),
+        ("the oak chest", "So:\n#### **Oak Chest**", "strict"),
+        ("oak chest", "#### The lamp is in the oak chest.", "lenient"),
+        ("oak chest", "She put it into the oak chest", "lenient"),
+        ("oak chest", "Not in the iron trunk but in the oak chest.", "lenient"),
+        ("oak chest", "It was in the oak chest and is now in the iron trunk.", "wrong"),
+        ("oak chest", "#### iron trunk", "wrong"),
+        ("oak chest", "#### chest", "wrong"),
+        ("oak chest", "Who knows?", "none"),
+        ("boat house", "In the Boat House, then.", "lenient"),
+        ("unknown", "#### unknown", "strict"),
+        ("unknown", "That cannot be determined from the story.", "lenient"),
+        ("unknown", "#### oak chest", "wrong"),
+        ("oak chest", "Unknown.", "wrong"),
+        ("yes", "#### Yes", "strict"),
+        ("yes", "Yes, she does.", "lenient"),
+        ("no", "Nothing is known.", "none"),
+        ("no", "#### No, Otto left.", "lenient"),
+        ("no", "Not yes: no", "lenient"),
+        ("no", "yes", "wrong"),
+        ("knows about it", "#### knows about it", "strict"),
+        ("knows about it", "#### does not know about it", "wrong"),
+        ("knows about it", "Otto thinks that Ida knows about it.", "lenient"),
+        ("does not know about it", "#### Does not know about it.", "strict"),
+        ("does not know about it", "#### knows about it", "wrong"),
+        ("does not know about it", "Ida doesn't know about it", "lenient"),
+        ("does not know about it", "", "none"),
+    ],
+)
+def test_verdicts(task, answer, completion, kind):
+    assert task.verify(problem(answer), completion).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("does not know about it", KNOWS_NOT),
+        ("knows about it", KNOWS),
+        ("Ann thinks that Bob knows about it, but he does not know about it.", KNOWS_NOT),
+        ("Ann doesn\u2019t know about it", KNOWS_NOT),
+        ("He does NOT know.", KNOWS_NOT),
+        ("She knows.", KNOWS),
+        ("Knowledge is power", None),
+    ],
+)
+def test_knowing(text, answer):
+    assert phrases.lenient_phrase(text, KNOWLEDGE) == answer
+
+
+@given(text=st.text(), answer=st.sampled_from(["oak chest", "no", "knows about it", "?"]))
+def test_verify_is_total(task, text, answer):
+    verdict = task.verify(problem(answer), text)
+    assert verdict.kind in ("strict", "lenient", "wrong", "none")
