@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jexit.config import EVAL_MEASURES
+from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH
 from jexit.io.model_dir import load
 from jexit.loops.decoder import Decoder, ModelCompleter
 from jexit.model.policies import Threshold
@@ -101,25 +101,26 @@ def test_refuses(model_dir, settings, says):
 
 
 @pytest.fixture(scope="module")
-def completer(model_dir):
-    model, tokenizer = load(model_dir, exit_layers=(1, 2))
+def completer():
+    """The shipped model, whose text gives its tokens again."""
+    model, tokenizer = load(TINY_CALIBRATED_PATH)
     split = split_model(model, full=False)
     decoder = Decoder(
-        parts=split.decodable(split.trainable), layers=3, tokenizer=tokenizer, size=EngineSize(),
+        parts=split.decodable(split.trainable), layers=8, tokenizer=tokenizer, size=EngineSize(),
         temperature=0.0, max_new_tokens=12, seed=0,
     )  # fmt: skip
-    return ModelCompleter(decoder, "threshold:0.2", model.arch.max_positions), model
+    return ModelCompleter(decoder, "threshold:0.3", model.arch.max_positions), model
 
 
 def test_a_completer_goes_on_as_decoding_would_have(completer):
     """From a completion's own first tokens on come its last ones, at the same depths."""
     completer, model = completer
     tokenizer = completer.decoder.tokenizer
-    prompts = ["sum 372", "sum by 3 48151"]
-    whole = generate(model, tokenizer, prompts, policy=Threshold(0.2), max_new_tokens=12)
+    prompts = ["sum 3729518", "sum by 3 48151"]
+    whole = generate(model, tokenizer, prompts, policy=Threshold(0.3), max_new_tokens=12)
     begun = [tokenizer.decode(ids[:5]) for ids in whole.tokens]
     for text, ids in zip(begun, whole.tokens, strict=True):
-        assert tokenizer.encode(text) == ids[:5], "take prompts whose text gives its tokens again"
+        assert tokenizer.encode(text) == ids[:5]
     problems = [Problem(prompt=prompt, answer="") for prompt in prompts]
     replies = completer.complete(problems, begun, answer_only=False)
     for reply, ids, depths, text in zip(replies, whole.tokens, whole.depths, begun, strict=True):
@@ -139,7 +140,7 @@ def test_filler_has_as_many_tokens(completer, text):
 def test_what_does_not_fit_the_model_is_refused(completer):
     completer, _ = completer
     with pytest.raises(ValueError, match=r"lower config\.eval\.max_new_tokens"):
-        completer.complete([Problem(prompt="sum 372", answer="2")], ["+" * 300], answer_only=True)
+        completer.complete([Problem(prompt="sum 372", answer="2")], ["1" * 1100], answer_only=True)
 
 
 class Thinks:

@@ -114,7 +114,7 @@ def test_a_generated_task_has_the_configs_settings():
     assert (task.kinds, task.rewards.lenient) == (("memory", "belief"), 0.25)
     assert len(load_task(TaskConfig(name="tom"), "train").kinds) == 6
     sums = load_task(TaskConfig(steps="3", operands_min=4), "train")
-    assert isinstance(sums, Sums) and (sums.steps, sums.operands) == (3, (4, 8))
+    assert isinstance(sums, Sums) and (sums.mode, sums.operands) == (3, (4, 8))
 
 
 @pytest.mark.parametrize("name", ["tom", "exploretom"])
