@@ -5,7 +5,7 @@
 #
 # Several cores: one pytest worker a core, as memory allows, each kept to its share of the threads.
 # -n or anything that needs one process (--pdb, --collect-only, ...) turns that off.
-# JEXIT_EXTRAS=test leaves PyTorch out; launch/env.sh has the other variables.
+# JEXIT_EXTRAS=test leaves PyTorch and lm-eval out; launch/env.sh has the other variables.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

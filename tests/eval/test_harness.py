@@ -69,7 +69,7 @@ def test_a_built_in_task_of_generation(here):
     model, tokenizer = jexit.load(MODEL)
     for sample in samples:
         # The text is what generate gives for the prompt that the task has written.
-        prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+        prompt = sample["arguments"][0][0]
         made = jexit.generate(
             model, tokenizer, [prompt], policy=jexit.Threshold(0.5), max_new_tokens=32, chat=False,
             stop=["Question:", "</s>", "<|im_end|>"],
