@@ -16,6 +16,7 @@ from jexit.dist import gather, host_rows, is_primary
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
+from jexit.loops.pictures import draw
 from jexit.loops.setup import engine_size, load_model, load_task, make_policy, sampling_law
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
@@ -193,7 +194,7 @@ def evaluate_policy(
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs every policy of `eval.policies` and writes `eval.json` and `completions.json`."""
+    """Runs every policy of `eval.policies`; writes `eval.json`, `completions.json`, the report."""
     task = load_task(config.task, config.eval.split)
     model, tokenizer = load_model(config, trains=False)
     problems, prompts = held_out(task, tokenizer, config, config.eval.problems)
@@ -236,6 +237,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     write_json_atomic(workdir / "completions.json", records)
     print_results(results)
     print(f"Wrote {workdir / 'eval.json'}")
+    print(f"Drew {draw(workdir)}")
 
 
 def print_results(results: list[dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ def escape(value: object) -> Html:
     return value if isinstance(value, Html) else Html(_SPECIAL.sub(_replace, str(value)))
 
 
-def tag(name: str, *children: object, **attributes: object) -> Html:
+def tag(name: str, /, *children: object, **attributes: object) -> Html:
     """One element; `class_` stands for class, `_` in names for `-`.
 
     An attribute that is None or False is left out, one that is True has no value, and a child that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib as mpl
 
 STEPS = 32  # of the palette, from no layer to all
-INK, PAPER = "#111418", "#ffffff"
+INK, PAPER = "#000000", "#ffffff"
 
 
 def depth_class(depth: float, layers: int) -> str:

@@ -226,7 +226,7 @@ def ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
     """Round numbers that span the values, about `count` of them, and the range they span."""
-    if not low < high:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
         reach = 0.5 * abs(low) or 1.0
         low, high = low - reach, high + reach
     raw = (high - low) / count
@@ -234,7 +234,9 @@ def ticks(
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)
     if whole:
         step = max(1.0, float(math.ceil(step)))
+    # A value a rounding error beyond a tick needs no further tick.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
     values = [index * step for index in range(first, last + 1)]
     return (values[0], values[-1]), values
 
