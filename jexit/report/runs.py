@@ -160,11 +160,13 @@ def _read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        why = f"line {error.lineno}: {error.msg}" if hasattr(error, "lineno") else "not UTF-8"
-        raise ValueError(
-            f"{path} is not JSON ({why}); remove it, or run what writes it again"
-        ) from None
+    except json.JSONDecodeError as error:
+        why = f"line {error.lineno}: {error.msg}"
+    except UnicodeDecodeError:
+        why = "not UTF-8"
+    except RecursionError:
+        why = "nested too deeply"
+    raise ValueError(f"{path} is not JSON ({why}); remove it, or run what writes it again")
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
