@@ -16,6 +16,7 @@ from jexit.report.svg import Chart, share_ticks, side_by_side, tick_text, ticks
 # A line of more points than this is thinned: the page would grow with the length of the run.
 POINTS = 400
 SHARES = ("accuracy", "depth/fraction", "completion/truncated", "groups/zero_std")
+END_LABEL = 13.0  # the height that the label of a line's last value takes
 # Drawn as a band around the depth or as a histogram, in layers, and told elsewhere.
 ELSEWHERE = ("depth/mean", "depth/p10", "depth/p90")
 
@@ -153,9 +154,13 @@ def _depth_band(chart: Chart, run: Run, classes: str) -> None:
 def _end_labels(chart: Chart, ends: Sequence[tuple[float, float, str]], share: bool) -> None:
     """The last value of each line at its end, one above the other where they are close."""
     low, high = chart.y_range
-    before = math.inf
+    placed: list[tuple[float, str, str]] = []
     for _, value, classes in sorted(ends, key=lambda end: end[1]):
-        at = min(chart.y(min(max(value, low), high)) + 4, before - 13)
+        at = chart.y(min(max(value, low), high)) + 4
+        at = min(at, placed[-1][0] - END_LABEL) if placed else at
         text = f"{100 * value:.0f} %" if share else f"{value:.3g}".replace("-", "−")
-        chart.text(chart.right + 5, at, text, f"end {classes}")
-        before = at
+        placed.append((at, text, classes))
+    # Many that end near the top would climb over it.
+    down = max(chart.top + 4 - placed[-1][0], 0.0)
+    for at, text, classes in placed:
+        chart.text(chart.right + 5, at + down, text, f"end {classes}")
