@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,15 @@ from jexit.report import plots
 from jexit.report.markup import Html, tag
 from jexit.report.plots import Panel, running_mean
 from jexit.report.runs import Run
-from jexit.report.svg import Chart, share_ticks, side_by_side, tick_text, ticks
+from jexit.report.svg import (
+    SERIES,
+    Chart,
+    share_ticks,
+    side_by_side,
+    text_width,
+    tick_text,
+    ticks,
+)
 
 # A line of more points than this is thinned: the page would grow with the length of the run.
 POINTS = 400
@@ -56,23 +65,60 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[kept], values[kept]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One metric of one run: what was measured, its running mean, and how it is drawn."""
+
+    run: Run
+    name: str
+    classes: str
+    steps: np.ndarray
+    values: np.ndarray
+    mean: np.ndarray
+
+    @property
+    def end(self) -> float:
+        return float(self.mean[np.isfinite(self.mean)][-1])
+
+    @property
+    def few(self) -> bool:
+        """Whether the points are few enough to be marked one by one, without a mean."""
+        return len(self.steps) <= plots.MARKED_POINTS
+
+
+def _lines(panel: Panel, runs: Sequence[tuple[int, Run]]) -> list[Line]:
+    """The lines of a panel; runs differ by colour, the metrics of one run by dash."""
+    lines = []
+    for index, run in runs:
+        for place, name in enumerate(panel.metrics):
+            if name in run.curves:
+                steps, values = run.curves[name]
+                several = len(runs) > 1
+                colour, dash = (index % SERIES, place) if several else (place, 0)
+                line = Line(
+                    run=run,
+                    name=name,
+                    classes=f"s{colour} dash{dash}",
+                    steps=steps,
+                    values=values,
+                    mean=running_mean(values, max(3, round(plots.MEAN_SPAN * len(values)))),
+                )
+                lines.append(dataclasses.replace(line, mean=values) if line.few else line)
+    return lines
+
+
 def _panel(panel: Panel, runs: Sequence[tuple[int, Run]], *, small: bool = False) -> Chart | None:
-    """One chart; runs differ by colour, the metrics of one panel by dash."""
-    lines = [
-        (index, run, dash, name)
-        for index, run in runs
-        for dash, name in enumerate(panel.metrics)
-        if name in run.curves
-    ]
+    lines = _lines(panel, runs)
     if not lines:
         return None
     share = panel.share or panel.title in SHARES
-    span, y_ticks = _y_axis(panel, share, [run.curves[name] for _, run, _, name in lines])
-    last = max(float(run.curves[name][0][-1]) for _, run, _, name in lines)
-    first = min(float(run.curves[name][0][0]) for _, run, _, name in lines)
+    span, y_ticks = _y_axis(panel, share, lines)
+    first = min(float(line.steps[0]) for line in lines)
+    last = max(float(line.steps[-1]) for line in lines)
     if first == last:
         first, last = first - 0.5, last + 0.5
     x_values = [v for v in ticks(first, last, whole=True)[1] if first <= v <= last]
+    ends = [(line.end, _end_text(line.end, share), line.classes) for line in lines]
     chart = Chart(
         panel.title,
         x=(first, last),
@@ -83,30 +129,27 @@ def _panel(panel: Panel, runs: Sequence[tuple[int, Run]], *, small: bool = False
         y_ticks=y_ticks,
         width=300.0 if small else 460.0,
         height=180.0 if small else 260.0,
-        right=48.0,
+        right=max(text_width(text) for _, text, _ in ends) + 8,
     )
-    ends = []
-    for index, run, dash, name in lines:
-        colour = index if len(runs) > 1 else dash
-        classes = f"s{colour % 8} dash{dash if len(runs) > 1 else 0}"
-        if name == "depth/fraction" and len(runs) == 1:
-            _depth_band(chart, run, classes)
-        ends.append((*_line(chart, *run.curves[name], classes), classes))
-        label = panel.metrics[name]
+    for line in lines:
+        if line.name == "depth/fraction" and len(runs) == 1:
+            _depth_band(chart, line)
+        _draw(chart, line)
+        label = panel.metrics[line.name]
         if len(runs) > 1:
-            label = f"{run.label}, {label}" if len(panel.metrics) > 1 else run.label
+            label = f"{line.run.label}, {label}" if len(panel.metrics) > 1 else line.run.label
         if len(lines) > 1:
-            chart.legend(label, f"curve {classes}")
-    _end_labels(chart, ends, share)
+            chart.legend(label, f"curve {line.classes}")
+    _end_labels(chart, ends)
     return chart
 
 
 def _y_axis(
-    panel: Panel, share: bool, curves: Sequence[tuple[np.ndarray, np.ndarray]]
+    panel: Panel, share: bool, lines: Sequence[Line]
 ) -> tuple[tuple[float, float], list[tuple[float, str]]]:
     if panel.full_scale:
         return share_ticks()
-    values = np.concatenate([values[np.isfinite(values)] for _, values in curves])
+    values = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
     low, high = float(values.min()), float(values.max())
     # The first step compiles: its duration must not flatten all the others.
     usual = float(np.quantile(values, 0.95))
@@ -118,26 +161,22 @@ def _y_axis(
     return span, tick_text(marks)
 
 
-def _line(chart: Chart, steps: np.ndarray, values: np.ndarray, classes: str) -> tuple[float, float]:
-    """The measured values thin, their running mean thick; returns where that one ends."""
-    low, high = chart.y_range
-    if len(steps) <= plots.MARKED_POINTS:
-        mean = values
-        chart.curve(steps, np.clip(mean, low, high), f"curve {classes}")
-        for step, value in zip(steps, values, strict=True):
+def _draw(chart: Chart, line: Line) -> None:
+    """The measured values thin, their running mean thick."""
+    values, mean = (np.clip(v, *chart.y_range) for v in (line.values, line.mean))
+    if line.few:
+        chart.curve(line.steps, values, f"curve {line.classes}")
+        for step, value in zip(line.steps, values, strict=True):
             if math.isfinite(value):
-                chart.dot(step, min(max(value, low), high), classes)
-    else:
-        mean = running_mean(values, max(3, round(plots.MEAN_SPAN * len(values))))
-        for shown, class_ in ((values, "curve measured"), (mean, "curve")):
-            at, kept = thinned(steps, np.clip(shown, low, high))
-            chart.curve(at, kept, f"{class_} {classes}")
-    known = np.isfinite(mean)
-    return float(steps[known][-1]), float(mean[known][-1])
+                chart.dot(step, value, line.classes)
+        return
+    chart.curve(*thinned(line.steps, values), f"curve measured {line.classes}")
+    chart.curve(*thinned(line.steps, mean), f"curve {line.classes}")
 
 
-def _depth_band(chart: Chart, run: Run, classes: str) -> None:
+def _depth_band(chart: Chart, line: Line) -> None:
     """The middle 80 % of the depths, which are logged in layers, as shares of all layers."""
+    run = line.run
     if run.layers is None or any(name not in run.curves for name in ("depth/p10", "depth/p90")):
         return
     steps, low = run.curves["depth/p10"]
@@ -147,19 +186,24 @@ def _depth_band(chart: Chart, run: Run, classes: str) -> None:
     span = max(3, round(plots.MEAN_SPAN * len(steps)))
     low, high = (running_mean(values, span) / run.layers for values in (low, high))
     kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
-    chart.band(steps[kept], low[kept], high[kept], f"band {classes}")
-    chart.legend("middle 80 % of tokens", f"band {classes}", shape="square-fill")
+    chart.band(steps[kept], low[kept], high[kept], f"band {line.classes}")
+    chart.legend("middle 80 % of tokens", f"band {line.classes}", shape="square-fill")
 
 
-def _end_labels(chart: Chart, ends: Sequence[tuple[float, float, str]], share: bool) -> None:
+def _end_text(value: float, share: bool) -> str:
+    if share:
+        return f"{100 * value:.0f} %"
+    mantissa, _, power = f"{value:.3g}".partition("e")
+    return f"{mantissa}{f'e{int(power)}' if power else ''}".replace("-", "−")
+
+
+def _end_labels(chart: Chart, ends: Sequence[tuple[float, str, str]]) -> None:
     """The last value of each line at its end, one above the other where they are close."""
     low, high = chart.y_range
     placed: list[tuple[float, str, str]] = []
-    for _, value, classes in sorted(ends, key=lambda end: end[1]):
+    for value, text, classes in sorted(ends, key=lambda end: end[0]):
         at = chart.y(min(max(value, low), high)) + 4
-        at = min(at, placed[-1][0] - END_LABEL) if placed else at
-        text = f"{100 * value:.0f} %" if share else f"{value:.3g}".replace("-", "−")
-        placed.append((at, text, classes))
+        placed.append((min(at, placed[-1][0] - END_LABEL) if placed else at, text, classes))
     # Many that end near the top would climb over it.
     down = max(chart.top + 4 - placed[-1][0], 0.0)
     for at, text, classes in placed:

@@ -13,8 +13,8 @@ from jexit.report.markup import NO_BREAK, Html, tag
 
 SERIES = 8  # colours and dashes that the style sheet has
 FONT = 12.0
-# The mean width of a character in units of the font's size, rather too wide than too narrow.
-CHARACTER = 0.58
+# The mean width of a character in units of the font size: of bold figures in a wide font.
+CHARACTER = 0.7
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -49,7 +49,9 @@ class Chart:
         self.width, self.height = width, height
         tick_width = max((text_width(text) for _, text in y_ticks), default=0.0)
         self.left, self.top = tick_width + 12.0, 24.0
-        self.right, self.bottom = width - right, height - 40.0
+        # The last tick's text is centred below the end of the axis.
+        last = max((text_width(text) / 2 for value, text in x_ticks if value == x[1]), default=0.0)
+        self.right, self.bottom = width - max(right, last), height - 40.0
         self.x_range, self.y_range = x, y
         self._marks: list[Html] = []
         self._legend: list[Html] = []
