@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from jexit.report.markup import Html, interval, number, per_cent
 from jexit.report.palette import depth_class
@@ -55,11 +56,14 @@ def plane(runs: Sequence[Run]) -> Html:
         if len(sweep) > 1:
             at = [f.depth_fraction for f in sweep], [f.accuracy for f in sweep]
             chart.curve(*at, f"{SWEEP} {classes[sweep[0].policy]}")
+            for start, end in pairwise(zip(*at, strict=True)):
+                chart.keep_clear(start, end)
         for figures in by_name.values():
             target = by_name.get(figures.control_of or "")
             if target is not None:
-                at = (figures.depth_fraction, target.depth_fraction)
-                chart.curve(at, (figures.accuracy, target.accuracy), f"{CONTROL_LINK} dash1")
+                ends = [(f.depth_fraction, f.accuracy) for f in (figures, target)]
+                chart.curve(*zip(*ends, strict=True), f"{CONTROL_LINK} dash1")
+                chart.keep_clear(*ends)
         for policy, figures in by_name.items():
             _plane_point(chart, figures, classes[policy], run.label if len(measured) > 1 else "")
             labels.append((figures.depth_fraction, figures.accuracy, policy, classes[policy]))
@@ -216,7 +220,7 @@ def reliability(entries: Sequence[HazardCalibration]) -> Html | None:
                         f"exit {at_exit.exit}: hazard {b.hazard_mean:.2f}, "
                         f"target {b.target_mean:.2f}, {b.positions} positions"
                     )
-                    chart.marker(b.hazard_mean, b.target_mean, "circle", f"small {classes}", told)
+                    chart.marker(b.hazard_mean, b.target_mean, "circle", classes, told, size=0.6)
             if bins:
                 chart.legend(f"exit {at_exit.exit}", f"curve {classes}")
         if any(b.positions for at_exit in entry.exits for b in at_exit.bins):

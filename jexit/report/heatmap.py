@@ -101,7 +101,7 @@ def visible(token: str) -> str:
         return "␣" * len(token)
     if not token:
         return "∅"
-    return token.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
+    return token.replace("\n", "↵").replace("\t", "⇥")
 
 
 def _group(

@@ -123,8 +123,7 @@ def _per_run(runs: Sequence[Run], part: Callable[[Run], Html | None]) -> Html | 
 def _overview(runs: Sequence[Run]) -> Section:
     notes = [tag("p", note, class_="note") for run in runs for note in run.notes]
     parts = [
-        _cards(runs[0]) if len(runs) == 1 else None,
-        tables.key_figures(runs),
+        _cards(runs[0]) if len(runs) == 1 else tables.key_figures(runs),
         tables.about(runs),
         *notes,
     ]

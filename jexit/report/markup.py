@@ -23,7 +23,7 @@ class Html(str):
 def escape(value: object) -> Html:
     """`value` as text inside an element or a quoted attribute; markup comes back as it is.
 
-    Control characters become their pictures (U+2400 on), other characters that HTML cannot hold
+    Control characters are written as in Python (`\\x1b`), other characters that HTML cannot hold as
     U+FFFD, so that whatever a model wrote can be seen and nothing breaks the page.
     """
     return value if isinstance(value, Html) else Html(_SPECIAL.sub(_replace, str(value)))
@@ -88,7 +88,4 @@ def _replace(match: re.Match[str]) -> str:
     character = match.group()
     if character in _ESCAPES:
         return _ESCAPES[character]
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else "\ufffd"
+    return f"\\x{ord(character):02x}" if ord(character) < 0xA0 else "\ufffd"

@@ -138,11 +138,21 @@ class Chart:
         """A measured point on a curve."""
         self.add(tag("circle", cx=self.x(x), cy=self.y(y), r=2.5, class_=f"dot {class_}"))
 
-    def marker(self, x: float, y: float, shape: str, class_: str, title: str) -> None:
+    def marker(
+        self, x: float, y: float, shape: str, class_: str, title: str, *, size: float = 1.0
+    ) -> None:
         """A point, with a text that shows when the pointer rests on it."""
         at_x, at_y = self.x(x), self.y(y)
-        self.add(mark(shape, at_x, at_y, class_, title))
+        self.add(mark(shape, at_x, at_y, class_, title, size=size))
         self._taken.append((at_x - 6, at_y - 6, at_x + 6, at_y + 6))
+
+    def keep_clear(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Labels placed later keep off the line between two points, where they can."""
+        (x1, y1), (x2, y2) = ((self.x(x), self.y(y)) for x, y in (start, end))
+        pieces = max(1, round(math.hypot(x2 - x1, y2 - y1) / 6))
+        for piece in range(pieces + 1):
+            x, y = (a + (b - a) * piece / pieces for a, b in ((x1, x2), (y1, y2)))
+            self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
         """Writes each (x, y, text, class) beside its point, where it covers least of the others."""
@@ -189,7 +199,7 @@ class Chart:
         return tag("figure", caption, svg, class_="chart", style=f"--full:{self.width:g}px")
 
     def _crowding(self, box: Box) -> float:
-        inside = (0.0, 14.0, self.width, self.bottom)
+        inside = (self.left, 14.0, self.width, self.bottom)  # clear of the axes' own texts
         outside = _area(box) - _overlap(box, inside)
         return 10 * outside + sum(_overlap(box, other) for other in self._taken)
 
@@ -198,19 +208,21 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
-def mark(shape: str, x: float, y: float, class_: str, title: str = "") -> Html:
+def mark(
+    shape: str, x: float, y: float, class_: str, title: str = "", *, size: float = 1.0
+) -> Html:
     """A marker: circle, square, triangle or diamond; `open-` before it leaves it hollow."""
     kind = shape.removeprefix("open-")
     classes = f"mark {'open ' if kind != shape else ''}{class_}"
     told = tag("title", title) if title else None
     if kind == "circle":
-        return tag("circle", told, cx=x, cy=y, r=5.0, class_=classes)
+        return tag("circle", told, cx=x, cy=y, r=5.0 * size, class_=classes)
     outline = {
         "square": ((-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)),
         "triangle": ((0, -5.8), (5.4, 4.2), (-5.4, 4.2)),
         "diamond": ((0, -6.2), (6.2, 0), (0, 6.2), (-6.2, 0)),
     }[kind]
-    d = "L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in outline)
+    d = "L".join(f"{x + size * dx:.1f} {y + size * dy:.1f}" for dx, dy in outline)
     return tag("path", told, d=f"M{d}Z", class_=classes)
 
 

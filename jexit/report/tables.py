@@ -33,21 +33,34 @@ MEASURES: Mapping[str, str] = {
 
 
 def table(
-    caption: str, head: Sequence[object], rows: Sequence[Sequence[object]], *, texts: int = 1
+    caption: str,
+    head: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    *,
+    texts: int = 1,
+    aside: bool = False,
 ) -> Html:
-    """A table whose first column heads its rows; after the first `texts` columns come figures."""
-    columns = [tag("th", name, scope="col", class_=_side(i, texts)) for i, name in enumerate(head)]
+    """A table whose first column heads its rows; after the first `texts` columns come figures.
+
+    With `aside` the last column holds remarks.
+    """
+    sides = [None if place < texts else "figure" for place in range(len(head))]
+    if aside:
+        sides[-1] = "aside"
+    columns = [
+        tag("th", name, scope="col", class_=side) for name, side in zip(head, sides, strict=True)
+    ]
     lines = []
     for row in rows:
         cells = [tag("th", row[0], scope="row")]
-        for place, cell in enumerate(row[1:], start=1):
+        for cell, side in zip(row[1:], sides[1:], strict=True):
             # A cell may come as a whole element, with its own class.
             whole = isinstance(cell, Html) and cell.startswith("<td")
-            cells.append(cell if whole else tag("td", cell, class_=_side(place, texts)))
+            cells.append(cell if whole else tag("td", cell, class_=side))
         lines.append(tag("tr", *cells))
     whole = tag(
         "table",
-        tag("caption", caption),
+        tag("caption", tag("span", caption)),
         tag("thead", tag("tr", *columns)),
         tag("tbody", *lines),
     )
@@ -83,7 +96,8 @@ def about(runs: Sequence[Run]) -> Html:
 
 def key_figures(runs: Sequence[Run]) -> Html | None:
     """Accuracy, depth and tokens of every run's main policy, against what they started from."""
-    head = ["run", "measured", "accuracy", "95 % interval", "depth", "layers", "tokens", "problems"]
+    head = ["run", "measured", "accuracy", "95 % interval", "share of layers", "mean depth"]
+    head += ["tokens", "problems"]
     rows = []
     for run in runs:
         for name, figures in headline(run):
@@ -240,7 +254,7 @@ def faithfulness(entries: Sequence[Faithfulness]) -> Html:
             for measure in entry.measures:
                 if measure.name == name:
                     rows.append(_measure(measure, entry.policy))
-    shown = table("Measures of faithfulness", [*head, "also"], rows, texts=2)
+    shown = table("Measures of faithfulness", [*head, "also"], rows, texts=2, aside=True)
     told = [(tag("dt", name.replace("_", " ")), tag("dd", MEASURES[name])) for name in known]
     return join(tag("dl", *(part for pair in told for part in pair), class_="terms"), shown)
 
@@ -302,7 +316,7 @@ def _measure(measure: Measure, policy: str) -> list[object]:
         number(measure.problems, 0),
         per_cent(measure.depth_fraction),
         number(measure.completion_length, 1),
-        tag("td", "; ".join(detail), class_="aside"),
+        "; ".join(detail),
     ]
 
 
@@ -321,7 +335,3 @@ def _last_step(run: Run) -> int | None:
 
 def _or_dash(value: object) -> str:
     return "–" if value is None or value == "" else str(value)
-
-
-def _side(place: int, texts: int) -> str | None:
-    return None if place < texts else "figure"

@@ -70,7 +70,7 @@ def test_labels_keep_off_each_other_and_inside():
         x, y = float(text.attributes["x"]), float(text.attributes["y"])
         boxes.append((x, y - 9, x + text_width(text.text), y + 3))
     for index, (left, top, right, bottom) in enumerate(boxes):
-        assert left >= 0 and right <= chart.width and bottom <= chart.bottom
+        assert left >= chart.left and right <= chart.width and bottom <= chart.bottom
         for other in boxes[:index]:
             across = min(right, other[2]) - max(left, other[0])
             down = min(bottom, other[3]) - max(top, other[1])
