@@ -165,7 +165,10 @@ def _cards(run: Run) -> Html | None:
         tag("div", tag("dt", what), tag("dd", value, tag("small", fine), tag("small", compared)))
         for what, value, fine, compared in cards
     ]
-    return join(tag("p", "Measured: ", tag("strong", name)), tag("dl", *shown, class_="cards"))
+    return join(
+        tag("p", "Policy: " if run.evaluation else "Held out: ", tag("strong", name)),
+        tag("dl", *shown, class_="cards"),
+    )
 
 
 def _training(runs: Sequence[Run]) -> Html | None:

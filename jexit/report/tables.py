@@ -139,13 +139,14 @@ def policies(run: Run) -> Html:
     """Everything that was measured under each policy."""
     results = run.evaluation.runs
     texts = sorted({name for figures in results for name in figures.text})
+    depth_intervals = any(figures.depth_fraction_ci95 for figures in results)
     head = [
         "policy",
         "accuracy",
         "95 % interval",
         "mean depth",
         "share of layers",
-        "95 % interval",
+        *(["95 % interval"] if depth_intervals else []),
         "tokens",
         "cut off",
         "tokens/s",
@@ -166,7 +167,7 @@ def policies(run: Run) -> Html:
                 interval(figures.accuracy_ci95),
                 number(figures.depth_mean),
                 per_cent(figures.depth_fraction),
-                interval(figures.depth_fraction_ci95),
+                *([interval(figures.depth_fraction_ci95)] if depth_intervals else []),
                 number(figures.completion_length, 1),
                 per_cent(figures.truncated),
                 number(figures.tokens_per_second, 0),

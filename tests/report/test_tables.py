@@ -32,6 +32,12 @@ def test_policies_with_their_intervals_and_controls(evaluated):
     assert set(column(rows, "step size")) == {"2.50"}
 
 
+def test_an_evaluation_without_intervals_of_depth_has_no_column_for_them(tmp_path):
+    rows = cells(parse(tables.policies(read_run(write_evaluated(tmp_path, new_parts=False)))))
+    assert rows[0].count("95 % interval") == 1
+    assert column(rows, "cut off") == ["1.0\u00a0%"] * 6
+
+
 def test_every_table_has_a_caption_heads_and_a_box_that_scrolls(evaluated):
     e = evaluated.evaluation
     made = [
