@@ -236,6 +236,7 @@ def write_trained(
                     "depth/mean": LAYERS * fraction,
                     "depth/p10": 1.0,
                     "depth/p90": 6.0 + noise,
+                    **{f"exit/{depth}": (1 + done * (depth < 5)) / 6 for depth in DEPTHS},
                     "reward/mean": -0.2 + done + noise,
                     "reward/verifier": 0.5 + 0.5 * done,
                     "kl/teacher": 0.1 * done + noise,

@@ -10,6 +10,7 @@ import numpy as np
 
 from jexit.report import plots
 from jexit.report.markup import Html, tag
+from jexit.report.palette import depth_class
 from jexit.report.plots import Panel, running_mean
 from jexit.report.runs import Run
 from jexit.report.svg import (
@@ -37,10 +38,12 @@ def training_figures(runs: Sequence[Run]) -> Html | None:
         return None
     panels = [panel for group in plots.FIGURES.values() for panel in group]
     charts = [_panel(panel, trained) for panel in panels]
+    charts += [_exit_shares(run, len(trained) > 1) for _, run in trained]
     charts = [chart for chart in charts if chart is not None]
     drawn = {metric for panel in panels for metric in panel.metrics}
     if any("depth/fraction" in run.curves for _, run in trained):
         drawn.update(ELSEWHERE)
+    drawn.update(name for _, run in trained for name in _exits(run))
     names = sorted({name for _, run in trained for name in run.curves.names} - drawn)
     rest = [_panel(Panel(title=n, unit="", metrics={n: n}), trained, small=True) for n in names]
     rest = [chart for chart in rest if chart is not None]
@@ -141,6 +144,56 @@ def _panel(panel: Panel, runs: Sequence[tuple[int, Run]], *, small: bool = False
         if len(lines) > 1:
             chart.legend(label, f"curve {line.classes}")
     _end_labels(chart, ends)
+    return chart
+
+
+def _exits(run: Run) -> list[str]:
+    """The metrics `exit/LAYER` in the order of their layers; none where they make no histogram."""
+    names = [name for name in run.curves.under("exit/") if _layer(name).isdigit()]
+    return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
+
+
+def _layer(name: str) -> str:
+    return name.removeprefix("exit/")
+
+
+def _exit_shares(run: Run, several: bool) -> Chart | None:
+    """Which share of the tokens ran how many layers, stacked from the shallowest up."""
+    names = _exits(run)
+    if not names:
+        return None
+    steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
+    span = max(3, round(plots.MEAN_SPAN * len(steps)))
+    rows = []
+    for name in names:
+        at, values = run.curves[name]
+        known = np.isfinite(values)
+        rows.append(running_mean(np.interp(steps, at[known], values[known]), span))
+    shares = np.stack(rows)
+    tops = np.cumsum(shares / np.maximum(shares.sum(axis=0), 1e-12), axis=0)
+    first, last = (steps[0] - 0.5, steps[0] + 0.5) if len(steps) == 1 else (steps[0], steps[-1])
+    if len(steps) == 1:
+        steps, tops = np.array([first, last]), np.repeat(tops, 2, axis=1)
+    x_values = [v for v in ticks(first, last, whole=True)[1] if first <= v <= last]
+    chart = Chart(
+        f"Where tokens leave, {run.label}" if several else "Where tokens leave",
+        x=(first, last),
+        y=(0.0, 1.0),
+        x_label="training step",
+        y_label="generated tokens",
+        x_ticks=tick_text(x_values) if x_values else [],
+        y_ticks=share_ticks()[1],
+        note="From the shallowest exit up, by layers run.",
+        height=260.0,
+    )
+    kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
+    below = np.zeros(len(kept))
+    layers = run.layers or max(int(_layer(name)) for name in names)
+    for name, top in zip(names, tops[:, kept], strict=True):
+        classes = f"area {depth_class(int(_layer(name)), layers)}"
+        chart.band(steps[kept], below, top, classes)
+        chart.legend(_layer(name), classes, shape="square-fill")
+        below = top
     return chart
 
 

@@ -10,6 +10,8 @@ from jexit.report.records import Completion
 
 # A cell takes about 150 bytes: this many keep the page within a few megabytes.
 MAX_CELLS = 40_000
+# Prompts are unfolded until so many cells can be seen.
+OPEN_CELLS = 100
 VERDICTS = {
     "strict": "right",
     "lenient": "right, not in the asked form",
@@ -31,7 +33,7 @@ def legend(depths: Sequence[int], layers: int) -> Html:
 
 
 def heat_maps(completions: Sequence[Completion], layers: int, exits: Sequence[int]) -> Html:
-    """Every completion, those of one prompt together; the first prompt is open.
+    """Every completion, those of one prompt together; the first prompts are open.
 
     What would make the page larger than a browser likes is left out, and said to be.
     """
@@ -40,10 +42,11 @@ def heat_maps(completions: Sequence[Completion], layers: int, exits: Sequence[in
         groups.setdefault((completion.prompt, completion.answer), []).append(completion)
     shown, cells = [], 0
     for (prompt, answer), members in groups.items():
+        opened = cells < OPEN_CELLS
         cells += sum(len(member.tokens) for member in members)
         if shown and cells > MAX_CELLS:
             break
-        shown.append(_group(prompt, answer, members, layers, exits, opened=not shown))
+        shown.append(_group(prompt, answer, members, layers, exits, opened=opened))
     left_out = len(groups) - len(shown)
     more = None
     if left_out:

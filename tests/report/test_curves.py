@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 
 from jexit.io.metrics import MetricsWriter
 from jexit.report.curves import POINTS, thinned, training_figures
@@ -27,7 +28,13 @@ def test_accuracy_and_depth_come_first_and_nothing_is_left_out(tmp_path):
     folded = titles(page.one("details"))
     assert folded == ["lr/lora", "step_seconds"]
     assert page.one("summary").text == "All other metrics (2)"
-    assert len(found) == 3 + 3 + 1 + len(folded)  # loss, KL, length, truncated
+    assert found[3:-2] == [
+        "Loss",
+        "Distance from the teacher",
+        "Completion length",
+        "Truncated completions",
+        "Where tokens leave",
+    ]
 
 
 def test_a_line_ends_in_its_last_value(tmp_path):
@@ -37,6 +44,32 @@ def test_a_line_ends_in_its_last_value(tmp_path):
     page = parse(training_figures([read_run(tmp_path)]))
     ends = [text.text for text in page.all("text") if "end" in text.classes]
     assert ends == ["100 %", "−10", "0.125"]
+
+
+def areas(figure):
+    """The lower and upper line of each stacked area, in the chart's own units."""
+    for path in figure.all("path"):
+        if "area" in path.classes:
+            pairs = [tuple(map(float, p.split())) for p in path.attributes["d"][1:-1].split("L")]
+            half = len(pairs) // 2
+            yield path, pairs[half:][::-1], pairs[:half]
+
+
+def test_exits_are_stacked_from_the_shallowest_up_to_all_tokens(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 41):
+            writer.write(step, {"exit/12": 2.0, "exit/5": 1.0, "exit/24": 1.0, "exit/odd": 1.0})
+    page = parse(training_figures([read_run(tmp_path)]))
+    (figure,) = [f for f in page.all("figure") if f.one("strong").text == "Where tokens leave"]
+    assert [item.text for item in figure.all("li")] == ["5", "12", "24"]
+    drawn = list(areas(figure))
+    (_, foot, first), (_, below, second), (_, last, top) = drawn
+    assert first == below and second == last
+    height = foot[0][1] - top[0][1]
+    shares = [(b[0][1] - t[0][1]) / height for _, b, t in drawn]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=1e-3)
+    assert [path.classes & {"c7", "c16", "c32"} for path, *_ in drawn] == [{"c7"}, {"c16"}, {"c32"}]
+    assert titles(page.one("details")) == ["exit/odd"]
 
 
 def test_a_few_points_are_marked_and_many_get_a_mean(tmp_path):

@@ -61,6 +61,15 @@ def test_completions_of_a_prompt_stand_together_and_the_first_prompt_is_open():
     assert shown == NASTY.translate(str.maketrans(replaced))
 
 
+def test_prompts_with_few_tokens_are_open_together():
+    short = [
+        Completion(prompt=str(n), completion="ab", tokens=("a",) * 30, depths=(8,) * 30)
+        for n in range(6)
+    ]
+    groups = parse(heat_maps(short, LAYERS, EXITS)).all("details")
+    assert ["open" in group.attributes for group in groups] == [True] * 4 + [False] * 2
+
+
 def test_verdict_mean_depth_and_reward_are_told():
     record = Completion(
         prompt="p", completion="ab", tokens=("a", "b"), depths=(8, 1), verdict="strict",
