@@ -157,7 +157,7 @@ def test_steps_touch_no_disk():
 @pytest.mark.parametrize(
     "modules",
     [
-        "jexit, jexit.tasks, jexit.report.plots",
+        "jexit, jexit.tasks, jexit.report.plots, jexit.report.html, jexit.report.__main__",
         "jexit.config, jexit.main",
         "configs.rl",
         "convert.names, convert.from_hf, convert.to_hf",

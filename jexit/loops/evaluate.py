@@ -14,6 +14,7 @@ from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
 from jexit.loops.decoder import Decoder
 from jexit.loops.measure import Measurer, check_measures, rounds
+from jexit.loops.pictures import draw
 from jexit.loops.policies import (
     Examination,
     PolicyResult,
@@ -26,7 +27,7 @@ from jexit.steps.state import split_model
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs `eval.policies` and `eval.measures`; writes `eval.json` and `completions.json`."""
+    """Runs `eval.policies` and `eval.measures`; writes `eval.json`, `completions.json`, a report."""
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)
@@ -85,6 +86,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     write_json_atomic(workdir / "completions.json", examples)
     print_results(written)
     print(f"Wrote {workdir / 'eval.json'}")
+    print(f"Drew {draw(workdir)}")
 
 
 def print_results(written: dict[str, Any]) -> None:

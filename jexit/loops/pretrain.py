@@ -14,6 +14,7 @@ from jexit.dist import host_rows, is_primary, place_parameters, place_rows
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
+from jexit.loops.pictures import draw
 from jexit.loops.setup import execution_of, head_settings
 from jexit.loops.trainer import Trainer
 from jexit.model.transformer import Transformer
@@ -135,3 +136,4 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     save_model(workdir / "model", student, tokenizer, with_exits=False, overwrite=True)
     if is_primary():
         print(f"Wrote {workdir / 'model'}")
+        print(f"Drew {draw(workdir)}")

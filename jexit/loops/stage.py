@@ -19,11 +19,11 @@ from jexit.io.workdir import start_run
 from jexit.loops.decoder import Decoder
 from jexit.loops.evaluate import compare
 from jexit.loops.flops import ModelFlops
+from jexit.loops.pictures import draw
 from jexit.loops.policies import Examination, check_room, evaluate_policy, held_out
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
-from jexit.report.plots import plot_training
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
 from jexit.tasks import Task
@@ -121,7 +121,7 @@ class Stage:
         return dataclasses.asdict(result)
 
     def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:
-        """Ends a run: measures again, writes `WORKDIR/model` and plots, prints a closing table."""
+        """Ends a run: measures again, writes `WORKDIR/model`, draws, prints a closing table."""
         if self.config.checkpoint.final == "best":
             state = trainer.best(state)
         trainer.close()
@@ -137,11 +137,11 @@ class Stage:
         if not is_primary():
             return
         write_json_atomic(self.workdir / "after.json", after)
-        plots = plot_training(self.workdir)
         temperature = self.config.eval.temperature
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
         compare(before, after, f"{self.config.task.name}, held out, sampled exits, {tokens}")
-        print(f"Wrote {self.workdir / 'model'} and {len(plots)} plots in {self.workdir / 'plots'}")
+        print(f"Wrote {self.workdir / 'model'}")
+        print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()
         print(f"Peak memory: {', '.join(f'{gib:.2f} GiB ({n})' for n, gib in memory.items())}")
 

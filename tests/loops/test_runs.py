@@ -73,6 +73,7 @@ def test_an_rl_run_leaves_everything_that_a_run_promises(rl_run):
     for plot in (rl_run / "plots").glob("*.svg"):
         assert xml.etree.ElementTree.parse(plot).getroot().tag.endswith("svg")
     assert list((rl_run / "plots").glob("*.svg"))
+    assert "Where tokens leave" in (rl_run / "report.html").read_text()
     assert list((rl_run / "tensorboard").iterdir())
     assert json.loads((rl_run / "config.json").read_text())["rl"]["rollouts"] == 2
     for name in ("before.json", "after.json"):
@@ -241,6 +242,8 @@ def test_evaluation_writes_what_outsiders_read(rl_run, model_dir, tmp_path, caps
     policies = ("full", "sample", "threshold:0.5", "fixed:2")
     run("eval", rl_run, tmp_path, eval__policies=policies, exits__layers=())
     written = json.loads((tmp_path / "eval.json").read_text())
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy and depth" in page and all(policy in page for policy in policies)
     assert written["task"]["name"] == "sums"
     assert [entry["policy"] for entry in written["runs"]] == list(policies)
     for entry in written["runs"]:
@@ -296,6 +299,7 @@ def test_a_run_can_end_with_its_best_checkpoint(command, model_dir, tmp_path, mo
     monkeypatch.undo()
     run(command, model_dir, tmp_path / "cut", **best)
     key = name.lstrip("-")
+    assert (tmp_path / "cut" / "report.html").exists()
     values = [row[key] for row in metrics(tmp_path / "cut")]
     scores = [-value if name.startswith("-") else value for value in values]
     means = {2: np.mean(scores[:2]), 4: np.mean(scores[2:4]), 5: scores[4]}

@@ -1,0 +1,41 @@
+"""Writes the report on one run, or on several side by side.
+
+    python -m jexit.report WORKDIR [WORKDIR ...] [--output=FILE]
+
+The page goes to report.html in the first WORKDIR. It opens from disk, with no server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jexit.report.html import write_page
+from jexit.report.runs import read_runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, writes, and turns a user's mistake into one sentence and an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jexit.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run")
+    parser.add_argument("--output", help="the page's file; default: report.html in the first run")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = read_runs(arguments.workdirs)
+        for note in (note for run in runs for note in run.notes):
+            print(f"jexit: {note}", file=sys.stderr)
+        path = write_page(runs, arguments.output)
+    except ValueError as error:
+        print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"Wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

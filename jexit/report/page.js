@@ -1,0 +1,106 @@
+"use strict";
+// What the page says about a token, beside the token: on hover, and on focus with the arrow keys.
+{
+  const detail = document.createElement("div");
+  detail.id = "detail";
+  detail.setAttribute("role", "tooltip");
+  detail.hidden = true;
+  document.body.append(detail);
+  let shown = null;
+
+  const cellOf = (event) => event.target.closest?.('[role="gridcell"]') ?? null;
+
+  const hide = () => {
+    shown?.removeAttribute("aria-describedby");
+    shown = null;
+    detail.hidden = true;
+  };
+
+  const show = (cell) => {
+    hide();
+    // A title would show a second time, in the browser's own way.
+    if (cell.title) {
+      cell.dataset.detail = cell.title;
+      cell.removeAttribute("title");
+    }
+    shown = cell;
+    detail.textContent = cell.dataset.detail;
+    cell.setAttribute("aria-describedby", detail.id);
+    detail.hidden = false;
+    const at = cell.getBoundingClientRect();
+    const { width, height } = detail.getBoundingClientRect();
+    const room = document.documentElement;
+    const below = at.bottom + 8 + height <= room.clientHeight;
+    detail.style.top = `${below ? at.bottom + 8 : Math.max(4, at.top - 8 - height)}px`;
+    const left = at.left + at.width / 2 - width / 2;
+    detail.style.left = `${Math.max(4, Math.min(left, room.clientWidth - width - 4))}px`;
+  };
+
+  // The cell in the line above or below that is nearest to the middle of this one.
+  const vertical = (cells, from, down) => {
+    const at = from.getBoundingClientRect();
+    const middle = at.left + at.width / 2;
+    let best = null;
+    let bestLine = null;
+    let bestGap = Infinity;
+    const index = cells.indexOf(from);
+    const order = down ? cells.slice(index + 1) : cells.slice(0, index).reverse();
+    for (const cell of order) {
+      const box = cell.getBoundingClientRect();
+      if (Math.abs(box.top - at.top) < 2) continue;
+      bestLine ??= box.top;
+      if (Math.abs(box.top - bestLine) >= 2) break;
+      const gap = Math.abs(box.left + box.width / 2 - middle);
+      if (gap < bestGap) [best, bestGap] = [cell, gap];
+    }
+    return best;
+  };
+
+  const target = (key, cells, cell) => {
+    const index = cells.indexOf(cell);
+    switch (key) {
+      case "ArrowRight": return cells[index + 1];
+      case "ArrowLeft": return cells[index - 1];
+      case "ArrowDown": return vertical(cells, cell, true);
+      case "ArrowUp": return vertical(cells, cell, false);
+      case "Home": return cells[0];
+      case "End": return cells.at(-1);
+      default: return undefined;
+    }
+  };
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") return hide();
+    const cell = cellOf(event);
+    if (!cell || event.ctrlKey || event.altKey || event.metaKey) return undefined;
+    const cells = [...cell.parentElement.querySelectorAll('[role="gridcell"]')];
+    const next = target(event.key, cells, cell);
+    if (next === undefined) return undefined;
+    event.preventDefault();
+    if (next === null) return undefined;
+    // One stop of the Tab key a map: the cell that had the focus last.
+    cell.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+    return undefined;
+  });
+  document.addEventListener("focusin", (event) => {
+    const cell = cellOf(event);
+    if (!cell) return hide();
+    for (const other of cell.parentElement.querySelectorAll('[tabindex="0"]')) other.tabIndex = -1;
+    cell.tabIndex = 0;
+    return show(cell);
+  });
+  document.addEventListener("focusout", hide);
+  document.addEventListener("mouseover", (event) => {
+    const cell = cellOf(event);
+    if (cell) show(cell);
+  });
+  document.addEventListener("mouseout", (event) => {
+    if (!cellOf(event)) return;
+    const focused = document.activeElement?.closest?.('[role="gridcell"]');
+    if (focused) show(focused);
+    else hide();
+  });
+  addEventListener("scroll", () => shown && show(shown), { passive: true });
+}

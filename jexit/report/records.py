@@ -1,0 +1,246 @@
+"""What `eval.json`, `completions.json` and their kin hold, as checked records.
+
+Fields without a default are in every file that jexit has written; the others came later or are
+measured on demand. Fields that a file has beyond these are passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, TypeVar
+
+Interval = tuple[float, float]
+Record = TypeVar("Record")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassDepth:
+    tokens: int
+    depth_mean: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyFigures:
+    """One policy of `runs`; `control_of` is the policy whose mean depth a control matches."""
+
+    policy: str
+    accuracy: float
+    accuracy_ci95: Interval
+    depth_mean: float
+    depth_fraction: float
+    problems: int
+    tokens: int
+    tokens_per_second: float
+    depth_fraction_ci95: Interval | None = None
+    depth_histogram: dict[str, int] = dataclasses.field(default_factory=dict)
+    completion_length: float = math.nan
+    truncated: float = math.nan
+    verdicts: dict[str, int] = dataclasses.field(default_factory=dict)
+    text: dict[str, float] = dataclasses.field(default_factory=dict)
+    depth_by_class: dict[str, ClassDepth] | None = None
+    control_of: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The policy without its argument: full, sample, threshold, fixed, shuffled."""
+        return self.policy.partition(":")[0]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the depths do not depend on the tokens they are given to."""
+        return self.control_of is not None or self.kind in ("fixed", "shuffled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlDifference:
+    """`policy` minus `control`, on the same problems."""
+
+    policy: str
+    control: str
+    accuracy_difference: float
+    accuracy_difference_ci95: Interval | None = None
+    depth_fraction_difference: float
+    depth_fraction_difference_ci95: Interval | None = None
+    problems: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HazardBin:
+    low: float
+    high: float
+    hazard_mean: float
+    target_mean: float
+    positions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitCalibration:
+    exit: int
+    ece: float
+    positions: int
+    hazard_mean: float
+    target_mean: float
+    bins: tuple[HazardBin, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HazardCalibration:
+    policy: str
+    sharpness: float
+    ece: float
+    exits: tuple[ExitCalibration, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    kept: float
+    same_answer: float
+    right: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    name: str
+    value: float
+    ci95: Interval | None = None
+    problems: int
+    depth_fraction: float = math.nan
+    completion_length: float = math.nan
+    detail: dict[str, float] = dataclasses.field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Faithfulness:
+    policy: str
+    problems: int
+    accuracy: float
+    depth_fraction: float
+    completion_length: float
+    measures: tuple[Measure, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacity:
+    policy: str
+    granularity: str
+    accuracy: float
+    accuracy_ci95: Interval | None = None
+    depth_fraction: float
+    completion_length: float = math.nan
+    step_size: float | None = None
+    problems: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    path: str
+    layers: int
+    exits: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`eval.json`."""
+
+    task: dict[str, Any]
+    model: ModelDescription
+    runs: tuple[PolicyFigures, ...]
+    controls: tuple[ControlDifference, ...] | None = None
+    hazards: tuple[HazardCalibration, ...] | None = None
+    faithfulness: tuple[Faithfulness, ...] | None = None
+    capacity: tuple[Capacity, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One entry of `completions.json`, or a line of `samples.jsonl`, which has step and reward.
+
+    `depths` has a layer count for each token, `hazards` for each token the probability of leaving
+    at each exit, null where the exit was not reached.
+    """
+
+    prompt: str
+    completion: str
+    tokens: tuple[str, ...]
+    depths: tuple[int, ...]
+    policy: str = "sample"
+    verdict: str = ""
+    answer: str = ""
+    hazards: tuple[tuple[float | None, ...] | None, ...] | None = None
+    step: int | None = None
+    reward: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "hazards"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.tokens):
+                raise ValueError(f"{len(values)} {name} for {len(self.tokens)} tokens")
+
+
+def build(cls: type[Record], value: Any, where: str) -> Record:
+    """`value`, as JSON gives it, as a record of type `cls`; `where` names it in errors.
+
+    A null where a number belongs is a figure that was not finite, and becomes NaN.
+
+    Raises:
+      ValueError: When a field is missing or of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(_sentence(where, value, "an object"))
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+    built = {}
+    for field in fields:
+        if field.name in value:
+            built[field.name] = _checked(
+                hints[field.name], value[field.name], f"{where}.{field.name}"
+            )
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks {field.name!r}; run what writes this file again")
+    try:
+        return cls(**built)
+    except ValueError as error:  # lengths that do not agree
+        raise ValueError(f"{where} has {error}; run what writes this file again") from None
+
+
+def build_list(cls: type[Record], value: Any, where: str) -> tuple[Record, ...]:
+    """A JSON list of records of one type; raises ValueError as `build` does."""
+    return _checked(tuple[cls, ...], value, where)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _checked(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(_sentence(where, value, "a list"))
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ValueError(_sentence(where, value, f"a list of {len(args)} numbers"))
+        return tuple(_checked(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(_sentence(where, value, "an object"))
+        return {key: _checked(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if hint is Any:
+        return value
+    if hint is float:
+        if value is None:
+            return math.nan
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and not isinstance(value, bool):
+        return value
+    names = {float: "a number", int: "a whole number", str: "a text"}
+    raise ValueError(_sentence(where, value, names[hint]))
+
+
+def _sentence(where: str, value: Any, wanted: str) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
+    return f"{where} is {shown} where {wanted} belongs; run what writes this file again"

@@ -1,0 +1,193 @@
+"""A run as the report sees it: everything that its files say, read and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jexit.config import config_dict
+from jexit.io.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, read_samples
+from jexit.report.plots import Curves
+from jexit.report.records import Completion, Evaluation, PolicyFigures, build, build_list
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run's directory; `notes` are sentences about parts of its files that were left out."""
+
+    workdir: Path
+    label: str
+    config: dict[str, Any]
+    curves: Curves
+    evaluation: Evaluation | None
+    completions: tuple[Completion, ...]
+    samples: tuple[Completion, ...]
+    before: PolicyFigures | None
+    after: PolicyFigures | None
+    notes: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return str(self.config.get("command", "")) or ("eval" if self.evaluation else "")
+
+    @property
+    def layers(self) -> int | None:
+        """The model's layer count, or None when no file of the run says or implies it."""
+        if self.evaluation is not None:
+            return self.evaluation.model.layers
+        for figures in (self.after, self.before):
+            if figures is not None and figures.depth_fraction > 0:
+                return round(figures.depth_mean / figures.depth_fraction)
+        if "depth/mean" in self.curves and "depth/fraction" in self.curves:
+            mean, fraction = self.curves["depth/mean"][1], self.curves["depth/fraction"][1]
+            if len(mean) == len(fraction):
+                return round(float(np.nanmedian(mean / fraction)))
+        # The pass that makes the first token never leaves.
+        deepest = [max(sample.depths) for sample in self.samples if sample.depths]
+        return max(deepest) if deepest else None
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exits, as far as a file names them."""
+        if self.evaluation is not None and self.evaluation.model.exits:
+            return self.evaluation.model.exits
+        exits = self.config.get("exits")
+        layers = exits.get("layers") if isinstance(exits, dict) else None
+        return tuple(e for e in layers if isinstance(e, int)) if isinstance(layers, list) else ()
+
+
+def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Every run, each under the shortest end of its path that tells it from the others.
+
+    Raises ValueError as `read_run` does, and when a directory is given twice.
+    """
+    paths = [Path(workdir) for workdir in workdirs]
+    resolved = [path.resolve() for path in paths]
+    for index, path in enumerate(resolved):
+        if path in resolved[:index]:
+            raise ValueError(f"{paths[index]} is given twice; give each run once")
+    parts = 1
+    longest = max((len(path.parts) for path in resolved), default=1)
+    while parts < longest and len({path.parts[-parts:] for path in resolved}) < len(resolved):
+        parts += 1
+    return [
+        read_run(path, label="/".join(full.parts[-parts:]))
+        for path, full in zip(paths, resolved, strict=True)
+    ]
+
+
+def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
+    """Reads whatever a run has written so far.
+
+    Raises:
+      ValueError: When there is nothing to report, or a file holds what no run writes.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise ValueError(f"{workdir} is no directory; give the --workdir of a run")
+    evaluation = _read_json(workdir / "eval.json")
+    metrics = workdir / METRICS_FILE
+    if evaluation is None and not metrics.exists():
+        raise ValueError(
+            f"{workdir} holds neither {METRICS_FILE} nor eval.json; give the --workdir of a run "
+            "that has trained or evaluated"
+        )
+    records, notes = _read_lines(metrics, read_metrics)
+    if evaluation is None and not records:
+        raise ValueError(f"{metrics} holds no whole line yet; wait for the run's first step")
+    samples, more = _read_lines(workdir / SAMPLES_FILE, read_samples)
+    path = workdir / "completions.json"
+    completions = _read_json(path)
+    return Run(
+        workdir=workdir,
+        label=label or workdir.resolve().name,
+        config=_read_config(workdir / "config.json"),
+        curves=Curves(records),
+        evaluation=None
+        if evaluation is None
+        else build(Evaluation, evaluation, f"{workdir / 'eval.json'}: eval"),
+        completions=()
+        if completions is None
+        else build_list(Completion, completions, f"{path}: completions"),
+        samples=build_list(Completion, samples, f"{workdir / SAMPLES_FILE}: samples"),
+        before=_read_figures(workdir / "before.json"),
+        after=_read_figures(workdir / "after.json"),
+        notes=(*notes, *more),
+    )
+
+
+def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting of a config under its dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= settings(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The defaults of the config's command and preset; None when this jexit knows no such."""
+    try:
+        defaults = config_dict(config.get("command", ""), config.get("preset", ""))
+    except ValueError:
+        return None
+    # By way of JSON, so that tuples compare equal to what config.json holds.
+    return settings(json.loads(json.dumps(defaults.to_dict())))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if config is not None and not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object; remove it, or run again")
+    return config or {}
+
+
+def _read_figures(path: Path) -> PolicyFigures | None:
+    value = _read_json(path)
+    return None if value is None else build(PolicyFigures, value, f"{path}: {path.stem}")
+
+
+def _read_json(path: Path) -> Any:
+    """The value in a JSON file, None without the file."""
+    data = _read_bytes(path)
+    if data is None:
+        return None
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        why = f"line {error.lineno}: {error.msg}"
+    except UnicodeDecodeError:
+        why = "not UTF-8"
+    except RecursionError:
+        why = "nested too deeply"
+    raise ValueError(f"{path} is not JSON ({why}); remove it, or run what writes it again")
+
+
+def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a file of JSON lines, and a sentence when some of its lines are none."""
+    data = _read_bytes(path)
+    if data is None:
+        return [], []
+    records = read(path.parent)
+    lines = data.splitlines(keepends=True)
+    broken = len(lines) - len(records)
+    if not broken:
+        return records, []
+    if broken == 1 and not lines[-1].endswith(b"\n"):
+        return records, [f"The last line of {path} is not whole and is left out."]
+    return records, [f"{broken} of the {len(lines)} lines of {path} are no records of a step."]
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; make it readable") from error
