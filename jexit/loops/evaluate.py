@@ -27,7 +27,7 @@ from jexit.steps.state import split_model
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs `eval.policies` and `eval.measures`; writes `eval.json`, `completions.json`, a report."""
+    """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report."""
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)
