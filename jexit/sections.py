@@ -107,7 +107,8 @@ class OptimConfig:
 class PretrainConfig:
     """The shipped model's trunk, trained from nothing on the tasks' own text."""
 
-    length: int = 56
+    length: int = 56  # of sums and word problems
+    tom_length: int = 128  # of theory-of-mind stories
     width: int = 96
     layers: int = 8
     query_heads: int = 4
@@ -116,7 +117,7 @@ class PretrainConfig:
     mlp_width: int = 256
     rope_theta: float = 1e4
     word_problems: float = 0.2  # share of word problems; what the shares leave is sums
-    tom: float = 0.0  # share of theory-of-mind stories, which need a `length` of about 120
+    tom: float = 0.0  # share of theory-of-mind stories
     exit_loss: float = 0.0  # total weight of cross-entropy at the exits' logit lens
     prompt_loss: float = 0.0  # weight of the prompt's tokens in the loss
 

@@ -23,11 +23,13 @@ ABSENT = {
     "training curves": "python -m jexit.main --config=configs/sft.py (or rl.py, pretrain.py)",
     "accuracy and depth under policies": EVALUATE,
     "token-by-token depths": f"{EVALUATE} --config.eval.heat_maps=8",
-    "depth by token class": f"{EVALUATE}, which writes depth_by_class into eval.json",
-    "differences from controls": f"{EVALUATE}, with controls among config.eval.policies",
-    "head capacity": f"{EVALUATE}, which writes capacity into eval.json",
-    "faithfulness": f"{EVALUATE}, which writes faithfulness into eval.json",
-    "calibration of the hazards": f"{EVALUATE}, which writes hazards into eval.json",
+    "depth by token class": EVALUATE,
+    "differences from controls": f'{EVALUATE} --config.eval.policies=\'("full","sample",'
+    '"shuffled","fixed:matched")\'',
+    "head capacity": f"{EVALUATE} --config.eval.measures='(\"capacity\",)' for sums or tom",
+    "faithfulness": f'{EVALUATE} --config.eval.measures=\'("early_answering","no_chain",'
+    '"filler","corrupted_step","hint")\'',
+    "calibration of the hazards": f"{EVALUATE} --config.eval.measures='(\"hazards\",)'",
 }
 
 # The page may load nothing from anywhere.
