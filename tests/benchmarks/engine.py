@@ -1,6 +1,7 @@
 """Throughput of the decoding engine by depth, against what the work itself promises.
 
-    python tests/benchmarks/engine.py [--model 0.5b|small-head] [--prompts 192] [--new-tokens 25]
+    python tests/benchmarks/engine.py [--prompts 288] [--repeats 2]
+    python tests/benchmarks/engine.py --model small-head --prompts 576 --repeats 1
 
 Random weights in the shape of Qwen2.5-0.5B (whose output head holds 28 % of the weights), or with a
 vocabulary of 8,192; float32 on the CPU. Every pass of every completion gets a depth drawn at random
@@ -32,13 +33,13 @@ EXITS = (3, 6, 12, 18)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("0.5b", "small-head"), default="0.5b")
-    parser.add_argument("--prompts", type=int, default=192)
+    parser.add_argument("--prompts", type=int, default=288)
     parser.add_argument("--batches", type=int, default=2, help="of the plain loop")
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=25)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--places", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
