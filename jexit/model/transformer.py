@@ -166,7 +166,7 @@ def run(
     h = where(layer < depth, block(h), h).
 
     Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
-    a cache, is XLA's whatever that says.
+    a cache, has kernels of its own (`jexit.kernels.decode_attention`) whatever that says.
     """
     arch, execution = model.arch, model.execution
     batch, length = tokens_BT.shape

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
-from jexit.model.policies import Policy, Prescribed
+from jexit.model.policies import Policy, Prescribed, Sample, Threshold
 from jexit.presets import Architecture
 
 
@@ -27,8 +29,10 @@ def check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens: 
     """Raises ValueError for prompts that the model cannot take with their completions."""
     if not prompts:
         raise ValueError("there are no prompts to complete; give at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1"
+        )
     most = arch.max_positions
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -50,6 +54,23 @@ def check_prompts(arch: Architecture, prompts: list[list[int]], max_new_tokens: 
                 f"prompt {index} holds token {outside} and the model's vocabulary has "
                 f"{arch.vocab_size}; use the tokenizer that belongs to the model"
             )
+
+
+def check_policy(policy: Policy) -> None:
+    """Raises ValueError for settings with which a policy's law is none."""
+    if isinstance(policy, Sample):
+        temperature, floor = float(policy.temperature), float(policy.min_hazard)
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(
+                f"Sample has temperature {temperature}; hazards are σ(z / temperature), so give a "
+                "number above 0, such as 1"
+            )
+        if not 0.0 <= floor <= 1.0:
+            raise ValueError(
+                f"Sample has min_hazard {floor}; it is a probability, from 0 (no floor) to 1"
+            )
+    if isinstance(policy, Threshold) and math.isnan(float(policy.hazard)):
+        raise ValueError("Threshold has hazard nan; give the hazard above which a token leaves")
 
 
 def fitted_policy(policy: Policy, rows: int, columns: int) -> Policy:

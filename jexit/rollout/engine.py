@@ -27,7 +27,7 @@ from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import programs
-from jexit.rollout.checks import check_prompts, check_written, fitted_policy
+from jexit.rollout.checks import check_policy, check_prompts, check_written, fitted_policy
 from jexit.rollout.layers import KEPT, Layers, apart, on_cpu
 from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
 from jexit.rollout.rollouts import Efficiency, Rollouts
@@ -73,7 +73,8 @@ def rollout(
 
     `written` says of each prompt how many of its last tokens are the beginning of its completion:
     they leave as the policy says, as if they had been decoded, and columns of `Prescribed` count
-    from the first of them. The result holds new tokens only.
+    from the first of them. The result holds new tokens only. Samples of one prompt share the depths
+    that its beginning drew.
 
     Raises ValueError when a prompt is empty or does not fit the model with its completion, when
     `written` leaves nothing of it, or when `Prescribed` has another number of rows or too few
@@ -136,6 +137,7 @@ class Decoding:
         self._samples, self._adapters, self._hazards = samples_per_prompt, adapters, hazards
         self._prompts = [[int(token) for token in prompt] for prompt in prompts]
         check_prompts(arch, self._prompts, max_new_tokens)
+        check_policy(policy)
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
         self._here = host_rows(len(self._prompts) if total is None else total)
@@ -250,6 +252,7 @@ class Decoding:
         positions, tokens = self._positions, int(layout.length_SP.sum())
         return Rollouts(
             prompts=self._prompts,
+            written=self._writes,
             prompt_B=self._here.find(rows_here.index_B // self._samples),
             host_rows=rows_here,
             layers=self._arch.layers,
@@ -307,14 +310,16 @@ class Decoding:
 
     def _prefill(self) -> None:
         layout = self._layout
-        index_SB, length_SB, slots = layout.group(self._prefilled)
+        group = layout.groups[self._prefilled]
+        index_SB, length_SB = layout.group(self._prefilled)
+        slots = group.slots
         tokens_SBT = np.full((*index_SB.shape, slots), self._pad_id, np.int32)
         for shard, place in np.ndindex(index_SB.shape):
             index = index_SB[shard, place]
             prompt = self._held.get(int(shard * layout.prompts + index))
             if index < layout.prompts and prompt is not None:  # another host's lie there
                 tokens_SBT[shard, place, : length_SB[shard, place]] = self._prompts[prompt]
-        self._prefilled += index_SB.shape[1]
+        self._prefilled += group.prompts
         self._prefills += int(np.sum(index_SB < layout.prompts))
         self._positions += tokens_SBT.size
         rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), index_SB.reshape(-1))

@@ -206,7 +206,8 @@ class _Texts:
         """Takes the tokens so far; the lengths to which stop strings cut rows, 0 for the others."""
         cut_B = np.zeros(len(length_B), np.int32)
         for row, length in enumerate(length_B.tolist()):
-            if self._over[row] or length == 0:
+            if self._over[row] or length == self._known[row]:
+                self._over[row] |= bool(over_B[row])
                 continue
             ids = tokens_BT[row, :length].tolist()
             text = self._decode(ids)

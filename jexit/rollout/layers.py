@@ -1,7 +1,8 @@
 """Weights as a step of decoding wants them: a few rows, and layers whose number is data.
 
-On accelerators XLA reads a layer's part of the stacked weights where they lie. On CPUs it copies
-the part out first, which takes longer than the products with it. There every layer's weights become
+On accelerators steps take a layer's part of the stacked weights. Compiled for TPUs, that is part of
+the products; compiled for Hopper GPUs, XLA copies the part out before cuBLAS multiplies with it. On
+CPUs such copies take longer than the products. There every layer's weights become
 arrays of their own, in the order that suits a few rows, and a branch a layer reads them. That copy
 serves all batches of a model and goes when the model's arrays do. XLA copies what a branch returns:
 activations of a few rows, never caches.
@@ -10,6 +11,7 @@ activations of a few rows, never caches.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -44,29 +46,39 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
 
 
 class Copy:
-    """`apart` of the newest model, kept for as long as every array of that model lives."""
+    """`apart` of the newest model, kept for as long as every array of that model lives.
+
+    Whoever trains a model has another one after every step, and a new copy when that decodes.
+    """
 
     def __init__(self) -> None:
-        self._model: tuple[nnx.GraphDef, list[weakref.ref]] | None = None
-        self._layers: Layers = ()
+        self._lock = threading.Lock()
+        self._kept: tuple[nnx.GraphDef, list[weakref.ref], Layers] | None = None
 
     def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
         """What was kept if these are the same arrays, else a new copy instead of it."""
         arrays = jax.tree.leaves(states)
-        if not self._holds(graphdef, arrays):
-            self._forget()  # first: two copies need not fit
-            self._layers = apart(graphdef, states)
-            self._model = graphdef, [weakref.ref(array, self._forget) for array in arrays]
-        return self._layers
+        with self._lock:
+            kept = self._kept
+            if kept is not None and kept[0] == graphdef and _are(kept[1], arrays):
+                return kept[2]
+            kept = self._kept = None  # first: two copies need not fit
+            layers = apart(graphdef, states)
+            # Arrays that can change in place would change without their copy.
+            if all(isinstance(array, jax.Array) for array in arrays):
+                refs = [weakref.ref(array, self._forget) for array in arrays]
+                self._kept = graphdef, refs, layers
+            return layers
 
-    def _holds(self, graphdef: nnx.GraphDef, arrays: list[Array]) -> bool:
-        if self._model is None:
-            return False
-        known_graphdef, known = self._model
-        return known_graphdef == graphdef and [id(ref()) for ref in known] == list(map(id, arrays))
+    def _forget(self, ref: weakref.ref) -> None:
+        """When an array has gone; only of the model that it belonged to."""
+        kept = self._kept
+        if kept is not None and any(ref is other for other in kept[1]):
+            self._kept = None
 
-    def _forget(self, _: weakref.ref | None = None) -> None:
-        self._model, self._layers = None, ()
+
+def _are(refs: list[weakref.ref], arrays: list[Array]) -> bool:
+    return [id(ref()) for ref in refs] == [id(array) for array in arrays]
 
 
 KEPT = Copy()

@@ -18,10 +18,11 @@ PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
 ROWS_A_PLACE = 3  # of the pool: what waits at other segments while a tick's places fill
 # Positions of one prefill, of each data shard. More of them read weights less often, and pad more.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
-# Memory of a device by part of JAX's name of it, for pools that are as large as they should be; of
-# a device that is not here they are limited by the work alone.
-MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "a100-sxm4-40gb": 39, "80gb": 79,
-              "h200": 139}  # fmt: skip
+# Memory of an accelerator by part of JAX's name of it, the first that fits, for pools that are no
+# larger than they should be; one that is not here counts as having the least.
+MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "7x": 192, "gh200": 94, "h200": 139,
+              "h100 nvl": 93, "h100 pcie": 79, "80gb": 79, "40gb": 39, "h20": 95, "b200": 178,
+              "l40": 44, "l4": 22, "": 16}  # fmt: skip
 CACHE_SHARE = 0.3  # of it, for a pool's keys and values; the prompts' take up to as much again
 
 
@@ -32,7 +33,8 @@ class EngineSize:
     Depths save time when the pool has some three times as many rows as a tick has places: rows that
     wait at other segments then fill the places of those that have left. But a tick with few places
     takes as long as one with more (`PLACES`), so few completions are best run all at once. Left to
-    the engine, the rows' keys and values take at most a fixed share of the device's memory.
+    the engine, the rows' keys and values take at most a fixed share of an accelerator's memory
+    (`MEMORY_GIB`); on CPUs, `rows` alone limits them.
     """
 
     rows: int = 0
@@ -50,8 +52,8 @@ class EngineSize:
         chip, kind = target()
         least, most = PLACES[chip]
         rows = min(self.rows or ROWS_A_PLACE * (self.places or most), jobs)
-        memory = next((gib for part, gib in MEMORY_GIB.items() if part in kind.lower()), 0)
-        if memory and row_bytes and not self.rows:
+        memory = next(gib for part, gib in MEMORY_GIB.items() if part in kind.lower())
+        if chip != "cpu" and row_bytes and not self.rows:
             rows = max(1, min(rows, int(CACHE_SHARE * memory * 2**30) // row_bytes))
         places = self.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
         return rows, min(places, rows)
@@ -61,11 +63,20 @@ AUTOMATIC = EngineSize()
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """A prefill of each shard: prompts, rows of the program for them, slots of each."""
+
+    prompts: int
+    rows: int
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Which shard has which prompts, and in what order they begin: the shortest first.
 
     Prompts lie in their shard in the caller's order, n to a shard; the last shards may have fewer.
-    A shard's prompts are prefilled in groups of equal size, and lie in a ring of `places`.
+    A shard's prompts are prefilled in groups of like length, and lie in a ring of `places`.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
@@ -73,8 +84,6 @@ class Layout:
     samples: int
     rows: int
     width: int
-    group_size: int
-    places: int
 
     @classmethod
     def of(
@@ -97,13 +106,9 @@ class Layout:
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
         rows, width = size.fitted(prompts * samples, most * token_bytes)
-        groups = -(-prompts // max(PREFILL_TOKENS[target().platform] // slots, 1))
-        group = -(-prompts // groups)  # of like size, so that the last is not padded
-        # As many prompts as begin at once, and a group to go on with.
-        places = group * min(-(-prompts // group), -(-rows // (samples * group)) + 1)
         written_B = np.zeros_like(length_B) if written_B is None else written_B
         lengths = by_shard(length_B), by_shard(written_B)
-        return cls(*lengths, samples, rows, width, group, places)
+        return cls(*lengths, samples, rows, width)
 
     @property
     def shards(self) -> int:
@@ -132,6 +137,30 @@ class Layout:
         length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
         return np.argsort(length_SP, axis=1, kind="stable")
 
+    @functools.cached_property
+    def groups(self) -> dict[int, Group]:
+        """The prefills, by the turn of their first prompt.
+
+        Prompts of one bucket of lengths share a size of group, as equal as they come, so that each
+        bucket is one program and hardly a row is there to fill.
+        """
+        length_ST = np.take_along_axis(self.length_SP, self.order_SP, axis=1)
+        slots_T = np.asarray([prompt_bucket(int(length)) for length in length_ST.max(axis=0)])
+        groups = {}
+        for slots in np.unique(slots_T):
+            turn, stop = np.searchsorted(slots_T, slots), np.searchsorted(slots_T, slots, "right")
+            most = max(PREFILL_TOKENS[target().platform] // int(slots), 1)
+            rows = -(-(stop - turn) // -(-(stop - turn) // most))
+            for first in range(int(turn), int(stop), int(rows)):
+                groups[first] = Group(min(int(rows), int(stop) - first), int(rows), int(slots))
+        return groups
+
+    @functools.cached_property
+    def places(self) -> int:
+        """As many prompts as begin at once, and a group to go on with."""
+        largest = max(group.prompts for group in self.groups.values())
+        return min(self.prompts, -(-self.rows // self.samples) + largest)
+
     @property
     def prompt_slots(self) -> int:
         return prompt_bucket(int(self.length_SP.max()))
@@ -144,20 +173,20 @@ class Layout:
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
         """Whether the ring holds another group: prompts all of whose completions have begun go."""
         begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
-        return prefilled + self.group_size - self.places <= int(begun_S.min())
+        return prefilled + self.groups[prefilled].prompts - self.places <= int(begun_S.min())
 
-    def group(self, first: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(prompts, their lengths, slots) of the group that begins at `first`, of every shard.
+    def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """(prompts, their lengths) of the group that begins at `first`, of every shard.
 
         A prompt that does not exist has the number `prompts` and length 1.
         """
-        turn = first + np.arange(self.group_size)
+        group = self.groups[first]
+        turn = first + np.arange(group.rows)
         index_SB = self.order_SP[:, np.minimum(turn, self.prompts - 1)]
         length_SB = np.take_along_axis(self.length_SP, index_SB, axis=1)
-        exists_SB = (length_SB > 0) & (turn < self.prompts)
+        exists_SB = (length_SB > 0) & (turn < first + group.prompts)
         index_SB = np.where(exists_SB, index_SB, self.prompts).astype(np.int32)
-        length_SB = np.where(exists_SB, length_SB, 1).astype(np.int32)
-        return index_SB, length_SB, prompt_bucket(int(length_SB.max()))
+        return index_SB, np.where(exists_SB, length_SB, 1).astype(np.int32)
 
     def work(self, first_prompt: int) -> Work:
         """The completions of all shards."""

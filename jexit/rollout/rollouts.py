@@ -31,7 +31,7 @@ class Efficiency:
 
     prefills: int  # prompts
     prompt_padding: float  # share of the prefilled positions that hold no token
-    idle: float  # share of the places of all ticks that nobody took, weighted by the layers run
+    idle: float  # share of the places of all ticks that nobody took, weighted by what a tick costs
     ticks: int  # of the shard with the most
 
 
@@ -40,11 +40,13 @@ class Rollouts:
     """Completions of a batch: B = prompts · samples rows, those of one prompt adjacent.
 
     T is `max_new_tokens`; beyond a row's length there are `pad_id` and zeros. A token's depth is
-    that of the pass that produced it, so column 0 of `depths_BT` is L. With several hosts these are
+    that of the pass that produced it, so column 0 of `depths_BT` is L, but where a beginning of the
+    completion was given (`written`). With several hosts these are
     the rows that lie here.
     """
 
     prompts: list[list[int]]
+    written: bool  # prompts ended in beginnings of completions
     prompt_B: np.ndarray  # int, the place of a row's prompt in `prompts`
     host_rows: HostRows  # of the whole batch, the rows that are here
     layers: int
@@ -74,7 +76,16 @@ class Rollouts:
         return self.tokens_BT[row, : self.lengths_B[row]].tolist()
 
     def sequences(self, length: int | None = None) -> Sequences:
-        """Prompts and completions right-padded to `length` (None: the longest row's)."""
+        """Prompts and completions right-padded to `length` (None: the longest row's).
+
+        Raises ValueError when a row does not fit, and after decoding from `written` beginnings, the
+        depths of whose tokens are not recorded.
+        """
+        if self.written:
+            raise ValueError(
+                "these rollouts went on from given beginnings, whose depths are not recorded; "
+                "decode from the prompts alone to have sequences for teacher forcing"
+            )
         prompt_B = self.prompt_lengths_B
         total_B = prompt_B + self.lengths_B
         longest = int(total_B.max())

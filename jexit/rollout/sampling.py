@@ -44,7 +44,7 @@ class Sampling:
             raise ValueError(
                 f"top_p is {top_p}; it is the probability mass to keep, above 0 and at most 1"
             )
-        if top_k < 0:
+        if top_k != int(top_k) or top_k < 0:
             raise ValueError(f"top_k is {top_k}; it is how many tokens to keep, or 0 for all")
         if not 0.0 <= min_p <= 1.0:
             raise ValueError(
@@ -106,7 +106,8 @@ def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> 
     weights_BCW = padded_BV.reshape(batch, blocks, width)
     block_B = _invert(jnp.sum(weights_BCW, axis=-1), uniform_B2[:, 0])
     chosen_BW = jnp.take_along_axis(weights_BCW, block_B[:, None, None], axis=1)[:, 0]
-    return block_B * width + _invert(chosen_BW, uniform_B2[:, 1])
+    token_B = block_B * width + _invert(chosen_BW, uniform_B2[:, 1])
+    return jnp.minimum(token_B, vocab - 1)  # weights that are no numbers end in the padding
 
 
 def _invert(weights_BC: Array, uniform_B: Array) -> Array:

@@ -413,3 +413,19 @@ def test_sequences_line_up(model, prompts):
 def test_wrong_inputs_get_one_sentence(model, prompts, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         roll(model, prompts, **settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"policy": Sample(temperature=-1.0)}, r"temperature -1\.0; .* give a number above 0"),
+        ({"policy": Sample(min_hazard=2.0)}, r"min_hazard 2\.0; it is a probability"),
+        ({"policy": Threshold(float("nan"))}, "hazard nan; give the hazard above which"),
+        ({"top_k": 2.5}, r"top_k is 2\.5; it is how many"),
+        ({"max_new_tokens": 3.0}, r"max_new_tokens is 3\.0; it must be a whole number"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(model, prompts, asked, says):
+    known = {"max_new_tokens": 3, "eos_ids": (), "pad_id": 0, "key": 0}
+    with pytest.raises(ValueError, match=says):
+        rollout(model, prompts, **known | asked)

@@ -1,6 +1,8 @@
 """The copy of a model's weights that decoding on CPUs reads, a block a layer."""
 
+import concurrent.futures
 import gc
+import time
 
 import jax
 import jax.numpy as jnp
@@ -74,4 +76,35 @@ def test_the_copy_goes_with_the_first_of_its_arrays(model):
     assert copy.of(graphdef, (jax.tree.unflatten(tree, leaves),)) is kept
     del leaves[-1]
     gc.collect()
-    assert copy._layers == ()
+    assert copy._kept is None
+
+
+def test_arrays_that_can_change_in_place_are_not_kept(model, copies):
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(lambda leaf: np.array(leaf), state)
+    before = complete((graphdef, state))
+    jax.tree.map(lambda leaf: np.negative(leaf, out=leaf), state)
+    after = complete((graphdef, state))
+    negated = jax.tree.map(jnp.asarray, state)
+    np.testing.assert_array_equal(after, complete((graphdef, negated)))
+    assert (before != after).any()
+
+
+def test_two_threads_with_two_models_each_get_their_own(model, monkeypatch):
+    """Even when one is interrupted between copying and keeping."""
+    graphdef, state = nnx.split(model)
+    negated = jax.tree.map(lambda leaf: -leaf, state)
+    copy = Copy()
+    wanted = [apart(graphdef, (each,)) for each in (state, negated)]
+
+    def slow(graphdef, states):
+        made = apart(graphdef, states)
+        time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(layers, "apart", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        made = list(threads.map(lambda each: copy.of(graphdef, (each,)), (state, negated)))
+    made += [copy.of(graphdef, (each,)) for each in (state, negated)]
+    for found, known in zip(made, wanted * 2, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found[0][1], known[0][1])

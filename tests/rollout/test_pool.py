@@ -182,6 +182,33 @@ def test_sizes_fit_the_work(size, jobs, fitted):
     assert EngineSize(rows=size[0], places=size[1]).fitted(jobs) == fitted
 
 
+def test_an_outlier_is_prefilled_apart():
+    """63 prompts of 16 tokens and one of 600: as without it, and a prefill of its own."""
+
+    def groups(lengths):
+        made = layout.Layout.of(
+            np.asarray(lengths), 1, EngineSize(rows=8, places=4), token_bytes=64, new=4
+        )
+        return [(group.prompts, group.rows, group.slots) for group in made.groups.values()]
+
+    assert groups([16] * 64) == [(32, 32, 16)] * 2
+    assert groups([600, *[16] * 63]) == [(32, 32, 16), (31, 32, 16), (1, 1, 640)]
+    # Ten of 60 tokens: eight fit a prefill, so there are two of five.
+    assert groups([60] * 10) == [(5, 5, 64)] * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_of_any_lengths_are_prefilled_once(model, seed, monkeypatch):
+    monkeypatch.setitem(layout.PREFILL_TOKENS, "cpu", 48)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 60, n).tolist() for n in rng.integers(1, 50, 17)]
+    asked = {"max_new_tokens": 5, "eos_ids": (60, 7), "pad_id": PAD, "key": 0}
+    asked |= {"temperature": 0.0, "policy": Threshold(0.55)}
+    made = rollout(model, prompts, size=EngineSize(rows=3, places=2), **asked)
+    assert_same(made, plain(model, prompts, **asked))
+    assert made.efficiency.prefills == 17
+
+
 def test_rows_fit_the_memory_of_a_chip():
     """Those left to the engine; of 1,319 completions on a GPU."""
     with compiling_for("gpu", "NVIDIA H100 80GB HBM3"):
@@ -189,6 +216,10 @@ def test_rows_fit_the_memory_of_a_chip():
         rows, places = EngineSize().fitted(1319, 150 * 2**20)
         assert rows == places == int(0.3 * 79 * 1024 / 150) == 161
         assert EngineSize(rows=700).fitted(1319, 150 * 2**20) == (700, 256)
+    with compiling_for("gpu", "NVIDIA L4"):
+        assert EngineSize().fitted(1319, 150 * 2**20)[0] == int(0.3 * 22 * 1024 / 150)
+    with compiling_for("gpu", "a chip of tomorrow"):
+        assert EngineSize().fitted(1319, 150 * 2**20)[0] == int(0.3 * 16 * 1024 / 150)
     with compiling_for("tpu", "TPU v5 lite"):
         assert EngineSize().fitted(1319, 2**40) == (1, 1)
 

@@ -145,3 +145,9 @@ def test_top_k_keeps_ties():
 def test_settings_are_checked(settings, named):
     with pytest.raises(ValueError, match=f"^{named} is"):
         Sampling.of(**settings)
+
+
+def test_weights_that_are_no_numbers_draw_a_token_of_the_vocabulary():
+    keys_B = jax.random.split(jax.random.key(0), 50)
+    drawn_B = draw_by_weight(jnp.full((50, 61), jnp.nan), keys_B)
+    assert 0 <= int(drawn_B.min()) <= int(drawn_B.max()) < 61

@@ -103,3 +103,9 @@ def test_divides_over_data_shards(model, prompts):
 def test_refuses(model, prompts, written, samples, policy, says):
     with pytest.raises(ValueError, match=says):
         rollout(model, prompts, policy=policy, written=written, samples_per_prompt=samples, **ASKED)
+
+
+def test_there_are_no_sequences_without_the_depths_of_beginnings(model, prompts):
+    made = rollout(model, prompts, policy=Threshold(0.55), written=[1, 1, 1], **ASKED)
+    with pytest.raises(ValueError, match="went on from given beginnings"):
+        made.sequences()
