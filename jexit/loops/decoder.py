@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Decoded:
     ids: list[list[int]]
     depths: list[list[int]]
     truncated: list[bool]
+    verdicts: list[str | None]
     tokens_per_second: float  # without compilation
 
 
@@ -55,11 +56,13 @@ class Decoder:
         *,
         max_new_tokens: int | None = None,
         written: Sequence[int] | None = None,
+        judge: Callable[[int, list[int]], str] | None = None,
         what: str,
     ) -> Decoded:
-        """Every host gives all prompts and gets all completions; each decodes its own.
+        """Every host gives all prompts and gets all completions; each decodes and judges its own.
 
-        `what` says in messages what is being decoded; the rest as `jexit.rollout.rollout` has it.
+        `judge` gives the verdict on the completion of a prompt, by its number. `what` says in
+        messages what is being decoded; the rest as `jexit.rollout.rollout` has it.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -79,18 +82,21 @@ class Decoder:
         for row in np.flatnonzero(made.host_rows.first_B):
             depths = made.depths_BT[row, : made.lengths_B[row]].tolist()
             number = int(made.host_rows.index_B[row])
-            mine[number] = (made.completion(row), depths, bool(made.truncated_B[row]))
-        rows: dict[int, tuple[list[int], list[int], bool]] = {}
+            ids = made.completion(row)
+            verdict = None if judge is None else judge(number, ids)
+            mine[number] = (ids, depths, bool(made.truncated_B[row]), verdict)
+        rows: dict[int, tuple[list[int], list[int], bool, str | None]] = {}
         for start in range(0, len(prompts), _GATHERED):
             numbers = range(start, min(start + _GATHERED, len(prompts)))
             part = [[number, *mine[number]] for number in numbers if number in mine]
             for host in gather(what, part):
                 rows |= {number: tuple(row) for number, *row in host}
-        ids, depths, truncated = zip(*(rows[number] for number in range(len(prompts))), strict=True)
-        tokens = sum(len(completion) for completion, _, _ in mine.values())
+        ordered = (rows[number] for number in range(len(prompts)))
+        ids, depths, truncated, verdicts = map(list, zip(*ordered, strict=True))
+        tokens = sum(len(completion) for completion, *_ in mine.values())
         speeds = gather(what, tokens / made.seconds)
         return Decoded(
-            ids=list(ids), depths=list(depths), truncated=list(truncated),
+            ids=ids, depths=depths, truncated=truncated, verdicts=verdicts,
             tokens_per_second=sum(speeds),
         )  # fmt: skip
 

@@ -12,8 +12,8 @@ from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.eval.depth import Completion, depth_by_class, matched_layers, shuffled_depths
 from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
-from jexit.loops.decoder import Decoded, Decoder
-from jexit.model.policies import Prescribed
+from jexit.loops.decoder import Decoder
+from jexit.model.policies import Policy, Prescribed
 from jexit.tasks import ChainTask, Problem, Task
 
 
@@ -95,17 +95,28 @@ class Examination:
     def of(cls, task: Task, tokenizer: Tokenizer, config: Config) -> Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
-    def judged(self, decoded: Decoded) -> list[Completion]:
-        """A completion for each problem."""
-        rows = zip(self.problems, decoded.ids, decoded.depths, decoded.truncated, strict=True)
-        made = []
-        for problem, ids, depths, truncated in rows:
+    def decoded(
+        self, decoder: Decoder, policy: Policy, name: str
+    ) -> tuple[list[Completion], float]:
+        """A completion for each problem, and tokens a second; each host judges what it decodes."""
+
+        def judge(number: int, ids: list[int]) -> str:
             text = self.tokenizer.completion_text(ids)
-            kind = self.task.verify(problem, text).kind
-            made.append(
-                Completion(ids=ids, text=text, depths=depths, verdict=kind, truncated=truncated)
+            return self.task.verify(self.problems[number], text).kind
+
+        made = decoder.decode(self.prompts, policy, judge=judge, what=f"evaluation under {name}")
+        rows = zip(made.ids, made.depths, made.truncated, made.verdicts, strict=True)
+        completions = [
+            Completion(
+                ids=ids,
+                text=self.tokenizer.completion_text(ids),
+                depths=depths,
+                verdict=verdict,
+                truncated=truncated,
             )
-        return made
+            for ids, depths, truncated, verdict in rows
+        ]
+        return completions, made.tokens_per_second
 
     @property
     def cue(self) -> str | None:
@@ -159,37 +170,26 @@ def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
 
 
 def evaluate_policy(
-    decoder: Decoder, examination: Examination, policy: str
+    decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Completion]]:
     """Decodes every prompt under a named policy and judges the text."""
-    rows = len(examination.prompts)
-    decoded = decoder.decode(
-        examination.prompts,
-        decoder.policy(policy, rows, decoder.max_new_tokens),
-        what=f"evaluation under {policy}",
-    )
-    made = examination.judged(decoded)
-    result = PolicyResult.of(
-        policy, examination, made, decoder.layers, tokens_per_second=decoded.tokens_per_second
-    )
+    policy = decoder.policy(name, len(examination.prompts), decoder.max_new_tokens)
+    made, speed = examination.decoded(decoder, policy, name)
+    result = PolicyResult.of(name, examination, made, decoder.layers, tokens_per_second=speed)
     return result, made
 
 
 def evaluate_control(
-    decoder: Decoder, examination: Examination, policy: str, of: list[Completion]
+    decoder: Decoder, examination: Examination, name: str, of: list[Completion]
 ) -> tuple[PolicyResult, list[Completion]]:
     """The same under a control, which has its depths from the completions of another policy."""
     columns, layers = decoder.max_new_tokens, decoder.layers
-    if policy.startswith("shuffled"):
+    if name.startswith("shuffled"):
         depth_BT = shuffled_depths(of, layers, columns=columns, seed=decoder.seed)
     else:
         depth_BT = np.full((len(of), columns), matched_layers(of, layers), np.int32)
-    decoded = decoder.decode(
-        examination.prompts, Prescribed(depth_BT), what=f"evaluation under {policy}"
-    )
-    made = examination.judged(decoded)
+    made, speed = examination.decoded(decoder, Prescribed(depth_BT), name)
     result = PolicyResult.of(
-        policy, examination, made, layers, tokens_per_second=decoded.tokens_per_second,
-        control_of=control_of(policy),
-    )  # fmt: skip
+        name, examination, made, layers, tokens_per_second=speed, control_of=control_of(name)
+    )
     return result, made

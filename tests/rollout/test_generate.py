@@ -73,7 +73,11 @@ def test_chat_and_seed_matter(model):
         ("abc", {}, "put it in brackets"),
         (["a", ""], {"chat": False}, "prompt 1 is empty; a prompt needs"),
         (["a" * 511], {}, "512 positions; shorten the prompt"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
+        (
+            ["a"],
+            {"max_new_tokens": 0},
+            "max_new_tokens is 0; it must be a whole number of at least 1",
+        ),
         (["a"], {"temperature": -0.5}, "temperature is -0.5; give 0"),
         (["a"], {"temperature": float("nan")}, "temperature is nan"),
         (["a"], {"top_p": 0.0}, "top_p is 0.0; it is the probability mass"),
