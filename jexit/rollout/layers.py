@@ -62,7 +62,7 @@ class Copy:
             kept = self._kept
             if kept is not None and kept[0] == graphdef and _are(kept[1], arrays):
                 return kept[2]
-            kept = self._kept = None  # first: two copies need not fit
+            kept = self._kept = None  # nothing holds the old copy: two need not fit
             layers = apart(graphdef, states)
             # Arrays that can change in place would change without their copy.
             if all(isinstance(array, jax.Array) for array in arrays):

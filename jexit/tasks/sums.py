@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
 from jexit.tasks.chains import ChainTask, Corruption
+from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
 
 MIN_STEP, MAX_STEP = 2, 5
 STEP_MODES = ("free", "at_once", "mixed", *range(MIN_STEP, MAX_STEP + 1))
-DEFAULT_MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.15}
 
 _HELD_OUT_ONE_IN = 8
 _STRICT = re.compile(r"####([0-9])\Z")
@@ -66,15 +66,7 @@ class Sums(ChainTask):
                 f"sums: operands is a pair (smallest, largest) with 2 <= smallest <= largest, "
                 f"got {tuple(operands)}; change config.task.operands_min or operands_max"
             )
-        if set(mixture) - set(DEFAULT_MIXTURE) or min(mixture.values(), default=0) < 0:
-            raise ValueError(
-                f"sums: mixture gives weights >= 0 to {', '.join(DEFAULT_MIXTURE)}, "
-                f"got {dict(mixture)}; give other weights"
-            )
-        if sum(mixture.values()) <= 0:
-            raise ValueError(
-                f"sums: mixture needs a positive weight, got {dict(mixture)}; give other weights"
-            )
+        check_mixture(self.name, mixture)
         self.mode = steps
         self.operands = (int(operands[0]), int(operands[1]))
         self.mixture = dict(mixture)

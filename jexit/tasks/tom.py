@@ -21,6 +21,7 @@ from typing import ClassVar
 from jexit.tasks import phrases
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
 from jexit.tasks.chains import ChainTask, Corruption
+from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
 from jexit.tasks.tom_chain import chain, changes
 from jexit.tasks.tom_stories import PLACES, draw_problem, is_false
 from jexit.tasks.tom_text import (
@@ -38,7 +39,6 @@ from jexit.tasks.tom_text import (
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
 STEP_MODES = ("free", "fine", "coarse", "at_once", "mixed")
-DEFAULT_MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.15}
 
 _HELD_OUT_ONE_IN = 8
 _NAMED = re.compile(r"[A-Za-z]+")
@@ -100,15 +100,7 @@ class Tom(ChainTask):
                 f"tom: kinds are some of {', '.join(KINDS)}, got {tuple(kinds)}; "
                 "change config.task.kinds"
             )
-        if set(mixture) - set(DEFAULT_MIXTURE) or min(mixture.values(), default=0) < 0:
-            raise ValueError(
-                f"tom: mixture gives weights >= 0 to {', '.join(DEFAULT_MIXTURE)}, "
-                f"got {dict(mixture)}; give other weights"
-            )
-        if sum(mixture.values()) <= 0:
-            raise ValueError(
-                f"tom: mixture needs a positive weight, got {dict(mixture)}; give other weights"
-            )
+        check_mixture(self.name, mixture)
         self.mode = steps
         self.people = (int(people[0]), int(people[1]))
         self.moves = (int(moves[0]), int(moves[1]))
