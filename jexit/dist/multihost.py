@@ -30,6 +30,12 @@ MAX_TIMEOUT_SECONDS = 86_400
 POLL_SECONDS = 1.0
 # JAX's own checks end a process without a word about the run, so they come after ours.
 MARGIN_SECONDS = 60
+CLIENT_SECONDS = 5.0
+# Where JAX's own code is while it traces, lowers or compiles.
+_COMPILING = tuple(
+    os.path.join("jax", "_src", *path)
+    for path in (("compiler.py",), ("interpreters", "mlir.py"), ("interpreters", "partial_eval.py"))
+)
 LOST = 4  # exit code of a host that another one left alone
 
 _settings = {"timeout": float(TIMEOUT_SECONDS), "place": "the start of the run"}
@@ -214,19 +220,33 @@ def barrier(place: str) -> None:
 def waiting(place: str) -> Iterator[None]:
     """Ends the process, saying where it was, when the block takes longer than the timeout.
 
-    For waits that nobody else limits: a collective with a host that hangs never returns.
+    For waits that nobody else limits: a collective with a host that hangs never returns, nor does
+    a jitted call that the runtime holds back until the collectives before it are done. While JAX
+    compiles, which may take long and waits for nobody, the time begins anew.
     """
     if not several_hosts():
         yield
         return
     before, _settings["place"] = _settings["place"], place
-    # The client's own timeout comes first where there is one: it knows who is missing.
-    timer = _after(_settings["timeout"] + 5, _give_up, place)
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(place, over), daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        over.set()
     _settings["place"] = before  # an error keeps its place, for `ended`
+
+
+def _watch(place: str, over: threading.Event) -> None:
+    # The client's own timeout comes first where there is one: it knows who is missing.
+    while not over.wait(_settings["timeout"] + CLIENT_SECONDS):
+        if not any(frame.filename.endswith(_COMPILING) for frame in _main_stack()):
+            _give_up(place)
+
+
+def _main_stack() -> traceback.StackSummary:
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    return traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)
 
 
 def _after(seconds: float, function: Callable[..., None], *arguments: Any) -> threading.Timer:
@@ -287,8 +307,7 @@ def _give_up(place: str) -> None:
         "host: it continues from the newest checkpoint"
     )
     print(message, file=sys.stderr)
-    main_thread = sys._current_frames().get(threading.main_thread().ident)
-    traceback.print_stack(main_thread)
+    sys.stderr.writelines(reversed(_main_stack().format()))
     leave(LOST)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jexit.config import Config, check_exits
 from jexit.data.loader import prepared, text_batch
 from jexit.data.tokenizer import Tokenizer
-from jexit.dist import host_rows, is_primary, place_parameters, place_rows
+from jexit.dist import host_rows, is_primary, place_parameters, place_rows, waiting
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
@@ -151,7 +151,8 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
 
     def one_step(state, step):
         batch = map(place_rows, next(batches), here)
-        state, metrics = step_fn(state, tuple(batch), step_key(config.seed, step))
+        with waiting(f"step {step + 1}"):
+            state, metrics = step_fn(state, tuple(batch), step_key(config.seed, step))
         return state, metrics | {"lr": rate(step), "model_flops": flops}
 
     state = trainer.run(state, one_step)

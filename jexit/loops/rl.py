@@ -11,7 +11,7 @@ import numpy as np
 from jexit.config import Config
 from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
-from jexit.dist import gather, host_rows, place_rows
+from jexit.dist import gather, host_rows, place_rows, waiting
 from jexit.loops.flops import Work
 from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch, Pressure
@@ -87,7 +87,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         trainer.shapes((totals.shape, rollouts.shape))
         prices = pressure.prices(step)
         batch = place_rows(batch, rollouts.host_rows)
-        state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
+        with waiting(f"step {step + 1}"):
+            state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
         pressure.observe(totals.accuracy)
         watch.observe(
             step + 1, totals.accuracy, totals.mean_depth(layers) / layers, totals.mean_length

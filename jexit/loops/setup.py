@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jexit.config import Config, TaskConfig, parse_policy
 from jexit.data.loader import require_problems
@@ -71,7 +72,8 @@ def execution_of(config: Config) -> Execution:
 def sampling_law(config: Config) -> Sample:
     """How tokens leave under `sample`: with the temperature and the floor of `config.rl`."""
     rl = config.rl
-    return Sample(jnp.float32(rl.hazard_temperature), jnp.float32(rl.min_hazard))
+    # NumPy's: an array on a device could only be read after the step that it is busy with.
+    return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
 
 
 def engine_size(config: Config) -> EngineSize:

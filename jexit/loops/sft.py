@@ -14,7 +14,7 @@ from jexit.data.buckets import LengthBuckets
 from jexit.data.loader import prepared
 from jexit.data.teacher_store import TeacherStore, Trajectory
 from jexit.data.tokenizer import Tokenizer
-from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows
+from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows, waiting
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
 from jexit.loops.flops import Work
@@ -74,7 +74,8 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         batch, totals = next(batches)
         trainer.shapes((batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
         batch = place_rows(batch, here)
-        state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
+        with waiting(f"step {step + 1}"):
+            state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
         return state, metrics | totals | stage.learning_rates(step)
 
     state = trainer.run(state, one_step)

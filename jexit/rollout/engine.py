@@ -222,8 +222,8 @@ class Decoding:
         if self.slots != self._compiled_slots:  # no ticks: what it takes is the compilation
             self._compiled(programs.advance, lambda: self._advance(np.int32(0)))
             self._compiled_slots = self.slots
-        progress = self._advance(NO_LIMIT if emissions is None else np.int32(emissions))
         with waiting("the rollouts"):
+            progress = self._advance(NO_LIMIT if emissions is None else np.int32(emissions))
             self.progress = jax.device_get(progress)
         begun = self.progress.started >= layout.jobs_S
         return bool(np.all(begun & (self.progress.under_way == 0)))
@@ -376,7 +376,8 @@ class Decoding:
     def _compiled(self, program: Any, run: Callable[[], T]) -> T:
         """Runs it and, when that meant compiling it, leaves that time out of the batch's."""
         known, began = program._cache_size(), time.perf_counter()
-        result = run()
+        with waiting("the rollouts"):
+            result = run()
         if program._cache_size() > known:
             self._compiling += time.perf_counter() - began
         return result
