@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jexit.presets import PRESETS
 from jexit.sections import (
+    BLENDABLE,
     STEPS,
     CheckpointConfig,
     EngineConfig,
@@ -245,6 +246,11 @@ class Config:
             raise ValueError(
                 f"config.task.steps is {self.task.steps!r}; task {name!r} "
                 f"{'with a path ' if from_files else ''}knows {', '.join(known)}"
+            )
+        unknown = [part for part in self.task.parts if part not in BLENDABLE]
+        if unknown:
+            raise ValueError(
+                f"config.task.parts names {unknown[0]!r}; a blend is of {', '.join(BLENDABLE)}"
             )
         for key in ("word_problems", "tom"):
             share = getattr(self.pretrain, key)

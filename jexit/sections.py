@@ -47,12 +47,16 @@ class LoraConfig:
 STEPS = {
     "sums": ("free", "2", "3", "4", "5", "at_once", "mixed"),
     "tom": ("free", "fine", "coarse", "at_once", "mixed"),
+    "blend": ("free", "at_once", "mixed"),  # of those parts that know it
 }
+# The tasks that a blend may have: generated ones, which never end.
+BLENDABLE = ("sums", "word_problems", "tom")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    name: Literal["sums", "word_problems", "gsm8k", "tom", "exploretom"] = "sums"
+    name: Literal["sums", "word_problems", "gsm8k", "tom", "exploretom", "blend"] = "sums"
+    parts: tuple[str, ...] = BLENDABLE  # blend: problems of each equally often
     # gsm8k: a JSONL file, a directory of them, or a tfds data directory; tom and exploretom: a CSV
     # file with the columns story, question and answer, or a directory of them.
     path: str = ""

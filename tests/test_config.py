@@ -220,6 +220,11 @@ def test_the_command_is_needed():
             "steps is 'fine'; task 'tom' with a path knows free",
         ),
         ({"task__name": "gsm8k", "task__steps": "3"}, "steps is '3'; task 'gsm8k' knows free"),
+        ({"task__name": "blend", "task__steps": "3"}, "'blend' knows free, at_once, mixed"),
+        (
+            {"task__parts": ("sums", "gsm8k")},
+            "parts names 'gsm8k'; a blend is of sums, word_problems, tom",
+        ),
         ({"pretrain__tom": -0.1}, r"config\.pretrain\.tom is -0\.1; it is a share of the text"),
         (
             {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5},
@@ -245,6 +250,7 @@ def test_a_contradiction_is_one_sentence(settings, words):
 
 def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
     modes = {"sums": sums.STEP_MODES, "tom": tom.STEP_MODES}
+    modes["blend"] = set(modes["sums"]) & set(modes["tom"])
     assert {name: set(known) for name, known in STEPS.items()} == {
         name: set(map(str, known)) for name, known in modes.items()
     }

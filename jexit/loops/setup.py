@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
 from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
 from jexit.rollout import EngineSize
+from jexit.sections import STEPS
 from jexit.tasks import Task, make_task
 from jexit.tasks.base import Rewards
 
@@ -82,6 +84,12 @@ def engine_size(config: Config) -> EngineSize:
 
 def load_task(config: TaskConfig, split: str) -> Task:
     """The config's task; raises ValueError when the split that is needed is empty."""
+    task = _task(config)
+    require_problems(task, split)
+    return task
+
+
+def _task(config: TaskConfig) -> Task:
     options: dict[str, Any] = {
         "rewards": Rewards(
             strict=config.reward_strict,
@@ -101,9 +109,14 @@ def load_task(config: TaskConfig, split: str) -> Task:
         options["moves"] = (config.moves_min, config.moves_max)
         if config.kinds:
             options["kinds"] = config.kinds
-    task = make_task(config.name, config.path or None, **options)
-    require_problems(task, split)
-    return task
+    if config.name == "blend":
+        options["tasks"] = [_task(_part(config, name)) for name in config.parts]
+    return make_task(config.name, config.path or None, **options)
+
+
+def _part(config: TaskConfig, name: str) -> TaskConfig:
+    steps = config.steps if config.steps in STEPS.get(name, ()) else "free"
+    return dataclasses.replace(config, name=name, steps=steps)
 
 
 def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = Sample()) -> Policy:

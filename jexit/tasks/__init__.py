@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict
+from jexit.tasks.blend import Blend
 from jexit.tasks.chains import ChainTask
 from jexit.tasks.exploretom import ExploreToM
 from jexit.tasks.gsm8k import Gsm8k
@@ -14,6 +15,7 @@ from jexit.tasks.tom import Tom
 from jexit.tasks.word_problems import WordProblems
 
 __all__ = [
+    "Blend",
     "ChainTask",
     "Draw",
     "ExploreToM",
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Sums, WordProblems, Gsm8k, Tom, ExploreToM)
+    task.name: task for task in (Sums, WordProblems, Gsm8k, Tom, ExploreToM, Blend)
 }
 # A generated task whose kind of problem files can hold too, and the task that reads them.
 READERS = {Tom.name: ExploreToM.name}

@@ -137,7 +137,9 @@ class Tom(ChainTask):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.verdict(phrases.judge(completion, problem.answer, _candidates(problem)))
 
-    def text_totals(self, completions: Sequence[str]) -> dict[str, tuple[float, int]]:
+    def text_totals(
+        self, problems: Sequence[Problem], completions: Sequence[str]
+    ) -> dict[str, tuple[float, int]]:
         """The number of lines of the chain of thought (`chain_lines`) over all texts."""
         return {"chain_lines": (sum(len(self.steps(t)) for t in completions), len(completions))}
 

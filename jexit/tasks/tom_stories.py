@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 from jexit.tasks.base import Draw
 from jexit.tasks.tom_text import (
     CONTAINERS,
-    NAMES,
-    OBJECTS,
     OF_PLACES,
     PEOPLE_ASKED,
     ROOMS,
@@ -32,6 +30,7 @@ from jexit.tasks.tom_text import (
     Story,
 )
 from jexit.tasks.tom_world import PLACINGS, Event, World
+from jexit.tasks.word_problems import NAMES, OBJECTS
 
 PLACES = 3  # that a story about things mentions
 

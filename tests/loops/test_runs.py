@@ -277,6 +277,15 @@ def test_generation_prints_text_with_depths(model_dir, capsys):
     assert "depths: 3 2 2 2 2" in printed
 
 
+def test_a_run_on_several_tasks_tells_how_each_goes(model_dir, tmp_path):
+    settings = {"task__name": "blend", "task__steps": "mixed", "steps": 2, "batch_size": 6}
+    run("rl", model_dir, tmp_path, **settings)
+    logged = metrics(tmp_path)[-1]
+    for name in ("sums", "word_problems", "tom"):
+        assert 0.0 <= logged[f"task/{name}/accuracy"] <= 1.0
+    assert "task/tom/chain_lines" in logged
+
+
 def test_figures_about_texts_are_means_over_all_hosts():
     hosts = [{"step_size": (30.0, 10)}, {"step_size": (2.0, 1), "words": (9.0, 3)}, {}]
     assert text_means(hosts) == {"step_size": pytest.approx(32 / 11), "words": 3.0}

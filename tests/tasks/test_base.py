@@ -30,6 +30,19 @@ def test_reference_completions_are_strict_and_end_in_the_answer(name):
 
 
 @pytest.mark.parametrize("name", GENERATED)
+def test_totals_of_parts_add_up_to_those_of_the_whole(name):
+    task = make_task(name)
+    problems = [task.problem("train", i) for i in range(20)]
+    texts = [problem.completion for problem in problems]
+    whole = task.text_totals(problems, texts)
+    halves = [task.text_totals(problems[part], texts[part]) for part in (slice(7), slice(7, 20))]
+    assert whole == {
+        key: tuple(map(sum, zip(*(half[key] for half in halves), strict=True))) for key in whole
+    }
+    assert whole.keys() == task.text_totals([], []).keys()
+
+
+@pytest.mark.parametrize("name", GENERATED)
 def test_an_unknown_split_is_refused(name):
     with pytest.raises(ValueError, match="'train' or 'test', got 'dev'"):
         make_task(name).problem("dev", 0)

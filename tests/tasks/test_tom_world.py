@@ -3,9 +3,9 @@ from story_reader import read_story
 
 from jexit.tasks.base import Draw
 from jexit.tasks.tom_stories import questions
-from jexit.tasks.tom_text import CONTAINERS, KINDS, OBJECTS, OF_PLACES, ROOMS, TOPICS, Story
+from jexit.tasks.tom_text import CONTAINERS, KINDS, OF_PLACES, ROOMS, TOPICS, Story
 from jexit.tasks.tom_world import Event, World
-from jexit.tasks.word_problems import NAMES
+from jexit.tasks.word_problems import NAMES, OBJECTS
 
 HOMES = {"box": "hall", "jar": "hall", "tin": "garden"}
 TOGETHER = {"Tom": "hall", "Mia": "hall", "Ben": "hall"}
