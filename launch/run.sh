@@ -9,14 +9,6 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-config_path() { # config_path FILE[:PRESET]: the checkout's file when there is none here
-  if [[ $1 != /* && ! -e ${1%%:*} && -e $root/${1%%:*} ]]; then
-    printf '%s\n' "$root/$1"
-  else
-    printf '%s\n' "$1"
-  fi
-}
-
 extras=$(accelerator_extras)
 ensure_env "$extras"
 

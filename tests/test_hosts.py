@@ -166,8 +166,11 @@ def test_a_host_that_is_killed_ends_the_other_with_a_message(victim, model_dir, 
     other = 1 - victim
     code = processes[other].wait(60)
     assert time.monotonic() - began < 45
-    assert code == LOST
     text = pathlib.Path(f"{logs[other]}.log").read_text()
+    if victim == 0 and code == -signal.SIGABRT:  # JAX's own watch over the coordinator was first
+        assert "another task died" in text
+        return
+    assert code == LOST
     assert f"jexit: host {other} of 2 stops at " in text
     assert "run the same command on every host" in text and "Traceback" not in text
 

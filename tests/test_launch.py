@@ -16,7 +16,7 @@ import jexit
 ROOT = pathlib.Path(jexit.__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 SOURCED = ("env.sh", "cluster.sh")
-COMMANDS = {"run.sh", "test.sh", "tpu_vm.sh", "gke.sh", "slurm.sh"}
+COMMANDS = {"run.sh", "test.sh", "sweep.sh", "tpu_vm.sh", "gke.sh", "slurm.sh"}
 LINES = 400
 TOOLS = (
     "bash dirname cut head sed tr sort paste sha256sum mkdir mv rm cat grep flock awk nproc uname"

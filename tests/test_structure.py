@@ -35,6 +35,7 @@ ORDER = (
     "loops",
     "aot",
     "main",
+    "sweep",
     "convert.from_hf",
     "convert.to_hf",  # shares the command-line ending of from_hf
 )

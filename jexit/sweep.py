@@ -1,0 +1,331 @@
+"""Runs a config for every combination of some settings, and collects how the runs ended.
+
+    python -m jexit.sweep --config=FILE[:PRESET] --into=DIR KEY=VALUE,VALUE,... [KEY=...]
+                          [--config.KEY=VALUE ...] [--eval=FILE[:PRESET] [--eval.KEY=VALUE ...]]
+                          [--jobs=N] [--table_only]
+
+    python -m jexit.sweep --config=configs/rl.py --into=runs/pressure \\
+        --eval=configs/eval.py rl.depth_coef=0,0.4,0.8 seed=0,1
+
+Each combination is a run in a directory of its own, DIR/rl.depth_coef=0.4,seed=1, with what it
+prints in a .log file beside it. Values with commas in them are separated by `|`, as in
+`exits.layers=(2,4)|(4,)`. --config.KEY holds for all runs. With --eval the model of each finished
+run is evaluated, in its directory's `eval`, on the run's own task, with the settings that
+--eval.KEY gives.
+
+The same command again goes on where it was stopped: finished runs are left alone, the one under way
+continues from its newest checkpoint. A run that fails does not stop the others; the exit code is
+then 1. --jobs runs several at once, each on its share of the CPU's cores; accelerators run one.
+
+DIR/table.csv has a line for each finished run: its settings, then every figure of before.json,
+after.json and eval/eval.json. --table_only writes it from what there is.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jexit.io.files import write_bytes_atomic
+
+FINISHED = "after.json"  # the last file of a training run that is measured
+EVALUATED = "eval.json"
+INTERRUPTED = 3  # also what a run exits with after a signal, when it has saved
+
+_GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
+_SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination: its settings by key, and its directory."""
+
+    settings: Mapping[str, str]
+    workdir: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        return self.workdir.name
+
+    @property
+    def log(self) -> pathlib.Path:
+        return self.workdir.parent / f"{self.name}.log"
+
+    @property
+    def finished(self) -> bool:
+        return (self.workdir / FINISHED).exists()
+
+    @property
+    def evaluated(self) -> bool:
+        return (self.workdir / "eval" / EVALUATED).exists()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a command line asks for."""
+
+    config: str
+    into: pathlib.Path
+    grid: Mapping[str, tuple[str, ...]]
+    fixed: Mapping[str, str]
+    evaluation: str = ""
+    evaluation_settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    jobs: int = 1
+    table_only: bool = False
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Sweep:
+        """Raises ValueError, in one sentence, for arguments that are none or contradict others."""
+        given: dict[str, str] = {}
+        grid: dict[str, tuple[str, ...]] = {}
+        settings: dict[str, dict[str, str]] = {"config": {}, "eval": {}}
+        for argument in arguments:
+            name, equals, value = argument.partition("=")
+            if found := _SETTING.fullmatch(argument):
+                settings[found["of"]][found["key"]] = found["value"]
+            elif name in ("--config", "--into", "--eval", "--jobs") and equals and value:
+                given[name] = value
+            elif argument == "--table_only":
+                given[argument] = "yes"
+            elif found := _GRID.fullmatch(argument):
+                separator = "|" if "|" in found["values"] else ","
+                grid[found["key"]] = tuple(map(str.strip, found["values"].split(separator)))
+            else:
+                raise ValueError(
+                    f"{argument!r} is no argument of a sweep; give KEY=VALUE,VALUE, "
+                    "--config.KEY=VALUE or one of --config, --into, --eval, --jobs"
+                )
+        if missing := [name for name in ("--config", "--into") if name not in given]:
+            raise ValueError(f"{missing[0]} is missing; a sweep needs --config=FILE and --into=DIR")
+        for key, values in grid.items():
+            if "" in values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{key} has the values {', '.join(map(repr, values))}; give different ones, "
+                    "none empty"
+                )
+            if key in settings["config"]:
+                raise ValueError(f"{key} is both in the grid and in --config.{key}; give it once")
+        if settings["eval"] and "--eval" not in given:
+            raise ValueError("--eval.KEY is for --eval=FILE, which is missing; add it")
+        jobs = given.get("--jobs", "1")
+        if not jobs.isdecimal() or int(jobs) < 1:
+            raise ValueError(f"--jobs is {jobs!r}; give a number of runs at once, at least 1")
+        return cls(
+            config=given["--config"],
+            into=pathlib.Path(given["--into"]),
+            grid=grid,
+            fixed=settings["config"],
+            evaluation=given.get("--eval", ""),
+            evaluation_settings=settings["eval"],
+            jobs=int(jobs),
+            table_only="--table_only" in given,
+        )
+
+    def cells(self) -> list[Cell]:
+        """Every combination; the last key changes fastest."""
+        cells = []
+        for values in itertools.product(*self.grid.values()):
+            settings = dict(zip(self.grid, values, strict=True))
+            name = ",".join(f"{key}={value}" for key, value in settings.items()) or "run"
+            cells.append(Cell(settings, self.into / _UNSAFE.sub("_", name)))
+        if len({cell.workdir for cell in cells}) < len(cells):
+            raise ValueError(
+                "two combinations of values would share a directory; give values that differ in "
+                "letters or digits"
+            )
+        return cells
+
+    def commands(self, cell: Cell) -> Iterator[list[str]]:
+        """The arguments of `jexit.main` that are left to run for a combination."""
+        settings = {**self.fixed, **cell.settings}
+        if not cell.finished:
+            yield _arguments(self.config, cell.workdir, settings)
+        if self.evaluation and not cell.evaluated:
+            task = {key: value for key, value in settings.items() if key.startswith("task.")}
+            own = {"model.path": str(cell.workdir), **task, **self.evaluation_settings}
+            yield _arguments(self.evaluation, cell.workdir / "eval", own)
+
+
+def _arguments(config: str, workdir: pathlib.Path, settings: Mapping[str, str]) -> list[str]:
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+class Runner:
+    """Runs combinations as processes, and hands signals on to them."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self.stopped = ""
+
+    def run(self, cells: Sequence[Cell]) -> list[str]:
+        """Runs what is left; returns a line for each combination that did not end well."""
+        idle = _shares(self.sweep.jobs)
+
+        def one(cell: Cell) -> str | None:
+            with self._lock:
+                cores = idle.pop()
+            try:
+                return self._cell(cell, cores)
+            finally:
+                with self._lock:
+                    idle.append(cores)
+
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            with concurrent.futures.ThreadPoolExecutor(self.sweep.jobs) as pool:
+                return [line for line in pool.map(one, cells) if line]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped = signal.Signals(number).name
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+    def _cell(self, cell: Cell, cores: Sequence[int]) -> str | None:
+        for arguments in self.sweep.commands(cell):
+            if self.stopped:
+                return None
+            code = self._process(cell, arguments, cores)
+            if code:
+                return None if self.stopped else f"{cell.name} ended with {code}: see {cell.log}"
+        return None
+
+    def _process(self, cell: Cell, arguments: list[str], cores: Sequence[int]) -> int:
+        print(f"{cell.name}: {arguments[0]}", flush=True)
+        cell.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(cell.log, "a") as log:
+            # In a group of its own: a Ctrl-C reaches it once, from here.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jexit.main", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            if cores:
+                os.sched_setaffinity(process.pid, cores)
+            with self._lock:
+                self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+
+def _shares(jobs: int) -> list[Sequence[int]]:
+    """Disjoint cores for each of several jobs; nothing for one, or where they cannot be told."""
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+        return [()] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < jobs:
+        raise ValueError(f"--jobs is {jobs} and there are {len(cores)} cores; give at most those")
+    return [cores[share::jobs] for share in range(jobs)]
+
+
+def figures(cell: Cell) -> dict[str, float]:
+    """Every number that a finished run left behind, by a path such as `after/accuracy`."""
+    found: dict[str, float] = {}
+    for stage in ("before", "after"):
+        path = cell.workdir / f"{stage}.json"
+        if path.exists():
+            found |= _numbers(stage, json.loads(path.read_text()))
+    if cell.evaluated:
+        evaluation = json.loads((cell.workdir / "eval" / EVALUATED).read_text())
+        for run in evaluation["runs"]:
+            found |= _numbers(run["policy"], run)
+        for pair in evaluation.get("controls", ()):
+            found |= _numbers(f"{pair['policy']} less {pair['control']}", pair)
+        for part in ("faithfulness", "capacity", "hazards"):
+            for entry in evaluation.get(part, ()):
+                place = f"{entry['policy']}/{part}"
+                if part == "capacity":
+                    place = f"{place}/{entry['granularity']}"
+                measures = {measure["name"]: measure for measure in entry.get("measures", ())}
+                found |= _numbers(place, measures or entry)
+    return found
+
+
+def _numbers(place: str, value: Any) -> dict[str, float]:
+    """Numbers of nested dictionaries; intervals become `.../low` and `.../high`."""
+    if isinstance(value, bool) or value is None:
+        return {}
+    if isinstance(value, int | float):
+        return {place: value}
+    if isinstance(value, Mapping):
+        parts = [_numbers(f"{place}/{key}", part) for key, part in value.items()]
+        return {key: number for part in parts for key, number in part.items()}
+    if isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)):
+        return {f"{place}/low": value[0], f"{place}/high": value[1]}
+    return {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def write_table(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
+    """Writes DIR/table.csv: a line a finished run, a column a setting of the grid or a figure."""
+    lines = [(cell, figures(cell)) for cell in cells if cell.finished]
+    columns = list(dict.fromkeys(name for _, found in lines for name in found))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*sweep.grid, *columns])
+    for cell, found in lines:
+        numbers = (f"{found[name]:.6g}" if name in found else "" for name in columns)
+        writer.writerow([*cell.settings.values(), *numbers])
+    path = sweep.into / "table.csv"
+    write_bytes_atomic(path, text.getvalue().encode())
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(__doc__.strip())
+        return 0
+    try:
+        sweep = Sweep.parse(arguments)
+        cells = sweep.cells()
+        runner = Runner(sweep)
+        failed = [] if sweep.table_only else runner.run(cells)
+        finished = [cell for cell in cells if cell.finished]
+        if finished:
+            print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
+    except ValueError as error:
+        print(f"jexit: {error}", file=sys.stderr)
+        return 1
+    for line in failed:
+        print(f"jexit: {line}", file=sys.stderr)
+    if runner.stopped:
+        print(
+            f"jexit: stopped by {runner.stopped}; the same command goes on from here",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""A grid of runs: what it expands to, that it goes on where it stopped, and what its table says."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jexit import sweep
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import save_model
+from jexit.sections import TINY_PATH
+from small_runs import small_model, small_settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+GIVEN = ("--config=a.py:tiny", "--into=runs/x")
+
+
+def test_every_combination_is_a_run_of_its_own():
+    grid = sweep.Sweep.parse([*GIVEN, "rl.depth_coef=0,0.4", "seed=0,1,2", "--config.steps=7"])
+    cells = grid.cells()
+    assert len(cells) == 6 and len({cell.workdir for cell in cells}) == 6
+    assert cells[1].settings == {"rl.depth_coef": "0", "seed": "1"}
+    assert list(grid.commands(cells[1])) == [
+        [
+            "--config=a.py:tiny",
+            "--workdir=runs/x/rl.depth_coef=0,seed=1",
+            "--config.steps=7",
+            "--config.rl.depth_coef=0",
+            "--config.seed=1",
+        ]
+    ]
+
+
+def test_values_with_commas_are_separated_by_bars():
+    grid = sweep.Sweep.parse([*GIVEN, "exits.layers=(2,4)|(4,)"])
+    assert [cell.settings["exits.layers"] for cell in grid.cells()] == ["(2,4)", "(4,)"]
+    assert [cell.name for cell in grid.cells()] == ["exits.layers=(2,4)", "exits.layers=(4,)"]
+
+
+def test_without_a_grid_there_is_one_run():
+    assert [cell.name for cell in sweep.Sweep.parse(GIVEN).cells()] == ["run"]
+
+
+def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
+    flags = [f"--into={tmp_path}", "--config=a.py", "--eval=e.py", "--eval.eval.problems=9"]
+    grid = sweep.Sweep.parse([*flags, "task.name=sums,tom", "--config.task.steps=mixed"])
+    (cell, _), workdir = grid.cells(), tmp_path / "task.name=sums"
+    training, evaluation = grid.commands(cell)
+    assert training[1] == f"--workdir={workdir}"
+    assert evaluation == [
+        "--config=e.py",
+        f"--workdir={workdir / 'eval'}",
+        f"--config.model.path={workdir}",
+        "--config.task.steps=mixed",
+        "--config.task.name=sums",
+        "--config.eval.problems=9",
+    ]
+    (workdir / "eval").mkdir(parents=True)
+    (workdir / "after.json").write_text("{}")
+    assert list(grid.commands(cell)) == [evaluation]  # the run is over, its evaluation is not
+    (workdir / "eval" / "eval.json").write_text("{}")
+    assert list(grid.commands(cell)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--into=x"], "--config is missing"),
+        (["--config=a.py"], "--into is missing"),
+        ([*GIVEN, "seed"], "'seed' is no argument of a sweep"),
+        ([*GIVEN, "--steps=3"], "'--steps=3' is no argument of a sweep"),
+        ([*GIVEN, "seed=1,1"], "seed has the values '1', '1'"),
+        ([*GIVEN, "seed=1,"], "none empty"),
+        ([*GIVEN, "seed=1,2", "--config.seed=3"], "seed is both in the grid and in --config.seed"),
+        ([*GIVEN, "--eval.seed=3"], "--eval.KEY is for --eval=FILE, which is missing"),
+        ([*GIVEN, "--jobs=none"], "--jobs is 'none'"),
+        ([*GIVEN, "--jobs=10000"], "--jobs is 10000 and there are"),
+        ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(arguments) == 1
+    text = capsys.readouterr().err
+    assert words in text and text.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_several_jobs_have_cores_of_their_own():
+    cores = os.sched_getaffinity(0)
+    shares = sweep._shares(len(cores))
+    assert sorted(core for share in shares for core in share) == sorted(cores)
+
+
+def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
+    arguments = ["--config=a.py", f"--into={tmp_path}", "seed=0,1,2", "--table_only"]
+    for seed in (0, 2):
+        workdir = tmp_path / f"seed={seed}"
+        (workdir / "eval").mkdir(parents=True)
+        figures = {"accuracy": 0.5 + seed, "text": {"step_size": 2.0}, "policy": "sample"}
+        (workdir / "after.json").write_text(json.dumps(figures))
+    evaluation = {
+        "runs": [{"policy": "full", "accuracy": 0.25, "accuracy_ci95": [0.2, 0.3]}],
+        "controls": [{"policy": "sample", "control": "shuffled", "accuracy_difference": 0.5}],
+        "faithfulness": [{"policy": "full", "measures": [{"name": "hint", "value": 0.125}]}],
+        "capacity": [{"policy": "full", "granularity": "3", "accuracy": 0.75}],
+    }
+    (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(evaluation))
+    assert sweep.main(arguments) == 0
+    assert "2 of 3 runs" in capsys.readouterr().out
+    first, second = csv.DictReader((tmp_path / "table.csv").open())
+    assert first["seed"] == "0" and first["after/accuracy"] == "0.5"
+    assert first["full/accuracy"] == ""
+    expected = {
+        "seed": "2", "after/accuracy": "2.5", "after/text/step_size": "2", "full/accuracy": "0.25",
+        "full/accuracy_ci95/low": "0.2", "full/accuracy_ci95/high": "0.3",
+        "sample less shuffled/accuracy_difference": "0.5", "full/faithfulness/hint/value": "0.125",
+        "full/capacity/3/accuracy": "0.75",
+    }  # fmt: skip
+    assert second == expected
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model"
+    tokenizer = Tokenizer.load(ROOT / TINY_PATH)
+    save_model(path, small_model(tokenizer.vocab_size), tokenizer)
+    return path
+
+
+def command(model_dir, into, *grid, **settings):
+    settings = small_settings(model_dir, **settings)
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={ROOT}/configs/rl.py", f"--into={into}", *grid, *flags]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(model_dir, tmp_path, capfd):
+    arguments = command(model_dir, tmp_path, "rl.rollouts=1,2", steps=2)
+    arguments = [flag for flag in arguments if not flag.startswith("--config.rl.rollouts")]
+    assert sweep.main(arguments) == 1
+    captured = capfd.readouterr()
+    log = tmp_path / "rl.rollouts=1.log"
+    assert captured.err == f"jexit: rl.rollouts=1 ended with 1: see {log}\n"
+    assert "RLOO needs at least 2 rollouts" in log.read_text()
+    assert "1 of 2 runs" in captured.out
+    (line,) = csv.DictReader((tmp_path / "table.csv").open())
+    assert line["rl.rollouts"] == "2" and 0 <= float(line["after/accuracy"]) <= 1
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path):
+    arguments = command(model_dir, tmp_path, "seed=0,1", steps=30, checkpoint__every=5)
+    line = [sys.executable, "-m", "jexit.sweep", *arguments]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = tmp_path / "seed=0" / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=100)
+    assert process.returncode == sweep.INTERRUPTED
+    assert b"stopped by SIGINT; the same command goes on from here" in text
+    assert not (tmp_path / "seed=1").exists()
+    steps_before = metrics.read_text().count("\n")
+    subprocess.run(line, cwd=ROOT, check=True)
+    steps = [json.loads(row)["step"] for row in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 31)) and 3 <= steps_before < 30
+    assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 2
