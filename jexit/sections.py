@@ -69,10 +69,10 @@ class TaskConfig:
     # What prompts tell a chat template that can switch thinking, such as Qwen3's; auto: nothing.
     thinking: Literal["auto", "on", "off"] = "auto"
     kinds: tuple[str, ...] = ()  # tom, of question; empty: all
-    people_min: int = 2  # tom
-    people_max: int = 3
-    moves_min: int = 3  # tom, sentences that name a place or a topic
-    moves_max: int = 4
+    people_min: int = 3  # tom
+    people_max: int = 4
+    moves_min: int = 4  # tom, sentences that name a place or a topic
+    moves_max: int = 5
     max_prompt_tokens: int = 256
     skip_long: bool = False  # skip (and count) problems over the limit instead of stopping
     reward_strict: float = 1.0
@@ -112,7 +112,7 @@ class PretrainConfig:
     """The shipped model's trunk, trained from nothing on the tasks' own text."""
 
     length: int = 56  # of sums and word problems
-    tom_length: int = 128  # of theory-of-mind stories
+    tom_length: int = 144  # of theory-of-mind stories
     width: int = 96
     layers: int = 8
     query_heads: int = 4

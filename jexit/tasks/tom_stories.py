@@ -1,22 +1,32 @@
 """Theory-of-mind stories whose surface does not give the answer away.
 
-Where a place is asked for, the story mentions three places in a pattern such as first, second,
-first, third. The pattern, which of the three is the answer and whether the belief is false are
-drawn before the story, independently of each other, and stories are drawn until one fits. So no
-rule on places alone (the last, the first, the most often mentioned) beats one in three, not even
-for the question where the thing is now: what is mentioned after its last placing are other things'
-places and what people say.
+Where a place is asked for, the story names three, each once with the thing; other things lie or
+are moved between. Drawn before the story, independently of each other, are which of the three, in
+the order in which they come up with the thing, is the answer and, for beliefs, with one chance in
+three each, whether it is also where the thing is (and, of a belief about a belief, where the other
+person thinks it is), and whether it is the last place that an event names together with the person;
+stories are drawn until one fits. How often things are moved and talked about must not show where
+the thing is now either: both are the same for every answer. For `memory`, where the thing's first
+place is the answer, both things share a pattern of places such as first, second, first, third, and
+which of them is the answer, as they come up, is drawn. So no rule on places alone (the last, the
+first, the most often mentioned), on where the thing is or on who is named beats one in three. Only
+what defines a question answers it: the last placing, the first one, and for beliefs who saw what.
+
+Two people, or fewer than five sentences, are too few for some of these combinations, which then
+never occur.
 
 Where the answer is yes or no, a story comes with a twin that has exactly the same words in another
-order and the opposite answer, and one of the two is taken by a fair draw. So no rule on the words
-alone beats one half. Names, things and places are drawn uniformly.
+order and the opposite answer, and in which the topic is told to the same people by name, and to
+everybody, if it is in the story; one of the two is taken by a fair draw. So neither the words nor
+who is named with the topic beat one half. Names, things and places are drawn uniformly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from jexit.tasks.base import Draw
 from jexit.tasks.tom_text import (
@@ -29,13 +39,25 @@ from jexit.tasks.tom_text import (
     Question,
     Story,
 )
-from jexit.tasks.tom_world import PLACINGS, Event, World
+from jexit.tasks.tom_world import PLACINGS, Event, EventKind, World
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
 PLACES = 3  # that a story about things mentions
+RIGHT_ONE_IN = 3  # beliefs for which a rule that tracks nobody is right
 
+_STORIES = 5_000  # that are tried: more than any combination needs with three people
 _PROPOSALS = 12
-_LATER_MENTIONS = ("moves", "moves", "moves", "takes", "claims", "claims", "claims")
+Kinds: TypeAlias = tuple[EventKind, ...]
+_MENTIONS: Kinds = (*PLACINGS, "claims")
+_LATER_MENTIONS: tuple[EventKind, ...] = (
+    "moves",
+    "moves",
+    "moves",
+    "takes",
+    "claims",
+    "claims",
+    "claims",
+)
 _MORE_SENTENCES = 2  # at most, than the largest number of moves: bounds the prompt
 _EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
 _WHISPER_PERCENT = 60  # of speech
@@ -70,12 +92,20 @@ def draw_problem(
         longest=moves[1] + _MORE_SENTENCES,
     )
     count = draw.integer(*moves)
-    if kind in OF_PLACES:
-        pattern = draw_pattern(draw, count)
-        return _about_places(
-            draw, kind, cast, pattern, rank=draw.integer(0, 2), false=draw.integer(0, 1) == 1
+    if kind not in OF_PLACES:
+        return _about_topics(draw, kind, cast, count)
+    found = None
+    while found is None:
+        found = _about_places(
+            draw,
+            kind,
+            cast,
+            count,
+            rank=draw.integer(0, PLACES - 1),
+            true=draw.integer(1, RIGHT_ONE_IN) == 1,
+            named=draw.integer(1, RIGHT_ONE_IN) == 1,
         )
-    return _about_topics(draw, kind, cast, count)
+    return found
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
@@ -99,40 +129,127 @@ def is_false(question: Question, world: World) -> bool:
     return belief != world.place_of.get(question.thing)
 
 
-def _about_places(
-    draw: Draw, kind: Kind, cast: Cast, pattern: Sequence[int], *, rank: int, false: bool
-) -> tuple[Story, Question]:
-    """A story with these mentions and a question answered by the place numbered `rank`.
+def last_named(question: Question, story: Story) -> str:
+    """The last place that an event names together with the thing and the first person asked about.
 
-    Stories are drawn until one fits; to find one sooner, the mention that shall decide the answer
-    is drawn first, and only events that may stand there and around it are tried.
+    Where none does, the last one named with the thing.
     """
-    mentions = [index for index, number in enumerate(pattern) if number == rank]
-    while True:
-        thing, deciding = draw.choice(cast.things), draw.choice(mentions)
+    person = question.people[0]
+    events = [event for event in story.events if event.thing == question.thing]
+    naming = [event for event in events if person in (event.actor, event.hearer, event.secret)]
+    return (naming or events)[-1].place
 
-        def allowed(event: Event, index: int, thing: str = thing, deciding: int = deciding) -> bool:
-            if index == deciding:
-                placed = kind not in ("reality", "memory") or event.kind in PLACINGS
-                return event.thing == thing and placed
-            if kind == "memory":
-                return index > deciding or event.thing != thing
-            placed_later = index > deciding and event.thing == thing and event.kind in PLACINGS
-            return kind != "reality" or not placed_later
 
-        story = _story_of_places(draw, cast, pattern, allowed)
+def true_place(question: Question, story: Story) -> str | None:
+    world = story.end()
+    assert world is not None
+    return world.place_of.get(question.thing)
+
+
+def others_belief(question: Question, story: Story) -> str | None:
+    """Where the second person asked about thinks that the thing is."""
+    world = story.end()
+    assert world is not None
+    return world.beliefs.get((question.people[1:], question.thing))
+
+
+def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
+    """Whether all people asked about are named with the topic, and whether everybody is told."""
+    tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
+    named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
+    return any(named), any(not event.hearer for event in tells)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mention:
+    """What an event of a story shall name, and of which kind it may be."""
+
+    thing: str
+    place: str
+    kinds: Kinds = _MENTIONS
+
+
+def _about_places(
+    draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, true: bool, named: bool
+) -> tuple[Story, Question] | None:
+    """A story with `count` mentions and a question answered by the place numbered `rank`.
+
+    Of a belief, `named` says whether `last_named` gives that answer, `true` whether `true_place`
+    and `others_belief` do: with three places, both or neither. Stories are drawn until one fits;
+    None when so many did not that none can.
+    """
+    thing, other = draw.sample(cast.things, 2)
+    pattern = draw_pattern(draw, count)
+    rules = ((true_place, true), (last_named, named), (others_belief, true))
+    rules = rules[: 1 + PEOPLE_ASKED[kind]] if PEOPLE_ASKED[kind] else ()
+    kinds = [_MENTIONS] * count
+    if kind == "reality":
+        kinds = _kinds_of_reality(count, rank)
+    elif PEOPLE_ASKED[kind] and true:  # nothing else would do
+        kinds[rank] = PLACINGS
+        kinds[rank + 1 : PLACES] = [("claims",)] * (PLACES - 1 - rank)
+    for _ in range(_STORIES):
+        if kind == "memory":
+            mentions = _plan_of_memory(draw, cast, pattern, rank, thing, other)
+        else:
+            mentions = _plan(draw, cast, thing, other, kinds)
+        story = _story_of_places(draw, cast, mentions)
         if story is None:
             continue
-        world = story.end()
+        world, place = story.end(), cast.places[rank]
         assert world is not None
         fitting = [
             question
             for question in questions(kind, cast.people, (thing,))
-            if question.answer(world) == cast.places[rank]
-            and (not question.people or is_false(question, world) == false)
+            if question.answer(world) == place
+            and all((rule(question, story) == place) == right for rule, right in rules)
         ]
         if fitting:
             return story, draw.choice(fitting)
+    return None
+
+
+def _kinds_of_reality(count: int, rank: int) -> list[Kinds]:
+    """The thing is put down, moved and talked about, or talked about twice if it stays (rank 0).
+
+    The first sentences about the other thing, which come last, make up for the difference.
+    """
+    kinds = [_MENTIONS] * count
+    for at, turn in enumerate((PLACES + 1, 1, 2)):
+        if turn < count:
+            kinds[turn] = PLACINGS if at == rank else ("claims",)
+    return kinds
+
+
+def _plan(draw: Draw, cast: Cast, thing: str, other: str, kinds: Sequence[Kinds]) -> list[_Mention]:
+    """Every place with the thing; the other thing's sentences, the last ones, anywhere between."""
+    count = len(kinds)
+    places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
+    order = list(range(PLACES))
+    for extra in range(PLACES, count):
+        least = order.index(extra - 1) + 1 if extra > PLACES else 0
+        order.insert(draw.integer(least, len(order)), extra)
+    return [_Mention((thing, other)[at >= PLACES], places[at], kinds[at]) for at in order]
+
+
+def _plan_of_memory(
+    draw: Draw, cast: Cast, pattern: Sequence[int], rank: int, thing: str, other: str
+) -> list[_Mention]:
+    """The pattern is both things'; how many of its sentences are the thing's knows no answer."""
+    least = len(pattern) - pattern.index(PLACES - 1)
+    count = draw.integer(1, least)
+    first = draw.choice(
+        [
+            index
+            for index, number in enumerate(pattern)
+            if number == rank and len(pattern) - index >= count
+        ]
+    )
+    later = draw.sample(range(first + 1, len(pattern)), count - 1)
+    return [
+        _Mention(thing if index in (first, *later) else other, cast.places[number])
+        for index, number in enumerate(pattern)
+    ]
 
 
 def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story, Question]:
@@ -159,7 +276,8 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
     """The same words in another order, and a question of those that it answers otherwise.
 
-    Two events change places, or two people or topics do. None if no such change is found.
+    Two events change places, or two people or topics do; `told_by_name` is the same
+    for both stories. None if no such change is found.
     """
     before = story.end()
     assert before is not None
@@ -177,7 +295,12 @@ def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, 
         after = twin.end()
         if after is None:
             continue
-        turned = [q for q, answer in zip(asked, answers, strict=True) if q.answer(after) != answer]
+        turned = [
+            question
+            for question, answer in zip(asked, answers, strict=True)
+            if question.answer(after) != answer
+            and told_by_name(question, story) == told_by_name(question, twin)
+        ]
         if turned:
             return twin, draw.choice(turned)
     return None
@@ -212,17 +335,13 @@ def _stage(draw: Draw, cast: Cast) -> Story:
     )
 
 
-def _story_of_places(
-    draw: Draw, cast: Cast, pattern: Sequence[int], allowed: Callable[[Event, int], bool]
-) -> Story | None:
+def _story_of_places(draw: Draw, cast: Cast, mentions: Sequence[_Mention]) -> Story | None:
     stage = _stage(draw, cast)
     world, events = stage.start(), []
-    for index, number in enumerate(pattern):
+    for mention in mentions:
         if events and draw.integer(0, 1):
             events.append(_happening(world, _coming_or_going(draw, world, cast)))
-        event = _mention(
-            draw, world, cast, cast.places[number], lambda event, at=index: allowed(event, at)
-        )
+        event = _named(draw, world, cast, mention)
         if event is None:
             return None
         events.append(_happening(world, event))
@@ -240,7 +359,9 @@ def _story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
                 events.append(_happening(world, _joining(draw, world, cast)))
             event = _speech(draw, world, cast)
         else:
-            event = _mention(draw, world, cast, draw.choice(cast.places), lambda _: True)
+            event = _named(
+                draw, world, cast, _Mention(draw.choice(cast.things), draw.choice(cast.places))
+            )
         if event is None or event in events:
             return None
         events.append(_happening(world, event))
@@ -278,15 +399,14 @@ def _joining(draw: Draw, world: World, cast: Cast) -> Event:
     return Event(kind="enters", actor=actor, room=world.room_of[host] or cast.rooms[0])
 
 
-def _mention(
-    draw: Draw, world: World, cast: Cast, place: str, allowed: Callable[[Event], bool]
-) -> Event | None:
-    """A possible and allowed event that names the place; None if none is found quickly."""
-    home = world.homes[place]
-    for _ in range(_PROPOSALS):
-        thing = draw.choice(cast.things)
-        now = world.place_of.get(thing)
-        kind = "puts" if now is None else draw.choice(_LATER_MENTIONS)
+def _named(draw: Draw, world: World, cast: Cast, mention: _Mention) -> Event | None:
+    """A possible event that names this thing and place; None if none is found quickly."""
+    thing, place = mention.thing, mention.place
+    home, now = world.homes[place], world.place_of.get(thing)
+    possible = ("puts",) if now is None else _LATER_MENTIONS
+    kinds = [kind for kind in possible if kind in mention.kinds]
+    for _ in range(_PROPOSALS if kinds else 0):
+        kind = draw.choice(kinds)
         room = world.homes[now] if kind == "takes" and now is not None else home
         actors = cast.people if kind == "claims" else world.inside(room)
         if not actors:
@@ -299,7 +419,7 @@ def _mention(
             room=home if kind == "takes" else "",
             hearer=_hearer(draw, cast) if kind == "claims" else "",
         )
-        if allowed(event) and world.possible(event):
+        if world.possible(event):
             return _with_extra(draw, world, cast, event)
     return None
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 EventKind = Literal["enters", "leaves", "puts", "moves", "takes", "claims", "tells"]
-PLACINGS = ("puts", "moves", "takes")
+PLACINGS: tuple[EventKind, ...] = ("puts", "moves", "takes")
 SPEECH = ("claims", "tells")
 KNOWN = "yes"  # what is believed about a topic that somebody has heard about
 

@@ -33,7 +33,7 @@ def test_each_completion_is_judged_by_its_own_task():
 def test_totals_are_the_tasks_own_and_their_accuracy():
     blend = Blend(tasks=parts())
     problems = [blend.problem("train", index) for index in range(30)]
-    texts = [p.completion if i < 15 else "no idea" for i, p in enumerate(problems)]
+    texts = [p.completion if i < 15 else "hm" for i, p in enumerate(problems)]
     totals = blend.text_totals(problems, texts)
     for name, task in blend.tasks.items():
         own = [(p, t) for p, t in zip(problems, texts, strict=True) if p.fields["task"] == name]
@@ -63,7 +63,7 @@ def test_it_takes_two_tasks_or_more_each_once(names):
 
 @pytest.mark.parametrize("steps", STEPS["blend"])
 def test_every_part_gets_the_settings_that_it_knows(steps):
-    config = TaskConfig(name="blend", steps=steps, operands_max=4, people_max=2, reward_none=-3.0)
+    config = TaskConfig(name="blend", steps=steps, operands_max=4, people_max=3, reward_none=-3.0)
     blend = load_task(config, "train")
     assert list(blend.tasks) == list(BLENDABLE)
     assert blend.tasks["sums"].mode == blend.tasks["tom"].mode == steps
