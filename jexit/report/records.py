@@ -50,8 +50,12 @@ class PolicyFigures:
 
     @property
     def is_control(self) -> bool:
-        """Whether the depths do not depend on the tokens they are given to."""
-        return self.control_of is not None or self.kind in ("fixed", "shuffled")
+        """Whether it runs at the mean depth of another policy, as `fixed:N` does not."""
+        return (
+            self.control_of is not None
+            or self.kind == "shuffled"
+            or self.policy.startswith("fixed:matched")
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,13 @@ def test_a_control_is_one_by_name_or_by_what_it_matches():
     assert [run.kind for run in read.runs][2:5] == ["threshold", "threshold", "fixed"]
 
 
+def test_a_fixed_exit_is_a_control_only_where_it_matches_a_policy():
+    value = evaluation(new_parts=False)
+    for policy, control in (("fixed:3", False), ("fixed:matched", True), ("fixed:matched:x", True)):
+        value["runs"][0]["policy"] = policy
+        assert build(Evaluation, value, "eval").runs[0].is_control == control
+
+
 def test_null_is_a_figure_that_was_not_finite():
     value = evaluation()
     value["runs"][0]["accuracy"] = None
