@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -47,6 +48,10 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(word for word in found if word not in ARTICLES)
 
 
+# A task asks for the same few phrases in every text.
+_candidate_words = functools.lru_cache(maxsize=4096)(words_of)
+
+
 def _folded(text: str) -> str:
     return text.replace("\u2019", "'").casefold()
 
@@ -78,7 +83,7 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
     ("does not really know") stands for what the candidate "not know" does, if there is one, and for
     nothing otherwise ("not in the box"); denied twice it stands.
     """
-    spelled = {words_of(phrase): answer for phrase, answer in candidates.items()}
+    spelled = {_candidate_words(phrase): answer for phrase, answer in candidates.items()}
     spelled.pop((), None)
     longest = max(map(len, spelled), default=0)
     words, starts, found, index = words_of(text), _sentence_starts(text), [], 0
