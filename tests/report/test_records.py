@@ -84,6 +84,40 @@ def test_a_value_of_another_type_is_named(path, wrong, sentence):
     assert "\n" not in str(caught.value) and "again" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "wrong", "sentence"),
+    [
+        (("model", "layers"), 0, r"eval\.model has 0 layers where at least 1 belongs; run what"),
+        (("model", "layers"), -3, r"eval\.model has -3 layers where"),
+        (
+            ("runs", 2, "depth_histogram"),
+            {"1": 3, "x": 4},
+            r"eval\.runs\[2\] has depth_histogram for 'x' layers where a number of layers",
+        ),
+        (("runs", 0, "depth_histogram"), {"²": 4}, r"for '²' layers where"),
+        (("runs", 0, "depth_histogram"), {"٣": 4}, r"for '٣' layers where"),
+        (("runs", 0, "depth_histogram"), {"-1": 4}, r"for '-1' layers where"),
+        (("runs", 0, "depth_histogram"), {"9" * 5000: 4}, r"for '9{39}… layers where"),
+        (
+            ("capacity", 1, "granularity"),
+            "²",
+            r"eval\.capacity\[1\] has granularity '²' where a number of operands .* or a name",
+        ),
+    ],
+    ids=str,
+)
+def test_a_value_that_does_not_fit_is_named(path, wrong, sentence):
+    value = evaluation()
+    *owner, last = path
+    place = value
+    for key in owner:
+        place = place[key]
+    place[last] = wrong
+    with pytest.raises(ValueError, match=sentence) as caught:
+        build(Evaluation, value, "eval")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("this file again")
+
+
 def test_each_field_that_was_always_there_is_asked_for():
     value = evaluation(new_parts=False)
     for key in ("accuracy", "accuracy_ci95", "depth_mean", "depth_fraction", "problems", "tokens"):
