@@ -189,7 +189,7 @@ def _policies(runs: Sequence[Run]) -> Html | None:
         "mean number of layers run for a generated token. A control aims at the mean depth of "
         "the policy it is named as a control of, and its own row says what it reached; it does not "
         "choose depths by the token: what a policy has over its controls is what choosing is "
-        "worth. fixed:N stops every token at layer N, whatever depth others run at, and is no "
+        "worth. fixed:N stops every token after N layers, whatever others run, and is no "
         "control."
     )
 
