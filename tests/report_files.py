@@ -12,6 +12,7 @@ from jexit.config import config_dict
 from jexit.io.metrics import MetricsWriter, SamplesWriter
 
 LAYERS, EXITS = 8, [1, 2, 3, 4, 6]
+CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
 DEPTHS = [*EXITS, LAYERS]
 NASTY = "sum <script>alert('1')</script> & \"3 < 4\"\n\x00\x1b[0m 😀 \ud83d\ufffe <b>é</b>"
 TOKENS = ["<b>", " &", "4", "\n\n", "\t", " ", "", "😀", "\ufffd", '"', "'", "\x00", "#### ", "12"]
@@ -57,7 +58,7 @@ def policy_figures(policy: str, draw: random.Random, *, new_parts: bool = True) 
             "depth_fraction_ci95": [fraction - 0.01, min(fraction + 0.01, 1.0)],
             "depth_by_class": {
                 name: {"tokens": 500 + place, "depth_mean": 1.0 + 6.5 * draw.random()}
-                for place, name in enumerate(("digit", "operator", "word", "answer", "other"))
+                for place, name in enumerate(CLASSES)
             },
             "control_of": control_of,
         }

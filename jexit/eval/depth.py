@@ -2,22 +2,21 @@
 
 A policy that stops tokens early may do well because it knows *which* tokens to stop, or because
 shallow passes are good enough for all of them. Two controls run at the same mean depth without that
-knowledge: every token stopped at one layer (`fixed:matched`), and the policy's own depths dealt out
-to tokens at random (`shuffled`).
+knowledge: each completion's tokens all stopped at one exit (`fixed:matched`), and the policy's own
+depths dealt out to tokens at random (`shuffled`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from jexit.eval.intervals import Interval, bootstrap_mean, bootstrap_ratio_difference
 
-CLASSES = ("digit", "operator", "word", "answer", "other")
+CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
 _OPERATORS = frozenset("+-*/=<>^%×÷−")
 
 
@@ -40,11 +39,9 @@ class Completion:
         return sum(self.depths)
 
 
-def token_class(token: str, *, answers: bool) -> str:
-    """The class of a token's text: `answer` from the answer's cue on, else by what it holds."""
+def token_class(token: str) -> str:
+    """The class of a token of the chain of thought, by what its text holds."""
     text = token.strip()
-    if answers:
-        return "answer"
     if text and all(character in _OPERATORS for character in text):
         return "operator"
     if any(character.isdigit() for character in text):
@@ -52,27 +49,45 @@ def token_class(token: str, *, answers: bool) -> str:
     return "word" if any(character.isalpha() for character in text) else "other"
 
 
-def token_classes(tokens: Sequence[str], cue: str | None) -> list[str]:
-    """The class of each token of a completion; the answer begins with the last `cue`."""
+def token_classes(
+    ids: Sequence[int], tokens: Sequence[str], cue: str | None, end_ids: Collection[int]
+) -> list[str]:
+    """The class of each token of a completion, from its ids and their texts.
+
+    `end` by the id; `marker` for the last `cue`, `answer` for what follows it, a token that holds
+    both included; before it, or without a cue, by `token_class`.
+    """
     text = "".join(tokens)
     start = text.rfind(cue) if cue else -1
+    stop = start + len(cue or "")
     classes, end = [], 0
-    for token in tokens:
+    for number, token in zip(ids, tokens, strict=True):
         end += len(token)
-        classes.append(token_class(token, answers=start >= 0 and end > start))
+        if number in end_ids:
+            classes.append("end")
+        elif start < 0 or end <= start:
+            classes.append(token_class(token))
+        else:
+            begins_before = end - len(token) < stop
+            beyond = text[stop:end].strip()
+            classes.append("marker" if begins_before and not beyond else "answer")
     return classes
 
 
 def depth_by_class(
-    completions: Sequence[tuple[Sequence[str], Sequence[int]]], cue: str | None
+    completions: Sequence[Completion],
+    tokens: Callable[[Sequence[int]], Sequence[str]],
+    cue: str | None,
+    end_ids: Collection[int],
 ) -> dict[str, dict[str, float]]:
-    """Tokens and mean layers run of each class, over (tokens, depths) of completions.
+    """Tokens and mean layers run of each class; `tokens` gives the ids' own texts.
 
     A completion's first token is left out: its pass is the prompt's last and never leaves.
     """
     totals = {name: [0, 0] for name in CLASSES}
-    for tokens, depths in completions:
-        for name, depth in list(zip(token_classes(tokens, cue), depths, strict=True))[1:]:
+    for completion in completions:
+        classes = token_classes(completion.ids, tokens(completion.ids), cue, end_ids)
+        for name, depth in list(zip(classes, completion.depths, strict=True))[1:]:
             totals[name][0] += 1
             totals[name][1] += depth
     return {
@@ -82,13 +97,30 @@ def depth_by_class(
     }
 
 
-def matched_layers(completions: Sequence[Completion], layers: int) -> int:
-    """The smallest layer count that is not below the mean depth of passes that could leave.
+def matched_depths(
+    completions: Sequence[Completion],
+    layers: int,
+    exits: Sequence[int],
+    *,
+    columns: int,
+    seed: int,
+) -> np.ndarray:
+    """[problems, columns] depths for `Prescribed`: one exit a completion, the policy's mean depth.
 
-    Rounded up: the control may run a little deeper than what it is compared with, never less deep.
+    With m the mean depth of the passes that could leave, and a < b the neighbouring exits around it
+    (b = L beyond the last one), a completion is stopped at b with probability (m − a) / (b − a), so
+    that the depth expected is m; the number stopped at b is within one of its mean. Below the first
+    exit all are stopped there: nothing shallower was trained.
     """
-    depths = _free_depths(completions, layers)
-    return math.ceil(depths.mean() - 1e-9)
+    rng = np.random.default_rng(seed)
+    mean = _free_depths(completions, layers).mean()
+    stops = np.asarray(sorted({*exits, layers}))
+    upper = min(int(np.searchsorted(stops, mean)), len(stops) - 1)
+    low, high = stops[max(upper - 1, 0)], stops[upper]
+    share = (mean - low) / (high - low) if high > low else 0.0
+    deeper = np.floor(share * len(completions) + rng.uniform())
+    depth_B = np.where(rng.permutation(len(completions)) < deeper, high, low)
+    return np.repeat(depth_B[:, None], columns, axis=1).astype(np.int32)
 
 
 def shuffled_depths(

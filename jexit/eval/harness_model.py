@@ -34,6 +34,20 @@ from jexit.rollout import generate
 BATCH_SIZE = 16
 # What a request may say about sampling; names as in transformers.
 _SAMPLING = ("top_p", "top_k", "min_p")
+# What it may say besides, as long as it asks for nothing: settings of transformers and of servers,
+# with the value that leaves generation as it is.
+_NEUTRAL: Mapping[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens"), 0),
+    **dict.fromkeys(("typical_p", "guidance_scale"), 1.0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0.0),
+    **dict.fromkeys(("early_stopping", "ignore_eos", "use_beam_search"), False),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "suppress_tokens", "logit_bias"), None),
+    "use_cache": True,
+}
 
 
 @register_model("jexit")
@@ -243,11 +257,8 @@ class JexitLM(TemplateLM):
         temperature = float(wanted.pop("temperature", 1.0)) if sampled else 0.0
         wanted.pop("temperature", None)
         options = {name: wanted.pop(name) for name in _SAMPLING if name in wanted}
-        if wanted:
-            raise ValueError(
-                f"a task asks for {next(iter(wanted))!r} in generation, which jexit does not have; "
-                "override the task's generation_kwargs without it"
-            )
+        options = {name: value for name, value in options.items() if value is not None}
+        _refuse(wanted)
         room = self.max_length - new
         if room < 1:
             raise ValueError(
@@ -306,6 +317,18 @@ class _Ids:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._prompts
+
+
+def _refuse(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings that ask for something; None leaves a known one unset."""
+    for name, value in settings.items():
+        if name in _NEUTRAL and (value is None or value == _NEUTRAL[name]):
+            continue
+        only = f" but as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
+        raise ValueError(
+            f"a task asks for {name!r} in generation, as {value!r}, which jexit does not have"
+            f"{only}; override the task's generation_kwargs without it"
+        )
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

@@ -6,11 +6,12 @@ import dataclasses
 import math
 
 import numpy as np
+from flax import nnx
 
 from jexit.config import Config, control_of
 from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
-from jexit.eval.depth import Completion, depth_by_class, matched_layers, shuffled_depths
+from jexit.eval.depth import Completion, depth_by_class, matched_depths, shuffled_depths
 from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
@@ -60,7 +61,7 @@ class PolicyResult:
         tokens = int(histogram.sum())
         depth = float(histogram @ np.arange(layers + 1)) / tokens
         run, whole = zip(*((c.layers_run, layers * len(c.depths)) for c in made), strict=True)
-        pieces = [(examination.tokenizer.tokens(c.ids), c.depths) for c in made]
+        tokenizer = examination.tokenizer
         texts = [completion.text for completion in made]
         return cls(
             policy=policy,
@@ -70,7 +71,9 @@ class PolicyResult:
             depth_fraction=depth / layers,
             depth_fraction_ci95=bootstrap_ratio(run, whole),
             depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
-            depth_by_class=depth_by_class(pieces, examination.cue),
+            depth_by_class=depth_by_class(
+                made, tokenizer.tokens, examination.cue, tokenizer.eos_ids
+            ),
             problems=count,
             tokens=tokens,
             completion_length=tokens / count,
@@ -183,11 +186,12 @@ def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: list[Completion]
 ) -> tuple[PolicyResult, list[Completion]]:
     """The same under a control, which has its depths from the completions of another policy."""
-    columns, layers = decoder.max_new_tokens, decoder.layers
+    columns, layers, seed = decoder.max_new_tokens, decoder.layers, decoder.seed
     if name.startswith("shuffled"):
-        depth_BT = shuffled_depths(of, layers, columns=columns, seed=decoder.seed)
+        depth_BT = shuffled_depths(of, layers, columns=columns, seed=seed)
     else:
-        depth_BT = np.full((len(of), columns), matched_layers(of, layers), np.int32)
+        exits = nnx.merge(*decoder.parts).exit_layers
+        depth_BT = matched_depths(of, layers, exits, columns=columns, seed=seed)
     made, speed = examination.decoded(decoder, Prescribed(depth_BT), name)
     result = PolicyResult.of(
         name, examination, made, layers, tokens_per_second=speed, control_of=control_of(name)

@@ -149,7 +149,7 @@ def _panel(panel: Panel, runs: Sequence[tuple[int, Run]], *, small: bool = False
 
 def _exits(run: Run) -> list[str]:
     """The metrics `exit/LAYER` in the order of their layers; none where they make no histogram."""
-    names = [name for name in run.curves.under("exit/") if _layer(name).isdigit()]
+    names = [name for name in run.curves.under("exit/") if _layer(name).isdecimal()]
     return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
 
 

@@ -186,9 +186,11 @@ def _policies(runs: Sequence[Run]) -> Html | None:
         return None
     words = (
         "Accuracy is the share of right answers, its interval the score interval; depth is the "
-        "mean number of layers run for a generated token. A control runs as many layers on "
-        "average, but does not choose them by the token: what a policy has over its controls is "
-        "what choosing is worth."
+        "mean number of layers run for a generated token. A control aims at the mean depth of "
+        "the policy it is named as a control of, and its own row says what it reached; it does not "
+        "choose depths by the token: what a policy has over its controls is what choosing is "
+        "worth. fixed:N stops every token after N layers, whatever others run, and is no "
+        "control."
     )
 
     def one(run: Run) -> Html | None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any, TypeVar
 
 Interval = tuple[float, float]
 Record = TypeVar("Record")
+
+_COUNT = re.compile(r"[0-9]{1,9}")  # of layers or operands, as a text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,14 @@ class PolicyFigures:
     depth_by_class: dict[str, ClassDepth] | None = None
     control_of: str | None = None
 
+    def __post_init__(self) -> None:
+        for depth in self.depth_histogram:
+            if not _COUNT.fullmatch(depth):
+                raise ValueError(
+                    f"depth_histogram for {_shown(depth)} layers where a number of layers in the "
+                    "digits 0-9 belongs"
+                )
+
     @property
     def kind(self) -> str:
         """The policy without its argument: full, sample, threshold, fixed, shuffled."""
@@ -50,8 +61,12 @@ class PolicyFigures:
 
     @property
     def is_control(self) -> bool:
-        """Whether the depths do not depend on the tokens they are given to."""
-        return self.control_of is not None or self.kind in ("fixed", "shuffled")
+        """Whether it runs at the mean depth of another policy, as `fixed:N` does not."""
+        return (
+            self.control_of is not None
+            or self.kind == "shuffled"
+            or self.policy.startswith("fixed:matched")
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,12 +149,23 @@ class Capacity:
     step_size: float | None = None
     problems: int
 
+    def __post_init__(self) -> None:
+        if self.granularity.isdigit() and not _COUNT.fullmatch(self.granularity):
+            raise ValueError(
+                f"granularity {_shown(self.granularity)} where a number of operands in the digits "
+                "0-9 or a name belongs"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDescription:
     path: str
     layers: int
     exits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ValueError(f"{self.layers} layers where at least 1 belongs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +228,7 @@ def build(cls: type[Record], value: Any, where: str) -> Record:
             raise ValueError(f"{where} lacks {field.name!r}; run what writes this file again")
     try:
         return cls(**built)
-    except ValueError as error:  # lengths that do not agree
+    except ValueError as error:  # values that are of their types and do not fit
         raise ValueError(f"{where} has {error}; run what writes this file again") from None
 
 
@@ -241,6 +267,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
 
 
 def _sentence(where: str, value: Any, wanted: str) -> str:
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
-    return f"{where} is {shown} where {wanted} belongs; run what writes this file again"
+    return f"{where} is {_shown(value)} where {wanted} belongs; run what writes this file again"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,21 @@ class Run:
         """The model's layer count, or None when no file of the run says or implies it."""
         if self.evaluation is not None:
             return self.evaluation.model.layers
+        for guess in self._layers_implied():
+            if math.isfinite(guess) and round(guess) >= 1:
+                return round(guess)
+        return None
+
+    def _layers_implied(self) -> Iterator[float]:
         for figures in (self.after, self.before):
             if figures is not None and figures.depth_fraction > 0:
-                return round(figures.depth_mean / figures.depth_fraction)
+                yield figures.depth_mean / figures.depth_fraction
         if "depth/mean" in self.curves and "depth/fraction" in self.curves:
             mean, fraction = self.curves["depth/mean"][1], self.curves["depth/fraction"][1]
             if len(mean) == len(fraction):
-                return round(float(np.nanmedian(mean / fraction)))
+                yield float(np.nanmedian(mean / fraction))
         # The pass that makes the first token never leaves.
-        deepest = [max(sample.depths) for sample in self.samples if sample.depths]
-        return max(deepest) if deepest else None
+        yield max((depth for sample in self.samples for depth in sample.depths), default=0)
 
     @property
     def exits(self) -> tuple[int, ...]:

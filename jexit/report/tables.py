@@ -131,7 +131,8 @@ def headline(run: Run) -> list[tuple[str, PolicyFigures]]:
     """The figures that a run comes down to, the most telling one first, under short names."""
     if run.evaluation is not None:
         by_name = {figures.policy: figures for figures in run.evaluation.runs}
-        adaptive = [f for f in by_name.values() if not f.is_control and f.kind != "full"]
+        others = [f for f in by_name.values() if not f.is_control]
+        adaptive = [f for f in others if f.kind not in ("full", "fixed")]
         chosen = [by_name["sample"]] if "sample" in by_name else adaptive[:1]
         chosen += [by_name["full"]] if "full" in by_name else []
         return [(figures.policy, figures) for figures in chosen or run.evaluation.runs[:1]]

@@ -22,15 +22,13 @@ INSTRUCTION = "Think step by step. End with a line of the form\n#### answer"
 COLUMNS = ("story", "question", "answer")
 
 KNOWS, KNOWS_NOT = "knows about it", "does not know about it"
+_KNOWING = ("know", "knows", "knew", "aware", "any knowledge", "has knowledge", "have knowledge")
+_NOT_KNOWING = ("know nothing", "knows nothing", "knew nothing", "no knowledge", "no idea")
 KNOWLEDGE: Mapping[str, str | None] = {
-    **dict.fromkeys((KNOWS, "knows", "know about it", "is aware", "does know"), KNOWS),
-    **dict.fromkeys(
-        (
-            *(KNOWS_NOT, "does not know", "doesn't know", "not know", "not knows"),
-            *("not aware", "unaware", "knows nothing"),
-        ),
-        KNOWS_NOT,
-    ),
+    **dict.fromkeys((*_KNOWING, "not unaware"), KNOWS),
+    **dict.fromkeys((f"not {phrase}" for phrase in _KNOWING), KNOWS_NOT),
+    **dict.fromkeys((*_NOT_KNOWING, "unaware"), KNOWS_NOT),
+    **dict.fromkeys(("i know", "we know", "you know"), None),  # the narrator
 }
 UNKNOWN = "unknown"
 NOT_SAID = (UNKNOWN, "not known", "not mentioned", "not specified", "not stated")
@@ -51,7 +49,8 @@ class ExploreToM(FileTask):
     story is held out for the test split (`test_every=0`: none).
 
     A final line `#### answer` is judged whatever its case, articles and punctuation. Elsewhere the
-    last place of the story counts, the last yes or no, or the last phrase about knowing.
+    last place of the story counts, the last yes or no, or the last phrase about knowing; what is
+    denied ("not in the box") is no answer, and "does not really know" is not knowing.
     """
 
     name = "exploretom"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -17,8 +18,24 @@ YES_NO: Mapping[str, str | None] = {
 }
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+_SENTENCE_END = re.compile(r"[.!?;:\n]")
 
 Candidates = Mapping[str, str | None]
+
+_NEGATIONS = frozenset(("not", "never", "cannot", "neither", "nor", "nobody", "none"))
+_NEGATING_PAIRS = frozenset((("no", "longer"), ("no", "one")))
+_BEFORE_SUBJECTS = frozenset(("that", "believe", "believes", "think", "thinks"))
+# What may stand between a negation and what it denies: "is not really to be found in the box".
+_BETWEEN = _BEFORE_SUBJECTS.union(
+    ("am", "are", "be", "been", "being", "is", "was", "were", "did", "do", "does"),
+    ("had", "has", "have", "can", "could", "will", "would"),
+    ("actually", "all", "always", "at", "currently", "even", "ever", "explicitly", "fully"),
+    ("necessarily", "now", "quite", "really", "still", "truly", "yet"),
+    ("in", "inside", "into", "of", "on", "onto", "to"),
+    ("found", "kept", "located", "moved", "placed", "put", "searched", "stored"),
+    ("appear", "appears", "seem", "seems", "case", "true"),
+)
+_REACH = 12  # words before a phrase in which its negation may stand
 
 
 def words_of(text: str) -> tuple[str, ...]:
@@ -27,8 +44,27 @@ def words_of(text: str) -> tuple[str, ...]:
     >>> words_of("In the bookstore’s **Back Room**.")
     ('in', "bookstore's", 'back', 'room')
     """
-    found = _WORD.findall(text.replace("\u2019", "'").casefold())
+    found = _WORD.findall(_folded(text))
     return tuple(word for word in found if word not in ARTICLES)
+
+
+# A task asks for the same few phrases in every text.
+_candidate_words = functools.lru_cache(maxsize=4096)(words_of)
+
+
+def _folded(text: str) -> str:
+    return text.replace("\u2019", "'").casefold()
+
+
+def _sentence_starts(text: str) -> set[int]:
+    """Places in `words_of(text)` before which a sentence or clause ends."""
+    folded, starts, place, end = _folded(text), set(), 0, 0
+    for match in _WORD.finditer(folded):
+        if _SENTENCE_END.search(folded, end, match.start()):
+            starts.add(place)
+        end = match.end()
+        place += match.group() not in ARTICLES
+    return starts
 
 
 def strict_phrase(text: str) -> str | None:
@@ -43,17 +79,22 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
 
     `candidates` maps phrases to the answer that each stands for, None for phrases to pass over.
     Phrases match whole words, whatever the case and the articles, and the longest wins, so that
-    "does not know about it" holds no "knows about it" and "metal box" no "box".
+    "does not know" holds no "know" and "metal box" no "box". One that is denied from further off
+    ("does not really know") stands for what the candidate "not know" does, if there is one, and for
+    nothing otherwise ("not in the box"); denied twice it stands.
     """
-    spelled = {words_of(phrase): answer for phrase, answer in candidates.items()}
+    spelled = {_candidate_words(phrase): answer for phrase, answer in candidates.items()}
     spelled.pop((), None)
     longest = max(map(len, spelled), default=0)
-    words, found, index = words_of(text), [], 0
+    words, starts, found, index = words_of(text), _sentence_starts(text), [], 0
     while index < len(words):
         for length in range(min(longest, len(words) - index), 0, -1):
             phrase = words[index : index + length]
             if phrase in spelled:
                 answer = spelled[phrase]
+                if answer is not None and _denied(words, starts, index):
+                    denied = phrase[1:] if phrase[0] == "not" else ("not", *phrase)
+                    answer = spelled.get(denied)
                 if answer is not None:
                     found.append(answer)
                 index += length
@@ -61,6 +102,26 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
         else:
             index += 1
     return found
+
+
+def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
+    """Whether an odd number of negations stands before the phrase at `index`, in its sentence.
+
+    Between them and the phrase are only words that carry a negation on, and the subjects of what is
+    thought ("does not think that Bob knows").
+    """
+    negations, place = 0, index
+    while place > max(index - _REACH, 0) and place not in starts:
+        place -= 1
+        word, before = words[place], words[place - 1] if place else ""
+        if word in _NEGATIONS or word.endswith("n't"):
+            negations += 1
+        elif (before, word) in _NEGATING_PAIRS:
+            negations += 1
+            place -= 1
+        elif word not in _BETWEEN and before not in _BEFORE_SUBJECTS:
+            break
+    return negations % 2 == 1
 
 
 def lenient_phrase(text: str, candidates: Candidates) -> str | None:

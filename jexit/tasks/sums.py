@@ -94,22 +94,30 @@ class Sums(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """Over all steps of all texts.
+        """What is on the page, over all problems, and how large steps are, over all steps.
 
-        `step_size`: the number of operands that a step reduces; `steps_right`: the share of steps
-        that are what their own input gives; `on_the_page`: results written over additions done, 1
-        when every step adds two operands and ½ when every step adds three.
+        `on_the_page`: additions written, Σ written_reductions / Σ (operands − 1). Every problem
+        counts with all of its additions, so that an answer without a chain is work in the head.
+        `step_size`: the number of operands that a step reduces, by the lists before and after it;
+        the jump from a list to the answer is a step, one that only repeats its list is none.
+        `steps_right`: the share of steps that are what their own input gives. `as_announced`: the
+        share of written steps whose plus signs announce the size that the lists show.
         """
-        steps = [
-            step
-            for problem, text in zip(problems, completions, strict=True)
-            for step in chain_steps(problem.fields["operands"], text)
-        ]
-        sizes = sum(step.size for step in steps)
+        on_page = additions = 0
+        steps = []
+        for problem, text in zip(problems, completions, strict=True):
+            operands = problem.fields["operands"]
+            read = chain_steps(operands, text)
+            on_page += written_reductions(operands, read)
+            additions += len(operands) - 1
+            steps += read
+        sizes = [step.size for step in steps if step.size >= MIN_STEP]
+        written = [step for step in steps if step.announced is not None]
         return {
-            "step_size": (sizes, len(steps)),
+            "step_size": (sum(sizes), len(sizes)),
             "steps_right": (sum(step.correct for step in steps), len(steps)),
-            "on_the_page": (len(steps), sizes - len(steps)),
+            "on_the_page": (on_page, additions),
+            "as_announced": (sum(s.announced == s.size for s in written), len(written)),
         }
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
@@ -125,8 +133,7 @@ class Sums(ChainTask):
         return _PIECE.findall(completion.partition(self.cue)[0])
 
     def final_answer(self, completion: str) -> str | None:
-        found = _STRICT.search(completion) or _LENIENT.search(completion)
-        return found.group(1) if found else None
+        return _given_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """One step's result, the first digit of its list, replaced by another digit.
@@ -214,35 +221,71 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 class ChainStep:
     """One step read from a completion.
 
-    `size`: operands reduced, as announced by its plus signs; `given`: the list it started from,
-    as the completion itself had it; `wrote`: the list it printed; `correct`: whether `wrote` is
-    what reducing `size` operands of `given` gives.
+    `given`: the list it started from, as the completion itself had it; `wrote`: the list it
+    printed, or the answer; `size`: operands reduced, len(given) − len(wrote) + 1, which is below 2
+    for a step that reduces nothing; `announced`: the size by its plus signs, None for the jump from
+    a list to the answer, which nothing announces; `correct`: whether `wrote` is what reducing
+    `size` operands of `given` gives.
     """
 
-    size: int
     given: str
     wrote: str
-    correct: bool
+    announced: int | None
+
+    @property
+    def size(self) -> int:
+        return len(self.given) - len(self.wrote) + 1
+
+    @property
+    def correct(self) -> bool:
+        if not self.wrote or self.size < MIN_STEP:
+            return False
+        return self.wrote == digit_sum(self.given[: self.size]) + self.given[self.size :]
 
 
-def step_sizes(completion: str) -> list[int]:
-    """How many operands each step of a completion says it reduces, in order.
+def step_sizes(operands: str, completion: str) -> list[int]:
+    """How many operands each step of a completion reduces, in order, the jump to the answer too.
 
-    >>> step_sizes("+0295184++15184+++1####1")
-    [2, 3, 4]
+    >>> step_sizes("37295184", "+0295184++15184+++1####1")
+    [2, 3, 5]
+    >>> step_sizes("37295", "+0295####6")
+    [2, 4]
     """
-    return [len(signs) + 1 for signs, _ in _STEP.findall(completion.partition("####")[0])]
+    return [step.size for step in chain_steps(operands, completion)]
 
 
 def chain_steps(operands: str, completion: str) -> list[ChainStep]:
     """Reads a completion's steps and checks each against the list written just before it.
 
-    A step after a mistaken one is judged by its own input, so one slip counts once.
+    A step after a mistaken one is judged by its own input, so one slip counts once. Plus signs
+    without a list are no step. An answer given while the list has more than one digit is a last
+    step, done in the head.
     """
     steps, given = [], operands
     for signs, wrote in _STEP.findall(completion.partition("####")[0]):
-        size = len(signs) + 1
-        correct = size <= len(given) and wrote == digit_sum(given[:size]) + given[size:]
-        steps.append(ChainStep(size=size, given=given, wrote=wrote, correct=correct))
-        given = wrote
+        if wrote:
+            steps.append(ChainStep(given=given, wrote=wrote, announced=len(signs) + 1))
+            given = wrote
+    answer = _given_answer(completion)
+    if answer is not None and len(given) > 1:
+        steps.append(ChainStep(given=given, wrote=answer, announced=None))
     return steps
+
+
+def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
+    """How many results of additions a chain has on the page: at most operands − 1.
+
+    Counts the written steps that are right and leave a list shorter than every one before, so that
+    going round in circles earns nothing.
+    """
+    count, shortest = 0, len(operands)
+    for step in steps:
+        shorter = len(step.wrote) < shortest
+        count += step.announced is not None and step.correct and shorter
+        shortest = min(shortest, len(step.wrote))
+    return count
+
+
+def _given_answer(completion: str) -> str | None:
+    found = _STRICT.search(completion) or _LENIENT.search(completion)
+    return found.group(1) if found else None

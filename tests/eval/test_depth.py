@@ -1,5 +1,7 @@
 """Depth by class of token, and the two controls, on completions whose figures are known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from jexit.eval.depth import (
     Completion,
     compared,
     depth_by_class,
-    matched_layers,
+    matched_depths,
     shuffled_depths,
     token_classes,
 )
@@ -20,30 +22,87 @@ def completion(depths, right=True):
     )
 
 
+END = 9
+
+
+def classes(tokens, cue="####"):
+    ids = [END if token == "<end>" else 0 for token in tokens]
+    return token_classes(ids, tokens, cue, {END})
+
+
 def test_classes_of_tokens():
-    tokens = ["3", "+", " 4", "=", "7", "\n", "So", " it", " is", "####", " 7", "."]
-    assert token_classes(tokens, "####") == [
+    tokens = ["3", "+", " 4", "=", "7", "\n", "So", " it", " is", "####", " 7", ".", "<end>"]
+    assert classes(tokens) == [
         "digit", "operator", "digit", "operator", "digit", "other", "word", "word", "word",
-        "answer", "answer", "answer",
+        "marker", "answer", "answer", "end",
     ]  # fmt: skip
-    assert token_classes(["##", "## 7"], "####") == ["answer", "answer"]
-    assert token_classes(["a", "####", "b", "####", "c"], "####")[1:3] == ["other", "word"]
-    assert token_classes(["7"], None) == ["digit"]
+    assert classes(["a", "####", "b", "####", "c"]) == ["word", "other", "word", "marker", "answer"]
+
+
+def test_a_marker_may_be_pieces_and_may_share_a_token_with_the_answer():
+    assert classes(["##", "##", " ", "7"]) == ["marker", "marker", "answer", "answer"]
+    assert classes(["##", "## 7", "<end>"]) == ["marker", "answer", "end"]
+    assert classes(["2", "\n####", "7"]) == ["digit", "marker", "answer"]
+    assert classes(["2", "#### ", "7"]) == ["digit", "marker", "answer"]
+    assert classes(["2####7"]) == ["answer"]
+
+
+def test_the_end_is_known_by_its_id():
+    assert classes(["7", "<end>"], None) == ["digit", "end"]
+    assert classes(["the", "end"], None) == ["word", "word"]
+    # The same text from another id is a word, and an end without a cue is an end.
+    assert token_classes([0], ["<end>"], None, {END}) == ["word"]
+    assert classes(["+", "<end>"]) == ["operator", "end"]
 
 
 def test_depth_by_class_leaves_out_the_prompts_last_pass():
-    rows = [(["4", "+", "4", "####", "8"], [8, 2, 3, 1, 1]), (["1", "####", "1"], [8, 2, 4])]
-    assert depth_by_class(rows, "####") == {
+    texts = {1: "4", 2: "+", 3: "####", END: "<end>"}
+    made = [
+        dataclasses.replace(completion(depths), ids=ids)
+        for ids, depths in (
+            ([1, 2, 1, 3, 1, END], [8, 2, 3, 1, 2, 6]),
+            ([1, 3, 1, END], [8, 2, 4, 7]),
+        )
+    ]
+    assert depth_by_class(made, lambda ids: [texts[i] for i in ids], "####", {END}) == {
         "digit": {"tokens": 1, "depth_mean": 3.0},
         "operator": {"tokens": 1, "depth_mean": 2.0},
-        "answer": {"tokens": 4, "depth_mean": 2.0},
+        "marker": {"tokens": 2, "depth_mean": 1.5},
+        "answer": {"tokens": 2, "depth_mean": 3.0},
+        "end": {"tokens": 2, "depth_mean": 6.5},
     }
 
 
-def test_the_matched_layer_is_never_shallower():
-    assert matched_layers([completion([8, 3, 4]), completion([8, 3])], 8) == 4  # mean 10 / 3
-    assert matched_layers([completion([8, 3, 3])], 8) == 3
-    assert matched_layers([completion([8])], 8) == 8  # nothing could leave
+def matched(completions, exits=(1, 2, 4), seed=0):
+    """One depth a completion, of a model of 8 layers."""
+    depth_BT = matched_depths(completions, 8, exits, columns=5, seed=seed)
+    assert (depth_BT == depth_BT[:, :1]).all() and depth_BT.dtype == np.int32
+    return depth_BT[:, 0]
+
+
+def test_matched_depths_are_the_exits_around_the_mean():
+    made = [completion([8, 3, 4]), completion([8, 3])] * 30  # mean 10 / 3, between 2 and 4
+    depths = matched(made)
+    assert set(depths) == {2, 4}
+    assert (depths == 4).sum() == 40  # two in three, exactly, as that is a whole number
+    assert set(matched([completion([8, 6])] * 10)) == {4, 8}
+    assert set(matched([completion([8, 4])] * 10)) == {4}
+    assert set(matched([completion([8])] * 10)) == {8}  # nothing could leave
+    assert set(matched([completion([8, 2])] * 10, exits=(4,))) == {4}  # none is shallower
+    assert set(matched([completion([8, 2])] * 10, exits=())) == {8}
+
+
+def test_matched_depths_have_the_policys_mean_whatever_the_lengths():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 40, 60)
+    made = [completion([8, *rng.choice([1, 2, 4, 8], n).tolist()]) for n in lengths]
+    mean = np.mean([d for c in made for d in c.depths[1:]])
+    assert 2 < mean < 4
+    reached = [np.average(matched(made, seed=seed), weights=lengths) for seed in range(400)]
+    assert abs(np.mean(reached) - mean) < 4 * np.std(reached) / np.sqrt(400)
+    assert np.std(reached) < 0.15  # of one draw
+    assert len({tuple(matched(made, seed=seed)) for seed in range(5)}) == 5
+    np.testing.assert_array_equal(matched(made, seed=3), matched(made, seed=3))
 
 
 def test_shuffling_deals_out_the_same_depths():

@@ -265,13 +265,39 @@ def test_wrong_settings(small, settings, sentence):
     ("request_settings", "sentence"),
     [
         ({"max_gen_toks": 256}, "no room for a context; lower it to at most 255"),
-        ({"num_beams": 4}, "asks for 'num_beams' in generation"),
+        ({"num_beams": 4}, "asks for 'num_beams' in generation, as 4, .* but as 1; override"),
+        ({"repetition_penalty": 1.2}, "'repetition_penalty' in generation, as 1.2, .* but as 1.0"),
+        ({"bad_words_ids": [[3]]}, r"'bad_words_ids' in generation, as \[\[3\]\], .* but as None"),
+        ({"use_cache": True, "early_stopping": True}, "'early_stopping' in generation"),
+        ({"thinking_budget": 4}, "'thinking_budget' in generation, as 4, .* does not have; over"),
+        ({"thinking_budget": 1}, "'thinking_budget' in generation"),
+        ({"thinking_budget": None}, "'thinking_budget' in generation, as None"),
     ],
 )
 def test_wrong_requests(small, request_settings, sentence):
     asked = [("sum 12", {"until": [], **request_settings})]
     with pytest.raises(ValueError, match=sentence):
         JexitLM(*small).generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+
+def test_settings_that_ask_for_nothing_change_nothing(small):
+    def text(settings):
+        asked = [("sum 12", {"until": [], "max_gen_toks": 8, "temperature": 1.0, **settings})]
+        return JexitLM(*small).generate_until(requests("generate_until", asked), True)
+
+    plain = text({})
+    # By hand: the defaults of transformers' GenerationConfig and of the OpenAI interface.
+    assert plain == text(
+        {
+            "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "length_penalty": 1,
+            "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "typical_p": 1.0,
+            "num_return_sequences": 1, "early_stopping": False, "use_cache": True,
+            "presence_penalty": 0, "frequency_penalty": 0.0, "bad_words_ids": None, "n": 1,
+            "guidance_scale": None, "top_k": None, "top_p": None,
+        }
+    )  # fmt: skip
+    assert plain == text({"top_k": 0, "top_p": 1.0, "min_p": 0.0})
+    assert plain != text({"top_k": 1})
 
 
 def test_a_model_needs_its_tokenizer(small):

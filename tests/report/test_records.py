@@ -43,6 +43,13 @@ def test_a_control_is_one_by_name_or_by_what_it_matches():
     assert [run.kind for run in read.runs][2:5] == ["threshold", "threshold", "fixed"]
 
 
+def test_a_fixed_exit_is_a_control_only_where_it_matches_a_policy():
+    value = evaluation(new_parts=False)
+    for policy, control in (("fixed:3", False), ("fixed:matched", True), ("fixed:matched:x", True)):
+        value["runs"][0]["policy"] = policy
+        assert build(Evaluation, value, "eval").runs[0].is_control == control
+
+
 def test_null_is_a_figure_that_was_not_finite():
     value = evaluation()
     value["runs"][0]["accuracy"] = None
@@ -75,6 +82,40 @@ def test_a_value_of_another_type_is_named(path, wrong, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         build(Evaluation, value, "eval")
     assert "\n" not in str(caught.value) and "again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "sentence"),
+    [
+        (("model", "layers"), 0, r"eval\.model has 0 layers where at least 1 belongs; run what"),
+        (("model", "layers"), -3, r"eval\.model has -3 layers where"),
+        (
+            ("runs", 2, "depth_histogram"),
+            {"1": 3, "x": 4},
+            r"eval\.runs\[2\] has depth_histogram for 'x' layers where a number of layers",
+        ),
+        (("runs", 0, "depth_histogram"), {"²": 4}, r"for '²' layers where"),
+        (("runs", 0, "depth_histogram"), {"٣": 4}, r"for '٣' layers where"),
+        (("runs", 0, "depth_histogram"), {"-1": 4}, r"for '-1' layers where"),
+        (("runs", 0, "depth_histogram"), {"9" * 5000: 4}, r"for '9{39}… layers where"),
+        (
+            ("capacity", 1, "granularity"),
+            "²",
+            r"eval\.capacity\[1\] has granularity '²' where a number of operands .* or a name",
+        ),
+    ],
+    ids=str,
+)
+def test_a_value_that_does_not_fit_is_named(path, wrong, sentence):
+    value = evaluation()
+    *owner, last = path
+    place = value
+    for key in owner:
+        place = place[key]
+    place[last] = wrong
+    with pytest.raises(ValueError, match=sentence) as caught:
+        build(Evaluation, value, "eval")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("this file again")
 
 
 def test_each_field_that_was_always_there_is_asked_for():

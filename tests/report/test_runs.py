@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jexit.report.html import render
 from jexit.report.runs import default_settings, read_run, read_runs, settings
 from report_files import LAYERS, write_evaluated, write_json, write_trained
 
@@ -34,6 +35,19 @@ def test_the_layer_count_comes_from_whatever_says_it(tmp_path):
     assert read_run(trained).layers == LAYERS  # the first token's pass never leaves
     (trained / "samples.jsonl").unlink()
     assert read_run(trained).layers is None
+
+
+def test_no_files_imply_a_model_of_no_layers(tmp_path):
+    trained = write_trained(tmp_path / "rl")
+    figures = json.loads((trained / "after.json").read_text())
+    write_json(trained / "after.json", figures | {"depth_mean": 0.0, "depth_fraction": 0.5})
+    (trained / "before.json").unlink()
+    assert read_run(trained).layers == LAYERS  # the metrics imply it
+    (trained / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
+    sample = {"prompt": "p", "completion": "c", "tokens": ["a"], "depths": [0], "step": 1}
+    (trained / "samples.jsonl").write_text(f"{json.dumps(sample)}\n")
+    assert read_run(trained).layers is None
+    assert "Token by token" not in render(read_runs([trained]))
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path):

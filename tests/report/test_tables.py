@@ -6,7 +6,7 @@ from jexit.report import tables
 from jexit.report.palette import depth_class
 from jexit.report.runs import read_run, read_runs
 from parsed_page import cells, parse
-from report_files import LAYERS, evaluation, write_evaluated, write_json, write_trained
+from report_files import CLASSES, LAYERS, evaluation, write_evaluated, write_json, write_trained
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_classes_are_coloured_as_the_heat_maps(evaluated):
     for cell, (name, entry) in zip(row.all("td"), value["depth_by_class"].items(), strict=True):
         assert cell.text == f"{entry['depth_mean']:.2f}", name
         assert depth_class(entry["depth_mean"], LAYERS) in cell.classes
-    assert cells(table)[-1][1:] == ["500", "501", "502", "503", "504"]
+    assert cells(table)[-1][1:] == [str(500 + place) for place in range(len(CLASSES))]
 
 
 def test_steps_come_in_order(evaluated):
@@ -152,3 +152,16 @@ def test_settings_of_a_command_that_jexit_does_not_know_are_all_shown(tmp_path):
     table = parse(tables.setting_differences([read_run(tmp_path)])).one("table")
     assert table.one("caption").text == "All settings"
     assert cells(table)[1:] == [["a.b", '"<"'], ["command", '"fly"'], ["seed", "3"]]
+
+
+def test_the_headline_is_of_a_policy_that_chooses_depths(tmp_path):
+    value = evaluation()
+    by_name = {run["policy"]: run for run in value["runs"]}
+    fixed = by_name["threshold:0.3"] | {"policy": "fixed:3"}
+    value["runs"] = [fixed, by_name["fixed:matched"], by_name["threshold:0.5"], by_name["full"]]
+    write_json(tmp_path / "eval.json", value)
+    shown = tables.headline(read_run(tmp_path))
+    assert [name for name, _ in shown] == ["threshold:0.5", "full"]
+    # Of these only one is at another's mean depth by construction.
+    names = column(cells(parse(tables.policies(read_run(tmp_path)))), "policy")
+    assert [name for name in names if "control" in name] == ["fixed:matched control of sample"]

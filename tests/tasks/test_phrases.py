@@ -49,6 +49,38 @@ def test_mentions(text, found):
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("not the box", []),
+        ("It isn\u2019t really in the box", []),
+        ("She does not think that Bob thinks it is in the box", []),
+        ("She does not think that Bob put the box", []),
+        ("neither in the box nor in the attic", []),
+        ("not in the box but in the attic", ["the attic"]),
+        ("no longer in the box", []),
+        ("not only in the box", ["box"]),
+        ("It is not not in the box", ["box"]),
+        ("Not so. In the box", ["box"]),
+        ("not: box", ["box"]),
+        ("not a. box", ["box"]),  # the article between is no word, its full stop divides
+        ("not not said", []),
+        ("not " * 7 + "box", []),
+        ("is " * 60_000 + "box", ["box"]),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_denied_is_not_mentioned(text, found):
+    assert phrases.mentions(text, PLACES) == found
+
+
+def test_a_denied_phrase_stands_for_what_its_candidate_says():
+    known = {"hot": "hot", "not hot": "cold", "not cold": None, "cold": "cold"}
+    assert phrases.mentions("hot, not hot, not really hot", known) == ["hot", "cold", "cold"]
+    assert phrases.mentions("never not hot", known) == ["hot"]
+    assert phrases.mentions("not really cold", known) == []
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
         ("Yes.", "yes"),

@@ -37,7 +37,7 @@ def test_prescribed_chains_take_the_prescribed_steps(step):
     task = make_task("sums", steps=step)
     for index in range(100):
         problem = task.problem("test", index)
-        sizes = sums.step_sizes(problem.completion)
+        sizes = sums.step_sizes(problem.fields["operands"], problem.completion)
         assert all(size == step for size in sizes[:-1])
         assert 2 <= sizes[-1] <= step
         assert sum(size - 1 for size in sizes) == len(problem.fields["operands"]) - 1
@@ -46,7 +46,8 @@ def test_prescribed_chains_take_the_prescribed_steps(step):
 def test_at_once_has_no_chain():
     problem = make_task("sums", steps="at_once").problem("train", 3)
     assert problem.completion == f"####{problem.answer}"
-    assert sums.step_sizes(problem.completion) == []
+    operands = problem.fields["operands"]
+    assert sums.step_sizes(operands, problem.completion) == [len(operands)]
 
 
 def test_the_mixture_follows_its_weights_and_has_every_step_size():
@@ -58,7 +59,7 @@ def test_the_mixture_follows_its_weights_and_has_every_step_size():
     assert abs(modes["at_once"] / 2000 - 0.15) < 0.03
     assert {problem.fields["step"] for problem in problems} == {None, 2, 3, 4, 5}
     free = [p for p in problems if p.fields["mode"] == "free"]
-    sizes = {size for problem in free for size in sums.step_sizes(problem.completion)}
+    sizes = {size for p in free for size in sums.step_sizes(p.fields["operands"], p.completion)}
     assert sizes == {2, 3, 4, 5}
     only = make_task("sums", steps="mixed", mixture={"at_once": 1.0})
     assert {only.problem("train", index).fields["mode"] for index in range(20)} == {"at_once"}
@@ -111,9 +112,9 @@ def test_verify_and_the_readers_are_total(text):
         "wrong",
         "none",
     )
-    sizes = sums.step_sizes(text)
-    assert all(size >= 2 for size in sizes)
-    assert [step.size for step in sums.chain_steps("372", text)] == sizes
+    steps = sums.chain_steps("372", text)
+    assert all(step.size >= 2 for step in steps if step.correct)
+    assert 0 <= sums.written_reductions("372", steps) <= 2
 
 
 def test_chain_steps_judge_each_step_by_its_own_input():
@@ -123,8 +124,16 @@ def test_chain_steps_judge_each_step_by_its_own_input():
         (2, "129", "39", True),
         (2, "39", "2", True),
     ]
-    too_large = sums.chain_steps("37", "++0")
-    assert [step.correct for step in too_large] == [False]
+    too_large = sums.chain_steps("37", "++0")  # the list tells: two digits became one
+    assert [(s.size, s.announced, s.correct) for s in too_large] == [(2, 3, True)]
+    (repeats,) = sums.chain_steps("37", "+37")
+    assert (repeats.size, repeats.correct) == (1, False)
+    jump = sums.chain_steps("372", "+02####2")[-1]
+    assert (jump.size, jump.given, jump.wrote, jump.announced, jump.correct) == (
+        *(2, "02", "2"), None, True,
+    )  # fmt: skip
+    assert not sums.chain_steps("372", "####3")[0].correct
+    assert sums.chain_steps("372", "+++ and on") == []
     problem = make_task("sums").problem("train", 5)
     read = sums.chain_steps(problem.fields["operands"], problem.completion)
     assert read and all(step.correct for step in read)
@@ -162,25 +171,90 @@ def test_figures_of_parts_add_up_to_those_of_the_whole():
     parts = [totals(part) for part in (slice(0, 7), slice(7, 40), slice(40, 42))]
     for name, total in whole.items():
         assert tuple(map(sum, zip(*(part[name] for part in parts), strict=True))) == total
-        assert parts[2][name] == (0, 0)
+    silent = sum(len(problem.fields["operands"]) - 1 for problem in problems[40:])
+    assert parts[2] == dict.fromkeys(whole, (0, 0)) | {"on_the_page": (0, silent)}
     total, count = whole["step_size"]
     assert total / count == pytest.approx(
-        statistics.mean(size for text in texts for size in sums.step_sizes(text))
+        statistics.mean(
+            size
+            for problem, text in zip(problems, texts, strict=True)
+            for size in sums.step_sizes(problem.fields["operands"], text)
+        )
     )
 
 
+def figures(operands, *texts):
+    """The means of the task's figures over completions of one problem."""
+    problem = Problem(prompt=f"sum {operands}", answer="", fields={"operands": operands})
+    totals = make_task("sums").text_totals([problem] * len(texts), texts)
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+@pytest.mark.parametrize(
+    ("text", "on_the_page", "step_size", "as_announced"),
+    [
+        ("+0295+295+15+6####6", 1.0, 2.0, 1.0),  # every addition written
+        ("+0295####6", 1 / 4, (2 + 4) / 2, 1.0),  # three of four in the head
+        ("+6####6", 1 / 4, 5.0, 0.0),  # all in one step, which says that it takes two
+        ("++++6####6", 1 / 4, 5.0, 1.0),
+        ("####6", 0.0, 5.0, None),
+        ("+####6", 0.0, 5.0, None),
+        ("It is 6.", 0.0, 5.0, None),
+        ("", 0.0, None, None),
+        ("+0295+295", 1 / 2, 2.0, 1.0),  # cut off
+        ("++295++6####6", 1 / 2, 3.0, 1.0),
+        ("+1295+395+25+7####7", 3 / 4, 2.0, 1.0),  # 3 + 7 does not end in 1; the rest is right
+    ],
+)
+def test_what_is_on_the_page(text, on_the_page, step_size, as_announced):
+    found = figures("37295", text)
+    assert found["on_the_page"] == pytest.approx(on_the_page)
+    assert found.get("step_size") == (None if step_size is None else pytest.approx(step_size))
+    assert found.get("as_announced") == as_announced
+
+
 def test_figures_of_known_chains():
-    problem = Problem(prompt="sum 1234", answer="0", fields={"operands": "1234"})
-    task = make_task("sums")
-    by_two, by_three, wrong = "+334+64+0####0", "++64+0####0", "+434++1####1"
-    figures = {
-        text: {name: part / of for name, (part, of) in task.text_totals([problem], [text]).items()}
-        for text in (by_two, by_three, wrong)
-    }
-    assert figures[by_two] == {"step_size": 2.0, "steps_right": 1.0, "on_the_page": 1.0}
-    assert figures[by_three]["step_size"] == 2.5
-    assert figures[by_three]["on_the_page"] == pytest.approx(2 / 3)
-    assert figures[wrong]["steps_right"] == 0.5  # 1 + 2 is not 4, but 4 + 3 + 4 ends in 1
+    assert figures("1234", "+334+64+0####0") == {
+        "step_size": 2.0, "steps_right": 1.0, "on_the_page": 1.0, "as_announced": 1.0,
+    }  # fmt: skip
+    assert figures("1234", "++64+0####0")["step_size"] == 2.5
+    # 1 + 2 is not 4, but 4 + 3 + 4 ends in 1.
+    wrong = figures("1234", "+434++1####1")
+    assert wrong["steps_right"] == 0.5 and wrong["on_the_page"] == pytest.approx(1 / 3)
+    # A jump counts among the steps: 33 + 4 does not end in 1.
+    assert figures("1234", "+334####1")["steps_right"] == 0.5
+    # Over problems additions are summed: 3 of 3, and none of 3.
+    assert figures("1234", "+334+64+0####0", "####0")["on_the_page"] == 0.5
+
+
+def test_going_round_in_circles_puts_nothing_on_the_page():
+    assert figures("372", "+02+372+02+372+02")["on_the_page"] == 0.5
+    assert figures("372", "+02+02+02####2")["on_the_page"] == 0.5
+    assert figures("372", "+2+72+9####9")["on_the_page"] == 0.5  # only 3 + 7 + 2 = 12 is right
+
+
+@given(
+    operands=st.text(alphabet="0123456789", min_size=2, max_size=12),
+    step=st.integers(2, 5),
+    kept=st.integers(0, 11),
+    signs=st.lists(st.integers(1, 6), min_size=11, max_size=11),
+)
+def test_chains_of_prescribed_steps_are_read_back(operands, step, kept, signs):
+    steps = sums.prescribed_steps(len(operands), step)[:kept]
+    chain, answer = sums.reduce_by(operands, steps)
+    left = len(operands) - sum(size - 1 for size in steps)
+    expected = [*steps, left] if left > 1 else steps
+    lists = [piece.lstrip("+") for piece in make_task("sums").steps(chain)]
+    announced = "".join("+" * n + digits for n, digits in zip(signs, lists, strict=False))
+    for text in (f"{chain}####{answer}", f"{announced}####{answer}"):
+        read = sums.chain_steps(operands, text)
+        assert sums.step_sizes(operands, text) == expected
+        assert all(taken.correct for taken in read)
+        found = figures(operands, text)
+        assert found["step_size"] == pytest.approx(statistics.mean(expected))
+        assert found["on_the_page"] == pytest.approx(len(steps) / (len(operands) - 1))
+        said = [s.announced for s in read if s.announced is not None]
+        assert said == [piece.count("+") + 1 for piece in make_task("sums").steps(text)]
 
 
 def test_steps_the_cue_and_the_answer_are_the_completion():
@@ -190,9 +264,9 @@ def test_steps_the_cue_and_the_answer_are_the_completion():
     for index in range(300):
         problem = task.problem("train", index)
         steps = task.steps(problem.completion)
-        assert [len(step) - len(step.lstrip("+")) + 1 for step in steps] == sums.step_sizes(
-            problem.completion
-        )
+        sizes = [len(step) - len(step.lstrip("+")) + 1 for step in steps]
+        direct = [] if steps else [len(problem.fields["operands"])]
+        assert sums.step_sizes(problem.fields["operands"], problem.completion) == sizes + direct
         assert "".join(steps) + task.cue + problem.answer == problem.completion
         assert task.cue_after("".join(steps[:1])) == "####"
 
