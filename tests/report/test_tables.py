@@ -48,6 +48,7 @@ def test_every_table_has_a_caption_heads_and_a_box_that_scrolls(evaluated):
         tables.classes(evaluated),
         tables.capacity(e.capacity),
         tables.faithfulness(e.faithfulness),
+        tables.faithfulness_paired(e.faithfulness_paired),
         tables.hazards(e.hazards),
         tables.setting_differences([evaluated]),
     ]
@@ -111,6 +112,16 @@ def test_measures_are_defined_and_stand_policy_beside_policy(evaluated):
     assert column(rows, "policy")[:4] == ["full", "sample"] * 2
     assert column(rows, "also")[0] == "right before 0.970; right after 0.310"
     assert [term.text for term in page.all("dt")] == [n.replace("_", " ") for n in tables.MEASURES]
+
+
+def test_policies_are_compared_on_the_same_problems(evaluated):
+    page = parse(tables.faithfulness_paired(evaluated.evaluation.faithfulness_paired))
+    rows = cells(page.one("table"))
+    names = ["accuracy", *(name.replace("_", " ") for name in tables.MEASURES)]
+    assert column(rows, "measure") == names
+    assert rows[1][1:] == [
+        "sample", "full", "0.750", "0.500", "0.250", "−0.125 to 0.625", "110",
+    ]  # fmt: skip
 
 
 def test_a_measure_that_nobody_knows_is_shown_all_the_same(tmp_path):
