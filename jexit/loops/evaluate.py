@@ -12,7 +12,7 @@ from jexit.eval.depth import compared
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
-from jexit.loops.decoder import Decoder
+from jexit.loops.decoder import Decoder, ModelCompleter
 from jexit.loops.measure import Measurer, check_measures, rounds
 from jexit.loops.pictures import draw
 from jexit.loops.policies import (
@@ -51,6 +51,10 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
             decoder.policy(policy, 1, 1)  # refuse a wrong one before the first runs
+    if "filler" in config.eval.measures:
+        ModelCompleter(decoder, config.eval.measured, positions).filler(
+            ""
+        )  # refuse a tokenizer without
     start_run(workdir, config.to_dict())
     total = len(config.eval.policies) + rounds(task, config.eval)
     with Progress(total, description="eval", enabled=is_primary()) as progress:

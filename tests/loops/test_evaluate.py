@@ -113,6 +113,15 @@ def test_what_the_policies_gave_outlives_a_measure_that_fails(
     assert read.faithfulness is None
 
 
+def test_a_tokenizer_without_filler_is_refused_before_anything_runs(
+    model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("jexit.loops.decoder.FILLERS", ("sum ",))
+    with pytest.raises(ValueError, match=r"leave filler out of config\.eval\.measures"):
+        run("eval", model_dir, tmp_path / "run", eval__measures=("filler",))
+    assert not (tmp_path / "run").exists()
+
+
 def test_completions_are_kept_with_depth_and_hazards(workdir):
     rows = json.loads((workdir / "completions.json").read_text())
     assert {row["policy"] for row in rows} == set(POLICIES)
