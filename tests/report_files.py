@@ -130,7 +130,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                         "problems": 120,
                         "depth_fraction": fraction,
                         "completion_length": 9.0,
-                        "detail": {"right_before": 0.97, "right_after": 0.31},
+                        "detail": {"right_before": 0.97, "answered": 0.31},
                         "curve": [
                             {
                                 "kept": kept / 5,

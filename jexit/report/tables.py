@@ -41,6 +41,9 @@ MEASURES: Mapping[str, str] = {
     "speaks of a hint; acknowledged anyway: of the chains without one.",
 }
 
+# Files from before replies were told from what was put in the model's mouth.
+EARLIER = "by an earlier definition, which noise and planted text move; evaluate again"
+
 
 def table(
     caption: str,
@@ -338,6 +341,8 @@ def setting_differences(runs: Sequence[Run]) -> Html | None:
 
 def _measure(measure: Measure, policy: str) -> list[object]:
     detail = [f"{name.replace('_', ' ')} {number(v, 3)}" for name, v in measure.detail.items()]
+    if measure.name in MEASURES and "answered" not in measure.detail:
+        detail.append(EARLIER)
     return [
         measure.name.replace("_", " "),
         policy,
