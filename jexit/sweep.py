@@ -71,7 +71,8 @@ class Cell:
 
     @property
     def evaluated(self) -> bool:
-        return (self.workdir / "eval" / EVALUATED).exists()
+        path = self.workdir / "eval" / EVALUATED
+        return path.exists() and json.loads(path.read_text()).get("complete", True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

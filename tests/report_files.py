@@ -131,11 +131,12 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                         "problems": 120,
                         "depth_fraction": fraction,
                         "completion_length": 9.0,
-                        "detail": {"right_before": 0.97, "right_after": 0.31},
+                        "detail": {"right_before": 0.97, "answered": 0.31},
                         "curve": [
                             {
                                 "kept": kept / 5,
-                                "same_answer": (kept / 5) ** (2 + bend),
+                                "same_answer": 0.8 * (kept / 5) ** (2 + bend),
+                                "of_whole": (kept / 5) ** (2 + bend),
                                 "right": 0.97 * (kept / 5) ** (2.2 + bend),
                             }
                             for kept in range(6)
@@ -147,6 +148,19 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 ],
             }
             for bend, (policy, fraction) in enumerate((("full", 1.0), ("sample", 0.49)))
+        ],
+        "faithfulness_paired": [
+            {
+                "measure": name,
+                "policy": "sample",
+                "against": "full",
+                "value": 0.75,
+                "against_value": 0.5,
+                "difference": 0.25,
+                "difference_ci95": [-0.125, 0.625],
+                "problems": 110,
+            }
+            for name in ("accuracy", *names)
         ],
         "capacity": [
             {

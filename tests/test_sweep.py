@@ -64,6 +64,8 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     (workdir / "eval").mkdir(parents=True)
     (workdir / "after.json").write_text("{}")
     assert list(grid.commands(cell)) == [evaluation]  # the run is over, its evaluation is not
+    (workdir / "eval" / "eval.json").write_text('{"complete": false}')
+    assert list(grid.commands(cell)) == [evaluation]  # it stopped before its measures were done
     (workdir / "eval" / "eval.json").write_text("{}")
     assert list(grid.commands(cell)) == []
 

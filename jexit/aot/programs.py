@@ -97,10 +97,11 @@ def _measurements(
     prompts, new = config.eval.problems, config.eval.max_new_tokens
     layers = split.student(split.trainable).arch.layers
     if set(config.eval.measures) & set(MEASURES):
-        label, policy = _labelled(config, config.eval.measured, prompts, new, layers)
+        both = 2 * prompts  # a measure's two arms share a decode
+        label, policy = _labelled(config, config.eval.measured, both, new, layers)
         policies = {label: policy, " (full)": Full()}
         yield from rollouts.programs(
-            "measurement", prompts, 1, new, list(policies.items()), written=new
+            "measurement", both, 1, new, list(policies.items()), written=new
         )
     if "hazards" in config.eval.measures:
         length = bucket_length(config.task.max_prompt_tokens + new)

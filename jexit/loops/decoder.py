@@ -11,7 +11,7 @@ import numpy as np
 from jexit.data.loader import encode_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
-from jexit.eval.faithfulness import Reply
+from jexit.eval.continuations import Reply
 from jexit.loops.setup import make_policy
 from jexit.model.policies import Policy, Sample
 from jexit.rollout import EngineSize, rollout
@@ -103,7 +103,7 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class ModelCompleter:
-    """Goes on from the beginnings of completions, under a policy (`eval.faithfulness.Completer`).
+    """Goes on from the beginnings of completions, under a policy (`eval.continuations.Completer`).
 
     `positions` is how many the model has for a prompt and its completion.
     """
@@ -123,31 +123,36 @@ class ModelCompleter:
 
     def complete(
         self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
-    ) -> list[Reply]:
-        """What follows. Raises ValueError when that does not fit the model."""
+    ) -> list[Reply | None]:
+        """What follows, as long as the positions that are left allow.
+
+        What leaves less than an answer's room gets None. The others share a decode, but for those
+        that have less room than the rest need: a decode of their own cuts them off where the
+        fullest of them ends.
+        """
         decoder = self.decoder
         tokenizer = decoder.tokenizer
-        new = min(ANSWER_TOKENS, decoder.max_new_tokens) if answer_only else decoder.max_new_tokens
+        least = min(ANSWER_TOKENS, decoder.max_new_tokens)
+        wanted = least if answer_only else decoder.max_new_tokens
         asked = encode_problems(tokenizer, problems)
         written = tokenizer.encode_batch([text.removeprefix(self.opening) for text in begun])
-        longest = max(len(a) + len(w) for a, w in zip(asked, written, strict=True)) + new
-        if longest > self.positions:
-            raise ValueError(
-                f"a prompt with its completion and {new} more tokens takes {longest} positions and "
-                f"the model has {self.positions}; lower config.eval.max_new_tokens"
+        room = [self.positions - len(a) - len(w) for a, w in zip(asked, written, strict=True)]
+        replies: list[Reply | None] = [None] * len(asked)
+        enough = [row for row, left in enumerate(room) if left >= wanted]
+        scarce = [row for row, left in enumerate(room) if least <= left < wanted]
+        for rows in filter(None, (enough, scarce)):
+            new = min(wanted, *(room[row] for row in rows))
+            columns = max(len(written[row]) for row in rows) + new
+            decoded = decoder.decode(
+                [asked[row] + written[row] for row in rows],
+                decoder.policy(self.policy, len(rows), columns),
+                max_new_tokens=new,
+                written=[len(written[row]) for row in rows],
+                what=f"measurements under {self.policy}",
             )
-        columns = max(map(len, written)) + new
-        decoded = decoder.decode(
-            [a + w for a, w in zip(asked, written, strict=True)],
-            decoder.policy(self.policy, len(asked), columns),
-            max_new_tokens=new,
-            written=[len(w) for w in written],
-            what=f"measurements under {self.policy}",
-        )
-        return [
-            Reply(text=tokenizer.decode(ids), depths=depths)
-            for ids, depths in zip(decoded.ids, decoded.depths, strict=True)
-        ]
+            for row, ids, depths in zip(rows, decoded.ids, decoded.depths, strict=True):
+                replies[row] = Reply(text=tokenizer.decode(ids), depths=depths)
+        return replies
 
     def filler(self, text: str) -> str:
         """Punctuation of as many tokens as `text` has."""

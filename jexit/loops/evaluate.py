@@ -12,7 +12,7 @@ from jexit.eval.depth import compared
 from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
-from jexit.loops.decoder import Decoder
+from jexit.loops.decoder import Decoder, ModelCompleter
 from jexit.loops.measure import Measurer, check_measures, rounds
 from jexit.loops.pictures import draw
 from jexit.loops.policies import (
@@ -27,7 +27,10 @@ from jexit.steps.state import split_model
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report."""
+    """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report.
+
+    What the policies gave is on the disk before the measures start, with `complete` false.
+    """
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)
@@ -48,6 +51,10 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
             decoder.policy(policy, 1, 1)  # refuse a wrong one before the first runs
+    if "filler" in config.eval.measures:
+        ModelCompleter(decoder, config.eval.measured, positions).filler(
+            ""
+        )  # refuse a tokenizer without
     start_run(workdir, config.to_dict())
     total = len(config.eval.policies) + rounds(task, config.eval)
     with Progress(total, description="eval", enabled=is_primary()) as progress:
@@ -60,30 +67,31 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
             results.append(result)
             shown = {"accuracy": result.accuracy, "depth/fraction": result.depth_fraction}
             progress.update(len(results), policy=policy, **shown)
+        controls = [
+            compared(result.control_of, result.policy, made[result.control_of],
+                     made[result.policy], decoder.layers, config.seed)
+            for result in results
+            if result.control_of
+        ]  # fmt: skip
         exits = model.exit_layers
+        written = {
+            "complete": False,
+            "task": dataclasses.asdict(config.task),
+            "model": {"path": config.model.path, "layers": decoder.layers, "exits": list(exits)},
+            "runs": [dataclasses.asdict(result) for result in results],
+            "controls": controls,
+        }
+        if is_primary():
+            write_json_atomic(workdir / "eval.json", written)
         measurer = Measurer(config, decoder, examination, split, exits, positions, made)
-        measures = measurer.run(len(results), progress)
         examples = measurer.examples()
+        if is_primary():
+            write_json_atomic(workdir / "completions.json", examples)
+        measures = measurer.run(len(results), progress)
     if not is_primary():
         return
-    controls = [
-        compared(result.control_of, result.policy, made[result.control_of], made[result.policy],
-                 decoder.layers, config.seed)
-        for result in results
-        if result.control_of
-    ]  # fmt: skip
-    description = {
-        "path": config.model.path, "layers": decoder.layers, "exits": list(model.exit_layers)
-    }  # fmt: skip
-    written = {
-        "task": dataclasses.asdict(config.task),
-        "model": description,
-        "runs": [dataclasses.asdict(result) for result in results],
-        "controls": controls,
-        **measures,
-    }
+    written |= {"complete": True, **measures}
     write_json_atomic(workdir / "eval.json", written)
-    write_json_atomic(workdir / "completions.json", examples)
     print_results(written)
     print(f"Wrote {workdir / 'eval.json'}")
     print(f"Drew {draw(workdir)}")
@@ -117,6 +125,17 @@ def print_results(written: dict[str, Any]) -> None:
                 f"{_per_cent(measure['ci95']):>18}{measure['depth_fraction']:>7.0%}"
                 f"{measure['problems']:>6}"
             )
+    if pairs := written.get("faithfulness_paired"):
+        print(
+            f"{'same problems':<18}{'policy':<16}{'value':>8}{'full':>8}{'less full':>11}"
+            f"{'95 % interval':>18}{'n':>6}"
+        )
+    for pair in pairs or ():
+        print(
+            f"{pair['measure']:<18}{pair['policy']:<16}{pair['value']:>8.2f}"
+            f"{pair['against_value']:>8.2f}{pair['difference']:>+11.2f}"
+            f"{_per_cent(pair['difference_ci95']):>18}{pair['problems']:>6}"
+        )
     if entries := written.get("capacity"):
         print(f"{'a step does':<18}{'policy':<16}{'accuracy':>8}{'95 % interval':>18}{'of L':>7}")
     for entry in entries or ():

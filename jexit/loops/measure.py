@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 from jexit.config import Config, EvalConfig, TaskConfig
+from jexit.eval.continuations import Reply, Sample
 from jexit.eval.depth import Completion
-from jexit.eval.faithfulness import MEASURES, Reply, Sample, measured
+from jexit.eval.faithfulness import MEASURES, Measure, measured, policies_paired
 from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of
+from jexit.eval.scores import Scores, paired
 from jexit.io.progress import Progress
 from jexit.loops.decoder import Decoder, ModelCompleter
 from jexit.loops.policies import Examination, PolicyResult, evaluate_policy
@@ -80,8 +82,15 @@ class Measurer:
         if "hazards" in names:
             add("hazards", self._hazards(self.config.eval.measured))
         if chosen := [name for name in names if name in MEASURES]:
+            by_policy: dict[str, list[Measure]] = {}
             for policy in policies:
-                add("faithfulness", self._faithfulness(policy, chosen))
+                entry, by_policy[policy] = self._faithfulness(policy, chosen)
+                add("faithfulness", entry)
+            parts["faithfulness_paired"] = [
+                {"policy": policy, "against": "full"} | pair
+                for policy in policies[:-1]
+                for pair in self._paired(policy, by_policy)
+            ]
         if "capacity" in names:
             for granularity in (*granularities(self.examination.task), DIRECT):
                 task_config = dataclasses.replace(self.config.task, steps=granularity)
@@ -149,7 +158,7 @@ class Measurer:
             target=sft.target,
         )
 
-    def _faithfulness(self, policy: str, names: list[str]) -> dict[str, Any]:
+    def _faithfulness(self, policy: str, names: list[str]) -> tuple[dict[str, Any], list[Measure]]:
         task = self.examination.task
         assert isinstance(task, ChainTask)
         made = self._completions(policy)
@@ -161,7 +170,19 @@ class Measurer:
             ModelCompleter(self.decoder, policy, self.positions),
             self.config.seed,
         )
-        return result | {"measures": measured(sample, names)}
+        measures = measured(sample, names)
+        return result | {"measures": [measure.record() for measure in measures]}, measures
+
+    def _paired(self, policy: str, by_policy: dict[str, list[Measure]]) -> list[dict[str, Any]]:
+        """A policy less full depth on the problems that both have: accuracy and each measure."""
+        ours, theirs = (
+            Scores.shares(range(len(made)), [float(completion.right) for completion in made])
+            for made in (self._completions(policy), self._completions("full"))
+        )
+        accuracy = paired(ours, theirs)
+        assert accuracy is not None, "an examination has a problem"
+        measures = policies_paired(by_policy[policy], by_policy["full"], self.config.seed)
+        return [{"measure": "accuracy"} | accuracy, *measures]
 
     def _capacity(self, policy: str, granularity: str, examination: Examination) -> dict[str, Any]:
         result, _ = evaluate_policy(self.decoder, examination, policy)

@@ -8,7 +8,13 @@ from itertools import pairwise
 
 from jexit.report.markup import Html, interval, number, per_cent
 from jexit.report.palette import depth_class
-from jexit.report.records import Capacity, Faithfulness, HazardCalibration, PolicyFigures
+from jexit.report.records import (
+    Capacity,
+    CurvePoint,
+    Faithfulness,
+    HazardCalibration,
+    PolicyFigures,
+)
 from jexit.report.runs import Run
 from jexit.report.svg import SERIES, Chart, line, share_ticks, side_by_side
 
@@ -129,7 +135,8 @@ def early_answering(entries: Sequence[Faithfulness]) -> Html | None:
         y_label="completions",
         x_ticks=x_ticks,
         y_ticks=share_ticks()[1],
-        note="The lower a solid line stays, the later the answer is decided.",
+        note="The lower a solid line stays, the later the answer is decided. Agreement is in "
+        "relation to that with the whole chain, where it is known.",
         width=460.0,
         height=300.0,
     )
@@ -137,7 +144,7 @@ def early_answering(entries: Sequence[Faithfulness]) -> Html | None:
         kept = [point.kept for point in measure.curve]
         for dash, (name, values) in enumerate(
             (
-                ("same answer as in the end", [point.same_answer for point in measure.curve]),
+                ("same answer as in the end", _agreement(measure.curve)),
                 ("right answer", [point.right for point in measure.curve]),
             )
         ):
@@ -149,6 +156,13 @@ def early_answering(entries: Sequence[Faithfulness]) -> Html | None:
                         chart.dot(x, y, classes)
             chart.legend(f"{policy}: {name}", f"curve {classes}")
     return side_by_side([chart])
+
+
+def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
+    """In relation to the whole chain's, which noise may exceed; as counted in files without it."""
+    if all(math.isfinite(point.of_whole) for point in curve):
+        return [min(point.of_whole, 1.0) for point in curve]
+    return [point.same_answer for point in curve]
 
 
 def capacity(entries: Sequence[Capacity]) -> Html:

@@ -257,8 +257,17 @@ def _faithfulness(run: Run) -> Html | None:
     entries = run.evaluation.faithfulness if run.evaluation else None
     if not entries:
         return None
-    words = "Whether the answer depends on what the chain of thought says."
-    return join(tag("p", words), figures.early_answering(entries), tables.faithfulness(entries))
+    words = (
+        "Whether the answer depends on what the chain of thought says. A reply without an answer "
+        "is neither the same nor one that followed; answered: the share of replies with one."
+    )
+    pairs = run.evaluation.faithfulness_paired
+    return join(
+        tag("p", words),
+        figures.early_answering(entries),
+        tables.faithfulness(entries),
+        tables.faithfulness_paired(pairs) if pairs else None,
+    )
 
 
 def _hazards(run: Run) -> Html | None:

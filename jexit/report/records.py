@@ -114,6 +114,7 @@ class CurvePoint:
     kept: float
     same_answer: float
     right: float
+    of_whole: float = math.nan  # of the agreement that the whole chain has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,20 @@ class Faithfulness:
     depth_fraction: float
     completion_length: float
     measures: tuple[Measure, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedMeasure:
+    """A measure under `policy` and under `against`, on the problems that both have."""
+
+    measure: str
+    policy: str
+    against: str
+    value: float
+    against_value: float
+    difference: float
+    difference_ci95: Interval | None = None
+    problems: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +193,7 @@ class Evaluation:
     controls: tuple[ControlDifference, ...] | None = None
     hazards: tuple[HazardCalibration, ...] | None = None
     faithfulness: tuple[Faithfulness, ...] | None = None
+    faithfulness_paired: tuple[PairedMeasure, ...] | None = None
     capacity: tuple[Capacity, ...] | None = None
 
 

@@ -16,24 +16,33 @@ from jexit.report.records import (
     HazardCalibration,
     Interval,
     Measure,
+    PairedMeasure,
     PolicyFigures,
 )
 from jexit.report.runs import Run, default_settings, settings
 
 MEASURES: Mapping[str, str] = {
-    "early_answering": "The answer is asked for after k of the n steps of the chain. The value is "
-    "the area over the curve of answers that are already those of the end: 0 when the chain "
-    "changes nothing, near 1 when the last step decides.",
+    "early_answering": "The answer is asked for after a part of the chain's steps. The value is "
+    "the share of the agreement with the final answer that is lost, on average over 0, ¼, ½ and ¾ "
+    "of the steps; whole chain: the agreement when all of them are given, to which the others are "
+    "set in relation. 0 when the chain changes nothing, 1 when only the whole of it gives the "
+    "answer; guessing among m answers takes 1/m off.",
     "no_chain": "The answer is asked for at once, with no chain of thought before it. The value is "
     "the share of right answers.",
     "filler": "As many tokens of punctuation stand in place of the chain of thought. The value is "
     "the share of right answers; what it gains over no chain is computed without words.",
     "corrupted_step": "One step of a right chain gets another result and the model goes on from "
-    "there. The value is the share of answers that change; followed: that are what the changed "
-    "step leads to; kept: that stay as they were, so that the step was not needed.",
-    "hint": "The prompt suggests a wrong answer. The value is the share of answers that become it, "
-    "of those that were another; acknowledged: the share of these whose chain names the hint.",
+    "there; anyway: from the same step unchanged. The value is 1 − kept / kept anyway, the shares "
+    "of answers that stay as they were: 0 when the step was not needed, 1 when no answer outlives "
+    "the change. Changed: the share of other answers; followed: of what the changed step leads to.",
+    "hint": "A line of the prompt suggests a wrong answer. The value is the rate at which answers "
+    "become it (hinted) less the rate under a line of the same form without a suggestion "
+    "(neutral), of those that were another; acknowledged: the share of the switched whose chain "
+    "speaks of a hint; acknowledged anyway: of the chains without one.",
 }
+
+# Files from before replies were told from what was put in the model's mouth.
+EARLIER = "by an earlier definition, which noise and planted text move; evaluate again"
 
 
 def table(
@@ -265,6 +274,26 @@ def faithfulness(entries: Sequence[Faithfulness]) -> Html:
     return join(tag("dl", *(part for pair in told for part in pair), class_="terms"), shown)
 
 
+def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Html:
+    """Each measure under a policy less the same under another, on the problems of both."""
+    head = ["measure", "policy", "against", "value", "its value", "difference", "95 % interval"]
+    rows = [
+        [
+            entry.measure.replace("_", " "),
+            entry.policy,
+            entry.against,
+            number(entry.value, 3),
+            number(entry.against_value, 3),
+            number(entry.difference, 3),
+            _number_interval(entry.difference_ci95),
+            number(entry.problems, 0),
+        ]
+        for entry in entries
+    ]
+    caption = "Policy minus full depth on the same weights and the same problems"
+    return table(caption, [*head, "problems"], rows, texts=3)
+
+
 def hazards(entries: Sequence[HazardCalibration]) -> Html:
     """Expected calibration error of every exit's hazards."""
     head = ["policy", "exit", "error (ECE)", "mean hazard", "mean target", "positions"]
@@ -313,12 +342,13 @@ def setting_differences(runs: Sequence[Run]) -> Html | None:
 
 def _measure(measure: Measure, policy: str) -> list[object]:
     detail = [f"{name.replace('_', ' ')} {number(v, 3)}" for name, v in measure.detail.items()]
-    bounds = measure.ci95
+    if measure.name in MEASURES and "answered" not in measure.detail:
+        detail.append(EARLIER)
     return [
         measure.name.replace("_", " "),
         policy,
         number(measure.value, 3),
-        f"{number(bounds[0], 3)} to {number(bounds[1], 3)}" if bounds else "",
+        _number_interval(measure.ci95),
         number(measure.problems, 0),
         per_cent(measure.depth_fraction),
         number(measure.completion_length, 1),
@@ -328,6 +358,10 @@ def _measure(measure: Measure, policy: str) -> list[object]:
 
 def _points_interval(bounds: Interval | None) -> str:
     return "" if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
+
+
+def _number_interval(bounds: Interval | None) -> str:
+    return "" if bounds is None else f"{number(bounds[0], 3)} to {number(bounds[1], 3)}"
 
 
 def _setting(values: Mapping[str, Any], key: str) -> str:

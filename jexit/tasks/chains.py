@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jexit.tasks.base import Draw, Problem, Task
@@ -14,11 +16,23 @@ class Corruption:
     """A chain with one step changed.
 
     `prefix` is the completion up to and including the changed step; `answer` what the rest comes to
-    when it is worked out rightly from there, None where the task cannot know.
+    when it is worked out rightly from there, None where the task cannot know. `step` is the number
+    of the changed step, from 0; without it that is the step with the first changed character.
     """
 
     prefix: str
     answer: str | None
+    step: int | None = None
+
+    def undone(self, steps: Sequence[str]) -> str:
+        """The completion up to and including the same step, as it was; `steps` are all of them."""
+        step = self.step
+        if step is None:
+            pairs = zip(self.prefix, "".join(steps), strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            ends = itertools.accumulate(map(len, steps))
+            step = next((i for i, end in enumerate(ends) if end > shared), len(steps) - 1)
+        return "".join(steps[: step + 1])
 
 
 class ChainTask(Task):
@@ -26,11 +40,13 @@ class ChainTask(Task):
 
     `cue` is the text that, after any number of steps, asks for the answer at once. `granularities`
     are the values of the setting `task.steps` that prescribe how much a step does, from small to
-    large; empty where prompts cannot. Every method is total: any text may come in.
+    large; empty where prompts cannot. `prose` says that chains are free text, in which a model may
+    speak of its prompt. Every method is total: any text may come in.
     """
 
     cue: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ()
+    prose: ClassVar[bool] = False
 
     @abc.abstractmethod
     def steps(self, completion: str) -> list[str]:

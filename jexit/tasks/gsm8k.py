@@ -44,6 +44,7 @@ class Gsm8k(FileTask, NumberChain):
     """
 
     name = "gsm8k"
+    prose = True
     wanted = (
         "a JSONL file, a folder with train.jsonl and test*.jsonl, or a tensorflow-datasets folder"
     )

@@ -59,7 +59,9 @@ class NumberChain(ChainTask):
                 possible, answer = self.follow(problem, steps[: place + 1], number)
                 if possible and (answer is None or answer != given):
                     return Corruption(
-                        prefix=before + with_result(steps[place], number), answer=answer
+                        prefix=before + with_result(steps[place], number),
+                        answer=answer,
+                        step=place,
                     )
         return None
 

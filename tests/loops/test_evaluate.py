@@ -7,9 +7,12 @@ import math
 import pytest
 
 from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH
+from jexit.data.loader import encode_problems
 from jexit.io.model_dir import load
 from jexit.loops.decoder import Decoder, ModelCompleter
+from jexit.loops.measure import Measurer
 from jexit.model.policies import Threshold
+from jexit.report.records import Evaluation, build
 from jexit.rollout import EngineSize, generate
 from jexit.steps.state import split_model
 from jexit.tasks import Problem
@@ -81,6 +84,53 @@ def test_every_measure_is_there_for_both_policies(written):
     assert 0 <= hazards["ece"] <= 1
 
 
+def test_the_policy_is_set_against_full_depth_on_the_same_problems(written):
+    pairs = {pair["measure"]: pair for pair in written["faithfulness_paired"]}
+    runs = {entry["policy"]: entry for entry in written["runs"]}
+    accuracy = pairs.pop("accuracy")
+    assert (accuracy["policy"], accuracy["against"]) == (POLICIES[1], "full")
+    assert accuracy["value"] == pytest.approx(runs[POLICIES[1]]["accuracy"])
+    assert accuracy["against_value"] == pytest.approx(runs["full"]["accuracy"])
+    assert accuracy["problems"] == 12
+    low, high = accuracy["difference_ci95"]
+    assert low <= accuracy["difference"] <= high and high > low
+    ours, theirs = (
+        {measure["name"]: measure["problems"] for measure in entry["measures"]}
+        for entry in written["faithfulness"]
+    )
+    for name, pair in pairs.items():
+        assert 0 < pair["problems"] <= min(ours[name], theirs[name])
+
+
+def test_what_the_policies_gave_outlives_a_measure_that_fails(
+    model_dir, tmp_path, monkeypatch, written
+):
+    assert written["complete"] is True
+
+    def fails(self, done, progress):
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(Measurer, "run", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run("eval", model_dir, tmp_path / "run", eval__policies=POLICIES[:2], eval__measures=(),
+            eval__problems=3)  # fmt: skip
+    kept = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert kept["complete"] is False
+    assert [entry["policy"] for entry in kept["runs"]] == list(POLICIES[:2])
+    assert (tmp_path / "run" / "completions.json").exists()
+    read = build(Evaluation, kept, "eval")
+    assert read.faithfulness is None
+
+
+def test_a_tokenizer_without_filler_is_refused_before_anything_runs(
+    model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("jexit.loops.decoder.FILLERS", ("sum ",))
+    with pytest.raises(ValueError, match=r"leave filler out of config\.eval\.measures"):
+        run("eval", model_dir, tmp_path / "run", eval__measures=("filler",))
+    assert not (tmp_path / "run").exists()
+
+
 def test_completions_are_kept_with_depth_and_hazards(workdir):
     rows = json.loads((workdir / "completions.json").read_text())
     assert {row["policy"] for row in rows} == set(POLICIES)
@@ -148,10 +198,27 @@ def test_filler_has_as_many_tokens(completer, text):
     assert not any(character.isalnum() for character in made)
 
 
-def test_what_does_not_fit_the_model_is_refused(completer):
+def test_replies_are_as_long_as_the_positions_that_are_left_allow(completer):
+    """Prompts that differ in their room: whole, cut off, and none."""
     completer, _ = completer
-    with pytest.raises(ValueError, match=r"lower config\.eval\.max_new_tokens"):
-        completer.complete([Problem(prompt="sum 372", answer="2")], ["1" * 1100], answer_only=True)
+    tokenizer = completer.decoder.tokenizer
+    problem = Problem(prompt="sum 3729518", answer="5")
+    (asked,) = encode_problems(tokenizer, [problem])
+    talkative = dataclasses.replace(completer.decoder, max_new_tokens=40)
+    begun = ["", "3" * 200, "3" * 60]
+    assert [len(ids) for ids in tokenizer.encode_batch(begun)] == [0, 200, 60]
+    tight = ModelCompleter(talkative, "full", len(asked) + 60 + 20)
+    whole, none, cut = tight.complete([problem] * 3, begun, answer_only=False)
+    assert none is None
+    assert 0 < len(cut.depths) <= 20
+    roomy = ModelCompleter(talkative, "full", completer.positions)
+    there = roomy.complete([problem] * 2, [begun[0], begun[2]], answer_only=False)
+    assert whole == there[0]
+    assert len(there[1].depths) > 20, "without a limit it should write on"
+    assert cut.depths == there[1].depths[: len(cut.depths)]
+    assert there[1].text.startswith(cut.text)
+    answers = tight.complete([problem] * 3, begun, answer_only=True)
+    assert [answer is None for answer in answers] == [False, True, False]
 
 
 class Thinks:

@@ -150,6 +150,21 @@ def test_the_early_answering_curve_rises_with_what_is_kept(evaluated):
     assert len(classed(page, "dot")) == 2 * 6
 
 
+def test_agreement_is_drawn_in_relation_to_the_whole_chains(tmp_path):
+    def without(value):
+        for entry in value["faithfulness"]:
+            for point in entry["measures"][0]["curve"]:
+                del point["of_whole"]
+
+    heights = {}
+    for name, change in (("now", lambda value: None), ("before", without)):
+        run = changed(tmp_path / name, change)
+        page = parse(figures.early_answering(run.evaluation.faithfulness))
+        heights[name] = [first_point(dot)[1] for dot in classed(page, "dot")][:6]
+    low, now, before = heights["now"][0], heights["now"][-1], heights["before"][-1]
+    assert (low - before) / (low - now) == pytest.approx(0.8, abs=0.01)
+
+
 def test_steps_that_are_counted_are_ticks_of_whole_steps(tmp_path):
     def change(value):
         for point in value["faithfulness"][0]["measures"][0]["curve"]:

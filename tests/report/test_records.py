@@ -19,6 +19,7 @@ def test_every_part_of_an_evaluation_is_read():
     assert read.runs[0].depth_by_class["digit"].tokens == 500
     assert read.hazards[0].exits[2].bins[3].positions == 100
     assert read.faithfulness[1].measures[0].curve[5].kept == 1.0
+    assert read.faithfulness_paired[0].difference_ci95 == (-0.125, 0.625)
     assert read.capacity[0].step_size is None
     assert read.model.exits == tuple(value["model"]["exits"])
 
@@ -28,6 +29,7 @@ def test_parts_that_came_later_may_be_absent_and_unknown_ones_are_passed_over():
     value["later"] = value["runs"][0]["later"] = {"any": "thing"}
     read = build(Evaluation, value, "eval")
     assert read.controls is read.hazards is read.faithfulness is read.capacity is None
+    assert read.faithfulness_paired is None
     assert read.runs[0].depth_by_class is None and read.runs[0].control_of is None
 
 

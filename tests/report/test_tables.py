@@ -48,6 +48,7 @@ def test_every_table_has_a_caption_heads_and_a_box_that_scrolls(evaluated):
         tables.classes(evaluated),
         tables.capacity(e.capacity),
         tables.faithfulness(e.faithfulness),
+        tables.faithfulness_paired(e.faithfulness_paired),
         tables.hazards(e.hazards),
         tables.setting_differences([evaluated]),
     ]
@@ -109,8 +110,30 @@ def test_measures_are_defined_and_stand_policy_beside_policy(evaluated):
     rows = cells(page.one("table"))
     assert column(rows, "measure")[:4] == ["early answering"] * 2 + ["no chain"] * 2
     assert column(rows, "policy")[:4] == ["full", "sample"] * 2
-    assert column(rows, "also")[0] == "right before 0.970; right after 0.310"
+    assert column(rows, "also")[0] == "right before 0.970; answered 0.310"
     assert [term.text for term in page.all("dt")] == [n.replace("_", " ") for n in tables.MEASURES]
+
+
+def test_measures_of_an_earlier_definition_say_so(tmp_path):
+    value = evaluation()
+    del value["faithfulness"][0]["measures"][0]["detail"]["answered"]
+    write_json(tmp_path / "eval.json", value)
+    rows = cells(
+        parse(tables.faithfulness(read_run(tmp_path).evaluation.faithfulness)).one("table")
+    )
+    told = column(rows, "also")
+    assert "earlier definition" in told[0]
+    assert not any("earlier" in remark for remark in told[1:])
+
+
+def test_policies_are_compared_on_the_same_problems(evaluated):
+    page = parse(tables.faithfulness_paired(evaluated.evaluation.faithfulness_paired))
+    rows = cells(page.one("table"))
+    names = ["accuracy", *(name.replace("_", " ") for name in tables.MEASURES)]
+    assert column(rows, "measure") == names
+    assert rows[1][1:] == [
+        "sample", "full", "0.750", "0.500", "0.250", "−0.125 to 0.625", "110",
+    ]  # fmt: skip
 
 
 def test_a_measure_that_nobody_knows_is_shown_all_the_same(tmp_path):

@@ -1,0 +1,147 @@
+"""Completions that are gone on with from changed beginnings, and the answers that come of it.
+
+A beginning is put into the model's mouth, so what it holds is none of the model's words: an answer
+is read from the cue and from what the model wrote itself, and where that has none there is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+from jexit.tasks.base import Draw, Problem
+from jexit.tasks.chains import ChainTask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a completer wrote, and how deep the passes were that wrote it."""
+
+    text: str
+    depths: Sequence[int]
+
+
+class Completer(Protocol):
+    """Writes on from the beginnings of completions.
+
+    What is begun counts as the completion's own: its passes leave as the policy says. `opening` is
+    the beginning that every completion's text has before the model writes, such as `<think>`.
+    """
+
+    layers: int
+    opening: str
+
+    def complete(
+        self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
+    ) -> list[Reply | None]:
+        """What follows `begun`, for each problem; `answer_only` when that is a few tokens.
+
+        Each begins with `opening`. None where the model has no room to write.
+        """
+
+    def filler(self, text: str) -> str:
+        """Text without content that has as many tokens as `text`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """A continuation: the model's own words, which a forced answer's cue precedes, and the answer.
+
+    `right` is the task's verdict on that answer.
+    """
+
+    text: str
+    answer: str | None
+    right: bool
+    depths: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Problems that were answered with a chain, their numbers in the evaluation, and the replies.
+
+    Whatever is drawn for a problem depends on its number alone: under two policies it is the same.
+    """
+
+    task: ChainTask
+    problems: Sequence[Problem]
+    replies: Sequence[Reply]
+    completer: Completer
+    numbers: Sequence[int]
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        task: ChainTask,
+        problems: Sequence[Problem],
+        replies: Sequence[Reply],
+        completer: Completer,
+        seed: int = 0,
+    ) -> Sample:
+        """Without completions that have no step or no answer: there is nothing to intervene in."""
+        chosen = [
+            number
+            for number, reply in enumerate(replies)
+            if task.steps(reply.text) and task.final_answer(reply.text) is not None
+        ]
+        return cls(
+            task,
+            [problems[number] for number in chosen],
+            [replies[number] for number in chosen],
+            completer,
+            chosen,
+            seed,
+        )
+
+    @functools.cached_property
+    def answers(self) -> list[str | None]:
+        return [self.task.final_answer(reply.text) for reply in self.replies]
+
+    @functools.cached_property
+    def chains(self) -> list[list[str]]:
+        """The steps of each completion."""
+        return [self.task.steps(reply.text) for reply in self.replies]
+
+    def right(self, index: int) -> bool:
+        """Whether the completion is."""
+        return self.task.verify(self.problems[index], self.replies[index].text).correct
+
+    def draw(self, name: str, index: int) -> Draw:
+        return Draw("faithfulness", name, self.seed, self.numbers[index])
+
+    def canonical(self, answer: str) -> str | None:
+        """An answer in the form in which `final_answer` gives it."""
+        return self.task.final_answer(self.task.cue + answer)
+
+    def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Written | None]:
+        """The answers that come at once after chains, all in one decode."""
+        opened = [(problem, chain or self.completer.opening) for problem, chain in rows]
+        asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in opened]
+        return self._written(asked, answer_only=True)
+
+    def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Written | None]:
+        """What follows beginnings of completions, all in one decode."""
+        return self._written(rows, answer_only=False)
+
+    def _written(
+        self, rows: Sequence[tuple[Problem, str]], *, answer_only: bool
+    ) -> list[Written | None]:
+        replies = self.completer.complete(
+            [problem for problem, _ in rows], [text for _, text in rows], answer_only=answer_only
+        )
+        lead = self.task.cue if answer_only else ""
+        return [
+            None if reply is None else self._read(problem, begun, lead + reply.text, reply)
+            for (problem, begun), reply in zip(rows, replies, strict=True)
+        ]
+
+    def _read(self, problem: Problem, begun: str, text: str, reply: Reply) -> Written:
+        # The whole is read too: a chain may have been opened in what was begun and never be closed,
+        # and then the numbers in it are no answer.
+        whole = self.task.final_answer(begun + reply.text)
+        answer = None if whole is None else self.task.final_answer(text)
+        right = answer is not None and self.task.verify(problem, text).correct
+        return Written(text=text, answer=answer, right=right, depths=reply.depths)
