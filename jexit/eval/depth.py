@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jexit.eval.intervals import Interval, bootstrap_mean, bootstrap_ratio_difference
+from jexit.eval.intervals import Interval, bootstrap_ratio_difference, paired_interval
 
 CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
 _OPERATORS = frozenset("+-*/=<>^%×÷−")
@@ -159,7 +159,7 @@ def compared(
 
     Positive `accuracy_difference`: knowing which tokens to stop was worth so much.
     """
-    right = np.asarray([a.right for a in ours], float) - [b.right for b in theirs]
+    right, theirs_right = ([float(made.right) for made in some] for some in (ours, theirs))
 
     def depth_parts(completions: Sequence[Completion]) -> tuple[list[int], list[int]]:
         return [c.layers_run for c in completions], [layers * len(c.depths) for c in completions]
@@ -171,8 +171,8 @@ def compared(
     return {
         "policy": policy,
         "control": control,
-        "accuracy_difference": float(right.mean()),
-        "accuracy_difference_ci95": bootstrap_mean(right, seed),
+        "accuracy_difference": float(np.mean(right) - np.mean(theirs_right)),
+        "accuracy_difference_ci95": paired_interval(right, theirs_right),
         "depth_fraction_difference": sum(ours_run) / sum(ours_all)
         - sum(theirs_run) / sum(theirs_all),
         "depth_fraction_difference_ci95": interval,
