@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from jexit.tasks.base import Draw
+from jexit.tasks.tom_rules import last_named, others_belief, told_by_name, true_place
 from jexit.tasks.tom_text import (
     CONTAINERS,
     OF_PLACES,
@@ -127,37 +128,6 @@ def is_false(question: Question, world: World) -> bool:
     if len(question.people) == 2:
         return belief != world.beliefs.get((question.people[1:], question.thing))
     return belief != world.place_of.get(question.thing)
-
-
-def last_named(question: Question, story: Story) -> str:
-    """The last place that an event names together with the thing and the first person asked about.
-
-    Where none does, the last one named with the thing.
-    """
-    person = question.people[0]
-    events = [event for event in story.events if event.thing == question.thing]
-    naming = [event for event in events if person in (event.actor, event.hearer, event.secret)]
-    return (naming or events)[-1].place
-
-
-def true_place(question: Question, story: Story) -> str | None:
-    world = story.end()
-    assert world is not None
-    return world.place_of.get(question.thing)
-
-
-def others_belief(question: Question, story: Story) -> str | None:
-    """Where the second person asked about thinks that the thing is."""
-    world = story.end()
-    assert world is not None
-    return world.beliefs.get((question.people[1:], question.thing))
-
-
-def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
-    """Whether all people asked about are named with the topic, and whether everybody is told."""
-    tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
-    named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
-    return any(named), any(not event.hearer for event in tells)
 
 
 @dataclasses.dataclass(frozen=True)

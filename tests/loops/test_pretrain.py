@@ -23,17 +23,17 @@ def parts(**settings):
     ("settings", "expected"),
     [
         ({}, [({"sums": 0.8, "word_problems": 0.2}, 120, 56)]),
-        ({"tom": 0.3}, [({"sums": 0.5, "word_problems": 0.2}, 84, 56), ({"tom": 0.3}, 36, 128)]),
+        ({"tom": 0.3}, [({"sums": 0.5, "word_problems": 0.2}, 84, 56), ({"tom": 0.3}, 36, 144)]),
         ({"word_problems": 0.0}, [({"sums": 1.0}, 120, 56)]),
         (
             {"tom": 0.75, "word_problems": 0.25},
-            [({"word_problems": 0.25}, 30, 56), ({"tom": 0.75}, 90, 128)],
+            [({"word_problems": 0.25}, 30, 56), ({"tom": 0.75}, 90, 144)],
         ),
-        ({"tom": 1.0, "word_problems": 0.0}, [({"tom": 1.0}, 120, 128)]),
+        ({"tom": 1.0, "word_problems": 0.0}, [({"tom": 1.0}, 120, 144)]),
         (  # multiples of 8 rows
             {"tom": 0.3, "optim": {"accumulate": 4}, "mesh": {"data": 2}},
             [({"sums": 0.7 * 5 / 7 * 88 / 84, "word_problems": 0.2 * 88 / 84}, 88, 56),
-             ({"tom": 32 / 120}, 32, 128)],
+             ({"tom": 32 / 120}, 32, 144)],
         ),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from story_reader import read_story
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw
+from jexit.tasks.tom_rules import last_named
 from jexit.tasks.tom_stories import (
     PLACES,
     Cast,
@@ -17,7 +18,6 @@ from jexit.tasks.tom_stories import (
     _story_of_topics,
     _twins,
     is_false,
-    last_named,
     questions,
 )
 from jexit.tasks.tom_text import CONTAINERS, KINDS, NO, OF_PLACES, YES
