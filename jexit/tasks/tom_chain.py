@@ -70,11 +70,6 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
     return f"{groups} see {what}{secret}"
 
 
-def texts() -> list[str]:
-    """Lines with every word of a chain that stories and questions lack, as it is written there."""
-    return [f"{NAMES[0]} see {CONTAINERS[0]}: {state}\n" for state in (UNKNOWN, YES, NO)]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainLine:
     """A line that gives a state: the words before the place, place or topic, secret witness, state.

@@ -14,8 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from jexit.tasks.tom_world import PLACINGS, SPEECH, Event, World
-from jexit.tasks.word_problems import NAMES, OBJECTS
+from jexit.tasks.tom_world import SPEECH, Event, World
 
 ROOMS = ("hall", "kitchen", "garden", "office")
 CONTAINERS = ("box", "bag", "jar", "tin", "chest", "basket")
@@ -126,21 +125,3 @@ def sentence(event: Event) -> str:
     if event.distracted:
         text += f" {event.distracted} is distracted."
     return text
-
-
-def texts() -> list[str]:
-    """Texts in which every word of a story, a question and a closing occurs as it is written."""
-    a, b = NAMES[:2]
-    forms = [
-        Event(kind=kind, actor=a, thing=OBJECTS[0], place=CONTAINERS[0], room=ROOMS[0])
-        for kind in SENTENCES
-    ]
-    whispers = [dataclasses.replace(e, hearer=b, secret=b) for e in forms if e.kind in SPEECH]
-    watched = [dataclasses.replace(e, secret=b, distracted=b) for e in forms if e.kind in PLACINGS]
-    written = [_opening((a, b), ROOMS[0]), *map(sentence, [*forms, *whispers, *watched])]
-    written += [form.format(a=a, b=b, thing=OBJECTS[0]) for form in QUESTIONS.values()]
-    slots = (*NAMES, *ROOMS, *CONTAINERS, *OBJECTS, *TOPICS)
-    return [" ".join(written) + closing for closing in CLOSINGS.values()] + [
-        *(f"the {word}" for word in slots),
-        *NAMES,
-    ]
