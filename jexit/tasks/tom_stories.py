@@ -163,16 +163,15 @@ def _about_places(
             mentions = _plan_of_memory(draw, cast, pattern, rank, thing, other)
         else:
             mentions = _plan(draw, cast, thing, other, kinds)
-        story = _story_of_places(draw, cast, mentions)
-        if story is None:
+        told = _story_of_places(draw, cast, mentions)
+        if told is None:
             continue
-        world, place = story.end(), cast.places[rank]
-        assert world is not None
+        (story, world), place = told, cast.places[rank]
         fitting = [
             question
             for question in questions(kind, cast.people, (thing,))
             if question.answer(world) == place
-            and all((rule(question, story) == place) == right for rule, right in rules)
+            and all((rule(question, story, world) == place) == right for rule, right in rules)
         ]
         if fitting:
             return story, draw.choice(fitting)
@@ -305,7 +304,10 @@ def _stage(draw: Draw, cast: Cast) -> Story:
     )
 
 
-def _story_of_places(draw: Draw, cast: Cast, mentions: Sequence[_Mention]) -> Story | None:
+def _story_of_places(
+    draw: Draw, cast: Cast, mentions: Sequence[_Mention]
+) -> tuple[Story, World] | None:
+    """A story and the world at its end; None if one of the mentions cannot be."""
     stage = _stage(draw, cast)
     world, events = stage.start(), []
     for mention in mentions:
@@ -315,7 +317,8 @@ def _story_of_places(draw: Draw, cast: Cast, mentions: Sequence[_Mention]) -> St
         if event is None:
             return None
         events.append(_happening(world, event))
-    return _told(stage, events, cast)
+    story = _told(stage, events, cast)
+    return None if story is None else (story, world)
 
 
 def _story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
