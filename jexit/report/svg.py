@@ -236,12 +236,15 @@ def text_width(text: str, size: float = FONT) -> float:
     return CHARACTER * size * len(text)
 
 
+_LEAST = 1e-300  # floats below lose digits, and their logarithm at last
+
+
 def ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
     """Round numbers that span the values, about `count` of them, and the range they span."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):
-        reach = 0.5 * abs(low) or 1.0
+    if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
+        reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach
     raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))

@@ -5,7 +5,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jexit.report.svg import Chart, share_ticks, text_width, tick_text, ticks
@@ -77,6 +77,8 @@ def test_labels_keep_off_each_other_and_inside():
             assert across <= 0 or down <= 0, texts[index].text
 
 
+@example(0.0, 5e-324, False)
+@example(1e-310, 0.0, False)
 @given(
     st.floats(-1e6, 1e6),
     st.floats(0, 1e6),
