@@ -40,10 +40,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jexit.io.files import write_bytes_atomic
+from jexit.main import INTERRUPTED
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"
-INTERRUPTED = 3  # also what a run exits with after a signal, when it has saved
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
 _SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
@@ -227,6 +227,8 @@ class Runner:
                 os.sched_setaffinity(process.pid, cores)
             with self._lock:
                 self._running.add(process)
+            if self.stopped:  # before there was a process to hand the signal on to
+                process.send_signal(signal.SIGTERM)
             try:
                 return process.wait()
             finally:
@@ -312,6 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner = Runner(sweep)
         failed = [] if sweep.table_only else runner.run(cells)
         finished = [cell for cell in cells if cell.finished]
+        if sweep.table_only and not finished:
+            raise ValueError(
+                f"none of the {len(cells)} runs in {sweep.into} has finished; run them"
+            )
         if finished:
             print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
     except ValueError as error:

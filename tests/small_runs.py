@@ -8,10 +8,14 @@ import numpy as np
 from flax import nnx
 
 from jexit.config import Config, config_dict
-from jexit.io.model_dir import load
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import load, save_model
 from jexit.main import dispatch
 from jexit.model.transformer import ExitHeadSettings, Transformer
 from jexit.presets import Architecture
+from jexit.sections import TINY_PATH
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # The only figures that two equal runs may differ in.
 TIMES = {
@@ -21,6 +25,13 @@ TIMES = {
     "memory/host_peak_gib",
     "compilations",
 }
+
+
+def saved_small_model(path: pathlib.Path) -> pathlib.Path:
+    """A model directory at `path`, with the shipped tokenizer and no adapters."""
+    tokenizer = Tokenizer.load(ROOT / TINY_PATH)
+    save_model(path, small_model(tokenizer.vocab_size), tokenizer)
+    return path
 
 
 def small_model(vocab_size: int) -> Transformer:

@@ -12,10 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from jexit.data.tokenizer import Tokenizer
-from jexit.io.model_dir import save_model
-from jexit.sections import TINY_PATH
-from small_runs import metrics, parameters, small_model, small_settings
+from small_runs import metrics, parameters, saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 INTERRUPTED, LOST = 3, 4
@@ -24,10 +21,7 @@ RELATIVE = 1e-5  # of losses and parameters: two processes add up in another ord
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model"
-    tokenizer = Tokenizer.load(ROOT / TINY_PATH)
-    save_model(path, small_model(tokenizer.vocab_size), tokenizer)
-    return path
+    return saved_small_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def arguments(command, model_dir, workdir, **settings):

@@ -14,10 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from jexit.data.tokenizer import Tokenizer
-from jexit.io.model_dir import save_model
-from jexit.sections import TINY_PATH
-from small_runs import metrics, parameters, small_model, small_settings
+from small_runs import metrics, parameters, saved_small_model, small_settings
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +53,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Whole:
     directory = tmp_path_factory.mktemp("whole")
-    tokenizer = Tokenizer.load(ROOT / TINY_PATH)
-    save_model(directory / "model", small_model(tokenizer.vocab_size), tokenizer)
+    saved_small_model(directory / "model")
     whole = Whole(directory / "model", {s: directory / s for s in STAGES}, {})
     for stage in STAGES:
         began = time.monotonic()

@@ -12,10 +12,7 @@ import time
 import pytest
 
 from jexit import sweep
-from jexit.data.tokenizer import Tokenizer
-from jexit.io.model_dir import save_model
-from jexit.sections import TINY_PATH
-from small_runs import small_model, small_settings
+from small_runs import saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIVEN = ("--config=a.py:tiny", "--into=runs/x")
@@ -82,6 +79,7 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         ([*GIVEN, "seed=1,2", "--config.seed=3"], "seed is both in the grid and in --config.seed"),
         ([*GIVEN, "--eval.seed=3"], "--eval.KEY is for --eval=FILE, which is missing"),
         ([*GIVEN, "--jobs=none"], "--jobs is 'none'"),
+        ([*GIVEN, "--table_only"], "none of the 1 runs in runs/x has finished"),
         ([*GIVEN, "--jobs=10000"], "--jobs is 10000 and there are"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
     ],
@@ -129,10 +127,7 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model"
-    tokenizer = Tokenizer.load(ROOT / TINY_PATH)
-    save_model(path, small_model(tokenizer.vocab_size), tokenizer)
-    return path
+    return saved_small_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def command(model_dir, into, *grid, **settings):

@@ -52,9 +52,8 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
         if control_of(policy) is None:
             decoder.policy(policy, 1, 1)  # refuse a wrong one before the first runs
     if "filler" in config.eval.measures:
-        ModelCompleter(decoder, config.eval.measured, positions).filler(
-            ""
-        )  # refuse a tokenizer without
+        # Refuse a tokenizer without.
+        ModelCompleter(decoder, config.eval.measured, positions).filler("")
     start_run(workdir, config.to_dict())
     total = len(config.eval.policies) + rounds(task, config.eval)
     with Progress(total, description="eval", enabled=is_primary()) as progress:

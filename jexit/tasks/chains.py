@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -16,23 +15,17 @@ class Corruption:
     """A chain with one step changed.
 
     `prefix` is the completion up to and including the changed step; `answer` what the rest comes to
-    when it is worked out rightly from there, None where the task cannot know. `step` is the number
-    of the changed step, from 0; without it that is the step with the first changed character.
+    when it is worked out rightly from there, None where the task cannot know; `step` the number of
+    the changed step, from 0.
     """
 
     prefix: str
     answer: str | None
-    step: int | None = None
+    step: int
 
     def undone(self, steps: Sequence[str]) -> str:
         """The completion up to and including the same step, as it was; `steps` are all of them."""
-        step = self.step
-        if step is None:
-            pairs = zip(self.prefix, "".join(steps), strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            ends = itertools.accumulate(map(len, steps))
-            step = next((i for i, end in enumerate(ends) if end > shared), len(steps) - 1)
-        return "".join(steps[: step + 1])
+        return "".join(steps[: self.step + 1])
 
 
 class ChainTask(Task):

@@ -155,7 +155,9 @@ class Sums(ChainTask):
         ]
         changed = draw.choice(others) + wrote[1:]
         return Corruption(
-            prefix="".join(steps[:place]) + signs + changed, answer=digit_sum(changed)
+            prefix="".join(steps[:place]) + signs + changed,
+            answer=digit_sum(changed),
+            step=place,
         )
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:

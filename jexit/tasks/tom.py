@@ -169,7 +169,8 @@ class Tom(ChainTask):
         if not possible:
             return None
         change = draw.choice(possible)
-        return Corruption(prefix="".join(lines[: change.index]) + change.line, answer=change.answer)
+        prefix = "".join(lines[: change.index]) + change.line
+        return Corruption(prefix=prefix, answer=change.answer, step=change.index)
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         """Another place of the story; no for yes and yes for no."""

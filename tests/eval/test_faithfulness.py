@@ -55,7 +55,9 @@ class Addition(ChainTask):
         wrong = int(steps[index]) + draw.integer(1, 5)
         shift = wrong - int(steps[index])
         return Corruption(
-            prefix="".join(steps[:index]) + f"{wrong}\n", answer=str(int(problem.answer) + shift)
+            prefix="".join(steps[:index]) + f"{wrong}\n",
+            answer=str(int(problem.answer) + shift),
+            step=index,
         )
 
     def wrong_answer(self, problem, draw):

@@ -75,6 +75,12 @@ def test_null_is_a_figure_that_was_not_finite():
     ],
 )
 def test_a_value_of_another_type_is_named(path, wrong, sentence):
+    said = refusal(path, wrong, sentence)
+    assert "\n" not in said and "again" in said
+
+
+def refusal(path, wrong, sentence):
+    """What is said of an evaluation with another value at a place, which matches `sentence`."""
     value = evaluation()
     *owner, last = path
     place = value
@@ -83,7 +89,7 @@ def test_a_value_of_another_type_is_named(path, wrong, sentence):
     place[last] = wrong
     with pytest.raises(ValueError, match=sentence) as caught:
         build(Evaluation, value, "eval")
-    assert "\n" not in str(caught.value) and "again" in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -109,15 +115,8 @@ def test_a_value_of_another_type_is_named(path, wrong, sentence):
     ids=str,
 )
 def test_a_value_that_does_not_fit_is_named(path, wrong, sentence):
-    value = evaluation()
-    *owner, last = path
-    place = value
-    for key in owner:
-        place = place[key]
-    place[last] = wrong
-    with pytest.raises(ValueError, match=sentence) as caught:
-        build(Evaluation, value, "eval")
-    assert "\n" not in str(caught.value) and str(caught.value).endswith("this file again")
+    said = refusal(path, wrong, sentence)
+    assert "\n" not in said and said.endswith("this file again")
 
 
 def test_each_field_that_was_always_there_is_asked_for():

@@ -4,22 +4,6 @@ import pytest
 
 from jexit.tasks import Draw, Gsm8k, make_task
 from jexit.tasks.base import Problem
-from jexit.tasks.chains import Corruption
-
-
-@pytest.mark.parametrize(
-    ("prefix", "step", "undone"),
-    [
-        ("+02+9", None, "+02+2"),
-        ("+52", None, "+02"),
-        ("+02+2", None, "+02+2"),  # nothing differs before the end: the last step
-        ("+0", 0, "+02"),
-        ("+022", 0, "+02"),  # goes on beyond the step that it changes
-    ],
-)
-def test_the_changed_step_is_the_first_that_differs_or_the_one_that_is_named(prefix, step, undone):
-    made = Corruption(prefix=prefix, answer=None, step=step)
-    assert made.undone(["+02", "+2"]) == undone
 
 
 @pytest.mark.parametrize(
