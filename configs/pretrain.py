@@ -15,7 +15,7 @@ from jexit.config import config_dict
 def get_config(preset: str = "tiny"):
     config = config_dict("pretrain", preset)
     config.steps = 3000
-    config.batch_size = 128
+    config.batch_size = 44  # rows, of some three texts each
     config.exits.layers = (1, 2, 3, 4, 6)
     config.optim.full_lr = 2e-3
     config.optim.b2 = 0.98

@@ -21,6 +21,7 @@ PositionsBT = Int[Array, "B T"]
 LengthsB = Int[Array, "B"]
 DepthBT = Int[Array, "B T"]
 MaskBT = Bool[Array, "B T"]
+SegmentBT = Int[Array, "B T"]
 HiddenBTD = Float[Array, "B T D"]
 ExitHiddenEBTD = Float[Array, "E B T D"]
 HazardLogitsBTE = Float[Array, "B T E"]
@@ -44,5 +45,6 @@ __all__ = [
     "MaskBT",
     "PRNGKey",
     "PositionsBT",
+    "SegmentBT",
     "TokensBT",
 ]

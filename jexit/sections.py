@@ -111,8 +111,7 @@ class OptimConfig:
 class PretrainConfig:
     """The shipped model's trunk, trained from nothing on the tasks' own text."""
 
-    length: int = 56  # of sums and word problems
-    tom_length: int = 144  # of theory-of-mind stories
+    length: int = 144  # of a row, which holds several texts
     width: int = 96
     layers: int = 8
     query_heads: int = 4

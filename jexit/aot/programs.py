@@ -17,7 +17,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.eval.faithfulness import MEASURES
 from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
-from jexit.loops.pretrain import RESULT_GROUPS, new_model, texts
+from jexit.loops.pretrain import RESULT_GROUPS, new_model
 from jexit.loops.setup import (
     adapter_settings,
     execution_of,
@@ -189,14 +189,12 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
         groups=tuple(RESULT_GROUPS),
         micro_batches=config.optim.accumulate,
     )
-    batch = []
-    for part in texts(config):
-        tokens_BT = rows(mesh, part.rows, part.length)
-        weight_BT = rows(mesh, part.rows, part.length, dtype=jnp.float32)
-        batch.append(PretrainBatch(tokens_BT, weight_BT, tokens_BT))
+    shape = (config.batch_size, config.pretrain.length)
+    ids_BT, weight_BT = rows(mesh, *shape), rows(mesh, *shape, dtype=jnp.float32)
+    batch = PretrainBatch(ids_BT, weight_BT, ids_BT, ids_BT, ids_BT)
     return Program(
         name="pretraining step",
-        lower=lambda: step.lower(state, tuple(batch), abstract_key()),
+        lower=lambda: step.lower(state, batch, abstract_key()),
         inputs={"state": state, "batch": batch},
         exit_share=exit_share(split),
     )

@@ -28,17 +28,20 @@ Batch = TypeVar("Batch")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextBatch:
-    """Prompts with reference completions, padded at the end.
+    """Prompts with reference completions, several to a row, padded at the end.
 
     `tokens_BT` int32; `loss_mask_BT` float32, the weight of each token *as a target*: 1 on the
     completion and its end token, `prompt_weight` on the prompt (never on the first token, which
-    nothing predicts), 0 on padding; `prompt_lengths_B` and `lengths_B` int32.
+    nothing predicts), 0 on padding. `segment_BT` int32 numbers a row's texts from 1 (0: padding)
+    and `position_BT` int32 the tokens of each text from 0. `lengths_N` int32 has the tokens of
+    every text, in the order in which they were drawn.
     """
 
     tokens_BT: np.ndarray
     loss_mask_BT: np.ndarray
-    prompt_lengths_B: np.ndarray
-    lengths_B: np.ndarray
+    segment_BT: np.ndarray
+    position_BT: np.ndarray
+    lengths_N: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,13 +78,12 @@ def text_batch(
     length: int,
     prompt_weight: float = 0.0,
     split: Split = "train",
-    rows: Sequence[int] | None = None,
 ) -> TextBatch:
-    """Reference text of a weighted mixture of tasks, for pretraining.
+    """Reference text of a weighted mixture of tasks, for pretraining: as much as the rows hold.
 
-    `rows` picks this host's among the `batch_size` rows of the step; None: all. Raises ValueError
-    when an example, its end token included, does not fit `length`, or when a task has no reference
-    completions.
+    The texts are the first n of the step's own stream, with the largest n that `pack` finds room
+    for in `batch_size` rows of `length` tokens. Raises ValueError when a text, its end token
+    included, does not fit `length`, or when a task has no reference completions.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -89,40 +91,79 @@ def text_batch(
             f"a text mixture needs tasks with weights >= 0, one of them positive, "
             f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
         )
-    problems = []
-    for position in _positions(step, batch_size, rows):
-        task = mixture[int(Draw("mixture", seed, position).weighted(weights))][0]
-        problem = _problem_at(task, split, seed=seed, position=position)
+    room = batch_size * length
+    texts: list[tuple[list[int], int]] = []  # ids, and how many of them are the prompt's
+    while sum(len(ids) for ids, _ in texts) <= room:
+        problems = []
+        for number in range(len(texts), len(texts) + batch_size):
+            position = step * room + number  # more texts than tokens cannot be drawn
+            task = mixture[int(Draw("mixture", seed, position).weighted(weights))][0]
+            problems.append(_problem_at(task, split, seed=seed, position=position))
+        texts += _encoded(tokenizer, problems, length)
+    lengths = [len(ids) for ids, _ in texts]
+    count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
+    while (row_of := pack(lengths[:count], batch_size, length)) is None:
+        count -= 1
+
+    tokens_BT = np.full((batch_size, length), tokenizer.pad_id, np.int32)
+    loss_mask_BT = np.zeros(tokens_BT.shape, np.float32)
+    segment_BT, position_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
+    filled_B = np.zeros(batch_size, np.int32)
+    for row, (ids, prompt) in zip(row_of, texts, strict=False):
+        here = slice(filled_B[row], filled_B[row] + len(ids))
+        tokens_BT[row, here] = ids
+        loss_mask_BT[row, here] = (
+            [0.0] + [prompt_weight] * (prompt - 1) + [1.0] * (len(ids) - prompt)
+        )
+        segment_BT[row, here] = segment_BT[row].max() + 1
+        position_BT[row, here] = np.arange(len(ids))
+        filled_B[row] += len(ids)
+    return TextBatch(
+        tokens_BT=tokens_BT,
+        loss_mask_BT=loss_mask_BT,
+        segment_BT=segment_BT,
+        position_BT=position_BT,
+        lengths_N=np.array(lengths[:count], np.int32),
+    )
+
+
+def _encoded(
+    tokenizer: Tokenizer, problems: Sequence[Problem], length: int
+) -> list[tuple[list[int], int]]:
+    """Each problem's prompt, completion and end token as ids, and the prompt's length."""
+    for problem in problems:
         if problem.completion is None:
             raise ValueError(
-                f"task {task.name!r} has problems without a reference completion to train on; "
+                f"the problem {problem.prompt[:60]!r} has no reference completion to train on; "
                 "take another task or another file"
             )
-        problems.append(problem)
     prompts = encode_problems(tokenizer, problems)
     completions = tokenizer.encode_batch([problem.completion or "" for problem in problems])
-
-    tokens_BT = np.full((len(problems), length), tokenizer.pad_id, np.int32)
-    loss_mask_BT = np.zeros(tokens_BT.shape, np.float32)
-    prompt_lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    lengths_B = np.zeros(len(problems), np.int32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    made = []
+    for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         ids = [*prompt, *completion, tokenizer.eos_id]
         if len(ids) > length:
             raise ValueError(
                 f"a training example has {len(ids)} tokens, over the limit of {length}: "
-                f"{problems[row].prompt[:60]!r}; raise the sequence length or shorten the task"
+                f"{problem.prompt[:60]!r}; raise the sequence length or shorten the task"
             )
-        tokens_BT[row, : len(ids)] = ids
-        loss_mask_BT[row, 1 : len(prompt)] = prompt_weight
-        loss_mask_BT[row, len(prompt) : len(ids)] = 1.0
-        lengths_B[row] = len(ids)
-    return TextBatch(
-        tokens_BT=tokens_BT,
-        loss_mask_BT=loss_mask_BT,
-        prompt_lengths_B=prompt_lengths_B,
-        lengths_B=lengths_B,
-    )
+        made.append((ids, len(prompt)))
+    return made
+
+
+def pack(lengths: Sequence[int], rows: int, room: int) -> list[int] | None:
+    """The row of each text by best-fit decreasing, None when `rows` rows are too few.
+
+    From the longest text to the shortest, each goes into the fullest row that has room for it.
+    """
+    left, row_of = [room] * rows, [0] * len(lengths)
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        fits = [row for row in range(rows) if left[row] >= lengths[text]]
+        if not fits:
+            return None
+        row = row_of[text] = min(fits, key=left.__getitem__)
+        left[row] -= lengths[text]
+    return row_of
 
 
 def prompt_batch(

@@ -18,7 +18,7 @@ when linear) and twice that backward; the embedding costs nothing.
 
 A step of
 - pretraining is a forward and backward pass of the trunk and the logits of every position (each
-  exit's too, where they have a loss). Rows count whole: their padding is not known apart;
+  exit's too, where they have a loss);
 - calibration is the teacher's pass, with `sft.target=student` one of the student, the logits of the
   final states and of every exit at the completion's tokens, and for each of the S students a
   forward and backward pass with the logits of its completion;
@@ -117,9 +117,8 @@ class ModelFlops:
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
-    def pretrain_step(self, rows: int, length: int, *, exit_loss: bool) -> float:
-        """`rows` rows of `length` positions each."""
-        work = Work.of(np.full(rows, length))
+    def pretrain_step(self, work: Work, *, exit_loss: bool) -> float:
+        """`work` is of whole texts."""
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
         passes = self.forward(work) + self.backward(work)
         return passes + losses * self.logits(work.tokens, trained=True)

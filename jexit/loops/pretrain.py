@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -14,7 +14,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows, is_primary, place_parameters, place_rows, waiting
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
-from jexit.loops.flops import ModelFlops
+from jexit.loops.flops import ModelFlops, Work
 from jexit.loops.pictures import draw
 from jexit.loops.setup import execution_of, head_settings
 from jexit.loops.trainer import Trainer
@@ -56,38 +56,16 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Rows of every step that are padded to one length: tasks that write them, with weights."""
-
-    mixture: list[tuple[Task, float]]
-    rows: int
-    length: int
-
-
-def texts(config: Config) -> list[Text]:
-    """What a step's rows hold: short texts (sums, word problems), and stories, which are longer.
-
-    The rows are divided as the shares say, in multiples of what micro-batches and data shards take.
-    Raises ValueError when a share comes to less than one of these.
-    """
-    p, mesh = config.pretrain, config.mesh
-    unit = config.optim.accumulate * mesh.data * mesh.fsdp
-    stories = round(p.tom * config.batch_size / unit) * unit
-    short = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding must not leave it a hair below zero
-    mixture = [(make_task("sums", steps="mixed"), short)]
-    mixture.append((make_task("word_problems"), p.word_problems))
-    parts = [
-        Text([pair for pair in mixture if pair[1] > 0], config.batch_size - stories, p.length),
-        Text([(make_task("tom", steps="mixed"), 1.0)], stories, p.tom_length),
+def mixture(config: Config) -> list[tuple[Task, float]]:
+    """The tasks whose text is trained on, with their shares of the texts."""
+    p = config.pretrain
+    sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding must not leave it a hair below zero
+    tasks = [
+        (make_task("sums", steps="mixed"), sums),
+        (make_task("word_problems"), p.word_problems),
+        (make_task("tom", steps="mixed"), p.tom),
     ]
-    for part, share in zip(parts, (1.0 - p.tom, p.tom), strict=True):
-        if share > 1e-9 and part.rows == 0:
-            raise ValueError(
-                f"a share of {share:g} of config.batch_size {config.batch_size} is less than the "
-                f"{unit} rows that micro-batches and data shards take; raise config.batch_size"
-            )
-    return [part for part in parts if part.rows and part.mixture]
+    return [(task, share) for task, share in tasks if share > 0]
 
 
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
@@ -95,32 +73,36 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     tokenizer = Tokenizer.load(config.model.path)
     tokenizer.thinking = config.task.thinking
     model = new_model(config, tokenizer)
-    parts = texts(config)
+    tasks = mixture(config)
     separators = [tokenizer.encode(text) for text in RESULT_GROUPS.values()]
     assert all(len(ids) == 1 for ids in separators), "separators must be single tokens"
 
-    here = [host_rows(part.rows) for part in parts]
+    here = host_rows(config.batch_size)
 
-    def batch_of(step: int) -> tuple[PretrainBatch, ...]:
-        batches = []
-        for part, rows in zip(parts, here, strict=True):
-            batch = text_batch(
-                part.mixture,
-                tokenizer,
-                seed=config.seed,
-                step=step,
-                batch_size=part.rows,
-                length=part.length,
-                prompt_weight=config.pretrain.prompt_loss,
-                rows=rows.index_B,
-            )
-            previous_BT = np.roll(batch.tokens_BT, 1, axis=1)
-            group_BT = np.zeros_like(batch.tokens_BT)
-            for number, (separator,) in enumerate(separators, start=1):
-                group_BT[(previous_BT == separator) & (batch.loss_mask_BT > 0)] = number
-            batches.append(PretrainBatch(batch.tokens_BT, batch.loss_mask_BT, group_BT))
-        return tuple(batches)
+    def batch_of(step: int) -> tuple[PretrainBatch, float]:
+        """This host's rows of the step, and the model FLOPs of all of them."""
+        text = text_batch(
+            tasks,
+            tokenizer,
+            seed=config.seed,
+            step=step,
+            batch_size=config.batch_size,
+            length=config.pretrain.length,
+            prompt_weight=config.pretrain.prompt_loss,
+        )
+        previous_BT = np.roll(text.tokens_BT, 1, axis=1)
+        group_BT = np.zeros_like(text.tokens_BT)
+        for number, (separator,) in enumerate(separators, start=1):
+            group_BT[(previous_BT == separator) & (text.loss_mask_BT > 0)] = number
+        batch = PretrainBatch(
+            text.tokens_BT, text.loss_mask_BT, text.segment_BT, text.position_BT, group_BT
+        )
+        flops = counted.pretrain_step(
+            Work.of(text.lengths_N), exit_loss=config.pretrain.exit_loss > 0
+        )
+        return jax.tree.map(lambda rows_BT: rows_BT[here.index_B], batch), flops
 
+    counted = ModelFlops.of(model, full=True)
     batch_of(0)  # a length that is too short stops the run before it writes anything
     start_run(workdir, config.to_dict())
     split = split_model(model, full=True, keep_teacher=False)
@@ -140,19 +122,15 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         {"loss": "loss", **{f"p_right/{name}": name for name in RESULT_GROUPS}},
     )
     state = trainer.restore(new_state(split.trainable, optimizer))
-    counted = ModelFlops.of(model, full=True)
-    flops = sum(
-        counted.pretrain_step(part.rows, part.length - 1, exit_loss=config.pretrain.exit_loss > 0)
-        for part in parts
-    )
     rate = schedule(config.optim, config.optim.full_lr, config.steps)
 
     batches = prepared(batch_of, int(state.step), config.steps)
 
     def one_step(state, step):
-        batch = map(place_rows, next(batches), here)
+        batch, flops = next(batches)
+        batch = place_rows(batch, here)
         with waiting(f"step {step + 1}"):
-            state, metrics = step_fn(state, tuple(batch), step_key(config.seed, step))
+            state, metrics = step_fn(state, batch, step_key(config.seed, step))
         return state, metrics | {"lr": rate(step), "model_flops": flops}
 
     state = trainer.run(state, one_step)

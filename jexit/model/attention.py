@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jexit.axes import Array, Float, HiddenBTD, MaskBT, PRNGKey
+from jexit.axes import Array, Float, HiddenBTD, MaskBT, PRNGKey, SegmentBT
 from jexit.kernels.dispatch import target
 from jexit.model.heads import over_mesh
 from jexit.model.layers import RMSNorm, apply_rope
@@ -111,6 +111,7 @@ def attend(
     kv: KeysValues,
     valid_BT: MaskBT | None = None,
     *,
+    segment_BT: SegmentBT | None = None,
     padding: Padding = "right",
     implementation: str = "xla",
     interpret: bool = False,
@@ -125,39 +126,50 @@ def attend(
     """
     chosen = choose_attention(implementation, q_BTNH.shape[1])
     if chosen == "xla":
-        mask_B11S = None if valid_BT is None else valid_BT[:, None, None]
+        if segment_BT is not None:
+            mask = _same_segment(segment_BT)
+        else:
+            mask = None if valid_BT is None else valid_BT[:, None, None]
         return jax.nn.dot_product_attention(
-            q_BTNH, *kv, mask=mask_B11S, is_causal=True, implementation="xla"
+            q_BTNH, *kv, mask=mask, is_causal=True, implementation="xla"
         )
+    seen_BT = valid_BT if segment_BT is None else segment_BT
     if chosen == "splash":
         if not interpret:
             check_attention(chosen)
         return over_mesh(
-            functools.partial(splash_attention, interpret=interpret), q_BTNH, *kv, valid_BT
+            functools.partial(splash_attention, interpret=interpret), q_BTNH, *kv, seen_BT
         )
     if chosen == "cudnn":
         check_attention(chosen)
-        return over_mesh(functools.partial(_cudnn, padding=padding), q_BTNH, *kv, valid_BT)
+        return over_mesh(functools.partial(_cudnn, padding=padding), q_BTNH, *kv, seen_BT)
     raise ValueError(
         f"attention has no implementation {implementation!r}; use auto, xla, cudnn or splash"
     )
 
 
+def _same_segment(segment_BT: Array) -> Array:
+    """[B, 1, T, S]: whether query and key are of one text."""
+    return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+
+
 def _cudnn(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, valid_BT: Array | None, *, padding: Padding
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, seen_BT: Array | None, *, padding: Padding
 ) -> Array:
-    """cuDNN's flash attention; padding on the left costs it a mask [B, 1, T, T]."""
+    """cuDNN's flash attention; segments and padding on the left cost it a mask [B, 1, T, T]."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
             f"config.model.attention=cudnn takes bfloat16 or float16, found {q_BTNH.dtype}; set "
             "config.model.dtype=bfloat16 or config.model.attention=xla"
         )
     mask_BNTS = length_B = None
-    if valid_BT is not None and padding == "left":
-        batch, length = valid_BT.shape
-        mask_BNTS = jnp.broadcast_to(valid_BT[:, None, None], (batch, 1, length, length))
-    elif valid_BT is not None:
-        length_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+    if seen_BT is not None and seen_BT.dtype != jnp.bool_:
+        mask_BNTS = _same_segment(seen_BT)
+    elif seen_BT is not None and padding == "left":
+        batch, length = seen_BT.shape
+        mask_BNTS = jnp.broadcast_to(seen_BT[:, None, None], (batch, 1, length, length))
+    elif seen_BT is not None:
+        length_B = jnp.sum(seen_BT, axis=1, dtype=jnp.int32)
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BTKH,

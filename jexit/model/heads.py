@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jexit.axes import Array, CacheKLPSH, Float, MaskBT
+from jexit.axes import Array, CacheKLPSH, Float, MaskBT, SegmentBT
 from jexit.dist.rules import divides, free_axes, spec
 
-# (queries [B, T, N, H], keys and values [B, S, K, H], valid [B, S] or None) → [B, T, N, H]
+# (queries [B, T, N, H], keys and values [B, S, K, H], segments [B, S] or None) → [B, T, N, H]
 Attend = Callable[[Array, Array, Array, Array | None], Array]
 
 
@@ -20,7 +20,7 @@ def over_mesh(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    valid_BS: MaskBT | None,
+    segment_BS: MaskBT | SegmentBT | None,
 ) -> Float[Array, "B T N H"]:
     """`attend` on each device of the mesh that is set, with that device's rows and heads.
 
@@ -30,28 +30,28 @@ def over_mesh(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
-        return attend(q_BTNH, k_BSKH, v_BSKH, valid_BS)
+        return attend(q_BTNH, k_BSKH, v_BSKH, segment_BS)
     q_spec, kv_spec = spec("B.N.", q_BTNH.shape), spec("B.K.", k_BSKH.shape)
-    valid_spec = None if valid_BS is None else spec("B.", valid_BS.shape)
+    segment_spec = None if segment_BS is None else spec("B.", segment_BS.shape)
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     picks = q_spec[2] is not None and kv_spec[2] is None
 
-    def local(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, valid_BS: Array | None) -> Array:
+    def local(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_BS: Array | None) -> Array:
         if picks:
             count = q_BTNH.shape[2]
             first = jax.lax.axis_index(q_spec[2]) * count
             k_BSKH, v_BSKH = (own_heads(part, first, count, group) for part in (k_BSKH, v_BSKH))
-        return attend(q_BTNH, k_BSKH, v_BSKH, valid_BS)
+        return attend(q_BTNH, k_BSKH, v_BSKH, segment_BS)
 
     divided = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, valid_spec),
+        in_specs=(q_spec, kv_spec, kv_spec, segment_spec),
         out_specs=q_spec,
         axis_names=set(free_axes(mesh)),
         check_vma=False,
     )
-    return divided(q_BTNH, k_BSKH, v_BSKH, valid_BS)
+    return divided(q_BTNH, k_BSKH, v_BSKH, segment_BS)
 
 
 def own_heads(

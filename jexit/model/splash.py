@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 
-from jexit.axes import Array, Float, MaskBT
+from jexit.axes import Array, Float, MaskBT, SegmentBT
 
 LANES = 128
 # Queries and keys of a block, from the largest: 512 × 512 float32 scores and what the backward
@@ -41,13 +41,13 @@ def splash_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    valid_BT: MaskBT | None,
+    segment_BT: MaskBT | SegmentBT | None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q·k / sqrt(H)) · v over the keys at or before a query that are valid as it is.
+    """softmax(q·k / sqrt(H)) · v over the keys at or before a query in the query's own segment.
 
-    Valid positions and padding, on either side, are two segments that do not see each other.
+    Segments are texts that share a row, by number, or valid positions and padding, on either side.
     `interpret` runs the kernel's code on any platform, very slowly.
     """
     length, heads, width = q_BTNH.shape[1:]
@@ -72,8 +72,8 @@ def splash_attention(
         interpret=interpret,
     )
     segments = None
-    if valid_BT is not None:
-        ids_BT = jnp.pad(valid_BT.astype(jnp.int32), [(0, 0), (0, padded - length)])
+    if segment_BT is not None:
+        ids_BT = jnp.pad(segment_BT.astype(jnp.int32), [(0, 0), (0, padded - length)])
         segments = SegmentIds(ids_BT, ids_BT)
     scaled_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
     out_BNTH = jax.vmap(kernel)(by_head(scaled_BTNH), by_head(k_BTKH), by_head(v_BTKH), segments)

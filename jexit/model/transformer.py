@@ -24,6 +24,7 @@ from jexit.axes import (
     MaskBT,
     PositionsBT,
     PRNGKey,
+    SegmentBT,
     TokensBT,
 )
 from jexit.dist import constrain
@@ -148,6 +149,7 @@ def run(
     policy: Policy = Full(),
     positions_BT: PositionsBT | None = None,
     valid_BT: MaskBT | None = None,
+    segment_BT: SegmentBT | None = None,
     padding: Padding = "right",
     action_BT: MaskBT | None = None,
     key: PRNGKey | Key[Array, "B"] | None = None,
@@ -159,11 +161,12 @@ def run(
 ) -> Run:
     """Runs the stack over whole sequences, each token through as many layers as the policy says.
 
-    `valid_BT` is False at padding, which lies on the side that `padding` says; `action_BT` limits
-    who may leave (None: everybody). With a `key` for each row a row's draws depend on nothing but
-    that key. `adapters=False` leaves LoRA out: the teacher. A token that has left keeps its
-    residual, from which later layers still compute its keys and values:
-    h = where(layer < depth, block(h), h).
+    `valid_BT` is False at padding, which lies on the side that `padding` says; `segment_BT` numbers
+    texts that share a row, none of which sees another, and takes its place (`positions_BT` then
+    begin anew with each). `action_BT` limits who may leave (None: everybody). With a `key` for each
+    row a row's draws depend on nothing but that key. `adapters=False` leaves LoRA out: the teacher.
+    A token that has left keeps its residual, from which later layers still compute its keys and
+    values: h = where(layer < depth, block(h), h).
 
     Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
     a cache, has kernels of its own (`jexit.kernels.decode_attention`) whatever that says.
@@ -176,6 +179,7 @@ def run(
     mix = functools.partial(
         attend,
         valid_BT=valid_BT,
+        segment_BT=segment_BT,
         padding=padding,
         implementation=execution.attention,
         interpret=execution.interpret,

@@ -20,13 +20,17 @@ from jexit.steps.state import Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PretrainBatch:
-    """Right-padded text; weights and groups belong to the token as a target.
+    """Rows of several texts; weights and groups belong to the token as a target.
 
-    `group_BT` numbers classes of targets (0: none) whose probability is reported one by one.
+    `segment_BT` numbers a row's texts (0: padding), none of which sees another, `position_BT` each
+    one's tokens, and `group_BT` classes of targets (0: none) whose probability is reported one by
+    one. The first token of a text has weight 0.
     """
 
     tokens_BT: Int[Array, "B T"]
     weight_BT: Float[Array, "B T"]
+    segment_BT: Int[Array, "B T"]
+    position_BT: Int[Array, "B T"]
     group_BT: Int[Array, "B T"]
 
 
@@ -37,22 +41,26 @@ def make_pretrain_step(
     exit_loss: float,
     groups: tuple[str, ...],
     micro_batches: int = 1,
-) -> Callable[[TrainState, tuple[PretrainBatch, ...], PRNGKey], tuple[TrainState, Metrics]]:
-    """The jitted step, on a batch in parts of different lengths.
+) -> Callable[[TrainState, PretrainBatch, PRNGKey], tuple[TrainState, Metrics]]:
+    """The jitted step.
 
     loss = Σ w_t · −log p(x_t) / Σ w_t  +  exit_loss / E · Σ_e (the same at exit e's logit lens).
     Metrics carry, for each named group of targets, the mean probability given to the right token.
     """
     exits = len(split.student(split.trainable).exit_layers)
 
-    def step(
-        state: TrainState, parts: tuple[PretrainBatch, ...], key: PRNGKey
-    ) -> tuple[TrainState, Metrics]:
-        weight_total = jnp.maximum(sum(jnp.sum(part.weight_BT[:, 1:]) for part in parts), 1e-9)
+    def step(state: TrainState, batch: PretrainBatch, key: PRNGKey) -> tuple[TrainState, Metrics]:
+        weight_total = jnp.maximum(jnp.sum(batch.weight_BT[:, 1:]), 1e-9)
 
         def loss_fn(params: Params, rows: PretrainBatch, _: PRNGKey) -> tuple[Array, Metrics]:
             model = split.student(params)
-            result = run(model, rows.tokens_BT[:, :-1], exit_hidden=exit_loss > 0)
+            result = run(
+                model,
+                rows.tokens_BT[:, :-1],
+                positions_BT=rows.position_BT[:, :-1],
+                segment_BT=rows.segment_BT[:, :-1],
+                exit_hidden=exit_loss > 0,
+            )
             weight_BT, group_BT = rows.weight_BT[:, 1:], rows.group_BT[:, 1:]
             targets_N = rows.tokens_BT[:, 1:].reshape(-1)
 
@@ -73,27 +81,21 @@ def make_pretrain_step(
                 metrics["loss/exits"] = lens / (weight_total * exits)
                 loss += exit_loss * metrics["loss/exits"]
             for number, name in enumerate(groups, start=1):
-                found = sum(jnp.sum(part.group_BT[:, 1:] == number) for part in parts)
-                members = jnp.maximum(found, 1)
+                members = jnp.maximum(jnp.sum(batch.group_BT[:, 1:] == number), 1)
                 right = jnp.sum(jnp.where(group_BT == number, jnp.exp(logprob_BT), 0.0))
                 metrics[f"p_right/{name}"] = right / members
             metrics["loss"] = loss
             return loss, metrics
 
-        def gradients_of(number: int, part: PretrainBatch) -> tuple[Array, Metrics, Params]:
-            return accumulated_gradients(
-                loss_fn,
-                state.trainable,
-                lambda index: micro_batch(part, index, micro_batches),
-                micro_batches,
-                jax.random.fold_in(key, number),
-            )
-
-        shares = [gradients_of(number, part) for number, part in enumerate(parts)]
-        loss, metrics, gradients = jax.tree.map(lambda *parts: sum(parts), *shares)
+        loss, metrics, gradients = accumulated_gradients(
+            loss_fn,
+            state.trainable,
+            lambda index: micro_batch(batch, index, micro_batches),
+            micro_batches,
+            key,
+        )
         state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
-        targets = sum(part.tokens_BT[:, 1:].size for part in parts)
-        metrics["tokens"] = jnp.asarray(targets, jnp.float32)
+        metrics["tokens"] = jnp.sum(batch.segment_BT[:, 1:] > 0).astype(jnp.float32)
         return state, metrics | update_metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -121,7 +121,7 @@ def test_the_biggest_part_is_six_times_the_parameters_a_token():
     arch = PRESETS["qwen3-4b"].architecture
     ours = ModelFlops(arch=arch, exit_layers=(), exit_kind="mlp", lora=None, full=True)
     parameters = 4.02e9  # published; the tied head is among them
-    found = ours.pretrain_step(1, 512, exit_loss=False) / 512
+    found = ours.pretrain_step(Work.of(np.array([512])), exit_loss=False) / 512
     assert found == pytest.approx(6 * parameters, rel=0.05)
 
 

@@ -82,6 +82,22 @@ def test_splash_attention_is_attention(length, heads, kv_heads, width, dtype, si
         assert error < KERNEL[jnp.dtype(dtype).name], f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_texts_that_share_a_row_are_as_good_as_alone(implementation):
+    """Three texts of 9, 14 and 17 positions in one row of 45, the rest padding."""
+    (q, k, v), _ = inputs(45, 4, 2, 16)
+    lengths = (9, 14, 17)
+    segment_BT = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([*lengths, 5]))[None].repeat(3, 0)
+    options = {"implementation": implementation, "interpret": True}
+    found = attend(q, KeysValues(k, v), segment_BT=segment_BT, **options)
+    start = 0
+    for length in lengths:
+        here = slice(start, start + length)
+        alone = attend(q[:, here], KeysValues(k[:, here], v[:, here]))
+        assert relative_error(found[:, here], alone) < KERNEL["float32"]
+        start += length
+
+
 def test_blocks_hold_every_length_with_little_padding():
     for length in range(1, 5000):
         block = block_size(length)

@@ -1,4 +1,4 @@
-"""The pretraining step on parts of different lengths, against the same rows in one."""
+"""The pretraining step on rows of several texts, against the same texts in rows of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +9,54 @@ import pytest
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.state import new_state
 
+LENGTHS = (7, 5, 4, 8, 3, 6)  # in rows of 12: 7 + 5, 4 + 8, 3 + 6
 
-def batch_of(rows, length, seed):
+
+def texts_of(seed=0):
     rng = np.random.default_rng(seed)
-    tokens_BT = rng.integers(0, 11, (rows, length)).astype(np.int32)
-    weight_BT = rng.integers(0, 2, (rows, length)).astype(np.float32)
-    return PretrainBatch(tokens_BT, weight_BT, rng.integers(0, 3, (rows, length)).astype(np.int32))
+    made = []
+    for length in LENGTHS:
+        weight_T = rng.integers(0, 2, length).astype(np.float32)
+        weight_T[0] = 0.0
+        made.append((rng.integers(0, 11, length), weight_T, rng.integers(0, 3, length)))
+    return made
 
 
-def padded(part, length):
-    """With columns that have no weight and no group."""
-    return jax.tree.map(lambda leaf: np.pad(leaf, ((0, 0), (0, length - leaf.shape[1]))), part)
+def batch_of(texts, rows):
+    """`rows` names the texts of each row."""
+    batch = PretrainBatch(*(np.zeros((len(rows), 12), kind) for kind in ("i4", "f4", *["i4"] * 3)))
+    for row, numbers in enumerate(rows):
+        start = 0
+        for segment, number in enumerate(numbers, start=1):
+            tokens_T, weight_T, group_T = texts[number]
+            here = row, slice(start, start + len(tokens_T))
+            batch.tokens_BT[here], batch.weight_BT[here] = tokens_T, weight_T
+            batch.segment_BT[here], batch.position_BT[here] = segment, np.arange(len(tokens_T))
+            batch.group_BT[here] = np.where(np.arange(len(tokens_T)) > 0, group_T, 0)
+            start += len(tokens_T)
+    return batch
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_parts_are_as_good_as_one_batch(make_split, micro_batches):
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_texts_that_share_a_row_do_not_see_each_other(make_split, micro_batches):
     split = make_split(full=True)
     optimizer = optax.sgd(1.0)
-    step = make_pretrain_step(
-        split, optimizer, exit_loss=0.3, groups=("one", "two"), micro_batches=micro_batches
-    )
-    short, long = batch_of(4, 7, seed=0), batch_of(2, 12, seed=1)
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), padded(short, 12), long)
+    texts = texts_of()
 
-    def update(*parts):
+    def update(rows, micro_batches):
+        step = make_pretrain_step(
+            split, optimizer, exit_loss=0.3, groups=("one", "two"), micro_batches=micro_batches
+        )
         state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
-        state, metrics = step(state, parts, jax.random.key(0))
+        state, metrics = step(state, batch_of(texts, rows), jax.random.key(0))
         return state.trainable, metrics
 
-    made, metrics = update(short, long)
-    wanted, known = update(whole)
-    assert metrics["tokens"] == 4 * 6 + 2 * 11
-    for name in known.keys() - {"tokens"}:
+    made, metrics = update([(0, 1), (2, 3), (4, 5)], micro_batches)
+    wanted, known = update([(number,) for number in range(6)], 1)
+    # The first token of a row is nobody's target; those of a row's other texts are counted.
+    assert metrics.pop("tokens") == sum(LENGTHS) - 3
+    assert known.pop("tokens") == sum(LENGTHS) - 6
+    for name in known:
         np.testing.assert_allclose(metrics[name], known[name], rtol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), made, wanted)
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), made, split.trainable))
