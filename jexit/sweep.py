@@ -18,7 +18,8 @@ continues from its newest checkpoint. A run that fails does not stop the others;
 then 1. --jobs runs several at once, each on its share of the CPU's cores; accelerators run one.
 
 DIR/table.csv has a line for each finished run: its settings, then every figure of before.json,
-after.json and eval/eval.json. --table_only writes it from what there is.
+after.json and eval/eval.json. DIR/curves.csv has its training metrics, each line the means of a
+twentieth of its steps. --table_only writes both from what there is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -40,13 +42,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jexit.io.files import write_bytes_atomic
+from jexit.io.metrics import read_metrics
 from jexit.main import INTERRUPTED
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"
+POINTS = 20  # lines of a run in curves.csv
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
 _SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
+_MACHINE = re.compile(r"seconds|per_second|memory/|compilations|mfu")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
@@ -259,6 +264,9 @@ def figures(cell: Cell) -> dict[str, float]:
             found |= _numbers(run["policy"], run)
         for pair in evaluation.get("controls", ()):
             found |= _numbers(f"{pair['policy']} less {pair['control']}", pair)
+        for pair in evaluation.get("faithfulness_paired", ()):
+            place = f"{pair['policy']} less {pair['against']}/faithfulness/{pair['measure']}"
+            found |= _numbers(place, pair)
         for part in ("faithfulness", "capacity", "hazards"):
             for entry in evaluation.get(part, ()):
                 place = f"{entry['policy']}/{part}"
@@ -290,16 +298,47 @@ def _is_number(value: Any) -> bool:
 def write_table(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
     """Writes DIR/table.csv: a line a finished run, a column a setting of the grid or a figure."""
     lines = [(cell, figures(cell)) for cell in cells if cell.finished]
-    columns = list(dict.fromkeys(name for _, found in lines for name in found))
+    return _write_csv(sweep, "table.csv", lines)
+
+
+def _write_csv(
+    sweep: Sweep, name: str, lines: Sequence[tuple[Cell, Mapping[str, float]]]
+) -> pathlib.Path:
+    columns = list(dict.fromkeys(column for _, found in lines for column in found))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*sweep.grid, *columns])
     for cell, found in lines:
-        numbers = (f"{found[name]:.6g}" if name in found else "" for name in columns)
+        numbers = (f"{found[column]:.6g}" if column in found else "" for column in columns)
         writer.writerow([*cell.settings.values(), *numbers])
-    path = sweep.into / "table.csv"
+    path = sweep.into / name
     write_bytes_atomic(path, text.getvalue().encode())
     return path
+
+
+def curves(cell: Cell) -> Iterator[dict[str, float]]:
+    """A finished run's training metrics, means over stretches of steps; `step` is the last one.
+
+    What says how fast the machine was is left out: the same run gives the same figures.
+    """
+    records = read_metrics(cell.workdir)
+    count = min(POINTS, len(records))
+    for number in range(count):
+        stretch = records[number * len(records) // count : (number + 1) * len(records) // count]
+        means: dict[str, float] = {"step": stretch[-1]["step"]}
+        for name in dict.fromkeys(name for record in stretch for name in record):
+            if name != "step" and not _MACHINE.search(name):
+                values = [record[name] for record in stretch if _is_number(record.get(name))]
+                values = [value for value in values if math.isfinite(value)]
+                if values:
+                    means[name] = sum(values) / len(values)
+        yield means
+
+
+def write_curves(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
+    """Writes DIR/curves.csv: a line a stretch of a run, a column a setting or a metric."""
+    lines = [(cell, means) for cell in cells if cell.finished for means in curves(cell)]
+    return _write_csv(sweep, "curves.csv", lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -319,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"none of the {len(cells)} runs in {sweep.into} has finished; run them"
             )
         if finished:
+            write_curves(sweep, cells)
             print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
     except ValueError as error:
         print(f"jexit: {error}", file=sys.stderr)

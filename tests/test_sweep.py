@@ -104,10 +104,16 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
         (workdir / "eval").mkdir(parents=True)
         figures = {"accuracy": 0.5 + seed, "text": {"step_size": 2.0}, "policy": "sample"}
         (workdir / "after.json").write_text(json.dumps(figures))
+        rows = [{"step": n, "accuracy": seed + n, "step_seconds": 1.0} for n in range(1, 42)]
+        rows[40]["accuracy"] = None  # not a number, as metrics.jsonl has it
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation = {
         "runs": [{"policy": "full", "accuracy": 0.25, "accuracy_ci95": [0.2, 0.3]}],
         "controls": [{"policy": "sample", "control": "shuffled", "accuracy_difference": 0.5}],
         "faithfulness": [{"policy": "full", "measures": [{"name": "hint", "value": 0.125}]}],
+        "faithfulness_paired": [
+            {"policy": "sample", "against": "full", "measure": "hint", "difference": -0.25}
+        ],
         "capacity": [{"policy": "full", "granularity": "3", "accuracy": 0.75}],
     }
     (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(evaluation))
@@ -120,9 +126,15 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
         "seed": "2", "after/accuracy": "2.5", "after/text/step_size": "2", "full/accuracy": "0.25",
         "full/accuracy_ci95/low": "0.2", "full/accuracy_ci95/high": "0.3",
         "sample less shuffled/accuracy_difference": "0.5", "full/faithfulness/hint/value": "0.125",
+        "sample less full/faithfulness/hint/difference": "-0.25",
         "full/capacity/3/accuracy": "0.75",
     }  # fmt: skip
     assert second == expected
+    lines = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert [line["seed"] for line in lines] == ["0"] * 20 + ["2"] * 20
+    assert lines[0] == {"seed": "0", "step": "2", "accuracy": "1.5"}
+    assert lines[20]["accuracy"] == "3.5"
+    assert lines[19] == {"seed": "0", "step": "41", "accuracy": "39.5"}  # of 39, 40 and a gap
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,9 @@ class Tom(ChainTask):
         """One line changed: another place, or who heard about the topic.
 
         Only lines that the answer hangs on are changed, so what follows is known: what is asked for
-        stays as the changed line has it.
+        stays as the changed line has it. A model that copies its chain's last word follows the
+        change as well as one that reasons: `sums`, where the rest has to be worked out, tells them
+        apart.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:
