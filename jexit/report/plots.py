@@ -166,7 +166,8 @@ def plot_training(workdir: str | os.PathLike[str]) -> list[Path]:
         if rest:
             figures["other"] = _grid(rest, curves)
         return [
-            _save(figure, workdir / "plots" / f"{name}.svg") for name, figure in figures.items()
+            save_figure(figure, workdir / "plots" / f"{name}.svg")
+            for name, figure in figures.items()
         ]
 
 
@@ -380,7 +381,7 @@ def _known(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return steps[known], values[known]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": "jexit"})
     write_bytes_atomic(path, buffer.getvalue())

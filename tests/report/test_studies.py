@@ -1,0 +1,114 @@
+"""Tables and figures of studies, from numbers whose means and ranges are known."""
+
+import csv
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from jexit.report import studies
+from jexit.report.studies import COLUMNS, Study, main, with_tables
+
+LINES = [
+    # λ, seed, accuracy, depth, of the fixed exit, step size
+    ("0", "0", "0.5", "0.875", "0.25", "2"),
+    ("0", "1", "0.75", "0.625", "", "3"),
+    ("2", "0", "1", "0.5", "0.125", "2"),
+]
+HEADS = (
+    "rl.depth_coef", "seed", "sample/accuracy", "sample/depth_fraction",
+    "fixed:matched/accuracy", "sample/text/step_size",
+)  # fmt: skip
+
+
+def write(path, heads, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([heads, *lines])
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """README.md, docs/results.md and docs/results with one study."""
+    results = tmp_path / "docs" / "results"
+    write(results / "pressure.csv", HEADS, LINES)
+    curves = [
+        (level, seed, step, float(seed) + step / 100, 0.5)
+        for level, seed, *_ in LINES
+        for step in (10, 20)
+    ]
+    heads = ("rl.depth_coef", "seed", "step", "accuracy", "depth/fraction")
+    write(results / "pressure-curves.csv", heads, curves)
+    (tmp_path / "README.md").write_text("# A\n")
+    (tmp_path / "docs" / "results.md").write_text(
+        "Before\n\n<!-- pressure: right; depth; step size -->\nold\n<!-- end -->\n\nAfter\n"
+    )
+    return results
+
+
+def test_a_table_has_means_over_seeds_and_their_range(directory, capsys):
+    assert main([str(directory)]) == 0
+    assert (directory.parent / "results.md").read_text() == (
+        "Before\n\n<!-- pressure: right; depth; step size -->\n\n"
+        "| `rl.depth_coef` | seeds | right | depth | step size |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| 0 | 2 | 62.5 (50.0 to 75.0) | 75.0 (62.5 to 87.5) | 2.50 (2.00 to 3.00) |\n"
+        "| 2 | 1 | 100.0 | 50.0 | 2.00 |\n"
+        "\n<!-- end -->\n\nAfter\n"
+    )
+    assert (directory.parents[1] / "README.md").read_text() == "# A\n"
+    assert "Wrote the tables of" in capsys.readouterr().out
+
+
+def test_the_same_numbers_give_the_same_files(directory, capsys):
+    assert main([str(directory)]) == 0
+    first = {path.name: path.read_bytes() for path in directory.glob("*.svg")}
+    assert set(first) == {"pressure-plane.svg", "pressure-curves.svg"}  # nothing was measured
+    capsys.readouterr()
+    assert main([str(directory)]) == 0
+    assert {path.name: path.read_bytes() for path in directory.glob("*.svg")} == first
+    assert "Wrote the tables" not in capsys.readouterr().out
+
+
+def text_of(path):
+    tree = ElementTree.parse(path)
+    return {(node.text or "").strip() for node in tree.iter() if node.tag.endswith("text")}
+
+
+def test_figures_name_what_they_show(directory):
+    heads = (*HEADS, "sample/capacity/2/accuracy", "full/capacity/2/accuracy")
+    write(directory / "pressure.csv", heads, [(*line, "0.5", "1") for line in LINES])
+    assert main([str(directory)]) == 0
+    plane = text_of(directory / "pressure-plane.svg")
+    assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= plane
+    assert {"right answers", "depth", "update"} <= text_of(directory / "pressure-curves.svg")
+    assert "prescribed steps" in text_of(directory / "pressure-measures.svg")
+
+
+def test_gaps_are_left_out_of_means(directory):
+    study = Study.read(directory / "pressure.csv")
+    assert study.settings == ("rl.depth_coef",)
+    (low, high, *_), nothing = study.values(("0",), "fixed:matched/accuracy"), COLUMNS["by 2"]
+    assert low == 0.25 and high != high
+    assert COLUMNS["right"].text([0.25, float("nan")]) == "25.0"
+    assert nothing.text(study.values(("2",), nothing.source)) == "–"
+    assert study.mean(("0",), "right") == 0.625
+
+
+def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
+    study = {"pressure": Study.read(directory / "pressure.csv")}
+    block = "<!-- {} -->\n<!-- end -->"
+    with pytest.raises(ValueError, match=r"a table of the study 'other', which has no other\.csv"):
+        with_tables(block.format("other: right"), study)
+    with pytest.raises(ValueError, match=r"has the column 'rihgt'; choose among right before; "):
+        with_tables(block.format("pressure: rihgt"), study)
+    assert main([str(tmp_path)]) == 1
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.csv").write_text("seed\n")
+    assert main([str(tmp_path / "empty")]) == 1
+    said = capsys.readouterr().err
+    assert "has no .csv file; copy a sweep's table.csv there" in said
+    assert "a.csv has no line" in said and "Traceback" not in said
+
+
+def test_every_curve_and_measure_is_a_column():
+    assert {label for labels in studies.MEASURED.values() for label in labels} <= set(COLUMNS)
