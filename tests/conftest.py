@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+import hypothesis
 import jax
 import pytest
 
@@ -12,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before JAX first looks for devices, and in this process only: commands that tests start see one.
 jax.config.update("jax_num_cpu_devices", 8)
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module", autouse=True)

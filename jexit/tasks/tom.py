@@ -14,6 +14,7 @@ short.` one with a line for every change of what is asked for (`Mia: box`), `Ans
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -115,13 +116,8 @@ class Tom(ChainTask):
     def problem(self, split: Split, index: int) -> Problem:
         check_split(split)
         fine, mode = self._draw_mode(split, index)
-        draw = Draw("tom", self.seed, split, index)
-        kind = draw.choice(self.kinds)
-        while True:
-            story, question = draw_problem(draw, kind, people=self.people, moves=self.moves)
-            key = canonical(f"{story.text()} {question.text()}")
-            if is_held_out(key, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
-                return make_problem(story, question, mode=mode, fine=fine)
+        story, question = _drawn(self.seed, split, index, self.kinds, self.people, self.moves)
+        return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
         """Whether the reference is fine, and what the prompt prescribes.
@@ -178,6 +174,25 @@ class Tom(ChainTask):
         """Another place of the story; no for yes and yes for no."""
         answers = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
         return draw.choice([answer for answer in answers if answer != problem.answer])
+
+
+@functools.lru_cache(maxsize=2048)  # an evaluation asks for the same stories with other `steps`
+def _drawn(
+    seed: int,
+    split: Split,
+    index: int,
+    kinds: tuple[str, ...],
+    people: tuple[int, int],
+    moves: tuple[int, int],
+) -> tuple[Story, Question]:
+    """The story and question at an index, from the split's side."""
+    draw = Draw("tom", seed, split, index)
+    kind = draw.choice(kinds)
+    while True:
+        story, question = draw_problem(draw, kind, people=people, moves=moves)
+        key = canonical(f"{story.text()} {question.text()}")
+        if is_held_out(key, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
+            return story, question
 
 
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:

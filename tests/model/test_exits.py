@@ -51,7 +51,7 @@ def test_law_is_the_sum_over_every_leave_stay_sequence(exits, temperature, min_h
     np.testing.assert_allclose(np.exp(law), truth, rtol=2e-5, atol=1e-7)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4),
     st.sampled_from(LAWS),

@@ -74,7 +74,7 @@ def test_weights_that_stay_stacked_give_the_same(model, name, monkeypatch):
 
 
 # One shape of everything, so that the examples share two programs.
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_depths_and_ends(model, data):
     """Depths, prompts, sizes and end tokens at random: every token still comes out as it should."""
