@@ -2,7 +2,7 @@
 
     python -m jexit.main --config=configs/eval.py --config.model.path=runs/rl-tiny
 
-`tiny` measures the shipped calibrated model under five policies: two minutes on two CPU cores.
+`tiny` measures the shipped calibrated model under seven policies: two minutes on two CPU cores.
 """
 
 from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH, config_dict
@@ -17,7 +17,7 @@ def get_config(preset: str = "tiny"):
             *("threshold:0.3", "threshold:0.5", "threshold:0.7"),
         )
         config.eval.measures = EVAL_MEASURES
-        config.eval.max_new_tokens = 48
+        config.eval.max_new_tokens = 56
         config.sft.sharpness = 60.0  # the calibration's own, which hazards are measured against
         config.sft.target = "student"
         return config

@@ -12,7 +12,7 @@ def get_config(preset: str = "tiny"):
     if config.preset == "tiny":
         config.model.path = TINY_CALIBRATED_PATH
         config.generate.prompts = ("sum 3729518", "sum by 2 40917")
-        config.generate.max_new_tokens = 48
+        config.generate.max_new_tokens = 56
         return config
     config.model.path = f"runs/rl-{config.preset}"
     return config

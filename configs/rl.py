@@ -21,7 +21,7 @@ def get_config(preset: str = "tiny"):
         config.steps = 200
         config.batch_size = 24
         config.rl.rollouts = 8
-        config.rl.max_new_tokens = 48
+        config.rl.max_new_tokens = 56
         config.rl.depth_coef = 2.0
         config.rl.kl_coef = 0.01
         config.optim.lora_lr = 1e-3
@@ -29,7 +29,7 @@ def get_config(preset: str = "tiny"):
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.eval.problems = 256
-        config.eval.max_new_tokens = 48
+        config.eval.max_new_tokens = 56
         config.checkpoint.every = 25
         return config
     config.model.path = f"runs/sft-{config.preset}"

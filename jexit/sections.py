@@ -111,6 +111,7 @@ class OptimConfig:
 class PretrainConfig:
     """The shipped model's trunk, trained from nothing on the tasks' own text."""
 
+    start: str = ""  # a model directory whose trunk is trained further; empty: random weights
     length: int = 144  # of a row, which holds several texts
     width: int = 96
     layers: int = 8

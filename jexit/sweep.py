@@ -161,9 +161,15 @@ class Sweep:
         if not cell.finished:
             yield _arguments(self.config, cell.workdir, settings)
         if self.evaluation and not cell.evaluated:
-            task = {key: value for key, value in settings.items() if key.startswith("task.")}
-            own = {"model.path": str(cell.workdir), **task, **self.evaluation_settings}
+            task = json.loads((cell.workdir / "config.json").read_text())["task"]
+            own = {f"task.{key}": _flag(value) for key, value in task.items()}
+            own |= {"model.path": str(cell.workdir), **self.evaluation_settings}
             yield _arguments(self.evaluation, cell.workdir / "eval", own)
+
+
+def _flag(value: Any) -> str:
+    """A setting of config.json as a flag takes it."""
+    return str(tuple(value)) if isinstance(value, list) else str(value)
 
 
 def _arguments(config: str, workdir: pathlib.Path, settings: Mapping[str, str]) -> list[str]:

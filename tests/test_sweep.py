@@ -48,17 +48,25 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     flags = [f"--into={tmp_path}", "--config=a.py", "--eval=e.py", "--eval.eval.problems=9"]
     grid = sweep.Sweep.parse([*flags, "task.name=sums,tom", "--config.task.steps=mixed"])
     (cell, _), workdir = grid.cells(), tmp_path / "task.name=sums"
-    training, evaluation = grid.commands(cell)
-    assert training[1] == f"--workdir={workdir}"
+    commands = grid.commands(cell)
+    assert next(commands)[1:] == [
+        f"--workdir={workdir}", "--config.task.steps=mixed", "--config.task.name=sums",
+    ]  # fmt: skip
+    # The run has written its config by now, with what its own file says of the task.
+    (workdir / "eval").mkdir(parents=True)
+    task = {"name": "sums", "parts": ["sums", "tom"], "steps": "mixed", "path": ""}
+    (workdir / "config.json").write_text(json.dumps({"task": task}))
+    (evaluation,) = commands
     assert evaluation == [
         "--config=e.py",
         f"--workdir={workdir / 'eval'}",
-        f"--config.model.path={workdir}",
-        "--config.task.steps=mixed",
         "--config.task.name=sums",
+        "--config.task.parts=('sums', 'tom')",
+        "--config.task.steps=mixed",
+        "--config.task.path=",
+        f"--config.model.path={workdir}",
         "--config.eval.problems=9",
     ]
-    (workdir / "eval").mkdir(parents=True)
     (workdir / "after.json").write_text("{}")
     assert list(grid.commands(cell)) == [evaluation]  # the run is over, its evaluation is not
     (workdir / "eval" / "eval.json").write_text('{"complete": false}')

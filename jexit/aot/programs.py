@@ -17,7 +17,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.eval.faithfulness import MEASURES
 from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
-from jexit.loops.pretrain import RESULT_GROUPS, new_model
+from jexit.loops.pretrain import GROUPS, new_model
 from jexit.loops.setup import (
     adapter_settings,
     execution_of,
@@ -186,7 +186,7 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
         split,
         optimizer,
         exit_loss=config.pretrain.exit_loss,
-        groups=tuple(RESULT_GROUPS),
+        groups=tuple(GROUPS),
         micro_batches=config.optim.accumulate,
     )
     shape = (config.batch_size, config.pretrain.length)

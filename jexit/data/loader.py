@@ -33,14 +33,16 @@ class TextBatch:
     `tokens_BT` int32; `loss_mask_BT` float32, the weight of each token *as a target*: 1 on the
     completion and its end token, `prompt_weight` on the prompt (never on the first token, which
     nothing predicts), 0 on padding. `segment_BT` int32 numbers a row's texts from 1 (0: padding)
-    and `position_BT` int32 the tokens of each text from 0. `lengths_N` int32 has the tokens of
-    every text, in the order in which they were drawn.
+    and `position_BT` int32 the tokens of each text from 0. `task_BT` int32 is the place of a text's
+    task in the mixture (-1: padding). `lengths_N` int32 has the tokens of every text, in the order
+    in which they were drawn.
     """
 
     tokens_BT: np.ndarray
     loss_mask_BT: np.ndarray
     segment_BT: np.ndarray
     position_BT: np.ndarray
+    task_BT: np.ndarray
     lengths_N: np.ndarray
 
 
@@ -92,15 +94,16 @@ def text_batch(
             f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
         )
     room = batch_size * length
-    texts: list[tuple[list[int], int]] = []  # ids, and how many of them are the prompt's
-    while sum(len(ids) for ids, _ in texts) <= room:
-        problems = []
+    texts: list[tuple[list[int], int, int]] = []  # ids, how many are the prompt's, whose they are
+    while sum(len(ids) for ids, *_ in texts) <= room:
+        problems, tasks = [], []
         for number in range(len(texts), len(texts) + batch_size):
             position = step * room + number  # more texts than tokens cannot be drawn
-            task = mixture[int(Draw("mixture", seed, position).weighted(weights))][0]
-            problems.append(_problem_at(task, split, seed=seed, position=position))
-        texts += _encoded(tokenizer, problems, length)
-    lengths = [len(ids) for ids, _ in texts]
+            tasks.append(int(Draw("mixture", seed, position).weighted(weights)))
+            problems.append(_problem_at(mixture[tasks[-1]][0], split, seed=seed, position=position))
+        encoded = _encoded(tokenizer, problems, length)
+        texts += [(*text, task) for text, task in zip(encoded, tasks, strict=True)]
+    lengths = [len(ids) for ids, *_ in texts]
     count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
     while (row_of := pack(lengths[:count], batch_size, length)) is None:
         count -= 1
@@ -108,8 +111,9 @@ def text_batch(
     tokens_BT = np.full((batch_size, length), tokenizer.pad_id, np.int32)
     loss_mask_BT = np.zeros(tokens_BT.shape, np.float32)
     segment_BT, position_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
+    task_BT = np.full_like(tokens_BT, -1)
     filled_B = np.zeros(batch_size, np.int32)
-    for row, (ids, prompt) in zip(row_of, texts, strict=False):
+    for row, (ids, prompt, task) in zip(row_of, texts, strict=False):
         here = slice(filled_B[row], filled_B[row] + len(ids))
         tokens_BT[row, here] = ids
         loss_mask_BT[row, here] = (
@@ -117,12 +121,14 @@ def text_batch(
         )
         segment_BT[row, here] = segment_BT[row].max() + 1
         position_BT[row, here] = np.arange(len(ids))
+        task_BT[row, here] = task
         filled_B[row] += len(ids)
     return TextBatch(
         tokens_BT=tokens_BT,
         loss_mask_BT=loss_mask_BT,
         segment_BT=segment_BT,
         position_BT=position_BT,
+        task_BT=task_BT,
         lengths_N=np.array(lengths[:count], np.int32),
     )
 

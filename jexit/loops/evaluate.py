@@ -76,6 +76,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
         written = {
             "complete": False,
             "task": dataclasses.asdict(config.task),
+            "split": config.eval.split,
             "model": {"path": config.model.path, "layers": decoder.layers, "exits": list(exits)},
             "runs": [dataclasses.asdict(result) for result in results],
             "controls": controls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import jax
@@ -12,7 +13,7 @@ from jexit.config import Config, check_exits
 from jexit.data.loader import prepared, text_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows, is_primary, place_parameters, place_rows, waiting
-from jexit.io.model_dir import save_model
+from jexit.io.model_dir import load, save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops, Work
 from jexit.loops.pictures import draw
@@ -25,8 +26,13 @@ from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.state import new_state, parameter_labels, split_model, step_key
 from jexit.tasks import Task, make_task
 
-# A target that follows one of these separators is the result of a step of that many operands.
-RESULT_GROUPS = {"step_2": "+", "step_3": "++", "step_4": "+++", "step_5": "++++"}
+# Targets that follow one of these in a text of that task: the result of a step of so many operands,
+# and a story's answer.
+GROUPS = {
+    **{f"step_{n}": ("sums", "+" * (n - 1)) for n in range(2, 6)},
+    "story": ("tom", "####"),
+}
+PROBED = 20  # steps whose text is made before the run writes anything
 
 
 def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
@@ -56,6 +62,35 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     )
 
 
+def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
+    """What training starts from: `new_model`, or the trunk of `config.pretrain.start`.
+
+    Raises ValueError for one of another size, or with adapters.
+    """
+    fresh = new_model(config, tokenizer)
+    if not config.pretrain.start:
+        return fresh
+    model, _ = load(
+        config.pretrain.start,
+        dtype="float32",
+        exit_layers=fresh.exit_layers,
+        exit_head=fresh.exit_head,
+        execution=fresh.execution,
+        seed=config.seed,
+    )
+    names = [field.name for field in dataclasses.fields(fresh.arch)]
+    ours, theirs = fresh.arch, model.arch
+    other = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    if model.lora is not None or other:
+        what = f"{other[0]} {getattr(theirs, other[0])}" if other else "adapters"
+        rule = f"{getattr(ours, other[0])}" if other else "a trunk alone"
+        raise ValueError(
+            f"config.pretrain.start={config.pretrain.start} holds a model with {what} and the "
+            f"config asks for {rule}; start from a trunk of the config's own size and tokenizer"
+        )
+    return model
+
+
 def mixture(config: Config) -> list[tuple[Task, float]]:
     """The tasks whose text is trained on, with their shares of the texts."""
     p = config.pretrain
@@ -72,10 +107,11 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
     tokenizer = Tokenizer.load(config.model.path)
     tokenizer.thinking = config.task.thinking
-    model = new_model(config, tokenizer)
+    model = first_model(config, tokenizer)
     tasks = mixture(config)
-    separators = [tokenizer.encode(text) for text in RESULT_GROUPS.values()]
-    assert all(len(ids) == 1 for ids in separators), "separators must be single tokens"
+    names = [task.name for task, _ in tasks]
+    separators = {name: tokenizer.encode(text) for name, (_, text) in GROUPS.items()}
+    assert all(len(ids) == 1 for ids in separators.values()), "separators must be single tokens"
 
     here = host_rows(config.batch_size)
 
@@ -92,8 +128,10 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         )
         previous_BT = np.roll(text.tokens_BT, 1, axis=1)
         group_BT = np.zeros_like(text.tokens_BT)
-        for number, (separator,) in enumerate(separators, start=1):
-            group_BT[(previous_BT == separator) & (text.loss_mask_BT > 0)] = number
+        for number, (name, (task, _)) in enumerate(GROUPS.items(), start=1):
+            if task in names:
+                follows_BT = (previous_BT == separators[name]) & (text.loss_mask_BT > 0)
+                group_BT[follows_BT & (text.task_BT == names.index(task))] = number
         batch = PretrainBatch(
             text.tokens_BT, text.loss_mask_BT, text.segment_BT, text.position_BT, group_BT
         )
@@ -103,7 +141,8 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         return jax.tree.map(lambda rows_BT: rows_BT[here.index_B], batch), flops
 
     counted = ModelFlops.of(model, full=True)
-    batch_of(0)  # a length that is too short stops the run before it writes anything
+    for step in range(min(PROBED, config.steps)):  # is the length enough for their texts?
+        batch_of(step)
     start_run(workdir, config.to_dict())
     split = split_model(model, full=True, keep_teacher=False)
     split = split._replace(trainable=place_parameters(split.trainable))
@@ -112,14 +151,14 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         split,
         optimizer,
         exit_loss=config.pretrain.exit_loss,
-        groups=tuple(RESULT_GROUPS),
+        groups=tuple(GROUPS),
         micro_batches=config.optim.accumulate,
     )
     trainer = Trainer(
         config,
         workdir,
         "pretrain",
-        {"loss": "loss", **{f"p_right/{name}": name for name in RESULT_GROUPS}},
+        {"loss": "loss", **{f"p_right/{name}": name for name in GROUPS}},
     )
     state = trainer.restore(new_state(split.trainable, optimizer))
     rate = schedule(config.optim, config.optim.full_lr, config.steps)

@@ -190,6 +190,7 @@ class Evaluation:
     task: dict[str, Any]
     model: ModelDescription
     runs: tuple[PolicyFigures, ...]
+    split: str = "test"
     controls: tuple[ControlDifference, ...] | None = None
     hazards: tuple[HazardCalibration, ...] | None = None
     faithfulness: tuple[Faithfulness, ...] | None = None

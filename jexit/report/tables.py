@@ -190,7 +190,9 @@ def policies(run: Run) -> Html:
             ]
         )
     problems = ", ".join(sorted({number(figures.problems, 0) for figures in results}))
-    return table(f"Policies on {problems} held-out problems", head, rows)
+    held_out = run.evaluation is None or run.evaluation.split == "test"
+    which = "held-out" if held_out else "training"
+    return table(f"Policies on {problems} {which} problems", head, rows)
 
 
 def differences(run: Run) -> Html:

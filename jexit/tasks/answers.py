@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from jexit.tasks.base import VerdictKind
@@ -21,6 +22,7 @@ _ANY_NUMBER = re.compile(_NUMBER)
 _ONLY_NUMBER = re.compile(rf"({_NUMBER})\.?\Z")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_LATEX_COMMA = re.compile(r"(?<=[0-9])\{,\}(?=[0-9])")
 _MARKER = "####"
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -61,14 +63,17 @@ def strict_number(text: str) -> Fraction | None:
 def lenient_number(text: str) -> Fraction | None:
     """The answer wherever it stands.
 
-    The last `\\boxed{}`, else what follows the last `####`, else the last number of the text.
+    The last `\\boxed{}`, else what follows the last `####` (on its line what follows the last `=`),
+    else the last number of the text.
     """
     boxes = _BOXED.findall(text)
     if boxes and (number := parse_number(boxes[-1])) is not None:
         return number
     _, marker, tail = text.rpartition(_MARKER)
-    if marker and (number := parse_number(tail)) is not None:
-        return number
+    result = tail.partition("\n")[0].rpartition("=")[2]
+    for part in (result, tail) if marker else ():
+        if (number := parse_number(part)) is not None:
+            return number
     return last_number(text)
 
 
@@ -91,6 +96,13 @@ def chain_of_thought(completion: str) -> str:
     if not closed and THINK_START not in completion:
         head, closed, _ = completion.rpartition(_MARKER)
     return (head if closed else completion).rstrip()
+
+
+def with_think_start(steps: Sequence[str]) -> list[str]:
+    """The steps of a chain of thought, the line that opens a think block with the one after it."""
+    if steps and steps[0].strip() == THINK_START:
+        return ["".join(steps[:2]), *steps[2:]]
+    return list(steps)
 
 
 def final_number(completion: str) -> Fraction | None:
@@ -117,7 +129,7 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    return _LATEX_FRACTION.sub(r"\1/\2", text)
+    return _LATEX_FRACTION.sub(r"\1/\2", _LATEX_COMMA.sub(",", text))
 
 
 def _to_fraction(literal: str) -> Fraction | None:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+from jexit.tasks import answers
 from jexit.tasks.base import Draw, Problem, Task
 
 
@@ -34,7 +35,8 @@ class ChainTask(Task):
     `cue` is the text that, after any number of steps, asks for the answer at once. `granularities`
     are the values of the setting `task.steps` that prescribe how much a step does, from small to
     large; empty where prompts cannot. `prose` says that chains are free text, in which a model may
-    speak of its prompt. Every method is total: any text may come in.
+    speak of its prompt. In a completion with a think block the chain is what is inside. Every
+    method is total: any text may come in.
     """
 
     cue: ClassVar[str]
@@ -48,9 +50,10 @@ class ChainTask(Task):
     def cue_after(self, prefix: str) -> str:
         """The text that asks for the answer after so much of a completion.
 
-        `cue`, and before it whatever closes the chain where the prefix has opened something.
+        `cue`, after `</think>` where the prefix leaves a think block open.
         """
-        return self.cue
+        thinks = answers.visible_text(prefix) is None
+        return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:

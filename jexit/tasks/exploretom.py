@@ -23,7 +23,10 @@ COLUMNS = ("story", "question", "answer")
 
 KNOWS, KNOWS_NOT = "knows about it", "does not know about it"
 _KNOWING = ("know", "knows", "knew", "aware", "any knowledge", "has knowledge", "have knowledge")
-_NOT_KNOWING = ("know nothing", "knows nothing", "knew nothing", "no knowledge", "no idea")
+_NOT_KNOWING = (
+    *("know nothing", "knows nothing", "knew nothing", "no knowledge", "no idea"),
+    *("lack knowledge", "lacks knowledge", "lacked knowledge"),
+)
 KNOWLEDGE: Mapping[str, str | None] = {
     **dict.fromkeys((*_KNOWING, "not unaware"), KNOWS),
     **dict.fromkeys((f"not {phrase}" for phrase in _KNOWING), KNOWS_NOT),

@@ -24,24 +24,15 @@ _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task whose chains are lines, or sentences of one line, and whose answers are numbers.
-
-    In a completion with a think block the chain is what is inside, and its cue closes the block.
-    """
+    """A task whose chains are lines, or sentences of one line, and whose answers are numbers."""
 
     cue = "\n#### "
 
     def steps(self, completion: str) -> list[str]:
         chain = answers.chain_of_thought(completion)
         steps = _split(_LINE_END, chain)
-        if steps and steps[0].strip() == answers.THINK_START:
-            steps = ["".join(steps[:2]), *steps[2:]]
+        steps = answers.with_think_start(steps)
         return _split(_SENTENCE_END, chain) if len(steps) == 1 else steps
-
-    def cue_after(self, prefix: str) -> str:
-        """The cue, after `</think>` where the prefix leaves a think block open."""
-        thinks = answers.visible_text(prefix) is None
-        return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
 
     def final_answer(self, completion: str) -> str | None:
         number = answers.final_number(completion)

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
+from jexit.tasks.answers import visible_text
 from jexit.tasks.base import VerdictKind
 
 MARKER = "####"
@@ -22,7 +23,9 @@ _SENTENCE_END = re.compile(r"[.!?;:\n]")
 
 Candidates = Mapping[str, str | None]
 
-_NEGATIONS = frozenset(("not", "never", "cannot", "neither", "nor", "nobody", "none"))
+_NEGATIONS = frozenset(
+    ("not", "never", "cannot", "neither", "nor", "nobody", "none", "hardly", "scarcely", "unlikely")
+).union(("doubt", "doubts", "false", "untrue", "without"))
 _NEGATING_PAIRS = frozenset((("no", "longer"), ("no", "one")))
 _BEFORE_SUBJECTS = frozenset(("that", "believe", "believes", "think", "thinks"))
 # What may stand between a negation and what it denies: "is not really to be found in the box".
@@ -114,7 +117,9 @@ def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
     while place > max(index - _REACH, 0) and place not in starts:
         place -= 1
         word, before = words[place], words[place - 1] if place else ""
-        if word in _NEGATIONS or word.endswith("n't"):
+        if word == "doubt" and before == "no":
+            place -= 1
+        elif word in _NEGATIONS or word.endswith("n't"):
             negations += 1
         elif (before, word) in _NEGATING_PAIRS:
             negations += 1
@@ -151,12 +156,16 @@ def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
 
     A final line `#### ...` is the answer, whatever else the text says: `strict` if it is the answer
     alone, `lenient` if it is the answer in a sentence. `candidates` are the phrases that count as
-    answers elsewhere.
+    answers elsewhere. Thoughts do not count, and an unfinished one leaves no answer
+    (`jexit.tasks.answers.visible_text`).
     """
-    strict = strict_phrase(completion)
+    text = visible_text(completion)
+    if text is None:
+        return "none"
+    strict = strict_phrase(text)
     if strict is not None and words_of(strict) == words_of(answer):
         return "strict"
-    found = lenient_phrase(completion if strict is None else strict, candidates)
+    found = lenient_phrase(text if strict is None else strict, candidates)
     if found is None:
         return "none" if strict is None else "wrong"
     return "lenient" if words_of(found) == words_of(answer) else "wrong"

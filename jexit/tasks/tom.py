@@ -19,12 +19,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from jexit.tasks import phrases
+from jexit.tasks import answers, phrases
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
 from jexit.tasks.tom_chain import chain, changes
-from jexit.tasks.tom_stories import PLACES, draw_problem, is_false
+from jexit.tasks.tom_rules import is_false
+from jexit.tasks.tom_stories import PLACES, draw_problem
 from jexit.tasks.tom_text import (
     CLOSINGS,
     CONTAINERS,
@@ -61,7 +62,7 @@ class Tom(ChainTask):
     whatever the names and things in it, is held out for the test split.
 
     Places and what is false are balanced (`jexit.tasks.tom_stories`): the answer is each of a
-    story's three places equally often, beliefs asked for are false in half of the problems, and
+    story's three places equally often, beliefs asked for are false in two of three problems, and
     yes is right in half.
     """
 
@@ -140,12 +141,18 @@ class Tom(ChainTask):
         return {"chain_lines": (sum(len(self.steps(t)) for t in completions), len(completions))}
 
     def steps(self, completion: str) -> list[str]:
-        return completion.partition(self.cue)[0].splitlines(keepends=True)
+        chain = completion.partition(self.cue)[0]
+        if answers.THINK_START in completion or answers.THINK_END in completion:
+            chain = answers.chain_of_thought(completion)
+        return answers.with_think_start(chain.splitlines(keepends=True))
 
     def final_answer(self, completion: str) -> str | None:
-        strict = phrases.strict_phrase(completion)
-        answers = phrases.themselves(CONTAINERS) | dict(phrases.YES_NO)
-        return phrases.lenient_phrase(completion if strict is None else strict, answers)
+        text = answers.visible_text(completion)
+        if text is None:
+            return None
+        strict = phrases.strict_phrase(text)
+        possible = phrases.themselves(CONTAINERS) | dict(phrases.YES_NO)
+        return phrases.lenient_phrase(text if strict is None else strict, possible)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """One line changed: another place, or who heard about the topic.
@@ -172,8 +179,8 @@ class Tom(ChainTask):
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         """Another place of the story; no for yes and yes for no."""
-        answers = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
-        return draw.choice([answer for answer in answers if answer != problem.answer])
+        possible = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
+        return draw.choice([answer for answer in possible if answer != problem.answer])
 
 
 @functools.lru_cache(maxsize=2048)  # an evaluation asks for the same stories with other `steps`

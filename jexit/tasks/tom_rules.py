@@ -1,9 +1,12 @@
-"""Rules that answer a story's question without tracking what anybody knows.
+"""Rules that answer a story's question without tracking what anybody knows, and what they see.
 
 Stories are drawn so that each is right as seldom as guessing is. `world` is the one at the end.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 from jexit.tasks.tom_text import Question, Story
 from jexit.tasks.tom_world import World
@@ -20,11 +23,6 @@ def last_named(question: Question, story: Story, world: World) -> str:
     return (naming or events)[-1].place
 
 
-def true_place(question: Question, story: Story, world: World) -> str | None:
-    """Where the thing is at the end."""
-    return world.place_of.get(question.thing)
-
-
 def others_belief(question: Question, story: Story, world: World) -> str | None:
     """Where the second person asked about thinks that the thing is at the end."""
     return world.beliefs.get((question.people[1:], question.thing))
@@ -35,3 +33,52 @@ def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
     return any(named), any(not event.hearer for event in tells)
+
+
+def is_false(question: Question, world: World) -> bool:
+    """Whether the belief asked for is wrong: about the place, or about the other's own belief."""
+    belief = world.beliefs.get((question.people, question.thing))
+    if len(question.people) == 2:
+        return belief != world.beliefs.get((question.people[1:], question.thing))
+    return belief != world.place_of.get(question.thing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Surface:
+    """What a rule that tracks nobody sees of a story about a belief; places by their rank.
+
+    `verbs` of the thing's second and third mention, after the first has put it somewhere;
+    `last_named` is what the rule of that name gives.
+    """
+
+    verbs: tuple[str, str]
+    last_named: int
+
+    @property
+    def true_place(self) -> int:
+        """The place of the last placing."""
+        return max((rank for rank, verb in enumerate(self.verbs, 1) if verb == "moves"), default=0)
+
+    def is_of(self, question: Question, story: Story, world: World, places: Sequence[str]) -> bool:
+        other_knows = others_belief(question, story, world) == places[self.true_place]
+        return last_named(question, story, world) == places[self.last_named] and (
+            len(question.people) == 1 or other_knows
+        )
+
+
+# Where the last mention may name the person: with others some answers cannot be, or hardly, since
+# nobody is talked out of what they saw.
+_LASTS: Mapping[tuple[str, str], tuple[int, ...]] = {
+    ("moves", "moves"): (0, 2),
+    ("moves", "tells"): (0, 2),
+    ("moves", "whispers"): (2,),
+    ("tells", "moves"): (2,),
+    ("whispers", "moves"): (1,),
+    ("tells", "tells"): (2,),
+    ("tells", "whispers"): (2,),
+    ("whispers", "tells"): (1, 2),
+    ("whispers", "whispers"): (2,),
+}
+SURFACES = tuple(
+    Surface(verbs=verbs, last_named=last) for verbs, lasts in _LASTS.items() for last in lasts
+)

@@ -1,19 +1,22 @@
 """Theory-of-mind stories whose surface does not give the answer away.
 
 Where a place is asked for, the story names three, each once with the thing; other things lie or
-are moved between. Drawn before the story, independently of each other, are which of the three, in
-the order in which they come up with the thing, is the answer and, for beliefs, with one chance in
-three each, whether it is also where the thing is (and, of a belief about a belief, where the other
-person thinks it is), and whether it is the last place that an event names together with the person;
-stories are drawn until one fits. How often things are moved and talked about must not show where
-the thing is now either: both are the same for every answer. For `memory`, where the thing's first
-place is the answer, both things share a pattern of places such as first, second, first, third, and
-which of them is the answer, as they come up, is drawn. So no rule on places alone (the last, the
-first, the most often mentioned), on where the thing is or on who is named beats one in three. Only
-what defines a question answers it: the last placing, the first one, and for beliefs who saw what.
+are moved between. Which of the three, in the order in which they come up with the thing, is the
+answer is drawn before the story. So is, for beliefs and independently of the answer, all that a
+rule could go by that tracks nobody (`Surface`): whether the thing is then moved, told about or
+whispered about, hence where it is, and the last place that an event names together with the person.
+Stories are drawn until one fits. So no rule on places, verbs, where the thing is or who is named
+beats one in three, alone or together with others. Of a belief about a belief, the other person
+knows where the thing is, as in the classic test (Perner and Wimmer 1985), and the question is
+whether the first one knows that; were the other one wrong too, the answer would nearly always be
+what they think. For `reality` how
+often things are moved and talked about is the same for every answer. For `memory`, where the
+thing's first place is the answer, both things share a pattern of places such as first, second,
+first, third, and which of them is the answer, as they come up, is drawn. Only what defines a
+question answers it: the last placing, the first one, and for beliefs who saw what.
 
 Two people, or fewer than five sentences, are too few for some of these combinations, which then
-never occur.
+occur less often or never.
 
 Where the answer is yes or no, a story comes with a twin that has exactly the same words in another
 order and the opposite answer, and in which the topic is told to the same people by name, and to
@@ -29,7 +32,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_rules import last_named, others_belief, told_by_name, true_place
+from jexit.tasks.tom_rules import SURFACES, Surface, told_by_name
 from jexit.tasks.tom_text import (
     CONTAINERS,
     OF_PLACES,
@@ -44,12 +47,10 @@ from jexit.tasks.tom_world import PLACINGS, Event, EventKind, World
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
 PLACES = 3  # that a story about things mentions
-RIGHT_ONE_IN = 3  # beliefs for which a rule that tracks nobody is right
-
+Kinds: TypeAlias = tuple[EventKind, ...]
 _STORIES = 5_000  # that are tried: more than any combination needs with three people
 _PROPOSALS = 12
 Kinds: TypeAlias = tuple[EventKind, ...]
-_MENTIONS: Kinds = (*PLACINGS, "claims")
 _LATER_MENTIONS: tuple[EventKind, ...] = (
     "moves",
     "moves",
@@ -97,15 +98,9 @@ def draw_problem(
         return _about_topics(draw, kind, cast, count)
     found = None
     while found is None:
-        found = _about_places(
-            draw,
-            kind,
-            cast,
-            count,
-            rank=draw.integer(0, PLACES - 1),
-            true=draw.integer(1, RIGHT_ONE_IN) == 1,
-            named=draw.integer(1, RIGHT_ONE_IN) == 1,
-        )
+        rank = draw.integer(0, PLACES - 1)
+        surface = draw.choice(SURFACES) if PEOPLE_ASKED[kind] else None
+        found = _about_places(draw, kind, cast, count, rank=rank, surface=surface)
     return found
 
 
@@ -122,47 +117,52 @@ def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
             return tuple(map(order.index, drawn))
 
 
-def is_false(question: Question, world: World) -> bool:
-    """Whether the belief asked for is wrong: about the place, or about the other's own belief."""
-    belief = world.beliefs.get((question.people, question.thing))
-    if len(question.people) == 2:
-        return belief != world.beliefs.get((question.people[1:], question.thing))
-    return belief != world.place_of.get(question.thing)
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """Of which kind an event may be, and whether speech is whispered (None: at times)."""
+
+    kinds: Kinds = (*PLACINGS, "claims")
+    whispered: bool | None = None
+
+
+_ANYHOW = _How()
+_PLACED, _TALK = _How(PLACINGS), _How(("claims",))
+_VERBS = {
+    "moves": _How(("moves",)),
+    "tells": _How(("claims",), whispered=False),
+    "whispers": _How(("claims",), whispered=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Mention:
-    """What an event of a story shall name, and of which kind it may be."""
+    """What an event of a story shall name, and how."""
 
     thing: str
     place: str
-    kinds: Kinds = _MENTIONS
+    how: _How = _ANYHOW
 
 
 def _about_places(
-    draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, true: bool, named: bool
+    draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, surface: Surface | None
 ) -> tuple[Story, Question] | None:
     """A story with `count` mentions and a question answered by the place numbered `rank`.
 
-    Of a belief, `named` says whether `last_named` gives that answer, `true` whether `true_place`
-    and `others_belief` do: with three places, both or neither. Stories are drawn until one fits;
-    None when so many did not that none can.
+    Of a belief `surface` says what else shows. Stories are drawn until one fits; None when so many
+    did not that none can.
     """
     thing, other = draw.sample(cast.things, 2)
     pattern = draw_pattern(draw, count)
-    rules = ((true_place, true), (last_named, named), (others_belief, true))
-    rules = rules[: 1 + PEOPLE_ASKED[kind]] if PEOPLE_ASKED[kind] else ()
-    kinds = [_MENTIONS] * count
+    how = [_ANYHOW] * count
     if kind == "reality":
-        kinds = _kinds_of_reality(count, rank)
-    elif PEOPLE_ASKED[kind] and true:  # nothing else would do
-        kinds[rank] = PLACINGS
-        kinds[rank + 1 : PLACES] = [("claims",)] * (PLACES - 1 - rank)
+        how = _how_of_reality(count, rank)
+    elif surface is not None:
+        how[1:PLACES] = [_VERBS[verb] for verb in surface.verbs]
     for _ in range(_STORIES):
         if kind == "memory":
             mentions = _plan_of_memory(draw, cast, pattern, rank, thing, other)
         else:
-            mentions = _plan(draw, cast, thing, other, kinds)
+            mentions = _plan(draw, cast, thing, other, how)
         told = _story_of_places(draw, cast, mentions)
         if told is None:
             continue
@@ -171,34 +171,34 @@ def _about_places(
             question
             for question in questions(kind, cast.people, (thing,))
             if question.answer(world) == place
-            and all((rule(question, story, world) == place) == right for rule, right in rules)
+            and (surface is None or surface.is_of(question, story, world, cast.places))
         ]
         if fitting:
             return story, draw.choice(fitting)
     return None
 
 
-def _kinds_of_reality(count: int, rank: int) -> list[Kinds]:
+def _how_of_reality(count: int, rank: int) -> list[_How]:
     """The thing is put down, moved and talked about, or talked about twice if it stays (rank 0).
 
     The first sentences about the other thing, which come last, make up for the difference.
     """
-    kinds = [_MENTIONS] * count
+    how = [_ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
         if turn < count:
-            kinds[turn] = PLACINGS if at == rank else ("claims",)
-    return kinds
+            how[turn] = _PLACED if at == rank else _TALK
+    return how
 
 
-def _plan(draw: Draw, cast: Cast, thing: str, other: str, kinds: Sequence[Kinds]) -> list[_Mention]:
+def _plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[_How]) -> list[_Mention]:
     """Every place with the thing; the other thing's sentences, the last ones, anywhere between."""
-    count = len(kinds)
+    count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
     order = list(range(PLACES))
     for extra in range(PLACES, count):
         least = order.index(extra - 1) + 1 if extra > PLACES else 0
         order.insert(draw.integer(least, len(order)), extra)
-    return [_Mention((thing, other)[at >= PLACES], places[at], kinds[at]) for at in order]
+    return [_Mention((thing, other)[at >= PLACES], places[at], how[at]) for at in order]
 
 
 def _plan_of_memory(
@@ -377,7 +377,7 @@ def _named(draw: Draw, world: World, cast: Cast, mention: _Mention) -> Event | N
     thing, place = mention.thing, mention.place
     home, now = world.homes[place], world.place_of.get(thing)
     possible = ("puts",) if now is None else _LATER_MENTIONS
-    kinds = [kind for kind in possible if kind in mention.kinds]
+    kinds = [kind for kind in possible if kind in mention.how.kinds]
     for _ in range(_PROPOSALS if kinds else 0):
         kind = draw.choice(kinds)
         room = world.homes[now] if kind == "takes" and now is not None else home
@@ -390,7 +390,7 @@ def _named(draw: Draw, world: World, cast: Cast, mention: _Mention) -> Event | N
             thing=thing,
             place=place,
             room=home if kind == "takes" else "",
-            hearer=_hearer(draw, cast) if kind == "claims" else "",
+            hearer=_hearer(draw, cast, mention.how.whispered) if kind == "claims" else "",
         )
         if world.possible(event):
             return _with_extra(draw, world, cast, event)
@@ -411,8 +411,10 @@ def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
     return None
 
 
-def _hearer(draw: Draw, cast: Cast) -> str:
-    return draw.choice(cast.people) if draw.integer(1, 100) <= _WHISPER_PERCENT else ""
+def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
+    if whispered is None:
+        whispered = draw.integer(1, 100) <= _WHISPER_PERCENT
+    return draw.choice(cast.people) if whispered else ""
 
 
 def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:

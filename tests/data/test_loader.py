@@ -75,7 +75,11 @@ def test_text_batch_layout():
         prompt = ids.tolist().index(2) + 1  # <|assistant|>
         expected = [0.0] + [0.25] * (prompt - 1) + [1.0] * (len(ids) - prompt)
         np.testing.assert_array_equal(weights, np.array(expected, np.float32))
+    is_sum_BT = (batch.task_BT == 0) & (batch.position_BT == 1)
+    assert {TOKENIZER.decode([i]) for i in batch.tokens_BT[is_sum_BT]} == {"sum"}
+    assert is_sum_BT.sum() + ((batch.task_BT == 1) & (batch.position_BT == 1)).sum() == len(found)
     padding_BT = batch.segment_BT == 0
+    assert (batch.task_BT[padding_BT] == -1).all()
     assert (batch.tokens_BT[padding_BT] == TOKENIZER.pad_id).all()
     assert (batch.loss_mask_BT[padding_BT] == 0).all()
     assert (np.diff(padding_BT.astype(int), axis=1) >= 0).all()  # it comes after the texts

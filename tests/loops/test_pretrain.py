@@ -1,9 +1,15 @@
-"""What pretraining's text is made of."""
+"""What pretraining's text is made of, and what it starts from."""
 
+import numpy as np
 import pytest
 
 from jexit.config import Config
 from jexit.loops.pretrain import mixture
+from small_runs import metrics, parameters, run
+
+SMALL = {
+    "pretrain__layers": 3, "pretrain__width": 16, "pretrain__mlp_width": 24, "steps": 1,
+}  # fmt: skip
 
 
 def shares(**settings):
@@ -31,3 +37,45 @@ def test_stories_have_prompts_of_every_granularity():
     *_, (task, _) = mixture(config)
     modes = {task.problem("train", index).fields["mode"] for index in range(60)}
     assert modes == {"free", "fine", "coarse", "at_once"}
+
+
+@pytest.fixture(scope="module")
+def trunk(model_dir, tmp_path_factory):
+    """A run of one step on all three tasks."""
+    workdir = tmp_path_factory.mktemp("trunk") / "run"
+    stories = {"pretrain__tom": 0.3, "pretrain__length": 256}
+    run("pretrain", model_dir, workdir, **SMALL, **stories, batch_size=8)
+    return workdir
+
+
+def test_the_probability_of_right_answers_is_logged_by_task(trunk):
+    (row,) = metrics(trunk)
+    for name in ("step_2", "story"):
+        assert 0 < row[f"p_right/{name}"] < 0.1, name
+
+
+def test_training_goes_on_from_another_runs_trunk(trunk, model_dir, tmp_path):
+    still = {"pretrain__start": str(trunk), "optim__full_lr": 0.0, "seed": 5}
+    run("pretrain", model_dir, tmp_path / "on", **SMALL, **still)
+    before, after = parameters(trunk), parameters(tmp_path / "on")
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path], err_msg=path)
+
+
+def test_a_trunk_of_another_size_is_no_start(trunk, model_dir, tmp_path):
+    wide = SMALL | {"pretrain__width": 32, "pretrain__start": str(trunk)}
+    message = r"pretrain.start=\S+ holds a model with width 16 and the config asks for 32; "
+    with pytest.raises(ValueError, match=message):
+        run("pretrain", model_dir, tmp_path / "wide", **wide)
+    assert not (tmp_path / "wide").exists()
+
+
+def test_a_length_that_later_texts_are_over_stops_the_run_at_once(model_dir, tmp_path):
+    """The first step's texts would fit."""
+    short = {"pretrain__length": 51, "steps": 100, "batch_size": 2}
+    with pytest.raises(
+        ValueError, match=r"a training example has \d+ tokens, over the limit of 51"
+    ):
+        run("pretrain", model_dir, tmp_path / "short", **SMALL | short)
+    assert not (tmp_path / "short").exists()

@@ -175,7 +175,7 @@ def test_the_running_mean_leaves_out_gaps():
 
 def test_lone_values_do_not_flatten_a_curve(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step in range(1, 101):
             writer.write(step, {"step_seconds": 60.0 if step == 1 else 1.0 + 0.01 * step})
@@ -189,7 +189,7 @@ def test_lone_values_do_not_flatten_a_curve(tmp_path, monkeypatch):
 def test_no_text_lies_on_other_text_or_off_the_page(tmp_path, monkeypatch, command, steps):
     figures, drawn = {}, []
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: figures.setdefault(path.stem, figure) and path
+        plots, "save_figure", lambda figure, path: figures.setdefault(path.stem, figure) and path
     )
     draw = mpl.text.Text.draw
 

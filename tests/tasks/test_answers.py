@@ -104,6 +104,10 @@ def test_strict_number(text, value):
         ("I do not know", "18", "none"),
         ("", "18", "none"),
         ("#### 0.5", "1/2", "strict"),
+        ("#### 20 - 2 = 18", "18", "lenient"),
+        ("#### x = 18", "18", "lenient"),
+        ("20 - 2 = 18\n#### 20 - 2", "18", "wrong"),
+        ("\\boxed{1{,}000}", "1000", "lenient"),
     ],
 )
 def test_judge(completion, answer, kind):

@@ -203,11 +203,34 @@ def test_verdicts(task, answer, completion, kind):
         ("Kayla no longer knows about it", KNOWS_NOT),
         ("Kayla has never really known; she does not have any knowledge of it", KNOWS_NOT),
         ("Nobody knows about it", KNOWS_NOT),
+        ("Mia is unlikely to know about it", KNOWS_NOT),
+        ("She hardly knows about it", KNOWS_NOT),
+        ("She doubts that he knows about it", KNOWS_NOT),
+        ("She does not doubt that he knows about it", KNOWS),
+        ("There is no doubt that she knows about it", KNOWS),
+        ("It is false that she knows about it", KNOWS_NOT),
+        ("She lacks knowledge of it", KNOWS_NOT),
         ("As we know, Otto left.", None),
     ],
 )
 def test_knowing(text, answer):
     assert phrases.lenient_phrase(text, KNOWLEDGE) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("<think>\nThe answer is\n#### oak chest", "none"),
+        ("<think>\nIt is in the oak chest.", "none"),
+        ("<think>oak chest</think>\n\nI cannot say.", "none"),
+        ("<think>the tin</think>\n#### oak chest", "strict"),
+        ("It is in the tin.</think>\nIt is in the oak chest.", "lenient"),
+        ("<think>oak chest</think>\n#### tin", "wrong"),
+    ],
+)
+def test_thoughts_are_no_answers(text, kind):
+    candidates = phrases.themselves(["oak chest", "tin"])
+    assert phrases.judge(text, "oak chest", candidates) == kind
 
 
 @given(text=st.text(), answer=st.sampled_from(["oak chest", "no", "knows about it", "?"]))
