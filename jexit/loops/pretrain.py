@@ -92,13 +92,22 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def mixture(config: Config) -> list[tuple[Task, float]]:
-    """The tasks whose text is trained on, with their shares of the texts."""
-    p = config.pretrain
+    """The tasks whose text is trained on, with their shares of the texts.
+
+    Prompts are of every kind (`steps="mixed"`); stories are as long as `config.task` says.
+    """
+    p, task = config.pretrain, config.task
+    stories = make_task(
+        "tom",
+        steps="mixed",
+        people=(task.people_min, task.people_max),
+        moves=(task.moves_min, task.moves_max),
+    )
     sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding must not leave it a hair below zero
     tasks = [
         (make_task("sums", steps="mixed"), sums),
         (make_task("word_problems"), p.word_problems),
-        (make_task("tom", steps="mixed"), p.tom),
+        (stories, p.tom),
     ]
     return [(task, share) for task, share in tasks if share > 0]
 
