@@ -87,7 +87,6 @@ COLUMNS: Mapping[str, Column] = {
         for policy, where in (("sample", ""), ("full", ", full depth"))
     },
     "hazard error": Column("sample/hazards/ece", share=False),
-    "KL to the teacher": Column("after/kl_teacher", share=False),
 }
 # Of NAME-curves.csv.
 CURVES: Mapping[str, tuple[str, bool]] = {

@@ -9,11 +9,12 @@ Stories are drawn until one fits. So no rule on places, verbs, where the thing i
 beats one in three, alone or together with others. Of a belief about a belief, the other person
 knows where the thing is, as in the classic test (Perner and Wimmer 1985), and the question is
 whether the first one knows that; were the other one wrong too, the answer would nearly always be
-what they think. For `reality` how
-often things are moved and talked about is the same for every answer. For `memory`, where the
-thing's first place is the answer, both things share a pattern of places such as first, second,
-first, third, and which of them is the answer, as they come up, is drawn. Only what defines a
-question answers it: the last placing, the first one, and for beliefs who saw what.
+what they think.
+
+For `reality` how often things are moved and talked about is the same for every answer. For
+`memory`, where the thing's first place is the answer, both things share a pattern of places such as
+first, second, first, third, and which of them is the answer, as they come up, is drawn. Only what
+defines a question answers it: the last placing, the first one, and for beliefs who saw what.
 
 Two people, or fewer than five sentences, are too few for some of these combinations, which then
 occur less often or never.
@@ -47,7 +48,7 @@ from jexit.tasks.tom_world import PLACINGS, Event, EventKind, World
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
 PLACES = 3  # that a story about things mentions
-Kinds: TypeAlias = tuple[EventKind, ...]
+
 _STORIES = 5_000  # that are tried: more than any combination needs with three people
 _PROPOSALS = 12
 Kinds: TypeAlias = tuple[EventKind, ...]
