@@ -1,10 +1,15 @@
-"""Pretrains the shipped model's trunk on the text of `sums` and `word_problems`.
+"""Pretrains the shipped model's trunk on the text of `sums`, `word_problems` and `tom`.
 
     python -m jexit.main --config=configs/pretrain.py --workdir=runs/pretrain
-    python -m convert.to_hf --source=runs/pretrain --target=jexit/assets/tiny
+    python -m jexit.main --config=configs/pretrain.py --workdir=runs/pretrain-more \
+        --config.pretrain.start=runs/pretrain/model --config.steps=1200 \
+        --config.optim.full_lr=1e-3 --config.pretrain.tom=0.2
+    python -m convert.to_hf --source=runs/pretrain-more --target=jexit/assets/tiny
 
-Under an hour on two CPU cores. Greedy accuracy at full depth on 512 held-out sums with prescribed
-steps of 2, 3, 4 and 5 operands: 100, 100, 100 and 99.8 %.
+An hour and ten minutes on two CPU cores. Greedy accuracy at full depth on held-out problems: sums
+with prescribed steps of 2, 3, 4 and 5 operands 100 % each of 256, at once 97 %; stories, step by
+step, 69 %, where guessing gives 39 %: where things are it always knows, what people think in half
+to two thirds.
 
 `--config.pretrain.exit_loss=0.3` adds deep supervision: cross-entropy at every exit's logit lens.
 """
@@ -14,8 +19,10 @@ from jexit.config import config_dict
 
 def get_config(preset: str = "tiny"):
     config = config_dict("pretrain", preset)
-    config.steps = 3000
+    config.steps = 3500
     config.batch_size = 44  # rows, of some three texts each
+    config.pretrain.word_problems = 0.1
+    config.pretrain.tom = 0.5
     config.exits.layers = (1, 2, 3, 4, 6)
     config.optim.full_lr = 2e-3
     config.optim.b2 = 0.98

@@ -355,6 +355,9 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
         config.exits.layers = (1, 2, 3, 4, 6)
         config.lora.rank, config.lora.alpha = 16, 32.0
         config.lora.targets = PROJECTIONS
+        # The stories that the shipped model has learnt.
+        config.task.people_max = 3
+        config.task.moves_min = config.task.moves_max = 3
         return config.lock()
     if config.preset not in PRESETS:
         names = ", ".join((TINY_PRESET, *PRESETS))

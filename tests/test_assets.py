@@ -82,5 +82,16 @@ def test_the_shipped_trunk_takes_steps_of_every_size(steps):
     assert sum(task.verify(problem, text).kind == "strict" for problem, text in pairs) >= 61
 
 
+def test_the_shipped_trunk_answers_stories_step_by_step():
+    """Greedy, all layers; by chance a third of the places and half of the rest would be right."""
+    model, tokenizer = jexit.load(ASSETS / "tiny")
+    task = make_task("tom", steps="fine", people=(3, 3), moves=(3, 3))
+    asked = [task.problem("test", index) for index in range(96)]
+    prompts = [problem.prompt for problem in asked]
+    generation = jexit.generate(model, tokenizer, prompts, max_new_tokens=56, temperature=0.0)
+    pairs = zip(asked, generation.texts, strict=True)
+    assert sum(task.verify(problem, text).kind == "strict" for problem, text in pairs) >= 54
+
+
 def test_the_shipped_assets_are_small():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*")) < 12e6

@@ -19,6 +19,7 @@ import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from jexit.tasks.tom import Tom
 from jexit.tasks.word_problems import BOXES, NAMES, OBJECTS, TEMPLATES
 
 VOCAB_SIZE = 512
@@ -35,12 +36,8 @@ CHAT_TEMPLATE = (
 # them, and whatever is left between those.
 PIECES = r"#{4}|\+{1,4}|[0-9]| ?[A-Za-z]+"
 SYMBOLS = ("+", "++", "+++", "++++", "####")
-# Command words of `sums`, and common words that stories about people and places need.
-OTHER_WORDS = (
-    *("sum", " by", " at", " once", " to", " in", " into", " it", " who", " what", " where"),
-    *(" he", " she", " think", " thinks", " say", " says", " know", " knows", " see", " sees"),
-    *(" room", " box", " table", " enters", " leaves", " moves", " hides", " looks", " answer"),
-)
+OTHER_WORDS = ("sum", " by", " at", " once")  # the command words of `sums`
+STORIES = 400  # that the words of `tom` are collected from
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -68,6 +65,10 @@ def task_words() -> list[str]:
             for value in values:
                 filled = {name: options[0] for name, options in slots.items()} | {slot: value}
                 words.update(re.findall(PIECES, template.text.format(**filled, **holes)))
+    stories = Tom(steps="mixed")
+    for index in range(STORIES):
+        story = stories.problem("train", index)
+        words.update(re.findall(PIECES, f"{story.prompt}\n{story.completion}"))
     return sorted(word for word in words if word.strip().isalpha() and len(word.strip()) > 1)
 
 
@@ -115,7 +116,7 @@ def build() -> Tokenizer:
     if len(entries) > VOCAB_SIZE:
         raise ValueError(
             f"the tasks' words need {len(entries)} entries, more than the {VOCAB_SIZE} of the "
-            "tiny vocabulary; drop words from jexit/tasks/word_problems.py"
+            "tiny vocabulary; drop words from jexit/tasks/word_problems.py or tom_text.py"
         )
     entries += [f"<|unused{i}|>" for i in range(VOCAB_SIZE - len(entries))]
     tokenizer = Tokenizer(

@@ -9,7 +9,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jexit.tasks.tom_text import Question, Story
-from jexit.tasks.tom_world import World
+from jexit.tasks.tom_world import Event, World
+
+
+def is_named(person: str, event: Event) -> bool:
+    """Whether the sentence about the event names the person."""
+    return person in (event.actor, event.hearer, event.secret, event.distracted)
+
+
+def knows_place(question: Question, world: World) -> bool:
+    """Whether the second person asked about, if there is one, knows where the thing is."""
+    if len(question.people) == 1:
+        return True
+    return others_belief(question, world) == world.place_of.get(question.thing)
 
 
 def last_named(question: Question, story: Story, world: World) -> str:
@@ -23,7 +35,7 @@ def last_named(question: Question, story: Story, world: World) -> str:
     return (naming or events)[-1].place
 
 
-def others_belief(question: Question, story: Story, world: World) -> str | None:
+def others_belief(question: Question, world: World) -> str | None:
     """Where the second person asked about thinks that the thing is at the end."""
     return world.beliefs.get((question.people[1:], question.thing))
 
@@ -60,9 +72,8 @@ class Surface:
         return max((rank for rank, verb in enumerate(self.verbs, 1) if verb == "moves"), default=0)
 
     def is_of(self, question: Question, story: Story, world: World, places: Sequence[str]) -> bool:
-        other_knows = others_belief(question, story, world) == places[self.true_place]
-        return last_named(question, story, world) == places[self.last_named] and (
-            len(question.people) == 1 or other_knows
+        return last_named(question, story, world) == places[self.last_named] and knows_place(
+            question, world
         )
 
 

@@ -2,11 +2,16 @@
 
 Where a place is asked for, the story names three, each once with the thing; other things lie or
 are moved between. Which of the three, in the order in which they come up with the thing, is the
-answer is drawn before the story. So is, for beliefs and independently of the answer, all that a
-rule could go by that tracks nobody (`Surface`): whether the thing is then moved, told about or
-whispered about, hence where it is, and the last place that an event names together with the person.
-Stories are drawn until one fits. So no rule on places, verbs, where the thing is or who is named
-beats one in three, alone or together with others. Of a belief about a belief, the other person
+answer is drawn before the story.
+
+In three of four stories about beliefs only the comings and goings tell the answer
+(`jexit.tasks.tom_presence`). In the fourth the person asked about may be named where they learn of
+a place: as who does it, to whom it is whispered, or as a secret witness. All that a rule could go
+by there that tracks nobody (`Surface`) is drawn before the story, independently of the answer:
+whether the thing is then moved, told about or whispered about, hence where it is, and the last
+place that an event names together with the person. Stories are drawn until one fits. So no rule on
+places, verbs or where the thing is beats one in three. One that knows in which roles the person is
+named gets the fourth story, and about 0.4 of all. Of a belief about a belief, the other person
 knows where the thing is, as in the classic test (Perner and Wimmer 1985), and the question is
 whether the first one knows that; were the other one wrong too, the answer would nearly always be
 what they think.
@@ -30,9 +35,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from jexit.tasks.base import Draw
+from jexit.tasks.tom_events import (
+    ANYHOW,
+    PLACED,
+    PLACES,
+    TALK,
+    VERBS,
+    Cast,
+    How,
+    Mention,
+    plan,
+    questions,
+    story_of_places,
+    story_of_topics,
+)
+from jexit.tasks.tom_presence import story_of_presence
 from jexit.tasks.tom_rules import SURFACES, Surface, told_by_name
 from jexit.tasks.tom_text import (
     CONTAINERS,
@@ -44,38 +63,12 @@ from jexit.tasks.tom_text import (
     Question,
     Story,
 )
-from jexit.tasks.tom_world import PLACINGS, Event, EventKind, World
+from jexit.tasks.tom_world import Event
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
-PLACES = 3  # that a story about things mentions
-
 _STORIES = 5_000  # that are tried: more than any combination needs with three people
-_PROPOSALS = 12
-Kinds: TypeAlias = tuple[EventKind, ...]
-_LATER_MENTIONS: tuple[EventKind, ...] = (
-    "moves",
-    "moves",
-    "moves",
-    "takes",
-    "claims",
-    "claims",
-    "claims",
-)
+_NAMED_PERCENT = 25  # of beliefs: the person may be named where they learn of a place
 _MORE_SENTENCES = 2  # at most, than the largest number of moves: bounds the prompt
-_EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
-_WHISPER_PERCENT = 60  # of speech
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cast:
-    """The words that one story uses, and how many sentences it may have after its opening."""
-
-    people: tuple[str, ...]
-    rooms: tuple[str, ...]
-    places: tuple[str, ...]
-    things: tuple[str, ...]
-    topics: tuple[str, ...]
-    longest: int
 
 
 def draw_problem(
@@ -97,11 +90,15 @@ def draw_problem(
     count = draw.integer(*moves)
     if kind not in OF_PLACES:
         return _about_topics(draw, kind, cast, count)
+    named = draw.integer(1, 100) <= _NAMED_PERCENT
     found = None
     while found is None:
         rank = draw.integer(0, PLACES - 1)
-        surface = draw.choice(SURFACES) if PEOPLE_ASKED[kind] else None
-        found = _about_places(draw, kind, cast, count, rank=rank, surface=surface)
+        if PEOPLE_ASKED[kind] and not named:
+            found = story_of_presence(draw, kind, cast, count, rank=rank)
+        else:
+            surface = draw.choice(SURFACES) if PEOPLE_ASKED[kind] else None
+            found = _about_places(draw, kind, cast, count, rank=rank, surface=surface)
     return found
 
 
@@ -118,32 +115,6 @@ def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
             return tuple(map(order.index, drawn))
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """Of which kind an event may be, and whether speech is whispered (None: at times)."""
-
-    kinds: Kinds = (*PLACINGS, "claims")
-    whispered: bool | None = None
-
-
-_ANYHOW = _How()
-_PLACED, _TALK = _How(PLACINGS), _How(("claims",))
-_VERBS = {
-    "moves": _How(("moves",)),
-    "tells": _How(("claims",), whispered=False),
-    "whispers": _How(("claims",), whispered=True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mention:
-    """What an event of a story shall name, and how."""
-
-    thing: str
-    place: str
-    how: _How = _ANYHOW
-
-
 def _about_places(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, surface: Surface | None
 ) -> tuple[Story, Question] | None:
@@ -154,17 +125,17 @@ def _about_places(
     """
     thing, other = draw.sample(cast.things, 2)
     pattern = draw_pattern(draw, count)
-    how = [_ANYHOW] * count
+    how = [ANYHOW] * count
     if kind == "reality":
         how = _how_of_reality(count, rank)
     elif surface is not None:
-        how[1:PLACES] = [_VERBS[verb] for verb in surface.verbs]
+        how[1:PLACES] = [VERBS[verb] for verb in surface.verbs]
     for _ in range(_STORIES):
         if kind == "memory":
             mentions = _plan_of_memory(draw, cast, pattern, rank, thing, other)
         else:
-            mentions = _plan(draw, cast, thing, other, how)
-        told = _story_of_places(draw, cast, mentions)
+            mentions = plan(draw, cast, thing, other, how)
+        told = story_of_places(draw, cast, mentions)
         if told is None:
             continue
         (story, world), place = told, cast.places[rank]
@@ -179,32 +150,21 @@ def _about_places(
     return None
 
 
-def _how_of_reality(count: int, rank: int) -> list[_How]:
+def _how_of_reality(count: int, rank: int) -> list[How]:
     """The thing is put down, moved and talked about, or talked about twice if it stays (rank 0).
 
     The first sentences about the other thing, which come last, make up for the difference.
     """
-    how = [_ANYHOW] * count
+    how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
         if turn < count:
-            how[turn] = _PLACED if at == rank else _TALK
+            how[turn] = PLACED if at == rank else TALK
     return how
-
-
-def _plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[_How]) -> list[_Mention]:
-    """Every place with the thing; the other thing's sentences, the last ones, anywhere between."""
-    count = len(how)
-    places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
-    order = list(range(PLACES))
-    for extra in range(PLACES, count):
-        least = order.index(extra - 1) + 1 if extra > PLACES else 0
-        order.insert(draw.integer(least, len(order)), extra)
-    return [_Mention((thing, other)[at >= PLACES], places[at], how[at]) for at in order]
 
 
 def _plan_of_memory(
     draw: Draw, cast: Cast, pattern: Sequence[int], rank: int, thing: str, other: str
-) -> list[_Mention]:
+) -> list[Mention]:
     """The pattern is both things'; how many of its sentences are the thing's knows no answer."""
     least = len(pattern) - pattern.index(PLACES - 1)
     count = draw.integer(1, least)
@@ -217,14 +177,14 @@ def _plan_of_memory(
     )
     later = draw.sample(range(first + 1, len(pattern)), count - 1)
     return [
-        _Mention(thing if index in (first, *later) else other, cast.places[number])
+        Mention(thing if index in (first, *later) else other, cast.places[number])
         for index, number in enumerate(pattern)
     ]
 
 
 def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story, Question]:
     while True:
-        story = _story_of_topics(draw, cast, count)
+        story = story_of_topics(draw, cast, count)
         told = [event.thing for event in story.events if event.kind == "tells"] if story else []
         if story is None or not told:
             continue
@@ -233,14 +193,6 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
         if pair is not None:
             twin, question = pair
             return (story, twin)[draw.integer(0, 1)], question
-
-
-def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[Question]:
-    """Every question of a kind about these people and things."""
-    asked: list[tuple[str, ...]] = [()]
-    for _ in range(PEOPLE_ASKED[kind]):
-        asked = [(*some, one) for some in asked for one in people if one not in some]
-    return [Question(kind=kind, people=some, thing=thing) for some in asked for thing in things]
 
 
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
@@ -293,136 +245,3 @@ def _exchanged(
         other = dataclasses.replace(other, **{part: mine})
     changed = (*events[:first], one, *events[first + 1 : second], other, *events[second + 1 :])
     return None if changed == events else changed
-
-
-def _stage(draw: Draw, cast: Cast) -> Story:
-    """Where people and places are before anything happens: mostly in one of the two rooms."""
-    main, other = cast.rooms
-    return Story(
-        room_of={person: other if draw.integer(0, 3) == 0 else main for person in cast.people},
-        homes={place: other if draw.integer(0, 3) == 0 else main for place in cast.places},
-        events=(),
-    )
-
-
-def _story_of_places(
-    draw: Draw, cast: Cast, mentions: Sequence[_Mention]
-) -> tuple[Story, World] | None:
-    """A story and the world at its end; None if one of the mentions cannot be."""
-    stage = _stage(draw, cast)
-    world, events = stage.start(), []
-    for mention in mentions:
-        if events and draw.integer(0, 1):
-            events.append(_happening(world, _coming_or_going(draw, world, cast)))
-        event = _named(draw, world, cast, mention)
-        if event is None:
-            return None
-        events.append(_happening(world, event))
-    story = _told(stage, events, cast)
-    return None if story is None else (story, world)
-
-
-def _story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
-    stage = _stage(draw, cast)
-    world, events = stage.start(), []
-    for _ in range(count):
-        if events and draw.integer(0, 1):
-            events.append(_happening(world, _coming_or_going(draw, world, cast)))
-        if draw.integer(0, 5):
-            if not world.in_company():
-                events.append(_happening(world, _joining(draw, world, cast)))
-            event = _speech(draw, world, cast)
-        else:
-            event = _named(
-                draw, world, cast, _Mention(draw.choice(cast.things), draw.choice(cast.places))
-            )
-        if event is None or event in events:
-            return None
-        events.append(_happening(world, event))
-    return _told(stage, events, cast)
-
-
-def _told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
-    """The story of these events; None if it has grown too long."""
-    sentences = sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
-    if sentences > cast.longest:
-        return None
-    return dataclasses.replace(stage, events=tuple(events))
-
-
-def _happening(world: World, event: Event) -> Event:
-    world.happen(event)
-    return event
-
-
-def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
-    actor = draw.choice(cast.people)
-    room = world.room_of[actor]
-    if room is not None and draw.integer(0, 1):
-        return Event(kind="leaves", actor=actor, room=room)
-    return Event(
-        kind="enters", actor=actor, room=draw.choice([name for name in cast.rooms if name != room])
-    )
-
-
-def _joining(draw: Draw, world: World, cast: Cast) -> Event:
-    """Somebody enters the room where somebody else is, if anybody is in one."""
-    hosts = [person for person in cast.people if world.room_of[person]] or cast.people
-    host = draw.choice(hosts)
-    actor = draw.choice([person for person in cast.people if person != host])
-    return Event(kind="enters", actor=actor, room=world.room_of[host] or cast.rooms[0])
-
-
-def _named(draw: Draw, world: World, cast: Cast, mention: _Mention) -> Event | None:
-    """A possible event that names this thing and place; None if none is found quickly."""
-    thing, place = mention.thing, mention.place
-    home, now = world.homes[place], world.place_of.get(thing)
-    possible = ("puts",) if now is None else _LATER_MENTIONS
-    kinds = [kind for kind in possible if kind in mention.how.kinds]
-    for _ in range(_PROPOSALS if kinds else 0):
-        kind = draw.choice(kinds)
-        room = world.homes[now] if kind == "takes" and now is not None else home
-        actors = cast.people if kind == "claims" else world.inside(room)
-        if not actors:
-            continue
-        event = Event(
-            kind=kind,
-            actor=draw.choice(actors),
-            thing=thing,
-            place=place,
-            room=home if kind == "takes" else "",
-            hearer=_hearer(draw, cast, mention.how.whispered) if kind == "claims" else "",
-        )
-        if world.possible(event):
-            return _with_extra(draw, world, cast, event)
-    return None
-
-
-def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
-    """Somebody tells about a topic; None if nobody is found quickly who can."""
-    for _ in range(_PROPOSALS):
-        event = Event(
-            kind="tells",
-            actor=draw.choice(cast.people),
-            thing=cast.topics[draw.integer(0, 2) == 0],
-            hearer=_hearer(draw, cast),
-        )
-        if world.possible(event):
-            return _with_extra(draw, world, cast, event)
-    return None
-
-
-def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
-    if whispered is None:
-        whispered = draw.integer(1, 100) <= _WHISPER_PERCENT
-    return draw.choice(cast.people) if whispered else ""
-
-
-def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:
-    """The event, at times with a secret witness or a distracted person where one is possible."""
-    if draw.integer(1, 100) > _EXTRA_PERCENT:
-        return event
-    person = draw.choice(cast.people)
-    extras = [dataclasses.replace(event, **{role: person}) for role in ("secret", "distracted")]
-    allowed = [extra for extra in extras if world.possible(extra)]
-    return draw.choice(allowed) if allowed else event

@@ -1,8 +1,12 @@
 import pathlib
+import re
 import subprocess
 import sys
 
+import pytest
+
 import jexit.data.build_tiny_tokenizer as builder
+from jexit.tasks import make_task
 
 TINY = pathlib.Path(builder.__file__).parents[1] / "assets" / "tiny"
 
@@ -14,6 +18,23 @@ def test_the_shipped_files_are_what_the_script_writes(tmp_path):
     assert written == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     for name in written:
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return builder.build()
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [("sums", {"steps": "mixed"}), ("tom", {"steps": "mixed"}), ("word_problems", {})],
+)
+def test_every_word_of_the_tasks_is_one_token(tokenizer, task, settings):
+    problems = make_task(task, **settings)
+    for index in range(400):
+        problem = problems.problem("train", builder.STORIES + index)
+        for piece in re.findall(builder.PIECES, f"{problem.prompt}\n{problem.completion}"):
+            assert len(tokenizer.encode(piece).ids) == 1, piece
 
 
 def test_the_byte_alphabet_is_the_librarys():

@@ -9,16 +9,18 @@ from story_reader import read_story
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_rules import SURFACES, is_false, last_named
-from jexit.tasks.tom_stories import (
+from jexit.tasks.tom_events import (
+    ANYHOW,
     PLACES,
     Cast,
-    _about_places,
-    _exchanged,
-    _story_of_topics,
-    _twins,
+    plan,
     questions,
+    story_of_places,
+    story_of_topics,
 )
+from jexit.tasks.tom_presence import _MOVES, _by_answer
+from jexit.tasks.tom_rules import SURFACES, is_false, knows_place, last_named
+from jexit.tasks.tom_stories import _about_places, _exchanged, _twins
 from jexit.tasks.tom_text import CONTAINERS, KINDS, NO, OF_PLACES, YES
 from jexit.tasks.tom_world import Event
 
@@ -278,7 +280,7 @@ def test_twins_have_the_same_words_and_opposite_answers():
     found = 0
     for number in range(600):
         draw = Draw("twins", number)
-        story = _story_of_topics(draw, CAST, 4)
+        story = story_of_topics(draw, CAST, 4)
         pair = _twins(draw, story, asked) if story else None
         if pair is None:
             continue
@@ -367,6 +369,66 @@ def test_rules_that_track_nobody_are_no_better_together(of_places, kind):
         assert looked_up(some, look) < 0.42
     # The table would find an answer that is given away.
     assert looked_up(some, lambda p: (seen_of(p), rank_of(p))) > 0.9
+
+
+def roles_of(problem):
+    """In which role each sentence about the thing names the first person asked about."""
+    person = problem.fields["people"][0]
+    roles = {
+        "does": rf"^{person} ",
+        "hears": rf"whispers to {person}\b",
+        "secret": rf"{person} (?:hears|sees) it in secret",
+        "distracted": rf"{person} is distracted",
+    }
+    thing = problem.fields["thing"]
+    events = re.findall(
+        rf"[A-Z][^.]*\b{thing}\b[^.]*\.(?: \w+ (?:is distracted|(?:hears|sees) it in secret)\.)?",
+        story_of(problem),
+    )
+    return tuple(
+        tuple(role for role, pattern in roles.items() if re.search(pattern, event.strip()))
+        for event in events
+    )
+
+
+@pytest.mark.parametrize("kind", ["belief", "second_belief"])
+def test_who_is_named_where_they_learn_of_a_place_tells_little(of_places, kind):
+    """A table of verbs and of every role of the person, in three of four stories of no use."""
+    some = [problem for problem in of_places if problem.fields["kind"] == kind]
+    assert looked_up(some, lambda p: (seen_of(p), roles_of(p))) < 0.46
+    later = [roles_of(problem)[1:] for problem in some]
+    assert 0.05 < share(any(map(len, roles)) for roles in later) < 0.27
+    unnamed = [p for p, roles in zip(some, later, strict=True) if not any(map(len, roles))]
+    assert looked_up(unnamed, lambda p: (seen_of(p), roles_of(p))) < 0.42
+
+
+@pytest.mark.parametrize("kind", ["belief", "second_belief"])
+def test_three_stories_differ_in_one_persons_comings_and_goings(kind):
+    found = 0
+    for index in range(300):
+        draw = Draw("three", kind, index)
+        thing, other = CAST.things
+        told = story_of_places(draw, CAST, plan(draw, CAST, thing, other, [ANYHOW] * 4))
+        if told is None:
+            continue
+        for question in questions(kind, CAST.people, (thing,)):
+            person, moves = question.people[0], draw.choice(_MOVES)
+            three = _by_answer(draw, CAST, told[0], question, moves)
+            if three is None:
+                continue
+            found += 1
+            rest, starts = set(), set()
+            for place in CAST.places:
+                story = three[place]
+                reading = read_story(story.text())
+                assert reading.answer(kind, question.people, thing) == place
+                assert knows_place(question, story.end())
+                own = [e for e in story.events if e.actor == person and not e.thing]
+                assert sorted(e.kind for e in own) == sorted(moves)
+                rest.add(tuple(e for e in story.events if e not in own))
+                starts.add(tuple(sorted((n, r) for n, r in story.room_of.items() if n != person)))
+            assert len(rest) == len(starts) == 1
+    assert found > 30
 
 
 @pytest.mark.parametrize("kind", KINDS)

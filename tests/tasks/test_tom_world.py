@@ -2,7 +2,7 @@ import pytest
 from story_reader import read_story
 
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_stories import questions
+from jexit.tasks.tom_events import questions
 from jexit.tasks.tom_text import CONTAINERS, KINDS, OF_PLACES, ROOMS, TOPICS, Story
 from jexit.tasks.tom_world import Event, World
 from jexit.tasks.word_problems import NAMES, OBJECTS

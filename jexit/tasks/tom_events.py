@@ -1,0 +1,221 @@
+"""What can happen in a theory-of-mind story: people come and go, place things and talk.
+
+Each event is drawn among those that are possible in the world as it then is
+(`jexit.tasks.tom_world`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from jexit.tasks.base import Draw
+from jexit.tasks.tom_text import PEOPLE_ASKED, Kind, Question, Story
+from jexit.tasks.tom_world import PLACINGS, Event, EventKind, World
+
+PLACES = 3  # that a story about things mentions
+
+_PROPOSALS = 12
+Kinds: TypeAlias = tuple[EventKind, ...]
+_LATER_MENTIONS: tuple[EventKind, ...] = (
+    "moves",
+    "moves",
+    "moves",
+    "takes",
+    "claims",
+    "claims",
+    "claims",
+)
+_EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
+_WHISPER_PERCENT = 60  # of speech
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cast:
+    """The words that one story uses, and how many sentences it may have after its opening."""
+
+    people: tuple[str, ...]
+    rooms: tuple[str, ...]
+    places: tuple[str, ...]
+    things: tuple[str, ...]
+    topics: tuple[str, ...]
+    longest: int
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """Of which kind an event may be, and whether speech is whispered (None: at times)."""
+
+    kinds: Kinds = (*PLACINGS, "claims")
+    whispered: bool | None = None
+
+
+ANYHOW = How()
+PLACED, TALK = How(PLACINGS), How(("claims",))
+VERBS = {
+    "moves": How(("moves",)),
+    "tells": How(("claims",), whispered=False),
+    "whispers": How(("claims",), whispered=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mention:
+    """What an event of a story shall name, and how."""
+
+    thing: str
+    place: str
+    how: How = ANYHOW
+
+
+def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
+    """Every place with the thing; the other thing's sentences, the last ones, anywhere between."""
+    count = len(how)
+    places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
+    order = list(range(PLACES))
+    for extra in range(PLACES, count):
+        least = order.index(extra - 1) + 1 if extra > PLACES else 0
+        order.insert(draw.integer(least, len(order)), extra)
+    return [Mention((thing, other)[at >= PLACES], places[at], how[at]) for at in order]
+
+
+def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[Question]:
+    """Every question of a kind about these people and things."""
+    asked: list[tuple[str, ...]] = [()]
+    for _ in range(PEOPLE_ASKED[kind]):
+        asked = [(*some, one) for some in asked for one in people if one not in some]
+    return [Question(kind=kind, people=some, thing=thing) for some in asked for thing in things]
+
+
+def draw_stage(draw: Draw, cast: Cast) -> Story:
+    """Where people and places are before anything happens: mostly in one of the two rooms."""
+    main, other = cast.rooms
+    return Story(
+        room_of={person: other if draw.integer(0, 3) == 0 else main for person in cast.people},
+        homes={place: other if draw.integer(0, 3) == 0 else main for place in cast.places},
+        events=(),
+    )
+
+
+def story_of_places(
+    draw: Draw, cast: Cast, mentions: Sequence[Mention]
+) -> tuple[Story, World] | None:
+    """A story and the world at its end; None if one of the mentions cannot be."""
+    stage = draw_stage(draw, cast)
+    world, events = stage.start(), []
+    for mention in mentions:
+        if events and draw.integer(0, 1):
+            events.append(happening(world, _coming_or_going(draw, world, cast)))
+        event = _named(draw, world, cast, mention)
+        if event is None:
+            return None
+        events.append(happening(world, event))
+    story = story_told(stage, events, cast)
+    return None if story is None else (story, world)
+
+
+def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
+    stage = draw_stage(draw, cast)
+    world, events = stage.start(), []
+    for _ in range(count):
+        if events and draw.integer(0, 1):
+            events.append(happening(world, _coming_or_going(draw, world, cast)))
+        if draw.integer(0, 5):
+            if not world.in_company():
+                events.append(happening(world, _joining(draw, world, cast)))
+            event = _speech(draw, world, cast)
+        else:
+            event = _named(
+                draw, world, cast, Mention(draw.choice(cast.things), draw.choice(cast.places))
+            )
+        if event is None or event in events:
+            return None
+        events.append(happening(world, event))
+    return story_told(stage, events, cast)
+
+
+def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
+    """The story of these events; None if it has grown too long."""
+    sentences = sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
+    if sentences > cast.longest:
+        return None
+    return dataclasses.replace(stage, events=tuple(events))
+
+
+def happening(world: World, event: Event) -> Event:
+    world.happen(event)
+    return event
+
+
+def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
+    actor = draw.choice(cast.people)
+    room = world.room_of[actor]
+    if room is not None and draw.integer(0, 1):
+        return Event(kind="leaves", actor=actor, room=room)
+    return Event(
+        kind="enters", actor=actor, room=draw.choice([name for name in cast.rooms if name != room])
+    )
+
+
+def _joining(draw: Draw, world: World, cast: Cast) -> Event:
+    """Somebody enters the room where somebody else is, if anybody is in one."""
+    hosts = [person for person in cast.people if world.room_of[person]] or cast.people
+    host = draw.choice(hosts)
+    actor = draw.choice([person for person in cast.people if person != host])
+    return Event(kind="enters", actor=actor, room=world.room_of[host] or cast.rooms[0])
+
+
+def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | None:
+    """A possible event that names this thing and place; None if none is found quickly."""
+    thing, place = mention.thing, mention.place
+    home, now = world.homes[place], world.place_of.get(thing)
+    possible = ("puts",) if now is None else _LATER_MENTIONS
+    kinds = [kind for kind in possible if kind in mention.how.kinds]
+    for _ in range(_PROPOSALS if kinds else 0):
+        kind = draw.choice(kinds)
+        room = world.homes[now] if kind == "takes" and now is not None else home
+        actors = cast.people if kind == "claims" else world.inside(room)
+        if not actors:
+            continue
+        event = Event(
+            kind=kind,
+            actor=draw.choice(actors),
+            thing=thing,
+            place=place,
+            room=home if kind == "takes" else "",
+            hearer=_hearer(draw, cast, mention.how.whispered) if kind == "claims" else "",
+        )
+        if world.possible(event):
+            return _with_extra(draw, world, cast, event)
+    return None
+
+
+def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
+    """Somebody tells about a topic; None if nobody is found quickly who can."""
+    for _ in range(_PROPOSALS):
+        event = Event(
+            kind="tells",
+            actor=draw.choice(cast.people),
+            thing=cast.topics[draw.integer(0, 2) == 0],
+            hearer=_hearer(draw, cast),
+        )
+        if world.possible(event):
+            return _with_extra(draw, world, cast, event)
+    return None
+
+
+def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
+    if whispered is None:
+        whispered = draw.integer(1, 100) <= _WHISPER_PERCENT
+    return draw.choice(cast.people) if whispered else ""
+
+
+def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:
+    """The event, at times with a secret witness or a distracted person where one is possible."""
+    if draw.integer(1, 100) > _EXTRA_PERCENT:
+        return event
+    person = draw.choice(cast.people)
+    extras = [dataclasses.replace(event, **{role: person}) for role in ("secret", "distracted")]
+    allowed = [extra for extra in extras if world.possible(extra)]
+    return draw.choice(allowed) if allowed else event

@@ -1,0 +1,119 @@
+"""Stories about beliefs that only the comings and goings of the person asked about tell.
+
+Three stories are the same sentence by sentence but for where that person starts, and when they come
+and go, equally often; each has another answer. One of the three is drawn. So no rule beats one in
+three that looks at the other sentences in whatever way, but does not work out who was there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+from jexit.tasks.base import Draw
+from jexit.tasks.tom_events import (
+    ANYHOW,
+    PLACES,
+    VERBS,
+    Cast,
+    happening,
+    plan,
+    questions,
+    story_of_places,
+    story_told,
+)
+from jexit.tasks.tom_rules import is_named, knows_place
+from jexit.tasks.tom_text import Kind, Question, Story
+from jexit.tasks.tom_world import Event, EventKind, World
+
+_STORIES = 150  # that are tried with a pair of verbs: some pairs cannot be in short stories
+# What the person does, in some order: the same in all three stories.
+_MOVES: tuple[tuple[EventKind, ...], ...] = (
+    ("enters",),
+    ("leaves",),
+    ("enters", "enters"),
+    ("enters", "leaves"),
+)
+
+
+def story_of_presence(
+    draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int
+) -> tuple[Story, Question] | None:
+    """A story with `count` mentions, and a question about a belief: the place numbered `rank`.
+
+    After the first mention none names the (first) person asked about with the thing. None if no
+    three stories were found.
+    """
+    thing, other = draw.sample(cast.things, 2)
+    how = [ANYHOW] * count
+    how[1:PLACES] = [VERBS[draw.choice(("moves", "tells"))] for _ in range(PLACES - 1)]
+    for _ in range(_STORIES):
+        told = story_of_places(draw, cast, plan(draw, cast, thing, other, how))
+        if told is None:
+            continue
+        story, _ = told
+        later = [event for event in story.events if event.thing == thing][1:]
+        asked = [
+            question
+            for question in questions(kind, cast.people, (thing,))
+            if not any(is_named(question.people[0], event) for event in later)
+        ]
+        for question in draw.sample(asked, len(asked)):
+            for moves in draw.sample(_MOVES, len(_MOVES)):
+                found = _by_answer(draw, cast, story, question, moves)
+                if found is not None:
+                    return found[cast.places[rank]], question
+    return None
+
+
+def _by_answer(
+    draw: Draw, cast: Cast, story: Story, question: Question, moves: tuple[EventKind, ...]
+) -> dict[str, Story] | None:
+    """The story with each of its places as the answer; None if that cannot be with these moves."""
+    person = question.people[0]
+    others = [event for event in story.events if event.thing or event.actor != person]
+    ways = [
+        (room, dict(zip(after, order, strict=True)))
+        for room in cast.rooms
+        for after in itertools.combinations(range(len(others)), len(moves))
+        for order in sorted(set(itertools.permutations(moves)))
+    ]
+    found: dict[str, Story] = {}
+    for room, move_after in draw.sample(ways, len(ways)):
+        start = dataclasses.replace(story, room_of={**story.room_of, person: room}, events=())
+        told = _with_moves(draw, cast, start, others, person, move_after)
+        if told is not None and knows_place(question, told[1]):
+            found.setdefault(question.answer(told[1]), told[0])
+            if all(place in found for place in cast.places):
+                return found
+    return None
+
+
+def _with_moves(
+    draw: Draw,
+    cast: Cast,
+    start: Story,
+    others: Sequence[Event],
+    person: str,
+    move_after: Mapping[int, EventKind],
+) -> tuple[Story, World] | None:
+    """The others' events, after some of which the person enters or leaves; None if impossible."""
+    world, events = start.start(), []
+    for index, event in enumerate(others):
+        if not world.possible(event):
+            return None
+        events.append(happening(world, event))
+        if index not in move_after:
+            continue
+        here = world.room_of[person]
+        if move_after[index] == "enters":
+            room = draw.choice([name for name in cast.rooms if name != here])
+        elif here is None:
+            return None
+        else:
+            room = here
+        move = Event(kind=move_after[index], actor=person, room=room)
+        events.append(happening(world, move))
+    story = story_told(start, events, cast)
+    return None if story is None else (story, world)
