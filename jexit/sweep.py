@@ -10,12 +10,14 @@
 Each combination is a run in a directory of its own, DIR/rl.depth_coef=0.4,seed=1, with what it
 prints in a .log file beside it. Values with commas in them are separated by `|`, as in
 `exits.layers=(2,4)|(4,)`. --config.KEY holds for all runs. With --eval the model of each finished
-run is evaluated, in its directory's `eval`, on the run's own task, with the settings that
---eval.KEY gives.
+run is evaluated, in its directory's `eval`, on the run's own task and with its own law of depths,
+with the settings that --eval.KEY gives.
 
 The same command again goes on where it was stopped: finished runs are left alone, the one under way
-continues from its newest checkpoint. A run that fails does not stop the others; the exit code is
-then 1. --jobs runs several at once, each on its share of the CPU's cores; accelerators run one.
+continues from its newest checkpoint. What each was asked for is kept in a .json file beside it, and
+a command that asks for something else there is refused. A run that fails does not stop the others;
+the exit code is then 1. --jobs runs several at once, each on its share of the CPU's cores;
+accelerators run one.
 
 DIR/table.csv has a line for each finished run: its settings, then every figure of before.json,
 after.json and eval/eval.json. DIR/curves.csv has its training metrics, each line the means of a
@@ -47,6 +49,11 @@ from jexit.main import INTERRUPTED
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"
+# What a command's config says about the hazards that an evaluation of its model has to know.
+LAWS = {
+    "sft": ("sft", ("sharpness", "target")),
+    "rl": ("rl", ("min_hazard", "hazard_temperature")),
+}
 POINTS = 20  # lines of a run in curves.csv
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
@@ -71,13 +78,35 @@ class Cell:
         return self.workdir.parent / f"{self.name}.log"
 
     @property
+    def asked(self) -> pathlib.Path:
+        """The file with the arguments of the runs that have begun."""
+        return self.workdir.parent / f"{self.name}.json"
+
+    @property
     def finished(self) -> bool:
         return (self.workdir / FINISHED).exists()
 
     @property
     def evaluated(self) -> bool:
         path = self.workdir / "eval" / EVALUATED
-        return path.exists() and json.loads(path.read_text()).get("complete", True)
+        return path.exists() and _read_json(path).get("complete", True)
+
+    def begin(self, part: str, arguments: Sequence[str]) -> None:
+        """Keeps what the cell's run or evaluation is asked for."""
+        asked = _read_json(self.asked) if self.asked.exists() else {}
+        text = json.dumps({**asked, part: list(arguments)}, indent=1) + "\n"
+        write_bytes_atomic(self.asked, text.encode())
+
+    def check(self, part: str, arguments: Sequence[str]) -> None:
+        """Raises ValueError if it was begun with other arguments and has left something behind."""
+        before = _read_json(self.asked).get(part) if self.asked.exists() else None
+        if before is None or before == list(arguments):
+            return
+        differing = sorted(set(before) ^ set(arguments))[0]
+        raise ValueError(
+            f"{self.name} was begun by another command, which differs in {differing}; give another "
+            f"--into, or delete {self.workdir} and {self.asked}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,16 +184,44 @@ class Sweep:
             )
         return cells
 
+    def training(self, cell: Cell) -> list[str]:
+        """The arguments of `jexit.main` that make a combination's run."""
+        return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
+
+    def evaluating(self, cell: Cell) -> list[str]:
+        """Those that evaluate the run, which has begun: its task, and the law it trained with."""
+        config = _read_json(cell.workdir / "config.json")
+        own = {f"task.{key}": value for key, value in config["task"].items()}
+        section, names = LAWS.get(config.get("command", ""), ("", ()))
+        own |= {f"{section}.{name}": config[section][name] for name in names}
+        given = {"model.path": str(cell.workdir), **self.evaluation_settings}
+        settings = {key: _flag(value) for key, value in own.items()} | given
+        return _arguments(self.evaluation, cell.workdir / "eval", settings)
+
     def commands(self, cell: Cell) -> Iterator[list[str]]:
         """The arguments of `jexit.main` that are left to run for a combination."""
-        settings = {**self.fixed, **cell.settings}
         if not cell.finished:
-            yield _arguments(self.config, cell.workdir, settings)
+            cell.begin("run", self.training(cell))
+            yield self.training(cell)
         if self.evaluation and not cell.evaluated:
-            task = json.loads((cell.workdir / "config.json").read_text())["task"]
-            own = {f"task.{key}": _flag(value) for key, value in task.items()}
-            own |= {"model.path": str(cell.workdir), **self.evaluation_settings}
-            yield _arguments(self.evaluation, cell.workdir / "eval", own)
+            cell.begin("eval", self.evaluating(cell))
+            yield self.evaluating(cell)
+
+    def check(self, cell: Cell) -> None:
+        """Raises ValueError if something else was begun in the combination's directories."""
+        if cell.workdir.exists():
+            cell.check("run", self.training(cell))
+        if self.evaluation and (cell.workdir / "eval").exists():
+            cell.check("eval", self.evaluating(cell))
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; delete {path.parent} and run it again") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); delete it and run it again") from None
 
 
 def _flag(value: Any) -> str:
@@ -263,9 +320,9 @@ def figures(cell: Cell) -> dict[str, float]:
     for stage in ("before", "after"):
         path = cell.workdir / f"{stage}.json"
         if path.exists():
-            found |= _numbers(stage, json.loads(path.read_text()))
+            found |= _numbers(stage, _read_json(path))
     if cell.evaluated:
-        evaluation = json.loads((cell.workdir / "eval" / EVALUATED).read_text())
+        evaluation = _read_json(cell.workdir / "eval" / EVALUATED)
         for run in evaluation["runs"]:
             found |= _numbers(run["policy"], run)
         for pair in evaluation.get("controls", ()):
@@ -357,6 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = Sweep.parse(arguments)
         cells = sweep.cells()
         runner = Runner(sweep)
+        if not sweep.table_only:
+            for cell in cells:
+                sweep.check(cell)
         failed = [] if sweep.table_only else runner.run(cells)
         finished = [cell for cell in cells if cell.finished]
         if sweep.table_only and not finished:
@@ -366,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if finished:
             write_curves(sweep, cells)
             print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)
         return 1
     for line in failed:

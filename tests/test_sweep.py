@@ -55,7 +55,9 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     # The run has written its config by now, with what its own file says of the task.
     (workdir / "eval").mkdir(parents=True)
     task = {"name": "sums", "parts": ["sums", "tom"], "steps": "mixed", "path": ""}
-    (workdir / "config.json").write_text(json.dumps({"task": task}))
+    law = {"min_hazard": 0.1, "hazard_temperature": 2.0, "rollouts": 4}
+    config = {"command": "rl", "task": task, "rl": law, "sft": {"sharpness": 1.0}}
+    (workdir / "config.json").write_text(json.dumps(config))
     (evaluation,) = commands
     assert evaluation == [
         "--config=e.py",
@@ -64,6 +66,8 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         "--config.task.parts=('sums', 'tom')",
         "--config.task.steps=mixed",
         "--config.task.path=",
+        "--config.rl.min_hazard=0.1",
+        "--config.rl.hazard_temperature=2.0",
         f"--config.model.path={workdir}",
         "--config.eval.problems=9",
     ]
@@ -73,6 +77,49 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     assert list(grid.commands(cell)) == [evaluation]  # it stopped before its measures were done
     (workdir / "eval" / "eval.json").write_text("{}")
     assert list(grid.commands(cell)) == []
+
+
+def test_an_evaluation_of_a_calibration_gets_its_targets(tmp_path):
+    grid = sweep.Sweep.parse([f"--into={tmp_path}", "--config=a.py", "--eval=e.py"])
+    (cell,) = grid.cells()
+    cell.workdir.mkdir()
+    sft = {"sharpness": 3.0, "target": "teacher", "samples": 4}
+    config = {"command": "sft", "task": {"name": "sums"}, "sft": sft, "rl": {"min_hazard": 0.0}}
+    (cell.workdir / "config.json").write_text(json.dumps(config))
+    assert grid.evaluating(cell)[2:5] == [
+        "--config.task.name=sums", "--config.sft.sharpness=3.0", "--config.sft.target=teacher",
+    ]  # fmt: skip
+
+
+def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
+    given = ["--config=a.py", f"--into={tmp_path}", "seed=0", "--eval=e.py"]
+    (cell,) = sweep.Sweep.parse(given).cells()
+    begun = sweep.Sweep.parse([*given, "--config.steps=10"])
+    commands = begun.commands(cell)
+    next(commands)
+    begun.check(cell)  # there is nothing yet
+    cell.workdir.mkdir()
+    begun.check(cell)
+    assert sweep.main([*given, "--config.steps=999"]) == 1
+    error = capsys.readouterr().err
+    assert "which differs in --config.steps=10; give another --into" in error
+    (cell.workdir / "config.json").write_text('{"task": {}}')
+    (cell.workdir / "after.json").write_text("{}")
+    next(commands)
+    (cell.workdir / "eval").mkdir()
+    assert sweep.main([*given, "--config.steps=10", "--eval.eval.problems=1000"]) == 1
+    assert "which differs in --config.eval.problems=1000" in capsys.readouterr().err
+    assert not (tmp_path / "table.csv").exists()
+
+
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
+    assert sweep.main(["--config=a.py", "--into=/dev/null/x"]) == 1
+    assert "/dev/null/x" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "after.json").write_text('{"accuracy":')
+    assert sweep.main(["--config=a.py", f"--into={tmp_path}", "--table_only"]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/run/after.json is no JSON" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

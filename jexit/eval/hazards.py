@@ -183,7 +183,8 @@ def hazard_reliability(
 ) -> dict[str, Any]:
     """Reliability of every exit's hazards over completions with their recorded depths.
 
-    The figure of all exits together weighs every decision alike.
+    `ece` of all exits together is the mean of theirs, weighted by their decisions: one exit that
+    leaves too readily does not make up for another that leaves too seldom.
     """
     hazard_BCE, there_BCE, target_BCE = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(
@@ -191,7 +192,6 @@ def hazard_reliability(
             jnp.float32(sharpness), target=target,
         )
     )  # fmt: skip
-    ece, _ = reliability(hazard_BCE[there_BCE], target_BCE[there_BCE])
     exits = []
     for number, layer in enumerate(exit_layers):
         there_BC = there_BCE[..., number]
@@ -208,4 +208,10 @@ def hazard_reliability(
                     "bins": bins,
                 }
             )
+    decisions_made = [entry["positions"] for entry in exits]
+    ece = (
+        float(np.average([entry["ece"] for entry in exits], weights=decisions_made))
+        if exits
+        else float("nan")
+    )
     return {"sharpness": sharpness, "target": target, "ece": ece, "exits": exits}
