@@ -221,6 +221,10 @@ class Config:
         self._validate_eval()
 
     def _validate_eval(self) -> None:
+        if self.command == "eval" and not self.eval.policies:
+            raise ValueError(
+                "config.eval.policies is empty; name at least one policy, such as full"
+            )
         for index, policy in enumerate(self.eval.policies):
             of = control_of(policy)
             parse_policy(policy if of is None else of)

@@ -11,16 +11,18 @@ import functools
 from collections.abc import Sequence
 from typing import Protocol
 
+from jexit.tasks.answers import answerable
 from jexit.tasks.base import Draw, Problem
 from jexit.tasks.chains import ChainTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a completer wrote, and how deep the passes were that wrote it."""
+    """What a completer wrote, how deep the passes were that wrote it, and if it was cut off."""
 
     text: str
     depths: Sequence[int]
+    cut: bool = False
 
 
 class Completer(Protocol):
@@ -85,7 +87,8 @@ class Sample:
         chosen = [
             number
             for number, reply in enumerate(replies)
-            if task.steps(reply.text) and task.final_answer(reply.text) is not None
+            if task.steps(reply.text)
+            and task.final_answer(answerable(reply.text, cut=reply.cut)) is not None
         ]
         return cls(
             task,
@@ -141,7 +144,7 @@ class Sample:
     def _read(self, problem: Problem, begun: str, text: str, reply: Reply) -> Written:
         # The whole is read too: a chain may have been opened in what was begun and never be closed,
         # and then the numbers in it are no answer.
-        whole = self.task.final_answer(begun + reply.text)
+        whole = self.task.final_answer(answerable(begun + reply.text, cut=reply.cut))
         answer = None if whole is None else self.task.final_answer(text)
         right = answer is not None and self.task.verify(problem, text).correct
         return Written(text=text, answer=answer, right=right, depths=reply.depths)

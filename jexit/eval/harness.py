@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises ValueError or OSError for a model, task or setting that is not there.
     """
+    target = pathlib.Path(options.output) if options.output else None
+    if target:  # hours of work must not end at a path that cannot be written
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise ValueError(f"--output={target} cannot be written; name a file in another folder")
     manager = TaskManager(include_path=options.include_path)
     tasks = options.tasks.split(",")
     unknown = [task for task in tasks if not manager.match_tasks([task])]
@@ -92,9 +98,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     )
     results = json.loads(json.dumps(found, default=handle_non_serializable))
     results["config"]["model_args"] = {"pretrained": str(options.model)}
-    if options.output:
-        target = pathlib.Path(options.output)
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if target:
         write_json_atomic(target, results)
     return results
 

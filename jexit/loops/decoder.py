@@ -56,12 +56,13 @@ class Decoder:
         *,
         max_new_tokens: int | None = None,
         written: Sequence[int] | None = None,
-        judge: Callable[[int, list[int]], str] | None = None,
+        judge: Callable[[int, list[int], bool], str] | None = None,
         what: str,
     ) -> Decoded:
         """Every host gives all prompts and gets all completions; each decodes and judges its own.
 
-        `judge` gives the verdict on the completion of a prompt, by its number. `what` says in
+        `judge` gives the verdict on the completion of a prompt, by its number, its tokens and
+        whether it was cut off. `what` says in
         messages what is being decoded; the rest as `jexit.rollout.rollout` has it.
         """
         here = host_rows(len(prompts))
@@ -83,8 +84,9 @@ class Decoder:
             depths = made.depths_BT[row, : made.lengths_B[row]].tolist()
             number = int(made.host_rows.index_B[row])
             ids = made.completion(row)
-            verdict = None if judge is None else judge(number, ids)
-            mine[number] = (ids, depths, bool(made.truncated_B[row]), verdict)
+            cut = bool(made.truncated_B[row])
+            verdict = None if judge is None else judge(number, ids, cut)
+            mine[number] = (ids, depths, cut, verdict)
         rows: dict[int, tuple[list[int], list[int], bool, str | None]] = {}
         for start in range(0, len(prompts), _GATHERED):
             numbers = range(start, min(start + _GATHERED, len(prompts)))
@@ -150,8 +152,9 @@ class ModelCompleter:
                 written=[len(written[row]) for row in rows],
                 what=f"measurements under {self.policy}",
             )
-            for row, ids, depths in zip(rows, decoded.ids, decoded.depths, strict=True):
-                replies[row] = Reply(text=tokenizer.decode(ids), depths=depths)
+            made = zip(rows, decoded.ids, decoded.depths, decoded.truncated, strict=True)
+            for row, ids, depths, cut in made:
+                replies[row] = Reply(text=tokenizer.decode(ids), depths=depths, cut=cut)
         return replies
 
     def filler(self, text: str) -> str:

@@ -95,8 +95,23 @@ class Measurer:
             for granularity in (*granularities(self.examination.task), DIRECT):
                 task_config = dataclasses.replace(self.config.task, steps=granularity)
                 examination = self._examination(task_config)
-                for policy in policies:
-                    add("capacity", self._capacity(policy, granularity, examination))
+                done_by_policy = {
+                    policy: evaluate_policy(self.decoder, examination, policy)
+                    for policy in policies
+                }
+                for policy, (result, made) in done_by_policy.items():
+                    entry = _brief(result) | {
+                        "granularity": granularity,
+                        "accuracy_ci95": result.accuracy_ci95,
+                        "step_size": result.text.get("step_size"),
+                    }
+                    if policy != "full":
+                        pair = _accuracy_paired(made, done_by_policy["full"][1])
+                        entry |= {
+                            "less_full": pair["difference"],
+                            "less_full_ci95": pair["difference_ci95"],
+                        }
+                    add("capacity", entry)
         return parts
 
     def examples(self) -> list[dict[str, Any]]:
@@ -166,7 +181,7 @@ class Measurer:
         sample = Sample.of(
             task,
             self.examination.problems,
-            [Reply(text=completion.text, depths=completion.depths) for completion in made],
+            [Reply(text=c.text, depths=c.depths, cut=c.truncated) for c in made],
             ModelCompleter(self.decoder, policy, self.positions),
             self.config.seed,
         )
@@ -175,22 +190,21 @@ class Measurer:
 
     def _paired(self, policy: str, by_policy: dict[str, list[Measure]]) -> list[dict[str, Any]]:
         """A policy less full depth on the problems that both have: accuracy and each measure."""
-        ours, theirs = (
-            Scores.shares(range(len(made)), [float(completion.right) for completion in made])
-            for made in (self._completions(policy), self._completions("full"))
-        )
-        accuracy = paired(ours, theirs)
-        assert accuracy is not None, "an examination has a problem"
+        accuracy = _accuracy_paired(self._completions(policy), self._completions("full"))
         measures = policies_paired(by_policy[policy], by_policy["full"], self.config.seed)
         return [{"measure": "accuracy"} | accuracy, *measures]
 
-    def _capacity(self, policy: str, granularity: str, examination: Examination) -> dict[str, Any]:
-        result, _ = evaluate_policy(self.decoder, examination, policy)
-        return _brief(result) | {
-            "granularity": granularity,
-            "accuracy_ci95": result.accuracy_ci95,
-            "step_size": result.text.get("step_size"),
-        }
+
+def _accuracy_paired(ours: list[Completion], theirs: list[Completion]) -> dict[str, Any]:
+    """The accuracy of completions of the same problems, and its difference."""
+    pair = paired(
+        *(
+            Scores.shares(range(len(made)), [float(completion.right) for completion in made])
+            for made in (ours, theirs)
+        )
+    )
+    assert pair is not None, "an examination has a problem"
+    return pair
 
 
 def _brief(result: PolicyResult) -> dict[str, Any]:

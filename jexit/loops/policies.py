@@ -16,6 +16,7 @@ from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
 from jexit.tasks import ChainTask, Problem, Task
+from jexit.tasks.answers import answerable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ class Examination:
     ) -> tuple[list[Completion], float]:
         """A completion for each problem, and tokens a second; each host judges what it decodes."""
 
-        def judge(number: int, ids: list[int]) -> str:
-            text = self.tokenizer.completion_text(ids)
+        def judge(number: int, ids: list[int], cut: bool) -> str:
+            text = answerable(self.tokenizer.completion_text(ids), cut=cut)
             return self.task.verify(self.problems[number], text).kind
 
         made = decoder.decode(self.prompts, policy, judge=judge, what=f"evaluation under {name}")

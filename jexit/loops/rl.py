@@ -23,6 +23,7 @@ from jexit.steps.completions import bucket_length, pad_completions
 from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Problem, Task, Verdict
+from jexit.tasks.answers import answerable
 
 ROLLOUT_STREAM = 2  # of step_key: the sampler's noise
 
@@ -126,8 +127,8 @@ def judge(
     completions = [rollouts.completion(row) for row in range(rollouts.rows)]
     problems = [prompts.problems[place] for place in rollouts.prompt_B]
     return [tokenizer.decode(ids) for ids in completions], [
-        task.verify(problem, tokenizer.completion_text(ids))
-        for problem, ids in zip(problems, completions, strict=True)
+        task.verify(problem, answerable(tokenizer.completion_text(ids), cut=bool(cut)))
+        for problem, ids, cut in zip(problems, completions, rollouts.truncated_B, strict=True)
     ]
 
 

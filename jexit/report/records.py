@@ -159,6 +159,8 @@ class Capacity:
     granularity: str
     accuracy: float
     accuracy_ci95: Interval | None = None
+    less_full: float | None = None  # than full depth on the same problems
+    less_full_ci95: Interval | None = None
     depth_fraction: float
     completion_length: float = math.nan
     step_size: float | None = None

@@ -240,7 +240,7 @@ def classes(run: Run) -> Html:
 def capacity(entries: Sequence[Capacity]) -> Html:
     """Accuracy with its interval for every policy and prescribed granularity."""
     head = ["policy", "step", "accuracy", "95 % interval", "share of layers"]
-    head += ["tokens", "step taken", "problems"]
+    head += ["tokens", "step taken", "problems", "less full depth", "95 % interval"]
     order = {name: place for place, name in enumerate(granularities(entries))}
     names = list(dict.fromkeys(entry.policy for entry in entries))
     ordered = sorted(entries, key=lambda e: (names.index(e.policy), order[e.granularity]))
@@ -254,6 +254,8 @@ def capacity(entries: Sequence[Capacity]) -> Html:
             number(entry.completion_length, 1),
             number(entry.step_size),
             number(entry.problems, 0),
+            points(entry.less_full),
+            _points_interval(entry.less_full_ci95),
         ]
         for entry in ordered
     ]

@@ -21,9 +21,18 @@ _NUMBER = (
 _ANY_NUMBER = re.compile(_NUMBER)
 _ONLY_NUMBER = re.compile(rf"({_NUMBER})\.?\Z")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
-_LATEX_COMMA = re.compile(r"(?<=[0-9])\{,\}(?=[0-9])")
+_LATEX_FRACTION = re.compile(
+    r"(?:([0-9]{1,18}) ?)?\\[dt]?frac\s*\{\s*([0-9]{1,18})\s*\}\s*\{\s*([0-9]{1,18})\s*\}"
+)
+_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9])")
 _MARKER = "####"
+# What follows a `####` that is Markdown's.
+_HEADING = re.compile(r"[^\w\n#]*(?:step|part|case)\b", re.IGNORECASE)
+# "The answer is 18." and "**Answer:** 18", but not "The answer is 9 * 2".
+_OPERATOR = r"\s?(?:[-+/=\u00d7\u2212]|\*(?!\*)|\*\*\s?[0-9])"
+_ANNOUNCED = re.compile(
+    rf"\banswer(?: is)?[\s:*(\[]{{1,6}}({_NUMBER})(?![0-9])(?!{_OPERATOR})", re.IGNORECASE
+)
 
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -63,18 +72,48 @@ def strict_number(text: str) -> Fraction | None:
 def lenient_number(text: str) -> Fraction | None:
     """The answer wherever it stands.
 
-    The last `\\boxed{}`, else what follows the last `####` (on its line what follows the last `=`),
-    else the last number of the text.
+    The last `\\boxed{}`, else what follows the last `####` that is no heading (`#### Step 2`), else
+    the number that the text announces last ("The answer is 18."), else its last number. In a box
+    and on a line it is what follows the last `=`, remarks in parentheses aside.
     """
     boxes = _BOXED.findall(text)
-    if boxes and (number := parse_number(boxes[-1])) is not None:
+    if boxes and (number := _result(boxes[-1])) is not None:
         return number
-    _, marker, tail = text.rpartition(_MARKER)
-    result = tail.partition("\n")[0].rpartition("=")[2]
-    for part in (result, tail) if marker else ():
-        if (number := parse_number(part)) is not None:
-            return number
+    marker = marker_place(text)
+    if marker >= 0:
+        tail = text[marker + len(_MARKER) :]
+        for number in (_result(tail.partition("\n")[0]), parse_number(tail)):
+            if number is not None:
+                return number
+    if announced := _ANNOUNCED.findall(_plain(text)):
+        return _to_fraction(announced[-1])
     return last_number(text)
+
+
+def answerable(completion: str, *, cut: bool) -> str:
+    """What a completion is judged by: all of it, or nothing where it was cut off too early.
+
+    `cut`: it ran into the limit of tokens. Then the last number or place in it is on the way to an
+    answer, and only one in a box or after `####` has been given.
+    """
+    if not cut or marker_place(completion) >= 0 or _BOXED.search(completion):
+        return completion
+    return ""
+
+
+def marker_place(text: str) -> int:
+    """Where the last `####` is that a heading of the chain of thought does not follow; −1: none."""
+    place = text.rfind(_MARKER)
+    while place >= 0 and _HEADING.match(text, place + len(_MARKER)):
+        place = text.rfind(_MARKER, 0, place)
+    return place
+
+
+def _result(line: str) -> Fraction | None:
+    """What a line comes to: the number after its last `=`, remarks in parentheses aside."""
+    before = line.partition("(")[0]
+    line = before if _ANY_NUMBER.search(before) else line
+    return parse_number(line.rpartition("=")[2])
 
 
 def visible_text(completion: str) -> str | None:
@@ -90,11 +129,13 @@ def visible_text(completion: str) -> str | None:
 def chain_of_thought(completion: str) -> str:
     """A completion up to its answer, without white space at the end.
 
-    With a think block that is up to `</think>`; otherwise up to the last `####`, or all of it.
+    With a think block that is up to `</think>`; otherwise up to the last `####` that is no heading,
+    or all of it.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:
-        head, closed, _ = completion.rpartition(_MARKER)
+        place = marker_place(completion)
+        return (completion if place < 0 else completion[:place]).rstrip()
     return (head if closed else completion).rstrip()
 
 
@@ -129,7 +170,13 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    return _LATEX_FRACTION.sub(r"\1/\2", _LATEX_COMMA.sub(",", text))
+    return _LATEX_FRACTION.sub(_slashed, _LATEX_COMMA.sub(",", text))
+
+
+def _slashed(fraction: re.Match[str]) -> str:
+    """A fraction with a slash; a mixed number, 2\\frac{1}{2}, as one fraction."""
+    whole, numerator, denominator = (int(part or 0) for part in fraction.groups())
+    return f"{whole * denominator + numerator}/{denominator}"
 
 
 def _to_fraction(literal: str) -> Fraction | None:

@@ -25,6 +25,7 @@ from jexit.config import Config
 from jexit.data.tokenizer import Tokenizer
 from jexit.loops.policies import held_out
 from jexit.loops.setup import load_task
+from jexit.tasks.answers import answerable
 
 
 def main() -> int:
@@ -63,7 +64,9 @@ def main() -> int:
             pad_token_id=tokenizer.pad_id,
         )
         for row, problem in enumerate(problems[start : start + arguments.batch]):
-            text = tokenizer.completion_text(made_BT[row, width:].tolist())
+            ids = made_BT[row, width:].tolist()
+            cut = tokenizer.eos_ids.isdisjoint(ids)
+            text = answerable(tokenizer.completion_text(ids), cut=cut)
             right += task.verify(problem, text).correct
         print(f"{start + len(batch)} of {len(prompts)}: {right} right", flush=True)
     low, high = ours["accuracy_ci95"]

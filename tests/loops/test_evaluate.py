@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
 from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH
 from jexit.data.loader import encode_problems
+from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load
-from jexit.loops.decoder import Decoder, ModelCompleter
+from jexit.loops.decoder import Decoded, Decoder, ModelCompleter
 from jexit.loops.measure import Measurer
+from jexit.loops.policies import Examination
+from jexit.loops.setup import load_task
 from jexit.model.policies import Threshold
 from jexit.report.records import Evaluation, build
 from jexit.rollout import EngineSize, generate
@@ -100,6 +104,59 @@ def test_the_policy_is_set_against_full_depth_on_the_same_problems(written):
     )
     for name, pair in pairs.items():
         assert 0 < pair["problems"] <= min(ours[name], theirs[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class AddsInItsHead:
+    """A decoder that is right where the prompt prescribes at most so many operands a step."""
+
+    tokenizer: Tokenizer
+    up_to: dict[str, int]  # by policy
+    layers: int = 3
+    max_new_tokens: int = 40
+
+    def policy(self, name, rows, columns):
+        return name
+
+    def decode(self, prompts, policy, *, judge, what):
+        ids, verdicts = [], []
+        for number, prompt in enumerate(prompts):
+            text = self.tokenizer.decode(prompt)
+            digits = text.split()[-1]
+            prescribed = re.search(r"by (\d)", text)
+            size = int(prescribed[1]) if prescribed else len(digits)
+            answer = (sum(map(int, digits)) + (size > self.up_to[policy])) % 10
+            ids.append(self.tokenizer.encode(f"#### {answer}"))
+            verdicts.append(judge(number, ids[-1], False))
+        return Decoded(
+            ids=ids, depths=[[3] * len(some) for some in ids], truncated=[False] * len(ids),
+            verdicts=verdicts, tokens_per_second=1.0,
+        )  # fmt: skip
+
+
+def test_capacity_is_what_can_be_added_in_the_head(tmp_path):
+    config = make_config(
+        "eval", TINY_CALIBRATED_PATH, task__operands_min=6, task__operands_max=8,
+        eval__measures=("capacity",), eval__measured="threshold:0.5", eval__problems=8,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
+    examination = Examination.of(load_task(config.task, "test"), tokenizer, config)
+    decoder = AddsInItsHead(tokenizer, {"threshold:0.5": 3, "full": 4})
+    measurer = Measurer(config, decoder, examination, None, (1, 2), 512, {})
+    capacity = measurer.run(0, Silent())["capacity"]
+    accuracy = {(entry["policy"], entry["granularity"]): entry["accuracy"] for entry in capacity}
+    for policy, most in decoder.up_to.items():
+        for size in (2, 3, 4, 5):
+            assert accuracy[policy, str(size)] == float(size <= most), (policy, size)
+        assert accuracy[policy, "at_once"] == 0.0
+    steps = [entry["less_full_ci95"] for entry in capacity if entry["policy"] == "threshold:0.5"]
+    assert all(low < 0 < high for low, high in (steps[0], steps[1], steps[3], steps[4]))
+    assert steps[2][1] < 0  # steps of four: never under the policy, always at full depth
+
+
+class Silent:
+    def update(self, *_, **__):
+        pass
 
 
 def test_what_the_policies_gave_outlives_a_measure_that_fails(

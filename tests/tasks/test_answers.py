@@ -108,10 +108,41 @@ def test_strict_number(text, value):
         ("#### x = 18", "18", "lenient"),
         ("20 - 2 = 18\n#### 20 - 2", "18", "wrong"),
         ("\\boxed{1{,}000}", "1000", "lenient"),
+        ("\\boxed{1,\\!080}", "1080", "lenient"),
+        ("\\boxed{1\\,080}", "1080", "lenient"),
+        ("\\boxed{9 \\times 2 = 18}", "18", "lenient"),
+        ("\\boxed{2\\frac{1}{2}}", "2.5", "lenient"),
+        ("\\boxed{\\frac{3}{4}}", "0.75", "lenient"),
+        ("#### 18 (= 9 * 2)", "18", "lenient"),
+        ("#### (9 * 2 = 18)", "18", "lenient"),
+        ("**Answer: 18**\n\nSo she makes 18 dollars from 9 eggs.", "18", "lenient"),
+        ("The final answer is 18. (Note that 3+4=7 eggs are used.)", "18", "lenient"),
+        ("The answer is 9 * 2 = 18", "18", "lenient"),
+        (
+            "#### Step 1: eggs\n16-7=9\n#### Step 2: money\nShe makes 18 dollars.",
+            "18",
+            "lenient",
+        ),
+        ("#### Step 1: eggs\n16-7=9\n#### 18", "18", "strict"),
     ],
 )
 def test_judge(completion, answer, kind):
     assert answers.judge(completion, answer) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("16 - 7 = 9, and 9 *", False),
+        ("#### Step 1: 16 - 7 = 9", False),
+        ("16 - 7 = 9\n#### 9", True),
+        ("so \\boxed{9}, as we", True),
+        ("", False),
+    ],
+)
+def test_what_was_cut_off_has_an_answer_only_where_it_says_so(text, kept):
+    assert answers.answerable(text, cut=True) == (text if kept else "")
+    assert answers.answerable(text, cut=False) == text
 
 
 @given(text=st.text() | answer_like)
@@ -229,6 +260,8 @@ def test_ten_thousand_random_texts_are_judged(seed):
         "\n" * 50_000,
         "<think>" * 8_000,
         "</think>" * 8_000,
+        "#### step " * 8_000,
+        "#" * 50_000 + " step",
         "1" + " " * 50_000 + "x",
     ],
     ids=lambda text: repr(text[:12]),
