@@ -124,7 +124,16 @@ def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
         samples=build_list(Completion, samples, f"{workdir / SAMPLES_FILE}: samples"),
         before=_read_figures(workdir / "before.json"),
         after=_read_figures(workdir / "after.json"),
-        notes=(*notes, *more),
+        notes=(*notes, *more, *_unfinished(evaluation, workdir)),
+    )
+
+
+def _unfinished(evaluation: Any, workdir: Path) -> tuple[str, ...]:
+    if not isinstance(evaluation, dict) or evaluation.get("complete", True):
+        return ()
+    return (
+        f"The evaluation in {workdir} ended before all of its measures were done; the command that "
+        "began it does it anew.",
     )
 
 

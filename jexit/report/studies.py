@@ -73,8 +73,14 @@ COLUMNS: Mapping[str, Column] = {
     "chain lines": Column("sample/text/chain_lines", share=False),
     "at once": Column("sample/capacity/at_once/accuracy"),
     "at once, full depth": Column("full/capacity/at_once/accuracy"),
-    **{f"by {n}": Column(f"sample/capacity/{n}/accuracy") for n in range(2, 6)},
-    **{f"by {n}, full depth": Column(f"full/capacity/{n}/accuracy") for n in range(2, 6)},
+    **{
+        f"{label}{where}": Column(f"{policy}/capacity/{name}/accuracy")
+        for name, label in (
+            *((str(n), f"by {n}") for n in range(2, 6)),
+            *(("fine", "fine"), ("coarse", "coarse")),  # of stories
+        )
+        for policy, where in (("sample", ""), ("full", ", full depth"))
+    },
     **{
         f"{label}{where}": _measure(name, policy)
         for name, label in (
@@ -95,12 +101,11 @@ CURVES: Mapping[str, tuple[str, bool]] = {
     "completion/length": ("tokens a completion", False),
     "step_size": ("operands a step", False),
 }
+PRESCRIBED = ("by 2", "by 3", "by 4", "by 5", "fine", "coarse", "at once")
 # Each becomes a panel of NAME-measures.svg, over the study's first setting.
 MEASURED = {
-    "prescribed steps": ("by 2", "by 3", "by 4", "by 5", "at once"),
-    "the same at full depth": tuple(
-        f"{name}, full depth" for name in ("by 2", "by 3", "by 4", "by 5", "at once")
-    ),
+    "prescribed steps": PRESCRIBED,
+    "the same at full depth": tuple(f"{name}, full depth" for name in PRESCRIBED),
     "what the chain carries": ("early answering", "corrupted step", "no chain", "filler"),
     "the same at full depth ": tuple(
         f"{name}, full depth"
@@ -128,8 +133,8 @@ class Study:
         return cls(
             path.stem,
             settings,
-            _grouped(lines, settings),
-            _grouped(_lines(curves), settings) if curves.exists() else {},
+            _grouped(path, lines, settings),
+            _grouped(curves, _lines(curves), settings) if curves.exists() else {},
         )
 
     def values(self, group: tuple[str, ...], source: str) -> list[float]:
@@ -167,8 +172,13 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 
 def _grouped(
-    lines: Sequence[dict[str, str]], settings: Sequence[str]
+    path: Path, lines: Sequence[dict[str, str]], settings: Sequence[str]
 ) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    if missing := [key for key in settings if key not in lines[0]]:
+        raise ValueError(
+            f"{path} has no column {missing[0]!r}, which its study has; copy the curves.csv of the "
+            "same sweep"
+        )
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for line in lines:
         groups.setdefault(tuple(line[key] for key in settings), []).append(line)
@@ -251,12 +261,9 @@ def _measures(study: Study) -> Figure | None:
     for title, labels in MEASURED.items():
         lines = {}
         for label in labels:
-            means = [
-                [study.mean(group, label) for group in study.groups if group[0] == level]
-                for level in levels
-            ]
+            means = [_mean(study, label, level) for level in levels]
             if np.isfinite(means).any():
-                lines[label.removesuffix(", full depth")] = [np.nanmean(some) for some in means]
+                lines[label.removesuffix(", full depth")] = means
         if lines:
             panels.append((title.strip(), lines))
     if len(levels) < 2 or not panels:
@@ -276,6 +283,13 @@ def _measures(study: Study) -> Figure | None:
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     return figure
+
+
+def _mean(study: Study, label: str, level: str) -> float:
+    """Over the groups whose first setting is `level` that have the figure; NaN for none."""
+    found = [study.mean(group, label) for group in study.groups if group[0] == level]
+    known = [value for value in found if math.isfinite(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _per_cent(axes: Axes) -> None:

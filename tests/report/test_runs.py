@@ -50,6 +50,18 @@ def test_no_files_imply_a_model_of_no_layers(tmp_path):
     assert "Token by token" not in render(read_runs([trained]))
 
 
+def test_an_evaluation_that_was_cut_short_says_so(tmp_path):
+    evaluated = write_evaluated(tmp_path / "eval")
+    value = json.loads((evaluated / "eval.json").read_text())
+    write_json(evaluated / "eval.json", value | {"complete": False})
+    (note,) = read_run(evaluated).notes
+    assert "ended before all of its measures were done" in note and note in render(
+        [read_run(evaluated)]
+    )
+    write_json(evaluated / "eval.json", value | {"complete": True})
+    assert not read_run(evaluated).notes
+
+
 def test_what_is_no_run_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="is no directory; give the --workdir of a run"):
         read_run(tmp_path / "absent")

@@ -69,6 +69,23 @@ def test_the_same_numbers_give_the_same_files(directory, capsys):
     assert "Wrote the tables" not in capsys.readouterr().out
 
 
+def test_a_grid_with_a_hole_is_drawn(tmp_path):
+    heads = ("rl.depth_coef", "task.name", "sample/capacity/fine/accuracy")
+    lines = [("0", "sums", ""), ("0", "tom", "0.75"), ("2", "tom", "0.5")]  # one run failed
+    write(tmp_path / "both.csv", heads, lines)
+    study = Study.read(tmp_path / "both.csv")
+    assert studies._mean(study, "fine", "0") == 0.75
+    assert main([str(tmp_path)]) == 0
+    assert {"fine", "prescribed steps"} <= text_of(tmp_path / "both-measures.svg")
+
+
+def test_curves_of_another_sweep_are_refused(directory, capsys):
+    write(directory / "pressure-curves.csv", ("seed", "step", "accuracy"), [("0", "1", "0.5")])
+    assert main([str(directory)]) == 1
+    error = capsys.readouterr().err
+    assert "pressure-curves.csv has no column 'rl.depth_coef'" in error and error.count("\n") == 1
+
+
 def text_of(path):
     tree = ElementTree.parse(path)
     return {(node.text or "").strip() for node in tree.iter() if node.tag.endswith("text")}
