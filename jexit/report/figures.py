@@ -27,16 +27,29 @@ def plane(runs: Sequence[Run]) -> Html:
     """Accuracy over the share of layers run, one point a policy, with 95 % intervals.
 
     A control is hollow and joined to the policy whose mean depth it matches; thresholds are joined
-    in the order of their depth.
+    in the order of their depth. Runs on different tasks have planes of their own.
     """
-    measured = [(index, run) for index, run in enumerate(runs) if run.evaluation is not None]
+    by_task: dict[str, list[tuple[int, Run]]] = {}
+    for index, run in enumerate(runs):
+        if run.evaluation is not None:
+            by_task.setdefault(str(run.evaluation.task.get("name", "")), []).append((index, run))
+    named = len(by_task) > 1
+    return side_by_side(
+        [
+            _plane(f"Accuracy and depth{f' on {task}' if named else ''}", measured)
+            for task, measured in by_task.items()
+        ]
+    )
+
+
+def _plane(title: str, measured: Sequence[tuple[int, Run]]) -> Chart:
     points = [figures for _, run in measured for figures in run.evaluation.runs]
     xs = [x for p in points for x in (p.depth_fraction, *(p.depth_fraction_ci95 or ()))]
     ys = [y for p in points for y in (p.accuracy, *p.accuracy_ci95)]
     x_span, x_ticks = _shares(xs)
     y_span, y_ticks = _shares(ys)
     chart = Chart(
-        "Accuracy and depth",
+        title,
         x=x_span,
         y=y_span,
         x_label="mean depth, share of all layers",
@@ -78,7 +91,7 @@ def plane(runs: Sequence[Run]) -> Html:
     chart.label_points([entry for entry in labels if all(map(math.isfinite, entry[:2]))])
     if any(f.control_of for _, run in measured for f in run.evaluation.runs):
         chart.legend("a control and the policy whose depth it matches", f"{CONTROL_LINK} dash1")
-    return side_by_side([chart])
+    return chart
 
 
 def histograms(run: Run) -> Html | None:

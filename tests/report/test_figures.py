@@ -1,5 +1,6 @@
 """Figures of an evaluation: every policy, interval and curve is where its figures say."""
 
+import json
 import re
 
 import numpy as np
@@ -84,6 +85,18 @@ def test_an_evaluation_of_before_has_no_links_and_one_interval(tmp_path):
     page = parse(figures.plane([read_run(write_evaluated(tmp_path, new_parts=False))]))
     assert not classed(page, "link")
     assert len(classed(page, "error")) == len(POLICIES)
+
+
+def test_each_task_has_a_plane_of_its_own(tmp_path):
+    for name in ("sums", "tom"):
+        write_evaluated(tmp_path / name)
+        value = json.loads((tmp_path / name / "eval.json").read_text())
+        write_json(tmp_path / name / "eval.json", value | {"task": {"name": name}})
+    page = parse(figures.plane(read_runs([tmp_path / "sums", tmp_path / "tom"])))
+    assert "Accuracy and depth on sums" in page.text and "Accuracy and depth on tom" in page.text
+    assert len(classed(page, "error")) == 2 * len(POLICIES)
+    alone = parse(figures.plane(read_runs([tmp_path / "tom"])))
+    assert "on tom" not in alone.text
 
 
 def test_several_runs_share_the_plane_in_colours_of_their_own(tmp_path):
