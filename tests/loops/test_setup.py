@@ -92,12 +92,30 @@ def test_completions_are_judged_with_the_thought_that_the_prompt_opened(
     (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
     config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
     task, tokenizer = load_task(config.task, "test"), with_template(template)
-    ids = [*tokenizer.encode(completion), tokenizer.eos_id]
-    rollouts = types.SimpleNamespace(completion=lambda row: ids, rows=1, prompt_B=np.array([0]))
-    prompts = types.SimpleNamespace(problems=[task.problem("test", 0)])
-    texts, verdicts = judge(task, tokenizer, prompts, rollouts)
+    texts, verdicts = judged(task, tokenizer, completion, cut=False)
     assert texts == [completion]
     assert [verdict.kind for verdict in verdicts] == [kind]
+
+
+def judged(task, tokenizer, completion, *, cut):
+    ids = tokenizer.encode(completion) + ([] if cut else [tokenizer.eos_id])
+    rollouts = types.SimpleNamespace(
+        completion=lambda row: ids, rows=1, prompt_B=np.array([0]), truncated_B=np.array([cut])
+    )
+    prompts = types.SimpleNamespace(problems=[task.problem("test", 0)])
+    return judge(task, tokenizer, prompts, rollouts)
+
+
+@pytest.mark.parametrize(
+    ("completion", "cut", "kind"),
+    [("3 + 4 = 7", False, "lenient"), ("3 + 4 = 7", True, "none"), ("#### 7", True, "strict")],
+)
+def test_rewards_know_what_was_cut_off(gsm8k, completion, cut, kind):
+    (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
+    config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
+    task = load_task(config.task, "test")
+    _, (verdict,) = judged(task, with_template(SWITCHED), completion, cut=cut)
+    assert verdict.kind == kind
 
 
 STORY = "Ann entered the den. Ann moved the key to the tray, which is also located in the den."
