@@ -43,6 +43,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jexit.io.figures import figures, is_number, read_json
 from jexit.io.files import write_bytes_atomic
 from jexit.io.metrics import read_metrics
 from jexit.main import INTERRUPTED
@@ -89,17 +90,17 @@ class Cell:
     @property
     def evaluated(self) -> bool:
         path = self.workdir / "eval" / EVALUATED
-        return path.exists() and _read_json(path).get("complete", True)
+        return path.exists() and read_json(path).get("complete", True)
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
-        asked = _read_json(self.asked) if self.asked.exists() else {}
+        asked = read_json(self.asked) if self.asked.exists() else {}
         text = json.dumps({**asked, part: list(arguments)}, indent=1) + "\n"
         write_bytes_atomic(self.asked, text.encode())
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
         """Raises ValueError if it was begun with other arguments and has left something behind."""
-        before = _read_json(self.asked).get(part) if self.asked.exists() else None
+        before = read_json(self.asked).get(part) if self.asked.exists() else None
         if before is None or before == list(arguments):
             return
         differing = sorted(set(before) ^ set(arguments))[0]
@@ -190,7 +191,7 @@ class Sweep:
 
     def evaluating(self, cell: Cell) -> list[str]:
         """Those that evaluate the run, which has begun: its task, and the law it trained with."""
-        config = _read_json(cell.workdir / "config.json")
+        config = read_json(cell.workdir / "config.json")
         own = {f"task.{key}": value for key, value in config["task"].items()}
         section, names = LAWS.get(config.get("command", ""), ("", ()))
         own |= {f"{section}.{name}": config[section][name] for name in names}
@@ -213,15 +214,6 @@ class Sweep:
             cell.check("run", self.training(cell))
         if self.evaluation and (cell.workdir / "eval").exists():
             cell.check("eval", self.evaluating(cell))
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; delete {path.parent} and run it again") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); delete it and run it again") from None
 
 
 def _flag(value: Any) -> str:
@@ -314,53 +306,11 @@ def _shares(jobs: int) -> list[Sequence[int]]:
     return [cores[share::jobs] for share in range(jobs)]
 
 
-def figures(cell: Cell) -> dict[str, float]:
-    """Every number that a finished run left behind, by a path such as `after/accuracy`."""
-    found: dict[str, float] = {}
-    for stage in ("before", "after"):
-        path = cell.workdir / f"{stage}.json"
-        if path.exists():
-            found |= _numbers(stage, _read_json(path))
-    if cell.evaluated:
-        evaluation = _read_json(cell.workdir / "eval" / EVALUATED)
-        for run in evaluation["runs"]:
-            found |= _numbers(run["policy"], run)
-        for pair in evaluation.get("controls", ()):
-            found |= _numbers(f"{pair['policy']} less {pair['control']}", pair)
-        for pair in evaluation.get("faithfulness_paired", ()):
-            place = f"{pair['policy']} less {pair['against']}/faithfulness/{pair['measure']}"
-            found |= _numbers(place, pair)
-        for part in ("faithfulness", "capacity", "hazards"):
-            for entry in evaluation.get(part, ()):
-                place = f"{entry['policy']}/{part}"
-                if part == "capacity":
-                    place = f"{place}/{entry['granularity']}"
-                measures = {measure["name"]: measure for measure in entry.get("measures", ())}
-                found |= _numbers(place, measures or entry)
-    return found
-
-
-def _numbers(place: str, value: Any) -> dict[str, float]:
-    """Numbers of nested dictionaries; intervals become `.../low` and `.../high`."""
-    if isinstance(value, bool) or value is None:
-        return {}
-    if isinstance(value, int | float):
-        return {place: value}
-    if isinstance(value, Mapping):
-        parts = [_numbers(f"{place}/{key}", part) for key, part in value.items()]
-        return {key: number for part in parts for key, number in part.items()}
-    if isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)):
-        return {f"{place}/low": value[0], f"{place}/high": value[1]}
-    return {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def write_table(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
     """Writes DIR/table.csv: a line a finished run, a column a setting of the grid or a figure."""
-    lines = [(cell, figures(cell)) for cell in cells if cell.finished]
+    lines = [
+        (cell, figures(cell.workdir, evaluated=cell.evaluated)) for cell in cells if cell.finished
+    ]
     return _write_csv(sweep, "table.csv", lines)
 
 
@@ -391,7 +341,7 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
         means: dict[str, float] = {"step": stretch[-1]["step"]}
         for name in dict.fromkeys(name for record in stretch for name in record):
             if name != "step" and not _MACHINE.search(name):
-                values = [record[name] for record in stretch if _is_number(record.get(name))]
+                values = [record[name] for record in stretch if is_number(record.get(name))]
                 values = [value for value in values if math.isfinite(value)]
                 if values:
                     means[name] = sum(values) / len(values)
