@@ -101,12 +101,12 @@ class Cell:
     def check(self, part: str, arguments: Sequence[str]) -> None:
         """Raises ValueError if it was begun with other arguments and has left something behind."""
         before = read_json(self.asked).get(part) if self.asked.exists() else None
-        if before is None or before == list(arguments):
+        differing = sorted(set(arguments if before is None else before) ^ set(arguments))
+        if not differing:
             return
-        differing = sorted(set(before) ^ set(arguments))[0]
         raise ValueError(
-            f"{self.name} was begun by another command, which differs in {differing}; give another "
-            f"--into, or delete {self.workdir} and {self.asked}"
+            f"{self.name} was begun by another command, which differs in {differing[0]}; another "
+            f"--into is needed, or delete {self.workdir} and {self.asked}"
         )
 
 

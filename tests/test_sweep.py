@@ -102,7 +102,9 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     begun.check(cell)
     assert sweep.main([*given, "--config.steps=999"]) == 1
     error = capsys.readouterr().err
-    assert "which differs in --config.steps=10; give another --into" in error
+    assert "which differs in --config.steps=10; another --into is needed" in error
+    cell.begin("run", [*reversed(begun.training(cell))])
+    begun.check(cell)  # the same settings in another order
     (cell.workdir / "config.json").write_text('{"task": {}}')
     (cell.workdir / "after.json").write_text("{}")
     next(commands)

@@ -96,7 +96,8 @@ def answerable(completion: str, *, cut: bool) -> str:
     `cut`: it ran into the limit of tokens. Then the last number or place in it is on the way to an
     answer, and only one in a box or after `####` has been given.
     """
-    if not cut or marker_place(completion) >= 0 or _BOXED.search(completion):
+    text = visible_text(completion) or ""  # what a thought marks is no answer
+    if not cut or marker_place(text) >= 0 or _BOXED.search(text):
         return completion
     return ""
 

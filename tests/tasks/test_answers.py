@@ -137,6 +137,8 @@ def test_judge(completion, answer, kind):
         ("#### Step 1: 16 - 7 = 9", False),
         ("16 - 7 = 9\n#### 9", True),
         ("so \\boxed{9}, as we", True),
+        ("<think>\\boxed{9}</think> There are 16 eggs and", False),
+        ("<think>16 - 7</think>\n#### 9", True),
         ("", False),
     ],
 )
