@@ -117,16 +117,21 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 
 
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
-    """The largest arrays that the module makes beside its arguments, and where each comes from."""
-    found: dict[str, tuple[Array, str]] = {}
+    """The largest arrays that the module makes beside its arguments, and where each comes from.
+
+    Of several alike the first that the program names: what the compiler adds has no such name.
+    """
+    found: dict[str, tuple[Array, Instruction]] = {}
     for name in _scheduled(module):
         for instruction in module.computations[name].values():
             if instruction.opcode in _MAKES_NOTHING:
                 continue
-            for array in instruction.arrays:
-                if array.in_hbm:
-                    found.setdefault(str(array), (array, instruction.op_name or instruction.name))
-    return sorted(found.values(), key=lambda pair: -pair[0].bytes)[:count]
+            for array in filter(lambda array: array.in_hbm, instruction.arrays):
+                _, known = found.get(str(array), (array, None))
+                if known is None or (instruction.op_name and not known.op_name):
+                    found[str(array)] = (array, instruction)
+    largest = sorted(found.values(), key=lambda pair: -pair[0].bytes)[:count]
+    return [(array, made.op_name or made.name) for array, made in largest]
 
 
 _MAKES_NOTHING = (
@@ -141,14 +146,14 @@ _MAKES_NOTHING = (
 )
 
 
-def _scheduled(module: Module) -> set[str]:
+def _scheduled(module: Module) -> list[str]:
     """Computations whose instructions each have memory of their own: none inside a fusion."""
-    found, waiting = set(), [module.entry]
+    found, waiting = [], [module.entry]
     while waiting:
         name = waiting.pop()
         if name in found:
             continue
-        found.add(name)
+        found.append(name)
         for instruction in module.computations[name].values():
             if instruction.opcode in ("while", "conditional", "call"):
                 waiting += instruction.called

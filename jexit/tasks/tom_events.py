@@ -116,6 +116,7 @@ def story_of_places(
 
 
 def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
+    """A story with `count` mentions of a topic or, at times, of a thing; None if one cannot be."""
     stage = draw_stage(draw, cast)
     world, events = stage.start(), []
     for _ in range(count):
@@ -137,13 +138,18 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 
 def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
     """The story of these events; None if it has grown too long."""
-    sentences = sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
-    if sentences > cast.longest:
+    if sentences(events) > cast.longest:
         return None
     return dataclasses.replace(stage, events=tuple(events))
 
 
+def sentences(events: Sequence[Event]) -> int:
+    """How many sentences tell the events; secret witnesses and distracted people get their own."""
+    return sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
+
+
 def happening(world: World, event: Event) -> Event:
+    """The event, which has happened in the world."""
     world.happen(event)
     return event
 

@@ -20,8 +20,8 @@ from jexit.tasks.tom_events import (
     happening,
     plan,
     questions,
+    sentences,
     story_of_places,
-    story_told,
 )
 from jexit.tasks.tom_rules import is_named, knows_place
 from jexit.tasks.tom_text import Kind, Question, Story
@@ -73,6 +73,8 @@ def _by_answer(
     """The story with each of its places as the answer; None if that cannot be with these moves."""
     person = question.people[0]
     others = [event for event in story.events if event.thing or event.actor != person]
+    if sentences(others) + len(moves) > cast.longest:
+        return None
     ways = [
         (room, dict(zip(after, order, strict=True)))
         for room in cast.rooms
@@ -81,10 +83,13 @@ def _by_answer(
     ]
     found: dict[str, Story] = {}
     for room, move_after in draw.sample(ways, len(ways)):
-        start = dataclasses.replace(story, room_of={**story.room_of, person: room}, events=())
-        told = _with_moves(draw, cast, start, others, person, move_after)
-        if told is not None and knows_place(question, told[1]):
-            found.setdefault(question.answer(told[1]), told[0])
+        world = World({**story.room_of, person: room}, story.homes)
+        events = _with_moves(draw, cast, world, others, person, move_after)
+        if events is not None and knows_place(question, world):
+            told = dataclasses.replace(
+                story, room_of={**story.room_of, person: room}, events=tuple(events)
+            )
+            found.setdefault(question.answer(world), told)
             if all(place in found for place in cast.places):
                 return found
     return None
@@ -93,13 +98,16 @@ def _by_answer(
 def _with_moves(
     draw: Draw,
     cast: Cast,
-    start: Story,
+    world: World,
     others: Sequence[Event],
     person: str,
     move_after: Mapping[int, EventKind],
-) -> tuple[Story, World] | None:
-    """The others' events, after some of which the person enters or leaves; None if impossible."""
-    world, events = start.start(), []
+) -> list[Event] | None:
+    """The others' events, after some of which the person enters or leaves; None if impossible.
+
+    They happen in `world`.
+    """
+    events = []
     for index, event in enumerate(others):
         if not world.possible(event):
             return None
@@ -115,5 +123,4 @@ def _with_moves(
             room = here
         move = Event(kind=move_after[index], actor=person, room=room)
         events.append(happening(world, move))
-    story = story_told(start, events, cast)
-    return None if story is None else (story, world)
+    return events

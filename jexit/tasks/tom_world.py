@@ -87,7 +87,7 @@ class World:
 
     def inside(self, room: str | None) -> tuple[str, ...]:
         """The people in a room, in the order in which the story introduced them."""
-        return tuple(person for person, place in self.room_of.items() if place == room)
+        return tuple([person for person, place in self.room_of.items() if place == room])
 
     def in_company(self) -> bool:
         """Whether two people are in one room."""
@@ -101,7 +101,9 @@ class World:
         if event.hearer:
             return Witnesses(groups=((event.actor, event.hearer),), secret=event.secret)
         here = self.inside(self.room_of[event.actor])
-        groups = [tuple(person for person in here if person != event.distracted)]
+        if event.distracted:
+            here = tuple([person for person in here if person != event.distracted])
+        groups = [here]
         if event.kind == "takes":
             groups.append((event.actor, *self.inside(event.room)))
             groups = [group for group in groups if len(group) > 1] or groups[:1]
@@ -121,23 +123,24 @@ class World:
             return False
         if event.kind == "leaves":
             return room == event.room
-        others = set(self.inside(room)) - {event.actor}
         if event.kind == "takes" and (event.secret or event.distracted):
             return False
         if event.secret and self.room_of.get(event.secret) == room:
             return False
-        if event.distracted and event.distracted not in others:
+        if event.distracted and not self._is_beside(event.distracted, event.actor):
             return False
         if event.kind in SPEECH:
-            if event.hearer and (event.hearer not in others or event.distracted):
-                return False
-            if not others:
+            if event.hearer:
+                if event.distracted or not self._is_beside(event.hearer, event.actor):
+                    return False
+            elif len(self.inside(room)) < 2:
                 return False
             if event.kind == "tells":
                 return True
+            if ((event.actor,), event.thing) not in self.beliefs:
+                return False
             hearers = self.witnesses(event).everyone - {event.actor}
-            eyewitnesses = self._eyewitnesses.get(event.thing, set())
-            return ((event.actor,), event.thing) in self.beliefs and not hearers & eyewitnesses
+            return hearers.isdisjoint(self._eyewitnesses.get(event.thing, ()))
         now, home = self.place_of.get(event.thing), self.homes[event.place]
         if event.kind == "puts":
             return now is None and home == room
@@ -147,9 +150,12 @@ class World:
             return home == room
         return home == event.room != room
 
+    def _is_beside(self, person: str, actor: str) -> bool:
+        """Whether they are two people in one room."""
+        return person != actor and self.room_of.get(person) == self.room_of[actor]
+
     def happen(self, event: Event) -> Witnesses:
-        """Changes the world and what people believe; returns who learnt of it."""
-        assert self.possible(event), f"{event} cannot happen"
+        """Changes the world by an event that is possible; returns who learnt of it."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():

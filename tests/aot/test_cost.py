@@ -163,6 +163,19 @@ def module_of(*lines, more=""):
     return parse(PRELUDE.format(more=more, lines="\n".join(f"  {line}" for line in lines)))
 
 
+def test_of_arrays_alike_the_one_with_a_name_is_named():
+    made = [
+        "%a = f32[9,9]{1,0} broadcast(%c)",
+        '%b = f32[9,9]{1,0} add(%a, %a), metadata={op_name="jit(f)/add"}',
+        '%d = f32[9,9]{1,0} multiply(%b, %b), metadata={op_name="jit(f)/mul"}',
+        "%e = f32[3,9]{1,0} broadcast(%c)",
+    ]
+    found = largest_arrays(module_of(*made), 2)
+    assert [(str(array), name) for array, name in found] == [
+        ("f32[9,9]", "jit(f)/add"), ("f32[3,9]", "e")
+    ]  # fmt: skip
+
+
 def test_kinds_of_collectives_with_the_bytes_that_they_produce():
     cost = cost_of(
         module_of(
