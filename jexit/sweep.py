@@ -11,7 +11,7 @@ Each combination is a run in a directory of its own, DIR/rl.depth_coef=0.4,seed=
 prints in a .log file beside it. Values with commas in them are separated by `|`, as in
 `exits.layers=(2,4)|(4,)`. --config.KEY holds for all runs. With --eval the model of each finished
 run is evaluated, in its directory's `eval`, on the run's own task and with its own law of depths,
-with the settings that --eval.KEY gives.
+with the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
 
 The same command again goes on where it was stopped: finished runs are left alone, the one under way
 continues from its newest checkpoint. What each was asked for is kept in a .json file beside it, and
@@ -20,7 +20,7 @@ the exit code is then 1. --jobs runs several at once, each on its share of the C
 accelerators run one.
 
 DIR/table.csv has a line for each finished run: its settings, then every figure of before.json,
-after.json and eval/eval.json. DIR/curves.csv has its training metrics, each line the means of a
+after.json and eval.json. DIR/curves.csv has its training metrics, each line the means of a
 twentieth of its steps. --table_only writes both from what there is.
 """
 
@@ -49,7 +49,7 @@ from jexit.io.metrics import read_metrics
 from jexit.main import INTERRUPTED
 
 FINISHED = "after.json"  # the last file of a training run that is measured
-EVALUATED = "eval.json"
+EVALUATED = "eval.json"  # that of an evaluation
 # What a command's config says about the hazards that an evaluation of its model has to know.
 LAWS = {
     "sft": ("sft", ("sharpness", "target")),
@@ -85,12 +85,16 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return (self.workdir / FINISHED).exists()
+        return (self.workdir / FINISHED).exists() or _whole(self.workdir / EVALUATED)
 
     @property
     def evaluated(self) -> bool:
-        path = self.workdir / "eval" / EVALUATED
-        return path.exists() and read_json(path).get("complete", True)
+        return _whole(self.workdir / "eval" / EVALUATED)
+
+    def figures(self) -> dict[str, float]:
+        """Those of the finished run, and of the evaluation after it or that it is."""
+        paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
+        return figures(self.workdir, next(filter(_whole, paths), None))
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
@@ -216,6 +220,11 @@ class Sweep:
             cell.check("eval", self.evaluating(cell))
 
 
+def _whole(path: pathlib.Path) -> bool:
+    """Whether there is an evaluation, and it has been measured to its end."""
+    return path.exists() and read_json(path).get("complete", True)
+
+
 def _flag(value: Any) -> str:
     """A setting of config.json as a flag takes it."""
     return str(tuple(value)) if isinstance(value, list) else str(value)
@@ -308,9 +317,7 @@ def _shares(jobs: int) -> list[Sequence[int]]:
 
 def write_table(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
     """Writes DIR/table.csv: a line a finished run, a column a setting of the grid or a figure."""
-    lines = [
-        (cell, figures(cell.workdir, evaluated=cell.evaluated)) for cell in cells if cell.finished
-    ]
+    lines = [(cell, cell.figures()) for cell in cells if cell.finished]
     return _write_csv(sweep, "table.csv", lines)
 
 

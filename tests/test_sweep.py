@@ -194,6 +194,18 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     assert lines[19] == {"seed": "0", "step": "41", "accuracy": "39.5"}  # of 39, 40 and a gap
 
 
+def test_evaluations_are_runs_too(tmp_path):
+    given = [f"--into={tmp_path}", "--config=e.py", "model.path=a,b", "--table_only"]
+    runs = [{"policy": "full", "accuracy": 0.25}]
+    for name, complete in (("a", True), ("b", False)):
+        workdir = tmp_path / f"model.path={name}"
+        workdir.mkdir()
+        (workdir / "eval.json").write_text(json.dumps({"runs": runs, "complete": complete}))
+    assert sweep.main(given) == 0
+    (line,) = csv.DictReader((tmp_path / "table.csv").open())
+    assert line == {"model.path": "a", "full/accuracy": "0.25"}
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return saved_small_model(tmp_path_factory.mktemp("model") / "model")

@@ -18,29 +18,36 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError(f"{path} is no JSON ({error}); delete it and run it again") from None
 
 
-def figures(workdir: pathlib.Path, *, evaluated: bool) -> dict[str, float]:
-    """Every number that a finished run left behind, by a path such as `after/accuracy`."""
+def figures(workdir: pathlib.Path, evaluation: pathlib.Path | None) -> dict[str, float]:
+    """Every number that a finished run left behind, by a path such as `after/accuracy`.
+
+    `evaluation` is the `eval.json` that belongs to it.
+    """
     found: dict[str, float] = {}
     for stage in ("before", "after"):
         path = workdir / f"{stage}.json"
         if path.exists():
             found |= _numbers(stage, read_json(path))
-    if evaluated:
-        evaluation = read_json(workdir / "eval" / "eval.json")
-        for run in evaluation["runs"]:
-            found |= _numbers(run["policy"], run)
-        for pair in evaluation.get("controls", ()):
-            found |= _numbers(f"{pair['policy']} less {pair['control']}", pair)
-        for pair in evaluation.get("faithfulness_paired", ()):
-            place = f"{pair['policy']} less {pair['against']}/faithfulness/{pair['measure']}"
-            found |= _numbers(place, pair)
-        for part in ("faithfulness", "capacity", "hazards"):
-            for entry in evaluation.get(part, ()):
-                place = f"{entry['policy']}/{part}"
-                if part == "capacity":
-                    place = f"{place}/{entry['granularity']}"
-                measures = {measure["name"]: measure for measure in entry.get("measures", ())}
-                found |= _numbers(place, measures or entry)
+    return found if evaluation is None else found | _evaluated(read_json(evaluation))
+
+
+def _evaluated(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an `eval.json`, under their policy."""
+    found: dict[str, float] = {}
+    for run in evaluation["runs"]:
+        found |= _numbers(run["policy"], run)
+    for pair in evaluation.get("controls", ()):
+        found |= _numbers(f"{pair['policy']} less {pair['control']}", pair)
+    for pair in evaluation.get("faithfulness_paired", ()):
+        place = f"{pair['policy']} less {pair['against']}/faithfulness/{pair['measure']}"
+        found |= _numbers(place, pair)
+    for part in ("faithfulness", "capacity", "hazards"):
+        for entry in evaluation.get(part, ()):
+            place = f"{entry['policy']}/{part}"
+            if part == "capacity":
+                place = f"{place}/{entry['granularity']}"
+            measures = {measure["name"]: measure for measure in entry.get("measures", ())}
+            found |= _numbers(place, measures or entry)
     return found
 
 

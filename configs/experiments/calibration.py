@@ -1,0 +1,34 @@
+"""Study C: what a calibration is made of, before any reinforcement. On sums.
+
+    bash launch/sweep.sh --config=configs/experiments/calibration.py \
+        --eval=configs/experiments/measures.py:depth --into=runs/calibration --jobs=2 \
+        sft.explore=0,0.1,0.25,0.5 sft.target=teacher,student seed=0,1
+
+The rest one at a time, each `--into` a directory of its own: `sft.sharpness=1,10,60,200`,
+`sft.samples=1,4`, `sft.direction=student_teacher,teacher_student,jeffreys`,
+`sft.exit_loss=sampled,expected`, `exit_head.kind=linear,mlp`.
+
+`:published` is the recipe of arXiv:2603.21376 on all tasks, for Study A to start from:
+
+    python -m jexit.main --config=configs/experiments/calibration.py:published \
+        --workdir=runs/published
+"""
+
+import pathlib
+import runpy
+
+SFT = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "sft.py"))
+
+
+def get_config(variant: str = "tiny"):
+    config = SFT["get_config"]("tiny" if variant == "published" else variant)
+    if variant == "published":
+        config.sft.explore = 0.0
+        config.sft.target = "teacher"
+        config.sft.exit_loss = "sampled"
+        config.sft.sharpness = 1.0
+        return config
+    config.steps = 200
+    config.task.name = "sums"
+    config.sft.pool = 2048
+    return config

@@ -1,0 +1,35 @@
+"""How the studies measure a trained model: accuracy, depth, controls and externalisation.
+
+`:word_problems` leaves out the prescribed steps, which that task has not; `:depth` what is not
+about depth; `:quick` everything but the policies, on fewer problems. The starts of the studies:
+
+    bash launch/sweep.sh --config=configs/experiments/measures.py --into=runs/starts --jobs=2 \
+        model.path=jexit/assets/tiny-calibrated task.name=sums,tom
+"""
+
+import pathlib
+import runpy
+
+from jexit.config import EVAL_MEASURES
+
+EVAL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "eval.py"))
+LEFT_OUT = {
+    "tiny": (),
+    "word_problems": ("capacity",),
+    "depth": ("early_answering", "no_chain", "filler", "corrupted_step", "hint"),
+    "quick": EVAL_MEASURES,
+}
+
+
+def get_config(variant: str = "tiny"):
+    if variant not in LEFT_OUT:
+        raise ValueError(f"measures of {variant!r} are not known; choose {', '.join(LEFT_OUT)}")
+    config = EVAL["get_config"]("tiny")
+    config.eval.policies = ("full", "sample", "shuffled", "fixed:matched")
+    config.eval.measures = tuple(
+        name for name in config.eval.measures if name not in LEFT_OUT[variant]
+    )
+    config.eval.heat_maps = 4
+    if variant == "quick":
+        config.eval.problems = 128
+    return config

@@ -1,0 +1,27 @@
+"""Study A: accuracy and depth as the price of depth grows, and what knows where to stop.
+
+    bash launch/sweep.sh --config=configs/experiments/pressure.py \
+        --eval=configs/experiments/measures.py --into=runs/pressure-sums --jobs=2 \
+        rl.depth_coef=0,0.1,0.2,0.4,0.8,2 seed=0,1
+
+Other tasks: `--config.task.name=tom` or `word_problems` (which cannot prescribe steps:
+`--eval=configs/experiments/measures.py:word_problems`), each with a directory of its own. Instead
+of a grid of prices, one that dual ascent raises while accuracy keeps over a floor:
+
+    ... --into=runs/ascent-sums rl.accuracy_floor=0.95 seed=0,1 --config.rl.dual_ascent=True
+
+Other starts: `--config.model.path=DIR`, where DIR is a calibration run of configs/sft.py from the
+shipped trunk in the published way (configs/experiments/calibration.py:published) or from a trunk of
+`configs/pretrain.py --config.pretrain.exit_loss=0.3`.
+"""
+
+import pathlib
+import runpy
+
+RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
+
+
+def get_config(preset: str = "tiny"):
+    config = RL["get_config"](preset)
+    config.checkpoint.every = 50
+    return config

@@ -1,0 +1,17 @@
+"""Study A in ten minutes on two CPU cores: with and without a price on depth.
+
+    bash launch/sweep.sh --config=configs/experiments/quick.py \
+        --eval=configs/experiments/measures.py:quick --into=runs/quick rl.depth_coef=0,2
+"""
+
+import pathlib
+import runpy
+
+RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
+
+
+def get_config(preset: str = "tiny"):
+    config = RL["get_config"](preset)
+    config.steps = 60
+    config.checkpoint.every = 20
+    return config

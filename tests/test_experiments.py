@@ -1,0 +1,62 @@
+"""The studies' files: that they build, and that the commands in their heads are commands."""
+
+import json
+import pathlib
+import re
+import runpy
+import shlex
+
+import pytest
+from ml_collections import ConfigDict
+
+from jexit.config import Config, check_key
+from jexit.sweep import Sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "configs" / "experiments").glob("*.py"))
+
+
+def config_of(name: str) -> ConfigDict:
+    path, _, variant = name.partition(":")
+    made = runpy.run_path(str(ROOT / path))["get_config"]
+    return made(variant) if variant else made()
+
+
+def head(path: pathlib.Path) -> str:
+    """The file's head with every command on a line."""
+    return re.sub(r"\s*\\\n\s*", " ", re.match(r'"""(.*?)"""', path.read_text(), re.DOTALL)[1])
+
+
+def sweeps(path: pathlib.Path) -> list[Sweep]:
+    lines = re.findall(r"bash launch/sweep\.sh (.*)", head(path))
+    return [Sweep.parse(shlex.split(line)) for line in lines]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_builds(path):
+    config = Config.from_dict(config_of(f"configs/experiments/{path.name}"))
+    assert json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_commands_of_a_study_name_files_and_settings_that_there_are(path):
+    for sweep in sweeps(path):
+        Config.from_dict(config_of(sweep.config))
+        evaluation = sweep.evaluation or sweep.config
+        assert Config.from_dict(config_of(evaluation)).command == "eval"
+        for key in (*sweep.grid, *sweep.fixed):
+            check_key(f"config.{key}")
+    for key in re.findall(r"--config\.([\w.]+)=|`([a-z_]+\.[a-z_]+)=", head(path)):
+        check_key(f"config.{''.join(key)}")
+    for name in re.findall(r"configs/[\w/]+\.py(?::\w+)?", head(path)):
+        config_of(name)
+
+
+def test_every_study_has_a_command():
+    for path in STUDIES:
+        assert sweeps(path), path
+
+
+def test_measures_of_something_unknown_are_refused():
+    with pytest.raises(ValueError, match="choose tiny, word_problems"):
+        config_of("configs/experiments/measures.py:gsm8k")
