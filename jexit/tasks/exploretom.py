@@ -42,6 +42,10 @@ _PLACE = re.compile(
     r"\b(?:entered|left|moved [^.]*? to|located in|is in|leaving) (?P<place>[^.,]+?)"
     r"(?= in its original location|[.,?]|$)"
 )
+_ROOM = re.compile(
+    r"\b(?:entered|left|located in) (?P<entered>[^.,]+)"
+    r"|\bmoved [^.]*? to (?P<taken>[^.,]+), leaving [^.,]+ in its original location"
+)
 
 
 class ExploreToM(FileTask):
@@ -53,7 +57,9 @@ class ExploreToM(FileTask):
 
     A final line `#### answer` is judged whatever its case, articles and punctuation. Elsewhere the
     last place of the story counts, the last yes or no, or the last phrase about knowing; what is
-    denied ("not in the box") is no answer, and "does not really know" is not knowing.
+    denied ("not in the box") is no answer, and "does not really know" is not knowing. Where a
+    container or a room is asked for, places of the other sort count only if there is none of it
+    ("the bag in the hall").
     """
 
     name = "exploretom"
@@ -75,7 +81,10 @@ class ExploreToM(FileTask):
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        return self.verdict(phrases.judge(completion, problem.answer, candidates(problem)))
+        judged = phrases.judge(completion, problem.answer, asked_for(problem))
+        if judged == "none":
+            judged = phrases.judge(completion, problem.answer, candidates(problem))
+        return self.verdict(judged)
 
     def _files(self) -> dict[str, list[pathlib.Path]]:
         """The files by the split that they are, or by "whole" for files that are none."""
@@ -138,6 +147,24 @@ def candidates(problem: Problem) -> phrases.Candidates:
     places = [match["place"] for text in texts for match in _PLACE.finditer(text)]
     known = {place: place for place in (*places, problem.answer)}
     return known | dict.fromkeys((*NOT_SAID, *CANNOT_SAY), UNKNOWN)
+
+
+def asked_for(problem: Problem) -> phrases.Candidates:
+    """The candidates of the sort that the question names: only containers, or only rooms."""
+    known = candidates(problem)
+    sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
+    if sort is None or problem.fields["style"] != "place":
+        return known
+    found = (
+        match["entered"] or match["taken"] for match in _ROOM.finditer(problem.fields["story"])
+    )
+    rooms = set(map(phrases.words_of, found))
+    return {
+        phrase: answer
+        for phrase, answer in known.items()
+        if answer in (problem.answer, UNKNOWN)
+        or (phrases.words_of(phrase) in rooms) == (sort[1].lower() == "room")
+    }
 
 
 def read_csv(file: pathlib.Path) -> Iterator[Row]:

@@ -179,6 +179,30 @@ def test_verdicts(task, answer, completion, kind):
 
 
 @pytest.mark.parametrize(
+    ("sort", "answer", "completion", "kind"),
+    [
+        ("container", "oak chest", "#### the oak chest in the boat house", "lenient"),
+        ("container", "oak chest", "In the oak chest, which stands in the boat house.", "lenient"),
+        ("container", "oak chest", "the iron trunk in the boat house", "wrong"),
+        ("container", "oak chest", "#### the boat house", "wrong"),
+        ("container", "oak chest", "It is in the boat house.", "wrong"),
+        ("container", "unknown", "That cannot be determined.", "lenient"),
+        ("room", "boat house", "#### the boat house, in the oak chest", "lenient"),
+        ("room", "boat house", "The boat house: it lies in the iron trunk.", "lenient"),
+        ("room", "boat house", "#### the yard, in the oak chest", "wrong"),
+        ("room", "attic", "In the attic, in the oak chest.", "lenient"),
+        ("room", "attic", "In the oak chest.", "wrong"),
+    ],
+)
+def test_only_places_of_the_sort_that_is_asked_for_count(task, sort, answer, completion, kind):
+    question = f"In which {sort} is the lamp?"
+    asked = problem(answer, question)
+    moved = " Otto moved the lamp to the attic, leaving the iron trunk in its original location."
+    asked.fields["story"] += moved
+    assert task.verify(asked, completion).kind == kind
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
         ("does not know about it", KNOWS_NOT),
