@@ -6,11 +6,13 @@ import aot
 import pytest
 
 SCRIPT = "tests/benchmarks/compile_decode_attention.py"
+TPU, GPU = [pytest.mark.tpu_aot, aot.needs_libtpu], [pytest.mark.gpu_aot, aot.needs_cuda_plugin]
 TOPOLOGIES = [
-    pytest.param(name, marks=[pytest.mark.tpu_aot, aot.needs_libtpu])
-    for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+    pytest.param("v5e:2x2", marks=TPU),
+    pytest.param("h100:1", marks=GPU),
+    pytest.param("v5p:2x2x1", marks=[*TPU, pytest.mark.slow]),
+    pytest.param("v6e:2x2", marks=[*TPU, pytest.mark.slow]),
 ]
-TOPOLOGIES.append(pytest.param("h100:1", marks=[pytest.mark.gpu_aot, aot.needs_cuda_plugin]))
 
 
 @functools.cache
@@ -50,9 +52,9 @@ for report in preflight.preflight(Config.from_dict(config), {topology!r}):
 @pytest.mark.parametrize(
     ("topology", "mesh"),
     [
-        pytest.param("v5e:2x2", (4, 1), marks=[pytest.mark.tpu_aot, aot.needs_libtpu]),
-        pytest.param("v5e:2x2", (2, 2), marks=[pytest.mark.tpu_aot, aot.needs_libtpu]),
-        pytest.param("h100:1", (1, 1), marks=[pytest.mark.gpu_aot, aot.needs_cuda_plugin]),
+        pytest.param("v5e:2x2", (4, 1), marks=[*TPU, pytest.mark.slow]),
+        pytest.param("v5e:2x2", (2, 2), marks=TPU),
+        pytest.param("h100:1", (1, 1), marks=GPU),
     ],
 )
 def test_the_engine_copies_neither_cache_nor_weights(topology, mesh):
