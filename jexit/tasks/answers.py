@@ -25,13 +25,25 @@ _LATEX_FRACTION = re.compile(
     r"(?:([0-9]{1,18}) ?)?\\[dt]?frac\s*\{\s*([0-9]{1,18})\s*\}\s*\{\s*([0-9]{1,18})\s*\}"
 )
 _LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9])")
+_MIXED = re.compile(r"(?<![0-9.,/])([0-9]{1,9}) ([0-9]{1,9})/([0-9]{1,9})(?![0-9/])")
 _MARKER = "####"
-# What follows a `####` that is Markdown's.
-_HEADING = re.compile(r"[^\w\n#]*(?:step|part|case)\b", re.IGNORECASE)
-# "The answer is 18." and "**Answer:** 18", but not "The answer is 9 * 2".
-_OPERATOR = r"\s?(?:[-+/=\u00d7\u2212]|\*(?!\*)|\*\*\s?[0-9])"
-_ANNOUNCED = re.compile(
-    rf"\banswer(?: is)?[\s:*(\[]{{1,6}}({_NUMBER})(?![0-9])(?!{_OPERATOR})", re.IGNORECASE
+_SPAN = 200  # characters after a marker or an announcement that may hold its number
+# What follows a `####` that is Markdown's: "#### Step 2", "#### 2. Find the price".
+_HEADING = re.compile(
+    r"[^\w\n#]*(?:(?:step|part|case|phase|stage|day|option|method)\b|[0-9]+[.)] +[^\W\d])",
+    re.IGNORECASE,
+)
+_LEAD = re.compile(
+    r"(?:[\s*_$:=]|\\?[(\[])*(?:(?:the +)?(?:final +)?answer(?: +is)?(?:[\s*_$:=]|\\?[(\[])*)?",
+    re.IGNORECASE,
+)
+# "The answer is 18.", "**Answer:** 18" and "answer = 9 * 2 = 18", and where its clause ends.
+_ANNOUNCED = re.compile(r"\banswer(?: is)?(?:[\s:*$=]|\\?[(\[]){1,8}", re.IGNORECASE)
+_CLAUSE_END = re.compile(
+    r"[;\n(]|[,.](?![0-9])|\b(?:as|because|since|so|where|which)\b", re.IGNORECASE
+)
+_OPERATION = re.compile(
+    r"[0-9%)]\s?(?:[-+/\u00d7\u00f7\u2212]|\*(?!\*)|\*\*\s?[0-9]|x\s?[0-9]|\\times|\\cdot|\\div)"
 )
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -72,21 +84,20 @@ def strict_number(text: str) -> Fraction | None:
 def lenient_number(text: str) -> Fraction | None:
     """The answer wherever it stands.
 
-    The last `\\boxed{}`, else what follows the last `####` that is no heading (`#### Step 2`), else
-    the number that the text announces last ("The answer is 18."), else its last number. In a box
-    and on a line it is what follows the last `=`, remarks in parentheses aside.
+    The last `\\boxed{}`, else the last line `#### ...` that is no heading, else the number that the
+    text announces last ("The answer is 18."), else its last number. In a box, on a line and in an
+    announcement it is the side of the last `=` that is one number.
     """
     boxes = _BOXED.findall(text)
     if boxes and (number := _result(boxes[-1])) is not None:
         return number
     marker = marker_place(text)
     if marker >= 0:
-        tail = text[marker + len(_MARKER) :]
-        for number in (_result(tail.partition("\n")[0]), parse_number(tail)):
-            if number is not None:
-                return number
-    if announced := _ANNOUNCED.findall(_plain(text)):
-        return _to_fraction(announced[-1])
+        return _result(_marked(text, marker) or "")
+    for announced in reversed(list(_ANNOUNCED.finditer(text))):
+        number = _announced(text[announced.end() : announced.end() + _SPAN])
+        if number is not None:
+            return number
     return last_number(text)
 
 
@@ -103,18 +114,50 @@ def answerable(completion: str, *, cut: bool) -> str:
 
 
 def marker_place(text: str) -> int:
-    """Where the last `####` is that a heading of the chain of thought does not follow; −1: none."""
+    """Where the last `####` is that a number follows, and that is no heading; −1: none."""
     place = text.rfind(_MARKER)
-    while place >= 0 and _HEADING.match(text, place + len(_MARKER)):
+    while place >= 0 and _marked(text, place) is None:
         place = text.rfind(_MARKER, 0, place)
     return place
 
 
+def _marked(text: str, place: int) -> str | None:
+    """What the line of the `####` at `place` gives as the answer; None for a heading.
+
+    Where the line says nothing but "Answer:" that is the next line, if it starts with a number.
+    """
+    start = place + len(_MARKER)
+    if _HEADING.match(text, start):
+        return None
+    lead = _LEAD.match(text, start, start + _SPAN)
+    line = _plain(text[lead.end() : lead.end() + _SPAN].partition("\n")[0])
+    number = (_ANY_NUMBER.match if "\n" in lead.group() else _ANY_NUMBER.search)(line)
+    return None if number is None or line.rstrip(" *_").endswith(":") else line
+
+
+def _announced(text: str) -> Fraction | None:
+    """The number of the clause that follows "the answer is", if it starts with one."""
+    end = _CLAUSE_END.search(_plain(text))
+    clause = _plain(text)[: end.start() if end else None]
+    if not _ANY_NUMBER.match(clause) or ("=" not in clause and _OPERATION.search(clause)):
+        return None
+    return _result(clause)
+
+
 def _result(line: str) -> Fraction | None:
-    """What a line comes to: the number after its last `=`, remarks in parentheses aside."""
+    """What a line comes to, remarks in parentheses aside.
+
+    Of equal sides the last one that is a single number; else the number that the last side starts
+    with, or the last one in it.
+    """
+    line = _plain(line)
     before = line.partition("(")[0]
-    line = before if _ANY_NUMBER.search(before) else line
-    return parse_number(line.rpartition("=")[2])
+    sides = (before if _ANY_NUMBER.search(before) else line).split("=")
+    for side in reversed(sides):
+        if len(_ANY_NUMBER.findall(side)) == 1:
+            return last_number(side)
+    last = sides[-1].lstrip(" *_$")
+    return parse_number(last) if _ANY_NUMBER.match(last) else last_number(last)
 
 
 def visible_text(completion: str) -> str | None:
@@ -171,11 +214,11 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    return _LATEX_FRACTION.sub(_slashed, _LATEX_COMMA.sub(",", text))
+    return _MIXED.sub(_slashed, _LATEX_FRACTION.sub(_slashed, _LATEX_COMMA.sub(",", text)))
 
 
 def _slashed(fraction: re.Match[str]) -> str:
-    """A fraction with a slash; a mixed number, 2\\frac{1}{2}, as one fraction."""
+    """A fraction with a slash; a mixed number, 2\\frac{1}{2} or 2 1/2, as one fraction."""
     whole, numerator, denominator = (int(part or 0) for part in fraction.groups())
     return f"{whole * denominator + numerator}/{denominator}"
 

@@ -23,11 +23,11 @@ from jexit.tasks.tom_events import (
     sentences,
     story_of_places,
 )
-from jexit.tasks.tom_rules import is_named, knows_place
-from jexit.tasks.tom_text import Kind, Question, Story
+from jexit.tasks.tom_rules import before_last_move, is_named, others_know_place
+from jexit.tasks.tom_text import PEOPLE_ASKED, Kind, Question, Story
 from jexit.tasks.tom_world import Event, EventKind, World
 
-_STORIES = 150  # that are tried with a pair of verbs: some pairs cannot be in short stories
+_STORIES = 60  # that are tried with a pair of verbs: some pairs cannot be in short stories
 # What the person does, in some order: the same in all three stories.
 _MOVES: tuple[tuple[EventKind, ...], ...] = (
     ("enters",),
@@ -42,12 +42,15 @@ def story_of_presence(
 ) -> tuple[Story, Question] | None:
     """A story with `count` mentions, and a question about a belief: the place numbered `rank`.
 
-    After the first mention none names the (first) person asked about with the thing. None if no
-    three stories were found.
+    One of the people asked about comes and goes; after the first mention none names them with the
+    thing, and the other one, if there is one, knows where it is. None if no three stories were
+    found.
     """
     thing, other = draw.sample(cast.things, 2)
     how = [ANYHOW] * count
     how[1:PLACES] = [VERBS[draw.choice(("moves", "tells"))] for _ in range(PLACES - 1)]
+    whose = draw.integer(0, PEOPLE_ASKED[kind] - 1)
+    by_rule = draw.integer(1, PLACES) == 1
     for _ in range(_STORIES):
         told = story_of_places(draw, cast, plan(draw, cast, thing, other, how))
         if told is None:
@@ -57,21 +60,32 @@ def story_of_presence(
         asked = [
             question
             for question in questions(kind, cast.people, (thing,))
-            if not any(is_named(question.people[0], event) for event in later)
+            if not any(is_named(question.people[whose], event) for event in later)
         ]
         for question in draw.sample(asked, len(asked)):
             for moves in draw.sample(_MOVES, len(_MOVES)):
-                found = _by_answer(draw, cast, story, question, moves)
-                if found is not None:
-                    return found[cast.places[rank]], question
+                found = _by_answer(draw, cast, story, question, question.people[whose], moves)
+                if found is None:
+                    continue
+                place = cast.places[rank]
+                for one in found[place]:
+                    if (before_last_move(question.people[whose], thing, one) == place) == by_rule:
+                        return one, question
     return None
 
 
 def _by_answer(
-    draw: Draw, cast: Cast, story: Story, question: Question, moves: tuple[EventKind, ...]
-) -> dict[str, Story] | None:
-    """The story with each of its places as the answer; None if that cannot be with these moves."""
-    person = question.people[0]
+    draw: Draw,
+    cast: Cast,
+    story: Story,
+    question: Question,
+    person: str,
+    moves: tuple[EventKind, ...],
+) -> dict[str, list[Story]] | None:
+    """The story with each of its places as the answer, in every way that the person's moves allow.
+
+    None if one of the places cannot be the answer.
+    """
     others = [event for event in story.events if event.thing or event.actor != person]
     if sentences(others) + len(moves) > cast.longest:
         return None
@@ -81,18 +95,16 @@ def _by_answer(
         for after in itertools.combinations(range(len(others)), len(moves))
         for order in sorted(set(itertools.permutations(moves)))
     ]
-    found: dict[str, Story] = {}
+    found: dict[str, list[Story]] = {place: [] for place in cast.places}
     for room, move_after in draw.sample(ways, len(ways)):
         world = World({**story.room_of, person: room}, story.homes)
         events = _with_moves(draw, cast, world, others, person, move_after)
-        if events is not None and knows_place(question, world):
+        if events is not None and others_know_place(question, person, world):
             told = dataclasses.replace(
                 story, room_of={**story.room_of, person: room}, events=tuple(events)
             )
-            found.setdefault(question.answer(world), told)
-            if all(place in found for place in cast.places):
-                return found
-    return None
+            found.setdefault(question.answer(world), []).append(told)
+    return found if all(found[place] for place in cast.places) else None
 
 
 def _with_moves(

@@ -35,6 +35,24 @@ def last_named(question: Question, story: Story, world: World) -> str:
     return (naming or events)[-1].place
 
 
+def before_last_move(person: str, thing: str, story: Story) -> str:
+    """The last place named with the thing before the person last came or went.
+
+    The last one of all where the person stays throughout, the first where nobody has named any yet.
+    """
+    moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
+    until = story.events[: moves[-1]] if moves else story.events
+    named = [event.place for event in until if event.thing == thing and event.place]
+    return named[-1] if named else next(e.place for e in story.events if e.thing == thing)
+
+
+def others_know_place(question: Question, person: str, world: World) -> bool:
+    """Whether all people asked about but this one know where the thing is."""
+    place = world.place_of.get(question.thing)
+    others = (other for other in question.people if other != person)
+    return all(world.beliefs.get(((other,), question.thing)) == place for other in others)
+
+
 def others_belief(question: Question, world: World) -> str | None:
     """Where the second person asked about thinks that the thing is at the end."""
     return world.beliefs.get((question.people[1:], question.thing))
@@ -45,6 +63,11 @@ def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
     return any(named), any(not event.hearer for event in tells)
+
+
+def who_knows(question: Question, world: World) -> tuple[bool, ...]:
+    """Of each person asked about, whether they know about the topic themselves."""
+    return tuple(((person,), question.thing) in world.beliefs for person in question.people)
 
 
 def is_false(question: Question, world: World) -> bool:

@@ -52,7 +52,7 @@ from jexit.tasks.tom_events import (
     story_of_topics,
 )
 from jexit.tasks.tom_presence import story_of_presence
-from jexit.tasks.tom_rules import SURFACES, Surface, told_by_name
+from jexit.tasks.tom_rules import SURFACES, Surface, told_by_name, who_knows
 from jexit.tasks.tom_text import (
     CONTAINERS,
     OF_PLACES,
@@ -209,6 +209,7 @@ def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, 
         for first, second in itertools.combinations(range(len(story.events)), 2)
         for part in ("order", "actor", "hearer", "thing", "secret", "distracted")
     ]
+    found = None
     for first, second, part in draw.sample(exchanges, len(exchanges)):
         changed = _exchanged(story.events, first, second, part)
         if changed is None:
@@ -223,9 +224,17 @@ def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, 
             if question.answer(after) != answer
             and told_by_name(question, story) == told_by_name(question, twin)
         ]
-        if turned:
-            return twin, draw.choice(turned)
-    return None
+        if not turned:
+            continue
+        found = found or (twin, draw.choice(turned))
+        nested = [
+            question
+            for question in turned
+            if who_knows(question, before) == who_knows(question, after)
+        ]
+        if nested:
+            return twin, draw.choice(nested)
+    return found
 
 
 def _exchanged(
