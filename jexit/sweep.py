@@ -10,8 +10,8 @@
 Each combination is a run in a directory of its own, DIR/rl.depth_coef=0.4,seed=1, with what it
 prints in a .log file beside it. Values with commas in them are separated by `|`, as in
 `exits.layers=(2,4)|(4,)`. --config.KEY holds for all runs. With --eval the model of each finished
-run is evaluated, in its directory's `eval`, on the run's own task and with its own law of depths,
-with the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
+run is evaluated, in its directory's `eval`, on the run's own task, with
+the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
 
 The same command again goes on where it was stopped: finished runs are left alone, the one under way
 continues from its newest checkpoint. What each was asked for is kept in a .json file beside it, and
@@ -50,11 +50,6 @@ from jexit.main import INTERRUPTED
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
-# What a command's config says about the hazards that an evaluation of its model has to know.
-LAWS = {
-    "sft": ("sft", ("sharpness", "target")),
-    "rl": ("rl", ("min_hazard", "hazard_temperature")),
-}
 POINTS = 20  # lines of a run in curves.csv
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
@@ -194,11 +189,9 @@ class Sweep:
         return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
 
     def evaluating(self, cell: Cell) -> list[str]:
-        """Those that evaluate the run, which has begun: its task, and the law it trained with."""
+        """Those that evaluate the run, which has begun, on its own task."""
         config = read_json(cell.workdir / "config.json")
         own = {f"task.{key}": value for key, value in config["task"].items()}
-        section, names = LAWS.get(config.get("command", ""), ("", ()))
-        own |= {f"{section}.{name}": config[section][name] for name in names}
         given = {"model.path": str(cell.workdir), **self.evaluation_settings}
         settings = {key: _flag(value) for key, value in own.items()} | given
         return _arguments(self.evaluation, cell.workdir / "eval", settings)

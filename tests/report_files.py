@@ -171,6 +171,9 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 "depth_fraction": 0.5,
                 "completion_length": 12.0,
                 "step_size": None if granularity == "at_once" else float(granularity),
+                "obeyed": 0.25 if granularity == "5" else 0.98,
+                "accuracy_obeyed": None if granularity == "at_once" else accuracy,
+                "accuracy_obeyed_ci95": None,
                 "problems": 256,
             }
             for policy, drop in (("full", 0.0), ("sample", 0.05), ("shuffled", 0.3))

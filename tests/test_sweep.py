@@ -55,9 +55,7 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     # The run has written its config by now, with what its own file says of the task.
     (workdir / "eval").mkdir(parents=True)
     task = {"name": "sums", "parts": ["sums", "tom"], "steps": "mixed", "path": ""}
-    law = {"min_hazard": 0.1, "hazard_temperature": 2.0, "rollouts": 4}
-    config = {"command": "rl", "task": task, "rl": law, "sft": {"sharpness": 1.0}}
-    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "config.json").write_text(json.dumps({"command": "rl", "task": task}))
     (evaluation,) = commands
     assert evaluation == [
         "--config=e.py",
@@ -66,8 +64,6 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         "--config.task.parts=('sums', 'tom')",
         "--config.task.steps=mixed",
         "--config.task.path=",
-        "--config.rl.min_hazard=0.1",
-        "--config.rl.hazard_temperature=2.0",
         f"--config.model.path={workdir}",
         "--config.eval.problems=9",
     ]
@@ -77,18 +73,6 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     assert list(grid.commands(cell)) == [evaluation]  # it stopped before its measures were done
     (workdir / "eval" / "eval.json").write_text("{}")
     assert list(grid.commands(cell)) == []
-
-
-def test_an_evaluation_of_a_calibration_gets_its_targets(tmp_path):
-    grid = sweep.Sweep.parse([f"--into={tmp_path}", "--config=a.py", "--eval=e.py"])
-    (cell,) = grid.cells()
-    cell.workdir.mkdir()
-    sft = {"sharpness": 3.0, "target": "teacher", "samples": 4}
-    config = {"command": "sft", "task": {"name": "sums"}, "sft": sft, "rl": {"min_hazard": 0.0}}
-    (cell.workdir / "config.json").write_text(json.dumps(config))
-    assert grid.evaluating(cell)[2:5] == [
-        "--config.task.name=sums", "--config.sft.sharpness=3.0", "--config.sft.target=teacher",
-    ]  # fmt: skip
 
 
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):

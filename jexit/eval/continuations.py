@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from jexit.tasks.answers import answerable
+from jexit.tasks.answers import THINK_START, answerable
 from jexit.tasks.base import Draw, Problem
 from jexit.tasks.chains import ChainTask
+
+_OPENED = re.compile(rf"\s*{THINK_START}\s*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,14 @@ class Sample:
         """The steps of each completion."""
         return [self.task.steps(reply.text) for reply in self.replies]
 
+    def opening(self, index: int) -> str:
+        """What a completion has before its first step: the think block that it or its prompt opens.
+
+        An answer without a chain then closes an empty block, as one after some steps closes theirs.
+        """
+        opened = _OPENED.match("".join(self.chains[index]))
+        return opened.group() if opened else self.completer.opening
+
     def right(self, index: int) -> bool:
         """Whether the completion is."""
         return self.task.verify(self.problems[index], self.replies[index].text).correct
@@ -120,9 +131,8 @@ class Sample:
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Written | None]:
-        """The answers that come at once after chains, all in one decode."""
-        opened = [(problem, chain or self.completer.opening) for problem, chain in rows]
-        asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in opened]
+        """The answers that come at once after so much of a completion, all in one decode."""
+        asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self._written(asked, answer_only=True)
 
     def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Written | None]:

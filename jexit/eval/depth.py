@@ -18,6 +18,8 @@ from jexit.eval.intervals import Interval, bootstrap_ratio_difference, paired_in
 
 CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
 _OPERATORS = frozenset("+-*/=<>^%×÷−")
+# Where a completion's answer is marked: the marker's start and end, None without one.
+Mark = Callable[[str], tuple[int, int] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,16 +52,15 @@ def token_class(token: str) -> str:
 
 
 def token_classes(
-    ids: Sequence[int], tokens: Sequence[str], cue: str | None, end_ids: Collection[int]
+    ids: Sequence[int], tokens: Sequence[str], mark: Mark, end_ids: Collection[int]
 ) -> list[str]:
     """The class of each token of a completion, from its ids and their texts.
 
-    `end` by the id; `marker` for the last `cue`, `answer` for what follows it, a token that holds
-    both included; before it, or without a cue, by `token_class`.
+    `end` by the id; `marker` for what `mark` finds, `answer` for what follows it, a token that
+    holds both included; before it, or without one, by `token_class`.
     """
     text = "".join(tokens)
-    start = text.rfind(cue) if cue else -1
-    stop = start + len(cue or "")
+    start, stop = mark(text) or (-1, -1)
     classes, end = [], 0
     for number, token in zip(ids, tokens, strict=True):
         end += len(token)
@@ -77,7 +78,7 @@ def token_classes(
 def depth_by_class(
     completions: Sequence[Completion],
     tokens: Callable[[Sequence[int]], Sequence[str]],
-    cue: str | None,
+    mark: Mark,
     end_ids: Collection[int],
 ) -> dict[str, dict[str, float]]:
     """Tokens and mean layers run of each class; `tokens` gives the ids' own texts.
@@ -86,7 +87,7 @@ def depth_by_class(
     """
     totals = {name: [0, 0] for name in CLASSES}
     for completion in completions:
-        classes = token_classes(completion.ids, tokens(completion.ids), cue, end_ids)
+        classes = token_classes(completion.ids, tokens(completion.ids), mark, end_ids)
         for name, depth in list(zip(classes, completion.depths, strict=True))[1:]:
             totals[name][0] += 1
             totals[name][1] += depth

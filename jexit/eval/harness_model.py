@@ -27,6 +27,7 @@ from jexit.config import parse_policy
 from jexit.data.tokenizer import Tokenizer
 from jexit.eval.loglikelihood import Pair, Score, Scorer
 from jexit.io.model_dir import load
+from jexit.io.workdir import trained_law
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate
@@ -56,7 +57,8 @@ class JexitLM(TemplateLM):
 
     `pretrained` is a model directory, or a model with its `tokenizer`. `policy` holds for log-
     likelihoods and for generation alike: prompts and contexts run every layer, `sample` draws
-    depths by `seed` (with `hazard_temperature` and `min_hazard` as its law).
+    depths by `seed`, with `hazard_temperature` and `min_hazard` as its law: those of the run that
+    `pretrained` may be, else 1 and 0.
 
     What is too long for `max_length` positions (default: the model's) loses tokens on the left: a
     context keeps what continuation or `max_gen_toks` leave room for. A continuation that is too
@@ -80,8 +82,8 @@ class JexitLM(TemplateLM):
         dtype: str = "auto",
         thinking: str = "auto",
         think_end_token: str | None = None,
-        hazard_temperature: float = 1.0,
-        min_hazard: float = 0.0,
+        hazard_temperature: float | None = None,
+        min_hazard: float | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
@@ -100,6 +102,13 @@ class JexitLM(TemplateLM):
         self.texts.thinking = thinking
         self.tokenizer = self.texts.backend  # where lm-eval looks for the chat template
         self.policy, self.seed = policy, int(seed)
+        law = {"hazard_temperature": 1.0, "min_hazard": 0.0}
+        if not isinstance(pretrained, Transformer):
+            law |= trained_law(pretrained).get("rl", {})
+        if hazard_temperature is None:
+            hazard_temperature = law["hazard_temperature"]
+        if min_hazard is None:
+            min_hazard = law["min_hazard"]
         self._law = Sample(float(hazard_temperature), float(min_hazard))
         self._policy(1, 1)  # refuses a wrong one
         self.max_gen_toks, self.think_end_token = int(max_gen_toks), think_end_token

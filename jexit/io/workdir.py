@@ -11,6 +11,11 @@ from jexit.io.files import write_json_atomic
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log")
+# What a run's exits are trained under, by its command: a section and the settings in it.
+LAWS = {
+    "sft": ("sft", ("sharpness", "target")),
+    "rl": ("rl", ("min_hazard", "hazard_temperature")),
+}
 
 
 def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
@@ -54,6 +59,19 @@ def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
             f"host {blind[0]} does not see {path}, which host 0 wrote; give --workdir on a file "
             "system that all hosts share"
         )
+
+
+def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What the exits of the run in a directory were trained under: settings by section.
+
+    Empty for a model that is no run's.
+    """
+    try:
+        config = json.loads((pathlib.Path(directory) / "config.json").read_text())
+        section, names = LAWS[config["command"]]
+        return {section: {name: config[section][name] for name in names}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

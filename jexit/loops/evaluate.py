@@ -22,15 +22,23 @@ from jexit.loops.policies import (
     evaluate_control,
     evaluate_policy,
 )
-from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
+from jexit.loops.setup import (
+    engine_size,
+    load_model,
+    load_task,
+    sampling_law,
+    with_trained_law,
+)
 from jexit.steps.state import split_model
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
     """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report.
 
-    What the policies gave is on the disk before the measures start, with `complete` false.
+    What the policies gave is on the disk before the measures start, with `complete` false. A run's
+    model is measured under the law of depths that it trained with, whatever the config says.
     """
+    given, config = config, with_trained_law(config)
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)
@@ -54,7 +62,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     if "filler" in config.eval.measures:
         # Refuse a tokenizer without.
         ModelCompleter(decoder, config.eval.measured, positions).filler("")
-    start_run(workdir, config.to_dict())
+    start_run(workdir, given.to_dict())
     total = len(config.eval.policies) + rounds(task, config.eval)
     with Progress(total, description="eval", enabled=is_primary()) as progress:
         results, made = [], {}
@@ -137,11 +145,15 @@ def print_results(written: dict[str, Any]) -> None:
             f"{_per_cent(pair['difference_ci95']):>18}{pair['problems']:>6}"
         )
     if entries := written.get("capacity"):
-        print(f"{'a step does':<18}{'policy':<16}{'accuracy':>8}{'95 % interval':>18}{'of L':>7}")
+        print(
+            f"{'a step does':<18}{'policy':<16}{'accuracy':>8}{'95 % interval':>18}{'of L':>7}"
+            f"{'as asked':>10}"
+        )
     for entry in entries or ():
         print(
             f"{entry['granularity']:<18}{entry['policy']:<16}{entry['accuracy']:>8.1%}"
             f"{_per_cent(entry['accuracy_ci95']):>18}{entry['depth_fraction']:>7.0%}"
+            f"{entry['obeyed']:>10.0%}"
         )
 
 

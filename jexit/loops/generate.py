@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from jexit.config import Config
-from jexit.loops.setup import engine_size, load_model, make_policy, sampling_law
+from jexit.loops.setup import (
+    engine_size,
+    load_model,
+    make_policy,
+    sampling_law,
+    with_trained_law,
+)
 from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
     """Completes `generate.prompts` and prints each text with its mean depth."""
+    config = with_trained_law(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate
     if not g.prompts:

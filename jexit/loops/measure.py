@@ -10,6 +10,7 @@ from jexit.eval.continuations import Reply, Sample
 from jexit.eval.depth import Completion
 from jexit.eval.faithfulness import MEASURES, Measure, measured, policies_paired
 from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of
+from jexit.eval.intervals import wilson_interval
 from jexit.eval.scores import Scores, paired
 from jexit.io.progress import Progress
 from jexit.loops.decoder import Decoder, ModelCompleter
@@ -104,6 +105,7 @@ class Measurer:
                         "granularity": granularity,
                         "accuracy_ci95": result.accuracy_ci95,
                         "step_size": result.text.get("step_size"),
+                        **_obedience(examination, made),
                     }
                     if policy != "full":
                         pair = _accuracy_paired(made, done_by_policy["full"][1])
@@ -205,6 +207,19 @@ def _accuracy_paired(ours: list[Completion], theirs: list[Completion]) -> dict[s
     )
     assert pair is not None, "an examination has a problem"
     return pair
+
+
+def _obedience(examination: Examination, made: list[Completion]) -> dict[str, Any]:
+    """The share of completions with the steps that are prescribed, and the accuracy of those."""
+    task = examination.task
+    assert isinstance(task, ChainTask)
+    pairs = zip(examination.problems, made, strict=True)
+    right = [one.right for problem, one in pairs if task.obeys(problem, one.text)]
+    return {
+        "obeyed": len(right) / len(made),
+        "accuracy_obeyed": sum(right) / len(right) if right else None,
+        "accuracy_obeyed_ci95": wilson_interval(sum(right), len(right)) if right else None,
+    }
 
 
 def _brief(result: PolicyResult) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jexit.eval.depth import Completion, depth_by_class, matched_depths, shuffle
 from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
-from jexit.tasks import ChainTask, Problem, Task
+from jexit.tasks import Problem, Task
 from jexit.tasks.answers import answerable
 
 
@@ -73,7 +73,7 @@ class PolicyResult:
             depth_fraction_ci95=bootstrap_ratio(run, whole),
             depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
             depth_by_class=depth_by_class(
-                made, tokenizer.tokens, examination.cue, tokenizer.eos_ids
+                made, tokenizer.tokens, examination.task.answer_mark, tokenizer.eos_ids
             ),
             problems=count,
             tokens=tokens,
@@ -121,10 +121,6 @@ class Examination:
             for ids, depths, truncated, verdict in rows
         ]
         return completions, made.tokens_per_second
-
-    @property
-    def cue(self) -> str | None:
-        return self.task.cue if isinstance(self.task, ChainTask) else None
 
 
 def held_out(

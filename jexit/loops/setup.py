@@ -13,6 +13,7 @@ from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
 from jexit.io.model_dir import load
+from jexit.io.workdir import trained_law
 from jexit.model.attention import check_attention
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
@@ -69,6 +70,15 @@ def execution_of(config: Config) -> Execution:
     model = config.model
     check_attention(model.attention)
     return Execution(attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll)
+
+
+def with_trained_law(config: Config) -> Config:
+    """The config with what the exits of its model were trained under, if that is a run's."""
+    law = {
+        section: dataclasses.replace(getattr(config, section), **values)
+        for section, values in trained_law(config.model.path).items()
+    }
+    return dataclasses.replace(config, **law)
 
 
 def sampling_law(config: Config) -> Sample:

@@ -190,7 +190,8 @@ def capacity(entries: Sequence[Capacity]) -> Html:
         y_label="right answers",
         x_ticks=[(place, name.replace("_", " ")) for name, place in places.items()],
         y_ticks=share_ticks()[1],
-        note="The larger the step, the more has to be done between two tokens.",
+        note="The larger the step, the more has to be done between two tokens. Hollow: fewer than "
+        "half of the chains have the steps that were asked for.",
         width=460.0,
         height=300.0,
     )
@@ -205,7 +206,11 @@ def capacity(entries: Sequence[Capacity]) -> Html:
             if math.isfinite(entry.accuracy):
                 chart.errors(x, entry.accuracy, classes, up=entry.accuracy_ci95)
                 told = f"{policy}, {entry.granularity}: {per_cent(entry.accuracy)}"
-                chart.marker(x, entry.accuracy, "circle", classes, told)
+                shape = "circle"
+                if entry.obeyed is not None:
+                    told += f", steps as asked in {per_cent(entry.obeyed)}"
+                    shape = "open-circle" if entry.obeyed < 0.5 else "circle"
+                chart.marker(x, entry.accuracy, shape, classes, told)
         chart.legend(policy, f"curve {classes} dash{index % 4}")
     return side_by_side([chart])
 

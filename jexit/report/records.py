@@ -164,6 +164,9 @@ class Capacity:
     depth_fraction: float
     completion_length: float = math.nan
     step_size: float | None = None
+    obeyed: float | None = None  # share of completions with the steps that are prescribed
+    accuracy_obeyed: float | None = None  # of those
+    accuracy_obeyed_ci95: Interval | None = None
     problems: int
 
     def __post_init__(self) -> None:

@@ -81,6 +81,7 @@ COLUMNS: Mapping[str, Column] = {
         )
         for policy, where in (("sample", ""), ("full", ", full depth"))
     },
+    **{f"by {n} as asked": Column(f"sample/capacity/{n}/obeyed") for n in range(2, 6)},
     **{
         f"{label}{where}": _measure(name, policy)
         for name, label in (

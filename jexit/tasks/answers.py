@@ -121,6 +121,21 @@ def marker_place(text: str) -> int:
     return place
 
 
+def answer_mark(completion: str) -> tuple[int, int] | None:
+    """Start and end of what marks the answer: the last `\\boxed{`, else the `####` of its line.
+
+    None where nothing does, or while a think block is open.
+    """
+    text = visible_text(completion)
+    if text is None:
+        return None
+    hidden = len(completion) - len(text)
+    if boxes := list(_BOXED.finditer(text)):
+        return hidden + boxes[-1].start(), hidden + boxes[-1].start(1)
+    place = marker_place(text)
+    return None if place < 0 else (hidden + place, hidden + place + len(_MARKER))
+
+
 def _marked(text: str, place: int) -> str | None:
     """What the line of the `####` at `place` gives as the answer; None for a heading.
 

@@ -79,6 +79,14 @@ class Task(abc.ABC):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judges a completion's text (special tokens removed). Total: never raises on any text."""
 
+    def answer_mark(self, text: str) -> tuple[int, int] | None:
+        """Start and end of what marks the answer in a completion, the last `####`; None: nothing.
+
+        Total.
+        """
+        start = text.rfind("####")
+        return None if start < 0 else (start, start + len("####"))
+
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:

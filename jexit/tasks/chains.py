@@ -55,6 +55,15 @@ class ChainTask(Task):
         thinks = answers.visible_text(prefix) is None
         return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
 
+    def obeys(self, problem: Problem, completion: str) -> bool:
+        """Whether the chain has the steps that the prompt prescribes.
+
+        As many as the problem's own completion; a problem without one cannot tell, and is obeyed.
+        """
+        if problem.completion is None:
+            return True
+        return len(self.steps(completion)) == len(self.steps(problem.completion))
+
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
         """The answer that a completion gives, in a form in which equal answers are equal texts."""

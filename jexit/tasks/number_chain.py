@@ -38,6 +38,9 @@ class NumberChain(ChainTask):
         number = answers.final_number(completion)
         return None if number is None else str(number)
 
+    def answer_mark(self, text: str) -> tuple[int, int] | None:
+        return answers.answer_mark(text)
+
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """One step's result (the number behind its last `=`) replaced by a number near it."""
         steps, given = self.steps(completion), self.final_answer(completion)

@@ -13,6 +13,7 @@ asks for the answer without a chain.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -131,6 +132,16 @@ class Sums(ChainTask):
     def steps(self, completion: str) -> list[str]:
         """Plus signs and the list after them, one step each."""
         return _PIECE.findall(completion.partition(self.cue)[0])
+
+    def obeys(self, problem: Problem, completion: str) -> bool:
+        """Whether every step takes the size that is prescribed, right or wrong; free ones do."""
+        operands, mode = problem.fields["operands"], problem.fields["mode"]
+        if mode == "free":
+            return True
+        sizes = [len(operands)]  # at once
+        if mode == "prescribed":
+            sizes = prescribed_steps(len(operands), problem.fields["step"])
+        return step_sizes(operands, completion) == sizes
 
     def final_answer(self, completion: str) -> str | None:
         return _given_answer(completion)
@@ -278,10 +289,11 @@ def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
     """How many results of additions a chain has on the page: at most operands − 1.
 
     Counts the written steps that are right and leave a list shorter than every one before, so that
-    going round in circles earns nothing.
+    going round in circles earns nothing, until one leaves other operands over than it was given. A
+    slip in a sum costs its own step only.
     """
     count, shortest = 0, len(operands)
-    for step in steps:
+    for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):
         shorter = len(step.wrote) < shortest
         count += step.announced is not None and step.correct and shorter
         shortest = min(shortest, len(step.wrote))

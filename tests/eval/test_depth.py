@@ -13,6 +13,7 @@ from jexit.eval.depth import (
     shuffled_depths,
     token_classes,
 )
+from jexit.tasks import Sums, WordProblems
 
 
 def completion(depths, right=True):
@@ -25,9 +26,12 @@ def completion(depths, right=True):
 END = 9
 
 
-def classes(tokens, cue="####"):
+MARK = Sums().answer_mark
+
+
+def classes(tokens, mark=MARK):
     ids = [END if token == "<end>" else 0 for token in tokens]
-    return token_classes(ids, tokens, cue, {END})
+    return token_classes(ids, tokens, mark, {END})
 
 
 def test_classes_of_tokens():
@@ -47,11 +51,23 @@ def test_a_marker_may_be_pieces_and_may_share_a_token_with_the_answer():
     assert classes(["2####7"]) == ["answer"]
 
 
+def test_prose_marks_its_answer_with_a_box_or_a_line_of_its_own():
+    mark = WordProblems().answer_mark
+    tokens = ["####", " Step", " 2", "\n", "9", "*", "2", "\n", "\\boxed{", "18", "}", "<end>"]
+    assert classes(tokens, mark) == [
+        "other", "word", "digit", "other", "digit", "operator", "digit", "other",
+        "marker", "answer", "answer", "end",
+    ]  # fmt: skip
+    tokens = ["<think>", "####", " 7", "</think>", "####", " 8", "####", " Note"]
+    assert classes(tokens, mark)[-5:] == ["word", "marker", "answer", "answer", "answer"]
+    assert classes(["<think>", "####", " 7"], mark)[1:] == ["other", "digit"]
+
+
 def test_the_end_is_known_by_its_id():
-    assert classes(["7", "<end>"], None) == ["digit", "end"]
-    assert classes(["the", "end"], None) == ["word", "word"]
-    # The same text from another id is a word, and an end without a cue is an end.
-    assert token_classes([0], ["<end>"], None, {END}) == ["word"]
+    assert classes(["7", "<end>"]) == ["digit", "end"]
+    assert classes(["the", "end"]) == ["word", "word"]
+    # The same text from another id is a word, and an end without a marker is an end.
+    assert token_classes([0], ["<end>"], MARK, {END}) == ["word"]
     assert classes(["+", "<end>"]) == ["operator", "end"]
 
 
@@ -64,7 +80,7 @@ def test_depth_by_class_leaves_out_the_prompts_last_pass():
             ([1, 3, 1, END], [8, 2, 4, 7]),
         )
     ]
-    assert depth_by_class(made, lambda ids: [texts[i] for i in ids], "####", {END}) == {
+    assert depth_by_class(made, lambda ids: [texts[i] for i in ids], MARK, {END}) == {
         "digit": {"tokens": 1, "depth_mean": 3.0},
         "operator": {"tokens": 1, "depth_mean": 2.0},
         "marker": {"tokens": 2, "depth_mean": 1.5},

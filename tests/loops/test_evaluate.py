@@ -20,6 +20,7 @@ from jexit.report.records import Evaluation, build
 from jexit.rollout import EngineSize, generate
 from jexit.steps.state import split_model
 from jexit.tasks import Problem
+from jexit.tasks.sums import prescribed_steps, reduce_by
 from small_runs import make_config, run
 
 POLICIES = ("full", "threshold:0.2", "shuffled:threshold:0.2", "fixed:matched:threshold:0.2")
@@ -112,6 +113,7 @@ class AddsInItsHead:
 
     tokenizer: Tokenizer
     up_to: dict[str, int]  # by policy
+    obedient: bool = True
     layers: int = 3
     max_new_tokens: int = 40
 
@@ -126,7 +128,10 @@ class AddsInItsHead:
             prescribed = re.search(r"by (\d)", text)
             size = int(prescribed[1]) if prescribed else len(digits)
             answer = (sum(map(int, digits)) + (size > self.up_to[policy])) % 10
-            ids.append(self.tokenizer.encode(f"#### {answer}"))
+            chain = ""
+            if prescribed and self.obedient:
+                chain, _ = reduce_by(digits, prescribed_steps(len(digits), size))
+            ids.append(self.tokenizer.encode(f"{chain}#### {answer}"))
             verdicts.append(judge(number, ids[-1], False))
         return Decoded(
             ids=ids, depths=[[3] * len(some) for some in ids], truncated=[False] * len(ids),
@@ -134,24 +139,38 @@ class AddsInItsHead:
         )  # fmt: skip
 
 
-def test_capacity_is_what_can_be_added_in_the_head(tmp_path):
+def capacity_of(up_to, **settings):
     config = make_config(
         "eval", TINY_CALIBRATED_PATH, task__operands_min=6, task__operands_max=8,
         eval__measures=("capacity",), eval__measured="threshold:0.5", eval__problems=8,
     )  # fmt: skip
     tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
     examination = Examination.of(load_task(config.task, "test"), tokenizer, config)
-    decoder = AddsInItsHead(tokenizer, {"threshold:0.5": 3, "full": 4})
+    decoder = AddsInItsHead(tokenizer, up_to, **settings)
     measurer = Measurer(config, decoder, examination, None, (1, 2), 512, {})
-    capacity = measurer.run(0, Silent())["capacity"]
+    return measurer.run(0, Silent())["capacity"]
+
+
+def test_capacity_is_what_can_be_added_in_the_head():
+    up_to = {"threshold:0.5": 3, "full": 4}
+    capacity = capacity_of(up_to)
     accuracy = {(entry["policy"], entry["granularity"]): entry["accuracy"] for entry in capacity}
-    for policy, most in decoder.up_to.items():
+    for policy, most in up_to.items():
         for size in (2, 3, 4, 5):
             assert accuracy[policy, str(size)] == float(size <= most), (policy, size)
         assert accuracy[policy, "at_once"] == 0.0
     steps = [entry["less_full_ci95"] for entry in capacity if entry["policy"] == "threshold:0.5"]
     assert all(low < 0 < high for low, high in (steps[0], steps[1], steps[3], steps[4]))
     assert steps[2][1] < 0  # steps of four: never under the policy, always at full depth
+    assert all(entry["obeyed"] == 1.0 for entry in capacity)
+    assert all(entry["accuracy_obeyed"] == entry["accuracy"] for entry in capacity)
+
+
+def test_a_model_that_takes_other_steps_than_asked_for_shows_no_capacity():
+    for entry in capacity_of({"threshold:0.5": 9, "full": 9}, obedient=False):
+        assert entry["accuracy"] == 1.0
+        assert entry["obeyed"] == float(entry["granularity"] == "at_once")
+        assert entry["accuracy_obeyed"] == (1.0 if entry["obeyed"] else None)
 
 
 class Silent:

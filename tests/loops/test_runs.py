@@ -349,8 +349,11 @@ def test_a_run_is_measured_under_the_law_that_it_trains(model_dir, tmp_path):
     settings = {"rl__min_hazard": 0.9, "steps": 1, "eval__problems": 4}
     run("rl", model_dir, tmp_path, **settings)
     before = json.loads((tmp_path / "before.json").read_text())
-    first_exit = before["depth_histogram"]["1"] / (before["tokens"] - before["problems"])
-    assert first_exit > 0.75
+    run("eval", tmp_path, tmp_path / "eval", eval__problems=4, eval__policies=("sample",))
+    (after,) = json.loads((tmp_path / "eval" / "eval.json").read_text())["runs"]
+    for measured in (before, after):
+        may_leave = measured["tokens"] - measured["problems"]
+        assert measured["depth_histogram"]["1"] / may_leave > 0.75
 
 
 def test_a_warning_survives_a_checkpoint():

@@ -208,7 +208,9 @@ def test_capacity_has_a_line_a_policy_over_steps_in_order(evaluated):
     assert [item.text for item in page.all("li")] == ["full", "sample", "shuffled"]
     marks = [mark for mark in classed(page, "mark") if mark.all("title")]
     assert len(marks) == len(classed(page, "error")) == 15
-    assert marks[0].text == "full, 2: 100.0\u00a0%"
+    assert marks[0].text == "full, 2: 100.0\u00a0%, steps as asked in 98.0\u00a0%"
+    hollow = [mark for mark in marks if "open" in mark.classes]
+    assert [mark.text.split(":")[0] for mark in hollow] == ["full, 5", "sample, 5", "shuffled, 5"]
 
 
 def test_reliability_has_a_point_a_bin_that_has_positions(evaluated):

@@ -102,7 +102,8 @@ def test_steps_come_in_order(evaluated):
     rows = cells(parse(tables.capacity(evaluated.evaluation.capacity)).one("table"))
     assert column(rows, "step")[:5] == ["2", "3", "4", "5", "at once"]
     assert column(rows, "policy")[::5] == ["full", "sample", "shuffled"]
-    assert column(rows, "step taken")[4] == "–"
+    assert column(rows, "steps as asked")[2:4] == ["98.0\u00a0%", "25.0\u00a0%"]
+    assert column(rows, "accuracy of those")[4] == "–"
 
 
 def test_measures_are_defined_and_stand_policy_beside_policy(evaluated):

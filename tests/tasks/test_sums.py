@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import statistics
 
 import pytest
@@ -115,6 +116,43 @@ def test_verify_and_the_readers_are_total(text):
     steps = sums.chain_steps("372", text)
     assert all(step.size >= 2 for step in steps if step.correct)
     assert 0 <= sums.written_reductions("372", steps) <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("+129+39+2####2", 2),  # a slip
+        ("+029+29+1####1", 3),
+        ("+029+29####1", 2),
+        ("+029+29+3####3", 2),
+        ("+88+6####6", 0),  # made up
+        ("+028+20+2####2", 0),
+        ("+029+029+29+1####1", 3),  # repeated, and still once
+    ],
+)
+def test_what_is_on_the_page_has_to_follow_from_the_operands(text, count):
+    assert sums.written_reductions("3729", sums.chain_steps("3729", text)) == count
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "obeyed"),
+    [
+        ("2", "+029+29+1####1", True),
+        ("2", "+129+39+2####2", True),  # of the right sizes, however wrong
+        ("2", "++29+1####1", False),
+        ("3", "++29+1####1", True),
+        ("3", "+029+29+1####1", False),
+        ("3", "+029++1####1", False),  # as many steps of other sizes
+        ("at_once", "####1", True),
+        ("at_once", "+029####1", False),
+        ("free", "####1", True),
+    ],
+)
+def test_prescribed_steps_are_taken_or_not(prompt, text, obeyed):
+    task = make_task("sums", steps=prompt, operands=(4, 4))
+    drawn = task.problem("test", 0)
+    problem = dataclasses.replace(drawn, fields={**drawn.fields, "operands": "3729"})
+    assert task.obeys(problem, text) == obeyed
 
 
 def test_chain_steps_judge_each_step_by_its_own_input():
