@@ -31,6 +31,7 @@ from jexit.io.workdir import trained_law
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate
+from jexit.tasks.answers import THINK_START
 
 BATCH_SIZE = 16
 # What a request may say about sampling; names as in transformers.
@@ -65,8 +66,9 @@ class JexitLM(TemplateLM):
     long by itself is an error. A request without `do_sample` or a temperature is greedy.
 
     `thinking` is on, off or auto, for chat templates that have such a switch. With
-    `think_end_token`, such as `</think>`, answers are what follows its last occurrence; stop
-    strings then hold for the answer only, so a thought may contain them.
+    `think_end_token`, such as `</think>`, answers are what follows its last occurrence, and a
+    thought that does not end has none; stop strings then hold for the answer only, so a thought may
+    contain them.
     """
 
     def __init__(
@@ -291,8 +293,12 @@ class JexitLM(TemplateLM):
         self.tokens += sum(map(len, made.depths))
         if not thinks:
             return made.texts
-        answers = [text.rpartition(thinks)[2].lstrip() for text in made.texts]
-        return [_before(answer, stop) for answer in answers]
+        return [
+            _before(
+                _after_thought(text, thinks, opened=context.rstrip().endswith(THINK_START)), stop
+            )
+            for text, context in zip(made.texts, contexts, strict=True)
+        ]
 
     def _policy(self, rows: int, columns: int) -> Policy:
         kind, argument = parse_policy(self.policy)
@@ -311,6 +317,13 @@ class JexitLM(TemplateLM):
                 "threshold:X or fixed:N"
             )
         return policies[kind]
+
+
+def _after_thought(text: str, end: str, *, opened: bool) -> str:
+    """What follows a thought: nothing where it does not end, all where there is none."""
+    if end not in text:
+        return "" if opened or text.lstrip().startswith(THINK_START) else text
+    return text.rpartition(end)[2].lstrip()
 
 
 class _Ids:

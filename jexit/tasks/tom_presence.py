@@ -1,8 +1,15 @@
-"""Stories about beliefs that only the comings and goings of the person asked about tell.
+"""Stories about beliefs that only the comings and goings of a person asked about tell.
 
 Three stories are the same sentence by sentence but for where that person starts, and when they come
 and go, equally often; each has another answer. One of the three is drawn. So no rule beats one in
 three that looks at the other sentences in whatever way, but does not work out who was there.
+
+Of what A thinks that B thinks either A comes and goes or B does, while the other one knows where
+the thing is. So the answer is not always what A thinks, nor what B does. It still is, nearly
+always, what the less informed of the two thinks.
+
+The place that was named before the person last came or went is drawn to be right in one of three,
+and comes to be in some more, as it has to be for some answers.
 """
 
 from __future__ import annotations

@@ -4,17 +4,16 @@ Where a place is asked for, the story names three, each once with the thing; oth
 are moved between. Which of the three, in the order in which they come up with the thing, is the
 answer is drawn before the story.
 
-In three of four stories about beliefs only the comings and goings tell the answer
+In three of four stories about beliefs only somebody's comings and goings tell the answer
 (`jexit.tasks.tom_presence`). In the fourth the person asked about may be named where they learn of
 a place: as who does it, to whom it is whispered, or as a secret witness. All that a rule could go
 by there that tracks nobody (`Surface`) is drawn before the story, independently of the answer:
 whether the thing is then moved, told about or whispered about, hence where it is, and the last
 place that an event names together with the person. Stories are drawn until one fits. So no rule on
 places, verbs or where the thing is beats one in three. One that knows in which roles the person is
-named gets the fourth story, and about 0.4 of all. Of a belief about a belief, the other person
+named gets the fourth story, and about 0.4 of all. There the other person of a belief about a belief
 knows where the thing is, as in the classic test (Perner and Wimmer 1985), and the question is
-whether the first one knows that; were the other one wrong too, the answer would nearly always be
-what they think.
+whether the first one knows that.
 
 For `reality` how often things are moved and talked about is the same for every answer. For
 `memory`, where the thing's first place is the answer, both things share a pattern of places such as
@@ -27,7 +26,9 @@ occur less often or never.
 Where the answer is yes or no, a story comes with a twin that has exactly the same words in another
 order and the opposite answer, and in which the topic is told to the same people by name, and to
 everybody, if it is in the story; one of the two is taken by a fair draw. So neither the words nor
-who is named with the topic beat one half. Names, things and places are drawn uniformly.
+who is named with the topic beat one half. Of what one person thinks that another knows, the twin is
+one in which the same people know, where there is such a one. Names, things and places are drawn
+uniformly.
 """
 
 from __future__ import annotations
@@ -198,8 +199,8 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
     """The same words in another order, and a question of those that it answers otherwise.
 
-    Two events change places, or two people or topics do; `told_by_name` is the same
-    for both stories. None if no such change is found.
+    Two events change places, or two people or topics do; `told_by_name` is the same for both
+    stories, and `who_knows` where that can be. None if no such change is found.
     """
     before = story.end()
     assert before is not None

@@ -206,9 +206,19 @@ def test_results_come_in_the_order_of_requests(small):
     assert whole == single
 
 
-def test_stop_strings_hold_for_the_answer_after_a_thought(small, monkeypatch):
+@pytest.mark.parametrize(
+    ("context", "made", "answer"),
+    [
+        ("sum 12", "one. two\n</think>\n\nseven. eight", "seven"),
+        ("sum 12", "<think>\none. two", ""),
+        ("sum 12<think>\n", "one. two", ""),
+        ("sum 12<think>\n", "one. two\n</think>\n\nseven. eight", "seven"),
+        ("sum 12", "seven. eight", "seven"),
+    ],
+)
+def test_the_answer_is_what_follows_the_thought(small, monkeypatch, context, made, answer):
+    """Stop strings hold for it alone."""
     model, tokenizer = small
-    made = "one. two\n</think>\n\nseven. eight"
 
     def stand_in(*args, stop, **settings):
         assert stop == (), "a thought may hold stop strings"
@@ -216,8 +226,8 @@ def test_stop_strings_hold_for_the_answer_after_a_thought(small, monkeypatch):
 
     monkeypatch.setattr("jexit.eval.harness_model.generate", stand_in)
     lm = JexitLM(model, tokenizer, think_end_token="</think>", max_gen_toks=16)
-    asked = requests("generate_until", [("sum 12", {"until": ["."]})])
-    assert lm.generate_until(asked, disable_tqdm=True) == ["seven"]
+    asked = requests("generate_until", [(context, {"until": ["."]})])
+    assert lm.generate_until(asked, disable_tqdm=True) == [answer]
 
 
 def test_chat_format_and_thinking(small):
