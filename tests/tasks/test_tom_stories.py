@@ -3,9 +3,23 @@ import dataclasses
 import itertools
 import re
 
-import numpy as np
 import pytest
 from story_reader import read_story
+from story_rules import (
+    before_last_move,
+    events_of,
+    held_out_accuracy,
+    last_with,
+    looked_up,
+    mentioned,
+    own,
+    place_in,
+    place_problem,
+    rank_of,
+    share,
+    story_of,
+    with_roles,
+)
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw
@@ -26,16 +40,6 @@ from jexit.tasks.tom_world import Event
 
 COUNT = 6000
 WHOSE = [("belief", 0), ("second_belief", 0), ("second_belief", 1)]  # comings and goings
-ASKING = r" (Where|Does) (?!.*\1).*"
-
-
-def story_of(problem):
-    return re.sub(ASKING, "", problem.prompt)
-
-
-def mentioned(problem):
-    """The containers that a story names, in order, each as often as it is named."""
-    return re.findall("|".join(CONTAINERS), problem.prompt)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +51,6 @@ def problems():
 @pytest.fixture(scope="module")
 def of_places(problems):
     return [problem for problem in problems if problem.fields["kind"] in OF_PLACES]
-
-
-def share(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def test_kinds_occur_equally_often_and_their_answers_are_balanced(problems):
@@ -97,23 +96,6 @@ def test_no_rule_on_places_alone_beats_one_in_three(of_places, kind, baseline):
     assert abs(right - 1 / 3) < 0.06, right
 
 
-def events_of(problem, about):
-    """The sentences that name what is `about` together with a place or as a topic, in order."""
-    sentences = re.split(r"(?<=\.) ", story_of(problem))
-    return [s for s in sentences if re.search(rf"\b{about}\b", s)]
-
-
-def place_in(sentences):
-    named = [re.findall("|".join(CONTAINERS), sentence) for sentence in sentences]
-    return named[-1][-1] if named else None
-
-
-def last_with(problem, person):
-    """The last place named together with the thing and the person, else with the thing."""
-    events = events_of(problem, problem.fields["thing"])
-    return place_in([s for s in events if re.search(rf"\b{person}\b", s)] or events)
-
-
 RULES = {
     "last of the thing": lambda p: place_in(events_of(p, p.fields["thing"])),
     "first of the thing": lambda p: place_in(events_of(p, p.fields["thing"])[:1]),
@@ -130,12 +112,6 @@ def test_no_rule_on_the_thing_or_who_is_named_tells_a_belief(of_places, kind, ru
     some = [problem for problem in of_places if problem.fields["kind"] == kind]
     right = share(RULES[rule](problem) == problem.answer for problem in some)
     assert abs(right - 1 / 3) < 0.06, right
-
-
-def own(problem, kind, person):
-    """What a person asked about believes, or whether they know, themselves."""
-    reading, fields = read_story(story_of(problem)), problem.fields
-    return reading.answer(kind, fields["people"][person : person + 1], fields["thing"])
 
 
 def test_nobodys_own_belief_is_always_what_one_thinks_that_the_other_thinks(of_places):
@@ -156,17 +132,6 @@ def test_who_knows_does_not_always_tell_who_thinks_so(problems):
     for name, rule in rules.items():
         right = share(rule(problem) == (problem.answer == YES) for problem in some)
         assert right < 0.76, (name, right)
-
-
-def before_last_move(problem, person):
-    """The place that was named with the thing before the person last came or went."""
-    name, before, named = problem.fields["people"][person], None, []
-    for sentence in re.split(r"(?<=\.) ", story_of(problem)):
-        if re.match(rf"{name} (enters|leaves) ", sentence):
-            before = len(named)
-        if re.search(rf"\b{problem.fields['thing']}\b", sentence):
-            named.append(place_in([sentence]))
-    return named[max(before - 1, 0)] if before is not None else named[-1]
 
 
 @pytest.mark.parametrize(("kind", "person"), WHOSE)
@@ -224,39 +189,6 @@ def test_the_answer_is_each_of_its_places_equally_often(of_places, kind):
         assert all(abs(spread[rank] / spread.total() - 1 / 3) < bound for rank in range(PLACES))
 
 
-def bags(texts):
-    """Counts of words, one row a text, with a constant."""
-    rows = [collections.Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    words = sorted(set().union(*rows))
-    return np.array([[row[word] for word in words] + [1] for row in rows], float)
-
-
-def held_out_accuracy(texts, labels, choices):
-    """Multinomial logistic regression on bags of words, fitted on 2/3: accuracy on the rest.
-
-    `choices` gives each text's classes among which it chooses; others have no probability.
-    """
-    x, y = bags(texts), np.array(labels)
-    allowed = np.full((len(x), max(map(max, choices)) + 1), -np.inf)
-    for row, some in enumerate(choices):
-        allowed[row, list(some)] = 0.0
-    cut = len(x) * 2 // 3
-    x[:, :-1] -= x[:cut, :-1].mean(0)
-    x[:, :-1] /= x[:cut, :-1].std(0) + 0.1
-    weights = np.zeros((x.shape[1], allowed.shape[1]))
-    target = np.eye(allowed.shape[1])[y[:cut]]
-    for _ in range(300):
-        scores = x[:cut] @ weights + allowed[:cut]
-        exp = np.exp(scores - scores.max(1, keepdims=True))
-        gradient = x[:cut].T @ (exp / exp.sum(1, keepdims=True) - target) / cut
-        weights -= 0.5 * (gradient + 1e-3 * weights)
-    return float(((x[cut:] @ weights + allowed[cut:]).argmax(1) == y[cut:]).mean())
-
-
-def place_problem(problem):
-    return CONTAINERS.index(problem.answer), {CONTAINERS.index(m) for m in mentioned(problem)}
-
-
 def test_a_bag_of_words_does_not_tell_the_place(of_places):
     labels, choices = zip(*map(place_problem, of_places), strict=True)
     texts = [problem.prompt for problem in of_places]
@@ -264,14 +196,6 @@ def test_a_bag_of_words_does_not_tell_the_place(of_places):
     # The same classifier does find an answer that the words give away.
     leaky = [f"{problem.prompt} {problem.answer}" for problem in of_places]
     assert held_out_accuracy(leaky, labels, choices) > 0.5
-
-
-def with_roles(problem):
-    """The words with those asked about, the thing and the places, by first mention, marked."""
-    roles = {name: f"asked{i}" for i, name in enumerate(problem.fields["people"])}
-    roles[problem.fields["thing"]] = "thing"
-    roles |= {place: f"place{i}" for i, place in enumerate(dict.fromkeys(mentioned(problem)))}
-    return re.sub(r"\w+", lambda match: roles.get(match.group(), match.group()), problem.prompt)
 
 
 # What is left to a bag of words that is told who and what is asked about. More than for beliefs
@@ -378,23 +302,6 @@ def seen_of(problem):
     verbs = tuple(re.search(r"puts|moves|takes|tells|whispers", event).group() for event in events)
     rules = ("last that names the person", "where the thing is")
     return verbs, *(order.index(RULES[rule](problem)) for rule in rules)
-
-
-def looked_up(some, look):
-    """Accuracy of the commonest answer to what `look` sees, counted on the other half."""
-    right = 0
-    for half in (0, 1):
-        counts = collections.defaultdict(collections.Counter)
-        for problem in some[half::2]:
-            counts[look(problem)][rank_of(problem)] += 1
-        table = {seen: counter.most_common(1)[0][0] for seen, counter in counts.items()}
-        right += sum(table.get(look(p), 0) == rank_of(p) for p in some[1 - half :: 2])
-    return right / len(some)
-
-
-def rank_of(problem):
-    events = events_of(problem, problem.fields["thing"])
-    return [place_in([event]) for event in events].index(problem.answer)
 
 
 @pytest.mark.parametrize("kind", ["belief", "second_belief"])
