@@ -74,7 +74,8 @@ def heat_map(completion: Completion, layers: int, exits: Sequence[int], label: s
                 tabindex="-1" if place else "0",
             )
         )
-        if "\n" in token:
+        following = completion.tokens[place + 1] if place + 1 < len(completion.tokens) else ""
+        if "\n" in token and following.strip("\n"):  # blank lines stand side by side
             cells.append(tag("br"))
     row = tag("div", *cells, role="row")
     return tag("div", row, class_="map", role="grid", aria_label=label)

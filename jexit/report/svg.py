@@ -159,9 +159,11 @@ class Chart:
         for x, y, text, class_ in labels:
             width, height = text_width(text), 12.0
             at_x, at_y = self.x(x), self.y(y)
+            lines = (-height / 2, *(6 + line * height for line in range(8)))
+            downs = sorted((*lines, *(-height - down for down in lines[1:])), key=abs)
             places = [
                 (left, at_y + down)
-                for down in (-height / 2, -height - 6, 6, -2 * height - 6, height + 6)
+                for down in downs
                 for left in (at_x + 9, at_x - 9 - width, at_x - width / 2)
             ]
             boxes = [(left, top, left + width, top + height) for left, top in places]

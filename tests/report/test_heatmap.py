@@ -42,6 +42,14 @@ def test_hazards_are_told_for_the_exits_that_were_reached():
     assert detail(2, LAYERS, [0.25], []) == "depth 2 of 8\nhazard at exit #0: 0.250"
 
 
+def test_blank_lines_stand_side_by_side():
+    tokens = ("a", "\n", "\n", "\n\n", "b", "c.\n")
+    record = Completion(prompt="p", completion="", tokens=tokens, depths=(8,) * 6)
+    row = parse(heat_map(record, LAYERS, EXITS, "Tokens")).one("div", role="row")
+    names = ["|" if part.name == "br" else part.text[:-1] for part in row.children]
+    assert "".join(names) == "a↵↵↵↵|bc.↵"
+
+
 def test_what_cannot_be_seen_is_shown():
     assert [visible(t) for t in ("", " ", "  ", " a", "\n\n", "\t", "a\r\n")] == [
         "∅", "␣", "␣␣", " a", "↵↵", "⇥", "a\r↵",

@@ -57,9 +57,17 @@ def test_readers_who_do_not_see_it_are_told_what_it_shows():
     assert figure.one("figcaption").text == "TitleWhat it means."
 
 
-def test_labels_keep_off_each_other_and_inside():
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(0.5, 0.5), (0.52, 0.5), (0.5, 0.53), (1.0, 1.0), (1.0, 0.98), (0.01, 0.0)],
+        [(0.2, 1.0), (0.201, 1.0), (0.2, 1.0), (0.202, 1.0), (1.0, 1.0)],
+        [(0.8, 0.0)] * 6,
+    ],
+    ids=["spread", "at the top", "at the bottom"],
+)
+def test_labels_keep_off_each_other_and_inside(places):
     chart = make_chart(x=(0.0, 1.0))
-    places = [(0.5, 0.5), (0.52, 0.5), (0.5, 0.53), (1.0, 1.0), (1.0, 0.98), (0.01, 0.0)]
     for x, y in places:
         chart.marker(x, y, "circle", "s0", "told")
     chart.label_points([(x, y, f"threshold:0.{i}", "s0") for i, (x, y) in enumerate(places)])
