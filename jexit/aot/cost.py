@@ -119,19 +119,44 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
     """The largest arrays that the module makes beside its arguments, and where each comes from.
 
-    Of several alike the first that the program names: what the compiler adds has no such name.
+    Of several alike the first that the program names. What the compiler adds has no such name, and
+    comes under that of what it goes into.
     """
-    found: dict[str, tuple[Array, Instruction]] = {}
+    found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
         for instruction in module.computations[name].values():
             if instruction.opcode in _MAKES_NOTHING:
                 continue
             for array in filter(lambda array: array.in_hbm, instruction.arrays):
-                _, known = found.get(str(array), (array, None))
-                if known is None or (instruction.op_name and not known.op_name):
-                    found[str(array)] = (array, instruction)
-    largest = sorted(found.values(), key=lambda pair: -pair[0].bytes)[:count]
-    return [(array, made.op_name or made.name) for array, made in largest]
+                known = found.get(str(array))
+                if known is None or (_traced(instruction) and not _traced(known[2])):
+                    found[str(array)] = (array, name, instruction)
+    largest = sorted(found.values(), key=lambda made: -made[0].bytes)[:count]
+    return [(array, _origin(module, *made)) for array, *made in largest]
+
+
+def _traced(instruction: Instruction) -> bool:
+    """Whether it has a name of the program's; the compiler's own have no slash."""
+    return "/" in instruction.op_name
+
+
+def _origin(module: Module, name: str, instruction: Instruction) -> str:
+    """The program's name for an instruction, else for the nearest one that takes its result."""
+    reached = [(name, instruction)]
+    for place, one in reached:  # which grows
+        if _traced(one):
+            return one.op_name
+        here = module.computations[place].values()
+        found = [(place, user) for user in here if one.name in user.operands]
+        if one.is_root:
+            found += [
+                (other, caller)
+                for other, computation in module.computations.items()
+                for caller in computation.values()
+                if place in caller.called
+            ]
+        reached += [user for user in found if user not in reached]
+    return instruction.name
 
 
 _MAKES_NOTHING = (

@@ -168,11 +168,19 @@ def test_of_arrays_alike_the_one_with_a_name_is_named():
         "%a = f32[9,9]{1,0} broadcast(%c)",
         '%b = f32[9,9]{1,0} add(%a, %a), metadata={op_name="jit(f)/add"}',
         '%d = f32[9,9]{1,0} multiply(%b, %b), metadata={op_name="jit(f)/mul"}',
-        "%e = f32[3,9]{1,0} broadcast(%c)",
+        '%e = f32[7,9]{1,0} broadcast(%c), metadata={op_name="e"}',
+        "%t = (f32[7,9]{1,0}, f32[9,9]{1,0}) tuple(%e, %d)",
+        "%w = (f32[7,9]{1,0}, f32[9,9]{1,0}) while(%t), condition=%no, body=%same, "
+        'metadata={op_name="jit(f)/while"}',
+        "%g = f32[3,9]{1,0} broadcast(%c)",
     ]
-    found = largest_arrays(module_of(*made), 2)
+    more = "".join(
+        f"%{name} (p: f32[]) -> f32[] {{\n  ROOT %p = f32[] parameter(0)\n}}\n"
+        for name in ("no", "same")
+    )
+    found = largest_arrays(module_of(*made, more=more), 3)
     assert [(str(array), name) for array, name in found] == [
-        ("f32[9,9]", "jit(f)/add"), ("f32[3,9]", "e")
+        ("f32[9,9]", "jit(f)/add"), ("f32[7,9]", "jit(f)/while"), ("f32[3,9]", "g")
     ]  # fmt: skip
 
 
