@@ -1,5 +1,6 @@
 """`python -m convert.to_hf`: what transformers and peft make of it equals jexit's student."""
 
+import copy
 import json
 import os
 import pathlib
@@ -32,8 +33,10 @@ def export(source, target, *options):
 
 
 def logits(model, tokens_BT=TOKENS_BT):
+    """In float64, so that what differs from it is jexit's rounding alone."""
     with torch.no_grad():
-        return model(torch.tensor(tokens_BT, dtype=torch.long)).logits.float().numpy()
+        exact = copy.deepcopy(model).double()
+        return exact(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
 
 
 def load(directory, **options):
