@@ -17,13 +17,6 @@ def is_named(person: str, event: Event) -> bool:
     return person in (event.actor, event.hearer, event.secret, event.distracted)
 
 
-def knows_place(question: Question, world: World) -> bool:
-    """Whether the second person asked about, if there is one, knows where the thing is."""
-    if len(question.people) == 1:
-        return True
-    return others_belief(question, world) == world.place_of.get(question.thing)
-
-
 def last_named(question: Question, story: Story, world: World) -> str:
     """The last place that an event names together with the thing and the first person asked about.
 
@@ -95,8 +88,8 @@ class Surface:
         return max((rank for rank, verb in enumerate(self.verbs, 1) if verb == "moves"), default=0)
 
     def is_of(self, question: Question, story: Story, world: World, places: Sequence[str]) -> bool:
-        return last_named(question, story, world) == places[self.last_named] and knows_place(
-            question, world
+        return last_named(question, story, world) == places[self.last_named] and others_know_place(
+            question, question.people[0], world
         )
 
 

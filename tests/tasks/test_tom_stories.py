@@ -345,11 +345,11 @@ def test_who_is_named_where_they_learn_of_a_place_tells_little(of_places, kind):
     people = range(len(some[0].fields["people"]))
     looks = [lambda p, which=which: (seen_of(p), roles_of(p, which)) for which in people]
     named = [all(any(map(len, roles_of(p, which)[1:])) for which in people) for p in some]
-    assert 0.02 < share(named) < 0.27
+    assert 0.05 < share(named) < 0.27
     unnamed = [p for p, all_of_them in zip(some, named, strict=True) if not all_of_them]
     for look in looks:
         assert looked_up(some, look) < 0.46
-        assert looked_up(unnamed, look) < 0.44
+        assert looked_up(unnamed, look) < 0.42
 
 
 @pytest.mark.parametrize(("kind", "whose"), WHOSE)
@@ -380,7 +380,7 @@ def test_three_stories_differ_in_one_persons_comings_and_goings(kind, whose):
                 rest.add(tuple(e for e in story.events if e not in mine))
                 starts.add(tuple(sorted((n, r) for n, r in story.room_of.items() if n != person)))
             assert len(rest) == len(starts) == 1
-    assert found > 20
+    assert found > 30
 
 
 @pytest.mark.parametrize("kind", KINDS)
