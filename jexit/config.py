@@ -339,7 +339,7 @@ def control_of(text: str) -> str | None:
     """The policy at whose mean depth a control runs; None for a policy that is no control.
 
     `shuffled` deals out the depths of `sample` to tokens at random, `fixed:matched` stops each
-    completion at one of the two exits around its mean depth; `shuffled:POLICY` and
+    completion at one of the two exits that enclose its mean depth; `shuffled:POLICY` and
     `fixed:matched:POLICY` do so with another policy's.
     """
     for control in ("shuffled", "fixed:matched"):

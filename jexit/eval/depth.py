@@ -3,7 +3,8 @@
 A policy that stops tokens early may do well because it knows *which* tokens to stop, or because
 shallow passes are good enough for all of them. Two controls run at the same mean depth without that
 knowledge: each completion's tokens all stopped at one exit (`fixed:matched`), and the policy's own
-depths dealt out to tokens at random (`shuffled`).
+depths dealt out to tokens at random (`shuffled`). The first has the policy's mean depth whatever
+lengths its completions come to (`mixed`), the second as far as they come to those of the policy.
 """
 
 from __future__ import annotations
@@ -98,30 +99,30 @@ def depth_by_class(
     }
 
 
-def matched_depths(
-    completions: Sequence[Completion],
-    layers: int,
-    exits: Sequence[int],
-    *,
-    columns: int,
-    seed: int,
-) -> np.ndarray:
-    """[problems, columns] depths for `Prescribed`: one exit a completion, the policy's mean depth.
+def mean_depth(completions: Sequence[Completion]) -> float:
+    """Layers run for a token, the first of each completion included."""
+    return sum(c.layers_run for c in completions) / sum(len(c.depths) for c in completions)
 
-    With m the mean depth of the passes that could leave, and a < b the neighbouring exits around it
-    (b = L beyond the last one), a completion is stopped at b with probability (m − a) / (b − a), so
-    that the depth expected is m; the number stopped at b is within one of its mean. Below the first
-    exit all are stopped there: nothing shallower was trained.
+
+def mixed(
+    shallow: Sequence[Completion], deep: Sequence[Completion], mean: float, *, seed: int
+) -> list[Completion]:
+    """A completion of each problem, from one of two exits, so that a token's mean depth is `mean`.
+
+    Problems take their deeper completion in a random order, as many of them as bring `mean_depth`
+    closest to `mean`: none or all where it does not lie between the two.
     """
-    rng = np.random.default_rng(seed)
-    mean = _free_depths(completions, layers).mean()
-    stops = np.asarray(sorted({*exits, layers}))
-    upper = min(int(np.searchsorted(stops, mean)), len(stops) - 1)
-    low, high = stops[max(upper - 1, 0)], stops[upper]
-    share = (mean - low) / (high - low) if high > low else 0.0
-    deeper = np.floor(share * len(completions) + rng.uniform())
-    depth_B = np.where(rng.permutation(len(completions)) < deeper, high, low)
-    return np.repeat(depth_B[:, None], columns, axis=1).astype(np.int32)
+    order = np.random.default_rng(seed).permutation(len(shallow))
+
+    def totals(of: Callable[[Completion], int]) -> np.ndarray:
+        """Over all problems, after each number of them that take the deeper one."""
+        gains = [of(deep[index]) - of(shallow[index]) for index in order]
+        return np.cumsum([sum(map(of, shallow)), *gains])
+
+    means = totals(lambda c: c.layers_run) / totals(lambda c: len(c.depths))
+    deeper = set(order[: int(np.abs(means - mean).argmin())].tolist())
+    pairs = enumerate(zip(shallow, deep, strict=True))
+    return [there if index in deeper else here for index, (here, there) in pairs]
 
 
 def shuffled_depths(

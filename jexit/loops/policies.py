@@ -11,7 +11,7 @@ from flax import nnx
 from jexit.config import Config, control_of
 from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
-from jexit.eval.depth import Completion, depth_by_class, matched_depths, shuffled_depths
+from jexit.eval.depth import Completion, depth_by_class, mean_depth, mixed, shuffled_depths
 from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
@@ -186,11 +186,42 @@ def evaluate_control(
     columns, layers, seed = decoder.max_new_tokens, decoder.layers, decoder.seed
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(of, layers, columns=columns, seed=seed)
+        made, speed = examination.decoded(decoder, Prescribed(depth_BT), name)
     else:
-        exits = nnx.merge(*decoder.parts).exit_layers
-        depth_BT = matched_depths(of, layers, exits, columns=columns, seed=seed)
-    made, speed = examination.decoded(decoder, Prescribed(depth_BT), name)
+        made, speed = _matched(decoder, examination, name, mean_depth(of))
     result = PolicyResult.of(
         name, examination, made, layers, tokens_per_second=speed, control_of=control_of(name)
     )
     return result, made
+
+
+def _matched(
+    decoder: Decoder, examination: Examination, name: str, mean: float
+) -> tuple[list[Completion], float]:
+    """Every prompt at the two neighbouring exits whose mean depths enclose `mean`, and their mix.
+
+    Completions of another exit have other lengths, so that what it comes to is seen only when it
+    has been decoded. Where nothing is shallow enough, all are stopped at the first exit.
+    """
+    stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
+    rows = len(examination.prompts)
+    decoded: dict[int, list[Completion]] = {}
+    seconds = 0.0
+
+    def at(place: int) -> list[Completion]:
+        nonlocal seconds
+        if place not in decoded:
+            policy = decoder.policy(f"fixed:{stops[place]}", rows, decoder.max_new_tokens)
+            decoded[place], speed = examination.decoded(decoder, policy, name)
+            seconds += sum(len(c.depths) for c in decoded[place]) / speed
+        return decoded[place]
+
+    last = len(stops) - 1
+    upper = min(max(int(np.searchsorted(stops, mean)), 1), last)
+    while upper > 1 and mean_depth(at(upper - 1)) > mean:
+        upper -= 1
+    while upper < last and mean_depth(at(upper)) < mean:
+        upper += 1
+    made = mixed(at(max(upper - 1, 0)), at(upper), mean, seed=decoder.seed)
+    tokens = sum(len(c.depths) for completions in decoded.values() for c in completions)
+    return made, tokens / seconds

@@ -9,7 +9,8 @@ from jexit.eval.depth import (
     Completion,
     compared,
     depth_by_class,
-    matched_depths,
+    mean_depth,
+    mixed,
     shuffled_depths,
     token_classes,
 )
@@ -89,36 +90,42 @@ def test_depth_by_class_leaves_out_the_prompts_last_pass():
     }
 
 
-def matched(completions, exits=(1, 2, 4), seed=0):
-    """One depth a completion, of a model of 8 layers."""
-    depth_BT = matched_depths(completions, 8, exits, columns=5, seed=seed)
-    assert (depth_BT == depth_BT[:, :1]).all() and depth_BT.dtype == np.int32
-    return depth_BT[:, 0]
+def stopped(exit, lengths):
+    """Completions of these lengths that all leave at an exit of a model of 8 layers."""
+    return [completion([8, *[exit] * (n - 1)]) for n in lengths]
 
 
-def test_matched_depths_are_the_exits_around_the_mean():
-    made = [completion([8, 3, 4]), completion([8, 3])] * 30  # mean 10 / 3, between 2 and 4
-    depths = matched(made)
-    assert set(depths) == {2, 4}
-    assert (depths == 4).sum() == 40  # two in three, exactly, as that is a whole number
-    assert set(matched([completion([8, 6])] * 10)) == {4, 8}
-    assert set(matched([completion([8, 4])] * 10)) == {4}
-    assert set(matched([completion([8])] * 10)) == {8}  # nothing could leave
-    assert set(matched([completion([8, 2])] * 10, exits=(4,))) == {4}  # none is shallower
-    assert set(matched([completion([8, 2])] * 10, exits=())) == {8}
+def deeper(made, deep):
+    return sum(here is there for here, there in zip(made, deep, strict=True))
 
 
-def test_matched_depths_have_the_policys_mean_whatever_the_lengths():
+def test_a_mixture_of_two_exits_has_the_mean_asked_for():
+    shallow, deep = stopped(2, [4] * 60), stopped(4, [4] * 60)
+    assert (mean_depth(shallow), mean_depth(deep)) == (3.5, 5.0)
+    made = mixed(shallow, deep, 4.5, seed=0)
+    assert deeper(made, deep) == 40 and mean_depth(made) == 4.5
+    assert all(m is s or m is d for m, s, d in zip(made, shallow, deep, strict=True))
+    for mean, count in ((3.5, 0), (1.0, 0), (5.0, 60), (7.0, 60)):
+        assert deeper(mixed(shallow, deep, mean, seed=0), deep) == count
+
+
+def test_a_mixture_has_its_mean_whatever_the_lengths():
+    """Completions of a shallow exit ramble on, so that the first pass, which runs all layers,
+    counts less in them; and lengths differ between problems."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(2, 40, 60)
-    made = [completion([8, *rng.choice([1, 2, 4, 8], n).tolist()]) for n in lengths]
-    mean = np.mean([d for c in made for d in c.depths[1:]])
-    assert 2 < mean < 4
-    reached = [np.average(matched(made, seed=seed), weights=lengths) for seed in range(400)]
-    assert abs(np.mean(reached) - mean) < 4 * np.std(reached) / np.sqrt(400)
-    assert np.std(reached) < 0.15  # of one draw
-    assert len({tuple(matched(made, seed=seed)) for seed in range(5)}) == 5
-    np.testing.assert_array_equal(matched(made, seed=3), matched(made, seed=3))
+    shallow, deep = (stopped(exit, rng.integers(2, n, 200)) for exit, n in ((1, 50), (2, 12)))
+    low, high = mean_depth(shallow), mean_depth(deep)
+    chosen = set()
+    for seed in range(20):
+        made = mixed(shallow, deep, (low + high) / 2, seed=seed)
+        # Half of what a completion of 50 tokens moves, of the 2,200 that half and half have.
+        assert abs(mean_depth(made) - (low + high) / 2) < 0.5 * 53 / 2200
+        assert made == mixed(shallow, deep, (low + high) / 2, seed=seed)
+        chosen.add(tuple(here is there for here, there in zip(made, deep, strict=True)))
+    assert len(chosen) == 20
+    # Which problems are drawn for the deeper exit does not depend on how many are.
+    few, many = (mixed(shallow, deep, low + share * (high - low), seed=0) for share in (0.3, 0.7))
+    assert all(m is d for m, f, d in zip(many, few, deep, strict=True) if f is d)
 
 
 def test_shuffling_deals_out_the_same_depths():

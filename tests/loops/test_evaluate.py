@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 
 import pytest
@@ -49,15 +48,9 @@ def test_controls_run_at_the_depth_of_what_they_control(written):
     assert shuffled["depth_fraction"] == pytest.approx(ours["depth_fraction"], abs=0.08)
     if shuffled["tokens"] == ours["tokens"]:  # as many passes: the very same depths
         assert shuffled["depth_histogram"] == ours["depth_histogram"]
-    # Exits are 1 and 2 of 3 layers; a completion's first token runs all of them.
-    free = {
-        entry["policy"]: (entry["tokens"] * entry["depth_mean"] - 3 * 12) / (entry["tokens"] - 12)
-        for entry in (ours, fixed)
-    }
-    around = {1, 2} if free[ours["policy"]] < 2 else {2, 3}
-    assert set(map(int, fixed["depth_histogram"])) <= around | {3}
-    # Three standard errors of twelve draws between two neighbours, at their widest.
-    assert abs(free[fixed["policy"]] - free[ours["policy"]]) < 3 * 0.5 / math.sqrt(12)
+    # Exits lie a layer apart here: one of twelve completions moves the mean by about 1 / 12.
+    assert abs(fixed["depth_mean"] - ours["depth_mean"]) < 1 / 12
+    assert len(set(map(int, fixed["depth_histogram"])) - {3}) <= 2
     pairs = [(pair["policy"], pair["control"]) for pair in written["controls"]]
     assert pairs == [(POLICIES[1], POLICIES[2]), (POLICIES[1], POLICIES[3])]
     for pair in written["controls"]:
