@@ -23,11 +23,8 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict):
+    stored = _read(path)
+    if stored is None:
         raise ValueError(
             f"{path} is not readable as a JSON object; remove {workdir} to start over, or choose "
             "another --workdir"
@@ -64,14 +61,38 @@ def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """What the exits of the run in a directory were trained under: settings by section.
 
-    Empty for a model that is no run's.
+    Empty for a model that is no run's. Raises ValueError when it is one whose config.json cannot be
+    read, or lacks them.
     """
-    try:
-        config = json.loads((pathlib.Path(directory) / "config.json").read_text())
-        section, names = LAWS[config["command"]]
-        return {section: {name: config[section][name] for name in names}}
-    except (OSError, ValueError, KeyError, TypeError):
+    path = pathlib.Path(directory) / "config.json"
+    if not path.exists():
         return {}
+    config = _read(path)
+    if config is None:
+        raise ValueError(
+            f"{path} is not readable as a JSON object, and holds what the model was trained under; "
+            "bring it back, or give the path of the run's model/ to do without"
+        )
+    if (command := config.get("command")) not in LAWS:
+        return {}
+    section, names = LAWS[command]
+    try:
+        return {section: {name: config[section][name] for name in names}}
+    except (KeyError, TypeError):
+        keys = " and ".join(f"{section}.{name}" for name in names)
+        raise ValueError(
+            f"{path} is of a run of {command} and lacks {keys}, under which it was trained; give "
+            "the path of the run's model/ to do without"
+        ) from None
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jexit.config import Config
-from jexit.io.workdir import check_same_run, start_run
+from jexit.io.workdir import check_same_run, start_run, trained_law
 
 
 def config(**changes):
@@ -77,3 +77,28 @@ def test_a_full_disk_leaves_the_config_that_was_there(tmp_path, full_disk):
     with pytest.raises(ValueError, match=r"cannot write .*config\.json: No space left"):
         start_run(tmp_path, config(steps=500))
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_law_of_depths_is_that_of_the_run(tmp_path):
+    start_run(tmp_path / "rl", config(rl__min_hazard=0.02, rl__hazard_temperature=1.5))
+    law = {"rl": {"min_hazard": 0.02, "hazard_temperature": 1.5}}
+    assert trained_law(tmp_path / "rl") == law
+    assert trained_law(tmp_path / "rl" / "model") == {}
+    start_run(tmp_path / "pretrain", config(command="pretrain"))
+    assert trained_law(tmp_path / "pretrain") == {}
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert trained_law(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"command": "rl", "rl"', r"config\.json is not readable as a JSON object"),
+        ('{"command": "rl", "rl": {"min_hazard": 0}}', r"lacks rl\.min_hazard and rl\.hazard_temp"),
+        ('{"command": "sft"}', r"is of a run of sft and lacks sft\.sharpness and sft\.target"),
+    ],
+)
+def test_a_law_that_cannot_be_read_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=words + r".*give the path of the run's model/"):
+        trained_law(tmp_path)
