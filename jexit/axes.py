@@ -9,6 +9,8 @@
 | N | query heads (tokens, in the kernels) | G | rollouts of one prompt |
 | K | key/value heads | R | LoRA rank |
 | H | head dimension | P | rows of a decoding pool |
+| J | completions, several to a row | W | tokens of one completion |
+| C | tokens of a row's completions | | |
 
 A name such as `hazard_logits_BTE` has one axis a letter, in that order. Depths are int32 layer
 counts (1 … L), never indices into the exits.

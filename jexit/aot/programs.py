@@ -14,6 +14,7 @@ from jexit.aot.decoding import Decoding
 from jexit.aot.program import Program, abstract_key, exit_share, placed_parameters, rows
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
+from jexit.dist import data_shards
 from jexit.eval.faithfulness import MEASURES
 from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
@@ -28,7 +29,7 @@ from jexit.loops.setup import (
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
-from jexit.steps.completions import Completions, bucket_length
+from jexit.steps.completions import Completions, PackedCompletions, bucket_length
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
@@ -226,15 +227,20 @@ def _calibration(
 
 def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any) -> Program:
     step = make_rl_step(split, optimizer, config.rl, micro_batches=config.optim.accumulate)
-    count = config.batch_size * config.rl.rollouts
-    completions = _completions(config, mesh, count, config.rl.max_new_tokens)
-    depth_BC = completions.completion_tokens_BC
-    floats_BC = rows(mesh, *depth_BC.shape, dtype=jnp.float32)
+    count, new = config.batch_size * config.rl.rollouts, config.rl.max_new_tokens
+    with jax.set_mesh(mesh):
+        unit = data_shards() * config.optim.accumulate
+    # With prompts and completions at their limits a row holds one, and no batch has more positions.
+    most, length = -(-count // unit) * unit, bucket_length(config.task.max_prompt_tokens + new)
+    input_BT, window_BC = rows(mesh, most, length), rows(mesh, most, bucket_length(new))
+    depth_JW = rows(mesh, count, new)
+    floats_JW = rows(mesh, count, new, dtype=jnp.float32)
     batch = RLBatch(
-        completions,
-        depth_BC,
-        floats_BC,
-        floats_BC,
+        PackedCompletions(*[input_BT] * 3, *[window_BC] * 4),
+        rows(mesh, count),
+        depth_JW,
+        floats_JW,
+        floats_JW,
         rows(mesh, count, dtype=jnp.float32),
         rows(mesh, count, dtype=jnp.bool),
     )

@@ -5,6 +5,7 @@ Each host takes its own rows of a step's batch, so the batch is the same whateve
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -83,8 +84,8 @@ def text_batch(
 ) -> TextBatch:
     """Reference text of a weighted mixture of tasks, for pretraining: as much as the rows hold.
 
-    The texts are the first n of the step's own stream, with the largest n that `pack` finds room
-    for in `batch_size` rows of `length` tokens. Raises ValueError when a text, its end token
+    The texts are the first n of the step's own stream, with the largest n that `pack` puts into
+    `batch_size` rows of `length` tokens. Raises ValueError when a text, its end token
     included, does not fit `length`, or when a task has no reference completions.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
@@ -105,7 +106,7 @@ def text_batch(
         texts += [(*text, task) for text, task in zip(encoded, tasks, strict=True)]
     lengths = [len(ids) for ids, *_ in texts]
     count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
-    while (row_of := pack(lengths[:count], batch_size, length)) is None:
+    while max(row_of := pack(lengths[:count], length)) >= batch_size:
         count -= 1
 
     tokens_BT = np.full((batch_size, length), tokenizer.pad_id, np.int32)
@@ -157,18 +158,19 @@ def _encoded(
     return made
 
 
-def pack(lengths: Sequence[int], rows: int, room: int) -> list[int] | None:
-    """The row of each text by best-fit decreasing, None when `rows` rows are too few.
+def pack(lengths: Sequence[int], room: int) -> list[int]:
+    """The row of each text by best-fit decreasing, rows counted from 0; a text has to fit `room`.
 
-    From the longest text to the shortest, each goes into the fullest row that has room for it.
+    From the longest text to the shortest, each goes into the fullest row that has room for it, and
+    where none has into a new one.
     """
-    left, row_of = [room] * rows, [0] * len(lengths)
+    row_of = [0] * len(lengths)
+    rows: list[tuple[int, int]] = []  # (room that is left, row), the fullest first
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        fits = [row for row in range(rows) if left[row] >= lengths[text]]
-        if not fits:
-            return None
-        row = row_of[text] = min(fits, key=left.__getitem__)
-        left[row] -= lengths[text]
+        assert lengths[text] <= room, "a text is longer than a row"
+        at = bisect.bisect_left(rows, (lengths[text], 0))
+        left, row_of[text] = rows.pop(at) if at < len(rows) else (room, len(rows))
+        bisect.insort(rows, (left - lengths[text], row_of[text]))
     return row_of
 
 

@@ -11,15 +11,16 @@ import numpy as np
 from jexit.config import Config
 from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
-from jexit.dist import gather, host_rows, place_rows, waiting
+from jexit.dist import data_shards, gather, host_rows, place_rows, waiting
 from jexit.loops.flops import Work
+from jexit.loops.packing import Packed, PackedShapes
 from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import Rollouts, rollout
-from jexit.steps.completions import bucket_length, pad_completions
+from jexit.steps.completions import pack_completions
 from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Problem, Task, Verdict
@@ -37,10 +38,11 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
     pressure = Pressure(rl)
     watch = FailureWatch(stage.exit_layers[0] / layers)
+    shapes = PackedShapes(data_shards(), config.optim.accumulate)
 
     def load_host_state(values: dict[str, np.ndarray]) -> None:
-        pressure.load(values)
-        watch.load(values)
+        for part in (pressure, watch, shapes):
+            part.load(values)
 
     trainer = Trainer(
         config,
@@ -51,7 +53,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "depth/fraction": "depth/fraction",
             "reward/mean": "reward",
         },
-        host_state=lambda: pressure.state() | watch.state(),
+        host_state=lambda: pressure.state() | watch.state() | shapes.state(),
         load_host_state=load_host_state,
     )
     state = trainer.restore(new_state(split.trainable, stage.optimizer))
@@ -84,10 +86,10 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             prompts.skipped,
             stage.flops.rollouts(rollouts, rollouts.host_rows.first_B, samples=rl.rollouts),
         )
-        batch = rl_batch(rollouts, verdicts, tokenizer.pad_id, totals.shape)
-        trainer.shapes((totals.shape, rollouts.shape))
+        packed = shapes.fit(totals.total_J, totals.length_J)
+        batch = rl_batch(rollouts, verdicts, tokenizer.pad_id, packed)
+        trainer.shapes((packed.shape, rollouts.shape))
         prices = pressure.prices(step)
-        batch = place_rows(batch, rollouts.host_rows)
         with waiting(f"step {step + 1}"):
             state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
         pressure.observe(totals.accuracy)
@@ -107,7 +109,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "length_coef": prices.length_coef,
             "rollout_seconds": rollouts.seconds,
             "data/skipped": totals.skipped,
-            "data/padding": totals.padding,
+            "data/padding": 1.0 - totals.positions / packed.shape.positions,
             "engine/idle": rollouts.efficiency.idle,
             "engine/prompt_padding": rollouts.efficiency.prompt_padding,
             "model_flops": totals.rollout_flops
@@ -145,8 +147,9 @@ class Totals:
     passes: int  # that could leave early
     layers_run: int  # by those
     skipped: int
-    shape: tuple[int, int]  # (T, C) that holds every host's rows
     text: dict[str, float]
+    length_J: np.ndarray  # of every host's completions
+    total_J: np.ndarray  # with their prompts
 
     @classmethod
     def over_hosts(
@@ -182,15 +185,24 @@ class Totals:
             "verified rollouts",
             mine
             | {
-                "longest": [int(total_B.max()), int(lengths_B.max())],
+                "numbers": rollouts.host_rows.index_B[own].tolist(),
+                "lengths": lengths_B[own].tolist(),
+                "totals": total_B[own].tolist(),
                 "text": task.text_totals(mine_problems, mine_texts),
             },
         )
-        longest = np.max([host["longest"] for host in hosts], axis=0)
+
+        def in_order(name: str) -> np.ndarray:
+            values_J = np.zeros(rollouts.host_rows.total, np.int64)
+            for host in hosts:
+                values_J[host["numbers"]] = host[name]
+            return values_J
+
         return cls(
             **{name: sum(host[name] for host in hosts) for name in mine},
-            shape=(bucket_length(int(longest[0])), bucket_length(int(longest[1]))),
             text=text_means([host["text"] for host in hosts]),
+            length_J=in_order("lengths"),
+            total_J=in_order("totals"),
         )
 
     @property
@@ -205,41 +217,34 @@ class Totals:
     def mean_length(self) -> float:
         return self.tokens / self.rows
 
-    @property
-    def padding(self) -> float:
-        """Share of the update's positions that hold no token."""
-        return 1.0 - self.positions / (self.rows * self.shape[0])
-
     def mean_depth(self, layers: int) -> float:
         """Over action positions: every generated token but a row's first."""
         return self.layers_run / self.passes if self.passes else float(layers)
 
 
-def rl_batch(
-    rollouts: Rollouts, verdicts: list[Verdict], pad_id: int, shape: tuple[int, int]
-) -> RLBatch:
-    """This host's rollouts and verdicts as the arrays of an update, padded to `shape` (T, C)."""
-    completions = pad_completions(
-        [rollouts.prompts[place] for place in rollouts.prompt_B],
-        [rollouts.completion(row) for row in range(rollouts.rows)],
+def rl_batch(rollouts: Rollouts, verdicts: list[Verdict], pad_id: int, packed: Packed) -> RLBatch:
+    """This host's rollouts and verdicts as the arrays of an update, on the devices."""
+    shape, own = packed.shape, rollouts.host_rows
+    rows = host_rows(shape.rows)
+    row_of_J = packed.row_of_J[own.index_B]
+    here = np.flatnonzero(np.isin(row_of_J, rows.index_B))
+    completions = pack_completions(
+        [rollouts.prompts[rollouts.prompt_B[row]] for row in here],
+        [rollouts.completion(row) for row in here],
         pad_id,
-        shape,
+        row_of=rows.find(row_of_J[here]),
+        shape=(len(rows.index_B), shape.length, shape.width),
+        numbers=own.index_B[here],
     )
-    width = completions.completion_tokens_BC.shape[1]
-
-    def fitted(values_BT: np.ndarray) -> np.ndarray:
-        values_BC = values_BT[:, :width]
-        missing = width - values_BC.shape[1]
-        return np.pad(values_BC, ((0, 0), (0, missing)))
-
-    return RLBatch(
-        completions,
-        fitted(rollouts.depths_BT),
-        fitted(rollouts.logprobs_BT),
-        fitted(rollouts.depth_logprobs_BT),
+    arrays = (
+        rollouts.lengths_B,
+        rollouts.depths_BT,
+        rollouts.logprobs_BT,
+        rollouts.depth_logprobs_BT,
         np.asarray([verdict.reward for verdict in verdicts], np.float32),
         rollouts.truncated_B,
     )
+    return RLBatch(place_rows(completions, rows), *place_rows(arrays, own))
 
 
 def sample_record(

@@ -1,4 +1,7 @@
-"""Prompts with completions on device, and the window of positions that produce the completions."""
+"""Prompts with completions on device, and the window of positions that produce the completions.
+
+A row holds one (`Completions`) or as many as it has room for (`PackedCompletions`).
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,11 @@ class Completions:
     prompt_lengths_B: Int[Array, "B"]
     completion_tokens_BC: Int[Array, "B C"]
     completion_lengths_B: Int[Array, "B"]
+
+    @property
+    def layout(self) -> dict[str, Array]:
+        """What `run` has to know of the rows."""
+        return {"valid_BT": self.valid_BT}
 
     @property
     def valid_BT(self) -> MaskBT:
@@ -59,6 +67,75 @@ class Completions:
         picked_BT = jnp.take_along_axis(depth_BC, jnp.clip(index_BT, 0, width - 1), axis=1)
         return jnp.where(inside_BT, picked_BT, layers)
 
+    def by_row(self, values_JW: Array) -> Array:
+        """Values of each completion's tokens as the rows have them, which here is the same."""
+        return values_JW
+
+    def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
+        """The other way round."""
+        assert values_BC.shape == shape, "a row is a completion"
+        return values_BC
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedCompletions:
+    """Rows that hold several completions J, each behind its prompt, none of which sees another.
+
+    Completion position c of a row holds a token that the pass at input position `source_BC`
+    produced, number `place_BC` of completion `owner_BC`; padding has place −1. `segment_BT` numbers
+    what shares a row from 1 (0: padding), `positions_BT` begin anew with each.
+    """
+
+    tokens_BT: Int[Array, "B T"]
+    segment_BT: Int[Array, "B T"]
+    positions_BT: Int[Array, "B T"]
+    completion_tokens_BC: Int[Array, "B C"]
+    source_BC: Int[Array, "B C"]
+    owner_BC: Int[Array, "B C"]
+    place_BC: Int[Array, "B C"]
+
+    @property
+    def layout(self) -> dict[str, Array]:
+        """What `run` has to know of the rows."""
+        return {"segment_BT": self.segment_BT, "positions_BT": self.positions_BT}
+
+    @property
+    def token_BC(self) -> Bool[Array, "B C"]:
+        """Positions that hold a generated token."""
+        return self.place_BC >= 0
+
+    @property
+    def action_BC(self) -> Bool[Array, "B C"]:
+        """Positions whose token came from a pass that could leave: all but a completion's first."""
+        return self.place_BC > 0
+
+    def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
+        """Picks, for every completion position, the value at the input position producing it."""
+        index = self.source_BC.reshape(*self.source_BC.shape, *([1] * (values.ndim - 2)))
+        return jnp.take_along_axis(values, index, axis=1)
+
+    def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
+        """Depths at input positions: `depth_BC` where a pass could leave, `layers` elsewhere."""
+        length = self.tokens_BT.shape[1]
+
+        def scattered(source_C: Array, action_C: Array, depth_C: Array) -> Array:
+            at_C = jnp.where(action_C, source_C, length)  # beyond the row: dropped
+            return jnp.full(length, layers, depth_C.dtype).at[at_C].set(depth_C, mode="drop")
+
+        return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
+
+    def by_row(self, values_JW: Array) -> Array:
+        """Values of each completion's tokens as the rows have them [B, C], 0 at padding."""
+        values_BC = values_JW[self.owner_BC, jnp.maximum(self.place_BC, 0)]
+        return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
+
+    def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
+        """Values of the rows' tokens as [J, W], 0 beyond each completion's end."""
+        place_BC = jnp.where(self.token_BC, self.place_BC, shape[1])  # beyond the end: dropped
+        values_JW = jnp.zeros(shape, values_BC.dtype)
+        return values_JW.at[self.owner_BC, place_BC].set(values_BC, mode="drop")
+
 
 def pad_completions(
     prompts: Sequence[Sequence[int]],
@@ -82,6 +159,51 @@ def pad_completions(
         tokens_BT[row, : len(prompt) + len(completion)] = [*prompt, *completion]
         completion_BC[row, : len(completion)] = completion
     return Completions(tokens_BT, prompt_lengths, completion_BC, lengths)
+
+
+def pack_completions(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    row_of: Sequence[int],
+    shape: tuple[int, int, int],
+    numbers: Sequence[int] | None = None,
+) -> PackedCompletions:
+    """Rows of token ids as NumPy arrays of `shape` (B, T, C), completion j in row `row_of[j]`.
+
+    `numbers` are the completions' in the whole batch, where these are a part of it.
+    """
+    count, length, width = shape
+    tokens_BT = np.full((count, length), pad_id, np.int32)
+    segment_BT, positions_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT)
+    completion_BC = np.full((count, width), pad_id, np.int32)
+    source_BC, owner_BC = np.zeros_like(completion_BC), np.zeros_like(completion_BC)
+    place_BC = np.full_like(completion_BC, -1)
+    filled_B, produced_B, texts_B = np.zeros((3, count), np.int64)
+    for number, row, prompt, completion in zip(
+        range(len(prompts)) if numbers is None else numbers,
+        row_of,
+        prompts,
+        completions,
+        strict=True,
+    ):
+        start, total = filled_B[row], len(prompt) + len(completion)
+        texts_B[row] += 1
+        here = slice(start, start + total)
+        tokens_BT[row, here] = [*prompt, *completion]
+        segment_BT[row, here] = texts_B[row]
+        positions_BT[row, here] = np.arange(total)
+        there = slice(produced_B[row], produced_B[row] + len(completion))
+        completion_BC[row, there] = completion
+        source_BC[row, there] = start + len(prompt) - 1 + np.arange(len(completion))
+        owner_BC[row, there] = number
+        place_BC[row, there] = np.arange(len(completion))
+        filled_B[row] += total
+        produced_B[row] += len(completion)
+    return PackedCompletions(
+        tokens_BT, segment_BT, positions_BT, completion_BC, source_BC, owner_BC, place_BC
+    )
 
 
 def bucket_length(length: int) -> int:

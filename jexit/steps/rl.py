@@ -27,7 +27,7 @@ from jexit.losses.rloo import (
 from jexit.model.exits import depth_log_prob, exit_index_of_depth, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, run
-from jexit.steps.completions import Completions
+from jexit.steps.completions import Completions, PackedCompletions
 from jexit.steps.optim import (
     Metrics,
     accumulated_gradients,
@@ -41,18 +41,29 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RLBatch:
-    """Rollouts (rows of one prompt adjacent) with what the sampler recorded.
+    """Rollouts J, those of one prompt adjacent, with what was recorded, in rows to train on.
 
-    `logprobs_BC` is of the tempered distribution that the token was drawn from, `depth_logprobs_BC`
+    `logprobs_JW` is of the tempered distribution that the token was drawn from, `depth_logprobs_JW`
     of the depth under the policy's law (0 at position 0, which nobody chose).
     """
 
-    completions: Completions
-    depth_BC: Int[Array, "B C"]
-    logprobs_BC: Float[Array, "B C"]
-    depth_logprobs_BC: Float[Array, "B C"]
-    verifier_B: Float[Array, "B"]
-    truncated_B: Bool[Array, "B"]
+    rows: Completions | PackedCompletions
+    lengths_J: Int[Array, "J"]
+    depth_JW: Int[Array, "J W"]
+    logprobs_JW: Float[Array, "J W"]
+    depth_logprobs_JW: Float[Array, "J W"]
+    verifier_J: Float[Array, "J"]
+    truncated_J: Bool[Array, "J"]
+
+    @property
+    def token_JW(self) -> Bool[Array, "J W"]:
+        """Positions that hold a generated token."""
+        return jnp.arange(self.depth_JW.shape[1]) < self.lengths_J[:, None]
+
+    @property
+    def action_JW(self) -> Bool[Array, "J W"]:
+        """Positions whose token came from a pass that could leave: all but the first."""
+        return self.token_JW & (jnp.arange(self.depth_JW.shape[1]) > 0)
 
 
 @jax.tree_util.register_dataclass
@@ -70,9 +81,11 @@ RLStep = Callable[[TrainState, Fixed, RLBatch, Prices, PRNGKey], tuple[TrainStat
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Scored:
-    """A batch with all that is constant during its updates."""
+    """Rows with all that is constant during a batch's updates."""
 
-    batch: RLBatch
+    rows: Completions | PackedCompletions
+    depth_BC: Int[Array, "B C"]
+    behaviour_BC: Float[Array, "B C"]  # log-probability of token and depth when they were drawn
     advantage_BC: Float[Array, "B C"]
     weight_BC: Float[Array, "B C"]  # loss weights: masked, normalised
     mean_BC: Float[Array, "B C"]  # weights of a mean over generated tokens
@@ -101,7 +114,7 @@ def make_rl_step(
     def flat(values: Array) -> Array:
         return values.reshape(-1, *values.shape[2:])
 
-    def tempered(rows: Completions, hidden_BTD: Array) -> Array:
+    def tempered(rows: Completions | PackedCompletions, hidden_BTD: Array) -> Array:
         """Hidden states of the completion positions over the sampling temperature: [B, C, D].
 
         The sampler divides float32 logits; rounding the quotient to bfloat16 here would open a gap.
@@ -111,8 +124,7 @@ def make_rl_step(
             return hidden_BCD
         return hidden_BCD.astype(jnp.float32) / config.temperature
 
-    def token_logprobs(head_VD: Array, hidden_BCD: Array, rows: Completions):
-        tokens_BC = rows.completion_tokens_BC
+    def token_logprobs(head_VD: Array, hidden_BCD: Array, tokens_BC: Array):
         result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC))
         return (
             result.logprob_N.reshape(tokens_BC.shape),
@@ -123,12 +135,10 @@ def make_rl_step(
         """log π_teacher of every token, and the teacher's hidden states for the exact KL."""
 
         def one(index: Array) -> tuple[Array, Array | None]:
-            rows = micro_batch(batch.completions, index, micro_batches)
-            taught = run(
-                teacher, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, adapters=False
-            )
+            rows = micro_batch(batch.rows, index, micro_batches)
+            taught = run(teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False)
             hidden_BCD = tempered(rows, taught.hidden_BTD)
-            logprob_BC, _ = token_logprobs(teacher.head_VD, hidden_BCD, rows)
+            logprob_BC, _ = token_logprobs(teacher.head_VD, hidden_BCD, rows.completion_tokens_BC)
             return logprob_BC, hidden_BCD if exact_kl else None
 
         if micro_batches == 1:
@@ -137,105 +147,105 @@ def make_rl_step(
         return joined(stacked)
 
     def advantages(batch: RLBatch, reward: Reward, prices: Prices) -> Array:
-        """Advantage of every action pair [B, C]."""
-        keep_B = ~batch.truncated_B if config.mask_truncated else None
-        action_BC = batch.completions.action_BC
-        width = batch.depth_BC.shape[1]
+        """Advantage of every action pair [J, W]."""
+        keep_J = ~batch.truncated_J if config.mask_truncated else None
         if not config.causal_depth:
-            advantage_B = group_advantages(
-                reward.total_B, config.rollouts, config.advantage, keep_B
+            advantage_J = group_advantages(
+                reward.total_B, config.rollouts, config.advantage, keep_J
             )
-            return jnp.broadcast_to(advantage_B[:, None], (advantage_B.shape[0], width))
-        cost_BC = prices.depth_coef * causal_depth_cost(
-            batch.depth_BC / layers, action_BC, config.rollouts, keep_B
+            return jnp.broadcast_to(advantage_J[:, None], batch.depth_JW.shape)
+        cost_JW = prices.depth_coef * causal_depth_cost(
+            batch.depth_JW / layers, batch.action_JW, config.rollouts, keep_J
         )
-        rest_B = reward.total_B - reward.depth_B
+        rest_J = reward.total_B - reward.depth_B
         return group_advantages(
-            rest_B[:, None] - cost_BC, config.rollouts, config.advantage, keep_B
+            rest_J[:, None] - cost_JW, config.rollouts, config.advantage, keep_J
         )
 
     def score(teacher: Transformer, batch: RLBatch, prices: Prices) -> tuple[_Scored, Metrics]:
-        rows = batch.completions
-        token_BC = rows.token_BC.astype(jnp.float32)
-        action_BC = rows.action_BC.astype(jnp.float32)
+        rows = batch.rows
+        token_JW = batch.token_JW.astype(jnp.float32)
         teacher_BC, teacher_hidden_BCD = teach(teacher, batch)
+        log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
         reward = rewards(
-            batch.verifier_B,
-            batch.depth_BC / layers,
-            action_BC,
-            batch.logprobs_BC - teacher_BC,
-            token_BC,
+            batch.verifier_J,
+            batch.depth_JW / layers,
+            batch.action_JW.astype(jnp.float32),
+            log_ratio_JW,
+            token_JW,
             depth_coef=prices.depth_coef,
             kl_coef=config.kl_coef,
             length_coef=prices.length_coef,
             length_ref=config.length_ref,
         )
-        advantage_BC = advantages(batch, reward, prices)
-        kept_BC = token_BC
+        advantage_JW = advantages(batch, reward, prices)
+        kept_JW = token_JW
         if config.mask_truncated:
-            kept_BC = token_BC * ~batch.truncated_B[:, None]
+            kept_JW = token_JW * ~batch.truncated_J[:, None]
         scored = _Scored(
-            batch,
-            advantage_BC,
-            loss_weights(kept_BC, config.norm, config.max_new_tokens),
-            token_BC / jnp.maximum(jnp.sum(token_BC), 1.0),
+            rows,
+            rows.by_row(batch.depth_JW),
+            rows.by_row(batch.logprobs_JW + batch.depth_logprobs_JW),
+            rows.by_row(advantage_JW),
+            rows.by_row(loss_weights(kept_JW, config.norm, config.max_new_tokens)),
+            rows.token_BC / jnp.maximum(jnp.sum(token_JW), 1.0),
             teacher_BC,
             teacher_hidden_BCD,
         )
         metrics = {
             "reward/mean": jnp.mean(reward.total_B),
-            "reward/verifier": jnp.mean(batch.verifier_B),
+            "reward/verifier": jnp.mean(batch.verifier_J),
             "reward/depth": jnp.mean(reward.depth_B),
             "reward/kl": jnp.mean(reward.kl_B),
             "reward/length": jnp.mean(reward.length_B),
-            "advantage/std": jnp.std(advantage_BC[:, 0]),
-            "groups/zero_std": zero_spread_groups(batch.verifier_B, config.rollouts),
-            "kl/teacher": masked_mean(batch.logprobs_BC - teacher_BC, token_BC),
-            "completion/length": jnp.mean(rows.completion_lengths_B.astype(jnp.float32)),
-            "completion/truncated": jnp.mean(batch.truncated_B.astype(jnp.float32)),
+            "advantage/std": jnp.std(advantage_JW[:, 0]),
+            "groups/zero_std": zero_spread_groups(batch.verifier_J, config.rollouts),
+            "kl/teacher": masked_mean(log_ratio_JW, token_JW),
+            "completion/length": jnp.mean(batch.lengths_J.astype(jnp.float32)),
+            "completion/truncated": jnp.mean(batch.truncated_J.astype(jnp.float32)),
         }
         return scored, metrics | depth_metrics(batch)
 
     def depth_metrics(batch: RLBatch) -> Metrics:
         """Depth of the passes that produced the tokens."""
-        token_BC = batch.completions.token_BC
-        fraction_BC = batch.depth_BC / layers
-        known_BC = jnp.where(token_BC, batch.depth_BC.astype(jnp.float32), jnp.nan)
+        token_JW, depth_JW = batch.token_JW, batch.depth_JW
+        known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
         metrics = {
-            "depth/mean": masked_mean(batch.depth_BC, token_BC),
-            "depth/fraction": masked_mean(fraction_BC, token_BC),
-            "depth/p10": jnp.nanquantile(known_BC, 0.1),
-            "depth/p90": jnp.nanquantile(known_BC, 0.9),
+            "depth/mean": masked_mean(depth_JW, token_JW),
+            "depth/fraction": masked_mean(depth_JW / layers, token_JW),
+            "depth/p10": jnp.nanquantile(known_JW, 0.1),
+            "depth/p90": jnp.nanquantile(known_JW, 0.9),
         }
         for layer in (*exit_layers, layers):
-            at_layer = (batch.depth_BC == layer).astype(jnp.float32)
-            metrics[f"exit/{layer}"] = masked_mean(at_layer, batch.completions.action_BC)
+            at_layer = (depth_JW == layer).astype(jnp.float32)
+            metrics[f"exit/{layer}"] = masked_mean(at_layer, batch.action_JW)
         return metrics
 
     def make_loss(fixed: Fixed, teacher: Transformer) -> Callable:
         def loss_fn(params: Params, item: _Scored, key: PRNGKey) -> tuple[Array, Metrics]:
-            batch, rows = item.batch, item.batch.completions
+            rows, depth_BC = item.rows, item.depth_BC
             student = split.student(params, fixed)
             result = run(
                 student,
                 rows.tokens_BT,
-                policy=Prescribed(rows.input_depths(batch.depth_BC, layers)),
-                valid_BT=rows.valid_BT,
+                policy=Prescribed(rows.input_depths(depth_BC, layers)),
+                **rows.layout,
                 hazards=True,
             )
             hidden_BCD = tempered(rows, result.hidden_BTD)
-            logprob_BC, entropy_BC = token_logprobs(student.head_VD, hidden_BCD, rows)
+            logprob_BC, entropy_BC = token_logprobs(
+                student.head_VD, hidden_BCD, rows.completion_tokens_BC
+            )
             z_BCE = rows.window(result.hazard_logits_BTE)
             depth_logprob_BC = jnp.where(
                 rows.action_BC,
-                depth_log_prob(batch.depth_BC, z_BCE, exit_layers, layers, **law),
+                depth_log_prob(depth_BC, z_BCE, exit_layers, layers, **law),
                 0.0,
             )
             pair_BC = logprob_BC + depth_logprob_BC
-            behaviour_BC = batch.logprobs_BC + batch.depth_logprobs_BC
             terms_BC = policy_loss_terms(
                 pair_BC,
-                behaviour_BC,
+                item.behaviour_BC,
                 item.advantage_BC,
                 clip=config.clip if config.updates_per_batch > 1 else None,
                 importance_cap=config.importance_cap,
@@ -255,7 +265,7 @@ def make_rl_step(
                     kl_BC = k3(logprob_BC, item.teacher_BC)
                 metrics["loss/kl"] = masked_sum(kl_BC, item.weight_BC)
                 loss += config.kl_loss_coef * metrics["loss/kl"]
-            exit_index_BC = exit_index_of_depth(batch.depth_BC, exit_layers, layers)
+            exit_index_BC = exit_index_of_depth(depth_BC, exit_layers, layers)
             depth_entropy_BC = jnp.where(
                 rows.action_BC,
                 reached_decision_entropy(*log_hazards(z_BCE, **law), exit_index_BC),
@@ -264,7 +274,7 @@ def make_rl_step(
             if config.depth_entropy_coef > 0:
                 bonus = masked_sum(depth_entropy_BC, item.weight_BC)
                 loss -= config.depth_entropy_coef * bonus
-            gap_BC = jnp.abs(pair_BC - behaviour_BC)
+            gap_BC = jnp.abs(pair_BC - item.behaviour_BC)
             metrics |= {
                 "loss": loss,
                 "entropy/tokens": masked_sum(entropy_BC, item.mean_BC),
@@ -295,7 +305,7 @@ def make_rl_step(
             first_update = first_update or loss_metrics
             metrics |= loss_metrics | update_metrics
         metrics["sampler_gap"] = first_update["sampler_gap"]
-        metrics["tokens"] = jnp.sum(batch.completions.token_BC).astype(jnp.float32)
+        metrics["tokens"] = jnp.sum(batch.lengths_J).astype(jnp.float32)
         return dataclasses.replace(state, step=start + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

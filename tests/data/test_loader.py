@@ -111,18 +111,18 @@ def test_rows_are_filled_with_the_texts_that_come_first():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "rows", "room", "expected"),
+    ("lengths", "room", "expected"),
     [
-        ([3, 3, 2, 2, 2], 2, 6, [0, 0, 1, 1, 1]),
-        ([2, 2, 2, 3, 3], 2, 6, [1, 1, 1, 0, 0]),
-        ([4, 3, 2, 3], 2, 6, [0, 1, 0, 1]),  # the 2 goes where it fits closest
-        ([5, 5], 1, 6, None),
-        ([6, 6, 1], 2, 6, None),
-        ([], 2, 6, []),
+        ([3, 3, 2, 2, 2], 6, [0, 0, 1, 1, 1]),
+        ([2, 2, 2, 3, 3], 6, [1, 1, 1, 0, 0]),
+        ([4, 3, 2, 3], 6, [0, 1, 0, 1]),  # the 2 goes where it fits closest
+        ([5, 5], 6, [0, 1]),
+        ([6, 6, 1], 6, [0, 1, 2]),
+        ([], 6, []),
     ],
 )
-def test_pack(lengths, rows, room, expected):
-    assert pack(lengths, rows, room) == expected
+def test_pack(lengths, room, expected):
+    assert pack(lengths, room) == expected
 
 
 def test_text_batch_follows_the_mixture():

@@ -1,5 +1,6 @@
 """Training steps on eight devices give one device's losses and parameters."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,12 +12,13 @@ from flax import nnx
 
 from jexit.config import RLConfig, SFTConfig
 from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
+from jexit.loops.packing import PackedShapes
 from jexit.model.lora import LoRA
 from jexit.model.policies import Sample
 from jexit.model.transformer import ExitHeadSettings, Transformer
 from jexit.presets import Architecture
 from jexit.rollout import EngineSize, rollout
-from jexit.steps.completions import pad_completions
+from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Fixed, new_state, split_model
@@ -87,18 +89,20 @@ def rl_update(split, micro_batches):
     config = RLConfig(rollouts=4, max_new_tokens=12, kl_loss_coef=0.1, depth_entropy_coef=0.1)
     random = np.random.default_rng(1)
     prompts, _ = texts(4)
-    completions = pad_completions(
-        [prompts[row // 4] for row in range(16)], texts(16)[1], 0
-    )  # fmt: skip
-    shape = completions.completion_tokens_BC.shape
+    asked, made = [prompts[row // 4] for row in range(16)], texts(16)[1]
+    length_J = np.array([len(ids) for ids in made])
+    packed = PackedShapes(8, micro_batches).fit(length_J + [len(ids) for ids in asked], length_J)
+    size = dataclasses.astuple(packed.shape)
+    rows = pack_completions(asked, made, 0, row_of=packed.row_of_J, shape=size)
     arrays = (
-        random.choice([1, 2, 3], shape).astype(np.int32),
-        -random.random(shape).astype(np.float32),
-        -random.random(shape).astype(np.float32),
+        length_J.astype(np.int32),
+        random.choice([1, 2, 3], (16, 12)).astype(np.int32),
+        -random.random((16, 12)).astype(np.float32),
+        -random.random((16, 12)).astype(np.float32),
         random.normal(size=16).astype(np.float32),
         np.zeros(16, bool),
     )
-    batch = place_rows(RLBatch(completions, *arrays))
+    batch = place_rows(RLBatch(rows, *arrays))
     optimizer = optax.adam(1e-2)
     step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)

@@ -39,6 +39,7 @@ def rl_text(make_split, config, **options) -> str:
     floats = shape(ROWS, COMPLETION, dtype="float32")
     batch = RLBatch(
         completions(),
+        shape(ROWS),
         shape(ROWS, COMPLETION),
         floats,
         floats,

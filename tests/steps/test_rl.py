@@ -14,7 +14,7 @@ from jexit.model.exits import depth_log_prob
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import logits_of, run
 from jexit.rollout import rollout
-from jexit.steps.completions import pad_completions
+from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
 from jexit.steps.state import new_state
 
@@ -56,6 +56,7 @@ def batch_of(paths, verifier, log_pi, depth_logprobs, rows):
     d1 = jnp.array([paths[r][1] for r in rows], jnp.int32)
     return RLBatch(
         completions,
+        completions.completion_lengths_B,
         padded([jnp.full(len(rows), LAYERS, jnp.int32), d1]),
         padded([log_pi[index, 0, y0], log_pi[index, 1, y1]]),
         padded([jnp.zeros(len(rows)), depth_logprobs[index]]),
@@ -139,6 +140,7 @@ def rolled_batch(split, config, *, prompts=4, seed=0):
 
     return RLBatch(
         completions,
+        completions.completion_lengths_B,
         fit(rollouts.depths_BT),
         fit(rollouts.logprobs_BT),
         fit(rollouts.depth_logprobs_BT),
@@ -183,9 +185,9 @@ def test_micro_batches_change_nothing(make_split, norm, extra):
 def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
     split = make_split()
     batch = rolled_batch(split, BASE)
-    rows = batch.completions
+    rows = batch.rows
     student, teacher = split.student(split.trainable), split.teacher(split.trainable)
-    depths = rows.input_depths(batch.depth_BC, LAYERS)
+    depths = rows.input_depths(batch.depth_JW, LAYERS)
     hidden = run(
         student, rows.tokens_BT, policy=Prescribed(depths), valid_BT=rows.valid_BT
     ).hidden_BTD
@@ -210,13 +212,55 @@ def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
     assert float(metrics["loss/kl"]) == pytest.approx(sampled, rel=1e-4)
 
 
+def repacked(batch, *, row_of, shape):
+    """The same rollouts, several to a row."""
+    rows = jax.tree.map(np.asarray, batch.rows)
+    lengths = list(zip(rows.prompt_lengths_B, rows.completion_lengths_B, strict=True))
+    prompts = [rows.tokens_BT[j, :prompt].tolist() for j, (prompt, _) in enumerate(lengths)]
+    completions = [
+        rows.completion_tokens_BC[j, :new].tolist() for j, (_, new) in enumerate(lengths)
+    ]
+    made = pack_completions(prompts, completions, 0, row_of=row_of, shape=shape)
+    return dataclasses.replace(batch, rows=jax.tree.map(jnp.asarray, made))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl_loss_coef": 0.2, "norm": "sequence"},
+        {"kl_loss_coef": 0.2, "kl_loss": "k3", "mask_truncated": True, "norm": "tokens"},
+        {"causal_depth": True, "updates_per_batch": 2},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_rollouts_that_share_rows_teach_the_same(make_split, options, micro_batches):
+    split = make_split()
+    config = dataclasses.replace(BASE, depth_entropy_coef=0.1, **options)
+    batch = rolled_batch(split, config)
+    apart, apart_metrics = one_update(split, config, batch)
+    row_of = [2, 0, 1, 0, 1, 2, 0, 1, 0, 2, 1, 0]  # row 3 is empty
+    shared, shared_metrics = one_update(
+        split, config, repacked(batch, row_of=row_of, shape=(4, 80, 56)),
+        micro_batches=micro_batches,
+    )  # fmt: skip
+    for a, b in zip(
+        jax.tree.leaves(apart.trainable), jax.tree.leaves(shared.trainable), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert apart_metrics.keys() == shared_metrics.keys()
+    for name, value in apart_metrics.items():
+        np.testing.assert_allclose(value, shared_metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_masked_truncated_rows_teach_nothing(make_split):
     split = make_split()
     config = dataclasses.replace(BASE, mask_truncated=True, kl_coef=0.0)
     batch = rolled_batch(split, config)
-    assert bool(batch.truncated_B.any()) and not bool(batch.truncated_B.all())
+    assert bool(batch.truncated_J.any()) and not bool(batch.truncated_J.all())
     wild = dataclasses.replace(
-        batch, verifier_B=jnp.where(batch.truncated_B, 1e3, batch.verifier_B)
+        batch, verifier_J=jnp.where(batch.truncated_J, 1e3, batch.verifier_J)
     )
     a, _ = one_update(split, config, batch)
     b, _ = one_update(split, config, wild)
@@ -258,7 +302,7 @@ def test_full_fine_tuning_keeps_the_teacher_apart(make_split):
 def test_a_step_that_is_not_finite_is_skipped(make_split):
     split = make_split()
     batch = rolled_batch(split, BASE)
-    broken = dataclasses.replace(batch, verifier_B=batch.verifier_B.at[0].set(jnp.nan))
+    broken = dataclasses.replace(batch, verifier_J=batch.verifier_J.at[0].set(jnp.nan))
     state, metrics = one_update(split, BASE, broken)
     assert int(state.skipped) == 1 and float(metrics["skipped"]) == 1
     for x, y in zip(

@@ -1,0 +1,100 @@
+"""Where completions of random lengths lie in packed rows, and how many shapes that takes."""
+
+import numpy as np
+import pytest
+
+from jexit.loops.packing import KEPT, Packed, PackedShape, PackedShapes
+from jexit.steps.completions import pack_completions
+
+
+def lengths(rng, count=192, prompt=13, longest=56, mean=18.0):
+    """(with prompt, without) of completions that are mostly short and sometimes long."""
+    completion_J = np.clip(rng.gamma(4.0, mean / 4.0, count).astype(int), 2, longest)
+    return completion_J + rng.integers(prompt - 4, prompt + 5, count), completion_J
+
+
+def check(packed: Packed, total_J, completion_J, parts=1):
+    rows, length, width = packed.shape.rows, packed.shape.length, packed.shape.width
+    assert packed.row_of_J.min() >= 0 and packed.row_of_J.max() < rows
+    assert np.bincount(packed.row_of_J, weights=total_J).max() <= length
+    assert np.bincount(packed.row_of_J, weights=completion_J).max() <= width <= length
+    part_J = np.arange(len(total_J)) * parts // len(total_J)
+    np.testing.assert_array_equal(packed.row_of_J // (rows // parts), part_J)
+
+
+@pytest.mark.parametrize(("shards", "micro_batches"), [(1, 1), (1, 4), (4, 1), (8, 3)])
+def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches):
+    rng = np.random.default_rng(0)
+    shapes = PackedShapes(shards, micro_batches)
+    for step in range(30):
+        total_J, completion_J = lengths(rng, mean=30.0 - 0.7 * step)
+        packed = shapes.fit(total_J, completion_J)
+        check(packed, total_J, completion_J, shards)
+        assert packed.shape.rows % (shards * micro_batches) == 0
+
+
+def test_little_padding_in_few_shapes():
+    """Over 200 steps in which completions become half as long, and vary with their problems."""
+    rng = np.random.default_rng(1)
+    shapes, seen, padding = PackedShapes(1, 1), set(), []
+    for step in range(200):
+        mean = (24.0 - 0.06 * step) * rng.uniform(0.9, 1.1)
+        total_J, completion_J = lengths(rng, mean=mean)
+        packed = shapes.fit(total_J, completion_J)
+        seen.add(packed.shape)
+        padding.append(1 - total_J.sum() / packed.shape.positions)
+    assert np.mean(padding) < 0.15
+    assert len(seen) <= 10
+
+
+def test_completions_that_cannot_be_divided_lie_anywhere():
+    total_J, completion_J = lengths(np.random.default_rng(2), count=27)
+    packed = PackedShapes(8, 1).fit(total_J, completion_J)
+    check(packed, total_J, completion_J)
+    assert packed.shape.rows % 8 == 0
+
+
+def test_no_more_rows_than_completions():
+    packed = PackedShapes(1, 1).fit(np.full(6, 40), np.full(6, 24))
+    assert packed.shape == PackedShape(6, 40, 24)
+    assert sorted(packed.row_of_J) == list(range(6))
+
+
+def test_shapes_are_restored():
+    rng = np.random.default_rng(3)
+    batches = [lengths(rng, mean=mean) for mean in rng.uniform(6, 40, 60)]
+    whole, first = PackedShapes(1, 2), PackedShapes(1, 2)
+    made = [whole.fit(*batch) for batch in batches]
+    for batch in batches[:30]:
+        first.fit(*batch)
+    second = PackedShapes(1, 2)
+    second.load(first.state())
+    assert first.state()["packed_shapes"].shape == (KEPT, 3)
+    for packed, batch in zip(made[30:], batches[30:], strict=True):
+        again = second.fit(*batch)
+        assert again.shape == packed.shape
+        np.testing.assert_array_equal(again.row_of_J, packed.row_of_J)
+
+
+def test_rows_hold_each_completion_behind_its_prompt():
+    prompts, completions = [[1, 2, 3], [4], [5, 6]], [[7, 8], [9], [10, 11, 12]]
+    rows = pack_completions(prompts, completions, 0, row_of=[1, 0, 1], shape=(3, 11, 6))
+    assert rows.tokens_BT.tolist() == [
+        [4, 9, *[0] * 9], [1, 2, 3, 7, 8, 5, 6, 10, 11, 12, 0], [0] * 11,
+    ]  # fmt: skip
+    assert rows.segment_BT[1].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0]
+    assert rows.positions_BT[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+    assert rows.completion_tokens_BC[1].tolist() == [7, 8, 10, 11, 12, 0]
+    assert rows.source_BC[1].tolist() == [2, 3, 6, 7, 8, 0]
+    assert rows.owner_BC[1].tolist() == [0, 0, 2, 2, 2, 0]
+    assert rows.place_BC.tolist() == [[0, *[-1] * 5], [0, 1, 0, 1, 2, -1], [-1] * 6]
+    np.testing.assert_array_equal(rows.window(rows.tokens_BT)[1, :5], [3, 7, 6, 10, 11])
+    depth_BC = np.where(rows.place_BC >= 0, 2, 0).astype(np.int32)
+    assert rows.input_depths(depth_BC, 9).tolist() == [
+        [9] * 11, [9, 9, 9, 2, 9, 9, 9, 2, 2, 9, 9], [9] * 11,
+    ]  # fmt: skip
+    values_JW = np.arange(12, dtype=np.int32).reshape(3, 4)
+    by_row = rows.by_row(values_JW)
+    assert by_row.tolist() == [[4, 0, 0, 0, 0, 0], [0, 1, 8, 9, 10, 0], [0] * 6]
+    back = rows.by_completion(by_row, (3, 4))
+    assert back.tolist() == [[0, 1, 0, 0], [4, 0, 0, 0], [8, 9, 10, 0]]
