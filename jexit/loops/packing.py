@@ -10,8 +10,9 @@ from jexit.data.loader import pack
 from jexit.steps.completions import bucket_length
 
 SLACK = 1.08  # rows of a new shape, of what its batch needs: the next batch is not the same
-DEARER = 1.1  # positions of a shape that is there already, of a new one's, up to which it is taken
+DEARER = 1.15  # cost of a shape that is there already, of a new one's, up to which it is taken
 KEPT = 16  # shapes that a run remembers, the newest
+LENGTHS = (1.0, 1.5, 2.0, 3.0)  # of a row, in its longest text
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -26,6 +27,10 @@ class PackedShape:
     def positions(self) -> int:
         return self.rows * self.length
 
+    def cost(self, model_width: int) -> float:
+        """Of a pass, in positions: with T keys, attention adds 2·T·D to some 12·D² products."""
+        return self.positions * (1.0 + self.length / (6.0 * model_width))
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -36,15 +41,16 @@ class Packed:
 
 
 class PackedShapes:
-    """Shapes that a run's batches have had; a new one only where it saves a tenth of the positions.
+    """Shapes that a run's batches have had; a new one only where it saves a good tenth of the work.
 
     `shards` is the number of parts that the mesh divides rows into: a completion stays in its part,
     unless they cannot be divided equally and lie whole everywhere. Rows are a multiple of `unit`.
     The shapes follow from the batches before, so that a resumed run has to restore them.
     """
 
-    def __init__(self, shards: int, micro_batches: int):
+    def __init__(self, shards: int, micro_batches: int, model_width: int):
         self.shards, self.unit = shards, shards * micro_batches
+        self.model_width = model_width
         self._known: list[PackedShape] = []
 
     def state(self) -> dict[str, np.ndarray]:
@@ -75,14 +81,13 @@ class PackedShapes:
             need = at(shape.length).shape
             return need.rows <= shape.rows and need.width <= shape.width
 
-        need = at(bucket_length(longest)).shape
-        most = -(-len(total_J) // self.unit) * self.unit  # with a row for each completion
-        rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
-        widths = [known.width for known in self._known if known.length == need.length]
-        width = max(min(bucket_length(need.width), need.length), *widths, 0)
-        shape = PackedShape(rows, need.length, width)
-        known = min(filter(holds, self._known), key=lambda known: known.positions, default=None)
-        if known is not None and known.positions <= DEARER * shape.positions:
+        def cost(shape: PackedShape) -> float:
+            return shape.cost(self.model_width)
+
+        lengths = {bucket_length(int(longest * times)) for times in LENGTHS}
+        shape = min((self._new(at(length).shape, len(total_J)) for length in lengths), key=cost)
+        known = min(filter(holds, self._known), key=cost, default=None)
+        if known is not None and cost(known) <= DEARER * cost(shape):
             shape = known
         else:
             self._known = [*self._known, shape][-KEPT:]
@@ -91,6 +96,14 @@ class PackedShapes:
         tight, wide = placed_J.shape.rows // parts, shape.rows // parts
         part_J, row_J = np.divmod(placed_J.row_of_J, tight)
         return Packed(shape, part_J * wide + row_J)
+
+    def _new(self, need: PackedShape, texts: int) -> PackedShape:
+        """A shape for batches a little larger than one that needs so much."""
+        most = -(-texts // self.unit) * self.unit  # a row for each
+        rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
+        widths = [known.width for known in self._known if known.length == need.length]
+        width = max(min(bucket_length(need.width), need.length), *widths, 0)
+        return PackedShape(rows, need.length, width)
 
 
 def _packed(total_J: np.ndarray, completion_J: np.ndarray, length: int, parts: int) -> Packed:

@@ -38,7 +38,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
     pressure = Pressure(rl)
     watch = FailureWatch(stage.exit_layers[0] / layers)
-    shapes = PackedShapes(data_shards(), config.optim.accumulate)
+    shapes = PackedShapes(data_shards(), config.optim.accumulate, stage.flops.arch.width)
 
     def load_host_state(values: dict[str, np.ndarray]) -> None:
         for part in (pressure, watch, shapes):

@@ -6,6 +6,8 @@ import pytest
 from jexit.loops.packing import KEPT, Packed, PackedShape, PackedShapes
 from jexit.steps.completions import pack_completions
 
+WIDTH = 96  # of the model
+
 
 def lengths(rng, count=192, prompt=13, longest=56, mean=18.0):
     """(with prompt, without) of completions that are mostly short and sometimes long."""
@@ -25,7 +27,7 @@ def check(packed: Packed, total_J, completion_J, parts=1):
 @pytest.mark.parametrize(("shards", "micro_batches"), [(1, 1), (1, 4), (4, 1), (8, 3)])
 def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches):
     rng = np.random.default_rng(0)
-    shapes = PackedShapes(shards, micro_batches)
+    shapes = PackedShapes(shards, micro_batches, WIDTH)
     for step in range(30):
         total_J, completion_J = lengths(rng, mean=30.0 - 0.7 * step)
         packed = shapes.fit(total_J, completion_J)
@@ -36,7 +38,7 @@ def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches):
 def test_little_padding_in_few_shapes():
     """Over 200 steps in which completions become half as long, and vary with their problems."""
     rng = np.random.default_rng(1)
-    shapes, seen, padding = PackedShapes(1, 1), set(), []
+    shapes, seen, padding = PackedShapes(1, 1, WIDTH), set(), []
     for step in range(200):
         mean = (24.0 - 0.06 * step) * rng.uniform(0.9, 1.1)
         total_J, completion_J = lengths(rng, mean=mean)
@@ -49,25 +51,35 @@ def test_little_padding_in_few_shapes():
 
 def test_completions_that_cannot_be_divided_lie_anywhere():
     total_J, completion_J = lengths(np.random.default_rng(2), count=27)
-    packed = PackedShapes(8, 1).fit(total_J, completion_J)
+    packed = PackedShapes(8, 1, WIDTH).fit(total_J, completion_J)
     check(packed, total_J, completion_J)
     assert packed.shape.rows % 8 == 0
 
 
 def test_no_more_rows_than_completions():
-    packed = PackedShapes(1, 1).fit(np.full(6, 40), np.full(6, 24))
+    packed = PackedShapes(1, 1, WIDTH).fit(np.full(6, 40), np.full(6, 24))
     assert packed.shape == PackedShape(6, 40, 24)
     assert sorted(packed.row_of_J) == list(range(6))
+
+
+def test_rows_are_longer_where_two_texts_would_not_share_one():
+    """Texts of like length, a little over half of the longest, leave nearly half a row empty."""
+    total_J = np.random.default_rng(4).integers(60, 80, 192)
+    total_J[0] = 104
+    packed = PackedShapes(1, 1, WIDTH).fit(total_J, total_J - 55)
+    check(packed, total_J, total_J - 55)
+    assert packed.shape.length > 104
+    assert packed.shape.positions < 0.85 * 192 * 104
 
 
 def test_shapes_are_restored():
     rng = np.random.default_rng(3)
     batches = [lengths(rng, mean=mean) for mean in rng.uniform(6, 40, 60)]
-    whole, first = PackedShapes(1, 2), PackedShapes(1, 2)
+    whole, first = PackedShapes(1, 2, WIDTH), PackedShapes(1, 2, WIDTH)
     made = [whole.fit(*batch) for batch in batches]
     for batch in batches[:30]:
         first.fit(*batch)
-    second = PackedShapes(1, 2)
+    second = PackedShapes(1, 2, WIDTH)
     second.load(first.state())
     assert first.state()["packed_shapes"].shape == (KEPT, 3)
     for packed, batch in zip(made[30:], batches[30:], strict=True):

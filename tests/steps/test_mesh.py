@@ -91,7 +91,9 @@ def rl_update(split, micro_batches):
     prompts, _ = texts(4)
     asked, made = [prompts[row // 4] for row in range(16)], texts(16)[1]
     length_J = np.array([len(ids) for ids in made])
-    packed = PackedShapes(8, micro_batches).fit(length_J + [len(ids) for ids in asked], length_J)
+    packed = PackedShapes(8, micro_batches, ARCH.width).fit(
+        length_J + [len(ids) for ids in asked], length_J
+    )
     size = dataclasses.astuple(packed.shape)
     rows = pack_completions(asked, made, 0, row_of=packed.row_of_J, shape=size)
     arrays = (
