@@ -155,11 +155,23 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each (x, y, text, class) beside its point, where it covers least of the others."""
+        """Writes each (x, y, text, class) beside its point, where it covers least of the others.
+
+        Texts of one class whose points lie on each other stand in one block, a line each; a thin
+        line leads from a block that had to go further to its point.
+        """
+        blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:
-            width, height = text_width(text), 12.0
             at_x, at_y = self.x(x), self.y(y)
-            lines = (-height / 2, *(6 + line * height for line in range(8)))
+            for block_x, block_y, block_class, texts in blocks:
+                if block_class == class_ and math.hypot(block_x - at_x, block_y - at_y) < 7.0:
+                    texts.append(text)
+                    break
+            else:
+                blocks.append((at_x, at_y, class_, [text]))
+        for at_x, at_y, class_, texts in sorted(blocks, key=lambda block: -len(block[3])):
+            width, height = max(map(text_width, texts)), 12.0 * len(texts)
+            lines = (-height / 2, *(6 + number * 12.0 for number in range(8)))
             downs = sorted((*lines, *(-height - down for down in lines[1:])), key=abs)
             places = [
                 (left, at_y + down)
@@ -169,7 +181,11 @@ class Chart:
             boxes = [(left, top, left + width, top + height) for left, top in places]
             box = min(boxes, key=self._crowding)
             self._taken.append(box)
-            self.text(box[0], box[3] - 3, text, f"name {class_}")
+            near = min(max(at_x, box[0]), box[2]), min(max(at_y, box[1]), box[3])
+            if math.hypot(near[0] - at_x, near[1] - at_y) > 16.0:
+                self.add(line(at_x, at_y, *near, f"leader {class_}"))
+            for number, text in enumerate(texts, start=1):
+                self.text(box[0], box[1] + 12.0 * number - 3, text, f"name {class_}")
 
     def legend(self, text: str, class_: str, shape: str = "line") -> None:
         """An entry of the legend below the caption."""

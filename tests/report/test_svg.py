@@ -85,6 +85,22 @@ def test_labels_keep_off_each_other_and_inside(places):
             assert across <= 0 or down <= 0, texts[index].text
 
 
+def test_labels_of_points_that_lie_on_each_other_stand_in_one_block():
+    chart = make_chart(x=(0.0, 1.0))
+    points = [
+        (0.5, 0.5, "a", "s0"),
+        (0.505, 0.5, "b", "s0"),
+        (0.5, 0.5, "c", "s1"),
+        (0.9, 0.5, "d", "s0"),
+    ]
+    chart.label_points(points)
+    texts = {t.text: t.attributes for t in parse(chart.figure()).all("text") if "name" in t.classes}
+    at = {text: (float(where["x"]), float(where["y"])) for text, where in texts.items()}
+    assert at["b"] == (at["a"][0], at["a"][1] + 12)
+    assert len(set(at.values())) == 4
+    assert abs(at["a"][0] - chart.x(0.5)) < 40 and abs(at["d"][0] - chart.x(0.9)) < 40
+
+
 @example(0.0, 5e-324, False)
 @example(1e-310, 0.0, False)
 @given(
