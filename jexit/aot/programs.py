@@ -26,6 +26,7 @@ from jexit.loops.setup import (
     make_policy,
     sampling_law,
 )
+from jexit.model.attention import choose_attention
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
@@ -233,10 +234,11 @@ def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer
     # With prompts and completions at their limits a row holds one, and no batch has more positions.
     most, length = -(-count // unit) * unit, bucket_length(config.task.max_prompt_tokens + new)
     input_BT, window_BC = rows(mesh, most, length), rows(mesh, most, bucket_length(new))
+    shared = choose_attention(config.model.attention, length) != "splash"
     depth_JW = rows(mesh, count, new)
     floats_JW = rows(mesh, count, new, dtype=jnp.float32)
     batch = RLBatch(
-        PackedCompletions(*[input_BT] * 3, *[window_BC] * 4),
+        PackedCompletions(*[input_BT] * 3, *[window_BC] * 4, branches=shared),
         rows(mesh, count),
         depth_JW,
         floats_JW,

@@ -23,7 +23,8 @@ A step of
   final states and of every exit at the completion's tokens, and for each of the S students a
   forward and backward pass with the logits of its completion;
 - RL is the rollouts, the teacher's pass and its logits, and for each of `rl.updates_per_batch` a
-  forward and backward pass of the student with its logits. Training runs every layer for every
+  forward and backward pass of the student with its logits, in both of which each prompt counts
+  once, for all of its completions. Training runs every layer for every
   token, masked where the token has left, and so it is counted. Rollouts are counted by what ran:
   each prompt once, each token the layers of its own depth and the keys and values of the rest. A
   step's seconds hold the rollouts' too, so `mfu` here is mostly decoding's.
@@ -77,6 +78,14 @@ class Work(NamedTuple):
         """Of whole rows with so many tokens each."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
+
+    @classmethod
+    def of_branches(cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray) -> Work:
+        """Of branches that see a trunk and themselves; each trunk counts once, at `first_B`."""
+        trunk_B, branch_B = np.asarray(trunk_B, np.int64), np.asarray(branch_B, np.int64)
+        trunks, branches = cls.of(trunk_B[first_B]), cls.of(branch_B)
+        pairs = trunks.pairs + branches.pairs + int((trunk_B * branch_B).sum())
+        return cls(trunks.tokens + branches.tokens, pairs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from jexit.data.loader import pack
 from jexit.steps.completions import bucket_length
 
-SLACK = 1.08  # rows of a new shape, of what its batch needs: the next batch is not the same
-DEARER = 1.15  # cost of a shape that is there already, of a new one's, up to which it is taken
+SLACK = 1.05  # rows of a new shape, of what its batch needs: the next batch is not the same
+DEARER = 1.12  # cost of a shape that is there already, of a new one's, up to which it is taken
 KEPT = 16  # shapes that a run remembers, the newest
-LENGTHS = (1.0, 1.5, 2.0, 3.0)  # of a row, in its longest text
+LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of a row, in its longest text
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -32,25 +34,47 @@ class PackedShape:
         return self.positions * (1.0 + self.length / (6.0 * model_width))
 
 
+class Lengths(NamedTuple):
+    """Of a batch's completions J, those of a prompt adjacent: prompt, its number, completion."""
+
+    prompt_J: np.ndarray
+    number_J: np.ndarray
+    completion_J: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Where a batch's completions lie in rows of `shape`, which are divided as the batch is."""
 
     shape: PackedShape
     row_of_J: np.ndarray
+    shared: bool  # completions of one prompt that share a row share a copy of it
+    tokens: int  # that the rows hold
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions that hold no token."""
+        return 1.0 - self.tokens / self.shape.positions
 
 
 class PackedShapes:
-    """Shapes that a run's batches have had; a new one only where it saves a good tenth of the work.
+    """Shapes that a run's batches have had; a new one only where it saves a tenth of the work.
 
     `shards` is the number of parts that the mesh divides rows into: a completion stays in its part,
     unless they cannot be divided equally and lie whole everywhere. Rows are a multiple of `unit`.
+    `shares` says for a length of row whether attention knows completions that share a prompt.
     The shapes follow from the batches before, so that a resumed run has to restore them.
     """
 
-    def __init__(self, shards: int, micro_batches: int, model_width: int):
+    def __init__(
+        self,
+        shards: int,
+        micro_batches: int,
+        model_width: int,
+        shares: Callable[[int], bool] = lambda length: True,
+    ):
         self.shards, self.unit = shards, shards * micro_batches
-        self.model_width = model_width
+        self.model_width, self.shares = model_width, shares
         self._known: list[PackedShape] = []
 
     def state(self) -> dict[str, np.ndarray]:
@@ -61,22 +85,23 @@ class PackedShapes:
         rows = values["packed_shapes"].tolist()
         self._known = [PackedShape(*row) for row in rows if row[0]]
 
-    def fit(self, total_J: np.ndarray, completion_J: np.ndarray) -> Packed:
-        """Rows for completions of these lengths, with their prompts and without.
+    def fit(self, lengths: Lengths) -> Packed:
+        """Rows for completions of these lengths.
 
         Every host calls this with the whole batch and gets the same.
         """
-        parts = self.shards if len(total_J) % self.shards == 0 else 1
-        longest = int(total_J.max())
-        placed: dict[int, Packed] = {}  # by length of row, with the rows and the width it takes
+        count = len(lengths.prompt_J)
+        parts = self.shards if count % self.shards == 0 else 1
+        longest = int((lengths.prompt_J + lengths.completion_J).max())
+        tight: dict[int, Packed] = {}  # by length of row: no more rows and width than it takes
 
         def at(length: int) -> Packed:
-            if length not in placed:
-                placed[length] = _packed(total_J, completion_J, length, parts)
-            return placed[length]
+            if length not in tight:
+                tight[length] = _packed(lengths, length, parts, shared=self.shares(length))
+            return tight[length]
 
         def holds(shape: PackedShape) -> bool:
-            if shape.length < longest or shape.rows % parts:
+            if shape.length < longest or shape.rows % self.unit:  # another mesh's
                 return False
             need = at(shape.length).shape
             return need.rows <= shape.rows and need.width <= shape.width
@@ -84,32 +109,51 @@ class PackedShapes:
         def cost(shape: PackedShape) -> float:
             return shape.cost(self.model_width)
 
-        lengths = {bucket_length(int(longest * times)) for times in LENGTHS}
-        shape = min((self._new(at(length).shape, len(total_J)) for length in lengths), key=cost)
+        candidates = {bucket_length(int(longest * times)) for times in LENGTHS}
+        shape = min((self._new(at(length).shape, count) for length in candidates), key=cost)
         known = min(filter(holds, self._known), key=cost, default=None)
         if known is not None and cost(known) <= DEARER * cost(shape):
             shape = known
         else:
             self._known = [*self._known, shape][-KEPT:]
         # Each part's rows begin where its share of them does.
-        placed_J = at(shape.length)
-        tight, wide = placed_J.shape.rows // parts, shape.rows // parts
-        part_J, row_J = np.divmod(placed_J.row_of_J, tight)
-        return Packed(shape, part_J * wide + row_J)
+        packed = at(shape.length)
+        part_J, row_J = np.divmod(packed.row_of_J, packed.shape.rows // parts)
+        row_of_J = part_J * (shape.rows // parts) + row_J
+        return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
-    def _new(self, need: PackedShape, texts: int) -> PackedShape:
+    def _new(self, need: PackedShape, completions: int) -> PackedShape:
         """A shape for batches a little larger than one that needs so much."""
-        most = -(-texts // self.unit) * self.unit  # a row for each
+        most = -(-completions // self.unit) * self.unit  # a row for each
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]
         width = max(min(bucket_length(need.width), need.length), *widths, 0)
         return PackedShape(rows, need.length, width)
 
 
-def _packed(total_J: np.ndarray, completion_J: np.ndarray, length: int, parts: int) -> Packed:
+def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
     """Each part packed by itself, into as many rows as the one with the most needs."""
-    rows = [pack(total.tolist(), length) for total in np.split(total_J, parts)]
+    rows: list[list[int]] = []
+    for prompt_J, number_J, completion_J in zip(
+        *(np.split(values, parts) for values in lengths), strict=True
+    ):
+        # What goes into a row together: a prompt and as many of its completions as there is room.
+        chunks: list[int] = []
+        chunk_of: list[int] = []
+        for place, (prompt, completion) in enumerate(zip(prompt_J, completion_J, strict=True)):
+            goes_on = shared and place > 0 and number_J[place] == number_J[place - 1]
+            if goes_on and chunks[-1] + completion <= length:
+                chunks[-1] += int(completion)
+            else:
+                chunks.append(int(prompt + completion))
+            chunk_of.append(len(chunks) - 1)
+        row_of = pack(chunks, length)
+        rows.append([row_of[chunk] for chunk in chunk_of])
     most = max(map(max, rows)) + 1
     row_of_J = np.concatenate([most * part + np.asarray(of) for part, of in enumerate(rows)])
-    width = int(np.bincount(row_of_J, weights=completion_J).max())
-    return Packed(PackedShape(most * parts, length, width), row_of_J)
+    width = int(np.bincount(row_of_J, weights=lengths.completion_J).max())
+    # A copy of a prompt for each completion, or for all of a row's.
+    copies = np.stack([row_of_J, lengths.number_J if shared else np.arange(len(row_of_J))], 1)
+    _, first = np.unique(copies, axis=0, return_index=True)
+    tokens = int(lengths.completion_J.sum() + lengths.prompt_J[first].sum())
+    return Packed(PackedShape(most * parts, length, width), row_of_J, shared, tokens)

@@ -13,12 +13,13 @@ from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards, gather, host_rows, place_rows, waiting
 from jexit.loops.flops import Work
-from jexit.loops.packing import Packed, PackedShapes
+from jexit.loops.packing import Lengths, Packed, PackedShapes
 from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch, Pressure
 from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
+from jexit.model.attention import choose_attention
 from jexit.rollout import Rollouts, rollout
 from jexit.steps.completions import pack_completions
 from jexit.steps.rl import RLBatch, make_rl_step
@@ -38,7 +39,13 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
     pressure = Pressure(rl)
     watch = FailureWatch(stage.exit_layers[0] / layers)
-    shapes = PackedShapes(data_shards(), config.optim.accumulate, stage.flops.arch.width)
+    attention = config.model.attention
+    shapes = PackedShapes(
+        data_shards(),
+        config.optim.accumulate,
+        stage.flops.arch.width,
+        lambda length: choose_attention(attention, length) != "splash",
+    )
 
     def load_host_state(values: dict[str, np.ndarray]) -> None:
         for part in (pressure, watch, shapes):
@@ -85,8 +92,9 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             verdicts,
             prompts.skipped,
             stage.flops.rollouts(rollouts, rollouts.host_rows.first_B, samples=rl.rollouts),
+            rl.rollouts,
         )
-        packed = shapes.fit(totals.total_J, totals.length_J)
+        packed = shapes.fit(totals.lengths)
         batch = rl_batch(rollouts, verdicts, tokenizer.pad_id, packed)
         trainer.shapes((packed.shape, rollouts.shape))
         prices = pressure.prices(step)
@@ -109,7 +117,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "length_coef": prices.length_coef,
             "rollout_seconds": rollouts.seconds,
             "data/skipped": totals.skipped,
-            "data/padding": 1.0 - totals.positions / packed.shape.positions,
+            "data/padding": packed.padding,
             "engine/idle": rollouts.efficiency.idle,
             "engine/prompt_padding": rollouts.efficiency.prompt_padding,
             "model_flops": totals.rollout_flops
@@ -141,15 +149,12 @@ class Totals:
     rows: int
     correct: int
     tokens: int  # generated
-    positions: int  # prompts and completions
-    pairs: int  # of a position and one at or before it
     rollout_flops: float
     passes: int  # that could leave early
     layers_run: int  # by those
     skipped: int
     text: dict[str, float]
-    length_J: np.ndarray  # of every host's completions
-    total_J: np.ndarray  # with their prompts
+    lengths: Lengths  # of every host's
 
     @classmethod
     def over_hosts(
@@ -161,18 +166,15 @@ class Totals:
         verdicts: list[Verdict],
         skipped: int,
         rollout_flops: float,
+        samples: int,
     ) -> Totals:
-        """`skipped` and `rollout_flops` are this host's."""
+        """`skipped` and `rollout_flops` are this host's; `samples` completions have one prompt."""
         first_B = rollouts.host_rows.first_B
         lengths_B = rollouts.lengths_B
-        total_B = rollouts.prompt_lengths_B + lengths_B
-        work = Work.of(total_B[first_B])
         mine = {
             "rows": int(first_B.sum()),
             "correct": sum(v.correct for v, first in zip(verdicts, first_B, strict=True) if first),
             "tokens": int(lengths_B[first_B].sum()),
-            "positions": work.tokens,
-            "pairs": work.pairs,
             "rollout_flops": rollout_flops,
             "passes": int((lengths_B[first_B] - 1).sum()),
             "layers_run": int(rollouts.depths_BT[first_B, 1:].sum()),
@@ -187,7 +189,7 @@ class Totals:
             | {
                 "numbers": rollouts.host_rows.index_B[own].tolist(),
                 "lengths": lengths_B[own].tolist(),
-                "totals": total_B[own].tolist(),
+                "prompts": rollouts.prompt_lengths_B[own].tolist(),
                 "text": task.text_totals(mine_problems, mine_texts),
             },
         )
@@ -201,8 +203,11 @@ class Totals:
         return cls(
             **{name: sum(host[name] for host in hosts) for name in mine},
             text=text_means([host["text"] for host in hosts]),
-            length_J=in_order("lengths"),
-            total_J=in_order("totals"),
+            lengths=Lengths(
+                prompt_J=in_order("prompts"),
+                number_J=np.arange(rollouts.host_rows.total) // samples,
+                completion_J=in_order("lengths"),
+            ),
         )
 
     @property
@@ -211,7 +216,10 @@ class Totals:
 
     @property
     def work(self) -> Work:
-        return Work(self.positions, self.pairs)
+        """Of a pass over all completions, each prompt once."""
+        prompt_J, number_J, completion_J = self.lengths
+        first_J = np.diff(number_J, prepend=-1) > 0
+        return Work.of_branches(prompt_J, completion_J, first_J)
 
     @property
     def mean_length(self) -> float:
@@ -234,6 +242,7 @@ def rl_batch(rollouts: Rollouts, verdicts: list[Verdict], pad_id: int, packed: P
         pad_id,
         row_of=rows.find(row_of_J[here]),
         shape=(len(rows.index_B), shape.length, shape.width),
+        prompt_of=rollouts.prompt_B[here] if packed.shared else None,
         numbers=own.index_B[here],
     )
     arrays = (

@@ -22,6 +22,8 @@ Padding = Literal["right", "left"]
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Positions from which `auto` takes splash attention on a TPU.
 SPLASH_FROM = 2048
+# Segments n · BRANCHES + b that share a trunk: b = 0, which all others see beside themselves.
+BRANCHES = 1 << 12
 
 
 class KeysValues(NamedTuple):
@@ -112,6 +114,7 @@ def attend(
     valid_BT: MaskBT | None = None,
     *,
     segment_BT: SegmentBT | None = None,
+    branches: bool = False,
     padding: Padding = "right",
     implementation: str = "xla",
     interpret: bool = False,
@@ -120,14 +123,17 @@ def attend(
 
     For whole sequences, whose keys are the queries' own positions (one query a row over a cache is
     `Cache.attend`). `valid_BT` is False at padding, which lies on the side that `padding` says;
-    queries there get finite values that nobody reads. The named implementation runs or raises
-    ValueError: `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs), or `auto` for one of
-    them. `interpret` runs splash attention on any platform, very slowly.
+    queries there get finite values that nobody reads. With `branches`, segment n · BRANCHES is a
+    trunk that the segments n · BRANCHES + b see as well, in rows in which it comes before them.
+
+    The named implementation runs or raises ValueError: `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats),
+    `splash` (TPUs, no branches), or `auto` for one of them. `interpret` runs splash attention on
+    any platform, very slowly.
     """
     chosen = choose_attention(implementation, q_BTNH.shape[1])
     if chosen == "xla":
         if segment_BT is not None:
-            mask = _same_segment(segment_BT)
+            mask = _visible(segment_BT, branches)
         else:
             mask = None if valid_BT is None else valid_BT[:, None, None]
         return jax.nn.dot_product_attention(
@@ -135,6 +141,11 @@ def attend(
         )
     seen_BT = valid_BT if segment_BT is None else segment_BT
     if chosen == "splash":
+        if branches:
+            raise ValueError(
+                f"splash attention (config.model.attention={implementation}) has no mask for texts "
+                "that share a trunk; give each its own, or set config.model.attention=xla"
+            )
         if not interpret:
             check_attention(chosen)
         return over_mesh(
@@ -142,19 +153,30 @@ def attend(
         )
     if chosen == "cudnn":
         check_attention(chosen)
-        return over_mesh(functools.partial(_cudnn, padding=padding), q_BTNH, *kv, seen_BT)
+        cudnn = functools.partial(_cudnn, padding=padding, branches=branches)
+        return over_mesh(cudnn, q_BTNH, *kv, seen_BT)
     raise ValueError(
         f"attention has no implementation {implementation!r}; use auto, xla, cudnn or splash"
     )
 
 
-def _same_segment(segment_BT: Array) -> Array:
-    """[B, 1, T, S]: whether query and key are of one text."""
-    return segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+def _visible(segment_BT: Array, branches: bool) -> Array:
+    """[B, 1, T, S]: whether query and key are of one text, or the key of its trunk."""
+    query_BNTS, key_BNTS = segment_BT[:, None, :, None], segment_BT[:, None, None, :]
+    same_BNTS = query_BNTS == key_BNTS
+    if not branches:
+        return same_BNTS
+    return same_BNTS | (query_BNTS // BRANCHES * BRANCHES == key_BNTS)
 
 
 def _cudnn(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, seen_BT: Array | None, *, padding: Padding
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    seen_BT: Array | None,
+    *,
+    padding: Padding,
+    branches: bool,
 ) -> Array:
     """cuDNN's flash attention; segments and padding on the left cost it a mask [B, 1, T, T]."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
@@ -164,7 +186,7 @@ def _cudnn(
         )
     mask_BNTS = length_B = None
     if seen_BT is not None and seen_BT.dtype != jnp.bool_:
-        mask_BNTS = _same_segment(seen_BT)
+        mask_BNTS = _visible(seen_BT, branches)
     elif seen_BT is not None and padding == "left":
         batch, length = seen_BT.shape
         mask_BNTS = jnp.broadcast_to(seen_BT[:, None, None], (batch, 1, length, length))

@@ -150,6 +150,7 @@ def run(
     positions_BT: PositionsBT | None = None,
     valid_BT: MaskBT | None = None,
     segment_BT: SegmentBT | None = None,
+    branches: bool = False,
     padding: Padding = "right",
     action_BT: MaskBT | None = None,
     key: PRNGKey | Key[Array, "B"] | None = None,
@@ -163,8 +164,9 @@ def run(
 
     `valid_BT` is False at padding, which lies on the side that `padding` says; `segment_BT` numbers
     texts that share a row, none of which sees another, and takes its place (`positions_BT` then
-    begin anew with each). `action_BT` limits who may leave (None: everybody). With a `key` for each
-    row a row's draws depend on nothing but that key. `adapters=False` leaves LoRA out: the teacher.
+    begin anew with each; with `branches` some go on from a common trunk, as `attend` has it).
+    `action_BT` limits who may leave (None: everybody). With a `key` for each row a row's draws
+    depend on nothing but that key. `adapters=False` leaves LoRA out: the teacher.
     A token that has left keeps its residual, from which later layers still compute its keys and
     values: h = where(layer < depth, block(h), h).
 
@@ -180,6 +182,7 @@ def run(
         attend,
         valid_BT=valid_BT,
         segment_BT=segment_BT,
+        branches=branches,
         padding=padding,
         implementation=execution.attention,
         interpret=execution.interpret,

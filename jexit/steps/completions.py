@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jexit.axes import Array, Bool, DepthBT, Float, Int, MaskBT
+from jexit.model.attention import BRANCHES
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +32,7 @@ class Completions:
     completion_lengths_B: Int[Array, "B"]
 
     @property
-    def layout(self) -> dict[str, Array]:
+    def layout(self) -> dict[str, Any]:
         """What `run` has to know of the rows."""
         return {"valid_BT": self.valid_BT}
 
@@ -80,11 +82,13 @@ class Completions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedCompletions:
-    """Rows that hold several completions J, each behind its prompt, none of which sees another.
+    """Rows that hold several completions J, none of which sees another.
 
+    Each comes after its prompt; with `branches`, those of one prompt that share a row come after
+    one copy of it, the trunk that all of them see: prompts run all layers, and so the same for all.
     Completion position c of a row holds a token that the pass at input position `source_BC`
-    produced, number `place_BC` of completion `owner_BC`; padding has place −1. `segment_BT` numbers
-    what shares a row from 1 (0: padding), `positions_BT` begin anew with each.
+    produced, number `place_BC` of completion `owner_BC`; padding has place −1. `segment_BT` and
+    `positions_BT` are `run`'s (segment 0: padding).
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -94,11 +98,16 @@ class PackedCompletions:
     source_BC: Int[Array, "B C"]
     owner_BC: Int[Array, "B C"]
     place_BC: Int[Array, "B C"]
+    branches: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
-    def layout(self) -> dict[str, Array]:
+    def layout(self) -> dict[str, Any]:
         """What `run` has to know of the rows."""
-        return {"segment_BT": self.segment_BT, "positions_BT": self.positions_BT}
+        return {
+            "segment_BT": self.segment_BT,
+            "positions_BT": self.positions_BT,
+            "branches": self.branches,
+        }
 
     @property
     def token_BC(self) -> Bool[Array, "B C"]:
@@ -168,11 +177,13 @@ def pack_completions(
     *,
     row_of: Sequence[int],
     shape: tuple[int, int, int],
+    prompt_of: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> PackedCompletions:
     """Rows of token ids as NumPy arrays of `shape` (B, T, C), completion j in row `row_of[j]`.
 
-    `numbers` are the completions' in the whole batch, where these are a part of it.
+    `prompt_of` numbers the prompts, of which each row has one copy; None gives each completion its
+    own. `numbers` are the completions' in the whole batch, where these are a part of it.
     """
     count, length, width = shape
     tokens_BT = np.full((count, length), pad_id, np.int32)
@@ -180,29 +191,45 @@ def pack_completions(
     completion_BC = np.full((count, width), pad_id, np.int32)
     source_BC, owner_BC = np.zeros_like(completion_BC), np.zeros_like(completion_BC)
     place_BC = np.full_like(completion_BC, -1)
-    filled_B, produced_B, texts_B = np.zeros((3, count), np.int64)
-    for number, row, prompt, completion in zip(
-        range(len(prompts)) if numbers is None else numbers,
-        row_of,
-        prompts,
-        completions,
-        strict=True,
+    filled_B, produced_B = np.zeros((2, count), np.int64)
+    trunks: dict[tuple[int, int], list[int]] = {}  # segment, last position, branches so far
+
+    def write(row: int, ids: Sequence[int], segment: int, position: int) -> np.ndarray:
+        """Where in the row the ids now are."""
+        here = filled_B[row] + np.arange(len(ids))
+        tokens_BT[row, here] = ids
+        segment_BT[row, here] = segment
+        positions_BT[row, here] = position + np.arange(len(ids))
+        filled_B[row] += len(ids)
+        return here
+
+    for place, (row, prompt, completion) in enumerate(
+        zip(row_of, prompts, completions, strict=True)
     ):
-        start, total = filled_B[row], len(prompt) + len(completion)
-        texts_B[row] += 1
-        here = slice(start, start + total)
-        tokens_BT[row, here] = [*prompt, *completion]
-        segment_BT[row, here] = texts_B[row]
-        positions_BT[row, here] = np.arange(total)
-        there = slice(produced_B[row], produced_B[row] + len(completion))
+        key = (row, place if prompt_of is None else prompt_of[place])
+        if key not in trunks:
+            segment = (len(trunks) + 1) * BRANCHES
+            trunks[key] = [segment, write(row, prompt, segment, 0)[-1], 0]
+        segment, last, branch = trunks[key]
+        if prompt_of is not None:
+            branch = trunks[key][2] = branch + 1
+            assert branch < BRANCHES, "a prompt has too many completions"
+        passes = write(row, completion, segment + branch, len(prompt))
+        there = produced_B[row] + np.arange(len(completion))
         completion_BC[row, there] = completion
-        source_BC[row, there] = start + len(prompt) - 1 + np.arange(len(completion))
-        owner_BC[row, there] = number
+        source_BC[row, there] = [last, *passes[:-1]]
+        owner_BC[row, there] = place if numbers is None else numbers[place]
         place_BC[row, there] = np.arange(len(completion))
-        filled_B[row] += total
         produced_B[row] += len(completion)
     return PackedCompletions(
-        tokens_BT, segment_BT, positions_BT, completion_BC, source_BC, owner_BC, place_BC
+        tokens_BT,
+        segment_BT,
+        positions_BT,
+        completion_BC,
+        source_BC,
+        owner_BC,
+        place_BC,
+        branches=prompt_of is not None,
     )
 
 

@@ -105,6 +105,9 @@ def test_steps_are_made_of_passes():
     ours = ModelFlops.of(make_model(ADAPTERS), full=False)
     work = Work.of(np.asarray([5, 3]))
     assert work == (8, 15 + 6)
+    # Two completions of 3 and 1 after one prompt of 2, and one of 2 after one of 1.
+    branched = Work.of_branches([2, 2, 1], [3, 1, 2], np.array([True, False, True]))
+    assert branched == (3 + 6, (3 + 1) + (2 * 3 + 6) + (2 * 1 + 1) + (1 * 2 + 3))
     student = ours.forward(work, hazards=True) + ours.backward(work, hazards=True)
     student += 2 * ours.logits(4)  # and the gradient to the hidden states
     teacher = ours.forward(work, adapters=False)

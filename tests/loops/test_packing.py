@@ -3,71 +3,92 @@
 import numpy as np
 import pytest
 
-from jexit.loops.packing import KEPT, Packed, PackedShape, PackedShapes
+from jexit.loops.packing import KEPT, Lengths, Packed, PackedShape, PackedShapes
+from jexit.model.attention import BRANCHES
 from jexit.steps.completions import pack_completions
 
 WIDTH = 96  # of the model
 
 
-def lengths(rng, count=192, prompt=13, longest=56, mean=18.0):
-    """(with prompt, without) of completions that are mostly short and sometimes long."""
+def lengths(rng, count=192, samples=8, prompt=13, longest=56, mean=18.0):
+    """Of completions that are mostly short and sometimes long."""
     completion_J = np.clip(rng.gamma(4.0, mean / 4.0, count).astype(int), 2, longest)
-    return completion_J + rng.integers(prompt - 4, prompt + 5, count), completion_J
+    number_J = np.arange(count) // samples
+    prompt_J = rng.integers(prompt - 4, prompt + 5, number_J[-1] + 1)[number_J]
+    return Lengths(prompt_J, number_J, completion_J)
 
 
-def check(packed: Packed, total_J, completion_J, parts=1):
+def check(packed: Packed, asked: Lengths, parts=1):
     rows, length, width = packed.shape.rows, packed.shape.length, packed.shape.width
     assert packed.row_of_J.min() >= 0 and packed.row_of_J.max() < rows
-    assert np.bincount(packed.row_of_J, weights=total_J).max() <= length
-    assert np.bincount(packed.row_of_J, weights=completion_J).max() <= width <= length
-    part_J = np.arange(len(total_J)) * parts // len(total_J)
+    ids = [[1] * n for n in asked.prompt_J], [[2] * n for n in asked.completion_J]
+    prompt_of = asked.number_J if packed.shared else None
+    made = pack_completions(  # which raises where a row has not enough room
+        *ids, 0, row_of=packed.row_of_J, shape=(rows, length, width), prompt_of=prompt_of
+    )
+    assert (made.tokens_BT > 0).sum() == packed.tokens
+    assert (made.place_BC >= 0).sum() == asked.completion_J.sum()
+    part_J = np.arange(len(asked.prompt_J)) * parts // len(asked.prompt_J)
     np.testing.assert_array_equal(packed.row_of_J // (rows // parts), part_J)
 
 
-@pytest.mark.parametrize(("shards", "micro_batches"), [(1, 1), (1, 4), (4, 1), (8, 3)])
-def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches):
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("shards", "micro_batches"), [(1, 1), (1, 4), (4, 1), (32, 3)])
+def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches, shared):
     rng = np.random.default_rng(0)
-    shapes = PackedShapes(shards, micro_batches, WIDTH)
+    shapes = PackedShapes(shards, micro_batches, WIDTH, lambda length: shared)
     for step in range(30):
-        total_J, completion_J = lengths(rng, mean=30.0 - 0.7 * step)
-        packed = shapes.fit(total_J, completion_J)
-        check(packed, total_J, completion_J, shards)
+        asked = lengths(rng, mean=30.0 - 0.7 * step)
+        packed = shapes.fit(asked)
+        assert packed.shared == shared
+        check(packed, asked, shards)
         assert packed.shape.rows % (shards * micro_batches) == 0
 
 
-def test_little_padding_in_few_shapes():
+@pytest.mark.parametrize("shared", [True, False])
+def test_little_padding_in_few_shapes(shared):
     """Over 200 steps in which completions become half as long, and vary with their problems."""
     rng = np.random.default_rng(1)
-    shapes, seen, padding = PackedShapes(1, 1, WIDTH), set(), []
+    shapes, seen, padding = PackedShapes(1, 1, WIDTH, lambda length: shared), set(), []
     for step in range(200):
         mean = (24.0 - 0.06 * step) * rng.uniform(0.9, 1.1)
-        total_J, completion_J = lengths(rng, mean=mean)
-        packed = shapes.fit(total_J, completion_J)
+        packed = shapes.fit(lengths(rng, mean=mean))
         seen.add(packed.shape)
-        padding.append(1 - total_J.sum() / packed.shape.positions)
+        padding.append(packed.padding)
     assert np.mean(padding) < 0.15
     assert len(seen) <= 10
 
 
+def test_a_shared_prompt_saves_its_copies():
+    asked = lengths(np.random.default_rng(5), prompt=60, mean=8.0)
+    apart, shared = (
+        PackedShapes(1, 1, WIDTH, lambda length, kind=kind: kind).fit(asked)
+        for kind in (False, True)
+    )
+    assert shared.shape.positions < 0.4 * apart.shape.positions
+
+
 def test_completions_that_cannot_be_divided_lie_anywhere():
-    total_J, completion_J = lengths(np.random.default_rng(2), count=27)
-    packed = PackedShapes(8, 1, WIDTH).fit(total_J, completion_J)
-    check(packed, total_J, completion_J)
+    asked = lengths(np.random.default_rng(2), count=27)
+    packed = PackedShapes(8, 1, WIDTH).fit(asked)
+    check(packed, asked)
     assert packed.shape.rows % 8 == 0
 
 
 def test_no_more_rows_than_completions():
-    packed = PackedShapes(1, 1, WIDTH).fit(np.full(6, 40), np.full(6, 24))
+    asked = Lengths(np.full(6, 16), np.arange(6), np.full(6, 24))
+    packed = PackedShapes(1, 1, WIDTH).fit(asked)
     assert packed.shape == PackedShape(6, 40, 24)
     assert sorted(packed.row_of_J) == list(range(6))
 
 
 def test_rows_are_longer_where_two_texts_would_not_share_one():
     """Texts of like length, a little over half of the longest, leave nearly half a row empty."""
-    total_J = np.random.default_rng(4).integers(60, 80, 192)
-    total_J[0] = 104
-    packed = PackedShapes(1, 1, WIDTH).fit(total_J, total_J - 55)
-    check(packed, total_J, total_J - 55)
+    completion_J = np.random.default_rng(4).integers(5, 25, 192)
+    completion_J[0] = 49
+    asked = Lengths(np.full(192, 55), np.arange(192), completion_J)
+    packed = PackedShapes(1, 1, WIDTH).fit(asked)
+    check(packed, asked)
     assert packed.shape.length > 104
     assert packed.shape.positions < 0.85 * 192 * 104
 
@@ -76,16 +97,31 @@ def test_shapes_are_restored():
     rng = np.random.default_rng(3)
     batches = [lengths(rng, mean=mean) for mean in rng.uniform(6, 40, 60)]
     whole, first = PackedShapes(1, 2, WIDTH), PackedShapes(1, 2, WIDTH)
-    made = [whole.fit(*batch) for batch in batches]
+    made = [whole.fit(batch) for batch in batches]
     for batch in batches[:30]:
-        first.fit(*batch)
+        first.fit(batch)
     second = PackedShapes(1, 2, WIDTH)
     second.load(first.state())
     assert first.state()["packed_shapes"].shape == (KEPT, 3)
     for packed, batch in zip(made[30:], batches[30:], strict=True):
-        again = second.fit(*batch)
+        again = second.fit(batch)
         assert again.shape == packed.shape
         np.testing.assert_array_equal(again.row_of_J, packed.row_of_J)
+
+
+def test_shapes_of_another_mesh_are_not_taken_where_they_do_not_divide():
+    rng = np.random.default_rng(6)
+    before = PackedShapes(1, 2, WIDTH)
+    for _ in range(30):
+        before.fit(lengths(rng, mean=rng.uniform(6, 40)))
+    assert any(shape[0] % 8 for shape in before.state()["packed_shapes"])
+    after = PackedShapes(4, 2, WIDTH)
+    after.load(before.state())
+    for _ in range(30):
+        asked = lengths(rng, mean=rng.uniform(6, 40))
+        packed = after.fit(asked)
+        check(packed, asked, 4)
+        assert packed.shape.rows % 8 == 0
 
 
 def test_rows_hold_each_completion_behind_its_prompt():
@@ -94,7 +130,8 @@ def test_rows_hold_each_completion_behind_its_prompt():
     assert rows.tokens_BT.tolist() == [
         [4, 9, *[0] * 9], [1, 2, 3, 7, 8, 5, 6, 10, 11, 12, 0], [0] * 11,
     ]  # fmt: skip
-    assert rows.segment_BT[1].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0]
+    assert len(set(rows.segment_BT[1].tolist())) == 3
+    assert rows.segment_BT[1].tolist() == [*[BRANCHES] * 5, *[3 * BRANCHES] * 5, 0]
     assert rows.positions_BT[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
     assert rows.completion_tokens_BC[1].tolist() == [7, 8, 10, 11, 12, 0]
     assert rows.source_BC[1].tolist() == [2, 3, 6, 7, 8, 0]
@@ -110,3 +147,17 @@ def test_rows_hold_each_completion_behind_its_prompt():
     assert by_row.tolist() == [[4, 0, 0, 0, 0, 0], [0, 1, 8, 9, 10, 0], [0] * 6]
     back = rows.by_completion(by_row, (3, 4))
     assert back.tolist() == [[0, 1, 0, 0], [4, 0, 0, 0], [8, 9, 10, 0]]
+
+
+def test_a_row_has_one_copy_of_a_prompt():
+    prompts, completions = [[1, 2]] * 3, [[7, 8], [9], [10, 11, 12]]
+    rows = pack_completions(
+        prompts, completions, 0, row_of=[1, 0, 1], shape=(2, 8, 6), prompt_of=[0, 0, 0]
+    )
+    assert rows.tokens_BT.tolist() == [[1, 2, 9, *[0] * 5], [1, 2, 7, 8, 10, 11, 12, 0]]
+    assert rows.positions_BT[1].tolist() == [0, 1, 2, 3, 2, 3, 4, 0]
+    trunk = rows.segment_BT[1, 0]
+    assert (rows.segment_BT[1] - trunk).tolist() == [0, 0, 1, 1, 2, 2, 2, -trunk]
+    assert trunk % BRANCHES == 0 and trunk > 0
+    assert rows.source_BC[1].tolist() == [1, 2, 1, 4, 5, 0]
+    assert rows.owner_BC[1].tolist() == [0, 0, 2, 2, 2, 0]

@@ -9,7 +9,14 @@ from flax import nnx
 import jexit
 from jexit.dist import make_mesh, use_mesh
 from jexit.kernels.dispatch import compiling_for
-from jexit.model.attention import SPLASH_FROM, KeysValues, attend, check_attention, choose_attention
+from jexit.model.attention import (
+    BRANCHES,
+    SPLASH_FROM,
+    KeysValues,
+    attend,
+    check_attention,
+    choose_attention,
+)
 from jexit.model.splash import block_size
 from jexit.model.transformer import Execution, run
 from tolerances import KERNEL, LOGITS, relative_error
@@ -96,6 +103,37 @@ def test_texts_that_share_a_row_are_as_good_as_alone(implementation):
         alone = attend(q[:, here], KeysValues(k[:, here], v[:, here]))
         assert relative_error(found[:, here], alone) < KERNEL["float32"]
         start += length
+
+
+def test_branches_of_a_trunk_are_as_good_as_alone():
+    """Two trunks, of 6 and 5 positions, with branches of 4 and 7, and 9, 3 and 1; then padding."""
+    (q, k, v), _ = inputs(45, 4, 2, 16)
+    texts = {1: (6, (4, 7)), 2: (5, (9, 3, 1))}
+    segments, alone = [], []
+    for number, (trunk, branches) in texts.items():
+        begin = len(segments)
+        alone.append(range(begin, begin + trunk))
+        segments += [number * BRANCHES] * trunk
+        for branch, length in enumerate(branches, start=1):
+            here = range(len(segments), len(segments) + length)
+            alone.append([*range(begin, begin + trunk), *here])
+            segments += [number * BRANCHES + branch] * length
+    segment_BT = jnp.array([segments + [0] * (45 - len(segments))] * 3)
+    found = attend(q, KeysValues(k, v), segment_BT=segment_BT, branches=True)
+    for places in alone:
+        at = jnp.array(places)
+        expected = attend(q[:, at], KeysValues(k[:, at], v[:, at]))
+        assert relative_error(found[:, at], expected) < KERNEL["float32"]
+
+
+def test_splash_attention_refuses_branches():
+    (q, k, v), _ = inputs(45, 4, 2, 16)
+    segment_BT = jnp.ones((3, 45), jnp.int32)
+    with pytest.raises(ValueError, match="no mask for texts that share a trunk; give each its own"):
+        attend(
+            q, KeysValues(k, v), segment_BT=segment_BT, branches=True, implementation="splash",
+            interpret=True,
+        )  # fmt: skip
 
 
 def test_blocks_hold_every_length_with_little_padding():

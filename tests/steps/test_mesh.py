@@ -12,7 +12,7 @@ from flax import nnx
 
 from jexit.config import RLConfig, SFTConfig
 from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
-from jexit.loops.packing import PackedShapes
+from jexit.loops.packing import Lengths, PackedShapes
 from jexit.model.lora import LoRA
 from jexit.model.policies import Sample
 from jexit.model.transformer import ExitHeadSettings, Transformer
@@ -91,11 +91,11 @@ def rl_update(split, micro_batches):
     prompts, _ = texts(4)
     asked, made = [prompts[row // 4] for row in range(16)], texts(16)[1]
     length_J = np.array([len(ids) for ids in made])
-    packed = PackedShapes(8, micro_batches, ARCH.width).fit(
-        length_J + [len(ids) for ids in asked], length_J
-    )
+    number_J = np.arange(16) // 4
+    lengths = Lengths(np.array([len(ids) for ids in asked]), number_J, length_J)
+    packed = PackedShapes(8, micro_batches, ARCH.width).fit(lengths)
     size = dataclasses.astuple(packed.shape)
-    rows = pack_completions(asked, made, 0, row_of=packed.row_of_J, shape=size)
+    rows = pack_completions(asked, made, 0, row_of=packed.row_of_J, shape=size, prompt_of=number_J)
     arrays = (
         length_J.astype(np.int32),
         random.choice([1, 2, 3], (16, 12)).astype(np.int32),

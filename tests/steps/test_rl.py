@@ -219,7 +219,7 @@ def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
     assert float(metrics["loss/kl"]) == pytest.approx(sampled, rel=1e-4)
 
 
-def repacked(batch, *, row_of, shape):
+def repacked(batch, *, row_of, shape, prompt_of=None):
     """The same rollouts, several to a row."""
     rows = jax.tree.map(np.asarray, batch.rows)
     lengths = list(zip(rows.prompt_lengths_B, rows.completion_lengths_B, strict=True))
@@ -227,7 +227,9 @@ def repacked(batch, *, row_of, shape):
     completions = [
         rows.completion_tokens_BC[j, :new].tolist() for j, (_, new) in enumerate(lengths)
     ]
-    made = pack_completions(prompts, completions, 0, row_of=row_of, shape=shape)
+    made = pack_completions(
+        prompts, completions, 0, row_of=row_of, shape=shape, prompt_of=prompt_of
+    )
     return dataclasses.replace(batch, rows=jax.tree.map(jnp.asarray, made))
 
 
@@ -241,15 +243,15 @@ def repacked(batch, *, row_of, shape):
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_rollouts_that_share_rows_teach_the_same(make_split, options):
+@pytest.mark.parametrize("prompt_of", [None, np.arange(12) // 3], ids=["rows", "prompts"])
+def test_rollouts_that_share_rows_and_prompts_teach_the_same(make_split, options, prompt_of):
     split = make_split()
     config = dataclasses.replace(BASE, depth_entropy_coef=0.1, **options)
     batch = rolled_batch(split, config)
     apart, apart_metrics = one_update(split, config, batch)
-    row_of = [2, 0, 1, 0, 1, 2, 0, 1, 0, 2, 1, 0]  # row 3 is empty
-    shared, shared_metrics = one_update(
-        split, config, repacked(batch, row_of=row_of, shape=(4, 80, 56)), micro_batches=2
-    )
+    row_of = [2, 0, 2, 0, 1, 2, 0, 1, 0, 2, 1, 1]  # row 3 is empty
+    rows = repacked(batch, row_of=row_of, shape=(4, 80, 56), prompt_of=prompt_of)
+    shared, shared_metrics = one_update(split, config, rows, micro_batches=2)
     for a, b in zip(
         jax.tree.leaves(apart.trainable), jax.tree.leaves(shared.trainable), strict=True
     ):
