@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from jexit.tasks.answers import THINK_START, answerable
+from jexit.tasks.answers import THINK_START
 from jexit.tasks.base import Draw, Problem
 from jexit.tasks.chains import ChainTask
 
@@ -91,7 +91,7 @@ class Sample:
             number
             for number, reply in enumerate(replies)
             if task.steps(reply.text)
-            and task.final_answer(answerable(reply.text, cut=reply.cut)) is not None
+            and task.final_answer(task.answerable(reply.text, cut=reply.cut)) is not None
         ]
         return cls(
             task,
@@ -154,7 +154,8 @@ class Sample:
     def _read(self, problem: Problem, begun: str, text: str, reply: Reply) -> Written:
         # The whole is read too: a chain may have been opened in what was begun and never be closed,
         # and then the numbers in it are no answer.
-        whole = self.task.final_answer(answerable(begun + reply.text, cut=reply.cut))
+        seen = self.task.answerable(begun + reply.text, cut=reply.cut)
+        whole = self.task.final_answer(seen)
         answer = None if whole is None else self.task.final_answer(text)
         right = answer is not None and self.task.verify(problem, text).correct
         return Written(text=text, answer=answer, right=right, depths=reply.depths)

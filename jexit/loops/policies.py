@@ -16,7 +16,6 @@ from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
 from jexit.tasks import Problem, Task
-from jexit.tasks.answers import answerable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ class Examination:
         """A completion for each problem, and tokens a second; each host judges what it decodes."""
 
         def judge(number: int, ids: list[int], cut: bool) -> str:
-            text = answerable(self.tokenizer.completion_text(ids), cut=cut)
+            text = self.task.answerable(self.tokenizer.completion_text(ids), cut=cut)
             return self.task.verify(self.problems[number], text).kind
 
         made = decoder.decode(self.prompts, policy, judge=judge, what=f"evaluation under {name}")

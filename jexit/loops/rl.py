@@ -25,7 +25,6 @@ from jexit.steps.completions import pack_completions
 from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Problem, Task, Verdict
-from jexit.tasks.answers import answerable
 
 ROLLOUT_STREAM = 2  # of step_key: the sampler's noise
 
@@ -137,7 +136,7 @@ def judge(
     completions = [rollouts.completion(row) for row in range(rollouts.rows)]
     problems = [prompts.problems[place] for place in rollouts.prompt_B]
     return [tokenizer.decode(ids) for ids in completions], [
-        task.verify(problem, answerable(tokenizer.completion_text(ids), cut=bool(cut)))
+        task.verify(problem, task.answerable(tokenizer.completion_text(ids), cut=bool(cut)))
         for problem, ids, cut in zip(problems, completions, rollouts.truncated_B, strict=True)
     ]
 

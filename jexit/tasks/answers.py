@@ -24,15 +24,15 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX_FRACTION = re.compile(
     r"(?:([0-9]{1,18}) ?)?\\[dt]?frac\s*\{\s*([0-9]{1,18})\s*\}\s*\{\s*([0-9]{1,18})\s*\}"
 )
+_SHORT_FRACTION = re.compile(r"(?:([0-9]{1,18}) ?)?\\[dt]?frac ?([0-9]) ?([0-9])")
 _LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9])")
 _MIXED = re.compile(r"(?<![0-9.,/])([0-9]{1,9}) ([0-9]{1,9})/([0-9]{1,9})(?![0-9/])")
 _MARKER = "####"
 _SPAN = 200  # characters after a marker or an announcement that may hold its number
-# What follows a `####` that is Markdown's: "#### Step 2", "#### 2. Find the price".
-_HEADING = re.compile(
-    r"[^\w\n#]*(?:(?:step|part|case|phase|stage|day|option|method)\b|[0-9]+[.)] +[^\W\d])",
-    re.IGNORECASE,
-)
+# What follows a `####` that is Markdown's: "#### Step 2" always, "#### 2. Find the price" and
+# "#### Cost of 3 apples" where the text goes on with numbers.
+_STEP = re.compile(r"[^\w\n#]*(?:step|part|case|phase|stage|day|option|method)\b", re.IGNORECASE)
+_TITLE = re.compile(r"[^\w\n#]*(?:[0-9]+[.)] +[^\W\d]|[^\W\d][^\n0-9:=]*[0-9])")
 _LEAD = re.compile(
     r"(?:[\s*_$:=]|\\?[(\[])*(?:(?:the +)?(?:final +)?answer(?: +is)?(?:[\s*_$:=]|\\?[(\[])*)?",
     re.IGNORECASE,
@@ -101,18 +101,6 @@ def lenient_number(text: str) -> Fraction | None:
     return last_number(text)
 
 
-def answerable(completion: str, *, cut: bool) -> str:
-    """What a completion is judged by: all of it, or nothing where it was cut off too early.
-
-    `cut`: it ran into the limit of tokens. Then the last number or place in it is on the way to an
-    answer, and only one in a box or after `####` has been given.
-    """
-    text = visible_text(completion) or ""  # what a thought marks is no answer
-    if not cut or marker_place(text) >= 0 or _BOXED.search(text):
-        return completion
-    return ""
-
-
 def marker_place(text: str) -> int:
     """Where the last `####` is that a number follows, and that is no heading; −1: none."""
     place = text.rfind(_MARKER)
@@ -142,9 +130,13 @@ def _marked(text: str, place: int) -> str | None:
     Where the line says nothing but "Answer:" that is the next line, if it starts with a number.
     """
     start = place + len(_MARKER)
-    if _HEADING.match(text, start):
+    if _STEP.match(text, start):
         return None
     lead = _LEAD.match(text, start, start + _SPAN)
+    if _TITLE.match(text, lead.end(), lead.end() + _SPAN):
+        after = text[lead.end() : lead.end() + 2 * _SPAN].partition("\n")[2]
+        if _ANY_NUMBER.search(after):
+            return None
     line = _plain(text[lead.end() : lead.end() + _SPAN].partition("\n")[0])
     number = (_ANY_NUMBER.match if "\n" in lead.group() else _ANY_NUMBER.search)(line)
     return None if number is None or line.rstrip(" *_").endswith(":") else line
@@ -229,7 +221,10 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    return _MIXED.sub(_slashed, _LATEX_FRACTION.sub(_slashed, _LATEX_COMMA.sub(",", text)))
+    text = _LATEX_COMMA.sub(",", text)
+    for fraction in (_LATEX_FRACTION, _SHORT_FRACTION, _MIXED):
+        text = fraction.sub(_slashed, text)
+    return text
 
 
 def _slashed(fraction: re.Match[str]) -> str:

@@ -87,6 +87,14 @@ class Task(abc.ABC):
         start = text.rfind("####")
         return None if start < 0 else (start, start + len("####"))
 
+    def answerable(self, completion: str, *, cut: bool) -> str:
+        """What a completion is judged by: all of it, or nothing where it was cut off too early.
+
+        `cut`: it ran into the limit of tokens. Then the last number or place in it is on the way to
+        an answer, and only one that is marked has been given.
+        """
+        return "" if cut and self.answer_mark(completion) is None else completion
+
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:

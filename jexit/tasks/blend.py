@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from jexit.tasks import answers, phrases
 from jexit.tasks.base import Problem, Rewards, Split, Task, Verdict, check_split
 
 
@@ -43,6 +44,9 @@ class Blend(Task):
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.tasks[problem.fields["task"]].verify(problem, completion)
+
+    def answer_mark(self, text: str) -> tuple[int, int] | None:
+        return answers.answer_mark(text) or phrases.answer_mark(text)
 
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]

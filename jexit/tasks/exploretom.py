@@ -55,11 +55,11 @@ class ExploreToM(FileTask):
     whose name starts with `test` is a test split; of files that are no split every `test_every`-th
     story is held out for the test split (`test_every=0`: none).
 
-    A final line `#### answer` is judged whatever its case, articles and punctuation. Elsewhere the
-    last place of the story counts, the last yes or no, or the last phrase about knowing; what is
-    denied ("not in the box") is no answer, and "does not really know" is not knowing. Where a
-    container or a room is asked for, places of the other sort count only if there is none of it
-    ("the bag in the hall").
+    A final line `#### answer` is judged whatever its case, articles and punctuation. In a sentence
+    there or after "Answer:" the first place of the story counts, the first yes or no, or the first
+    phrase about knowing, elsewhere the last; what is denied ("not in the box") is no answer, and
+    "does not really know" is not knowing. Where a container or a room is asked for, places of the
+    other sort count only if there is none of it ("the bag in the hall").
     """
 
     name = "exploretom"
@@ -85,6 +85,9 @@ class ExploreToM(FileTask):
         if judged == "none":
             judged = phrases.judge(completion, problem.answer, candidates(problem))
         return self.verdict(judged)
+
+    def answer_mark(self, text: str) -> tuple[int, int] | None:
+        return phrases.answer_mark(text)
 
     def _files(self) -> dict[str, list[pathlib.Path]]:
         """The files by the split that they are, or by "whole" for files that are none."""

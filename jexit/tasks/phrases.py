@@ -38,6 +38,12 @@ _BETWEEN = _BEFORE_SUBJECTS.union(
     ("found", "kept", "located", "moved", "placed", "put", "searched", "stored"),
     ("appear", "appears", "seem", "seems", "case", "true"),
 )
+# "The answer is the box.", "**Answer:** the box", and what may follow it.
+_ANNOUNCED = re.compile(r"\banswer(?: is\b|[*_ ]{0,4}:)", re.IGNORECASE)
+_SPAN = 200  # characters
+_SUBORDINATE = re.compile(
+    r"\W*(?:(?:even )?though|although|while|since|because|as|after|before|when|if)\b", re.IGNORECASE
+)
 _REACH = 12  # words before a phrase in which its negation may stand
 
 
@@ -132,14 +138,51 @@ def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
 def lenient_phrase(text: str, candidates: Candidates) -> str | None:
     """The answer wherever it stands.
 
-    The last candidate on the line of the last `####`, else after it, else of the whole text. A last
-    line that opens with yes or no is answered by that word ("No, she left when they said yes.").
+    What the line of the last `####` states, else the last candidate after it, else what the text
+    announces last ("**Answer:** the box"), else its last candidate. A last line that opens with yes
+    or no is answered by that word ("No, she left when they said yes.").
     """
     _, marker, tail = text.rpartition(MARKER)
-    for part in (tail.partition("\n")[0], tail, text) if marker else (text,):
+    if marker and (found := stated(tail.partition("\n")[0], candidates)):
+        return found
+    if marker and (mentioned := mentions(tail, candidates)):
+        return _opening(tail, candidates) or mentioned[-1]
+    for announced in reversed(list(_ANNOUNCED.finditer(text))):
+        line = text[announced.end() :].lstrip(" \n*_:")[:_SPAN].partition("\n")[0]
+        if found := stated(line, candidates):
+            return found
+    mentioned = mentions(text, candidates)
+    return (_opening(text, candidates) or mentioned[-1]) if mentioned else None
+
+
+def stated(line: str, candidates: Candidates) -> str | None:
+    """The answer that a line gives: its first candidate, for what comes after explains.
+
+    "The box, because she did not see it moved to the jar." What comes before the main clause does
+    so too: "Though it is in the jar, the box."
+    """
+    main = line.partition(",")[2] if _SUBORDINATE.match(line) else ""
+    for part in (main, line):
         if found := mentions(part, candidates):
-            return _opening(part, candidates) or found[-1]
+            return found[0]
     return None
+
+
+def answer_mark(completion: str) -> tuple[int, int] | None:
+    """Start and end of the last `####` on whose line something is said; None: there is none.
+
+    None also while a think block is open, whose thoughts are no answer.
+    """
+    text = visible_text(completion)
+    if text is None:
+        return None
+    place = text.rfind(MARKER)
+    while place >= 0 and not words_of(text[place + len(MARKER) :].partition("\n")[0]):
+        place = text.rfind(MARKER, 0, place)
+    if place < 0:
+        return None
+    place += len(completion) - len(text)
+    return place, place + len(MARKER)
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
@@ -149,6 +192,12 @@ def _opening(text: str, candidates: Candidates) -> str | None:
         return None
     found = mentions(" ".join(line[:2]), candidates)  # "no one" is no "no"
     return line[0] if found[:1] == [line[0]] else None
+
+
+def final_phrase(text: str, candidates: Candidates) -> str | None:
+    """The answer of a text: what a final line `#### ...` states, else `lenient_phrase`."""
+    strict = strict_phrase(text)
+    return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 
 
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
@@ -165,7 +214,7 @@ def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
     strict = strict_phrase(text)
     if strict is not None and words_of(strict) == words_of(answer):
         return "strict"
-    found = lenient_phrase(text if strict is None else strict, candidates)
+    found = final_phrase(text, candidates)
     if found is None:
         return "none" if strict is None else "wrong"
     return "lenient" if words_of(found) == words_of(answer) else "wrong"

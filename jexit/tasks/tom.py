@@ -150,9 +150,10 @@ class Tom(ChainTask):
         text = answers.visible_text(completion)
         if text is None:
             return None
-        strict = phrases.strict_phrase(text)
-        possible = phrases.themselves(CONTAINERS) | dict(phrases.YES_NO)
-        return phrases.lenient_phrase(text if strict is None else strict, possible)
+        return phrases.final_phrase(text, phrases.themselves(CONTAINERS) | dict(phrases.YES_NO))
+
+    def answer_mark(self, text: str) -> tuple[int, int] | None:
+        return phrases.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """One line changed: another place, or who heard about the topic.

@@ -25,7 +25,6 @@ from jexit.config import Config
 from jexit.data.tokenizer import Tokenizer
 from jexit.loops.policies import held_out
 from jexit.loops.setup import load_task
-from jexit.tasks.answers import answerable
 
 
 def main() -> int:
@@ -66,7 +65,7 @@ def main() -> int:
         for row, problem in enumerate(problems[start : start + arguments.batch]):
             ids = made_BT[row, width:].tolist()
             cut = tokenizer.eos_ids.isdisjoint(ids)
-            text = answerable(tokenizer.completion_text(ids), cut=cut)
+            text = task.answerable(tokenizer.completion_text(ids), cut=cut)
             right += task.verify(problem, text).correct
         print(f"{start + len(batch)} of {len(prompts)}: {right} right", flush=True)
     low, high = ours["accuracy_ci95"]

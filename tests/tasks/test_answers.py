@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jexit.tasks import answers
+from jexit.tasks import Blend, Sums, Tom, WordProblems, answers
 
 # Text that looks like answers, to reach the parser's corners more often than plain text does.
 PIECES = ["####", " ", "\n", "$", "-", "\u2212", ",", ".", "/", "1", "0", "18", "999", "²", "٣"]
@@ -149,6 +149,14 @@ def test_strict_number(text, value):
         ("\\boxed{18 = 6 \\cdot 3}", "18", "lenient"),
         ("#### 18 = 6*3", "18", "lenient"),
         ("#### 3 1/2", "3.5", "lenient"),
+        ("#### Cost of 3 apples\n3*2=6\nThe total cost is 6.", "6", "lenient"),
+        ("#### Cost of 3 apples\nThat is six.", "3", "lenient"),
+        ("#### 18. She makes 2 dollars an egg.", "18", "lenient"),
+        ("#### 2. Find the price\n9 * 2 = 18", "18", "lenient"),
+        ("#### Total: 18 dollars\nShe sells 9 eggs.", "18", "lenient"),
+        ("#### Janet makes 18 dollars\nI hope that this helps!", "18", "lenient"),
+        ("\\boxed{\\frac12}", "1/2", "lenient"),
+        ("\\boxed{3\\frac12}", "3.5", "lenient"),
         ("She works 1 1/2 hours", "1.5", "lenient"),
     ],
 )
@@ -170,8 +178,27 @@ def test_judge(completion, answer, kind):
     ],
 )
 def test_what_was_cut_off_has_an_answer_only_where_it_says_so(text, kept):
-    assert answers.answerable(text, cut=True) == (text if kept else "")
-    assert answers.answerable(text, cut=False) == text
+    assert WordProblems().answerable(text, cut=True) == (text if kept else "")
+    assert WordProblems().answerable(text, cut=False) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Tom sees the box: box\n#### box\nSo the coins are in", True),
+        ("#### yes\n", True),
+        ("Tom sees the box: box\n####", False),
+        ("#### \nTom sees the box", False),
+        ("<think>Tom\n#### box</think> Tom sees", False),
+        ("<think>Tom\n#### box", False),
+        ("<think>Tom</think>\n#### box, because he", True),
+        ("Tom sees the box", False),
+    ],
+)
+def test_words_that_were_cut_off_are_an_answer_where_they_are_marked(text, kept):
+    for task in (Tom(), Blend(tasks=[Sums(), Tom()])):
+        assert task.answerable(text, cut=True) == (text if kept else "")
+        assert task.answerable(text, cut=False) == text
 
 
 @given(text=st.text() | answer_like)

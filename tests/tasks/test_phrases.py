@@ -98,6 +98,34 @@ def test_yes_and_no(text, answer):
     assert phrases.lenient_phrase(text, phrases.YES_NO) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### box, because she did not see it moved to the metal box", "box"),
+        ("#### metal box (it was moved there from the box)", "metal box"),
+        ("#### Though it is in the box, she will look in the metal box.", "metal box"),
+        ("#### Before she left, nothing", None),
+        ("#### Because the box is empty, she cannot tell", "box"),
+        ("#### not in the metal box but in the box", "box"),
+        ("in the box\n####\nI think the metal box", "metal box"),
+        ("**Answer:** box\n\nExplanation: Liam moved it to the metal box.", "box"),
+        ("The answer is the box. The thing is really in the metal box.", "box"),
+        ("Answer:\nbox\nnot the metal box; it is in the metal box", "box"),
+        ("My answer is about Liam.\nHe looks in the box, then the metal box", "metal box"),
+        ("first the box, then the metal box", "metal box"),
+    ],
+)
+def test_a_line_is_answered_by_what_it_says_first(text, answer):
+    assert phrases.lenient_phrase(text, PLACES) == answer
+    last_line = text.startswith("####")
+    truth, other = answer or "box", "metal box" if answer == "box" else "box"
+    assert phrases.judge(text, other, PLACES) in ("wrong", "none")
+    expected = (
+        "none" if answer is None and not last_line else "wrong" if answer is None else "lenient"
+    )
+    assert phrases.judge(text, truth, PLACES) == expected
+
+
 def test_the_format_decides_first():
     def kind(text):
         return phrases.judge(text, "metal box", PLACES)
