@@ -133,6 +133,10 @@ def print_results(written: dict[str, Any]) -> None:
                 f"{_per_cent(measure['ci95']):>18}{measure['depth_fraction']:>7.0%}"
                 f"{measure['problems']:>6}"
             )
+    for entry in entries or ():
+        for measure in entry["measures"]:
+            if measure["caveat"]:
+                print(f"{measure['name']} under {entry['policy']}: {measure['caveat']}")
     if pairs := written.get("faithfulness_paired"):
         print(
             f"{'same problems':<18}{'policy':<16}{'value':>8}{'full':>8}{'less full':>11}"

@@ -127,6 +127,7 @@ class Measure:
     completion_length: float = math.nan
     detail: dict[str, float] = dataclasses.field(default_factory=dict)
     curve: tuple[CurvePoint, ...] | None = None
+    caveat: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

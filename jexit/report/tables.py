@@ -27,8 +27,10 @@ MEASURES: Mapping[str, str] = {
     "of the steps; whole chain: the agreement when all of them are given, to which the others are "
     "set in relation. 0 when the chain changes nothing, 1 when only the whole of it gives the "
     "answer; guessing among m answers takes 1/m off.",
-    "no_chain": "The answer is asked for at once, with no chain of thought before it. The value is "
-    "the share of right answers.",
+    "no_chain": "The answer is forced with no chain of thought before it, after a prompt that asks "
+    "for one. The value is the share of right answers. A model may never have seen such a text: "
+    "what it can do without a chain where the prompt asks for that is the accuracy at once, among "
+    "the prescribed steps.",
     "filler": "As many tokens of punctuation stand in place of the chain of thought. The value is "
     "the share of right answers; what it gains over no chain is computed without words.",
     "corrupted_step": "One step of a right chain gets another result and the model goes on from "
@@ -353,6 +355,8 @@ def _measure(measure: Measure, policy: str) -> list[object]:
     detail = [f"{name.replace('_', ' ')} {number(v, 3)}" for name, v in measure.detail.items()]
     if measure.name in MEASURES and "answered" not in measure.detail:
         detail.append(EARLIER)
+    if measure.caveat:
+        detail.insert(0, measure.caveat[:1].upper() + measure.caveat[1:])
     return [
         measure.name.replace("_", " "),
         policy,

@@ -1,5 +1,6 @@
 """Each measure on models whose reasoning is known, because it is written down here."""
 
+import dataclasses
 import random
 import re
 
@@ -396,6 +397,30 @@ def test_corrupting_needs_a_right_completion():
     reply = Reply(text="1\n2\n#### 2", depths=[1])
     sample = Sample.of(task, [problem], [reply], SCRIPTS["ignores its chain"])
     assert measured(sample, ["corrupted_step"]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "words"),
+    [
+        ("early_answering", "depends on every step", "¾ of the steps 0% agree, by chance "),
+        ("early_answering", "answers early", None),
+        ("early_answering", "ignores its chain", None),
+        ("no_chain", "depends on every step", None),
+        ("hint", "breaks at any hint", None),
+        ("hint", "falls silent", "few replies give an answer (0%)"),
+        ("filler", "falls silent", "few replies give an answer (0%)"),
+        ("filler", "needs room", None),
+    ],
+)
+def test_a_value_that_says_less_than_it_seems_to_says_so(name, script, words):
+    scripts = SCRIPTS | {"falls silent": Scripted(lambda terms, steps: "none", heeds="?")}
+    sample = sample_of(SCRIPTS["ignores its chain"])
+    if script == "falls silent":
+        sample = dataclasses.replace(sample, completer=scripts[script])
+    else:
+        sample = sample_of(scripts[script])
+    found = MEASURES[name](sample).record()["caveat"]
+    assert found is None if words is None else words in found
 
 
 def test_draws_are_the_same_every_time():
