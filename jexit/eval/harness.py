@@ -83,19 +83,25 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         thinking=options.thinking,
         think_end_token=options.think_end_token,
     )
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=options.apply_chat_template,
-        gen_kwargs=simple_parse_args_string(options.gen_kwargs) or None,
-        log_samples=options.log_samples,
-        task_manager=manager,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=tasks,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.apply_chat_template,
+            gen_kwargs=simple_parse_args_string(options.gen_kwargs) or None,
+            log_samples=options.log_samples,
+            task_manager=manager,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"lm-eval stopped with: {error}; it was given --num_fewshot={options.num_fewshot}, "
+            f"--limit={options.limit} and --gen_kwargs={options.gen_kwargs!r}"
+        ) from error
     results = json.loads(json.dumps(found, default=handle_non_serializable))
     results["config"]["model_args"] = {"pretrained": str(options.model)}
     if target:
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", required=True, help="names of tasks or groups, with commas between them")
     add("--policy", default="full", help="full, threshold:X, fixed:N or sample")
     add("--include_path", help="folder with task files besides lm-eval's own")
-    add("--num_fewshot", type=int, help="worked examples before each question")
+    add("--num_fewshot", type=_whole, help="worked examples before each question")
     add("--limit", type=_count, help="questions of each task; below 1: a share of them")
     add("--output", help="JSON file for the results")
     add("--log_samples", action="store_true", help="keep every question and answer in the output")
@@ -129,8 +135,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number from 0 on is wanted, got {text!r}")
+    return int(text)
+
+
 def _count(text: str) -> int | float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"a number of questions, or below 1 a share of them, is wanted, got {text!r}"
+        )
     return int(value) if value >= 1 else value
 
 

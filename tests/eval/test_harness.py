@@ -78,14 +78,34 @@ def test_a_built_in_task_of_generation(here):
 
 
 @pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--num_fewshot=-1", "a number from 0 on is wanted, got '-1'"),
+        ("--limit=-3", "a number of questions, or below 1 a share of them, is wanted, got '-3'"),
+        ("--limit=0", "got '0'"),
+        ("--limit=many", "got 'many'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_runs(here, capsys, option, sentence):
+    with pytest.raises(SystemExit) as ended:
+        run("--tasks=gsm8k_local", option)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--tasks=no_such_task"], "lm-eval has no task 'no_such_task'"),
         (["--tasks=gsm8k_local", "--policy=often"], "policy 'often' is not known"),
         (["--tasks=gsm8k_local", "--model=nowhere"], "nowhere"),
+        (
+            ["--tasks=gsm8k_local", "--limit=1", "--num_fewshot=0", "--gen_kwargs=temperature=abc"],
+            "--gen_kwargs='temperature=abc'",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(here, capsys, options, sentence):
     assert run(*options) == 1
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and sentence in err.splitlines()[-1]
+    last = capsys.readouterr().err.strip().splitlines()[-1]  # lm-eval may have begun before
+    assert last.startswith("error: ") and sentence in last
