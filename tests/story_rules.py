@@ -62,6 +62,30 @@ def before_last_move(problem, person):
     return named[max(before - 1, 0)] if before is not None else named[-1]
 
 
+def while_there(problem, people):
+    """The sentences about the thing that were said while these people were all there.
+
+    Somebody is there from the beginning if the opening puts them beside whoever is named first with
+    the thing, then changes with each "enters" of theirs and is not after a "leaves". Rooms, others'
+    ways, whispers and who looks on unseen play no part.
+    """
+    sentences = re.split(r"(?<=\.) ", story_of(problem))
+    events = events_of(problem, problem.fields["thing"])
+    first = events[0].split()[0]
+    opening = [s for s in sentences[:3] if re.search(r" (is|are) in the ", s) and first in s]
+    there = {name: name == first or any(name in s for s in opening) for name in people}
+    said = []
+    for sentence in sentences:
+        for name in people:
+            if re.match(rf"{name} enters ", sentence):
+                there[name] = not there[name]
+            elif re.match(rf"{name} leaves ", sentence):
+                there[name] = False
+        if sentence in events and all(there.values()):
+            said.append(sentence)
+    return said
+
+
 def bags(texts):
     """Counts of words, one row a text, with a constant."""
     rows = [collections.Counter(re.findall(r"\w+", text.lower())) for text in texts]

@@ -114,7 +114,8 @@ class World:
 
         People move only objects that are in their room. A speaker has a belief about the object and
         a place is claimed only to those who did not see the object's last placing, so that nobody
-        has to weigh words against their own eyes.
+        hears against what is still so before their eyes. What they saw before that, and what they
+        heard, gives way to what they hear later.
         """
         room = self.room_of.get(event.actor)
         if event.kind == "enters":

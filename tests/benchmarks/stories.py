@@ -25,11 +25,12 @@ from story_rules import (
     place_problem,
     share,
     story_of,
+    while_there,
     with_roles,
 )
 
 from jexit.tasks import make_task
-from jexit.tasks.tom_text import KINDS, OF_PLACES, PEOPLE_ASKED, YES
+from jexit.tasks.tom_text import KINDS, NO, OF_PLACES, PEOPLE_ASKED, YES
 
 
 def bag_of_words(problems, *, marked: bool) -> float:
@@ -55,9 +56,18 @@ def less_informed(problem) -> str:
     return first if first != truth else own(problem, "belief", 1)
 
 
+def _while_there(problem) -> str:
+    said = while_there(problem, problem.fields["people"])
+    if problem.fields["kind"] not in OF_PLACES:
+        return YES if said else NO
+    return place_in(said or events_of(problem, problem.fields["thing"]))
+
+
 def rules_of(kind: str):
     """What each rule answers; None where it says nothing about this kind."""
     thing = lambda p: p.fields["thing"]  # noqa: E731
+    if PEOPLE_ASKED[kind]:
+        yield "who track: what was said while those asked about were there", _while_there
     if kind not in OF_PLACES:
         yield "who track: the first person knows", lambda p: own(p, "knowledge", 0)
         if PEOPLE_ASKED[kind] == 2:
@@ -100,10 +110,10 @@ def main() -> None:
         table["bag of words, roles marked"][kind] = bag_of_words(problems, marked=True)
         for name, rule in rules_of(kind):
             table[name][kind] = share(rule(problem) == problem.answer for problem in problems)
-    print(f"{'rule':<44}" + "".join(f"{kind.replace('_', ' '):>18}" for kind in KINDS))
+    print(f"{'rule':<62}" + "".join(f"{kind.replace('_', ' '):>18}" for kind in KINDS))
     for name in sorted(table, key=lambda name: name.startswith("who track")):
         cells = (f"{table[name][k]:>18.1%}" if k in table[name] else " " * 18 for k in KINDS)
-        print(f"{name:<44}" + "".join(cells))
+        print(f"{name:<62}" + "".join(cells))
 
 
 if __name__ == "__main__":
