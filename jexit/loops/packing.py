@@ -62,7 +62,9 @@ class PackedShapes:
 
     `shards` is the number of parts that the mesh divides rows into: a completion stays in its part,
     unless they cannot be divided equally and lie whole everywhere. Rows are a multiple of `unit`.
-    `shares` says for a length of row whether attention knows completions that share a prompt.
+    `longest` is the length that no text exceeds, nor a row: what memory has to hold, since scores
+    of attention grow with the square of it. `shares` says for a length of row whether attention
+    knows completions that share a prompt.
     The shapes follow from the batches before, so that a resumed run has to restore them.
     """
 
@@ -71,10 +73,11 @@ class PackedShapes:
         shards: int,
         micro_batches: int,
         model_width: int,
+        longest: int,
         shares: Callable[[int], bool] = lambda length: True,
     ):
         self.shards, self.unit = shards, shards * micro_batches
-        self.model_width, self.shares = model_width, shares
+        self.model_width, self.longest, self.shares = model_width, longest, shares
         self._known: list[PackedShape] = []
 
     def state(self) -> dict[str, np.ndarray]:
@@ -85,19 +88,19 @@ class PackedShapes:
         rows = values["packed_shapes"].tolist()
         self._known = [PackedShape(*row) for row in rows if row[0]]
 
-    def fit(self, lengths: Lengths) -> Packed:
+    def fit(self, asked: Lengths) -> Packed:
         """Rows for completions of these lengths.
 
         Every host calls this with the whole batch and gets the same.
         """
-        count = len(lengths.prompt_J)
+        count = len(asked.prompt_J)
         parts = self.shards if count % self.shards == 0 else 1
-        longest = int((lengths.prompt_J + lengths.completion_J).max())
+        longest = int((asked.prompt_J + asked.completion_J).max())
         tight: dict[int, Packed] = {}  # by length of row: no more rows and width than it takes
 
         def at(length: int) -> Packed:
             if length not in tight:
-                tight[length] = _packed(lengths, length, parts, shared=self.shares(length))
+                tight[length] = _packed(asked, length, parts, shared=self.shares(length))
             return tight[length]
 
         def holds(shape: PackedShape) -> bool:
@@ -109,8 +112,9 @@ class PackedShapes:
         def cost(shape: PackedShape) -> float:
             return shape.cost(self.model_width)
 
-        candidates = {bucket_length(int(longest * times)) for times in LENGTHS}
-        shape = min((self._new(at(length).shape, count) for length in candidates), key=cost)
+        most = bucket_length(self.longest)
+        lengths = {min(bucket_length(int(longest * times)), most) for times in LENGTHS}
+        shape = min((self._new(at(length).shape, count) for length in lengths), key=cost)
         known = min(filter(holds, self._known), key=cost, default=None)
         if known is not None and cost(known) <= DEARER * cost(shape):
             shape = known

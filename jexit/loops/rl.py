@@ -43,6 +43,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         data_shards(),
         config.optim.accumulate,
         stage.flops.arch.width,
+        config.task.max_prompt_tokens + rl.max_new_tokens,
         lambda length: choose_attention(attention, length) != "splash",
     )
 

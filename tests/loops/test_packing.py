@@ -8,6 +8,7 @@ from jexit.model.attention import BRANCHES
 from jexit.steps.completions import pack_completions
 
 WIDTH = 96  # of the model
+LONGEST = 512
 
 
 def lengths(rng, count=192, samples=8, prompt=13, longest=56, mean=18.0):
@@ -36,7 +37,7 @@ def check(packed: Packed, asked: Lengths, parts=1):
 @pytest.mark.parametrize(("shards", "micro_batches"), [(1, 1), (1, 4), (4, 1), (32, 3)])
 def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches, shared):
     rng = np.random.default_rng(0)
-    shapes = PackedShapes(shards, micro_batches, WIDTH, lambda length: shared)
+    shapes = PackedShapes(shards, micro_batches, WIDTH, LONGEST, lambda length: shared)
     for step in range(30):
         asked = lengths(rng, mean=30.0 - 0.7 * step)
         packed = shapes.fit(asked)
@@ -49,7 +50,7 @@ def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches, shared):
 def test_little_padding_in_few_shapes(shared):
     """Over 200 steps in which completions become half as long, and vary with their problems."""
     rng = np.random.default_rng(1)
-    shapes, seen, padding = PackedShapes(1, 1, WIDTH, lambda length: shared), set(), []
+    shapes, seen, padding = PackedShapes(1, 1, WIDTH, LONGEST, lambda length: shared), set(), []
     for step in range(200):
         mean = (24.0 - 0.06 * step) * rng.uniform(0.9, 1.1)
         packed = shapes.fit(lengths(rng, mean=mean))
@@ -62,7 +63,7 @@ def test_little_padding_in_few_shapes(shared):
 def test_a_shared_prompt_saves_its_copies():
     asked = lengths(np.random.default_rng(5), prompt=60, mean=8.0)
     apart, shared = (
-        PackedShapes(1, 1, WIDTH, lambda length, kind=kind: kind).fit(asked)
+        PackedShapes(1, 1, WIDTH, LONGEST, lambda length, kind=kind: kind).fit(asked)
         for kind in (False, True)
     )
     assert shared.shape.positions < 0.4 * apart.shape.positions
@@ -70,14 +71,14 @@ def test_a_shared_prompt_saves_its_copies():
 
 def test_completions_that_cannot_be_divided_lie_anywhere():
     asked = lengths(np.random.default_rng(2), count=27)
-    packed = PackedShapes(8, 1, WIDTH).fit(asked)
+    packed = PackedShapes(8, 1, WIDTH, LONGEST).fit(asked)
     check(packed, asked)
     assert packed.shape.rows % 8 == 0
 
 
 def test_no_more_rows_than_completions():
     asked = Lengths(np.full(6, 16), np.arange(6), np.full(6, 24))
-    packed = PackedShapes(1, 1, WIDTH).fit(asked)
+    packed = PackedShapes(1, 1, WIDTH, LONGEST).fit(asked)
     assert packed.shape == PackedShape(6, 40, 24)
     assert sorted(packed.row_of_J) == list(range(6))
 
@@ -87,20 +88,28 @@ def test_rows_are_longer_where_two_texts_would_not_share_one():
     completion_J = np.random.default_rng(4).integers(5, 25, 192)
     completion_J[0] = 49
     asked = Lengths(np.full(192, 55), np.arange(192), completion_J)
-    packed = PackedShapes(1, 1, WIDTH).fit(asked)
+    packed = PackedShapes(1, 1, WIDTH, LONGEST).fit(asked)
     check(packed, asked)
     assert packed.shape.length > 104
     assert packed.shape.positions < 0.85 * 192 * 104
 
 
+def test_no_row_is_longer_than_a_text_may_be():
+    asked = lengths(np.random.default_rng(7), longest=40)
+    assert PackedShapes(1, 1, WIDTH, LONGEST).fit(asked).shape.length > 64
+    packed = PackedShapes(1, 1, WIDTH, 60).fit(asked)
+    check(packed, asked)
+    assert packed.shape.length <= 64
+
+
 def test_shapes_are_restored():
     rng = np.random.default_rng(3)
     batches = [lengths(rng, mean=mean) for mean in rng.uniform(6, 40, 60)]
-    whole, first = PackedShapes(1, 2, WIDTH), PackedShapes(1, 2, WIDTH)
+    whole, first = PackedShapes(1, 2, WIDTH, LONGEST), PackedShapes(1, 2, WIDTH, LONGEST)
     made = [whole.fit(batch) for batch in batches]
     for batch in batches[:30]:
         first.fit(batch)
-    second = PackedShapes(1, 2, WIDTH)
+    second = PackedShapes(1, 2, WIDTH, LONGEST)
     second.load(first.state())
     assert first.state()["packed_shapes"].shape == (KEPT, 3)
     for packed, batch in zip(made[30:], batches[30:], strict=True):
@@ -111,11 +120,11 @@ def test_shapes_are_restored():
 
 def test_shapes_of_another_mesh_are_not_taken_where_they_do_not_divide():
     rng = np.random.default_rng(6)
-    before = PackedShapes(1, 2, WIDTH)
+    before = PackedShapes(1, 2, WIDTH, LONGEST)
     for _ in range(30):
         before.fit(lengths(rng, mean=rng.uniform(6, 40)))
     assert any(shape[0] % 8 for shape in before.state()["packed_shapes"])
-    after = PackedShapes(4, 2, WIDTH)
+    after = PackedShapes(4, 2, WIDTH, LONGEST)
     after.load(before.state())
     for _ in range(30):
         asked = lengths(rng, mean=rng.uniform(6, 40))

@@ -93,7 +93,7 @@ def rl_update(split, micro_batches):
     length_J = np.array([len(ids) for ids in made])
     number_J = np.arange(16) // 4
     lengths = Lengths(np.array([len(ids) for ids in asked]), number_J, length_J)
-    packed = PackedShapes(8, micro_batches, ARCH.width).fit(lengths)
+    packed = PackedShapes(8, micro_batches, ARCH.width, 20).fit(lengths)
     size = dataclasses.astuple(packed.shape)
     rows = pack_completions(asked, made, 0, row_of=packed.row_of_J, shape=size, prompt_of=number_J)
     arrays = (
