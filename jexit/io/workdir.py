@@ -61,7 +61,8 @@ def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """What the exits of the run in a directory were trained under: settings by section.
 
-    Empty for a model that is no run's. Raises ValueError when it is one whose config.json cannot be
+    A run of rl that went on from a calibration keeps what that one aimed at. Empty for a model that
+    is no run's. Raises ValueError when it is one whose config.json cannot be
     read, or lacks them.
     """
     path = pathlib.Path(directory) / "config.json"
@@ -77,13 +78,15 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
         return {}
     section, names = LAWS[command]
     try:
-        return {section: {name: config[section][name] for name in names}}
+        law = {section: {name: config[section][name] for name in names}}
+        start = config["model"]["path"] if command == "rl" else None
     except (KeyError, TypeError):
         keys = " and ".join(f"{section}.{name}" for name in names)
         raise ValueError(
             f"{path} is of a run of {command} and lacks {keys}, under which it was trained; give "
             "the path of the run's model/ to do without"
         ) from None
+    return law if start is None else trained_law(start) | law
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:

@@ -84,6 +84,11 @@ def test_the_law_of_depths_is_that_of_the_run(tmp_path):
     law = {"rl": {"min_hazard": 0.02, "hazard_temperature": 1.5}}
     assert trained_law(tmp_path / "rl") == law
     assert trained_law(tmp_path / "rl" / "model") == {}
+    aim = {"sharpness": 7.0, "target": "student"}
+    start_run(tmp_path / "sft", config(command="sft", **{f"sft__{k}": v for k, v in aim.items()}))
+    start_run(tmp_path / "on", config(model__path=str(tmp_path / "sft"), rl__min_hazard=0.02))
+    assert trained_law(tmp_path / "on")["sft"] == aim
+    assert trained_law(tmp_path / "on")["rl"]["min_hazard"] == 0.02
     start_run(tmp_path / "pretrain", config(command="pretrain"))
     assert trained_law(tmp_path / "pretrain") == {}
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
@@ -94,7 +99,10 @@ def test_the_law_of_depths_is_that_of_the_run(tmp_path):
     ("text", "words"),
     [
         ('{"command": "rl", "rl"', r"config\.json is not readable as a JSON object"),
-        ('{"command": "rl", "rl": {"min_hazard": 0}}', r"lacks rl\.min_hazard and rl\.hazard_temp"),
+        (
+            '{"command": "rl", "rl": {"min_hazard": 0}, "model": {}}',
+            r"lacks rl\.min_hazard and rl\.hazard_temp",
+        ),
         ('{"command": "sft"}', r"is of a run of sft and lacks sft\.sharpness and sft\.target"),
     ],
 )
