@@ -53,7 +53,7 @@ for report in preflight.preflight(Config.from_dict(config), {topology!r}):
     ("topology", "mesh"),
     [
         pytest.param("v5e:2x2", (4, 1), marks=[*TPU, pytest.mark.slow]),
-        pytest.param("v5e:2x2", (2, 2), marks=TPU),
+        pytest.param("v5e:2x2", (2, 2), marks=[*TPU, pytest.mark.slow]),
         pytest.param("h100:1", (1, 1), marks=GPU),
     ],
 )

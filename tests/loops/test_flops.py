@@ -182,7 +182,7 @@ def test_mfu_is_a_share_of_the_chips_peak():
     assert "cpu" not in PEAK_FLOPS and mfu(1e12, 1.0, 1) == {}
 
 
-@pytest.mark.parametrize("command", ["sft", "rl"])
+@pytest.mark.parametrize("command", [pytest.param("sft", marks=pytest.mark.slow), "rl"])
 def test_a_run_logs_mfu_where_the_chip_is_known(command, model_dir, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e9)

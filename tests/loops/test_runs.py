@@ -292,7 +292,10 @@ def test_figures_about_texts_are_means_over_all_hosts():
     assert text_means([{"step_size": (0.0, 0)}, {}]) == {}  # no step anywhere: no mean
 
 
-@pytest.mark.parametrize("command", ["rl", "sft", "pretrain"])
+@pytest.mark.parametrize(
+    "command",
+    ["rl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "pretrain"))],
+)
 def test_a_run_can_end_with_its_best_checkpoint(command, model_dir, tmp_path, monkeypatch):
     """What is written is the best step's parameters, also when the run was cut after it."""
     name = {"rl": "reward/mean", "sft": "-loss", "pretrain": "-loss/text"}[command]

@@ -121,7 +121,7 @@ def placed(split):
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param(sizes, id=name, marks=() if name in ("fsdp", "all") else SLOW)
+        pytest.param(sizes, id=name, marks=() if name == "all" else SLOW)
         for name, sizes in MESHES.items()
     ],
 )
