@@ -41,6 +41,7 @@ _BETWEEN = _BEFORE_SUBJECTS.union(
 # "The answer is the box.", "**Answer:** the box", and what may follow it.
 _ANNOUNCED = re.compile(r"\banswer(?: is\b|[*_ ]{0,4}:)", re.IGNORECASE)
 _SPAN = 200  # characters
+_ANNOUNCEMENTS = 8  # the last ones of a text, of which one names a candidate if any does
 _SUBORDINATE = re.compile(
     r"\W*(?:(?:even )?though|although|while|since|because|as|after|before|when|if)\b", re.IGNORECASE
 )
@@ -147,8 +148,9 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
         return found
     if marker and (mentioned := mentions(tail, candidates)):
         return _opening(tail, candidates) or mentioned[-1]
-    for announced in reversed(list(_ANNOUNCED.finditer(text))):
-        line = text[announced.end() :].lstrip(" \n*_:")[:_SPAN].partition("\n")[0]
+    for announced in reversed(list(_ANNOUNCED.finditer(text))[-_ANNOUNCEMENTS:]):
+        after = text[announced.end() : announced.end() + _SPAN]
+        line = after.lstrip(" \n*_:").partition("\n")[0]
         if found := stated(line, candidates):
             return found
     mentioned = mentions(text, candidates)
@@ -177,7 +179,7 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
     if text is None:
         return None
     place = text.rfind(MARKER)
-    while place >= 0 and not words_of(text[place + len(MARKER) :].partition("\n")[0]):
+    while place >= 0 and not words_of(text[place + len(MARKER) : _line_end(text, place)]):
         place = text.rfind(MARKER, 0, place)
     if place < 0:
         return None
@@ -192,6 +194,11 @@ def _opening(text: str, candidates: Candidates) -> str | None:
         return None
     found = mentions(" ".join(line[:2]), candidates)  # "no one" is no "no"
     return line[0] if found[:1] == [line[0]] else None
+
+
+def _line_end(text: str, place: int) -> int:
+    end = text.find("\n", place)
+    return len(text) if end < 0 else end
 
 
 def final_phrase(text: str, candidates: Candidates) -> str | None:

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,6 +139,16 @@ def test_the_format_decides_first():
     assert kind("the metal box") == "lenient"
     assert kind("in the metal box, I mean the box") == "wrong"
     assert kind("no idea") == "none"
+
+
+@pytest.mark.parametrize(
+    "text", ["answer is " * 60_000, "####\n" * 60_000, "Answer: no box\n" * 9_000]
+)
+def test_long_texts_take_no_time(text):
+    start = time.perf_counter()
+    phrases.judge(text, "box", PLACES)
+    phrases.answer_mark(text)
+    assert time.perf_counter() - start < 5.0
 
 
 @given(text=st.text(), answer=st.text(), others=st.lists(st.text()))
