@@ -21,7 +21,9 @@ accelerators run one.
 
 DIR/table.csv has a line for each finished run: its settings, then every figure of before.json,
 after.json and eval.json. DIR/curves.csv has its training metrics, each line the means of a
-twentieth of its steps. --table_only writes both from what there is.
+twentieth of its steps. What says how fast the machine was is in neither: the same runs give the
+same files. DIR/completions.json has two completions of each evaluated run, every token with its
+depth. --table_only writes the three from what there is.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from jexit.main import INTERRUPTED
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
 POINTS = 20  # lines of a run in curves.csv
+SHOWN = 2  # completions of a run in completions.json
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
 _SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
@@ -86,10 +89,27 @@ class Cell:
     def evaluated(self) -> bool:
         return _whole(self.workdir / "eval" / EVALUATED)
 
-    def figures(self) -> dict[str, float]:
-        """Those of the finished run, and of the evaluation after it or that it is."""
+    @property
+    def evaluation(self) -> pathlib.Path | None:
+        """That after the finished run, or that it is."""
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
-        return figures(self.workdir, next(filter(_whole, paths), None))
+        return next(filter(_whole, paths), None)
+
+    def figures(self) -> dict[str, float]:
+        """Those of the finished run and its evaluation, but for how fast the machine was."""
+        found = figures(self.workdir, self.evaluation)
+        return {key: value for key, value in found.items() if not _MACHINE.search(key)}
+
+    def completions(self) -> Iterator[dict[str, Any]]:
+        """The first that its evaluation decoded under sampled exits and kept."""
+        path = self.evaluation and self.evaluation.with_name("completions.json")
+        if not path or not path.exists():
+            return
+        layers = read_json(self.evaluation)["model"]["layers"]
+        sampled = (entry for entry in read_json(path) if entry["policy"] == "sample")
+        for entry in itertools.islice(sampled, SHOWN):
+            del entry["hazards"]
+            yield {"settings": dict(self.settings), "layers": layers, **entry}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
@@ -330,10 +350,7 @@ def _write_csv(
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """A finished run's training metrics, means over stretches of steps; `step` is the last one.
-
-    What says how fast the machine was is left out: the same run gives the same figures.
-    """
+    """A finished run's training metrics, means over stretches of steps; `step` is the last one."""
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):
@@ -352,6 +369,14 @@ def write_curves(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
     """Writes DIR/curves.csv: a line a stretch of a run, a column a setting or a metric."""
     lines = [(cell, means) for cell in cells if cell.finished for means in curves(cell)]
     return _write_csv(sweep, "curves.csv", lines)
+
+
+def write_completions(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
+    """Writes DIR/completions.json: a list of completions, each with its run's settings."""
+    shown = [entry for cell in cells if cell.finished for entry in cell.completions()]
+    path = sweep.into / "completions.json"
+    write_bytes_atomic(path, (json.dumps(shown, indent=1) + "\n").encode())
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -375,6 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if finished:
             write_curves(sweep, cells)
+            write_completions(sweep, cells)
             print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)

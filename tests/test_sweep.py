@@ -143,7 +143,10 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     for seed in (0, 2):
         workdir = tmp_path / f"seed={seed}"
         (workdir / "eval").mkdir(parents=True)
-        figures = {"accuracy": 0.5 + seed, "text": {"step_size": 2.0}, "policy": "sample"}
+        figures = {
+            "accuracy": 0.5 + seed, "text": {"step_size": 2.0}, "policy": "sample",
+            "tokens_per_second": 100.0,  # of the machine, not of the run
+        }  # fmt: skip
         (workdir / "after.json").write_text(json.dumps(figures))
         rows = [{"step": n, "accuracy": seed + n, "step_seconds": 1.0} for n in range(1, 42)]
         rows[40]["accuracy"] = None  # not a number, as metrics.jsonl has it
@@ -176,6 +179,30 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     assert lines[0] == {"seed": "0", "step": "2", "accuracy": "1.5"}
     assert lines[20]["accuracy"] == "3.5"
     assert lines[19] == {"seed": "0", "step": "41", "accuracy": "39.5"}  # of 39, 40 and a gap
+
+
+def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
+    given = [f"--into={tmp_path}", "--config=e.py", "seed=0,1", "--table_only"]
+    for seed in (0, 1):
+        workdir = tmp_path / f"seed={seed}"
+        workdir.mkdir()
+        evaluation = {"runs": [{"policy": "full", "accuracy": 0.5}], "model": {"layers": 8}}
+        (workdir / "eval.json").write_text(json.dumps(evaluation))
+    entries = [
+        {"policy": policy, "prompt": prompt, "tokens": ["a"], "depths": [3], "hazards": [None]}
+        for prompt in ("p", "q", "r")
+        for policy in ("full", "sample")
+    ]
+    (tmp_path / "seed=1" / "completions.json").write_text(json.dumps(entries))
+    assert sweep.main(given) == 0
+    kept = json.loads((tmp_path / "completions.json").read_text())
+    assert kept == [
+        {
+            "settings": {"seed": "1"}, "layers": 8, "policy": "sample", "prompt": prompt,
+            "tokens": ["a"], "depths": [3],
+        }
+        for prompt in ("p", "q")
+    ]  # fmt: skip
 
 
 def test_evaluations_are_runs_too(tmp_path):

@@ -2,10 +2,11 @@
 
     python -m jexit.report.studies docs/results
 
-The directory holds what `jexit.sweep` wrote: for each study NAME.csv (its table.csv) and
-NAME-curves.csv. Writes NAME-plane.svg (accuracy over depth, with the controls), NAME-curves.svg and
-NAME-measures.svg where the numbers for them are there, and puts each study's table into the
-Markdown files beside and above the directory, between the lines
+The directory holds what `jexit.sweep` wrote: for each study NAME.csv (its table.csv),
+NAME-curves.csv and NAME-completions.json. Writes NAME-plane.svg (accuracy over depth, with the
+controls), NAME-curves.svg, NAME-measures.svg, NAME-classes.svg (depth by class of token) and
+NAME-tokens.svg (completions, each token with its depth) where the numbers for them are there, and
+puts each study's table into the Markdown files beside and above the directory, between the lines
 
     <!-- NAME: label; label; … -->
     <!-- end -->
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from jexit.io.files import write_bytes_atomic
+from jexit.report import token_strips
 from jexit.report.plots import COLOURS, GREY, STYLE, save_figure
 
 SEED = "seed"
@@ -113,6 +115,7 @@ MEASURED = {
         for name in ("early answering", "corrupted step", "no chain", "filler")
     ),
 }
+_CLASS = re.compile(r"sample/depth_by_class/(\w+)/depth_mean")
 _BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+): (?P<labels>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -124,6 +127,7 @@ class Study:
     settings: tuple[str, ...]
     groups: Mapping[tuple[str, ...], list[dict[str, str]]]
     curves: Mapping[tuple[str, ...], list[dict[str, str]]]
+    strips: Sequence[token_strips.Strip] = ()
 
     @classmethod
     def read(cls, path: Path) -> Study:
@@ -131,11 +135,13 @@ class Study:
         lines = _lines(path)
         settings = tuple(key for key in lines[0] if "/" not in key and key != SEED)
         curves = path.with_name(f"{path.stem}-curves.csv")
+        completions = path.with_name(f"{path.stem}-completions.json")
         return cls(
             path.stem,
             settings,
             _grouped(path, lines, settings),
             _grouped(curves, _lines(curves), settings) if curves.exists() else {},
+            token_strips.read_strips(completions) if completions.exists() else (),
         )
 
     def values(self, group: tuple[str, ...], source: str) -> list[float]:
@@ -286,6 +292,44 @@ def _measures(study: Study) -> Figure | None:
     return figure
 
 
+def _classes(study: Study) -> Figure | None:
+    """Layers run by class of token, means over seeds: which tokens the model thinks about."""
+    columns = next(iter(study.groups.values()))[0]
+    classes = [found[1] for found in map(_CLASS.fullmatch, columns) if found]
+    if not classes:
+        return None
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for number, group in enumerate(study.groups):
+        means = []
+        for name in classes:
+            values = np.asarray(study.values(group, f"sample/depth_by_class/{name}/depth_mean"))
+            known = values[np.isfinite(values)]
+            means.append(float(known.mean()) if known.size else math.nan)
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(range(len(classes)), means, "o", color=colour, label=study.label(group))
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_ylim(bottom=0)
+    axes.set_title("Layers run per token, by what the token is")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def _tokens(study: Study) -> Figure | None:
+    """The first completion of each setting's first run that has one."""
+    first: dict[str, token_strips.Strip] = {}
+    for strip in study.strips:
+        group = tuple(strip.settings.get(key, "") for key in study.settings)
+        first.setdefault(study.label(group), strip)
+    if not first:
+        return None
+    title = "Layers run for each token of the answer"
+    prompts = {strip.prompt for strip in first.values()}
+    if len(prompts) == 1:
+        title += f" to: {' '.join(prompts.pop().split())}"
+    return token_strips.draw(title, list(first.items()))
+
+
 def _mean(study: Study, label: str, level: str) -> float:
     """Over the groups whose first setting is `level` that have the figure; NaN for none."""
     found = [study.mean(group, label) for group in study.groups if group[0] == level]
@@ -298,7 +342,13 @@ def _per_cent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
 
 
-FIGURES = {"plane": _plane, "curves": _training, "measures": _measures}
+FIGURES = {
+    "plane": _plane,
+    "curves": _training,
+    "measures": _measures,
+    "classes": _classes,
+    "tokens": _tokens,
+}
 
 
 def write_figures(study: Study, directory: Path) -> list[Path]:

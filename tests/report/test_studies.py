@@ -1,6 +1,7 @@
 """Tables and figures of studies, from numbers whose means and ranges are known."""
 
 import csv
+import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -99,6 +100,34 @@ def test_figures_name_what_they_show(directory):
     assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= plane
     assert {"right answers", "depth", "update"} <= text_of(directory / "pressure-curves.svg")
     assert "prescribed steps" in text_of(directory / "pressure-measures.svg")
+
+
+def test_tokens_are_drawn_with_their_depths(directory, capsys):
+    heads = (*HEADS, *(f"sample/depth_by_class/{name}/depth_mean" for name in ("digit", "end")))
+    write(directory / "pressure.csv", heads, [(*line, "3", "") for line in LINES])
+    strips = [
+        {"settings": {"rl.depth_coef": level, "seed": seed}, "layers": 8, "prompt": "1 + 2?",
+         "tokens": ["7", " eight", "\n"] * 20, "depths": [int(seed) + 1, 8, 2] * 20}
+        for level, seed, *_ in LINES
+    ]  # fmt: skip
+    path = directory / "pressure-completions.json"
+    path.write_text(json.dumps(strips))
+    assert main([str(directory)]) == 0
+    picture = ElementTree.parse(directory / "pressure-tokens.svg")
+    texts = [(node.text or "").strip() for node in picture.iter() if node.tag.endswith("text")]
+    assert texts[0] == "Layers run for each token of the answer to: 1 + 2?"
+    assert texts.count("depth_coef 0") == 1  # of its first seed
+    assert texts.count("7") == texts.count("eight") == texts.count("8") == 40
+    assert texts.count("1") == 40 and "2" in texts and "3" not in texts
+    assert {"digit", "end", "depth_coef 2"} <= text_of(directory / "pressure-classes.svg")
+
+    strips[0]["depths"] = [8]
+    path.write_text(json.dumps(strips))
+    assert main([str(directory)]) == 1
+    path.write_text("[")
+    assert main([str(directory)]) == 1
+    said = capsys.readouterr().err
+    assert "1 depths for 60 tokens" in said and "is no JSON" in said and said.count("\n") == 2
 
 
 def test_gaps_are_left_out_of_means(directory):
