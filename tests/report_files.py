@@ -185,6 +185,19 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 ("2", 1.0),
             )
         ],
+        "begun_steps": [
+            {
+                "policy": policy,
+                "granularity": granularity,
+                "problems": 240,
+                "accuracy": accuracy,
+                "accuracy_ci95": [accuracy - 0.05, accuracy],
+                "obeyed": 0.375,
+                "depth_fraction": 0.25,
+            }
+            for policy, accuracy in (("full", 1.0), ("sample", 0.625))
+            for granularity in ("2", "3")
+        ],
     }
 
 

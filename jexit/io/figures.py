@@ -41,10 +41,10 @@ def _evaluated(evaluation: Mapping[str, Any]) -> dict[str, float]:
     for pair in evaluation.get("faithfulness_paired", ()):
         place = f"{pair['policy']} less {pair['against']}/faithfulness/{pair['measure']}"
         found |= _numbers(place, pair)
-    for part in ("faithfulness", "capacity", "hazards"):
+    for part in ("faithfulness", "capacity", "begun_steps", "hazards"):
         for entry in evaluation.get(part, ()):
             place = f"{entry['policy']}/{part}"
-            if part == "capacity":
+            if "granularity" in entry:
                 place = f"{place}/{entry['granularity']}"
             measures = {measure["name"]: measure for measure in entry.get("measures", ())}
             found |= _numbers(place, measures or entry)

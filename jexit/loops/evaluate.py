@@ -148,17 +148,18 @@ def print_results(written: dict[str, Any]) -> None:
             f"{pair['against_value']:>8.2f}{pair['difference']:>+11.2f}"
             f"{_per_cent(pair['difference_ci95']):>18}{pair['problems']:>6}"
         )
-    if entries := written.get("capacity"):
-        print(
-            f"{'a step does':<18}{'policy':<16}{'accuracy':>8}{'95 % interval':>18}{'of L':>7}"
-            f"{'as asked':>10}"
-        )
-    for entry in entries or ():
-        print(
-            f"{entry['granularity']:<18}{entry['policy']:<16}{entry['accuracy']:>8.1%}"
-            f"{_per_cent(entry['accuracy_ci95']):>18}{entry['depth_fraction']:>7.0%}"
-            f"{entry['obeyed']:>10.0%}"
-        )
+    for part, title in (("capacity", "a step does"), ("begun_steps", "a step begun of")):
+        if entries := written.get(part):
+            print(
+                f"{title:<18}{'policy':<16}{'accuracy':>8}{'95 % interval':>18}{'of L':>7}"
+                f"{'as asked':>10}"
+            )
+        for entry in entries or ():
+            print(
+                f"{entry['granularity']:<18}{entry['policy']:<16}{entry['accuracy']:>8.1%}"
+                f"{_per_cent(entry['accuracy_ci95']):>18}{entry['depth_fraction']:>7.0%}"
+                f"{entry['obeyed']:>10.0%}"
+            )
 
 
 def _per_cent(interval: tuple[float, float]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jexit.config import Config, EvalConfig, TaskConfig
+from jexit.eval.begun_steps import BegunSteps, begun_steps
 from jexit.eval.continuations import Reply, Sample
 from jexit.eval.depth import Completion
 from jexit.eval.faithfulness import MEASURES, Measure, measured, policies_paired
@@ -41,6 +42,10 @@ def granularities(task: Task) -> tuple[str, ...]:
     return task.granularities if isinstance(task, ChainTask) else ()
 
 
+def begun_sizes(task: Task) -> tuple[int, ...]:
+    return task.begun_sizes if isinstance(task, ChainTask) else ()
+
+
 def policies_of(config: EvalConfig) -> tuple[str, ...]:
     """The policy that is measured, and full depth on the same weights."""
     return tuple(dict.fromkeys((config.measured, "full")))
@@ -51,7 +56,9 @@ def rounds(task: Task, config: EvalConfig) -> int:
     names, policies = config.measures, len(policies_of(config))
     count = int("hazards" in names)
     count += policies * bool(set(names) & set(MEASURES))
-    return count + policies * (len(granularities(task)) + 1) * ("capacity" in names)
+    if "capacity" in names:
+        count += policies * (len(granularities(task)) + 1 + bool(begun_sizes(task)))
+    return count
 
 
 @dataclasses.dataclass
@@ -114,6 +121,15 @@ class Measurer:
                             "less_full_ci95": pair["difference_ci95"],
                         }
                     add("capacity", entry)
+            if begun_sizes(self.examination.task):
+                begun = {policy: self._begun_steps(policy) for policy in policies}
+                parts["begun_steps"] = [
+                    {"policy": policy} | tried.record(None if policy == "full" else full)
+                    for policy, by_size in begun.items()
+                    for tried, full in zip(by_size, begun["full"], strict=True)
+                ]
+                done += len(policies)
+                progress.update(done, measure="begun_steps")
         return parts
 
     def examples(self) -> list[dict[str, Any]]:
@@ -189,6 +205,12 @@ class Measurer:
         )
         measures = measured(sample, names)
         return result | {"measures": [measure.record() for measure in measures]}, measures
+
+    def _begun_steps(self, policy: str) -> list[BegunSteps]:
+        task = self.examination.task
+        assert isinstance(task, ChainTask)
+        completer = ModelCompleter(self.decoder, policy, self.positions)
+        return begun_steps(task, self.examination.problems, completer)
 
     def _paired(self, policy: str, by_policy: dict[str, list[Measure]]) -> list[dict[str, Any]]:
         """A policy less full depth on the problems that both have: accuracy and each measure."""

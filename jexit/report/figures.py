@@ -180,18 +180,27 @@ def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
 
 def capacity(entries: Sequence[Capacity]) -> Html:
     """Accuracy for each prescribed granularity of the chain of thought, a line a policy."""
+    return _capacity(entries, "Head capacity", "prescribed step", "right answers")
+
+
+def begun_steps(entries: Sequence[Capacity]) -> Html:
+    """Accuracy of the results of steps that were begun, by their operands, a line a policy."""
+    return _capacity(entries, "One step, begun", "operands", "right results")
+
+
+def _capacity(entries: Sequence[Capacity], title: str, x_label: str, y_label: str) -> Html:
     places = {name: place for place, name in enumerate(granularities(entries))}
     policies = list(dict.fromkeys(entry.policy for entry in entries))
     chart = Chart(
-        "Head capacity",
+        title,
         x=(-0.5, len(places) - 0.5),
         y=(0.0, 1.0),
-        x_label="prescribed step",
-        y_label="right answers",
+        x_label=x_label,
+        y_label=y_label,
         x_ticks=[(place, name.replace("_", " ")) for name, place in places.items()],
         y_ticks=share_ticks()[1],
         note="The larger the step, the more has to be done between two tokens. Hollow: fewer than "
-        "half of the chains have the steps that were asked for.",
+        "half have the steps that were asked for.",
         width=460.0,
         height=300.0,
     )

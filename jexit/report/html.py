@@ -250,7 +250,15 @@ def _capacity(run: Run) -> Html | None:
         "What the model can still do between two tokens: accuracy when the prompt prescribes how "
         "much each step of the chain of thought does."
     )
-    return join(tag("p", words), figures.capacity(entries), tables.capacity(entries))
+    parts = [tag("p", words), figures.capacity(entries), tables.capacity(entries)]
+    if begun := run.evaluation.begun_steps:
+        words = (
+            "The same without obedience: the beginning of a first step, which says how many "
+            "operands it takes, is put into the model's mouth, and its result is judged. The share "
+            "of layers is that of the pass that wrote the result's first token."
+        )
+        parts += [tag("p", words), figures.begun_steps(begun), tables.begun_steps(begun)]
+    return join(*parts)
 
 
 def _faithfulness(run: Run) -> Html | None:

@@ -202,6 +202,7 @@ class Evaluation:
     faithfulness: tuple[Faithfulness, ...] | None = None
     faithfulness_paired: tuple[PairedMeasure, ...] | None = None
     capacity: tuple[Capacity, ...] | None = None
+    begun_steps: tuple[Capacity, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -269,6 +269,27 @@ def capacity(entries: Sequence[Capacity]) -> Html:
     return table("Accuracy for prescribed steps", head, rows, texts=2)
 
 
+def begun_steps(entries: Sequence[Capacity]) -> Html:
+    """Accuracy with its interval for every policy and number of operands."""
+    head = ["policy", "operands", "right results", "95 % interval", "share of layers"]
+    head += ["results given", "problems", "less full depth", "95 % interval"]
+    rows = [
+        [
+            entry.policy,
+            entry.granularity,
+            per_cent(entry.accuracy),
+            interval(entry.accuracy_ci95),
+            per_cent(entry.depth_fraction),
+            per_cent(entry.obeyed),
+            number(entry.problems, 0),
+            points(entry.less_full),
+            _points_interval(entry.less_full_ci95),
+        ]
+        for entry in entries
+    ]
+    return table("Results of steps that were begun", head, rows, texts=2)
+
+
 def faithfulness(entries: Sequence[Faithfulness]) -> Html:
     """Every measure under every policy, with what was done and what else was counted."""
     head = ["measure", "policy", "value", "95 % interval", "problems", "share of layers", "tokens"]

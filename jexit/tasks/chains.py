@@ -34,13 +34,15 @@ class ChainTask(Task):
 
     `cue` is the text that, after any number of steps, asks for the answer at once. `granularities`
     are the values of the setting `task.steps` that prescribe how much a step does, from small to
-    large; empty where prompts cannot. `prose` says that chains are free text, in which a model may
-    speak of its prompt. In a completion with a think block the chain is what is inside. Every
-    method is total: any text may come in.
+    large; empty where prompts cannot. `begun_sizes` are the numbers of operands that a step can be
+    begun with; empty where its text does not say beforehand how many it takes. `prose` says that
+    chains are free text, in which a model may speak of its prompt. In a completion with a think
+    block the chain is what is inside. Every method is total: any text may come in.
     """
 
     cue: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ()
+    begun_sizes: ClassVar[tuple[int, ...]] = ()
     prose: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -67,6 +69,17 @@ class ChainTask(Task):
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
         """The answer that a completion gives, in a form in which equal answers are equal texts."""
+
+    def begun_step(self, problem: Problem, size: int) -> str | None:
+        """The beginning of a completion whose first step has `size` operands, up to its result.
+
+        None where the problem has fewer operands.
+        """
+        raise NotImplementedError(f"steps of {self.name!r} cannot be begun")
+
+    def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
+        """The operands of a completion's first step, 0 without a result, and if that is right."""
+        raise NotImplementedError(f"steps of {self.name!r} cannot be begun")
 
     @abc.abstractmethod
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:

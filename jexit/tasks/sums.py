@@ -44,6 +44,7 @@ class Sums(ChainTask):
     name = "sums"
     cue = "####"
     granularities = tuple(str(step) for step in range(MIN_STEP, MAX_STEP + 1))
+    begun_sizes = tuple(range(MIN_STEP, MAX_STEP + 1))
 
     def __init__(
         self,
@@ -142,6 +143,16 @@ class Sums(ChainTask):
         if mode == "prescribed":
             sizes = prescribed_steps(len(operands), problem.fields["step"])
         return step_sizes(operands, completion) == sizes
+
+    def begun_step(self, problem: Problem, size: int) -> str | None:
+        return "+" * (size - 1) if size <= len(problem.fields["operands"]) else None
+
+    def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
+        match = _STEP.match(completion)
+        if match is None or not match[2]:
+            return 0, False
+        size, operands = len(match[1]) + 1, problem.fields["operands"]
+        return size, size <= len(operands) and match[2][0] == digit_sum(operands[:size])
 
     def final_answer(self, completion: str) -> str | None:
         return _given_answer(completion)

@@ -113,8 +113,10 @@ class AddsInItsHead:
     def policy(self, name, rows, columns):
         return name
 
-    def decode(self, prompts, policy, *, judge, what):
+    def decode(self, prompts, policy, *, judge=None, what, written=None, **_):
         ids, verdicts = [], []
+        if written is not None:
+            return self.step(prompts, policy)
         for number, prompt in enumerate(prompts):
             text = self.tokenizer.decode(prompt)
             digits = text.split()[-1]
@@ -131,6 +133,19 @@ class AddsInItsHead:
             verdicts=verdicts, tokens_per_second=1.0,
         )  # fmt: skip
 
+    def step(self, prompts, policy):
+        """The result of a step that was begun, off by one where it is too large for the head."""
+        ids = []
+        for prompt in prompts:
+            digits, signs = re.search(r"(\d+)\D*?(\++)\Z", self.tokenizer.decode(prompt)).groups()
+            size = len(signs) + 1
+            result = (sum(map(int, digits[:size])) + (size > self.up_to[policy])) % 10
+            ids.append(self.tokenizer.encode(f"{result}{digits[size:]}"))
+        depths = [[1] + [3] * (len(some) - 1) for some in ids]
+        return Decoded(
+            ids=ids, depths=depths, truncated=[False] * len(ids), verdicts=[], tokens_per_second=1.0
+        )
+
 
 def capacity_of(up_to, **settings):
     config = make_config(
@@ -141,12 +156,13 @@ def capacity_of(up_to, **settings):
     examination = Examination.of(load_task(config.task, "test"), tokenizer, config)
     decoder = AddsInItsHead(tokenizer, up_to, **settings)
     measurer = Measurer(config, decoder, examination, None, (1, 2), 512, {})
-    return measurer.run(0, Silent())["capacity"]
+    parts = measurer.run(0, Silent())
+    return parts["capacity"], parts["begun_steps"]
 
 
 def test_capacity_is_what_can_be_added_in_the_head():
     up_to = {"threshold:0.5": 3, "full": 4}
-    capacity = capacity_of(up_to)
+    capacity, begun = capacity_of(up_to)
     accuracy = {(entry["policy"], entry["granularity"]): entry["accuracy"] for entry in capacity}
     for policy, most in up_to.items():
         for size in (2, 3, 4, 5):
@@ -157,10 +173,20 @@ def test_capacity_is_what_can_be_added_in_the_head():
     assert steps[2][1] < 0  # steps of four: never under the policy, always at full depth
     assert all(entry["obeyed"] == 1.0 for entry in capacity)
     assert all(entry["accuracy_obeyed"] == entry["accuracy"] for entry in capacity)
+    results = {(entry["policy"], entry["granularity"]): entry["accuracy"] for entry in begun}
+    assert results == {
+        (policy, str(size)): float(size <= most)
+        for policy, most in up_to.items()
+        for size in (2, 3, 4, 5)
+    }
+    assert all(entry["depth_fraction"] == pytest.approx(1 / 3) for entry in begun)
+    assert begun[2]["less_full"] == -1 and begun[1]["less_full"] == begun[3]["less_full"] == 0
 
 
 def test_a_model_that_takes_other_steps_than_asked_for_shows_no_capacity():
-    for entry in capacity_of({"threshold:0.5": 9, "full": 9}, obedient=False):
+    capacity, begun = capacity_of({"threshold:0.5": 9, "full": 9}, obedient=False)
+    assert all(entry["accuracy"] == entry["obeyed"] == 1.0 for entry in begun)  # it needs not obey
+    for entry in capacity:
         assert entry["accuracy"] == 1.0
         assert entry["obeyed"] == float(entry["granularity"] == "at_once")
         assert entry["accuracy_obeyed"] == (1.0 if entry["obeyed"] else None)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from jexit.report import figures
+from jexit.report import figures, tables
 from jexit.report.palette import depth_class
 from jexit.report.runs import read_run, read_runs
 from parsed_page import parse
@@ -200,6 +200,16 @@ def test_no_curve_no_figure(tmp_path):
     assert figures.early_answering(run.evaluation.faithfulness) is None
     assert figures.reliability(run.evaluation.hazards) is None
     assert figures.histograms(run) is None
+
+
+def test_begun_steps_have_a_line_a_policy_over_operands(evaluated):
+    entries = evaluated.evaluation.begun_steps
+    page = parse(figures.begun_steps(entries))
+    assert [t for t in labels(page, "tick") if "%" not in t] == ["2", "3"]
+    marks = [mark for mark in classed(page, "mark") if mark.all("title")]
+    assert marks[-1].text == "sample, 3: 62.5\u00a0%, steps as asked in 37.5\u00a0%"
+    last = [cell.text for cell in parse(tables.begun_steps(entries)).all("tr")[-1].all("td")]
+    assert last[0] == "3" and last[1] == "62.5\u00a0%" and last[5] == "240"
 
 
 def test_capacity_has_a_line_a_policy_over_steps_in_order(evaluated):

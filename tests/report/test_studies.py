@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from jexit.report import studies
-from jexit.report.studies import COLUMNS, Study, main, with_tables
+from jexit.report import study_figures
+from jexit.report.studies import main, with_tables
+from jexit.report.study import COLUMNS, Study
 
 LINES = [
     # λ, seed, accuracy, depth, of the fixed exit, step size
@@ -75,9 +76,9 @@ def test_a_grid_with_a_hole_is_drawn(tmp_path):
     lines = [("0", "sums", ""), ("0", "tom", "0.75"), ("2", "tom", "0.5")]  # one run failed
     write(tmp_path / "both.csv", heads, lines)
     study = Study.read(tmp_path / "both.csv")
-    assert studies._mean(study, "fine", "0") == 0.75
+    assert study_figures._mean(study, "fine", "0") == 0.75
     assert main([str(tmp_path)]) == 0
-    assert {"fine", "prescribed steps"} <= text_of(tmp_path / "both-measures.svg")
+    assert {"fine", "steps that the prompt prescribes"} <= text_of(tmp_path / "both-measures.svg")
 
 
 def test_curves_of_another_sweep_are_refused(directory, capsys):
@@ -99,7 +100,7 @@ def test_figures_name_what_they_show(directory):
     plane = text_of(directory / "pressure-plane.svg")
     assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= plane
     assert {"right answers", "depth", "update"} <= text_of(directory / "pressure-curves.svg")
-    assert "prescribed steps" in text_of(directory / "pressure-measures.svg")
+    assert "steps that the prompt prescribes" in text_of(directory / "pressure-measures.svg")
 
 
 def test_tokens_are_drawn_with_their_depths(directory, capsys):
@@ -157,4 +158,4 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
 
 
 def test_every_curve_and_measure_is_a_column():
-    assert {label for labels in studies.MEASURED.values() for label in labels} <= set(COLUMNS)
+    assert {label for labels in study_figures.MEASURED.values() for label in labels} <= set(COLUMNS)

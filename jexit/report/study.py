@@ -1,0 +1,154 @@
+"""A study: the figures of a sweep's runs by what was asked of them, and its table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jexit.report.token_strips import Strip, read_strips
+
+SEED = "seed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A figure of a run under a label: its column of NAME.csv, and how it reads."""
+
+    source: str
+    share: bool = True  # shown in per cent
+
+    def text(self, values: Sequence[float]) -> str:
+        """The mean over seeds, and the smallest and largest where they differ."""
+        known = [value for value in values if math.isfinite(value)]
+        if not known:
+            return "–"
+        scale, digits = (100.0, 1) if self.share else (1.0, 2)
+        mean, low, high = (
+            f"{scale * v:.{digits}f}" for v in (float(np.mean(known)), min(known), max(known))
+        )
+        return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _measure(name: str, policy: str) -> Column:
+    return Column(f"{policy}/faithfulness/{name}/value", share=False)
+
+
+COLUMNS: Mapping[str, Column] = {
+    "right before": Column("before/accuracy"),
+    "depth before": Column("before/depth_fraction"),
+    "right": Column("sample/accuracy"),
+    "depth": Column("sample/depth_fraction"),
+    "right at full depth": Column("full/accuracy"),
+    "less shuffled": Column("sample less shuffled/accuracy_difference"),
+    "less one exit": Column("sample less fixed:matched/accuracy_difference"),
+    "tokens": Column("sample/completion_length", share=False),
+    "step size": Column("sample/text/step_size", share=False),
+    "on the page": Column("sample/text/on_the_page"),
+    "chain lines": Column("sample/text/chain_lines", share=False),
+    "at once": Column("sample/capacity/at_once/accuracy"),
+    "at once, full depth": Column("full/capacity/at_once/accuracy"),
+    **{
+        f"{label}{where}": Column(f"{policy}/capacity/{name}/accuracy")
+        for name, label in (
+            *((str(n), f"by {n}") for n in range(2, 6)),
+            *(("fine", "fine"), ("coarse", "coarse")),  # of stories
+        )
+        for policy, where in (("sample", ""), ("full", ", full depth"))
+    },
+    **{
+        f"step of {n}{where}": Column(f"{policy}/begun_steps/{n}/accuracy")
+        for n in range(2, 6)
+        for policy, where in (("sample", ""), ("full", ", full depth"))
+    },
+    **{f"by {n} as asked": Column(f"sample/capacity/{n}/obeyed") for n in range(2, 6)},
+    **{
+        f"{label}{where}": _measure(name, policy)
+        for name, label in (
+            ("early_answering", "early answering"),
+            ("no_chain", "no chain"),
+            ("filler", "filler"),
+            ("corrupted_step", "corrupted step"),
+            ("hint", "hint"),
+        )
+        for policy, where in (("sample", ""), ("full", ", full depth"))
+    },
+    "hazard error": Column("sample/hazards/ece", share=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One study's lines by setting: `groups` maps the values of `settings` to its runs' lines."""
+
+    name: str
+    settings: tuple[str, ...]
+    groups: Mapping[tuple[str, ...], list[dict[str, str]]]
+    curves: Mapping[tuple[str, ...], list[dict[str, str]]]
+    strips: Sequence[Strip] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        """From NAME.csv; settings are the columns that are not figures, but for the seed."""
+        lines = _lines(path)
+        settings = tuple(key for key in lines[0] if "/" not in key and key != SEED)
+        curves = path.with_name(f"{path.stem}-curves.csv")
+        completions = path.with_name(f"{path.stem}-completions.json")
+        return cls(
+            path.stem,
+            settings,
+            _grouped(path, lines, settings),
+            _grouped(curves, _lines(curves), settings) if curves.exists() else {},
+            read_strips(completions) if completions.exists() else (),
+        )
+
+    def values(self, group: tuple[str, ...], source: str) -> list[float]:
+        """A column's figures of a group's runs; NaN where a run has none."""
+        return [float(line.get(source) or "nan") for line in self.groups[group]]
+
+    def mean(self, group: tuple[str, ...], label: str) -> float:
+        values = np.asarray(self.values(group, COLUMNS[label].source))
+        return float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
+
+    def label(self, group: tuple[str, ...]) -> str:
+        return ", ".join(
+            f"{key.rpartition('.')[2]} {value}"
+            for key, value in zip(self.settings, group, strict=True)
+        )
+
+    def table(self, labels: Sequence[str]) -> str:
+        """A Markdown table: a line for every setting, the mean over seeds and its range."""
+        heads = [*(f"`{key}`" for key in self.settings), "seeds", *labels]
+        rows = [heads, ["---"] * len(heads)]
+        for group, lines in self.groups.items():
+            figures = [
+                COLUMNS[label].text(self.values(group, COLUMNS[label].source)) for label in labels
+            ]
+            rows.append([*group, str(len(lines)), *figures])
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    if not lines:
+        raise ValueError(f"{path} has no line; copy a sweep's table.csv there")
+    return lines
+
+
+def _grouped(
+    path: Path, lines: Sequence[dict[str, str]], settings: Sequence[str]
+) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    if missing := [key for key in settings if key not in lines[0]]:
+        raise ValueError(
+            f"{path} has no column {missing[0]!r}, which its study has; copy the curves.csv of the "
+            "same sweep"
+        )
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[key] for key in settings), []).append(line)
+    return groups

@@ -1,0 +1,205 @@
+"""Figures of a study, as SVG files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from jexit.report import token_strips
+from jexit.report.plots import COLOURS, GREY, STYLE, save_figure
+from jexit.report.study import Study
+
+# Of NAME-curves.csv.
+CURVES: Mapping[str, tuple[str, bool]] = {
+    "accuracy": ("right answers", True),
+    "depth/fraction": ("depth", True),
+    "completion/length": ("tokens a completion", False),
+    "step_size": ("operands a step", False),
+}
+# Each becomes a panel of NAME-measures.svg, over the study's first setting.
+MEASURED: Mapping[str, tuple[str, ...]] = {
+    "steps that the prompt prescribes": (
+        *(f"by {n}" for n in range(2, 6)),
+        "fine",
+        "coarse",
+        "at once",
+    ),
+    "one step, begun": tuple(f"step of {n}" for n in range(2, 6)),
+    "what the chain carries": ("early answering", "corrupted step", "no chain", "filler"),
+}
+_CLASS = re.compile(r"sample/depth_by_class/(\w+)/depth_mean")
+
+
+def _plane(study: Study) -> Figure | None:
+    """Accuracy over depth: each run, its controls at the same depth, and all layers."""
+    if not any(math.isfinite(study.mean(group, "depth")) for group in study.groups):
+        return None
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    kinds = {
+        "sample": ("o", "full", "sampled exits"),
+        "fixed:matched": ("v", "none", "one exit a completion"),
+        "shuffled": ("s", "none", "depths shuffled"),
+        "full": ("D", "full", "all layers"),
+    }
+    for number, group in enumerate(study.groups):
+        colour = COLOURS[number % len(COLOURS)]
+        for policy, (marker, fill, _) in kinds.items():
+            depth, right = (
+                study.values(group, f"{policy}/{name}") for name in ("depth_fraction", "accuracy")
+            )
+            axes.plot(depth, right, marker, color=colour, fillstyle=fill, ms=6, alpha=0.85)
+        axes.plot([], [], "o", color=colour, label=study.label(group))
+    for marker, fill, label in kinds.values():
+        axes.plot([], [], marker, color=GREY, fillstyle=fill, label=label)
+    axes.set_xlabel("layers run per token")
+    axes.set_ylabel("right answers")
+    axes.set_title("Accuracy and depth, one mark a seed")
+    axes.set_xlim(0, 1.03)
+    axes.set_ylim(-0.02, 1.03)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _training(study: Study) -> Figure | None:
+    """Means over seeds of what was logged, with their range shaded."""
+    found = [
+        name for name in CURVES
+        if any(line.get(name) for lines in study.curves.values() for line in lines)
+    ]  # fmt: skip
+    if not found:
+        return None
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.6 * rows + 0.4), layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in list(all_axes)[len(found) :]:
+        axes.set_visible(False)
+    for axes, name in zip(figure.axes, found, strict=False):
+        title, share = CURVES[name]
+        for number, (group, lines) in enumerate(study.curves.items()):
+            by_step: dict[int, list[float]] = {}
+            for line in lines:
+                if line.get(name):
+                    by_step.setdefault(int(float(line["step"])), []).append(float(line[name]))
+            steps = sorted(by_step)
+            colour = COLOURS[number % len(COLOURS)]
+            means = [np.mean(by_step[step]) for step in steps]
+            axes.plot(steps, means, color=colour, linewidth=1.8, label=study.label(group))
+            ends = [[edge(by_step[step]) for step in steps] for edge in (min, max)]
+            axes.fill_between(steps, *ends, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(title)
+        axes.set_xlabel("update")
+        if share:
+            _per_cent(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+def _measures(study: Study) -> Figure | None:
+    """Capacity and faithfulness over the study's first setting, means over everything else."""
+    levels = list(dict.fromkeys(group[0] for group in study.groups)) if study.settings else []
+    panels = {}
+    for title, labels in MEASURED.items():
+        lines = {label: [_mean(study, label, level) for level in levels] for label in labels}
+        if known := {label: means for label, means in lines.items() if np.isfinite(means).any()}:
+            panels[title] = known
+    if len(levels) < 2 or not panels:
+        return None
+    figure = Figure(figsize=(4.2 * len(panels), 3.9), layout="constrained")
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        for number, (label, means) in enumerate(lines.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(range(len(levels)), means, "o-", color=colour, ms=4, label=label)
+            full = [_mean(study, f"{label}, full depth", level) for level in levels]
+            axes.plot(range(len(levels)), full, "o--", color=colour, ms=4, fillstyle="none")
+        axes.plot([], [], "o--", color=GREY, ms=4, fillstyle="none", label="all layers run")
+        axes.set_title(title)
+        axes.set_xticks(range(len(levels)), levels)
+        axes.set_xlabel(study.settings[0])
+        _per_cent(axes)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    return figure
+
+
+def _classes(study: Study) -> Figure | None:
+    """Layers run by class of token, means over seeds: which tokens the model thinks about."""
+    columns = next(iter(study.groups.values()))[0]
+    classes = [found[1] for found in map(_CLASS.fullmatch, columns) if found]
+    if not classes:
+        return None
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for number, group in enumerate(study.groups):
+        means = []
+        for name in classes:
+            values = np.asarray(study.values(group, f"sample/depth_by_class/{name}/depth_mean"))
+            known = values[np.isfinite(values)]
+            means.append(float(known.mean()) if known.size else math.nan)
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(range(len(classes)), means, "o", color=colour, label=study.label(group))
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_ylim(bottom=0)
+    axes.set_title("Layers run per token, by what the token is")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def _tokens(study: Study) -> Figure | None:
+    """The first completion of each setting's first run that has one."""
+    first: dict[str, token_strips.Strip] = {}
+    for strip in study.strips:
+        group = tuple(strip.settings.get(key, "") for key in study.settings)
+        first.setdefault(study.label(group), strip)
+    if not first:
+        return None
+    title = "Layers run for each token of the answer"
+    prompts = {strip.prompt for strip in first.values()}
+    if len(prompts) == 1:
+        title += f" to: {' '.join(prompts.pop().split())}"
+    return token_strips.draw(title, list(first.items()))
+
+
+def _mean(study: Study, label: str, level: str) -> float:
+    """Over the groups whose first setting is `level` that have the figure; NaN for none."""
+    found = [study.mean(group, label) for group in study.groups if group[0] == level]
+    known = [value for value in found if math.isfinite(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _per_cent(axes: Axes) -> None:
+    axes.set_ylim(-0.02, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+
+
+FIGURES = {
+    "plane": _plane,
+    "curves": _training,
+    "measures": _measures,
+    "classes": _classes,
+    "tokens": _tokens,
+}
+
+
+def write_figures(study: Study, directory: Path) -> list[Path]:
+    """Draws what the study has numbers for."""
+    with mpl.rc_context(STYLE):
+        made = {name: draw(study) for name, draw in FIGURES.items()}
+        return [
+            save_figure(figure, directory / f"{study.name}-{name}.svg")
+            for name, figure in made.items()
+            if figure is not None
+        ]
