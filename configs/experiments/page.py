@@ -2,7 +2,7 @@
 
     bash launch/sweep.sh --config=configs/experiments/page.py \
         --eval=configs/experiments/measures.py --into=runs/page --jobs=2 \
-        rl.depth_coef=0,0.4,0.8,2 seed=0,1,2
+        rl.depth_coef=0,0.5,1,2,4 seed=0,1,2
 
 Depth and text compete: a long completion of small steps is shallow, a short one of large steps is
 deep. Both prices come in over 40 updates and are withheld while fewer than 90 % of the answers are
@@ -17,7 +17,7 @@ RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
 
 def get_config(preset: str = "tiny"):
     config = RL["get_config"](preset)
-    config.rl.length_coef = 0.5
+    config.rl.length_coef = 0.2  # of 0.5, text wins at every price of depth up to 2
     config.rl.length_ref = 22.0  # tokens of a completion at the start, about
     config.rl.warmup_steps = 40
     config.rl.accuracy_floor = 0.9
