@@ -19,11 +19,12 @@ a command that asks for something else there is refused. A run that fails does n
 the exit code is then 1. --jobs runs several at once, each on its share of the CPU's cores;
 accelerators run one.
 
-DIR/table.csv has a line for each finished run: its settings, then every figure of before.json,
+DIR/table.csv has a line for each finished run: its settings, then the figures of before.json,
 after.json and eval.json. DIR/curves.csv has its training metrics, each line the means of a
 twentieth of its steps. What says how fast the machine was is in neither: the same runs give the
-same files. DIR/completions.json has two completions of each evaluated run, every token with its
-depth. --table_only writes the three from what there is.
+same files. DIR/completions.json has up to two of each run's completions under sampled exits
+(eval.heat_maps keeps them), every token with its depth. --table_only writes the three from what
+there is.
 """
 
 from __future__ import annotations
@@ -106,9 +107,9 @@ class Cell:
         if not path or not path.exists():
             return
         layers = read_json(self.evaluation)["model"]["layers"]
-        sampled = (entry for entry in read_json(path) if entry["policy"] == "sample")
+        sampled = (entry for entry in read_json(path) if entry.pop("policy", "") == "sample")
         for entry in itertools.islice(sampled, SHOWN):
-            del entry["hazards"]
+            entry.pop("hazards", None)
             yield {"settings": dict(self.settings), "layers": layers, **entry}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
@@ -399,9 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"none of the {len(cells)} runs in {sweep.into} has finished; run them"
             )
         if finished:
+            print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
             write_curves(sweep, cells)
             write_completions(sweep, cells)
-            print(f"Wrote {write_table(sweep, cells)}: {len(finished)} of {len(cells)} runs")
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)
         return 1

@@ -159,6 +159,7 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
             {"policy": "sample", "against": "full", "measure": "hint", "difference": -0.25}
         ],
         "capacity": [{"policy": "full", "granularity": "3", "accuracy": 0.75}],
+        "begun_steps": [{"policy": "full", "granularity": "3", "accuracy": 0.875}],
     }
     (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(evaluation))
     assert sweep.main(arguments) == 0
@@ -171,7 +172,7 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
         "full/accuracy_ci95/low": "0.2", "full/accuracy_ci95/high": "0.3",
         "sample less shuffled/accuracy_difference": "0.5", "full/faithfulness/hint/value": "0.125",
         "sample less full/faithfulness/hint/difference": "-0.25",
-        "full/capacity/3/accuracy": "0.75",
+        "full/capacity/3/accuracy": "0.75", "full/begun_steps/3/accuracy": "0.875",
     }  # fmt: skip
     assert second == expected
     lines = list(csv.DictReader((tmp_path / "curves.csv").open()))
@@ -198,7 +199,7 @@ def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
     kept = json.loads((tmp_path / "completions.json").read_text())
     assert kept == [
         {
-            "settings": {"seed": "1"}, "layers": 8, "policy": "sample", "prompt": prompt,
+            "settings": {"seed": "1"}, "layers": 8, "prompt": prompt,
             "tokens": ["a"], "depths": [3],
         }
         for prompt in ("p", "q")

@@ -18,7 +18,8 @@ class BegunSteps:
     """First steps of `size` operands, of the problems with these numbers.
 
     `taken` says which have a result behind the beginning, `right` which have the right one, and
-    `depths` how many of `layers` ran in the pass that wrote the first token of it.
+    `depths` how many of `layers` ran in the pass that wrote the first token of it. `left_out`
+    counts problems for which the model had no room.
     """
 
     size: int
@@ -27,6 +28,7 @@ class BegunSteps:
     taken: Sequence[bool]
     right: Sequence[bool]
     depths: Sequence[int]
+    left_out: int = 0
 
     def record(self, full: BegunSteps | None) -> dict[str, Any]:
         """What `eval.json` holds; with `full`, also the difference from it on the same problems."""
@@ -39,7 +41,11 @@ class BegunSteps:
             "obeyed": sum(self.taken) / count,
             "depth_fraction": sum(self.depths) / (count * self.layers),
         }
-        if full is not None and (pair := paired(self._scores, full._scores)):
+        if self.left_out:
+            record["left_out"] = self.left_out
+        if full is not None:
+            pair = paired(self._scores, full._scores)
+            assert pair is not None, "every policy has the same problems"
             record["less_full"] = pair["difference"]
             record["less_full_ci95"] = pair["difference_ci95"]
         return record
@@ -54,12 +60,15 @@ def begun_steps(
 ) -> list[BegunSteps]:
     """Results of first steps of every size of `task.begun_sizes` that any problem has room for.
 
-    Capacity without obedience: whatever size the model's own steps have, and whether or not it
-    follows prompts that ask for others, this step has that size. All in one decode. What was begun
-    counts as the model's own, so that its passes leave as the policy says.
+    Capacity without obedience: whatever size the model's own steps have, this one has that size.
+    What was begun counts as the model's own, so that its passes leave as the policy says. A problem
+    counts for the sizes that it has operands for, so that different sizes are of different
+    problems; and a model that has long stopped writing steps of a size may have forgotten how they
+    look, which is a loss of capacity too, but not one that depth explains: full depth shows which.
+    All in one decode.
     """
     rows = [
-        (size, number, begun)
+        (size, number, completer.opening + begun)
         for size in task.begun_sizes
         for number, problem in enumerate(problems)
         if (begun := task.begun_step(problem, size)) is not None
@@ -69,19 +78,24 @@ def begun_steps(
         [begun for *_, begun in rows],
         answer_only=True,
     )
-    tried: dict[int, list[tuple[int, bool, bool, int]]] = {}
-    for (size, number, begun), reply in zip(rows, replies, strict=True):
-        if reply is not None:
-            found, right = task.first_result(problems[number], begun + reply.text)
-            outcome = (number, found == size, found == size and right, reply.depths[0])
-            tried.setdefault(size, []).append(outcome)
     made = []
-    for size, outcomes in tried.items():
-        numbers, taken, right, depths = zip(*outcomes, strict=True)
-        made.append(
-            BegunSteps(
-                size=size, layers=completer.layers,
-                numbers=numbers, taken=taken, right=right, depths=depths,
-            )
-        )  # fmt: skip
+    for size in task.begun_sizes:
+        outcomes, left_out = [], 0
+        for (of, number, begun), reply in zip(rows, replies, strict=True):
+            if of != size:
+                continue
+            if reply is None:
+                left_out += 1
+                continue
+            text = (begun + reply.text).removeprefix(completer.opening)
+            found, right = task.first_result(problems[number], text)
+            outcomes.append((number, found == size, found == size and right, reply.depths[0]))
+        if outcomes:
+            numbers, taken, right, depths = zip(*outcomes, strict=True)
+            made.append(
+                BegunSteps(
+                    size=size, layers=completer.layers, numbers=numbers, taken=taken, right=right,
+                    depths=depths, left_out=left_out,
+                )
+            )  # fmt: skip
     return made

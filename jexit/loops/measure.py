@@ -42,8 +42,8 @@ def granularities(task: Task) -> tuple[str, ...]:
     return task.granularities if isinstance(task, ChainTask) else ()
 
 
-def begun_sizes(task: Task) -> tuple[int, ...]:
-    return task.begun_sizes if isinstance(task, ChainTask) else ()
+def _begins_steps(task: Task) -> bool:
+    return isinstance(task, ChainTask) and bool(task.begun_sizes)
 
 
 def policies_of(config: EvalConfig) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def rounds(task: Task, config: EvalConfig) -> int:
     count = int("hazards" in names)
     count += policies * bool(set(names) & set(MEASURES))
     if "capacity" in names:
-        count += policies * (len(granularities(task)) + 1 + bool(begun_sizes(task)))
+        count += policies * (len(granularities(task)) + 1 + _begins_steps(task))
     return count
 
 
@@ -121,7 +121,7 @@ class Measurer:
                             "less_full_ci95": pair["difference_ci95"],
                         }
                     add("capacity", entry)
-            if begun_sizes(self.examination.task):
+            if _begins_steps(self.examination.task):
                 begun = {policy: self._begun_steps(policy) for policy in policies}
                 parts["begun_steps"] = [
                     {"policy": policy} | tried.record(None if policy == "full" else full)
@@ -129,7 +129,7 @@ class Measurer:
                     for tried, full in zip(by_size, begun["full"], strict=True)
                 ]
                 done += len(policies)
-                progress.update(done, measure="begun_steps")
+                progress.update(done, measure="begun_steps", policy=", ".join(policies))
         return parts
 
     def examples(self) -> list[dict[str, Any]]:
@@ -207,10 +207,11 @@ class Measurer:
         return result | {"measures": [measure.record() for measure in measures]}, measures
 
     def _begun_steps(self, policy: str) -> list[BegunSteps]:
-        task = self.examination.task
-        assert isinstance(task, ChainTask)
+        """After prompts that ask for no size, whatever the evaluation's own ask for."""
+        examination = self._examination(dataclasses.replace(self.config.task, steps="free"))
+        assert isinstance(examination.task, ChainTask)
         completer = ModelCompleter(self.decoder, policy, self.positions)
-        return begun_steps(task, self.examination.problems, completer)
+        return begun_steps(examination.task, examination.problems, completer)
 
     def _paired(self, policy: str, by_policy: dict[str, list[Measure]]) -> list[dict[str, Any]]:
         """A policy less full depth on the problems that both have: accuracy and each measure."""

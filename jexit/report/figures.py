@@ -180,15 +180,31 @@ def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
 
 def capacity(entries: Sequence[Capacity]) -> Html:
     """Accuracy for each prescribed granularity of the chain of thought, a line a policy."""
-    return _capacity(entries, "Head capacity", "prescribed step", "right answers")
+    return _capacity(
+        entries,
+        "Head capacity",
+        x_label="prescribed step",
+        y_label="right answers",
+        note="Hollow: fewer than half of the chains have the steps that were asked for.",
+        obeyed="steps as asked",
+    )
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Html:
     """Accuracy of the results of steps that were begun, by their operands, a line a policy."""
-    return _capacity(entries, "One step, begun", "operands", "right results")
+    return _capacity(
+        entries,
+        "One step, begun",
+        x_label="operands",
+        y_label="right results",
+        note="Hollow: fewer than half of the steps were given a result.",
+        obeyed="a result given",
+    )
 
 
-def _capacity(entries: Sequence[Capacity], title: str, x_label: str, y_label: str) -> Html:
+def _capacity(
+    entries: Sequence[Capacity], title: str, *, x_label: str, y_label: str, note: str, obeyed: str
+) -> Html:
     places = {name: place for place, name in enumerate(granularities(entries))}
     policies = list(dict.fromkeys(entry.policy for entry in entries))
     chart = Chart(
@@ -199,8 +215,7 @@ def _capacity(entries: Sequence[Capacity], title: str, x_label: str, y_label: st
         y_label=y_label,
         x_ticks=[(place, name.replace("_", " ")) for name, place in places.items()],
         y_ticks=share_ticks()[1],
-        note="The larger the step, the more has to be done between two tokens. Hollow: fewer than "
-        "half have the steps that were asked for.",
+        note=f"The larger the step, the more has to be done between two tokens. {note}",
         width=460.0,
         height=300.0,
     )
@@ -217,7 +232,7 @@ def _capacity(entries: Sequence[Capacity], title: str, x_label: str, y_label: st
                 told = f"{policy}, {entry.granularity}: {per_cent(entry.accuracy)}"
                 shape = "circle"
                 if entry.obeyed is not None:
-                    told += f", steps as asked in {per_cent(entry.obeyed)}"
+                    told += f", {obeyed} in {per_cent(entry.obeyed)}"
                     shape = "open-circle" if entry.obeyed < 0.5 else "circle"
                 chart.marker(x, entry.accuracy, shape, classes, told)
         chart.legend(policy, f"curve {classes} dash{index % 4}")

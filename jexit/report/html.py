@@ -253,9 +253,10 @@ def _capacity(run: Run) -> Html | None:
     parts = [tag("p", words), figures.capacity(entries), tables.capacity(entries)]
     if begun := run.evaluation.begun_steps:
         words = (
-            "The same without obedience: the beginning of a first step, which says how many "
-            "operands it takes, is put into the model's mouth, and its result is judged. The share "
-            "of layers is that of the pass that wrote the result's first token."
+            "The same without obedience: after a prompt that asks for no size, the beginning of a "
+            "first step, which says how many operands it takes, is put into the model's mouth, and "
+            "the result that it writes is judged. The share of layers is that of the pass that "
+            "wrote the result's first token. A step counts problems that have the operands for it."
         )
         parts += [tag("p", words), figures.begun_steps(begun), tables.begun_steps(begun)]
     return join(*parts)

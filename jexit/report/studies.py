@@ -1,4 +1,4 @@
-"""Tables and figures of the published studies, from the numbers that are kept beside them.
+"""Tables and figures of studies, from the numbers that are kept beside them.
 
     python -m jexit.report.studies docs/results
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, help="directory of the studies' .csv files")
-    directory = parser.parse_args(argv).directory
+    directory = parser.parse_args(argv).directory.resolve()
     try:
         paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith("-curves")]
         if not paths:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if after != before:
                 write_bytes_atomic(path, after.encode())
                 print(f"Wrote the tables of {path}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -102,8 +102,8 @@ class Study:
             path.stem,
             settings,
             _grouped(path, lines, settings),
-            _grouped(curves, _lines(curves), settings) if curves.exists() else {},
-            read_strips(completions) if completions.exists() else (),
+            _grouped(curves, _lines(curves), settings, "step") if curves.exists() else {},
+            _strips(completions, settings) if completions.exists() else (),
         )
 
     def values(self, group: tuple[str, ...], source: str) -> list[float]:
@@ -140,13 +140,23 @@ def _lines(path: Path) -> list[dict[str, str]]:
     return lines
 
 
-def _grouped(
-    path: Path, lines: Sequence[dict[str, str]], settings: Sequence[str]
-) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    if missing := [key for key in settings if key not in lines[0]]:
+def _strips(path: Path, settings: Sequence[str]) -> tuple[Strip, ...]:
+    strips = read_strips(path)
+    if missing := [key for strip in strips for key in settings if key not in strip.settings]:
         raise ValueError(
-            f"{path} has no column {missing[0]!r}, which its study has; copy the curves.csv of the "
-            "same sweep"
+            f"{path} has completions without {missing[0]!r}, which its study has; copy the "
+            "completions.json of the same sweep"
+        )
+    return strips
+
+
+def _grouped(
+    path: Path, lines: Sequence[dict[str, str]], settings: Sequence[str], *others: str
+) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    if missing := [key for key in (*settings, *others) if key not in lines[0]]:
+        raise ValueError(
+            f"{path} has no column {missing[0]!r}, which it needs for its study; copy the "
+            "curves.csv of the same sweep"
         )
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for line in lines:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -33,7 +34,8 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
         "at once",
     ),
     "one step, begun": tuple(f"step of {n}" for n in range(2, 6)),
-    "what the chain carries": ("early answering", "corrupted step", "no chain", "filler"),
+    "what hangs on the chain": ("early answering", "corrupted step"),
+    "right without it": ("no chain", "filler"),
 }
 _CLASS = re.compile(r"sample/depth_by_class/(\w+)/depth_mean")
 
@@ -50,8 +52,7 @@ def _plane(study: Study) -> Figure | None:
         "shuffled": ("s", "none", "depths shuffled"),
         "full": ("D", "full", "all layers"),
     }
-    for number, group in enumerate(study.groups):
-        colour = COLOURS[number % len(COLOURS)]
+    for group, colour in _colours(study).items():
         for policy, (marker, fill, _) in kinds.items():
             depth, right = (
                 study.values(group, f"{policy}/{name}") for name in ("depth_fraction", "accuracy")
@@ -87,13 +88,12 @@ def _training(study: Study) -> Figure | None:
         axes.set_visible(False)
     for axes, name in zip(figure.axes, found, strict=False):
         title, share = CURVES[name]
-        for number, (group, lines) in enumerate(study.curves.items()):
+        for group, colour in _colours(study).items():
             by_step: dict[int, list[float]] = {}
-            for line in lines:
+            for line in study.curves.get(group, ()):
                 if line.get(name):
                     by_step.setdefault(int(float(line["step"])), []).append(float(line[name]))
             steps = sorted(by_step)
-            colour = COLOURS[number % len(COLOURS)]
             means = [np.mean(by_step[step]) for step in steps]
             axes.plot(steps, means, color=colour, linewidth=1.8, label=study.label(group))
             ends = [[edge(by_step[step]) for step in steps] for edge in (min, max)]
@@ -117,20 +117,26 @@ def _measures(study: Study) -> Figure | None:
             panels[title] = known
     if len(levels) < 2 or not panels:
         return None
-    figure = Figure(figsize=(4.2 * len(panels), 3.9), layout="constrained")
-    for axes, (title, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
+    columns, rows = min(2, len(panels)), -(-len(panels) // 2)
+    figure = Figure(figsize=(4.4 * columns, 3.7 * rows), layout="constrained")
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
+        shown, some_full = [], False
         for number, (label, means) in enumerate(lines.items()):
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(range(len(levels)), means, "o-", color=colour, ms=4, label=label)
             full = [_mean(study, f"{label}, full depth", level) for level in levels]
             axes.plot(range(len(levels)), full, "o--", color=colour, ms=4, fillstyle="none")
-        axes.plot([], [], "o--", color=GREY, ms=4, fillstyle="none", label="all layers run")
+            shown += [value for value in (*means, *full) if math.isfinite(value)]
+            some_full |= bool(np.isfinite(full).any())
+        if some_full:
+            axes.plot([], [], "o--", color=GREY, ms=4, fillstyle="none", label="all layers run")
         axes.set_title(title)
         axes.set_xticks(range(len(levels)), levels)
         axes.set_xlabel(study.settings[0])
-        _per_cent(axes)
+        _per_cent(axes, min(shown))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
@@ -143,13 +149,12 @@ def _classes(study: Study) -> Figure | None:
         return None
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, group in enumerate(study.groups):
+    for group, colour in _colours(study).items():
         means = []
         for name in classes:
             values = np.asarray(study.values(group, f"sample/depth_by_class/{name}/depth_mean"))
             known = values[np.isfinite(values)]
             means.append(float(known.mean()) if known.size else math.nan)
-        colour = COLOURS[number % len(COLOURS)]
         axes.plot(range(len(classes)), means, "o", color=colour, label=study.label(group))
     axes.set_xticks(range(len(classes)), classes)
     axes.set_ylim(bottom=0)
@@ -180,8 +185,14 @@ def _mean(study: Study, label: str, level: str) -> float:
     return float(np.mean(known)) if known else math.nan
 
 
-def _per_cent(axes: Axes) -> None:
-    axes.set_ylim(-0.02, 1.03)
+def _colours(study: Study) -> dict[tuple[str, ...], Any]:
+    """A colour for each setting, from dark to light: settings are mostly levels of something."""
+    shades = np.linspace(0.0, 0.88, len(study.groups))
+    return dict(zip(study.groups, mpl.colormaps["viridis"](shades), strict=True))
+
+
+def _per_cent(axes: Axes, lowest: float = 0.0) -> None:
+    axes.set_ylim(min(lowest, 0.0) - 0.02, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
 
 
@@ -196,7 +207,7 @@ FIGURES = {
 
 def write_figures(study: Study, directory: Path) -> list[Path]:
     """Draws what the study has numbers for."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "text.parse_math": False}):  # a dollar sign begins no formula
         made = {name: draw(study) for name, draw in FIGURES.items()}
         return [
             save_figure(figure, directory / f"{study.name}-{name}.svg")

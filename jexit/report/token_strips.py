@@ -33,6 +33,8 @@ class Strip:
     depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ValueError(f"{self.layers} layers, where a model has one at least")
         if len(self.depths) != len(self.tokens):
             raise ValueError(f"{len(self.depths)} depths for {len(self.tokens)} tokens")
 

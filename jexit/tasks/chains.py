@@ -73,13 +73,13 @@ class ChainTask(Task):
     def begun_step(self, problem: Problem, size: int) -> str | None:
         """The beginning of a completion whose first step has `size` operands, up to its result.
 
-        None where the problem has fewer operands.
+        None where the problem has fewer operands, or steps cannot be begun.
         """
-        raise NotImplementedError(f"steps of {self.name!r} cannot be begun")
+        return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
         """The operands of a completion's first step, 0 without a result, and if that is right."""
-        raise NotImplementedError(f"steps of {self.name!r} cannot be begun")
+        return 0, False
 
     @abc.abstractmethod
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:

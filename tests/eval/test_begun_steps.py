@@ -61,6 +61,37 @@ def test_only_the_result_counts_and_only_of_a_step_of_that_size(problems):
         assert not any(step.taken) and not any(step.right) and step.record(None)["obeyed"] == 0
 
 
+def test_the_interval_is_of_the_right_ones(problems):
+    one_off = tried(
+        problems, lambda digits, size: str((int(digit_sum(digits[:size])) + (size > 2)) % 10)
+    )
+    records = {size: step.record(None) for size, step in one_off.items()}
+    assert all(record["obeyed"] == 1 for record in records.values())
+    assert records[2]["accuracy_ci95"][0] > 0.9 and records[3]["accuracy_ci95"][1] < 0.1
+
+
+def test_what_is_begun_comes_after_what_every_completion_begins_with(problems):
+    class Thinks(Scripted):
+        opening = "<think>\n"
+
+        def complete(self, problems, begun, *, answer_only):
+            assert all(text.startswith(self.opening + "+") for text in begun)
+            cut = [text.removeprefix(self.opening) for text in begun]
+            return super().complete(problems, cut, answer_only=answer_only)
+
+    completer = Thinks(lambda digits, size: digit_sum(digits[:size]))
+    assert all(all(step.right) for step in begun_steps(Sums(), problems, completer))
+
+
+def test_problems_without_room_are_counted(problems):
+    by_size = tried(problems, lambda digits, size: None if digits[0] in "12345" else "0")
+    for size, step in by_size.items():
+        assert step.left_out + len(step.numbers) == sum(
+            len(p.fields["operands"]) >= size for p in problems
+        )
+        assert step.record(None)["left_out"] == step.left_out > 0
+
+
 def test_the_difference_from_full_depth_is_over_the_same_problems(problems):
     right = tried(problems, lambda digits, size: digit_sum(digits[:size]))
     small = tried(problems, lambda digits, size: digit_sum(digits[:size]) if size < 4 else "")
@@ -74,5 +105,5 @@ def test_the_difference_from_full_depth_is_over_the_same_problems(problems):
 def test_a_task_whose_steps_announce_nothing_has_none(problems):
     assert Gsm8k.begun_sizes == () and make_task("tom").begun_sizes == ()
     assert begun_steps(make_task("tom"), [], Scripted(None)) == []
-    with pytest.raises(NotImplementedError, match="steps of 'tom' cannot be begun"):
-        make_task("tom").begun_step(problems[0], 2)
+    assert make_task("tom").begun_step(problems[0], 2) is None
+    assert make_task("tom").first_result(problems[0], "+3") == (0, False)

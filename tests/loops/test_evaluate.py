@@ -11,7 +11,7 @@ from jexit.data.loader import encode_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load
 from jexit.loops.decoder import Decoded, Decoder, ModelCompleter
-from jexit.loops.measure import Measurer
+from jexit.loops.measure import Measurer, rounds
 from jexit.loops.policies import Examination
 from jexit.loops.setup import load_task
 from jexit.model.policies import Threshold
@@ -137,7 +137,9 @@ class AddsInItsHead:
         """The result of a step that was begun, off by one where it is too large for the head."""
         ids = []
         for prompt in prompts:
-            digits, signs = re.search(r"(\d+)\D*?(\++)\Z", self.tokenizer.decode(prompt)).groups()
+            text = self.tokenizer.decode(prompt)
+            assert "by" not in text and "at once" not in text
+            digits, signs = re.search(r"(\d+)\D*?(\++)\Z", text).groups()
             size = len(signs) + 1
             result = (sum(map(int, digits[:size])) + (size > self.up_to[policy])) % 10
             ids.append(self.tokenizer.encode(f"{result}{digits[size:]}"))
@@ -147,16 +149,19 @@ class AddsInItsHead:
         )
 
 
-def capacity_of(up_to, **settings):
+def capacity_of(up_to, task__steps="free", **settings):
     config = make_config(
         "eval", TINY_CALIBRATED_PATH, task__operands_min=6, task__operands_max=8,
         eval__measures=("capacity",), eval__measured="threshold:0.5", eval__problems=8,
+        task__steps=task__steps,
     )  # fmt: skip
     tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
     examination = Examination.of(load_task(config.task, "test"), tokenizer, config)
     decoder = AddsInItsHead(tokenizer, up_to, **settings)
     measurer = Measurer(config, decoder, examination, None, (1, 2), 512, {})
-    parts = measurer.run(0, Silent())
+    seen = Silent()
+    parts = measurer.run(0, seen)
+    assert seen.done == rounds(examination.task, config.eval)
     return parts["capacity"], parts["begun_steps"]
 
 
@@ -183,6 +188,11 @@ def test_capacity_is_what_can_be_added_in_the_head():
     assert begun[2]["less_full"] == -1 and begun[1]["less_full"] == begun[3]["less_full"] == 0
 
 
+def test_steps_are_begun_after_prompts_that_ask_for_none():
+    asked = [capacity_of({"threshold:0.5": 3, "full": 4}, task__steps=s)[1] for s in ("free", "2")]
+    assert asked[0] == asked[1]
+
+
 def test_a_model_that_takes_other_steps_than_asked_for_shows_no_capacity():
     capacity, begun = capacity_of({"threshold:0.5": 9, "full": 9}, obedient=False)
     assert all(entry["accuracy"] == entry["obeyed"] == 1.0 for entry in begun)  # it needs not obey
@@ -193,8 +203,8 @@ def test_a_model_that_takes_other_steps_than_asked_for_shows_no_capacity():
 
 
 class Silent:
-    def update(self, *_, **__):
-        pass
+    def update(self, done, **_):
+        self.done = done
 
 
 def test_what_the_policies_gave_outlives_a_measure_that_fails(

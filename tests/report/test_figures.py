@@ -207,7 +207,7 @@ def test_begun_steps_have_a_line_a_policy_over_operands(evaluated):
     page = parse(figures.begun_steps(entries))
     assert [t for t in labels(page, "tick") if "%" not in t] == ["2", "3"]
     marks = [mark for mark in classed(page, "mark") if mark.all("title")]
-    assert marks[-1].text == "sample, 3: 62.5\u00a0%, steps as asked in 37.5\u00a0%"
+    assert marks[-1].text == "sample, 3: 62.5\u00a0%, a result given in 37.5\u00a0%"
     last = [cell.text for cell in parse(tables.begun_steps(entries)).all("tr")[-1].all("td")]
     assert last[0] == "3" and last[1] == "62.5\u00a0%" and last[5] == "240"
 

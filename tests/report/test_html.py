@@ -103,6 +103,15 @@ def test_what_is_missing_is_named_with_what_would_produce_it(workdirs):
     assert all(line.one("code").text.startswith("python -m jexit.main") for line in lines)
 
 
+def test_begun_steps_stand_beside_capacity_where_they_were_measured(workdirs, tmp_path):
+    part = parse(render([read_run(workdirs["eval"])])).one("section", id="capacity")
+    assert "The same without obedience" in part.text
+    assert "Results of steps that were begun" in part.text
+    write_json(tmp_path / "eval.json", evaluation() | {"begun_steps": None})
+    part = parse(render([read_run(tmp_path)])).one("section", id="capacity")
+    assert "Head capacity" in part.text and "without obedience" not in part.text
+
+
 def test_a_run_with_metrics_alone_has_a_page(tmp_path, workdirs):
     (tmp_path / "metrics.jsonl").write_bytes((workdirs["rl"] / "metrics.jsonl").read_bytes())
     page = parse(render([read_run(tmp_path)]))

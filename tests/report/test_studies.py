@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from jexit.report import study_figures
+from jexit.report.palette import depth_colours
 from jexit.report.studies import main, with_tables
 from jexit.report.study import COLUMNS, Study
 
@@ -71,6 +72,19 @@ def test_the_same_numbers_give_the_same_files(directory, capsys):
     assert "Wrote the tables" not in capsys.readouterr().out
 
 
+def test_full_depth_is_dashed_beside_the_policy(tmp_path):
+    heads = ("rl.depth_coef", "sample/begun_steps/3/accuracy", "full/begun_steps/3/accuracy")
+    heads += ("sample/faithfulness/early_answering/value",)
+    write(tmp_path / "some.csv", heads, [("0", "0.5", "0.75", "-0.3"), ("2", "0.25", "1", "0")])
+    figure = study_figures._measures(Study.read(tmp_path / "some.csv"))
+    step, chain = (axes for axes in figure.axes if axes.get_visible())
+    values = {line.get_linestyle(): list(line.get_ydata()) for line in step.lines[:2]}
+    assert values == {"-": [0.5, 0.25], "--": [0.75, 1.0]}
+    assert step.get_legend_handles_labels()[1] == ["step of 3", "all layers run"]
+    assert chain.get_legend_handles_labels()[1] == ["early answering"]  # at full depth unknown
+    assert chain.get_ylim()[0] < -0.3
+
+
 def test_a_grid_with_a_hole_is_drawn(tmp_path):
     heads = ("rl.depth_coef", "task.name", "sample/capacity/fine/accuracy")
     lines = [("0", "sums", ""), ("0", "tom", "0.75"), ("2", "tom", "0.5")]  # one run failed
@@ -121,14 +135,36 @@ def test_tokens_are_drawn_with_their_depths(directory, capsys):
     assert texts.count("7") == texts.count("eight") == texts.count("8") == 40
     assert texts.count("1") == 40 and "2" in texts and "3" not in texts
     assert {"digit", "end", "depth_coef 2"} <= text_of(directory / "pressure-classes.svg")
+    drawn = (directory / "pressure-tokens.svg").read_text()
+    shades = [depth_colours()[4 * depth][0] for depth in (1, 2, 8)]  # of 8 layers and 32 steps
+    assert all(f"fill: {shade}" in drawn for shade in shades)
 
     strips[0]["depths"] = [8]
     path.write_text(json.dumps(strips))
     assert main([str(directory)]) == 1
     path.write_text("[")
     assert main([str(directory)]) == 1
+    path.write_text(json.dumps([strips[1] | {"layers": 0}]))
+    assert main([str(directory)]) == 1
+    path.write_text(json.dumps([strips[1] | {"settings": {"seed": "0"}}]))
+    assert main([str(directory)]) == 1
     said = capsys.readouterr().err
-    assert "1 depths for 60 tokens" in said and "is no JSON" in said and said.count("\n") == 2
+    assert "1 depths for 60 tokens" in said and "is no JSON" in said and "0 layers" in said
+    assert "has completions without 'rl.depth_coef'" in said and said.count("\n") == 4
+    path.unlink()
+    write(directory / "pressure-curves.csv", ("rl.depth_coef", "accuracy"), [("0", "0.5")])
+    assert main([str(directory)]) == 1
+    assert "has no column 'step'" in capsys.readouterr().err
+
+
+def test_dollar_signs_are_dollar_signs(directory):
+    strip = {"settings": {"rl.depth_coef": "0"}, "layers": 8, "prompt": "A $40 coat, $3 less?",
+             "tokens": ["$$", "$x$"], "depths": [1, 2]}  # fmt: skip
+    (directory / "pressure-completions.json").write_text(json.dumps([strip]))
+    assert main([str(directory)]) == 0
+    assert {"$$", "$x$", "Layers run for each token of the answer to: A $40 coat, $3 less?"} <= (
+        text_of(directory / "pressure-tokens.svg")
+    )
 
 
 def test_gaps_are_left_out_of_means(directory):
@@ -136,6 +172,7 @@ def test_gaps_are_left_out_of_means(directory):
     assert study.settings == ("rl.depth_coef",)
     (low, high, *_), nothing = study.values(("0",), "fixed:matched/accuracy"), COLUMNS["by 2"]
     assert low == 0.25 and high != high
+    assert COLUMNS["step of 3, full depth"].source == "full/begun_steps/3/accuracy"
     assert COLUMNS["right"].text([0.25, float("nan")]) == "25.0"
     assert nothing.text(study.values(("2",), nothing.source)) == "–"
     assert study.mean(("0",), "right") == 0.625

@@ -295,6 +295,28 @@ def test_chains_of_prescribed_steps_are_read_back(operands, step, kept, signs):
         assert said == [piece.count("+") + 1 for piece in make_task("sums").steps(text)]
 
 
+@pytest.mark.parametrize(
+    ("completion", "size", "right"),
+    [
+        ("+03", 2, True),
+        ("+0####3", 2, True),
+        ("+13", 2, False),
+        ("++3", 3, True),
+        ("+++3####3", 4, False),  # of three operands
+        ("3", 0, False),  # no signs begin no step
+        ("++", 0, False),
+        ("+####0", 0, False),
+        ("", 0, False),
+    ],
+)
+def test_the_first_result_of_a_completion(completion, size, right):
+    problem = Problem(prompt="sum 373", answer="3", completion=None, fields={"operands": "373"})
+    assert make_task("sums").first_result(problem, completion) == (size, right)
+    task = make_task("sums")
+    begun = [task.begun_step(problem, size) for size in task.begun_sizes]
+    assert begun == ["+", "++", None, None]
+
+
 def test_steps_the_cue_and_the_answer_are_the_completion():
     task = make_task("sums", steps="mixed")
     assert task.granularities == ("2", "3", "4", "5")
