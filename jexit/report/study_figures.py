@@ -23,7 +23,9 @@ CURVES: Mapping[str, tuple[str, bool]] = {
     "accuracy": ("right answers", True),
     "depth/fraction": ("depth", True),
     "completion/length": ("tokens a completion", False),
-    "step_size": ("operands a step", False),
+    "task/step_size": ("operands a step", False),
+    "task/on_the_page": ("additions on the page", True),
+    "task/chain_lines": ("lines of the chain", False),
 }
 # Each becomes a panel of NAME-measures.svg, over the study's first setting.
 MEASURED: Mapping[str, tuple[str, ...]] = {

@@ -10,6 +10,7 @@ from jexit.report import study_figures
 from jexit.report.palette import depth_colours
 from jexit.report.studies import main, with_tables
 from jexit.report.study import COLUMNS, Study
+from jexit.tasks import make_task
 
 LINES = [
     # λ, seed, accuracy, depth, of the fixed exit, step size
@@ -39,7 +40,7 @@ def directory(tmp_path):
         for level, seed, *_ in LINES
         for step in (10, 20)
     ]
-    heads = ("rl.depth_coef", "seed", "step", "accuracy", "depth/fraction")
+    heads = ("rl.depth_coef", "seed", "step", "accuracy", "task/step_size")
     write(results / "pressure-curves.csv", heads, curves)
     (tmp_path / "README.md").write_text("# A\n")
     (tmp_path / "docs" / "results.md").write_text(
@@ -113,7 +114,9 @@ def test_figures_name_what_they_show(directory):
     assert main([str(directory)]) == 0
     plane = text_of(directory / "pressure-plane.svg")
     assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= plane
-    assert {"right answers", "depth", "update"} <= text_of(directory / "pressure-curves.svg")
+    assert {"right answers", "operands a step", "update"} <= text_of(
+        directory / "pressure-curves.svg"
+    )
     assert "steps that the prompt prescribes" in text_of(directory / "pressure-measures.svg")
 
 
@@ -196,3 +199,10 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
 
 def test_every_curve_and_measure_is_a_column():
     assert {label for labels in study_figures.MEASURED.values() for label in labels} <= set(COLUMNS)
+
+
+def test_curves_of_texts_are_what_the_tasks_tell():
+    told = {
+        f"task/{name}" for task in ("sums", "tom") for name in make_task(task).text_totals([], [])
+    }
+    assert {name for name in study_figures.CURVES if name.startswith("task/")} <= told
