@@ -2,6 +2,9 @@
 
 import csv
 import json
+import pathlib
+import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -12,6 +15,7 @@ from jexit.report.studies import main, with_tables
 from jexit.report.study import COLUMNS, Study
 from jexit.tasks import make_task
 
+ROOT = pathlib.Path(__file__).parents[2]
 LINES = [
     # λ, seed, accuracy, depth, of the fixed exit, step size
     ("0", "0", "0.5", "0.875", "0.25", "2"),
@@ -206,3 +210,16 @@ def test_curves_of_texts_are_what_the_tasks_tell():
         f"task/{name}" for task in ("sums", "tom") for name in make_task(task).text_totals([], [])
     }
     assert {name for name in study_figures.CURVES if name.startswith("task/")} <= told
+
+
+def test_the_published_tables_and_figures_are_those_of_the_numbers(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.svg"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    assert main([str(tmp_path / "docs" / "results")]) == 0
+    for name in ("README.md", "docs/results.md"):
+        text = (tmp_path / name).read_text()
+        assert text == (ROOT / name).read_text(), name
+        pictures = re.findall(r"!\[.*?\]\((?:docs/)?(results/[^)]+)\)", text)
+        assert pictures
+        for picture in pictures:
+            assert text_of(tmp_path / "docs" / picture) == text_of(ROOT / "docs" / picture)
