@@ -111,8 +111,12 @@ class Study:
         return [float(line.get(source) or "nan") for line in self.groups[group]]
 
     def mean(self, group: tuple[str, ...], label: str) -> float:
-        values = np.asarray(self.values(group, COLUMNS[label].source))
-        return float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
+        return self.mean_of(group, COLUMNS[label].source)
+
+    def mean_of(self, group: tuple[str, ...], source: str) -> float:
+        """Over the group's runs that have the figure; NaN for none."""
+        known = [value for value in self.values(group, source) if math.isfinite(value)]
+        return float(np.mean(known)) if known else math.nan
 
     def label(self, group: tuple[str, ...]) -> str:
         return ", ".join(

@@ -152,11 +152,8 @@ def _classes(study: Study) -> Figure | None:
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
     for group, colour in _colours(study).items():
-        means = []
-        for name in classes:
-            values = np.asarray(study.values(group, f"sample/depth_by_class/{name}/depth_mean"))
-            known = values[np.isfinite(values)]
-            means.append(float(known.mean()) if known.size else math.nan)
+        sources = [f"sample/depth_by_class/{name}/depth_mean" for name in classes]
+        means = [study.mean_of(group, source) for source in sources]
         axes.plot(range(len(classes)), means, "o", color=colour, label=study.label(group))
     axes.set_xticks(range(len(classes)), classes)
     axes.set_ylim(bottom=0)
@@ -169,7 +166,7 @@ def _tokens(study: Study) -> Figure | None:
     """The first completion of each setting's first run that has one."""
     first: dict[str, token_strips.Strip] = {}
     for strip in study.strips:
-        group = tuple(strip.settings.get(key, "") for key in study.settings)
+        group = tuple(strip.settings[key] for key in study.settings)
         first.setdefault(study.label(group), strip)
     if not first:
         return None
