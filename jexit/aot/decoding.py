@@ -97,7 +97,7 @@ class Decoding:
         )
         work = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.work(0))
         draws = Draws(abstract_key(), jax.ShapeDtypeStruct((2,), jnp.int32), Sampling.of(1.0, 1.0))
-        group = shards * layout.groups[0].rows
+        group = shards * max(group.rows for group in layout.groups.values())
         batch = (rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group))
         placed_policies = [
             (label, self._of_jobs(policy, shards * layout.jobs, new + written))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 
 import numpy as np
 
@@ -18,6 +19,8 @@ PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
 ROWS_A_PLACE = 3  # of the pool: what waits at other segments while a tick's places fill
 # Positions of one prefill, of each data shard. More of them read weights less often, and pad more.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
+GROUP_PARTS = (1, 2, 4)  # of the rows that so many positions hold, what a prefill may have
+CALL_SHARE = 1 / 16  # of these positions: what a call costs, which reads all weights
 # Memory of an accelerator by part of JAX's name of it, the first that fits, for pools that are no
 # larger than they should be; one that is not here counts as having the least.
 MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "7x": 192, "gh200": 94, "h200": 139,
@@ -139,26 +142,37 @@ class Layout:
 
     @functools.cached_property
     def groups(self) -> dict[int, Group]:
-        """The prefills, by the turn of their first prompt.
+        """The prefills, by the turn of their first prompt: the cheapest of few sizes.
 
-        Prompts of one bucket of lengths share a size of group, as equal as they come, so that each
-        bucket is one program and hardly a row is there to fill.
+        A group runs as many slots as its longest prompt needs, and rows of `GROUP_PARTS` of what
+        fits a prefill, so that a bucket of lengths has as many programs as there are parts,
+        whatever batch comes. Left over rows and slots are paid for, and so is every call.
         """
+        tokens, prompts = PREFILL_TOKENS[target().platform], self.prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP, axis=1)
-        slots_T = np.asarray([prompt_bucket(int(length)) for length in length_ST.max(axis=0)])
-        groups = {}
-        for slots in np.unique(slots_T):
-            turn, stop = np.searchsorted(slots_T, slots), np.searchsorted(slots_T, slots, "right")
-            most = max(PREFILL_TOKENS[target().platform] // int(slots), 1)
-            rows = -(-(stop - turn) // -(-(stop - turn) // most))
-            for first in range(int(turn), int(stop), int(rows)):
-                groups[first] = Group(min(int(rows), int(stop) - first), int(rows), int(slots))
-        return groups
+        slots_T = [prompt_bucket(int(length)) for length in length_ST.max(axis=0)]
+        cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts, and the group they end with
+        for stop, slots in enumerate(slots_T, start=1):
+            most = min(max(tokens // slots, 1), prompts)
+            options = []
+            for rows in sorted({-(-most // parts) for parts in GROUP_PARTS}):
+                group = Group(min(rows, stop), rows, slots)
+                spent = rows * slots + CALL_SHARE * tokens
+                options.append((cost[stop - group.prompts] + spent, group))
+            cheapest, group = min(options, key=operator.itemgetter(0))
+            cost.append(cheapest)
+            last.append(group)
+        groups, stop = {}, prompts
+        while stop:
+            group = last[stop]
+            stop -= group.prompts
+            groups[stop] = group
+        return dict(sorted(groups.items()))
 
     @functools.cached_property
     def places(self) -> int:
         """As many prompts as begin at once, and a group to go on with."""
-        largest = max(group.prompts for group in self.groups.values())
+        largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
     @property

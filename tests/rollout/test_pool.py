@@ -182,19 +182,47 @@ def test_sizes_fit_the_work(size, jobs, fitted):
     assert EngineSize(rows=size[0], places=size[1]).fitted(jobs) == fitted
 
 
+def groups_of(lengths, samples=1):
+    made = layout.Layout.of(
+        np.asarray(lengths), samples, EngineSize(rows=8, places=4), token_bytes=64, new=4
+    )
+    return made.groups
+
+
 def test_an_outlier_is_prefilled_apart():
     """63 prompts of 16 tokens and one of 600: as without it, and a prefill of its own."""
 
     def groups(lengths):
-        made = layout.Layout.of(
-            np.asarray(lengths), 1, EngineSize(rows=8, places=4), token_bytes=64, new=4
-        )
-        return [(group.prompts, group.rows, group.slots) for group in made.groups.values()]
+        made = groups_of(lengths).values()
+        return [(group.prompts, group.rows, group.slots) for group in made]
 
     assert groups([16] * 64) == [(32, 32, 16)] * 2
-    assert groups([600, *[16] * 63]) == [(32, 32, 16), (31, 32, 16), (1, 1, 640)]
-    # Ten of 60 tokens: eight fit a prefill, so there are two of five.
-    assert groups([60] * 10) == [(5, 5, 64)] * 2
+    assert groups([600, *[16] * 63]) == [(31, 32, 16), (32, 32, 16), (1, 1, 640)]
+    # Ten of 60 tokens: eight fit a prefill, and a quarter of that is a size too.
+    assert sorted(groups([60] * 10)) == [(2, 2, 64), (8, 8, 64)]
+    # One of 33 tokens joins those of 48 and of 64 slots, rather than have a call of its own.
+    assert groups([33, *[60] * 7]) == [(8, 8, 64)]
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(43, 70), (72, 272), (1, 600)])
+def test_batches_of_all_sorts_share_few_programs(shortest, longest):
+    """Of two hundred batches: three sizes a bucket of lengths, little padding, each prompt once."""
+    rng = np.random.default_rng(0)
+    programs, positions, tokens, buckets = set(), 0, 0, set()
+    for _ in range(200):
+        length_B = rng.integers(shortest, longest, 24)
+        groups = groups_of(length_B, samples=8)
+        assert list(groups) == np.cumsum([0, *(g.prompts for g in groups.values())])[:-1].tolist()
+        assert sum(group.prompts for group in groups.values()) == 24
+        for first, group in groups.items():
+            assert 1 <= group.prompts <= group.rows
+            assert np.sort(length_B)[first + group.prompts - 1] <= group.slots
+        programs |= {(group.rows, group.slots) for group in groups.values()}
+        buckets |= {group.slots for group in groups.values()}
+        positions += sum(group.rows * group.slots for group in groups.values())
+        tokens += int(length_B.sum())
+    assert len(programs) <= 3 * len(buckets)
+    assert 1 - tokens / positions < 0.16
 
 
 @pytest.mark.parametrize("seed", range(4))
