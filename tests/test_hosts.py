@@ -170,7 +170,8 @@ def test_a_host_that_is_killed_ends_the_other_with_a_message(victim, model_dir, 
     assert "run the same command on every host" in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_hangs_ends_the_other_with_a_message(victim, model_dir, tmp_path):
     flags = arguments("rl", model_dir, tmp_path / "run", steps=10_000)
     processes, logs = start(flags, hosts=2, timeout=15)

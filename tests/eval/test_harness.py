@@ -58,6 +58,7 @@ def test_a_built_in_task_of_log_likelihoods(here, capsys):
     assert "arithmetic_1dc" in out and "policy fixed:1" in out and f"Wrote {file}" in out
 
 
+@pytest.mark.slow
 def test_a_built_in_task_of_generation(here):
     file = here / "new" / "gsm8k.json"
     assert run("--tasks=gsm8k_local", "--limit=3", "--num_fewshot=0", "--policy=threshold:0.5",

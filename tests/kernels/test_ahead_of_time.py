@@ -40,14 +40,18 @@ def test_compiles_and_holds_no_logits(topology, case):
     assert row.get("shared_bytes", 0) <= 232_448  # of a block on an H100
 
 
-@pytest.mark.parametrize("shape", ["300,96,151,5", "64,5120,152064,12"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param("300,96,151,5", marks=pytest.mark.slow), "64,5120,152064,12"]
+)
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:3])
 def test_the_smallest_and_the_widest_model_compile(topology, shape):
     rows = compiled(topology, f"--shapes={shape}", "--dtype=float32")
     assert set(rows) == set(CASES)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "topology", [pytest.param("v5e:2x2", marks=[*TPU, pytest.mark.slow]), *TOPOLOGIES[1:]]
+)
 def test_tempered_states_over_the_widest_head_compile(topology):
     """Float32 states, a bfloat16 head, and as many tokens as a tile takes."""
     shape = ("--shapes=2048,5120,151936,1", "--ops=linear_logprob")

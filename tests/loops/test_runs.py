@@ -100,7 +100,7 @@ def test_depth_and_sampler_figures_agree_with_the_samples(rl_run):
         assert sum(shares) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("command", ["rl", "sft"])
+@pytest.mark.parametrize("command", ["rl", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_run_stopped_half_way_ends_like_one_that_was_not(
     command, rl_run, sft_run, model_dir, tmp_path, monkeypatch
 ):
