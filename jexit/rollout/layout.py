@@ -150,7 +150,9 @@ class Layout:
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP, axis=1)
-        slots_T = [prompt_bucket(int(length)) for length in length_ST.max(axis=0)]
+        # The last prompt of one shard may be shorter than that before it of one that has fewer.
+        longest_T = np.maximum.accumulate(length_ST.max(axis=0))
+        slots_T = [prompt_bucket(int(length)) for length in longest_T]
         cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts, and the group they end with
         for stop, slots in enumerate(slots_T, start=1):
             most = min(max(tokens // slots, 1), prompts)

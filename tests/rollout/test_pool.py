@@ -225,6 +225,22 @@ def test_batches_of_all_sorts_share_few_programs(shortest, longest):
     assert 1 - tokens / positions < 0.16
 
 
+@pytest.mark.parametrize("lengths", [(5, 60, 100), (100, 5, 60), (9, 300, 20, 500, 40)])
+def test_shards_of_unequal_numbers_of_prompts_have_room_for_the_longest(lengths, monkeypatch):
+    """The last shard has one less, and what is its longest may be longer than all others."""
+    monkeypatch.setattr(layout, "data_shards", lambda: 2)
+    made = layout.Layout.of(
+        np.asarray(lengths), 1, EngineSize(rows=8, places=4), token_bytes=64, new=4
+    )
+    seen = []
+    for first, group in made.groups.items():
+        index_SB, length_SB = made.group(first)
+        assert length_SB.max() <= group.slots
+        seen += [(s, int(i)) for s, row in enumerate(index_SB) for i in row if i < made.prompts]
+    half = made.prompts
+    assert sorted(s * half + i for s, i in seen) == list(range(len(lengths)))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_prompts_of_any_lengths_are_prefilled_once(model, seed, monkeypatch):
     monkeypatch.setitem(layout.PREFILL_TOKENS, "cpu", 48)
