@@ -182,25 +182,23 @@ def test_sizes_fit_the_work(size, jobs, fitted):
     assert EngineSize(rows=size[0], places=size[1]).fitted(jobs) == fitted
 
 
-def groups_of(lengths, samples=1):
-    made = layout.Layout.of(
-        np.asarray(lengths), samples, EngineSize(rows=8, places=4), token_bytes=64, new=4
-    )
-    return made.groups
+def layout_of(lengths, samples=1):
+    size = EngineSize(rows=8, places=4)
+    return layout.Layout.of(np.asarray(lengths), samples, size, token_bytes=64, new=4)
 
 
 def test_an_outlier_is_prefilled_apart():
     """63 prompts of 16 tokens and one of 600: as without it, and a prefill of its own."""
 
     def groups(lengths):
-        made = groups_of(lengths).values()
+        made = layout_of(lengths).groups.values()
         return [(group.prompts, group.rows, group.slots) for group in made]
 
     assert groups([16] * 64) == [(32, 32, 16)] * 2
     assert groups([600, *[16] * 63]) == [(31, 32, 16), (32, 32, 16), (1, 1, 640)]
     # Ten of 60 tokens: eight fit a prefill, and a quarter of that is a size too.
     assert sorted(groups([60] * 10)) == [(2, 2, 64), (8, 8, 64)]
-    # One of 33 tokens joins those of 48 and of 64 slots, rather than have a call of its own.
+    # One of 33 tokens, which has 48 slots, joins those of 64 rather than have a call of its own.
     assert groups([33, *[60] * 7]) == [(8, 8, 64)]
 
 
@@ -211,7 +209,7 @@ def test_batches_of_all_sorts_share_few_programs(shortest, longest):
     programs, positions, tokens, buckets = set(), 0, 0, set()
     for _ in range(200):
         length_B = rng.integers(shortest, longest, 24)
-        groups = groups_of(length_B, samples=8)
+        groups = layout_of(length_B, samples=8).groups
         assert list(groups) == np.cumsum([0, *(g.prompts for g in groups.values())])[:-1].tolist()
         assert sum(group.prompts for group in groups.values()) == 24
         for first, group in groups.items():
@@ -229,10 +227,7 @@ def test_batches_of_all_sorts_share_few_programs(shortest, longest):
 def test_shards_of_unequal_numbers_of_prompts_have_room_for_the_longest(lengths, monkeypatch):
     """The last shard has one less, and what is its longest may be longer than all others."""
     monkeypatch.setattr(layout, "data_shards", lambda: 2)
-    made = layout.Layout.of(
-        np.asarray(lengths), 1, EngineSize(rows=8, places=4), token_bytes=64, new=4
-    )
-    seen = []
+    made, seen = layout_of(lengths), []
     for first, group in made.groups.items():
         index_SB, length_SB = made.group(first)
         assert length_SB.max() <= group.slots
