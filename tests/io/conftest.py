@@ -1,15 +1,16 @@
-"""A disk that fills up, and the tokenizer that the tiny models use."""
+"""A disk that fills up, and small models that have been saved."""
 
 import builtins
 import errno
 import io
 import pathlib
+import shutil
 
 import pytest
+from saved_models import HEAD, TOKENIZER, edit, is_trainable, make_model, parameters
 
-import jexit
-
-TINY = pathlib.Path(jexit.__file__).parent / "assets" / "tiny"
+from jexit.data.tokenizer import Tokenizer
+from jexit.io.model_dir import save_model, write_model
 
 
 def no_space(*_, **__):
@@ -51,3 +52,42 @@ def full_disk(monkeypatch):
         monkeypatch.setattr(builtins, "open", open_full)
 
     return fill
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory, model, tokenizer):
+    """`base` (weights only), `whole` (everything) and `refers` (to `base`)."""
+    root = tmp_path_factory.mktemp("models")
+    weights = {k: v for k, v in parameters(model).items() if not is_trainable(k)}
+    (root / "base").mkdir()
+    write_model(
+        root / "base",
+        model.arch,
+        weights=weights.items(),
+        adapters={},
+        exits={},
+        exit_layers=(),
+        exit_head=HEAD,
+        lora=None,
+        tokenizer=tokenizer,
+        source="org/small",
+    )
+    save_model(root / "whole", model, tokenizer)
+    save_model(root / "refers", model, tokenizer, base=root / "base")
+    edit(root / "refers", base="../base")  # so that copies refer to their own
+    return root
+
+
+@pytest.fixture
+def models(saved_once, tmp_path):
+    return pathlib.Path(shutil.copytree(saved_once, tmp_path / "models"))

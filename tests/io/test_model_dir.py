@@ -1,125 +1,30 @@
-"""Model directories: what is saved is what is loaded, and what is wrong is said in one sentence."""
+"""Model directories: what is saved is what is loaded, under settings that agree."""
 
 import json
-import pathlib
 import resource
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from saved_models import (
+    ADAPTER,
+    HEAD,
+    TOKENIZER,
+    is_trainable,
+    make_model,
+    parameters,
+    same_model,
+    settings,
+)
 
 import jexit
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.array_store import ArrayStore
-from jexit.io.model_dir import load, save_model, write_model
-from jexit.io.model_source import find_model, open_model
+from jexit.io.model_dir import load, save_model
+from jexit.io.model_source import open_model
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings, Transformer
-from jexit.presets import Architecture, Yarn
-
-TOKENIZER = pathlib.Path(jexit.__file__).parent / "assets" / "tiny"
-ADAPTER = LoRA(rank=2, alpha=6.0, dropout=0.1, targets=("q", "down"))
-HEAD = ExitHeadSettings(kind="mlp", norm="rms", bias=-1.5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.load(TOKENIZER)
-
-
-def make_model(vocab_size, *, exits=(1, 2), head=HEAD, lora=ADAPTER, tied=True, layers=3):
-    """A model in which no parameter is at its initial value."""
-    arch = Architecture(
-        family="qwen3" if tied else "qwen2",
-        vocab_size=vocab_size,
-        width=8,
-        layers=layers,
-        query_heads=2,
-        kv_heads=1,
-        head_dim=4,
-        mlp_width=12,
-        rope_theta=5e6,
-        rms_norm_eps=1e-5,
-        tied=tied,
-        max_positions=64,
-        yarn=Yarn(factor=2.0, original_max_positions=32),
-    )
-    abstract = nnx.eval_shape(
-        lambda: Transformer(arch, exit_layers=exits, exit_head=head, lora=lora, rngs=nnx.Rngs(0))
-    )
-    # Drawn by NumPy: to compile jax's generators for every shape would take most of the time.
-    graphdef, state = nnx.split(abstract)
-    rng = np.random.default_rng(1)
-    state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), state)
-    return nnx.merge(graphdef, state)
-
-
-def parameters(model):
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(path): np.asarray(leaf[...]) for path, leaf in flat}
-
-
-def same_model(found, wanted):
-    """Same parameters, bit for bit, under the same settings."""
-    ours, theirs = parameters(found), parameters(wanted)
-    return (
-        ours.keys() == theirs.keys()
-        and all(ours[k].dtype == theirs[k].dtype for k in ours)
-        and all(np.array_equal(ours[k], theirs[k]) for k in ours)
-        and settings(found) == settings(wanted)
-    )
-
-
-def settings(model):
-    head = model.exit_head
-    return model.arch, model.exit_layers, (head.kind, head.norm), model.lora
-
-
-def is_trainable(path):
-    return path.startswith("exits.") or path.endswith((".lora_a", ".lora_b"))
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return make_model(tokenizer.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def saved_once(tmp_path_factory, model, tokenizer):
-    """`base` (weights only), `whole` (everything) and `refers` (to `base`)."""
-    root = tmp_path_factory.mktemp("models")
-    weights = {k: v for k, v in parameters(model).items() if not is_trainable(k)}
-    (root / "base").mkdir()
-    write_model(
-        root / "base",
-        model.arch,
-        weights=weights.items(),
-        adapters={},
-        exits={},
-        exit_layers=(),
-        exit_head=HEAD,
-        lora=None,
-        tokenizer=tokenizer,
-        source="org/small",
-    )
-    save_model(root / "whole", model, tokenizer)
-    save_model(root / "refers", model, tokenizer, base=root / "base")
-    edit(root / "refers", base="../base")  # so that copies refer to their own
-    return root
-
-
-@pytest.fixture
-def models(saved_once, tmp_path):
-    return pathlib.Path(shutil.copytree(saved_once, tmp_path / "models"))
-
-
-def edit(directory, **changes):
-    file = directory / "jexit.json"
-    values = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({k: v for k, v in values.items() if v != "gone"}))
+from jexit.model.transformer import ExitHeadSettings
 
 
 def tree(directory):
@@ -128,9 +33,6 @@ def tree(directory):
         for p in directory.rglob("*")
         if p.is_file()
     }
-
-
-# Round trips
 
 
 def test_a_whole_model_comes_back(saved_once, model, tokenizer):
@@ -334,143 +236,3 @@ def test_settings_that_agree_are_not_refused(saved_once):
 def test_an_exit_beyond_the_last_layer_is_refused(saved_once, exits):
     with pytest.raises(ValueError, match=rf"exit {exits[-1]} is not below the model's 3 layers"):
         load(saved_once / "base", exit_layers=exits)
-
-
-# Damage
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"format_version": 2}, r"format version 2; this jexit reads 1: make the model again"),
-        ({"format_version": "gone"}, r"format version None"),
-        ({"architecture": "gone"}, r"is incomplete or altered \('architecture'\); convert it"),
-        ({"architecture": {"layers": 3}}, "is incomplete or altered"),
-        ({"architecture": [1]}, "is incomplete or altered"),
-        ({"lora": {"rank": 2}}, "is incomplete or altered"),
-        ({"exit_head": {"colour": "red"}}, "is incomplete or altered"),
-        ({"eos_ids": 5}, "is incomplete or altered"),
-        ({"exit_layers": [2, 1]}, r"exit heads at \(2, 1\); exits are rising layer numbers"),
-        ({"exit_layers": [1, 3]}, r"exit heads at \(1, 3\); exits are rising .* from 1 to 2"),
-    ],
-)
-def test_an_altered_description_is_one_sentence(models, changes, words):
-    edit(models / "whole", **changes)
-    with pytest.raises(ValueError, match=words) as caught:
-        load(models / "whole")
-    assert str(models / "whole") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_description_that_is_no_json_is_one_sentence(models):
-    file = models / "whole" / "jexit.json"
-    file.write_text(file.read_text()[:100])
-    with pytest.raises(ValueError, match=r"jexit\.json is not valid JSON .*copy it again"):
-        load(models / "whole")
-
-
-@pytest.mark.parametrize("part", ["base", "adapters", "exits"])
-@pytest.mark.parametrize("how", ["missing", "misshapen", "surplus", "damaged", "no_folder"])
-def test_wrong_arrays_are_one_sentence(models, part, how):
-    folder = models / "whole" / part
-    store = ArrayStore(folder)
-    name = store.names()[0]
-    error, words = ValueError, rf"stores {name} with shape \(2, 2\)"
-    if how == "surplus":
-        store.write("blocks.extra", np.zeros((2, 2), np.float32))
-        words = r"stores blocks\.extra with shape \(2, 2\), the model has no such parameter"
-    elif how == "damaged":
-        for path in (folder / name).rglob("d/*"):
-            path.write_bytes(b"")
-        words = rf"the parameter {name} in .*{part} cannot be read .*copy or convert"
-    elif how == "no_folder":
-        shutil.rmtree(folder)
-        error, words = FileNotFoundError, rf"lacks its \w+ \({part}/\)"
-    else:
-        shutil.rmtree(folder / name)
-        words = rf"lacks the parameters {name}; copy or convert" if how == "missing" else words
-        if how == "misshapen":
-            store.write(name, np.zeros((2, 2), np.float32))
-    with pytest.raises(error, match=words):
-        load(models / "whole")
-
-
-def test_a_missing_tokenizer_is_one_sentence(models):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (models / "whole" / name).unlink()
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
-        load(models / "whole")
-
-
-def test_an_adapter_without_a_tokenizer_uses_its_bases(models, tokenizer):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (models / "refers" / name).unlink()
-    found = load(models / "refers")[1]
-    assert found.encode("sum 12") == tokenizer.encode("sum 12")
-
-
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path, tokenizer):
-    save_model(tmp_path / "m", make_model(tokenizer.vocab_size - 1), tokenizer)
-    with pytest.raises(ValueError, match=r"tokens, the model only \d+ embeddings; use the model's"):
-        load(tmp_path / "m")
-
-
-def test_a_base_that_is_gone_is_named_with_the_remedy(models):
-    shutil.rmtree(models / "base")
-    with pytest.raises(
-        FileNotFoundError, match=r"needs its base model at \.\./base, which is gone"
-    ):
-        load(models / "refers")
-    (models / "base").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"correct the path in jexit\.json"):
-        load(models / "refers")
-
-
-def test_a_base_that_has_changed_is_refused(models):
-    values = json.loads((models / "base" / "jexit.json").read_text())["architecture"]
-    edit(models / "base", architecture={**values, "rope_theta": 1e4})
-    with pytest.raises(ValueError, match=r"is another model now \(rope_theta 10000.0 in place of"):
-        load(models / "refers")
-
-
-def test_a_base_with_adapters_of_its_own_is_refused(models):
-    edit(models / "refers", base="../whole")
-    with pytest.raises(ValueError, match=r"has adapters itself; merge them first"):
-        load(models / "refers")
-
-
-# Finding
-
-
-def test_a_runs_directory_means_its_model(models, tmp_path):
-    shutil.move(models / "whole", tmp_path / "run" / "model")
-    (tmp_path / "run" / "config.json").write_text("{}")  # the run's, not Hugging Face's
-    assert find_model(tmp_path / "run") == tmp_path / "run" / "model"
-
-
-def test_what_is_no_model_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="file is a file; give the directory of a model"):
-        open_model("file")
-    with pytest.raises(FileNotFoundError, match=r"empty holds no model \(none of jexit\.json"):
-        open_model("empty")
-    for path in ("", "runs/a/b", "./none", "/nowhere"):
-        with pytest.raises(FileNotFoundError, match="no model directory at"):
-            open_model(path)
-    with pytest.raises(
-        FileNotFoundError, match=r"no directory org/none, .*fetch a hub model first"
-    ):
-        open_model("org/none")
-
-
-def test_a_hub_id_means_the_local_cache(models, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    snapshot = tmp_path / "hub" / "models--org--small" / "snapshots" / "abc"
-    shutil.copytree(models / "whole", snapshot)
-    (tmp_path / "hub" / "models--org--small" / "refs").mkdir()
-    (tmp_path / "hub" / "models--org--small" / "refs" / "main").write_text("abc")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.chdir(tmp_path)
-    assert open_model("org/small").directory == snapshot
