@@ -94,6 +94,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 "policy": "sample",
                 "sharpness": 60.0,
                 "ece": 0.0431,
+                "kl_student_teacher_nats": 0.276,
                 "exits": [
                     {
                         "exit": layer,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jexit.axes import Array, Bool, Float, Int
+from jexit.axes import Array, Bool, Float, HiddenBTD, Int
 from jexit.dist import data_shards, place_rows, whole
-from jexit.kernels import exit_kl
+from jexit.kernels import exit_kl, linear_kl
 from jexit.losses.sft import target_log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, run
@@ -28,8 +28,8 @@ _POSITIONS = 8192  # of one pass: rows of a batch follow from its length
 
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"]
-) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """(hazards σ(z_e), which of them were asked for) where completion positions could leave."""
+) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
+    """(hazards σ(z_e), which of them were asked for, final hidden states) of completions."""
     result = run(
         student,
         rows.tokens_BT,
@@ -39,7 +39,8 @@ def _decisions(
     )
     hazard_BCE = jax.nn.sigmoid(rows.window(result.hazard_logits_BTE))
     reached_BCE = jnp.asarray(student.exit_layers) <= depth_BC[..., None]
-    return hazard_BCE, reached_BCE & rows.action_BC[..., None]
+    hidden_BCD = rows.window(result.hidden_BTD)
+    return hazard_BCE, reached_BCE & rows.action_BC[..., None], hidden_BCD
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -50,7 +51,7 @@ def decisions(
     depth_BC: Int[Array, "B C"],
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
     """Hazards of a split model under the completions' own depths, and where there are such."""
-    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC)
+    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("student_def", "teacher_def", "target"))
@@ -64,11 +65,12 @@ def decisions_and_targets(
     sharpness: Float[Array, ""],
     *,
     target: str,
-) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"]]:
-    """`decisions` of the student, and target hazards.
+) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
+    """`decisions` of the student, target hazards, and KL(student ‖ teacher) in nats.
 
-    These are 1 − tanh(k·KL_e / 2), from the exits of the teacher or, with `target="student"`, from
-    the student's at full depth (as `sft.target` has it).
+    The targets are 1 − tanh(k·KL_e / 2), from the exits of the teacher or, with `target="student"`,
+    from the student's at full depth (as `sft.target` has it). The KL is of the next token under the
+    completions' own depths to that of the teacher.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
@@ -89,7 +91,12 @@ def decisions_and_targets(
     ).kl_EN
     kl_BCE = jnp.moveaxis(kl_EN.reshape(shape[:3]), 0, -1)
     leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)
-    return *_decisions(student, rows, depth_BC), jnp.exp(leave_BCE)
+    hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC)
+    kl_BC = linear_kl(
+        hidden_BCD.reshape(-1, shape[-1]), final_BCD.reshape(-1, shape[-1]), student.head_VD,
+        head_teacher_VD=teacher.head_VD,
+    ).reshape(depth_BC.shape)  # fmt: skip
+    return hazard_BCE, asked_BCE, jnp.exp(leave_BCE), kl_BC
 
 
 def reliability(
@@ -184,9 +191,10 @@ def hazard_reliability(
     """Reliability of every exit's hazards over completions with their recorded depths.
 
     `ece` of all exits together is the mean of theirs, weighted by their decisions: one exit that
-    leaves too readily does not make up for another that leaves too seldom.
+    leaves too readily does not make up for another that leaves too seldom. With it comes the mean
+    KL(student ‖ teacher) at those depths, over passes that could leave.
     """
-    hazard_BCE, there_BCE, target_BCE = recorded.through(
+    hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(
             student[0], student[1:], teacher[0], teacher[1:], rows, depth_BC,
             jnp.float32(sharpness), target=target,
@@ -214,4 +222,13 @@ def hazard_reliability(
         if exits
         else float("nan")
     )
-    return {"sharpness": sharpness, "target": target, "ece": ece, "exits": exits}
+    kl_N = np.concatenate(
+        [kl_C[1 : len(depths)] for kl_C, depths in zip(kl_BC, recorded.depths, strict=True)]
+    )
+    return {
+        "sharpness": sharpness,
+        "target": target,
+        "ece": ece,
+        "kl_student_teacher_nats": float(kl_N.mean()) if kl_N.size else float("nan"),
+        "exits": exits,
+    }

@@ -286,7 +286,8 @@ def _hazards(run: Run) -> Html | None:
     words = (
         "A hazard is calibrated when, over the positions where it has some value, the targets "
         "average to that value; the expected calibration error (ECE) is the mean distance, "
-        "weighted by positions."
+        "weighted by positions. The KL is of the next token at the depths that the policy gave to "
+        "that of the teacher, the base model at full depth."
     )
     return join(tag("p", words), figures.reliability(entries), tables.hazards(entries))
 

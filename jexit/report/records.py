@@ -106,6 +106,7 @@ class HazardCalibration:
     policy: str
     sharpness: float
     ece: float
+    kl_student_teacher_nats: float | None = None  # at the depths that it drew
     exits: tuple[ExitCalibration, ...]
 
 

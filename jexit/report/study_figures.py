@@ -43,7 +43,7 @@ _CLASS = re.compile(r"sample/depth_by_class/(\w+)/depth_mean")
 
 
 def _plane(study: Study) -> Figure | None:
-    """Accuracy over depth: each run, its controls at the same depth, and all layers."""
+    """Accuracy over depth with its 95 % intervals: each run, its controls, and all layers."""
     if not any(math.isfinite(study.mean(group, "depth")) for group in study.groups):
         return None
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -56,16 +56,23 @@ def _plane(study: Study) -> Figure | None:
     }
     for group, colour in _colours(study).items():
         for policy, (marker, fill, _) in kinds.items():
-            depth, right = (
-                study.values(group, f"{policy}/{name}") for name in ("depth_fraction", "accuracy")
+            depth, right, low, high = (
+                study.values(group, f"{policy}/{name}")
+                for name in (
+                    "depth_fraction",
+                    "accuracy",
+                    "accuracy_ci95/low",
+                    "accuracy_ci95/high",
+                )
             )
+            axes.vlines(depth, low, high, color=colour, linewidth=0.9, alpha=0.45)
             axes.plot(depth, right, marker, color=colour, fillstyle=fill, ms=6, alpha=0.85)
         axes.plot([], [], "o", color=colour, label=study.label(group))
     for marker, fill, label in kinds.values():
         axes.plot([], [], marker, color=GREY, fillstyle=fill, label=label)
     axes.set_xlabel("layers run per token")
     axes.set_ylabel("right answers")
-    axes.set_title("Accuracy and depth, one mark a seed")
+    axes.set_title("Accuracy and depth, one mark a seed, 95 % intervals")
     axes.set_xlim(0, 1.03)
     axes.set_ylim(-0.02, 1.03)
     for axis in (axes.xaxis, axes.yaxis):

@@ -327,11 +327,15 @@ def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Html:
 
 
 def hazards(entries: Sequence[HazardCalibration]) -> Html:
-    """Expected calibration error of every exit's hazards."""
-    head = ["policy", "exit", "error (ECE)", "mean hazard", "mean target", "positions"]
+    """Expected calibration error of every exit's hazards, and the KL that leaving costs."""
+    head = [
+        *("policy", "exit", "error (ECE)", "mean hazard", "mean target", "positions"),
+        "KL to the teacher, nats",
+    ]
     rows = []
     for entry in entries:
-        rows.append([entry.policy, "all", number(entry.ece, 3), "", "", ""])
+        kl = number(entry.kl_student_teacher_nats, 3)
+        rows.append([entry.policy, "all", number(entry.ece, 3), "", "", "", kl])
         rows += [
             [
                 entry.policy,
@@ -340,6 +344,7 @@ def hazards(entries: Sequence[HazardCalibration]) -> Html:
                 number(at_exit.hazard_mean, 3),
                 number(at_exit.target_mean, 3),
                 number(at_exit.positions, 0),
+                "",
             ]
             for at_exit in entry.exits
         ]

@@ -70,16 +70,18 @@ def test_hazards_are_those_of_decoding(split, made, recorded):
 
 
 def by_hand(split, recorded, target, sharpness):
-    """(exit, hazard, target) of every decision, a completion and whole soft-maxes at a time."""
+    """(exit, hazard, target) of every decision, and KL(student ‖ teacher) of every pass that could
+    leave, a completion and whole soft-maxes at a time."""
     student, teacher = split.student(split.trainable), split.teacher(split.trainable)
-    decisions = []
+    decisions, divergences = [], []
     for prompt, ids, depths in zip(
         recorded.prompts, recorded.completions, recorded.depths, strict=True
     ):
         tokens = jnp.asarray([[*prompt, *ids]])
         depth = np.full(tokens.shape, LAYERS)
         depth[0, len(prompt) : len(prompt) + len(ids) - 1] = depths[1:]
-        hazards = run(student, tokens, policy=Prescribed(depth), hazards=True).hazard_logits_BTE
+        made = run(student, tokens, policy=Prescribed(depth), hazards=True)
+        hazards = made.hazard_logits_BTE
         taught = run(teacher, tokens, policy=Full(), adapters=False, exit_hidden=True)
         lens, head = taught, teacher.head_VD
         if target == "student":
@@ -87,15 +89,18 @@ def by_hand(split, recorded, target, sharpness):
             head = student.head_VD
         final = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
         exits = jax.nn.log_softmax(logits_of(lens.exit_hidden_EBTD, head))
+        shallow = jax.nn.log_softmax(logits_of(made.hidden_BTD, student.head_VD))
+        kl_BT = jnp.sum(jnp.exp(shallow) * (shallow - final), -1)
         kl_EBT = jnp.sum(jnp.exp(final) * (final - exits), -1)
         for i in range(1, len(ids)):
             t = len(prompt) - 1 + i
+            divergences.append(float(kl_BT[0, t]))
             for e, layer in enumerate(EXITS):
                 if layer <= depths[i]:
                     hazard = float(jax.nn.sigmoid(hazards[0, t, e]))
                     wanted = float(1 - jnp.tanh(sharpness * kl_EBT[e, 0, t] / 2))
                     decisions.append((layer, hazard, wanted))
-    return decisions
+    return decisions, divergences
 
 
 @pytest.mark.parametrize("target", ["teacher", "student"])
@@ -105,7 +110,9 @@ def test_reliability_of_a_model(split, recorded, target):
         student, split.decodable_teacher(split.trainable), EXITS, recorded, sharpness=3.0,
         target=target,
     )  # fmt: skip
-    decisions = by_hand(split, recorded, target, 3.0)
+    decisions, divergences = by_hand(split, recorded, target, 3.0)
+    assert np.mean(divergences) > 1e-3
+    assert made["kl_student_teacher_nats"] == pytest.approx(np.mean(divergences), rel=1e-5)
     for entry in made["exits"]:
         here = [(h, t) for layer, h, t in decisions if layer == entry["exit"]]
         assert entry["positions"] == len(here)

@@ -7,6 +7,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from jexit.report import study_figures
@@ -88,6 +89,16 @@ def test_full_depth_is_dashed_beside_the_policy(tmp_path):
     assert step.get_legend_handles_labels()[1] == ["step of 3", "all layers run"]
     assert chain.get_legend_handles_labels()[1] == ["early answering"]  # at full depth unknown
     assert chain.get_ylim()[0] < -0.3
+
+
+def test_the_plane_has_the_interval_of_every_run(tmp_path):
+    heads = ("seed", "sample/depth_fraction", "sample/accuracy")
+    heads += ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
+    write(tmp_path / "some.csv", heads, [("0", "0.25", "0.5", "0.4", "0.7"), ("1", "0.5", "1")])
+    (axes,) = study_figures._plane(Study.read(tmp_path / "some.csv")).axes
+    drawn = [line for bars in axes.collections for line in bars.get_segments()]
+    known = [line.tolist() for line in drawn if np.isfinite(line).all() and line.size]
+    assert known == [[[0.25, 0.4], [0.25, 0.7]]]
 
 
 def test_a_grid_with_a_hole_is_drawn(tmp_path):

@@ -1,5 +1,7 @@
 """Tables say what the files say."""
 
+import dataclasses
+
 import pytest
 
 from jexit.report import tables
@@ -63,6 +65,14 @@ def test_every_table_has_a_caption_heads_and_a_box_that_scrolls(evaluated):
         for row in rows:
             assert [cell.attributes["scope"] for cell in row.all("th")] == ["row"]
             assert len(row.children) == len(head.children)
+
+
+def test_the_kl_to_the_teacher_is_of_all_exits_together(evaluated):
+    entries = evaluated.evaluation.hazards
+    rows = cells(parse(tables.hazards(entries)))
+    assert column(rows, "KL to the teacher, nats") == ["0.276"] + [""] * len(entries[0].exits)
+    unknown = [dataclasses.replace(entries[0], kl_student_teacher_nats=None)]
+    assert column(cells(parse(tables.hazards(unknown))), "KL to the teacher, nats")[0] == "–"
 
 
 def test_key_figures_set_the_sampled_policy_against_full_depth(evaluated):
