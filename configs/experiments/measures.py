@@ -1,10 +1,10 @@
 """How the studies measure a trained model: accuracy, depth, controls and externalisation.
 
 `:word_problems` leaves out the prescribed steps, which that task has not; `:depth` what is not
-about depth; `:quick` everything but the policies, on fewer problems. The starts of the studies:
+about depth; `:quick` everything but the policies, on fewer problems. Where the studies start:
 
-    bash launch/sweep.sh --config=configs/experiments/measures.py --into=runs/starts --jobs=2 \
-        model.path=jexit/assets/tiny-calibrated task.name=sums,tom
+    bash launch/sweep.sh --config=configs/experiments/measures.py:quick --into=runs/starts \
+        --jobs=2 task.name=sums,word_problems,tom --config.eval.problems=1024
 """
 
 import pathlib

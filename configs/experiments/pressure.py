@@ -4,11 +4,18 @@
         --eval=configs/experiments/measures.py --into=runs/pressure-sums --jobs=2 \
         rl.depth_coef=0,0.1,0.2,0.4,0.8,2 seed=0,1
 
-Other tasks: `--config.task.name=tom` or `word_problems` (which cannot prescribe steps:
+A run takes ten minutes on a CPU core. Other tasks: `--config.task.name=tom --config.steps=120` or
+`--config.task.name=word_problems` (which cannot prescribe steps:
 `--eval=configs/experiments/measures.py:word_problems`), each with a directory of its own. Instead
 of a grid of prices, one that dual ascent raises while accuracy keeps over a floor:
 
-    ... --into=runs/ascent-sums rl.accuracy_floor=0.95 seed=0,1 --config.rl.dual_ascent=True
+    bash launch/sweep.sh --config=configs/experiments/pressure.py \
+        --eval=configs/experiments/measures.py --into=runs/ascent-sums --jobs=2 \
+        rl.accuracy_floor=0.95 seed=0,1 --config.rl.dual_ascent=True
+    bash launch/sweep.sh --config=configs/experiments/pressure.py \
+        --eval=configs/experiments/measures.py --into=runs/ascent-tom --jobs=2 \
+        rl.accuracy_floor=0.7 seed=0,1 --config.rl.dual_ascent=True --config.rl.depth_coef=0.5 \
+        --config.steps=300 --config.task.name=tom --eval.eval.problems=1024
 
 Other starts: `--config.model.path=DIR`, where DIR is a calibration run of configs/sft.py from the
 shipped trunk in the published way (configs/experiments/calibration.py:published) or from a trunk of

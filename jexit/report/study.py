@@ -21,17 +21,27 @@ class Column:
 
     source: str
     share: bool = True  # shown in per cent
+    upper: str | None = None  # of an interval, whose lower end is `source`
 
-    def text(self, values: Sequence[float]) -> str:
-        """The mean over seeds, and the smallest and largest where they differ."""
-        known = [value for value in values if math.isfinite(value)]
+    def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
+        """The mean over seeds, and the smallest and largest where they differ.
+
+        Of an interval: from the smallest lower to the largest upper end.
+        """
+        known = [value for value in (*values, *upper) if math.isfinite(value)]
         if not known:
             return "–"
         scale, digits = (100.0, 1) if self.share else (1.0, 2)
         mean, low, high = (
             f"{scale * v:.{digits}f}" for v in (float(np.mean(known)), min(known), max(known))
         )
+        if upper:
+            return f"{low} to {high}"
         return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _interval(name: str) -> Column:
+    return Column(f"{name}_ci95/low", upper=f"{name}_ci95/high")
 
 
 def _measure(name: str, policy: str) -> Column:
@@ -43,9 +53,12 @@ COLUMNS: Mapping[str, Column] = {
     "depth before": Column("before/depth_fraction"),
     "right": Column("sample/accuracy"),
     "depth": Column("sample/depth_fraction"),
+    "right, interval": _interval("sample/accuracy"),
     "right at full depth": Column("full/accuracy"),
+    "right at full depth, interval": _interval("full/accuracy"),
     "less shuffled": Column("sample less shuffled/accuracy_difference"),
     "less one exit": Column("sample less fixed:matched/accuracy_difference"),
+    "less one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
     "tokens": Column("sample/completion_length", share=False),
     "step size": Column("sample/text/step_size", share=False),
     "on the page": Column("sample/text/on_the_page"),
@@ -130,11 +143,13 @@ class Study:
         heads = [*(f"`{key}`" for key in self.settings), "seeds", *labels]
         rows = [heads, ["---"] * len(heads)]
         for group, lines in self.groups.items():
-            figures = [
-                COLUMNS[label].text(self.values(group, COLUMNS[label].source)) for label in labels
-            ]
+            figures = [self._text(group, COLUMNS[label]) for label in labels]
             rows.append([*group, str(len(lines)), *figures])
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+    def _text(self, group: tuple[str, ...], column: Column) -> str:
+        upper = self.values(group, column.upper) if column.upper else ()
+        return column.text(self.values(group, column.source), upper)
 
 
 def _lines(path: Path) -> list[dict[str, str]]:

@@ -196,6 +196,14 @@ def test_gaps_are_left_out_of_means(directory):
     assert study.mean(("0",), "right") == 0.625
 
 
+def test_the_interval_of_several_runs_holds_those_of_all(tmp_path):
+    ends = ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
+    lines = [("0", "0", "0.4", "0.6"), ("0", "1", "0.45", "0.7"), ("1", "0", "", "")]
+    write(tmp_path / "some.csv", ("rl.depth_coef", "seed", *ends), lines)
+    table = Study.read(tmp_path / "some.csv").table(["right, interval"])
+    assert "| 0 | 2 | 40.0 to 70.0 |" in table and "| 1 | 1 | – |" in table
+
+
 def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     study = {"pressure": Study.read(directory / "pressure.csv")}
     block = "<!-- {} -->\n<!-- end -->"
