@@ -90,7 +90,7 @@ COLUMNS: Mapping[str, Column] = {
         )
         for policy, where in (("sample", ""), ("full", ", full depth"))
     },
-    "hazard error": Column("sample/hazards/ece", share=False),
+    "hazard error": Column("sample/hazards/ece"),
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
 
