@@ -6,7 +6,12 @@
 
 The rest one at a time, each `--into` a directory of its own: `sft.sharpness=1,10,60,200`,
 `sft.samples=1,4`, `sft.direction=student_teacher,teacher_student,jeffreys`,
-`sft.exit_loss=sampled,expected`, `exit_head.kind=linear,mlp`.
+`sft.exit_loss=sampled,expected`, `exit_head.kind=linear,mlp`. What reinforcement makes of some:
+
+    at=runs/calibration/sft.explore
+    bash launch/sweep.sh --config=configs/experiments/pressure.py --into=runs/calibration-rl \
+        --eval=configs/experiments/measures.py:depth --jobs=2 --config.rl.depth_coef=0.4 \
+        "model.path=$at=0,sft.target=student,seed=0|$at=0.5,sft.target=student,seed=0|$at=0,sft.target=teacher,seed=0"
 
 `:published` is the recipe of arXiv:2603.21376 on all tasks, for Study A to start from:
 

@@ -31,7 +31,7 @@ def get_config(variant: str = "measure"):
     config.eval.problems = 8  # before and after training; what is measured has 60
     if variant == "calibrate":
         config.model.path = "models/small"
-        config.steps = 48
+        config.steps = 64
         config.batch_size = 4
         config.optim.accumulate = 1
         config.optim.lora_lr = 3e-4
@@ -44,7 +44,7 @@ def get_config(variant: str = "measure"):
         config.sft.pool = 48
         config.sft.generate_batch = 48
         config.sft.max_new_tokens = 256
-        config.sft.sharpness = 5.0
+        config.sft.sharpness = 40.0
         config.checkpoint.every = 8
         return config
     if variant == "reinforce":
