@@ -51,6 +51,8 @@ def _measure(name: str, policy: str) -> Column:
 COLUMNS: Mapping[str, Column] = {
     "right before": Column("before/accuracy"),
     "depth before": Column("before/depth_fraction"),
+    "right after": Column("after/accuracy"),
+    "depth after": Column("after/depth_fraction"),
     "right": Column("sample/accuracy"),
     "depth": Column("sample/depth_fraction"),
     "right, interval": _interval("sample/accuracy"),
@@ -93,6 +95,11 @@ COLUMNS: Mapping[str, Column] = {
     "hazard error": Column("sample/hazards/ece"),
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
+
+SUMMARY = (
+    *("right before", "depth before", "right after", "depth after"),
+    *("right", "depth", "right at full depth", "less one exit", "less shuffled"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +148,29 @@ class Study:
     def table(self, labels: Sequence[str]) -> str:
         """A Markdown table: a line for every setting, the mean over seeds and its range."""
         heads = [*(f"`{key}`" for key in self.settings), "seeds", *labels]
-        rows = [heads, ["---"] * len(heads)]
-        for group, lines in self.groups.items():
-            figures = [self._text(group, COLUMNS[label]) for label in labels]
-            rows.append([*group, str(len(lines)), *figures])
+        rows = [heads, ["---"] * len(heads), *self._rows(labels)]
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+    def summary(self) -> str:
+        """Those figures of `SUMMARY` that any run has, in columns of text; shares in per cent."""
+        labels = [
+            label
+            for label in SUMMARY
+            if any(math.isfinite(self.mean(group, label)) for group in self.groups)
+        ]
+        rows = [[*self.settings, "seeds", *labels], *self._rows(labels)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines)
+
+    def _rows(self, labels: Sequence[str]) -> list[list[str]]:
+        return [
+            [*group, str(len(lines)), *(self._text(group, COLUMNS[label]) for label in labels)]
+            for group, lines in self.groups.items()
+        ]
 
     def _text(self, group: tuple[str, ...], column: Column) -> str:
         upper = self.values(group, column.upper) if column.upper else ()

@@ -204,6 +204,14 @@ def test_the_interval_of_several_runs_holds_those_of_all(tmp_path):
     assert "| 0 | 2 | 40.0 to 70.0 |" in table and "| 1 | 1 | – |" in table
 
 
+def test_a_summary_has_the_figures_that_there_are(directory):
+    assert Study.read(directory / "pressure.csv").summary() == (
+        "rl.depth_coef  seeds  right                depth\n"
+        "0              2      62.5 (50.0 to 75.0)  75.0 (62.5 to 87.5)\n"
+        "2              1      100.0                50.0"
+    )
+
+
 def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     study = {"pressure": Study.read(directory / "pressure.csv")}
     block = "<!-- {} -->\n<!-- end -->"
