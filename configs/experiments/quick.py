@@ -3,8 +3,8 @@
     bash launch/sweep.sh --config=configs/experiments/quick.py \
         --eval=configs/experiments/measures.py:quick --into=runs/quick rl.depth_coef=0,2
 
-From 89 % right at 42 % of the depth it ends at 99 % and more with either price, at 54 % of the depth
-without one and at 38 % with it.
+From 89 % right at 42 % of the depth it ends at 99 % and more with either price, at 54 % of the
+depth without one and at 38 % with it.
 """
 
 import pathlib
