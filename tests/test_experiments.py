@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jexit.config import Config, check_key
-from jexit.sweep import Sweep
+from jexit.sweep.plan import Sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "experiments").glob("*.py"))
@@ -44,7 +44,7 @@ def test_the_commands_of_a_study_name_files_and_settings_that_there_are(path):
         Config.from_dict(config_of(sweep.config))
         evaluation = sweep.evaluation or sweep.config
         assert Config.from_dict(config_of(evaluation)).command == "eval"
-        for key in (*sweep.grid, *sweep.fixed):
+        for key in (*sweep.grid, *sweep.fixed, *sweep.evaluation_settings):
             check_key(f"config.{key}")
     for key in re.findall(r"--config\.([\w.]+)=|`([a-z_]+\.[a-z_]+)=", head(path)):
         check_key(f"config.{''.join(key)}")

@@ -11,7 +11,10 @@ import time
 
 import pytest
 
-from jexit import sweep
+from jexit.main import INTERRUPTED
+from jexit.sweep.__main__ import main
+from jexit.sweep.plan import Sweep
+from jexit.sweep.runner import shares
 from small_runs import saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,7 +22,7 @@ GIVEN = ("--config=a.py:tiny", "--into=runs/x")
 
 
 def test_every_combination_is_a_run_of_its_own():
-    grid = sweep.Sweep.parse([*GIVEN, "rl.depth_coef=0,0.4", "seed=0,1,2", "--config.steps=7"])
+    grid = Sweep.parse([*GIVEN, "rl.depth_coef=0,0.4", "seed=0,1,2", "--config.steps=7"])
     cells = grid.cells()
     assert len(cells) == 6 and len({cell.workdir for cell in cells}) == 6
     assert cells[1].settings == {"rl.depth_coef": "0", "seed": "1"}
@@ -35,18 +38,18 @@ def test_every_combination_is_a_run_of_its_own():
 
 
 def test_values_with_commas_are_separated_by_bars():
-    grid = sweep.Sweep.parse([*GIVEN, "exits.layers=(2,4)|(4,)"])
+    grid = Sweep.parse([*GIVEN, "exits.layers=(2,4)|(4,)"])
     assert [cell.settings["exits.layers"] for cell in grid.cells()] == ["(2,4)", "(4,)"]
     assert [cell.name for cell in grid.cells()] == ["exits.layers=(2,4)", "exits.layers=(4,)"]
 
 
 def test_without_a_grid_there_is_one_run():
-    assert [cell.name for cell in sweep.Sweep.parse(GIVEN).cells()] == ["run"]
+    assert [cell.name for cell in Sweep.parse(GIVEN).cells()] == ["run"]
 
 
 def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     flags = [f"--into={tmp_path}", "--config=a.py", "--eval=e.py", "--eval.eval.problems=9"]
-    grid = sweep.Sweep.parse([*flags, "task.name=sums,tom", "--config.task.steps=mixed"])
+    grid = Sweep.parse([*flags, "task.name=sums,tom", "--config.task.steps=mixed"])
     (cell, _), workdir = grid.cells(), tmp_path / "task.name=sums"
     commands = grid.commands(cell)
     assert next(commands)[1:] == [
@@ -77,14 +80,14 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
 
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     given = ["--config=a.py", f"--into={tmp_path}", "seed=0", "--eval=e.py"]
-    (cell,) = sweep.Sweep.parse(given).cells()
-    begun = sweep.Sweep.parse([*given, "--config.steps=10"])
+    (cell,) = Sweep.parse(given).cells()
+    begun = Sweep.parse([*given, "--config.steps=10"])
     commands = begun.commands(cell)
     next(commands)
     begun.check(cell)  # there is nothing yet
     cell.workdir.mkdir()
     begun.check(cell)
-    assert sweep.main([*given, "--config.steps=999"]) == 1
+    assert main([*given, "--config.steps=999"]) == 1
     error = capsys.readouterr().err
     assert "which differs in --config.steps=10; another --into is needed" in error
     cell.begin("run", [*reversed(begun.training(cell))])
@@ -93,17 +96,17 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     (cell.workdir / "after.json").write_text("{}")
     next(commands)
     (cell.workdir / "eval").mkdir()
-    assert sweep.main([*given, "--config.steps=10", "--eval.eval.problems=1000"]) == 1
+    assert main([*given, "--config.steps=10", "--eval.eval.problems=1000"]) == 1
     assert "which differs in --config.eval.problems=1000" in capsys.readouterr().err
     assert not (tmp_path / "table.csv").exists()
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
-    assert sweep.main(["--config=a.py", "--into=/dev/null/x"]) == 1
+    assert main(["--config=a.py", "--into=/dev/null/x"]) == 1
     assert "/dev/null/x" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "after.json").write_text('{"accuracy":')
-    assert sweep.main(["--config=a.py", f"--into={tmp_path}", "--table_only"]) == 1
+    assert main(["--config=a.py", f"--into={tmp_path}", "--table_only"]) == 1
     error = capsys.readouterr().err
     assert f"{tmp_path}/run/after.json is no JSON" in error and error.count("\n") == 1
 
@@ -127,15 +130,15 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
 )
 def test_wrong_arguments_are_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sweep.main(arguments) == 1
+    assert main(arguments) == 1
     text = capsys.readouterr().err
     assert words in text and text.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_several_jobs_have_cores_of_their_own():
     cores = os.sched_getaffinity(0)
-    shares = sweep._shares(len(cores))
-    assert sorted(core for share in shares for core in share) == sorted(cores)
+    dealt = shares(len(cores))
+    assert sorted(core for share in dealt for core in share) == sorted(cores)
 
 
 def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
@@ -162,7 +165,7 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
         "begun_steps": [{"policy": "full", "granularity": "3", "accuracy": 0.875}],
     }
     (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(evaluation))
-    assert sweep.main(arguments) == 0
+    assert main(arguments) == 0
     wrote, heads, means = capsys.readouterr().out.splitlines()
     assert "2 of 3 runs" in wrote
     assert " ".join(heads.split()) == "seeds right after right at full depth less shuffled"
@@ -198,7 +201,7 @@ def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
         for policy in ("full", "sample")
     ]
     (tmp_path / "seed=1" / "completions.json").write_text(json.dumps(entries))
-    assert sweep.main(given) == 0
+    assert main(given) == 0
     kept = json.loads((tmp_path / "completions.json").read_text())
     assert kept == [
         {
@@ -216,7 +219,7 @@ def test_evaluations_are_runs_too(tmp_path):
         workdir = tmp_path / f"model.path={name}"
         workdir.mkdir()
         (workdir / "eval.json").write_text(json.dumps({"runs": runs, "complete": complete}))
-    assert sweep.main(given) == 0
+    assert main(given) == 0
     (line,) = csv.DictReader((tmp_path / "table.csv").open())
     assert line == {"model.path": "a", "full/accuracy": "0.25"}
 
@@ -235,11 +238,13 @@ def command(model_dir, into, *grid, **settings):
 def test_a_run_that_fails_does_not_stop_the_others(model_dir, tmp_path, capfd):
     arguments = command(model_dir, tmp_path, "rl.rollouts=1,2", steps=2)
     arguments = [flag for flag in arguments if not flag.startswith("--config.rl.rollouts")]
-    assert sweep.main(arguments) == 1
+    assert main(arguments) == 1
     captured = capfd.readouterr()
     log = tmp_path / "rl.rollouts=1.log"
-    assert captured.err == f"jexit: rl.rollouts=1 ended with 1: see {log}\n"
-    assert "RLOO needs at least 2 rollouts" in log.read_text()
+    assert captured.err == (
+        "jexit: rl.rollouts=1 ended with 1: RLOO needs at least 2 rollouts per prompt, got 1; "
+        f"raise config.rl.rollouts (see {log})\n"
+    )
     assert "1 of 2 runs" in captured.out
     (line,) = csv.DictReader((tmp_path / "table.csv").open())
     assert line["rl.rollouts"] == "2" and 0 <= float(line["after/accuracy"]) <= 1
@@ -257,7 +262,7 @@ def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=100)
-    assert process.returncode == sweep.INTERRUPTED
+    assert process.returncode == INTERRUPTED
     assert b"stopped by SIGINT; the same command goes on from here" in text
     assert not (tmp_path / "seed=1").exists()
     steps_before = metrics.read_text().count("\n")

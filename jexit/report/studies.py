@@ -3,15 +3,16 @@
     python -m jexit.report.studies docs/results
 
 The directory holds what `jexit.sweep` wrote: for each study NAME.csv (its table.csv),
-NAME-curves.csv and NAME-completions.json. Writes NAME-plane.svg (accuracy over depth, with the
-controls), NAME-curves.svg, NAME-measures.svg, NAME-classes.svg (depth by class of token) and
-NAME-tokens.svg (completions, each token with its depth) where the numbers for them are there, and
-puts each study's table into the Markdown files beside and above the directory, between the lines
+NAME-curves.csv and NAME-completions.json. The Markdown files beside and above it get each study's
+table between the lines
 
     <!-- NAME: label; label; … -->
     <!-- end -->
 
-where the labels say which columns. The same numbers give the same files, byte for byte.
+where the labels say which columns, and those figures that they link to are drawn: NAME-plane.svg
+(accuracy over depth, with the controls), NAME-curves.svg, NAME-measures.svg, NAME-classes.svg
+(depth by class of token) and NAME-tokens.svg (completions, each token with its depth). With --all,
+every figure that there are numbers for. The same numbers give the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ from pathlib import Path
 
 from jexit.io.files import write_bytes_atomic
 from jexit.report.study import COLUMNS, Study
-from jexit.report.study_figures import write_figures
+from jexit.report.study_figures import FIGURES, write_figures
 
-_BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+): (?P<labels>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (?P<name>[\w-]+): (?P<labels>[^>]+?) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL
+)
+_MARKER = re.compile(r"<!-- (?:end|[\w-]+: [^>]+?) -->")
+_PICTURE = re.compile(r"!\[[^]]*\]\((?P<path>[^)]+\.svg)\)")
 
 
 def with_tables(text: str, studies: Mapping[str, Study]) -> str:
     """The Markdown with each study's table between its lines, made anew.
 
-    Raises ValueError for a study or a label that there is not.
+    Raises ValueError for a study or a label that there is not, and for a line without the other.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -46,7 +51,32 @@ def with_tables(text: str, studies: Mapping[str, Study]) -> str:
             )
         return f"{match[1]}\n{studies[name].table(labels)}\n{match[4]}"
 
+    if alone := _MARKER.search(_BLOCK.sub("", text)):
+        raise ValueError(
+            f"{alone[0]} stands alone; a table is between <!-- NAME: label; label --> and "
+            "<!-- end -->"
+        )
     return _BLOCK.sub(block, text)
+
+
+def linked_figures(page: Path, directory: Path) -> set[str]:
+    """The names of the directory's .svg files that a page shows."""
+    shown = (page.parent / found["path"] for found in _PICTURE.finditer(page.read_text("utf-8")))
+    return {path.name for path in shown if path.parent.resolve() == directory}
+
+
+def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str]]:
+    """The figures to draw of each study; ValueError for one that is shown and can't be drawn."""
+    known = {f"{name}-{figure}.svg": (name, figure) for name in studies for figure in FIGURES}
+    if unknown := sorted(shown - known.keys()):
+        raise ValueError(
+            f"a page shows {unknown[0]}, which is no figure of a study here; a figure is "
+            f"NAME-{{{','.join(FIGURES)}}}.svg, beside NAME.csv"
+        )
+    wanted: dict[str, list[str]] = {name: [] for name in studies}
+    for name, figure in (known[file] for file in sorted(shown)):
+        wanted[name].append(figure)
+    return wanted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,16 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, help="directory of the studies' .csv files")
-    directory = parser.parse_args(argv).directory.resolve()
+    parser.add_argument("--all", action="store_true", help="draw what no page links to, too")
+    arguments = parser.parse_args(argv)
+    directory = arguments.directory.resolve()
     try:
         paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith("-curves")]
         if not paths:
             raise ValueError(f"{directory} has no .csv file; copy a sweep's table.csv there")
         studies = {path.stem: Study.read(path) for path in paths}
-        for study in studies.values():
-            for path in write_figures(study, directory):
+        pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
+        wanted = _wanted({name for p in pages for name in linked_figures(p, directory)}, studies)
+        for name, study in studies.items():
+            for path in write_figures(study, directory, None if arguments.all else wanted[name]):
                 print(f"Drew {path}")
-        for path in [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]:
+        for path in pages:
             before = path.read_text("utf-8")
             after = with_tables(before, studies)
             if after != before:

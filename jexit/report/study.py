@@ -13,6 +13,7 @@ import numpy as np
 from jexit.report.token_strips import Strip, read_strips
 
 SEED = "seed"
+_SAYS_ITSELF = ("model.path", "task.name")  # settings whose values need no name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,11 @@ COLUMNS: Mapping[str, Column] = {
         for n in range(2, 6)
         for policy, where in (("sample", ""), ("full", ", full depth"))
     },
-    **{f"by {n} as asked": Column(f"sample/capacity/{n}/obeyed") for n in range(2, 6)},
+    **{
+        f"by {n} as asked{where}": Column(f"{policy}/capacity/{n}/obeyed")
+        for n in range(2, 6)
+        for policy, where in (("sample", ""), ("full", ", full depth"))
+    },
     **{
         f"{label}{where}": _measure(name, policy)
         for name, label in (
@@ -92,6 +97,10 @@ COLUMNS: Mapping[str, Column] = {
         )
         for policy, where in (("sample", ""), ("full", ", full depth"))
     },
+    "early answering, of a guess": Column(
+        "sample/faithfulness/early_answering/detail/chance_agreement", share=False
+    ),
+    "filler, answered": Column("sample/faithfulness/filler/detail/answered", share=False),
     "hazard error": Column("sample/hazards/ece"),
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
@@ -129,7 +138,9 @@ class Study:
 
     def values(self, group: tuple[str, ...], source: str) -> list[float]:
         """A column's figures of a group's runs; NaN where a run has none."""
-        return [float(line.get(source) or "nan") for line in self.groups[group]]
+        return [
+            _number(line.get(source), f"{self.name}.csv", source) for line in self.groups[group]
+        ]
 
     def mean(self, group: tuple[str, ...], label: str) -> float:
         return self.mean_of(group, COLUMNS[label].source)
@@ -140,6 +151,9 @@ class Study:
         return float(np.mean(known)) if known else math.nan
 
     def label(self, group: tuple[str, ...]) -> str:
+        """The settings' last names and values; of one that is a path, a name, only its value."""
+        if len(group) == 1 and self.settings[0] in _SAYS_ITSELF:
+            return group[0]
         return ", ".join(
             f"{key.rpartition('.')[2]} {value}"
             for key, value in zip(self.settings, group, strict=True)
@@ -178,11 +192,25 @@ class Study:
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    kept = "curves.csv" if path.stem.endswith("-curves") else "table.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file ({error}); copy a sweep's {kept} there") from error
     if not lines:
-        raise ValueError(f"{path} has no line; copy a sweep's table.csv there")
+        raise ValueError(f"{path} has no line; copy a sweep's {kept} there")
     return lines
+
+
+def _number(text: str | None, file: str, column: str) -> float:
+    """A cell's number, NaN for an empty one; ValueError for what is none."""
+    try:
+        return float(text or "nan")
+    except ValueError as error:
+        raise ValueError(
+            f"{file} has {text!r} under {column}, which is no number; copy it anew from the sweep"
+        ) from error
 
 
 def _strips(path: Path, settings: Sequence[str]) -> tuple[Strip, ...]:

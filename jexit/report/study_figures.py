@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from matplotlib.ticker import PercentFormatter
 
 from jexit.report import token_strips
 from jexit.report.plots import COLOURS, GREY, STYLE, save_figure
-from jexit.report.study import Study
+from jexit.report.study import COLUMNS, Study
 
-# Of NAME-curves.csv.
+# Of NAME-curves.csv. A price is drawn where it is not what the study sets.
 CURVES: Mapping[str, tuple[str, bool]] = {
     "accuracy": ("right answers", True),
     "depth/fraction": ("depth", True),
@@ -26,8 +26,9 @@ CURVES: Mapping[str, tuple[str, bool]] = {
     "task/step_size": ("operands a step", False),
     "task/on_the_page": ("additions on the page", True),
     "task/chain_lines": ("lines of the chain", False),
+    "depth_coef": ("price of depth", False),
 }
-# Each becomes a panel of NAME-measures.svg, over the study's first setting.
+# Each becomes a panel of NAME-measures.svg, over the study's settings.
 MEASURED: Mapping[str, tuple[str, ...]] = {
     "steps that the prompt prescribes": (
         *(f"by {n}" for n in range(2, 6)),
@@ -35,6 +36,7 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
         "coarse",
         "at once",
     ),
+    "prescribed steps that were taken": tuple(f"by {n} as asked" for n in range(2, 6)),
     "one step, begun": tuple(f"step of {n}" for n in range(2, 6)),
     "what hangs on the chain": ("early answering", "corrupted step"),
     "right without it": ("no chain", "filler"),
@@ -85,7 +87,8 @@ def _training(study: Study) -> Figure | None:
     """Means over seeds of what was logged, with their range shaded."""
     found = [
         name for name in CURVES
-        if any(line.get(name) for lines in study.curves.values() for line in lines)
+        if f"rl.{name}" not in study.settings
+        and any(float(line.get(name) or 0) for lines in study.curves.values() for line in lines)
     ]  # fmt: skip
     if not found:
         return None
@@ -117,14 +120,14 @@ def _training(study: Study) -> Figure | None:
 
 
 def _measures(study: Study) -> Figure | None:
-    """Capacity and faithfulness over the study's first setting, means over everything else."""
-    levels = list(dict.fromkeys(group[0] for group in study.groups)) if study.settings else []
+    """Capacity and faithfulness over the study's settings: means over seeds, bars their range."""
+    groups = list(study.groups)
     panels = {}
     for title, labels in MEASURED.items():
-        lines = {label: [_mean(study, label, level) for level in levels] for label in labels}
-        if known := {label: means for label, means in lines.items() if np.isfinite(means).any()}:
+        values = {label: _over_seeds(study, groups, label) for label in labels}
+        if known := {label: v for label, v in values.items() if np.isfinite(v).any()}:
             panels[title] = known
-    if len(levels) < 2 or not panels:
+    if len(groups) < 2 or not panels:
         return None
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     figure = Figure(figsize=(4.4 * columns, 3.7 * rows), layout="constrained")
@@ -132,20 +135,27 @@ def _measures(study: Study) -> Figure | None:
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
-        shown, some_full = [], False
-        for number, (label, means) in enumerate(lines.items()):
+        lowest, some_full = 0.0, False
+        for number, (label, values) in enumerate(lines.items()):
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(range(len(levels)), means, "o-", color=colour, ms=4, label=label)
-            full = [_mean(study, f"{label}, full depth", level) for level in levels]
-            axes.plot(range(len(levels)), full, "o--", color=colour, ms=4, fillstyle="none")
-            shown += [value for value in (*means, *full) if math.isfinite(value)]
+            full = (
+                _over_seeds(study, groups, f"{label}, full depth")
+                if f"{label}, full depth" in COLUMNS
+                else np.full_like(values, math.nan)
+            )
+            for (means, low, high), style in ((values, "o-"), (full, "o--")):
+                fill = "full" if style == "o-" else "none"
+                axes.vlines(range(len(groups)), low, high, color=colour, linewidth=1.2, alpha=0.5)
+                axes.plot(range(len(groups)), means, style, color=colour, ms=4, fillstyle=fill)
+                lowest = min([lowest, *low[np.isfinite(low)]])
+            axes.plot([], [], "o-", color=colour, ms=4, label=label)
             some_full |= bool(np.isfinite(full).any())
         if some_full:
             axes.plot([], [], "o--", color=GREY, ms=4, fillstyle="none", label="all layers run")
         axes.set_title(title)
-        axes.set_xticks(range(len(levels)), levels)
-        axes.set_xlabel(study.settings[0])
-        _per_cent(axes, min(shown))
+        axes.set_xticks(range(len(groups)), [", ".join(group) for group in groups])
+        axes.set_xlabel(", ".join(study.settings))
+        _per_cent(axes, lowest)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
@@ -164,7 +174,8 @@ def _classes(study: Study) -> Figure | None:
         axes.plot(range(len(classes)), means, "o", color=colour, label=study.label(group))
     axes.set_xticks(range(len(classes)), classes)
     axes.set_ylim(bottom=0)
-    axes.set_title("Layers run per token, by what the token is")
+    axes.set_ylabel("layers run")
+    axes.set_title("Layers run per token, by what the token is; each completion's first left out")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -184,11 +195,11 @@ def _tokens(study: Study) -> Figure | None:
     return token_strips.draw(title, list(first.items()))
 
 
-def _mean(study: Study, label: str, level: str) -> float:
-    """Over the groups whose first setting is `level` that have the figure; NaN for none."""
-    found = [study.mean(group, label) for group in study.groups if group[0] == level]
-    known = [value for value in found if math.isfinite(value)]
-    return float(np.mean(known)) if known else math.nan
+def _over_seeds(study: Study, groups: Sequence[tuple[str, ...]], label: str) -> np.ndarray:
+    """[3, groups]: a figure's mean over seeds, and its smallest and largest; NaN without any."""
+    values = [study.values(group, COLUMNS[label].source) for group in groups]
+    known = [[value for value in of if math.isfinite(value)] or [math.nan] for of in values]
+    return np.array([[np.mean(of), min(of), max(of)] for of in known]).T
 
 
 def _colours(study: Study) -> dict[tuple[str, ...], Any]:
@@ -211,12 +222,22 @@ FIGURES = {
 }
 
 
-def write_figures(study: Study, directory: Path) -> list[Path]:
-    """Draws what the study has numbers for."""
+def write_figures(
+    study: Study, directory: Path, wanted: Collection[str] | None = None
+) -> list[Path]:
+    """Draws NAME-FIGURE.svg for those of `FIGURES` that are wanted, or that there are numbers for.
+
+    Raises ValueError for one that is wanted and has no numbers.
+    """
+    paths = []
     with mpl.rc_context({**STYLE, "text.parse_math": False}):  # a dollar sign begins no formula
-        made = {name: draw(study) for name, draw in FIGURES.items()}
-        return [
-            save_figure(figure, directory / f"{study.name}-{name}.svg")
-            for name, figure in made.items()
-            if figure is not None
-        ]
+        for name in FIGURES if wanted is None else wanted:
+            figure = FIGURES[name](study)
+            path = directory / f"{study.name}-{name}.svg"
+            if figure is not None:
+                paths.append(save_figure(figure, path))
+            elif wanted is not None:
+                raise ValueError(
+                    f"{path.name} is in a page, and {study.name} has no numbers for it; take it out"
+                )
+    return paths

@@ -68,12 +68,27 @@ def test_a_table_has_means_over_seeds_and_their_range(directory, capsys):
     assert "Wrote the tables of" in capsys.readouterr().out
 
 
-def test_the_same_numbers_give_the_same_files(directory, capsys):
+def test_what_a_page_shows_is_drawn(directory, capsys):
+    page = directory.parent / "results.md"
+    page.write_text("![a](results/pressure-plane.svg) ![b](https://a.test/results/some-plane.svg)")
     assert main([str(directory)]) == 0
+    assert {path.name for path in directory.glob("*.svg")} == {"pressure-plane.svg"}
+    capsys.readouterr()
+    for shown in ("pressure-tokens", "other-plane", "pressure-plain"):
+        page.write_text(f"![a](results/{shown}.svg)")
+        assert main([str(directory)]) == 1
+    said = capsys.readouterr().err
+    assert "pressure-tokens.svg is in a page, and pressure has no numbers for it" in said
+    assert "a page shows other-plane.svg, which is no figure of a study here" in said
+    assert said.count("\n") == 3 and "{plane,curves,measures,classes,tokens}.svg" in said
+
+
+def test_the_same_numbers_give_the_same_files(directory, capsys):
+    assert main([str(directory), "--all"]) == 0
     first = {path.name: path.read_bytes() for path in directory.glob("*.svg")}
     assert set(first) == {"pressure-plane.svg", "pressure-curves.svg"}  # nothing was measured
     capsys.readouterr()
-    assert main([str(directory)]) == 0
+    assert main([str(directory), "--all"]) == 0
     assert {path.name: path.read_bytes() for path in directory.glob("*.svg")} == first
     assert "Wrote the tables" not in capsys.readouterr().out
 
@@ -91,6 +106,34 @@ def test_full_depth_is_dashed_beside_the_policy(tmp_path):
     assert chain.get_ylim()[0] < -0.3
 
 
+def test_measures_have_a_bar_over_the_seeds(tmp_path):
+    heads = ("rl.depth_coef", "seed", "sample/begun_steps/3/accuracy")
+    lines = [("0", "0", "0.5"), ("0", "1", "1"), ("0", "2", ""), ("2", "0", "0.25")]
+    write(tmp_path / "some.csv", heads, lines)
+    (axes, *_) = study_figures._measures(Study.read(tmp_path / "some.csv")).axes
+    assert list(axes.lines[0].get_ydata()) == [0.75, 0.25]
+    assert [bar.tolist() for bar in axes.collections[0].get_segments()] == [
+        [[0, 0.5], [0, 1.0]],
+        [[1, 0.25], [1, 0.25]],
+    ]
+
+
+def test_a_price_is_drawn_unless_it_is_what_the_study_sets(tmp_path):
+    for setting in ("rl.depth_coef", "rl.accuracy_floor"):
+        write(tmp_path / "some.csv", (setting, "sample/accuracy"), [("2", "0.5")])
+        curves = [("2", "10", "0.5", "0"), ("2", "20", "0.5", "1.5")]
+        write(tmp_path / "some-curves.csv", (setting, "step", "accuracy", "depth_coef"), curves)
+        figure = study_figures._training(Study.read(tmp_path / "some.csv"))
+        titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+        assert ("price of depth" in titles) == (setting == "rl.accuracy_floor")
+
+
+def test_paths_and_names_need_no_name_of_their_setting(tmp_path):
+    for setting, label in (("model.path", "runs/deep"), ("lora.rank", "rank runs/deep")):
+        write(tmp_path / "some.csv", (setting, "sample/accuracy"), [("runs/deep", "0.5")])
+        assert Study.read(tmp_path / "some.csv").label(("runs/deep",)) == label
+
+
 def test_the_plane_has_the_interval_of_every_run(tmp_path):
     heads = ("seed", "sample/depth_fraction", "sample/accuracy")
     heads += ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
@@ -105,10 +148,11 @@ def test_a_grid_with_a_hole_is_drawn(tmp_path):
     heads = ("rl.depth_coef", "task.name", "sample/capacity/fine/accuracy")
     lines = [("0", "sums", ""), ("0", "tom", "0.75"), ("2", "tom", "0.5")]  # one run failed
     write(tmp_path / "both.csv", heads, lines)
-    study = Study.read(tmp_path / "both.csv")
-    assert study_figures._mean(study, "fine", "0") == 0.75
-    assert main([str(tmp_path)]) == 0
-    assert {"fine", "steps that the prompt prescribes"} <= text_of(tmp_path / "both-measures.svg")
+    (axes, *_) = study_figures._measures(Study.read(tmp_path / "both.csv")).axes
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [np.nan, 0.75, 0.5])
+    assert main([str(tmp_path), "--all"]) == 0
+    shown = text_of(tmp_path / "both-measures.svg")
+    assert {"fine", "steps that the prompt prescribes", "0, sums", "2, tom"} <= shown
 
 
 def test_curves_of_another_sweep_are_refused(directory, capsys):
@@ -126,7 +170,7 @@ def text_of(path):
 def test_figures_name_what_they_show(directory):
     heads = (*HEADS, "sample/capacity/2/accuracy", "full/capacity/2/accuracy")
     write(directory / "pressure.csv", heads, [(*line, "0.5", "1") for line in LINES])
-    assert main([str(directory)]) == 0
+    assert main([str(directory), "--all"]) == 0
     plane = text_of(directory / "pressure-plane.svg")
     assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= plane
     assert {"right answers", "operands a step", "update"} <= text_of(
@@ -145,7 +189,7 @@ def test_tokens_are_drawn_with_their_depths(directory, capsys):
     ]  # fmt: skip
     path = directory / "pressure-completions.json"
     path.write_text(json.dumps(strips))
-    assert main([str(directory)]) == 0
+    assert main([str(directory), "--all"]) == 0
     picture = ElementTree.parse(directory / "pressure-tokens.svg")
     texts = [(node.text or "").strip() for node in picture.iter() if node.tag.endswith("text")]
     assert texts[0] == "Layers run for each token of the answer to: 1 + 2?"
@@ -179,7 +223,7 @@ def test_dollar_signs_are_dollar_signs(directory):
     strip = {"settings": {"rl.depth_coef": "0"}, "layers": 8, "prompt": "A $40 coat, $3 less?",
              "tokens": ["$$", "$x$"], "depths": [1, 2]}  # fmt: skip
     (directory / "pressure-completions.json").write_text(json.dumps([strip]))
-    assert main([str(directory)]) == 0
+    assert main([str(directory), "--all"]) == 0
     assert {"$$", "$x$", "Layers run for each token of the answer to: A $40 coat, $3 less?"} <= (
         text_of(directory / "pressure-tokens.svg")
     )
@@ -188,10 +232,10 @@ def test_dollar_signs_are_dollar_signs(directory):
 def test_gaps_are_left_out_of_means(directory):
     study = Study.read(directory / "pressure.csv")
     assert study.settings == ("rl.depth_coef",)
-    (low, high, *_), nothing = study.values(("0",), "fixed:matched/accuracy"), COLUMNS["by 2"]
-    assert low == 0.25 and high != high
+    np.testing.assert_array_equal(study.values(("0",), "fixed:matched/accuracy"), [0.25, np.nan])
     assert COLUMNS["step of 3, full depth"].source == "full/begun_steps/3/accuracy"
     assert COLUMNS["right"].text([0.25, float("nan")]) == "25.0"
+    nothing = COLUMNS["by 2"]
     assert nothing.text(study.values(("2",), nothing.source)) == "–"
     assert study.mean(("0",), "right") == 0.625
 
@@ -220,12 +264,38 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"has the column 'rihgt'; choose among right before; "):
         with_tables(block.format("pressure: rihgt"), study)
     assert main([str(tmp_path)]) == 1
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.csv").write_text("seed\n")
-    assert main([str(tmp_path / "empty")]) == 1
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for content in (
+        b"seed\n",
+        b"\xff\xfe\n",
+        b"seed,sample/accuracy,sample/depth_fraction\n0,most,0.5\n",
+    ):
+        (wrong / "a.csv").write_bytes(content)
+        assert main([str(wrong), "--all"]) == 1
+    (wrong / "a.csv").write_text("seed,sample/accuracy\n0,1\n")
+    (wrong / "a-curves.csv").write_text("")
+    assert main([str(wrong), "--all"]) == 1
     said = capsys.readouterr().err
     assert "has no .csv file; copy a sweep's table.csv there" in said
-    assert "a.csv has no line" in said and "Traceback" not in said
+    assert "a.csv has no line; copy a sweep's table.csv there" in said
+    assert "a.csv is no CSV file ('utf-8' codec can't decode" in said
+    assert "a.csv has 'most' under sample/accuracy, which is no number" in said
+    assert "a-curves.csv has no line; copy a sweep's curves.csv there" in said
+    assert said.count("\n") == 5
+
+
+@pytest.mark.parametrize(
+    "page, alone",
+    [
+        ("<!-- a: right -->\nprose\n<!-- a: depth -->\n<!-- end -->", "<!-- a: right -->"),
+        ("<!-- a right -->\nold\n<!-- end -->", "<!-- end -->"),
+        ("<!-- a: right -->\nold", "<!-- a: right -->"),
+    ],
+)
+def test_a_line_of_a_table_without_the_other_is_refused(page, alone):
+    with pytest.raises(ValueError, match=f"^{alone} stands alone; a table is between"):
+        with_tables(page, {})
 
 
 def test_every_curve_and_measure_is_a_column():

@@ -1,0 +1,82 @@
+"""Runs a config for every combination of some settings, and collects how the runs ended.
+
+    python -m jexit.sweep --config=FILE[:PRESET] --into=DIR KEY=VALUE,VALUE,... [KEY=...]
+                          [--config.KEY=VALUE ...] [--eval=FILE[:PRESET] [--eval.KEY=VALUE ...]]
+                          [--jobs=N] [--table_only]
+
+    python -m jexit.sweep --config=configs/rl.py --into=runs/pressure \\
+        --eval=configs/eval.py rl.depth_coef=0,0.4,0.8 seed=0,1
+
+Each combination is a run in a directory of its own, DIR/rl.depth_coef=0.4,seed=1, with what it
+prints in a .log file beside it. Values with commas in them are separated by `|`, as in
+`exits.layers=(2,4)|(4,)`. --config.KEY holds for all runs. With --eval the model of each finished
+run is evaluated, in its directory's `eval`, on the run's own task, with
+the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
+
+The same command again goes on where it was stopped: finished runs are left alone, the one under way
+continues from its newest checkpoint. What each was asked for is kept in a .json file beside it, and
+a command that asks for something else there is refused. A run that fails does not stop the others;
+the exit code is then 1. --jobs runs several at once, each on its share of the CPU's cores;
+accelerators run one.
+
+Ends by printing how accuracy and depth came out, in per cent, means over seeds. DIR/table.csv has a
+line for each finished run: its settings, then the figures of before.json, after.json and eval.json.
+DIR/curves.csv has its training metrics, each line the means of a twentieth of its steps. What says
+how fast the machine was is in neither: the same runs give the same files. DIR/completions.json has
+up to two of each run's completions under sampled exits (eval.heat_maps keeps them), every token
+with its depth. --table_only writes the three from what there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jexit.main import INTERRUPTED
+from jexit.report.study import Study
+from jexit.sweep.plan import Sweep
+from jexit.sweep.runner import Runner
+from jexit.sweep.tables import write_completions, write_curves, write_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(__doc__.strip())
+        return 0
+    try:
+        sweep = Sweep.parse(arguments)
+        cells = sweep.cells()
+        runner = Runner(sweep)
+        if not sweep.table_only:
+            for cell in cells:
+                sweep.check(cell)
+        failed = [] if sweep.table_only else runner.run(cells)
+        finished = [cell for cell in cells if cell.finished]
+        if sweep.table_only and not finished:
+            raise ValueError(
+                f"none of the {len(cells)} runs in {sweep.into} has finished; run them"
+            )
+        if finished:
+            table = write_table(sweep, cells)
+            write_curves(sweep, cells)
+            write_completions(sweep, cells)
+            print(f"Wrote {table}: {len(finished)} of {len(cells)} runs")
+            print(Study.read(table).summary())
+    except (ValueError, OSError) as error:
+        print(f"jexit: {error}", file=sys.stderr)
+        return 1
+    for line in failed:
+        print(f"jexit: {line}", file=sys.stderr)
+    if runner.stopped:
+        print(
+            f"jexit: stopped by {runner.stopped}; the same command goes on from here",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What a sweep is asked for: its combinations, their directories, and the commands of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jexit.io.figures import figures, read_json
+from jexit.io.files import write_bytes_atomic
+
+FINISHED = "after.json"  # the last file of a training run that is measured
+EVALUATED = "eval.json"  # that of an evaluation
+SHOWN = 2  # completions of a run in completions.json
+MACHINE = re.compile(r"seconds|per_second|memory/|compilations|mfu")  # how fast it was
+
+_GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
+_SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination: its settings by key, and its directory."""
+
+    settings: Mapping[str, str]
+    workdir: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        return self.workdir.name
+
+    @property
+    def log(self) -> pathlib.Path:
+        return self.workdir.parent / f"{self.name}.log"
+
+    @property
+    def last_word(self) -> str:
+        """What its processes said last, and where the rest is."""
+        lines = self.log.read_text("utf-8", errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was said")
+        return f"{said.removeprefix('jexit: ')} (see {self.log})"
+
+    @property
+    def asked(self) -> pathlib.Path:
+        """The file with the arguments of the runs that have begun."""
+        return self.workdir.parent / f"{self.name}.json"
+
+    @property
+    def finished(self) -> bool:
+        return (self.workdir / FINISHED).exists() or _whole(self.workdir / EVALUATED)
+
+    @property
+    def evaluated(self) -> bool:
+        return _whole(self.workdir / "eval" / EVALUATED)
+
+    @property
+    def evaluation(self) -> pathlib.Path | None:
+        """That after the finished run, or that it is."""
+        paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
+        return next(filter(_whole, paths), None)
+
+    def figures(self) -> dict[str, float]:
+        """Those of the finished run and its evaluation, but for how fast the machine was."""
+        found = figures(self.workdir, self.evaluation)
+        return {key: value for key, value in found.items() if not MACHINE.search(key)}
+
+    def completions(self) -> Iterator[dict[str, Any]]:
+        """The first that its evaluation decoded under sampled exits and kept."""
+        path = self.evaluation and self.evaluation.with_name("completions.json")
+        if not path or not path.exists():
+            return
+        layers = read_json(self.evaluation)["model"]["layers"]
+        sampled = (entry for entry in read_json(path) if entry.pop("policy", "") == "sample")
+        for entry in itertools.islice(sampled, SHOWN):
+            entry.pop("hazards", None)
+            yield {"settings": dict(self.settings), "layers": layers, **entry}
+
+    def begin(self, part: str, arguments: Sequence[str]) -> None:
+        """Keeps what the cell's run or evaluation is asked for."""
+        asked = read_json(self.asked) if self.asked.exists() else {}
+        text = json.dumps({**asked, part: list(arguments)}, indent=1) + "\n"
+        write_bytes_atomic(self.asked, text.encode())
+
+    def check(self, part: str, arguments: Sequence[str]) -> None:
+        """Raises ValueError if it was begun with other arguments and has left something behind."""
+        before = read_json(self.asked).get(part) if self.asked.exists() else None
+        differing = sorted(set(arguments if before is None else before) ^ set(arguments))
+        if not differing:
+            return
+        raise ValueError(
+            f"{self.name} was begun by another command, which differs in {differing[0]}; another "
+            f"--into is needed, or delete {self.workdir} and {self.asked}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a command line asks for."""
+
+    config: str
+    into: pathlib.Path
+    grid: Mapping[str, tuple[str, ...]]
+    fixed: Mapping[str, str]
+    evaluation: str = ""
+    evaluation_settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    jobs: int = 1
+    table_only: bool = False
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Sweep:
+        """Raises ValueError, in one sentence, for arguments that are none or contradict others."""
+        given: dict[str, str] = {}
+        grid: dict[str, tuple[str, ...]] = {}
+        settings: dict[str, dict[str, str]] = {"config": {}, "eval": {}}
+        for argument in arguments:
+            name, equals, value = argument.partition("=")
+            if found := _SETTING.fullmatch(argument):
+                settings[found["of"]][found["key"]] = found["value"]
+            elif name in ("--config", "--into", "--eval", "--jobs") and equals and value:
+                given[name] = value
+            elif argument == "--table_only":
+                given[argument] = "yes"
+            elif found := _GRID.fullmatch(argument):
+                separator = "|" if "|" in found["values"] else ","
+                grid[found["key"]] = tuple(map(str.strip, found["values"].split(separator)))
+            else:
+                raise ValueError(
+                    f"{argument!r} is no argument of a sweep; give KEY=VALUE,VALUE, "
+                    "--config.KEY=VALUE or one of --config, --into, --eval, --jobs"
+                )
+        if missing := [name for name in ("--config", "--into") if name not in given]:
+            raise ValueError(f"{missing[0]} is missing; a sweep needs --config=FILE and --into=DIR")
+        for key, values in grid.items():
+            if "" in values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{key} has the values {', '.join(map(repr, values))}; give different ones, "
+                    "none empty"
+                )
+            if key in settings["config"]:
+                raise ValueError(f"{key} is both in the grid and in --config.{key}; give it once")
+        if settings["eval"] and "--eval" not in given:
+            raise ValueError("--eval.KEY is for --eval=FILE, which is missing; add it")
+        jobs = given.get("--jobs", "1")
+        if not jobs.isdecimal() or int(jobs) < 1:
+            raise ValueError(f"--jobs is {jobs!r}; give a number of runs at once, at least 1")
+        return cls(
+            config=given["--config"],
+            into=pathlib.Path(given["--into"]),
+            grid=grid,
+            fixed=settings["config"],
+            evaluation=given.get("--eval", ""),
+            evaluation_settings=settings["eval"],
+            jobs=int(jobs),
+            table_only="--table_only" in given,
+        )
+
+    def cells(self) -> list[Cell]:
+        """Every combination; the last key changes fastest."""
+        cells = []
+        for values in itertools.product(*self.grid.values()):
+            settings = dict(zip(self.grid, values, strict=True))
+            name = ",".join(f"{key}={value}" for key, value in settings.items()) or "run"
+            cells.append(Cell(settings, self.into / _UNSAFE.sub("_", name)))
+        if len({cell.workdir for cell in cells}) < len(cells):
+            raise ValueError(
+                "two combinations of values would share a directory; give values that differ in "
+                "letters or digits"
+            )
+        return cells
+
+    def training(self, cell: Cell) -> list[str]:
+        """The arguments of `jexit.main` that make a combination's run."""
+        return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
+
+    def evaluating(self, cell: Cell) -> list[str]:
+        """Those that evaluate the run, which has begun, on its own task."""
+        config = read_json(cell.workdir / "config.json")
+        own = {f"task.{key}": value for key, value in config["task"].items()}
+        given = {"model.path": str(cell.workdir), **self.evaluation_settings}
+        settings = {key: _flag(value) for key, value in own.items()} | given
+        return _arguments(self.evaluation, cell.workdir / "eval", settings)
+
+    def commands(self, cell: Cell) -> Iterator[list[str]]:
+        """The arguments of `jexit.main` that are left to run for a combination."""
+        if not cell.finished:
+            cell.begin("run", self.training(cell))
+            yield self.training(cell)
+        if self.evaluation and not cell.evaluated:
+            cell.begin("eval", self.evaluating(cell))
+            yield self.evaluating(cell)
+
+    def check(self, cell: Cell) -> None:
+        """Raises ValueError if something else was begun in the combination's directories."""
+        if cell.workdir.exists():
+            cell.check("run", self.training(cell))
+        if self.evaluation and (cell.workdir / "eval").exists():
+            cell.check("eval", self.evaluating(cell))
+
+
+def _whole(path: pathlib.Path) -> bool:
+    """Whether there is an evaluation, and it has been measured to its end."""
+    return path.exists() and read_json(path).get("complete", True)
+
+
+def _flag(value: Any) -> str:
+    """A setting of config.json as a flag takes it."""
+    return str(tuple(value)) if isinstance(value, list) else str(value)
+
+
+def _arguments(config: str, workdir: pathlib.Path, settings: Mapping[str, str]) -> list[str]:
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={config}", f"--workdir={workdir}", *flags]

@@ -1,0 +1,93 @@
+"""Runs a sweep's combinations as processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from jexit.sweep.plan import Cell, Sweep
+
+
+class Runner:
+    """Runs combinations as processes, and hands signals on to them."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self.stopped = ""
+
+    def run(self, cells: Sequence[Cell]) -> list[str]:
+        """Runs what is left; returns a line for each combination that did not end well."""
+        idle = shares(self.sweep.jobs)
+
+        def one(cell: Cell) -> str | None:
+            with self._lock:
+                cores = idle.pop()
+            try:
+                return self._cell(cell, cores)
+            finally:
+                with self._lock:
+                    idle.append(cores)
+
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            with concurrent.futures.ThreadPoolExecutor(self.sweep.jobs) as pool:
+                return [line for line in pool.map(one, cells) if line]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped = signal.Signals(number).name
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+    def _cell(self, cell: Cell, cores: Sequence[int]) -> str | None:
+        for arguments in self.sweep.commands(cell):
+            if self.stopped:
+                return None
+            code = self._process(cell, arguments, cores)
+            if code:
+                return None if self.stopped else f"{cell.name} ended with {code}: {cell.last_word}"
+        return None
+
+    def _process(self, cell: Cell, arguments: list[str], cores: Sequence[int]) -> int:
+        print(f"{cell.name}: {arguments[0]}", flush=True)
+        cell.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(cell.log, "a") as log:
+            # In a group of its own: a Ctrl-C reaches it once, from here.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jexit.main", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            if cores:
+                os.sched_setaffinity(process.pid, cores)
+            with self._lock:
+                self._running.add(process)
+            if self.stopped:  # before there was a process to hand the signal on to
+                process.send_signal(signal.SIGTERM)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+
+def shares(jobs: int) -> list[Sequence[int]]:
+    """Disjoint cores for each of several jobs; nothing for one, or where they cannot be told."""
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+        return [()] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < jobs:
+        raise ValueError(f"--jobs is {jobs} and there are {len(cores)} cores; give at most those")
+    return [cores[share::jobs] for share in range(jobs)]
