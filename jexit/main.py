@@ -56,6 +56,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path, str | None]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):
             check_key(name)
+        # Of a file that is not there, ml_collections tells with the first setting, at length.
+        file = argument.partition("=")[2].partition(":")[0]
+        if name == "config" and file and not pathlib.Path(file).is_file():
+            raise ValueError(f"the config file {file} is not there; give one such as configs/rl.py")
     try:
         rest = flags.FLAGS(list(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:

@@ -100,6 +100,12 @@ def test_a_wrong_setting_of_rl_is_one_sentence(call, hf_dir, arguments, words):
     assert_refused(call(config("rl.py"), *own, *arguments), *words)
 
 
+@pytest.mark.parametrize("settings", [[], ["--config.seed=1"]])
+@pytest.mark.parametrize("name", ["nowhere.py", "nowhere.py:tiny"])
+def test_a_config_file_that_is_not_there_is_named(call, name, settings):
+    assert_refused(call(f"--config={name}", *settings), "the config file nowhere.py is not there")
+
+
 def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
     model = f"--config.model.path={ROOT / 'jexit/assets/tiny-calibrated'}"
     assert_refused(

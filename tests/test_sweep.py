@@ -168,7 +168,7 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     assert main(arguments) == 0
     wrote, heads, means = capsys.readouterr().out.splitlines()
     assert "2 of 3 runs" in wrote
-    assert " ".join(heads.split()) == "seeds right after right at full depth less shuffled"
+    assert " ".join(heads.split()) == "seeds right after right at full depth over shuffled"
     assert " ".join(means.split()) == "2 150.0 (50.0 to 250.0) 25.0 50.0"
     first, second = csv.DictReader((tmp_path / "table.csv").open())
     assert first["seed"] == "0" and first["after/accuracy"] == "0.5"

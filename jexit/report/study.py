@@ -59,9 +59,9 @@ COLUMNS: Mapping[str, Column] = {
     "right, interval": _interval("sample/accuracy"),
     "right at full depth": Column("full/accuracy"),
     "right at full depth, interval": _interval("full/accuracy"),
-    "less shuffled": Column("sample less shuffled/accuracy_difference"),
-    "less one exit": Column("sample less fixed:matched/accuracy_difference"),
-    "less one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
+    "over shuffled": Column("sample less shuffled/accuracy_difference"),
+    "over one exit": Column("sample less fixed:matched/accuracy_difference"),
+    "over one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
     "tokens": Column("sample/completion_length", share=False),
     "step size": Column("sample/text/step_size", share=False),
     "on the page": Column("sample/text/on_the_page"),
@@ -107,7 +107,7 @@ COLUMNS: Mapping[str, Column] = {
 
 SUMMARY = (
     *("right before", "depth before", "right after", "depth after"),
-    *("right", "depth", "right at full depth", "less one exit", "less shuffled"),
+    *("right", "depth", "right at full depth", "over one exit", "over shuffled"),
 )
 
 
