@@ -2,7 +2,7 @@
 
     bash launch/sweep.sh --config=configs/experiments/calibration.py \
         --eval=configs/experiments/measures.py:depth --into=runs/calibration --jobs=2 \
-        sft.explore=0,0.1,0.25,0.5 sft.target=teacher,student seed=0,1
+        sft.explore=0,0.1,0.25,0.5 sft.target=teacher,student seed=0
 
 The rest one at a time, each `--into` a directory of its own: `sft.sharpness=1,10,60,200`,
 `sft.samples=1,4`, `sft.direction=student_teacher,teacher_student,jeffreys`,

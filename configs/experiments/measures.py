@@ -1,10 +1,15 @@
 """How the studies measure a trained model: accuracy, depth, controls and externalisation.
 
-`:word_problems` leaves out the prescribed steps, which that task has not; `:depth` what is not
-about depth; `:quick` everything but the policies, on fewer problems. Where the studies start:
+`:word_problems` leaves out the prescribed steps, which that task has not; `:depth` the measures of
+the chain; `:quick` everything but the policies, on fewer problems. Where the studies start, on many
+problems and on those of the studies:
 
     bash launch/sweep.sh --config=configs/experiments/measures.py:quick --into=runs/starts \
         --jobs=2 task.name=sums,word_problems,tom --config.eval.problems=1024
+    bash launch/sweep.sh --config=configs/experiments/measures.py --into=runs/start \
+        --jobs=2 task.name=sums,tom
+    bash launch/sweep.sh --config=configs/experiments/measures.py:word_problems \
+        --into=runs/start-word_problems task.name=word_problems
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     bash launch/sweep.sh --config=configs/experiments/page.py \
         --eval=configs/experiments/measures.py --into=runs/page --jobs=2 \
-        rl.depth_coef=0,0.5,1,2,4 seed=0,1,2
+        rl.depth_coef=0,0.5,1,2,4 seed=0,1
 
 Depth and text compete: a long completion of small steps is shallow, a short one of large steps is
 deep. Both prices come in over 40 updates and are withheld while fewer than 90 % of the answers are
