@@ -17,9 +17,9 @@ of a grid of prices, one that dual ascent raises while accuracy keeps over a flo
         rl.accuracy_floor=0.7 seed=0,1 --config.rl.dual_ascent=True --config.rl.depth_coef=0.5 \
         --config.steps=300 --config.task.name=tom --eval.eval.problems=1024
 
-Other starts: `--config.model.path=DIR`, where DIR is a calibration run of configs/sft.py from the
-shipped trunk in the published way (configs/experiments/calibration.py:published) or from a trunk of
-`configs/pretrain.py --config.pretrain.exit_loss=0.3`.
+Other starts: `--config.model.path=DIR`, where DIR is a run that calibrates the shipped trunk in the
+published way (configs/experiments/calibration.py:published) or one that was pretrained with deep
+supervision (configs/experiments/deep_trunk.py).
 """
 
 import pathlib
