@@ -6,8 +6,10 @@ problems and on those of the studies:
 
     bash launch/sweep.sh --config=configs/experiments/measures.py:quick --into=runs/starts \
         --jobs=2 task.name=sums,word_problems,tom --config.eval.problems=1024
-    bash launch/sweep.sh --config=configs/experiments/measures.py --into=runs/start \
-        --jobs=2 task.name=sums,tom
+    bash launch/sweep.sh --config=configs/experiments/measures.py --into=runs/start-sums \
+        task.name=sums
+    bash launch/sweep.sh --config=configs/experiments/measures.py --into=runs/start-tom \
+        task.name=tom
     bash launch/sweep.sh --config=configs/experiments/measures.py:word_problems \
         --into=runs/start-word_problems task.name=word_problems
 """
