@@ -171,7 +171,8 @@ def _classes(study: Study) -> Figure | None:
     for group, colour in _colours(study).items():
         sources = [f"sample/depth_by_class/{name}/depth_mean" for name in classes]
         means = [study.mean_of(group, source) for source in sources]
-        axes.plot(range(len(classes)), means, "o", color=colour, label=study.label(group))
+        label = study.label(group)
+        axes.plot(range(len(classes)), means, "o", color=colour, label=label, clip_on=False)
     axes.set_xticks(range(len(classes)), classes)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("layers run")
