@@ -4,9 +4,9 @@
         --eval=configs/experiments/measures.py:depth --into=runs/calibration --jobs=2 \
         sft.explore=0,0.1,0.25,0.5 sft.target=teacher,student seed=0
 
-The rest one at a time, each `--into` a directory of its own: `sft.sharpness=1,10,60,200`,
-`sft.samples=1,4`, `sft.direction=student_teacher,teacher_student,jeffreys`,
-`sft.exit_loss=sampled,expected`, `exit_head.kind=linear,mlp`. What reinforcement makes of some:
+Other settings one at a time, each `--into` a directory of its own: `sft.sharpness=1,10,200`,
+`sft.direction=teacher_student,jeffreys`, `sft.exit_loss=sampled`, `exit_head.kind=linear`. What
+reinforcement makes of some:
 
     at=runs/calibration/sft.explore
     bash launch/sweep.sh --config=configs/experiments/pressure.py --into=runs/calibration-rl \

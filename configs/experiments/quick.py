@@ -3,8 +3,8 @@
     bash launch/sweep.sh --config=configs/experiments/quick.py \
         --eval=configs/experiments/measures.py:quick --into=runs/quick rl.depth_coef=0,2
 
-From 89 % right at 42 % of the depth it ends at 99 % with either price, at 54 to 57 % of the depth
-without one and at 37 to 38 % with it: on another number of cores sums round differently.
+From 89 % right at 42 % of the depth it ends at 99 % without a price and with it, at 57 % of the
+depth and at 37 %.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Study D: a real 0.5B model on GSM8K, calibrated and reinforced as far as two CPU cores go.
+"""Study D: a real 0.5B model on GSM8K, calibrated as far as two CPU cores go.
 
     hf download Qwen/Qwen2.5-Coder-0.5B-Instruct
     python -m convert.from_hf --source=Qwen/Qwen2.5-Coder-0.5B-Instruct --target=models/small
