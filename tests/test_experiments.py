@@ -42,8 +42,8 @@ def test_a_study_builds(path):
 def test_the_commands_of_a_study_name_files_and_settings_that_there_are(path):
     for sweep in sweeps(path):
         Config.from_dict(config_of(sweep.config))
-        evaluation = sweep.evaluation or sweep.config
-        assert Config.from_dict(config_of(evaluation)).command == "eval"
+        if sweep.evaluation:
+            assert Config.from_dict(config_of(sweep.evaluation)).command == "eval"
         for key in (*sweep.grid, *sweep.fixed, *sweep.evaluation_settings):
             check_key(f"config.{key}")
     for key in re.findall(r"--config\.([\w.]+)=|`([a-z_]+\.[a-z_]+)=", head(path)):

@@ -1,12 +1,13 @@
-"""Study D: a real 0.5B model on GSM8K, calibrated as far as two CPU cores go.
+"""Study D: a real 0.5B model on GSM8K, calibrated and reinforced as far as CPUs go.
 
     hf download Qwen/Qwen2.5-Coder-0.5B-Instruct
     python -m convert.from_hf --source=Qwen/Qwen2.5-Coder-0.5B-Instruct --target=models/small
     python -m jexit.main --config=configs/experiments/real.py:calibrate --workdir=runs/real-sft
-    python -m jexit.main --config=configs/experiments/real.py:reinforce --workdir=runs/real-rl
     bash launch/sweep.sh --config=configs/experiments/real.py --into=runs/real-base \
         model.path=models/small "--config.eval.policies=('full',)"
     bash launch/sweep.sh --config=configs/experiments/real.py --into=runs/real \
+        model.path=runs/real-sft
+    bash launch/sweep.sh --config=configs/experiments/real.py:reinforce --into=runs/real-rl \
         model.path=runs/real-sft
 
 Exits lie late, before layers 16, 18, 20 and 22 of 24: on its own completions this model's logit
@@ -18,7 +19,7 @@ of the depth. With those below, 64 steps left 13 % with all layers, and 7 % unde
 90 % of the depth.
 
 On one core a step of calibration takes 16 to 80 s, by how long its completions are, and a minute
-more for each new shape; a policy's 60 problems take six minutes. A GPU has
+more for each new shape; a policy's 60 problems take six minutes, an update two to five. A GPU has
 `configs/{sft,rl,eval}.py:qwen2.5-0.5b`, with the budgets of a real run.
 """
 
