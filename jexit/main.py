@@ -53,11 +53,13 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path, str | None]:
     Raises ValueError for whatever is wrong.
     """
     for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and name.startswith("config."):
+        if not argument.startswith("-"):
+            continue
+        name, _, value = argument.lstrip("-").partition("=")
+        if name.startswith("config."):
             check_key(name)
         # Of a file that is not there, ml_collections tells with the first setting, at length.
-        file = argument.partition("=")[2].partition(":")[0]
+        file = value.partition(":")[0]
         if name == "config" and file and not pathlib.Path(file).is_file():
             raise ValueError(f"the config file {file} is not there; give one such as configs/rl.py")
     try:
