@@ -142,6 +142,16 @@ class Study:
             _number(line.get(source), f"{self.name}.csv", source) for line in self.groups[group]
         ]
 
+    def curve(self, group: tuple[str, ...], name: str) -> dict[int, list[float]]:
+        """A training metric of a group's runs by step; steps without any figure are left out."""
+        by_step: dict[int, list[float]] = {}
+        file = f"{self.name}-curves.csv"
+        for line in self.curves.get(group, ()):
+            if line.get(name):
+                step = int(_number(line["step"], file, "step"))
+                by_step.setdefault(step, []).append(_number(line[name], file, name))
+        return dict(sorted(by_step.items()))
+
     def mean(self, group: tuple[str, ...], label: str) -> float:
         return self.mean_of(group, COLUMNS[label].source)
 

@@ -88,7 +88,7 @@ def _training(study: Study) -> Figure | None:
     found = [
         name for name in CURVES
         if f"rl.{name}" not in study.settings
-        and any(float(line.get(name) or 0) for lines in study.curves.values() for line in lines)
+        and any(any(of) for group in study.groups for of in study.curve(group, name).values())
     ]  # fmt: skip
     if not found:
         return None
@@ -101,11 +101,8 @@ def _training(study: Study) -> Figure | None:
     for axes, name in zip(figure.axes, found, strict=False):
         title, share = CURVES[name]
         for group, colour in _colours(study).items():
-            by_step: dict[int, list[float]] = {}
-            for line in study.curves.get(group, ()):
-                if line.get(name):
-                    by_step.setdefault(int(float(line["step"])), []).append(float(line[name]))
-            steps = sorted(by_step)
+            by_step = study.curve(group, name)
+            steps = list(by_step)
             means = [np.mean(by_step[step]) for step in steps]
             axes.plot(steps, means, color=colour, linewidth=1.8, label=study.label(group))
             ends = [[edge(by_step[step]) for step in steps] for edge in (min, max)]

@@ -276,13 +276,16 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     (wrong / "a.csv").write_text("seed,sample/accuracy\n0,1\n")
     (wrong / "a-curves.csv").write_text("")
     assert main([str(wrong), "--all"]) == 1
+    (wrong / "a-curves.csv").write_text("step,accuracy\n10,low\n")
+    assert main([str(wrong), "--all"]) == 1
     said = capsys.readouterr().err
     assert "has no .csv file; copy a sweep's table.csv there" in said
+    assert "a-curves.csv has 'low' under accuracy, which is no number" in said
     assert "a.csv has no line; copy a sweep's table.csv there" in said
     assert "a.csv is no CSV file ('utf-8' codec can't decode" in said
     assert "a.csv has 'most' under sample/accuracy, which is no number" in said
     assert "a-curves.csv has no line; copy a sweep's curves.csv there" in said
-    assert said.count("\n") == 5
+    assert said.count("\n") == 6
 
 
 @pytest.mark.parametrize(
