@@ -7,6 +7,13 @@
 Depth and text compete: a long completion of small steps is shallow, a short one of large steps is
 deep. Both prices come in over 40 updates and are withheld while fewer than 90 % of the answers are
 right, since a price on text collapses the text of a model that is often wrong.
+
+Text that costs more, `--into=runs/page-dear_text --config.rl.length_coef=0.5`, keeps its steps at
+both ends of rl.depth_coef=0,2.
+
+A run takes a quarter of an hour on a CPU core. All end at 100 % right, from a price of depth of 0
+to one of 4 with depth falling from 63 to 37 %, additions on the page rising from 55 to 78 %, and
+prescribed steps of three taken by 32 % of the completions instead of all.
 """
 
 import pathlib
@@ -17,7 +24,7 @@ RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
 
 def get_config(preset: str = "tiny"):
     config = RL["get_config"](preset)
-    config.rl.length_coef = 0.2  # of 0.5, text wins at every price of depth up to 2
+    config.rl.length_coef = 0.2  # at 0.5 steps do not shrink at a price of depth of 2
     config.rl.length_ref = 22.0  # tokens of a completion at the start, about
     config.rl.warmup_steps = 40
     config.rl.accuracy_floor = 0.9

@@ -4,10 +4,13 @@
         --eval=configs/experiments/measures.py --into=runs/pressure-sums --jobs=2 \
         rl.depth_coef=0,0.1,0.2,0.4,0.8,2 seed=0,1
 
-A run takes ten minutes on a CPU core. Other tasks: `--config.task.name=tom --config.steps=120` or
-`--config.task.name=word_problems` (which cannot prescribe steps:
-`--eval=configs/experiments/measures.py:word_problems`), each with a directory of its own. Instead
-of a grid of prices, one that dual ascent raises while accuracy keeps over a floor:
+A run takes a quarter of an hour on a CPU core. From 91 % right at 42 % of the depth, all prices end
+within a problem of 256 of 100 %: no price at 58 to 70 %, 0.4 at 45 to 48, 2 at 36 to 38.
+
+Other tasks: `--config.task.name=tom --config.steps=120` or `--config.task.name=word_problems`
+(which cannot prescribe steps: `--eval=configs/experiments/measures.py:word_problems`), each with a
+directory of its own. Instead of a grid of prices, one that dual ascent raises while accuracy keeps
+over a floor:
 
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/ascent-sums --jobs=2 \
