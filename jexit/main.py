@@ -27,31 +27,25 @@ from ml_collections import ConfigDict, config_flags
 
 from jexit.config import Config, check_key
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, such as configs/rl.py or configs/rl.py:qwen3-4b."
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; a rerun continues it. Default: runs/COMMAND-PRESET."
-)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where hosts do not find each other by themselves."
-)
-PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
-PROCESS = flags.DEFINE_integer("process", None, "Number of this process, with --coordinator.")
-HOST_TIMEOUT = flags.DEFINE_float(
-    "host_timeout", 600.0, "Seconds after which a wait for other hosts ends the run."
-)
-AOT = flags.DEFINE_string("aot", None, "Compile for a topology such as v5e:4x4; run nothing.")
-
 # `jexit.dist.multihost.LOST`, 4, is the exit code of a host that another one left alone.
 USER_ERROR, INTERRUPTED = 1, 3
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path, str | None]:
-    """The checked config, the run's directory and the topology to compile for, if any.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line asks for: the checked config, the run's directory, and where it runs."""
 
-    Raises ValueError for whatever is wrong.
-    """
+    config: Config
+    workdir: pathlib.Path
+    aot: str | None
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+    host_timeout: float
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Raises ValueError for whatever is wrong; `argv` begins with the program's name."""
     for argument in argv[1:]:
         if not argument.startswith("-"):
             continue
@@ -62,20 +56,44 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path, str | None]:
         file = value.partition(":")[0]
         if name == "config" and file and not pathlib.Path(file).is_file():
             raise ValueError(f"the config file {file} is not there; give one such as configs/rl.py")
+    given = _flags(argv)
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = given(list(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
         raise ValueError(_one_line(error)) from error
     if len(rest) > 1:
         raise ValueError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
-    if CONFIG.value is None:
+    if given.config is None:
         raise ValueError("there is no config; give one such as --config=configs/rl.py")
-    if not isinstance(CONFIG.value, ConfigDict):  # what ml_collections makes of a file in error
-        file = flags.FLAGS["config"].config_filename
+    if not isinstance(given.config, ConfigDict):  # what ml_collections makes of a file in error
+        file = given["config"].config_filename
         raise ValueError(f"the config file {file} cannot be read; give one such as configs/rl.py")
-    config = Config.from_dict(CONFIG.value)
-    workdir = pathlib.Path(WORKDIR.value or f"runs/{config.command}-{config.preset}")
-    return config, workdir, AOT.value
+    config = Config.from_dict(given.config)
+    others = {field.name: getattr(given, field.name) for field in dataclasses.fields(Arguments)[2:]}
+    workdir = pathlib.Path(given.workdir or f"runs/{config.command}-{config.preset}")
+    return Arguments(config=config, workdir=workdir, **others)
+
+
+def _flags(argv: Sequence[str]) -> flags.FlagValues:
+    """The command line's flags, unset: of no use to another command line."""
+    known = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, such as configs/rl.py or configs/rl.py:qwen3-4b.",
+        flag_values=known,
+        sys_argv=list(argv),
+    )
+    for define, name, default, text in (
+        (flags.DEFINE_string, "workdir", None, "Directory of the run; a rerun continues it."),
+        (flags.DEFINE_string, "aot", None, "Compile for a topology, such as v5e:4x4; run nothing."),
+        (flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0, for several hosts."),
+        (flags.DEFINE_integer, "processes", None, "Number of processes, with --coordinator."),
+        (flags.DEFINE_integer, "process", None, "Number of this process, with --coordinator."),
+        (flags.DEFINE_float, "host_timeout", 600.0, "Seconds that a host waits for another."),
+    ):
+        define(name, default, text, flag_values=known)
+    return known
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
@@ -107,13 +125,14 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
 
 def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
+    flags.FLAGS.mark_as_parsed()  # absl's own, which its log handler asks for; all as they are
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     if {"--help", "-help", "-h"} & set(argv[1:]):
         print(__doc__.strip())
         return 0
     try:
-        config, workdir, topology = parse(argv)
+        given = parse(argv)
     except ValueError as error:
         return _say(error, USER_ERROR)
     # Imported here, so that a wrong flag does not wait for jax.
@@ -122,11 +141,11 @@ def main(argv: Sequence[str]) -> int:
     provide_threads()
     code = 0
     try:
-        if topology is None:
+        if given.aot is None:
             multihost.initialize(
-                COORDINATOR.value, PROCESSES.value, PROCESS.value, timeout=HOST_TIMEOUT.value
+                given.coordinator, given.processes, given.process, timeout=given.host_timeout
             )
-        dispatch(config, workdir, topology)
+        dispatch(given.config, given.workdir, given.aot)
         multihost.barrier("the end of the run")
     except Exception as error:
         found = _exit_code(error)

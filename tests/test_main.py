@@ -5,11 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-import grain  # noqa: F401  it defines flags, which flagsaver would take away if it came later
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from safetensors.numpy import load_file, save_file
 
 from convert import to_hf
@@ -38,11 +35,7 @@ def call(capsys, tmp_path, monkeypatch):
 
     def run(*arguments: str) -> tuple[int, str, list[pathlib.Path]]:
         before = set(tmp_path.rglob("*"))
-        argv = ["jexit", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            code = main.main(argv)
+        code = main.main(["jexit", *arguments])
         return code, capsys.readouterr().err, sorted(set(tmp_path.rglob("*")) - before)
 
     return run

@@ -1,25 +1,18 @@
 """The README's lines for clusters: each prints its commands, and its config is one that can run."""
 
+import pathlib
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 
+from jexit.main import parse
 from stand_ins import ROOT
 
 README = (ROOT / "README.md").read_text()
 LINES = re.findall(r"^bash launch/(?:tpu_vm|gke|slurm)\.sh .*$", README, re.MULTILINE)
-# Parses a job's flags, which need to be the process's own, and prints what matters here.
-PARSE = """
-import sys
-from jexit.main import parse
-config, workdir, _ = parse(sys.argv)
-mesh = config.mesh
-print(config.command, config.preset, workdir, mesh.data * mesh.fsdp * mesh.tensor)
-"""
 
 
 def split(line):
@@ -58,11 +51,12 @@ def test_each_line_prints_its_commands(line):
 
 
 @pytest.mark.parametrize("line", sorted(set(LINES)))
-def test_each_config_is_valid_and_takes_the_whole_slice(line):
+def test_each_config_is_valid_and_takes_the_whole_slice(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
     options, job = split(line)
-    done = run([sys.executable, "-c", PARSE, *job])
-    assert (done.returncode, done.stderr) == (0, "")
-    command, preset, workdir, devices = done.stdout.split()
+    given = parse(["jexit", *job])
+    command, preset, mesh = given.config.command, given.config.preset, given.config.mesh
     assert f"--config=configs/{command}.py:{preset}" in job
-    assert workdir == f"runs/{command}-{preset}"  # relative: the scripts put it on the shared mount
-    assert int(devices) == chips(options)
+    # Relative: the scripts put it on the shared mount.
+    assert given.workdir == pathlib.Path(f"runs/{command}-{preset}")
+    assert mesh.data * mesh.fsdp * mesh.tensor == chips(options)
