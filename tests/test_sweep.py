@@ -1,6 +1,7 @@
 """A grid of runs: what it expands to, that it goes on where it stopped, and what its table says."""
 
 import csv
+import fcntl
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from small_runs import saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIVEN = ("--config=a.py:tiny", "--into=runs/x")
+RL, EVAL = f"--config={ROOT}/configs/rl.py", f"{ROOT}/configs/eval.py"
 
 
 def test_every_combination_is_a_run_of_its_own():
@@ -84,14 +86,14 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     begun = Sweep.parse([*given, "--config.steps=10"])
     commands = begun.commands(cell)
     next(commands)
-    begun.check(cell)  # there is nothing yet
+    begun.begun([cell])  # there is nothing yet
     cell.workdir.mkdir()
-    begun.check(cell)
+    begun.begun([cell])
     assert main([*given, "--config.steps=999"]) == 1
     error = capsys.readouterr().err
     assert "which differs in --config.steps=10; another --into is needed" in error
     cell.begin("run", [*reversed(begun.training(cell))])
-    begun.check(cell)  # the same settings in another order
+    begun.begun([cell])  # the same settings in another order
     (cell.workdir / "config.json").write_text('{"task": {}}')
     (cell.workdir / "after.json").write_text("{}")
     next(commands)
@@ -102,7 +104,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
-    assert main(["--config=a.py", "--into=/dev/null/x"]) == 1
+    assert main([f"--config={ROOT}/configs/rl.py", "--into=/dev/null/x"]) == 1
     assert "/dev/null/x" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "after.json").write_text('{"accuracy":')
@@ -126,6 +128,13 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
         ([*GIVEN, "--table_only"], "none of the 1 runs in runs/x has finished"),
         ([*GIVEN, "--jobs=10000"], "--jobs is 10000 and there are"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
+        ([*GIVEN, "seed=0", "seed=1"], "seed is given 2 times; give it once"),
+        ([*GIVEN, "--into=y"], "--into is given 2 times"),
+        (GIVEN, "run cannot run: the config file a.py is not there"),
+        ([RL, GIVEN[1], "rl.dept_coef=0,1"], "rl.dept_coef=0 cannot run: config.rl.dept_coef does"),
+        ([RL, GIVEN[1], "seed=0,1,many"], "seed=many cannot run: "),
+        ([RL, GIVEN[1], "--eval=e.py"], "run cannot run: the config file e.py is not there"),
+        ([RL, GIVEN[1], f"--eval={EVAL}", "--eval.eval.problemz=3"], "config.eval.problemz does"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):
@@ -188,6 +197,27 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     assert lines[19] == {"seed": "0", "step": "41", "accuracy": "39.5"}  # of 39, 40 and a gap
 
 
+def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys):
+    given = ["--config=a.py", f"--into={tmp_path}", "--table_only"]
+    for depth_coef, seed in (("10", "0"), ("2", "0"), ("2", "1")):
+        sweep = Sweep.parse([*given, f"rl.depth_coef={depth_coef}", f"seed={seed}"])
+        (cell,) = sweep.cells()
+        next(sweep.commands(cell))
+        cell.workdir.mkdir()
+        (cell.workdir / "after.json").write_text('{"accuracy": 1}')
+    assert main([*given, "rl.depth_coef=2", "seed=1"]) == 0
+    assert "3 of 3 runs" in capsys.readouterr().out
+    lines = csv.DictReader((tmp_path / "table.csv").open())
+    values = [(line["rl.depth_coef"], line["seed"]) for line in lines]
+    assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
+    for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
+        assert main([*given, *other]) == 1
+        assert "of a study over other keys than" in capsys.readouterr().err
+    assert main([*given, "rl.depth_coef=2", "seed=2", "--config.steps=3"]) == 1
+    error = capsys.readouterr().err
+    assert "was begun by another command, which differs in --config.steps=3" in error
+
+
 def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
     given = [f"--into={tmp_path}", "--config=e.py", "seed=0,1", "--table_only"]
     for seed in (0, 1):
@@ -236,22 +266,40 @@ def command(model_dir, into, *grid, **settings):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(model_dir, tmp_path, capfd):
-    arguments = command(model_dir, tmp_path, "rl.rollouts=1,2", steps=2)
-    arguments = [flag for flag in arguments if not flag.startswith("--config.rl.rollouts")]
+    arguments = command(model_dir, tmp_path, f"model.path=nowhere,{model_dir}", steps=2)
+    arguments = [flag for flag in arguments if not flag.startswith("--config.model.path")]
     assert main(arguments) == 1
     captured = capfd.readouterr()
-    log = tmp_path / "rl.rollouts=1.log"
-    assert captured.err == (
-        "jexit: rl.rollouts=1 ended with 1: RLOO needs at least 2 rollouts per prompt, got 1; "
-        f"raise config.rl.rollouts (see {log})\n"
+    log = tmp_path / "model.path=nowhere.log"
+    assert captured.err.startswith(
+        "jexit: model.path=nowhere ended with 1: no model directory at 'nowhere'"
     )
+    assert captured.err.endswith(f" (see {log})\n") and captured.err.count("\n") == 1
     assert "1 of 2 runs" in captured.out
     (line,) = csv.DictReader((tmp_path / "table.csv").open())
-    assert line["rl.rollouts"] == "2" and 0 <= float(line["after/accuracy"]) <= 1
+    assert line["model.path"] == str(model_dir) and 0 <= float(line["after/accuracy"]) <= 1
+
+
+def test_a_run_of_another_command_is_left_alone(tmp_path, capfd):
+    """Its process has the lock of its log, also when the sweep that began it is gone."""
+    (tmp_path / "seed=0").mkdir()
+    with open(tmp_path / "seed=0.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log
+        )
+    try:
+        assert main([RL, f"--into={tmp_path}", "seed=0"]) == 1
+    finally:
+        holder.communicate(b"\n")
+    error = capfd.readouterr().err
+    assert error == "jexit: seed=0 is being run by another command; wait for it, or stop it\n"
+    assert not list((tmp_path / "seed=0").iterdir()) and not (tmp_path / "seed=0.json").exists()
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path, number):
     arguments = command(model_dir, tmp_path, "seed=0,1", steps=30, checkpoint__every=5)
     line = [sys.executable, "-m", "jexit.sweep", *arguments]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -260,11 +308,11 @@ def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path):
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, text = process.communicate(timeout=100)
     assert process.returncode == INTERRUPTED
-    assert b"stopped by SIGINT; the same command goes on from here" in text
-    assert not (tmp_path / "seed=1").exists()
+    assert f"stopped by {number.name}; the same command goes on from here" in text.decode()
+    assert not list(tmp_path.glob("seed=1*"))
     steps_before = metrics.read_text().count("\n")
     subprocess.run(line, cwd=ROOT, check=True)
     steps = [json.loads(row)["step"] for row in metrics.read_text().splitlines()]

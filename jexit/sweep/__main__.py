@@ -13,18 +13,19 @@ prints in a .log file beside it. Values with commas in them are separated by `|`
 run is evaluated, in its directory's `eval`, on the run's own task, with
 the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
 
-The same command again goes on where it was stopped: finished runs are left alone, the one under way
-continues from its newest checkpoint. What each was asked for is kept in a .json file beside it, and
-a command that asks for something else there is refused. A run that fails does not stop the others;
-the exit code is then 1. --jobs runs several at once, each on its share of the CPU's cores;
-accelerators run one.
+All files and settings are checked before the first run. The same command again goes on where it
+was stopped: finished runs are left alone, the one under way continues from its newest checkpoint.
+What each was asked for is kept in a .json file beside it, and a command that asks for something
+else there is refused; one with other values of the same keys adds to the study. A run that fails
+does not stop the others, nor does one that another command is running; the exit code is then 1.
+--jobs runs several at once, each on its share of the CPU's cores; accelerators run one.
 
 Ends by printing how accuracy and depth came out, in per cent, means over seeds. DIR/table.csv has a
-line for each finished run: its settings, then the figures of before.json, after.json and eval.json.
-DIR/curves.csv has its training metrics, each line the means of a twentieth of its steps. What says
-how fast the machine was is in neither: the same runs give the same files. DIR/completions.json has
-up to two of each run's completions under sampled exits (eval.heat_maps keeps them), every token
-with its depth. --table_only writes the three from what there is.
+line for each finished run in DIR: its settings, then the figures of before.json, after.json and
+eval.json. DIR/curves.csv has its training metrics, each line the means of a twentieth of its steps.
+What says how fast the machine was is in neither: the same runs give the same files.
+DIR/completions.json has up to two of each run's completions under sampled exits (eval.heat_maps
+keeps them), every token with its depth. --table_only writes the three from what there is.
 """
 
 from __future__ import annotations
@@ -49,20 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = Sweep.parse(arguments)
         cells = sweep.cells()
         runner = Runner(sweep)
+        begun = sweep.begun(cells)
         if not sweep.table_only:
             for cell in cells:
                 sweep.check(cell)
         failed = [] if sweep.table_only else runner.run(cells)
-        finished = [cell for cell in cells if cell.finished]
+        finished = [cell for cell in begun if cell.finished]
         if sweep.table_only and not finished:
             raise ValueError(
-                f"none of the {len(cells)} runs in {sweep.into} has finished; run them"
+                f"none of the {len(begun)} runs in {sweep.into} has finished; run them"
             )
         if finished:
-            table = write_table(sweep, cells)
-            write_curves(sweep, cells)
-            write_completions(sweep, cells)
-            print(f"Wrote {table}: {len(finished)} of {len(cells)} runs")
+            table = write_table(sweep, finished)
+            write_curves(sweep, finished)
+            write_completions(sweep, finished)
+            print(f"Wrote {table}: {len(finished)} of {len(begun)} runs")
             print(Study.read(table).summary())
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)

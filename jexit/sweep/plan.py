@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from jexit.io.figures import figures, read_json
 from jexit.io.files import write_bytes_atomic
+from jexit.main import parse
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
@@ -83,7 +85,8 @@ class Cell:
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
         asked = read_json(self.asked) if self.asked.exists() else {}
-        text = json.dumps({**asked, part: list(arguments)}, indent=1) + "\n"
+        asked |= {"settings": dict(self.settings), part: list(arguments)}
+        text = json.dumps(asked, indent=1) + "\n"
         write_bytes_atomic(self.asked, text.encode())
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
@@ -114,6 +117,9 @@ class Sweep:
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Sweep:
         """Raises ValueError, in one sentence, for arguments that are none or contradict others."""
+        names = [argument.partition("=")[0] for argument in arguments]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is given {names.count(twice[0])} times; give it once")
         given: dict[str, str] = {}
         grid: dict[str, tuple[str, ...]] = {}
         settings: dict[str, dict[str, str]] = {"config": {}, "eval": {}}
@@ -173,14 +179,40 @@ class Sweep:
             )
         return cells
 
+    def begun(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The command's combinations, then those of the same study that others began here.
+
+        Raises ValueError if there are runs of another study: of other keys, or with another config
+        or other fixed settings.
+        """
+        found = {cell.name: cell for cell in cells}
+        others = []
+        for path in sorted(self.into.glob("*.json")):
+            asked = read_json(path)
+            if path.stem not in found and isinstance(asked, dict) and "settings" in asked:
+                others.append(Cell(asked["settings"], self.into / path.stem))
+        for cell in others:
+            if tuple(cell.settings) != tuple(self.grid):
+                raise ValueError(
+                    f"{self.into} holds {cell.name}, of a study over other keys than "
+                    f"{', '.join(self.grid) or 'none'}; another --into is needed"
+                )
+        begun = [*cells, *sorted(others, key=lambda cell: [*map(_rank, cell.settings.values())])]
+        for cell in begun:
+            if cell.workdir.exists():
+                cell.check("run", self.training(cell))
+            if self.evaluation and (cell.workdir / "eval").exists():
+                cell.check("eval", self.evaluating(cell))
+        return begun
+
     def training(self, cell: Cell) -> list[str]:
         """The arguments of `jexit.main` that make a combination's run."""
         return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
 
-    def evaluating(self, cell: Cell) -> list[str]:
-        """Those that evaluate the run, which has begun, on its own task."""
-        config = read_json(cell.workdir / "config.json")
-        own = {f"task.{key}": value for key, value in config["task"].items()}
+    def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
+        """Those that evaluate the run on its own task, by default that of the run as it began."""
+        task = task or read_json(cell.workdir / "config.json")["task"]
+        own = {f"task.{key}": value for key, value in task.items()}
         given = {"model.path": str(cell.workdir), **self.evaluation_settings}
         settings = {key: _flag(value) for key, value in own.items()} | given
         return _arguments(self.evaluation, cell.workdir / "eval", settings)
@@ -195,16 +227,27 @@ class Sweep:
             yield self.evaluating(cell)
 
     def check(self, cell: Cell) -> None:
-        """Raises ValueError if something else was begun in the combination's directories."""
-        if cell.workdir.exists():
-            cell.check("run", self.training(cell))
-        if self.evaluation and (cell.workdir / "eval").exists():
-            cell.check("eval", self.evaluating(cell))
+        """Raises ValueError for a file or a setting that there is not, before anything runs."""
+        try:
+            config = parse(["jexit.main", *self.training(cell)]).config
+            if self.evaluation:
+                task = config.to_dict()["task"]
+                parse(["jexit.main", *self.evaluating(cell, task)])
+        except ValueError as error:
+            raise ValueError(f"{cell.name} cannot run: {error}") from error
 
 
 def _whole(path: pathlib.Path) -> bool:
     """Whether there is an evaluation, and it has been measured to its end."""
     return path.exists() and read_json(path).get("complete", True)
+
+
+def _rank(value: str) -> tuple[float, str]:
+    """Orders numbers by size, then the rest by letter."""
+    try:
+        return float(value), value
+    except ValueError:
+        return math.inf, value
 
 
 def _flag(value: Any) -> str:

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from typing import IO
 
 from jexit.sweep.plan import Cell, Sweep
 
+HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Runner:
-    """Runs combinations as processes, and hands signals on to them."""
+    """Runs combinations as processes, and hands signals on to them.
+
+    Raises ValueError for more jobs at once than there are cores.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
+        self._idle = shares(sweep.jobs)
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self.stopped = ""
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
         """Runs what is left; returns a line for each combination that did not end well."""
-        idle = shares(self.sweep.jobs)
 
         def one(cell: Cell) -> str | None:
+            if self.stopped:
+                return None
             with self._lock:
-                cores = idle.pop()
+                cores = self._idle.pop()
             try:
                 return self._cell(cell, cores)
             finally:
                 with self._lock:
-                    idle.append(cores)
+                    self._idle.append(cores)
 
-        before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {number: signal.getsignal(number) for number in HANDED_ON}
+        for number, handler in before.items():
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._stop)
         try:
             with concurrent.futures.ThreadPoolExecutor(self.sweep.jobs) as pool:
                 return [line for line in pool.map(one, cells) if line]
@@ -51,36 +61,41 @@ class Runner:
             process.send_signal(signal.SIGTERM)
 
     def _cell(self, cell: Cell, cores: Sequence[int]) -> str | None:
-        for arguments in self.sweep.commands(cell):
-            if self.stopped:
-                return None
-            code = self._process(cell, arguments, cores)
-            if code:
-                return None if self.stopped else f"{cell.name} ended with {code}: {cell.last_word}"
-        return None
-
-    def _process(self, cell: Cell, arguments: list[str], cores: Sequence[int]) -> int:
-        print(f"{cell.name}: {arguments[0]}", flush=True)
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         with open(cell.log, "a") as log:
-            # In a group of its own: a Ctrl-C reaches it once, from here.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "jexit.main", *arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            if cores:
-                os.sched_setaffinity(process.pid, cores)
-            with self._lock:
-                self._running.add(process)
-            if self.stopped:  # before there was a process to hand the signal on to
-                process.send_signal(signal.SIGTERM)
             try:
-                return process.wait()
-            finally:
-                with self._lock:
-                    self._running.discard(process)
+                # The runs inherit the lock with the log: it is held while one lives, whatever has
+                # become of the sweep.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f"{cell.name} is being run by another command; wait for it, or stop it"
+            commands = self.sweep.commands(cell)
+            while not self.stopped and (arguments := next(commands, None)):
+                print(f"{cell.name}: {arguments[0]}", flush=True)
+                code = self._process(arguments, log, cores)
+                if code and not self.stopped:
+                    return f"{cell.name} ended with {code}: {cell.last_word}"
+        return None
+
+    def _process(self, arguments: Sequence[str], log: IO[str], cores: Sequence[int]) -> int:
+        # In a group of its own: a Ctrl-C reaches it once, from here.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jexit.main", *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        if cores:
+            os.sched_setaffinity(process.pid, cores)
+        with self._lock:
+            self._running.add(process)
+        if self.stopped:  # before there was a process to hand the signal on to
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
 
 
 def shares(jobs: int) -> list[Sequence[int]]:

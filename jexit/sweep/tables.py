@@ -18,8 +18,8 @@ POINTS = 20  # lines of a run in curves.csv
 
 
 def write_table(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
-    """Writes DIR/table.csv: a line a finished run, a column a setting of the grid or a figure."""
-    lines = [(cell, cell.figures()) for cell in cells if cell.finished]
+    """Writes DIR/table.csv: a line a finished run, a column a setting or a figure."""
+    lines = [(cell, cell.figures()) for cell in cells]
     return _write_csv(sweep, "table.csv", lines)
 
 
@@ -56,13 +56,13 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
 
 def write_curves(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
     """Writes DIR/curves.csv: a line a stretch of a run, a column a setting or a metric."""
-    lines = [(cell, means) for cell in cells if cell.finished for means in curves(cell)]
+    lines = [(cell, means) for cell in cells for means in curves(cell)]
     return _write_csv(sweep, "curves.csv", lines)
 
 
 def write_completions(sweep: Sweep, cells: Sequence[Cell]) -> pathlib.Path:
     """Writes DIR/completions.json: a list of completions, each with its run's settings."""
-    shown = [entry for cell in cells if cell.finished for entry in cell.completions()]
+    shown = [entry for cell in cells for entry in cell.completions()]
     path = sweep.into / "completions.json"
     write_bytes_atomic(path, (json.dumps(shown, indent=1) + "\n").encode())
     return path
