@@ -6,16 +6,17 @@
 
 A run takes some seven minutes on a CPU core. With the teacher's targets it ends at 79 % of the
 depth, 94 to 98 % right; with the student's at 56 % without exploration (97 % right), at 49 with 0.5
-(91 %). Other settings one at a time, each `--into` a directory of its own: `sft.sharpness=1,10,200`,
-`sft.direction=teacher_student,jeffreys`, `sft.exit_loss=sampled`, `exit_head.kind=linear`. What
-reinforcement makes of some:
+(91 %). Other settings one at a time, each `--into` a directory of its own:
+`sft.sharpness=1,10,200`, `sft.direction=teacher_student,jeffreys`, `sft.exit_loss=sampled`,
+`exit_head.kind=linear`. What reinforcement makes of some:
 
     at=runs/calibration/sft.explore
     bash launch/sweep.sh --config=configs/experiments/pressure.py --into=runs/calibration-rl \
         --eval=configs/experiments/measures.py:depth --jobs=2 --config.rl.depth_coef=0.4 \
         "model.path=$at=0,sft.target=student,seed=0|$at=0.5,sft.target=student,seed=0|$at=0,sft.target=teacher,seed=0"
 
-`:published` is the recipe of arXiv:2603.21376 on all tasks, for Study A to start from:
+`:published` is on all tasks, for Study A to start from, and has what arXiv:2603.21376 has, but for
+one draw of the depths where that has four, and this model's rates and steps; two hours on a core:
 
     python -m jexit.main --config=configs/experiments/calibration.py:published \
         --workdir=runs/published
@@ -28,7 +29,9 @@ SFT = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "sft.py"))
 
 
 def get_config(variant: str = "tiny"):
-    config = SFT["get_config"]("tiny" if variant == "published" else variant)
+    if variant not in ("tiny", "published"):
+        raise ValueError(f"there is no calibration {variant!r}; choose tiny or published")
+    config = SFT["get_config"]("tiny")
     if variant == "published":
         config.sft.explore = 0.0
         config.sft.target = "teacher"

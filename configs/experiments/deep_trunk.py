@@ -10,7 +10,8 @@
 
 A run of pretraining takes 50 minutes on one CPU core. After the first, steps of two operands are
 right at the last layer and those of three in 71 %; after the second, which begins anew with the
-learning rate, those of four and five are learnt, too.
+learning rate, those of four and five are learnt, too. Calibration takes seven minutes, a run of the
+sweep a quarter of an hour; both prices end at 99.6 % right, at 34 and 25 % of the depth.
 """
 
 import pathlib

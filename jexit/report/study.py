@@ -27,7 +27,8 @@ class Column:
     def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
         """The mean over seeds, and the smallest and largest where they differ.
 
-        Of an interval: from the smallest lower to the largest upper end.
+        Of an interval: from the smallest lower to the largest upper end. Where some seeds have no
+        figure, it says how many have.
         """
         known = [value for value in (*values, *upper) if math.isfinite(value)]
         if not known:
@@ -36,9 +37,10 @@ class Column:
         mean, low, high = (
             f"{scale * v:.{digits}f}" for v in (float(np.mean(known)), min(known), max(known))
         )
-        if upper:
-            return f"{low} to {high}"
-        return mean if low == high else f"{mean} ({low} to {high})"
+        ends = f"{low} to {high}"
+        text = ends if upper else mean if low == high else f"{mean} ({ends})"
+        count = len(known) // 2 if upper else len(known)
+        return text if count == len(values) else f"{text}, of {count}"
 
 
 def _interval(name: str) -> Column:
@@ -46,7 +48,7 @@ def _interval(name: str) -> Column:
 
 
 def _measure(name: str, policy: str) -> Column:
-    return Column(f"{policy}/faithfulness/{name}/value", share=False)
+    return Column(f"{policy}/faithfulness/{name}/value")
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -98,9 +100,9 @@ COLUMNS: Mapping[str, Column] = {
         for policy, where in (("sample", ""), ("full", ", full depth"))
     },
     "early answering, of a guess": Column(
-        "sample/faithfulness/early_answering/detail/chance_agreement", share=False
+        "sample/faithfulness/early_answering/detail/chance_agreement"
     ),
-    "filler, answered": Column("sample/faithfulness/filler/detail/answered", share=False),
+    "filler, answered": Column("sample/faithfulness/filler/detail/answered"),
     "hazard error": Column("sample/hazards/ece"),
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
@@ -128,11 +130,18 @@ class Study:
         settings = tuple(key for key in lines[0] if "/" not in key and key != SEED)
         curves = path.with_name(f"{path.stem}-curves.csv")
         completions = path.with_name(f"{path.stem}-completions.json")
+        groups = _grouped(path, lines, settings)
+        training = _grouped(curves, _lines(curves), settings, "step") if curves.exists() else {}
+        if unknown := [group for group in training if group not in groups]:
+            raise ValueError(
+                f"{curves} has a run with {', '.join(unknown[0])} and {path.name} has none; copy "
+                "both from the same sweep"
+            )
         return cls(
             path.stem,
             settings,
-            _grouped(path, lines, settings),
-            _grouped(curves, _lines(curves), settings, "step") if curves.exists() else {},
+            groups,
+            training,
             _strips(completions, settings) if completions.exists() else (),
         )
 
@@ -148,7 +157,10 @@ class Study:
         file = f"{self.name}-curves.csv"
         for line in self.curves.get(group, ()):
             if line.get(name):
-                step = int(_number(line["step"], file, "step"))
+                step = _number(line["step"], file, "step")
+                if not step.is_integer():
+                    raise ValueError(f"{file} has the step {line['step']!r}, no whole number")
+                step = int(step)
                 by_step.setdefault(step, []).append(_number(line[name], file, name))
         return dict(sorted(by_step.items()))
 
@@ -210,6 +222,13 @@ def _lines(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} is no CSV file ({error}); copy a sweep's {kept} there") from error
     if not lines:
         raise ValueError(f"{path} has no line; copy a sweep's {kept} there")
+    # What csv makes of a line with more or fewer cells than the first one.
+    uneven = (n for n, line in enumerate(lines, 2) if None in line or None in line.values())
+    if number := next(uneven, None):
+        raise ValueError(
+            f"line {number} of {path} has not as many cells as the first; copy a sweep's {kept} "
+            "there anew"
+        )
     return lines
 
 

@@ -30,17 +30,18 @@ CURVES: Mapping[str, tuple[str, bool]] = {
 }
 # Each becomes a panel of NAME-measures.svg, over the study's settings.
 MEASURED: Mapping[str, tuple[str, ...]] = {
-    "steps that the prompt prescribes": (
+    "right, by the steps that are prescribed": (
         *(f"by {n}" for n in range(2, 6)),
         "fine",
         "coarse",
         "at once",
     ),
-    "prescribed steps that were taken": tuple(f"by {n} as asked" for n in range(2, 6)),
-    "one step, begun": tuple(f"step of {n}" for n in range(2, 6)),
+    "completions that take them": tuple(f"by {n} as asked" for n in range(2, 6)),
+    "right result of a begun step": tuple(f"step of {n}" for n in range(2, 6)),
     "what hangs on the chain": ("early answering", "corrupted step"),
-    "right without it": ("no chain", "filler"),
+    "right without a chain": ("no chain", "filler"),
 }
+HUES = ("Blues", "Oranges", "Greens", "Purples")
 _CLASS = re.compile(r"sample/depth_by_class/(\w+)/depth_mean")
 
 
@@ -51,13 +52,14 @@ def _plane(study: Study) -> Figure | None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     kinds = {
-        "sample": ("o", "full", "sampled exits"),
-        "fixed:matched": ("v", "none", "one exit a completion"),
-        "shuffled": ("s", "none", "depths shuffled"),
-        "full": ("D", "full", "all layers"),
+        "sample": ("o", "full", 6, "sampled exits"),
+        "full": ("D", "full", 6, "all layers"),
+        # Larger and on top: a control that does as well lies around the policy's mark.
+        "fixed:matched": ("v", "none", 9, "one exit a completion"),
+        "shuffled": ("s", "none", 6, "depths shuffled"),
     }
-    for group, colour in _colours(study).items():
-        for policy, (marker, fill, _) in kinds.items():
+    for order, (policy, (marker, fill, size, label)) in enumerate(kinds.items(), 3):
+        for group, colour in _colours(study).items():
             depth, right, low, high = (
                 study.values(group, f"{policy}/{name}")
                 for name in (
@@ -68,10 +70,11 @@ def _plane(study: Study) -> Figure | None:
                 )
             )
             axes.vlines(depth, low, high, color=colour, linewidth=0.9, alpha=0.45)
-            axes.plot(depth, right, marker, color=colour, fillstyle=fill, ms=6, alpha=0.85)
+            style = {"fillstyle": fill, "ms": size, "zorder": order}
+            axes.plot(depth, right, marker, color=colour, alpha=0.85, **style)
+        axes.plot([], [], marker, color=GREY, fillstyle=fill, ms=size, label=label)
+    for group, colour in _colours(study).items():
         axes.plot([], [], "o", color=colour, label=study.label(group))
-    for marker, fill, label in kinds.values():
-        axes.plot([], [], marker, color=GREY, fillstyle=fill, label=label)
     axes.set_xlabel("layers run per token")
     axes.set_ylabel("right answers")
     axes.set_title("Accuracy and depth, one mark a seed, 95 % intervals")
@@ -98,6 +101,7 @@ def _training(study: Study) -> Figure | None:
     all_axes = figure.subplots(rows, columns, squeeze=False).flat
     for axes in list(all_axes)[len(found) :]:
         axes.set_visible(False)
+    shade = min(0.15, 0.5 / len(study.groups))  # of many bands that lie on each other
     for axes, name in zip(figure.axes, found, strict=False):
         title, share = CURVES[name]
         for group, colour in _colours(study).items():
@@ -106,7 +110,7 @@ def _training(study: Study) -> Figure | None:
             means = [np.mean(by_step[step]) for step in steps]
             axes.plot(steps, means, color=colour, linewidth=1.8, label=study.label(group))
             ends = [[edge(by_step[step]) for step in steps] for edge in (min, max)]
-            axes.fill_between(steps, *ends, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(steps, *ends, color=colour, alpha=shade, linewidth=0)
         axes.set_title(title)
         axes.set_xlabel("update")
         if share:
@@ -201,9 +205,18 @@ def _over_seeds(study: Study, groups: Sequence[tuple[str, ...]], label: str) -> 
 
 
 def _colours(study: Study) -> dict[tuple[str, ...], Any]:
-    """A colour for each setting, from dark to light: settings are mostly levels of something."""
-    shades = np.linspace(0.0, 0.88, len(study.groups))
-    return dict(zip(study.groups, mpl.colormaps["viridis"](shades), strict=True))
+    """From dark to light by the first setting, mostly a level of something; a hue for each other.
+
+    One hue, where there are no other settings or more of their values than hues.
+    """
+    others = list(dict.fromkeys(group[1:] for group in study.groups))
+    levels = list(dict.fromkeys(group[:1] for group in study.groups))
+    if len(others) == 1 or len(others) > len(HUES):
+        shades = np.linspace(0.0, 0.88, len(study.groups))
+        return dict(zip(study.groups, mpl.colormaps["viridis"](shades), strict=True))
+    shades = dict(zip(levels, np.linspace(0.95, 0.45, len(levels)), strict=True))
+    hues = dict(zip(others, HUES, strict=False))
+    return {g: mpl.colormaps[hues[g[1:]]](shades[g[:1]]) for g in study.groups}
 
 
 def _per_cent(axes: Axes, lowest: float = 0.0) -> None:

@@ -17,8 +17,8 @@ from jexit.report.heatmap import visible
 from jexit.report.palette import depth_colours
 from jexit.report.records import build_list
 
-# In inches: the figure, a line's height, a letter's width at the font size of tokens.
-WIDTH, LEFT, LINE, LETTER, GAP = 9.0, 0.1, 0.36, 0.085, 0.03
+# In inches: the figure, a line's height, one of the title's, a letter's width in tokens.
+WIDTH, LEFT, LINE, HEAD, LETTER, GAP = 9.0, 0.1, 0.36, 0.2, 0.085, 0.03
 MONO = "monospace"
 
 
@@ -52,7 +52,8 @@ def draw(title: str, strips: Sequence[tuple[str, Strip]]) -> Figure:
     """Each strip under its label: a cell a token, the depth below its text."""
     heads = textwrap.wrap(title, 95)
     placed = [(label, strip.layers, _lines(strip)) for label, strip in strips]
-    height = LINE * (len(heads) + sum(1 + len(lines) for *_, lines in placed)) + 0.1
+    above = HEAD * len(heads) + 0.1
+    height = above + LINE * sum(1 + len(lines) for *_, lines in placed) + 0.1
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_xlim(0, WIDTH)
@@ -61,15 +62,15 @@ def draw(title: str, strips: Sequence[tuple[str, Strip]]) -> Figure:
     colours = depth_colours()
     rows = itertools.count()
 
-    def write(text: str, **style: Any) -> None:
-        axes.text(LEFT, (next(rows) + 0.6) * LINE, text, va="center", **style)
+    def write(middle: float, text: str, **style: Any) -> None:
+        axes.text(LEFT, middle, text, va="center", **style)
 
-    for head in heads:
-        write(head, fontsize=10, fontweight="bold")
+    for number, head in enumerate(heads):
+        write((number + 0.6) * HEAD, head, fontsize=10, fontweight="bold")
     for label, layers, lines in placed:
-        write(label, fontsize=9, color="#3a444d")
+        write(above + (next(rows) + 0.6) * LINE, label, fontsize=9, color="#3a444d")
         for line in lines:
-            top = next(rows) * LINE
+            top = above + next(rows) * LINE
             for left, width, text, depth in line:
                 share = min(max(depth / layers, 0.0), 1.0)
                 back, ink = colours[round((len(colours) - 1) * share)]

@@ -137,7 +137,11 @@ def test_paths_and_names_need_no_name_of_their_setting(tmp_path):
 def test_the_plane_has_the_interval_of_every_run(tmp_path):
     heads = ("seed", "sample/depth_fraction", "sample/accuracy")
     heads += ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
-    write(tmp_path / "some.csv", heads, [("0", "0.25", "0.5", "0.4", "0.7"), ("1", "0.5", "1")])
+    write(
+        tmp_path / "some.csv",
+        heads,
+        [("0", "0.25", "0.5", "0.4", "0.7"), ("1", "0.5", "1", "", "")],
+    )
     (axes,) = study_figures._plane(Study.read(tmp_path / "some.csv")).axes
     drawn = [line for bars in axes.collections for line in bars.get_segments()]
     known = [line.tolist() for line in drawn if np.isfinite(line).all() and line.size]
@@ -152,7 +156,7 @@ def test_a_grid_with_a_hole_is_drawn(tmp_path):
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), [np.nan, 0.75, 0.5])
     assert main([str(tmp_path), "--all"]) == 0
     shown = text_of(tmp_path / "both-measures.svg")
-    assert {"fine", "steps that the prompt prescribes", "0, sums", "2, tom"} <= shown
+    assert {"fine", "right, by the steps that are prescribed", "0, sums", "2, tom"} <= shown
 
 
 def test_curves_of_another_sweep_are_refused(directory, capsys):
@@ -162,9 +166,44 @@ def test_curves_of_another_sweep_are_refused(directory, capsys):
     assert "pressure-curves.csv has no column 'rl.depth_coef'" in error and error.count("\n") == 1
 
 
+def test_curves_of_a_run_that_the_table_has_not_are_refused(directory, capsys):
+    curves = (directory / "pressure-curves.csv").read_text()
+    (directory / "pressure-curves.csv").write_text(curves.replace("\n0,", "\n0.5,"))
+    assert main([str(directory)]) == 1
+    assert "has a run with 0.5 and pressure.csv has none" in capsys.readouterr().err
+
+
+def test_nothing_is_drawn_where_a_page_is_wrong(directory):
+    page = "![a](results/pressure-plane.svg)\n<!-- pressure: rihgt -->\n<!-- end -->\n"
+    (directory.parent / "results.md").write_text(page)
+    assert main([str(directory)]) == 1
+    assert not list(directory.glob("*.svg"))
+
+
+def test_a_grid_of_two_settings_has_a_hue_for_each_of_the_second(tmp_path):
+    lines = [(level, target, "0.5") for level in ("0", "1") for target in ("teacher", "student")]
+    write(tmp_path / "some.csv", ("sft.explore", "sft.target", "sample/accuracy"), lines)
+    colours = study_figures._colours(Study.read(tmp_path / "some.csv"))
+    assert len({tuple(colour) for colour in colours.values()}) == 4
+    strongest = {group: int(np.argmax(colour[:3])) for group, colour in colours.items()}
+    assert {strongest[group] for group in colours if group[1] == "teacher"} == {2}  # blue
+    assert {strongest[group] for group in colours if group[1] == "student"} == {0}
+    for target in ("teacher", "student"):
+        assert sum(colours["0", target][:3]) < sum(colours["1", target][:3])  # the first is darker
+
+
 def text_of(path):
     tree = ElementTree.parse(path)
     return {(node.text or "").strip() for node in tree.iter() if node.tag.endswith("text")}
+
+
+def marks_of(path):
+    """The colours of a figure's shapes, and the numbers in their outlines and places."""
+    shapes = [node.attrib for node in ElementTree.parse(path).iter() if "text" not in node.tag]
+    told = [" ".join(shape.get(key, "") for key in ("d", "x", "y", "style")) for shape in shapes]
+    colours = [re.findall(r"#[0-9a-f]{6}\b", text) for text in told]
+    numbers = [re.findall(r"-?\d+\.?\d*", re.sub(r"#\w+", "", text)) for text in told]
+    return colours, np.array([float(n) for of in numbers for n in of])
 
 
 def test_figures_name_what_they_show(directory):
@@ -176,7 +215,7 @@ def test_figures_name_what_they_show(directory):
     assert {"right answers", "operands a step", "update"} <= text_of(
         directory / "pressure-curves.svg"
     )
-    assert "steps that the prompt prescribes" in text_of(directory / "pressure-measures.svg")
+    assert "right, by the steps that are prescribed" in text_of(directory / "pressure-measures.svg")
 
 
 def test_tokens_are_drawn_with_their_depths(directory, capsys):
@@ -234,7 +273,7 @@ def test_gaps_are_left_out_of_means(directory):
     assert study.settings == ("rl.depth_coef",)
     np.testing.assert_array_equal(study.values(("0",), "fixed:matched/accuracy"), [0.25, np.nan])
     assert COLUMNS["step of 3, full depth"].source == "full/begun_steps/3/accuracy"
-    assert COLUMNS["right"].text([0.25, float("nan")]) == "25.0"
+    assert COLUMNS["right"].text([0.25, float("nan")]) == "25.0, of 1"
     nothing = COLUMNS["by 2"]
     assert nothing.text(study.values(("2",), nothing.source)) == "–"
     assert study.mean(("0",), "right") == 0.625
@@ -276,8 +315,13 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     (wrong / "a.csv").write_text("seed,sample/accuracy\n0,1\n")
     (wrong / "a-curves.csv").write_text("")
     assert main([str(wrong), "--all"]) == 1
-    (wrong / "a-curves.csv").write_text("step,accuracy\n10,low\n")
-    assert main([str(wrong), "--all"]) == 1
+    for curve in ("step,accuracy\n10,low\n", "step,accuracy\ninf,1\n", "step,accuracy\n10,1,2\n"):
+        (wrong / "a-curves.csv").write_text(curve)
+        assert main([str(wrong), "--all"]) == 1
+    (wrong / "a-curves.csv").unlink()
+    for lines in ("2,0,1\n2,1\n", "2,0,1,5\n", "2\n"):
+        (wrong / "a.csv").write_text(f"rl.depth_coef,seed,sample/accuracy\n{lines}")
+        assert main([str(wrong), "--all"]) == 1
     said = capsys.readouterr().err
     assert "has no .csv file; copy a sweep's table.csv there" in said
     assert "a-curves.csv has 'low' under accuracy, which is no number" in said
@@ -285,7 +329,9 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     assert "a.csv is no CSV file ('utf-8' codec can't decode" in said
     assert "a.csv has 'most' under sample/accuracy, which is no number" in said
     assert "a-curves.csv has no line; copy a sweep's curves.csv there" in said
-    assert said.count("\n") == 6
+    assert "a-curves.csv has the step 'inf', no whole number" in said
+    assert "line 2 of" in said and "line 3 of" in said and said.count("as many cells as") == 4
+    assert said.count("\n") == 11
 
 
 @pytest.mark.parametrize(
@@ -322,4 +368,9 @@ def test_the_published_tables_and_figures_are_those_of_the_numbers(tmp_path):
         pictures = re.findall(r"!\[.*?\]\((?:docs/)?(results/[^)]+)\)", text)
         assert pictures
         for picture in pictures:
-            assert text_of(tmp_path / "docs" / picture) == text_of(ROOT / "docs" / picture)
+            made, kept = (root / "docs" / picture for root in (tmp_path, ROOT))
+            assert text_of(made) == text_of(kept)
+            (colours, numbers), (kept_colours, kept_numbers) = marks_of(made), marks_of(kept)
+            assert colours == kept_colours
+            # In points: the fonts of another machine may move the axes a little.
+            np.testing.assert_allclose(numbers, kept_numbers, atol=1.0)
