@@ -8,7 +8,7 @@ A run takes some seven minutes on a CPU core. With the teacher's targets it ends
 depth, 94 to 98 % right; with the student's at 56 % without exploration (97 % right), at 49 with 0.5
 (91 %). Other settings one at a time, each `--into` a directory of its own:
 `sft.sharpness=1,10,200`, `sft.direction=teacher_student,jeffreys`, `sft.exit_loss=sampled`,
-`exit_head.kind=linear`. What reinforcement makes of some:
+`exit_head.kind=linear`, `sft.samples=4`. What reinforcement makes of some:
 
     at=runs/calibration/sft.explore
     bash launch/sweep.sh --config=configs/experiments/pressure.py --into=runs/calibration-rl \

@@ -34,7 +34,7 @@ From a start that was calibrated in the published way (configs/experiments/calib
 
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/published-sums --jobs=2 \
-        --config.model.path=runs/published rl.depth_coef=0.4 seed=0,1
+        --config.model.path=runs/published rl.depth_coef=0.4,2 seed=0,1
 
 From a trunk that was pretrained with deep supervision: configs/experiments/deep_trunk.py.
 """
