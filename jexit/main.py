@@ -59,8 +59,12 @@ def parse(argv: Sequence[str]) -> Arguments:
     given = _flags(argv)
     try:
         rest = given(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError, SyntaxError) as error:
+    except (flags.Error, ValueError) as error:
         raise ValueError(_one_line(error)) from error
+    except Exception as error:  # a config file is the user's own code
+        raise ValueError(
+            f"the config cannot be made ({type(error).__name__}: {_one_line(error)})"
+        ) from error
     if len(rest) > 1:
         raise ValueError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
     if given.config is None:

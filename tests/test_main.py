@@ -99,6 +99,13 @@ def test_a_config_file_that_is_not_there_is_named(call, name, settings):
     assert_refused(call(f"--config={name}", *settings), "the config file nowhere.py is not there")
 
 
+def test_what_a_config_file_raises_is_told(call, tmp_path_factory):
+    own = tmp_path_factory.mktemp("configs") / "own.py"
+    own.write_text("def get_config():\n    return 1 / 0\n")
+    words = "the config cannot be made (ZeroDivisionError: division by zero)"
+    assert_refused(call(f"--config={own}"), words)
+
+
 def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
     model = f"--config.model.path={ROOT / 'jexit/assets/tiny-calibrated'}"
     assert_refused(

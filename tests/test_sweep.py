@@ -15,7 +15,7 @@ import pytest
 from jexit.main import INTERRUPTED
 from jexit.sweep.__main__ import main
 from jexit.sweep.plan import Sweep
-from jexit.sweep.runner import shares
+from jexit.sweep.runner import Runner, shares
 from small_runs import saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,6 +113,53 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
     assert f"{tmp_path}/run/after.json is no JSON" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["seed=0", "seed=7"])  # the command's own run, and another
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"settings": 3}',
+        '{"settings": ["seed"]}',
+        '{"settings": {"seed": null}}',
+        '{"settings": {"seed": "0"}, "run": 3}',
+        '{"settings": {"seed": "0"}, "eval": [3]}',
+        '{"run": ["--config=a.py"]}',
+    ],
+)
+def test_a_damaged_record_of_a_run_is_refused(record, name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    (tmp_path / f"{name}.json").write_text(record)
+    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0", "--table_only"]) == 1
+    error = capsys.readouterr().err
+    assert f"{name}.json does not say what its run was asked for" in error
+    assert error.rstrip().endswith(str(tmp_path / name)) and error.count("\n") == 1
+
+
+def test_files_of_something_else_are_left_alone(tmp_path, capsys):
+    (tmp_path / "notes.json").write_text('{"a": 1}')
+    (tmp_path / "completions.json").write_text("[]")
+    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0", "--table_only"]) == 1
+    assert "none of the 1 runs" in capsys.readouterr().err
+    (tmp_path / "seed=0" / "eval").mkdir(parents=True)
+    (tmp_path / "seed=0" / "config.json").write_text("[]")
+    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0", "--eval=e.py"]) == 1
+    assert "seed=0/config.json is no run's config" in capsys.readouterr().err
+
+
+def test_what_another_command_began_meanwhile_is_in_the_table(tmp_path, monkeypatch):
+    def finished(seed):
+        sweep = Sweep.parse([RL, f"--into={tmp_path}", f"seed={seed}"])
+        (cell,) = sweep.cells()
+        next(sweep.commands(cell))
+        cell.workdir.mkdir()
+        (cell.workdir / "after.json").write_text('{"accuracy": 1}')
+        return []
+
+    monkeypatch.setattr(Runner, "run", lambda self, cells: finished(0) + finished(1))
+    assert main([RL, f"--into={tmp_path}", "seed=0"]) == 0
+    lines = csv.DictReader((tmp_path / "table.csv").open())
+    assert [line["seed"] for line in lines] == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -178,7 +225,7 @@ def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     wrote, heads, means = capsys.readouterr().out.splitlines()
     assert "2 of 3 runs" in wrote
     assert " ".join(heads.split()) == "seeds right after right at full depth over shuffled"
-    assert " ".join(means.split()) == "2 150.0 (50.0 to 250.0) 25.0 50.0"
+    assert " ".join(means.split()) == "2 150.0 (50.0 to 250.0) 25.0, of 1 50.0, of 1"
     first, second = csv.DictReader((tmp_path / "table.csv").open())
     assert first["seed"] == "0" and first["after/accuracy"] == "0.5"
     assert first["full/accuracy"] == ""
@@ -212,7 +259,7 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys):
     assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
     for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
         assert main([*given, *other]) == 1
-        assert "of a study over other keys than" in capsys.readouterr().err
+        assert "of a study over other keys or in another order than" in capsys.readouterr().err
     assert main([*given, "rl.depth_coef=2", "seed=2", "--config.steps=3"]) == 1
     error = capsys.readouterr().err
     assert "was begun by another command, which differs in --config.steps=3" in error

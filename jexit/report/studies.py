@@ -97,13 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         studies = {path.stem: Study.read(path) for path in paths}
         pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
         wanted = _wanted({name for p in pages for name in linked_figures(p, directory)}, studies)
-        texts = {page: with_tables(page.read_text("utf-8"), studies) for page in pages}
+        for page in pages:
+            with_tables(page.read_text("utf-8"), studies)  # raises before anything is drawn
         for name, study in studies.items():
             for path in write_figures(study, directory, None if arguments.all else wanted[name]):
                 print(f"Drew {path}")
-        for page, text in texts.items():
-            if text != page.read_text("utf-8"):
-                write_bytes_atomic(page, text.encode())
+        for page in pages:
+            before = page.read_text("utf-8")
+            if (after := with_tables(before, studies)) != before:
+                write_bytes_atomic(page, after.encode())
                 print(f"Wrote the tables of {page}")
     except (ValueError, OSError) as error:
         print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)

@@ -30,17 +30,20 @@ class Column:
         Of an interval: from the smallest lower to the largest upper end. Where some seeds have no
         figure, it says how many have.
         """
-        known = [value for value in (*values, *upper) if math.isfinite(value)]
-        if not known:
+        ends = zip(values, upper or values, strict=True)
+        whole = [pair for pair in ends if all(map(math.isfinite, pair))]
+        if not whole:
             return "–"
+        known = [end for pair in whole for end in pair]
         scale, digits = (100.0, 1) if self.share else (1.0, 2)
         mean, low, high = (
             f"{scale * v:.{digits}f}" for v in (float(np.mean(known)), min(known), max(known))
         )
-        ends = f"{low} to {high}"
-        text = ends if upper else mean if low == high else f"{mean} ({ends})"
-        count = len(known) // 2 if upper else len(known)
-        return text if count == len(values) else f"{text}, of {count}"
+        if upper:
+            text = f"{low} to {high}"
+        else:
+            text = mean if low == high else f"{mean} ({low} to {high})"
+        return text if len(whole) == len(values) else f"{text}, of {len(whole)}"
 
 
 def _interval(name: str) -> Column:
@@ -217,18 +220,18 @@ def _lines(path: Path) -> list[dict[str, str]]:
     kept = "curves.csv" if path.stem.endswith("-curves") else "table.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+            reader, lines = csv.DictReader(file), []
+            for line in reader:
+                if None in line or None in line.values():  # more or fewer cells than the head
+                    raise ValueError(
+                        f"line {reader.line_num} of {path} has not as many cells as the first; "
+                        f"copy a sweep's {kept} there anew"
+                    )
+                lines.append(line)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV file ({error}); copy a sweep's {kept} there") from error
     if not lines:
         raise ValueError(f"{path} has no line; copy a sweep's {kept} there")
-    # What csv makes of a line with more or fewer cells than the first one.
-    uneven = (n for n, line in enumerate(lines, 2) if None in line or None in line.values())
-    if number := next(uneven, None):
-        raise ValueError(
-            f"line {number} of {path} has not as many cells as the first; copy a sweep's {kept} "
-            "there anew"
-        )
     return lines
 
 

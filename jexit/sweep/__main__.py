@@ -13,7 +13,7 @@ prints in a .log file beside it. Values with commas in them are separated by `|`
 run is evaluated, in its directory's `eval`, on the run's own task, with
 the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
 
-All files and settings are checked before the first run. The same command again goes on where it
+Config files and settings are checked before the first run. The same command again goes on where it
 was stopped: finished runs are left alone, the one under way continues from its newest checkpoint.
 What each was asked for is kept in a .json file beside it, and a command that asks for something
 else there is refused; one with other values of the same keys adds to the study. A run that fails
@@ -49,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sweep = Sweep.parse(arguments)
         cells = sweep.cells()
-        runner = Runner(sweep)
-        begun = sweep.begun(cells)
-        if not sweep.table_only:
+        runner = None if sweep.table_only else Runner(sweep)
+        sweep.begun(cells)
+        failed = []
+        if runner:
             for cell in cells:
                 sweep.check(cell)
-        failed = [] if sweep.table_only else runner.run(cells)
+            failed = runner.run(cells)
+        begun = sweep.begun(cells)  # also what another command began meanwhile
         finished = [cell for cell in begun if cell.finished]
         if sweep.table_only and not finished:
             raise ValueError(
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for line in failed:
         print(f"jexit: {line}", file=sys.stderr)
-    if runner.stopped:
+    if runner and runner.stopped:
         print(
             f"jexit: stopped by {runner.stopped}; the same command goes on from here",
             file=sys.stderr,

@@ -84,14 +84,14 @@ class Cell:
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
-        asked = read_json(self.asked) if self.asked.exists() else {}
+        asked = (_record(self.asked) or {}) if self.asked.exists() else {}
         asked |= {"settings": dict(self.settings), part: list(arguments)}
         text = json.dumps(asked, indent=1) + "\n"
         write_bytes_atomic(self.asked, text.encode())
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
         """Raises ValueError if it was begun with other arguments and has left something behind."""
-        before = read_json(self.asked).get(part) if self.asked.exists() else None
+        before = (_record(self.asked) or {}).get(part) if self.asked.exists() else None
         differing = sorted(set(arguments if before is None else before) ^ set(arguments))
         if not differing:
             return
@@ -188,14 +188,13 @@ class Sweep:
         found = {cell.name: cell for cell in cells}
         others = []
         for path in sorted(self.into.glob("*.json")):
-            asked = read_json(path)
-            if path.stem not in found and isinstance(asked, dict) and "settings" in asked:
+            if path.stem not in found and (asked := _record(path)):
                 others.append(Cell(asked["settings"], self.into / path.stem))
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
                 raise ValueError(
-                    f"{self.into} holds {cell.name}, of a study over other keys than "
-                    f"{', '.join(self.grid) or 'none'}; another --into is needed"
+                    f"{self.into} holds {cell.name}, of a study over other keys or in "
+                    f"another order than {', '.join(self.grid) or 'none'}; another --into is needed"
                 )
         begun = [*cells, *sorted(others, key=lambda cell: [*map(_rank, cell.settings.values())])]
         for cell in begun:
@@ -211,7 +210,7 @@ class Sweep:
 
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
         """Those that evaluate the run on its own task, by default that of the run as it began."""
-        task = task or read_json(cell.workdir / "config.json")["task"]
+        task = task or _task(cell.workdir / "config.json")
         own = {f"task.{key}": value for key, value in task.items()}
         given = {"model.path": str(cell.workdir), **self.evaluation_settings}
         settings = {key: _flag(value) for key, value in own.items()} | given
@@ -240,6 +239,34 @@ class Sweep:
 def _whole(path: pathlib.Path) -> bool:
     """Whether there is an evaluation, and it has been measured to its end."""
     return path.exists() and read_json(path).get("complete", True)
+
+
+def _record(path: pathlib.Path) -> dict[str, Any] | None:
+    """What `Cell.begin` has kept; None for a file of something else.
+
+    Raises ValueError for a record that is damaged, or of a sweep that kept no settings.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or not record.keys() & {"settings", "run", "eval"}:
+        return None
+    settings, parts = record.get("settings"), [record.get(part, []) for part in ("run", "eval")]
+    texts = [*settings.values()] if isinstance(settings, dict) else [None]
+    for part in parts:
+        texts += part if isinstance(part, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{path} does not say what its run was asked for; another --into is needed, or delete "
+            f"it and {path.parent / path.stem}"
+        )
+    return record
+
+
+def _task(path: pathlib.Path) -> Mapping[str, Any]:
+    config = read_json(path)
+    task = config.get("task") if isinstance(config, dict) else None
+    if not isinstance(task, dict):
+        raise ValueError(f"{path} is no run's config; delete {path.parent}, to run it anew")
+    return task
 
 
 def _rank(value: str) -> tuple[float, str]:

@@ -282,8 +282,10 @@ def test_gaps_are_left_out_of_means(directory):
 def test_the_interval_of_several_runs_holds_those_of_all(tmp_path):
     ends = ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
     lines = [("0", "0", "0.4", "0.6"), ("0", "1", "0.45", "0.7"), ("1", "0", "", "")]
+    lines += [("2", "0", "0.4", ""), ("2", "1", "", "0.9"), ("2", "2", "0.5", "0.6")]
     write(tmp_path / "some.csv", ("rl.depth_coef", "seed", *ends), lines)
     table = Study.read(tmp_path / "some.csv").table(["right, interval"])
+    assert "| 2 | 3 | 50.0 to 60.0, of 1 |" in table  # an interval has both ends
     assert "| 0 | 2 | 40.0 to 70.0 |" in table and "| 1 | 1 | – |" in table
 
 
@@ -319,7 +321,7 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
         (wrong / "a-curves.csv").write_text(curve)
         assert main([str(wrong), "--all"]) == 1
     (wrong / "a-curves.csv").unlink()
-    for lines in ("2,0,1\n2,1\n", "2,0,1,5\n", "2\n"):
+    for lines in ("2,0,1\n\n\n2,1\n", "2,0,1,5\n", "2\n"):
         (wrong / "a.csv").write_text(f"rl.depth_coef,seed,sample/accuracy\n{lines}")
         assert main([str(wrong), "--all"]) == 1
     said = capsys.readouterr().err
@@ -330,7 +332,7 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     assert "a.csv has 'most' under sample/accuracy, which is no number" in said
     assert "a-curves.csv has no line; copy a sweep's curves.csv there" in said
     assert "a-curves.csv has the step 'inf', no whole number" in said
-    assert "line 2 of" in said and "line 3 of" in said and said.count("as many cells as") == 4
+    assert "line 2 of" in said and "line 5 of" in said and said.count("as many cells as") == 4
     assert said.count("\n") == 11
 
 
