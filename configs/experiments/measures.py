@@ -13,6 +13,8 @@ the depth, word problems 80 at 26, stories 67 at 46):
         task.name=tom
     bash launch/sweep.sh --config=configs/experiments/measures.py:word_problems \
         --into=runs/start-word_problems task.name=word_problems
+    bash launch/sweep.sh --config=configs/experiments/measures.py:quick --into=runs/starts-others \
+        --config.task.name=sums --config.eval.problems=256 model.path=runs/published,runs/deep
 """
 
 import pathlib

@@ -10,8 +10,9 @@
     bash launch/sweep.sh --config=configs/experiments/real.py:reinforce --into=runs/real-rl \
         model.path=runs/real-sft/run
 
-GSM8K comes as README.md says. docs/results.md tells of a copy of these weights that had been
-rounded to 4 to 8 bits; the weights themselves have not been measured and should start higher.
+(The tables of docs/results.md call the calibrated one runs/real-sft.) GSM8K comes as README.md
+says. docs/results.md tells of a copy of these weights that had been rounded to 4 to 8 bits; the
+weights themselves have not been measured and should start higher.
 
 Exits lie late, before layers 16, 18, 20 and 22 of 24: on its own completions this model's logit
 lens is 10 nats and more from the end up to layer 15, 4.6 at layer 18, 2.4 at 20 and 0.5 at 22. With
