@@ -20,11 +20,14 @@ Word problems end at 91 to 96 % right, at 54 and 74 % of the depth without a pri
 32 % at 0.8; stories at 61 to 70 %, at 48 to 54, 35 to 39 and 29 to 32 % of the depth.
 
 Instead of a grid of prices, one that dual ascent raises while accuracy keeps over a floor, on sums
-up to 2, on stories, in half an hour a run, up to 0.5:
+and word problems up to 2, on stories, in half an hour a run, up to 0.5:
 
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/ascent-sums --jobs=2 \
         rl.accuracy_floor=0.95 seed=0,1 --config.rl.dual_ascent=True
+    bash launch/sweep.sh --config=configs/experiments/pressure.py --config.task.name=word_problems \
+        --eval=configs/experiments/measures.py:word_problems --into=runs/ascent-word_problems \
+        --jobs=2 rl.accuracy_floor=0.9 seed=0,1 --config.rl.dual_ascent=True
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/ascent-tom --jobs=2 \
         rl.accuracy_floor=0.7 seed=0,1 --config.rl.dual_ascent=True --config.rl.depth_coef=0.5 \

@@ -71,7 +71,8 @@ class Runner:
                 return f"{cell.name} is being run by another command; wait for it, or stop it"
             commands = self.sweep.commands(cell)
             while not self.stopped and (arguments := next(commands, None)):
-                print(f"{cell.name}: {arguments[0]}", flush=True)
+                with self._lock:  # a line of its own
+                    print(f"{cell.name}: {arguments[0]}", flush=True)
                 code = self._process(arguments, log, cores)
                 if code and not self.stopped:
                     return f"{cell.name} ended with {code}: {cell.last_word}"
