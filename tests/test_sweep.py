@@ -349,7 +349,15 @@ def test_a_run_of_another_command_is_left_alone(tmp_path, capfd):
 def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path, number):
     arguments = command(model_dir, tmp_path, "seed=0,1", steps=30, checkpoint__every=5)
     line = [sys.executable, "-m", "jexit.sweep", *arguments]
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            number, signal.SIG_DFL
+        ),  # also where tests are under nohup
+    )
     metrics = tmp_path / "seed=0" / "metrics.jsonl"
     end = time.monotonic() + 200
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
