@@ -45,7 +45,10 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Raises ValueError for whatever is wrong; `argv` begins with the program's name."""
+    """What a command line asks for, checked; `argv` begins with the program's name.
+
+    Raises ValueError for whatever is wrong.
+    """
     for argument in argv[1:]:
         if not argument.startswith("-"):
             continue
@@ -56,8 +59,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         file = value.partition(":")[0]
         if name == "config" and file and not pathlib.Path(file).is_file():
             raise ValueError(f"the config file {file} is not there; give one such as configs/rl.py")
-    given = _flags(argv)
     try:
+        given = _flags(argv)
         rest = given(list(argv))
     except (flags.Error, ValueError) as error:
         raise ValueError(_one_line(error)) from error
@@ -73,9 +76,15 @@ def parse(argv: Sequence[str]) -> Arguments:
         file = given["config"].config_filename
         raise ValueError(f"the config file {file} cannot be read; give one such as configs/rl.py")
     config = Config.from_dict(given.config)
-    others = {field.name: getattr(given, field.name) for field in dataclasses.fields(Arguments)[2:]}
-    workdir = pathlib.Path(given.workdir or f"runs/{config.command}-{config.preset}")
-    return Arguments(config=config, workdir=workdir, **others)
+    return Arguments(
+        config=config,
+        workdir=pathlib.Path(given.workdir or f"runs/{config.command}-{config.preset}"),
+        aot=given.aot,
+        coordinator=given.coordinator,
+        processes=given.processes,
+        process=given.process,
+        host_timeout=given.host_timeout,
+    )
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:

@@ -41,7 +41,8 @@ def test_a_study_builds(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_commands_of_a_study_name_files_and_settings_that_there_are(path):
     for sweep in sweeps(path):
-        Config.from_dict(config_of(sweep.config))
+        config = Config.from_dict(config_of(sweep.config))
+        assert config.eval.problems > 0  # a table has something to tell
         if sweep.evaluation:
             assert Config.from_dict(config_of(sweep.evaluation)).command == "eval"
         for key in (*sweep.grid, *sweep.fixed, *sweep.evaluation_settings):

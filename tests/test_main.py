@@ -106,6 +106,13 @@ def test_what_a_config_file_raises_is_told(call, tmp_path_factory):
     assert_refused(call(f"--config={own}"), words)
 
 
+def test_a_flag_file_is_read_or_named(call, tmp_path_factory):
+    wrong = tmp_path_factory.mktemp("flags") / "wrong"
+    assert_refused(call(config("rl.py"), f"--flagfile={wrong}"), "flagfile", str(wrong))
+    wrong.write_text("--config.steps=0\n")
+    assert_refused(call(config("rl.py"), f"--flagfile={wrong}"), "config.steps is 0")
+
+
 def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
     model = f"--config.model.path={ROOT / 'jexit/assets/tiny-calibrated'}"
     assert_refused(

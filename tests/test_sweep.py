@@ -1,6 +1,7 @@
 """A grid of runs: what it expands to, that it goes on where it stopped, and what its table says."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +24,8 @@ GIVEN = ("--config=a.py:tiny", "--into=runs/x")
 RL, EVAL = f"--config={ROOT}/configs/rl.py", f"{ROOT}/configs/eval.py"
 
 
-def test_every_combination_is_a_run_of_its_own():
+def test_every_combination_is_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     grid = Sweep.parse([*GIVEN, "rl.depth_coef=0,0.4", "seed=0,1,2", "--config.steps=7"])
     cells = grid.cells()
     assert len(cells) == 6 and len({cell.workdir for cell in cells}) == 6
@@ -344,6 +346,16 @@ def test_a_run_of_another_command_is_left_alone(tmp_path, capfd):
     assert not list((tmp_path / "seed=0").iterdir()) and not (tmp_path / "seed=0.json").exists()
 
 
+def test_a_file_system_without_locks_is_told(tmp_path, capfd, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert main([RL, f"--into={tmp_path}", "seed=0"]) == 1
+    error = capfd.readouterr().err
+    assert "seed=0.log cannot be locked ([Errno" in error and error.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path, number):
@@ -354,9 +366,8 @@ def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path, number):
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(
-            number, signal.SIG_DFL
-        ),  # also where tests are under nohup
+        # Where the tests themselves are under nohup, too.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     metrics = tmp_path / "seed=0" / "metrics.jsonl"
     end = time.monotonic() + 200

@@ -12,7 +12,7 @@
 
 (The tables of docs/results.md call the calibrated one runs/real-sft.) GSM8K comes as README.md
 says. docs/results.md tells of a copy of these weights that had been rounded to 4 to 8 bits; the
-weights themselves have not been measured and should start higher.
+weights themselves have not been measured.
 
 Exits lie late, before layers 16, 18, 20 and 22 of 24: on its own completions this model's logit
 lens is 10 nats and more from the end up to layer 15, 4.6 at layer 18, 2.4 at 20 and 0.5 at 22. With
@@ -22,9 +22,9 @@ exits and settings but for a sharpness of 5, 48 steps left 13 %, and 3 % under s
 of the depth. With those below, 64 steps left 13 % with all layers, and 7 % under sampled exits at
 90 % of the depth.
 
-On one core a step of calibration takes 16 to 80 s, by how long its completions are, and a minute
-more for each new shape; a policy's 60 problems take six minutes, an update two to five. A GPU has
-`configs/{sft,rl,eval}.py:qwen2.5-0.5b`, with the budgets of a real run.
+On one core a step of calibration takes 16 to 170 s, by how long its completions are and whether
+their shape is new (one took eleven minutes); a policy's 60 problems take six minutes, an update two
+to five. A GPU has `configs/{sft,rl,eval}.py:qwen2.5-0.5b`, with the budgets of a real run.
 """
 
 import pathlib

@@ -162,9 +162,11 @@ class Study:
             if line.get(name):
                 step = _number(line["step"], file, "step")
                 if not step.is_integer():
-                    raise ValueError(f"{file} has the step {line['step']!r}, no whole number")
-                step = int(step)
-                by_step.setdefault(step, []).append(_number(line[name], file, name))
+                    raise ValueError(
+                        f"{file} has the step {line['step']!r}, which is no whole number; copy it "
+                        "anew from the sweep"
+                    )
+                by_step.setdefault(int(step), []).append(_number(line[name], file, name))
         return dict(sorted(by_step.items()))
 
     def mean(self, group: tuple[str, ...], label: str) -> float:

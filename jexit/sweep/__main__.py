@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = []
         if runner:
             for cell in cells:
-                sweep.check(cell)
+                sweep.check_settings(cell)
             failed = runner.run(cells)
         begun = sweep.begun(cells)  # also what another command began meanwhile
         finished = [cell for cell in begun if cell.finished]

@@ -82,17 +82,18 @@ class Cell:
             entry.pop("hazards", None)
             yield {"settings": dict(self.settings), "layers": layers, **entry}
 
+    def _kept(self) -> dict[str, Any]:
+        return (_record(self.asked) if self.asked.exists() else None) or {}
+
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
-        asked = (_record(self.asked) or {}) if self.asked.exists() else {}
-        asked |= {"settings": dict(self.settings), part: list(arguments)}
-        text = json.dumps(asked, indent=1) + "\n"
+        kept = self._kept() | {"settings": dict(self.settings), part: list(arguments)}
+        text = json.dumps(kept, indent=1) + "\n"
         write_bytes_atomic(self.asked, text.encode())
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
         """Raises ValueError if it was begun with other arguments and has left something behind."""
-        before = (_record(self.asked) or {}).get(part) if self.asked.exists() else None
-        differing = sorted(set(arguments if before is None else before) ^ set(arguments))
+        differing = sorted(set(self._kept().get(part, arguments)) ^ set(arguments))
         if not differing:
             return
         raise ValueError(
@@ -210,7 +211,7 @@ class Sweep:
 
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
         """Those that evaluate the run on its own task, by default that of the run as it began."""
-        task = task or _task(cell.workdir / "config.json")
+        task = _task(cell.workdir / "config.json") if task is None else task
         own = {f"task.{key}": value for key, value in task.items()}
         given = {"model.path": str(cell.workdir), **self.evaluation_settings}
         settings = {key: _flag(value) for key, value in own.items()} | given
@@ -225,8 +226,8 @@ class Sweep:
             cell.begin("eval", self.evaluating(cell))
             yield self.evaluating(cell)
 
-    def check(self, cell: Cell) -> None:
-        """Raises ValueError for a file or a setting that there is not, before anything runs."""
+    def check_settings(self, cell: Cell) -> None:
+        """Raises ValueError for a config file or a setting that is wrong, before anything runs."""
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
             if self.evaluation:

@@ -69,6 +69,8 @@ class Runner:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return f"{cell.name} is being run by another command; wait for it, or stop it"
+            except OSError as error:  # some shared file systems have no locks
+                return f"{cell.log} cannot be locked ({error}); give an --into elsewhere"
             commands = self.sweep.commands(cell)
             while not self.stopped and (arguments := next(commands, None)):
                 with self._lock:  # a line of its own

@@ -331,7 +331,7 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     assert "a.csv is no CSV file ('utf-8' codec can't decode" in said
     assert "a.csv has 'most' under sample/accuracy, which is no number" in said
     assert "a-curves.csv has no line; copy a sweep's curves.csv there" in said
-    assert "a-curves.csv has the step 'inf', no whole number" in said
+    assert "a-curves.csv has the step 'inf', which is no whole number" in said
     assert "line 2 of" in said and "line 5 of" in said and said.count("as many cells as") == 4
     assert said.count("\n") == 11
 
