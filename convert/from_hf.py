@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], str]) -> int:
     """Runs a conversion: its summary on stdout, or one sentence on stderr and exit code 1."""
+    from jexit.io import storage_errors
+
+    storage_errors.say_once()
     try:
         print(command())
     except (ValueError, OSError) as error:

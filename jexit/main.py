@@ -26,6 +26,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jexit.config import Config, check_key
+from jexit.io import storage_errors
+from jexit.io.files import DISK_FULL, disk_message
 
 # `jexit.dist.multihost.LOST`, 4, is the exit code of a host that another one left alone.
 USER_ERROR, INTERRUPTED = 1, 3
@@ -140,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
     flags.FLAGS.mark_as_parsed()  # absl's own, which its log handler asks for; all as they are
     logging.set_verbosity(logging.WARNING)
-    logging.use_absl_handler()
+    storage_errors.say_once()
     if {"--help", "-help", "-h"} & set(argv[1:]):
         print(__doc__.strip())
         return 0
@@ -161,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
         dispatch(given.config, given.workdir, given.aot)
         multihost.barrier("the end of the run")
     except Exception as error:
-        found = _exit_code(error)
+        found = _exit_code(error, given.workdir)
         if found is None and not multihost.several_hosts():
             raise
         if found is None:
@@ -172,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _exit_code(error: Exception) -> int | None:
+def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
     """Says in a sentence what ended the run and returns its exit code; None for a fault."""
     from jexit.aot.preflight import DoesNotFit
     from jexit.dist import multihost
@@ -182,6 +184,8 @@ def _exit_code(error: Exception) -> int | None:
         return _say(lost, multihost.LOST)
     if isinstance(error, (ValueError, FileNotFoundError)) and not _is_internal(error):
         return _say(error, USER_ERROR)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:  # wherever it was noticed
+        return _say(disk_message(pathlib.Path(error.filename or workdir), error), USER_ERROR)
     if isinstance(error, Interrupted):
         return _say(error, INTERRUPTED)
     if isinstance(error, (Diverged, DoesNotFit)):

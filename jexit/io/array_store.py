@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jexit.io.storage_errors import reason
 from jexit.io.tensor_files import Spec
 
 _ITEM = "array"
@@ -41,10 +42,9 @@ class ArrayStore:
             with _checkpointer() as checkpointer:
                 checkpointer.save(path, args=args)
         except Exception as error:  # Orbax raises many kinds when a write fails
-            reason = str(error).strip().partition("\n")[0][-200:]
             raise ValueError(
-                f"the parameter {name} cannot be written to {self.directory} ({reason}); free some "
-                "space or choose another place"
+                f"the parameter {name} cannot be written to {self.directory} ({reason(error)}); "
+                "free some space or choose another place"
             ) from error
 
     def spec(self, name: str) -> Spec:
@@ -73,10 +73,9 @@ class ArrayStore:
             yield name, self.read(name)
 
     def _damaged(self, name: str, error: Exception) -> str:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return (
-            f"the parameter {name} in {self.directory} cannot be read ({reason}); copy or convert "
-            "the model directory again"
+            f"the parameter {name} in {self.directory} cannot be read ({reason(error)}); copy or "
+            "convert the model directory again"
         )
 
 

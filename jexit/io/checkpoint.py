@@ -16,6 +16,7 @@ from jexit.config import CheckpointConfig
 from jexit.dist import gather
 from jexit.io.files import disk_errors
 from jexit.io.fingerprint import digests
+from jexit.io.storage_errors import reason
 
 _CHECKSUMS = "digests"  # of each leaf, in the checkpoint's own metadata
 _SCORE = "score"  # a checkpoint's only metric: more is better
@@ -161,11 +162,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax raises many kinds when a write fails
-            reason = str(error).strip().rpartition("\n")[2][-200:]
             raise ValueError(
-                f"a checkpoint cannot be written to {self.directory} ({reason}); free some space "
-                "or make it writable, then run the same command again: the checkpoints before are "
-                "whole"
+                f"a checkpoint cannot be written to {self.directory} ({reason(error)}); free some "
+                "space or make it writable, then run the same command again: the checkpoints "
+                "before are whole"
             ) from error
 
     def _delete(self, steps: list[int]) -> None:

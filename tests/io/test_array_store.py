@@ -62,7 +62,8 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     # No file may pass this size: writes fail inside the storage library, as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(ValueError, match=r"the parameter w cannot be written to .*free some"):
+        words = r"the parameter w cannot be written to \S+ \(File too large\); free some"
+        with pytest.raises(ValueError, match=words):
             ArrayStore(tmp_path).write("w", np.random.default_rng(0).normal(size=10_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

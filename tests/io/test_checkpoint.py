@@ -204,7 +204,8 @@ def test_a_full_disk_is_one_sentence_and_spares_the_checkpoints_before(workdir):
     # No file may pass this size: writes fail inside the storage library, as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(ValueError, match=r"a checkpoint cannot be written to .*; free some"):
+        words = r"a checkpoint cannot be written to \S+ \(File too large\); free some"
+        with pytest.raises(ValueError, match=words):
             checkpoints.save(40, large)
             checkpoints.wait()
     finally:
