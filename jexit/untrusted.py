@@ -24,17 +24,39 @@ _KINDS = {
 def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
     """The value in a JSON file.
 
+    Raises as `read_bytes` does, and ValueError, which ends in `remedy`, for what `parse_json`
+    refuses.
+    """
+    data = read_bytes(path, remedy, MAX_BYTES)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+
+
+def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = None) -> bytes:
+    """A whole file.
+
     Raises FileNotFoundError where there is none, and ValueError, which ends in `remedy`, for what
-    is no regular file, cannot be read, or is refused by `parse_json`.
+    is no regular file, has more than `limit` bytes, or cannot be read.
     """
     try:
-        return parse_json(_read_bytes(path))
+        # Without O_NONBLOCK a named pipe would have to be written to before it is open.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"{path} is {_kind(found)}, not a file; {remedy}")
+            if limit is not None and found.st_size > limit:
+                raise ValueError(f"{path} has more than {limit >> 20} MiB; {remedy}")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
@@ -96,18 +118,6 @@ def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
                 f"{path} is a link to {target}, outside of its directory; put the file itself "
                 "there, or give the directory that holds it"
             )
-
-
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    # Without O_NONBLOCK a named pipe would have to be written to before it is open.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{_kind(found)}, not a file")
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-    return data
 
 
 def _kind(found: os.stat_result) -> str:

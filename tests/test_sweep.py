@@ -112,7 +112,7 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
     (tmp_path / "run" / "after.json").write_text('{"accuracy":')
     assert main(["--config=a.py", f"--into={tmp_path}", "--table_only"]) == 1
     error = capsys.readouterr().err
-    assert f"{tmp_path}/run/after.json is no JSON" in error and error.count("\n") == 1
+    assert f"{tmp_path}/run/after.json is not valid JSON" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["seed=0", "seed=7"])  # the command's own run, and another

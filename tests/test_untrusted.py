@@ -65,8 +65,8 @@ def odd_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a directory", "a device", "a socket"])
 def test_what_is_no_file_is_not_waited_for(odd_files, kind, deadline):
-    # A socket cannot even be opened.
-    with pytest.raises(ValueError, match=rf"{kind} .*({kind}, not a file|cannot be read).*; copy"):
+    words = "cannot be read" if kind == "a socket" else f"is {kind}, not a file"
+    with pytest.raises(ValueError, match=rf"{kind} {words}.*; copy it again"):
         read_json(odd_files / kind, "copy it again")
 
 
@@ -77,7 +77,7 @@ def test_a_file_is_read_up_to_a_limit(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Expecting value"):
         read_json(path, "copy it again")
     os.truncate(path, 1 << 40)
-    with pytest.raises(ValueError, match=r"a\.json is not valid JSON \(more than 1 MiB\); copy it"):
+    with pytest.raises(ValueError, match=r"a\.json has more than 1 MiB; copy it"):
         read_json(path, "copy it again")
 
 

@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from jexit.io.files import disk_errors, to_jsonable, write_bytes_atomic, write_json_atomic
+from jexit.presets import LARGEST_COUNT
+from jexit.untrusted import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from jexit.io.tensorboard import EventFile
@@ -181,7 +183,7 @@ class _LineFile:
         self.path = path
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            before = path.read_bytes() if path.exists() else b""
+            before = _contents(path)
         kept = b"" if resume_step is None else _lines_up_to(before, resume_step)
         if kept != before:
             write_bytes_atomic(path, kept)
@@ -221,12 +223,18 @@ def _lines_up_to(data: bytes, step: int) -> bytes:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in _contents(path).splitlines(keepends=True):
         record = _parse(line)
         if record is not None:
             yield record
+
+
+def _contents(path: Path) -> bytes:
+    """Empty when there is no file; ValueError for what is none."""
+    try:
+        return read_bytes(path, "remove it, or run what writes it again")
+    except FileNotFoundError:
+        return b""
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -234,11 +242,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if whole else None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step <= LARGEST_COUNT else None
 
 
 def _start_wandb(workdir: Path, arguments: str | Mapping[str, Any]) -> Any:

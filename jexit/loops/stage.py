@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -27,6 +26,7 @@ from jexit.model.policies import Sample
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
 from jexit.tasks import Task
+from jexit.untrusted import read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Stage:
             before = self.measure(self.split.trainable)
             if is_primary():
                 write_json_atomic(path, before)
-        return from_primary("before.json", json.loads(path.read_text()) if is_primary() else None)
+        remedy = "remove it, and it is measured again"
+        return from_primary("before.json", read_object(path, remedy) if is_primary() else None)
 
     def measure(self, trainable: Params) -> dict[str, Any]:
         """Held-out accuracy and depth under sampled exits."""

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from jexit.io.files import write_bytes_atomic
 from jexit.io.metrics import read_metrics
+from jexit.report.records import LARGEST
 
 BLUE, ORANGE, GREEN = "#1f6fb2", "#d2660a", "#2e8b57"
 RED, PURPLE, GREY = "#b8384c", "#7a5ba6", "#5f6b76"
@@ -172,7 +173,7 @@ def plot_training(workdir: str | os.PathLike[str]) -> list[Path]:
 
 
 class Curves:
-    """Steps and values of every metric that has a finite value somewhere."""
+    """Steps and values of every metric that has a finite value somewhere, `LARGEST` at most."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         points: dict[str, list[tuple[int, float]]] = {}
@@ -186,7 +187,7 @@ class Curves:
         self._points = {
             name: np.array(values)
             for name, values in points.items()
-            if any(math.isfinite(value) for _, value in values)
+            if any(abs(value) <= LARGEST for _, value in values)
         }
         self.names = sorted(self._points)
 
@@ -194,9 +195,9 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values; a value that is not finite leaves a gap."""
+        """Steps and values; one that is not finite, or too large to draw, leaves a gap."""
         steps, values = self._points[name].T
-        return steps, np.where(np.isfinite(values), values, np.nan)
+        return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
     def under(self, prefix: str) -> list[str]:
         return [name for name in self.names if name.startswith(prefix)]

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 Interval = tuple[float, float]
 Record = TypeVar("Record")
 
+LARGEST = 1e15  # of what is counted or measured: drawing has to compute with it
+
 _COUNT = re.compile(r"[0-9]{1,9}")  # of layers or operands, as a text
 
 
@@ -207,6 +209,14 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandName:
+    """What is looked up of a `config.json`; the rest is shown."""
+
+    command: str = ""
+    preset: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
     """One entry of `completions.json`, or a line of `samples.jsonl`, which has step and reward.
 
@@ -284,8 +294,12 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return math.nan
         if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if abs(value) > LARGEST:
+                raise ValueError(_sentence(where, value, f"a number up to {LARGEST:g}"))
             return float(value)
     elif isinstance(value, hint) and not isinstance(value, bool):
+        if hint is int and abs(value) > LARGEST:
+            raise ValueError(_sentence(where, value, f"a whole number up to {LARGEST:g}"))
         return value
     names = {float: "a number", int: "a whole number", str: "a text"}
     raise ValueError(_sentence(where, value, names[hint]))

@@ -15,7 +15,17 @@ import numpy as np
 from jexit.config import config_dict
 from jexit.io.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, read_samples
 from jexit.report.plots import Curves
-from jexit.report.records import Completion, Evaluation, PolicyFigures, build, build_list
+from jexit.report.records import (
+    CommandName,
+    Completion,
+    Evaluation,
+    PolicyFigures,
+    build,
+    build_list,
+)
+from jexit.untrusted import read_bytes, read_json
+
+REMEDY = "remove it, or run what writes it again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +170,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object; remove it, or run again")
+    build(CommandName, config or {}, f"{path}: config")
     return config or {}
 
 
@@ -170,39 +181,22 @@ def _read_figures(path: Path) -> PolicyFigures | None:
 
 def _read_json(path: Path) -> Any:
     """The value in a JSON file, None without the file."""
-    data = _read_bytes(path)
-    if data is None:
-        return None
     try:
-        return json.loads(data)
-    except json.JSONDecodeError as error:
-        why = f"line {error.lineno}: {error.msg}"
-    except UnicodeDecodeError:
-        why = "not UTF-8"
-    except RecursionError:
-        why = "nested too deeply"
-    raise ValueError(f"{path} is not JSON ({why}); remove it, or run what writes it again")
+        return read_json(path, REMEDY)
+    except FileNotFoundError:
+        return None
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of a file of JSON lines, and a sentence when some of its lines are none."""
-    data = _read_bytes(path)
-    if data is None:
+    try:
+        lines = read_bytes(path, REMEDY).splitlines(keepends=True)
+    except FileNotFoundError:
         return [], []
     records = read(path.parent)
-    lines = data.splitlines(keepends=True)
     broken = len(lines) - len(records)
     if not broken:
         return records, []
     if broken == 1 and not lines[-1].endswith(b"\n"):
         return records, [f"The last line of {path} is not whole and is left out."]
     return records, [f"{broken} of the {len(lines)} lines of {path} are no records of a step."]
-
-
-def _read_bytes(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; make it readable") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jexit.report.records import LARGEST
 from jexit.report.token_strips import Strip, read_strips
 
 SEED = "seed"
@@ -137,8 +138,8 @@ class Study:
         training = _grouped(curves, _lines(curves), settings, "step") if curves.exists() else {}
         if unknown := [group for group in training if group not in groups]:
             raise ValueError(
-                f"{curves} has a run with {', '.join(unknown[0])} and {path.name} has none; copy "
-                "both from the same sweep"
+                f"{curves} has a run with {', '.join(unknown[0])[:80]} and {path.name} has none; "
+                "copy both from the same sweep"
             )
         return cls(
             path.stem,
@@ -238,20 +239,24 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 
 def _number(text: str | None, file: str, column: str) -> float:
-    """A cell's number, NaN for an empty one; ValueError for what is none."""
+    """A cell's number, NaN for an empty one; ValueError for what is none, or cannot be drawn."""
     try:
-        return float(text or "nan")
-    except ValueError as error:
+        number = float(text or "nan")
+    except ValueError:
+        number = math.inf
+    if abs(number) > LARGEST:
         raise ValueError(
-            f"{file} has {text!r} under {column}, which is no number; copy it anew from the sweep"
-        ) from error
+            f"{file} has {text[:40]!r} under {column}, which is no number up to {LARGEST:g}; copy "
+            "it anew from the sweep"
+        )
+    return number
 
 
 def _strips(path: Path, settings: Sequence[str]) -> tuple[Strip, ...]:
     strips = read_strips(path)
     if missing := [key for strip in strips for key in settings if key not in strip.settings]:
         raise ValueError(
-            f"{path} has completions without {missing[0]!r}, which its study has; copy the "
+            f"{path} has completions without {missing[0][:80]!r}, which its study has; copy the "
             "completions.json of the same sweep"
         )
     return strips
@@ -262,7 +267,7 @@ def _grouped(
 ) -> dict[tuple[str, ...], list[dict[str, str]]]:
     if missing := [key for key in (*settings, *others) if key not in lines[0]]:
         raise ValueError(
-            f"{path} has no column {missing[0]!r}, which it needs for its study; copy the "
+            f"{path} has no column {missing[0][:80]!r}, which it needs for its study; copy the "
             "curves.csv of the same sweep"
         )
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib.patches import Rectangle
 from jexit.report.heatmap import visible
 from jexit.report.palette import depth_colours
 from jexit.report.records import build_list
+from jexit.untrusted import read_json
 
 # In inches: the figure, a line's height, one of the title's, a letter's width in tokens.
 WIDTH, LEFT, LINE, HEAD, LETTER, GAP = 9.0, 0.1, 0.36, 0.2, 0.085, 0.03
@@ -41,10 +41,7 @@ class Strip:
 
 def read_strips(path: Path) -> tuple[Strip, ...]:
     """A sweep's completions.json; raises ValueError where it is none."""
-    try:
-        entries = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy a sweep's completions.json") from None
+    entries = read_json(path, "copy a sweep's completions.json there")
     return build_list(Strip, entries, f"{path}: completions")
 
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jexit.io.figures import figures, read_json
+from jexit.io.figures import figures, read_json, read_object
 from jexit.io.files import write_bytes_atomic
 from jexit.main import parse
+from jexit.report.records import build_list
+from jexit.report.token_strips import Strip
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
@@ -71,16 +73,22 @@ class Cell:
         found = figures(self.workdir, self.evaluation)
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
-    def completions(self) -> Iterator[dict[str, Any]]:
+    def completions(self) -> list[dict[str, Any]]:
         """The first that its evaluation decoded under sampled exits and kept."""
         path = self.evaluation and self.evaluation.with_name("completions.json")
         if not path or not path.exists():
-            return
-        layers = read_json(self.evaluation)["model"]["layers"]
-        sampled = (entry for entry in read_json(path) if entry.pop("policy", "") == "sample")
-        for entry in itertools.islice(sampled, SHOWN):
-            entry.pop("hazards", None)
-            yield {"settings": dict(self.settings), "layers": layers, **entry}
+            return []
+        model, entries = read_object(self.evaluation).get("model"), read_json(path)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} holds no list of objects; delete it and run it again")
+        found = {
+            "settings": dict(self.settings),
+            "layers": model.get("layers") if isinstance(model, dict) else None,
+        }
+        sampled = [entry for entry in entries if entry.pop("policy", "") == "sample"][:SHOWN]
+        shown = [found | {k: v for k, v in entry.items() if k != "hazards"} for entry in sampled]
+        build_list(Strip, shown, f"{path}: sampled")  # raises for what a study could not draw
+        return shown
 
     def _kept(self) -> dict[str, Any]:
         return (_record(self.asked) if self.asked.exists() else None) or {}
@@ -239,7 +247,7 @@ class Sweep:
 
 def _whole(path: pathlib.Path) -> bool:
     """Whether there is an evaluation, and it has been measured to its end."""
-    return path.exists() and read_json(path).get("complete", True)
+    return path.exists() and read_object(path).get("complete", True) is True
 
 
 def _record(path: pathlib.Path) -> dict[str, Any] | None:

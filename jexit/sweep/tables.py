@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from jexit.io.figures import is_number
 from jexit.io.files import write_bytes_atomic
 from jexit.io.metrics import read_metrics
+from jexit.report.records import LARGEST
 from jexit.sweep.plan import MACHINE, Cell, Sweep
 
 POINTS = 20  # lines of a run in curves.csv
@@ -48,7 +48,7 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
         for name in dict.fromkeys(name for record in stretch for name in record):
             if name != "step" and not MACHINE.search(name):
                 values = [record[name] for record in stretch if is_number(record.get(name))]
-                values = [value for value in values if math.isfinite(value)]
+                values = [value for value in values if abs(value) <= LARGEST]
                 if values:
                     means[name] = sum(values) / len(values)
         yield means

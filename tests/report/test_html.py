@@ -214,7 +214,7 @@ def test_a_mistake_is_one_sentence_and_leaves_no_page(workdirs, tmp_path, capsys
     (tmp_path / "eval.json").write_text('{"task": ')
     assert main([str(workdirs["old"]), str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'eval.json'} is not JSON" in error and error.count("\n") == 1
+    assert f"{tmp_path / 'eval.json'} is not valid JSON" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
     assert not (workdirs["old"] / "report.html").exists()
 

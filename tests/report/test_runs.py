@@ -86,7 +86,9 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
 def test_a_file_that_is_no_json_is_named(tmp_path, name, content, why):
     write_evaluated(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} is not JSON \({why}.*\); remove it") as caught:
+    with pytest.raises(
+        ValueError, match=rf"{name} is not valid JSON \({why}.*\); remove it"
+    ) as caught:
         read_run(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -111,7 +113,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     write_evaluated(tmp_path)
     (tmp_path / "completions.json").unlink()
     (tmp_path / "completions.json").mkdir()
-    with pytest.raises(ValueError, match=r"cannot read .*completions\.json: .*directory"):
+    with pytest.raises(
+        ValueError, match=r"completions\.json is a directory, not a file; remove it"
+    ):
         read_run(tmp_path)
 
 

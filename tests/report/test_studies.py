@@ -257,7 +257,7 @@ def test_tokens_are_drawn_with_their_depths(directory, capsys):
     path.write_text(json.dumps([strips[1] | {"settings": {"seed": "0"}}]))
     assert main([str(directory)]) == 1
     said = capsys.readouterr().err
-    assert "1 depths for 60 tokens" in said and "is no JSON" in said and "0 layers" in said
+    assert "1 depths for 60 tokens" in said and "is not valid JSON" in said and "0 layers" in said
     assert "has completions without 'rl.depth_coef'" in said and said.count("\n") == 4
     path.unlink()
     write(directory / "pressure-curves.csv", ("rl.depth_coef", "accuracy"), [("0", "0.5")])
@@ -338,7 +338,7 @@ def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     assert "a.csv is no CSV file ('utf-8' codec can't decode" in said
     assert "a.csv has 'most' under sample/accuracy, which is no number" in said
     assert "a-curves.csv has no line; copy a sweep's curves.csv there" in said
-    assert "a-curves.csv has the step 'inf', which is no whole number" in said
+    assert "a-curves.csv has 'inf' under step, which is no number up to 1e+15" in said
     assert "line 2 of" in said and "line 5 of" in said and said.count("as many cells as") == 4
     assert said.count("\n") == 11
 
