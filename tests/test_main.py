@@ -126,7 +126,7 @@ def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
     ("argument", "words"),
     [
         ("--config.pretrain.length=8", ["over the limit of 8"]),
-        ("--config.pretrain.word_problems=1.5", ["1.5", "0 to 1"]),
+        ("--config.pretrain.word_problems=1.5", ["1.5", "at most 1"]),
     ],
 )
 def test_text_that_cannot_be_pretrained_on_leaves_nothing(call, argument, words):

@@ -19,6 +19,7 @@ ORDER = (
     "axes",
     "convert.names",  # names in files ↔ paths of parameters; a table that knows nothing of jexit
     "presets",
+    "bounds",  # of settings
     "sections",  # of the config
     "config",
     "kernels",

@@ -1,5 +1,6 @@
 """Both stages and evaluation, end to end, on a small random model."""
 
+import dataclasses
 import json
 import logging
 import signal
@@ -13,6 +14,7 @@ from jexit.config import BEST_METRICS
 from jexit.loops import rl, sft, trainer
 from jexit.loops.policies import text_means
 from jexit.loops.trainer import Diverged, Interrupted
+from jexit.main import dispatch
 from small_runs import make_config, metrics, parameters, run
 
 RL_METRICS = {
@@ -207,16 +209,10 @@ def test_full_fine_tuning_keeps_a_second_copy_as_the_teacher(model_dir, tmp_path
 def test_losses_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(
     model_dir, tmp_path
 ):
+    config = make_config("rl", model_dir, steps=8, optim__max_skipped=3, eval__problems=2)
+    broken = dataclasses.replace(config.rl, kl_coef=float("nan"))
     with pytest.raises(Diverged, match=r"not finite in 3 steps in a row .*; last good checkpoint"):
-        run(
-            "rl",
-            model_dir,
-            tmp_path,
-            steps=8,
-            rl__kl_coef=float("nan"),
-            optim__max_skipped=3,
-            eval__problems=2,
-        )
+        dispatch(dataclasses.replace(config, rl=broken), tmp_path)
     assert not (tmp_path / "model").exists()
 
 
