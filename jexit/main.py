@@ -208,7 +208,8 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
     if "Traceback (most recent call last)" in text:  # an error in a config file, told as text
         text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
-    return " ".join(text.split()) or type(error).__name__
+    words = (f"{word[:200]}…" if len(word) > 300 else word for word in text.split())
+    return " ".join(words) or type(error).__name__  # a value may be long; its beginning tells
 
 
 if __name__ == "__main__":
