@@ -38,7 +38,8 @@ from jexit.sections import (
 )
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-COMMANDS = ("pretrain", "sft", "rl", "eval", "generate")
+TRAINING = ("pretrain", "sft", "rl")
+COMMANDS = (*TRAINING, "eval", "generate")
 TINY_PRESET = "tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
@@ -142,8 +143,7 @@ class Config:
             )
         shares = self.mesh.data * self.mesh.fsdp
         rows = self.batch_size * (self.rl.rollouts if self.command == "rl" else 1)
-        trains = self.command in ("pretrain", "sft", "rl")
-        if trains and rows // self.optim.accumulate % shares:
+        if self.command in TRAINING and rows // self.optim.accumulate % shares:
             raise ValueError(
                 f"a micro-batch has {rows // self.optim.accumulate} rows, which do not divide over "
                 f"config.mesh.data {self.mesh.data} × fsdp {self.mesh.fsdp}; make "
@@ -190,6 +190,11 @@ class Config:
             )
 
     def _validate_eval(self) -> None:
+        if self.command in TRAINING and self.eval.split == "test":
+            raise ValueError(
+                "config.eval.split is 'test' in a run that trains, which no choice may see; set it "
+                "to val here and measure test with configs/eval.py"
+            )
         if self.command == "eval" and not self.eval.policies:
             raise ValueError(
                 "config.eval.policies is empty; name at least one policy, such as full"
@@ -314,6 +319,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     if command not in COMMANDS:
         raise ValueError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
+    config.eval.split = "val" if command in TRAINING else "test"
     if config.preset == TINY_PRESET:
         config.exits.layers = (1, 2, 3, 4, 6)
         config.lora.rank, config.lora.alpha = 16, 32.0

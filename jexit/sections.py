@@ -216,7 +216,8 @@ class EvalConfig:
     measured: Name = "sample"  # the policy that is measured, beside full depth
     temperature: TemperatureOrGreedy = 0.0
     max_new_tokens: Count = 256
-    split: Literal["train", "test"] = "test"
+    # A run that trains reports and chooses by val; test is for results.
+    split: Literal["train", "val", "test"] = "test"
     heat_maps: CountOrZero = 8  # completions kept with each token's depth
 
 

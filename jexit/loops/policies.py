@@ -16,6 +16,7 @@ from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
 from jexit.tasks import Problem, Task
+from jexit.tasks.streams import NoMoreProblems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,10 @@ def held_out(
     require_problems(task, split)
     problems, prompts, index = [], [], 0
     while len(problems) < count and (size is None or index < size):
-        problem = task.problem(split, index)
+        try:
+            problem = task.problem(split, index)
+        except NoMoreProblems:
+            break
         ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
         index += 1
         if len(ids) > limit and config.task.skip_long:

@@ -139,7 +139,11 @@ class Stage:
         write_json_atomic(self.workdir / "after.json", after)
         temperature = self.config.eval.temperature
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
-        compare(before, after, f"{self.config.task.name}, held out, sampled exits, {tokens}")
+        compare(
+            before,
+            after,
+            f"{self.config.task.name}, {self.config.eval.split} split, sampled exits, {tokens}",
+        )
         print(f"Wrote {self.workdir / 'model'}")
         print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()

@@ -194,9 +194,8 @@ def policies(run: Run) -> Html:
             ]
         )
     problems = ", ".join(sorted({number(figures.problems, 0) for figures in results}))
-    held_out = run.evaluation is None or run.evaluation.split == "test"
-    which = "held-out" if held_out else "training"
-    return table(f"Policies on {problems} {which} problems", head, rows)
+    split = "val" if run.evaluation is None else run.evaluation.split
+    return table(f"Policies on {problems} problems of the {split} split", head, rows)
 
 
 def differences(run: Run) -> Html:

@@ -161,12 +161,12 @@ def test_every_problem_once_an_epoch(size, batch_size):
 
 def test_prompt_batches_of_a_generated_task():
     task = make_task("sums")
-    batch = prompts(task, step=5, split="test")
-    assert batch == prompts(task, step=5, split="test")
+    batch = prompts(task, step=5)
+    assert batch == prompts(task, step=5)
     assert batch.tokens == [TOKENIZER.encode_prompt(p.prompt) for p in batch.problems]
-    wide = prompts(task, step=0, batch_size=24, split="test")
+    wide = prompts(task, step=0, batch_size=24)
     assert wide.problems[20:] == batch.problems
-    assert batch.problems != prompts(task, step=5, split="test", seed=1).problems
+    assert batch.problems != prompts(task, step=5, seed=1).problems
     assert batch.problems != prompts(task, step=5, split="train").problems
 
 

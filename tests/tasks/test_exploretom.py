@@ -56,26 +56,29 @@ def test_a_file_keeps_whole_stories_for_testing(tmp_path):
     task = make_task("exploretom", str(write(tmp_path / "mine.csv", rows)))
     sides = {
         split: [task.problem(split, i) for i in range(task.size(split))]
-        for split in ("train", "test")
+        for split in ("train", "val", "test")
     }
     assert [p.answer for p in sides["test"]] == [f"chest {n}" for n in (21, 22, 23, 45, 46, 47)]
     stories = {split: {p.fields["story"] for p in problems} for split, problems in sides.items()}
-    assert not stories["train"] & stories["test"]
-    assert len(sides["train"]) == 42
+    assert sum(map(len, stories.values())) == len(set().union(*stories.values())) == 16
+    assert [len(problems) for problems in sides.values()] == [39, 3, 6]
     whole = make_task("exploretom", str(tmp_path / "mine.csv"), test_every=0)
-    assert (whole.size("train"), whole.size("test")) == (48, 0)
+    assert [whole.size(split) for split in ("train", "val", "test")] == [45, 3, 0]
 
 
 def test_folders(tmp_path):
     write(tmp_path / "a.csv", map(row, range(8)))
     write(tmp_path / "b.csv", map(row, range(8, 16)))
     task = make_task("exploretom", str(tmp_path))
-    assert (task.size("train"), task.size("test")) == (14, 2)
+    assert [task.size(split) for split in ("train", "val", "test")] == [13, 1, 2]
     write(tmp_path / "train_1.csv", map(row, range(3)))
     write(tmp_path / "test_1.csv", map(row, range(3, 5)))
     write(tmp_path / "test_2.csv", map(row, range(5, 6)))
     task = make_task("exploretom", str(tmp_path))
-    assert (task.size("train"), task.size("test")) == (3, 3)
+    assert [task.size(split) for split in ("train", "val", "test")] == [2, 1, 3]
+    write(tmp_path / "val.csv", map(row, range(6, 8)))
+    task = make_task("exploretom", str(tmp_path))
+    assert [task.size(split) for split in ("train", "val", "test")] == [3, 2, 3]
 
 
 def test_surplus_columns_and_a_byte_order_mark_do_no_harm(tmp_path):

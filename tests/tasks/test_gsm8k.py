@@ -38,9 +38,12 @@ def folder(tmp_path):
 
 def test_a_folder_of_jsonl(folder):
     task = make_task("gsm8k", str(folder))
-    assert (task.size("train"), task.size("test")) == (5, 5)
+    assert [task.size(split) for split in ("train", "val", "test")] == [4, 1, 5]
     assert [task.problem("test", i).answer for i in range(5)] == ["10", "11", "20", "21", "22"]
-    assert task.skipped_rows == {"train": 0, "test": 0}
+    assert task.skipped_rows == {"train": 0, "val": 0, "test": 0}
+    write_rows(folder / "val.jsonl", map(row, range(30, 33)))
+    task = make_task("gsm8k", str(folder))
+    assert [task.size(split) for split in ("train", "val", "test")] == [5, 3, 5]
 
 
 def test_prompt_and_reference_completion(tmp_path):
@@ -61,10 +64,11 @@ def test_one_file_keeps_a_part_for_testing(tmp_path):
     task = make_task("gsm8k", str(write_rows(tmp_path / "mine.jsonl", rows)))
     test = [task.problem("test", i).answer for i in range(task.size("test"))]
     train = [task.problem("train", i).answer for i in range(task.size("train"))]
-    assert test == ["7", "15", "23", "7"]
-    assert len(train) == 22 and not set(train) & set(test)
+    val = [task.problem("val", i).answer for i in range(task.size("val"))]
+    assert test == ["7", "15", "23", "7"] and val == ["17"]
+    assert len(train) == 21 and not set(train) & {*test, *val}
     whole = make_task("gsm8k", str(tmp_path / "mine.jsonl"), test_every=0)
-    assert (whole.size("train"), whole.size("test")) == (26, 0)
+    assert [whole.size(split) for split in ("train", "val", "test")] == [25, 1, 0]
 
 
 def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
