@@ -151,6 +151,12 @@ class Config:
             )
         self._validate_sizes()
         self._validate_tasks()
+        if self.command == "sft" and self.sft.explore > 0 and self.sft.exit_loss == "sampled":
+            raise ValueError(
+                f"config.sft.explore is {self.sft.explore:g} and config.sft.exit_loss is sampled, "
+                "which would teach the heads the explored depths in place of the targets; set "
+                "config.sft.exit_loss=expected or config.sft.explore=0"
+            )
         if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "
@@ -319,7 +325,8 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     if command not in COMMANDS:
         raise ValueError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
-    config.eval.split = "val" if command in TRAINING else "test"
+    if command == "eval":
+        config.eval.split = "test"
     if config.preset == TINY_PRESET:
         config.exits.layers = (1, 2, 3, 4, 6)
         config.lora.rank, config.lora.alpha = 16, 32.0
