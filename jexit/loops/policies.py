@@ -29,6 +29,8 @@ class PolicyResult:
     depth_mean: float
     depth_fraction: float
     depth_fraction_ci95: Interval  # bootstrap over problems
+    layers_per_problem: float  # Σ of the depths of a completion's tokens: what an answer cost
+    layers_per_problem_ci95: Interval  # bootstrap over problems
     depth_histogram: dict[str, int]  # tokens by layers run
     depth_by_class: dict[str, dict[str, float]]
     problems: int
@@ -71,6 +73,8 @@ class PolicyResult:
             depth_mean=depth,
             depth_fraction=depth / layers,
             depth_fraction_ci95=bootstrap_ratio(run, whole),
+            layers_per_problem=sum(run) / count,
+            layers_per_problem_ci95=bootstrap_ratio(run, [1] * count),
             depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
             depth_by_class=depth_by_class(
                 made, tokenizer.tokens, examination.task.answer_mark, tokenizer.eos_ids
