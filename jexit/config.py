@@ -73,11 +73,13 @@ MOST_TOGETHER = {
 }
 MOST_PARAMETERS = 10**10  # of a trunk that is trained from nothing
 
-# Metrics by which a checkpoint can be the best, of each command that trains.
+# Metrics by which a checkpoint can be the best, of each command that trains. In RL they are
+# measured on the validation split before a checkpoint is written: the training batches' own reward
+# falls while λ and μ rise, and so does what it ranks.
 BEST_METRICS = {
     "pretrain": ("loss", "loss/text"),
     "sft": ("loss", "loss/exit", "kl/teacher", "depth/fraction"),
-    "rl": ("reward/mean", "reward/verifier", "accuracy", "loss", "kl/teacher", "depth/fraction"),
+    "rl": ("val/reward", "val/accuracy", "val/depth_fraction", "val/layers_per_problem"),
 }
 
 
@@ -109,7 +111,7 @@ class Config:
     @property
     def best_metric(self) -> str:
         """The metric that the best checkpoint has most of; of "-NAME", least."""
-        return self.checkpoint.best_metric or ("reward/mean" if self.command == "rl" else "-loss")
+        return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -249,7 +249,7 @@ class CheckpointConfig:
     keep: Count = 2  # the newest ones
     # And as many with the best metric, a mean since the checkpoint before.
     keep_best: CountOrZero = 0
-    best_metric: Name = ""  # "-NAME": lowest; empty: reward/mean in RL, else -loss
+    best_metric: Name = ""  # "-NAME": lowest; empty: val/reward in RL, else -loss
     final: Literal["last", "best"] = "last"  # what WORKDIR/model is made of
 
 

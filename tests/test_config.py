@@ -255,7 +255,7 @@ def test_the_command_is_needed():
         ({"checkpoint__keep_best": -1}, r"config\.checkpoint\.keep_best is -1; it must be at"),
         (
             {"checkpoint__best_metric": "rewards"},
-            r"best_metric is 'rewards'; choose among reward/mean, .*, with a '-' before",
+            r"best_metric is 'rewards'; choose among val/reward, .*, with a '-' before",
         ),
         ({"eval__split": "test"}, r"split is 'test' in a run that trains, .* set it to val here"),
         ({"checkpoint__keep": 0}, r"config\.checkpoint\.keep is 0; it must be at least 1"),

@@ -74,6 +74,7 @@ COLUMNS: Mapping[str, Column] = {
     "layers a problem at full depth": Column("full/layers_per_problem", share=False),
     "step size": Column("sample/text/step_size", share=False),
     "on the page": Column("sample/text/on_the_page"),
+    "on the page at full depth": Column("full/text/on_the_page"),
     "chain lines": Column("sample/text/chain_lines", share=False),
     "at once": Column("sample/capacity/at_once/accuracy"),
     "at once, full depth": Column("full/capacity/at_once/accuracy"),
