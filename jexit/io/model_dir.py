@@ -21,6 +21,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import is_primary, whole
 from jexit.io.array_store import ArrayStore
 from jexit.io.atomic import atomic_directory
+from jexit.io.finite import all_finite
 from jexit.io.hf_config import write_json
 from jexit.io.model_source import (
     ADAPTERS,
@@ -117,7 +118,13 @@ def load_source(
                     f"{getattr(shapes.get(path), 'shape', 'no such parameter')}; copy or convert "
                     "the model directory again"
                 )
-            values[path] = place(path, array.astype(shapes[path].dtype, copy=False))
+            wanted = array.astype(shapes[path].dtype, copy=False)
+            if wanted is not array and not all_finite(wanted):
+                raise ValueError(
+                    f"{path} of {source.directory} is too large for {wanted.dtype}; load it in a "
+                    "wider dtype (config.model.dtype), or take another checkpoint"
+                )
+            values[path] = place(path, wanted)
 
     put(source.weights().parameters())
     put(source.adapters().items())
