@@ -83,12 +83,16 @@ def batch_of(paths, verifier, log_pi, depth_logprobs, rows):
 @pytest.mark.parametrize(
     "options",
     [
-        {"kl_coef": 40.0},
-        {"temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
-        {"advantage": "group_mean"},
-        {"causal_depth": True},
-        {"depth_norm": "total", "kl_coef": 40.0},
+        {"kl_coef": 40.0, "temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
         {"depth_norm": "total", "causal_depth": True},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"advantage": "group_mean"},
+                {"causal_depth": True},
+                {"depth_norm": "total", "kl_coef": 40.0},
+            )
+        ),
     ],
     ids=lambda options: "-".join(map(str, options)),
 )
