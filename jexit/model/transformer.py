@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -61,6 +62,15 @@ class ExitHeadSettings:
     kind: Literal["mlp", "linear"] = "mlp"
     norm: Literal["rms", "none"] = "rms"
     bias: float = -4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "linear") or self.norm not in ("rms", "none"):
+            raise ValueError(
+                f"exit heads of kind {self.kind!r} with norm {self.norm!r}; kind is mlp or linear, "
+                "norm rms or none"
+            )
+        if not isinstance(self.bias, int | float) or not math.isfinite(self.bias):
+            raise ValueError(f"the exit heads' bias is {self.bias!r}; it is a finite number")
 
 
 class Head(nnx.Module):

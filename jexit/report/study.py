@@ -228,7 +228,7 @@ class Study:
 def _lines(path: Path) -> list[dict[str, str]]:
     kept = "curves.csv" if path.stem.endswith("-curves") else "table.csv"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader, lines = csv.DictReader(file), []
             for line in reader:
                 if None in line or None in line.values():  # more or fewer cells than the head

@@ -6,7 +6,6 @@ Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,7 @@ from jexit.tasks import answers
 from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.files import FileTask, Row, Source, text_fault
 from jexit.tasks.number_chain import NumberChain
+from jexit.untrusted import parse_json
 
 INSTRUCTION = (
     "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
@@ -151,8 +151,8 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             yield f"{file}:{number}", row if isinstance(row, dict) else "not a JSON object"
 

@@ -1,5 +1,6 @@
 """Tables and figures of studies, from numbers whose means and ranges are known."""
 
+import codecs
 import csv
 import json
 import pathlib
@@ -52,6 +53,12 @@ def directory(tmp_path):
         "Before\n\n<!-- pressure: right; depth; step size -->\nold\n<!-- end -->\n\nAfter\n"
     )
     return results
+
+
+def test_a_byte_order_mark_is_no_part_of_a_setting(directory):
+    for path in directory.glob("*.csv"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert Study.read(directory / "pressure.csv").settings == ("rl.depth_coef",)
 
 
 def test_a_table_has_means_over_seeds_and_their_range(directory, capsys):

@@ -1,3 +1,4 @@
+import codecs
 import csv
 import logging
 
@@ -49,6 +50,12 @@ def test_prompts_hold_story_question_and_format(tmp_path):
     assert got.fields["story"] == story
     bare = make_task("tom", str(file), instruction="").problem("test", 0)
     assert bare.prompt == f"{story}\n\nIn which container is the lamp?"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    file = write(tmp_path / "test.csv", [row(1), row(2)])
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert make_task("tom", str(file)).size("test") == 2
 
 
 def test_a_file_keeps_whole_stories_for_testing(tmp_path):

@@ -1,3 +1,4 @@
+import codecs
 import functools
 import json
 import logging
@@ -57,6 +58,15 @@ def test_prompt_and_reference_completion(tmp_path):
     assert task.verify(problem, "so \\boxed{7}").kind == "lenient"
     assert task.verify(problem, "#### 8").kind == "wrong"
     assert make_task("gsm8k", str(file), instruction="").problem("test", 0).prompt == QUESTION
+
+
+def test_a_byte_order_mark_costs_no_row(folder):
+    for name in ("train.jsonl", "test_a.jsonl"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    task = make_task("gsm8k", str(folder))
+    assert (task.size("train"), task.size("test")) == (5, 5)
+    assert task.problem("train", 0).prompt.startswith("Question 0?")
+    assert task.skipped_rows == {"train": 0, "test": 0}
 
 
 def test_one_file_keeps_a_part_for_testing(tmp_path):
