@@ -106,10 +106,11 @@ def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
         lines.write(b'"cut short, Where?')
     task = make_task("exploretom", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert task.size("train") == 3
-        assert task.size("train") == 3
+        assert (task.size("train"), task.size("val")) == (2, 1)
+        assert (task.size("train"), task.size("val")) == (2, 1)
     assert task.skipped_rows["train"] == 8
-    assert [task.problem("train", i).answer for i in range(3)] == ["oak chest", "oak chest", "box"]
+    assert [task.problem("train", i).answer for i in range(2)] == ["oak chest", "oak chest"]
+    assert task.problem("val", 0).answer == "box"
     (warning,) = caplog.messages
     assert warning.startswith(f"skipped 8 of 11 rows of the train split: {file}:3: 'answer' is not")
     assert "'answer' has no word" in warning and "'story' is not a text" in warning
