@@ -112,7 +112,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
     """Runs the config's command, or compiles its steps for a topology."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
-    from jexit.io.workdir import check_same_run
+    from jexit.io.workdir import check_same_run, sole_run
     from jexit.loops import evaluate, generate, pretrain, rl, sft
 
     if topology is not None:
@@ -125,14 +125,14 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
     if config.command == "generate":
         generate.print_generations(config)
         return
-    check_same_run(workdir, config.to_dict())
     commands = {
         "pretrain": pretrain.pretrain,
         "sft": sft.calibrate,
         "rl": rl.reinforce,
         "eval": evaluate.evaluate,
     }
-    with use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
+    with sole_run(workdir), use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
+        check_same_run(workdir, config.to_dict())
         commands[config.command](config, workdir)
 
 
@@ -208,7 +208,8 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
     if "Traceback (most recent call last)" in text:  # an error in a config file, told as text
         text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
-    return " ".join(text.split()) or type(error).__name__
+    words = (f"{word[:200]}…" if len(word) > 300 else word for word in text.split())
+    return " ".join(words) or type(error).__name__  # a value may be long; its beginning tells
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
     ("argument", "words"),
     [
         ("--config.pretrain.length=8", ["over the limit of 8"]),
-        ("--config.pretrain.word_problems=1.5", ["1.5", "0 to 1"]),
+        ("--config.pretrain.word_problems=1.5", ["1.5", "at most 1"]),
     ],
 )
 def test_text_that_cannot_be_pretrained_on_leaves_nothing(call, argument, words):
@@ -214,7 +214,8 @@ def test_an_empty_data_set_is_refused_whichever_split_it_is(call, hf_dir, tmp_pa
     for full in ((), ("train",), ("test",)):
         for split in ("train", "test"):
             (data / f"{split}.jsonl").write_text(row if split in full else "")
-        empty = "test" if full == ("train",) else "train"
+        # One row cannot be held out to validate with.
+        empty = "val" if full == ("train",) else "train"
         assert_refused(call(*arguments), "gsm8k", f"no problem in its {empty} split")
 
 
