@@ -38,7 +38,8 @@ from jexit.sections import (
 )
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-COMMANDS = ("pretrain", "sft", "rl", "eval", "generate")
+TRAINING = ("pretrain", "sft", "rl")
+COMMANDS = (*TRAINING, "eval", "generate")
 TINY_PRESET = "tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
@@ -72,11 +73,13 @@ MOST_TOGETHER = {
 }
 MOST_PARAMETERS = 10**10  # of a trunk that is trained from nothing
 
-# Metrics by which a checkpoint can be the best, of each command that trains.
+# Metrics by which a checkpoint can be the best, of each command that trains. In RL they are
+# measured on the validation split before a checkpoint is written: the training batches' own reward
+# falls while λ and μ rise, and so does what it ranks.
 BEST_METRICS = {
     "pretrain": ("loss", "loss/text"),
     "sft": ("loss", "loss/exit", "kl/teacher", "depth/fraction"),
-    "rl": ("reward/mean", "reward/verifier", "accuracy", "loss", "kl/teacher", "depth/fraction"),
+    "rl": ("val/reward", "val/accuracy", "val/depth_fraction", "val/layers_per_problem"),
 }
 
 
@@ -108,7 +111,7 @@ class Config:
     @property
     def best_metric(self) -> str:
         """The metric that the best checkpoint has most of; of "-NAME", least."""
-        return self.checkpoint.best_metric or ("reward/mean" if self.command == "rl" else "-loss")
+        return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -142,8 +145,7 @@ class Config:
             )
         shares = self.mesh.data * self.mesh.fsdp
         rows = self.batch_size * (self.rl.rollouts if self.command == "rl" else 1)
-        trains = self.command in ("pretrain", "sft", "rl")
-        if trains and rows // self.optim.accumulate % shares:
+        if self.command in TRAINING and rows // self.optim.accumulate % shares:
             raise ValueError(
                 f"a micro-batch has {rows // self.optim.accumulate} rows, which do not divide over "
                 f"config.mesh.data {self.mesh.data} × fsdp {self.mesh.fsdp}; make "
@@ -151,6 +153,12 @@ class Config:
             )
         self._validate_sizes()
         self._validate_tasks()
+        if self.command == "sft" and self.sft.explore > 0 and self.sft.exit_loss == "sampled":
+            raise ValueError(
+                f"config.sft.explore is {self.sft.explore:g} and config.sft.exit_loss is sampled, "
+                "which would teach the heads the explored depths in place of the targets; set "
+                "config.sft.exit_loss=expected or config.sft.explore=0"
+            )
         if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "
@@ -190,6 +198,11 @@ class Config:
             )
 
     def _validate_eval(self) -> None:
+        if self.command in TRAINING and self.eval.split == "test":
+            raise ValueError(
+                "config.eval.split is 'test' in a run that trains, which no choice may see; set it "
+                "to val here and measure test with configs/eval.py"
+            )
         if self.command == "eval" and not self.eval.policies:
             raise ValueError(
                 "config.eval.policies is empty; name at least one policy, such as full"
@@ -314,6 +327,8 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     if command not in COMMANDS:
         raise ValueError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
+    if command == "eval":
+        config.eval.split = "test"
     if config.preset == TINY_PRESET:
         config.exits.layers = (1, 2, 3, 4, 6)
         config.lora.rank, config.lora.alpha = 16, 32.0

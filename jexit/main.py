@@ -127,7 +127,7 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
     """Runs the config's command, or compiles its steps for a topology."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
-    from jexit.io.workdir import check_same_run
+    from jexit.io.workdir import check_same_run, sole_run
     from jexit.loops import evaluate, generate, pretrain, rl, sft
 
     if topology is not None:
@@ -140,14 +140,14 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
     if config.command == "generate":
         generate.print_generations(config)
         return
-    check_same_run(workdir, config.to_dict())
     commands = {
         "pretrain": pretrain.pretrain,
         "sft": sft.calibrate,
         "rl": rl.reinforce,
         "eval": evaluate.evaluate,
     }
-    with use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
+    with sole_run(workdir), use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
+        check_same_run(workdir, config.to_dict())
         commands[config.command](config, workdir)
 
 

@@ -8,7 +8,10 @@ config.json files.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
+
+LARGEST_COUNT = 2**31 - 1  # what an index of 32 bits reaches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,9 @@ class Yarn:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,9 @@ class Architecture:
         return self.family == "qwen3"
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.family not in ("qwen2", "qwen3"):
+            raise ValueError(f"family is {self.family!r}; jexit computes qwen2 and qwen3")
         if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"{self.query_heads} query heads do not divide among {self.kv_heads} key/value "
@@ -65,6 +74,30 @@ class Architecture:
     def from_dict(cls, values: dict) -> Architecture:
         yarn = values.get("yarn")
         return cls(**{**values, "yarn": Yarn(**yarn) if yarn else None})
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_COUNT
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+_RULES = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (is_count, f"a whole number from 1 to {LARGEST_COUNT}"),
+    "float": (is_positive, "a number above 0"),
+    "float | None": (lambda value: value is None or is_positive(value), "a number above 0"),
+}
+
+
+def _check_numbers(settings: Architecture | Yarn) -> None:
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        check, rule = _RULES.get(field.type, (lambda _: True, ""))
+        if not check(value):
+            raise ValueError(f"{field.name} is {value!r}; it is {rule}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -175,26 +175,36 @@ class RLConfig:
 
     rollouts: Annotated[int, Bounds(1, 10_000)] = 6  # G
     depth_coef: Coefficient = 0.5  # λ
+    # What λ is charged on: the mean of depth/L over tokens, as published, which shallow filler
+    # lowers; or its total over T_ref, the compute of the answer.
+    depth_norm: Literal["mean", "total"] = "mean"
     kl_coef: Coefficient = 0.1  # β, in the reward
     length_coef: Coefficient = 0.0  # μ
     length_ref: Annotated[float, Bounds(1, 1_000_000)] = 256.0  # T_ref
     advantage: Literal["rloo", "group_mean", "group_mean_std"] = "rloo"
     temperature: Temperature = 1.0
     max_new_tokens: Count = 256
+    # Of the loss. Only a constant gives the gradient of the mean reward; by its own length
+    # (sequence) or the batch's (tokens) a token counts for more in shorter texts.
     norm: Literal["constant", "sequence", "tokens"] = "constant"
     updates_per_batch: Annotated[int, Bounds(1, 20)] = 1  # more than one: PPO's clipped ratio
     clip: Positive = 0.2
     kl_loss_coef: Coefficient = 0.0
-    kl_loss: Literal["exact", "k3"] = "exact"
+    # exact: KL(student ‖ teacher) of every next token. On the sampled tokens alone, k2 has the
+    # gradient of the same in the mean, k3 that of KL(teacher ‖ student).
+    kl_loss: Literal["exact", "k2", "k3"] = "exact"
     causal_depth: bool = False  # a token is charged for depths at and after it only
     depth_entropy_coef: Coefficient = 0.0
     min_hazard: ShareBelowOne = 0.0  # a floor under exploration, part of the law
     hazard_temperature: Temperature = 1.0
     warmup_steps: StepsOrZero = 0  # λ and μ rise linearly to their value over these updates
-    dual_ascent: bool = False  # λ and μ grow only while accuracy stays over the floor
+    # λ and μ grow only while accuracy stays over the floor: by dual_rate of their value a step,
+    # the sign of the violation and not its size.
+    dual_ascent: bool = False
     dual_rate: Share = 0.02
     accuracy_floor: Share = 0.0  # 0: off; else λ and μ are withheld below it
     importance_cap: Coefficient = 0.0  # 0: off; else truncated weights between sampler and trainer
+    # Completions that ran into the limit teach nothing, which also makes running into it free.
     mask_truncated: bool = False
 
 
@@ -216,7 +226,8 @@ class EvalConfig:
     measured: Name = "sample"  # the policy that is measured, beside full depth
     temperature: TemperatureOrGreedy = 0.0
     max_new_tokens: Count = 256
-    split: Literal["train", "test"] = "test"
+    # A run that trains reports and chooses by val; configs/eval.py, for results, has test.
+    split: Literal["train", "val", "test"] = "val"
     heat_maps: CountOrZero = 8  # completions kept with each token's depth
 
 
@@ -238,7 +249,7 @@ class CheckpointConfig:
     keep: Count = 2  # the newest ones
     # And as many with the best metric, a mean since the checkpoint before.
     keep_best: CountOrZero = 0
-    best_metric: Name = ""  # "-NAME": lowest; empty: reward/mean in RL, else -loss
+    best_metric: Name = ""  # "-NAME": lowest; empty: val/reward in RL, else -loss
     final: Literal["last", "best"] = "last"  # what WORKDIR/model is made of
 
 

@@ -49,6 +49,10 @@ note() { # note TEXT: a comment among the printed commands, a message otherwise
   if [[ -n $dry_run ]]; then printf '# %s\n' "$*"; else say "$*"; fi
 }
 
+among() { # among WORD WORDS: it is one of them, which are separated by spaces
+  [[ -n $1 && $1 != *" "* && " $2 " == *" $1 "* ]]
+}
+
 usage() { # prints the comment at the head of the running script
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
 }
@@ -62,7 +66,7 @@ parse_options() {
   action=${actions%% *}
   for name in $options $switches; do printf -v "opt_${name//-/_}" '%s' ""; done
   if (($#)) && [[ $1 != -* ]]; then
-    [[ " $actions " == *" $1 "* ]] ||
+    among "$1" "$actions" ||
       misuse "there is no action '$1'; choose one of ${actions// /, }, or write -- before jexit's" \
         "own arguments."
     action=$1
@@ -80,9 +84,9 @@ parse_options() {
     fi
     name=${1%%=*}
     name=${name#--}
-    if [[ $1 == --* && " $switches " == *" $name "* && $1 != *=* ]]; then
+    if [[ $1 == --* && $1 != *=* ]] && among "$name" "$switches"; then
       printf -v "opt_${name//-/_}" yes
-    elif [[ $1 == --* && " $options env option " == *" $name "* ]]; then
+    elif [[ $1 == --* ]] && among "$name" "$options env option"; then
       if [[ $1 == *=* ]]; then
         value=${1#*=}
       elif (($# > 1)) && [[ $2 != --* ]]; then
@@ -205,7 +209,7 @@ read_accelerator() {
     v6e-*) runtime=v2-alpha-tpuv6e ;;
     *) sizes="" ;;
   esac
-  [[ " $sizes " == *" $size "* && $1 == *-"$size" ]] ||
+  { among "$size" "$sizes" && [[ $1 == *-"$size" ]]; } ||
     misuse "--type is '$1'; give v5litepod-N or v6e-N (N chips: 1, 4, 8, … 256), or v4-N or" \
       "v5p-N (N cores, two a chip: 8, 16, … 4096)."
   chips=$((size / cores))
@@ -231,7 +235,9 @@ worker_options() { # sets $options: what worker.sh run is told, whichever cluste
 }
 
 scratch_directory() { # for the archive and the like of the job --name, nobody else's
-  printf '%s/jexit/%s\n' "${XDG_CACHE_HOME:-$HOME/.cache}" "$opt_name"
+  # Without HOME the shell takes ~ from the system's list of users.
+  local home=${HOME:-$(unset HOME && echo ~)}
+  printf '%s/jexit/%s\n' "${XDG_CACHE_HOME:-$home/.cache}" "$opt_name"
 }
 
 slurm_step() { # slurm_step NODES COORDINATOR WORKER_ARG ...: sets $step_command, run by slurm_job.sh

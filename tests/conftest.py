@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -29,6 +30,20 @@ def _no_programs_left_behind() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """Fails a test that would otherwise wait or count for ever."""
+
+    def ring(*_: object) -> None:
+        pytest.fail("this takes longer than 30 s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -255,8 +255,9 @@ def test_the_command_is_needed():
         ({"checkpoint__keep_best": -1}, r"config\.checkpoint\.keep_best is -1; it must be at"),
         (
             {"checkpoint__best_metric": "rewards"},
-            r"best_metric is 'rewards'; choose among reward/mean, .*, with a '-' before",
+            r"best_metric is 'rewards'; choose among val/reward, .*, with a '-' before",
         ),
+        ({"eval__split": "test"}, r"split is 'test' in a run that trains, .* set it to val here"),
         ({"checkpoint__keep": 0}, r"config\.checkpoint\.keep is 0; it must be at least 1"),
     ],
 )
@@ -264,6 +265,17 @@ def test_a_contradiction_is_one_sentence(settings, words):
     with pytest.raises(ValueError, match=words) as caught:
         build("rl", **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_explored_depths_are_no_targets_for_sampled_losses():
+    settings = config_dict("sft")
+    settings.sft.explore, settings.sft.exit_loss = 0.5, "sampled"
+    with pytest.raises(
+        ValueError, match=r"explore is 0\.5 and .*exit_loss=expected or .*explore=0"
+    ):
+        Config.from_dict(settings)
+    settings.sft.explore = 0.0
+    assert Config.from_dict(settings).sft.exit_loss == "sampled"
 
 
 def test_the_steps_that_a_config_takes_are_those_of_the_tasks():

@@ -1,12 +1,14 @@
 """launch/gke.sh against stand-ins: what xpk is given, and how its containers end."""
 
+import os
+import pwd
 import shutil
 import signal
 import subprocess
 
 import pytest
 
-from stand_ins import StandIns
+from stand_ins import ROOT, StandIns
 
 JOB = ["--", "--config=configs/sft.py:r1-distill-qwen-1.5b", "--config.mesh.fsdp=8"]
 
@@ -165,6 +167,9 @@ def test_a_dry_run_prints_what_a_run_does_and_runs_nothing(cluster):
         ("--shared=bucket", "--shared is 'bucket'; it is gs://BUCKET[/PATH], or left out."),
         ("--restarts=some", "--restarts is 'some'; it is a whole number."),
         ("--nodes=2", "unknown option '--nodes=2'; the options are --name, --cluster,"),
+        ("--name cluster=x", "unknown option '--name cluster=x'; the options are --name,"),
+        ("--type=v6e-8 16", "--type is 'v6e-8 16'; give v5litepod-N or v6e-N"),
+        ("--type=h100-", "--type is 'h100-'; give v5litepod-N or v6e-N"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster, wrong, said):
@@ -173,6 +178,25 @@ def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster, wrong
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"jexit: {said}")
     assert cluster.records() == []
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_without_a_home_the_system_says_where_it_is(cluster, home):
+    """As in a container or a cron job."""
+    environment = cluster.environment(HOME=home or "")
+    if home is None:
+        del environment["HOME"]
+    given = ["--name=trial", "--cluster=c", "--zone=z", "--type=v6e-8", "--storage=s", "--dry-run"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "gke.sh"), *given, "--mount=/mnt/jexit", *JOB],
+        cwd=cluster.directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    scratch = f"{pwd.getpwuid(os.getuid()).pw_dir}/.cache/jexit/trial"
+    assert done.stdout.startswith(f"mkdir -p {scratch}\n")
 
 
 def test_a_workdir_outside_of_the_storage_is_refused(cluster):

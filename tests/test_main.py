@@ -218,7 +218,8 @@ def test_an_empty_data_set_is_refused_whichever_split_it_is(call, hf_dir, tmp_pa
     for full in ((), ("train",), ("test",)):
         for split in ("train", "test"):
             (data / f"{split}.jsonl").write_text(row if split in full else "")
-        empty = "test" if full == ("train",) else "train"
+        # One row cannot be held out to validate with.
+        empty = "val" if full == ("train",) else "train"
         assert_refused(call(*arguments), "gsm8k", f"no problem in its {empty} split")
 
 

@@ -140,6 +140,9 @@ def test_a_dry_run_prints_everything_and_runs_nothing(cluster):
         ("--shared=runs", "--shared is 'runs'; it is an absolute path"),
         ("--shared=/not/there", "there is no directory /not/there; make it, on a file system"),
         ("--zone=x", "unknown option '--zone=x'; the options are --name, --nodes, --gpus,"),
+        ("--name nodes=x", "unknown option '--name nodes=x'; the options are --name, --nodes,"),
+        ("--name zone=x", "unknown option '--name zone=x'; the options are --name, --nodes,"),
+        ("--wait dry-run", "unknown option '--wait dry-run'; the options are --name, --nodes,"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_submits_nothing(cluster, wrong, said):

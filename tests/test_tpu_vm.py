@@ -323,6 +323,7 @@ WRONG = [
     (["--env=7=8"], "--env is '7=8'; it sets a variable"),
     (["extra"], "unknown option 'extra'"),
     (["--dry-run=no"], "unknown option '--dry-run=no'"),
+    (["--name zone=x"], "unknown option '--name zone=x'"),
 ]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
+import reprlib
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
+from jexit.presets import LARGEST_COUNT
 from jexit.tasks.answers import THINK_START
+from jexit.untrusted import check_files, read_object
 
 Thinking = Literal["auto", "on", "off"]
 Turns = Sequence[tuple[str, str]]  # of a user and of the assistant, before the last message
@@ -93,6 +95,7 @@ class Tokenizer:
                 f"{path} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
                 "copy the tokenizer's files of the checkpoint into it"
             )
+        check_files(path)
         return path
 
     @property
@@ -247,12 +250,23 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
         file = directory / name
         if not file.exists():
             continue
+        values = read_object(file, "copy it again from the checkpoint")
         try:
-            value = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+            found.update(token_ids(values.get("eos_token_id")))
+        except ValueError as error:
             raise ValueError(
-                f"{file} is not a JSON object ({error}); copy it again from the checkpoint"
-            ) from error
-        ids = value if isinstance(value, list) else [value]
-        found.update(i for i in ids if isinstance(i, int))
+                f"{file} sets eos_token_id to {error}; copy it again from the checkpoint"
+            ) from None
     return found
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """What a file names as a token or a list of them, in either spelling; empty for null.
+
+    Raises ValueError for what is no token's number.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for number in ids:
+        if type(number) is not int or not 0 <= number < LARGEST_COUNT:
+            raise ValueError(f"{reprlib.repr(number)}, which is no token's number")
+    return tuple(ids)

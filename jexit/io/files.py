@@ -1,15 +1,16 @@
-"""Small files that are whole or absent, JSON that any reader takes, disk errors in a sentence."""
+"""Small files that are whole or absent, JSON that any reader takes, locks, disk errors."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -62,6 +63,21 @@ def disk_message(path: Path, error: OSError) -> str:
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; {remedy}, or choose another place"
+
+
+def take_lock(file: IO[Any], remedy: str) -> bool:
+    """Locks an open file for as long as this process, or one that inherits the file, lives.
+
+    False when another holds the lock. Raises ValueError, which ends in `remedy`, on a file system
+    without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # of some shared file systems
+        raise ValueError(f"{file.name} cannot be locked ({error}); {remedy}") from error
+    return True
 
 
 def to_jsonable(value: Any) -> Any:

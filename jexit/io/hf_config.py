@@ -13,23 +13,11 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from jexit.presets import Architecture, Yarn
+from jexit.presets import LARGEST_COUNT, Architecture, Yarn, is_count, is_positive
+from jexit.untrusted import read_object
 
 ARCHITECTURE_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _QWEN3_HEAD_DIM = 128  # the format's own meaning of a Qwen3 config.json without head_dim
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError naming the file when it is something else."""
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{file} holds a JSON {type(values).__name__}, not an object; copy it again"
-        )
-    return values
 
 
 def write_json(file: pathlib.Path, values: dict[str, Any]) -> None:
@@ -47,7 +35,7 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
         raise FileNotFoundError(
             f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint"
         )
-    return architecture_of_config(read_json(file), where=str(file))
+    return architecture_of_config(read_object(file, "copy it again"), where=str(file))
 
 
 def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
@@ -167,9 +155,8 @@ def positive(
         value = default
     if value is None:
         raise ValueError(f"{where} has no {key}; copy the file again")
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
-        rule = "a whole number above 0" if whole else "a number above 0"
+    if not (is_count(value) if whole else is_positive(value)):
+        rule = f"a whole number from 1 to {LARGEST_COUNT}" if whole else "a number above 0"
         raise ValueError(
             f"{where} sets {key} to {value!r}, which must be {rule}; copy the file again"
         )

@@ -7,7 +7,7 @@ file each comes from is said in `convert.names`.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,11 +15,14 @@ import numpy as np
 
 from convert import names
 from jexit.config import PROJECTIONS
-from jexit.io.hf_config import positive, read_json, write_json
+from jexit.io.hf_config import positive, write_json
 from jexit.io.tensor_files import Spec, TensorReader, TensorWriter, write_tensors
 from jexit.model.lora import LoRA
 from jexit.model.transformer import ExitHeadSettings
 from jexit.presets import Architecture
+from jexit.untrusted import read_object
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXIT_CONFIG = "exit_heads.json"
@@ -113,7 +116,7 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
     Raises ValueError for an adapter that is more than plain LoRA on whole projections.
     """
     file = directory / ADAPTER_CONFIG
-    config = read_json(file)
+    config = read_object(file, "copy it again")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file} describes {config.get('peft_type')!r}; jexit reads LORA adapters")
     extras = (
@@ -162,7 +165,10 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
         dropout=float(dropout),
         targets=tuple(name for name in PROJECTIONS if name in targets),
     )
-    return lora, config.get("base_model_name_or_path") or ""
+    base = config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ValueError(f"{file} names {base!r} as its base, which is no text; copy it again")
+    return lora, base
 
 
 def read_adapters(directory: pathlib.Path, arch: Architecture, lora: LoRA) -> dict[str, np.ndarray]:
@@ -203,7 +209,7 @@ def write_adapters(
 def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitHeadSettings]:
     """Exit layers and head settings from exit_heads.json."""
     file = directory / EXIT_CONFIG
-    config = read_json(file)
+    config = read_object(file, "copy it again")
     if config.get("format_version") != _EXIT_FORMAT:
         raise ValueError(
             f"{file} has format version {config.get('format_version')!r}; this jexit reads "
@@ -249,6 +255,30 @@ def write_exits(
     _write_stacked(directory, _EXIT_STEM, rules, _exit_sizes(arch, head), layers, parameters)
 
 
+def base_shapes(arch: Architecture) -> Shapes:
+    """The shape of every base parameter by path."""
+    rules = names.base_rules(arch.family, arch.tied)
+    return _parameter_shapes(rules, names.axis_sizes(**arch.to_dict()), arch.layers)
+
+
+def adapter_shapes(arch: Architecture, lora: LoRA) -> Shapes:
+    """The shape of every LoRA parameter by path."""
+    sizes = names.axis_sizes(**arch.to_dict(), rank=lora.rank)
+    return _parameter_shapes(names.adapter_rules(lora.targets), sizes, arch.layers)
+
+
+def exit_shapes(arch: Architecture, layers: tuple[int, ...], head: ExitHeadSettings) -> Shapes:
+    """The shape of every exit-head parameter by path."""
+    rules = names.exit_rules(head.kind, head.norm)
+    return _parameter_shapes(rules, _exit_sizes(arch, head), len(layers))
+
+
+def _parameter_shapes(
+    rules: tuple[names.Rule, ...], sizes: Mapping[str, int], stacked: int
+) -> Shapes:
+    return {rule.path: (*([stacked] if rule.stacked else []), *rule.shape(sizes)) for rule in rules}
+
+
 def _exit_sizes(arch: Architecture, head: ExitHeadSettings) -> dict[str, int]:
     width = 2 * arch.width if head.kind == "mlp" else arch.width
     return names.axis_sizes(**arch.to_dict(), exit_width=width)
@@ -259,7 +289,7 @@ def _read_stacked(
     stem: str,
     rules: tuple[names.Rule, ...],
     sizes: Mapping[str, int],
-    numbers: Iterable[int],
+    numbers: Sequence[int],
 ) -> dict[str, np.ndarray]:
     reader = TensorReader(directory, stem)
     _check(reader, rules, sizes, numbers, tied=False)
@@ -279,7 +309,7 @@ def _write_stacked(
     stem: str,
     rules: tuple[names.Rule, ...],
     sizes: Mapping[str, int],
-    numbers: Iterable[int],
+    numbers: Sequence[int],
     parameters: Mapping[str, np.ndarray],
 ) -> None:
     tensors = {
@@ -294,21 +324,32 @@ def _check(
     reader: TensorReader,
     rules: tuple[names.Rule, ...],
     sizes: Mapping[str, int],
-    numbers: Iterable[int],
+    numbers: Sequence[int],
     tied: bool,
 ) -> None:
     """Compares the files' headers with what is expected; raises one ValueError with all of it."""
+    found = {
+        name: spec.shape
+        for name, spec in reader.specs.items()
+        if not name.endswith(names.IGNORED_SUFFIXES)
+    }
+    if len(numbers) > len(found):  # a forged number of layers may be too large to count to
+        raise ValueError(
+            f"the configuration of {reader.directory} describes {len(numbers)} layers, and its "
+            f"weights are {len(found)} tensors; use the configuration and the weights of one "
+            "checkpoint"
+        )
     expected = {}
     for rule in rules:
         for number in numbers if rule.stacked else (None,):
             expected[rule.name_at(number)] = rule.file_shape(sizes)
     if tied and names.TIED_HEAD in reader.specs:
         expected[names.TIED_HEAD] = (sizes["V"], sizes["D"])
-    found = {
-        name: spec.shape
-        for name, spec in reader.specs.items()
-        if not name.endswith(names.IGNORED_SUFFIXES)
-    }
+    check_shapes(reader.directory, found, expected)
+
+
+def check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> None:
+    """Raises one ValueError that lists everything in which the shapes differ, by name."""
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     misshapen = [
@@ -323,7 +364,7 @@ def _check(
     ]
     if parts:
         raise ValueError(
-            f"the tensors in {reader.directory} are not those its configuration describes: "
+            f"the tensors in {directory} are not those its configuration describes: "
             f"{'; '.join(parts)}; use the configuration and the weights of one checkpoint"
         )
 

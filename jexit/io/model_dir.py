@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from flax import nnx
 import jexit
 from jexit.axes import Array
 from jexit.config import check_exits
-from jexit.data.tokenizer import Tokenizer
+from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.dist import is_primary, whole
 from jexit.io.array_store import ArrayStore
 from jexit.io.atomic import atomic_directory
@@ -36,6 +35,7 @@ from jexit.model.exits import ExitParam
 from jexit.model.lora import LoRA, LoRAParam
 from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
 from jexit.presets import Architecture
+from jexit.untrusted import read_object
 
 Place = Callable[[str, np.ndarray], Array]
 
@@ -90,6 +90,8 @@ def load_source(
     """`load` for a directory that is open already, without its tokenizer."""
     place = place or (lambda path, array: jnp.asarray(array))
     base_dtype = _base_dtype(dtype)
+    # Before anything of their size is made: what is described must be there.
+    weights, adapters, exits = source.weights(), source.adapters(), source.exits()
     arch = source.architecture
     layers, head = _exits_to_use(source, tuple(exit_layers), exit_head)
     adapter = _lora_to_use(source, lora)
@@ -112,12 +114,7 @@ def load_source(
 
     def put(items: Iterable[tuple[str, np.ndarray]]) -> None:
         for path, array in items:
-            if path not in shapes or shapes[path].shape != array.shape:
-                raise ValueError(
-                    f"{source.directory} stores {path} with shape {array.shape}, the model has "
-                    f"{getattr(shapes.get(path), 'shape', 'no such parameter')}; copy or convert "
-                    "the model directory again"
-                )
+            assert shapes[path].shape == array.shape, (path, shapes[path].shape, array.shape)
             wanted = array.astype(shapes[path].dtype, copy=False)
             if wanted is not array and not all_finite(wanted):
                 raise ValueError(
@@ -126,18 +123,11 @@ def load_source(
                 )
             values[path] = place(path, wanted)
 
-    put(source.weights().parameters())
-    put(source.adapters().items())
-    put(source.exits().items())
-    missing = sorted(set(shapes) - set(values))
-    fresh = [path for path in missing if _is_fresh(path, source)]
-    if missing != fresh:
-        gone = ", ".join(path for path in missing if path not in fresh)
-        raise ValueError(
-            f"{source.directory} lacks the parameters {gone}; copy or convert the model directory "
-            "again"
-        )
-    if fresh:
+    put(weights.parameters())
+    put(adapters.items())
+    put(exits.items())
+    if fresh := sorted(set(shapes) - set(values)):
+        assert all(_is_fresh(path, source) for path in fresh), fresh
         drawn = _fresh_trainables(build)
         put((path, np.asarray(drawn[path])) for path in fresh)
     nnx.replace_by_pure_dict(state, _nested(values))
@@ -253,9 +243,8 @@ def write_model(
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Makes generation_config.json name every end token, where it does not already."""
     file = directory / "generation_config.json"
-    values = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    named = values.get("eos_token_id")
-    named = {named} if isinstance(named, int) else set(named or ())
+    values = read_object(file, "copy it again from the checkpoint") if file.exists() else {}
+    named = set(token_ids(values.get("eos_token_id")))
     if not tokenizer.eos_ids <= named | {tokenizer.eos_id}:
         ends = sorted(tokenizer.eos_ids)
         values["eos_token_id"] = ends[0] if len(ends) == 1 else ends

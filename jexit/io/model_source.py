@@ -14,19 +14,21 @@ import dataclasses
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
 import jexit
-from jexit.data.tokenizer import Tokenizer
+from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.io import huggingface
 from jexit.io.array_store import ArrayStore
-from jexit.io.hf_config import read_architecture, read_json
+from jexit.io.hf_config import read_architecture
 from jexit.model.lora import LoRA
 from jexit.model.transformer import ExitHeadSettings
 from jexit.presets import Architecture
+from jexit.untrusted import check_files, read_object
 
 MODEL_FILE = "jexit.json"
 FORMAT_VERSION = 1
@@ -42,23 +44,30 @@ class Weights(Protocol):
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]: ...
 
 
-class StoredWeights:
-    """Base weights in jexit's own format."""
+class StoredPart:
+    """The base weights, adapters or exit heads of a directory in jexit's own format.
 
-    def __init__(self, directory: pathlib.Path):
-        self._store = ArrayStore(directory / BASE)
-        if not self._store.names():
+    Raises FileNotFoundError when there are none, ValueError for others than `expected`, the shape
+    of each by name: before anything of that size is allocated.
+    """
+
+    def __init__(self, directory: pathlib.Path, part: str, expected: huggingface.Shapes):
+        self._store = ArrayStore(directory / part)
+        self._specs = {name: self._store.spec(name) for name in self._store.names()}
+        if not self._specs:
             raise FileNotFoundError(
-                f"{directory} lacks its weights ({BASE}/); convert or copy the model again"
+                f"{directory} lacks its {'weights' if part == BASE else part} ({part}/); convert "
+                "or copy the model again"
             )
+        found = {name: spec.shape for name, spec in self._specs.items()}
+        huggingface.check_shapes(self._store.directory, found, expected)
 
     def dtypes(self) -> dict[str, np.dtype]:
-        return {name: self._store.spec(name).dtype for name in self._store.names()}
+        return {name: spec.dtype for name, spec in self._specs.items()}
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         # The largest first: what has been placed already is then small when memory peaks.
-        sizes = {name: self._store.spec(name).bytes for name in self._store.names()}
-        for name in sorted(sizes, key=lambda name: -sizes[name]):
+        for name in sorted(self._specs, key=lambda name: -self._specs[name].bytes):
             yield name, self._store.read(name)
 
 
@@ -78,7 +87,7 @@ class ModelSource:
     def weights(self) -> Weights:
         """The base weights; raises ValueError when they are not the architecture's."""
         if (self.base / MODEL_FILE).exists():
-            return StoredWeights(self.base)
+            return StoredPart(self.base, BASE, huggingface.base_shapes(self.architecture))
         return huggingface.HFWeights(self.base, self.architecture)
 
     def adapters(self) -> dict[str, np.ndarray]:
@@ -86,7 +95,7 @@ class ModelSource:
         if self.lora is None:
             return {}
         if (self.directory / MODEL_FILE).exists():
-            return self._stored(ADAPTERS)
+            return self._stored(ADAPTERS, huggingface.adapter_shapes(self.architecture, self.lora))
         return huggingface.read_adapters(self.directory, self.architecture, self.lora)
 
     def exits(self) -> dict[str, np.ndarray]:
@@ -94,7 +103,8 @@ class ModelSource:
         if not self.exit_layers:
             return {}
         if (self.directory / MODEL_FILE).exists():
-            return self._stored(EXITS)
+            shapes = huggingface.exit_shapes(self.architecture, self.exit_layers, self.exit_head)
+            return self._stored(EXITS, shapes)
         return huggingface.read_exits(
             self.directory, self.architecture, self.exit_layers, self.exit_head
         )
@@ -116,17 +126,9 @@ class ModelSource:
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
-    def _stored(self, part: str) -> dict[str, np.ndarray]:
-        return {name: array.astype(np.float32) for name, array in _store(self, part).items()}
-
-
-def _store(source: ModelSource, part: str) -> ArrayStore:
-    store = ArrayStore(source.directory / part)
-    if not store.names():
-        raise FileNotFoundError(
-            f"{source.directory} lacks its {part} ({part}/); copy the model directory again"
-        )
-    return store
+    def _stored(self, part: str, shapes: huggingface.Shapes) -> dict[str, np.ndarray]:
+        stored = StoredPart(self.directory, part, shapes).parameters()
+        return {name: array.astype(np.float32) for name, array in stored}
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelSource:
@@ -134,11 +136,23 @@ def open_model(path: str | os.PathLike[str]) -> ModelSource:
 
     Raises FileNotFoundError when there is no model, ValueError when it cannot be used.
     """
+    return _open(path, ())
+
+
+def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
+    """`open_model` of the base of the last of the directories `above`, each the one before's."""
     directory = find_model(path)
+    if directory.resolve() in above:
+        raise ValueError(
+            f"{above[-1]} names {directory}, which is made of it, as its base; correct the path in "
+            f"{_naming_file(above[-1])}"
+        )
+    above = (*above, directory.resolve())
+    check_files(directory, (BASE, ADAPTERS, EXITS))
     if (directory / MODEL_FILE).exists():
-        source = _open_own(directory)
+        source = _open_own(directory, above)
     elif (directory / huggingface.ADAPTER_CONFIG).exists():
-        source = _open_adapter(directory)
+        source = _open_adapter(directory, above)
     elif (directory / "config.json").exists():
         hub_id = "" if pathlib.Path(path).is_dir() else str(path)
         source = ModelSource(
@@ -160,9 +174,9 @@ def open_model(path: str | os.PathLike[str]) -> ModelSource:
     return source
 
 
-def _open_own(directory: pathlib.Path) -> ModelSource:
+def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> ModelSource:
     file = directory / MODEL_FILE
-    values = read_json(file)
+    values = read_object(file, "copy it again")
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -174,12 +188,13 @@ def _open_own(directory: pathlib.Path) -> ModelSource:
         lora = _lora(values.get("lora"))
         head = ExitHeadSettings(**(values.get("exit_head") or {}))
         exits = tuple(values.get("exit_layers") or ())
-        eos_ids = tuple(values.get("eos_ids") or ())
-    except (AttributeError, KeyError, TypeError) as error:
+        eos_ids = token_ids(values.get("eos_ids"))
+        reference, origin = (_text(values, key) for key in ("base", "source"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is incomplete or altered ({error}); convert it again") from error
     base = directory
-    if values.get("base"):
-        base = _open_base(values["base"], directory, architecture).base
+    if reference:
+        base = _open_base(reference, directory, above, architecture).base
     return ModelSource(
         directory=directory,
         base=base,
@@ -187,14 +202,14 @@ def _open_own(directory: pathlib.Path) -> ModelSource:
         exit_layers=exits,
         exit_head=head,
         lora=lora,
-        source=values.get("source") or "",
+        source=origin,
         eos_ids=eos_ids,
     )
 
 
-def _open_adapter(directory: pathlib.Path) -> ModelSource:
+def _open_adapter(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> ModelSource:
     lora, reference = huggingface.read_adapter_config(directory)
-    base = _open_base(reference, directory)
+    base = _open_base(reference, directory, above)
     return dataclasses.replace(
         base,
         directory=directory,
@@ -205,12 +220,15 @@ def _open_adapter(directory: pathlib.Path) -> ModelSource:
 
 
 def _open_base(
-    reference: str, directory: pathlib.Path, architecture: Architecture | None = None
+    reference: str,
+    directory: pathlib.Path,
+    above: tuple[pathlib.Path, ...],
+    architecture: Architecture | None = None,
 ) -> ModelSource:
     """The base that a directory refers to; relative paths are taken from that directory first."""
     beside = directory / reference
     try:
-        base = open_model(beside.resolve() if reference and beside.is_dir() else reference)
+        base = _open(beside.resolve() if reference and beside.is_dir() else reference, above)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{directory} needs its base model at {reference or 'no place it names'}, which is "
@@ -246,9 +264,16 @@ def _check_exit_layers(source: ModelSource) -> None:
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise ValueError(
-            f"{source.directory} has exit heads at {exits}; exits are rising layer numbers from 1 "
-            f"to {layers - 1}"
+            f"{source.directory} has exit heads at {reprlib.repr(exits)}; exits are rising layer "
+            f"numbers from 1 to {layers - 1}"
         )
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    value = values.get(key) or ""
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is no text")
+    return value
 
 
 def _lora(values: dict[str, Any] | None) -> LoRA | None:

@@ -20,7 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jexit.io.finite import all_finite
-from jexit.io.hf_config import read_json, write_json
+from jexit.io.hf_config import write_json
+from jexit.untrusted import parse_json, read_object
 
 SHARD_BYTES = 5_000_000_000
 _CODES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -45,7 +46,8 @@ class TensorReader:
     """The tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` lists.
 
     Only headers are read until `read` is called. Raises FileNotFoundError when there are no such
-    files (or shards are missing), ValueError for pickles and for damaged files.
+    files (or shards are missing), ValueError for pickles, for damaged files, and for a tensor that
+    is there twice.
     """
 
     def __init__(self, directory: pathlib.Path, stem: str = "model"):
@@ -59,11 +61,17 @@ class TensorReader:
         try:
             file = safe_open(path, framework="numpy", backend="pread")
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            parse_json(_header(path))  # the library takes the last of a key's values
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged or not a safetensors file ({error}); copy it again"
             ) from error
         for name, part in slices.items():
+            if name in self.specs:
+                raise ValueError(
+                    f"{path} and {self._files[name][0].name} both hold {name}; copy the "
+                    "checkpoint again"
+                )
             code = part.get_dtype()
             if code not in _DTYPES:
                 raise ValueError(
@@ -90,15 +98,25 @@ class TensorReader:
         return tensor
 
 
+def _header(path: pathlib.Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
 def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
     single = directory / f"{stem}.safetensors"
     if single.exists():
         return [single]
     index = directory / f"{stem}.safetensors.index.json"
     if index.exists():
-        names = read_json(index).get("weight_map")
+        names = read_object(index, "copy it again").get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
             raise ValueError(f"{index} has no weight_map of tensors to files; copy it again")
+        if other := [n for n in names.values() if "/" in n or not n.endswith(".safetensors")]:
+            raise ValueError(
+                f"{index} names {other[0][:80]!r}, which is no .safetensors file beside it; copy "
+                "the checkpoint again, with all its files in one directory"
+            )
         shards = [directory / name for name in sorted(set(names.values()))]
         gone = [shard.name for shard in shards if not shard.exists()]
         if gone:

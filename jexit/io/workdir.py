@@ -1,13 +1,21 @@
-"""A run's directory: which run it belongs to, and what its config was."""
+"""A run's directory: which run it belongs to, what its config was, and that it is the only one."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
+import socket
+from collections.abc import Iterator
 from typing import Any
 
-from jexit.dist import barrier, gather, is_primary
-from jexit.io.files import write_json_atomic
+from jexit.config import Config
+from jexit.dist import barrier, from_primary, gather, is_primary
+from jexit.io.files import disk_errors, take_lock, write_json_atomic
+from jexit.untrusted import read_object
+
+LOCK = ".lock"  # the file that is locked; it says by which process
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log")
@@ -18,17 +26,66 @@ LAWS = {
 }
 
 
+@contextlib.contextmanager
+def sole_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the directory and keeps other runs out of it; one that the run left empty goes again.
+
+    The system holds the lock for the process, and takes it back however that ends. On several hosts
+    it is the primary one's. Raises ValueError, on every host, when another run holds it, when it
+    cannot be locked, and for a workdir that is a file.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if is_primary():
+            try:
+                stack.enter_context(_locked(workdir))
+            except ValueError as error:
+                refusal = str(error)
+        if refusal := from_primary("locking the workdir", refusal):
+            raise ValueError(refusal)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; give --workdir the name of a directory")
+    made = [directory for directory in (workdir, *workdir.parents) if not directory.exists()]
+    path = workdir / LOCK
+    with disk_errors(path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    with file:
+        try:
+            # No links: the run that held it has taken the file away.
+            if not (
+                take_lock(file, "choose another --workdir") and os.fstat(file.fileno()).st_nlink
+            ):
+                made = []  # for the other to take away
+                file.seek(0)
+                holder = file.read(200).decode(errors="replace") or "another process"
+                raise ValueError(
+                    f"{workdir} is in use by {holder}; wait for that run, stop it, or choose "
+                    "another --workdir"
+                )
+            with disk_errors(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and os.listdir(workdir) == [LOCK]:
+                    path.unlink()
+                    for directory in made:
+                        directory.rmdir()
+
+
 def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises ValueError when `workdir` holds a run with another config; writes nothing."""
     path = workdir / "config.json"
     if not path.exists():
         return
-    stored = _read(path)
-    if stored is None:
-        raise ValueError(
-            f"{path} is not readable as a JSON object; remove {workdir} to start over, or choose "
-            "another --workdir"
-        )
+    stored = read_object(path, f"remove {workdir} to start over, or choose another --workdir")
     wanted = json.loads(json.dumps(config))
     old, new = _flat(stored), _flat(wanted)
     for key in sorted(old.keys() | new.keys()):
@@ -65,37 +122,34 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     is no run's. Raises ValueError when it is one whose config.json cannot be
     read, or lacks them.
     """
+    law: dict[str, dict[str, Any]] = {}
+    seen: set[pathlib.Path] = set()
     path = pathlib.Path(directory) / "config.json"
-    if not path.exists():
-        return {}
-    config = _read(path)
-    if config is None:
-        raise ValueError(
-            f"{path} is not readable as a JSON object, and holds what the model was trained under; "
-            "bring it back, or give the path of the run's model/ to do without"
-        )
-    if (command := config.get("command")) not in LAWS:
-        return {}
-    section, names = LAWS[command]
-    try:
-        law = {section: {name: config[section][name] for name in names}}
-        start = config["model"]["path"] if command == "rl" else None
-    except (KeyError, TypeError):
-        keys = " and ".join(f"{section}.{name}" for name in names)
-        raise ValueError(
-            f"{path} is of a run of {command} and lacks {keys}, under which it was trained; give "
-            "the path of the run's model/ to do without"
-        ) from None
-    return law if start is None else trained_law(start) | law
-
-
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+    while path.exists() and path.resolve() not in seen:
+        seen.add(path.resolve())
+        without = "give the path of the run's model/ to do without"
+        config = read_object(path, f"it says what the model was trained under; {without}")
+        if (command := config.get("command")) not in [*LAWS]:
+            break
+        section, names = LAWS[command]
+        try:
+            own = {section: {name: config[section][name] for name in names}}
+            start = pathlib.Path(config["model"]["path"]) if command == "rl" else None
+        except (KeyError, TypeError):
+            keys = " and ".join(f"{section}.{name}" for name in names)
+            raise ValueError(
+                f"{path} is of a run of {command} and lacks {keys}, under which it was trained; "
+                f"{without}"
+            ) from None
+        try:
+            Config.from_dict({"command": command} | own)
+        except ValueError as error:
+            raise ValueError(f"{path} has been altered: {error}; {without}") from None
+        law = own | law
+        if start is None:
+            break
+        path = start / "config.json"
+    return law
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Trainer:
     the log. `tokens` and `model_flops` of a step's metrics become `tokens_per_second` and, where
     the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
     `host_state` and `load_host_state` save and restore what a loop keeps on the host besides the
-    state.
+    state. `measure` adds metrics of the state to those of a step whose checkpoint gets a score.
     """
 
     config: Config
@@ -53,6 +53,7 @@ class Trainer:
     shown: dict[str, str]
     host_state: Callable[[], dict[str, np.ndarray]] = dict
     load_host_state: Callable[[dict[str, np.ndarray]], None] = lambda values: None
+    measure: Callable[[TrainState], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
@@ -122,6 +123,9 @@ class Trainer:
                     name for name in gather(f"the end of step {step + 1}", stop.name) if name
                 ]
                 due = done or self.checkpoints.due(step + 1)
+                if due and self.measure is not None:
+                    metrics |= self.measure(state)
+                    last = time.monotonic()
                 if due or signals:
                     # The log must hold every step that the checkpoint holds.
                     self._flush(*pending)
@@ -166,6 +170,8 @@ class Trainer:
 
     def _note_score(self, values: dict[str, float]) -> None:
         name = self.config.best_metric
+        if name.lstrip("-") not in values:  # it is measured now and then
+            return
         score = values[name.lstrip("-")] * (-1.0 if name.startswith("-") else 1.0)
         if math.isfinite(score):
             self._scores = self._scores + (score, 1.0)

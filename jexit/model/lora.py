@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, PRNGKey
+from jexit.config import PROJECTIONS
+from jexit.presets import LARGEST_COUNT, is_count, is_positive
 
 
 class LoRAParam(nnx.Param):
@@ -24,6 +26,19 @@ class LoRA:
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "k", "v", "o")
+
+    def __post_init__(self) -> None:
+        if not (is_count(self.rank) and is_positive(self.alpha)):
+            raise ValueError(
+                f"LoRA of rank {self.rank!r} and alpha {self.alpha!r}; the rank is a whole number "
+                f"from 1 to {LARGEST_COUNT}, alpha a number above 0"
+            )
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout is {self.dropout!r}; it is a probability below 1")
+        if unknown := [target for target in self.targets if target not in PROJECTIONS]:
+            raise ValueError(
+                f"LoRA targets name {unknown[0]!r}; choose among {', '.join(PROJECTIONS)}"
+            )
 
     @property
     def scale(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -28,6 +29,7 @@ from jexit.axes import (
     TokensBT,
 )
 from jexit.dist import constrain
+from jexit.kernels import tiles
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
 from jexit.model.embedding import Embedding
@@ -60,6 +62,15 @@ class ExitHeadSettings:
     kind: Literal["mlp", "linear"] = "mlp"
     norm: Literal["rms", "none"] = "rms"
     bias: float = -4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "linear") or self.norm not in ("rms", "none"):
+            raise ValueError(
+                f"exit heads of kind {self.kind!r} with norm {self.norm!r}; kind is mlp or linear, "
+                "norm rms or none"
+            )
+        if not isinstance(self.bias, int | float) or not math.isfinite(self.bias):
+            raise ValueError(f"the exit heads' bias is {self.bias!r}; it is a finite number")
 
 
 class Head(nnx.Module):
@@ -346,5 +357,5 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters):
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
-    """hidden · headᵀ accumulated and returned in float32: [..., V]."""
-    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+    """hidden · headᵀ in float32, [..., V], at the precision of the kernels that score tokens."""
+    return tiles.logits(hidden, head_VD)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import fcntl
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import IO
 
+from jexit.io.files import take_lock
 from jexit.sweep.plan import Cell, Sweep
 
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,11 +66,10 @@ class Runner:
             try:
                 # The runs inherit the lock with the log: it is held while one lives, whatever has
                 # become of the sweep.
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return f"{cell.name} is being run by another command; wait for it, or stop it"
-            except OSError as error:  # some shared file systems have no locks
-                return f"{cell.log} cannot be locked ({error}); give an --into elsewhere"
+                if not take_lock(log, "give an --into elsewhere"):
+                    return f"{cell.name} is being run by another command; wait for it, or stop it"
+            except ValueError as error:
+                return str(error)
             commands = self.sweep.commands(cell)
             while not self.stopped and (arguments := next(commands, None)):
                 with self._lock:  # a line of its own

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jexit.tasks import phrases
-from jexit.tasks.base import Problem, Rewards, Split, Verdict
-from jexit.tasks.files import FileTask, Row, text_fault
+from jexit.tasks.base import SPLITS, Problem, Rewards, Verdict
+from jexit.tasks.files import FileTask, Row, Source, text_fault
 
 INSTRUCTION = "Think step by step. End with a line of the form\n#### answer"
 COLUMNS = ("story", "question", "answer")
@@ -51,9 +51,9 @@ _ROOM = re.compile(
 class ExploreToM(FileTask):
     """Questions about a container, a room, yes or no, or whether somebody knows.
 
-    `path` names a CSV file, or a folder of them: `train*.csv` and `test*.csv`, or any. One file
-    whose name starts with `test` is a test split; of files that are no split every `test_every`-th
-    story is held out for the test split (`test_every=0`: none).
+    `path` names a CSV file, or a folder of them: `train*.csv`, `val*.csv` and `test*.csv`, or any.
+    One file whose name starts with `test` is a test split; of files that are no split every
+    `test_every`-th story is held out for the test split (`test_every=0`: none).
 
     A final line `#### answer` is judged whatever its case, articles and punctuation. In a sentence
     there or after "Answer:" the first place of the story counts, the first yes or no, or the first
@@ -94,7 +94,7 @@ class ExploreToM(FileTask):
         assert self.path is not None
         if self.path.is_file():
             return {"test" if self.path.name.startswith("test") else "whole": [self.path]}
-        found = {split: sorted(self.path.glob(f"{split}*.csv")) for split in ("train", "test")}
+        found = {split: sorted(self.path.glob(f"{split}*.csv")) for split in SPLITS}
         if any(found.values()):
             return found
         files = sorted(self.path.glob("*.csv"))
@@ -107,10 +107,8 @@ class ExploreToM(FileTask):
     def _is_whole(self) -> bool:
         return "whole" in self._files()
 
-    def _rows(self, split: Split) -> Iterator[Row]:
-        files = self._files()
-        chosen = files.get("whole") or files.get(split, [])
-        return itertools.chain.from_iterable(map(read_csv, chosen))
+    def _rows(self, source: Source) -> Iterator[Row]:
+        return itertools.chain.from_iterable(map(read_csv, self._files().get(source, [])))
 
     def _fault(self, row: dict[str, Any]) -> str | None:
         if None in row:  # csv's name for what no column is left for

@@ -11,7 +11,6 @@ from jexit.io.hf_config import (
     architecture_of_config,
     config_of_architecture,
     read_architecture,
-    read_json,
     write_json,
 )
 from jexit.presets import PRESETS, Yarn
@@ -177,10 +176,10 @@ def test_the_message_names_the_file(tmp_path):
 def test_damaged_json_names_the_file(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json .*{words}.*copy it again"):
-        read_json(tmp_path / "config.json")
+        read_architecture(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match="is not valid JSON"):
-        read_json(tmp_path / "config.json")
+        read_architecture(tmp_path)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -23,13 +23,41 @@ from jexit.io.model_dir import load, save_model
         ({"architecture": [1]}, "is incomplete or altered"),
         ({"lora": {"rank": 2}}, "is incomplete or altered"),
         ({"exit_head": {"colour": "red"}}, "is incomplete or altered"),
-        ({"eos_ids": 5}, "is incomplete or altered"),
+        ({"eos_ids": ["a"]}, r"is incomplete or altered \('a', which is no token's number\)"),
+        ({"eos_ids": [-1]}, "is incomplete or altered"),
+        ({"base": 5}, r"is incomplete or altered \(base is no text\)"),
+        ({"exit_head": {"kind": "big"}}, r"exit heads of kind 'big' with norm 'rms'"),
+        ({"lora": {"rank": 2.5, "alpha": 6.0, "targets": ["q"]}}, r"LoRA of rank 2\.5"),
+        ({"lora": {"rank": 2, "alpha": 6.0, "targets": ["head"]}}, "LoRA targets name 'head'"),
+        ({"lora": {"rank": 2, "alpha": 6.0, "dropout": 1, "targets": ["q"]}}, "LoRA dropout is 1"),
         ({"exit_layers": [2, 1]}, r"exit heads at \(2, 1\); exits are rising layer numbers"),
         ({"exit_layers": [1, 3]}, r"exit heads at \(1, 3\); exits are rising .* from 1 to 2"),
     ],
 )
 def test_an_altered_description_is_one_sentence(models, changes, words):
     edit(models / "whole", **changes)
+    with pytest.raises(ValueError, match=words) as caught:
+        load(models / "whole")
+    assert str(models / "whole") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("layers", 30_000_000, r"misshapen .*blocks\.attn\.q\.kernel \[3, 8, 2, 4\] in place of"),
+        ("layers", 2**31, r"layers is 2147483648; it is a whole number from 1 to 2147483647"),
+        ("vocab_size", 10**9, r"misshapen embed\.embedding"),
+        ("kv_heads", 0, "kv_heads is 0; it is a whole number"),
+        ("width", "8", "width is '8'; it is a whole number"),
+        ("rope_theta", -1.0, r"rope_theta is -1\.0; it is a number above 0"),
+        ("tied", "no", "tied is 'no'; it is true or false"),
+        ("family", "llama", "family is 'llama'; jexit computes qwen2 and qwen3"),
+        ("yarn", {"factor": 0.0, "original_max_positions": 32}, r"factor is 0\.0; it is"),
+    ],
+)
+def test_an_altered_architecture_is_one_sentence_at_once(models, deadline, key, value, words):
+    values = json.loads((models / "whole" / "jexit.json").read_text())["architecture"]
+    edit(models / "whole", architecture=values | {key: value})
     with pytest.raises(ValueError, match=words) as caught:
         load(models / "whole")
     assert str(models / "whole") in str(caught.value) and "\n" not in str(caught.value)
@@ -48,10 +76,10 @@ def test_wrong_arrays_are_one_sentence(models, part, how):
     folder = models / "whole" / part
     store = ArrayStore(folder)
     name = store.names()[0]
-    error, words = ValueError, rf"stores {name} with shape \(2, 2\)"
+    error, words = ValueError, rf"{part} are not those its configuration describes: {how} {name}"
     if how == "surplus":
         store.write("blocks.extra", np.zeros((2, 2), np.float32))
-        words = r"stores blocks\.extra with shape \(2, 2\), the model has no such parameter"
+        words = words.replace(name, "blocks.extra")
     elif how == "damaged":
         for path in (folder / name).rglob("d/*"):
             path.write_bytes(b"")
@@ -61,7 +89,6 @@ def test_wrong_arrays_are_one_sentence(models, part, how):
         error, words = FileNotFoundError, rf"lacks its \w+ \({part}/\)"
     else:
         shutil.rmtree(folder / name)
-        words = rf"lacks the parameters {name}; copy or convert" if how == "missing" else words
         if how == "misshapen":
             store.write(name, np.zeros((2, 2), np.float32))
     with pytest.raises(error, match=words):
@@ -145,6 +172,16 @@ def test_a_base_that_has_changed_is_refused(models):
     values = json.loads((models / "base" / "jexit.json").read_text())["architecture"]
     edit(models / "base", architecture={**values, "rope_theta": 1e4})
     with pytest.raises(ValueError, match=r"is another model now \(rope_theta 10000.0 in place of"):
+        load(models / "refers")
+
+
+def test_a_base_that_leads_back_is_refused(models):
+    edit(models / "refers", base=".")
+    with pytest.raises(ValueError, match=r"refers, which is made of it, as its base; correct .*js"):
+        load(models / "refers")
+    edit(models / "base", base="../refers")
+    edit(models / "refers", base="../base")
+    with pytest.raises(ValueError, match=r"names .*refers, which is made of it, as its base"):
         load(models / "refers")
 
 

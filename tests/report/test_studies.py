@@ -1,5 +1,6 @@
 """Tables and figures of studies, from numbers whose means and ranges are known."""
 
+import codecs
 import csv
 import json
 import pathlib
@@ -52,6 +53,12 @@ def directory(tmp_path):
         "Before\n\n<!-- pressure: right; depth; step size -->\nold\n<!-- end -->\n\nAfter\n"
     )
     return results
+
+
+def test_a_byte_order_mark_is_no_part_of_a_setting(directory):
+    for path in directory.glob("*.csv"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert Study.read(directory / "pressure.csv").settings == ("rl.depth_coef",)
 
 
 def test_a_table_has_means_over_seeds_and_their_range(directory, capsys):
@@ -295,6 +302,15 @@ def test_a_summary_has_the_figures_that_there_are(directory):
         "0              2      62.5 (50.0 to 75.0)  75.0 (62.5 to 87.5)\n"
         "2              1      100.0                50.0"
     )
+
+
+def test_layers_a_problem_of_an_older_table_follow_from_its_means(tmp_path):
+    heads = ("seed", "sample/depth_mean", "sample/completion_length", "full/layers_per_problem")
+    write(tmp_path / "some.csv", heads, [("0", "2.5", "12", "96"), ("1", "2", "11", "88")])
+    table = Study.read(tmp_path / "some.csv").table(
+        ["layers a problem", "layers a problem at full depth"]
+    )
+    assert "| 2 | 26.00 (22.00 to 30.00) | 92.00 (88.00 to 96.00) |" in table
 
 
 def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
