@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import operator
-import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
+from jexit.bounds import Bounds, Name, Seed, Steps, shown
 from jexit.presets import PRESETS
 from jexit.sections import (
     BLENDABLE,
@@ -37,64 +38,10 @@ from jexit.sections import (
 )
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-COMMANDS = ("pretrain", "sft", "rl", "eval", "generate")
+TRAINING = ("pretrain", "sft", "rl")
+COMMANDS = (*TRAINING, "eval", "generate")
 TINY_PRESET = "tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
-
-
-_LEAST = {
-    "steps": 1,
-    "batch_size": 1,
-    "lora.rank": 0,
-    "task.max_prompt_tokens": 1,
-    "task.shots": 0,
-    "optim.lora_lr": 0,
-    "optim.exit_lr": 0,
-    "optim.full_lr": 0,
-    "optim.warmup_steps": 0,
-    "optim.accumulate": 1,
-    "optim.max_skipped": 1,
-    "mesh.data": 1,
-    "mesh.fsdp": 1,
-    "mesh.tensor": 1,
-    "sft.samples": 1,
-    "sft.pool": 1,
-    "sft.generate_batch": 1,
-    "sft.max_new_tokens": 1,
-    "rl.updates_per_batch": 1,
-    "rl.warmup_steps": 0,
-    "rl.depth_coef": 0,
-    "rl.length_coef": 0,
-    "rl.kl_loss_coef": 0,
-    "rl.importance_cap": 0,
-    "rl.accuracy_floor": 0,
-    "rl.dual_rate": 0,
-    "sft.exit_coef": 0,
-    "sft.temperature": 0,
-    "pretrain.exit_loss": 0,
-    "rl.max_new_tokens": 1,
-    "eval.problems": 1,
-    "engine.rows": 0,
-    "engine.places": 0,
-    "eval.max_new_tokens": 1,
-    "eval.temperature": 0,
-    "generate.max_new_tokens": 1,
-    "generate.temperature": 0,
-    "generate.top_k": 0,
-    "generate.min_p": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_best": 0,
-    "log.samples_every": 1,
-    "log.samples": 0,
-}
-_ABOVE_ZERO = (
-    "sft.sharpness",
-    "rl.length_ref",
-    "rl.hazard_temperature",
-    "rl.clip",
-    "optim.clip_norm",
-)
 
 
 EVAL_MEASURES = (
@@ -107,11 +54,32 @@ EVAL_MEASURES = (
     "hint",
 )
 
-# Metrics by which a checkpoint can be the best, of each command that trains.
+# The most that settings multiply to, by command: texts or tokens that memory holds at once.
+_EVALUATED = {("eval.problems", "eval.max_new_tokens"): 2**30}
+MOST_TOGETHER = {
+    "pretrain": {("batch_size", "pretrain.length"): 2**30},
+    "sft": {
+        ("batch_size", "sft.max_new_tokens"): 2**30,
+        ("sft.generate_batch", "sft.max_new_tokens"): 2**30,
+        **_EVALUATED,
+    },
+    "rl": {
+        ("batch_size", "rl.rollouts"): 1_000_000,
+        ("batch_size", "rl.rollouts", "rl.max_new_tokens"): 2**30,
+        **_EVALUATED,
+    },
+    "eval": _EVALUATED,
+    "generate": {},
+}
+MOST_PARAMETERS = 10**10  # of a trunk that is trained from nothing
+
+# Metrics by which a checkpoint can be the best, of each command that trains. In RL they are
+# measured on the validation split before a checkpoint is written: the training batches' own reward
+# falls while λ and μ rise, and so does what it ranks.
 BEST_METRICS = {
     "pretrain": ("loss", "loss/text"),
     "sft": ("loss", "loss/exit", "kl/teacher", "depth/fraction"),
-    "rl": ("reward/mean", "reward/verifier", "accuracy", "loss", "kl/teacher", "depth/fraction"),
+    "rl": ("val/reward", "val/accuracy", "val/depth_fraction", "val/layers_per_problem"),
 }
 
 
@@ -120,10 +88,10 @@ class Config:
     """One run. `steps` counts optimiser batches; `batch_size` counts sequences (RL: prompts)."""
 
     command: Literal["pretrain", "sft", "rl", "eval", "generate"]
-    preset: str = TINY_PRESET
-    seed: int = 0
-    steps: int = 100
-    batch_size: int = 32
+    preset: Name = TINY_PRESET
+    seed: Seed = 0
+    steps: Steps = 100
+    batch_size: Annotated[int, Bounds(1, 100_000)] = 32
     model: ModelConfig = ModelConfig()
     exits: ExitsConfig = ExitsConfig()
     exit_head: ExitHeadConfig = ExitHeadConfig()
@@ -143,7 +111,7 @@ class Config:
     @property
     def best_metric(self) -> str:
         """The metric that the best checkpoint has most of; of "-NAME", least."""
-        return self.checkpoint.best_metric or ("reward/mean" if self.command == "rl" else "-loss")
+        return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -158,28 +126,17 @@ class Config:
 
     def validate(self) -> None:
         """Checks what can be known before the model is read (`check_exits` does the rest)."""
-        for key, least in _LEAST.items():
-            value = operator.attrgetter(key)(self)
-            if not value >= least:  # NaN is refused too
-                raise ValueError(f"config.{key} is {value}; it must be at least {least}")
-        for key in _ABOVE_ZERO:
-            value = operator.attrgetter(key)(self)
-            if not value > 0:
-                raise ValueError(f"config.{key} is {value}; it must be above 0")
+        _check_preset(self.preset)
         unknown = [target for target in self.lora.targets if target not in PROJECTIONS]
         if unknown:
             raise ValueError(
                 f"config.lora.targets names {unknown[0]!r}; choose among {', '.join(PROJECTIONS)}"
             )
-        if not 0.0 <= self.lora.dropout < 1.0:
-            raise ValueError(
-                f"config.lora.dropout is {self.lora.dropout}; it is a probability below 1"
-            )
         layers = self.exits.layers
-        if list(layers) != sorted(set(layers)) or (layers and layers[0] < 1):
+        if list(layers) != sorted(set(layers)):
             raise ValueError(
-                f"config.exits.layers is {layers}; exits are distinct layer numbers from 1 upwards "
-                "in rising order, such as (5,10,15)"
+                f"config.exits.layers is {shown(layers)}; exits are distinct layer numbers in "
+                "rising order, such as (5,10,15)"
             )
         if self.batch_size % self.optim.accumulate:
             raise ValueError(
@@ -188,18 +145,20 @@ class Config:
             )
         shares = self.mesh.data * self.mesh.fsdp
         rows = self.batch_size * (self.rl.rollouts if self.command == "rl" else 1)
-        trains = self.command in ("pretrain", "sft", "rl")
-        if trains and rows // self.optim.accumulate % shares:
+        if self.command in TRAINING and rows // self.optim.accumulate % shares:
             raise ValueError(
                 f"a micro-batch has {rows // self.optim.accumulate} rows, which do not divide over "
                 f"config.mesh.data {self.mesh.data} × fsdp {self.mesh.fsdp}; make "
                 f"config.batch_size a multiple of {shares * self.optim.accumulate}"
             )
-        if not 0.0 <= self.sft.explore <= 1.0:
-            raise ValueError(
-                f"config.sft.explore is {self.sft.explore}; it is a probability, 0 to 1"
-            )
+        self._validate_sizes()
         self._validate_tasks()
+        if self.command == "sft" and self.sft.explore > 0 and self.sft.exit_loss == "sampled":
+            raise ValueError(
+                f"config.sft.explore is {self.sft.explore:g} and config.sft.exit_loss is sampled, "
+                "which would teach the heads the explored depths in place of the targets; set "
+                "config.sft.exit_loss=expected or config.sft.explore=0"
+            )
         if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "
@@ -220,7 +179,30 @@ class Config:
             self._validate_rl()
         self._validate_eval()
 
+    def _validate_sizes(self) -> None:
+        """Refuses what is too large only together: it would fill the memory before it began."""
+        for keys, most in MOST_TOGETHER[self.command].items():
+            sizes = [operator.attrgetter(key)(self) for key in keys]
+            if math.prod(sizes) > most:
+                raise ValueError(
+                    f"config.{' × '.join(keys)} is {' × '.join(map(str, sizes))} = "
+                    f"{math.prod(sizes)}; together it must be at most {most}: lower one of them"
+                )
+        p = self.pretrain
+        heads = 2 * p.head_dim * (p.query_heads + p.kv_heads)
+        parameters = p.layers * p.width * (heads + 3 * p.mlp_width)
+        if self.command == "pretrain" and parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"config.pretrain asks for {parameters} parameters in the blocks; it must be at "
+                f"most {MOST_PARAMETERS}: lower width, layers, mlp_width or the heads"
+            )
+
     def _validate_eval(self) -> None:
+        if self.command in TRAINING and self.eval.split == "test":
+            raise ValueError(
+                "config.eval.split is 'test' in a run that trains, which no choice may see; set it "
+                "to val here and measure test with configs/eval.py"
+            )
         if self.command == "eval" and not self.eval.policies:
             raise ValueError(
                 "config.eval.policies is empty; name at least one policy, such as full"
@@ -251,17 +233,16 @@ class Config:
                 f"config.task.steps is {self.task.steps!r}; task {name!r} "
                 f"{'with a path ' if from_files else ''}knows {', '.join(known)}"
             )
+        if self.task.people_min == 2 and self.task.moves_max > 6:
+            raise ValueError(
+                f"config.task.moves_max is {self.task.moves_max} with people_min 2; so few people "
+                "rarely make so long a story: set people_min to 3 or moves_max to at most 6"
+            )
         unknown = [part for part in self.task.parts if part not in BLENDABLE]
         if unknown:
             raise ValueError(
                 f"config.task.parts names {unknown[0]!r}; a blend is of {', '.join(BLENDABLE)}"
             )
-        for key in ("word_problems", "tom"):
-            share = getattr(self.pretrain, key)
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(
-                    f"config.pretrain.{key} is {share}; it is a share of the text, 0 to 1"
-                )
         both = self.pretrain.word_problems + self.pretrain.tom
         if both > 1.0:
             raise ValueError(
@@ -274,15 +255,6 @@ class Config:
             raise ValueError(
                 f"RLOO needs at least 2 rollouts per prompt, got {self.rl.rollouts}; "
                 "raise config.rl.rollouts"
-            )
-        if self.rl.temperature <= 0:
-            raise ValueError(
-                f"config.rl.temperature is {self.rl.temperature}; rollouts are sampled, so it must "
-                "be above 0"
-            )
-        if not 0.0 <= self.rl.min_hazard < 1.0:
-            raise ValueError(
-                f"config.rl.min_hazard is {self.rl.min_hazard}; it is a probability below 1"
             )
         if self.rl.updates_per_batch > 1 and self.rl.importance_cap > 0:
             raise ValueError(
@@ -355,6 +327,8 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     if command not in COMMANDS:
         raise ValueError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
+    if command == "eval":
+        config.eval.split = "test"
     if config.preset == TINY_PRESET:
         config.exits.layers = (1, 2, 3, 4, 6)
         config.lora.rank, config.lora.alpha = 16, 32.0
@@ -363,9 +337,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
         config.task.people_max = 3
         config.task.moves_min = config.task.moves_max = 3
         return config.lock()
-    if config.preset not in PRESETS:
-        names = ", ".join((TINY_PRESET, *PRESETS))
-        raise ValueError(f"preset {preset!r} is not known; choose one of {names}")
+    _check_preset(config.preset)
     known = PRESETS[config.preset]
     config.model.path = f"models/{config.preset}"
     config.exits.layers = tuple(range(5, known.architecture.layers, 5))
@@ -376,8 +348,14 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     return config.lock()
 
 
-def check_key(key: str) -> None:
-    """Raises ValueError unless `key`, such as `config.rl.rollouts`, is a setting."""
+def _check_preset(preset: str) -> None:
+    if preset not in (TINY_PRESET, *PRESETS):
+        names = ", ".join((TINY_PRESET, *PRESETS))
+        raise ValueError(f"preset {shown(preset)} is not known; choose one of {names}")
+
+
+def check_key(key: str) -> type:
+    """The type of a setting or section such as `config.rl.rollouts`; ValueError if it is none."""
     owner, where = Config, "config"
     for name in key.split(".")[1:]:
         hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
@@ -387,12 +365,13 @@ def check_key(key: str) -> None:
             has = f"{where} has {', '.join(sorted(hints))}" if hints else f"{where} is one value"
             raise ValueError(f"{where}.{name} does not exist; {meant}{has}")
         owner, where = hints[name], f"{where}.{name}"
+    return owner
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     if not isinstance(values, dict):
-        raise ValueError(f"{where} is {values!r}; it holds settings: set {where}.KEY instead")
+        raise ValueError(f"{where} is {shown(values)}; it holds settings: set {where}.KEY instead")
     for key in values:
         if key not in hints:
             near = ", ".join(sorted(hints))
@@ -411,17 +390,32 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 def _checked(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = _checked(args[0], value, path)
+        args[1].check(value, path)
+        return value
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{path} is {value!r}; choose one of {', '.join(map(str, args))}")
+            raise ValueError(f"{path} is {shown(value)}; choose one of {', '.join(args)}")
         return value
     if origin is tuple:
         items = value if isinstance(value, (tuple, list)) else (value,)
         return tuple(_checked(args[0], item, path) for item in items)
-    if origin is types.UnionType:
-        return None if value is None else _checked(args[0], value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{path} is {shown(value)}; it is too large for a number") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{path} is {value!r}; it must be of type {hint.__name__}")
+        raise ValueError(f"{path} is {shown(value)}; it must be of type {hint.__name__}")
+    if hint is str and ("\0" in value or not _is_unicode(value)):
+        raise ValueError(f"{path} is {shown(value)}; it must be text, in UTF-8 and without NUL")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,8 +13,17 @@ extras=$(accelerator_extras)
 ensure_env "$extras"
 
 arguments=()
+topology=""
 while (($#)); do
   case $1 in
+    --aot=* | -aot=*)
+      topology=${1#*=}
+      arguments+=("$1")
+      ;;
+    --aot | -aot)
+      topology=${2:-}
+      arguments+=("$1")
+      ;;
     --config=* | -config=*) arguments+=("${1%%=*}=$(config_path "${1#*=}")") ;;
     --config | -config)
       arguments+=("$1")
@@ -27,4 +36,5 @@ while (($#)); do
   esac
   shift
 done
+[[ -z $topology ]] || compile_for "$topology"
 exec "$venv/bin/python" -m jexit.main ${arguments[@]+"${arguments[@]}"}

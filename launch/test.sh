@@ -16,7 +16,10 @@ case ,$extras, in
   *) extras=$extras,dev ;;
 esac
 ensure_env "$extras"
-ensure_aot
+if [[ ${JEXIT_AOT:-1} != 0 ]]; then
+  ensure_aot tpu || say "tests that compile for TPUs will be skipped."
+  ensure_aot cuda || say "tests that compile for GPUs will be skipped."
+fi
 
 worker_count() {
   local cores memory_gib=8

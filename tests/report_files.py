@@ -56,6 +56,8 @@ def policy_figures(policy: str, draw: random.Random, *, new_parts: bool = True) 
     if new_parts:
         figures |= {
             "depth_fraction_ci95": [fraction - 0.01, min(fraction + 0.01, 1.0)],
+            "layers_per_problem": 13.0 * fraction * LAYERS,
+            "layers_per_problem_ci95": [12.5 * fraction * LAYERS, 13.5 * fraction * LAYERS],
             "depth_by_class": {
                 name: {"tokens": 500 + place, "depth_mean": 1.0 + 6.5 * draw.random()}
                 for place, name in enumerate(CLASSES)

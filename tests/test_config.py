@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import math
+import operator
 import typing
+from typing import Annotated, Literal
 
 import pytest
 
 from jexit import axes
+from jexit.bounds import Bounds, Length
 from jexit.config import (
     COMMANDS,
     PROJECTIONS,
@@ -19,6 +23,7 @@ from jexit.config import (
 from jexit.presets import PRESETS, Architecture, Yarn
 from jexit.sections import STEPS, TINY_PATH
 from jexit.tasks import sums, tom
+from jexit.tasks.word_problems import NAMES
 
 
 def build(command="rl", **settings):
@@ -33,12 +38,23 @@ def build(command="rl", **settings):
     return Config.from_dict(values)
 
 
-def leaves(cls=Config, prefix=""):
-    for name, hint in typing.get_type_hints(cls).items():
+def declared(cls=Config, prefix=""):
+    """Every setting with its annotation."""
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
-            yield from leaves(hint, f"{prefix}{name}__")
+            yield from declared(hint, f"{prefix}{name}__")
         else:
             yield f"{prefix}{name}", hint
+
+
+def leaves():
+    """Every setting with its type."""
+    for key, hint in declared():
+        yield key, typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def default(key):
+    return operator.attrgetter(key.replace("__", "."))(Config(command="rl"))
 
 
 # Presets and defaults
@@ -100,6 +116,8 @@ def test_published_lora_settings():
 def test_an_unknown_preset_or_command_lists_the_known():
     with pytest.raises(ValueError, match=r"preset 'qwen9' is not known; choose one of tiny, qwen3"):
         config_dict("rl", "qwen9")
+    with pytest.raises(ValueError, match=r"preset '\.\./x' is not known; choose one of tiny, qw"):
+        build(preset="../x")  # which names a workdir
     with pytest.raises(ValueError, match="command 'train' is not one of pretrain, sft, rl"):
         config_dict("train")
 
@@ -192,8 +210,8 @@ def test_the_command_is_needed():
             {"rl__rollouts": 1},
             "RLOO needs at least 2 rollouts per prompt, got 1; raise config.rl.r",
         ),
-        ({"rl__temperature": 0.0}, r"config\.rl\.temperature is 0\.0; rollouts are sampled"),
-        ({"rl__min_hazard": 1.0}, r"config\.rl\.min_hazard is 1\.0; it is a probability below 1"),
+        ({"rl__temperature": 0.0}, r"config\.rl\.temperature is 0\.0; it must be at least 1e-06"),
+        ({"rl__min_hazard": 1.0}, r"config\.rl\.min_hazard is 1\.0; it must be at least 0 and at"),
         ({"rl__dual_ascent": True}, r"dual_ascent needs a floor to hold; set config\.rl\.accuracy"),
         (
             {"batch_size": 10, "optim__accumulate": 4},
@@ -201,12 +219,12 @@ def test_the_command_is_needed():
         ),
         ({"exits__layers": (2, 2)}, r"config\.exits\.layers is \(2, 2\); exits are distinct"),
         ({"exits__layers": (4, 2)}, "in rising order"),
-        ({"exits__layers": (0, 2)}, "from 1 upwards"),
+        ({"exits__layers": (0, 2)}, r"config\.exits\.layers is 0; it must be at least 1"),
         ({"mesh__fsdp": 0}, r"config\.mesh\.fsdp is 0; it must be at least 1"),
         ({"mesh__fsdp": 5}, r"192 rows, which do not divide over config\.mesh\.data 1 × fsdp 5"),
         ({"lora__targets": ("q", "x")}, "config.lora.targets names 'x'; choose among q, k, v"),
-        ({"lora__dropout": 1.0}, r"config\.lora\.dropout is 1\.0; it is a probability"),
-        ({"sft__explore": 1.5}, r"config\.sft\.explore is 1\.5; it is a probability"),
+        ({"lora__dropout": 1.0}, r"config\.lora\.dropout is 1\.0; it must be at least 0 and at"),
+        ({"sft__explore": 1.5}, r"config\.sft\.explore is 1\.5; it must be at least 0 and at m"),
         (
             {"task__steps": "fine"},
             r"task\.steps is 'fine'; task 'sums' knows free, 2, 3, 4, 5, at_once",
@@ -225,7 +243,7 @@ def test_the_command_is_needed():
             {"task__parts": ("sums", "gsm8k")},
             "parts names 'gsm8k'; a blend is of sums, word_problems, tom",
         ),
-        ({"pretrain__tom": -0.1}, r"config\.pretrain\.tom is -0\.1; it is a share of the text"),
+        ({"pretrain__tom": -0.1}, r"config\.pretrain\.tom is -0\.1; it must be at least 0 and at"),
         (
             {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5},
             r"config\.pretrain\.word_problems and tom add up to 1\.1; they are shares of the text",
@@ -237,8 +255,9 @@ def test_the_command_is_needed():
         ({"checkpoint__keep_best": -1}, r"config\.checkpoint\.keep_best is -1; it must be at"),
         (
             {"checkpoint__best_metric": "rewards"},
-            r"best_metric is 'rewards'; choose among reward/mean, .*, with a '-' before",
+            r"best_metric is 'rewards'; choose among val/reward, .*, with a '-' before",
         ),
+        ({"eval__split": "test"}, r"split is 'test' in a run that trains, .* set it to val here"),
         ({"checkpoint__keep": 0}, r"config\.checkpoint\.keep is 0; it must be at least 1"),
     ],
 )
@@ -246,6 +265,17 @@ def test_a_contradiction_is_one_sentence(settings, words):
     with pytest.raises(ValueError, match=words) as caught:
         build("rl", **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_explored_depths_are_no_targets_for_sampled_losses():
+    settings = config_dict("sft")
+    settings.sft.explore, settings.sft.exit_loss = 0.5, "sampled"
+    with pytest.raises(
+        ValueError, match=r"explore is 0\.5 and .*exit_loss=expected or .*explore=0"
+    ):
+        Config.from_dict(settings)
+    settings.sft.explore = 0.0
+    assert Config.from_dict(settings).sft.exit_loss == "sampled"
 
 
 def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
@@ -279,10 +309,14 @@ def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
         ("eval__max_new_tokens", 0, 1),
         ("eval__problems", 0, 1),
         ("engine__rows", -1, 0),
-        ("eval__temperature", -0.5, 0),
         ("checkpoint__every", -1, 0),
         ("checkpoint__keep", 0, 1),
         ("log__samples_every", 0, 1),
+        ("sft__sharpness", 0.0, 1e-06),
+        ("rl__length_ref", 0.0, 1),
+        ("rl__clip", 0.0, 1e-06),
+        ("optim__clip_norm", 0.0, 1e-06),
+        ("optim__eps", 0.0, 1e-16),
     ],
 )
 def test_what_would_divide_by_zero_or_never_end_is_refused(key, value, least):
@@ -295,12 +329,102 @@ def test_what_would_divide_by_zero_or_never_end_is_refused(key, value, least):
         build(**{key: least})
 
 
-@pytest.mark.parametrize("key", ["sft__sharpness", "rl__length_ref", "optim__clip_norm"])
-def test_what_divides_is_above_zero(key):
-    with pytest.raises(
-        ValueError, match=rf"config\.{key.replace('__', '.')} is 0\.0; it must be ab"
-    ):
-        build(**{key: 0.0})
+def test_every_setting_declares_what_it_takes():
+    """A number its bounds, a text or tuple its length: a new setting cannot forget them."""
+    for key, hint in declared():
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if hint is bool or origin is Literal:
+            continue
+        assert origin is Annotated, f"{key} declares neither bounds nor a length"
+        if args[0] in (int, float):
+            assert isinstance(args[1], Bounds), key
+            assert math.isfinite(args[1].at_least) and math.isfinite(args[1].at_most), key
+        else:
+            assert isinstance(args[1], Length), key
+        args[1].check(default(key), key)
+
+
+NUMBERS = {
+    key: typing.get_args(hint)
+    for key, hint in declared()
+    if typing.get_args(hint) and typing.get_args(hint)[0] in (int, float)
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_out_of_bounds_is_refused(key):
+    kind, bounds = NUMBERS[key]
+    outside = [bounds.at_least - 1, bounds.at_most + 1, -(10**24), 10**24]
+    if kind is float:
+        outside += [math.nan, math.inf, -math.inf]
+    for value in outside:
+        rule = f"at least {bounds.at_least} and at most {bounds.at_most}"
+        message = f"config.{key.replace('__', '.')} is {kind(value)}; it must be (0, or )?{rule}"
+        with pytest.raises(ValueError, match=f"^{message.replace('+', '.')}$"):
+            build(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        (Bounds(1, 3), (1, 2, 3), (0, 4, math.nan, math.inf)),
+        (Bounds(0.5, 1, or_zero=True), (0, 0.5, 1), (0.4, -1, 1.1, math.nan, -math.inf)),
+    ],
+)
+def test_bounds_include_their_ends(bounds, inside, outside):
+    for value in inside:
+        bounds.check(value, "x")
+    for value in outside:
+        with pytest.raises(ValueError, match=r"^x is .*; it must be .*at least"):
+            bounds.check(value, "x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 10**5000}, "config.seed is a number of thousands of digits; it must be at"),
+        ({"optim__lora_lr": 10**400}, "config.optim.lora_lr is 1000.*…; it is too large"),
+        ({"model__path": "x" * 5000}, "'xxx.*… with 5000 characters; it must have at most 1000"),
+        ({"model__path": "a\0b"}, r"'a\\x00b'; it must be text, in UTF-8 and without NUL"),
+        ({"generate__prompts": ("\ud800",)}, "it must be text, in UTF-8 and without NUL"),
+        ({"exits__layers": (1,) * 2000}, "with 2000 values; it must have at most 1000"),
+        ({"eval__policies": ["full"] * 101}, "with 101 values; it must have at most 100"),
+        ({"eval__measured": ["x" * 500]}, "is .'xxx.*…; it must be of type str"),
+    ],
+)
+def test_what_is_too_long_is_refused_and_not_repeated(settings, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        build(**settings)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "words"),
+    [
+        (
+            "rl",
+            {"batch_size": 100_000, "rl__rollouts": 11},
+            "config.batch_size × rl.rollouts is 100000 × 11 = 1100000; together it must",
+        ),
+        ("rl", {"rl__max_new_tokens": 10**6, "batch_size": 1000}, "× rl.max_new_tokens is 1000 ×"),
+        (
+            "eval",
+            {"eval__problems": 10**5, "eval__max_new_tokens": 10**5},
+            "eval.problems × eval.max_",
+        ),
+        ("sft", {"sft__generate_batch": 10**5, "sft__max_new_tokens": 10**6}, "sft.generate_ba"),
+        ("pretrain", {"batch_size": 10**5, "pretrain__length": 10**6}, "batch_size × pretrain.le"),
+        ("pretrain", {"pretrain__width": 10**6, "pretrain__layers": 100}, "parameters in the bl"),
+        ("rl", {"task__people_min": 2, "task__moves_max": 8}, "so few people rarely make so long"),
+    ],
+)
+def test_what_is_too_large_only_together_is_refused(command, settings, words):
+    with pytest.raises(ValueError, match=words):
+        build(command, **settings)
+
+
+def test_stories_have_as_many_people_as_there_are_names():
+    assert NUMBERS["task__people_max"][1].at_most == len(NAMES)
 
 
 def test_rules_of_rl_bind_rl_only():

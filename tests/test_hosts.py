@@ -234,7 +234,7 @@ def test_hosts_that_never_come(model_dir, tmp_path):
     [
         (2, "inf", "--host_timeout is inf; give seconds from 1 to 86400"),
         (2, "nan", "--host_timeout is nan; give seconds from 1 to 86400"),
-        (0, "60", "--processes is 0; it is at least 1"),
+        (0, "60", "--processes is 0; it is at least 2"),
     ],
 )
 def test_flags_for_hosts_that_cannot_be(processes, timeout, words, model_dir, tmp_path):
@@ -242,6 +242,18 @@ def test_flags_for_hosts_that_cannot_be(processes, timeout, words, model_dir, tm
     flags = [*arguments("rl", model_dir, tmp_path / "run"), *hosts]
     codes, (text,) = finish(*start(flags, timeout=timeout))
     assert codes == [1] and f"jexit: {words}" in text and "Traceback" not in text
+
+
+def test_a_port_that_is_taken(model_dir, tmp_path):
+    """Exit 1, which the launch scripts do not take for a run to go on with."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        hosts = [f"--coordinator=127.0.0.1:{port}", "--processes=2", "--process=0"]
+        flags = [*arguments("rl", model_dir, tmp_path / "run"), *hosts]
+        codes, (text,) = finish(*start(flags))
+    assert codes == [1] and not (tmp_path / "run").exists()
+    assert f"jexit: --coordinator names port {port}, which process 0 cannot open" in text
+    assert "Traceback" not in text
 
 
 def test_a_coordinator_that_never_comes(model_dir, tmp_path):

@@ -12,6 +12,7 @@ import tarfile
 import pytest
 
 import jexit
+from jexit.aot.topologies import GPUS, TPUS
 
 ROOT = pathlib.Path(jexit.__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -208,6 +209,12 @@ def test_an_old_python_is_passed_over(checkout, tools):
     assert sourced(checkout, tools, "find_python").stdout == "python3.11\n"
 
 
+def test_the_newest_supported_python_is_taken(checkout, tools):
+    for name in ("python3", "python3.11", "python3.13", "python3.14"):
+        script(tools / name, "exit 0")
+    assert sourced(checkout, tools, "find_python").stdout == "python3.13\n"
+
+
 def test_a_python_that_cannot_make_environments_is_one_sentence(checkout, tools):
     script(tools / "python3", "[[ $2 != *ensurepip* ]]")
     done = bash(checkout, tools, ["launch/run.sh"])
@@ -242,6 +249,55 @@ def test_a_finished_environment_needs_nothing_and_gets_the_arguments(checkout, t
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["-m", "jexit.main", *arguments]
     assert bash(checkout, tools, ["launch/run.sh"]).stdout.splitlines() == ["-m", "jexit.main"]
+
+
+PYTHON_OF = """
+case "$*" in
+  *"%d.%d"*) echo {version} ;;
+  -V) echo Python {version} ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m jexit.main"*) echo ran {version} ;;
+esac
+"""
+
+
+def test_an_environment_stays_until_another_python_is_asked_for(checkout, tools):
+    (tools / "cp").symlink_to(shutil.which("cp"))
+    new, old = (
+        script(tools / f"python{version}", PYTHON_OF.format(version=version))
+        for version in ("3.13", "3.11")
+    )
+
+    def ran(**env):
+        done = bash(checkout, tools, ["launch/run.sh"], **env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[1], done.stderr.splitlines()
+
+    assert ran(JEXIT_PYTHON=str(old), JEXIT_EXTRAS="eval")[0] == "3.11"
+    assert ran() == ("3.11", [])  # 3.13 would be the choice for a new one
+    version, said = ran(JEXIT_PYTHON=str(new))
+    assert version == "3.13"
+    assert said == [
+        f"jexit: .venv has Python 3.11; making it anew with {new}.",
+        "jexit: making .venv with Python 3.13.",
+        "jexit: installing jexit with eval into .venv; the first time takes a few minutes.",
+    ]
+    assert ran() == ran(JEXIT_PYTHON=str(new)) == ("3.13", [])
+    refused = bash(checkout, tools, ["launch/run.sh"], JEXIT_PYTHON=str(old_python(tools / "x")))
+    assert refused.returncode == 1 and "is not a Python 3.11 to 3.13" in refused.stderr
+    assert ran() == ("3.13", [])
+
+
+def test_another_environment_may_lie_beside_it(checkout, tools):
+    make_venv(checkout, "", python="echo first")
+    (checkout / ".venv").rename(checkout / ".venv-3.11")
+    make_venv(checkout, "", python="echo second")
+    assert bash(checkout, tools, ["launch/run.sh"], JEXIT_VENV=".venv-3.11").stdout == "first\n"
+    assert bash(checkout, tools, ["launch/run.sh"]).stdout == "second\n"
+    for name in ("launch", "../elsewhere", "/tmp/.venv"):
+        refused = bash(checkout, tools, ["launch/run.sh"], JEXIT_VENV=name)
+        (line,) = refused.stderr.splitlines()
+        assert refused.returncode == 1 and line.startswith(f"jexit: JEXIT_VENV={name} is no name")
 
 
 def test_a_config_of_the_checkout_is_found_from_anywhere(checkout, tools, tmp_path):
@@ -345,34 +401,57 @@ def test_the_tests_run_in_the_checkout_and_ask_for_their_packages(checkout, tool
 
 
 AOT_PYTHON = """
-if [[ $1 == - ]]; then cat >/dev/null; printf 'libtpu==1.*\\nplugin==2 pjrt==2\\n'; exit; fi
+if [[ $1 == - ]]; then cat >/dev/null; echo "$2-compiler==1.*"; exit; fi
 if [[ "$*" == *"pip install"* ]]; then
-  printf '%s ' "$@" >>"$HOME/pip.log"; echo >>"$HOME/pip.log"
+  echo "$@" >>"$HOME/pip.log"
   {pip}
+  mkdir -p "${{@: -2:1}}"
   exit
 fi
-echo tests ran
+echo "$JAX_PLATFORMS,$TPU_LIBRARY_PATH,$PYTHONPATH" "$@"
 """
 
 
 def test_compilers_for_absent_accelerators_are_installed_once_and_apart(checkout, tools):
-    make_venv(checkout, "dev", python=AOT_PYTHON.replace("{pip}", ""))
+    make_venv(checkout, "dev", python=AOT_PYTHON.format(pip=""))
     first = bash(checkout, tools, ["launch/test.sh", "-n0"], JEXIT_AOT="1")
-    assert (first.returncode, first.stdout) == (0, "tests ran\n")
-    assert "installing compilers for TPUs and GPUs into .aot" in first.stderr
+    assert (first.returncode, first.stdout) == (0, ",, -m pytest -n0\n")
     tpu, cuda = (checkout / "pip.log").read_text().splitlines()
-    assert "--no-deps --target" in tpu and tpu.endswith("/.aot/tpu libtpu==1.* ")
-    assert cuda.endswith("/.aot/cuda plugin==2 pjrt==2 ")
+    assert "--no-deps --target" in tpu and tpu.endswith("/.venv/aot/tpu tpu-compiler==1.*")
+    assert cuda.endswith("/.venv/aot/cuda cuda-compiler==1.*")
     again = bash(checkout, tools, ["launch/test.sh", "-n0"], JEXIT_AOT="1")
     assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_the_tests_run_without_those_compilers_and_say_so(checkout, tools):
-    make_venv(checkout, "dev", python=AOT_PYTHON.replace("{pip}", "echo no network >&2; exit 1"))
+    make_venv(checkout, "dev", python=AOT_PYTHON.format(pip="echo no network >&2; exit 1"))
     done = bash(checkout, tools, ["launch/test.sh", "-n0"], JEXIT_AOT="1")
-    assert (done.returncode, done.stdout) == (0, "tests ran\n")
+    assert done.returncode == 0 and "-m pytest" in done.stdout
     assert "no network" in done.stderr
-    assert "tests that compile for TPU will be skipped" in done.stderr
-    assert "tests that compile for CUDA will be skipped" in done.stderr
-    assert not (checkout / ".aot/tpu").exists()
-    assert not (checkout / ".aot/.stamp").exists(), "the next run must try again"
+    assert "tests that compile for TPUs will be skipped" in done.stderr
+    assert "tests that compile for GPUs will be skipped" in done.stderr
+    assert not list((checkout / ".venv/aot").glob("*")), "the next run must try again"
+
+
+@pytest.mark.parametrize("topology", [*(f"{tpu}:2x2" for tpu in TPUS), *(f"{g}:8" for g in GPUS)])
+@pytest.mark.parametrize("joined", [True, False])
+def test_compiling_for_a_topology_installs_its_compiler_alone(topology, joined, checkout, tools):
+    make_venv(checkout, "", python=AOT_PYTHON.format(pip=""))
+    arguments = [f"--aot={topology}"] if joined else ["--aot", topology]
+    done = bash(checkout, tools, ["launch/run.sh", *arguments])
+    folder = checkout.resolve() / ".venv/aot"
+    tpu = topology.startswith("v")
+    variables = f"cpu,{folder}/tpu/libtpu/libtpu.so," if tpu else f"cpu,,{folder}/cuda"
+    assert done.stdout == f"{variables} -m jexit.main {' '.join(arguments)}\n"
+    (installed,) = (checkout / "pip.log").read_text().splitlines()
+    assert installed.endswith("tpu-compiler==1.*" if tpu else "cuda-compiler==1.*")
+
+
+def test_a_compiler_that_cannot_be_installed_ends_the_command(checkout, tools):
+    make_venv(checkout, "", python=AOT_PYTHON.format(pip="echo no network >&2; exit 1"))
+    done = bash(checkout, tools, ["launch/run.sh", "--aot=h100:1"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-2:] == [
+        "no network",
+        "jexit: the compiler for h100:1 could not be installed for the reason above.",
+    ]

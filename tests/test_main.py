@@ -68,7 +68,11 @@ def assert_refused(result, *words: str) -> None:
         (["--config.exits.layers=(2,8)"], ["exit 8", "8 layers", "from 1 to 7"]),
         (["--config.exits.layers=(4,2)"], ["(4, 2)", "rising"]),
         (["--config.rl.rollouts=1"], ["RLOO needs at least 2 rollouts per prompt, got 1", "raise"]),
-        (["--config.steps=many"], ["steps"]),
+        (["--config.steps=many"], ["config.steps is 'many'; it must be of type int"]),
+        (["--config.steps", "1e3"], ["config.steps is '1e3'; it must be of type int"]),
+        (["--config.optim.b1=a: b"], ["config.optim.b1 is 'a: b'; it must be of type float"]),
+        (["--config.rl.dual_ascent=2"], ["config.rl.dual_ascent is '2'; it must be of type bool"]),
+        (["--config.rl=3"], ["config.rl is '3'; it holds settings: set config.rl.KEY instead"]),
         (["--config.steps=0"], ["config.steps is 0", "at least 1"]),
         (["--config.rl.advantage=best"], ["'best'", "rloo, group_mean"]),
         (["--config.mesh.data=16"], ["data 16", "there are 8; lower"]),
@@ -126,7 +130,7 @@ def test_full_fine_tuning_of_an_adapted_model_is_refused(call):
     ("argument", "words"),
     [
         ("--config.pretrain.length=8", ["over the limit of 8"]),
-        ("--config.pretrain.word_problems=1.5", ["1.5", "0 to 1"]),
+        ("--config.pretrain.word_problems=1.5", ["1.5", "at most 1"]),
     ],
 )
 def test_text_that_cannot_be_pretrained_on_leaves_nothing(call, argument, words):
@@ -214,7 +218,8 @@ def test_an_empty_data_set_is_refused_whichever_split_it_is(call, hf_dir, tmp_pa
     for full in ((), ("train",), ("test",)):
         for split in ("train", "test"):
             (data / f"{split}.jsonl").write_text(row if split in full else "")
-        empty = "test" if full == ("train",) else "train"
+        # One row cannot be held out to validate with.
+        empty = "val" if full == ("train",) else "train"
         assert_refused(call(*arguments), "gsm8k", f"no problem in its {empty} split")
 
 

@@ -1,7 +1,7 @@
 """Descriptions of accelerators by name, for compiling without one.
 
-`v5e:2x2`, `v5p:2x2x1`, `v6e:4x4` (a TPU generation and its slice) need libtpu, which the extra
-`aot` installs; `h100:8` (GPUs of one node) needs JAX's CUDA plugin, without CUDA itself.
+`v5e:2x2`, `v5p:2x2x1`, `v6e:4x4` (a TPU generation and its slice) need libtpu; `h100:8` (GPUs of
+one node) needs JAX's CUDA plugin, without CUDA itself. `launch/run.sh --aot=…` sets up either.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import jax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jexit.kernels.dispatch import compiling_for
 
@@ -66,8 +67,18 @@ class Topology:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """What is traced inside picks its implementations and tiles for these devices."""
-        with compiling_for(self.platform, self.device_kind), _described_cudnn():
+        """What is traced inside picks its implementations and tiles for these devices.
+
+        So does JAX where no mesh of theirs says so: it lowers Pallas kernels for the chip that the
+        mesh names, and has no chip of this machine's to ask.
+        """
+        device = AbstractDevice(self.device_kind, None, self.platform)
+        mesh = AbstractMesh((), (), abstract_device=device)
+        with (
+            compiling_for(self.platform, self.device_kind),
+            use_abstract_mesh(mesh),
+            _described_cudnn(),
+        ):
             yield
 
 
@@ -108,7 +119,8 @@ def get_topology(name: str) -> Topology:
 def _tpu(name: str) -> Topology:
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"compiling for {name} needs libtpu, which is not installed; install jexit[aot]"
+            f"compiling for {name} needs libtpu, which is not installed; start it with "
+            "launch/run.sh, which sets it up, or name libtpu.so in TPU_LIBRARY_PATH"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -130,8 +142,8 @@ def _gpu(name: str, description: str, count: int) -> Topology:
     plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
     if not any(_installed(plugin) for plugin in plugins):
         raise ValueError(
-            f"compiling for {name} needs JAX's CUDA plugin, which is not installed; install "
-            "jexit[cuda] or, in an environment of its own, jax-cuda12-plugin and jax-cuda12-pjrt"
+            f"compiling for {name} needs JAX's CUDA plugin, which is not installed; start it with "
+            "launch/run.sh, which sets it up"
         )
     # Without a GPU nothing can be timed; left on, auto-tuning fails. Untuned Triton products refuse
     # some widths, such as the 112 columns of a layer of the tiny model and its adapter.

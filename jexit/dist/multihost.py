@@ -36,6 +36,8 @@ _COMPILING = tuple(
     os.path.join("jax", "_src", *path)
     for path in (("compiler.py",), ("interpreters", "mlir.py"), ("interpreters", "partial_eval.py"))
 )
+_LINE_BYTES = 2**20  # of a message before JAX's own runtime is there
+_REACHABLE = "start every host, and let them reach each other's ports"
 LOST = 4  # exit code of a host that another one left alone
 
 _settings = {"timeout": float(TIMEOUT_SECONDS), "place": "the start of the run"}
@@ -59,8 +61,8 @@ def initialize(
     itself. Elsewhere all three arguments are needed: HOST:PORT of process 0, the number of
     processes and this one's number. Must come before the first computation. `timeout` in seconds
     holds for this and every later wait. Raises ValueError for arguments that do not fit together,
-    HostLost when no coordinator comes; a coordinator to which the others do not come ends the
-    process with a message.
+    here or with those of another host, and for a port that cannot be opened; HostLost when others
+    do not come.
     """
     if not 1 <= timeout <= MAX_TIMEOUT_SECONDS:
         raise ValueError(
@@ -75,17 +77,22 @@ def initialize(
         raise ValueError(
             "--coordinator, --processes and --process belong together; give all three or none"
         )
-    elif not re.fullmatch(r".+:\d+", coordinator or ""):
-        raise ValueError(f"--coordinator is {coordinator!r}; it is HOST:PORT of process 0")
-    elif processes < 1:
-        raise ValueError(f"--processes is {processes}; it is at least 1")
+    elif not (found := re.fullmatch(r".+:(\d{1,5})", coordinator)) or not 0 < int(found[1]) < 2**16:
+        raise ValueError(
+            f"--coordinator is {coordinator!r}; it is HOST:PORT of process 0, with a port from 1 to "
+            "65535"
+        )
+    elif processes < 2:
+        raise ValueError(
+            f"--processes is {processes}; it is at least 2, and one process takes no --coordinator"
+        )
     elif not 0 <= process < processes:
         raise ValueError(
             f"--process is {process} of --processes {processes}; it counts from 0 to "
             f"{processes - 1}"
         )
-    if coordinator and process != 0:
-        _await_coordinator(coordinator, process, timeout)
+    if coordinator:
+        _call_roll(coordinator, processes, process, timeout)
     # It would take SIGTERM for itself; here signals of all hosts are exchanged after each step, and
     # before the first step one ends the process, as it does alone.
     jax.config.update("jax_enable_preemption_service", False)
@@ -118,18 +125,90 @@ def initialize(
         timer.cancel()
 
 
-def _await_coordinator(coordinator: str, process: int | None, timeout: float) -> None:
-    """Waits for the coordinator's port: JAX itself aborts the process when it never opens."""
+def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
+    """All processes meet at the coordinator's port and compare how many they were told to be.
+
+    JAX believes each of them, ends a process when that port never opens, and crashes on process 0
+    when it is taken. Raises HostLost when not all have come within the timeout, ValueError when
+    their numbers differ or process 0 cannot open the port.
+    """
+    if process == 0:
+        told = _hear_all(coordinator, processes, timeout)
+    else:
+        told = _report(coordinator, processes, process, timeout)
+    if set(told.values()) != {processes}:
+        said = ", ".join(f"{count} on process {one}" for one, count in sorted(told.items()))
+        raise ValueError(f"--processes is {said}; give each the same number, that of all processes")
+    if missing := set(range(processes)) - told.keys():
+        raise HostLost(
+            f"process {process} of {processes} waited {timeout:g} s and the others have not all "
+            f"come (missing: {', '.join(map(str, sorted(missing)))}); {_REACHABLE}"
+        )
+
+
+def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
+    """On process 0: how many each process was told that there are, itself too; all hear of it.
+
+    It waits for all, for one that was told another number, or until the time is over.
+    """
+    told, others = {0: processes}, []
+    end = time.monotonic() + timeout
+    with contextlib.ExitStack() as opened:
+        server = opened.enter_context(_listening(int(coordinator.rpartition(":")[2])))
+        while len(told) < processes and set(told.values()) == {processes}:
+            server.settimeout(max(end - time.monotonic(), 0.0))
+            try:
+                other = opened.enter_context(server.accept()[0])
+            except OSError:  # the time is over
+                break
+            with contextlib.suppress(OSError, ValueError, TypeError):  # of who is no such process
+                other.settimeout(CLIENT_SECONDS)
+                one, count = _receive(other)
+                told[int(one)] = int(count)
+                others.append(other)
+        for other in others:
+            with contextlib.suppress(OSError):
+                _send(other, list(told.items()))
+    return told
+
+
+def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
+    """On the other processes: what process 0 has heard."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
+        left = max(end - time.monotonic(), POLL_SECONDS)
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
-            return
-        except OSError as error:
+            with socket.create_connection((host.strip("[]"), int(port)), left) as connection:
+                _send(connection, [process, processes])
+                connection.settimeout(left + CLIENT_SECONDS)  # its own time may end a little later
+                return dict(_receive(connection))
+        except (OSError, ValueError, TypeError) as error:  # nobody there, or somebody else
             if time.monotonic() + POLL_SECONDS > end:
                 raise _no_coordinator(process, coordinator, timeout, error) from error
         time.sleep(POLL_SECONDS)
+
+
+def _listening(port: int) -> socket.socket:
+    """As JAX's coordinator will be, on every address."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator names port {port}, which process 0 cannot open "
+            f"({os.strerror(error.errno)}); give one that is free on its host"
+        ) from error
+
+
+def _send(connection: socket.socket, value: Any) -> None:
+    connection.sendall(json.dumps(value).encode() + b"\n")
+
+
+def _receive(connection: socket.socket) -> Any:
+    with connection.makefile("rb") as lines:
+        return json.loads(lines.readline(_LINE_BYTES))
 
 
 def _no_coordinator(
@@ -137,16 +216,15 @@ def _no_coordinator(
 ) -> HostLost:
     return HostLost(
         f"process {'?' if process is None else process} found no coordinator at {place} within "
-        f"{timeout:g} s ({_first_line(error)}); start every host, and let them reach each other's "
-        "ports"
+        f"{timeout:g} s ({_first_line(error)}); {_REACHABLE}"
     )
 
 
 def _nobody_came(process: int | None, processes: int | None) -> None:
     who = "a process" if process is None else f"process {process} of {processes}"
     print(
-        f"jexit: {who} waited {_settings['timeout']:g} s and the others have not all come; start "
-        "every host, and let them reach each other's ports",
+        f"jexit: {who} waited {_settings['timeout']:g} s and the others have not all come; "
+        f"{_REACHABLE}",
         file=sys.stderr,
     )
     leave(LOST)

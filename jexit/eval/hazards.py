@@ -16,7 +16,8 @@ from jexit.axes import Array, Bool, Float, HiddenBTD, Int
 from jexit.dist import data_shards, place_rows, whole
 from jexit.kernels import exit_kl, linear_kl
 from jexit.losses.sft import target_log_hazards
-from jexit.model.policies import Full, Prescribed
+from jexit.model.exits import log_hazards
+from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import Transformer, run
 from jexit.steps.completions import Completions, pad_completions
 
@@ -27,9 +28,9 @@ _POSITIONS = 8192  # of one pass: rows of a batch follow from its length
 
 
 def _decisions(
-    student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"]
+    student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], law: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """(hazards σ(z_e), which of them were asked for, final hidden states) of completions."""
+    """(hazards under `law`, which of them were asked for, final hidden states) of completions."""
     result = run(
         student,
         rows.tokens_BT,
@@ -37,10 +38,14 @@ def _decisions(
         valid_BT=rows.valid_BT,
         hazards=True,
     )
-    hazard_BCE = jax.nn.sigmoid(rows.window(result.hazard_logits_BTE))
+    log_hazard_BCE, _ = log_hazards(
+        rows.window(result.hazard_logits_BTE),
+        temperature=law.temperature,
+        min_hazard=law.min_hazard,
+    )
     reached_BCE = jnp.asarray(student.exit_layers) <= depth_BC[..., None]
     hidden_BCD = rows.window(result.hidden_BTD)
-    return hazard_BCE, reached_BCE & rows.action_BC[..., None], hidden_BCD
+    return jnp.exp(log_hazard_BCE), reached_BCE & rows.action_BC[..., None], hidden_BCD
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -49,9 +54,10 @@ def decisions(
     states: tuple[nnx.State, ...],
     rows: Completions,
     depth_BC: Int[Array, "B C"],
+    law: Sample,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
     """Hazards of a split model under the completions' own depths, and where there are such."""
-    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC)[:2]
+    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, law)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("student_def", "teacher_def", "target"))
@@ -63,6 +69,7 @@ def decisions_and_targets(
     rows: Completions,
     depth_BC: Int[Array, "B C"],
     sharpness: Float[Array, ""],
+    law: Sample,
     *,
     target: str,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
@@ -91,7 +98,7 @@ def decisions_and_targets(
     ).kl_EN
     kl_BCE = jnp.moveaxis(kl_EN.reshape(shape[:3]), 0, -1)
     leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)
-    hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC)
+    hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC, law)
     kl_BC = linear_kl(
         hidden_BCD.reshape(-1, shape[-1]), final_BCD.reshape(-1, shape[-1]), student.head_VD,
         head_teacher_VD=teacher.head_VD,
@@ -163,10 +170,16 @@ class Recorded:
         return [np.concatenate(parts)[:count] for parts in zip(*found, strict=True)]
 
 
-def hazards_of(student: SplitModel, recorded: Recorded) -> list[list[list[float | None]]]:
-    """Hazards of every token's pass at each exit; None at exits that it did not ask."""
+def hazards_of(
+    student: SplitModel, recorded: Recorded, law: Sample
+) -> list[list[list[float | None]]]:
+    """Hazards of every token's pass at each exit; None at exits that it did not ask.
+
+    `law` has the temperature and the floor that turn a hazard logit into the probability of
+    leaving (`Sample()`: σ(z)).
+    """
     hazard_BCE, there_BCE = recorded.through(
-        lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC)
+        lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC, law)
     )
     return [
         [
@@ -184,6 +197,7 @@ def hazard_reliability(
     teacher: SplitModel,
     exit_layers: Sequence[int],
     recorded: Recorded,
+    law: Sample,
     *,
     sharpness: float,
     target: str,
@@ -197,7 +211,7 @@ def hazard_reliability(
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(
             student[0], student[1:], teacher[0], teacher[1:], rows, depth_BC,
-            jnp.float32(sharpness), target=target,
+            jnp.float32(sharpness), law, target=target,
         )
     )  # fmt: skip
     exits = []

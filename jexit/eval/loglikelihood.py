@@ -15,7 +15,7 @@ from flax import nnx
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.kernels import linear_logprob
 from jexit.model.policies import Full, Policy, Prescribed, Sample
-from jexit.model.transformer import Transformer, run
+from jexit.model.transformer import Transformer, logits_of, run
 from jexit.steps.completions import Completions, bucket_length, pad_completions
 from jexit.tasks.base import stable_hash
 
@@ -241,7 +241,7 @@ def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[
         # The last tile lies at the end and sees some tokens again, which changes nothing.
         start = jnp.minimum(number * tile, vocab - tile)
         part_VD = jax.lax.dynamic_slice_in_dim(head_VD, start, tile)
-        logits_NV = jnp.einsum("ND,VD->NV", h_ND, part_VD, preferred_element_type=jnp.float32)
+        logits_NV = logits_of(h_ND, part_VD)
         top_N, index_N = jnp.max(logits_NV, axis=-1), jnp.argmax(logits_NV, axis=-1)
         better_N = top_N > best[0]
         return (

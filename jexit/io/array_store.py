@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jexit.io.finite import all_finite
 from jexit.io.storage_errors import reason
 from jexit.io.tensor_files import Spec
 
@@ -33,7 +34,12 @@ class ArrayStore:
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Stores an array under a new name; raises ValueError when the disk refuses it."""
+        """Stores an array under a new name; raises ValueError when the disk refuses it, or NaN."""
+        if not all_finite(array):
+            raise ValueError(
+                f"the parameter {name} holds NaN or infinity, so it is not written to "
+                f"{self.directory}; go back to a model without"
+            )
         path = (self.directory / name).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {_ITEM: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)}
@@ -58,7 +64,7 @@ class ArrayStore:
             raise ValueError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """The array as it was stored; raises ValueError when damaged."""
+        """The array as it was stored; raises ValueError when damaged, or not finite."""
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:
@@ -66,6 +72,11 @@ class ArrayStore:
                 tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))
         except Exception as error:  # Orbax raises many kinds for damaged files
             raise ValueError(self._damaged(name, error)) from error
+        if not all_finite(tree[_ITEM]):
+            raise ValueError(
+                f"the parameter {name} in {self.directory} holds NaN or infinity; copy or convert "
+                "the model directory again, or take one whose training did not diverge"
+            )
         return tree[_ITEM]
 
     def items(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -16,6 +16,7 @@ from jexit.config import CheckpointConfig
 from jexit.dist import gather
 from jexit.io.files import disk_errors
 from jexit.io.fingerprint import digests
+from jexit.io.finite import not_finite
 from jexit.io.storage_errors import reason
 
 _CHECKSUMS = "digests"  # of each leaf, in the checkpoint's own metadata
@@ -65,11 +66,18 @@ class Checkpoints:
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
         """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone.
 
-        `score` ranks the checkpoint among those that are kept for being the best.
+        `score` ranks the checkpoint among those that are kept for being the best. Raises ValueError
+        when an array on the devices is not finite: checkpoints that are would make way for it.
         """
         if step in self._manager.all_steps():
             return
         named = _named(tree)
+        on_device = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
+        if broken := not_finite(on_device):
+            raise ValueError(
+                f"{broken[0]} holds NaN or infinity after step {step}, so no checkpoint of it is "
+                f"written to {self.directory}; lower config.optim.*_lr"
+            )
         # The storage notices missing bytes, not altered ones.
         metadata = {_CHECKSUMS: digests(named)}
         with self._write_errors():

@@ -20,6 +20,7 @@ from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.dist import is_primary, whole
 from jexit.io.array_store import ArrayStore
 from jexit.io.atomic import atomic_directory
+from jexit.io.finite import all_finite
 from jexit.io.hf_config import write_json
 from jexit.io.model_source import (
     ADAPTERS,
@@ -114,7 +115,13 @@ def load_source(
     def put(items: Iterable[tuple[str, np.ndarray]]) -> None:
         for path, array in items:
             assert shapes[path].shape == array.shape, (path, shapes[path].shape, array.shape)
-            values[path] = place(path, array.astype(shapes[path].dtype, copy=False))
+            wanted = array.astype(shapes[path].dtype, copy=False)
+            if wanted is not array and not all_finite(wanted):
+                raise ValueError(
+                    f"{path} of {source.directory} is too large for {wanted.dtype}; load it in a "
+                    "wider dtype (config.model.dtype), or take another checkpoint"
+                )
+            values[path] = place(path, wanted)
 
     put(weights.parameters())
     put(adapters.items())

@@ -22,8 +22,8 @@ LOG_WIDTH = 120
 class Progress:
     """Shows how far a run has come and how its metrics stand.
 
-    In a terminal this is one live line. Anywhere else, a line is printed for the first step, then
-    every `interval` seconds, and for the last.
+    In a terminal that can redraw it this is one live line. Anywhere else (a log, `TERM=dumb`), a
+    line is printed for the first step, then every `interval` seconds, and for the last.
 
         with Progress(total=100, description="rl") as progress:
             progress.update(step, accuracy=0.8, **{"depth/fraction": 0.5})
@@ -63,7 +63,7 @@ class Progress:
         self._shown: dict[str, Any] = {}
         self._printed_step: int | None = None
         self._bar: RichProgress | None = None
-        if enabled and self._console.is_terminal:
+        if enabled and self._console.is_interactive:
             self._bar = RichProgress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=16),

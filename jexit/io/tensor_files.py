@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jexit.io.finite import all_finite
 from jexit.io.hf_config import write_json
 from jexit.untrusted import parse_json, read_object
 
@@ -81,14 +82,20 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype it is stored in."""
+        """One tensor, in the dtype it is stored in; raises ValueError when it is not finite."""
         path, file = self._files[name]
         try:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{name} cannot be read from {path} ({error}); copy it again"
             ) from error
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} in {path} holds NaN or infinity; copy it again, or take a checkpoint "
+                "whose training did not diverge"
+            )
+        return tensor
 
 
 def _header(path: pathlib.Path) -> bytes:
@@ -185,9 +192,14 @@ class TensorWriter:
             self._places[name] = (file, 8 + len(text) + offsets[name])
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Stores one tensor; it must have the shape and dtype that was announced."""
+        """Stores one tensor; it must be finite, and have the shape and dtype announced."""
         spec = self._specs[name]
         assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} holds NaN or infinity as {spec.dtype}, so it is not written; go back to "
+                "a model without"
+            )
         file, offset = self._places.pop(name)
         file.seek(offset)
         file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)

@@ -109,12 +109,13 @@ def print_results(written: dict[str, Any]) -> None:
     """What `eval.json` holds, as tables: a line a policy, a control, a measure."""
     print(
         f"{'policy':<16}{'accuracy':>10}{'95 % interval':>18}{'depth':>8}{'of L':>7}{'tokens':>8}"
+        f"{'layers/problem':>16}"
     )
     for run in written["runs"]:
         print(
             f"{run['policy']:<16}{run['accuracy']:>10.1%}{_per_cent(run['accuracy_ci95']):>18}"
             f"{run['depth_mean']:>8.2f}{run['depth_fraction']:>7.0%}"
-            f"{run['completion_length']:>8.1f}"
+            f"{run['completion_length']:>8.1f}{run['layers_per_problem']:>16.1f}"
         )
     for pair in written["controls"]:
         print(
@@ -177,6 +178,7 @@ def compare(before: PolicyResult | dict, after: PolicyResult | dict, title: str)
         "depth/fraction": "depth_fraction",
         "depth/mean": "depth_mean",
         "completion/length": "completion_length",
+        "layers/problem": "layers_per_problem",
     }
     rows = [(name, old[key], new[key]) for name, key in names.items()]
     shared = old["text"].keys() & new["text"].keys()

@@ -17,6 +17,7 @@ from jexit.io.progress import Progress
 from jexit.loops.decoder import Decoder, ModelCompleter
 from jexit.loops.policies import Examination, PolicyResult, evaluate_policy
 from jexit.loops.setup import load_task
+from jexit.model import policies as halting
 from jexit.steps.state import SplitModel
 from jexit.tasks import ChainTask, Task
 
@@ -139,7 +140,7 @@ class Measurer:
             made = self.made[policy][: self.config.eval.heat_maps]
             if not made:
                 continue
-            hazards = hazards_of(self._student, self._recorded(made))
+            hazards = hazards_of(self._student, self._recorded(made), self._law(policy))
             for index, completion in enumerate(made):
                 problem = self.examination.problems[index]
                 examples.append(
@@ -159,6 +160,10 @@ class Measurer:
     @property
     def _student(self) -> tuple[Any, ...]:
         return self.split.decodable(self.split.trainable)
+
+    def _law(self, policy: str) -> halting.Sample:
+        """What makes a hazard of a logit: the sampler's temperature and floor, else σ(z)."""
+        return self.decoder.law if policy == "sample" else halting.Sample()
 
     def _completions(self, policy: str) -> list[Completion]:
         if policy not in self.made:
@@ -187,6 +192,7 @@ class Measurer:
             self.split.decodable_teacher(self.split.trainable),
             self.exits,
             self._recorded(self._completions(policy)),
+            self._law(policy),
             sharpness=sft.sharpness,
             target=sft.target,
         )

@@ -16,6 +16,7 @@ from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
 from jexit.tasks import Problem, Task
+from jexit.tasks.streams import NoMoreProblems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class PolicyResult:
     depth_mean: float
     depth_fraction: float
     depth_fraction_ci95: Interval  # bootstrap over problems
+    layers_per_problem: float  # Σ of the depths of a completion's tokens: what an answer cost
+    layers_per_problem_ci95: Interval  # bootstrap over problems
     depth_histogram: dict[str, int]  # tokens by layers run
     depth_by_class: dict[str, dict[str, float]]
     problems: int
@@ -70,6 +73,8 @@ class PolicyResult:
             depth_mean=depth,
             depth_fraction=depth / layers,
             depth_fraction_ci95=bootstrap_ratio(run, whole),
+            layers_per_problem=sum(run) / count,
+            layers_per_problem_ci95=bootstrap_ratio(run, [1] * count),
             depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
             depth_by_class=depth_by_class(
                 made, tokenizer.tokens, examination.task.answer_mark, tokenizer.eos_ids
@@ -131,7 +136,10 @@ def held_out(
     require_problems(task, split)
     problems, prompts, index = [], [], 0
     while len(problems) < count and (size is None or index < size):
-        problem = task.problem(split, index)
+        try:
+            problem = task.problem(split, index)
+        except NoMoreProblems:
+            break
         ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
         index += 1
         if len(ids) > limit and config.task.skip_long:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
 from jexit.config import RLConfig
+from jexit.eval.depth import Completion
+from jexit.losses.rloo import depth_cost, rewards
 from jexit.steps.rl import Prices
+from jexit.tasks import Rewards
 
+FLOOR_PENALTY = 100.0  # reward a unit of accuracy under the floor: a point of it outweighs layers
 ACCURACY_DECAY = 0.8  # of the moving average that the floor is held against
 
 
@@ -55,6 +60,43 @@ class Pressure:
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         self.accuracy, self.multiplier = (float(value) for value in state["pressure"])
+
+
+def penalised_reward(
+    rl: RLConfig, earned: Rewards, completions: Sequence[Completion], layers: int
+) -> float:
+    """Mean reward of completions at the full λ and μ, whatever a schedule has reached by now.
+
+    Verifier, depth and length as `losses.rloo.rewards` has them, without the KL to the teacher.
+    Every point of accuracy under `accuracy_floor` takes off 1, so that among models at the floor
+    the cheapest wins and below it the one that is right more often.
+    """
+    lengths_B1 = np.asarray([[len(completion.depths)] for completion in completions])
+    depth_BC = np.zeros((len(completions), lengths_B1.max()))
+    for row, completion in enumerate(completions):
+        depth_BC[row, : len(completion.depths)] = completion.depths
+    index_C = np.arange(depth_BC.shape[1])
+    token_BC = (index_C < lengths_B1).astype(np.float32)
+    cost_B = depth_cost(
+        depth_BC / layers,
+        token_BC * (index_C > 0),
+        token_BC,
+        norm=rl.depth_norm,
+        length_ref=rl.length_ref,
+    )
+    reward = rewards(
+        np.asarray([getattr(earned, completion.verdict) for completion in completions]),
+        cost_B,
+        np.zeros_like(token_BC),
+        token_BC,
+        depth_coef=rl.depth_coef,
+        kl_coef=0.0,
+        length_coef=rl.length_coef,
+        length_ref=rl.length_ref,
+    )
+    accuracy = np.mean([completion.right for completion in completions])
+    missing = max(0.0, rl.accuracy_floor - float(accuracy))
+    return float(reward.total_B.mean()) - FLOOR_PENALTY * missing
 
 
 @dataclasses.dataclass

@@ -62,6 +62,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         },
         host_state=lambda: pressure.state() | watch.state() | shapes.state(),
         load_host_state=load_host_state,
+        measure=stage.validation if config.checkpoint.keep_best else None,
     )
     state = trainer.restore(new_state(split.trainable, stage.optimizer))
 

@@ -12,6 +12,7 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, prompt_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, from_primary, is_primary
+from jexit.eval.depth import Completion
 from jexit.io.metrics import write_json_atomic
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
@@ -19,7 +20,14 @@ from jexit.loops.decoder import Decoder
 from jexit.loops.evaluate import compare
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
-from jexit.loops.policies import Examination, check_room, evaluate_policy, held_out
+from jexit.loops.policies import (
+    Examination,
+    PolicyResult,
+    check_room,
+    evaluate_policy,
+    held_out,
+)
+from jexit.loops.pressure import penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
@@ -106,7 +114,17 @@ class Stage:
         return from_primary("before.json", read_object(path, remedy) if is_primary() else None)
 
     def measure(self, trainable: Params) -> dict[str, Any]:
-        """Held-out accuracy and depth under sampled exits."""
+        """Accuracy and depth on the validation split under sampled exits."""
+        return dataclasses.asdict(self._measured(trainable)[0])
+
+    def validation(self, state: TrainState) -> dict[str, float]:
+        """Metrics on the validation split, by which RL chooses its best checkpoint."""
+        result, made = self._measured(state.trainable)
+        reward = penalised_reward(self.config.rl, self.task.rewards, made, self.layers)
+        names = ("accuracy", "depth_fraction", "layers_per_problem")
+        return {f"val/{name}": getattr(result, name) for name in names} | {"val/reward": reward}
+
+    def _measured(self, trainable: Params) -> tuple[PolicyResult, list[Completion]]:
         decoder = Decoder(
             parts=self.split.decodable(trainable),
             layers=self.layers,
@@ -118,8 +136,7 @@ class Stage:
             seed=self.config.seed,
         )
         examination = Examination.of(self.task, self.tokenizer, self.config)
-        result, _ = evaluate_policy(decoder, examination, "sample")
-        return dataclasses.asdict(result)
+        return evaluate_policy(decoder, examination, "sample")
 
     def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:
         """Ends a run: measures again, writes `WORKDIR/model`, draws, prints a closing table."""
@@ -140,7 +157,11 @@ class Stage:
         write_json_atomic(self.workdir / "after.json", after)
         temperature = self.config.eval.temperature
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
-        compare(before, after, f"{self.config.task.name}, held out, sampled exits, {tokens}")
+        compare(
+            before,
+            after,
+            f"{self.config.task.name}, {self.config.eval.split} split, sampled exits, {tokens}",
+        )
         print(f"Wrote {self.workdir / 'model'}")
         print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()

@@ -18,7 +18,7 @@ import numpy as np
 from jexit.config import Config
 from jexit.dist import gather, is_primary, place_parameters, waiting
 from jexit.io.checkpoint import Checkpoints
-from jexit.io.metrics import MetricsWriter, SamplesWriter
+from jexit.io.metrics import MetricsWriter, SamplesWriter, read_metrics
 from jexit.io.progress import Progress
 from jexit.loops.compilations import Compilations
 from jexit.loops.flops import mfu
@@ -44,7 +44,7 @@ class Trainer:
     the log. `tokens` and `model_flops` of a step's metrics become `tokens_per_second` and, where
     the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
     `host_state` and `load_host_state` save and restore what a loop keeps on the host besides the
-    state.
+    state. `measure` adds metrics of the state to those of a step whose checkpoint gets a score.
     """
 
     config: Config
@@ -53,12 +53,15 @@ class Trainer:
     shown: dict[str, str]
     host_state: Callable[[], dict[str, np.ndarray]] = dict
     load_host_state: Callable[[dict[str, np.ndarray]], None] = lambda values: None
+    measure: Callable[[TrainState], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
         self.samples: SamplesWriter | None = None
         self._compilations = Compilations()
         self._scores = np.zeros(2)  # since the last scored checkpoint: their sum and number
+        self._skipped = 0  # steps since the start or the checkpoint that the run resumed from
+        self._skipping = False  # whether the last of them was
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint's state, or `state` when the run is new."""
@@ -85,13 +88,20 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def best(self, state: TrainState) -> TrainState:
-        """The state of the best checkpoint, of which `state` has the shapes."""
+        """The state of the best checkpoint, of which `state` has the shapes; `state` without one.
+
+        Without one only if every step at which one was due has been skipped.
+        """
         step = self.checkpoints.best_step()
-        assert step is not None, "the run's last checkpoint has a score"
+        if step is None:
+            return state
         return self.checkpoints.restore(self._saved(state), step)["state"]
 
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
-        """Trains to the end; raises Diverged or Interrupted (both after saving what is good)."""
+        """Trains to the end; raises Diverged or Interrupted (both after saving what is good).
+
+        While steps are skipped no checkpoint is written: the one before stays the last good one.
+        """
         start, total = int(state.step), self.config.steps
         stop = _StopSignals()
         pending: tuple[int, dict[str, Any]] | None = None
@@ -113,19 +123,30 @@ class Trainer:
                     name for name in gather(f"the end of step {step + 1}", stop.name) if name
                 ]
                 due = done or self.checkpoints.due(step + 1)
+                if due and self.measure is not None:
+                    metrics |= self.measure(state)
+                    last = time.monotonic()
                 if due or signals:
                     # The log must hold every step that the checkpoint holds.
                     self._flush(*pending)
                     pending = None
-                    self._save(step + 1, state, scored=due)
+                    if not self._skipping:
+                        self._save(step + 1, state, scored=due)
                 if signals and not done:
+                    saved = f"the state is saved in {self.checkpoints.directory}"
+                    if self._skipping:
+                        saved = f"steps are being skipped, last good checkpoint: {self._last_good}"
                     self.close()
                     raise Interrupted(
-                        f"stopped by {signals[0]} after step {step + 1}; the state is saved in "
-                        f"{self.checkpoints.directory}, and the same command continues the run"
+                        f"stopped by {signals[0]} after step {step + 1}; {saved}, and the same "
+                        "command continues the run"
                     )
         with waiting("the last checkpoint"):
             self.checkpoints.wait()
+        if self._skipped == total:
+            raise self._diverged(f"all {total} steps")
+        if is_primary():
+            self._tell_skipped()
         return state
 
     def close(self) -> None:
@@ -149,6 +170,8 @@ class Trainer:
 
     def _note_score(self, values: dict[str, float]) -> None:
         name = self.config.best_metric
+        if name.lstrip("-") not in values:  # it is measured now and then
+            return
         score = values[name.lstrip("-")] * (-1.0 if name.startswith("-") else 1.0)
         if math.isfinite(score):
             self._scores = self._scores + (score, 1.0)
@@ -167,16 +190,30 @@ class Trainer:
         self._progress.update(
             step, **{short: values[name] for name, short in self.shown.items() if name in values}
         )
-        if values.get("skipped", 0) >= self.config.optim.max_skipped:
-            latest = self.checkpoints.latest_step()
-            good = (
-                f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
-            )
-            self.close()
-            raise Diverged(
-                f"loss or gradients were not finite in {int(values['skipped'])} steps in a row (up "
-                f"to step {step}); last good checkpoint: {good}; lower config.optim.*_lr"
-            )
+        self._skipping = values["skipped"] > 0
+        self._skipped += self._skipping
+        if values["skipped"] >= self.config.optim.max_skipped:
+            raise self._diverged(f"{int(values['skipped'])} steps in a row (up to step {step})")
+
+    def _diverged(self, where: str) -> Diverged:
+        error = Diverged(
+            f"loss, gradients or the updated parameters were not finite in {where}; last good "
+            f"checkpoint: {self._last_good}; lower config.optim.*_lr"
+        )
+        self.close()
+        return error
+
+    @property
+    def _last_good(self) -> str:
+        """The newest checkpoint: none is written while steps are skipped."""
+        latest = self.checkpoints.latest_step()
+        return f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
+
+    def _tell_skipped(self) -> None:
+        """Prints how many steps of the whole run were skipped, if any were."""
+        rows = read_metrics(self.workdir)
+        if skipped := sum(row.get("skipped", 0) > 0 for row in rows):
+            print(f"Skipped {skipped} of {len(rows)} steps, which were not finite")
 
 
 def peak_memory() -> dict[str, float]:

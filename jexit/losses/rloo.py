@@ -20,10 +20,30 @@ class Reward(NamedTuple):
     length_B: Float[Array, "B"]
 
 
-def rewards(
-    verifier_B: Float[Array, "B"],
+def depth_cost(
     depth_fraction_BC: Float[Array, "B C"],
     action_BC: Float[Array, "B C"],
+    token_BC: Float[Array, "B C"],
+    *,
+    norm: str,
+    length_ref: float,
+) -> Float[Array, "B"]:
+    """What the depth penalty λ is charged on.
+
+    `mean` (arXiv:2603.21376): mean depth/L over action positions (`action_BC`), the passes that
+    could have left; a completion of one token has none and counts as full depth. Shallow filler
+    lowers it. `total`: Σ depth/L over all generated tokens (`token_BC`), divided by T_ref: the
+    compute of the answer, which no further token lowers.
+    """
+    if norm == "total":
+        return jnp.sum(depth_fraction_BC * token_BC, axis=1) / length_ref
+    actions_B = jnp.sum(action_BC, axis=1)
+    return jnp.where(actions_B > 0, masked_mean(depth_fraction_BC, action_BC, axis=1), 1.0)
+
+
+def rewards(
+    verifier_B: Float[Array, "B"],
+    depth_cost_B: Float[Array, "B"],
     log_ratio_BC: Float[Array, "B C"],
     token_BC: Float[Array, "B C"],
     *,
@@ -32,17 +52,15 @@ def rewards(
     length_coef: Array | float,
     length_ref: float,
 ) -> Reward:
-    """R = verifier − λ·mean depth/L − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
+    """R = verifier − λ·depth cost − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
 
-    The depth mean runs over action positions (`action_BC`): the passes that could have left. A
-    completion of one token has none and counts as full depth. The KL mean runs over all generated
-    tokens (`token_BC`), T is their number.
+    The KL mean runs over all T generated tokens (`token_BC`). As T is the policy's own, β times
+    the gradient of that term is not exactly β times the gradient of a KL a token: it also favours
+    lengths over which the policy happens to stay near the teacher.
     """
-    actions_B = jnp.sum(action_BC, axis=1)
-    depth_B = jnp.where(actions_B > 0, masked_mean(depth_fraction_BC, action_BC, axis=1), 1.0)
     kl_B = masked_mean(log_ratio_BC, token_BC, axis=1)
     parts = (
-        -depth_coef * depth_B,
+        -depth_coef * depth_cost_B,
         -kl_coef * kl_B,
         -length_coef * jnp.sum(token_BC, axis=1) / length_ref,
     )
@@ -86,25 +104,32 @@ def group_advantages(
 def causal_depth_cost(
     depth_fraction_BC: Float[Array, "B C"],
     action_BC: Float[Array, "B C"],
+    token_BC: Float[Array, "B C"],
     rollouts: int,
     keep_B: Bool[Array, "B"] | None = None,
+    *,
+    norm: str,
+    length_ref: float,
 ) -> Float[Array, "B C"]:
-    """Mean depth/L of a row, less what was spent before each token: Σ_s d_s / n − Σ_{s<t} d_s / n̄.
+    """The depth cost of a row less what was spent before each token, Σ_s d_s / n − Σ_{s<t} d_s / n̄.
 
     For causal credit: token t (whose own pass has depth_t) is charged for depths at and after it.
-    n is the row's number of action positions, n̄ the mean number of the prompt's other rows: the
-    row's own n depends on what it does later, so that Σ_{s<t} d_s / n is no baseline and would
+    Under `norm="total"` n = n̄ = T_ref, and the difference is exactly Σ_{s≥t} d_s / T_ref. Under
+    `mean` n is the row's number of action positions, n̄ the mean number of the prompt's other rows:
+    the row's own n depends on what it does later, so that Σ_{s<t} d_s / n is no baseline and would
     reward ending the text. Where all rows are equally long this is Σ_{s≥t} d_s / n. A row without
-    action positions ran at full depth and costs 1, as in `rewards`.
+    action positions ran at full depth and costs 1, as in `depth_cost`.
     """
-    cost_BC = jnp.where(action_BC > 0, depth_fraction_BC, 0.0)
+    total_B = depth_cost(depth_fraction_BC, action_BC, token_BC, norm=norm, length_ref=length_ref)
+    spent_BC = depth_fraction_BC * (token_BC if norm == "total" else action_BC)
+    before_BC = jnp.cumsum(spent_BC, axis=1) - spent_BC
+    if norm == "total":
+        return total_B[:, None] - before_BC / length_ref
     count_B = jnp.sum(action_BC, axis=1)
-    total_B = jnp.where(count_B > 0, jnp.sum(cost_BC, axis=1) / jnp.maximum(count_B, 1.0), 1.0)
     keep_B = jnp.ones_like(count_B) if keep_B is None else keep_B.astype(jnp.float32)
     kept_PG, keep_PG = (x.reshape(-1, rollouts) for x in (keep_B * count_B, keep_B))
     others_B = (kept_PG.sum(1, keepdims=True) - kept_PG).ravel()
     others_B /= jnp.maximum((keep_PG.sum(1, keepdims=True) - keep_PG).ravel(), 1.0)
-    before_BC = jnp.cumsum(cost_BC, axis=1) - cost_BC
     usual_B1 = others_B[:, None]
     return total_B[:, None] - jnp.where(usual_B1 > 0, before_BC / jnp.maximum(usual_B1, 1e-6), 0.0)
 
@@ -152,8 +177,21 @@ def loss_weights(
     return token_BC / denominator
 
 
+def k2(log_student: Array, log_teacher: Array) -> Array:
+    """½·δ² at a sampled token, δ = log s/t: its mean gradient is that of KL(student ‖ teacher).
+
+    Over tokens that the student itself sampled, E[δ·∇log s] = ∇ Σ s·log(s/t). Its mean value is
+    not that KL but agrees with it to second order (Schulman, "Approximating KL divergence").
+    """
+    return 0.5 * jnp.square(log_student - log_teacher)
+
+
 def k3(log_student: Array, log_teacher: Array) -> Array:
-    """The k3 estimate of KL(student ‖ teacher) at a sampled token: e^δ − δ − 1 ≥ 0, δ = log t/s."""
+    """e^δ − δ − 1 ≥ 0 at a sampled token, δ = log t/s: its mean value is KL(student ‖ teacher).
+
+    Its mean gradient over the student's own samples is that of KL(teacher ‖ student), the other
+    direction: E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman, "Approximating KL divergence").
+    """
     delta = log_teacher - log_student
     return jnp.expm1(delta) - delta
 
@@ -172,7 +210,8 @@ def reached_decision_entropy(
     """Entropy of the leave/stay decisions at the exits reached, nats.
 
     Its mean over the policy's own depths is the entropy of the depth law (chain rule), and unlike
-    that it reads no hazard beyond the token's own exit.
+    that it reads no hazard beyond the token's own exit. Its gradient is only a part of the
+    entropy's: which exits are reached depends on the hazards too (`depth_entropy_bonus`).
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)
@@ -180,3 +219,14 @@ def reached_decision_entropy(
     entropy = -(leave * safe_leave + rest * safe_rest)
     reached = jnp.arange(log_hazard.shape[-1]) <= exit_index[..., None]
     return jnp.sum(jnp.where(reached, entropy, 0.0), axis=-1)
+
+
+def depth_entropy_bonus(
+    reached_entropy: Float[Array, "*A"], depth_logprob: Float[Array, "*A"]
+) -> Float[Array, "*A"]:
+    """A term whose mean gradient over the policy's own depths is that of the depth law's entropy.
+
+    With h = `reached_decision_entropy`: ∇E_P[h] = E_P[∇h + h·∇log P(d)], the pathwise and the score
+    part. The first alone pulls every hazard to ½.
+    """
+    return reached_entropy + jax.lax.stop_gradient(reached_entropy) * depth_logprob

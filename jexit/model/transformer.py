@@ -29,6 +29,7 @@ from jexit.axes import (
     TokensBT,
 )
 from jexit.dist import constrain
+from jexit.kernels import tiles
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
 from jexit.model.embedding import Embedding
@@ -356,5 +357,5 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters):
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
-    """hidden · headᵀ accumulated and returned in float32: [..., V]."""
-    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+    """hidden · headᵀ in float32, [..., V], at the precision of the kernels that score tokens."""
+    return tiles.logits(hidden, head_VD)

@@ -133,7 +133,7 @@ def _overview(runs: Sequence[Run]) -> Section:
 
 
 def _cards(run: Run) -> Html | None:
-    """The three figures that a run comes down to, and what they are measured against."""
+    """The four figures that a run comes down to, and what they are measured against."""
     found = tables.headline(run)
     if not found:
         return None
@@ -161,6 +161,12 @@ def _cards(run: Run) -> Html | None:
             number(first.completion_length, 1),
             f"{number(first.problems, 0)} problems, {number(first.tokens, 0)} tokens",
             against(number(second.completion_length, 1)),
+        ),
+        (
+            "layers a problem",
+            number(first.layers_per_problem, 1),
+            "summed over the tokens of a completion",
+            against(number(second.layers_per_problem, 1)),
         ),
     )
     shown = [

@@ -88,9 +88,16 @@ DEPTH = Panel(
     colours=(ORANGE,),
 )
 
+LAYERS = Panel(
+    title="Layers a problem",
+    unit="layers run per completion",
+    metrics={"layers/problem": "layers"},
+    colours=(ORANGE,),
+)
+
 # File name → panels, in the order in which the files are listed.
 FIGURES: Mapping[str, Sequence[Panel]] = {
-    "training": (ACCURACY, DEPTH),
+    "training": (ACCURACY, DEPTH, LAYERS),
     "reward": (
         Panel(
             title="Reward",
@@ -141,9 +148,9 @@ FIGURES: Mapping[str, Sequence[Panel]] = {
 def plot_training(workdir: str | os.PathLike[str]) -> list[Path]:
     """Draws every metric of a run to `WORKDIR/plots/*.svg` and returns the files, main one first.
 
-    `training.svg` has accuracy and depth over the steps. Other files group what belongs together;
-    metrics that no group knows go to `other.svg`, so nothing that was logged is left out. A thin
-    line is what was measured, the thick one a running mean. No metrics, no files.
+    `training.svg` has accuracy, depth and layers a problem over the steps. Other files group what
+    belongs together; metrics that no group knows go to `other.svg`, so nothing that was logged is
+    left out. A thin line is what was measured, the thick one a running mean. No metrics, no files.
     """
     workdir = Path(workdir)
     curves = Curves(read_metrics(workdir))

@@ -42,6 +42,8 @@ class PolicyFigures:
     depth_fraction_ci95: Interval | None = None
     depth_histogram: dict[str, int] = dataclasses.field(default_factory=dict)
     completion_length: float = math.nan
+    layers_per_problem: float = math.nan
+    layers_per_problem_ci95: Interval | None = None
     truncated: float = math.nan
     verdicts: dict[str, int] = dataclasses.field(default_factory=dict)
     text: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -49,12 +51,21 @@ class PolicyFigures:
     control_of: str | None = None
 
     def __post_init__(self) -> None:
+        if math.isnan(self.layers_per_problem):  # an older file: the same by its means
+            layers = self.depth_mean * self.completion_length
+            object.__setattr__(self, "layers_per_problem", layers)
         for depth in self.depth_histogram:
             if not _COUNT.fullmatch(depth):
                 raise ValueError(
                     f"depth_histogram for {_shown(depth)} layers where a number of layers in the "
                     "digits 0-9 belongs"
                 )
+
+    @property
+    def seconds_per_problem(self) -> float:
+        """Wall time of an answer in the evaluation's own batches; NaN where it was not measured."""
+        speed = self.tokens_per_second
+        return self.completion_length / speed if speed > 0 else math.nan
 
     @property
     def kind(self) -> str:

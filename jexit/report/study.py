@@ -69,8 +69,13 @@ COLUMNS: Mapping[str, Column] = {
     "over one exit": Column("sample less fixed:matched/accuracy_difference"),
     "over one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
     "tokens": Column("sample/completion_length", share=False),
+    "layers a problem": Column("sample/layers_per_problem", share=False),
+    "layers a problem before": Column("before/layers_per_problem", share=False),
+    "layers a problem after": Column("after/layers_per_problem", share=False),
+    "layers a problem at full depth": Column("full/layers_per_problem", share=False),
     "step size": Column("sample/text/step_size", share=False),
     "on the page": Column("sample/text/on_the_page"),
+    "on the page at full depth": Column("full/text/on_the_page"),
     "chain lines": Column("sample/text/chain_lines", share=False),
     "at once": Column("sample/capacity/at_once/accuracy"),
     "at once, full depth": Column("full/capacity/at_once/accuracy"),
@@ -112,8 +117,10 @@ COLUMNS: Mapping[str, Column] = {
 }
 
 SUMMARY = (
-    *("right before", "depth before", "right after", "depth after"),
-    *("right", "depth", "right at full depth", "over one exit", "over shuffled"),
+    *("right before", "depth before", "layers a problem before"),
+    *("right after", "depth after", "layers a problem after"),
+    *("right", "depth", "layers a problem", "right at full depth", "over one exit"),
+    "over shuffled",
 )
 
 
@@ -230,12 +237,24 @@ def _lines(path: Path) -> list[dict[str, str]]:
                         f"line {reader.line_num} of {path} has not as many cells as the first; "
                         f"copy a sweep's {kept} there anew"
                     )
-                lines.append(line)
+                lines.append(line | _layers_per_problem(line, path.name))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV file ({error}); copy a sweep's {kept} there") from error
     if not lines:
         raise ValueError(f"{path} has no line; copy a sweep's {kept} there")
     return lines
+
+
+def _layers_per_problem(line: Mapping[str, str], file: str) -> dict[str, str]:
+    """What older tables lack and imply: a policy's mean depth times its completions' length."""
+    ending, made = "/completion_length", {}
+    for source in line:
+        policy = source.removesuffix(ending)
+        name, depth = f"{policy}/layers_per_problem", f"{policy}/depth_mean"
+        if policy != source and name not in line and depth in line:
+            layers = _number(line[depth], file, depth) * _number(line[source], file, source)
+            made[name] = f"{layers:g}"
+    return made
 
 
 def _number(text: str | None, file: str, column: str) -> float:

@@ -114,7 +114,7 @@ def about(runs: Sequence[Run]) -> Html:
 def key_figures(runs: Sequence[Run]) -> Html | None:
     """Accuracy, depth and tokens of every run's main policy, against what they started from."""
     head = ["run", "measured", "accuracy", "95 % interval", "share of layers", "mean depth"]
-    head += ["tokens", "problems"]
+    head += ["tokens", "layers a problem", "problems"]
     rows = []
     for run in runs:
         for name, figures in headline(run):
@@ -127,13 +127,15 @@ def key_figures(runs: Sequence[Run]) -> Html | None:
                     per_cent(figures.depth_fraction),
                     number(figures.depth_mean),
                     number(figures.completion_length, 1),
+                    number(figures.layers_per_problem, 1),
                     number(figures.problems, 0),
                 ]
             )
     if not rows:
         return None
     return table(
-        "Key figures: share of right answers, share of all layers run, tokens a completion",
+        "Key figures: share of right answers, share of all layers run for a token, tokens of a "
+        "completion, layers run for all of them",
         head,
         rows,
         texts=2,
@@ -158,6 +160,7 @@ def policies(run: Run) -> Html:
     results = run.evaluation.runs
     texts = sorted({name for figures in results for name in figures.text})
     depth_intervals = any(figures.depth_fraction_ci95 for figures in results)
+    layer_intervals = any(figures.layers_per_problem_ci95 for figures in results)
     head = [
         "policy",
         "accuracy",
@@ -166,8 +169,11 @@ def policies(run: Run) -> Html:
         "share of layers",
         *(["95 % interval"] if depth_intervals else []),
         "tokens",
+        "layers a problem",
+        *(["95 % interval"] if layer_intervals else []),
         "cut off",
         "tokens/s",
+        "s/problem",
         "strict / lenient / wrong / none",
         *(name.replace("_", " ") for name in texts),
     ]
@@ -187,16 +193,22 @@ def policies(run: Run) -> Html:
                 per_cent(figures.depth_fraction),
                 *([interval(figures.depth_fraction_ci95)] if depth_intervals else []),
                 number(figures.completion_length, 1),
+                number(figures.layers_per_problem, 1),
+                *(
+                    [_number_interval(figures.layers_per_problem_ci95, 1)]
+                    if layer_intervals
+                    else []
+                ),
                 per_cent(figures.truncated),
                 number(figures.tokens_per_second, 0),
+                number(figures.seconds_per_problem, 3),
                 " / ".join(verdicts) if figures.verdicts else "–",
                 *(number(figures.text.get(text)) for text in texts),
             ]
         )
     problems = ", ".join(sorted({number(figures.problems, 0) for figures in results}))
-    held_out = run.evaluation is None or run.evaluation.split == "test"
-    which = "held-out" if held_out else "training"
-    return table(f"Policies on {problems} {which} problems", head, rows)
+    split = "val" if run.evaluation is None else run.evaluation.split
+    return table(f"Policies on {problems} problems of the {split} split", head, rows)
 
 
 def differences(run: Run) -> Html:
@@ -399,8 +411,11 @@ def _points_interval(bounds: Interval | None) -> str:
     return "" if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
 
 
-def _number_interval(bounds: Interval | None) -> str:
-    return "" if bounds is None else f"{number(bounds[0], 3)} to {number(bounds[1], 3)}"
+def _number_interval(bounds: Interval | None, digits: int = 3) -> str:
+    if bounds is None:
+        return ""
+    low, high = (number(bound, digits) for bound in bounds)
+    return f"{low} to {high}"
 
 
 def _setting(values: Mapping[str, Any], key: str) -> str:

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, Float, Int
 from jexit.kernels.dispatch import target
+from jexit.kernels.tiles import product
 from jexit.model.block import Block
 from jexit.model.lora import StackedLinear
 from jexit.model.transformer import Transformer, logits_of
@@ -110,7 +110,7 @@ def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Floa
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)
-    logits_VB = jnp.einsum("VD,BD->VB", head_VD, h_BD, preferred_element_type=jnp.float32)
+    logits_VB = product(head_VD, h_BD, (1, 1))
     return jax.lax.optimization_barrier(logits_VB).T
 
 

@@ -108,17 +108,26 @@ def summed(one: Callable[[Array], Any], count: int) -> Any:
     return total
 
 
+def _all_finite(tree: Any) -> Array:
+    """Whether no array of a tree holds NaN or infinity."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
+
+
 def apply_gradients(
     state: TrainState,
     optimizer: optax.GradientTransformation,
     gradients: Params,
     loss: Array,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step; if loss or gradients are not finite, parameters stay, counted."""
+    """One optimiser step, skipped and counted where loss, gradients or its result are not finite.
+
+    Skipped: parameters and the optimiser's state stay as they were.
+    """
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite((trainable, opt_state))
     trainable, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (trainable, opt_state),

@@ -16,7 +16,10 @@ from jexit.losses.masked import masked_mean, masked_sum
 from jexit.losses.rloo import (
     Reward,
     causal_depth_cost,
+    depth_cost,
+    depth_entropy_bonus,
     group_advantages,
+    k2,
     k3,
     loss_weights,
     policy_loss_terms,
@@ -109,6 +112,7 @@ def make_rl_step(
     model = split.student(split.trainable)
     layers, exit_layers = model.arch.layers, model.exit_layers
     law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
+    charged = {"norm": config.depth_norm, "length_ref": config.length_ref}
     exact_kl = config.kl_loss_coef > 0 and config.kl_loss == "exact"
 
     def flat(values: Array) -> Array:
@@ -146,6 +150,11 @@ def make_rl_step(
         stacked = jax.lax.map(one, jnp.arange(micro_batches))
         return joined(stacked)
 
+    def spent(batch: RLBatch) -> tuple[Array, Array, Array]:
+        """Depth/L of every token, which passes could leave, and which positions hold a token."""
+        masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
+        return batch.depth_JW / layers, *masks
+
     def advantages(batch: RLBatch, reward: Reward, prices: Prices) -> Array:
         """Advantage of every action pair [J, W]."""
         keep_J = ~batch.truncated_J if config.mask_truncated else None
@@ -155,7 +164,7 @@ def make_rl_step(
             )
             return jnp.broadcast_to(advantage_J[:, None], batch.depth_JW.shape)
         cost_JW = prices.depth_coef * causal_depth_cost(
-            batch.depth_JW / layers, batch.action_JW, config.rollouts, keep_J
+            *spent(batch), config.rollouts, keep_J, **charged
         )
         rest_J = reward.total_B - reward.depth_B
         return group_advantages(
@@ -169,8 +178,7 @@ def make_rl_step(
         log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
         reward = rewards(
             batch.verifier_J,
-            batch.depth_JW / layers,
-            batch.action_JW.astype(jnp.float32),
+            depth_cost(*spent(batch), **charged),
             log_ratio_JW,
             token_JW,
             depth_coef=prices.depth_coef,
@@ -213,6 +221,7 @@ def make_rl_step(
         metrics = {
             "depth/mean": masked_mean(depth_JW, token_JW),
             "depth/fraction": masked_mean(depth_JW / layers, token_JW),
+            "layers/problem": jnp.mean(jnp.sum(depth_JW * token_JW, axis=1).astype(jnp.float32)),
             "depth/p10": jnp.nanquantile(known_JW, 0.1),
             "depth/p90": jnp.nanquantile(known_JW, 0.9),
         }
@@ -262,7 +271,8 @@ def make_rl_step(
                         head_teacher_VD=teacher.head_VD if split.teacher_has_own_head else None,
                     ).reshape(logprob_BC.shape)
                 else:
-                    kl_BC = k3(logprob_BC, item.teacher_BC)
+                    estimate = {"k2": k2, "k3": k3}[config.kl_loss]
+                    kl_BC = estimate(logprob_BC, item.teacher_BC)
                 metrics["loss/kl"] = masked_sum(kl_BC, item.weight_BC)
                 loss += config.kl_loss_coef * metrics["loss/kl"]
             exit_index_BC = exit_index_of_depth(depth_BC, exit_layers, layers)
@@ -272,7 +282,8 @@ def make_rl_step(
                 0.0,
             )
             if config.depth_entropy_coef > 0:
-                bonus = masked_sum(depth_entropy_BC, item.weight_BC)
+                bonus_BC = depth_entropy_bonus(depth_entropy_BC, depth_logprob_BC)
+                bonus = masked_sum(bonus_BC, item.weight_BC)
                 loss -= config.depth_entropy_coef * bonus
             gap_BC = jnp.abs(pair_BC - item.behaviour_BC)
             metrics |= {

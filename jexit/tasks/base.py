@@ -9,10 +9,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Split = Literal["train", "test"]
+Split = Literal["train", "val", "test"]
 VerdictKind = Literal["strict", "lenient", "wrong", "none"]
 
-SPLITS: tuple[Split, ...] = ("train", "test")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+_PARTS = 8  # of generated problems; one is the test split, one the validation split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class Task(abc.ABC):
     """A source of problems with random access, and the judge of their completions.
 
     `problem(split, index)` depends on the task's own settings, the split and the index only, so a
-    data cursor is a number and resuming is exact. The two splits share no problem.
+    data cursor is a number and resuming is exact. `train` is learnt from, `val` is what training
+    runs report and choose by, `test` what results report; they share no problem in substance.
     """
 
     name: str
@@ -69,7 +72,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at `index` (from 0; below `size(split)` where that is not None)."""
+        """The problem at `index` (from 0; below `size(split)` where that is not None).
+
+        A generated task raises NoMoreProblems where its val or test split has no further one.
+        """
 
     @abc.abstractmethod
     def size(self, split: Split) -> int | None:
@@ -116,7 +122,7 @@ class Task(abc.ABC):
 def check_split(split: str) -> None:
     """Raises ValueError unless `split` is one of SPLITS."""
     if split not in SPLITS:
-        raise ValueError(f"a split is 'train' or 'test', got {split!r}; name one of the two")
+        raise ValueError(f"a split is 'train', 'val' or 'test', got {split!r}; name one of them")
 
 
 def stable_hash(*parts: object) -> int:
@@ -125,13 +131,14 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def is_held_out(key: str, *, one_in: int) -> bool:
-    """Whether the problem identified by `key` belongs to the test split (one in `one_in` does).
+def split_of(key: str) -> Split:
+    """The split of the problem that `key` identifies: one in eight is `val`, one in eight `test`.
 
     Membership depends on the problem itself, not on how it was drawn, so no problem can occur on
-    both sides whatever the seeds.
+    two sides whatever the seeds.
     """
-    return stable_hash("held out", key) % one_in == 0
+    part = stable_hash("held out", key) % _PARTS
+    return "test" if part == 0 else "val" if part == 1 else "train"
 
 
 class Draw:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jexit.tasks import phrases
-from jexit.tasks.base import Problem, Rewards, Split, Verdict
-from jexit.tasks.files import FileTask, Row, text_fault
+from jexit.tasks.base import SPLITS, Problem, Rewards, Verdict
+from jexit.tasks.files import FileTask, Row, Source, text_fault
 
 INSTRUCTION = "Think step by step. End with a line of the form\n#### answer"
 COLUMNS = ("story", "question", "answer")
@@ -37,23 +37,27 @@ UNKNOWN = "unknown"
 NOT_SAID = (UNKNOWN, "not known", "not mentioned", "not specified", "not stated")
 CANNOT_SAY = ("cannot be determined", "can't be determined", "cannot be known")
 
-# Where the stories name places: "entered X.", "moved the Y to X, which is also located in Z."
+# Where the stories name places: "entered X.", "moved the Y to X, which is also located in Z." A
+# thing or place has a few words: without that bound, "moved moved moved" would be searched to the
+# end of the sentence from each of them.
+_MOVED = r"moved (?:[^\s.]++\s++){1,12}?to"
+_NAME = r"[^\s.,]++(?:\s++[^\s.,]++){0,11}?"
 _PLACE = re.compile(
-    r"\b(?:entered|left|moved [^.]*? to|located in|is in|leaving) (?P<place>[^.,]+?)"
+    rf"\b(?:entered|left|{_MOVED}|located in|is in|leaving) (?P<place>[^.,]+?)"
     r"(?= in its original location|[.,?]|$)"
 )
 _ROOM = re.compile(
     r"\b(?:entered|left|located in) (?P<entered>[^.,]+)"
-    r"|\bmoved [^.]*? to (?P<taken>[^.,]+), leaving [^.,]+ in its original location"
+    rf"|\b{_MOVED} (?P<taken>{_NAME}), leaving {_NAME} in its original location"
 )
 
 
 class ExploreToM(FileTask):
     """Questions about a container, a room, yes or no, or whether somebody knows.
 
-    `path` names a CSV file, or a folder of them: `train*.csv` and `test*.csv`, or any. One file
-    whose name starts with `test` is a test split; of files that are no split every `test_every`-th
-    story is held out for the test split (`test_every=0`: none).
+    `path` names a CSV file, or a folder of them: `train*.csv`, `val*.csv` and `test*.csv`, or any.
+    One file whose name starts with `test` is a test split; of files that are no split every
+    `test_every`-th story is held out for the test split (`test_every=0`: none).
 
     A final line `#### answer` is judged whatever its case, articles and punctuation. In a sentence
     there or after "Answer:" the first place of the story counts, the first yes or no, or the first
@@ -81,9 +85,11 @@ class ExploreToM(FileTask):
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        judged = phrases.judge(completion, problem.answer, asked_for(problem))
-        if judged == "none":
-            judged = phrases.judge(completion, problem.answer, candidates(problem))
+        known = candidates(problem)
+        asked = asked_for(problem, known)
+        judged = phrases.judge(completion, problem.answer, asked)
+        if judged == "none" and asked != known:
+            judged = phrases.judge(completion, problem.answer, known)
         return self.verdict(judged)
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
@@ -94,7 +100,7 @@ class ExploreToM(FileTask):
         assert self.path is not None
         if self.path.is_file():
             return {"test" if self.path.name.startswith("test") else "whole": [self.path]}
-        found = {split: sorted(self.path.glob(f"{split}*.csv")) for split in ("train", "test")}
+        found = {split: sorted(self.path.glob(f"{split}*.csv")) for split in SPLITS}
         if any(found.values()):
             return found
         files = sorted(self.path.glob("*.csv"))
@@ -107,10 +113,8 @@ class ExploreToM(FileTask):
     def _is_whole(self) -> bool:
         return "whole" in self._files()
 
-    def _rows(self, split: Split) -> Iterator[Row]:
-        files = self._files()
-        chosen = files.get("whole") or files.get(split, [])
-        return itertools.chain.from_iterable(map(read_csv, chosen))
+    def _rows(self, source: Source) -> Iterator[Row]:
+        return itertools.chain.from_iterable(map(read_csv, self._files().get(source, [])))
 
     def _fault(self, row: dict[str, Any]) -> str | None:
         if None in row:  # csv's name for what no column is left for
@@ -152,9 +156,8 @@ def candidates(problem: Problem) -> phrases.Candidates:
     return known | dict.fromkeys((*NOT_SAID, *CANNOT_SAY), UNKNOWN)
 
 
-def asked_for(problem: Problem) -> phrases.Candidates:
-    """The candidates of the sort that the question names: only containers, or only rooms."""
-    known = candidates(problem)
+def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
+    """Those of the candidates that the question names: only containers, or only rooms."""
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":
         return known

@@ -7,25 +7,31 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
 
 _REASONS_SHOWN = 5
+_VAL_EVERY = 16  # a group of the training rows in so many is held out to validate with
 
 _log = logging.getLogger(__name__)
+
+# A split that the data has itself, or "whole": rows without splits.
+Source = Literal["train", "val", "test", "whole"]
 
 # A row that is fit for use, or the reason why it is not; with the place it came from.
 Row = tuple[str, dict[str, Any] | str]
 
 
 class FileTask(Task):
-    """A task that reads each split's rows once, when it is first asked for.
+    """A task that reads rows once, when their split is first asked for.
 
     `path` names a file or a folder, `instruction` ends every prompt, and of rows that have no split
     of their own every `test_every`-th group is held out for the test split (0: none; see `group`).
-    Rows that cannot be used are left out, with one warning per split that counts them and names the
-    first. Raises FileNotFoundError when there is nothing at `path`.
+    Where the data has no validation split, every sixteenth group of the training rows is held out
+    for it, of fewer groups the last one. Rows that cannot be used are left out, with one warning
+    per source that counts them and names the first. Raises FileNotFoundError when there is nothing
+    at `path`.
     """
 
     wanted: ClassVar[str]  # what `path` may name, for the error message
@@ -47,7 +53,8 @@ class FileTask(Task):
                 f"no data set at {self.path}; set config.task.path to {self.wanted}"
             )
         self.skipped_rows: dict[str, int] = {}
-        self._problems: dict[str, list[Problem]] = {}
+        self._read: dict[Source, list[Problem]] = {}
+        self._problems: dict[Split, list[Problem]] = {}
 
     def size(self, split: Split) -> int:
         return len(self._split(split))
@@ -56,8 +63,8 @@ class FileTask(Task):
         return self._split(split)[index]
 
     @abc.abstractmethod
-    def _rows(self, split: Split) -> Iterator[Row]:
-        """The split's rows, or all rows where `_is_whole`."""
+    def _rows(self, source: Source) -> Iterator[Row]:
+        """The rows of a split that the data has itself, none if it lacks it; of "whole" all."""
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
@@ -82,38 +89,54 @@ class FileTask(Task):
         return self._problems[split]
 
     def _load(self, split: Split) -> list[Problem]:
+        if self._is_whole():
+            rest, test = self._hold_out(self._source("whole"), self.test_every)
+            val = []
+        elif split == "test":
+            return self._source("test")
+        else:
+            rest, val, test = self._source("train"), self._source("val"), []
+        if not val:
+            groups = len({self._group(problem) for problem in rest})
+            rest, val = self._hold_out(rest, min(_VAL_EVERY, groups) if groups > 1 else 0)
+        return {"train": rest, "val": val, "test": test}[split]
+
+    def _source(self, source: Source) -> list[Problem]:
+        if source in self._read:
+            return self._read[source]
         problems, reasons = [], []
-        for place, row in self._rows(split):
+        for place, row in self._rows(source):
             reason = row if isinstance(row, str) else self._fault(row)
             if reason:
                 reasons.append(f"{place}: {reason}")
             else:
                 assert isinstance(row, dict)
                 problems.append(self._to_problem(row))
-        self.skipped_rows[split] = len(reasons)
+        self.skipped_rows[source] = len(reasons)
         if reasons:
             more = len(reasons) - _REASONS_SHOWN
             _log.warning(
-                "skipped %d of %d rows of the %s split: %s%s",
+                "skipped %d of %d rows%s: %s%s",
                 len(reasons),
                 len(reasons) + len(problems),
-                split,
+                "" if source == "whole" else f" of the {source} split",
                 "; ".join(reasons[:_REASONS_SHOWN]),
                 f"; and {more} more" if more > 0 else "",
             )
-        return self._hold_out(problems, split) if self._is_whole() else problems
+        self._read[source] = problems
+        return problems
 
-    def _hold_out(self, problems: list[Problem], split: Split) -> list[Problem]:
-        """The part of rows without splits that belongs to the split, whole groups on one side."""
+    def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
+        """The problems without every `every`-th group (0: none is held out), and those groups."""
         ranks: dict[str, int] = {}
         for problem in problems:
             ranks.setdefault(self._group(problem), len(ranks))
-        every = self.test_every
-
-        def held_out(problem: Problem) -> bool:
-            return every > 0 and ranks[self._group(problem)] % every == every - 1
-
-        return [problem for problem in problems if held_out(problem) == (split == "test")]
+        kept: list[Problem] = []
+        held_out: list[Problem] = []
+        for problem in problems:
+            last = every > 0 and ranks[self._group(problem)] % every == every - 1
+            (held_out if last else kept).append(problem)
+        return kept, held_out
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:

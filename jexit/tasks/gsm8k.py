@@ -14,13 +14,15 @@ from typing import Any
 
 from jexit.tasks import answers
 from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict
-from jexit.tasks.files import FileTask, Row, text_fault
+from jexit.tasks.files import FileTask, Row, Source, text_fault
 from jexit.tasks.number_chain import NumberChain
 from jexit.untrusted import parse_json
 
 INSTRUCTION = (
     "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
 )
+
+PUBLISHED_SPLITS = ("train", "test")
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -29,7 +31,7 @@ class Gsm8k(FileTask, NumberChain):
     """Questions with a number for an answer.
 
     `path` names one of
-    - a folder with `train.jsonl` and `test*.jsonl`;
+    - a folder with `train.jsonl`, `test*.jsonl` and perhaps `val*.jsonl`;
     - one JSONL file: a test split if its name starts with `test`, otherwise every `test_every`-th
       question is held out for the test split and the rest is the training split
       (`test_every=0`: no test split);
@@ -104,19 +106,18 @@ class Gsm8k(FileTask, NumberChain):
         path = self.path
         return path is not None and path.is_file() and not path.name.startswith("test")
 
-    def _rows(self, split: Split) -> Iterator[Row]:
+    def _rows(self, source: Source) -> Iterator[Row]:
         if self.path is None:
-            return _tfds_rows(_downloaded_builder(), split)
+            return _tfds_rows(_downloaded_builder(), source)
         if self.path.is_file():
-            of_tests = self.path.name.startswith("test")
-            return iter(()) if of_tests and split == "train" else read_jsonl(self.path)
-        if any(published_files(self.path, either) for either in SPLITS):
-            files = published_files(self.path, split)
+            return read_jsonl(self.path) if source in ("whole", "test") else iter(())
+        if any(published_files(self.path, split) for split in SPLITS):
+            files = published_files(self.path, source)
             return (row for file in files for row in read_jsonl(file))
         versions = sorted(self.path.glob("gsm8k/*/dataset_info.json"))
         for info in (self.path / "dataset_info.json", *reversed(versions)):
             if info.exists():
-                return _tfds_rows(_prepared_builder(info.parent), split)
+                return _tfds_rows(_prepared_builder(info.parent), source)
         raise FileNotFoundError(
             f"{self.path} holds no GSM8K data: neither train.jsonl, test*.jsonl nor a prepared "
             "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
@@ -124,12 +125,12 @@ class Gsm8k(FileTask, NumberChain):
         )
 
 
-def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
-    """`train.jsonl`, or all of `test*.jsonl`: the split may come in parts.
+def published_files(folder: pathlib.Path, split: Source) -> list[pathlib.Path]:
+    """`train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`: the split may come in parts.
 
     Not the "socratic" files, which hold the same questions again with other answers.
     """
-    pattern = "train.jsonl" if split == "train" else "test*.jsonl"
+    pattern = "train.jsonl" if split == "train" else f"{split}*.jsonl"
     return [file for file in sorted(folder.glob(pattern)) if "socratic" not in file.name]
 
 
@@ -156,7 +157,9 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
             yield f"{file}:{number}", row if isinstance(row, dict) else "not a JSON object"
 
 
-def _tfds_rows(builder: Any, split: Split) -> Iterator[Row]:
+def _tfds_rows(builder: Any, split: Source) -> Iterator[Row]:
+    if split not in PUBLISHED_SPLITS:
+        return
     try:
         source = builder.as_data_source(split=split)
     except Exception as error:  # the library's errors have no common base

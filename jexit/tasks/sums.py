@@ -13,18 +13,19 @@ asks for the answer without a chain.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
+from jexit.tasks.streams import Stream
 
 MIN_STEP, MAX_STEP = 2, 5
 STEP_MODES = ("free", "at_once", "mixed", *range(MIN_STEP, MAX_STEP + 1))
 
-_HELD_OUT_ONE_IN = 8
 _STRICT = re.compile(r"####([0-9])\Z")
 _LENIENT = re.compile(r"(?<![0-9])([0-9])[\s.]*\Z")
 _STEP = re.compile(r"(\++)([0-9]*)")
@@ -38,7 +39,7 @@ class Sums(ChainTask):
     `steps`: `free` (the model chooses; the reference draws a largest step g from 2 ... 5 for each
     problem and every step from 2 ... g), 2 ... 5 (prescribed), `at_once` (no chain), or `mixed`
     (all of them, weighted by `mixture`). `operands`: the smallest and the largest list, both
-    included. One operand string in eight is held out for the test split, whatever the seed.
+    included. The operands decide the split (`split_of`), whatever the seed.
     """
 
     name = "sums"
@@ -73,15 +74,15 @@ class Sums(ChainTask):
         self.operands = (int(operands[0]), int(operands[1]))
         self.mixture = dict(mixture)
         self.seed = seed
+        self._digits = _digits(seed, self.operands)
 
     def size(self, split: Split) -> None:
         check_split(split)
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        check_split(split)
-        draw = Draw("sums", self.seed, split, index)
-        digits = _draw_digits(draw, self.operands, split)
+        digits = self._digits.at(split, index)
+        draw = Draw("sums steps", self.seed, split, index)
         mode = draw.weighted(self.mixture) if self.mode == "mixed" else self.mode
         if mode == "at_once":
             return _problem(f"sum at once {digits}", digits, [], mode="at_once", step=None)
@@ -198,12 +199,12 @@ def _problem(
     )
 
 
-def _draw_digits(draw: Draw, operands: tuple[int, int], split: Split) -> str:
-    count = draw.integer(*operands)
-    while True:
-        digits = "".join(str(draw.integer(0, 9)) for _ in range(count))
-        if is_held_out(digits, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
-            return digits
+@functools.lru_cache(maxsize=8)  # shared by tasks that differ in `steps` only
+def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
+    def draw_digits(draw: Draw) -> str:
+        return "".join(str(draw.integer(0, 9)) for _ in range(draw.integer(*operands)))
+
+    return Stream("sums", seed, draw_digits, str)
 
 
 def _draw_steps(draw: Draw, count: int, largest: int) -> list[int]:

@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from jexit.tasks import answers, phrases
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
+from jexit.tasks.streams import Stream
 from jexit.tasks.tom_chain import chain, changes
 from jexit.tasks.tom_rules import is_false
 from jexit.tasks.tom_stories import PLACES, draw_problem
@@ -42,7 +43,6 @@ from jexit.tasks.word_problems import NAMES, OBJECTS
 
 STEP_MODES = ("free", "fine", "coarse", "at_once", "mixed")
 
-_HELD_OUT_ONE_IN = 8
 _NAMED = re.compile(r"[A-Za-z]+")
 _CLASS_OF = {
     word: number
@@ -58,8 +58,8 @@ class Tom(ChainTask):
     is asked for), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
     drawn for each problem), or `mixed` (all of them, weighted by `mixture`). `people`: the smallest
     and the largest number of people; `moves`: of sentences that name a place or a topic, both
-    included. `kinds`: the kinds of question, equally often. One story with its question in eight,
-    whatever the names and things in it, is held out for the test split.
+    included. `kinds`: the kinds of question, equally often. A story with its question decides the
+    split (`split_of`), whatever the names and things in it.
 
     Places and what is false are balanced (`jexit.tasks.tom_stories`): the answer is each of a
     story's three places equally often, beliefs asked for are false in two of three problems, and
@@ -109,15 +109,15 @@ class Tom(ChainTask):
         self.kinds = tuple(kinds)
         self.mixture = dict(mixture)
         self.seed = seed
+        self._stories = _stories(seed, self.kinds, self.people, self.moves)
 
     def size(self, split: Split) -> None:
         check_split(split)
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        check_split(split)
+        story, question = self._stories.at(split, index)
         fine, mode = self._draw_mode(split, index)
-        story, question = _drawn(self.seed, split, index, self.kinds, self.people, self.moves)
         return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
@@ -184,23 +184,20 @@ class Tom(ChainTask):
         return draw.choice([answer for answer in possible if answer != problem.answer])
 
 
-@functools.lru_cache(maxsize=2048)  # an evaluation asks for the same stories with other `steps`
-def _drawn(
-    seed: int,
-    split: Split,
-    index: int,
-    kinds: tuple[str, ...],
-    people: tuple[int, int],
-    moves: tuple[int, int],
-) -> tuple[Story, Question]:
-    """The story and question at an index, from the split's side."""
-    draw = Draw("tom", seed, split, index)
-    kind = draw.choice(kinds)
-    while True:
-        story, question = draw_problem(draw, kind, people=people, moves=moves)
-        key = canonical(f"{story.text()} {question.text()}")
-        if is_held_out(key, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
-            return story, question
+@functools.lru_cache(maxsize=8)  # an evaluation asks for the same stories with other `steps`
+def _stories(
+    seed: int, kinds: tuple[str, ...], people: tuple[int, int], moves: tuple[int, int]
+) -> Stream[tuple[Story, Question]]:
+    def draw_story(draw: Draw) -> tuple[Story, Question]:
+        return draw_problem(draw, draw.choice(kinds), people=people, moves=moves)
+
+    return Stream("tom", seed, draw_story, substance)
+
+
+def substance(drawn: tuple[Story, Question]) -> str:
+    """Story and question with names and things made canonical."""
+    story, question = drawn
+    return canonical(f"{story.text()} {question.text()}")
 
 
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:

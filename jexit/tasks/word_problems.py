@@ -8,17 +8,18 @@ Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 from jexit.tasks import answers
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split, is_held_out
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
 from jexit.tasks.number_chain import NumberChain
+from jexit.tasks.streams import Stream
 
 NAMES = ("Tom", "Mia", "Sam", "Lea", "Ben", "Ada", "Max", "Eva")
 OBJECTS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "balls", "eggs", "cups")
 BOXES = ("bags", "boxes", "packs", "rows")
 
-_HELD_OUT_ONE_IN = 8
 _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
@@ -112,7 +113,7 @@ TEMPLATES = (
 class WordProblems(NumberChain):
     """Generated stories of one to three operations; strict answers end in a line `#### n`.
 
-    One question in eight, by its text, is held out for the test split.
+    Template and numbers decide the split (`split_of`), whatever the names and things.
     """
 
     name = "word_problems"
@@ -120,18 +121,14 @@ class WordProblems(NumberChain):
     def __init__(self, *, seed: int = 0, rewards: Rewards | None = None) -> None:
         super().__init__(rewards=rewards)
         self.seed = seed
+        self._problems = _problems(seed)
 
     def size(self, split: Split) -> None:
         check_split(split)
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        check_split(split)
-        draw = Draw("word_problems", self.seed, split, index)
-        while True:
-            problem = _draw_problem(draw)
-            if is_held_out(problem.prompt, one_in=_HELD_OUT_ONE_IN) == (split == "test"):
-                return problem
+        return self._problems.at(split, index)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.verdict(answers.judge(completion, problem.answer))
@@ -167,6 +164,16 @@ def worked(
         yield x, operator, y, result
 
 
+@functools.lru_cache(maxsize=8)
+def _problems(seed: int) -> Stream[Problem]:
+    return Stream("word_problems", seed, _draw_problem, substance)
+
+
+def substance(problem: Problem) -> str:
+    """Template and numbers: what the problem is, apart from who has which things."""
+    return f"{problem.fields['template']} {problem.fields['numbers']}"
+
+
 def _draw_problem(draw: Draw) -> Problem:
     template = draw.choice(TEMPLATES)
     first = draw.integer(0, len(NAMES) - 1)
@@ -185,5 +192,10 @@ def _draw_problem(draw: Draw) -> Problem:
         answer=str(result),
         completion="".join(f"{x}{operator}{y}={z}\n" for x, operator, y, z in steps)
         + f"#### {result}",
-        fields={"numbers": numbers, "steps": len(steps), "program": template.steps},
+        fields={
+            "template": template.text,
+            "numbers": numbers,
+            "steps": len(steps),
+            "program": template.steps,
+        },
     )

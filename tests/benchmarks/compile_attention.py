@@ -1,12 +1,13 @@
 """What attention over whole sequences needs on accelerators that are not at hand.
 
-    export JAX_PLATFORMS=cpu TPU_LIBRARY_PATH=.aot/tpu/libtpu/libtpu.so PYTHONPATH=.aot/cuda
+    export JAX_PLATFORMS=cpu PYTHONPATH=.venv/aot/cuda
+    export TPU_LIBRARY_PATH=.venv/aot/tpu/libtpu/libtpu.so
     python tests/benchmarks/compile_attention.py --topologies=v5e:2x2,v5p:2x2x1,v6e:2x2,h100:1
 
 Forward and backward of one layer's attention with the heads of Qwen3-4B, compiled for one device:
 temporary memory of each implementation that runs there, the largest array that the compiled
 program holds, and whether one of them is as large as the scores [B, N, T, T]. `launch/test.sh` puts
-libtpu and the CUDA plugin into .aot.
+libtpu and the CUDA plugin into .venv/aot.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def compile_case(
         "seconds": time.perf_counter() - begin,
         "temp_bytes": temporary,
         "share": temporary / (4 * scores),
+        "of_queries": temporary / (4 * rows * heads * length * width),
         "largest": largest,
         "holds_scores": sizes[largest] >= scores,
         "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|__cudnn)', text)),

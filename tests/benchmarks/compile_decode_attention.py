@@ -1,11 +1,12 @@
 """What attention while decoding needs on accelerators that are not at hand.
 
-    export JAX_PLATFORMS=cpu TPU_LIBRARY_PATH=.aot/tpu/libtpu/libtpu.so PYTHONPATH=.aot/cuda
+    export JAX_PLATFORMS=cpu PYTHONPATH=.venv/aot/cuda
+    export TPU_LIBRARY_PATH=.venv/aot/tpu/libtpu/libtpu.so
     python tests/benchmarks/compile_decode_attention.py --topologies=v5e:2x2,v6e:2x2,h100:1
 
 One query a row over a cache of all layers, with the heads of Qwen3-4B, compiled for one device:
 temporary memory of each implementation, beside the cache and beside one layer's part of it.
-`launch/test.sh` puts libtpu and the CUDA plugin into .aot.
+`launch/test.sh` puts libtpu and the CUDA plugin into .venv/aot.
 """
 
 from __future__ import annotations

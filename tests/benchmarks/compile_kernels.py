@@ -1,6 +1,7 @@
 """What the vocabulary ops need on accelerators that are not at hand, from their compilers.
 
-    export JAX_PLATFORMS=cpu TPU_LIBRARY_PATH=.aot/tpu/libtpu/libtpu.so PYTHONPATH=.aot/cuda
+    export JAX_PLATFORMS=cpu PYTHONPATH=.venv/aot/cuda
+    export TPU_LIBRARY_PATH=.venv/aot/tpu/libtpu/libtpu.so
     python tests/benchmarks/compile_kernels.py --topologies=v5e:2x2,v5p:2x2x1,v6e:2x2,h100:1
     python tests/benchmarks/compile_kernels.py --topologies=cpu --implementation=xla
 
@@ -8,16 +9,15 @@ For each op: time to compile, temporary memory as a share of the logits that mat
 hold (float32, all sets of hidden states), the FLOPs of its matrix products (counted, not read from
 the compiler), the tile. For TPUs `--vmem` finds the least VMEM,
 in MiB, with which the compiler still succeeds: what the kernels use. For GPUs the most shared
-memory of a block and, where `ptxas` is on the PATH, registers a thread and bytes of them that are
-spilled. `launch/test.sh` puts
-libtpu and the CUDA plugin into .aot.
+memory of a block and, with `--registers`, registers a thread and bytes of them that are spilled, of
+a `ptxas` on the PATH that knows the PTX which XLA writes (8.8 with JAX 0.10, 9.4 with JAX 0.12).
+`launch/test.sh` puts libtpu and the CUDA plugin into .venv/aot.
 """
 
 import argparse
 import json
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--implementation", help="default: what is picked for the platform")
     parser.add_argument("--ops", default="", help="part of a case's name")
     parser.add_argument("--vmem", action="store_true")
+    parser.add_argument("--registers", action="store_true")
     parser.add_argument("--json", action="store_true", help="one line a case")
     arguments = parser.parse_args()
     shapes = {name: SHAPES[name] for name in arguments.shapes.split(",") if name in SHAPES}
@@ -165,8 +166,8 @@ def compile_case(
     begin, resources = time.perf_counter(), {}
     if topology.platform == "gpu":
         with tempfile.TemporaryDirectory() as dump:
-            memory = compiled(xla_dump_to=dump).memory_analysis()
-            resources = gpu_resources(pathlib.Path(dump))
+            memory = compiled(xla_dump_to=dump, xla_dump_emitter_re="ptx").memory_analysis()
+            resources = gpu_resources(pathlib.Path(dump), registers=arguments.registers)
     else:
         memory = compiled().memory_analysis()
     row = {
@@ -182,14 +183,14 @@ def compile_case(
     return row
 
 
-def gpu_resources(dump: pathlib.Path) -> dict[str, int]:
+def gpu_resources(dump: pathlib.Path, *, registers: bool) -> dict[str, int]:
     """The most that one of the Pallas kernels takes of a multiprocessor, from XLA's dump."""
     (plan,) = dump.glob("*.thunk_sequence.txt")
     shared = re.findall(r"_kernel grid:.*shared_memory: (\d+) bytes", plan.read_text())
     resources = {"shared_bytes": max(map(int, shared))}
-    if shutil.which("ptxas") is None:
+    if not registers:
         return resources
-    registers, spilled = [], []
+    used, spilled = [], []
     for ptx in dump.glob("*.ptx"):
         if not re.search(r"\.entry \w+_kernel\b", ptx.read_text()):
             continue
@@ -197,10 +198,10 @@ def gpu_resources(dump: pathlib.Path) -> dict[str, int]:
             ["ptxas", "-arch=sm_90a", "-v", "-o", "/dev/null", str(ptx)],
             check=True, capture_output=True, text=True,
         ).stderr  # fmt: skip
-        registers += re.findall(r"Used (\d+) registers", assembled)
+        used += re.findall(r"Used (\d+) registers", assembled)
         spilled += re.findall(r"(\d+) bytes spill stores", assembled)
     return resources | {
-        "registers": max(map(int, registers)),
+        "registers": max(map(int, used)),
         "spilled_bytes": max(map(int, spilled)),
     }
 

@@ -190,6 +190,24 @@ def test_missing_shard_is_named(broken, refuses):
     assert "lacks model-00002-of-00002.safetensors" in message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.3.self_attn.q_proj.bias",
+        "model.layers.2.mlp.down_proj.weight",
+        "lm_head.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(broken, refuses, name, value):
+    edit_weights(broken, lambda tensors: np.ravel(tensors[name])[-1:].fill(value))
+    message = refuses(from_hf.main, broken)
+    assert f"{name} in {broken / WEIGHTS} holds NaN or infinity; copy it again" in message
+    with pytest.raises(ValueError, match=f"{name} in .*{WEIGHTS} holds NaN or infinity"):
+        jexit.load(broken)
+
+
 def test_integer_weights_are_refused(broken, refuses):
     edit_weights(broken, lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)}))
     message = refuses(from_hf.main, broken)

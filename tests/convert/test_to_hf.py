@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jexit
 from convert import from_hf, to_hf
@@ -306,6 +306,19 @@ def test_damaged_parameter_is_named(checkpoints, tmp_path, refuses):
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
     assert "blocks.attn.q.kernel" in refuses(to_hf.main, source)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "exit_heads.safetensors"])
+def test_adapters_and_heads_that_are_not_finite_are_named(students, tmp_path, refuses, file):
+    source = export(students("qwen2")[1], tmp_path / "adapter", "--adapter=peft")
+    tensors = load_file(source / file)
+    name = sorted(tensors)[-1]
+    tensors[name].reshape(-1)[0] = np.nan
+    save_file(tensors, source / file)
+    words = f"{name} in {source / file} holds NaN or infinity"
+    assert words in refuses(from_hf.main, source)
+    with pytest.raises(ValueError, match=words):
+        jexit.load(source)
 
 
 @pytest.mark.parametrize(

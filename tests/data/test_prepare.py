@@ -46,7 +46,7 @@ def refusal(capsys, *argv) -> str:
 
 def test_the_task_takes_the_same_files_as_they_are(source):
     task = make_task("gsm8k", str(source))
-    assert (task.size("train"), task.size("test")) == (40, 7)
+    assert [task.size(split) for split in ("train", "val", "test")] == [38, 2, 7]
 
 
 def test_the_task_reads_what_was_built(source, tmp_path, capsys):
@@ -59,9 +59,13 @@ def test_the_task_reads_what_was_built(source, tmp_path, capsys):
     )
     assert err == ""
     task = make_task("gsm8k", str(target))
-    assert (task.size("train"), task.size("test")) == (40, 7)
-    assert task.skipped_rows == {"train": 0, "test": 0}
-    answers = {task.problem("train", index).answer for index in range(40)}
+    assert [task.size(split) for split in ("train", "val", "test")] == [38, 2, 7]
+    assert task.skipped_rows == {"train": 0, "val": 0, "test": 0}
+    answers = {
+        task.problem(split, index).answer
+        for split in ("train", "val")
+        for index in range(task.size(split))
+    }
     assert answers == {str(number) for number in range(40)}
     assert os.listdir(target) == ["gsm8k"] and os.listdir(target / "gsm8k") == ["1.0.0"]
     assert "tensorflow" not in sys.modules
@@ -104,7 +108,7 @@ def test_several_hosts_may_build_it_at_once(source, tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert all("40 train and 7 test rows" in text for text in said), said
     assert os.listdir(tmp_path / "data") == ["gsm8k"]
-    assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 40
+    assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 38
 
 
 def test_what_a_killed_run_left_behind_is_cleared_once_it_is_old(source, tmp_path):
@@ -121,7 +125,7 @@ def test_a_dataset_that_is_there_is_left_alone(source, tmp_path):
     write_rows(source / "train.jsonl", [row(1)])
     said = prepare.prepare_gsm8k(source, tmp_path / "data")
     assert said.endswith("is there already and was left alone: 40 train and 7 test rows")
-    assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 40
+    assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 38
 
 
 def test_what_is_there_and_is_no_dataset_is_named(source, tmp_path, capsys):

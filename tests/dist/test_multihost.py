@@ -1,12 +1,117 @@
-"""The watch over waits for other hosts: it ends those that hang and spares those that compile."""
+"""Processes that meet before JAX's runtime is there, and the watch over waits for other hosts."""
 
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jexit.dist import multihost
+
+
+@pytest.fixture
+def address():
+    """Of a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The processes that would have gone on to JAX's runtime."""
+    numbers = []
+    monkeypatch.setattr(
+        multihost.jax.distributed, "initialize", lambda *given, **_: numbers.append(given[2])
+    )
+    monkeypatch.setattr(multihost, "POLL_SECONDS", 0.01)
+    return numbers
+
+
+def meet(address, *told, timeout=30):
+    """What comes of processes that are told (how many they are, their number), each in a thread."""
+
+    def one(processes, process):
+        try:
+            multihost.initialize(address, processes, process, timeout=timeout)
+        except (ValueError, multihost.HostLost) as error:
+            return error
+
+    with ThreadPoolExecutor(len(told)) as pool:
+        return list(pool.map(one, *zip(*told, strict=True)))
+
+
+def connected(address):
+    """A connection to process 0, once it listens."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_processes_that_agree_go_on(address, joined):
+    """Whatever else comes to the port."""
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, address, (3, 0))
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b"[null, 7]\n", b""):
+            with connected(address) as stranger:
+                stranger.sendall(text)
+        assert meet(address, (3, 2), (3, 1)) == [None, None]
+        assert first.result() == [None]
+    assert sorted(joined) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("told", [(2, 3), (3, 2)])
+def test_different_numbers_of_processes_end_both_with_one_sentence(told, address, joined):
+    errors = meet(address, *((count, process) for process, count in enumerate(told)))
+    for error in errors:
+        assert isinstance(error, ValueError)
+        assert str(error) == (
+            f"--processes is {told[0]} on process 0, {told[1]} on process 1; give each the same "
+            "number, that of all processes"
+        )
+    assert joined == []
+
+
+def test_those_that_have_not_come_are_named_on_all_that_have(address, joined):
+    errors = meet(address, (4, 0), (4, 2), timeout=1)
+    for process, error in zip((0, 2), errors, strict=True):
+        assert isinstance(error, multihost.HostLost)
+        assert str(error).startswith(
+            f"process {process} of 4 waited 1 s and the others have not all come (missing: 1, 3); "
+        )
+    assert joined == []
+
+
+def test_a_port_that_is_taken_is_one_sentence(joined):
+    with multihost._listening(0) as taken:
+        port = taken.getsockname()[1]
+        (error,) = meet(f"127.0.0.1:{port}", (2, 0))
+    assert isinstance(error, ValueError) and joined == []
+    assert str(error) == (
+        f"--coordinator names port {port}, which process 0 cannot open (Address already in use); "
+        "give one that is free on its host"
+    )
+
+
+@pytest.mark.parametrize(
+    "place", ["h", "h:", ":80", "h:0", "h:65536", "h:1000000", "h:-1", "h:http"]
+)
+def test_no_port_is_one_sentence(place, joined):
+    with pytest.raises(ValueError, match="it is HOST:PORT of process 0, with a port from 1 to"):
+        multihost.initialize(place, 2, 1, timeout=1)
+    assert joined == []
+
+
+def test_one_process_has_nobody_to_meet(address, joined):
+    (error,) = meet(address, (1, 0))
+    assert "--processes is 1; it is at least 2" in str(error) and joined == []
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of, reliabi
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import ExitHeadSettings, Transformer, logits_of, run
-from jexit.rollout import rollout
+from jexit.rollout import EngineSize, rollout
 from jexit.steps.state import split_model
 from small_runs import small_model
 from tolerances import LOGPROBS
@@ -58,7 +58,7 @@ def recorded(made):
 
 
 def test_hazards_are_those_of_decoding(split, made, recorded):
-    found = hazards_of(split.decodable(split.trainable), recorded)
+    found = hazards_of(split.decodable(split.trainable), recorded, Sample())
     for row, tokens in enumerate(found):
         assert len(tokens) == made.lengths_B[row]
         assert tokens[0] == [None, None]  # the prompt's last pass asks nobody
@@ -67,6 +67,31 @@ def test_hazards_are_those_of_decoding(split, made, recorded):
         np.testing.assert_allclose(
             hazards_TE, 1 / (1 + np.exp(-z_TE)), atol=LOGPROBS, equal_nan=True
         )
+
+
+def test_hazards_with_a_floor_and_a_temperature_are_how_often_tokens_leave(split):
+    law = Sample(temperature=2.0, min_hazard=0.3)
+    student = split.decodable(split.trainable)
+    made = rollout(
+        student, PROMPTS, policy=law, max_new_tokens=12, temperature=1.0, eos_ids=(), pad_id=0,
+        key=6, samples_per_prompt=80, size=EngineSize(rows=400),
+    )  # fmt: skip
+    depth_BT = made.depths_BT
+    recorded = Recorded(
+        [PROMPTS[place] for place in made.prompt_B],
+        [made.completion(row) for row in range(made.rows)],
+        depth_BT.tolist(),
+        0,
+    )
+    hazard_BTE = np.asarray(hazards_of(student, recorded, law), float)
+    for exit, layer in enumerate(EXITS):
+        asked_BT = ~np.isnan(hazard_BTE[..., exit])
+        np.testing.assert_array_equal(asked_BT[:, 1:], depth_BT[:, 1:] >= layer)
+        hazard_N, left_N = hazard_BTE[asked_BT, exit], depth_BT[asked_BT] == layer
+        assert hazard_N.min() >= 0.3
+        # Five standard errors of a mean of independent decisions.
+        slack = 5 * np.sqrt(np.mean(hazard_N * (1 - hazard_N)) / len(hazard_N))
+        assert abs(left_N.mean() - hazard_N.mean()) < slack < 0.05
 
 
 def by_hand(split, recorded, target, sharpness):
@@ -107,8 +132,8 @@ def by_hand(split, recorded, target, sharpness):
 def test_reliability_of_a_model(split, recorded, target):
     student = split.decodable(split.trainable)
     made = hazard_reliability(
-        student, split.decodable_teacher(split.trainable), EXITS, recorded, sharpness=3.0,
-        target=target,
+        student, split.decodable_teacher(split.trainable), EXITS, recorded, Sample(),
+        sharpness=3.0, target=target,
     )  # fmt: skip
     decisions, divergences = by_hand(split, recorded, target, 3.0)
     assert np.mean(divergences) > 1e-3
@@ -125,15 +150,19 @@ def test_reliability_of_a_model(split, recorded, target):
     wanted = np.average(errors, weights=list(map(len, by_exit)))
     assert made["ece"] == pytest.approx(wanted, abs=1e-5)
     _, hazards, targets = map(np.asarray, zip(*decisions, strict=True))
-    assert made["ece"] > reliability(hazards, targets)[0]  # where exits make up for each other
+    made_up = made["ece"] - reliability(hazards, targets)[0]  # for each other's errors, if pooled
+    if target == "student":
+        assert made_up > 1e-4
+    else:  # no exit errs to another side than the other
+        assert made_up == pytest.approx(0.0, abs=1e-5)
 
 
 def test_the_same_over_data_shards(split, recorded):
     """Five completions do not divide over two shards."""
     student = split.decodable(split.trainable)
-    wanted = hazards_of(student, recorded)
+    wanted = hazards_of(student, recorded, Sample())
     with jax.set_mesh(make_mesh(data=2)):
-        made = hazards_of(student, recorded)
+        made = hazards_of(student, recorded, Sample())
     for row, tokens in zip(made, wanted, strict=True):
         np.testing.assert_allclose(
             np.asarray(row, float), np.asarray(tokens, float), atol=LOGPROBS, equal_nan=True

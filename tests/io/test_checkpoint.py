@@ -220,6 +220,19 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
         open_checkpoints(tmp_path / "run")
 
 
+@pytest.mark.parametrize("part", ["trainable", "opt_state"])
+def test_a_state_that_is_not_finite_is_not_saved_and_evicts_nothing(workdir, part):
+    tree = make_tree(40)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, getattr(tree["state"], part))
+    tree["state"] = dataclasses.replace(tree["state"], **{part: broken})
+    checkpoints = open_checkpoints(workdir)
+    words = r"state/\w+/.* holds NaN or infinity after step 40, so no checkpoint of it is written"
+    with pytest.raises(ValueError, match=words):
+        checkpoints.save(40, tree)
+    checkpoints.close()
+    assert stored(workdir) == ["20", "30"]
+
+
 def test_the_best_are_kept_besides_the_newest(tmp_path):
     checkpoints = open_checkpoints(tmp_path, keep=1, keep_best=2)
     assert checkpoints.best_step() is None

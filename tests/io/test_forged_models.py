@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -169,7 +170,8 @@ def test_an_index_names_files_beside_it(copied, tmp_path, name):
     (directory / WEIGHTS).unlink()
     name = name.format(tmp=tmp_path)
     (directory / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    assert f"names {name!r}, which is no .safetensors file beside it" in refusal(directory)
+    start = re.escape(f"names {name[:8]!r}"[:-1])  # a long name is shortened in its middle
+    assert re.search(f"{start}.*', which is no .safetensors file beside it", refusal(directory))
 
 
 def test_a_shard_that_leads_outside_is_not_read(copied, tmp_path):

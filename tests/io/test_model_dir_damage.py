@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from saved_models import edit, make_model
 
+from jexit.io import array_store
 from jexit.io.array_store import ArrayStore
 from jexit.io.model_dir import load, save_model
 
@@ -91,6 +93,48 @@ def test_wrong_arrays_are_one_sentence(models, part, how):
             store.write(name, np.zeros((2, 2), np.float32))
     with pytest.raises(error, match=words):
         load(models / "whole")
+
+
+@pytest.mark.parametrize("part", ["base", "adapters", "exits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_arrays_that_are_not_finite_are_named(models, monkeypatch, part, value):
+    store = ArrayStore(models / "whole" / part)
+    name = store.names()[-1]
+    array = store.read(name).copy()
+    array.reshape(-1)[-1] = value
+    shutil.rmtree(store.directory / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(array_store, "all_finite", lambda array: True)
+        store.write(name, array)
+    words = rf"the parameter {name} in .*{part} holds NaN or infinity; copy or convert"
+    with pytest.raises(ValueError, match=words):
+        load(models / "whole")
+
+
+def test_weights_that_a_narrower_dtype_cannot_hold_are_refused(models, tokenizer):
+    model = make_model(tokenizer.vocab_size)
+    scale = model.final_norm.scale
+    scale[...] = jnp.full_like(scale[...], 3.4e38)
+    save_model(models / "large", model, tokenizer)
+    load(models / "large", dtype="float32")
+    words = r"final_norm\.scale of .*large is too large for bfloat16; load it in a wider dtype"
+    with pytest.raises(ValueError, match=words):
+        load(models / "large", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("part", ["weights", "adapters", "exits"])
+def test_a_model_that_is_not_finite_is_not_written(models, tokenizer, part):
+    model = make_model(tokenizer.vocab_size)
+    broken = {
+        "weights": model.final_norm.scale,
+        "adapters": model.blocks.attn.q.lora_b,
+        "exits": model.exits.b2,
+    }[part]
+    broken[...] = jnp.full_like(broken[...], jnp.nan)
+    before = sorted(models.rglob("*"))
+    with pytest.raises(ValueError, match=r"the parameter .* holds NaN or infinity, so it is not w"):
+        save_model(models / "whole", model, tokenizer, overwrite=True)
+    assert sorted(models.rglob("*")) == before
 
 
 def test_a_missing_tokenizer_is_one_sentence(models):

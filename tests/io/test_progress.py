@@ -21,6 +21,17 @@ def log_console():
     return Console(file=io.StringIO(), force_terminal=False, width=120)
 
 
+def terminal(width, kind="xterm"):
+    """`kind` is what TERM says there, whatever it says where the tests run."""
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        width=width,
+        color_system=None,
+        _environ={"TERM": kind},
+    )
+
+
 def printed(console):
     return console.file.getvalue().splitlines()
 
@@ -103,8 +114,7 @@ def test_brackets_in_values_are_printed_as_they_are():
 
 
 def test_a_terminal_shows_one_live_line():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
-    clock = Clock()
+    console, clock = terminal(100), Clock()
     run(Progress(20, description="rl", console=console, clock=clock), clock, [1, 20], loss=0.5)
     final = console.file.getvalue().replace("\x1b[2K", "").split("\r")[-1]
     assert final.splitlines()[0].startswith("rl ") and final.count("\n") == 1
@@ -112,12 +122,17 @@ def test_a_terminal_shows_one_live_line():
 
 
 def test_a_narrow_terminal_keeps_step_and_eta():
-    console = Console(file=io.StringIO(), force_terminal=True, width=50, color_system=None)
-    clock = Clock()
+    console, clock = terminal(50), Clock()
     shown = {f"metric_{i}": 1.0 for i in range(9)}
     run(Progress(20, description="rl", console=console, clock=clock), clock, [1, 20], **shown)
     final = console.file.getvalue().replace("\x1b[2K", "").split("\r")[-1]
     assert "20/20" in final and "ETA 0:00" in final and final.count("\n") == 1
+
+
+def test_a_terminal_that_cannot_redraw_gets_the_lines_of_a_log():
+    console, clock = terminal(80, "dumb"), Clock()
+    run(Progress(20, description="rl", console=console, clock=clock), clock, [1, 20], loss=0.5)
+    assert printed(console) == ["rl  1/20  ETA 0:19  loss 0.500", "rl 20/20  loss 0.500"]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,22 @@ def test_integer_weights_are_refused(tmp_path):
         TensorReader(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["b.weight", "a.weight", "half", "double"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_neither_read_nor_written(tmp_path, name, value):
+    broken = {key: tensor.copy() for key, tensor in TENSORS.items()}
+    broken[name].reshape(-1)[-1] = value
+    save_file(broken, tmp_path / "model.safetensors")
+    reader = TensorReader(tmp_path)
+    for other in TENSORS.keys() - {name}:
+        reader.read(other)
+    words = rf"^{name} in {tmp_path / 'model.safetensors'} holds NaN or infinity; copy it again"
+    with pytest.raises(ValueError, match=words):
+        reader.read(name)
+    with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinity as \w+, so it is not"):
+        write_tensors(tmp_path, "other", broken)
+
+
 def test_a_full_disk_while_writing_raises(tmp_path, full_disk):
     full_disk(100)
     with pytest.raises(OSError, match="No space left"):

@@ -117,7 +117,7 @@ def test_the_law_of_depths_is_that_of_the_run(tmp_path):
         (
             '{"command": "rl", "rl": {"min_hazard": 2, "hazard_temperature": 1},'
             ' "model": {"path": "x"}}',
-            r"altered: config\.rl\.min_hazard is 2\.0; it is a probability below 1",
+            r"altered: config\.rl\.min_hazard is 2\.0; it must be at least 0 and at most",
         ),
         (
             '{"command": "rl", "rl": {"min_hazard": 0}, "model": {}}',

@@ -70,6 +70,12 @@ def test_figures_of_a_policy_agree_with_each_other(written):
         )
         low, high = entry["depth_fraction_ci95"]
         assert low <= entry["depth_fraction"] <= high
+        spent = sum(int(depth) * count for depth, count in entry["depth_histogram"].items())
+        assert entry["layers_per_problem"] == pytest.approx(spent / entry["problems"])
+        low, high = entry["layers_per_problem_ci95"]
+        assert low <= entry["layers_per_problem"] <= high
+        if len(entry["depth_histogram"]) > 1:
+            assert low < high
 
 
 def test_every_measure_is_there_for_both_policies(written):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from jexit.config import RLConfig
-from jexit.loops.pressure import Pressure
+from jexit.eval.depth import Completion
+from jexit.loops.pressure import Pressure, penalised_reward
+from jexit.tasks import Rewards
 
 
 def test_prices_rise_linearly_over_the_warm_up():
@@ -51,3 +53,52 @@ def test_its_state_survives_a_checkpoint():
         pressure.observe(accuracy)
     restored.load({name: np.array(value) for name, value in pressure.state().items()})
     assert (restored.accuracy, restored.multiplier) == (pressure.accuracy, pressure.multiplier)
+
+
+def completions(*, correct, depth, tokens=5, of=10):
+    """Ten completions, `correct` of them right, whose tokens but the first run `depth` layers."""
+    return [
+        Completion(
+            ids=[0] * tokens,
+            text="",
+            depths=[8] + [depth] * (tokens - 1),
+            verdict="strict" if number < correct else "wrong",
+            truncated=False,
+        )
+        for number in range(of)
+    ]
+
+
+def test_the_best_checkpoint_is_scored_at_the_full_penalties():
+    """A run that improves while λ rises: its own reward falls, its score does not."""
+    rl = RLConfig(depth_coef=2.0, length_coef=0.2, length_ref=22.0, warmup_steps=100)
+    run = [completions(correct=9, depth=8), completions(correct=10, depth=4),
+           completions(correct=10, depth=2)]  # fmt: skip
+    scores = [penalised_reward(rl, Rewards(), made, 8) for made in run]
+    assert scores == pytest.approx([share - 2.0 * depth - 0.2 * 5 / 22 for share, depth in
+                                    ((0.9, 1.0), (1.0, 0.5), (1.0, 0.25))])  # fmt: skip
+    in_force = [0.9 - 0.0, 1.0 - 0.5 * 2.0 * 0.5, 1.0 - 2.0 * 0.25]  # by which the first is best
+    assert max(in_force) == in_force[0] and max(scores) == scores[2]
+
+
+def test_the_best_checkpoint_under_a_total_penalty_is_not_the_one_with_filler():
+    rl = RLConfig(depth_coef=2.0, depth_norm="total", length_ref=22.0)
+    plain = penalised_reward(rl, Rewards(), completions(correct=10, depth=4), 8)
+    padded = [
+        Completion(ids=[0] * 9, text="", depths=[*made.depths, 1, 1, 1, 1], verdict="strict",
+                   truncated=False)
+        for made in completions(correct=10, depth=4)
+    ]  # fmt: skip
+    assert plain == pytest.approx(1.0 - 2.0 * (8 + 4 * 4) / 8 / 22)
+    assert penalised_reward(rl, Rewards(), padded, 8) < plain
+
+
+def test_accuracy_under_the_floor_outweighs_layers():
+    rl = RLConfig(depth_coef=2.0, accuracy_floor=0.9)
+    at_floor, shallow, shallower = (
+        penalised_reward(rl, Rewards(), completions(correct=correct, depth=depth), 8)
+        for correct, depth in ((9, 8), (8, 1), (7, 1))
+    )
+    assert at_floor > shallow > shallower
+    cheaper = penalised_reward(rl, Rewards(), completions(correct=9, depth=4), 8)
+    assert cheaper > at_floor

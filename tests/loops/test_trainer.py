@@ -1,11 +1,16 @@
-"""The signals that stop a run."""
+"""The signals that stop a run, and the steps that it skips."""
 
+import math
 import signal
 
+import jax.numpy as jnp
 import pytest
 
+from jexit.config import Config
 from jexit.loops import trainer
-from jexit.loops.trainer import _StopSignals
+from jexit.loops.trainer import Diverged, Interrupted, Trainer, _StopSignals
+from jexit.sections import CheckpointConfig, LogConfig, OptimConfig
+from jexit.steps.state import TrainState
 
 
 @pytest.fixture
@@ -50,3 +55,88 @@ def test_the_handlers_of_before_come_back():
     with _StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# Steps that are skipped
+
+
+STATE = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"mu": jnp.zeros(3)}, jnp.int32(0))
+
+
+def train(workdir, losses, *, every=1, signal_after=None, **optim):
+    """A run whose steps have these losses; one that is NaN is skipped, as the real steps do it."""
+    config = Config(
+        command="sft",
+        steps=len(losses),
+        optim=OptimConfig(**optim),
+        checkpoint=CheckpointConfig(every=every, keep=2, keep_best=1, final="best"),
+        log=LogConfig(tensorboard=False),
+    )
+    run = Trainer(config, workdir, "test", shown={})
+    state = run.restore(STATE)
+
+    def one_step(state, step):
+        good = math.isfinite(losses[step])
+        weights = state.trainable["w"] + good
+        skipped = jnp.int32(0) if good else state.skipped + 1
+        if step + 1 == signal_after:
+            signal.raise_signal(signal.SIGTERM)
+        state = TrainState(state.step + 1, {"w": weights}, state.opt_state, skipped)
+        return state, {"loss": losses[step], "skipped": skipped}
+
+    try:
+        return run.best(run.run(state, one_step))
+    finally:
+        run.close()
+
+
+def stored(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+NAN = math.nan
+
+
+def test_no_checkpoint_is_written_while_steps_are_skipped(tmp_path):
+    """So the last good one is named, and it is still there."""
+    with pytest.raises(Diverged, match=r"in 3 steps in a row \(up to step 5\)") as caught:
+        train(tmp_path, [1.0, 1.0, NAN, NAN, NAN, 1.0], max_skipped=3)
+    assert f"last good checkpoint: step 2 in {tmp_path / 'checkpoints'}; lower" in str(caught.value)
+    assert stored(tmp_path) == [1, 2]
+
+
+def test_checkpoints_go_on_when_steps_do(tmp_path, capsys):
+    state = train(tmp_path, [1.0, NAN, 1.0, NAN, 0.5], max_skipped=2)
+    assert stored(tmp_path) == [3, 5]
+    assert float(state.trainable["w"][0]) == 4.0
+    assert "Skipped 2 of 5 steps, which were not finite" in capsys.readouterr().out
+
+
+def test_a_run_that_skips_nothing_says_nothing_of_it(tmp_path, capsys):
+    train(tmp_path, [1.0, 1.0])
+    assert "kipped" not in capsys.readouterr().out
+
+
+def test_a_run_whose_every_step_is_skipped_is_no_success(tmp_path):
+    with pytest.raises(Diverged, match=r"in all 3 steps; last good checkpoint: none was written"):
+        train(tmp_path, [NAN, NAN, NAN], max_skipped=5)
+    assert stored(tmp_path) == []
+
+
+def test_the_best_of_a_run_without_a_checkpoint_is_its_end(tmp_path):
+    state = train(tmp_path, [1.0, 1.0, NAN], every=0)
+    assert stored(tmp_path) == []
+    assert float(state.trainable["w"][0]) == 3.0
+
+
+def test_a_run_that_is_stopped_while_it_skips_goes_on_from_the_last_good_step(tmp_path, capsys):
+    words = (
+        r"after step 3; steps are being skipped, last good checkpoint: step 1 in .*, and the sam"
+    )
+    with pytest.raises(Interrupted, match=words):
+        train(tmp_path, [1.0, NAN, NAN, 1.0], signal_after=3)
+    assert stored(tmp_path) == [1]
+    capsys.readouterr()
+    state = train(tmp_path, [1.0, NAN, NAN, 1.0])
+    assert float(state.trainable["w"][0]) == 3.0
+    assert "Skipped 2 of 4 steps" in capsys.readouterr().out

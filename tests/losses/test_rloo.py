@@ -1,11 +1,16 @@
 """RLOO by hand and by TRL's documented formula; rewards, weights and losses by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jexit.losses import rloo
+from jexit.model.exits import depth_entropy, depth_log_law, log_hazards
+
+MEAN = {"norm": "mean", "length_ref": 1.0}
 
 
 def test_rloo_by_hand():
@@ -53,24 +58,56 @@ def test_one_rollout_is_an_error():
 
 
 def test_rewards_by_hand():
+    token = jnp.array([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    action = jnp.array([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    depth = jnp.array([[1.0, 0.5, 0.25, 9.0], [1.0, 9.0, 9.0, 9.0]])
+    cost = rloo.depth_cost(depth, action, token, norm="mean", length_ref=10.0)
+    # Row 0: depth mean over its two action positions 0.375; row 1 has none and counts as full.
+    np.testing.assert_allclose(cost, [0.375, 1.0], rtol=1e-6)
+    total = rloo.depth_cost(depth, action, token, norm="total", length_ref=10.0)
+    np.testing.assert_allclose(total, [0.175, 0.1], rtol=1e-6)
     reward = rloo.rewards(
         jnp.array([1.0, 0.5]),
-        jnp.array([[1.0, 0.5, 0.25, 9.0], [1.0, 9.0, 9.0, 9.0]]),
-        jnp.array([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]),
+        cost,
         jnp.array([[0.2, 0.4, 0.6, np.nan], [1.0, np.nan, np.nan, np.nan]]),
-        jnp.array([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]),
+        token,
         depth_coef=0.8,
         kl_coef=0.1,
         length_coef=0.5,
         length_ref=10.0,
     )
-    # Row 0: depth mean over its two action positions 0.375; row 1 has none and counts as full.
     np.testing.assert_allclose(reward.depth_B, [-0.3, -0.8], rtol=1e-6)
     np.testing.assert_allclose(reward.kl_B, [-0.04, -0.1], rtol=1e-6)
     np.testing.assert_allclose(reward.length_B, [-0.15, -0.05], rtol=1e-6)
     np.testing.assert_allclose(
         reward.total_B, [1 - 0.3 - 0.04 - 0.15, 0.5 - 0.8 - 0.1 - 0.05], rtol=1e-6
     )
+
+
+def reward_with_filler(layers, norm, fillers, depth):
+    """Of a right answer in five tokens at full depth with tokens of this depth after it."""
+    depths = [layers] * 5 + [depth] * fillers
+    tokens = jnp.ones((1, len(depths)))
+    fraction = jnp.asarray([depths]) / layers
+    cost = rloo.depth_cost(fraction, tokens.at[:, 0].set(0.0), tokens, norm=norm, length_ref=22.0)
+    reward = rloo.rewards(
+        jnp.ones(1), cost, jnp.zeros_like(tokens), tokens,
+        depth_coef=2.0, kl_coef=0.0, length_coef=0.2, length_ref=22.0,
+    )  # fmt: skip
+    return sum(depths), float(reward.total_B[0])
+
+
+def test_the_published_penalty_pays_for_filler():
+    (before, plain), (after, filled) = (reward_with_filler(8, "mean", n, 1) for n in (0, 4))
+    assert (before, after) == (40, 44)
+    assert (plain, filled) == pytest.approx((-1.0455, -0.2068), abs=1e-4)
+
+
+@pytest.mark.parametrize("layers", [8, 36])
+def test_no_filler_raises_a_reward_under_the_total_penalty(layers):
+    for depth in (1, layers // 2, layers):
+        made = [reward_with_filler(layers, "total", fillers, depth)[1] for fillers in range(8)]
+        assert all(longer < shorter for shorter, longer in itertools.pairwise(made))
 
 
 def test_loss_weights():
@@ -115,18 +152,34 @@ def test_truncated_importance_weights():
     )  # fmt: skip
 
 
-def test_k3_averages_to_the_divergence():
-    student, teacher = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.25, 0.25])
-    estimate = rloo.k3(jnp.log(student), jnp.log(teacher))
-    assert np.all(np.asarray(estimate) >= 0)
-    assert float((student * estimate).sum()) == pytest.approx(
-        (student * np.log(student / teacher)).sum(), rel=1e-5
-    )
+@pytest.mark.parametrize("name", ["k2", "k3"])
+def test_what_a_kl_estimate_averages_to_and_descends(name):
+    """Values and gradients over the student's own samples, against both directions of KL."""
+    logits, teacher = jnp.array([0.9, -0.4, -0.5]), jnp.array([0.2, 0.5, 0.3])
+
+    def kl_student_teacher(x):
+        log_s = jax.nn.log_softmax(x)
+        return jnp.sum(jnp.exp(log_s) * (log_s - jnp.log(teacher)))
+
+    def kl_teacher_student(x):
+        return jnp.sum(teacher * (jnp.log(teacher) - jax.nn.log_softmax(x)))
+
+    def estimate(x, token):
+        return getattr(rloo, name)(jax.nn.log_softmax(x)[token], jnp.log(teacher)[token])
+
+    student = jax.nn.softmax(logits)
+    values = jnp.stack([estimate(logits, token) for token in range(3)])
+    gradients = jnp.stack([jax.grad(estimate)(logits, token) for token in range(3)])
+    assert jnp.all(values >= 0)
+    forward, backward = jax.grad(kl_student_teacher)(logits), jax.grad(kl_teacher_student)(logits)
+    assert float(jnp.linalg.norm(forward - backward)) > 0.05
+    wanted = {"k2": forward, "k3": backward}[name]
+    np.testing.assert_allclose(student @ gradients, wanted, rtol=1e-4, atol=1e-6)
+    if name == "k3":
+        assert float(student @ values) == pytest.approx(float(kl_student_teacher(logits)), rel=1e-5)
 
 
 def test_decision_entropy_averages_to_the_entropy_of_the_law():
-    from jexit.model.exits import depth_entropy, depth_log_law, log_hazards
-
     z = jnp.array([0.3, -1.2, 2.0])
     law = jnp.exp(depth_log_law(z))
     per_exit = jnp.stack(
@@ -135,11 +188,37 @@ def test_decision_entropy_averages_to_the_entropy_of_the_law():
     assert float(law @ per_exit) == pytest.approx(float(depth_entropy(jnp.log(law))), rel=1e-5)
 
 
+def bonus_gradient(z):
+    """Mean gradient of the bonus over depths drawn from the law of z, enumerated."""
+
+    def term(z, e):
+        entropy = rloo.reached_decision_entropy(*log_hazards(z), jnp.int32(e))
+        return rloo.depth_entropy_bonus(entropy, depth_log_law(z)[e])
+
+    law = jnp.exp(depth_log_law(z))
+    return law @ jnp.stack([jax.grad(term)(z, e) for e in range(len(law))])
+
+
+def test_the_depth_entropy_bonus_has_the_gradient_of_the_entropy():
+    known = jnp.array([-0.5, 0.0, 0.0])
+    np.testing.assert_allclose(bonus_gradient(known), [-0.127, -0.108, 0.0], atol=1e-3)
+    for z in (known, jnp.array([0.3, -1.2, 2.0]), jnp.array([-3.0, 1.0])):
+        truth = jax.grad(lambda z: depth_entropy(depth_log_law(z)))(z)
+        np.testing.assert_allclose(bonus_gradient(z), truth, rtol=1e-4, atol=1e-6)
+
+
+def test_climbing_the_depth_entropy_bonus_ends_at_the_uniform_law():
+    z, climb = jnp.array([-0.5, 0.0, 0.0]), jax.jit(lambda z: z + 2.0 * bonus_gradient(z))
+    for _ in range(300):
+        z = climb(z)
+    np.testing.assert_allclose(jnp.exp(depth_log_law(z)), [0.25] * 4, atol=1e-3)
+
+
 def test_a_completion_of_one_token_costs_its_full_depth_under_causal_credit_too():
     """Its only pass runs every layer; free of charge, ending at once would be rewarded."""
     depth_BC = jnp.asarray([[1.0, 0.0, 0.0], [1.0, 0.5, 0.25]])
     action_BC = jnp.asarray([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, rollouts=2)
+    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, action_BC, 2, **MEAN)
     np.testing.assert_allclose(cost_BC[0], [1.0, 1.0, 1.0])
     # Its only neighbour has no action to compare with: nothing is taken off.
     np.testing.assert_allclose(cost_BC[1], [0.375, 0.375, 0.375])
@@ -148,8 +227,17 @@ def test_a_completion_of_one_token_costs_its_full_depth_under_causal_credit_too(
 def test_rows_of_one_length_are_charged_for_what_is_to_come():
     depth_BC = jnp.asarray([[1.0, 0.5, 0.25, 1.0], [1.0, 1.0, 0.5, 0.25]])
     action_BC = jnp.asarray([[0.0, 1.0, 1.0, 1.0]] * 2)
-    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, rollouts=2)
+    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, action_BC, 2, **MEAN)
     to_go_BC = np.cumsum((depth_BC * action_BC)[:, ::-1], axis=1)[:, ::-1] / 3
+    np.testing.assert_allclose(cost_BC, to_go_BC, rtol=1e-6)
+
+
+def test_total_causal_credit_is_the_compute_to_come():
+    depth_BC = jnp.asarray([[1.0, 0.5, 0.25, 0.0], [1.0, 1.0, 0.5, 0.25]])
+    token_BC = jnp.asarray([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    action_BC = token_BC.at[:, 0].set(0.0)
+    cost_BC = rloo.causal_depth_cost(depth_BC, action_BC, token_BC, 2, norm="total", length_ref=8.0)
+    to_go_BC = np.cumsum(np.asarray(depth_BC)[:, ::-1], axis=1)[:, ::-1] / 8.0
     np.testing.assert_allclose(cost_BC, to_go_BC, rtol=1e-6)
 
 
@@ -206,7 +294,9 @@ def test_causal_credit_has_the_gradient_of_the_reward_where_lengths_differ():
         for j in range(len(texts)):
             pair = jnp.asarray([i, j])
             advantage = rloo.group_advantages(
-                -rloo.causal_depth_cost(depth[pair], action[pair], rollouts=2), 2, "rloo"
+                -rloo.causal_depth_cost(depth[pair], action[pair], action[pair], 2, **MEAN),
+                2,
+                "rloo",
             )
             mine = sum(advantage[0][t] * gradient_of_terms[i][t] for t in range(3))
             found += probability[i] * probability[j] * np.asarray(mine)

@@ -21,10 +21,16 @@ def compiled(topology, *options):
 
 @pytest.mark.parametrize("topology", TPUS)
 def test_splash_attention_holds_no_scores(topology):
+    """Temporaries of at most three float32 arrays of the queries' size.
+
+    One are the row statistics, which the kernel spreads over 128 lanes; half of one each, in
+    bfloat16, are the queries by head, the output, its gradient and that to the queries. How much of
+    them the compiler keeps in vector memory instead differs between chips and releases.
+    """
     row = compiled(topology, "--attention=splash", "--lengths=4096")
     assert row["kernels"] == 3, "forward, gradient to the queries, gradient to keys and values"
     assert not row["holds_scores"], f"the program holds an array [{row['largest']}]"
-    assert row["share"] < 0.06, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"
+    assert row["of_queries"] < 3, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"
 
 
 @pytest.mark.tpu_aot

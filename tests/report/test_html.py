@@ -53,7 +53,7 @@ def test_a_page_has_a_language_a_title_and_headings_in_order(workdirs):
     assert links == [f"#{key}" for key in sections(page)]
 
 
-def test_the_first_figures_are_accuracy_depth_and_tokens(workdirs):
+def test_the_first_figures_are_accuracy_depth_tokens_and_layers(workdirs):
     overview = parse(render([read_run(workdirs["eval"])])).one("section", id="overview")
     cards = overview.one("dl", class_="cards").children
     sampled, full = (r for r in evaluation()["runs"] if r["policy"] in ("sample", "full"))
@@ -63,7 +63,9 @@ def test_the_first_figures_are_accuracy_depth_and_tokens(workdirs):
         "right answers",
         "of all layers run",
         "tokens a completion",
+        "layers a problem",
     ]
+    assert f"{sampled['layers_per_problem']:.1f}" in cards[3].one("dd").text
     first = cards[0].one("dd").text
     low, high = (f"{100 * bound:.1f}" for bound in sampled["accuracy_ci95"])
     assert first == (

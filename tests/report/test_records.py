@@ -33,6 +33,17 @@ def test_parts_that_came_later_may_be_absent_and_unknown_ones_are_passed_over():
     assert read.runs[0].depth_by_class is None and read.runs[0].control_of is None
 
 
+def test_layers_a_problem_of_an_older_file_follow_from_its_means():
+    old, new = (
+        build(Evaluation, evaluation(new_parts=part), "eval").runs for part in (False, True)
+    )
+    written = evaluation()["runs"]
+    assert [run.layers_per_problem for run in new] == [r["layers_per_problem"] for r in written]
+    for run in old:
+        assert run.layers_per_problem == pytest.approx(run.depth_mean * 12.5)
+        assert run.layers_per_problem_ci95 is None
+
+
 def test_what_an_evaluation_of_today_writes_is_read_field_by_field():
     names = {field.name for field in dataclasses.fields(PolicyResult)}
     assert names <= {field.name for field in dataclasses.fields(PolicyFigures)}

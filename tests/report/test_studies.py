@@ -304,6 +304,15 @@ def test_a_summary_has_the_figures_that_there_are(directory):
     )
 
 
+def test_layers_a_problem_of_an_older_table_follow_from_its_means(tmp_path):
+    heads = ("seed", "sample/depth_mean", "sample/completion_length", "full/layers_per_problem")
+    write(tmp_path / "some.csv", heads, [("0", "2.5", "12", "96"), ("1", "2", "11", "88")])
+    table = Study.read(tmp_path / "some.csv").table(
+        ["layers a problem", "layers a problem at full depth"]
+    )
+    assert "| 2 | 26.00 (22.00 to 30.00) | 92.00 (88.00 to 96.00) |" in table
+
+
 def test_what_is_not_there_is_one_sentence(directory, tmp_path, capsys):
     study = {"pressure": Study.read(directory / "pressure.csv")}
     block = "<!-- {} -->\n<!-- end -->"

@@ -32,6 +32,9 @@ def test_policies_with_their_intervals_and_controls(evaluated):
     ]
     assert set(column(rows, "strict / lenient / wrong / none")) == {"240 / 3 / 12 / 1"}
     assert set(column(rows, "step size")) == {"2.50"}
+    layers = [f"{r['layers_per_problem']:.1f}" for r in value["runs"]]
+    assert column(rows, "layers a problem") == layers
+    assert set(column(rows, "s/problem")) == {f"{12.5 / 4321:.3f}"}
 
 
 def test_an_evaluation_without_intervals_of_depth_has_no_column_for_them(tmp_path):

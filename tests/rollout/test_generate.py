@@ -151,10 +151,11 @@ def test_pieces_make_the_whole(model, every, stops):
         text = generate(model, Spelling(), PROMPTS, policy=Sample(), **SETTINGS).texts[1]
         # One token completes both, and the longer one begins before.
         stop = [text[9:12], text[8:12]][:stops]
-    settings = {"policy": Sample(), "stop": stop} | SETTINGS
+    # Of one size, so that the same compiled programs make both: then they agree to the last bit,
+    # which XLA does not promise of programs with other shapes.
+    settings = {"policy": Sample(), "stop": stop, "size": EngineSize(rows=3, places=2)} | SETTINGS
     whole = generate(model, Spelling(), PROMPTS, **settings)
-    size = EngineSize(rows=3, places=2)
-    pieces = list(stream(model, Spelling(), PROMPTS, every=every, size=size, **settings))
+    pieces = list(stream(model, Spelling(), PROMPTS, every=every, **settings))
     assert len(pieces) > len(PROMPTS)
     for row in range(len(PROMPTS)):
         mine = [piece for piece in pieces if piece.index == row]

@@ -19,6 +19,7 @@ from jexit.model.transformer import ExitHeadSettings, Transformer
 from jexit.presets import Architecture
 from jexit.rollout import EngineSize, rollout
 from jexit.steps.completions import pack_completions, pad_completions
+from jexit.steps.optim import apply_gradients
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Fixed, new_state, split_model
@@ -48,6 +49,13 @@ MESHES = {
 
 
 SLOW = pytest.mark.slow
+ON_MESHES = pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, id=name, marks=() if name == "all" else SLOW)
+        for name, sizes in MESHES.items()
+    ],
+)
 
 
 @pytest.fixture(
@@ -118,13 +126,7 @@ def placed(split):
 
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=SLOW), 2])
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(sizes, id=name, marks=() if name == "all" else SLOW)
-        for name, sizes in MESHES.items()
-    ],
-)
+@ON_MESHES
 @pytest.mark.parametrize("update", [sft_update, rl_update], ids=["sft", "rl"])
 def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_batches):
     alone, metrics_alone = update(split, micro_batches)
@@ -137,6 +139,24 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_
     ):
         assert relative_error(np.asarray(many), np.asarray(one)) < GRADIENT
         assert len(many.sharding.device_set) == 8
+
+
+@ON_MESHES
+def test_all_devices_skip_an_update_that_one_of_them_cannot_take(split, sizes):
+    def last_entry_overflows(updates, _):
+        *others, last = jax.tree.leaves(updates)
+        broken = last.at[(-1,) * last.ndim].set(jnp.inf)
+        return jax.tree.unflatten(jax.tree.structure(updates), [*others, broken])
+
+    optimizer = optax.chain(optax.adam(1e-2), optax.stateless(last_entry_overflows))
+    with use_mesh(make_mesh(*sizes)):
+        before = placed(split).trainable
+        update = jax.jit(lambda state, gradients: apply_gradients(state, optimizer, gradients, 1.0))
+        after, metrics = update(new_state(before, optimizer), before)
+    assert float(metrics["skipped"]) == 1 and np.isfinite(float(metrics["grad_norm"]))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after.trainable), strict=True):
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+        assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 
 def test_a_step_leaves_every_parameter_where_it_was(split):
@@ -155,7 +175,7 @@ def test_a_step_leaves_every_parameter_where_it_was(split):
 
 
 @pytest.mark.parametrize("count", [8, 7])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@ON_MESHES
 def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes, count):
     """Also with more rows than a shard's pool takes, and prompts that do not divide over shards."""
     prompts, _ = texts(count)

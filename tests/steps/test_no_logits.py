@@ -73,7 +73,7 @@ def test_calibration_of_the_whole_model(make_split):
     assert_no_logits(sft_text(make_split, SFTConfig(samples=2), full=True))
 
 
-@pytest.mark.parametrize("kl_loss", ["exact", "k3"])
+@pytest.mark.parametrize("kl_loss", ["exact", "k2"])
 def test_reinforcement(make_split, kl_loss):
     config = RLConfig(rollouts=3, max_new_tokens=COMPLETION, kl_loss_coef=0.1, kl_loss=kl_loss)
     assert_no_logits(rl_text(make_split, config))

@@ -18,79 +18,119 @@ from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
 from jexit.steps.state import new_state
 
-LAYERS, EXITS, NEW = 3, (1, 2), 2
+LAYERS, EXITS, NEW, EOS = 3, (1, 2), 3, 0
 PROMPT = [1]
 
 
 def trajectories(vocab):
-    """All (first token, depth of the second pass, second token)."""
-    return list(itertools.product(range(vocab), (*EXITS, LAYERS), range(vocab)))
+    """All (tokens, depths of the passes that produced them): EOS or the third token ends one."""
+    done, open_ = [], [((token,), (LAYERS,)) for token in range(vocab)]
+    while open_:
+        tokens, depths = open_.pop()
+        if tokens[-1] == EOS or len(tokens) == NEW:
+            done.append((tokens, depths))
+        else:
+            open_ += [
+                ((*tokens, token), (*depths, depth))
+                for token in range(vocab)
+                for depth in (*EXITS, LAYERS)
+            ]
+    return done
 
 
-def log_probs(split, trainable, paths, config):
-    """log P(y0) + log P(d1) + log P(y1 | d1) of every trajectory, straight from the definition."""
-    student = split.student(trainable)
-    tokens = jnp.array([[*PROMPT, y0, y1] for y0, _, y1 in paths])
-    depths = jnp.array([[LAYERS, d, LAYERS] for _, d, _ in paths])
-    result = run(student, tokens, policy=Prescribed(depths), hazards=True)
-    logits = logits_of(result.hidden_BTD, student.head_VD) / config.temperature
-    log_pi = jax.nn.log_softmax(logits)
-    rows = jnp.arange(len(paths))
+def padded(paths, part, fill):
+    return jnp.array([[*path[part], *[fill] * (NEW - len(path[part]))] for path in paths])
+
+
+def log_probs(split, trainable, paths, config, *, teacher=False):
+    """log π of every token [N, NEW] and log P of every depth, straight from the definition.
+
+    Zero beyond the end; with `teacher` the tokens are the base model's, at full depth.
+    """
+    model = split.teacher(trainable) if teacher else split.student(trainable)
+    tokens, depths = padded(paths, 0, EOS), padded(paths, 1, LAYERS)
+    inputs = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=PROMPT[0])
+    policy = Prescribed(jnp.pad(depths, ((0, 0), (0, 1)), constant_values=LAYERS))
+    result = run(
+        model, inputs, policy=Full() if teacher else policy, hazards=True, adapters=not teacher
+    )
+    logits = logits_of(result.hidden_BTD, model.head_VD) / config.temperature
+    log_pi = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[..., None], -1)[..., 0]
     law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
-    depth = depth_log_prob(depths[:, 1], result.hazard_logits_BTE[:, 1], EXITS, LAYERS, **law)
-    return log_pi[rows, 0, tokens[:, 1]] + depth + log_pi[rows, 1, tokens[:, 2]], log_pi, depth
+    depth = depth_log_prob(depths, result.hazard_logits_BTE[:, :-1], EXITS, LAYERS, **law)
+    index, lengths = jnp.arange(NEW), jnp.array([[len(path[0])] for path in paths])
+    there = index < lengths
+    return jnp.where(there, log_pi, 0.0), jnp.where(there & (index > 0), depth, 0.0)
 
 
 def batch_of(paths, verifier, log_pi, depth_logprobs, rows):
     completions = pad_completions(
-        [PROMPT] * len(rows), [[paths[r][0], paths[r][2]] for r in rows], 0
+        [PROMPT] * len(rows), [list(paths[r][0]) for r in rows], 0, (len(PROMPT) + NEW, NEW)
     )
-    width = completions.completion_tokens_BC.shape[1]
-
-    def padded(columns):
-        return jnp.pad(jnp.stack(columns, 1), ((0, 0), (0, width - NEW)))
-
     index = jnp.asarray(rows)
-    y0 = jnp.array([paths[r][0] for r in rows])
-    y1 = jnp.array([paths[r][2] for r in rows])
-    d1 = jnp.array([paths[r][1] for r in rows], jnp.int32)
+    cut = [paths[r][0][-1] != EOS for r in rows]
     return RLBatch(
         completions,
         completions.completion_lengths_B,
-        padded([jnp.full(len(rows), LAYERS, jnp.int32), d1]),
-        padded([log_pi[index, 0, y0], log_pi[index, 1, y1]]),
-        padded([jnp.zeros(len(rows)), depth_logprobs[index]]),
+        padded(paths, 1, 0)[index],
+        log_pi[index],
+        depth_logprobs[index],
         jnp.asarray(verifier)[index],
-        jnp.zeros(len(rows), bool),
+        jnp.asarray(cut),
     )
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
-        {"advantage": "group_mean"},
-        {"causal_depth": True},
+        {"kl_coef": 40.0, "temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
+        {"depth_norm": "total", "causal_depth": True},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"advantage": "group_mean"},
+                {"causal_depth": True},
+                {"depth_norm": "total", "kl_coef": 40.0},
+            )
+        ),
     ],
-    ids=lambda options: "-".join(options) or "plain",
+    ids=lambda options: "-".join(map(str, options)),
 )
 def test_expected_gradient_equals_that_of_the_enumerated_return(make_split, options):
+    """All texts of up to three tokens, ended by EOS or cut off, at all depths.
+
+    The reward's own KL term counts as a constant, as in any policy gradient.
+    """
     vocab = 2
     split = make_split(vocab_size=vocab)
     config = RLConfig(
-        rollouts=2, kl_coef=0.0, max_new_tokens=NEW, **{"temperature": 1.0, **options}
-    )
-    prices = Prices(0.7, 0.0)
+        rollouts=2, max_new_tokens=NEW, length_ref=4.0,
+        **{"temperature": 1.0, "kl_coef": 0.0, **options},
+    )  # fmt: skip
+    prices = Prices(0.7, 0.3)
     paths = trajectories(vocab)
+    assert {len(tokens) for tokens, _ in paths} == {1, 2, 3}
     verifier = np.random.default_rng(0).normal(size=len(paths)).astype(np.float32)
-    returns = verifier - 0.7 * np.array([d / LAYERS for _, d, _ in paths], np.float32)
+    log_pi, depth_logprobs = log_probs(split, split.trainable, paths, config)
+    taught, _ = log_probs(split, split.trainable, paths, config, teacher=True)
+    if config.depth_norm == "total":
+        cost = [sum(depths) / LAYERS / 4.0 for _, depths in paths]
+    else:
+        cost = [np.mean(depths[1:]) / LAYERS if depths[1:] else 1.0 for _, depths in paths]
+    lengths = np.array([len(tokens) for tokens, _ in paths])
+    kl = np.asarray(jnp.sum(log_pi - taught, 1)) / lengths
+    assert config.kl_coef == 0.0 or np.ptp(config.kl_coef * kl) > 0.1
+    returns = verifier - 0.7 * np.array(cost) - config.kl_coef * kl - 0.3 * lengths / 4.0
+
+    def log_p_of(trainable):
+        tokens, depths = log_probs(split, trainable, paths, config)
+        return jnp.sum(tokens + depths, axis=1)
 
     def expected_return(trainable):
-        return jnp.sum(jnp.exp(log_probs(split, trainable, paths, config)[0]) * returns)
+        return jnp.sum(jnp.exp(log_p_of(trainable)) * returns)
 
     exact = jax.jit(jax.grad(expected_return))(split.trainable)
-    log_p, log_pi, depth_logprobs = log_probs(split, split.trainable, paths, config)
+    log_p = log_p_of(split.trainable)
     assert float(jnp.sum(jnp.exp(log_p))) == pytest.approx(1.0, abs=1e-5)
 
     optimizer = optax.sgd(1.0)
@@ -106,9 +146,9 @@ def test_expected_gradient_equals_that_of_the_enumerated_return(make_split, opti
             split.trainable,
         )  # fmt: skip
         assert float(metrics["sampler_gap"]) < 1e-5
-    # Two rows, each weighted by 1 / (2 rows · 2 tokens): half the gradient of the return. The
-    # group mean as baseline keeps half of that again (it contains the row itself).
-    factor = 0.25 if config.advantage == "group_mean" else 0.5
+    # Each of two rows is weighted by 1 / (2 rows · the token budget). The group mean as baseline
+    # keeps half of that (it contains the row itself).
+    factor = (0.5 if config.advantage == "group_mean" else 1.0) / NEW
     for ours, truth in zip(jax.tree.leaves(total), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(ours, factor * truth, rtol=2e-3, atol=2e-6)
 
@@ -214,9 +254,11 @@ def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
     assert float(metrics["loss/kl"]) == pytest.approx(exact, rel=1e-4)
     picked = rows.completion_tokens_BC[..., None]
     delta = jnp.take_along_axis(t - s, picked, -1)[..., 0]
-    sampled = float(jnp.sum(token * (jnp.exp(delta) - delta - 1)))
-    _, metrics = one_update(split, dataclasses.replace(config, kl_loss="k3"), batch)
-    assert float(metrics["loss/kl"]) == pytest.approx(sampled, rel=1e-4)
+    estimates = {"k2": delta**2 / 2, "k3": jnp.exp(delta) - delta - 1}
+    for kl_loss, estimate in estimates.items():
+        sampled = float(jnp.sum(token * estimate))
+        _, metrics = one_update(split, dataclasses.replace(config, kl_loss=kl_loss), batch)
+        assert float(metrics["loss/kl"]) == pytest.approx(sampled, rel=1e-4)
 
 
 def repacked(batch, *, row_of, shape, prompt_of=None):

@@ -1,10 +1,11 @@
+import collections
 import dataclasses
 import itertools
 
 import pytest
 
 from jexit.tasks import Rewards, make_task
-from jexit.tasks.base import Draw, is_held_out, stable_hash
+from jexit.tasks.base import Draw, split_of, stable_hash
 
 GENERATED = ("sums", "word_problems", "tom")
 
@@ -44,9 +45,9 @@ def test_totals_of_parts_add_up_to_those_of_the_whole(name):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_an_unknown_split_is_refused(name):
-    with pytest.raises(ValueError, match="'train' or 'test', got 'dev'"):
+    with pytest.raises(ValueError, match="'val' or 'test', got 'dev'"):
         make_task(name).problem("dev", 0)
-    with pytest.raises(ValueError, match="'train' or 'test'"):
+    with pytest.raises(ValueError, match="'val' or 'test'"):
         make_task(name).size("dev")
 
 
@@ -92,6 +93,7 @@ def test_draws_cover_their_range_and_follow_weights():
     assert 0.70 < picked.count("a") / len(picked) < 0.80
 
 
-def test_held_out_share():
-    share = sum(is_held_out(str(i), one_in=8) for i in range(8000)) / 8000
-    assert 0.11 < share < 0.14
+def test_split_shares():
+    counts = collections.Counter(split_of(str(i)) for i in range(8000))
+    assert counts.keys() == {"train", "val", "test"}
+    assert 0.11 < counts["val"] / 8000 < 0.14 and 0.11 < counts["test"] / 8000 < 0.14

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpu_time import assert_linear
 from jexit.tasks import ExploreToM, make_task, phrases
 from jexit.tasks.base import Problem
 from jexit.tasks.exploretom import KNOWLEDGE, KNOWS, KNOWS_NOT, candidates, style_of
@@ -63,26 +64,29 @@ def test_a_file_keeps_whole_stories_for_testing(tmp_path):
     task = make_task("exploretom", str(write(tmp_path / "mine.csv", rows)))
     sides = {
         split: [task.problem(split, i) for i in range(task.size(split))]
-        for split in ("train", "test")
+        for split in ("train", "val", "test")
     }
     assert [p.answer for p in sides["test"]] == [f"chest {n}" for n in (21, 22, 23, 45, 46, 47)]
     stories = {split: {p.fields["story"] for p in problems} for split, problems in sides.items()}
-    assert not stories["train"] & stories["test"]
-    assert len(sides["train"]) == 42
+    assert sum(map(len, stories.values())) == len(set().union(*stories.values())) == 16
+    assert [len(problems) for problems in sides.values()] == [39, 3, 6]
     whole = make_task("exploretom", str(tmp_path / "mine.csv"), test_every=0)
-    assert (whole.size("train"), whole.size("test")) == (48, 0)
+    assert [whole.size(split) for split in ("train", "val", "test")] == [45, 3, 0]
 
 
 def test_folders(tmp_path):
     write(tmp_path / "a.csv", map(row, range(8)))
     write(tmp_path / "b.csv", map(row, range(8, 16)))
     task = make_task("exploretom", str(tmp_path))
-    assert (task.size("train"), task.size("test")) == (14, 2)
+    assert [task.size(split) for split in ("train", "val", "test")] == [13, 1, 2]
     write(tmp_path / "train_1.csv", map(row, range(3)))
     write(tmp_path / "test_1.csv", map(row, range(3, 5)))
     write(tmp_path / "test_2.csv", map(row, range(5, 6)))
     task = make_task("exploretom", str(tmp_path))
-    assert (task.size("train"), task.size("test")) == (3, 3)
+    assert [task.size(split) for split in ("train", "val", "test")] == [2, 1, 3]
+    write(tmp_path / "val.csv", map(row, range(6, 8)))
+    task = make_task("exploretom", str(tmp_path))
+    assert [task.size(split) for split in ("train", "val", "test")] == [3, 2, 3]
 
 
 def test_surplus_columns_and_a_byte_order_mark_do_no_harm(tmp_path):
@@ -103,10 +107,11 @@ def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
         lines.write(b'"cut short, Where?')
     task = make_task("exploretom", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert task.size("train") == 3
-        assert task.size("train") == 3
+        assert (task.size("train"), task.size("val")) == (2, 1)
+        assert (task.size("train"), task.size("val")) == (2, 1)
     assert task.skipped_rows["train"] == 8
-    assert [task.problem("train", i).answer for i in range(3)] == ["oak chest", "oak chest", "box"]
+    assert [task.problem("train", i).answer for i in range(2)] == ["oak chest", "oak chest"]
+    assert task.problem("val", 0).answer == "box"
     (warning,) = caplog.messages
     assert warning.startswith(f"skipped 8 of 11 rows of the train split: {file}:3: 'answer' is not")
     assert "'answer' has no word" in warning and "'story' is not a text" in warning
@@ -130,6 +135,33 @@ def test_places_are_found_in_the_story():
     found = set(candidates(problem("the attic", "Where was it before Ida moved it to the vase?")))
     assert {"the boat house", "the oak chest", "the iron trunk", "the yard", "the vase"} <= found
     assert "the attic" in found
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "moved ",
+        "moved it to ",
+        "moved it to the yard, leaving the oak chest ",
+        "moved it to the yard, leaving ",
+        "moved to to to to to to to to, leaving ",
+        "entered ",
+        "left the yard, ",
+        "located in ",
+        "is in",
+        "in its original location ",
+    ],
+)
+def test_places_are_found_in_linear_time(task, part):
+    def read(story):
+        asked = problem("oak chest", "In which container is the lamp?")
+        asked.fields["story"] = story
+        task.verify(asked, "the oak chest")
+
+    texts = (part * (length // len(part)) for length in (1_000, 10_000, 100_000))
+    short, medium, long = texts
+    assert_linear(read, short, medium)
+    assert_linear(read, medium, long)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,12 @@ def folder(tmp_path):
 
 def test_a_folder_of_jsonl(folder):
     task = make_task("gsm8k", str(folder))
-    assert (task.size("train"), task.size("test")) == (5, 5)
+    assert [task.size(split) for split in ("train", "val", "test")] == [4, 1, 5]
     assert [task.problem("test", i).answer for i in range(5)] == ["10", "11", "20", "21", "22"]
-    assert task.skipped_rows == {"train": 0, "test": 0}
+    assert task.skipped_rows == {"train": 0, "val": 0, "test": 0}
+    write_rows(folder / "val.jsonl", map(row, range(30, 33)))
+    task = make_task("gsm8k", str(folder))
+    assert [task.size(split) for split in ("train", "val", "test")] == [5, 3, 5]
 
 
 def test_prompt_and_reference_completion(tmp_path):
@@ -61,9 +64,9 @@ def test_a_byte_order_mark_costs_no_row(folder):
     for name in ("train.jsonl", "test_a.jsonl"):
         (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
     task = make_task("gsm8k", str(folder))
-    assert (task.size("train"), task.size("test")) == (5, 5)
+    assert task.size("train") + task.size("val") == task.size("test") == 5
     assert task.problem("train", 0).prompt.startswith("Question 0?")
-    assert task.skipped_rows == {"train": 0, "test": 0}
+    assert task.skipped_rows == {"train": 0, "val": 0, "test": 0}
 
 
 def test_one_file_keeps_a_part_for_testing(tmp_path):
@@ -71,10 +74,11 @@ def test_one_file_keeps_a_part_for_testing(tmp_path):
     task = make_task("gsm8k", str(write_rows(tmp_path / "mine.jsonl", rows)))
     test = [task.problem("test", i).answer for i in range(task.size("test"))]
     train = [task.problem("train", i).answer for i in range(task.size("train"))]
-    assert test == ["7", "15", "23", "7"]
-    assert len(train) == 22 and not set(train) & set(test)
+    val = [task.problem("val", i).answer for i in range(task.size("val"))]
+    assert test == ["7", "15", "23", "7"] and val == ["17"]
+    assert len(train) == 21 and not set(train) & {*test, *val}
     whole = make_task("gsm8k", str(tmp_path / "mine.jsonl"), test_every=0)
-    assert (whole.size("train"), whole.size("test")) == (26, 0)
+    assert [whole.size(split) for split in ("train", "val", "test")] == [25, 1, 0]
 
 
 def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
@@ -97,10 +101,10 @@ def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
     file.write_bytes(file.read_bytes() + b'{"question": "\xff", "answer": "#### 1"}\n')
     task = make_task("gsm8k", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert task.size("train") == 2
-        assert task.size("train") == 2
+        assert (task.size("train"), task.size("val")) == (1, 1)
+        assert (task.size("train"), task.size("val")) == (1, 1)
     assert task.skipped_rows["train"] == 9
-    assert [task.problem("train", i).answer for i in range(2)] == ["0", "1"]
+    assert [task.problem(split, 0).answer for split in ("train", "val")] == ["0", "1"]
     (warning,) = caplog.messages
     assert warning.startswith("skipped 9 of 11 rows of the train split")
     assert f"{file}:2: not a JSON object" in warning
@@ -145,8 +149,8 @@ def test_tensorflow_datasets_round_trip(tfds_folder):
     expected = {json.dumps(row(i)["question"]) for i in range(6)}
     for path in (tfds_folder, version):
         task = make_task("gsm8k", str(path))
-        assert task.size("train") == task.size("test") == 6
-        problems = [task.problem("train", i) for i in range(6)]
+        assert [task.size(split) for split in ("train", "val", "test")] == [5, 1, 6]
+        problems = [*(task.problem("train", i) for i in range(5)), task.problem("val", 0)]
         assert {json.dumps(problem.fields["question"]) for problem in problems} == expected
         for problem in problems:
             assert problem.fields["question"] == f"Question {problem.answer}?"
@@ -159,7 +163,7 @@ def test_the_default_is_the_prepared_data_directory(tfds_folder, monkeypatch):
 
     at_home = functools.partial(gsm8k.Gsm8k, data_dir=str(tfds_folder))
     monkeypatch.setattr(gsm8k, "Gsm8k", at_home)
-    assert make_task("gsm8k").size("train") == 6
+    assert make_task("gsm8k").size("test") == 6
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
@@ -181,11 +185,11 @@ def test_shots_are_training_examples_and_never_the_problem(folder):
     task = make_task("gsm8k", str(folder), shots=3)
     plain = make_task("gsm8k", str(folder))
     examples = {}
-    for index in range(5):
+    for index in range(4):
         problem = plain.problem("train", index)
         examples[problem.prompt] = problem.completion
-    for split in ("train", "test"):
-        for index in range(5):
+    for split in ("train", "val", "test"):
+        for index in range(plain.size(split)):
             problem = task.problem(split, index)
             questions = [question for question, _ in problem.shots]
             assert len(set(questions)) == 3 and problem.prompt not in questions
@@ -203,12 +207,12 @@ def test_the_seed_draws_the_shots(folder):
     assert shots(0) == shots(0)
     assert len({shots(seed) for seed in range(12)}) > 3
     assert {question for seed in range(40) for question, _ in shots(seed)} == {
-        make_task("gsm8k", str(folder)).problem("train", index).prompt for index in range(5)
+        make_task("gsm8k", str(folder)).problem("train", index).prompt for index in range(4)
     }
 
 
 def test_a_question_that_is_there_twice_is_no_shot_of_its_twin(tmp_path):
-    rows = [row(0), row(0), row(1), row(2)]
+    rows = [row(0), row(0), row(1), row(2), row(3)]  # the last one is to validate with
     write_rows(tmp_path / "train.jsonl", rows)
     task = make_task("gsm8k", str(tmp_path), shots=2)
     for index in range(4):
@@ -240,11 +244,11 @@ def test_answers_of_the_published_forms_are_read_back(tmp_path):
     draw = random.Random(0)
     made = [published_form(draw) for _ in range(2000)]
     rows = [{"question": f"Question {i}?", "answer": text} for i, (text, _) in enumerate(made)]
-    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", rows)
     task = make_task("gsm8k", str(tmp_path))
-    assert task.size("train") == len(made)
+    assert task.size("test") == len(made)
     for index, (_, number) in enumerate(made):
-        problem = task.problem("train", index)
+        problem = task.problem("test", index)
         assert "<<" not in problem.completion
         assert task.verify(problem, problem.completion).kind == "strict"
         assert task.final_answer(problem.completion) == str(number)

@@ -67,16 +67,17 @@ def test_the_mixture_follows_its_weights_and_has_every_step_size():
 
 
 def test_no_operand_string_is_on_both_sides():
-    seen = {"train": set(), "test": set()}
+    seen = {"train": set(), "val": set(), "test": set()}
     for split, strings in seen.items():
         for seed in (0, 1):
             task = make_task("sums", operands=(3, 4), seed=seed)
-            strings.update(task.problem(split, i).fields["operands"] for i in range(3000))
-    assert not seen["train"] & seen["test"]
-    # Short strings are few enough to see both sides nearly whole: an eighth is held out.
+            count = 3000 if split == "train" else 500
+            strings.update(task.problem(split, i).fields["operands"] for i in range(count))
+    assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
+    # Short strings are few enough to see all sides nearly whole: an eighth is held out for each.
     short = {split: sum(len(s) == 3 for s in strings) for split, strings in seen.items()}
-    assert short["train"] + short["test"] > 900
-    assert 0.08 < short["test"] / 1000 < 0.17
+    assert sum(short.values()) > 900
+    assert 0.08 < short["test"] / 1000 < 0.17 and 0.08 < short["val"] / 1000 < 0.17
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""Numbers that are none, found before they are read as weights or written as such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jexit.axes import Array
+
+_PIECE = 1 << 18  # entries that are looked at together: no second array of the size is made
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE))
+
+
+def not_finite(named: Mapping[str, jax.Array]) -> list[str]:
+    """The names of arrays on devices that hold NaN or infinity."""
+    finite = jax.device_get(_finite(dict(named)))
+    return [name for name in named if not finite[name]]
+
+
+@jax.jit
+def _finite(named: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), named)

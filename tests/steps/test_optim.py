@@ -1,0 +1,86 @@
+"""An update that is not finite, whatever makes it so, is skipped whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jexit.config import OptimConfig
+from jexit.steps.optim import apply_gradients, make_optimizer
+from jexit.steps.state import new_state
+
+LABELS = {"exits": {"w1": "exit"}, "q": {"lora_a": "lora"}}
+
+
+def parameters():
+    return {"exits": {"w1": jnp.full(5, 0.5)}, "q": {"lora_a": jnp.full((2, 3), -2.0)}}
+
+
+def gradients(value=0.1):
+    return jax.tree.map(lambda x: jnp.full_like(x, value), parameters())
+
+
+def adam(**settings):
+    return make_optimizer(OptimConfig(**settings), 10, LABELS)
+
+
+def only_moments():
+    """An optimiser whose parameters stay finite and whose state does not."""
+
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(lambda moment: moment * jnp.inf, state)
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.ones_like, params), update)
+
+
+def one_update(state, optimizer, gradients, loss=1.0):
+    step = jax.jit(lambda *args: apply_gradients(args[0], optimizer, *args[1:]), donate_argnums=0)
+    return step(state, gradients, jnp.float32(loss))
+
+
+def copied(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, copied(found), wanted)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "given", "loss"),
+    [
+        pytest.param(adam(), np.nan, 1.0, id="gradient"),
+        pytest.param(adam(), 0.1, np.inf, id="loss"),
+        pytest.param(adam(), 3e38, 1.0, id="the gradient's norm"),
+        pytest.param(adam(b2=np.nan), 0.1, 1.0, id="a moment's decay"),
+        pytest.param(adam(lora_lr=np.inf), 0.1, 1.0, id="one learning rate"),
+        pytest.param(adam(exit_lr=1e30, weight_decay=1e30), 0.1, 1.0, id="finite, with overflow"),
+        pytest.param(optax.sgd(3e38), 10.0, 1.0, id="the update overflows"),
+        pytest.param(only_moments(), 0.1, 1.0, id="the moments alone"),
+    ],
+)
+def test_an_update_that_is_not_finite_is_skipped_whole(optimizer, given, loss):
+    state = new_state(parameters(), optimizer)
+    before = copied((state.trainable, state.opt_state))
+    for skipped in (1, 2):
+        state, metrics = one_update(state, optimizer, gradients(given), loss)
+        assert int(state.skipped) == float(metrics["skipped"]) == skipped
+        assert int(state.step) == skipped
+        assert_same((state.trainable, state.opt_state), before)
+
+
+def test_a_finite_update_is_taken_and_ends_the_count():
+    optimizer = adam(lora_lr=0.1)
+    state, _ = one_update(new_state(parameters(), optimizer), optimizer, gradients(np.nan))
+    state, metrics = one_update(state, optimizer, gradients())
+    assert int(state.skipped) == float(metrics["skipped"]) == 0
+    np.testing.assert_allclose(state.trainable["q"]["lora_a"], -2.1, rtol=1e-5)
+
+
+def test_the_state_stays_donated():
+    """The test of the outcome holds no second copy of what it replaces."""
+    optimizer = adam()
+    state = new_state(parameters(), optimizer)
+    one_update(state, optimizer, gradients())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

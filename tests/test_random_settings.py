@@ -1,0 +1,237 @@
+"""Random settings, most of them absurd: each is a valid config or one sentence, in no time."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import resource
+import subprocess
+import sys
+import time
+import typing
+
+import numpy as np
+import pytest
+
+from jexit.config import COMMANDS, Config
+from jexit.main import main, parse
+from small_runs import parameters, saved_small_model
+
+ROOT = pathlib.Path(__file__).parent.parent
+CASES = 500
+
+NUMBERS = [
+    *["nan", "inf", "-inf", "1e400", "-1e400", "1e-400", "1e24", "1e-12", "1e999999999", "9" * 24],
+    *["-0.0", "0", "1", "2", "3", "7", "-1", "-5", "0.5", "1.5", "256", "100000", "1_000", "0x10"],
+    *["2**31", "2147483647", "2147483648", "4294967296", "9223372036854775808", "9" * 5000],
+]
+TEXTS = [
+    *["", " ", "true", "False", "None", "null", "auto", "full", "best", "sums", "a/b", "../.."],
+    *["threshold:nan", "threshold:0.5", "fixed:0", "fixed:99", "shuffled:shuffled:full", "-loss"],
+    *["\0", "\ud800", "é", "\n", "'", '"', "x" * 5000, "-" + "9" * 400, "%s%n", "{0}", "~"],
+]
+LISTS = [
+    *["()", "(1,)", "(1,2)", "(2,1)", "(1,1)", "(0,)", "(-1,)", "(1,'x')", "('q','q')", "('q',)"],
+    *["[1,2]", "{}", "{1:2}", "(", ")", "1,2", "(nan,)", "(1e9,)", "('full','sample')", "((1,),)"],
+    *["(" * 300, "(1," * 2000 + ")" * 2000, f"({'1,' * 5000})", f"('{'x' * 5000}',)", "('',)"],
+    *["(None,)", "(True,)", "('shuffled',)", "lambda: 1", "__import__('os')", "9**9**9"],
+]
+CONTRADICTIONS = [
+    ("rl.dual_ascent=True", "rl.warmup_steps=3", "rl.accuracy_floor=0.5"),
+    ("rl.dual_ascent=True",),
+    ("rl.updates_per_batch=2", "rl.importance_cap=2.0"),
+    ("checkpoint.final=best", "checkpoint.keep_best=0"),
+    ("batch_size=7", "optim.accumulate=2"),
+    ("mesh.data=3", "batch_size=4"),
+    ("lora.rank=0", "sft.target=student"),
+    ("pretrain.tom=0.7", "pretrain.word_problems=0.7"),
+    ("task.name=gsm8k", "task.steps=3"),
+    ("task.people_min=2", "task.moves_max=8"),
+    ("batch_size=100000", "rl.rollouts=10000"),
+    ("eval.problems=100000", "eval.max_new_tokens=1000000"),
+    ("pretrain.width=1000000", "pretrain.mlp_width=1000000"),
+    ("eval.policies=('shuffled','sample')",),
+]
+
+
+def settings(cls=Config, prefix="", **options):
+    """Every setting's key with its type."""
+    for name, hint in typing.get_type_hints(cls, **options).items():
+        if dataclasses.is_dataclass(hint):
+            yield from settings(hint, f"{prefix}{name}.", **options)
+        else:
+            yield f"{prefix}{name}", hint
+
+
+SETTINGS = dict(settings())
+DECLARED = dict(settings(include_extras=True))
+
+
+def misspelt(draw, key):
+    place = draw.randrange(len(key))
+    return draw.choice(
+        [key[:place] + key[place + 1 :], f"{key}s", f"{key}.x", key.upper(), key[: place + 1] + key]
+    )
+
+
+def one_setting(draw, key):
+    """KEY=VALUE with, by chance, a value of the key's own type or of any, or another key."""
+    fitting = {int: NUMBERS, float: NUMBERS, bool: TEXTS, str: TEXTS}
+    own = LISTS if typing.get_origin(SETTINGS[key]) is tuple else fitting.get(SETTINGS[key], TEXTS)
+    value = draw.choice(own if draw.random() < 0.7 else [*NUMBERS, *TEXTS, *LISTS])
+    return f"{misspelt(draw, key) if draw.random() < 0.1 else key}={value}"
+
+
+def random_settings(number):
+    """A command and the settings of one case; every key comes up in turn."""
+    draw = random.Random(number)
+    keys = list(SETTINGS)
+    chosen = [keys[number % len(keys)], *draw.sample(keys, draw.choice([0, 0, 1, 2]))]
+    given = [one_setting(draw, key) for key in chosen]
+    if draw.random() < 0.2:
+        given += draw.choice(CONTRADICTIONS)
+    return draw.choice(COMMANDS), given
+
+
+def arguments(command, given):
+    file = ROOT / "configs" / f"{command}.py"
+    return ["jexit", f"--config={file}", *(f"--config.{setting}" for setting in given)]
+
+
+def test_five_hundred_random_settings_are_each_a_config_or_one_sentence():
+    taken = 0
+    for number in range(CASES):
+        given = arguments(*random_settings(number))
+        began = time.process_time()
+        try:
+            config = parse(given).config
+        except ValueError as error:
+            message = str(error)
+            assert message and "\n" not in message and len(message) < 1000, (given, message)
+        else:
+            taken += 1
+            assert Config.from_dict(config.to_dict()) == config, given
+        assert time.process_time() - began < 1.0, given
+    assert CASES / 20 < taken < CASES / 2  # both ways are tried
+
+
+def test_random_settings_try_every_setting():
+    tried = {setting.partition("=")[0] for n in range(CASES) for setting in random_settings(n)[1]}
+    assert set(SETTINGS) <= tried
+
+
+# From end to end
+
+RUNS = 40
+AS_COMMANDS = 5  # of them through an interpreter of their own
+CPU_SECONDS = 30
+SMALL = {
+    "batch_size": 4,
+    "checkpoint.every": 1,
+    "eval.max_new_tokens": 6,
+    "eval.measures": (),
+    "eval.problems": 3,
+    "exit_head.bias": -1.0,
+    "exits.layers": (1, 2),
+    "generate.max_new_tokens": 6,
+    "log.tensorboard": False,
+    "lora.rank": 2,
+    "model.scan_unroll": 1,
+    "pretrain.layers": 3,
+    "pretrain.mlp_width": 24,
+    "pretrain.width": 16,
+    "rl.max_new_tokens": 6,
+    "rl.rollouts": 2,
+    "sft.generate_batch": 4,
+    "sft.max_new_tokens": 6,
+    "sft.pool": 4,
+    "sft.samples": 1,
+    "steps": 3,
+    "task.operands_max": 4,
+}
+SECTIONS = {
+    "pretrain": ("pretrain", "optim", "task", "checkpoint", "model"),
+    "sft": ("sft", "optim", "task", "exit_head", "lora", "eval", "checkpoint"),
+    "rl": ("rl", "optim", "task", "exit_head", "lora", "engine", "checkpoint", "log"),
+    "eval": ("eval", "task", "engine", "exits", "rl"),
+    "generate": ("generate", "engine", "exits", "rl", "model"),
+}
+# Whole numbers that cost nothing when they are large.
+FREE = {"seed", "checkpoint.keep", "engine.rows", "generate.top_k", "optim.max_skipped"}
+FREE |= {"optim.warmup_steps", "rl.warmup_steps", "log.samples", "log.samples_every"}
+
+
+def extreme(draw, key):
+    """KEY=VALUE at or near an end of what the key takes; large only where that is not long."""
+    hint, kind = DECLARED[key], SETTINGS[key]
+    if kind in (int, float):
+        bounds = typing.get_args(hint)[1]
+        ends = [bounds.at_least, bounds.at_most, bounds.at_least / 2 + bounds.at_most / 2]
+        if kind is int and key not in FREE:
+            ends = [bounds.at_least, bounds.at_least + 1, 3]
+        return f"{key}={kind(draw.choice(ends))}"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"{key}={draw.choice(typing.get_args(kind))}"
+    if kind is bool:
+        return f"{key}={draw.choice((True, False))}"
+    return one_setting(draw, key)
+
+
+def random_run(number, model_dir):
+    """The arguments of a small run with a few of its settings at an extreme."""
+    draw = random.Random(f"run {number}")
+    command = COMMANDS[number % len(COMMANDS)]
+    keys = [key for key in SETTINGS if key.partition(".")[0] in SECTIONS[command]]
+    keys = [key for key in keys if key not in ("model.path", *SMALL)]
+    optim = [key for key in keys if key.startswith("optim.") and SETTINGS[key] is float]
+    chosen = ["seed", *draw.sample(optim, min(3, len(optim))), *draw.sample(keys, 3)]
+    chosen = [extreme(draw, key) for key in chosen]
+    if draw.random() < 0.2:
+        chosen.append(one_setting(draw, draw.choice(keys)))
+    small = [f"{key}={value}" for key, value in SMALL.items()]
+    return arguments(command, [*small, f"model.path={model_dir}", *chosen])
+
+
+def numbers(value):
+    """All numbers in a JSON value; None for one that is not finite."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for entry in value for number in numbers(entry)]
+    return [value] if value is None or isinstance(value, (int, float)) else []
+
+
+def limit_cpu():
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return saved_small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(RUNS))
+def test_a_random_run_ends_well_or_with_one_sentence(number, model_dir, tmp_path, capfd):
+    given = [*random_run(number, model_dir), f"--workdir={tmp_path / 'run'}"]
+    before = sum(os.times()[:4])
+    if number < AS_COMMANDS:
+        command = [sys.executable, "-m", "jexit.main", *given[1:]]
+        code = subprocess.run(command, cwd=ROOT, preexec_fn=limit_cpu, check=False).returncode
+    else:
+        code = main(given)
+    assert sum(os.times()[:4]) - before < CPU_SECONDS, given
+    error = capfd.readouterr().err
+    assert "Traceback" not in error, (given, error)
+    said = [line for line in error.splitlines() if line.startswith("jexit: ")]
+    assert (code, len(said)) in ((0, 0), (1, 1)), (given, error)
+    model = tmp_path / "run" / "model"
+    if code == 0 and model.exists():
+        assert all(np.isfinite(array).all() for array in parameters(model).values())
+        rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        for row in map(json.loads, rows):
+            assert row["skipped"] or None not in numbers(row), (given, row)
+    if code == 1 and "not finite" not in error:
+        assert list(tmp_path.iterdir()) == [], (given, error)
+    assert code == 0 or not model.exists()
