@@ -149,7 +149,9 @@ def architecture(config: Config) -> Architecture:
     """Of the preset; the shipped model's comes from its files, which are always there."""
     if config.preset in PRESETS:
         return PRESETS[config.preset].architecture
-    return open_model(config.model.path).architecture
+    source = open_model(config.model.path)
+    source.weights()  # raises for an architecture that is not theirs
+    return source.architecture
 
 
 def _abstract_model(config: Config) -> Transformer:

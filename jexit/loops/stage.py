@@ -31,10 +31,11 @@ from jexit.loops.pressure import penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.policies import Sample
+from jexit.report.records import PolicyFigures, build
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
 from jexit.tasks import Task
-from jexit.untrusted import read_object
+from jexit.untrusted import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Stage:
             if is_primary():
                 write_json_atomic(path, before)
         remedy = "remove it, and it is measured again"
-        return from_primary("before.json", read_object(path, remedy) if is_primary() else None)
+        found = from_primary("before.json", read_json(path, remedy) if is_primary() else None)
+        return dataclasses.asdict(build(PolicyFigures, found, f"{path}: before"))
 
     def measure(self, trainable: Params) -> dict[str, Any]:
         """Accuracy and depth on the validation split under sampled exits."""

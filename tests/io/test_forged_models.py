@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jexit
+from jexit.aot import programs
 from jexit.io.model_dir import load
 from jexit.io.model_source import find_model, open_model
+from small_runs import make_config
 
 ASSETS = pathlib.Path(jexit.__file__).parent / "assets"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -222,6 +224,13 @@ def test_what_the_weights_do_not_hold_is_refused_at_once(copied, deadline, chang
     source = copied("hf")
     edit_json(source / "config.json", **changes)
     assert words in refusal(source, load)
+
+
+def test_what_the_weights_do_not_hold_is_not_compiled_either(copied, deadline):
+    source = copied("hf")
+    edit_json(source / "config.json", num_hidden_layers=30_000_000)
+    config = make_config("rl", source)
+    assert "describes 30000000 layers" in refusal(config, programs.architecture)
 
 
 @pytest.mark.parametrize(

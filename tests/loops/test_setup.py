@@ -1,6 +1,7 @@
 """What a config makes of tasks and of the chat format, and what completions are judged by."""
 
 import json
+import random
 import types
 
 import numpy as np
@@ -13,8 +14,10 @@ from jexit.io.model_dir import save_model
 from jexit.loops.policies import held_out
 from jexit.loops.rl import judge
 from jexit.loops.setup import load_model, load_task
+from jexit.loops.stage import Stage
 from jexit.sections import TaskConfig
 from jexit.tasks import ExploreToM, Gsm8k, Sums, Tom
+from report_files import policy_figures
 from small_runs import make_config, small_model
 
 
@@ -150,3 +153,26 @@ def test_a_task_of_files_takes_no_generators_settings(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     assert isinstance(load_task(TaskConfig(name="gsm8k", path=str(tmp_path)), "train"), Gsm8k)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"policy": "x", "accuracy": "high"}', r"before\.json: before\.accuracy is 'high' where"),
+        ("[]", r"before\.json: before is \[\] where an object belongs"),
+        ("{", r"before\.json is not valid JSON .*; remove it, and it is measured again"),
+    ],
+)
+def test_what_was_measured_before_is_read_as_it_was_written(tmp_path, text, words):
+    (tmp_path / "before.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Stage.measure_before(types.SimpleNamespace(workdir=tmp_path))
+
+
+def test_what_was_measured_before_there_were_layers_a_problem_has_them(tmp_path):
+    figures = policy_figures("sample", random.Random(0), new_parts=False)
+    figures.pop("layers_per_problem", None)
+    (tmp_path / "before.json").write_text(json.dumps(figures))
+    before = Stage.measure_before(types.SimpleNamespace(workdir=tmp_path))
+    layers = figures["depth_mean"] * figures["completion_length"]
+    assert before["layers_per_problem"] == pytest.approx(layers)
