@@ -10,9 +10,12 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
+from jexit.data import chat_template
 from jexit.presets import LARGEST_COUNT
 from jexit.tasks.answers import THINK_START
 from jexit.untrusted import check_files, read_object
+
+_OPEN_END = "\ue000OPEN\ue000 "  # marks the end of a message that is to be continued
 
 Thinking = Literal["auto", "on", "off"]
 Turns = Sequence[tuple[str, str]]  # of a user and of the assistant, before the last message
@@ -128,6 +131,7 @@ class Tokenizer:
                 "for it; set config.task.thinking=auto"
             )
         self._thinking = value
+        vars(self).pop("opens_thinking", None)
 
     @functools.cached_property
     def has_thinking_switch(self) -> bool:
@@ -137,7 +141,7 @@ class Tokenizer:
         probe = [{"role": "user", "content": "?"}]
         return self._render(probe, thinking="on") != self._render(probe, thinking="off")
 
-    @property
+    @functools.cached_property
     def opens_thinking(self) -> bool:
         """Whether prompts end inside a think block that the chat template has opened itself."""
         return self.has_chat_template and self.chat_text("?").rstrip().endswith(THINK_START)
@@ -146,21 +150,44 @@ class Tokenizer:
         """Messages (`role`, `content`) in the chat format, with `thinking` as it is set.
 
         `answer` opens the assistant's turn after them; otherwise the last message is left open, to
-        be continued.
+        be continued. Raises ValueError when the template is broken, refuses the messages or does
+        not end (`chat_template.render`).
         """
         return self._render(messages, thinking=self._thinking, answer=answer)
 
     def _render(
         self, messages: Sequence[dict[str, str]], *, thinking: Thinking, answer: bool = True
     ) -> str:
-        switch = {} if thinking == "auto" else {"enable_thinking": thinking == "on"}
-        return self.backend.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=answer,
-            continue_final_message=not answer,
-            **switch,
-        )
+        variables = self.backend.special_tokens_map | {"add_generation_prompt": answer}
+        if thinking != "auto":
+            variables["enable_thinking"] = thinking == "on"
+        messages = list(messages)
+        if not answer:
+            messages[-1] = messages[-1] | {"content": messages[-1]["content"] + _OPEN_END}
+        try:
+            text = chat_template.render(self._template(), messages, **variables)
+            return text if answer else _left_open(text)
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template of {self._template_place} cannot be rendered ({error}); "
+                "mend it or copy it again from the checkpoint"
+            ) from None
+
+    def _template(self) -> str:
+        found = self.backend.chat_template
+        if isinstance(found, dict):  # several by name
+            found = found.get("default")
+        if not isinstance(found, str):
+            raise ValueError("it is no text, and none of several is named default")
+        return found
+
+    @property
+    def _template_place(self) -> str:
+        """The file that holds the chat template, for messages."""
+        if self.directory is None:
+            return "the tokenizer"
+        file = self.directory / "chat_template.jinja"
+        return str(file if file.exists() else self.directory / "tokenizer_config.json")
 
     def chat_text(self, user_message: str, earlier: Turns = ()) -> str:
         """The prompt's text: earlier turns, the user's turn and the opening of the assistant's.
@@ -242,6 +269,19 @@ class Tokenizer:
         for name in TOKENIZER_FILES:
             if (source := self.directory / name).exists():
                 shutil.copyfile(source, target / name)
+
+
+def _left_open(text: str) -> str:
+    """A rendered text up to the end of its last message, which `_OPEN_END` marks.
+
+    Raises ValueError when the template leaves the end of the message out.
+    """
+    before, mark, after = text.rpartition(_OPEN_END.strip())
+    if not mark:
+        raise ValueError("it leaves out the end of the message that is to be continued")
+    # A template that strips messages has stripped the mark's last character, and would have
+    # stripped what stands before the mark.
+    return before if after.startswith(_OPEN_END[-1]) else before.rstrip()
 
 
 def _configured_eos_ids(directory: pathlib.Path) -> set[int]:

@@ -1,0 +1,208 @@
+"""Chat templates, rendered in a process of their own that the kernel stops when one runs on.
+
+A template is a program by whoever published the checkpoint. Jinja's sandbox keeps it from the
+interpreter, but not from running for ever or from filling the memory, and nothing inside a Python
+process can stop that: a thread cannot be killed, and signal handlers, tracers and counters of loop
+steps all wait for an operation such as `10**10**9` or `'x' * 10**11` to return. A process can be
+stopped at any point, so a child renders under limits that the kernel holds: processor time for each
+text, and memory. No watcher is needed: the alarm ends the child and thereby its pipe, on which this
+process waits.
+
+One child serves all templates. It starts with the first text and ends with this process, when its
+input closes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SECONDS = 2.0  # of processor time for one text, which takes less than a millisecond
+MEBIBYTES = 512  # of memory, beyond what the child has before it renders
+CHARACTERS = 10_000_000  # of a rendered text
+_REASON = 200  # characters that a reason may have
+
+
+def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+    """The text of messages (`role`, `content`) in the template's format.
+
+    `variables` are the template's others, as JSON has them. Templates find what transformers'
+    `apply_chat_template` gives them.
+
+    Raises:
+      ValueError: When the template is broken, refuses the messages or exceeds a limit; the message
+        is the reason alone.
+    """
+    request = {"template": template, "messages": list(messages), "variables": variables}
+    reply = _child.ask(request | {"seconds": SECONDS})
+    if "fault" in reply:
+        raise ValueError(reply["fault"])
+    return reply["text"]
+
+
+class _Child:
+    """The process that renders; started when it is asked, and again after it was stopped."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._started()
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+                self._process.stdin.flush()
+                reply = self._process.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
+            except BaseException:  # Ctrl-C: the next request would be answered with this reply
+                self.stop()
+                raise
+            if reply:
+                return json.loads(reply)
+            code = self._process.wait()
+            self.stop()
+            if code == -signal.SIGPROF:
+                return {"fault": f"it takes more than {request['seconds']:g} s of processor time"}
+            return {"fault": f"the process that rendered it ended with code {code}"}
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-P", __file__],  # -P: its neighbours here are no top-level modules
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # signals to this process' group are for it to handle
+        )
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+_child = _Child()
+atexit.register(lambda: _child.stop())
+
+
+def _forget() -> None:
+    global _child
+    _child = _Child()
+
+
+os.register_at_fork(after_in_child=_forget)  # whose pipe belongs to the process that forked
+
+
+def _serve() -> None:
+    """The child: a line with a reply for each line with a request."""
+    environment = _environment()
+    compiled = functools.lru_cache(maxsize=64)(environment.from_string)
+    _limit()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        try:
+            template = compiled(request["template"])
+            text = template.render(
+                messages=request["messages"], tools=None, documents=None, **request["variables"]
+            )
+            if len(text) > CHARACTERS:
+                raise ValueError(f"it writes more than {CHARACTERS:,} characters")
+            reply = {"text": text}
+        except Exception as error:  # a template can raise whatever Python can
+            reply = {"fault": _fault(error)}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+
+def _limit() -> None:
+    import resource
+
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    memory = pages * resource.getpagesize() + MEBIBYTES * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+def _environment() -> Any:
+    import datetime
+
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant says, for whoever wants to know."""
+
+        tags = frozenset(("generation",))
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Keeps no names that Python uses itself."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, *rest = args
+            for name in (names := dict(*rest, **kwargs)):
+                Namespace._check(name)
+            jinja2.utils.Namespace.__init__(self, names)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            Namespace._check(name)
+            super().__setitem__(name, value)
+
+        @staticmethod
+        def _check(name: Any) -> None:
+            if str(name).startswith("_"):
+                raise jinja2.sandbox.SecurityError(f"a namespace holds no {name!r}")
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": Namespace,
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    return environment
+
+
+def _fault(error: Exception) -> str:
+    """Why a template failed, and in which of its lines, where that is known."""
+    if isinstance(error, MemoryError):
+        return f"it takes more than {MEBIBYTES} MiB of memory"
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    reason = " ".join(str(getattr(error, "message", error)).split())[:_REASON].rstrip(".")
+    reason = reason or type(error).__name__
+    return reason if line is None else f"line {line}: {reason}"
+
+
+if __name__ == "__main__":
+    _serve()
