@@ -354,8 +354,8 @@ def _check_preset(preset: str) -> None:
         raise ValueError(f"preset {shown(preset)} is not known; choose one of {names}")
 
 
-def check_key(key: str) -> None:
-    """Raises ValueError unless `key`, such as `config.rl.rollouts`, is a setting."""
+def check_key(key: str) -> type:
+    """The type of a setting or section such as `config.rl.rollouts`; ValueError if it is none."""
     owner, where = Config, "config"
     for name in key.split(".")[1:]:
         hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
@@ -365,6 +365,7 @@ def check_key(key: str) -> None:
             has = f"{where} has {', '.join(sorted(hints))}" if hints else f"{where} is one value"
             raise ValueError(f"{where}.{name} does not exist; {meant}{has}")
         owner, where = hints[name], f"{where}.{name}"
+    return owner
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from jexit.bounds import shown
 from jexit.config import Config, check_key
 
 # `jexit.dist.multihost.LOST`, 4, is the exit code of a host that another one left alone.
@@ -62,6 +63,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     try:
         given = _flags(argv)
         rest = given(list(argv))
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_refusal(error)) from error
     except (flags.Error, ValueError) as error:
         raise ValueError(_one_line(error)) from error
     except Exception as error:  # a config file is the user's own code
@@ -107,6 +110,18 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
     ):
         define(name, default, text, flag_values=known)
     return known
+
+
+def _refusal(error: flags.IllegalFlagValueError) -> str:
+    """What absl says of a value that cannot be parsed; of a setting's, in the config's words."""
+    name, _, rest = str(error).removeprefix("flag --").partition("=")
+    if not name.startswith("config."):
+        return _one_line(error)
+    value = shown(rest.removesuffix(f": {error.__context__}"))
+    kind = check_key(name)
+    if dataclasses.is_dataclass(kind):
+        return f"{name} is {value}; it holds settings: set {name}.KEY instead"
+    return f"{name} is {value}; it must be of type {kind.__name__}"
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
@@ -208,8 +223,7 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
     if "Traceback (most recent call last)" in text:  # an error in a config file, told as text
         text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
-    words = (f"{word[:200]}…" if len(word) > 300 else word for word in text.split())
-    return " ".join(words) or type(error).__name__  # a value may be long; its beginning tells
+    return " ".join(text.split()) or type(error).__name__
 
 
 if __name__ == "__main__":

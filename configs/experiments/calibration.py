@@ -7,8 +7,9 @@
 A run takes some seven minutes on a CPU core. With the teacher's targets it ends at 79 % of the
 depth, 94 to 98 % right; with the student's at 56 % without exploration (97 % right), at 49 with 0.5
 (91 %). Other settings one at a time, each `--into` a directory of its own:
-`sft.sharpness=1,10,200`, `sft.direction=teacher_student,jeffreys`, `sft.exit_loss=sampled`,
-`exit_head.kind=linear`, `sft.samples=4`. What reinforcement makes of some:
+`sft.sharpness=1,10,200`, `sft.direction=teacher_student,jeffreys`, `exit_head.kind=linear`,
+`sft.samples=4`; and `sft.exit_loss=sampled --config.sft.explore=0`, as sampled depths that are
+partly explored would be no draws from the targets. What reinforcement makes of some:
 
     at=runs/calibration/sft.explore
     bash launch/sweep.sh --config=configs/experiments/pressure.py --into=runs/calibration-rl \

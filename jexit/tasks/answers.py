@@ -1,9 +1,36 @@
-"""Finding and comparing answers in free text. Every function here is total."""
+"""Finding and comparing answers in free text. Every function here is total, in linear time.
+
+Which answer a completion gives, its thoughts aside (`visible_text`):
+
+A number has a sign, a dollar sign, thousands in groups of three and decimals, or is a fraction in
+lowest terms, after a whole number or not: `-3`, `$1,000.00`, `.5`, `3/4`, `\\frac{3}{4}`, `2 1/2`.
+Numbers compare by value. Nothing is worked out: an expression such as `36/2`, `9 * 2`, `18-20`,
+`12:30` or `2^3` is no number, and neither are its parts.
+
+Strict: the text ends in a line that is `#### `, one number and at most a full stop.
+
+Lenient: the text ends in no such line. Its answer is in the first of these that it has:
+1. the last `\\boxed{}`, if it holds a number or an expression;
+2. the last line with a `####` and a number after it that is no heading; where it says only
+   "Answer:", the next line. A heading names a step ("#### Step 2"), or reads as a title and numbers
+   follow in the lines after it ("#### 2. Find the price", "#### Cost of 3 apples");
+3. the last "the answer is" or "answer:" that goes on with a number or an expression;
+4. all of it, whose answer is its last number.
+
+What 1 to 3 hold is read side by side of its equals signs, remarks in parentheses left out. The last
+side that gives a number decides, so "9 * 2 = 18" and "18 = 9 * 2" give 18. A side gives what it
+starts with ("18 dollars for 9 eggs"), else what comes last in it ("the 3 friends pay 18 dollars"),
+and as an item of a list what its sentence states ("3. The total is 18."). If that is an expression
+there is no answer. Commas and `and`, `of`, `or` and `to` make expressions here too ("18 or 20"),
+and so do other commands of LaTeX ("2\\pi").
+"""
 
 from __future__ import annotations
 
+import collections
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from jexit.tasks.base import VerdictKind
@@ -11,28 +38,59 @@ from jexit.tasks.base import VerdictKind
 # Longer digit strings are no sensible answer, and converting huge ones is quadratic (and refused
 # by Python above 4,300 digits).
 _MAX_DIGITS = 60
+_SPAN = 400  # characters of a line, a box or a clause that are read, and of what follows a heading
+_LAST = 32  # markers and announcements that are looked at, from the end: before them is no answer
 
-# A sign touches its number ("- 3 apples" is a list item), thousands are groups of three.
+# A sign touches its number ("- 3 apples" is a list item) and no operand before it ("10-3").
 _NUMBER = (
-    r"(?:[-\u2212]\$?|\$ ?[-\u2212]?)?"
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?: ?/ ?[0-9]+(?:\.[0-9]+)?)?"
+    r"(?:(?<![\w)])[-\u2212]\$?|\$ ?[-\u2212]?)?"
+    r"(?:(?:[0-9]++ )?[0-9]++ ?/ ?[0-9]++"
+    r"|[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])(?:\.[0-9]++)?"
+    r"|[0-9]++(?:\.[0-9]++)?|\.[0-9]++)"
 )
-_ANY_NUMBER = re.compile(_NUMBER)
 _ONLY_NUMBER = re.compile(rf"({_NUMBER})\.?\Z")
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_LATEX_FRACTION = re.compile(
-    r"(?:([0-9]{1,18}) ?)?\\[dt]?frac\s*\{\s*([0-9]{1,18})\s*\}\s*\{\s*([0-9]{1,18})\s*\}"
+_PARTS = re.compile(r"-?(?:(?P<whole>[0-9]+) )?(?P<numerator>[0-9]+)/(?P<denominator>[0-9]+)")
+# A minus with a space before it only is the sign of another number ("3, then -4").
+_OPERATORS = (
+    r"[-\u2212\u2013](?= )|(?<! )[-\u2212\u2013]|[+*/\u00d7\u00f7x]|\*\*|\\times|\\cdot|\\div"
 )
-_SHORT_FRACTION = re.compile(r"(?:([0-9]{1,18}) ?)?\\[dt]?frac ?([0-9]) ?([0-9])")
-_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9])")
-_MIXED = re.compile(r"(?<![0-9.,/])([0-9]{1,9}) ([0-9]{1,9})/([0-9]{1,9})(?![0-9/])")
+
+
+def _expressions(operators: str) -> str:
+    """A number (group `number`) with all that operators join to it (group `more`).
+
+    An operand may have a unit of two words. Points, commas, colons and exponents join what they
+    touch on both sides; an exponent of something else (`x^2`) is none.
+    """
+    join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
+    joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}"
+    return rf"(?<![0-9^])(?<!\^\{{)(?P<number>{_NUMBER})(?P<more>{joined})*+"
+
+
+_IN_TEXT = re.compile(_expressions(_OPERATORS))
+_IN_ANSWER = re.compile(
+    _expressions(rf"{_OPERATORS}|,|(?<= )(?:and|of|or|to)(?= )") + r"|\\[A-Za-z]"
+)
+
+# What LaTeX writes around numbers, and what it is in plain text.
+_LATEX = (
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9])"), ","),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\^(?:\\circ\b|\{\\circ\})"), ""),
+    (re.compile(r"(?<=[0-9]) ?\\[dt]?frac"), r" \\frac"),
+    (re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac ?([0-9]) ?([0-9])"), r"\1/\2"),
+)
+
+_EQUALS = re.compile(r"=|\u2248|\\approx\b")
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+)\}")
 _MARKER = "####"
-_SPAN = 200  # characters after a marker or an announcement that may hold its number
-# What follows a `####` that is Markdown's: "#### Step 2" always, "#### 2. Find the price" and
-# "#### Cost of 3 apples" where the text goes on with numbers.
+_MARKED = re.compile(r"####(?!#)")
+_ITEM = re.compile(r"[0-9]{1,2}[.)] +[*_]*(?=[^\W\d])")
+_STATES = re.compile(r"(?:\b(?:is|are|equals)|:)[\s*_]*\Z")
 _STEP = re.compile(r"[^\w\n#]*(?:step|part|case|phase|stage|day|option|method)\b", re.IGNORECASE)
-_TITLE = re.compile(r"[^\w\n#]*(?:[0-9]+[.)] +[^\W\d]|[^\W\d][^\n0-9:=]*[0-9])")
+_TITLE = re.compile(r"[^\w\n#]*[^\W\d][^\n0-9:=]*[0-9]")
 _LEAD = re.compile(
     r"(?:[\s*_$:=]|\\?[(\[])*(?:(?:the +)?(?:final +)?answer(?: +is)?(?:[\s*_$:=]|\\?[(\[])*)?",
     re.IGNORECASE,
@@ -40,36 +98,33 @@ _LEAD = re.compile(
 # "The answer is 18.", "**Answer:** 18" and "answer = 9 * 2 = 18", and where its clause ends.
 _ANNOUNCED = re.compile(r"\banswer(?: is)?(?:[\s:*$=]|\\?[(\[]){1,8}", re.IGNORECASE)
 _CLAUSE_END = re.compile(
-    r"[;\n(]|[,.](?![0-9])|\b(?:as|because|since|so|where|which)\b", re.IGNORECASE
-)
-_OPERATION = re.compile(
-    r"[0-9%)]\s?(?:[-+/\u00d7\u00f7\u2212]|\*(?!\*)|\*\*\s?[0-9]|x\s?[0-9]|\\times|\\cdot|\\div)"
+    r"[;\n(]|,(?! ?\$?[0-9])|\.(?![0-9])|\b(?:as|because|since|so|where|which)\b", re.IGNORECASE
 )
 
 THINK_START, THINK_END = "<think>", "</think>"
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in `text`, exactly, or None.
+    """The number that a text starts with or has first; None where that is an expression.
 
     Reads "1,000", "$18.00", "18.", "-3", "-$3", "1/2", "18 dollars", "\\boxed{18}" and
-    "\\frac{1}{2}"; a fraction over zero is no number.
+    "\\frac{1}{2}".
     """
-    match = _ANY_NUMBER.search(_plain(text))
-    return None if match is None else _to_fraction(match.group())
+    match = _IN_TEXT.search(_plain(text))
+    return None if match is None else _value(match)
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in `text`, or None."""
-    text = _plain(text)
-    matches = list(_ANY_NUMBER.finditer(text))
-    if not matches:
-        return None
-    literal, start = matches[-1].group(), matches[-1].start()
-    # "10-3" and "(a+b)-3": a minus with an operand right before it is an operator, not a sign.
-    if literal[0] in "-\u2212" and re.match(r"[\w)]", text[start - 1 : start]):
-        literal = literal[1:]
-    return _to_fraction(literal)
+    """The last number in a text, expressions and their parts passed over; None: there is none.
+
+    It is looked for up to `_SPAN` characters before the text's last digit.
+    """
+    end = 1 + max(map(text.rfind, "0123456789"))
+    start = max(end - _SPAN, 0)
+    found = list(_IN_TEXT.finditer(_plain(text[start : end + _SPAN])))
+    if start:
+        del found[:1]  # may be a part of what begins before
+    return next((value for match in reversed(found) if (value := _value(match)) is not None), None)
 
 
 def strict_number(text: str) -> Fraction | None:
@@ -77,36 +132,24 @@ def strict_number(text: str) -> Fraction | None:
     line = text.rstrip().rpartition("\n")[2]
     if not line.startswith(_MARKER + " "):
         return None
-    match = _ONLY_NUMBER.match(line[len(_MARKER) + 1 :])
+    match = _ONLY_NUMBER.match(line, len(_MARKER) + 1)
     return None if match is None else _to_fraction(match.group(1))
 
 
 def lenient_number(text: str) -> Fraction | None:
-    """The answer wherever it stands.
-
-    The last `\\boxed{}`, else the last line `#### ...` that is no heading, else the number that the
-    text announces last ("The answer is 18."), else its last number. In a box, on a line and in an
-    announcement it is the side of the last `=` that is one number.
-    """
-    boxes = _BOXED.findall(text)
-    if boxes and (number := _result(boxes[-1])) is not None:
-        return number
-    marker = marker_place(text)
-    if marker >= 0:
-        return _result(_marked(text, marker) or "")
-    for announced in reversed(list(_ANNOUNCED.finditer(text))):
-        number = _announced(text[announced.end() : announced.end() + _SPAN])
-        if number is not None:
-            return number
-    return last_number(text)
+    """The answer wherever it stands, by the rule at the head of this module."""
+    answer = _boxed(text)
+    if answer is None and (place := marker_place(text)) >= 0:
+        answer = _marked(text, place)
+    if answer is None:
+        answer = _announced(text)
+    return last_number(text) if answer is None else _given(answer)
 
 
 def marker_place(text: str) -> int:
-    """Where the last `####` is that a number follows, and that is no heading; −1: none."""
-    place = text.rfind(_MARKER)
-    while place >= 0 and _marked(text, place) is None:
-        place = text.rfind(_MARKER, 0, place)
-    return place
+    """Where the last `####` is that an answer follows, and that is no heading; −1: none."""
+    places = (marker.start() for marker in _last(_MARKED, text))
+    return next((place for place in places if _marked(text, place) is not None), -1)
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
@@ -118,14 +161,24 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
     if text is None:
         return None
     hidden = len(completion) - len(text)
-    if boxes := list(_BOXED.finditer(text)):
-        return hidden + boxes[-1].start(), hidden + boxes[-1].start(1)
+    if box := next(_last(_BOXED, text), None):
+        return hidden + box.start(), hidden + box.start(1)
     place = marker_place(text)
     return None if place < 0 else (hidden + place, hidden + place + len(_MARKER))
 
 
+def _last(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    return reversed(collections.deque(pattern.finditer(text), maxlen=_LAST))
+
+
+def _boxed(text: str) -> str | None:
+    box = next(_last(_BOXED, text), None)
+    answer = "" if box is None else _plain(box[1][:_SPAN])
+    return answer if _IN_ANSWER.search(answer) else None
+
+
 def _marked(text: str, place: int) -> str | None:
-    """What the line of the `####` at `place` gives as the answer; None for a heading.
+    """What the line of the `####` at `place` gives as the answer; None: nothing, or a heading.
 
     Where the line says nothing but "Answer:" that is the next line, if it starts with a number.
     """
@@ -133,38 +186,41 @@ def _marked(text: str, place: int) -> str | None:
     if _STEP.match(text, start):
         return None
     lead = _LEAD.match(text, start, start + _SPAN)
-    if _TITLE.match(text, lead.end(), lead.end() + _SPAN):
-        after = text[lead.end() : lead.end() + 2 * _SPAN].partition("\n")[2]
-        if _ANY_NUMBER.search(after):
-            return None
-    line = _plain(text[lead.end() : lead.end() + _SPAN].partition("\n")[0])
-    number = (_ANY_NUMBER.match if "\n" in lead.group() else _ANY_NUMBER.search)(line)
-    return None if number is None or line.rstrip(" *_").endswith(":") else line
-
-
-def _announced(text: str) -> Fraction | None:
-    """The number of the clause that follows "the answer is", if it starts with one."""
-    end = _CLAUSE_END.search(_plain(text))
-    clause = _plain(text)[: end.start() if end else None]
-    if not _ANY_NUMBER.match(clause) or ("=" not in clause and _OPERATION.search(clause)):
+    line, _, after = text[lead.end() : lead.end() + _SPAN].partition("\n")
+    if (_ITEM.match(line) or _TITLE.match(line)) and _IN_TEXT.search(after):
         return None
-    return _result(clause)
-
-
-def _result(line: str) -> Fraction | None:
-    """What a line comes to, remarks in parentheses aside.
-
-    Of equal sides the last one that is a single number; else the number that the last side starts
-    with, or the last one in it.
-    """
     line = _plain(line)
-    before = line.partition("(")[0]
-    sides = (before if _ANY_NUMBER.search(before) else line).split("=")
-    for side in reversed(sides):
-        if len(_ANY_NUMBER.findall(side)) == 1:
-            return last_number(side)
-    last = sides[-1].lstrip(" *_$")
-    return parse_number(last) if _ANY_NUMBER.match(last) else last_number(last)
+    found = (_IN_TEXT.match if "\n" in lead.group() else _IN_TEXT.search)(line)
+    return None if found is None or line.rstrip(" *_").endswith(":") else line
+
+
+def _announced(text: str) -> str | None:
+    """The clause that follows the last "the answer is" that goes on with a number."""
+    for announced in _last(_ANNOUNCED, text):
+        clause = _plain(text[announced.end() : announced.end() + _SPAN])
+        end = _CLAUSE_END.search(clause)
+        clause = clause[: end.start() if end else None]
+        if _IN_ANSWER.match(clause):
+            return clause
+    return None
+
+
+def _given(answer: str) -> Fraction | None:
+    """What an answer comes to: the last of its equal sides that gives a number."""
+    before = answer.partition("(")[0]
+    sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
+    return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
+
+
+def _side(side: str) -> Fraction | None:
+    side = side.lstrip(" *_$")
+    found = list(_IN_ANSWER.finditer(side))
+    if not found or any(expression["number"] is None for expression in found):
+        return None
+    item = _ITEM.match(side)
+    if item and len(found) == 2 and _STATES.search(side[item.end() : found[1].start()]):
+        return _value(found[1])
+    return _value(found[-1 if found[0].start() else 0])
 
 
 def visible_text(completion: str) -> str | None:
@@ -221,25 +277,31 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    text = _LATEX_COMMA.sub(",", text)
-    for fraction in (_LATEX_FRACTION, _SHORT_FRACTION, _MIXED):
-        text = fraction.sub(_slashed, text)
+    """The text without LaTeX's marks around numbers."""
+    if "\\" in text or "{" in text:
+        for pattern, plain in _LATEX:
+            text = pattern.sub(plain, text)
     return text
 
 
-def _slashed(fraction: re.Match[str]) -> str:
-    """A fraction with a slash; a mixed number, 2\\frac{1}{2} or 2 1/2, as one fraction."""
-    whole, numerator, denominator = (int(part or 0) for part in fraction.groups())
-    return f"{whole * denominator + numerator}/{denominator}"
+def _value(expression: re.Match[str]) -> Fraction | None:
+    """The number that an expression is; None where it is several."""
+    return None if expression["more"] else _to_fraction(expression["number"])
 
 
 def _to_fraction(literal: str) -> Fraction | None:
-    cleaned = re.sub(r"[ ,$]", "", literal).replace("\u2212", "-")
-    if len(cleaned) > _MAX_DIGITS:
+    if len(literal) > _MAX_DIGITS:
         return None
-    numerator, slash, denominator = cleaned.partition("/")
-    try:
-        value = Fraction(numerator)
-        return value / Fraction(denominator) if slash else value
-    except ZeroDivisionError:
-        return None
+    literal = re.sub(r"[,$]", "", literal).replace("\u2212", "-")
+    parts = _PARTS.fullmatch(literal.replace(" /", "/").replace("/ ", "/").strip())
+    if parts is None:
+        return Fraction(literal.replace(" ", ""))
+    whole, numerator, denominator = (int(part or 0) for part in parts.groups())
+    if (
+        denominator < 2
+        or math.gcd(numerator, denominator) > 1
+        or (whole and numerator > denominator)
+    ):
+        return None  # a division that is left to the reader
+    value = whole + Fraction(numerator, denominator)
+    return -value if literal.startswith("-") else value

@@ -37,14 +37,18 @@ UNKNOWN = "unknown"
 NOT_SAID = (UNKNOWN, "not known", "not mentioned", "not specified", "not stated")
 CANNOT_SAY = ("cannot be determined", "can't be determined", "cannot be known")
 
-# Where the stories name places: "entered X.", "moved the Y to X, which is also located in Z."
+# Where the stories name places: "entered X.", "moved the Y to X, which is also located in Z." A
+# thing or place has a few words: without that bound, "moved moved moved" would be searched to the
+# end of the sentence from each of them.
+_MOVED = r"moved (?:[^\s.]++\s++){1,12}?to"
+_NAME = r"[^\s.,]++(?:\s++[^\s.,]++){0,11}?"
 _PLACE = re.compile(
-    r"\b(?:entered|left|moved [^.]*? to|located in|is in|leaving) (?P<place>[^.,]+?)"
+    rf"\b(?:entered|left|{_MOVED}|located in|is in|leaving) (?P<place>[^.,]+?)"
     r"(?= in its original location|[.,?]|$)"
 )
 _ROOM = re.compile(
     r"\b(?:entered|left|located in) (?P<entered>[^.,]+)"
-    r"|\bmoved [^.]*? to (?P<taken>[^.,]+), leaving [^.,]+ in its original location"
+    rf"|\b{_MOVED} (?P<taken>{_NAME}), leaving {_NAME} in its original location"
 )
 
 
@@ -81,9 +85,11 @@ class ExploreToM(FileTask):
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        judged = phrases.judge(completion, problem.answer, asked_for(problem))
-        if judged == "none":
-            judged = phrases.judge(completion, problem.answer, candidates(problem))
+        known = candidates(problem)
+        asked = asked_for(problem, known)
+        judged = phrases.judge(completion, problem.answer, asked)
+        if judged == "none" and asked != known:
+            judged = phrases.judge(completion, problem.answer, known)
         return self.verdict(judged)
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
@@ -150,9 +156,8 @@ def candidates(problem: Problem) -> phrases.Candidates:
     return known | dict.fromkeys((*NOT_SAID, *CANNOT_SAY), UNKNOWN)
 
 
-def asked_for(problem: Problem) -> phrases.Candidates:
-    """The candidates of the sort that the question names: only containers, or only rooms."""
-    known = candidates(problem)
+def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
+    """Those of the candidates that the question names: only containers, or only rooms."""
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":
         return known

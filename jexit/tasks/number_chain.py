@@ -76,8 +76,10 @@ class NumberChain(ChainTask):
                 f"the answer {problem.answer!r} holds no number to change; give problems whose "
                 "answers are numbers"
             )
-        wrong = next(nearby_numbers(match.group(), draw))
-        return problem.answer[: match.start()] + wrong + problem.answer[match.end() :]
+        before, after = problem.answer[: match.start()], problem.answer[match.end() :]
+        others = (before + number + after for number in nearby_numbers(match.group(), draw))
+        # Of the fractions near 1/2, 2/2 is no answer.
+        return next((other for other in others if answers.parse_number(other) is not None), "0")
 
 
 def result_of(step: str) -> str | None:

@@ -1,10 +1,14 @@
-"""Finding and comparing answers that are words: places, yes and no. Every function is total."""
+"""Finding and comparing answers that are words: places, yes and no.
+
+Every function is total, and its time is linear in the text.
+"""
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jexit.tasks.answers import visible_text
 from jexit.tasks.base import VerdictKind
@@ -19,9 +23,11 @@ YES_NO: Mapping[str, str | None] = {
 }
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-_SENTENCE_END = re.compile(r"[.!?;:\n]")
+_SENTENCE_ENDS = frozenset(".!?;:\n")
+_TOKEN = re.compile(rf"{_WORD.pattern}|[.!?;:\n]")
 
 Candidates = Mapping[str, str | None]
+_Spelled = Mapping[tuple[str, ...], str | None]  # candidates by their words
 
 _NEGATIONS = frozenset(
     ("not", "never", "cannot", "neither", "nor", "nobody", "none", "hardly", "scarcely", "unlikely")
@@ -40,8 +46,9 @@ _BETWEEN = _BEFORE_SUBJECTS.union(
 )
 # "The answer is the box.", "**Answer:** the box", and what may follow it.
 _ANNOUNCED = re.compile(r"\banswer(?: is\b|[*_ ]{0,4}:)", re.IGNORECASE)
-_SPAN = 200  # characters
-_ANNOUNCEMENTS = 8  # the last ones of a text, of which one names a candidate if any does
+_SPAN = 400  # characters of a line or an announcement in which the answer is
+_LAST = 64  # announcements and mentions that are looked at, from the end: before them is no answer
+_LONGEST = 32  # words of a candidate that is looked for in a text
 _SUBORDINATE = re.compile(
     r"\W*(?:(?:even )?though|although|while|since|because|as|after|before|when|if)\b", re.IGNORECASE
 )
@@ -54,8 +61,7 @@ def words_of(text: str) -> tuple[str, ...]:
     >>> words_of("In the bookstore’s **Back Room**.")
     ('in', "bookstore's", 'back', 'room')
     """
-    found = _WORD.findall(_folded(text))
-    return tuple(word for word in found if word not in ARTICLES)
+    return tuple(word for word in _WORD.findall(_folded(text)) if word not in ARTICLES)
 
 
 # A task asks for the same few phrases in every text.
@@ -66,22 +72,27 @@ def _folded(text: str) -> str:
     return text.replace("\u2019", "'").casefold()
 
 
-def _sentence_starts(text: str) -> set[int]:
-    """Places in `words_of(text)` before which a sentence or clause ends."""
-    folded, starts, place, end = _folded(text), set(), 0, 0
-    for match in _WORD.finditer(folded):
-        if _SENTENCE_END.search(folded, end, match.start()):
-            starts.add(place)
-        end = match.end()
-        place += match.group() not in ARTICLES
-    return starts
+def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
+    """`words_of(text)`, and the places in it before which a sentence or clause ends."""
+    words: list[str] = []
+    starts: set[int] = set()
+    for token in _TOKEN.findall(_folded(text)):
+        if token in _SENTENCE_ENDS:
+            starts.add(len(words))
+        elif token not in ARTICLES:
+            words.append(token)
+    return tuple(words), starts
 
 
 def strict_phrase(text: str) -> str | None:
     """What stands on a final line `#### ...`; None when the text does not end in such a line."""
     line = text.rstrip().rpartition("\n")[2]
     phrase = line[len(MARKER) + 1 :].strip()
-    return phrase if line.startswith(MARKER + " ") and words_of(phrase) else None
+    return phrase if line.startswith(MARKER + " ") and _says_something(phrase) else None
+
+
+def _says_something(text: str) -> bool:
+    return any(word.group() not in ARTICLES for word in _WORD.finditer(_folded(text)))
 
 
 def mentions(text: str, candidates: Candidates) -> list[str]:
@@ -93,25 +104,52 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
     ("does not really know") stands for what the candidate "not know" does, if there is one, and for
     nothing otherwise ("not in the box"); denied twice it stands.
     """
+    words, starts = _words_and_starts(text)
+    spelled = _spelled(candidates)
+    found = (_meaning(words, starts, place, spelled) for place in _places(words, spelled))
+    return [answer for answer in found if answer is not None]
+
+
+def last_mention(text: str, candidates: Candidates) -> str | None:
+    """The last of `mentions`, None without any."""
+    words, starts = _words_and_starts(text)
+    spelled = _spelled(candidates)
+    places = reversed(collections.deque(_places(words, spelled), maxlen=_LAST))
+    found = (_meaning(words, starts, place, spelled) for place in places)
+    return next((answer for answer in found if answer is not None), None)
+
+
+def _spelled(candidates: Candidates) -> _Spelled:
     spelled = {_candidate_words(phrase): answer for phrase, answer in candidates.items()}
-    spelled.pop((), None)
-    longest = max(map(len, spelled), default=0)
-    words, starts, found, index = words_of(text), _sentence_starts(text), [], 0
-    while index < len(words):
-        for length in range(min(longest, len(words) - index), 0, -1):
-            phrase = words[index : index + length]
-            if phrase in spelled:
-                answer = spelled[phrase]
-                if answer is not None and _denied(words, starts, index):
-                    denied = phrase[1:] if phrase[0] == "not" else ("not", *phrase)
-                    answer = spelled.get(denied)
-                if answer is not None:
-                    found.append(answer)
-                index += length
+    return {words: answer for words, answer in spelled.items() if 0 < len(words) <= _LONGEST}
+
+
+def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
+    """Where candidates stand, the longest of those that start at a word."""
+    lengths: dict[str, list[int]] = {}
+    for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
+        for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
+            lengths.setdefault(first, []).append(length)
+    free = 0
+    for index, word in enumerate(words):
+        if index < free or word not in lengths:
+            continue
+        for length in lengths[word]:
+            if words[index : index + length] in spelled:
+                free = index + length
+                yield slice(index, free)
                 break
-        else:
-            index += 1
-    return found
+
+
+def _meaning(
+    words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
+) -> str | None:
+    """What the candidate at a place stands for, denied or not."""
+    phrase = words[place]
+    answer = spelled[phrase]
+    if answer is None or not _denied(words, starts, place.start):
+        return answer
+    return spelled.get(phrase[1:] if phrase[0] == "not" else ("not", *phrase))
 
 
 def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
@@ -140,29 +178,30 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
     """The answer wherever it stands.
 
     What the line of the last `####` states, else the last candidate after it, else what the text
-    announces last ("**Answer:** the box"), else its last candidate. A last line that opens with yes
-    or no is answered by that word ("No, she left when they said yes.").
+    announces last ("**Answer:** the box"), else the last candidate before it. A last line that
+    opens with yes or no is answered by that word ("No, she left when they said yes.").
     """
-    _, marker, tail = text.rpartition(MARKER)
-    if marker and (found := stated(tail.partition("\n")[0], candidates)):
-        return found
-    if marker and (mentioned := mentions(tail, candidates)):
-        return _opening(tail, candidates) or mentioned[-1]
-    for announced in reversed(list(_ANNOUNCED.finditer(text))[-_ANNOUNCEMENTS:]):
-        after = text[announced.end() : announced.end() + _SPAN]
-        line = after.lstrip(" \n*_:").partition("\n")[0]
-        if found := stated(line, candidates):
+    before, marker, after = text.rpartition(MARKER)
+    if marker:
+        if found := stated(after.partition("\n")[0], candidates):
             return found
-    mentioned = mentions(text, candidates)
-    return (_opening(text, candidates) or mentioned[-1]) if mentioned else None
+        if found := last_mention(after, candidates):
+            return _opening(after, candidates) or found
+    for announced in reversed(collections.deque(_ANNOUNCED.finditer(text), maxlen=_LAST)):
+        clause = text[announced.end() : announced.end() + _SPAN]
+        if found := stated(clause.lstrip(" \n*_:").partition("\n")[0], candidates):
+            return found
+    found = last_mention(before if marker else text, candidates)
+    return found and (_opening(text, candidates) or found)
 
 
 def stated(line: str, candidates: Candidates) -> str | None:
     """The answer that a line gives: its first candidate, for what comes after explains.
 
     "The box, because she did not see it moved to the jar." What comes before the main clause does
-    so too: "Though it is in the jar, the box."
+    so too: "Though it is in the jar, the box." Of a long line the first `_SPAN` characters count.
     """
+    line = line[:_SPAN]
     main = line.partition(",")[2] if _SUBORDINATE.match(line) else ""
     for part in (main, line):
         if found := mentions(part, candidates):
@@ -178,18 +217,26 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
     text = visible_text(completion)
     if text is None:
         return None
-    place = text.rfind(MARKER)
-    while place >= 0 and not words_of(text[place + len(MARKER) : _line_end(text, place)]):
-        place = text.rfind(MARKER, 0, place)
-    if place < 0:
-        return None
-    place += len(completion) - len(text)
-    return place, place + len(MARKER)
+    hidden, end = len(completion) - len(text), len(text)
+    while (marker := text.rfind(MARKER, 0, end)) >= 0:
+        start = text.rfind("\n", 0, marker) + 1
+        said = start + _last_word(text[start : _line_end(text, marker)])
+        marker = text.rfind(MARKER, start, max(said, start))
+        if marker >= 0:
+            return hidden + marker, hidden + marker + len(MARKER)
+        end = start
+    return None
+
+
+def _last_word(line: str) -> int:
+    """Where the last word of a line starts that is no article; −1: there is none."""
+    words = (word.start() for word in _WORD.finditer(line) if word[0].casefold() not in ARTICLES)
+    return max(words, default=-1)
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
     """The yes or no that the text's last line opens with."""
-    line = words_of(text.rstrip().rpartition("\n")[2])
+    line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None
     found = mentions(" ".join(line[:2]), candidates)  # "no one" is no "no"

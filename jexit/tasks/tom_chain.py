@@ -144,14 +144,13 @@ def changes(
     knowledge asked for is won or lost.
     """
     read = [read_line(line) for line in lines]
+    deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]
+    first, last = (deciding[0], deciding[-1]) if deciding else (len(read), -1)
     found = []
     for index, line in enumerate(read):
         if line is None:
             continue
-        earlier, later = (
-            any(other is not None and other.decides(question) for other in part)
-            for part in (read[:index], read[index + 1 :])
-        )
+        earlier, later = first < index, last > index
         if question.of_places and (later or not line.decides(question)):
             continue  # what comes later settles the answer, or the line never touched it
         changed = _changed(line, question, answer, places, draw)

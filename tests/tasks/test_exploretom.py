@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpu_time import assert_linear
 from jexit.tasks import ExploreToM, make_task, phrases
 from jexit.tasks.base import Problem
 from jexit.tasks.exploretom import KNOWLEDGE, KNOWS, KNOWS_NOT, candidates, style_of
@@ -134,6 +135,33 @@ def test_places_are_found_in_the_story():
     found = set(candidates(problem("the attic", "Where was it before Ida moved it to the vase?")))
     assert {"the boat house", "the oak chest", "the iron trunk", "the yard", "the vase"} <= found
     assert "the attic" in found
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "moved ",
+        "moved it to ",
+        "moved it to the yard, leaving the oak chest ",
+        "moved it to the yard, leaving ",
+        "moved to to to to to to to to, leaving ",
+        "entered ",
+        "left the yard, ",
+        "located in ",
+        "is in",
+        "in its original location ",
+    ],
+)
+def test_places_are_found_in_linear_time(task, part):
+    def read(story):
+        asked = problem("oak chest", "In which container is the lamp?")
+        asked.fields["story"] = story
+        task.verify(asked, "the oak chest")
+
+    texts = (part * (length // len(part)) for length in (1_000, 10_000, 100_000))
+    short, medium, long = texts
+    assert_linear(read, short, medium)
+    assert_linear(read, medium, long)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Chains that end in numbers: read into steps, edited, and worked out again."""
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -182,7 +181,7 @@ def test_gsm8k_does_not_know_what_follows():
     assert GSM8K.corrupted(PROBLEM, "no sums here\n#### 7", Draw("none")) is None
 
 
-@pytest.mark.parametrize("answer", ["7", "0", "1,000", "$18.00", "1/2", "-3"])
+@pytest.mark.parametrize("answer", ["7", "0", "1,000", "$18.00", "1/2", "1/2310", "-3"])
 def test_wrong_answers_are_near_and_wrong(answer):
     problem = Problem(prompt="?", answer=answer)
     for seed in range(30):
@@ -205,21 +204,6 @@ def test_every_method_is_total(text):
             assert not text.startswith(made.prefix)
             assert made.answer is None or made.answer != answer
         assert task.cue_after(text).endswith(task.cue)
-
-
-def test_long_texts_take_no_time():
-    texts = ["= " * 25_000, "=" + " " * 50_000, "1." * 25_000, "a. " * 15_000, "a\n" * 25_000]
-    texts += [
-        " " * 50_000 + "x",
-        "a" + " " * 50_000 + "b",
-        "=1," * 15_000,
-        "=111" + ",111" * 12_000,
-    ]
-    for text in texts:
-        began = time.perf_counter()
-        GSM8K.steps(text)
-        GSM8K.corrupted(PROBLEM, text, Draw("long"))
-        assert time.perf_counter() - began < 5.0, text[:10]
 
 
 def test_draws_are_spread_over_steps():

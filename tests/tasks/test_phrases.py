@@ -1,5 +1,3 @@
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,14 +139,31 @@ def test_the_format_decides_first():
     assert kind("no idea") == "none"
 
 
+def test_a_phrase_does_not_go_on_beyond_the_marker():
+    assert phrases.lenient_phrase("no\n####\nlonger", phrases.YES_NO) == "no"
+
+
+def test_of_many_words_none_is_looked_for():
+    name = "box " * 10_000
+    assert phrases.mentions(name, phrases.themselves([name])) == []
+    assert phrases.judge(f"#### {name}", name, phrases.themselves([name])) == "strict"
+
+
 @pytest.mark.parametrize(
-    "text", ["answer is " * 60_000, "####\n" * 60_000, "Answer: no box\n" * 9_000]
+    ("text", "marked"),
+    [
+        ("#### box ####", 0),
+        ("#### box #### jar ####", 9),
+        ("#### box\n#### the\n####", 0),
+        ("box #####jar", 5),
+        ("box ####", None),
+        ("#### ####\nbox", None),
+        ("<think>#### box</think>\n#### jar", 24),
+        ("####" * 3, None),
+    ],
 )
-def test_long_texts_take_no_time(text):
-    start = time.perf_counter()
-    phrases.judge(text, "box", PLACES)
-    phrases.answer_mark(text)
-    assert time.perf_counter() - start < 5.0
+def test_the_mark_is_the_last_that_something_follows(text, marked):
+    assert phrases.answer_mark(text) == (None if marked is None else (marked, marked + 4))
 
 
 @given(text=st.text(), answer=st.text(), others=st.lists(st.text()))

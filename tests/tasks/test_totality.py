@@ -1,11 +1,13 @@
-"""A hundred thousand random texts, through everything that a task reads completions with."""
+"""Random and hostile texts, through everything that a task reads completions with."""
 
 import csv
+import functools
 import json
 import random
 
 import pytest
 
+from cpu_time import assert_linear, cpu_seconds
 from jexit.tasks import ChainTask, Draw, make_task
 
 TEXTS, SEEDS = 100_000, 10
@@ -56,7 +58,7 @@ def make_exploretom(folder):
     with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
         writer.writerows([("story", "question", "answer")])
-        writer.writerows((STORY, "Where is the lamp?", answer) for answer in ANSWERS)
+        writer.writerows((STORY, "In which container is it?", answer) for answer in ANSWERS)
     return make_task("exploretom", str(file), test_every=0)
 
 
@@ -106,3 +108,55 @@ def test_every_text_is_read(name, seed, tmp_path):
     assert sum(kinds.values()) == TEXTS // SEEDS
     assert min(kinds.values()) > 20, "the texts reach every verdict"
     assert all(count > 0 for _, count in whole.values())
+
+
+# Repeated, they make searches start again and again that end far off, or nowhere.
+REPEATED = ["#", "#### ", "####\n", "#### a\n", "#### step ", "#### 2. a\n"]
+REPEATED += ["1", "1 ", "1,", "1.", "111,", "1/", "1 / ", "1 1/2 ", "$-", "++1"]
+REPEATED += ["+", "-", ".", "=", "= ", "=1,", "=1+1", "3+4=7\n"]
+REPEATED += [" ", "\n", "a\n", ". ", "(", ")", "[", "{", "}", "{}", "\u0130"]
+REPEATED += ["\\boxed", "\\boxed{", "\\boxed{1}", "\\boxed{a ", "\\frac{", "\\frac{1}", "\\text{"]
+REPEATED += ["<think>", "</think>", "answer ", "answer is ", "the answer is 1 + "]
+REPEATED += ["Answer: no box\n", "not box ", "Tom Mia see box: box\n", "Tom Mia: box\n"]
+AROUND = [("", ""), ("#### 1\n", "x"), ("\\boxed{", "\n#### 1")]
+
+
+def hostile_texts(length):
+    for unit in REPEATED:
+        for before, after in AROUND:
+            yield before + unit * (length // len(unit)) + after
+
+
+def readings(task, problem):
+    """Each way in which the task reads a completion of the problem."""
+    yield lambda text: task.verify(problem, text)
+    yield task.answer_mark
+    yield lambda text: task.answerable(text, cut=True)
+    yield lambda text: task.text_totals([problem], [text])
+    if isinstance(task, ChainTask):
+        yield task.steps
+        yield task.final_answer
+        yield task.cue_after
+        yield lambda text: task.obeys(problem, text)
+        yield lambda text: task.first_result(problem, text)
+        yield lambda text: task.corrupted(problem, text, Draw("linear"))
+
+
+@pytest.mark.parametrize(
+    ("short", "long"), [(10_000, 100_000), pytest.param(100_000, 1_000_000, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", MAKERS)
+def test_reading_takes_linear_time(name, short, long, tmp_path):
+    task = MAKERS[name](tmp_path)
+    for read in readings(task, task.problem("train", 0)):
+        for texts in zip(hostile_texts(short), hostile_texts(long), strict=True):
+            assert_linear(read, *texts)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_hundred_thousand_characters_are_verified_in_50_ms(name, tmp_path):
+    task = MAKERS[name](tmp_path)
+    for index in range(0, min(task.size("train") or 6, 6), 2):
+        verify = functools.partial(task.verify, task.problem("train", index))
+        for text in hostile_texts(100_000):
+            assert cpu_seconds(verify, text, 0.05) <= 0.05, text[:40]
