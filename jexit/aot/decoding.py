@@ -24,7 +24,7 @@ from jexit.loops.setup import engine_size
 from jexit.model.cache import Cache, cache_bucket, token_bytes
 from jexit.model.policies import Policy, Prescribed
 from jexit.rollout import programs
-from jexit.rollout.layout import Layout
+from jexit.rollout.layout import Layout, columns_bucket
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.ticks import COPY_SCOPE, FILL_SCOPE, LAYERS_SCOPE, Draws
 from jexit.rollout.written import Written
@@ -87,7 +87,7 @@ class Decoding:
             "rows": shards * layout.rows,
             "jobs": shards * layout.jobs,
             "prompts": shards * layout.places,
-            "columns": new,
+            "columns": columns_bucket(new),
             "prompt_slots": layout.prompt_slots,
             "slots": cache_bucket(most, most),
             "hazards": False,
@@ -96,11 +96,12 @@ class Decoding:
             jax.eval_shape(lambda states: programs.empty(split.graphdef, states, **sizes), states)
         )
         work = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.work(0))
-        draws = Draws(abstract_key(), jax.ShapeDtypeStruct((2,), jnp.int32), Sampling.of(1.0, 1.0))
+        eos, most_new = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
+        draws = Draws(abstract_key(), eos, most_new, Sampling.of(1.0, 1.0))
         group = shards * max(group.rows for group in layout.groups.values())
         batch = (rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group))
         placed_policies = [
-            (label, self._of_jobs(policy, shards * layout.jobs, new + written))
+            (label, self._of_jobs(policy, shards * layout.jobs, columns_bucket(new + written)))
             for label, policy in policies
         ]
         begun = None

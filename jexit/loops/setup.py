@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jexit.config import Config, TaskConfig, parse_policy
@@ -141,7 +140,7 @@ def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = S
                 f"policy {text!r} asks for {argument} layers of a model that has {layers}; use "
                 f"fixed:N with N from 1 to {layers}"
             )
-        return Prescribed(jnp.full((rows, columns), argument, jnp.int32))
+        return Prescribed(np.full((rows, columns), argument, np.int32))
     if kind == "threshold":
         return Threshold(argument)
     return law if kind == "sample" else Full()

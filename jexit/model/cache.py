@@ -138,10 +138,15 @@ def _repeated(new: Array, part_KLPSH: Array) -> Array:
     return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
+def bucket(size: int, least: int) -> int:
+    """Padded to one of four sizes an octave, or a multiple of `least`."""
+    quantum = max(least, (1 << size.bit_length()) >> 3)
+    return -(-size // quantum) * quantum
+
+
 def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt: four sizes an octave, so padding stays under a quarter."""
-    quantum = max(SMALLEST_PROMPT, (1 << length.bit_length()) >> 3)
-    return -(-length // quantum) * quantum
+    """The padded length of a prompt."""
+    return bucket(length, SMALLEST_PROMPT)
 
 
 def cache_bucket(used: int, most: int) -> int:
@@ -150,5 +155,4 @@ def cache_bucket(used: int, most: int) -> int:
     Sizes double from one bucket to the next, at few compilations, so that the cache takes at most
     about twice the memory of its longest row; the last bucket is what is needed at all.
     """
-    bucket = max(SMALLEST_CACHE, 1 << (used - 1).bit_length())
-    return min(bucket, prompt_bucket(most))
+    return max(SMALLEST_CACHE, min(1 << (used - 1).bit_length(), prompt_bucket(most)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 
 from jexit.model.policies import Policy, Prescribed, Sample, Threshold
@@ -74,7 +73,7 @@ def check_policy(policy: Policy) -> None:
 
 
 def fitted_policy(policy: Policy, rows: int, columns: int) -> Policy:
-    """`Prescribed` cut to the tokens that may be generated, so that its width never recompiles."""
+    """`Prescribed` cut to the tokens that may be generated."""
     if not isinstance(policy, Prescribed):
         return policy
     shape = np.shape(policy.depth_BT)
@@ -83,4 +82,4 @@ def fitted_policy(policy: Policy, rows: int, columns: int) -> Policy:
             f"Prescribed has depths of shape {shape} for {rows} rows of up to {columns} tokens; "
             "give a row for each completion and a column for each token that may be generated"
         )
-    return Prescribed(jnp.asarray(policy.depth_BT)[:, :columns])
+    return Prescribed(np.asarray(policy.depth_BT, np.int32)[:, :columns])

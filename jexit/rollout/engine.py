@@ -29,7 +29,7 @@ from jexit.presets import Architecture
 from jexit.rollout import programs
 from jexit.rollout.checks import check_policy, check_prompts, check_written, fitted_policy
 from jexit.rollout.layers import KEPT, Layers, apart, on_cpu
-from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout
+from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout, columns_bucket
 from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.state import Progress, Records
@@ -166,6 +166,7 @@ class Decoding:
         self._draws = Draws(
             jax.random.key(key) if isinstance(key, int | np.integer) else key,
             np.asarray(sorted(eos_ids), np.int32),
+            np.int32(max_new_tokens),
             sampling,
         )
         layout = self._layout
@@ -180,7 +181,7 @@ class Decoding:
                 rows=layout.shards * layout.rows,
                 jobs=layout.shards * layout.jobs,
                 prompts=layout.shards * layout.places,
-                columns=max_new_tokens,
+                columns=columns_bucket(max_new_tokens),
                 prompt_slots=layout.prompt_slots,
                 slots=self.slots,
                 hazards=hazards,
@@ -205,7 +206,7 @@ class Decoding:
         """
         layout = self._layout
         one_token = self._columns == 1  # which the prefill draws; nothing of a prompt stays in use
-        while self._prefilled < layout.prompts and (
+        while self._prefilled < layout.most_prompts and (
             one_token or layout.has_room(self._prefilled, self.progress.started)
         ):
             self._prefill()
@@ -237,8 +238,7 @@ class Decoding:
 
         For all rows of the batch, as a call on every host.
         """
-        missing = self._layout.shards * self._layout.jobs - len(length_B)
-        length_J = place_rows(np.pad(np.asarray(length_B, np.int32), (0, missing)))
+        length_J = place_rows(self._layout.by_job(np.asarray(length_B, np.int32)))
         self._pool, self._records = self._compiled(
             programs.cut, lambda: programs.cut(self._pool, self._records, length_J)
         )
@@ -277,14 +277,18 @@ class Decoding:
         )
 
     def _fetched(self) -> Records:
-        """This host's rows of the records."""
+        """This host's completions, of as many columns as they may have tokens."""
         layout = self._layout
+        job_B = layout.job_B[host_rows(self._total * self._samples).index_B]
         with waiting("the rollouts"):
-            if layout.shards * layout.prompts == self._total:
-                return fetch_rows(self._records)
-            # Prompts that do not divide over the shards: the completions lie on every host.
-            rows = host_rows(self._total * self._samples).index_B
-            return jax.tree.map(lambda part: part[rows], whole(self._records, "the rollouts"))
+            if layout.shards * layout.most_prompts == self._total:
+                records = fetch_rows(self._records)
+                job_B = host_rows(layout.shards * layout.jobs).find(job_B)
+            else:  # prompts that do not divide over the shards: all hosts have all completions
+                records = whole(self._records, "the rollouts")
+        return jax.tree.map(
+            lambda part: part[job_B, : self._columns] if part.ndim > 1 else part[job_B], records
+        )
 
     def _idle(self) -> float:
         places = float(self.progress.places.sum())
@@ -299,14 +303,13 @@ class Decoding:
         return number_B
 
     def _placed(self, policy: Policy) -> Policy:
-        """`Prescribed` with the rows of the shards; others have none."""
+        """`Prescribed` with a row for each job; others have none."""
         if not isinstance(policy, Prescribed):
             return policy
-        missing = self._layout.shards * self._layout.jobs - policy.depth_BT.shape[0]
-        depth_BT = np.pad(
-            np.asarray(policy.depth_BT, np.int32), ((0, missing), (0, 0)), mode="edge"
-        )
-        return Prescribed(place_rows(depth_BT))
+        columns = policy.depth_BT.shape[1]
+        depth_JT = self._layout.by_job(policy.depth_BT)
+        room = ((0, 0), (0, columns_bucket(columns) - columns))
+        return Prescribed(place_rows(np.pad(depth_JT, room)))
 
     def _prefill(self) -> None:
         layout = self._layout
@@ -316,7 +319,7 @@ class Decoding:
         tokens_SBT = np.full((*index_SB.shape, slots), self._pad_id, np.int32)
         for shard, place in np.ndindex(index_SB.shape):
             index = index_SB[shard, place]
-            prompt = self._held.get(int(shard * layout.prompts + index))
+            prompt = self._held.get(int(shard * layout.most_prompts + index))
             if index < layout.prompts and prompt is not None:  # another host's lie there
                 tokens_SBT[shard, place, : length_SB[shard, place]] = self._prompts[prompt]
         self._prefilled += group.prompts

@@ -10,7 +10,7 @@ import numpy as np
 
 from jexit.dist import data_shards
 from jexit.kernels.dispatch import target
-from jexit.model.cache import cache_bucket, prompt_bucket
+from jexit.model.cache import bucket, cache_bucket, prompt_bucket
 from jexit.rollout.state import Work
 
 # Places of a tick. With fewer than the first, a layer's products take no less time: reading its
@@ -27,6 +27,7 @@ MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "7x": 192, "gh20
               "h100 nvl": 93, "h100 pcie": 79, "80gb": 79, "40gb": 39, "h20": 95, "b200": 178,
               "l40": 44, "l4": 22, "": 16}  # fmt: skip
 CACHE_SHARE = 0.3  # of it, for a pool's keys and values; the prompts' take up to as much again
+LEAST_COLUMNS = 128  # tokens that a completion's records have room for: four numbers each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,22 @@ class EngineSize:
 AUTOMATIC = EngineSize()
 
 
+def prompts_bucket(prompts: int, samples: int) -> int:
+    """The prompts of a shard that programs are compiled for, no fewer than there are.
+
+    Twice as many from one bucket to the next as long as a tick takes no longer for their
+    completions (`PLACES`), then four sizes an octave.
+    """
+    doubled = 1 << (prompts - 1).bit_length()
+    free = doubled * samples <= PLACES[target().platform][0]
+    return doubled if free else bucket(prompts, 1)
+
+
+def columns_bucket(tokens: int) -> int:
+    """The tokens of a completion that programs are compiled for."""
+    return bucket(tokens, LEAST_COLUMNS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """A prefill of each shard: prompts, rows of the program for them, slots of each."""
@@ -79,7 +96,8 @@ class Layout:
     """Which shard has which prompts, and in what order they begin: the shortest first.
 
     Prompts lie in their shard in the caller's order, n to a shard; the last shards may have fewer.
-    A shard's prompts are prefilled in groups of like length, and lie in a ring of `places`.
+    Programs are compiled for a bucket of n, whose last prompts no shard has. A shard's prompts are
+    prefilled in groups of like length, and lie in a ring of `places`.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
@@ -101,14 +119,16 @@ class Layout:
     ) -> Layout:
         """For up to `new` tokens a completion, each of which takes so much of a device's cache."""
         shards = data_shards()
-        prompts = -(-len(length_B) // shards)
+        most_prompts = -(-len(length_B) // shards)
+        beyond = prompts_bucket(most_prompts, samples) - most_prompts
 
         def by_shard(values_B: np.ndarray) -> np.ndarray:
-            return np.pad(values_B, (0, shards * prompts - len(values_B))).reshape(shards, prompts)
+            filled_B = np.pad(values_B, (0, shards * most_prompts - len(values_B)))
+            return np.pad(filled_B.reshape(shards, most_prompts), ((0, 0), (0, beyond)))
 
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
-        rows, width = size.fitted(prompts * samples, most * token_bytes)
+        rows, width = size.fitted((most_prompts + beyond) * samples, most * token_bytes)
         written_B = np.zeros_like(length_B) if written_B is None else written_B
         lengths = by_shard(length_B), by_shard(written_B)
         return cls(*lengths, samples, rows, width)
@@ -119,8 +139,13 @@ class Layout:
 
     @property
     def prompts(self) -> int:
-        """Of the shard with the most."""
+        """That programs are compiled for, a shard."""
         return self.length_SP.shape[1]
+
+    @property
+    def most_prompts(self) -> int:
+        """Of the shard with the most."""
+        return int(self.prompts_S.max())
 
     @property
     def jobs(self) -> int:
@@ -133,6 +158,17 @@ class Layout:
     @property
     def jobs_S(self) -> np.ndarray:
         return self.prompts_S * self.samples
+
+    @property
+    def job_B(self) -> np.ndarray:
+        """The jobs, counted over all shards, that are the caller's completions, in their order."""
+        return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
+
+    def by_job(self, values_BX: np.ndarray) -> np.ndarray:
+        """A value of each of the caller's completions as one of each job; 0 for the others."""
+        values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
+        values_JX[self.job_B] = values_BX
+        return values_JX
 
     @functools.cached_property
     def order_SP(self) -> np.ndarray:
@@ -148,14 +184,14 @@ class Layout:
         fits a prefill, so that a bucket of lengths has as many programs as there are parts,
         whatever batch comes. Left over rows and slots are paid for, and so is every call.
         """
-        tokens, prompts = PREFILL_TOKENS[target().platform], self.prompts
-        length_ST = np.take_along_axis(self.length_SP, self.order_SP, axis=1)
+        tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
+        length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
         # The last prompt of one shard may be shorter than that before it of one that has fewer.
         longest_T = np.maximum.accumulate(length_ST.max(axis=0))
         slots_T = [prompt_bucket(int(length)) for length in longest_T]
         cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts, and the group they end with
         for stop, slots in enumerate(slots_T, start=1):
-            most = min(max(tokens // slots, 1), prompts)
+            most = min(max(tokens // slots, 1), self.prompts)
             options = []
             for rows in sorted({-(-most // parts) for parts in GROUP_PARTS}):
                 group = Group(min(rows, stop), rows, slots)
@@ -206,8 +242,9 @@ class Layout:
 
     def work(self, first_prompt: int) -> Work:
         """The completions of all shards."""
-        shards, prompts, samples = self.shards, self.prompts, self.samples
+        shards, samples = self.shards, self.samples
         turn_SP = np.argsort(self.order_SP, axis=1)
+        first_S1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts
         sample_G = np.arange(samples)
 
         def by_job(values_SP: np.ndarray) -> np.ndarray:
@@ -215,8 +252,8 @@ class Layout:
 
         order_SPG = self.order_SP[:, :, None] * samples + sample_G
         return Work(
-            number_J=by_job(first_prompt + np.arange(shards * prompts)),
-            sample_J=np.tile(sample_G, shards * prompts).astype(np.int32),
+            number_J=by_job(first_S1 + np.arange(self.prompts)),
+            sample_J=np.tile(sample_G, shards * self.prompts).astype(np.int32),
             prompt_length_J=by_job(self.length_SP),
             written_J=by_job(self.written_SP),
             place_J=by_job(turn_SP % self.places),

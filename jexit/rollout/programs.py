@@ -199,12 +199,12 @@ def advance(
         )
 
         def goes_on(carry: tuple[Pool, Records, Array]) -> Array:
-            pool, records, emitted = carry
+            pool, _, emitted = carry
             free = jnp.any(pool.job_P == FREE)
             waiting = pool.started[0] < ready[0]
             busy = jnp.any(pool.job_P != FREE) | (free & waiting)
             starved = free & ~waiting & more[0]
-            full = ticks.full(pool, records)
+            full = ticks.full(pool)
             return busy & ~starved & ~full & (emitted < emissions)
 
         def tick(carry: tuple[Pool, Records, Array]) -> tuple[Pool, Records, Array]:
@@ -218,7 +218,7 @@ def advance(
         progress = Progress(
             started=pool.started,
             under_way=jnp.sum(pool.job_P != FREE, keepdims=True).astype(jnp.int32),
-            full=ticks.full(pool, records)[None],
+            full=ticks.full(pool)[None],
             filled=pool.filled,
             places=pool.places,
             ticks=pool.tick,

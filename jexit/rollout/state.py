@@ -35,7 +35,7 @@ class Work:
 
 @_pytree
 class Records:
-    """What is kept of every completion; T is `max_new_tokens`."""
+    """What is kept of every completion; T is no less than `max_new_tokens`."""
 
     tokens_JT: Int[Array, "J T"]
     depths_JT: Int[Array, "J T"]

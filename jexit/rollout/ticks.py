@@ -40,6 +40,7 @@ class Draws:
 
     key: PRNGKey
     eos_N: Int[Array, "N"]
+    most: Int[Array, ""]  # tokens of a completion
     sampling: Sampling
 
     def keys(self, work: Work, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
@@ -106,9 +107,9 @@ class Ticks:
     def reads_hazards(self) -> bool:
         return self.hazards or self.policy.reads_hazards
 
-    def full(self, pool: Pool, records: Records) -> Array:
+    def full(self, pool: Pool) -> Array:
         """Whether a row's next token but one may need a slot that the cache does not have."""
-        goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < records.tokens_JT.shape[1])
+        goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < self.draws.most)
         slot_P = self.work.prompt_length_J[pool.job_P] + pool.index_P
         return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))
 
@@ -171,7 +172,7 @@ class Ticks:
     ) -> tuple[Rows, Records, Cache, Array]:
         """At segment 0: tokens of the passes that have ended, and the next passes' beginnings."""
         model, layers = self.model, self.model.arch.layers
-        jobs, columns = records.tokens_JT.shape
+        jobs, most = records.length_J.shape[0], self.draws.most
         emits_B = at.runs_B & emits
         token_B, logprob_B, depth_logprob_B = jax.lax.cond(
             jnp.any(emits_B), self._draw, lambda at: _nothing_drawn(at), at
@@ -181,7 +182,7 @@ class Ticks:
             records, at, jnp.where(emits_B, at.job_B, jobs), token_B, logprob_B, depth_logprob_B,
             ends_B,
         )  # fmt: skip
-        over_B = emits_B & (ends_B | (at.index_B + 1 >= columns))
+        over_B = emits_B & (ends_B | (at.index_B + 1 >= most))
         cache = self._fill(at, pool.cache, emits_B & ~over_B)
 
         # Rows that are free, or have just become so, take the next completions in order.
@@ -191,7 +192,7 @@ class Ticks:
         started = pool.started + jnp.sum(begins_B, dtype=jnp.int32)
         next_B = self.work.order_J[jnp.minimum(turn_B, jobs - 1)]
         first_B = records.tokens_JT[next_B, 0]  # drawn by the prefill
-        alive_B = begins_B & ~records.ended_J[next_B] & (columns > 1)
+        alive_B = begins_B & ~records.ended_J[next_B] & (most > 1)
         job_B = jnp.where(open_B, jnp.where(alive_B, next_B, FREE), at.job_B)
         index_B = jnp.where(open_B, 1, at.index_B + emits_B)
         cache = self._copied(cache, at, alive_B, next_B)

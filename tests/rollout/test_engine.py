@@ -166,7 +166,8 @@ def test_buckets_hold_what_they_must_and_little_more():
         assert length <= padded <= max(length + 15, 1.25 * length)
         assert length <= cache.cache_bucket(length, 3000) <= max(128, 2 * length)
     assert len({cache.prompt_bucket(length) for length in range(1, 4097)}) < 32
-    assert cache.cache_bucket(100, 100) == 112
+    assert cache.cache_bucket(100, 100) == 128
+    assert cache.cache_bucket(200, 210) == 224
 
 
 def test_rows_do_not_depend_on_the_batch(model, prompts):
@@ -233,7 +234,7 @@ def test_programs_do_not_multiply_with_prompt_lengths(model):
     for length in (1, 9, 16, 17, 24, 60, 64, 65, 70, 80):
         roll(model, [[3] * length], temperature=0.0, max_new_tokens=41)
         counts.append([programs.prefill._cache_size(), programs.advance._cache_size()] - before)
-    # Prompts in 16, 32, 64 and 80 slots; caches of all that is needed: 64, 80, 112 and 128.
+    # Prompts in 16, 32, 64 and 80 slots; caches of 128.
     expected = [1, 1, 1, 2, 2, 3, 3, 4, 4, 4]
     assert np.transpose(counts).tolist() == [expected, expected]
 
@@ -314,7 +315,9 @@ def test_a_tick_runs_the_layers_that_its_rows_need(model, prompts, monkeypatch):
 
     monkeypatch.setattr(ticks, "at_layer", counted)
     settings = {"temperature": 0.0, "policy": Prescribed(depth_BT)}
-    # 11 tokens, as nowhere else: the ticks are traced anew, and no other test meets the callback.
+    # Records of 16 columns, as nowhere else: the ticks are traced anew, and no other test meets the
+    # callback.
+    monkeypatch.setattr(layout, "LEAST_COLUMNS", 16)
     rollouts = roll(model, prompts, eos_ids=[first], max_new_tokens=11, **settings)
     jax.effects_barrier()
     assert rollouts.lengths_B.tolist() == [11, 1, 11]

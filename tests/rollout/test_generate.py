@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from jexit.loops.compilations import Compilations
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.rollout import EngineSize, generate, stream
 
@@ -64,6 +65,32 @@ def test_chat_and_seed_matter(model):
     assert texts() != texts(chat=False)
     assert texts(temperature=1.0, seed=0) != texts(temperature=1.0, seed=1)
     assert texts(policy=Full()) == texts()
+
+
+def compilations(model, *calls):
+    """What XLA compiles for calls, each a number of prompts and of new tokens."""
+    compiled = Compilations()
+    with compiled:
+        for prompts, new in calls:
+            made = generate(
+                model, Letters(), (PROMPTS * 9)[:prompts], policy=Sample(), stop=["no such text"],
+                max_new_tokens=new, temperature=1.0,
+            )  # fmt: skip
+            assert len(made.texts) == prompts
+            assert max(map(len, made.tokens)) <= new
+    return compiled.of_step()["compilations"]
+
+
+def test_calls_of_like_size_share_their_programs(model):
+    compilations(model, (5, 20), (8, 20))  # prompts are prefilled four at a time, or eight
+    assert compilations(model, (6, 20), (7, 2), (5, 21), (8, 90)) == 0
+
+
+@pytest.mark.slow
+def test_calls_of_all_sorts_compile_little(model):
+    """80 calls of up to 40 prompts and 120 new tokens: ten buckets of prompts, one of tokens."""
+    rng = np.random.default_rng(0)
+    assert compilations(model, *rng.integers((1, 2), (41, 121), (80, 2)).tolist()) < 80
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,26 @@ def test_shards_of_unequal_numbers_of_prompts_have_room_for_the_longest(lengths,
         index_SB, length_SB = made.group(first)
         assert length_SB.max() <= group.slots
         seen += [(s, int(i)) for s, row in enumerate(index_SB) for i in row if i < made.prompts]
-    half = made.prompts
+    half = made.most_prompts
     assert sorted(s * half + i for s, i in seen) == list(range(len(lengths)))
+    jobs, work = made.job_B, made.work(first_prompt=7)
+    assert work.number_J[jobs].tolist() == [7 + i for i in range(len(lengths))]
+    assert work.prompt_length_J[jobs].tolist() == list(lengths)
+    of_job = made.by_job(np.asarray(lengths))
+    assert of_job[jobs].tolist() == list(lengths) and of_job.sum() == sum(lengths)
+
+
+def test_sizes_that_programs_are_compiled_for_are_few():
+    """Of up to 512 prompts and 4,096 new tokens; what is padded costs a tick no time."""
+    prompts = {n: layout.prompts_bucket(n, 1) for n in range(1, 513)}
+    assert sorted(set(prompts.values()))[:8] == [1, 2, 4, 8, 16, 20, 24, 28]
+    assert len(set(prompts.values())) == 25
+    assert all(n <= padded <= max(16, 1.25 * n) for n, padded in prompts.items())
+    # Eight completions of a prompt: 16 fill the places that a tick has at least.
+    assert [layout.prompts_bucket(n, 8) for n in (1, 2, 3, 5, 9, 24)] == [1, 2, 3, 5, 10, 24]
+    columns = {n: layout.columns_bucket(n) for n in range(1, 4097)}
+    assert len(set(columns.values())) == 16
+    assert all(n <= padded <= max(128, n + 127, 1.25 * n) for n, padded in columns.items())
 
 
 @pytest.mark.parametrize("seed", range(4))
