@@ -169,7 +169,7 @@ class Tokenizer:
             return text if answer else _left_open(text)
         except ValueError as error:
             raise ValueError(
-                f"the chat template of {self._template_place} cannot be rendered ({error}); "
+                f"the chat template in {self._template_place} cannot be rendered ({error}); "
                 "mend it or copy it again from the checkpoint"
             ) from None
 

@@ -42,7 +42,8 @@ class Gsm8k(FileTask, NumberChain):
     before every prompt; a problem is never among its own.
 
     A row needs the texts `question` and `answer`, the latter ending in `#### n`. Rows that lack
-    them are left out, with one warning per split that counts them and names the first.
+    them are left out, with one warning per split that counts them and names the first. What a
+    number is, and which one a completion answers, is the rule at the head of `jexit.tasks.answers`.
     """
 
     name = "gsm8k"

@@ -101,7 +101,7 @@ def test_a_broken_template_is_named_in_one_sentence(template, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         tokenizer.chat_text("sum 12")
     message = str(caught.value)
-    assert message.startswith(f"the chat template of {tokenizer.directory}/chat_template.jinja can")
+    assert message.startswith(f"the chat template in {tokenizer.directory}/chat_template.jinja can")
     assert message.endswith("; mend it or copy it again from the checkpoint")
     assert "\n" not in message and len(message) < 400
     assert with_template(SWITCHED).chat_text("sum 37") == "<|user|>sum 37<|assistant|>"
@@ -138,9 +138,9 @@ def test_a_template_in_the_tokenizers_settings_is_named(tmp_path):
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{% endif %}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=f"template of {tmp_path}/tokenizer_config.json cannot"):
+    with pytest.raises(ValueError, match=f"template in {tmp_path}/tokenizer_config.json cannot"):
         Tokenizer.load(tmp_path).chat_text("sum 12")
-    with pytest.raises(ValueError, match="the chat template of the tokenizer cannot be rendered"):
+    with pytest.raises(ValueError, match="the chat template in the tokenizer cannot be rendered"):
         Tokenizer(tokenizer.backend).chat_text("sum 12")
 
 
