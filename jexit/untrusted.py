@@ -1,4 +1,4 @@
-"""Files that others may have written: what is read of them is bounded, and JSON is what it says."""
+"""Reads untrusted files: regular files of bounded size, and strict JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 1 << 28
+MAX_BYTES = 1 << 26  # of JSON, which takes up to twenty times as much memory
 MAX_DEPTH = 64
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -24,7 +24,7 @@ _KINDS = {
 def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
     """The value in a JSON file.
 
-    Raises as `read_bytes` does, and ValueError, which ends in `remedy`, for what `parse_json`
+    Raises as `read_bytes` does, and ValueError, ending in `remedy`, for text that `parse_json`
     refuses.
     """
     data = read_bytes(path, remedy, MAX_BYTES)
@@ -35,13 +35,13 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
 
 
 def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = None) -> bytes:
-    """A whole file.
+    """The contents of a regular file.
 
-    Raises FileNotFoundError where there is none, and ValueError, which ends in `remedy`, for what
-    is no regular file, has more than `limit` bytes, or cannot be read.
+    Raises FileNotFoundError when it does not exist, and ValueError, ending in `remedy`, when it is
+    a pipe, a device or the like, is larger than `limit` bytes, or cannot be read.
     """
     try:
-        # Without O_NONBLOCK a named pipe would have to be written to before it is open.
+        # Without O_NONBLOCK, opening a named pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             found = os.fstat(descriptor)
@@ -70,9 +70,9 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
 def parse_json(data: bytes) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte order mark.
 
-    Raises ValueError that says what is wrong with it: besides what is no JSON at all that is
-    nesting below `MAX_DEPTH`, a number that no finite float holds, and a key that an object has
-    twice, of which one reader takes the first and another the last.
+    Raises ValueError, saying why, for text that is not JSON, nesting deeper than `MAX_DEPTH`, NaN
+    and numbers beyond the range of a float, and duplicate keys, of which readers take one or the
+    other.
     """
     try:
         value = json.loads(
@@ -97,18 +97,18 @@ def parse_json(data: bytes) -> Any:
 
 
 def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
-    """Raises ValueError for what must not lie in a model directory, at its top or in `folders`.
+    """Raises ValueError for special files and for links out of a model directory.
 
-    That is whatever is neither a file nor a directory, as reading it might never end, and a link
-    that leads elsewhere: what was copied here would decide which file of this machine is read. The
-    Hugging Face hub's cache keeps its files as links to a model's `blobs`.
+    Reading a pipe or a device may never end, and a directory from elsewhere must not choose which
+    of this machine's files are read. Checks the top level and everything in `folders`. Links to the
+    `blobs` of a model in the Hugging Face hub's cache, which is made of them, are allowed.
     """
     root = directory.resolve()
     paths = [path for path in directory.iterdir() if not path.is_dir()]
     for folder in folders:
         paths += [directory / folder, *(directory / folder).rglob("*")]
     for path in sorted(paths):
-        if not path.exists():  # a link to nothing is as good as no file
+        if not path.exists():  # a dangling link counts as absent
             continue
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is {_kind(path.stat())}, not a file; remove it")
@@ -130,11 +130,11 @@ def _of_hub_cache(target: Path) -> bool:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in value if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:40]!r} twice in one object")
+    value: dict[str, Any] = {}
+    for key, entry in pairs:
+        if key in value:
+            raise ValueError(f"duplicate key {key[:40]!r}")
+        value[key] = entry
     return value
 
 

@@ -1,5 +1,6 @@
 """Several processes that talk over loopback are one run: same figures, files once, no hanging."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -218,6 +219,19 @@ def test_a_signal_to_one_host_saves_all_and_one_process_can_go_on(model_dir, tmp
     assert "stopped by SIGTERM after step" in texts[0]
     run(flags)  # one process with both devices
     assert_same_run(whole, cut)
+
+
+def test_a_second_run_in_a_workdir_ends_on_every_host(model_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("process 7 on elsewhere", end="", file=lock, flush=True)
+        codes, texts = finish(*start(arguments("rl", model_dir, tmp_path / "run"), hosts=2))
+    assert codes == [1, 1]
+    for text in texts:
+        assert "run is in use by process 7 on elsewhere; wait for that run, stop it, or" in text
+        assert "Traceback" not in text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_hosts_that_never_come(model_dir, tmp_path):

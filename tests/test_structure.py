@@ -17,7 +17,7 @@ ROOT = pathlib.Path(jexit.__file__).parent.parent
 # A part imports only from itself and from parts before it.
 ORDER = (
     "axes",
-    "untrusted",  # files that others may have written; the standard library only
+    "untrusted",  # strict reading of files; the standard library only
     "convert.names",  # names in files ↔ paths of parameters; a table that knows nothing of jexit
     "presets",
     "bounds",  # of settings

@@ -1,4 +1,4 @@
-"""JSON of others is what it says, or is refused in a few words."""
+"""Untrusted JSON is read strictly, or refused in a few words."""
 
 import os
 import re
@@ -27,7 +27,7 @@ from jexit.untrusted import parse_json, read_json, read_object
         (b"1" + b"0" * 9000, "which is not finite"),
         (b"NaN", "the number NaN, which is not finite"),
         (b"[-Infinity]", "the number -Infinity, which is not finite"),
-        (b'{"b": {"a": 1, "c": 2, "a": 1}}', "the key 'a' twice in one object"),
+        (b'{"b": {"a": 1, "c": 2, "a": 1}}', "duplicate key 'a'"),
     ],
     ids=lambda value: repr(value[:20]),
 )
@@ -50,6 +50,12 @@ def test_what_readers_differ_about_is_refused(data, why):
 def test_what_is_json_is_read(data, value):
     found = parse_json(data)
     assert value is None or found == value
+
+
+def test_a_duplicate_among_many_keys_is_found_in_linear_time(deadline):
+    keys = "".join(f'"{number}": 0, ' for number in range(200_000))
+    with pytest.raises(ValueError, match="duplicate key '199999'"):
+        parse_json(f'{{{keys} "199999": 0}}'.encode())
 
 
 @pytest.fixture

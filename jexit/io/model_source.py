@@ -47,8 +47,8 @@ class Weights(Protocol):
 class StoredPart:
     """The base weights, adapters or exit heads of a directory in jexit's own format.
 
-    Raises FileNotFoundError when there are none, ValueError for others than `expected`, the shape
-    of each by name: before anything of that size is allocated.
+    Raises FileNotFoundError when there are none, and ValueError when names or shapes are not those
+    `expected`; nothing is allocated before.
     """
 
     def __init__(self, directory: pathlib.Path, part: str, expected: huggingface.Shapes):
@@ -140,7 +140,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelSource:
 
 
 def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
-    """`open_model` of the base of the last of the directories `above`, each the one before's."""
+    """`open_model`, within the chain of directories `above`, each based on the next."""
     directory = find_model(path)
     if directory.resolve() in above:
         raise ValueError(

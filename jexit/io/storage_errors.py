@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore say when the disk refuses a write: the system's few words, once."""
+"""Write errors of Orbax and TensorStore: the operating system's reason, reported once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # TensorStore's
 
 
 def system_reason(error: BaseException | None) -> str | None:
-    """What the operating system said, if that is where the error or its cause comes from."""
+    """The operating system's message, if it caused the error or an error in its chain."""
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
         if found := _CODE.search(str(error)):
@@ -33,9 +33,9 @@ def reason(error: BaseException) -> str:
 
 
 def say_once() -> None:
-    """Keeps off stderr what threads of the storage libraries print of a refused write.
+    """Suppresses the tracebacks that threads of Orbax and TensorStore print for a failed write.
 
-    Each tells the whole traceback of an error that the call which waits for it raises again.
+    The call that waits for the write raises the same error.
     """
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)
@@ -49,8 +49,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _tell(before: Callable[[Any], object], unraisable: Any) -> None:
-    # What waited for several writes gives them up with the first that is refused, and TensorStore
-    # then finds nobody to tell of the others.
+    # After the first failed write Orbax closes its event loop, and TensorStore's callbacks for the
+    # others find it closed.
     trace = unraisable.exc_traceback
     if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
         before(unraisable)

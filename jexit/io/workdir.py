@@ -15,7 +15,7 @@ from jexit.dist import barrier, from_primary, gather, is_primary
 from jexit.io.files import disk_errors, take_lock, write_json_atomic
 from jexit.untrusted import read_object
 
-LOCK = ".lock"  # the file that is locked; it says by which process
+LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log")
@@ -28,11 +28,11 @@ LAWS = {
 
 @contextlib.contextmanager
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the directory and keeps other runs out of it; one that the run left empty goes again.
+    """Creates and locks a run's directory; removes it again if the run leaves it empty.
 
-    The system holds the lock for the process, and takes it back however that ends. On several hosts
-    it is the primary one's. Raises ValueError, on every host, when another run holds it, when it
-    cannot be locked, and for a workdir that is a file.
+    The operating system releases the lock when the process ends, however it ends. With several
+    hosts the primary one locks. Raises ValueError, on every host, when another run holds the lock,
+    when the file system has none, and for a workdir that is a file.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -57,11 +57,11 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
         file = path.open("a+b", buffering=0)
     with file:
         try:
-            # No links: the run that held it has taken the file away.
+            # A link count of 0: the run that held the lock has just removed the file.
             if not (
                 take_lock(file, "choose another --workdir") and os.fstat(file.fileno()).st_nlink
             ):
-                made = []  # for the other to take away
+                made = []  # it is the other run's to remove
                 file.seek(0)
                 holder = file.read(200).decode(errors="replace") or "another process"
                 raise ValueError(
