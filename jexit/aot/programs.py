@@ -117,7 +117,7 @@ def _measurements(
             lower=lambda: decisions_and_targets.lower(
                 student[0], student[1:], teacher[0], teacher[1:], batch,
                 batch.completion_tokens_BC, jax.ShapeDtypeStruct((), jnp.float32),
-                target=config.sft.target,
+                sampling_law(config), target=config.sft.target,
             ),
             inputs={"trainable": split.trainable, "fixed": split.fixed, "batch": batch},
             exit_share=exit_share(split),

@@ -57,8 +57,8 @@ class ArrayStore:
         """Shape and dtype without reading the data; raises ValueError when damaged."""
         path = (self.directory / name).resolve()
         try:
-            with _checkpointer() as checkpointer:
-                found = checkpointer.metadata(path).item_metadata.tree[_ITEM]
+            # The checkpointer's own `metadata` logs what is damaged instead of raising it.
+            found = _handler().metadata(path).tree[_ITEM]
             return Spec(tuple(found.shape), np.dtype(found.dtype))
         except Exception as error:  # Orbax raises many kinds for damaged files
             raise ValueError(self._damaged(name, error)) from error
@@ -91,13 +91,22 @@ class ArrayStore:
 
 
 def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(_handler(), multiprocessing_options=_this_process())
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
     # Compression gains next to nothing on weights, costs most of the time and a second copy; small
     # chunks save the copy on reading.
-    alone = ocp.options.MultiprocessingOptions()
-    if jax.distributed.is_initialized():  # other hosts read for themselves, and do not write
-        host = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host{host}"
-        )
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False, multiprocessing_options=_this_process()
+    )
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Every host reads for itself, and none waits for another."""
+    if not jax.distributed.is_initialized():
+        return ocp.options.MultiprocessingOptions()
+    host = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host{host}"
+    )
