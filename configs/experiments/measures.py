@@ -1,9 +1,9 @@
 """How the studies measure a trained model: accuracy, depth, controls and externalisation.
 
 `:word_problems` leaves out the prescribed steps, which that task has not; `:depth` the measures of
-the chain; `:quick` everything but the policies, on fewer problems. Where the studies start, on many
-problems and on those of the studies, some minutes each on a CPU core (sums 91 % right at 42 % of
-the depth, word problems 80 at 26, stories 67 at 46):
+the chain; `:quick` everything but the policies, on fewer problems. The initial checkpoint, on many
+problems and on those of the studies, some minutes each on a CPU core (the predecessor of the
+shipped model: sums 91 % correct at 42 % of the depth, word problems 80 at 26, stories 67 at 46):
 
     bash launch/sweep.sh --config=configs/experiments/measures.py:quick --into=runs/starts \
         --jobs=2 task.name=sums,word_problems,tom --config.eval.problems=1024

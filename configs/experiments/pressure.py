@@ -4,8 +4,9 @@
         --eval=configs/experiments/measures.py --into=runs/pressure-sums --jobs=2 \
         rl.depth_coef=0,0.1,0.2,0.4,0.8,2 seed=0,1
 
-A run takes a quarter of an hour on a CPU core. From 89 % right at 42 % of the depth, all prices end
-within a problem of 256 of 100 %: no price at 59 to 70 %, 0.4 at 45 to 48, 2 at 35 to 38.
+A run takes a quarter of an hour on a CPU core. From the predecessor of the shipped model, 89 %
+correct at 42 % of the depth, all penalties end within a problem of 256 of 100 %: λ = 0 at 59 to
+70 %, 0.4 at 45 to 48, 2 at 35 to 38.
 
 Other tasks, of which one cannot prescribe steps:
 
@@ -16,8 +17,8 @@ Other tasks, of which one cannot prescribe steps:
         --config.steps=120 --eval=configs/experiments/measures.py --into=runs/pressure-tom \
         --jobs=2 rl.depth_coef=0,0.2,0.8 seed=0,1
 
-Word problems end at 91 to 96 % right, at 54 and 74 % of the depth without a price, 43 % at 0.2 and
-32 % at 0.8; stories at 61 to 70 %, at 48 to 54, 35 to 39 and 29 to 32 % of the depth.
+Word problems end at 91 to 96 % correct, at 54 and 74 % of the depth for λ = 0, 43 % for 0.2 and
+32 % for 0.8; stories at 61 to 70 %, at 48 to 54, 35 to 39 and 29 to 32 % of the depth.
 
 Instead of a grid of prices, one that dual ascent raises while accuracy keeps over a floor, on sums
 and word problems up to 2, on stories, in half an hour a run, up to 0.5:
