@@ -6,7 +6,8 @@
 
 A run takes some seven minutes on a CPU core. From the predecessor of the shipped model: with the
 teacher's targets it ends at 79 % of the depth and 94 to 98 % correct; with the student's at 56 %
-(97 % correct) without exploration and at 49 % (91 %) with 0.5. Other settings one at a time, each `--into` a directory of its own:
+(97 % correct) without exploration and at 49 % (91 %) with 0.5. Other settings one at a time, each
+`--into` a directory of its own:
 `sft.sharpness=1,10,200`, `sft.direction=teacher_student,jeffreys`, `exit_head.kind=linear`,
 `sft.samples=4`; and `sft.exit_loss=sampled --config.sft.explore=0`, as sampled depths that are
 partly explored would be no draws from the targets. What reinforcement makes of some:

@@ -14,8 +14,8 @@ Text that costs more keeps its steps under a price of depth, too:
         --eval=configs/experiments/measures.py --into=runs/page-dear_text --jobs=2 \
         --config.rl.length_coef=0.5 rl.depth_coef=0,2 seed=0,1
 
-A run takes a quarter of an hour on a CPU core. From the predecessor of the shipped model, all end at
-99.6 % correct or more; from λ = 0 to λ = 4 the depth falls from 63 to 37 % (60 to 48 layers a
+A run takes a quarter of an hour on a CPU core. From the predecessor of the shipped model, all end
+at 99.6 % correct or more; from λ = 0 to λ = 4 the depth falls from 63 to 37 % (60 to 48 layers a
 problem), the additions that are written out rise from 55 to 78 % (87 % before any of it), and
 prescribed steps of three are taken by 32 % of the completions instead of all.
 """
