@@ -5,7 +5,11 @@
         --adapter=peft --base=jexit/assets/tiny
 
 `tiny` calibrates the shipped trunk on `sums`, `word_problems` and `tom` in turn: twenty minutes on
-two CPU cores, then 67 % right at 0.45 L with sampled exits over all kinds of prompt.
+two CPU cores, then 67 % accuracy at 0.45 L with sampled exits over all kinds of prompt. On 256 test
+problems of each task, full depth and sampled exits, with layers a problem: sums 94 % (171) and 87 %
+at 0.63 L (108), word problems 73 % (151) and 58 % at 0.29 L (44), stories 65 % (116) and 59 % at
+0.45 L (48). Training at explored depths costs accuracy at full depth: the trunk has 95 % on word
+problems.
 
     python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
 

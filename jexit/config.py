@@ -263,7 +263,7 @@ class Config:
             )
         if self.rl.dual_ascent and self.rl.warmup_steps > 0:
             raise ValueError(
-                "config.rl.dual_ascent sets the prices itself; set config.rl.warmup_steps to 0"
+                "config.rl.dual_ascent sets λ and μ itself; set config.rl.warmup_steps to 0"
             )
         if self.rl.dual_ascent and self.rl.accuracy_floor <= 0:
             raise ValueError(

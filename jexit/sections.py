@@ -61,7 +61,7 @@ class ExitHeadConfig:
 class LoraConfig:
     # 0: full fine-tuning, with a second copy of the weights as the teacher.
     rank: Annotated[int, Bounds(0, 10_000)] = 8
-    alpha: Coefficient = 16.0
+    alpha: Positive = 16.0
     dropout: ShareBelowOne = 0.0
     targets: Names = ("q", "k", "v", "o")
 

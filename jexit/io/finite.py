@@ -1,4 +1,4 @@
-"""Numbers that are none, found before they are read as weights or written as such."""
+"""Checks for NaN and infinity in weights, when they are read and when they are written."""
 
 from __future__ import annotations
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from jexit.config import Config, control_of
@@ -130,7 +132,8 @@ class Examination:
 def held_out(
     task: Task, tokenizer: Tokenizer, config: Config, count: int
 ) -> tuple[list[Problem], list[list[int]]]:
-    """The first `count` problems of the evaluation split (all, if there are fewer), tokenised."""
+    """The first `count` problems of the evaluation split (all, with a warning, if there are fewer),
+    tokenised."""
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
     require_problems(task, split)
@@ -139,6 +142,7 @@ def held_out(
         try:
             problem = task.problem(split, index)
         except NoMoreProblems:
+            size = index
             break
         ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
         index += 1
@@ -147,12 +151,26 @@ def held_out(
         check_prompt_length(problem, ids, limit)
         problems.append(problem)
         prompts.append(ids)
+    if size is not None and len(problems) < count:
+        _warn_of_fewer(task.name, split, count, len(problems))
     if not problems:
         raise ValueError(
             f"every prompt of task {task.name!r}, split {split!r}, is over the limit of {limit} "
             "tokens; raise config.task.max_prompt_tokens"
         )
     return problems, prompts
+
+
+@functools.cache
+def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
+    logging.warning(
+        "Task %r has %d problems in its %s split with these settings, and config.eval.problems "
+        "asks for %d: all of them are measured.",
+        name,
+        found,
+        split,
+        asked,
+    )
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:

@@ -1,4 +1,4 @@
-"""How hard λ and μ press at each update, and the three ways in which pressure fails."""
+"""Schedules of λ and μ, and warnings of three failures: collapse, shut-down, text collapse."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def penalised_reward(
     """Mean reward of completions at the full λ and μ, whatever a schedule has reached by now.
 
     Verifier, depth and length as `losses.rloo.rewards` has them, without the KL to the teacher.
-    Every point of accuracy under `accuracy_floor` takes off 1, so that among models at the floor
-    the cheapest wins and below it the one that is right more often.
+    Every point of accuracy under `accuracy_floor` subtracts 1, so that of models above the floor
+    the one with the lowest cost is best, and of models below it the most accurate.
     """
     lengths_B1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_BC = np.zeros((len(completions), lengths_B1.max()))

@@ -1,4 +1,4 @@
-"""Rewards with a price on depth, advantages within groups, and policy-gradient losses."""
+"""Rewards with a depth penalty, advantages within groups, and policy-gradient losses."""
 
 from __future__ import annotations
 

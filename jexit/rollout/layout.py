@@ -67,7 +67,7 @@ AUTOMATIC = EngineSize()
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
-    """The prompts of a shard that programs are compiled for, no fewer than there are.
+    """The number of a shard's prompts, rounded up to one that programs are compiled for.
 
     Twice as many from one bucket to the next as long as a tick takes no longer for their
     completions (`PLACES`), then four sizes an octave.

@@ -1,4 +1,4 @@
-"""One update of RLOO over pairs of token and depth, with a price on depth."""
+"""One update of RLOO over pairs of token and depth, with a depth penalty."""
 
 from __future__ import annotations
 

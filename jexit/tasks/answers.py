@@ -4,8 +4,9 @@ Which answer a completion gives, its thoughts aside (`visible_text`):
 
 A number has a sign, a dollar sign, thousands in groups of three and decimals, or is a fraction in
 lowest terms, after a whole number or not: `-3`, `$1,000.00`, `.5`, `3/4`, `\\frac{3}{4}`, `2 1/2`.
-Numbers compare by value. Nothing is worked out: an expression such as `36/2`, `9 * 2`, `18-20`,
-`12:30` or `2^3` is no number, and neither are its parts.
+Numbers compare by value. Nothing is worked out: an expression such as `36/2`, `9 times 2`,
+`18-20`, `12:30`, `2^3`, `2³` or `sqrt(9)` is no number, and neither are its parts. An exclamation
+mark is punctuation, not a factorial.
 
 Strict: the text ends in a line that is `#### `, one number and at most a full stop.
 
@@ -17,12 +18,13 @@ Lenient: the text ends in no such line. Its answer is in the first of these that
 3. the last "the answer is" or "answer:" that goes on with a number or an expression;
 4. all of it, whose answer is its last number.
 
-What 1 to 3 hold is read side by side of its equals signs, remarks in parentheses left out. The last
+In 1 to 3, each side of an equals sign is read separately, remarks in parentheses left out. The last
 side that gives a number decides, so "9 * 2 = 18" and "18 = 9 * 2" give 18. A side gives what it
 starts with ("18 dollars for 9 eggs"), else what comes last in it ("the 3 friends pay 18 dollars"),
 and as an item of a list what its sentence states ("3. The total is 18."). If that is an expression
-there is no answer. Commas and `and`, `of`, `or` and `to` make expressions here too ("18 or 20"),
-and so do other commands of LaTeX ("2\\pi").
+there is no answer. Here several numbers make an expression too: a list or a range ("18 or 20",
+"18; 20", "18~20"), numbers with nothing between them ("18 20"), and a quantity in two units
+("18 hours 30 minutes", "12h30"); and so do other commands of LaTeX ("2\\pi").
 """
 
 from __future__ import annotations
@@ -53,6 +55,12 @@ _PARTS = re.compile(r"-?(?:(?P<whole>[0-9]+) )?(?P<numerator>[0-9]+)/(?P<denomin
 # A minus with a space before it only is the sign of another number ("3, then -4").
 _OPERATORS = (
     r"[-\u2212\u2013](?= )|(?<! )[-\u2212\u2013]|[+*/\u00d7\u00f7x]|\*\*|\\times|\\cdot|\\div"
+    r"|(?<= )(?:plus|minus|times|over|mod|(?:divided|multiplied) by)(?= )"
+)
+_SEVERAL = r",|[~\u2014|;]|\.{2,}|\u2026|(?<= ):(?= )|(?<= )(?:and|of|or|to)(?= )"
+_UNIT = (
+    r"(?:h|hr|hour|min|minute|second|day|week|month|year|dollar|pound|lb|feet|foot|ft|yard|mile|kg"
+    r"|km|kilo(?:gram|meter|metre)|m|meter|metre)s?\.?"
 )
 
 
@@ -60,16 +68,21 @@ def _expressions(operators: str) -> str:
     """A number (group `number`) with all that operators join to it (group `more`).
 
     An operand may have a unit of two words. Points, commas, colons and exponents join what they
-    touch on both sides; an exponent of something else (`x^2`) is none.
+    touch on both sides; an exponent of something else (`x^2`) is none, nor is what a function is
+    applied to.
     """
     join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
-    joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}"
-    return rf"(?<![0-9^])(?<!\^\{{)(?P<number>{_NUMBER})(?P<more>{joined})*+"
+    joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}|[\u00b2\u00b3\u00b9]"
+    return (
+        rf"(?<![0-9^])(?<!\^\{{)(?P<function>(?<![A-Za-z])[A-Za-z]++\()?"
+        rf"(?P<number>{_NUMBER})(?P<more>{joined})*+"
+    )
 
 
 _IN_TEXT = re.compile(_expressions(_OPERATORS))
 _IN_ANSWER = re.compile(
-    _expressions(rf"{_OPERATORS}|,|(?<= )(?:and|of|or|to)(?= )") + r"|\\[A-Za-z]"
+    _expressions(rf"{_OPERATORS}|{_SEVERAL}|(?<=[0-9]) |(?<=[0-9])h(?=[0-9])|(?<= ){_UNIT}(?= )")
+    + r"|\\[A-Za-z]"
 )
 
 # What LaTeX writes around numbers, and what it is in plain text.
@@ -87,7 +100,8 @@ _EQUALS = re.compile(r"=|\u2248|\\approx\b")
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+)\}")
 _MARKER = "####"
 _MARKED = re.compile(r"####(?!#)")
-_ITEM = re.compile(r"[0-9]{1,2}[.)] +[*_]*(?=[^\W\d])")
+# "18. That is all" is an answer with a remark, "3. The total is 18" an item of a list.
+_ITEM = re.compile(r"[0-9]{1,2}[.)] +[*_]*(?=[^\W\d])(?!(?:[Tt]hat|[Tt]his|[Ii]t|[Ww]hich)\b)")
 _STATES = re.compile(r"(?:\b(?:is|are|equals)|:)[\s*_]*\Z")
 _STEP = re.compile(r"[^\w\n#]*(?:step|part|case|phase|stage|day|option|method)\b", re.IGNORECASE)
 _TITLE = re.compile(r"[^\w\n#]*[^\W\d][^\n0-9:=]*[0-9]")
@@ -98,7 +112,8 @@ _LEAD = re.compile(
 # "The answer is 18.", "**Answer:** 18" and "answer = 9 * 2 = 18", and where its clause ends.
 _ANNOUNCED = re.compile(r"\banswer(?: is)?(?:[\s:*$=]|\\?[(\[]){1,8}", re.IGNORECASE)
 _CLAUSE_END = re.compile(
-    r"[;\n(]|,(?! ?\$?[0-9])|\.(?![0-9])|\b(?:as|because|since|so|where|which)\b", re.IGNORECASE
+    r"[;\n(]|,(?! ?\$?[0-9])|(?<!\.)\.(?!\.*+[0-9])|\b(?:as|because|since|so|where|which)\b",
+    re.IGNORECASE,
 )
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -286,7 +301,8 @@ def _plain(text: str) -> str:
 
 def _value(expression: re.Match[str]) -> Fraction | None:
     """The number that an expression is; None where it is several."""
-    return None if expression["more"] else _to_fraction(expression["number"])
+    several = expression["more"] or expression["function"]
+    return None if several else _to_fraction(expression["number"])
 
 
 def _to_fraction(literal: str) -> Fraction | None:

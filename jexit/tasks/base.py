@@ -104,7 +104,7 @@ class Task(abc.ABC):
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """Figures about how completions reason, beyond right and wrong: sum and count of each.
+        """Metrics of the chains of thought, beyond accuracy: sum and count of each.
 
         Totals of parts add up to those of the whole. None unless overridden.
         """

@@ -28,7 +28,8 @@ class FileTask(Task):
 
     `path` names a file or a folder, `instruction` ends every prompt, and of rows that have no split
     of their own every `test_every`-th group is held out for the test split (0: none; see `group`).
-    Where the data has no validation split, every sixteenth group of the training rows is held out
+    Training rows of a group that the data holds out as well are left out. Where the data has no
+    validation split, every sixteenth group of the training rows is held out
     for it, of fewer groups the last one. Rows that cannot be used are left out, with one warning
     per source that counts them and names the first. Raises FileNotFoundError when there is nothing
     at `path`.
@@ -95,11 +96,24 @@ class FileTask(Task):
         elif split == "test":
             return self._source("test")
         else:
-            rest, val, test = self._source("train"), self._source("val"), []
+            val, test = self._source("val"), []
+            rest = self._apart(self._source("train"), [*val, *self._source("test")])
         if not val:
             groups = len({self._group(problem) for problem in rest})
             rest, val = self._hold_out(rest, min(_VAL_EVERY, groups) if groups > 1 else 0)
         return {"train": rest, "val": val, "test": test}[split]
+
+    def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
+        """The training problems without the groups that the data itself holds out as well."""
+        taken = {self._group(problem) for problem in held_out}
+        rest = [problem for problem in train if self._group(problem) not in taken]
+        if len(rest) < len(train):
+            _log.warning(
+                "left out %d of %d training rows, which are in the val or test split too",
+                len(train) - len(rest),
+                len(train),
+            )
+        return rest
 
     def _source(self, source: Source) -> list[Problem]:
         if source in self._read:

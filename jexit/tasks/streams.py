@@ -1,4 +1,4 @@
-"""Generated problems by split and index: who is on which side, and none twice where it counts."""
+"""Generated problems by split and index: assignment to splits; `val` and `test` have no repeats."""
 
 from __future__ import annotations
 

@@ -257,6 +257,41 @@ def test_completions_are_kept_with_depth_and_hazards(workdir):
                 assert depth == next((e + 1 for e in (0, 1) if left[e]), 3)
 
 
+def test_hazards_are_those_of_the_distribution_that_was_sampled(model_dir, tmp_path):
+    """With a floor of 0.6 and a temperature of 100 each hazard is near 0.6 + 0.4 · ½."""
+    run(
+        "eval", model_dir, tmp_path / "run", eval__policies=("sample",), eval__problems=4,
+        eval__measures=("hazards",), rl__min_hazard=0.6, rl__hazard_temperature=100.0,
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "run" / "completions.json").read_text())
+    recorded = [h for row in rows for token in row["hazards"] for h in token if h is not None]
+    assert recorded and all(0.75 < hazard < 0.85 for hazard in recorded)
+    (measured,) = [
+        part
+        for part in json.loads((tmp_path / "run" / "eval.json").read_text())["hazards"]
+        if part["policy"] == "sample"
+    ]
+    for exit_ in measured["exits"]:
+        assert all(0.75 < place["hazard_mean"] < 0.85 for place in exit_["bins"])
+
+
+def test_a_split_with_fewer_problems_than_asked_for_is_measured_whole_and_said(caplog):
+    from jexit.loops.policies import held_out
+
+    config = make_config(
+        "eval", TINY_CALIBRATED_PATH, task__name="sums", task__operands_min=2,
+        task__operands_max=2, eval__problems=256, eval__split="test",
+    )  # fmt: skip
+    task = load_task(config.task, "test")
+    _, tokenizer = load(TINY_CALIBRATED_PATH)
+    problems, _ = held_out(task, tokenizer, config, 256)
+    assert 3 <= len(problems) < 30 and len({problem.prompt for problem in problems}) == len(
+        problems
+    )
+    said = f"'sums' has {len(problems)} problems in its test split with these settings, and"
+    assert said in caplog.text and "eval.problems asks for 256" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

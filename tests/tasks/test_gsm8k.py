@@ -132,11 +132,17 @@ def tfds_folder(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     from tensorflow_datasets.text.gsm8k import gsm8k
 
-    source = write_rows(tmp_path / "source.jsonl", map(row, range(6)))
+    sources = {
+        split: str(write_rows(tmp_path / f"{name}.jsonl", map(row, numbers)))
+        for split, (name, numbers) in {
+            "train": ("train", range(6)),
+            "test": ("test", range(6, 12)),
+        }.items()
+    }
     files = mock.patch.object(
         tfds.download.DownloadManager,
         "download_and_extract",
-        lambda self, urls: {split: str(source) for split in urls},
+        lambda self, urls: {split: sources[split.partition("_")[0]] for split in urls},
     )
     data_dir = tmp_path / "data"
     with files:
@@ -220,6 +226,19 @@ def test_a_question_that_is_there_twice_is_no_shot_of_its_twin(tmp_path):
         assert problem.prompt not in [question for question, _ in problem.shots]
     with pytest.raises(ValueError, match=r"3 shots need 4 different .* there are 3; lower config"):
         make_task("gsm8k", str(tmp_path), shots=3).problem("train", 0)
+
+
+def test_training_rows_that_are_test_rows_too_are_left_out(tmp_path, caplog):
+    write_rows(tmp_path / "train.jsonl", map(row, range(10)))
+    write_rows(tmp_path / "test.jsonl", map(row, range(8, 12)))
+    task = make_task("gsm8k", str(tmp_path))
+    prompts = {
+        split: {task.problem(split, index).prompt for index in range(task.size(split))}
+        for split in ("train", "val", "test")
+    }
+    assert len(prompts["test"]) == 4 and len(prompts["train"] | prompts["val"]) == 8
+    assert not prompts["test"] & (prompts["train"] | prompts["val"])
+    assert "left out 2 of 10 training rows, which are in the val or test split too" in caplog.text
 
 
 def test_a_thought_is_not_judged(folder):
