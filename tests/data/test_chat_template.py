@@ -161,6 +161,7 @@ def test_a_reply_that_was_not_waited_for_is_no_answer_to_the_next_request():
     assert tokenizer.chat_text("sum 3") == "<|user|>sum 3<|assistant|>"
 
 
+PRINTS = "print(pid, flush=True)"
 STARTS_ONE = """
 import os, sys
 from jexit.data import chat_template
@@ -169,9 +170,7 @@ pid = chat_template._child._process.pid
 """
 
 
-@pytest.mark.parametrize(
-    "end", ["print(pid)", "print(pid); os._exit(3)", "print(pid, flush=True); input()"]
-)
+@pytest.mark.parametrize("end", [f"{PRINTS}", f"{PRINTS}; os._exit(3)", f"{PRINTS}; input()"])
 def test_the_process_that_renders_ends_with_the_one_that_asks(end):
     with subprocess.Popen(
         [sys.executable, "-c", STARTS_ONE + end], stdin=subprocess.PIPE, stdout=subprocess.PIPE
