@@ -170,7 +170,7 @@ pid = chat_template._child._process.pid
 """
 
 
-@pytest.mark.parametrize("end", [f"{PRINTS}", f"{PRINTS}; os._exit(3)", f"{PRINTS}; input()"])
+@pytest.mark.parametrize("end", [PRINTS, f"{PRINTS}; os._exit(3)", f"{PRINTS}; input()"])
 def test_the_process_that_renders_ends_with_the_one_that_asks(end):
     with subprocess.Popen(
         [sys.executable, "-c", STARTS_ONE + end], stdin=subprocess.PIPE, stdout=subprocess.PIPE
