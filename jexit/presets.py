@@ -18,6 +18,7 @@ LARGEST_COUNT = 2**31 - 1  # what an index of 32 bits reaches
 class Yarn:
     """YaRN rope scaling (arXiv:2309.00071) as Hugging Face parameterises it."""
 
+    kind: Literal["yarn"] = "yarn"
     factor: float
     original_max_positions: int
     beta_fast: float = 32.0
@@ -27,6 +28,29 @@ class Yarn:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Rope:
+    """Llama 3.1's rope scaling (meta-llama/llama-models) as Hugging Face parameterises it."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor is {self.high_freq_factor:g} and must be above low_freq_factor, "
+                f"which is {self.low_freq_factor:g}; correct the rope scaling in config.json"
+            )
+
+
+RopeScaling = Yarn | Llama3Rope
+_SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +69,7 @@ class Architecture:
     rms_norm_eps: float
     tied: bool
     max_positions: int
-    yarn: Yarn | None = None
+    rope_scaling: RopeScaling | None = None
 
     @property
     def qkv_bias(self) -> bool:
@@ -72,8 +96,16 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
-        yarn = values.get("yarn")
-        return cls(**{**values, "yarn": Yarn(**yarn) if yarn else None})
+        values = dict(values)
+        scaling = values.pop("rope_scaling", None)
+        if yarn := values.pop("yarn", None):  # how the first model directories name it
+            scaling = {"kind": "yarn", **yarn}
+        if scaling is None:
+            return cls(**values)
+        kind = scaling.get("kind")
+        if kind not in _SCALINGS:
+            raise ValueError(f"rope_scaling is of kind {kind!r}; jexit computes yarn and llama3")
+        return cls(**values, rope_scaling=_SCALINGS[kind](**scaling))
 
 
 def is_count(value: Any) -> bool:
@@ -92,7 +124,7 @@ _RULES = {
 }
 
 
-def _check_numbers(settings: Architecture | Yarn) -> None:
+def _check_numbers(settings: Architecture | RopeScaling) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         check, rule = _RULES.get(field.type, (lambda _: True, ""))

@@ -33,7 +33,7 @@ def make_model(vocab_size, *, exits=(1, 2), head=HEAD, lora=ADAPTER, tied=True, 
         rms_norm_eps=1e-5,
         tied=tied,
         max_positions=64,
-        yarn=Yarn(factor=2.0, original_max_positions=32),
+        rope_scaling=Yarn(factor=2.0, original_max_positions=32),
     )
     abstract = nnx.eval_shape(
         lambda: Transformer(arch, exit_layers=exits, exit_head=head, lora=lora, rngs=nnx.Rngs(0))

@@ -20,7 +20,7 @@ from jexit.config import (
     control_of,
     parse_policy,
 )
-from jexit.presets import PRESETS, Architecture, Yarn
+from jexit.presets import PRESETS, Architecture, Llama3Rope, Yarn
 from jexit.sections import STEPS, TINY_PATH
 from jexit.tasks import sums, tom
 from jexit.tasks.word_problems import NAMES
@@ -137,9 +137,23 @@ def test_a_config_survives_json():
 
 def test_an_architecture_survives_json():
     arch = PRESETS["qwen3-4b"].architecture
-    for yarn in (None, Yarn(factor=2.0, original_max_positions=64)):
-        arch = dataclasses.replace(arch, yarn=yarn)
+    yarn = Yarn(factor=2.0, original_max_positions=64)
+    llama3 = Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64
+    )
+    for scaling in (None, yarn, llama3):
+        arch = dataclasses.replace(arch, rope_scaling=scaling)
         assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+@pytest.mark.parametrize("yarn", [None, {"factor": 2.0, "original_max_positions": 64}])
+def test_an_architecture_that_names_its_scaling_yarn_is_read(yarn):
+    """As model directories had it before there was a second kind."""
+    arch = PRESETS["qwen3-4b"].architecture
+    values = {k: v for k, v in arch.to_dict().items() if k != "rope_scaling"}
+    scaling = Yarn(**yarn) if yarn else None
+    read = Architecture.from_dict({**values, "yarn": yarn})
+    assert read == dataclasses.replace(arch, rope_scaling=scaling)
 
 
 # Keys and types

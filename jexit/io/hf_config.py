@@ -6,6 +6,7 @@ shapes the computation comes from the file, never from a default.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,15 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from jexit.presets import LARGEST_COUNT, Architecture, Yarn, is_count, is_positive
+from jexit.presets import (
+    LARGEST_COUNT,
+    Architecture,
+    Llama3Rope,
+    RopeScaling,
+    Yarn,
+    is_count,
+    is_positive,
+)
 from jexit.untrusted import read_object
 
 ARCHITECTURE_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -53,7 +62,7 @@ def architecture_of_config(config: dict[str, Any], *, where: str = "config.json"
 
     width, heads = count("hidden_size"), count("num_attention_heads")
     head_dim = count("head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else width // heads)
-    rope_theta, yarn = _rope(config, where)
+    rope_theta, rope_scaling = _rope(config, where)
     return Architecture(
         family=family,
         vocab_size=count("vocab_size"),
@@ -67,7 +76,7 @@ def architecture_of_config(config: dict[str, Any], *, where: str = "config.json"
         rms_norm_eps=positive(config, "rms_norm_eps", where),
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=count("max_position_embeddings"),
-        yarn=yarn,
+        rope_scaling=rope_scaling,
     )
 
 
@@ -95,7 +104,7 @@ def config_of_architecture(
         "max_position_embeddings": arch.max_positions,
         "rms_norm_eps": arch.rms_norm_eps,
         "rope_theta": arch.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": arch.rope_scaling and _scaling_config(arch.rope_scaling),
         "tie_word_embeddings": arch.tied,
         "attention_dropout": 0.0,
         "use_sliding_window": False,
@@ -109,18 +118,16 @@ def config_of_architecture(
     }
     if arch.family == "qwen3":
         config["attention_bias"] = False
-    if arch.yarn is not None:
-        config["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": arch.yarn.factor,
-            "original_max_position_embeddings": arch.yarn.original_max_positions,
-            "beta_fast": arch.yarn.beta_fast,
-            "beta_slow": arch.yarn.beta_slow,
-            "truncate": arch.yarn.truncate,
-        }
-        if arch.yarn.attention_factor is not None:
-            config["rope_scaling"]["attention_factor"] = arch.yarn.attention_factor
     return config
+
+
+def _scaling_config(scaling: RopeScaling) -> dict[str, Any]:
+    values = dataclasses.asdict(scaling)
+    return {
+        "rope_type": values.pop("kind"),
+        "original_max_position_embeddings": values.pop("original_max_positions"),
+        **{key: value for key, value in values.items() if value is not None},
+    }
 
 
 def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None:
@@ -163,8 +170,8 @@ def positive(
     return value if whole else float(value)
 
 
-def _rope(config: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
-    """rope_theta and the YaRN scaling, from either spelling."""
+def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """rope_theta and the scaling, from either spelling."""
     given: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         part = config.get(key) or {}
@@ -188,13 +195,23 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "yarn":
-        raise ValueError(f"{where} scales rope by {kind!r}; jexit knows default and yarn")
+    if kind not in ("yarn", "llama3"):
+        raise ValueError(
+            f"{where} scales rope by {kind!r}; jexit knows default, llama3 and yarn: use a "
+            "checkpoint with one of them"
+        )
     positions = positive(config, "max_position_embeddings", where, whole=True)
     name = "original_max_position_embeddings"
     original = positive(
         {name: config.get(name) or given.get(name)}, name, where, positions, whole=True
     )
+    if kind == "llama3":
+        return theta, Llama3Rope(
+            factor=positive(given, "factor", where),
+            low_freq_factor=positive(given, "low_freq_factor", where),
+            high_freq_factor=positive(given, "high_freq_factor", where),
+            original_max_positions=original,
+        )
     factor = positive(given, "factor", where, positions / original)
     return theta, Yarn(
         factor=factor,

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jexit.axes import Array, Float, HiddenBTD, PositionsBT, PRNGKey
 from jexit.model.lora import LoRA, StackedLinear
-from jexit.presets import Architecture, Yarn
+from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
@@ -58,26 +58,45 @@ class MLP(nnx.Module):
 def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
     """Inverse frequencies [H/2] and the factor on cos and sin (1 unless YaRN scales attention).
 
-    Plain rope: θ^(−2i/H) (arXiv:2104.09864). YaRN (arXiv:2309.00071, section 3.2): frequencies that
-    turn fewer than beta_slow times over the original context are divided by `factor`, those that
-    turn more than beta_fast times stay, a linear ramp lies between; attention factor
-    0.1·ln(factor) + 1 unless the checkpoint gives one.
+    Plain rope: θ^(−2i/H) (arXiv:2104.09864). Scaled rope divides frequencies that turn seldom over
+    the original context by `factor` and leaves those that turn often; a linear ramp lies between.
+    YaRN (arXiv:2309.00071, section 3.2): from beta_slow to beta_fast turns, linear in the index;
+    attention factor 0.1·ln(factor) + 1 unless the checkpoint gives one. llama3 (`apply_scaling` of
+    meta-llama/llama-models): from low_freq_factor to high_freq_factor turns, linear in the turns.
     """
     half = arch.head_dim // 2
     plain = arch.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    if arch.yarn is None:
+    scaling = arch.rope_scaling
+    if scaling is None:
         return plain.astype(np.float32), 1.0
-    yarn = arch.yarn
+    if isinstance(scaling, Llama3Rope):
+        ramp, attention = _llama3_ramp(scaling, plain), 1.0
+    else:
+        ramp, attention = _yarn_ramp(arch, scaling), _yarn_attention(scaling)
+    scaled = plain / scaling.factor * ramp + plain * (1.0 - ramp)
+    return scaled.astype(np.float32), attention
+
+
+def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
+    """How far [H/2] each frequency is divided, from 0 (it stays) to 1 (by the whole factor)."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_positions * plain / (2.0 * math.pi)
+    return np.clip((high - turns) / (high - low), 0.0, 1.0)
+
+
+def _yarn_ramp(arch: Architecture, yarn: Yarn) -> np.ndarray:
+    """As `_llama3_ramp`, for YaRN."""
     low, high = (_turns_dimension(arch, yarn, beta) for beta in (yarn.beta_fast, yarn.beta_slow))
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, arch.head_dim - 1)
-    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    scaled = plain / yarn.factor * ramp + plain * (1.0 - ramp)
-    attention = yarn.attention_factor
-    if attention is None:
-        attention = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1.0 else 1.0
-    return scaled.astype(np.float32), attention
+    return np.clip((np.arange(arch.head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+
+
+def _yarn_attention(yarn: Yarn) -> float:
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1.0 else 1.0
 
 
 def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:

@@ -225,7 +225,8 @@ def test_integer_weights_are_refused(broken, refuses):
         ({"rope_parameters": ...}, "has no rope_theta"),
         ({"hidden_act": "gelu"}, "hidden_act to 'gelu'"),
         ({"num_attention_heads": 3, "head_dim": 8}, "3 query heads do not divide among 2"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scales rope by 'llama3'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "scales rope by 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
         (
             {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
             "sliding window of 8",

@@ -13,7 +13,7 @@ from jexit.io.hf_config import (
     read_architecture,
     write_json,
 )
-from jexit.presets import PRESETS, Yarn
+from jexit.presets import PRESETS, Llama3Rope, Yarn
 
 # As published with Qwen/Qwen2.5-0.5B-Instruct and Qwen/Qwen3-4B.
 QWEN2 = {
@@ -57,6 +57,23 @@ QWEN3 = {
     "vocab_size": 151936,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# What jexit makes of them.
+SCALINGS = {
+    "yarn": (YARN, Yarn(factor=4.0, original_max_positions=32768)),
+    "llama3": (
+        LLAMA3,
+        Llama3Rope(
+            factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+        ),
+    ),
+}
 
 
 def read(config, **changes):
@@ -89,18 +106,23 @@ def test_absent_keys_mean_what_transformers_takes_them_to_mean():
     assert read(QWEN2, num_key_value_heads="gone").kv_heads == QWEN2["num_attention_heads"]
 
 
-def test_yarn_in_every_spelling():
-    expected = Yarn(factor=4.0, original_max_positions=32768)
-    five = {"rope_theta": "gone", "rope_parameters": {**YARN, "rope_theta": 1e6}}
-    four = {"rope_scaling": YARN}
-    three = {
-        "rope_scaling": {**{k: v for k, v in YARN.items() if k != "rope_type"}, "type": "yarn"}
-    }
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_rope_scaling_in_every_spelling(kind):
+    given, expected = SCALINGS[kind]
+    five = {"rope_theta": "gone", "rope_parameters": {**given, "rope_theta": 1e6}}
+    four = {"rope_scaling": given}
+    three = {"rope_scaling": {**{k: v for k, v in given.items() if k != "rope_type"}, "type": kind}}
     for spelling in (five, four, three):
         arch = read(QWEN3, **spelling)
-        assert arch.yarn == expected and arch.rope_theta == 1e6
+        assert arch.rope_scaling == expected and arch.rope_theta == 1e6
+    # Where the file leaves the original context out, transformers takes all positions for it.
+    less = {k: v for k, v in given.items() if k != "original_max_position_embeddings"}
+    assert read(QWEN3, rope_scaling=less).rope_scaling.original_max_positions == 40960
+
+
+def test_yarns_own_settings():
     fine = {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "truncate": False}
-    assert read(QWEN3, rope_scaling={**YARN, **fine}).yarn == Yarn(
+    assert read(QWEN3, rope_scaling={**YARN, **fine}).rope_scaling == Yarn(
         factor=4.0,
         original_max_positions=32768,
         beta_fast=16.0,
@@ -108,7 +130,7 @@ def test_yarn_in_every_spelling():
         attention_factor=1.5,
         truncate=False,
     )
-    assert read(QWEN3, rope_scaling={"rope_type": "default"}).yarn is None
+    assert read(QWEN3, rope_scaling={"rope_type": "default"}).rope_scaling is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +153,18 @@ def test_yarn_in_every_spelling():
         ),
         (QWEN3, {"rope_scaling": {"type": "linear", "factor": 2}}, "scales rope by 'linear'"),
         (QWEN3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope by 'dynamic'"),
-        (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "rope by 'longrope'; jexit knows"),
+        (
+            QWEN3,
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope by 'longrope'; jexit knows default, llama3 and yarn: use a checkpoint with one",
+        ),
+        (QWEN3, {"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "has no low_freq_factor"),
+        (QWEN3, {"rope_scaling": {**LLAMA3, "factor": 0}}, "sets factor to 0, which must be a"),
+        (
+            QWEN3,
+            {"rope_scaling": {**LLAMA3, "high_freq_factor": 1}},
+            "high_freq_factor is 1 and must be above low_freq_factor, which is 1; correct",
+        ),
         (
             QWEN3,
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
@@ -183,27 +216,30 @@ def test_damaged_json_names_the_file(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("yarn", [False, True])
-def test_every_architecture_survives_the_way_out_and_back(preset, yarn):
-    arch = PRESETS[preset].architecture
-    if yarn:
-        scaling = Yarn(factor=4.0, original_max_positions=8192, attention_factor=1.25)
-        arch = dataclasses.replace(arch, yarn=scaling)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        Yarn(factor=4.0, original_max_positions=8192, attention_factor=1.25),
+        SCALINGS["llama3"][1],
+    ],
+)
+def test_every_architecture_survives_the_way_out_and_back(preset, scaling):
+    arch = dataclasses.replace(PRESETS[preset].architecture, rope_scaling=scaling)
     config = config_of_architecture(arch, dtype="bfloat16", eos_ids=(7, 3), pad_id=1)
     assert architecture_of_config(json.loads(json.dumps(config))) == arch
     assert config["eos_token_id"] == [3, 7]
 
 
+@pytest.mark.parametrize("kind", SCALINGS)
 @pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "qwen3-4b"])
-def test_transformers_reads_what_is_written(preset, tmp_path):
-    arch = PRESETS[preset].architecture
-    arch = dataclasses.replace(arch, yarn=Yarn(factor=2.0, original_max_positions=16384))
+def test_transformers_reads_what_is_written(preset, kind, tmp_path):
+    given, scaling = SCALINGS[kind]
+    arch = dataclasses.replace(PRESETS[preset].architecture, rope_scaling=scaling)
     write_json(tmp_path / "config.json", config_of_architecture(arch, dtype="bfloat16"))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.architectures == [f"{arch.family.title()}ForCausalLM"]
-    assert theirs.rope_parameters["rope_type"] == "yarn"
-    assert theirs.rope_parameters["factor"] == 2.0
-    assert theirs.rope_parameters["rope_theta"] == arch.rope_theta
+    assert theirs.rope_parameters.items() >= {**given, "rope_theta": arch.rope_theta}.items()
     assert set(theirs.layer_types) == {"full_attention"}
     # And what transformers saves in its own spelling comes back as well.
     theirs.save_pretrained(tmp_path)

@@ -52,7 +52,13 @@ def test_an_altered_description_is_one_sentence(models, changes, words):
         ("rope_theta", -1.0, r"rope_theta is -1\.0; it is a number above 0"),
         ("tied", "no", "tied is 'no'; it is true or false"),
         ("family", "llama", "family is 'llama'; jexit computes qwen2 and qwen3"),
-        ("yarn", {"factor": 0.0, "original_max_positions": 32}, r"factor is 0\.0; it is"),
+        ("rope_scaling", {"kind": "yarn", "factor": 0.0}, "missing .* 'original_max_positions'"),
+        (
+            "rope_scaling",
+            {"kind": "yarn", "factor": 0.0, "original_max_positions": 32},
+            r"factor is 0\.0; it is",
+        ),
+        ("rope_scaling", {"kind": "linear"}, "of kind 'linear'; jexit computes yarn and llama3"),
     ],
 )
 def test_an_altered_architecture_is_one_sentence_at_once(models, deadline, key, value, words):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jexit.model.layers import apply_rope, rms_norm, rope_inverse_frequencies, rope_table
-from jexit.presets import PRESETS, Architecture, Yarn
+from jexit.presets import PRESETS, Architecture, Llama3Rope, Yarn
 
 ARCH = Architecture(
     family="qwen3",
@@ -22,6 +22,9 @@ ARCH = Architecture(
     rms_norm_eps=1e-6,
     tied=True,
     max_positions=64,
+)
+LLAMA3 = Llama3Rope(
+    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
 )
 
 
@@ -39,7 +42,7 @@ def test_rms_norm_is_the_formula_with_its_statistics_in_float32():
 @pytest.mark.parametrize("theta", [1e4, 1e6, 5e6])
 @pytest.mark.parametrize("head_dim", [12, 128])
 @pytest.mark.parametrize(
-    "yarn",
+    "scaling",
     [
         None,
         Yarn(factor=4.0, original_max_positions=64),
@@ -47,30 +50,33 @@ def test_rms_norm_is_the_formula_with_its_statistics_in_float32():
         Yarn(factor=8.0, original_max_positions=4096, beta_fast=16.0, beta_slow=2.0),
         Yarn(factor=2.5, original_max_positions=512, truncate=False),
         Yarn(factor=2.5, original_max_positions=512, attention_factor=0.7),
+        LLAMA3,
+        dataclasses.replace(LLAMA3, factor=8.0, original_max_positions=64),
+        dataclasses.replace(LLAMA3, low_freq_factor=2.5, high_freq_factor=2.75),
     ],
 )
-def test_frequencies_are_those_of_hugging_face(theta, head_dim, yarn):
+def test_frequencies_are_those_of_hugging_face(theta, head_dim, scaling):
     torch = pytest.importorskip("torch")
-    from transformers import Qwen3Config
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     parameters = {"rope_type": "default", "rope_theta": theta}
-    if yarn is not None:
-        given = dataclasses.asdict(yarn)
+    if scaling is not None:
+        given = dataclasses.asdict(scaling)
         parameters |= {
-            "rope_type": "yarn",
+            "rope_type": given.pop("kind"),
             "original_max_position_embeddings": given.pop("original_max_positions"),
             **{key: value for key, value in given.items() if value is not None},
         }
-    config = Qwen3Config(
+    config = LlamaConfig(
         hidden_size=64,
         num_attention_heads=4,
         head_dim=head_dim,
         max_position_embeddings=4096,
         rope_parameters=parameters,
     )
-    arch = dataclasses.replace(ARCH, rope_theta=theta, head_dim=head_dim, yarn=yarn)
-    theirs = Qwen3RotaryEmbedding(config)
+    arch = dataclasses.replace(ARCH, rope_theta=theta, head_dim=head_dim, rope_scaling=scaling)
+    theirs = LlamaRotaryEmbedding(config)
     frequencies, factor = rope_inverse_frequencies(arch)
     np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-6)
     assert factor == pytest.approx(theirs.attention_scaling)
@@ -99,9 +105,10 @@ def test_rotation_makes_scores_depend_on_the_distance_alone():
 
 def test_yarn_leaves_fast_frequencies_and_divides_slow_ones():
     arch = dataclasses.replace(
-        PRESETS["qwen3-4b"].architecture, yarn=Yarn(factor=4.0, original_max_positions=32_768)
+        PRESETS["qwen3-4b"].architecture,
+        rope_scaling=Yarn(factor=4.0, original_max_positions=32_768),
     )
-    plain, _ = rope_inverse_frequencies(dataclasses.replace(arch, yarn=None))
+    plain, _ = rope_inverse_frequencies(dataclasses.replace(arch, rope_scaling=None))
     scaled, factor = rope_inverse_frequencies(arch)
     ratio = plain / scaled
     turns = 32_768 * plain / (2 * np.pi)
@@ -109,3 +116,16 @@ def test_yarn_leaves_fast_frequencies_and_divides_slow_ones():
     np.testing.assert_allclose(ratio[turns < 0.8], 4.0, rtol=1e-6)
     assert (np.diff(ratio) >= -1e-6).all()
     assert factor == pytest.approx(0.1 * np.log(4.0) + 1.0)
+
+
+def test_llama3_leaves_fast_frequencies_and_divides_slow_ones():
+    arch = dataclasses.replace(ARCH, head_dim=128, rope_theta=5e5)
+    plain, _ = rope_inverse_frequencies(arch)
+    scaled, factor = rope_inverse_frequencies(dataclasses.replace(arch, rope_scaling=LLAMA3))
+    ratio = plain / scaled
+    turns = 8192 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 4.01], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 0.99], 32.0, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.sum() > 3 and (ratio[between] > 1.0).all() and (ratio[between] < 32.0).all()
+    assert factor == 1.0
