@@ -110,7 +110,7 @@ def axis_sizes(
 
 
 def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
-    """The base weights of a Qwen2 (QKV bias) or Qwen3 (query and key norms) checkpoint."""
+    """The base weights of a Qwen2 (QKV bias), Qwen3 (query and key norms) or Llama checkpoint."""
     layer = f"model.layers.{LAYER}."
     rules = [Rule("model.embed_tokens.weight", "embed.embedding", "V D -> V D")]
     if not tied:

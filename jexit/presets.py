@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 LARGEST_COUNT = 2**31 - 1  # what an index of 32 bits reaches
+
+Family = Literal["qwen2", "qwen3", "llama"]  # model_type in config.json
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,9 @@ _SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Shape and constants of one Qwen-family transformer."""
+    """Shape and constants of one Qwen-family or Llama transformer."""
 
-    family: Literal["qwen2", "qwen3"]
+    family: Family
     vocab_size: int
     width: int
     layers: int
@@ -81,8 +84,8 @@ class Architecture:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        if self.family not in ("qwen2", "qwen3"):
-            raise ValueError(f"family is {self.family!r}; jexit computes qwen2 and qwen3")
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}; jexit computes {', '.join(FAMILIES)}")
         if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"{self.query_heads} query heads do not divide among {self.kv_heads} key/value "

@@ -48,7 +48,7 @@ def deadline() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_checkpoint() -> pathlib.Path:
-    """A real Qwen2 or Qwen3 checkpoint in Hugging Face format, named by JEXIT_WEIGHTS."""
+    """A real checkpoint in Hugging Face format, named by JEXIT_WEIGHTS."""
     path = os.environ.get("JEXIT_WEIGHTS", "")
     if not path:
         pytest.skip("JEXIT_WEIGHTS names no checkpoint directory")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM as AutoModel
-from transformers import Qwen2Config, Qwen2Tokenizer, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen2Tokenizer, Qwen3Config
 
 VOCABULARY = 67
+CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 END, PAD = "<end>", "<pad>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
@@ -40,7 +41,7 @@ def make_model(family: str = "qwen2", *, seed: int = 0, **overrides: Any) -> tor
     }
     if family == "qwen3":
         settings.setdefault("head_dim", 12)
-    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**settings)
+    config = CONFIGS[family](**settings)
     model = AutoModel.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

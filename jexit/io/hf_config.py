@@ -25,7 +25,13 @@ from jexit.presets import (
 )
 from jexit.untrusted import read_object
 
-ARCHITECTURE_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURE_NAMES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+# Biases that a family's config.json can ask for, on projections that have none in jexit.
+_BIASES = {"qwen2": (), "qwen3": ("attention_bias",), "llama": ("attention_bias", "mlp_bias")}
 _QWEN3_HEAD_DIM = 128  # the format's own meaning of a Qwen3 config.json without head_dim
 
 
@@ -52,8 +58,8 @@ def architecture_of_config(config: dict[str, Any], *, where: str = "config.json"
     family = config.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURE_NAMES:
         raise ValueError(
-            f"{where} describes a {family!r} model; jexit reads model_type qwen2 and qwen3 (Qwen2, "
-            "Qwen2.5, R1-Distill-Qwen, dense Qwen3)"
+            f"{where} describes a {family!r} model; jexit reads model_type qwen2, qwen3 and llama "
+            "(Qwen2, Qwen2.5, R1-Distill-Qwen, dense Qwen3, Llama 3, SmolLM2): use one of these"
         )
     _refuse_unsupported(config, family, where)
 
@@ -107,17 +113,16 @@ def config_of_architecture(
         "rope_scaling": arch.rope_scaling and _scaling_config(arch.rope_scaling),
         "tie_word_embeddings": arch.tied,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
         "initializer_range": 0.02,
         "use_cache": True,
         "bos_token_id": bos_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad_id,
         "torch_dtype": dtype,
+        **dict.fromkeys(_BIASES[arch.family], False),
     }
-    if arch.family == "qwen3":
-        config["attention_bias"] = False
+    if arch.family != "llama":
+        config |= {"use_sliding_window": False, "sliding_window": None}
     return config
 
 
@@ -137,9 +142,16 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"{where} sets hidden_act to {activation!r}; jexit computes silu only")
-    if family == "qwen3" and config.get("attention_bias"):
-        raise ValueError(f"{where} sets attention_bias; jexit reads Qwen3 without attention biases")
+        raise ValueError(
+            f"{where} sets hidden_act to {activation!r}; jexit computes silu only: use a "
+            "checkpoint with hidden_act silu"
+        )
+    for key in _BIASES[family]:
+        if value := config.get(key):
+            raise ValueError(
+                f"{where} sets {key} to {value!r}; jexit computes {family} without these biases: "
+                f"use a checkpoint with {key} false"
+            )
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         windowed = "sliding_attention" in kinds

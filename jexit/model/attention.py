@@ -34,7 +34,7 @@ class KeysValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Projections q, k, v, o; QKV bias in Qwen2, query and key norms in Qwen3."""
+    """Projections q, k, v, o; QKV bias in Qwen2, query and key norms in Qwen3, neither in Llama."""
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         query = (arch.query_heads, arch.head_dim)

@@ -82,7 +82,7 @@ class Head(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A Qwen-family decoder with exit heads and, optionally, LoRA adapters.
+    """A Qwen-family or Llama decoder with exit heads and, optionally, LoRA adapters.
 
     Owns the parameters; `run` and `forward` compute with them. `exit_layers` are layer numbers,
     sorted: exit ℓ leaves before layer ℓ runs.

@@ -217,7 +217,7 @@ def test_integer_weights_are_refused(broken, refuses):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "describes a 'llama' model"),
+        ({"model_type": "mistral"}, "describes a 'mistral' model"),
         ({"model_type": "qwen3_moe"}, "describes a 'qwen3_moe' model"),
         ({"model_type": ...}, "describes a None model"),
         ({"hidden_size": ...}, "has no hidden_size"),

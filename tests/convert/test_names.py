@@ -8,7 +8,7 @@ from convert import names
 from jexit.config import PROJECTIONS
 from jexit.model.lora import LoRA
 from jexit.model.transformer import ExitHeadSettings, Transformer
-from jexit.presets import PRESETS, Architecture
+from jexit.presets import FAMILIES, PRESETS, Architecture
 
 ARCH = Architecture(
     family="qwen3",
@@ -30,6 +30,8 @@ TABLES = {
     "qwen2-tied": names.base_rules("qwen2", tied=True),
     "qwen3": names.base_rules("qwen3", tied=False),
     "qwen3-tied": names.base_rules("qwen3", tied=True),
+    "llama": names.base_rules("llama", tied=False),
+    "llama-tied": names.base_rules("llama", tied=True),
     "adapters": names.adapter_rules(PROJECTIONS),
     "exits-mlp": names.exit_rules("mlp", "rms"),
     "exits-linear": names.exit_rules("linear", "none"),
@@ -78,7 +80,7 @@ def test_unknown_names_lead_nowhere(name):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_hugging_faces(family, tied):
     pytest.importorskip("torch")
     import hf_models
@@ -112,7 +114,7 @@ def test_adapter_names_and_shapes_are_pefts():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_paths_and_shapes_are_the_models(family, tied):
     """Every parameter of the model has a rule, and no rule lacks a parameter."""
     arch = Architecture.from_dict({**ARCH.to_dict(), "family": family, "tied": tied})

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jexit
 from convert import from_hf, to_hf
 from jexit.io.model_dir import save_model
+from jexit.presets import FAMILIES
 from tolerances import LOGITS
 
 torch = pytest.importorskip("torch")
@@ -57,17 +58,16 @@ def tensors_of(directory):
         ("qwen2", torch.bfloat16, True),
         ("qwen3", torch.float32, True),
         ("qwen3", torch.float16, False),
+        ("llama", torch.bfloat16, False),
     ],
 )
 def test_there_and_back_every_tensor_is_bit_equal(tmp_path, family, dtype, sharded):
-    yarn = {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-    }
+    scaling = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    if family == "llama":
+        scaling |= {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 128}
     theirs = hf_models.make_model(
-        family, tie_word_embeddings=family == "qwen3", rope_parameters=yarn
+        family, tie_word_embeddings=family == "qwen3", rope_parameters=scaling
     )
     hf_models.save(
         tmp_path / "hf", theirs.to(dtype), **({"max_shard_size": "20KB"} if sharded else {})
@@ -89,7 +89,7 @@ def test_there_and_back_every_tensor_is_bit_equal(tmp_path, family, dtype, shard
         assert getattr(again.config, key) == getattr(theirs.config, key)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_merged_student_in_transformers_equals_jexits(students, tmp_path, family):
     model, directory = students(family)
     target = export(directory, tmp_path / "merged")
@@ -153,7 +153,7 @@ def test_merged_weights_take_the_dtype_asked_for(students, tmp_path, dtype):
         np.testing.assert_array_equal(tensor, exact[name].astype(numpy_dtype), name)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_adapter_on_its_base_equals_jexits_student(students, checkpoints, tmp_path, family):
     peft = pytest.importorskip("peft")
     model, directory = students(family)

@@ -12,6 +12,7 @@ import jexit
 from jexit.eval.loglikelihood import Scorer, _scores, most_likely
 from jexit.model.exits import depth_log_law
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
+from jexit.presets import FAMILIES
 from jexit.rollout import rollout
 from jexit.steps.completions import Completions
 from small_runs import small_model
@@ -47,7 +48,7 @@ def depths_for(pairs, seed=1):
     return np.random.default_rng(seed).integers(1, 4, (len(pairs), 16)).astype(np.int32)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("depth", ["full", "prescribed"])
 def test_against_hugging_face(tmp_path, family, depth):
     torch = pytest.importorskip("torch")

@@ -1,5 +1,6 @@
 """Hugging Face's config.json becomes an Architecture, or is refused in one sentence."""
 
+import copy
 import dataclasses
 import json
 
@@ -56,14 +57,40 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+# As published with meta-llama/Llama-3.2-1B-Instruct.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = LLAMA["rope_scaling"]
 # What jexit makes of them.
 SCALINGS = {
     "yarn": (YARN, Yarn(factor=4.0, original_max_positions=32768)),
@@ -97,13 +124,20 @@ def test_constants_come_from_the_file(theta):
 
 def test_absent_keys_mean_what_transformers_takes_them_to_mean():
     fields = ("head_dim", "num_key_value_heads", "tie_word_embeddings")
-    for config, hf in ((QWEN2, transformers.Qwen2Config), (QWEN3, Qwen3Config)):
+    for config, hf in (
+        (QWEN2, transformers.Qwen2Config),
+        (QWEN3, Qwen3Config),
+        (LLAMA, transformers.LlamaConfig),
+    ):
         less = {key: value for key, value in config.items() if key not in fields[::2]}
-        arch, theirs = architecture_of_config(less), hf(**less)
+        arch, theirs = architecture_of_config(less), hf(**copy.deepcopy(less))
         heads = theirs.num_attention_heads
         assert arch.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
         assert arch.tied == theirs.tie_word_embeddings
     assert read(QWEN2, num_key_value_heads="gone").kv_heads == QWEN2["num_attention_heads"]
+    assert read(LLAMA, head_dim=None, num_attention_heads=16).head_dim == 128
+    # How the training was laid out over devices; the same sums.
+    assert read(LLAMA, pretraining_tp=2) == read(LLAMA)
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -136,7 +170,11 @@ def test_yarns_own_settings():
 @pytest.mark.parametrize(
     ("config", "changes", "words"),
     [
-        (QWEN2, {"model_type": "llama"}, "describes a 'llama' model; jexit reads model_type qwen2"),
+        (
+            QWEN2,
+            {"model_type": "mistral"},
+            "describes a 'mistral' model; jexit reads model_type qwen2, qwen3 and llama .*: use",
+        ),
         (QWEN2, {"model_type": "gone"}, "describes a None model"),
         (QWEN3, {"model_type": "qwen3_moe", "num_experts": 128}, "describes a 'qwen3_moe' model"),
         (QWEN2, {"model_type": "qwen2_moe"}, "describes a 'qwen2_moe' model"),
@@ -175,8 +213,24 @@ def test_yarns_own_settings():
         (QWEN3, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
         (QWEN3, {"num_hidden_layers": "gone"}, "has no num_hidden_layers"),
         (QWEN3, {"vocab_size": None}, "has no vocab_size"),
-        (QWEN3, {"hidden_act": "gelu"}, "hidden_act to 'gelu'; jexit computes silu"),
-        (QWEN3, {"attention_bias": True}, "attention_bias; jexit reads Qwen3 without"),
+        (
+            LLAMA,
+            {"hidden_act": "gelu"},
+            "hidden_act to 'gelu'; jexit computes silu only: use a checkpoint with hidden_act silu",
+        ),
+        (QWEN3, {"attention_bias": True}, "attention_bias to True; jexit computes qwen3 without"),
+        (
+            LLAMA,
+            {"attention_bias": True},
+            "attention_bias to True; jexit computes llama without these biases: use a checkpoint "
+            "with attention_bias false",
+        ),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias to True; .* use a checkpoint with mlp_bias false"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2}}, "scales rope by 'linear'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope by 'dynamic'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "rope by 'longrope'"),
+        (LLAMA, {"rope_theta": "gone"}, "has no rope_theta; copy"),
+        (LLAMA, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
         (QWEN3, {"quantization_config": {"bits": 4}}, "quantised weights; use the checkpoint in"),
         (QWEN3, {"num_key_value_heads": 5}, "32 query heads do not divide among 5"),
         (QWEN3, {"head_dim": 65}, "head_dim must be even"),
@@ -196,7 +250,7 @@ def test_a_window_that_no_layer_uses_is_no_window():
 
 
 def test_the_message_names_the_file(tmp_path):
-    write_json(tmp_path / "config.json", {**QWEN2, "model_type": "llama"})
+    write_json(tmp_path / "config.json", {**QWEN2, "model_type": "mistral"})
     with pytest.raises(ValueError, match=f"{tmp_path}/config.json describes"):
         read_architecture(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json; give the directory of a"):
@@ -240,7 +294,7 @@ def test_transformers_reads_what_is_written(preset, kind, tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.architectures == [f"{arch.family.title()}ForCausalLM"]
     assert theirs.rope_parameters.items() >= {**given, "rope_theta": arch.rope_theta}.items()
-    assert set(theirs.layer_types) == {"full_attention"}
+    assert set(getattr(theirs, "layer_types", ["full_attention"])) == {"full_attention"}
     # And what transformers saves in its own spelling comes back as well.
     theirs.save_pretrained(tmp_path)
     assert read_architecture(tmp_path) == arch

@@ -51,7 +51,7 @@ def test_an_altered_description_is_one_sentence(models, changes, words):
         ("width", "8", "width is '8'; it is a whole number"),
         ("rope_theta", -1.0, r"rope_theta is -1\.0; it is a number above 0"),
         ("tied", "no", "tied is 'no'; it is true or false"),
-        ("family", "llama", "family is 'llama'; jexit computes qwen2 and qwen3"),
+        ("family", "mistral", "family is 'mistral'; jexit computes qwen2, qwen3, llama"),
         ("rope_scaling", {"kind": "yarn", "factor": 0.0}, "missing .* 'original_max_positions'"),
         (
             "rope_scaling",

@@ -61,8 +61,31 @@ CASES = {
         },
         "single",
     ),
+    "llama-untied-theta5e5": (
+        "llama",
+        {"rope_parameters": {**DEFAULT, "rope_theta": 5e5}},
+        "sharded",
+    ),
+    "llama-tied-own-head-dim": ("llama", {"tie_word_embeddings": True, "head_dim": 20}, "single"),
+    "llama-tied-llama3": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 12,
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e3,
+                "factor": 8.0,
+                "low_freq_factor": 0.5,
+                "high_freq_factor": 2.0,
+                "original_max_position_embeddings": 24,
+            },
+        },
+        "single",
+    ),
 }
-LENGTHS = (48, 1, 29)  # right-padded rows; YaRN's original contexts end at 16 and 24
+LENGTHS = (48, 1, 29)  # right-padded rows; the original contexts of scaled rope end at 16 and 24
 EXITS = (1, 3)
 
 
@@ -153,9 +176,9 @@ def test_straight_from_the_hugging_face_directory_it_is_the_same_model(pair):
         np.testing.assert_array_equal(array, base[1][path], err_msg=".".join(path))
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
 def small_pair(request):
-    """Two layers, tied for Qwen3, without a directory in between."""
+    """Three layers, tied for Qwen3, without a directory in between."""
     theirs = hf_models.make_model(
         request.param, num_hidden_layers=3, tie_word_embeddings=request.param == "qwen3"
     )

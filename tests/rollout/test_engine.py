@@ -338,7 +338,8 @@ def test_new_parameter_values_do_not_recompile(model, prompts):
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "seed", "gain"), [("qwen2", False, 9, 1.0), ("qwen3", True, 2, 6.0)]
+    ("family", "tied", "seed", "gain"),
+    [("qwen2", False, 9, 1.0), ("qwen3", True, 2, 6.0), ("llama", False, 8, 1.0)],
 )
 def test_greedy_equals_hugging_face(tmp_path, family, tied, seed, gain):
     """Prompts of several lengths in one batch against each alone there, end token included."""
