@@ -1,8 +1,11 @@
-"""Chat templates that behave as those of three families do, in the shipped tokenizer's marks."""
+"""Chat templates that behave as those of four families do, in the shipped tokenizer's marks."""
 
 from __future__ import annotations
 
 import pathlib
+from typing import Any
+
+from tokenizers.processors import TemplateProcessing
 
 import jexit
 from jexit.data.tokenizer import Tokenizer
@@ -32,6 +35,9 @@ DEFAULT_SYSTEM = (
     + _TURNS
     + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Writes the begin token itself, as Llama's does.
+BEGINNING = "{{ bos_token }}" + _TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+BEGIN = "<|begin|>"
 
 
 def with_template(template: str | None) -> Tokenizer:
@@ -39,3 +45,21 @@ def with_template(template: str | None) -> Tokenizer:
     tokenizer = Tokenizer.load(TINY)
     tokenizer.backend.chat_template = template
     return tokenizer
+
+
+def with_begin_token(template: str | None) -> Tokenizer:
+    """`with_template` for a tokenizer that puts a begin token before texts, as Llama's do."""
+    tokenizer = with_template(template)
+    tokenizer.directory = None  # whose files have no such token
+    put_before_texts(tokenizer.backend, BEGIN)
+    return tokenizer
+
+
+def put_before_texts(backend: Any, token: str) -> None:
+    """Has a tokenizer of transformers put a new begin token before every text."""
+    backend.add_special_tokens({"bos_token": token})
+    backend.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A",
+        pair=f"{token} $A {token} $B",
+        special_tokens=[(token, backend.bos_token_id)],
+    )

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import LlamaConfig, Qwen2Config, Qwen2Tokenizer, Qwen3Config
 
+from chat_templates import put_before_texts
+
 VOCABULARY = 67
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 END, PAD = "<end>", "<pad>"
@@ -58,8 +60,11 @@ def make_model(family: str = "qwen2", *, seed: int = 0, **overrides: Any) -> tor
     return model
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """Lower-case letters, digits and blanks, one token each, with a chat template; `<end>` is 0."""
+def make_tokenizer(family: str = "qwen2") -> Qwen2Tokenizer:
+    """Lower-case letters, digits and blanks, one token each, with a chat template; `<end>` is 0.
+
+    For Llama it puts a begin token before texts, and the template writes it too.
+    """
     words = [END, PAD, "<user>", "<assistant>", *string.ascii_lowercase, *string.digits, "Ġ", "Ċ"]
     tokenizer = Qwen2Tokenizer(
         vocab={word: index for index, word in enumerate(words)},
@@ -70,13 +75,16 @@ def make_tokenizer() -> Qwen2Tokenizer:
         additional_special_tokens=["<user>", "<assistant>"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    if family == "llama":
+        put_before_texts(tokenizer, "<begin>")
+        tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
     return tokenizer
 
 
 def save(directory: pathlib.Path, model: torch.nn.Module, **options: Any) -> pathlib.Path:
     """Writes model and tokenizer as transformers does."""
     model.save_pretrained(directory, **options)
-    make_tokenizer().save_pretrained(directory)
+    make_tokenizer(model.config.model_type).save_pretrained(directory)
     return directory
 
 

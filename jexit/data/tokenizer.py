@@ -205,8 +205,33 @@ class Tokenizer:
         return self.render([*messages, {"role": "user", "content": user_message}])
 
     def encode_prompt(self, user_message: str, earlier: Turns = ()) -> list[int]:
-        """The ids of `chat_text(user_message, earlier)`."""
-        return self.encode(self.chat_text(user_message, earlier))
+        """The ids of `chat_text(user_message, earlier)`.
+
+        A chat template says itself whether a begin token comes first; without one the text begins
+        as `encode_texts` has it.
+        """
+        return self.encode_prompts([user_message], [earlier])[0]
+
+    def encode_prompts(
+        self, user_messages: Sequence[str], earlier: Sequence[Turns] | None = None
+    ) -> list[list[int]]:
+        """`encode_prompt` for many messages at once, each after its own earlier turns."""
+        turns = [()] * len(user_messages) if earlier is None else earlier
+        texts = [self.chat_text(*pair) for pair in zip(user_messages, turns, strict=True)]
+        return self.encode_batch(texts) if self.has_chat_template else self.encode_texts(texts)
+
+    @functools.cached_property
+    def begin_id(self) -> int | None:
+        """The begin token, where the tokenizer puts it before texts (Llama's does, Qwen's not)."""
+        begin = self.backend.bos_token_id
+        return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole texts: each after the tokenizer's `begin_id`, once, if it has one."""
+        made = self.encode_batch(texts)
+        if self.begin_id is None:
+            return made
+        return [ids if ids[:1] == [self.begin_id] else [self.begin_id, *ids] for ids in made]
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text, nothing added; special tokens written in it become themselves."""
@@ -215,15 +240,6 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, several times as fast."""
         return self.backend(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-
-    def encode_prompts(
-        self, user_messages: Sequence[str], earlier: Sequence[Turns] | None = None
-    ) -> list[list[int]]:
-        """`encode_prompt` for many messages at once, each after its own earlier turns."""
-        turns = [()] * len(user_messages) if earlier is None else earlier
-        return self.encode_batch(
-            [self.chat_text(*pair) for pair in zip(user_messages, turns, strict=True)]
-        )
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """The text of the ids; special tokens (end, padding) are left out unless kept."""

@@ -156,7 +156,10 @@ class JexitLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return self.texts.encode(string)
+        """The ids of a text that may go on (None, True: after a begin token), or of its middle."""
+        if add_special_tokens is False:
+            return self.texts.encode(string)
+        return self.texts.encode_texts([string])[0]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -213,7 +216,7 @@ class JexitLM(TemplateLM):
         for owner, request in enumerate(requests):
             (text,) = request.args
             for window in get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -337,7 +340,7 @@ class _Ids:
         )
         self._prompts = prompts
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._prompts
 
 

@@ -68,9 +68,11 @@ def generate(
 ) -> Generation:
     """Completes texts under a halting policy; `tokenizer` is `jexit.data.tokenizer.Tokenizer`.
 
-    `chat` puts each prompt into the tokenizer's chat format as the user's message. Temperature 0 is
-    greedy. A completion ends with an end token, or with the token that completes one of the strings
-    `stop`, which are left out of its text. Raises ValueError as `jexit.rollout.rollout` does.
+    `chat` puts each prompt into the tokenizer's chat format as the user's message; otherwise a
+    prompt is the text from its beginning, where the tokenizer may put a begin token. Temperature 0
+    is greedy. A completion ends with an end token, or with the token that completes one of the
+    strings `stop`, which are left out of its text. Raises ValueError as `jexit.rollout.rollout`
+    does.
     """
     decoding = _decoding(
         model, tokenizer, prompts, policy=policy, max_new_tokens=max_new_tokens,
@@ -160,7 +162,7 @@ def _decoding(
 ) -> Decoding:  # fmt: skip
     if isinstance(prompts, str):
         raise ValueError("prompts is one string and should be a list of them; put it in brackets")
-    encode = tokenizer.encode_prompts if chat else tokenizer.encode_batch
+    encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
     return Decoding(
         model,
         encode(list(prompts)),

@@ -77,12 +77,13 @@ def test_usage_errors_exit_with_two(options, capsys):
 def test_tokenizer_chat_template_and_end_tokens_come_along(broken, tmp_path):
     file = broken / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [0, 1]}))
+    edit_config(broken, eos_token_id=[2, 0])
     target = tmp_path / "target"
     assert from_hf.main([f"--source={broken}", f"--target={target}"]) == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (target / name).read_bytes() == (broken / name).read_bytes()
     tokenizer = open_model(target).tokenizer()
-    assert tokenizer.eos_ids == {0, 1}
+    assert tokenizer.eos_ids == {0, 1, 2}
     assert tokenizer.chat_text("a 1") == "<user>a 1<assistant>"
     straight = open_model(broken).tokenizer()
     text = "count 1 2 3<end>"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jexit.data.tokenizer as tokenizer_module
+from chat_templates import BEGINNING, with_begin_token
 from jexit.data.loader import (
     PREPARED_AHEAD,
     pack,
@@ -50,6 +51,15 @@ def prompts(task, **options):
 def texts(**options):
     settings = {"seed": 0, "step": 0, "batch_size": 16, "length": 80}
     return text_batch(MIXTURE, TOKENIZER, **(settings | options))
+
+
+def test_a_text_begins_once():
+    """With the begin token of its prompt; the answer has none of its own."""
+    for template in (BEGINNING, None):
+        tokenizer = with_begin_token(template)
+        batch = text_batch(MIXTURE, tokenizer, seed=0, step=0, batch_size=8, length=90)
+        for ids, _ in pieces(batch):
+            assert [i for i, token in enumerate(ids) if token == tokenizer.begin_id] == [0]
 
 
 def pieces(batch):

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from chat_templates import DEFAULT_SYSTEM, OPENED, SWITCHED, TINY, with_template
+from chat_templates import (
+    BEGIN,
+    BEGINNING,
+    DEFAULT_SYSTEM,
+    OPENED,
+    SWITCHED,
+    TINY,
+    with_begin_token,
+    with_template,
+)
 from jexit.data.tokenizer import Tokenizer
 from jexit.tasks import make_task
 
@@ -107,14 +116,15 @@ def test_without_a_chat_template_the_prompt_is_plain_text(directory):
 
 
 def test_end_tokens_are_a_set(directory):
-    # Qwen3's generation_config.json lists two, its config.json one of them; PAD may be one too.
+    # Qwen3's generation_config.json lists two, its config.json one of them; Llama 3.2's lists three
+    # in both. PAD may be one too.
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 400]}))
-    (directory / "config.json").write_text(json.dumps({"model_type": "qwen3", "eos_token_id": 401}))
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": [401, 402, 3]}))
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer.load(directory)
-    assert tokenizer.eos_ids == {3, 400, 401}
+    assert tokenizer.eos_ids == {3, 400, 401, 402}
     assert tokenizer.pad_id == tokenizer.eos_id == 3
 
 
@@ -228,6 +238,61 @@ def test_without_a_template_worked_examples_are_text():
     assert tokenizer.chat_text("sum 37", [SHOT, SHOT]) == (
         "sum 12\n+3####3\n\nsum 12\n+3####3\n\nsum 37"
     )
+
+
+@pytest.fixture(params=["made", "loaded"])
+def llama(request, tmp_path):
+    """A tokenizer that puts a begin token before texts, with a chat template that writes it."""
+    tokenizer = with_begin_token(BEGINNING)
+    begin = tokenizer.backend.bos_token_id
+    assert tokenizer.backend.encode("sum 37") == [begin, *tokenizer.encode("sum 37")]
+    if request.param == "loaded":
+        tokenizer.save(tmp_path)
+        tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.begin_id == begin
+    return tokenizer
+
+
+def test_a_prompt_from_a_template_begins_once(llama):
+    ids = llama.encode_prompt("sum 37", [SHOT])
+    text = f"{BEGIN}<|user|>sum 12<|assistant|>+3####3<|end|><|user|>sum 37<|assistant|>"
+    assert llama.decode(ids, keep_special=True) == llama.chat_text("sum 37", [SHOT]) == text
+    assert ids.count(llama.begin_id) == 1
+    assert llama.encode_prompts(["sum 37"], [[SHOT]]) == [ids]
+    # Also when a caller has rendered it.
+    assert llama.encode_texts([text]) == [ids]
+
+
+def test_an_answer_does_not_begin(llama):
+    for ids in (llama.encode("+3####3"), *llama.encode_batch(["+3####3", ""])):
+        assert llama.begin_id not in ids
+    assert llama.encode_texts(["+3####3", ""]) == [
+        [llama.begin_id, *llama.encode("+3####3")],
+        [llama.begin_id],
+    ]
+
+
+def test_a_prompt_without_a_template_begins_as_the_tokenizer_has_it():
+    llama = with_begin_token(None)
+    alone = llama.encode_prompt("sum 37")
+    assert alone == llama.backend.encode("sum 37") and alone[0] == llama.begin_id
+    assert llama.encode_prompt(f"{BEGIN}sum 37") == alone
+    assert llama.encode_prompt("sum 37", [SHOT]).count(llama.begin_id) == 1
+
+
+def test_a_template_without_a_begin_token_has_the_say():
+    llama = with_begin_token(SWITCHED)
+    assert llama.begin_id not in llama.encode_prompt("sum 37")
+
+
+def test_where_no_begin_token_is_put_before_texts_none_is():
+    assert TOKENIZER.begin_id is None
+    # SmolLM2's names one for its chat template and puts none before texts.
+    tokenizer = with_template(None)
+    tokenizer.backend.add_special_tokens({"bos_token": "<|user|>"})
+    assert tokenizer.begin_id is None
+    for made in (TOKENIZER, tokenizer):
+        assert made.encode_texts(["sum 37", ""]) == made.encode_batch(["sum 37", ""])
 
 
 def test_a_message_is_left_open_to_be_continued():

@@ -18,11 +18,11 @@ class Letters:
     eos_ids = frozenset({60, 7})
     pad_id = 60
 
-    def encode_batch(self, texts):
+    def encode_texts(self, texts):
         return [[ord(letter) - ord("a") for letter in text] for text in texts]
 
     def encode_prompts(self, texts):
-        return [[50, *ids, 51] for ids in self.encode_batch(texts)]
+        return [[50, *ids, 51] for ids in self.encode_texts(texts)]
 
     def decode(self, ids):
         return " ".join(str(i) for i in ids if i not in self.eos_ids)
