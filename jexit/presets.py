@@ -192,6 +192,46 @@ def _qwen2(
     )
 
 
+def _llama(
+    width: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    mlp: int,
+    *,
+    vocab: int = 49_152,
+    theta: float = 1e5,
+    positions: int = 8192,
+    scaling: RopeScaling | None = None,
+) -> Architecture:
+    return Architecture(
+        family="llama",
+        vocab_size=vocab,
+        width=width,
+        layers=layers,
+        query_heads=heads,
+        kv_heads=kv,
+        head_dim=width // heads,
+        mlp_width=mlp,
+        rope_theta=theta,
+        rms_norm_eps=1e-5,
+        tied=True,
+        max_positions=positions,
+        rope_scaling=scaling,
+    )
+
+
+_LLAMA_3_2_1B = _llama(
+    *(2048, 16, 32, 8, 8192),
+    vocab=128_256,
+    theta=5e5,
+    positions=131_072,
+    scaling=Llama3Rope(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    ),
+)
+
+
 PRESETS: dict[str, Preset] = {
     "qwen3-0.6b": Preset(
         hub_id="Qwen/Qwen3-0.6B", architecture=_qwen3(1024, 28, 16, 3072, tied=True)
@@ -247,5 +287,19 @@ PRESETS: dict[str, Preset] = {
         hub_id="deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
         architecture=_qwen2(5120, 64, 40, 8, 27_648, eps=1e-5, positions=131_072),
         lora_rank=16,
+    ),
+    "smollm2-135m": Preset(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct", architecture=_llama(576, 30, 9, 3, 1536)
+    ),
+    "smollm2-360m": Preset(
+        hub_id="HuggingFaceTB/SmolLM2-360M-Instruct", architecture=_llama(960, 32, 15, 5, 2560)
+    ),
+    "smollm2-1.7b": Preset(
+        hub_id="HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        architecture=_llama(2048, 24, 32, 32, 8192, theta=1.3e5),
+    ),
+    "llama-3.2-1b": Preset(hub_id="meta-llama/Llama-3.2-1B-Instruct", architecture=_LLAMA_3_2_1B),
+    "layerskip-llama-3.2-1b": Preset(
+        hub_id="facebook/layerskip-llama3.2-1B", architecture=_LLAMA_3_2_1B
     ),
 }

@@ -79,6 +79,9 @@ def test_the_promised_presets_exist():
         "qwen3": ("0.6b", "1.7b", "4b", "8b", "14b", "32b"),
         "qwen2.5": ("0.5b", "1.5b", "3b", "7b"),
         "r1-distill-qwen": ("1.5b", "7b", "14b", "32b"),
+        "smollm2": ("135m", "360m", "1.7b"),
+        "llama-3.2": ("1b",),
+        "layerskip-llama-3.2": ("1b",),
     }
     assert set(PRESETS) == {f"{family}-{size}" for family in sizes for size in sizes[family]}
 
@@ -93,6 +96,11 @@ def test_the_promised_presets_exist():
         ("qwen3-4b", 4.022468096),
         ("qwen2.5-7b", 7.615616512),
         ("qwen3-32b", 32.762123264),
+        ("smollm2-135m", 0.134515008),
+        ("smollm2-360m", 0.361821120),
+        ("smollm2-1.7b", 1.711376384),
+        ("llama-3.2-1b", 1.235814400),
+        ("layerskip-llama-3.2-1b", 1.235814400),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, billions):

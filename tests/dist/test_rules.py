@@ -16,7 +16,9 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 SCALES = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "final_norm", "exits")
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen2.5-0.5b", "r1-distill-qwen-1.5b", "qwen3-32b"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-0.6b", "qwen2.5-0.5b", "r1-distill-qwen-1.5b", "qwen3-32b", "smollm2-135m"]
+)
 def test_every_parameter_has_a_rule_that_fits_its_shape(name):
     arch = PRESETS[name].architecture
     model = nnx.eval_shape(

@@ -111,6 +111,7 @@ def read(config, **changes):
 def test_published_configs_are_the_presets():
     assert read(QWEN2) == PRESETS["qwen2.5-0.5b"].architecture
     assert read(QWEN3) == PRESETS["qwen3-4b"].architecture
+    assert read(LLAMA) == PRESETS["llama-3.2-1b"].architecture
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6, 5e6])
@@ -286,7 +287,7 @@ def test_every_architecture_survives_the_way_out_and_back(preset, scaling):
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
-@pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "qwen3-4b"])
+@pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "qwen3-4b", "smollm2-135m"])
 def test_transformers_reads_what_is_written(preset, kind, tmp_path):
     given, scaling = SCALINGS[kind]
     arch = dataclasses.replace(PRESETS[preset].architecture, rope_scaling=scaling)
