@@ -6,7 +6,8 @@ A `Rule` ties one kind of tensor to one parameter and says how their axes corres
 
 The left side of the layout is the tensor in the file (axes in brackets are flattened, `1` is
 an axis of length one), the right side is the parameter, without the leading axis over layers or
-exits that jexit stacks it on. Letters are those of `jexit.axes`, and W for an exit head's width.
+exits that jexit stacks it on. Letters are those of `jexit.axes`, W for an exit head's width and C
+for a continuation's rank.
 This module knows names and shapes only: it imports nothing but the standard library.
 """
 
@@ -94,18 +95,21 @@ def axis_sizes(
     mlp_width: int,
     rank: int = 0,
     exit_width: int = 0,
+    continuation_rank: int = 0,
     **_: Any,
 ) -> dict[str, int]:
     """Length of every axis letter, from an architecture's fields (`Architecture.to_dict()`)."""
     return {
         "V": vocab_size,
         "D": width,
+        "O": width,  # beside another D
         "N": query_heads,
         "K": kv_heads,
         "H": head_dim,
         "F": mlp_width,
         "R": rank,
         "W": exit_width,
+        "C": continuation_rank,
     }
 
 
@@ -174,6 +178,19 @@ def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
         Rule(f"{prefix}.out.bias", "exits.b2", "1 -> "),
     ]
     return tuple(rules)
+
+
+def continuation_rules(rank: int) -> tuple[Rule, ...]:
+    """The continuation's update A_m and b_m of every layer as PyTorch modules (Linear)."""
+    prefix, path = f"continuation.{LAYER}", "blocks.continuation"
+    if rank == 0:
+        weights = [Rule(f"{prefix}.update.weight", f"{path}.update.kernel", "O D -> D O")]
+    else:
+        weights = [
+            Rule(f"{prefix}.reduce.weight", f"{path}.reduce.kernel", "C D -> D C"),
+            Rule(f"{prefix}.update.weight", f"{path}.update.kernel", "D C -> C D"),
+        ]
+    return (*weights, Rule(f"{prefix}.update.bias", f"{path}.update.bias", "D -> D"))
 
 
 def find(rules: Iterable[Rule], name: str) -> tuple[Rule, int | None] | None:

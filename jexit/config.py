@@ -138,6 +138,12 @@ class Config:
                 f"config.exits.layers is {shown(layers)}; exits are distinct layer numbers in "
                 "rising order, such as (5,10,15)"
             )
+        if self.exits.continuation_rank and self.exits.continuation == "frozen":
+            raise ValueError(
+                f"config.exits.continuation_rank is {self.exits.continuation_rank} and "
+                "config.exits.continuation is frozen, which has no matrices; set "
+                "config.exits.continuation=linear or the rank to 0"
+            )
         if self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into optim.accumulate "
@@ -341,6 +347,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     known = PRESETS[config.preset]
     config.model.path = f"models/{config.preset}"
     config.exits.layers = tuple(range(5, known.architecture.layers, 5))
+    config.exits.continuation = "linear"
     config.task.max_prompt_tokens = 512
     config.lora.rank = known.lora_rank
     config.lora.alpha = 2.0 * known.lora_rank

@@ -48,6 +48,10 @@ class ExitsConfig:
     """Which layers may be left before; empty means: the checkpoint's own, else every 5th."""
 
     layers: Annotated[tuple[Layer, ...], Length(1_000)] = ()
+    # What a token does in the layers that it skips. frozen, as published: its residual stays as it
+    # was at the exit. linear: each such layer is replaced by a linear map.
+    continuation: Literal["frozen", "linear"] = "frozen"
+    continuation_rank: Annotated[int, Bounds(0, 1_000_000)] = 0  # of factored maps; 0: full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,7 @@ class MeshConfig:
 class OptimConfig:
     lora_lr: LearningRate = 1e-4
     exit_lr: LearningRate = 1e-5
+    continuation_lr: LearningRate = 1e-5
     # Of base weights: pretraining, and full fine-tuning when lora.rank is 0.
     full_lr: LearningRate = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"

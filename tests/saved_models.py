@@ -9,13 +9,14 @@ import numpy as np
 from flax import nnx
 
 import jexit
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture, Yarn
 
 TOKENIZER = pathlib.Path(jexit.__file__).parent / "assets" / "tiny"
 ADAPTER = LoRA(rank=2, alpha=6.0, dropout=0.1, targets=("q", "down"))
-HEAD = ExitHeadSettings(kind="mlp", norm="rms", bias=-1.5)
+HEAD = ExitSettings(kind="mlp", norm="rms", bias=-1.5)
 
 
 def make_model(vocab_size, *, exits=(1, 2), head=HEAD, lora=ADAPTER, tied=True, layers=3):

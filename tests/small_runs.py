@@ -11,7 +11,8 @@ from jexit.config import Config, config_dict
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load, save_model
 from jexit.main import dispatch
-from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.model.exits import ExitSettings
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.sections import TINY_PATH
 
@@ -49,7 +50,7 @@ def small_model(vocab_size: int) -> Transformer:
         tied=True,
         max_positions=256,
     )
-    head = ExitHeadSettings(bias=-1.0)
+    head = ExitSettings(bias=-1.0)
     model = Transformer(arch, exit_layers=(1, 2), exit_head=head, rngs=nnx.Rngs(0))
 
     def spread(path, value):

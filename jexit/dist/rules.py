@@ -55,6 +55,8 @@ PARAMETERS: dict[tuple[str, ...], str] = {
     ("gate", "lora_b"): "LRF",
     ("up", "lora_b"): "LRF",
     ("down", "lora_b"): "LRD",
+    ("update", "kernel"): "LDF",  # of continuations, or [L, R, D] with a rank
+    ("reduce", "kernel"): "LDR",
     ("exits", "w1"): "EDF",
     ("exits", "b1"): "EF",
     ("exits", "w2"): "EF",

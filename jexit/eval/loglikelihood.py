@@ -177,6 +177,7 @@ class OwnDraws:
     """
 
     reads_hazards: ClassVar[bool] = True
+    leaves_early: ClassVar[bool] = True
 
     law: Sample
     name_B: Int[Array, "B"]

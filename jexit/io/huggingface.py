@@ -17,12 +17,13 @@ from convert import names
 from jexit.config import PROJECTIONS
 from jexit.io.hf_config import positive, write_json
 from jexit.io.tensor_files import Spec, TensorReader, TensorWriter, write_tensors
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings
 from jexit.presets import Architecture
 from jexit.untrusted import read_object
 
 Shapes = Mapping[str, tuple[int, ...]]
+Stacks = Sequence[tuple[tuple[names.Rule, ...], Sequence[int]]]  # rules, numbers of their tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXIT_CONFIG = "exit_heads.json"
@@ -43,7 +44,8 @@ class HFWeights:
         self._reader = TensorReader(self.directory)
         self._rules = names.base_rules(arch.family, arch.tied)
         self._sizes = names.axis_sizes(**arch.to_dict())
-        _check(self._reader, self._rules, self._sizes, range(arch.layers), arch.tied)
+        stacks = [(self._rules, range(arch.layers))]
+        _check(self._reader, stacks, self._sizes, tied=arch.tied)
         if arch.tied and names.TIED_HEAD in self._reader.specs:
             self._check_tied_head()
 
@@ -174,9 +176,8 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
 def read_adapters(directory: pathlib.Path, arch: Architecture, lora: LoRA) -> dict[str, np.ndarray]:
     """LoRA parameters by path, float32; checked like base weights."""
     sizes = names.axis_sizes(**arch.to_dict(), rank=lora.rank)
-    return _read_stacked(
-        directory, _ADAPTER_STEM, names.adapter_rules(lora.targets), sizes, range(arch.layers)
-    )
+    stacks = [(names.adapter_rules(lora.targets), range(arch.layers))]
+    return _read_stacked(directory, _ADAPTER_STEM, stacks, sizes)
 
 
 def write_adapters(
@@ -203,10 +204,11 @@ def write_adapters(
         "inference_mode": True,
     }
     write_json(directory / ADAPTER_CONFIG, config)
-    _write_stacked(directory, _ADAPTER_STEM, rules, sizes, range(arch.layers), parameters)
+    stacks = [(rules, range(arch.layers))]
+    _write_stacked(directory, _ADAPTER_STEM, stacks, sizes, parameters)
 
 
-def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitHeadSettings]:
+def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSettings]:
     """Exit layers and head settings from exit_heads.json."""
     file = directory / EXIT_CONFIG
     config = read_object(file, "copy it again")
@@ -221,38 +223,50 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitHead
             f"{file} describes heads of kind {kind!r} with norm {norm!r} at {layers!r}; kind is "
             "mlp or linear, norm rms or none, exit_layers a list: export the exit heads again"
         )
-    return tuple(layers), ExitHeadSettings(kind=kind, norm=norm)
+    try:
+        return tuple(layers), ExitSettings(
+            kind=kind,
+            norm=norm,
+            continuation=config.get("continuation", "frozen"),
+            continuation_rank=config.get("continuation_rank", 0),
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; export the exit heads again") from error
 
 
 def read_exits(
-    directory: pathlib.Path, arch: Architecture, layers: tuple[int, ...], head: ExitHeadSettings
+    directory: pathlib.Path, arch: Architecture, layers: tuple[int, ...], head: ExitSettings
 ) -> dict[str, np.ndarray]:
-    """Exit-head parameters by path, float32; checked like base weights."""
-    rules = names.exit_rules(head.kind, head.norm)
-    return _read_stacked(directory, _EXIT_STEM, rules, _exit_sizes(arch, head), layers)
+    """Parameters of heads and continuation by path, float32; checked like base weights."""
+    stacks = _exit_stacks(arch, layers, head)
+    return _read_stacked(directory, _EXIT_STEM, stacks, _exit_sizes(arch, head))
 
 
 def write_exits(
     directory: pathlib.Path,
     arch: Architecture,
     layers: tuple[int, ...],
-    head: ExitHeadSettings,
+    head: ExitSettings,
     parameters: Mapping[str, np.ndarray],
 ) -> None:
     """Writes exit_heads.json and exit_heads.safetensors.
 
     Head ℓ reads the residual entering decoder layer ℓ: hazard = sigmoid(out(relu(hidden(norm)))).
+    A token that has left takes its residual h past layer m as h + update(h), or as
+    h + update(reduce(h)) with a continuation_rank; a frozen continuation has no tensors.
     """
     config = {
         "format_version": _EXIT_FORMAT,
         "exit_layers": list(layers),
         "kind": head.kind,
         "norm": head.norm,
+        "continuation": head.continuation,
+        "continuation_rank": head.continuation_rank,
         "rms_norm_eps": arch.rms_norm_eps,
     }
     write_json(directory / EXIT_CONFIG, config)
-    rules = names.exit_rules(head.kind, head.norm)
-    _write_stacked(directory, _EXIT_STEM, rules, _exit_sizes(arch, head), layers, parameters)
+    stacks = _exit_stacks(arch, layers, head)
+    _write_stacked(directory, _EXIT_STEM, stacks, _exit_sizes(arch, head), parameters)
 
 
 def base_shapes(arch: Architecture) -> Shapes:
@@ -267,10 +281,13 @@ def adapter_shapes(arch: Architecture, lora: LoRA) -> Shapes:
     return _parameter_shapes(names.adapter_rules(lora.targets), sizes, arch.layers)
 
 
-def exit_shapes(arch: Architecture, layers: tuple[int, ...], head: ExitHeadSettings) -> Shapes:
-    """The shape of every exit-head parameter by path."""
-    rules = names.exit_rules(head.kind, head.norm)
-    return _parameter_shapes(rules, _exit_sizes(arch, head), len(layers))
+def exit_shapes(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -> Shapes:
+    """The shape of every parameter of heads and continuation by path."""
+    sizes = _exit_sizes(arch, head)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rules, numbers in _exit_stacks(arch, layers, head):
+        shapes |= _parameter_shapes(rules, sizes, len(numbers))
+    return shapes
 
 
 def _parameter_shapes(
@@ -279,20 +296,26 @@ def _parameter_shapes(
     return {rule.path: (*([stacked] if rule.stacked else []), *rule.shape(sizes)) for rule in rules}
 
 
-def _exit_sizes(arch: Architecture, head: ExitHeadSettings) -> dict[str, int]:
+def _exit_sizes(arch: Architecture, head: ExitSettings) -> dict[str, int]:
+    head.check_width(arch.width)
     width = 2 * arch.width if head.kind == "mlp" else arch.width
-    return names.axis_sizes(**arch.to_dict(), exit_width=width)
+    return names.axis_sizes(
+        **arch.to_dict(), exit_width=width, continuation_rank=head.continuation_rank
+    )
+
+
+def _exit_stacks(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -> Stacks:
+    heads = (names.exit_rules(head.kind, head.norm), layers)
+    if head.continuation == "frozen":
+        return [heads]
+    return [heads, (names.continuation_rules(head.continuation_rank), range(arch.layers))]
 
 
 def _read_stacked(
-    directory: pathlib.Path,
-    stem: str,
-    rules: tuple[names.Rule, ...],
-    sizes: Mapping[str, int],
-    numbers: Sequence[int],
+    directory: pathlib.Path, stem: str, stacks: Stacks, sizes: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     reader = TensorReader(directory, stem)
-    _check(reader, rules, sizes, numbers, tied=False)
+    _check(reader, stacks, sizes, tied=False)
     return {
         rule.path: np.stack(
             [
@@ -300,6 +323,7 @@ def _read_stacked(
                 for number in numbers
             ]
         )
+        for rules, numbers in stacks
         for rule in rules
     }
 
@@ -307,42 +331,38 @@ def _read_stacked(
 def _write_stacked(
     directory: pathlib.Path,
     stem: str,
-    rules: tuple[names.Rule, ...],
+    stacks: Stacks,
     sizes: Mapping[str, int],
-    numbers: Sequence[int],
     parameters: Mapping[str, np.ndarray],
 ) -> None:
     tensors = {
         rule.name_at(number): rule.to_hf(np.asarray(parameters[rule.path][index]), sizes)
+        for rules, numbers in stacks
         for rule in rules
         for index, number in enumerate(numbers)
     }
     write_tensors(directory, stem, tensors)
 
 
-def _check(
-    reader: TensorReader,
-    rules: tuple[names.Rule, ...],
-    sizes: Mapping[str, int],
-    numbers: Sequence[int],
-    tied: bool,
-) -> None:
+def _check(reader: TensorReader, stacks: Stacks, sizes: Mapping[str, int], *, tied: bool) -> None:
     """Compares the files' headers with what is expected; raises one ValueError with all of it."""
     found = {
         name: spec.shape
         for name, spec in reader.specs.items()
         if not name.endswith(names.IGNORED_SUFFIXES)
     }
-    if len(numbers) > len(found):  # a forged number of layers may be too large to count to
+    most = max(len(numbers) for _, numbers in stacks)
+    if most > len(found):  # a forged number of layers may be too large to count to
         raise ValueError(
-            f"the configuration of {reader.directory} describes {len(numbers)} layers, and its "
+            f"the configuration of {reader.directory} describes {most} layers, and its "
             f"weights are {len(found)} tensors; use the configuration and the weights of one "
             "checkpoint"
         )
     expected = {}
-    for rule in rules:
-        for number in numbers if rule.stacked else (None,):
-            expected[rule.name_at(number)] = rule.file_shape(sizes)
+    for rules, numbers in stacks:
+        for rule in rules:
+            for number in numbers if rule.stacked else (None,):
+                expected[rule.name_at(number)] = rule.file_shape(sizes)
     if tied and names.TIED_HEAD in reader.specs:
         expected[names.TIED_HEAD] = (sizes["V"], sizes["D"])
     check_shapes(reader.directory, found, expected)

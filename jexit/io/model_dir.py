@@ -31,9 +31,9 @@ from jexit.io.model_source import (
     ModelSource,
     open_model,
 )
-from jexit.model.exits import ExitParam
+from jexit.model.exits import ExitParam, ExitSettings
 from jexit.model.lora import LoRA, LoRAParam
-from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
+from jexit.model.transformer import Execution, Transformer
 from jexit.presets import Architecture
 from jexit.untrusted import read_object
 
@@ -45,7 +45,7 @@ def load(
     *,
     dtype: str | jnp.dtype = "auto",
     exit_layers: tuple[int, ...] = (),
-    exit_head: ExitHeadSettings | None = None,
+    exit_head: ExitSettings | None = None,
     lora: LoRA | None = None,
     execution: Execution = Execution(),
     seed: int = 0,
@@ -81,7 +81,7 @@ def load_source(
     *,
     dtype: str | jnp.dtype = "auto",
     exit_layers: tuple[int, ...] = (),
-    exit_head: ExitHeadSettings | None = None,
+    exit_head: ExitSettings | None = None,
     lora: LoRA | None = None,
     execution: Execution = Execution(),
     seed: int = 0,
@@ -201,7 +201,7 @@ def write_model(
     adapters: Mapping[str, Array | np.ndarray],
     exits: Mapping[str, Array | np.ndarray],
     exit_layers: tuple[int, ...],
-    exit_head: ExitHeadSettings,
+    exit_head: ExitSettings,
     lora: LoRA | None,
     tokenizer: Tokenizer | Callable[[], Tokenizer],
     base: str = "",
@@ -278,8 +278,8 @@ def _base_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
 
 
 def _exits_to_use(
-    source: ModelSource, wanted: tuple[int, ...], head: ExitHeadSettings | None
-) -> tuple[tuple[int, ...], ExitHeadSettings]:
+    source: ModelSource, wanted: tuple[int, ...], head: ExitSettings | None
+) -> tuple[tuple[int, ...], ExitSettings]:
     stored, layers = source.exit_layers, source.architecture.layers
     if list(wanted) != sorted(set(wanted)) or (wanted and wanted[0] < 1):
         raise ValueError(
@@ -301,10 +301,26 @@ def _exits_to_use(
                 f"{head.kind} with {head.norm}; set exit_head to the stored ones, or start from "
                 "the base model"
             )
-        return stored, kept
+        if head is None:
+            return stored, kept
+        return stored, dataclasses.replace(kept, **_continuation_to_use(source, head))
     if not wanted and 1 < layers <= 5:
         wanted = (layers // 2,)
-    return check_exits(wanted, layers), head or ExitHeadSettings()
+    return check_exits(wanted, layers), head or ExitSettings()
+
+
+def _continuation_to_use(source: ModelSource, wanted: ExitSettings) -> dict[str, Any]:
+    """A frozen continuation may become a linear one, which begins as the same; no other change."""
+    kept = source.exit_head
+    names = ("continuation", "continuation_rank")
+    if kept.continuation == "linear" and any(getattr(wanted, n) != getattr(kept, n) for n in names):
+        raise ValueError(
+            f"{source.directory} has a linear continuation of rank {kept.continuation_rank} and "
+            f"not {wanted.continuation} of rank {wanted.continuation_rank}; set "
+            f"exits.continuation=linear and exits.continuation_rank={kept.continuation_rank}, or "
+            "start from the base model"
+        )
+    return {name: getattr(wanted, name) for name in names}
 
 
 def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
@@ -329,6 +345,8 @@ def _is_fresh(path: str, source: ModelSource) -> bool:
     """Whether a parameter that the directory lacks may be drawn anew."""
     if path.startswith("exits."):
         return not source.exit_layers
+    if path.startswith("blocks.continuation."):
+        return not source.exit_layers or source.exit_head.continuation == "frozen"
     return path.endswith((".lora_a", ".lora_b")) and source.lora is None
 
 

@@ -25,8 +25,8 @@ from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.io import huggingface
 from jexit.io.array_store import ArrayStore
 from jexit.io.hf_config import read_architecture
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings
 from jexit.presets import Architecture
 from jexit.untrusted import check_files, read_object
 
@@ -79,7 +79,7 @@ class ModelSource:
     base: pathlib.Path  # the directory that holds the base weights
     architecture: Architecture
     exit_layers: tuple[int, ...] = ()  # empty: no exit heads
-    exit_head: ExitHeadSettings = ExitHeadSettings()
+    exit_head: ExitSettings = ExitSettings()
     lora: LoRA | None = None
     source: str = ""  # Hugging Face directory or hub id of the base; empty when trained here
     eos_ids: tuple[int, ...] = ()
@@ -186,7 +186,7 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
     try:
         architecture = Architecture.from_dict(values["architecture"])
         lora = _lora(values.get("lora"))
-        head = ExitHeadSettings(**(values.get("exit_head") or {}))
+        head = ExitSettings(**(values.get("exit_head") or {}))
         exits = tuple(values.get("exit_layers") or ())
         eos_ids = token_ids(values.get("eos_ids"))
         reference, origin = (_text(values, key) for key in ("base", "source"))
@@ -215,7 +215,7 @@ def _open_adapter(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> M
         directory=directory,
         lora=lora,
         exit_layers=(),
-        exit_head=ExitHeadSettings(),
+        exit_head=ExitSettings(),
     )
 
 

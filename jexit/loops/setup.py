@@ -14,9 +14,10 @@ from jexit.dist import place_parameter
 from jexit.io.model_dir import load
 from jexit.io.workdir import trained_law
 from jexit.model.attention import check_attention
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
-from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
+from jexit.model.transformer import Execution, Transformer
 from jexit.rollout import EngineSize
 from jexit.sections import STEPS
 from jexit.tasks import Task, make_task
@@ -59,9 +60,15 @@ def adapter_settings(config: Config) -> LoRA | None:
     return LoRA(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
 
 
-def head_settings(config: Config) -> ExitHeadSettings:
-    head = config.exit_head
-    return ExitHeadSettings(kind=head.kind, norm=head.norm, bias=head.bias)
+def head_settings(config: Config) -> ExitSettings:
+    head, exits = config.exit_head, config.exits
+    return ExitSettings(
+        kind=head.kind,
+        norm=head.norm,
+        bias=head.bias,
+        continuation=exits.continuation,
+        continuation_rank=exits.continuation_rank,
+    )
 
 
 def execution_of(config: Config) -> Execution:

@@ -96,9 +96,10 @@ class Stage:
 
     def learning_rates(self, step: int) -> dict[str, Any]:
         optim, per_step = self.config.optim, self.updates // self.config.steps
-        peaks = {"lora": optim.lora_lr, "exit": optim.exit_lr}
-        if self.config.lora.rank == 0:
-            peaks = {"base": optim.full_lr, "exit": optim.exit_lr}
+        trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
+        peaks = trunk | {"exit": optim.exit_lr}
+        if self.config.exits.continuation == "linear":
+            peaks["continuation"] = optim.continuation_lr
         return {
             f"lr/{name}": schedule(optim, peak, self.updates)(step * per_step)
             for name, peak in peaks.items()

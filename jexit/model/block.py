@@ -10,20 +10,33 @@ from flax import nnx
 
 from jexit.axes import Array, HiddenBTD, PRNGKey
 from jexit.model.attention import Attention, KeysValues
+from jexit.model.exits import Continuation, ExitSettings
 from jexit.model.layers import MLP, RMSNorm
 from jexit.model.lora import LoRA
 from jexit.presets import Architecture
 
 
 class Block(nnx.Module):
-    """h += o(attention(norm(h))); h += mlp(norm(h))."""
+    """h += o(attention(norm(h))); h += mlp(norm(h)); `skipped` for tokens that have left."""
 
-    def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        arch: Architecture,
+        lora: LoRA | None,
+        exit_head: ExitSettings = ExitSettings(),
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         norm = {"eps": arch.rms_norm_eps, "dtype": dtype}
         self.attn_norm = RMSNorm(arch.layers, arch.width, **norm)
         self.attn = Attention(arch, lora, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(arch.layers, arch.width, **norm)
         self.mlp = MLP(arch, lora, dtype=dtype, rngs=rngs)
+        self.continuation = None
+        if exit_head.continuation == "linear":
+            rank = exit_head.continuation_rank
+            self.continuation = Continuation(arch.layers, arch.width, rank=rank, rngs=rngs)
 
     def __call__(
         self,
@@ -46,6 +59,10 @@ class Block(nnx.Module):
         q_BTNH = self.attn.queries(x_BTD, cos, sin, adapters=adapters, key=keys[1])
         mixed_BTNH = attend(q_BTNH, kv)
         return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
+
+    def skipped(self, h: Array) -> Array:
+        """The residual [..., D] of a token that has left, after this layer that it does not run."""
+        return h if self.continuation is None else self.continuation(h)
 
     def finish(
         self,

@@ -1,6 +1,14 @@
-"""Exit heads and the depth law: the one place that turns hazards into a distribution of depths."""
+"""Exit heads, linear continuation, and the depth law: what happens at an exit and after it.
+
+`depth_log_law` is the one place that turns hazards into a distribution of depths.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +17,123 @@ from flax import nnx
 
 from jexit.axes import Array, Float, Int
 from jexit.model.layers import rms_norm
+from jexit.model.lora import StackedLinear
+from jexit.presets import LARGEST_COUNT
 
 
 class ExitParam(nnx.Param):
     """A parameter of an exit head: float32, with its own learning rate."""
+
+
+class ContinuationParam(ExitParam):
+    """A parameter of the linear continuation: float32, with its own learning rate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitSettings:
+    """Shape and start of `ExitHeads`, and of the `Continuation` after an exit."""
+
+    kind: Literal["mlp", "linear"] = "mlp"
+    norm: Literal["rms", "none"] = "rms"
+    bias: float = -4.0
+    continuation: Literal["frozen", "linear"] = "frozen"
+    continuation_rank: int = 0  # of a factored continuation; 0: full matrices
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "linear") or self.norm not in ("rms", "none"):
+            raise ValueError(
+                f"exit heads of kind {self.kind!r} with norm {self.norm!r}; kind is mlp or linear, "
+                "norm rms or none"
+            )
+        if not isinstance(self.bias, int | float) or not math.isfinite(self.bias):
+            raise ValueError(f"the exit heads' bias is {self.bias!r}; it is a finite number")
+        if self.continuation not in ("frozen", "linear"):
+            raise ValueError(f"continuation is {self.continuation!r}; choose frozen or linear")
+        rank = self.continuation_rank
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= LARGEST_COUNT:
+            raise ValueError(
+                f"continuation_rank is {rank!r}; it is a whole number from 0, for full matrices, up"
+            )
+        if rank and self.continuation == "frozen":
+            raise ValueError(
+                f"continuation_rank is {rank} for a frozen continuation, which has no matrices; "
+                "set continuation=linear or continuation_rank=0"
+            )
+
+    def check_width(self, width: int) -> None:
+        """Raises ValueError for a continuation that has no lower rank than the model's width."""
+        if self.continuation_rank >= width:
+            raise ValueError(
+                f"continuation_rank is {self.continuation_rank} for a model of width {width}; make "
+                "it smaller than the width, or 0 for full matrices"
+            )
+
+
+class Continuation(nnx.Module):
+    """What a token that has left does in a layer m that it skips: h ← h · S_m + b_m.
+
+    S_m = I + A_m; A and b start at zero, where the residual stays as it was at the exit. The
+    parameters are those of every layer, stacked: A [L, D, D], or its factors [L, D, R] and
+    [L, R, D], and b [L, D]; float32. Sources of linear maps between layers: arXiv:2303.08112,
+    arXiv:2303.09435.
+    """
+
+    def __init__(self, layers: int, width: int, *, rank: int, rngs: nnx.Rngs):
+        linear = functools.partial(
+            StackedLinear, layers, param=ContinuationParam, dtype=jnp.float32, rngs=rngs
+        )
+        self.reduce = linear((width,), (rank,)) if rank else None
+        self.update = linear((rank or width,), (width,), use_bias=True)
+        self.update.kernel[...] = jnp.zeros_like(self.update.kernel[...])
+
+    def __call__(self, h: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
+        """The residual after one layer (this module's slice of the parameters), as `h`'s dtype."""
+        return h + self.update(h if self.reduce is None else self.reduce(h))
+
+    def after(
+        self, next_DD: Float[Array, "D D"], next_D: Float[Array, "D"]
+    ) -> tuple[Float[Array, "D D"], Float[Array, "D"]]:
+        """One layer's map followed by h ↦ h · (I + next_DD) + next_D, in the same form.
+
+        (I + A)(I + Q) = I + (A + Q + A·Q);  b·(I + Q) + c.
+        """
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        b_D, a = self.update.bias[...], self.update.kernel[...]
+        aq = product(a, next_DD)
+        if self.reduce is not None:
+            a, aq = (product(self.reduce.kernel[...], factor) for factor in (a, aq))
+        return a + next_DD + aq, b_D + product(b_D, next_DD) + next_D
+
+
+def maps_to_end(
+    continuation: Continuation, exit_layers: tuple[int, ...], layers: int
+) -> tuple[Float[Array, "E D D"], Float[Array, "E D"]]:
+    """(Q, c) of every exit: h ↦ h · (I + Q_e) + c_e is the whole chain from exit e to the end."""
+    graphdef, stacked = nnx.split(continuation)
+    index_L = np.full(layers, len(exit_layers), np.int32)  # outside: dropped
+    index_L[list(exit_layers)] = np.arange(len(exit_layers))
+    width = continuation.update.bias[...].shape[-1]
+
+    def one(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        q_DD, c_D, q_EDD, c_ED = carry
+        params, index = xs
+        q_DD, c_D = nnx.merge(graphdef, params).after(q_DD, c_D)
+        q_EDD = q_EDD.at[index].set(q_DD, mode="drop")
+        return (q_DD, c_D, q_EDD, c_ED.at[index].set(c_D, mode="drop")), None
+
+    zero_DD, zero_D = jnp.zeros((width, width)), jnp.zeros((width,))
+    none = (
+        zero_DD,
+        zero_D,
+        jnp.zeros((len(exit_layers), *zero_DD.shape)),
+        jnp.zeros((len(exit_layers), *zero_D.shape)),
+    )
+    first = exit_layers[0]  # no token skips the layers below
+    skipped = jax.tree.map(lambda leaf: leaf[first:], stacked)
+    (_, _, q_EDD, c_ED), _ = jax.lax.scan(
+        one, none, (skipped, jnp.asarray(index_L[first:])), reverse=True
+    )
+    return q_EDD, c_ED
 
 
 class ExitHeads(nnx.Module):

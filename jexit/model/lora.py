@@ -49,7 +49,7 @@ class StackedLinear(nnx.Module):
     """One projection of every layer: kernel [L, *inputs, *outputs], optional bias [L, *outputs].
 
     `__call__` works on one layer's slice of the parameters (no leading L), as the scan over layers
-    hands it out.
+    hands it out. `param` is the class of kernel and bias.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class StackedLinear(nnx.Module):
         *,
         use_bias: bool = False,
         lora: LoRA | None = None,
+        param: type[nnx.Param] = nnx.Param,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -68,8 +69,8 @@ class StackedLinear(nnx.Module):
         fan_in = math.prod(inputs)
         shape = (layers, *inputs, *outputs)
         scale = fan_in**-0.5
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
-        self.bias = nnx.Param(jnp.zeros((layers, *outputs), dtype)) if use_bias else None
+        self.kernel = param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+        self.bias = param(jnp.zeros((layers, *outputs), dtype)) if use_bias else None
         self.lora_scale = lora.scale if lora else 0.0
         self.lora_dropout = lora.dropout if lora else 0.0
         if lora is None:
@@ -84,9 +85,10 @@ class StackedLinear(nnx.Module):
     ) -> Array:
         """x [..., *inputs] → [..., *outputs]; `adapters=False` is the base projection alone."""
         axes = len(self.inputs)
-        y = self._turned_product(x) if self.turned else jnp.tensordot(x, self.kernel[...], axes)
+        kernel = self.kernel[...].astype(x.dtype)
+        y = self._turned_product(x, kernel) if self.turned else jnp.tensordot(x, kernel, axes)
         if self.bias is not None:
-            y += self.bias[...]
+            y += self.bias[...].astype(x.dtype)
         if adapters and self.lora_a is not None:
             if dropout_key is not None and self.lora_dropout > 0.0:
                 keep = jax.random.bernoulli(dropout_key, 1.0 - self.lora_dropout, x.shape)
@@ -100,11 +102,11 @@ class StackedLinear(nnx.Module):
         """Turns one layer's kernel to [*outputs, *inputs]: CPUs project few rows faster with it."""
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
-        self.kernel = nnx.Param(turned)
+        self.kernel = type(self.kernel)(turned)
         self.turned = True
 
-    def _turned_product(self, x: Array) -> Array:
+    def _turned_product(self, x: Array, kernel: Array) -> Array:
         inputs, outputs = (tuple(range(-len(axes), 0)) for axes in (self.inputs, self.outputs))
-        y = jnp.tensordot(self.kernel[...], x, (inputs, inputs))
+        y = jnp.tensordot(kernel, x, (inputs, inputs))
         y = jax.lax.optimization_barrier(y)  # XLA would turn the product round again
         return jnp.moveaxis(y, tuple(range(len(outputs))), outputs)

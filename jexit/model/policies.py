@@ -23,6 +23,7 @@ class Policy(Protocol):
     """What the model asks of a halting policy; shapes are [B, T] or [B]."""
 
     reads_hazards: ClassVar[bool]
+    leaves_early: ClassVar[bool]  # False: every token runs all layers
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]: ...
 
@@ -42,6 +43,7 @@ class _NeverOnTheWay:
     """Shared by the policies whose depths are known beforehand."""
 
     reads_hazards: ClassVar[bool] = False
+    leaves_early: ClassVar[bool] = True
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
         return jnp.zeros(hazard_logits.shape, bool)
@@ -51,6 +53,7 @@ class _Uniform:
     """Shared by the policies that treat every position alike and decide on the way."""
 
     reads_hazards: ClassVar[bool] = True
+    leaves_early: ClassVar[bool] = True
 
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         return jnp.full(shape, layers, jnp.int32)
@@ -62,6 +65,8 @@ class _Uniform:
 @_policy
 class Full(_NeverOnTheWay):
     """Every token runs every layer."""
+
+    leaves_early: ClassVar[bool] = False
 
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         return jnp.full(shape, layers, jnp.int32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Literal
 
 import jax
@@ -33,7 +32,7 @@ from jexit.kernels import tiles
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
 from jexit.model.embedding import Embedding
-from jexit.model.exits import ExitHeads
+from jexit.model.exits import ExitHeads, ExitSettings, maps_to_end
 from jexit.model.layers import RMSNorm, rope_table
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy
@@ -53,24 +52,6 @@ class Execution:
     interpret: bool = False  # splash attention on any platform, very slowly: for tests
     remat: Literal["none", "block", "dots"] = "none"
     scan_unroll: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitHeadSettings:
-    """Shape and start of the exit heads; see `ExitHeads`."""
-
-    kind: Literal["mlp", "linear"] = "mlp"
-    norm: Literal["rms", "none"] = "rms"
-    bias: float = -4.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("mlp", "linear") or self.norm not in ("rms", "none"):
-            raise ValueError(
-                f"exit heads of kind {self.kind!r} with norm {self.norm!r}; kind is mlp or linear, "
-                "norm rms or none"
-            )
-        if not isinstance(self.bias, int | float) or not math.isfinite(self.bias):
-            raise ValueError(f"the exit heads' bias is {self.bias!r}; it is a finite number")
 
 
 class Head(nnx.Module):
@@ -93,7 +74,7 @@ class Transformer(nnx.Module):
         arch: Architecture,
         *,
         exit_layers: tuple[int, ...],
-        exit_head: ExitHeadSettings = ExitHeadSettings(),
+        exit_head: ExitSettings = ExitSettings(),
         lora: LoRA | None = None,
         dtype: jnp.dtype = jnp.float32,
         execution: Execution = Execution(),
@@ -105,7 +86,8 @@ class Transformer(nnx.Module):
         self.lora = lora
         self.execution = execution
         self.embed = Embedding(arch, dtype=dtype, rngs=rngs)
-        self.blocks = Block(arch, lora, dtype=dtype, rngs=rngs)
+        exit_head.check_width(arch.width)
+        self.blocks = Block(arch, lora, exit_head, dtype=dtype, rngs=rngs)
         self.final_norm = RMSNorm(arch.width, eps=arch.rms_norm_eps, dtype=dtype)
         self.head = None if arch.tied else Head(arch, dtype=dtype, rngs=rngs)
         self.exits = ExitHeads(
@@ -141,9 +123,10 @@ class Run:
     """What `run` returns; the parts that were not asked for are None.
 
     hidden_BTD and exit_hidden_EBTD have been through the final norm: times the head they are logits
-    and the exits' logit lenses. exit_hidden_EBTD is the residual entering the exit's layer (frozen
-    for tokens that left before). Hazard logits of exits beyond a token's depth are computed from
-    its frozen residual; the depth law does not read them.
+    and what each exit says. exit_hidden_EBTD is where the continuation ends from the residual that
+    enters the exit's layer; with a frozen one that is the exit's logit lens. Hazard logits of exits
+    beyond a token's depth are computed from what its residual has become after the exit; the depth
+    law does not read them.
     """
 
     hidden_BTD: HiddenBTD
@@ -178,8 +161,8 @@ def run(
     begin anew with each; with `branches` some go on from a common trunk, as `attend` has it).
     `action_BT` limits who may leave (None: everybody). With a `key` for each row a row's draws
     depend on nothing but that key. `adapters=False` leaves LoRA out: the teacher.
-    A token that has left keeps its residual, from which later layers still compute its keys and
-    values: h = where(layer < depth, block(h), h).
+    Later layers still compute keys and values of a token that has left, from its residual, which
+    stays as it was or goes on linearly: h = where(layer < depth, block(h), continuation(h)).
 
     Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
     a cache, has kernels of its own (`jexit.kernels.decode_attention`) whatever that says.
@@ -230,9 +213,7 @@ def run(
         if exit_hidden:
             exit_hidden_EBTD = jax.lax.cond(
                 exit_index >= 0,
-                lambda: jax.lax.dynamic_update_index_in_dim(
-                    exit_hidden_EBTD, model.final_norm(h_BTD), exit_index, 0
-                ),
+                lambda: jax.lax.dynamic_update_index_in_dim(exit_hidden_EBTD, h_BTD, exit_index, 0),
                 lambda: exit_hidden_EBTD,
             )
         block = nnx.merge(block_def, params)
@@ -244,9 +225,9 @@ def run(
             adapters=adapters,
             dropout_key=dropout,
         )
-        alive_BT = layer < depth_BT
-        h_BTD = jnp.where(alive_BT[..., None], new_BTD, h_BTD)
-        return (h_BTD, depth_BT, exit_hidden_EBTD), (z_BT, kv if keys_values else None)
+        if policy.leaves_early:
+            new_BTD = jnp.where((layer < depth_BT)[..., None], new_BTD, block.skipped(h_BTD))
+        return (new_BTD, depth_BT, exit_hidden_EBTD), (z_BT, kv if keys_values else None)
 
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
@@ -271,7 +252,20 @@ def run(
     hazard_logits_BTE = None
     if reads_hazards:
         hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
+    if exit_hidden:
+        buffer = exit_hidden_states(model, buffer)
     return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv)
+
+
+def exit_hidden_states(model: Transformer, residual_EBTD: ExitHiddenEBTD) -> ExitHiddenEBTD:
+    """What leaving at each exit ends as: continuation and final norm of the residuals there."""
+    continuation = model.blocks.continuation
+    if continuation is not None:
+        q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
+        dtype = residual_EBTD.dtype
+        update_EBTD = jnp.einsum("EBTd,EdD->EBTD", residual_EBTD, q_EDD.astype(dtype))
+        residual_EBTD += update_EBTD + c_ED.astype(dtype)[:, None, None]
+    return model.final_norm(residual_EBTD)
 
 
 @jax.tree_util.register_dataclass

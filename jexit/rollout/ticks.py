@@ -174,6 +174,8 @@ class Ticks:
         model, layers = self.model, self.model.arch.layers
         jobs, most = records.length_J.shape[0], self.draws.most
         emits_B = at.runs_B & emits
+        # Before tokens are drawn: what a token that has left says is where its continuation ends.
+        at, cache = self._fill(at, pool.cache, emits_B)
         token_B, logprob_B, depth_logprob_B = jax.lax.cond(
             jnp.any(emits_B), self._draw, lambda at: _nothing_drawn(at), at
         )
@@ -183,7 +185,6 @@ class Ticks:
             ends_B,
         )  # fmt: skip
         over_B = emits_B & (ends_B | (at.index_B + 1 >= most))
-        cache = self._fill(at, pool.cache, emits_B & ~over_B)
 
         # Rows that are free, or have just become so, take the next completions in order.
         open_B = emits & at.here_B & ((at.job_B == FREE) | over_B)
@@ -256,23 +257,29 @@ class Ticks:
             ended_J=records.ended_J.at[job_B].set(ends_B, mode="drop"),
         )
 
-    def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> Cache:
-        """Keys and values of tokens that have left, at the layers that they did not run."""
+    def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
+        """Takes tokens that have left to the end: keys and values at the layers that they skip."""
         layers = self.model.arch.layers
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
 
-        def keys_values(block: Block) -> KeysValues:
-            return self._keys_values(block, block.attn_norm(at.h_BD[:, None]), rope)
+        def skipped(block: Block, h_BD: Array) -> tuple[Array, KeysValues]:
+            kv = self._keys_values(block, block.attn_norm(h_BD[:, None]), rope)
+            return block.skipped(h_BD), kv
 
-        def fill(layer: Array, cache: Cache) -> Cache:
-            kv = at_layer(layer, self.model.blocks, self.layers, keys_values)
-            place_B = jnp.where(fills_B & (at.depth_B <= layer), slot_B, cache.slots)
-            return cache.written(layer, at.cache_rows_B, place_B, kv)
+        def fill(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+            h_BD, cache = carry
+            new_BD, kv = at_layer(layer, self.model.blocks, self.layers, skipped, h_BD)
+            skips_B = fills_B & (at.depth_B <= layer)
+            cache = cache.written(
+                layer, at.cache_rows_B, jnp.where(skips_B, slot_B, cache.slots), kv
+            )
+            return jnp.where(skips_B[:, None], new_BD, h_BD), cache
 
         first = jnp.min(jnp.where(fills_B, at.depth_B, layers))
         with jax.named_scope(FILL_SCOPE):
-            return jax.lax.fori_loop(first, layers, fill, cache)
+            h_BD, cache = jax.lax.fori_loop(first, layers, fill, (at.h_BD, cache))
+        return dataclasses.replace(at, h_BD=h_BD), cache
 
     def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
         """The prompts' keys and values into the rows of completions that begin."""

@@ -37,7 +37,12 @@ def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW per label with its own rate; decay on matrices only."""
-    peaks = {"lora": config.lora_lr, "exit": config.exit_lr, "base": config.full_lr}
+    peaks = {
+        "lora": config.lora_lr,
+        "exit": config.exit_lr,
+        "continuation": config.continuation_lr,
+        "base": config.full_lr,
+    }
 
     def matrices(params: Params) -> Params:
         def decays(path: tuple, _: Array) -> bool:

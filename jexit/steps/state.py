@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from jexit.axes import Array, Int, PRNGKey
-from jexit.model.exits import ExitParam
+from jexit.model.exits import ContinuationParam, ExitParam
 from jexit.model.lora import LoRAParam
 from jexit.model.transformer import Transformer
 
@@ -92,9 +92,11 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 
 
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
-    """`lora`, `exit` or `base` for each trainable parameter, in the shape of the trainable tree."""
+    """`lora`, `exit`, `continuation` or `base` for each parameter of the trainable tree."""
 
     def label(variable: nnx.Variable) -> str:
+        if isinstance(variable, ContinuationParam):
+            return "continuation"
         if isinstance(variable, ExitParam):
             return "exit"
         return "lora" if isinstance(variable, LoRAParam) else "base"

@@ -6,8 +6,9 @@ from flax import nnx
 
 from convert import names
 from jexit.config import PROJECTIONS
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.model.transformer import Transformer
 from jexit.presets import FAMILIES, PRESETS, Architecture
 
 ARCH = Architecture(
@@ -123,7 +124,7 @@ def test_paths_and_shapes_are_the_models(family, tied):
         return Transformer(
             arch,
             exit_layers=(1, 3),
-            exit_head=ExitHeadSettings(),
+            exit_head=ExitSettings(),
             lora=LoRA(rank=3, alpha=3.0, targets=PROJECTIONS),
             rngs=nnx.Rngs(0),
         )

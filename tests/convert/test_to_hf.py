@@ -242,9 +242,9 @@ def test_model_without_heads_or_adapters_exports_plainly(checkpoints, tmp_path):
 
 
 def test_linear_heads_without_norm_survive_the_round_trip(checkpoints, tmp_path):
-    from jexit.model.transformer import ExitHeadSettings
+    from jexit.model.exits import ExitSettings
 
-    head = ExitHeadSettings(kind="linear", norm="none")
+    head = ExitSettings(kind="linear", norm="none")
     model, tokenizer = jexit.load(checkpoints("qwen3"), exit_layers=(2,), exit_head=head)
     model.exits.w2[...] = jax.random.normal(jax.random.key(0), model.exits.w2.shape)
     save_model(tmp_path / "model", model, tokenizer, base=checkpoints("qwen3"))

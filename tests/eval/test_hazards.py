@@ -10,9 +10,10 @@ from flax import nnx
 
 from jexit.dist import make_mesh
 from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of, reliability
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Prescribed, Sample
-from jexit.model.transformer import ExitHeadSettings, Transformer, logits_of, run
+from jexit.model.transformer import Transformer, logits_of, run
 from jexit.rollout import EngineSize, rollout
 from jexit.steps.state import split_model
 from small_runs import small_model
@@ -29,7 +30,7 @@ def split():
     model = Transformer(
         dataclasses.replace(arch, vocab_size=VOCABULARY),
         exit_layers=EXITS,
-        exit_head=ExitHeadSettings(bias=-0.5),
+        exit_head=ExitSettings(bias=-0.5),
         lora=LoRA(rank=2, alpha=4.0, targets=("q", "v", "up")),
         rngs=nnx.Rngs(0),
     )

@@ -23,8 +23,8 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.io.array_store import ArrayStore
 from jexit.io.model_dir import load, save_model
 from jexit.io.model_source import open_model
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings
 
 
 def tree(directory):
@@ -61,7 +61,7 @@ def test_it_computes_what_the_saved_model_computes(saved_once, model):
     ("kind", "norm", "tied"), [("linear", "none", False), ("mlp", "none", True)]
 )
 def test_every_kind_of_head_comes_back_without_adapters(tmp_path, tokenizer, kind, norm, tied):
-    head = ExitHeadSettings(kind=kind, norm=norm)
+    head = ExitSettings(kind=kind, norm=norm)
     wanted = make_model(tokenizer.vocab_size, exits=(2,), head=head, lora=None, tied=tied)
     save_model(tmp_path / "m", wanted, tokenizer)
     assert same_model(load(tmp_path / "m")[0], wanted)
@@ -208,7 +208,7 @@ def test_fresh_exits_follow_the_seed(saved_once):
     [
         ({"exit_layers": (1,)}, r"has exit heads at \(1, 2\), not at \(1,\); leave exits\.layers"),
         (
-            {"exit_head": ExitHeadSettings(kind="linear")},
+            {"exit_head": ExitSettings(kind="linear")},
             "exit heads of kind mlp with norm rms, not linear with rms; set exit_head",
         ),
         (

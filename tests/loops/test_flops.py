@@ -12,9 +12,10 @@ from jexit.dist import host_rows
 from jexit.kernels.dispatch import compiling_for
 from jexit.loops import flops
 from jexit.loops.flops import PEAK_FLOPS, ModelFlops, Work, mfu
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.policies import Prescribed
-from jexit.model.transformer import Execution, ExitHeadSettings, Transformer, logits_of, run
+from jexit.model.transformer import Execution, Transformer, logits_of, run
 from jexit.presets import PRESETS, Architecture
 from jexit.rollout import Efficiency, Rollouts
 from jexit.steps.state import split_model
@@ -47,7 +48,7 @@ def make_model(lora, kind="mlp"):
     return Transformer(
         ARCH,
         exit_layers=EXITS,
-        exit_head=ExitHeadSettings(kind=kind),
+        exit_head=ExitSettings(kind=kind),
         lora=lora,
         execution=Execution(attention="xla", scan_unroll=ARCH.layers),  # a loop counts once
         rngs=nnx.Rngs(0),

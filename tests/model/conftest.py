@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import Execution, ExitHeadSettings, Transformer
+from jexit.model.transformer import Execution, Transformer
 from jexit.presets import Architecture
 
 EXITS = (1, 2, 4)
@@ -21,7 +22,7 @@ def make_model(
     *,
     layers: int = 5,
     exit_layers: tuple[int, ...] = EXITS,
-    exit_head: ExitHeadSettings = ExitHeadSettings(),
+    exit_head: ExitSettings = ExitSettings(),
     lora: LoRA | None = None,
     dtype: jnp.dtype = jnp.float32,
     execution: Execution = Execution(),

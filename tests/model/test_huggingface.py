@@ -8,7 +8,8 @@ from flax import nnx
 
 import jexit
 from convert import from_hf, names
-from jexit.model.transformer import ExitHeadSettings, Transformer, logits_of, run
+from jexit.model.exits import ExitSettings
+from jexit.model.transformer import Transformer, logits_of, run
 from tolerances import GRADIENT, LOGITS, LOGITS_REAL, relative_error
 
 torch = pytest.importorskip("torch")
@@ -185,7 +186,7 @@ def small_pair(request):
     from jexit.io.hf_config import architecture_of_config
 
     arch = architecture_of_config(theirs.config.to_dict())
-    ours = Transformer(arch, exit_layers=(1, 2), exit_head=ExitHeadSettings(), rngs=nnx.Rngs(0))
+    ours = Transformer(arch, exit_layers=(1, 2), exit_head=ExitSettings(), rngs=nnx.Rngs(0))
     values = stacked(arch, dict(theirs.named_parameters()))
     state = nnx.state(ours)
     flat = dict(nnx.to_flat_state(state))

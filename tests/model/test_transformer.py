@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.model.exits import depth_log_prob
+from jexit.model.exits import ExitSettings, depth_log_prob
 from jexit.model.lora import LoRA
-from jexit.model.transformer import Execution, ExitHeadSettings, Transformer, logits_of, run
+from jexit.model.transformer import Execution, Transformer, logits_of, run
 from jexit.presets import PRESETS
 from tolerances import GRADIENT, relative_error
 
@@ -177,7 +177,7 @@ def test_gradient_of_every_parameter_against_central_differences(make_model, tok
     """Along one direction in each parameter. Linear heads: a difference across relu's kink is not
     the slope on either side."""
     lora = LoRA(rank=2, alpha=4.0, targets=("q", "k", "down"))
-    model = make_model(lora=lora, exit_head=ExitHeadSettings(kind="linear"))
+    model = make_model(lora=lora, exit_head=ExitSettings(kind="linear"))
     graphdef, state = nnx.split(model)
     loss = jax.jit(loss_of(graphdef, tokens_BT, depth_BT))
     gradient = jax.jit(jax.grad(loss_of(graphdef, tokens_BT, depth_BT)))(state)

@@ -6,8 +6,9 @@ import jax
 import pytest
 from flax import nnx
 
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.steps.state import split_model
 
@@ -32,7 +33,7 @@ def make_split(*, vocab_size=11, full=False, dropout=0.0):
     model = Transformer(
         dataclasses.replace(ARCH, vocab_size=vocab_size),
         exit_layers=(1, 2),
-        exit_head=ExitHeadSettings(bias=-0.5),
+        exit_head=ExitSettings(bias=-0.5),
         lora=None if full else LoRA(rank=2, alpha=4.0, dropout=dropout, targets=("q", "v", "up")),
         rngs=nnx.Rngs(0),
     )

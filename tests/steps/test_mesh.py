@@ -13,9 +13,10 @@ from flax import nnx
 from jexit.config import RLConfig, SFTConfig
 from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
 from jexit.loops.packing import Lengths, PackedShapes
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.policies import Sample
-from jexit.model.transformer import ExitHeadSettings, Transformer
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import EngineSize, rollout
 from jexit.steps.completions import pack_completions, pad_completions
@@ -65,7 +66,7 @@ def split(request):
     model = Transformer(
         ARCH,
         exit_layers=(1, 2),
-        exit_head=ExitHeadSettings(bias=-0.5),
+        exit_head=ExitSettings(bias=-0.5),
         lora=None if request.param else LoRA(rank=2, alpha=4.0, targets=("q", "k", "o", "down")),
         rngs=nnx.Rngs(0),
     )
