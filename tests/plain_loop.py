@@ -299,7 +299,7 @@ def _run_token(
         q_B1NH = block.attn.queries(x_B1D, cos, sin, adapters=adapters, key=None)
         mixed_BNH = cache.attend(at.layer, q_B1NH[:, 0], mask_BS)
         new_BD = block.finish(h_B1D, mixed_BNH[:, None], adapters=adapters)[:, 0]
-        h_BD = jnp.where((at.layer < at.depth_B)[:, None], new_BD, at.h_BD)
+        h_BD = jnp.where((at.layer < at.depth_B)[:, None], new_BD, block.skipped(at.h_BD))
         after = dataclasses.replace(at, layer=at.layer + 1, h_BD=h_BD, cache=cache)
         return leave(after) if reads_hazards else after
 
@@ -331,11 +331,13 @@ def _run_token(
     )
     end = jax.lax.while_loop(someone_runs, run_layer, start)
 
-    def fill(layer: Array, cache: Cache) -> Cache:
-        block = block_of(layer)
-        return cache.written(layer, slot, keys_values(block, block.attn_norm(end.h_BD[:, None])))
+    def fill(layer: Array, at: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        (h_BD, cache), block = at, block_of(layer)
+        kv = keys_values(block, block.attn_norm(h_BD[:, None]))
+        return block.skipped(h_BD), cache.written(layer, slot, kv)
 
-    cache = jax.lax.fori_loop(end.layer, layers, fill, end.cache)
+    h_BD, cache = jax.lax.fori_loop(end.layer, layers, fill, (end.h_BD, end.cache))
+    end = dataclasses.replace(end, h_BD=h_BD)
     depth_logprob_B = jnp.zeros((batch,))
     if isinstance(policy, Sample):
         depth_logprob_B = depth_log_prob(

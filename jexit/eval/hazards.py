@@ -18,7 +18,7 @@ from jexit.kernels import exit_kl, linear_kl
 from jexit.losses.sft import target_log_hazards
 from jexit.model.exits import log_hazards
 from jexit.model.policies import Full, Prescribed, Sample
-from jexit.model.transformer import Transformer, run
+from jexit.model.transformer import Transformer, exit_hidden_states, run
 from jexit.steps.completions import Completions, pad_completions
 
 SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states)
@@ -84,17 +84,23 @@ def decisions_and_targets(
     valid_BT = rows.valid_BT
     taught = run(
         teacher, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, adapters=False,
-        exit_hidden=target == "teacher",
+        exit_residual=target == "teacher",
     )  # fmt: skip
-    measured, head_VD = taught, teacher.head_VD
+    measured, speaker = taught, teacher
     if target == "student":
-        measured = run(student, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, exit_hidden=True)
-        head_VD = student.head_VD
+        measured = run(
+            student, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, exit_residual=True
+        )
+        speaker = student
     final_BCD = rows.window(taught.hidden_BTD)
-    exits_EBCD = jax.vmap(rows.window)(measured.exit_hidden_EBTD)
+    exits_EBCD = exit_hidden_states(
+        speaker, jax.vmap(rows.window)(measured.exit_residual_EBTD), student.blocks.continuation
+    )
     shape = exits_EBCD.shape
     kl_EN = exit_kl(
-        final_BCD.reshape(-1, shape[-1]), exits_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
+        final_BCD.reshape(-1, shape[-1]),
+        exits_EBCD.reshape(shape[0], -1, shape[-1]),
+        speaker.head_VD,
     ).kl_EN
     kl_BCE = jnp.moveaxis(kl_EN.reshape(shape[:3]), 0, -1)
     leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)

@@ -33,10 +33,12 @@ class Block(nnx.Module):
         self.attn = Attention(arch, lora, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(arch.layers, arch.width, **norm)
         self.mlp = MLP(arch, lora, dtype=dtype, rngs=rngs)
-        self.continuation = None
-        if exit_head.continuation == "linear":
-            rank = exit_head.continuation_rank
-            self.continuation = Continuation(arch.layers, arch.width, rank=rank, rngs=rngs)
+        linear = exit_head.continuation == "linear"
+        self.continuation = (
+            Continuation(arch.layers, arch.width, rank=exit_head.continuation_rank, rngs=rngs)
+            if linear
+            else None
+        )
 
     def __call__(
         self,

@@ -32,7 +32,7 @@ from jexit.kernels import tiles
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
 from jexit.model.embedding import Embedding
-from jexit.model.exits import ExitHeads, ExitSettings, maps_to_end
+from jexit.model.exits import Continuation, ExitHeads, ExitSettings, maps_to_end
 from jexit.model.layers import RMSNorm, rope_table
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy
@@ -122,17 +122,16 @@ class Transformer(nnx.Module):
 class Run:
     """What `run` returns; the parts that were not asked for are None.
 
-    hidden_BTD and exit_hidden_EBTD have been through the final norm: times the head they are logits
-    and what each exit says. exit_hidden_EBTD is where the continuation ends from the residual that
-    enters the exit's layer; with a frozen one that is the exit's logit lens. Hazard logits of exits
-    beyond a token's depth are computed from what its residual has become after the exit; the depth
-    law does not read them.
+    hidden_BTD has been through the final norm: times the head it is logits. exit_residual_EBTD are
+    the residuals that enter the exits' layers; `exit_hidden_states` makes hidden states of them.
+    Hazard logits of exits beyond a token's depth are computed from what its residual has become
+    after the exit; the depth law does not read them.
     """
 
     hidden_BTD: HiddenBTD
     depth_BT: DepthBT
     hazard_logits_BTE: HazardLogitsBTE | None
-    exit_hidden_EBTD: ExitHiddenEBTD | None
+    exit_residual_EBTD: ExitHiddenEBTD | None
     keys_values: KeysValues | None  # [L, B, T, K, H] each
 
 
@@ -151,7 +150,7 @@ def run(
     adapters: bool = True,
     dropout_key: PRNGKey | None = None,
     hazards: bool = False,
-    exit_hidden: bool = False,
+    exit_residual: bool = False,
     keys_values: bool = False,
 ) -> Run:
     """Runs the stack over whole sequences, each token through as many layers as the policy says.
@@ -200,7 +199,7 @@ def run(
         return z_BT, jnp.where(leaves_BT, layer, depth_BT)
 
     def body(carry, xs):
-        h_BTD, depth_BT, exit_hidden_EBTD = carry
+        h_BTD, depth_BT, residual_EBTD = carry
         h_BTD = constrain(h_BTD, "B..")
         params, layer, exit_index, layer_key, dropout = xs
         z_BT = None
@@ -210,11 +209,11 @@ def run(
                 lambda: at_exit(h_BTD, depth_BT, exit_index, layer, layer_key),
                 lambda: (jnp.zeros((batch, length), jnp.float32), depth_BT),
             )
-        if exit_hidden:
-            exit_hidden_EBTD = jax.lax.cond(
+        if exit_residual:
+            residual_EBTD = jax.lax.cond(
                 exit_index >= 0,
-                lambda: jax.lax.dynamic_update_index_in_dim(exit_hidden_EBTD, h_BTD, exit_index, 0),
-                lambda: exit_hidden_EBTD,
+                lambda: jax.lax.dynamic_update_index_in_dim(residual_EBTD, h_BTD, exit_index, 0),
+                lambda: residual_EBTD,
             )
         block = nnx.merge(block_def, params)
         new_BTD, kv = block(
@@ -227,14 +226,14 @@ def run(
         )
         if policy.leaves_early:
             new_BTD = jnp.where((layer < depth_BT)[..., None], new_BTD, block.skipped(h_BTD))
-        return (new_BTD, depth_BT, exit_hidden_EBTD), (z_BT, kv if keys_values else None)
+        return (new_BTD, depth_BT, residual_EBTD), (z_BT, kv if keys_values else None)
 
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
 
     h_BTD = constrain(model.embed(tokens_BT), "B..")
     exits = len(model.exit_layers)
-    buffer = jnp.zeros((exits, *h_BTD.shape), h_BTD.dtype) if exit_hidden else None
+    buffer = jnp.zeros((exits, *h_BTD.shape), h_BTD.dtype) if exit_residual else None
     start_BT = policy.start((batch, length), arch.layers)
     if action_BT is not None:
         start_BT = jnp.where(action_BT, start_BT, arch.layers)
@@ -252,14 +251,17 @@ def run(
     hazard_logits_BTE = None
     if reads_hazards:
         hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
-    if exit_hidden:
-        buffer = exit_hidden_states(model, buffer)
     return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv)
 
 
-def exit_hidden_states(model: Transformer, residual_EBTD: ExitHiddenEBTD) -> ExitHiddenEBTD:
-    """What leaving at each exit ends as: continuation and final norm of the residuals there."""
-    continuation = model.blocks.continuation
+def exit_hidden_states(
+    model: Transformer, residual_EBTD: ExitHiddenEBTD, continuation: Continuation | None
+) -> ExitHiddenEBTD:
+    """Hidden states of leaving at each exit: the final norm of where the continuation ends.
+
+    `continuation` is the model's own (`model.blocks.continuation`), or that of a student on its
+    teacher's residuals. Without one they are the logit lens.
+    """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
         dtype = residual_EBTD.dtype

@@ -12,7 +12,7 @@ import optax
 from jexit.axes import Array, Float, Int, PRNGKey
 from jexit.kernels import linear_logprob
 from jexit.losses.masked import masked_sum
-from jexit.model.transformer import run
+from jexit.model.transformer import exit_hidden_states, run
 from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
 from jexit.steps.state import Params, SplitModel, TrainState
 
@@ -59,7 +59,7 @@ def make_pretrain_step(
                 rows.tokens_BT[:, :-1],
                 positions_BT=rows.position_BT[:, :-1],
                 segment_BT=rows.segment_BT[:, :-1],
-                exit_hidden=exit_loss > 0,
+                exit_residual=exit_loss > 0,
             )
             weight_BT, group_BT = rows.weight_BT[:, 1:], rows.group_BT[:, 1:]
             targets_N = rows.tokens_BT[:, 1:].reshape(-1)
@@ -74,10 +74,8 @@ def make_pretrain_step(
             text_loss = -masked_sum(logprob_BT, weight_BT) / weight_total
             loss, metrics = text_loss, {"loss/text": text_loss}
             if exit_loss > 0:
-                lens = sum(
-                    -masked_sum(log_prob_BT(result.exit_hidden_EBTD[e]), weight_BT)
-                    for e in range(exits)
-                )
+                lens_EBTD = exit_hidden_states(model, result.exit_residual_EBTD, None)
+                lens = sum(-masked_sum(log_prob_BT(lens_EBTD[e]), weight_BT) for e in range(exits))
                 metrics["loss/exits"] = lens / (weight_total * exits)
                 loss += exit_loss * metrics["loss/exits"]
             for number, name in enumerate(groups, start=1):

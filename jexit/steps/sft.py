@@ -13,9 +13,9 @@ from jexit.config import SFTConfig
 from jexit.kernels import exit_kl, linear_kl
 from jexit.losses.masked import masked_sum
 from jexit.losses.sft import draw_exit_indices, expected_exit_loss, target_log_hazards
-from jexit.model.exits import depth_log_prob, depth_of_exit_index, log_hazards
+from jexit.model.exits import Continuation, depth_log_prob, depth_of_exit_index, log_hazards
 from jexit.model.policies import Full, Prescribed
-from jexit.model.transformer import Run, Transformer, run
+from jexit.model.transformer import Run, Transformer, exit_hidden_states, run
 from jexit.steps.completions import Completions
 from jexit.steps.optim import (
     Metrics,
@@ -48,12 +48,16 @@ def make_sft_step(
     def flat(hidden: Array) -> Array:
         return hidden.reshape(-1, hidden.shape[-1])
 
-    def exit_kl_BCE(rows: Completions, final_BTD: HiddenBTD, exits: Run, head_VD: Array) -> Array:
+    def exit_kl_BCE(
+        rows: Completions, final_BTD: HiddenBTD, speaker: Transformer, exits: Run,
+        continuation: Continuation | None,
+    ) -> Array:  # fmt: skip
         """KL(teacher final ‖ exit e) in nats at completion positions; no gradient."""
         final_BCD = rows.window(final_BTD)
-        exits_EBCD = jax.vmap(rows.window)(exits.exit_hidden_EBTD)
+        residual_EBCD = jax.vmap(rows.window)(exits.exit_residual_EBTD)
+        exits_EBCD = exit_hidden_states(speaker, residual_EBCD, continuation)
         exits_END = exits_EBCD.reshape(exits_EBCD.shape[0], -1, exits_EBCD.shape[-1])
-        kl_EN = exit_kl(flat(final_BCD), exits_END, head_VD).kl_EN
+        kl_EN = exit_kl(flat(final_BCD), exits_END, speaker.head_VD).kl_EN
         return jnp.moveaxis(kl_EN.reshape(exits_EBCD.shape[:3]), 0, -1)
 
     def targets(
@@ -67,16 +71,16 @@ def make_sft_step(
             policy=Full(),
             valid_BT=rows.valid_BT,
             adapters=False,
-            exit_hidden=from_teacher,
+            exit_residual=from_teacher,
         )
-        if from_teacher:
-            measured, head_VD = taught, teacher.head_VD
-        else:
+        measured, speaker = taught, teacher
+        if not from_teacher:
+            speaker = student
             measured = run(
-                student, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, exit_hidden=True
+                student, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, exit_residual=True
             )
-            head_VD = student.head_VD
-        kl_BCE = exit_kl_BCE(rows, taught.hidden_BTD, measured, head_VD)
+        continuation = student.blocks.continuation
+        kl_BCE = exit_kl_BCE(rows, taught.hidden_BTD, speaker, measured, continuation)
         leave_BCE, stay_BCE = target_log_hazards(kl_BCE, config.sharpness)
         return jax.lax.stop_gradient((taught.hidden_BTD, leave_BCE, stay_BCE))
 

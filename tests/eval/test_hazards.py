@@ -13,7 +13,7 @@ from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of, reliabi
 from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Prescribed, Sample
-from jexit.model.transformer import Transformer, logits_of, run
+from jexit.model.transformer import Transformer, exit_hidden_states, logits_of, run
 from jexit.rollout import EngineSize, rollout
 from jexit.steps.state import split_model
 from small_runs import small_model
@@ -108,13 +108,14 @@ def by_hand(split, recorded, target, sharpness):
         depth[0, len(prompt) : len(prompt) + len(ids) - 1] = depths[1:]
         made = run(student, tokens, policy=Prescribed(depth), hazards=True)
         hazards = made.hazard_logits_BTE
-        taught = run(teacher, tokens, policy=Full(), adapters=False, exit_hidden=True)
-        lens, head = taught, teacher.head_VD
+        taught = run(teacher, tokens, policy=Full(), adapters=False, exit_residual=True)
+        lens, speaker = taught, teacher
         if target == "student":
-            lens = run(student, tokens, policy=Full(), exit_hidden=True)
-            head = student.head_VD
+            lens = run(student, tokens, policy=Full(), exit_residual=True)
+            speaker = student
         final = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
-        exits = jax.nn.log_softmax(logits_of(lens.exit_hidden_EBTD, head))
+        hidden = exit_hidden_states(speaker, lens.exit_residual_EBTD, None)
+        exits = jax.nn.log_softmax(logits_of(hidden, speaker.head_VD))
         shallow = jax.nn.log_softmax(logits_of(made.hidden_BTD, student.head_VD))
         kl_BT = jnp.sum(jnp.exp(shallow) * (shallow - final), -1)
         kl_EBT = jnp.sum(jnp.exp(final) * (final - exits), -1)

@@ -9,7 +9,7 @@ from flax import nnx
 import jexit
 from convert import from_hf, names
 from jexit.model.exits import ExitSettings
-from jexit.model.transformer import Transformer, logits_of, run
+from jexit.model.transformer import Transformer, exit_hidden_states, logits_of, run
 from tolerances import GRADIENT, LOGITS, LOGITS_REAL, relative_error
 
 torch = pytest.importorskip("torch")
@@ -240,14 +240,15 @@ def test_gradients_under_prescribed_depths_equal_torchs(small_pair):
 
 
 def test_logit_lens_at_the_exits_equals_hugging_faces(small_pair):
-    """`exit_hidden_EBTD` times the head: final norm and head on the residual entering ℓ."""
+    """`exit_hidden_states` times the head: final norm and head on the residual entering ℓ."""
     theirs, ours = small_pair
     tokens_BT = hf_models.random_tokens(2, 10, seed=6)
     with torch.no_grad():
         residuals = hf_models.residuals_by_hand(theirs, tokens_BT, np.full(tokens_BT.shape, 3))
         truth = [theirs.lm_head(theirs.model.norm(residuals[layer])).numpy() for layer in (1, 2)]
-    out = run(ours, jnp.asarray(tokens_BT), exit_hidden=True)
-    lens_EBTV = logits_of(out.exit_hidden_EBTD, ours.head_VD)
+    out = run(ours, jnp.asarray(tokens_BT), exit_residual=True)
+    hidden_EBTD = exit_hidden_states(ours, out.exit_residual_EBTD, None)
+    lens_EBTV = logits_of(hidden_EBTD, ours.head_VD)
     assert np.abs(np.asarray(lens_EBTV) - np.stack(truth)).max() <= LOGITS
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 import jexit
 from jexit.model.exits import ExitSettings, depth_log_prob
 from jexit.model.lora import LoRA
-from jexit.model.transformer import Execution, Transformer, logits_of, run
+from jexit.model.transformer import Execution, Transformer, exit_hidden_states, logits_of, run
 from jexit.presets import PRESETS
 from tolerances import GRADIENT, relative_error
 
@@ -33,7 +33,7 @@ def adapted(make_model):
     return make_model(lora=LoRA(rank=2, alpha=4.0, targets=("q", "k", "down")))
 
 
-run_jit = nnx.jit(run, static_argnames=("hazards", "exit_hidden", "keys_values"))
+run_jit = nnx.jit(run, static_argnames=("hazards", "exit_residual", "keys_values"))
 
 
 def loss_of(graphdef, tokens_BT, depth_BT, execution=Execution()):
@@ -53,18 +53,19 @@ def loss_of(graphdef, tokens_BT, depth_BT, execution=Execution()):
 
 def test_returns_what_was_asked_for_and_nothing_else(model, tokens_BT):
     bare = run_jit(model, tokens_BT)
-    assert bare.hazard_logits_BTE is bare.exit_hidden_EBTD is bare.keys_values is None
+    assert bare.hazard_logits_BTE is bare.exit_residual_EBTD is bare.keys_values is None
     assert bare.hidden_BTD.shape == (3, 8, 16) and bare.depth_BT.shape == (3, 8)
-    rich = run_jit(model, tokens_BT, hazards=True, exit_hidden=True, keys_values=True)
+    rich = run_jit(model, tokens_BT, hazards=True, exit_residual=True, keys_values=True)
     assert rich.hazard_logits_BTE.shape == (3, 8, 3)
-    assert rich.exit_hidden_EBTD.shape == (3, 3, 8, 16)
+    assert rich.exit_residual_EBTD.shape == (3, 3, 8, 16)
     assert rich.keys_values.keys.shape == rich.keys_values.values.shape == (5, 3, 8, 2, 6)
     np.testing.assert_allclose(rich.hidden_BTD, bare.hidden_BTD, atol=1e-6)
 
 
 def test_exit_residuals_are_the_outputs_of_stopping_there(model, tokens_BT):
     """With everybody at full depth, exit ℓ's residual is what ℓ layers alone end with."""
-    lens_EBTD = run_jit(model, tokens_BT, exit_hidden=True).exit_hidden_EBTD
+    residual_EBTD = run_jit(model, tokens_BT, exit_residual=True).exit_residual_EBTD
+    lens_EBTD = exit_hidden_states(model, residual_EBTD, None)
     for index, exit_layer in enumerate(EXITS):
         stopped = run_jit(model, tokens_BT, policy=jexit.Prescribed(jnp.full((3, 8), exit_layer)))
         np.testing.assert_allclose(lens_EBTD[index], stopped.hidden_BTD, atol=1e-5)
@@ -128,7 +129,7 @@ def test_program_does_not_grow_with_depth():
 
         def loss(state, tokens_BT, key):
             model = nnx.merge(graphdef, state)
-            out = run(model, tokens_BT, policy=jexit.Sample(), key=key, exit_hidden=True)
+            out = run(model, tokens_BT, policy=jexit.Sample(), key=key, exit_residual=True)
             return out.hidden_BTD.sum() + out.hazard_logits_BTE.sum()
 
         def step(state, tokens_BT, key):

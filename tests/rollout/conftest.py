@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
@@ -15,7 +16,7 @@ EXITS = (1, 2, 4)
 
 @pytest.fixture(scope="session")
 def model() -> Transformer:
-    """Five layers, grouped queries, exit heads that leave often and differ between tokens."""
+    """Five layers, grouped queries, exits that are often taken and that go on linearly."""
     arch = Architecture(
         family="qwen3",
         vocab_size=61,
@@ -31,7 +32,13 @@ def model() -> Transformer:
         max_positions=512,
     )
     lora = LoRA(rank=3, alpha=6.0, targets=("q", "v", "down"))
-    model = Transformer(arch, exit_layers=EXITS, lora=lora, rngs=nnx.Rngs(0))
+    model = Transformer(
+        arch,
+        exit_layers=EXITS,
+        exit_head=ExitSettings(continuation="linear"),
+        lora=lora,
+        rngs=nnx.Rngs(0),
+    )
 
     def spread(path, value):
         # Zeros (biases, lora_b) and ones (norms) would hide a parameter that is not applied.

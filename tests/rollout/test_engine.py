@@ -303,8 +303,11 @@ def test_any_end_token_stops_a_row_and_is_kept(model, prompts):
 def test_a_tick_runs_the_layers_that_its_rows_need(model, prompts, monkeypatch):
     """The layer loop's own count: a row that has ended keeps nobody running."""
     depth_BT = np.full((3, 12), 1)
-    depth_BT[1] = LAYERS
-    first = int(roll(model, prompts, temperature=0.0).tokens_BT[1, 0])
+    settings = {"temperature": 0.0, "policy": Prescribed(depth_BT)}
+    tokens_BT = np.asarray(roll(model, prompts, max_new_tokens=11, **settings).tokens_BT)
+    # A row whose first token, drawn at full depth, no other row ever says.
+    row = next(r for r in range(3) if tokens_BT[r, 0] not in np.delete(tokens_BT, r, axis=0))
+    depth_BT[row] = LAYERS
     ran = []
     whole = ticks.at_layer
 
@@ -314,16 +317,16 @@ def test_a_tick_runs_the_layers_that_its_rows_need(model, prompts, monkeypatch):
         return whole(layer, blocks, apart, function, *operands)
 
     monkeypatch.setattr(ticks, "at_layer", counted)
-    settings = {"temperature": 0.0, "policy": Prescribed(depth_BT)}
     # Records of 16 columns, as nowhere else: the ticks are traced anew, and no other test meets the
     # callback.
     monkeypatch.setattr(layout, "LEAST_COLUMNS", 16)
-    rollouts = roll(model, prompts, eos_ids=[first], max_new_tokens=11, **settings)
+    ends = [int(tokens_BT[row, 0])]
+    rollouts = roll(model, prompts, eos_ids=ends, max_new_tokens=11, **settings)
     jax.effects_barrier()
-    assert rollouts.lengths_B.tolist() == [11, 1, 11]
-    # Ten passes of one layer each, and the keys and values of the other four for all but the last.
+    assert rollouts.lengths_B.tolist() == [1 if r == row else 11 for r in range(3)]
+    # Ten passes of one layer each, and the other four skipped in every one of them.
     assert ran.count(0) == 10
-    assert [ran.count(layer) for layer in range(1, LAYERS)] == [9] * 4
+    assert [ran.count(layer) for layer in range(1, LAYERS)] == [10] * 4
 
 
 def test_new_parameter_values_do_not_recompile(model, prompts):
