@@ -167,6 +167,12 @@ class SFTConfig:
     target: Literal["teacher", "student"] = "teacher"
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
     exit_loss: Literal["sampled", "expected"] = "sampled"  # published: −log P(d) of the draw
+    # Steps of a first phase, before `steps`, in which continuation and heads learn from the
+    # teacher's own passes and the trunk stays as it is.
+    lens_steps: StepsOrZero = 0
+    # all: every exit of each token counts; one: one that is drawn for it, which costs the output
+    # head as many times less and has the same mean.
+    lens_exits: Literal["all", "one"] = "all"
     trajectories: Literal["generate", "dataset"] = "generate"
     pool: Count = 512  # trajectories that are generated once and cached
     temperature: TemperatureOrGreedy = 1.0

@@ -19,6 +19,8 @@ when linear) and twice that backward; the embedding costs nothing.
 A step of
 - pretraining is a forward and backward pass of the trunk and the logits of every position (each
   exit's too, where they have a loss);
+- the first phase of calibration is the teacher's pass with the logits of its final states, and for
+  every exit, or one a token, a forward and backward pass of its hazard head and its logits;
 - calibration is the teacher's pass, with `sft.target=student` one of the student, the logits of the
   final states and of every exit at the completion's tokens, and for each of the S students a
   forward and backward pass with the logits of its completion;
@@ -95,15 +97,18 @@ class ModelFlops:
     arch: Architecture
     exit_layers: tuple[int, ...]
     exit_kind: str
+    rank: int | None  # of the linear continuation, 0 if it is whole; None: frozen
     lora: LoRA | None
     full: bool  # the base weights train
 
     @classmethod
     def of(cls, model: Transformer, *, full: bool) -> ModelFlops:
+        head = model.exit_head
         return cls(
             arch=model.arch,
             exit_layers=model.exit_layers,
             exit_kind=model.exit_head.kind,
+            rank=head.continuation_rank if head.continuation == "linear" else None,
             lora=model.lora,
             full=full,
         )
@@ -140,6 +145,14 @@ class ModelFlops:
         measured += (1 + len(self.exit_layers)) * self.logits(completion_tokens)
         return measured + samples * self._student(work, completion_tokens)
 
+    def lens_step(self, work: Work, completion_tokens: int, *, exits: str) -> float:
+        """`work` is of prompts and completions; `exits` is `sft.lens_exits`."""
+        spoken = completion_tokens * (1 if exits == "one" else len(self.exit_layers))
+        heads = 3.0 * len(self.exit_layers) * self._exit_head() * completion_tokens
+        maps = 3.0 * len(self.exit_layers) * 2.0 * self.arch.width**2 * completion_tokens
+        logits = self.logits(completion_tokens) + 2.0 * self.logits(spoken)
+        return self.forward(work, adapters=False) + logits + heads + maps * (self.rank is not None)
+
     def rl_step(self, work: Work, completion_tokens: int, *, updates: int) -> float:
         """Scoring and updates, without the rollouts."""
         scored = self.forward(work, adapters=False) + self.logits(completion_tokens)
@@ -156,11 +169,17 @@ class ModelFlops:
         depth_BC = np.where(pass_BC, rollouts.depths_BT[:, 1:], 0).astype(np.int64)
         passes, layers_run = int(pass_BC.sum()), int(depth_BC.sum())
         flops += layers_run * (self._base() + self._adapters())
-        frozen = passes * self.arch.layers - layers_run
-        flops += frozen * (self._base("k", "v") + self._adapters("k", "v"))
+        skipped = passes * self.arch.layers - layers_run
+        flops += skipped * self.skipped_layer()
         flops += self._pair() * int((depth_BC * (prompt_B[:, None] + column_C)).sum())
         reached = sum(int((depth_BC >= exit_layer).sum()) for exit_layer in self.exit_layers)
         return flops + reached * self._exit_head() + self.logits(passes)
+
+    def skipped_layer(self) -> float:
+        """A token in a layer that it skips: keys, values and the continuation's map."""
+        width = self.arch.width
+        maps = 0.0 if self.rank is None else 2.0 * width * (2 * self.rank or width)
+        return self._base("k", "v") + self._adapters("k", "v") + maps
 
     def _student(self, work: Work, completion_tokens: int) -> float:
         passes = self.forward(work, hazards=True) + self.backward(work, hazards=True)

@@ -1,4 +1,8 @@
-"""Calibration: teacher trajectories once, then steps that shape the exits."""
+"""Calibration: teacher trajectories once, then steps that shape the exits.
+
+A linear continuation that has learnt nothing yet is fitted by ridge regression. `sft.lens_steps`
+train continuation and heads on the teacher's own passes, and `steps` the adapters with them.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,15 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows, waiting
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
+from jexit.loops.continuation import fitted_continuation
 from jexit.loops.flops import Work
 from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.rollout import rollout
 from jexit.steps.completions import Completions, pad_completions
+from jexit.steps.lens import make_lens_step
+from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Problem
@@ -31,8 +38,8 @@ TEACHER_STREAM = 1  # of step_key: the teacher's own generations
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 1 and writes `WORKDIR/model`: base reference, adapters and exit heads."""
-    stage = Stage.open(config, workdir, updates=config.steps)
+    """Runs stage 1 and writes `WORKDIR/model`: base reference, adapters, heads, continuation."""
+    stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
     buckets = LengthBuckets(
         [len(row.prompt) for row in trajectories], [len(row.completion) for row in trajectories]
@@ -41,9 +48,24 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     step_fn = make_sft_step(
         stage.split, stage.optimizer, config.sft, micro_batches=config.optim.accumulate
     )
-    shown = ("kl/teacher", "loss/exit", "depth/fraction")
-    trainer = Trainer(config, workdir, "sft", shown={name: name for name in shown})
+    # The same optimiser, which leaves the trunk alone.
+    lens = make_optimizer(
+        dataclasses.replace(config.optim, lora_lr=0.0, full_lr=0.0), max(lens_steps, 1),
+        stage.labels,
+    )  # fmt: skip
+    lens_fn = make_lens_step(stage.split, lens, config.sft, micro_batches=config.optim.accumulate)
+    shown = ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")
+    trainer = Trainer(
+        config,
+        workdir,
+        "sft",
+        shown={name: name for name in shown},
+        steps=lens_steps + config.steps,
+    )
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
+    if int(state.step) == 0:
+        fitted = fitted_continuation(stage, trajectories, buckets, state.trainable)
+        state = dataclasses.replace(state, trainable=fitted)
 
     here = host_rows(config.batch_size)
 
@@ -59,24 +81,35 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         )
         whole = [trajectories[index] for index in index_B]
         work = Work.of([len(row.prompt) + len(row.completion) for row in whole])
-        flops = stage.flops.sft_step(
-            work,
-            sum(len(row.completion) for row in whole),
-            samples=config.sft.samples,
-            target=config.sft.target,
-        )
+        completion = sum(len(row.completion) for row in whole)
+        if step < lens_steps:
+            flops = stage.flops.lens_step(work, completion, exits=config.sft.lens_exits)
+        else:
+            flops = stage.flops.sft_step(
+                work, completion, samples=config.sft.samples, target=config.sft.target
+            )
         padding = 1.0 - work.tokens / (len(index_B) * shape[0])
         return batch, {"data/padding": padding, "model_flops": flops}
 
-    batches = prepared(batch_of, int(state.step), config.steps)
+    batches = prepared(batch_of, int(state.step), lens_steps + config.steps)
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         batch, totals = next(batches)
         trainer.shapes((batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
         batch = place_rows(batch, here)
+        if step == lens_steps > 0:  # the second phase begins with moments of its own
+            state = dataclasses.replace(state, opt_state=stage.optimizer.init(state.trainable))
+        phase_fn = lens_fn if step < lens_steps else step_fn
         with waiting(f"step {step + 1}"):
-            state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
-        return state, metrics | totals | stage.learning_rates(step)
+            state, metrics = phase_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
+        return state, metrics | totals | rates(step)
+
+    def rates(step: int) -> dict[str, Any]:
+        if step >= lens_steps:
+            return stage.learning_rates(step - lens_steps)
+        exits = ("lr/exit", "lr/continuation")
+        lens_rates = stage.learning_rates(step, updates=lens_steps)
+        return {name: rate for name, rate in lens_rates.items() if name in exits}
 
     state = trainer.run(state, one_step)
     stage.finish(trainer, state, before)

@@ -50,6 +50,7 @@ class Stage:
     layers: int
     exit_layers: tuple[int, ...]
     flops: ModelFlops
+    labels: Params  # what each trainable parameter's learning rate is
     optimizer: optax.GradientTransformation
     updates: int
 
@@ -61,7 +62,8 @@ class Stage:
         check_prompts(task, tokenizer, config, model.arch.max_positions)
         start_run(workdir, config.to_dict())
         full = config.lora.rank == 0
-        optimizer = make_optimizer(config.optim, updates, parameter_labels(model, full=full))
+        labels = parameter_labels(model, full=full)
+        optimizer = make_optimizer(config.optim, updates, labels)
         return cls(
             config,
             workdir,
@@ -71,6 +73,7 @@ class Stage:
             model.arch.layers,
             model.exit_layers,
             ModelFlops.of(model, full=full),
+            labels,
             optimizer,
             updates,
         )
@@ -94,14 +97,15 @@ class Stage:
         """How tokens leave while the run samples and is measured."""
         return sampling_law(self.config) if self.config.command == "rl" else Sample()
 
-    def learning_rates(self, step: int) -> dict[str, Any]:
-        optim, per_step = self.config.optim, self.updates // self.config.steps
+    def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
+        """At one step, or of a phase that has so many `updates` of its own."""
+        optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
         peaks = trunk | {"exit": optim.exit_lr}
         if self.config.exits.continuation == "linear":
             peaks["continuation"] = optim.continuation_lr
         return {
-            f"lr/{name}": schedule(optim, peak, self.updates)(step * per_step)
+            f"lr/{name}": schedule(optim, peak, updates or self.updates)(step * per_step)
             for name, peak in peaks.items()
         }
 

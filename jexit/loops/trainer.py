@@ -38,7 +38,7 @@ class Interrupted(RuntimeError):
 
 @dataclasses.dataclass
 class Trainer:
-    """Drives `one_step` from the newest checkpoint to `config.steps`.
+    """Drives `one_step` from the newest checkpoint to the last of `steps`.
 
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
     the log. `tokens` and `model_flops` of a step's metrics become `tokens_per_second` and, where
@@ -54,6 +54,7 @@ class Trainer:
     host_state: Callable[[], dict[str, np.ndarray]] = dict
     load_host_state: Callable[[dict[str, np.ndarray]], None] = lambda values: None
     measure: Callable[[TrainState], dict[str, float]] | None = None
+    steps: int = 0  # 0: config.steps
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
@@ -102,7 +103,7 @@ class Trainer:
 
         While steps are skipped no checkpoint is written: the one before stays the last good one.
         """
-        start, total = int(state.step), self.config.steps
+        start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
         pending: tuple[int, dict[str, Any]] | None = None
         progress = Progress(total, start=start, description=self.description, enabled=is_primary())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,7 @@ class Run:
     hazard_logits_BTE: HazardLogitsBTE | None
     exit_residual_EBTD: ExitHiddenEBTD | None
     keys_values: KeysValues | None  # [L, B, T, K, H] each
+    observed: Any  # of `observe`
 
 
 def run(
@@ -151,6 +153,8 @@ def run(
     dropout_key: PRNGKey | None = None,
     hazards: bool = False,
     exit_residual: bool = False,
+    observe: Callable[[HiddenBTD, HiddenBTD, Any], Any] | None = None,
+    observed: Any = None,
     keys_values: bool = False,
 ) -> Run:
     """Runs the stack over whole sequences, each token through as many layers as the policy says.
@@ -162,6 +166,9 @@ def run(
     depend on nothing but that key. `adapters=False` leaves LoRA out: the teacher.
     Later layers still compute keys and values of a token that has left, from its residual, which
     stays as it was or goes on linearly: h = where(layer < depth, block(h), continuation(h)).
+
+    `observe` is given each layer's input, its output and the layer's part of `observed` [L, …], and
+    returns the new part of it.
 
     Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
     a cache, has kernels of its own (`jexit.kernels.decode_attention`) whatever that says.
@@ -201,7 +208,7 @@ def run(
     def body(carry, xs):
         h_BTD, depth_BT, residual_EBTD = carry
         h_BTD = constrain(h_BTD, "B..")
-        params, layer, exit_index, layer_key, dropout = xs
+        params, layer, exit_index, layer_key, dropout, seen = xs
         z_BT = None
         if reads_hazards:
             z_BT, depth_BT = jax.lax.cond(
@@ -224,9 +231,11 @@ def run(
             adapters=adapters,
             dropout_key=dropout,
         )
+        if observe is not None:
+            seen = observe(h_BTD, new_BTD, seen)
         if policy.leaves_early:
             new_BTD = jnp.where((layer < depth_BT)[..., None], new_BTD, block.skipped(h_BTD))
-        return (new_BTD, depth_BT, residual_EBTD), (z_BT, kv if keys_values else None)
+        return (new_BTD, depth_BT, residual_EBTD), (z_BT, kv if keys_values else None, seen)
 
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
@@ -243,15 +252,16 @@ def run(
         jnp.asarray(model.exit_index_of_layer),
         keys_L,
         dropout_L,
+        observed,
     )
     carry = (h_BTD, start_BT, buffer)
-    (h_BTD, depth_BT, buffer), (z_LBT, kv) = jax.lax.scan(
+    (h_BTD, depth_BT, buffer), (z_LBT, kv, observed) = jax.lax.scan(
         body, carry, xs, unroll=execution.scan_unroll
     )
     hazard_logits_BTE = None
     if reads_hazards:
         hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
-    return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv)
+    return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv, observed)
 
 
 def exit_hidden_states(

@@ -1,0 +1,114 @@
+"""The ridge fit of the linear continuation over the teacher's trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jexit.axes import Array
+from jexit.data.buckets import LengthBuckets
+from jexit.data.teacher_store import Trajectory
+from jexit.dist import (
+    data_shards,
+    host_rows,
+    is_primary,
+    place_parameters,
+    place_rows,
+    waiting,
+    whole,
+)
+from jexit.dist.rules import names_of
+from jexit.io.progress import Progress
+from jexit.loops.stage import Stage
+from jexit.steps.completions import pad_completions
+from jexit.steps.ridge import Moments, Sums, factors, fit, make_sums_step, together
+from jexit.steps.state import Params
+
+HELD_BACK = 8  # one batch in so many chooses the strength of the ridge
+_PLACE = "the continuation's fit"
+
+
+def fitted_continuation(
+    stage: Stage, trajectories: Sequence[Trajectory], buckets: LengthBuckets, trainable: Params
+) -> Params:
+    """`trainable` with the continuation fitted, if there is one that has not learnt yet.
+
+    Takes every trajectory once, but for a remainder. Raises ValueError for too few of them.
+    """
+    flat = {
+        tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
+    update = ("blocks", "continuation", "update")
+    kernel, bias = (*update, "kernel"), (*update, "bias")
+    if kernel not in flat or any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias)):
+        return trainable
+    sums, held_back = _sums(stage, trajectories, buckets, trainable)
+    found = fit(sums, held_back)
+    reduce, fitted = ("blocks", "continuation", "reduce", "kernel"), {bias: found.b_LD}
+    fitted[kernel] = found.a_LDD
+    if reduce in flat:
+        rank, everything = flat[reduce].shape[-1], together(sums, held_back)
+        pairs = [
+            factors(a_DD, Moments.of(everything, layer).xx_DD, rank)
+            for layer, a_DD in enumerate(found.a_LDD)
+        ]
+        for name, side in zip((reduce, kernel), zip(*pairs, strict=True), strict=True):
+            fitted[name] = np.stack(side)
+    if is_primary():
+        tokens, first = int(sums.count + held_back.count), stage.exit_layers[0]
+        shares = ", ".join(f"{1 - share:.2f}" for share in found.unexplained_L[first:])
+        print(
+            f"Fitted a linear continuation on {tokens:,} tokens; share of the held-back updates' "
+            f"variance that it explains, from layer {first} on: {shares}"
+        )
+
+    def chosen(path: tuple, leaf: Array) -> Array:
+        return jnp.asarray(fitted.get(tuple(names_of(path)), leaf), leaf.dtype)
+
+    return place_parameters(jax.tree_util.tree_map_with_path(chosen, trainable))
+
+
+def _sums(
+    stage: Stage, trajectories: Sequence[Trajectory], buckets: LengthBuckets, trainable: Params
+) -> tuple[Sums, Sums]:
+    """(sums, those of the trajectories that are held back), as NumPy arrays."""
+    config, split = stage.config, stage.split
+    arch, shards = split.student(split.trainable).arch, data_shards()
+    size = max(1, min(config.batch_size, len(trajectories) // HELD_BACK) // shards) * shards
+    batches = len(trajectories) // size
+    if batches < 2:
+        raise ValueError(
+            f"config.sft.pool gives {len(trajectories)} trajectories, of which the fit of the "
+            f"continuation takes {size} at a time and holds some back; raise it to at least "
+            f"{2 * size}"
+        )
+    add, here = make_sums_step(split), host_rows(size)
+    sums = jax.jit(Sums.zero, static_argnums=(0, 1))(arch.layers, arch.width)
+
+    def added(sums: Sums, step: int) -> Sums:
+        index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=size)
+        rows = [trajectories[index] for index in index_B[here.index_B]]
+        batch = pad_completions(
+            [row.prompt for row in rows],
+            [row.completion for row in rows],
+            stage.tokenizer.pad_id,
+            shape,
+        )
+        batch = place_rows(batch, here)
+        with waiting(_PLACE):
+            return add(sums, trainable, split.fixed, batch)
+
+    with Progress(batches, description=_PLACE, enabled=is_primary()) as progress:
+        held_back = list(range(0, batches, HELD_BACK))
+        for step in range(batches):
+            if step not in held_back:
+                sums = added(sums, step)
+                progress.update(step + 1)
+        other = jax.jit(Sums.beside)(sums)
+        for step in held_back:
+            other = added(other, step)
+        progress.update(batches)
+    return whole((sums, other), _PLACE)
