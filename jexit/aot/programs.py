@@ -11,13 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jexit.aot.decoding import Decoding
-from jexit.aot.program import Program, abstract_key, exit_share, placed_parameters, rows
+from jexit.aot.program import Program, abstract_key, exit_share, placed, placed_parameters, rows
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
 from jexit.eval.faithfulness import MEASURES
 from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
+from jexit.loops.continuation import HELD_BACK
 from jexit.loops.pretrain import GROUPS, new_model
 from jexit.loops.setup import (
     adapter_settings,
@@ -31,8 +32,10 @@ from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, PackedCompletions, bucket_length
+from jexit.steps.lens import make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
+from jexit.steps.ridge import Sums, make_sums_step
 from jexit.steps.rl import Prices, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, split_model
@@ -69,6 +72,10 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             yield from rollouts.programs(
                 "teacher", size, 1, config.sft.max_new_tokens, [("", Full())], adapters=False
             )
+        if config.exits.continuation == "linear":
+            yield _fit(config, mesh, split, state)
+        if config.sft.lens_steps:
+            yield _lens(config, mesh, split, state, optimizer)
         yield _calibration(config, mesh, split, state, optimizer)
     if config.command == "rl":
         yield from rollouts.programs(
@@ -210,6 +217,35 @@ def _completions(config: Config, mesh: Mesh, count: int, new: int) -> Completion
     width = bucket_length(new)
     return Completions(
         rows(mesh, count, total), rows(mesh, count), rows(mesh, count, width), rows(mesh, count)
+    )
+
+
+def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
+    step, arch = make_sums_step(split), split.student(split.trainable).arch
+    with jax.set_mesh(mesh):
+        size = max(1, min(config.batch_size, config.sft.pool // HELD_BACK) // data_shards())
+        size *= data_shards()
+        sums = jax.eval_shape(jax.jit(Sums.zero, static_argnums=(0, 1)), arch.layers, arch.width)
+    sums = jax.tree.map(
+        lambda leaf: placed(leaf, mesh, "LDF" if leaf.ndim == 3 else "." * leaf.ndim), sums
+    )
+    batch = _completions(config, mesh, size, config.sft.max_new_tokens)
+    return Program(
+        name="fit of the continuation",
+        lower=lambda: step.lower(sums, state.trainable, split.fixed, batch),
+        inputs={"sums": sums, "state": state, "fixed": split.fixed, "batch": batch},
+        exit_share=exit_share(split),
+    )
+
+
+def _lens(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any) -> Program:
+    step = make_lens_step(split, optimizer, config.sft, micro_batches=config.optim.accumulate)
+    batch = _completions(config, mesh, config.batch_size, config.sft.max_new_tokens)
+    return Program(
+        name="calibration step, trunk frozen",
+        lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),
+        inputs={"state": state, "fixed": split.fixed, "batch": batch},
+        exit_share=exit_share(split),
     )
 
 

@@ -86,7 +86,7 @@ def _sums(
             f"{2 * size}"
         )
     add, here = make_sums_step(split), host_rows(size)
-    sums = jax.jit(Sums.zero, static_argnums=(0, 1))(arch.layers, arch.width)
+    sums = Sums.zero(arch.layers, arch.width)
 
     def added(sums: Sums, step: int) -> Sums:
         index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=size)
@@ -107,7 +107,7 @@ def _sums(
             if step not in held_back:
                 sums = added(sums, step)
                 progress.update(step + 1)
-        other = jax.jit(Sums.beside)(sums)
+        other = sums.beside()
         for step in held_back:
             other = added(other, step)
         progress.update(batches)

@@ -50,25 +50,28 @@ class Sums:
 
     @classmethod
     def zero(cls, layers: int, width: int) -> Sums:
-        vector_LD = jnp.zeros((layers, width))
-        matrix_LDD = constrain(jnp.zeros((layers, width, width)), "LDF")
+        def vector() -> Array:
+            return jnp.zeros((layers, width))
+
+        def matrix() -> Array:
+            return constrain(jnp.zeros((layers, width, width)), "LDF")
+
+        # Arrays of their own, each to be donated.
         return cls(
             count=jnp.zeros(()),
-            x_origin_LD=vector_LD,
-            u_origin_LD=vector_LD,
-            x_LD=vector_LD,
-            u_LD=vector_LD,
-            xx_LDD=matrix_LDD,
-            xu_LDD=matrix_LDD,
-            uu_LD=vector_LD,
+            x_origin_LD=vector(),
+            u_origin_LD=vector(),
+            x_LD=vector(),
+            u_LD=vector(),
+            xx_LDD=matrix(),
+            xu_LDD=matrix(),
+            uu_LD=vector(),
         )
 
     def beside(self) -> Sums:
         """Sums of nothing, with the same origin."""
-        layers, width = self.x_LD.shape
-        return dataclasses.replace(
-            Sums.zero(layers, width), x_origin_LD=self.x_origin_LD, u_origin_LD=self.u_origin_LD
-        )
+        origins = {name: jnp.copy(getattr(self, name)) for name in ("x_origin_LD", "u_origin_LD")}
+        return dataclasses.replace(Sums.zero(*self.x_LD.shape), **origins)
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:

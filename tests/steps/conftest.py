@@ -28,12 +28,12 @@ ARCH = Architecture(
 )
 
 
-def make_split(*, vocab_size=11, full=False, dropout=0.0):
+def make_split(*, vocab_size=11, full=False, dropout=0.0, continuation="frozen"):
     """A random model with exits 1 and 2 whose adapters and heads are not at their start."""
     model = Transformer(
         dataclasses.replace(ARCH, vocab_size=vocab_size),
         exit_layers=(1, 2),
-        exit_head=ExitSettings(bias=-0.5),
+        exit_head=ExitSettings(bias=-0.5, continuation=continuation),
         lora=None if full else LoRA(rank=2, alpha=4.0, dropout=dropout, targets=("q", "v", "up")),
         rngs=nnx.Rngs(0),
     )
@@ -45,6 +45,6 @@ def make_split(*, vocab_size=11, full=False, dropout=0.0):
     return split._replace(trainable=trainable)
 
 
-@pytest.fixture(name="make_split")
+@pytest.fixture(name="make_split", scope="session")
 def _make_split():
     return make_split

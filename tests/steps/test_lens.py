@@ -1,0 +1,137 @@
+"""The first phase of calibration: the loss written out, and a trunk that does not move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jexit
+from jexit.config import OptimConfig, SFTConfig
+from jexit.model.policies import Full, Prescribed
+from jexit.model.transformer import logits_of, run
+from jexit.steps.completions import pad_completions
+from jexit.steps.lens import make_lens_step
+from jexit.steps.optim import make_optimizer
+from jexit.steps.state import new_state, parameter_labels
+
+EXITS, LAYERS = (1, 2), 3
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 11, size=n).tolist() for n in (3, 5, 1, 4)]
+    completions = [rng.integers(0, 11, size=n).tolist() for n in (6, 2, 9, 4)]
+    return pad_completions(prompts, completions, 0)
+
+
+def update(split, config, batch, optimizer=None, *, micro_batches=1, key=0, steps=1):
+    optimizer = optimizer or optax.sgd(1.0)
+    step = make_lens_step(split, optimizer, config, micro_batches=micro_batches)
+    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    for _ in range(steps):
+        state, metrics = step(state, split.fixed, batch, jax.random.key(key))
+    return state, metrics
+
+
+def by_hand(split, trainable, batch, sharpness):
+    """(KL, cross-entropy) [E], means over action positions, from whole soft-maxes.
+
+    An exit's logits come from a pass in which everybody leaves there.
+    """
+    student, teacher = split.student(trainable), split.teacher(split.trainable)
+    taught = run(teacher, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False)
+    t = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
+    mask = batch.action_BC / batch.action_BC.sum()
+    kls, entropies = [], []
+    for exit_index, exit_layer in enumerate(EXITS):
+        shape = batch.tokens_BT.shape
+        left = run(
+            student, batch.tokens_BT, policy=Prescribed(np.full(shape, exit_layer)),
+            valid_BT=batch.valid_BT, adapters=False, hazards=True,
+        )  # fmt: skip
+        s = jax.nn.log_softmax(logits_of(left.hidden_BTD, teacher.head_VD))
+        kl_BC = batch.window(jnp.sum(jnp.exp(t) * (t - s), -1)[..., None])[..., 0]
+        full = run(
+            student, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False,
+            hazards=True,
+        )  # fmt: skip
+        z_BC = batch.window(full.hazard_logits_BTE)[..., exit_index]
+        target = jax.lax.stop_gradient(1.0 - jnp.tanh(sharpness * kl_BC / 2))
+        h = jax.nn.sigmoid(z_BC)
+        entropies.append(jnp.sum(mask * -(target * jnp.log(h) + (1 - target) * jnp.log(1 - h))))
+        kls.append(jnp.sum(mask * kl_BC))
+    return jnp.stack(kls), jnp.stack(entropies)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_loss_and_gradient(make_split, full, micro_batches):
+    split, batch = make_split(full=full, continuation="linear"), rows()
+    if full:  # the student's trunk is its teacher's when this phase begins
+        teacher = jax.tree.map(jnp.copy, split.trainable)
+        split = split._replace(fixed=split.fixed._replace(teacher=teacher))
+    config = SFTConfig(exit_coef=0.7, sharpness=2.0)
+
+    def loss(trainable):
+        kls, entropies = by_hand(split, trainable, batch, 2.0)
+        return jnp.mean(kls) + 0.7 * jnp.mean(entropies), (kls, entropies)
+
+    (value, (kls, entropies)), gradient = jax.value_and_grad(loss, has_aux=True)(split.trainable)
+    state, metrics = update(split, config, batch, micro_batches=micro_batches)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
+    assert float(metrics["kl/exits"]) == pytest.approx(float(jnp.mean(kls)), rel=1e-4)
+    assert float(metrics["loss/exit"]) == pytest.approx(float(jnp.mean(entropies)), rel=1e-4)
+    for index, layer in enumerate(EXITS):
+        assert float(metrics[f"kl/exit_{layer}"]) == pytest.approx(float(kls[index]), rel=1e-4)
+
+    labels = parameter_labels(split.student(split.trainable), full=full)
+    moved = jax.tree.map(lambda old, new: old - new, split.trainable, state.trainable)
+
+    def compare(label, found, truth):
+        if label in ("exit", "continuation"):
+            np.testing.assert_allclose(found, truth, atol=1e-4 * (1 + np.abs(truth).max()))
+        else:
+            assert not np.any(found), "the trunk has a gradient"
+
+    jax.tree.map(compare, labels, moved, gradient)
+
+
+def test_one_exit_a_token_has_the_mean_of_all(make_split, monkeypatch):
+    split, batch = make_split(continuation="linear"), rows()
+    whole, _ = update(split, SFTConfig(), batch)
+    drawn, losses = [], []
+    for exit_index in range(len(EXITS)):
+
+        def same(key, shape, low, high, exit_index=exit_index):
+            assert (low, high) == (0, len(EXITS))
+            return jnp.full(shape, exit_index)
+
+        monkeypatch.setattr(jax.random, "randint", same)
+        state, metrics = update(split, SFTConfig(lens_exits="one"), batch)
+        drawn.append(state.trainable)
+        losses.append(float(metrics["loss"]))
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *drawn)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max())),
+        mean,
+        whole.trainable,
+    )
+
+
+def test_full_depth_is_bit_for_bit_what_it_was(make_split):
+    split, batch = make_split(continuation="linear"), rows()
+    labels = parameter_labels(split.student(split.trainable), full=False)
+    optim = OptimConfig(lora_lr=0.0, full_lr=0.0, exit_lr=1e-2, continuation_lr=1e-2)
+    before = jexit.forward(split.student(split.trainable), batch.tokens_BT).logits_BTV
+    state, first = update(split, SFTConfig(), batch, make_optimizer(optim, 30, labels))
+    state, last = update(split, SFTConfig(), batch, make_optimizer(optim, 30, labels), steps=30)
+    after = jexit.forward(split.student(state.trainable), batch.tokens_BT).logits_BTV
+    assert np.array_equal(before, after)
+    assert float(last["kl/exits"]) < 0.5 * float(first["kl/exits"])
+    shallow = jexit.Prescribed(np.full(batch.tokens_BT.shape, 1))
+    a, b = (
+        jexit.forward(split.student(t), batch.tokens_BT, policy=shallow).logits_BTV
+        for t in (split.trainable, state.trainable)
+    )
+    assert np.abs(a - b).max() > 0.1
