@@ -25,6 +25,7 @@ from jexit.sections import (
     EvalConfig,
     ExitHeadConfig,
     ExitsConfig,
+    FinetuneConfig,
     GenerateConfig,
     LogConfig,
     LoraConfig,
@@ -38,7 +39,7 @@ from jexit.sections import (
 )
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-TRAINING = ("pretrain", "sft", "rl")
+TRAINING = ("pretrain", "finetune", "sft", "rl")
 COMMANDS = (*TRAINING, "eval", "generate")
 TINY_PRESET = "tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
@@ -58,6 +59,7 @@ EVAL_MEASURES = (
 _EVALUATED = {("eval.problems", "eval.max_new_tokens"): 2**30}
 MOST_TOGETHER = {
     "pretrain": {("batch_size", "pretrain.length"): 2**30},
+    "finetune": {("batch_size", "finetune.max_new_tokens"): 2**30, **_EVALUATED},
     "sft": {
         ("batch_size", "sft.max_new_tokens"): 2**30,
         ("sft.generate_batch", "sft.max_new_tokens"): 2**30,
@@ -78,6 +80,7 @@ MOST_PARAMETERS = 10**10  # of a trunk that is trained from nothing
 # falls while λ and μ rise, and so does what it ranks.
 BEST_METRICS = {
     "pretrain": ("loss", "loss/text"),
+    "finetune": ("loss",),
     "sft": ("loss", "loss/exit", "kl/teacher", "depth/fraction"),
     "rl": ("val/reward", "val/accuracy", "val/depth_fraction", "val/layers_per_problem"),
 }
@@ -87,7 +90,7 @@ BEST_METRICS = {
 class Config:
     """One run. `steps` counts optimiser batches; `batch_size` counts sequences (RL: prompts)."""
 
-    command: Literal["pretrain", "sft", "rl", "eval", "generate"]
+    command: Literal["pretrain", "finetune", "sft", "rl", "eval", "generate"]
     preset: Name = TINY_PRESET
     seed: Seed = 0
     steps: Steps = 100
@@ -100,6 +103,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     optim: OptimConfig = OptimConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     sft: SFTConfig = SFTConfig()
     rl: RLConfig = RLConfig()
     engine: EngineConfig = EngineConfig()

@@ -130,7 +130,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
     """Runs the config's command, or compiles its steps for a topology."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.workdir import check_same_run, sole_run
-    from jexit.loops import evaluate, generate, pretrain, rl, sft
+    from jexit.loops import evaluate, finetune, generate, pretrain, rl, sft
 
     if topology is not None:
         from jexit.aot.preflight import preflight
@@ -144,6 +144,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         return
     commands = {
         "pretrain": pretrain.pretrain,
+        "finetune": finetune.finetune,
         "sft": sft.calibrate,
         "rl": rl.reinforce,
         "eval": evaluate.evaluate,

@@ -157,6 +157,13 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Cross-entropy on reference completions, in the model's chat format."""
+
+    max_new_tokens: Count = 256  # of a reference with its end token; a longer one is refused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Calibration of the exits by self-distillation (arXiv:2603.21376, stage 1)."""
 

@@ -50,6 +50,7 @@ def eight_cpus(monkeypatch):
 
 STEPS = {
     "pretrain": ["pretraining step"],
+    "finetune": ["fine-tuning step", "evaluation prefill", "evaluation decode (full), a token"],
     "sft": [
         "teacher weights, gathered over fsdp",
         "teacher prefill",

@@ -151,6 +151,7 @@ SMALL = {
 }
 SECTIONS = {
     "pretrain": ("pretrain", "optim", "task", "checkpoint", "model"),
+    "finetune": ("finetune", "optim", "task", "lora", "eval", "checkpoint"),
     "sft": ("sft", "optim", "task", "exit_head", "lora", "eval", "checkpoint"),
     "rl": ("rl", "optim", "task", "exit_head", "lora", "engine", "checkpoint", "log"),
     "eval": ("eval", "task", "engine", "exits", "rl"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, PackedCompletions, bucket_length
+from jexit.steps.finetune import make_finetune_step
 from jexit.steps.lens import make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
@@ -53,7 +55,8 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         yield _pretraining(config, mesh)
         return
     model = _abstract_model(config)
-    split = split_model(model, full=config.lora.rank == 0)
+    taught = config.command != "finetune"
+    split = split_model(model, full=config.lora.rank == 0, keep_teacher=taught)
     fixed = Fixed(*(placed_parameters(part, mesh) for part in split.fixed))
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), fixed)
     layers, section = model.arch.layers, config.eval
@@ -66,6 +69,8 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             jax.eval_shape(lambda: new_state(_zeros(split.trainable), optimizer)), mesh
         )
     rollouts = Decoding(config, mesh, split, state)
+    if config.command == "finetune":
+        yield _finetuning(config, mesh, split, state, optimizer)
     if config.command == "sft":
         size = min(config.sft.generate_batch, config.sft.pool)
         if config.sft.trajectories == "generate":
@@ -86,7 +91,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             [("", _policy(config, "sample", 1, 1, layers))],
         )
         yield _update(config, mesh, split, state, optimizer)
-    names: tuple[str, ...] = ("sample",)
+    names: tuple[str, ...] = ("full",) if config.command == "finetune" else ("sample",)
     if config.command in ("eval", "generate"):
         section = getattr(config, config.command)
         names = config.eval.policies if config.command == "eval" else (config.generate.policy,)
@@ -264,19 +269,40 @@ def _calibration(
     )
 
 
-def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any) -> Program:
-    step = make_rl_step(split, optimizer, config.rl, micro_batches=config.optim.accumulate)
-    count, new = config.batch_size * config.rl.rollouts, config.rl.max_new_tokens
+def _packed(config: Config, mesh: Mesh, count: int, new: int) -> PackedCompletions:
+    """Rows of packed completions of `new` tokens at most.
+
+    With prompts and completions at their limits a row holds one, and no batch has more positions.
+    """
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate
-    # With prompts and completions at their limits a row holds one, and no batch has more positions.
     most, length = -(-count // unit) * unit, bucket_length(config.task.max_prompt_tokens + new)
     input_BT, window_BC = rows(mesh, most, length), rows(mesh, most, bucket_length(new))
     shared = choose_attention(config.model.attention, length) != "splash"
+    return PackedCompletions(*[input_BT] * 3, *[window_BC] * 4, branches=shared)
+
+
+def _finetuning(
+    config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
+) -> Program:
+    step = make_finetune_step(split, optimizer, micro_batches=config.optim.accumulate)
+    batch = _packed(config, mesh, config.batch_size, config.finetune.max_new_tokens)
+    batch = dataclasses.replace(batch, branches=False)
+    return Program(
+        name="fine-tuning step",
+        lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),
+        inputs={"state": state, "fixed": split.fixed, "batch": batch},
+        exit_share=exit_share(split),
+    )
+
+
+def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any) -> Program:
+    step = make_rl_step(split, optimizer, config.rl, micro_batches=config.optim.accumulate)
+    count, new = config.batch_size * config.rl.rollouts, config.rl.max_new_tokens
     depth_JW = rows(mesh, count, new)
     floats_JW = rows(mesh, count, new, dtype=jnp.float32)
     batch = RLBatch(
-        PackedCompletions(*[input_BT] * 3, *[window_BC] * 4, branches=shared),
+        _packed(config, mesh, count, new),
         rows(mesh, count),
         depth_JW,
         floats_JW,

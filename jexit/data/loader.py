@@ -134,21 +134,34 @@ def text_batch(
     )
 
 
+def encode_references(
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    remedy: str = "take another task or another file",
+) -> list[list[int]]:
+    """The ids of the problems' reference completions, each with its end token.
+
+    Raises ValueError, which ends in `remedy`, for a problem without one.
+    """
+    for problem in problems:
+        if problem.completion is None:
+            raise ValueError(
+                f"the problem {problem.prompt[:60]!r} has no reference completion; {remedy}"
+            )
+    texts = tokenizer.encode_batch([problem.completion or "" for problem in problems])
+    return [[*ids, tokenizer.eos_id] for ids in texts]
+
+
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
     """Each problem's prompt, completion and end token as ids, and the prompt's length."""
-    for problem in problems:
-        if problem.completion is None:
-            raise ValueError(
-                f"the problem {problem.prompt[:60]!r} has no reference completion to train on; "
-                "take another task or another file"
-            )
     prompts = encode_problems(tokenizer, problems)
-    completions = tokenizer.encode_batch([problem.completion or "" for problem in problems])
+    completions = encode_references(tokenizer, problems)
     made = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
-        ids = [*prompt, *completion, tokenizer.eos_id]
+        ids = [*prompt, *completion]
         if len(ids) > length:
             raise ValueError(
                 f"a training example has {len(ids)} tokens, over the limit of {length}: "

@@ -19,6 +19,7 @@ when linear) and twice that backward; the embedding costs nothing.
 A step of
 - pretraining is a forward and backward pass of the trunk and the logits of every position (each
   exit's too, where they have a loss);
+- fine-tuning is a forward and backward pass, and the logits of the references' tokens;
 - the first phase of calibration is the teacher's pass with the logits of its final states, and for
   every exit, or one a token, a forward and backward pass of its hazard head and its logits;
 - calibration is the teacher's pass, with `sft.target=student` one of the student, the logits of the
@@ -152,6 +153,11 @@ class ModelFlops:
         maps = 3.0 * len(self.exit_layers) * 2.0 * self.arch.width**2 * completion_tokens
         logits = self.logits(completion_tokens) + 2.0 * self.logits(spoken)
         return self.forward(work, adapters=False) + logits + heads + maps * (self.rank is not None)
+
+    def finetune_step(self, work: Work, completion_tokens: int) -> float:
+        """`work` is of prompts and references, the tokens of the references alone."""
+        passes = self.forward(work) + self.backward(work)
+        return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, work: Work, completion_tokens: int, *, updates: int) -> float:
         """Scoring and updates, without the rollouts."""

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jexit.config import Config
 from jexit.data.buckets import LengthBuckets
-from jexit.data.loader import prepared
+from jexit.data.loader import encode_references, prepared
 from jexit.data.teacher_store import TeacherStore, Trajectory
-from jexit.data.tokenizer import Tokenizer
 from jexit.dist import barrier, from_primary, host_rows, is_primary, place_rows, waiting
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
@@ -32,7 +30,6 @@ from jexit.steps.lens import make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import TrainState, new_state, step_key
-from jexit.tasks import Problem
 
 TEACHER_STREAM = 1  # of step_key: the teacher's own generations
 
@@ -145,7 +142,11 @@ def teacher_trajectories(stage: Stage) -> list[Trajectory]:
         for number, step in enumerate(missing, start=1 + batches - len(missing)):
             batch = stage.prompts(step, here)
             if sft.trajectories == "dataset":
-                completions = dataset_completions(batch.problems, tokenizer, sft.max_new_tokens)
+                remedy = "set config.sft.trajectories=generate"
+                completions = [
+                    ids[: sft.max_new_tokens]
+                    for ids in encode_references(tokenizer, batch.problems, remedy=remedy)
+                ]
             else:
                 result = rollout(
                     split.decodable_teacher(split.trainable),
@@ -177,17 +178,3 @@ def teacher_trajectories(stage: Stage) -> list[Trajectory]:
             "check the model and its chat template, or set config.sft.trajectories=dataset"
         )
     return made
-
-
-def dataset_completions(
-    problems: Sequence[Problem], tokenizer: Tokenizer, max_new_tokens: int
-) -> list[list[int]]:
-    """The data set's own answers with the end token, cut to `max_new_tokens`."""
-    missing = [problem for problem in problems if problem.completion is None]
-    if missing:
-        raise ValueError(
-            f"the task has no reference completion for {missing[0].prompt[:40]!r}; set "
-            "config.sft.trajectories=generate"
-        )
-    texts = [problem.completion for problem in problems]
-    return [[*ids, tokenizer.eos_id][:max_new_tokens] for ids in tokenizer.encode_batch(texts)]

@@ -30,6 +30,7 @@ from jexit.loops.policies import (
 from jexit.loops.pressure import penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
+from jexit.model.lora import merge_adapters
 from jexit.model.policies import Sample
 from jexit.report.records import PolicyFigures, build
 from jexit.steps.optim import make_optimizer, schedule
@@ -69,7 +70,7 @@ class Stage:
             workdir,
             task,
             tokenizer,
-            split_model(model, full=full),
+            split_model(model, full=full, keep_teacher=config.command != "finetune"),
             model.arch.layers,
             model.exit_layers,
             ModelFlops.of(model, full=full),
@@ -121,7 +122,7 @@ class Stage:
         return dataclasses.asdict(build(PolicyFigures, found, f"{path}: before"))
 
     def measure(self, trainable: Params) -> dict[str, Any]:
-        """Accuracy and depth on the validation split under sampled exits."""
+        """Accuracy and depth on the validation split: sampled exits, or full depth without any."""
         return dataclasses.asdict(self._measured(trainable)[0])
 
     def validation(self, state: TrainState) -> dict[str, float]:
@@ -143,7 +144,12 @@ class Stage:
             seed=self.config.seed,
         )
         examination = Examination.of(self.task, self.tokenizer, self.config)
-        return evaluate_policy(decoder, examination, "sample")
+        return evaluate_policy(decoder, examination, self.policy)
+
+    @property
+    def policy(self) -> str:
+        """What the run is measured under: exits that are not calibrated yet say nothing."""
+        return "full" if self.config.command == "finetune" else "sample"
 
     def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:
         """Ends a run: measures again, writes `WORKDIR/model`, draws, prints a closing table."""
@@ -151,24 +157,21 @@ class Stage:
             state = trainer.best(state)
         trainer.close()
         after = self.measure(state.trainable)
-        full = self.config.lora.rank == 0
-        save_model(
-            self.workdir / "model",
-            self.split.student(state.trainable),
-            self.tokenizer,
-            base="" if full else self.config.model.path,
-            overwrite=True,
-        )
+        student = self.split.student(state.trainable)
+        if self.config.command == "finetune":  # a trunk, which whatever comes next has as its base
+            merge_adapters(student)
+            kept = {"with_exits": False}
+        else:
+            kept = {"base": "" if self.config.lora.rank == 0 else self.config.model.path}
+        save_model(self.workdir / "model", student, self.tokenizer, overwrite=True, **kept)
         if not is_primary():
             return
         write_json_atomic(self.workdir / "after.json", after)
         temperature = self.config.eval.temperature
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
-        compare(
-            before,
-            after,
-            f"{self.config.task.name}, {self.config.eval.split} split, sampled exits, {tokens}",
-        )
+        how = {"full": "full depth", "sample": "sampled exits"}[self.policy]
+        name, split = self.config.task.name, self.config.eval.split
+        compare(before, after, f"{name}, {split} split, {how}, {tokens}")
         print(f"Wrote {self.workdir / 'model'}")
         print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()
@@ -195,5 +198,5 @@ def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: i
         max_prompt_tokens=config.task.max_prompt_tokens,
         skip_long=config.task.skip_long,
     )
-    stage = "rl" if config.command == "rl" else "sft"
-    check_room(batch.tokens, stage, getattr(config, stage).max_new_tokens, positions)
+    limit = getattr(config, config.command).max_new_tokens
+    check_room(batch.tokens, config.command, limit, positions)

@@ -45,6 +45,18 @@ class LoRA:
         return self.alpha / self.rank
 
 
+def merge_adapters(model: nnx.Module) -> None:
+    """Folds each adapter into its kernel, W + (alpha / rank) · A · B in float32, and removes it."""
+    for _, part in nnx.iter_modules(model):
+        if isinstance(part, StackedLinear) and part.lora_a is not None:
+            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
+            update = part.lora_scale * product(part.lora_a[...], part.lora_b[...])
+            kernel = part.kernel[...]
+            part.kernel[...] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+            part.lora_a = part.lora_b = None
+    model.lora = None
+
+
 class StackedLinear(nnx.Module):
     """One projection of every layer: kernel [L, *inputs, *outputs], optional bias [L, *outputs].
 

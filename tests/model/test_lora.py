@@ -12,7 +12,7 @@ from flax import nnx
 import jexit
 from jexit.config import PROJECTIONS
 from jexit.model.exits import ExitParam
-from jexit.model.lora import LoRA, LoRAParam, StackedLinear
+from jexit.model.lora import LoRA, LoRAParam, StackedLinear, merge_adapters
 from jexit.model.transformer import Transformer, run
 from tolerances import LOGITS
 
@@ -148,3 +148,13 @@ def test_a_turned_kernel_projects_the_same(inputs, outputs):
     assert turned.kernel.shape == (*outputs, *inputs)
     x = jax.random.normal(jax.random.key(1), (5, 1, *inputs))
     np.testing.assert_allclose(turned(x), one(x), rtol=1e-6, atol=1e-6)
+
+
+def test_merged_adapters_say_the_same(make_model, tokens_BT):
+    adapted, merged = (make_model(lora=ALL) for _ in range(2))
+    merge_adapters(merged)
+    assert merged.lora is None
+    assert not any(isinstance(leaf, LoRAParam) for _, leaf in nnx.to_flat_state(nnx.state(merged)))
+    truth = jexit.forward(adapted, tokens_BT).logits_BTV
+    np.testing.assert_allclose(jexit.forward(merged, tokens_BT).logits_BTV, truth, atol=1e-4)
+    assert np.abs(jexit.forward(adapted, tokens_BT, adapters=False).logits_BTV - truth).max() > 0.1

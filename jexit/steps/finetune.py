@@ -1,0 +1,56 @@
+"""One step of fine-tuning: cross-entropy on reference completions, every token at full depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jexit.axes import Array, PRNGKey
+from jexit.kernels import linear_logprob
+from jexit.losses.masked import masked_sum
+from jexit.model.transformer import run
+from jexit.steps.completions import PackedCompletions
+from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
+from jexit.steps.state import Fixed, Params, SplitModel, TrainState
+
+
+def make_finetune_step(
+    split: SplitModel, optimizer: optax.GradientTransformation, *, micro_batches: int = 1
+) -> Callable[[TrainState, Fixed, PackedCompletions, PRNGKey], tuple[TrainState, Metrics]]:
+    """The jitted step (state, fixed, batch, key) → (state, metrics).
+
+    loss = −mean log p(y_t) over the tokens of the completions, their end tokens included.
+    """
+
+    def step(
+        state: TrainState, fixed: Fixed, batch: PackedCompletions, key: PRNGKey
+    ) -> tuple[TrainState, Metrics]:
+        tokens = jnp.maximum(jnp.sum(batch.token_BC), 1)
+
+        def loss_fn(params: Params, rows: PackedCompletions, key: PRNGKey) -> tuple[Array, Metrics]:
+            model = split.student(params, fixed)
+            result = run(model, rows.tokens_BT, dropout_key=key, **rows.layout)
+            hidden_BCD = rows.window(result.hidden_BTD)
+            logprob_N = linear_logprob(
+                hidden_BCD.reshape(-1, hidden_BCD.shape[-1]),
+                model.head_VD,
+                rows.completion_tokens_BC.reshape(-1),
+            ).logprob_N
+            loss = -masked_sum(logprob_N.reshape(rows.token_BC.shape), rows.token_BC) / tokens
+            return loss, {"loss": loss}
+
+        loss, metrics, gradients = accumulated_gradients(
+            loss_fn,
+            state.trainable,
+            lambda index: micro_batch(batch, index, micro_batches),
+            micro_batches,
+            key,
+        )
+        state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
+        metrics["tokens"] = jnp.sum(batch.segment_BT > 0).astype(jnp.float32)
+        return state, metrics | update_metrics
+
+    return jax.jit(step, donate_argnums=0)
