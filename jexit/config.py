@@ -46,6 +46,7 @@ TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
 
 EVAL_MEASURES = (
+    "exits",
     "hazards",
     "capacity",
     "early_answering",

@@ -238,7 +238,7 @@ class EngineConfig:
 class EvalConfig:
     problems: Annotated[int, Bounds(1, 100_000)] = 256
     policies: Names = ("full", "sample")
-    # Beyond accuracy and depth: hazards, capacity, early_answering, no_chain, filler,
+    # Beyond accuracy and depth: exits, hazards, capacity, early_answering, no_chain, filler,
     # corrupted_step, hint (`jexit.eval` defines them).
     measures: Names = ()
     measured: Name = "sample"  # the policy that is measured, beside full depth

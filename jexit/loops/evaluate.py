@@ -123,6 +123,20 @@ def print_results(written: dict[str, Any]) -> None:
             f"({_per_cent(pair['accuracy_difference_ci95'])}), layers "
             f"{pair['depth_fraction_difference']:+.1%} of L"
         )
+    for entry in written.get("exits", ()):
+        print(f"{'exit':<16}{'KL, nats':>10}{'same token':>12}{'under 0.05':>12}")
+        for part in entry["exits"]:
+            print(
+                f"{part['exit']:<16}{part['kl_nats']:>10.2f}{part['same_token']:>12.1%}"
+                f"{part['close']:>12.1%}"
+            )
+        print(f"{'leaving under':<16}{'KL, nats':>10}{'same token':>12}{'at L':>12}{'of L':>7}")
+        for part in entry["leaving"]:
+            stayed = part["same_token_full_depth"]
+            print(
+                f"{part['threshold_nats']:<16g}{part['kl_nats']:>10.2f}{part['same_token']:>12.1%}"
+                f"{'' if stayed is None else f'{stayed:.1%}':>12}{part['depth_fraction']:>7.0%}"
+            )
     for entry in written.get("hazards", ()):
         print(f"hazards under {entry['policy']}: expected calibration error {entry['ece']:.3f}")
     if entries := written.get("faithfulness"):

@@ -9,6 +9,7 @@ from jexit.config import Config, EvalConfig, TaskConfig
 from jexit.eval.begun_steps import BegunSteps, begun_steps
 from jexit.eval.continuations import Reply, Sample
 from jexit.eval.depth import Completion
+from jexit.eval.exits import exit_quality
 from jexit.eval.faithfulness import MEASURES, Measure, measured, policies_paired
 from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of
 from jexit.eval.intervals import wilson_interval
@@ -55,7 +56,7 @@ def policies_of(config: EvalConfig) -> tuple[str, ...]:
 def rounds(task: Task, config: EvalConfig) -> int:
     """How many steps of progress the measurements are."""
     names, policies = config.measures, len(policies_of(config))
-    count = int("hazards" in names)
+    count = sum(name in names for name in ("exits", "hazards"))
     count += policies * bool(set(names) & set(MEASURES))
     if "capacity" in names:
         count += policies * (len(granularities(task)) + 1 + _begins_steps(task))
@@ -88,6 +89,8 @@ class Measurer:
             parts.setdefault(part, []).append(entry)
             progress.update(done, measure=part, policy=entry["policy"])
 
+        if "exits" in names:
+            add("exits", self._exits())
         if "hazards" in names:
             add("hazards", self._hazards(self.config.eval.measured))
         if chosen := [name for name in names if name in MEASURES]:
@@ -184,6 +187,11 @@ class Measurer:
         return Examination.of(
             load_task(task, config.eval.split), self.examination.tokenizer, config
         )
+
+    def _exits(self) -> dict[str, Any]:
+        recorded = self._recorded(self._completions("full"))
+        quality = exit_quality(self._student, self.exits, self.decoder.layers, recorded)
+        return {"policy": "full"} | quality
 
     def _hazards(self, policy: str) -> dict[str, Any]:
         sft = self.config.sft

@@ -14,6 +14,7 @@ def test_a_run_learns_and_writes_a_plain_trunk(model_dir, tmp_path, rank):
     workdir = tmp_path / "run"
     run(
         "finetune", model_dir, workdir, steps=12, batch_size=16, lora__rank=rank,
+        finetune__max_new_tokens=48,
         optim__full_lr=1e-2, optim__lora_lr=3e-2, eval__problems=4,
     )  # fmt: skip
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -30,7 +31,13 @@ def test_a_run_learns_and_writes_a_plain_trunk(model_dir, tmp_path, rank):
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(model_dir, tmp_path):
-    settings = {"batch_size": 8, "eval__problems": 2, "checkpoint__every": 2, "lora__rank": 4}
+    settings = {
+        "batch_size": 8,
+        "eval__problems": 2,
+        "checkpoint__every": 2,
+        "lora__rank": 4,
+        "finetune__max_new_tokens": 48,
+    }
     run("finetune", model_dir, tmp_path / "whole", steps=6, **settings)
     run("finetune", model_dir, tmp_path / "parts", steps=4, **settings)
     run("finetune", model_dir, tmp_path / "parts", steps=6, **settings)
@@ -43,7 +50,5 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(model_dir, tmp_path):
 
 
 def test_a_reference_over_the_limit_is_refused(model_dir, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"over the limit of 4: .* raise config\.finetune\.max_new"
-    ):
+    with pytest.raises(ValueError, match=r"over the limit of 4: .* raise config\.finetune\."):
         run("finetune", model_dir, tmp_path / "run", finetune__max_new_tokens=4)
