@@ -40,6 +40,7 @@ def get_config(variant: str = "measure"):
         raise ValueError(f"real has no stage {variant!r}; choose {', '.join(stages)}")
     config = runpy.run_path(str(CONFIGS / f"{stages[variant]}.py"))["get_config"](PRESET)
     config.exits.layers = (16, 18, 20, 22)
+    config.exits.continuation = "frozen"
     config.eval.problems = 8  # before and after training; what is measured has 60
     if variant == "calibrate":
         config.model.path = "models/small"

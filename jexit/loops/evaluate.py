@@ -13,11 +13,11 @@ from jexit.io.metrics import write_json_atomic
 from jexit.io.progress import Progress, closing_table
 from jexit.io.workdir import start_run
 from jexit.loops.decoder import Decoder, ModelCompleter
+from jexit.loops.flops import ModelFlops
 from jexit.loops.measure import Measurer, check_measures, rounds
 from jexit.loops.pictures import draw
 from jexit.loops.policies import (
     Examination,
-    PolicyResult,
     check_room,
     evaluate_control,
     evaluate_policy,
@@ -45,7 +45,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     examination = Examination.of(task, tokenizer, config)
     positions = model.arch.max_positions
     check_room(examination.prompts, "eval", config.eval.max_new_tokens, positions)
-    split = split_model(model, full=False)
+    split, flops = split_model(model, full=False), ModelFlops.of(model, full=False)
     decoder = Decoder(
         parts=split.decodable(split.trainable),
         layers=model.arch.layers,
@@ -86,7 +86,11 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
             "task": dataclasses.asdict(config.task),
             "split": config.eval.split,
             "model": {"path": config.model.path, "layers": decoder.layers, "exits": list(exits)},
-            "runs": [dataclasses.asdict(result) for result in results],
+            "runs": [
+                dataclasses.asdict(result)
+                | {"compute_fraction": flops.compute_fraction(result.depth_fraction)}
+                for result in results
+            ],
             "controls": controls,
         }
         if is_primary():
@@ -108,14 +112,14 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 def print_results(written: dict[str, Any]) -> None:
     """What `eval.json` holds, as tables: a line a policy, a control, a measure."""
     print(
-        f"{'policy':<16}{'accuracy':>10}{'95 % interval':>18}{'depth':>8}{'of L':>7}{'tokens':>8}"
-        f"{'layers/problem':>16}"
+        f"{'policy':<16}{'accuracy':>10}{'95 % interval':>18}{'depth':>8}{'of L':>7}{'compute':>9}"
+        f"{'tokens':>8}{'layers/problem':>16}"
     )
     for run in written["runs"]:
         print(
             f"{run['policy']:<16}{run['accuracy']:>10.1%}{_per_cent(run['accuracy_ci95']):>18}"
             f"{run['depth_mean']:>8.2f}{run['depth_fraction']:>7.0%}"
-            f"{run['completion_length']:>8.1f}{run['layers_per_problem']:>16.1f}"
+            f"{run['compute_fraction']:>9.0%}{run['completion_length']:>8.1f}{run['layers_per_problem']:>16.1f}"
         )
     for pair in written["controls"]:
         print(
@@ -181,20 +185,17 @@ def _per_cent(interval: tuple[float, float]) -> str:
     return "{:.1%} – {:.1%}".format(*interval)
 
 
-def compare(before: PolicyResult | dict, after: PolicyResult | dict, title: str) -> None:
-    """The closing table of a training run."""
-    old, new = (
-        dataclasses.asdict(result) if isinstance(result, PolicyResult) else result
-        for result in (before, after)
-    )
+def compare(before: dict[str, Any], after: dict[str, Any], title: str) -> None:
+    """The closing table of a training run, from what `Stage.measure` gives."""
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",
+        "compute/fraction": "compute_fraction",
         "depth/mean": "depth_mean",
         "completion/length": "completion_length",
         "layers/problem": "layers_per_problem",
     }
-    rows = [(name, old[key], new[key]) for name, key in names.items()]
-    shared = old["text"].keys() & new["text"].keys()
-    rows += [(name, old["text"][name], new["text"][name]) for name in sorted(shared)]
+    rows = [(name, before[key], after[key]) for name, key in names.items()]
+    shared = before["text"].keys() & after["text"].keys()
+    rows += [(name, before["text"][name], after["text"][name]) for name in sorted(shared)]
     closing_table(rows, title)

@@ -187,6 +187,14 @@ class ModelFlops:
         maps = 0.0 if self.rank is None else 2.0 * width * (2 * self.rank or width)
         return self._base("k", "v") + self._adapters("k", "v") + maps
 
+    def compute_fraction(self, depth_fraction: float) -> float:
+        """Share of a full pass's FLOPs in the layers that is left at a mean depth, of L.
+
+        A layer that is skipped still costs `skipped_layer`. Without scores of attention.
+        """
+        skipped = self.skipped_layer() / (self._base() + self._adapters())
+        return depth_fraction + (1.0 - depth_fraction) * skipped
+
     def _student(self, work: Work, completion_tokens: int) -> float:
         passes = self.forward(work, hazards=True) + self.backward(work, hazards=True)
         return passes + self.logits(completion_tokens, trained=True)

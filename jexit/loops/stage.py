@@ -123,7 +123,9 @@ class Stage:
 
     def measure(self, trainable: Params) -> dict[str, Any]:
         """Accuracy and depth on the validation split: sampled exits, or full depth without any."""
-        return dataclasses.asdict(self._measured(trainable)[0])
+        result = self._measured(trainable)[0]
+        compute = self.flops.compute_fraction(result.depth_fraction)
+        return dataclasses.asdict(result) | {"compute_fraction": compute}
 
     def validation(self, state: TrainState) -> dict[str, float]:
         """Metrics on the validation split, by which RL chooses its best checkpoint."""

@@ -40,6 +40,7 @@ class PolicyFigures:
     tokens: int
     tokens_per_second: float
     depth_fraction_ci95: Interval | None = None
+    compute_fraction: float = math.nan  # of the layers' FLOPs: those that are skipped are not free
     depth_histogram: dict[str, int] = dataclasses.field(default_factory=dict)
     completion_length: float = math.nan
     layers_per_problem: float = math.nan

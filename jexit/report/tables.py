@@ -168,6 +168,7 @@ def policies(run: Run) -> Html:
         "mean depth",
         "share of layers",
         *(["95 % interval"] if depth_intervals else []),
+        "compute",
         "tokens",
         "layers a problem",
         *(["95 % interval"] if layer_intervals else []),
@@ -192,6 +193,7 @@ def policies(run: Run) -> Html:
                 number(figures.depth_mean),
                 per_cent(figures.depth_fraction),
                 *([interval(figures.depth_fraction_ci95)] if depth_intervals else []),
+                per_cent(figures.compute_fraction),
                 number(figures.completion_length, 1),
                 number(figures.layers_per_problem, 1),
                 *(
