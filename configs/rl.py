@@ -40,6 +40,12 @@ def get_config(preset: str = "tiny"):
     config.model.remat = "block"
     config.rl.max_new_tokens = 512
     config.rl.warmup_steps = 40
+    # A weak start learns to answer first: no penalty before it has the accuracy of the full depth,
+    # and no answer costs what a wrong one does, or saying anything at once would be the way out.
+    config.rl.accuracy_floor = 0.9
+    config.rl.floor_of = "initial"
+    config.task.reward_none = 0.0
     config.rl.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
     config.checkpoint.every = 20
+    config.checkpoint.keep_best = 1
     return config

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from jexit.bounds import Bounds, Name, Seed, Steps, shown
+from jexit.bounds import Bounds, Name, Seed, StepsOrZero, shown
 from jexit.presets import PRESETS
 from jexit.sections import (
     BLENDABLE,
@@ -94,7 +94,7 @@ class Config:
     command: Literal["pretrain", "finetune", "sft", "rl", "eval", "generate"]
     preset: Name = TINY_PRESET
     seed: Seed = 0
-    steps: Steps = 100
+    steps: StepsOrZero = 100  # 0: in sft with lens_steps, those alone
     batch_size: Annotated[int, Bounds(1, 100_000)] = 32
     model: ModelConfig = ModelConfig()
     exits: ExitsConfig = ExitsConfig()
@@ -161,6 +161,11 @@ class Config:
                 f"a micro-batch has {rows // self.optim.accumulate} rows, which do not divide over "
                 f"config.mesh.data {self.mesh.data} × fsdp {self.mesh.fsdp}; make "
                 f"config.batch_size a multiple of {shares * self.optim.accumulate}"
+            )
+        if self.steps == 0 and not (self.command == "sft" and self.sft.lens_steps):
+            raise ValueError(
+                "config.steps is 0, which only calibration with config.sft.lens_steps can have; "
+                "set it to 1 at least"
             )
         self._validate_sizes()
         self._validate_tasks()
@@ -275,6 +280,12 @@ class Config:
         if self.rl.dual_ascent and self.rl.warmup_steps > 0:
             raise ValueError(
                 "config.rl.dual_ascent sets λ and μ itself; set config.rl.warmup_steps to 0"
+            )
+        if self.rl.floor_of == "initial" and self.rl.accuracy_floor <= 0:
+            raise ValueError(
+                "config.rl.floor_of=initial makes the floor a share of the initial model's "
+                f"accuracy, and config.rl.accuracy_floor is {self.rl.accuracy_floor:g}; set it "
+                "above 0, 0.9 say"
             )
         if self.rl.dual_ascent and self.rl.accuracy_floor <= 0:
             raise ValueError(

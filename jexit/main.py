@@ -194,7 +194,7 @@ def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
     """Says in a sentence what ended the run and returns its exit code; None for a fault."""
     from jexit.aot.preflight import DoesNotFit
     from jexit.dist import multihost
-    from jexit.loops.trainer import Diverged, Interrupted
+    from jexit.loops.trainer import Collapsed, Diverged, Interrupted
 
     if lost := multihost.ended(error):
         return _say(lost, multihost.LOST)
@@ -204,7 +204,7 @@ def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
         return _say(disk_message(pathlib.Path(error.filename or workdir), error), USER_ERROR)
     if isinstance(error, Interrupted):
         return _say(error, INTERRUPTED)
-    if isinstance(error, (Diverged, DoesNotFit)):
+    if isinstance(error, (Collapsed, Diverged, DoesNotFit)):
         return _say(error, USER_ERROR)
     return None
 

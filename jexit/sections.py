@@ -221,6 +221,9 @@ class RLConfig:
     dual_ascent: bool = False
     dual_rate: Share = 0.02
     accuracy_floor: Share = 0.0  # 0: off; else λ and μ are withheld below it
+    # Whether the floor is an accuracy, or a share of the initial model's at full depth.
+    floor_of: Literal["absolute", "initial"] = "absolute"
+    stop_on_collapse: bool = True  # with the last checkpoint from before it
     importance_cap: Coefficient = 0.0  # 0: off; else truncated weights between sampler and trainer
     # Completions that ran into the limit teach nothing, which also makes running into it free.
     mask_truncated: bool = False

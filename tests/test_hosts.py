@@ -85,11 +85,11 @@ def wait_for_steps(workdir, steps, processes, seconds=300):
 
 
 def assert_same_run(one, two, sampler_gap=1e-7):
-    """`sampler_gap` is of the figure of that name: a difference of log-probabilities, rounding."""
+    """`sampler_gap` is of that figure and the loss, differences of log-probabilities: rounding."""
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            least = sampler_gap if name == "sampler_gap" else 1e-7
+            least = sampler_gap if name in ("sampler_gap", "loss") else 1e-7
             np.testing.assert_allclose(theirs[name], value, RELATIVE, least, err_msg=name)
     first, second = parameters(one / "model"), parameters(two / "model")
     for name, value in first.items():

@@ -61,7 +61,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), fixed)
     layers, section = model.arch.layers, config.eval
     state = None
-    if config.command in ("sft", "rl"):
+    if config.command in ("finetune", "sft", "rl"):
         optimizer = make_optimizer(
             config.optim, config.steps, parameter_labels(model, full=config.lora.rank == 0)
         )
@@ -81,7 +81,8 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             yield _fit(config, mesh, split, state)
         if config.sft.lens_steps:
             yield _lens(config, mesh, split, state, optimizer)
-        yield _calibration(config, mesh, split, state, optimizer)
+        if config.steps:
+            yield _calibration(config, mesh, split, state, optimizer)
     if config.command == "rl":
         yield from rollouts.programs(
             "rollout",

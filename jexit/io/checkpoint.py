@@ -60,6 +60,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def newest(self, step: int) -> int | None:
+        """The newest stored checkpoint of step `step` or one before."""
+        return max((stored for stored in self._manager.all_steps() if stored <= step), default=None)
+
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 

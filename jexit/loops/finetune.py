@@ -75,7 +75,7 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
         return state, metrics | stage.learning_rates(step)
 
     state = trainer.run(state, one_step)
-    stage.finish(trainer, state, before)
+    stage.finish(trainer, stage.chosen(trainer, state), before)
 
 
 def _placed(

@@ -1,4 +1,4 @@
-"""Schedules of λ and μ, and warnings of three failures: collapse, shut-down, text collapse."""
+"""Schedules of λ and μ, and the watch for three failures: collapse, shut exits, text collapse."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ from jexit.tasks import Rewards
 
 FLOOR_PENALTY = 100.0  # reward a unit of accuracy under the floor: a point of it outweighs layers
 ACCURACY_DECAY = 0.8  # of the moving average that the floor is held against
+PATIENCE = 5  # updates that a collapse lasts before the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyFloor:
+    """The accuracy that λ and μ must not cost, of rollouts and of held-out problems; 0: none."""
+
+    rollouts: float
+    held_out: float
+
+    @classmethod
+    def absolute(cls, rl: RLConfig) -> AccuracyFloor:
+        return cls(rl.accuracy_floor, rl.accuracy_floor)
 
 
 @dataclasses.dataclass
@@ -23,11 +36,12 @@ class Pressure:
     """λ and μ of the next update: warmed up, and withheld while accuracy is under the floor.
 
     With `dual_ascent` one multiplier in [0, 1] climbs by `dual_rate` an update while the moving
-    average of accuracy is at or over `accuracy_floor` and falls by it otherwise (projected dual
-    ascent on the constraint accuracy ≥ floor).
+    average of accuracy is at or over the floor and falls by it otherwise (projected dual ascent on
+    the constraint accuracy ≥ floor).
     """
 
     config: RLConfig
+    floor: AccuracyFloor
     accuracy: float = float("nan")
     multiplier: float = 0.0
 
@@ -43,33 +57,34 @@ class Pressure:
         if rl.dual_ascent:
             return self.multiplier
         ramp = min(1.0, (step + 1) / rl.warmup_steps) if rl.warmup_steps else 1.0
-        under_floor = rl.accuracy_floor > 0 and not self.accuracy >= rl.accuracy_floor
+        floor = self.floor.rollouts
+        under_floor = floor > 0 and not self.accuracy >= floor
         return 0.0 if under_floor else ramp
 
     def observe(self, accuracy: float) -> None:
         """Takes in the accuracy of one batch of rollouts."""
-        if np.isnan(self.accuracy):
-            self.accuracy = accuracy
-        self.accuracy = ACCURACY_DECAY * self.accuracy + (1 - ACCURACY_DECAY) * accuracy
-        over = self.accuracy >= self.config.accuracy_floor
+        self.accuracy = _moved(self.accuracy, accuracy)
+        over = self.accuracy >= self.floor.rollouts
         change = self.config.dual_rate if over else -self.config.dual_rate
         self.multiplier = float(np.clip(self.multiplier + change, 0.0, 1.0))
 
     def state(self) -> dict[str, np.ndarray]:
-        return {"pressure": np.asarray([self.accuracy, self.multiplier], np.float64)}
+        values = [self.accuracy, self.multiplier, self.floor.rollouts, self.floor.held_out]
+        return {"pressure": np.asarray(values, np.float64)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.accuracy, self.multiplier = (float(value) for value in state["pressure"])
+        self.accuracy, self.multiplier, *floor = (float(value) for value in state["pressure"])
+        self.floor = AccuracyFloor(*floor)
 
 
 def penalised_reward(
-    rl: RLConfig, earned: Rewards, completions: Sequence[Completion], layers: int
+    rl: RLConfig, floor: float, earned: Rewards, completions: Sequence[Completion], layers: int
 ) -> float:
     """Mean reward of completions at the full λ and μ, whatever a schedule has reached by now.
 
     Verifier, depth and length as `losses.rloo.rewards` has them, without the KL to the teacher.
-    Every point of accuracy under `accuracy_floor` subtracts 1, so that of models above the floor
-    the one with the lowest cost is best, and of models below it the most accurate.
+    Every point of accuracy under `floor` subtracts 1, so that of models above the floor the one
+    with the lowest cost is best, and of models below it the most accurate.
     """
     lengths_B1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_BC = np.zeros((len(completions), lengths_B1.max()))
@@ -95,7 +110,7 @@ def penalised_reward(
         length_ref=rl.length_ref,
     )
     accuracy = np.mean([completion.right for completion in completions])
-    missing = max(0.0, rl.accuracy_floor - float(accuracy))
+    missing = max(0.0, floor - float(accuracy))
     return float(reward.total_B.mean()) - FLOOR_PENALTY * missing
 
 
@@ -103,38 +118,62 @@ def penalised_reward(
 class FailureWatch:
     """Warns, once each, of collapse, of shut exits and of text that shrinks away.
 
-    Collapse: nearly every token at the first exit while accuracy has halved. Shut-down: hardly a
-    token leaves. Text collapse: completions under 0.4 of their first length and accuracy down.
+    Collapse: nearly every token at the first exit while accuracy has halved. Text collapse:
+    completions under 0.4 of their first length while accuracy has halved. Shut exits: hardly a
+    token leaves. Accuracy and length are moving averages. With `stops`, one of the first two that
+    lasts for `PATIENCE` updates is a reason to stop.
     """
 
     first_exit_fraction: float
+    stops: bool = False
+    accuracy: float = float("nan")
     best_accuracy: float = 0.0
+    length: float = float("nan")
     first_length: float = 0.0
+    good_step: int = 0  # the last at which accuracy and length were about what they had been
+    failing: int = 0  # updates in a row
     warned: set[str] = dataclasses.field(default_factory=set)
 
+    _STORED = ("accuracy", "best_accuracy", "length", "first_length", "good_step", "failing")
+
     def state(self) -> dict[str, np.ndarray]:
-        return {"watch": np.asarray([self.best_accuracy, self.first_length], np.float64)}
+        return {"watch": np.asarray([getattr(self, name) for name in self._STORED], np.float64)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.best_accuracy, self.first_length = (float(value) for value in state["watch"])
+        for name, value in zip(self._STORED, state["watch"], strict=True):
+            setattr(self, name, type(getattr(self, name))(value))
 
-    def observe(self, step: int, accuracy: float, depth_fraction: float, length: float) -> None:
-        self.best_accuracy = max(self.best_accuracy, accuracy)
+    def observe(self, step: int, accuracy: float, depth_fraction: float, length: float) -> str:
+        """Takes in an update's rollouts; returns why the run should stop, or nothing."""
+        self.accuracy = _moved(self.accuracy, accuracy)
+        self.length = _moved(self.length, length)
+        self.best_accuracy = max(self.best_accuracy, self.accuracy)
         self.first_length = self.first_length or length
-        worse = accuracy < 0.5 * self.best_accuracy
+        worse = self.accuracy < 0.5 * self.best_accuracy
         shallow = depth_fraction < self.first_exit_fraction + 0.05
-        found = {
+        failures = {
             "collapse: nearly every token leaves at the first exit and accuracy has halved; "
             "lower config.rl.depth_coef, raise config.rl.warmup_steps or set "
             "config.rl.accuracy_floor": shallow and worse,
+            "text collapse: completions have shrunk and accuracy has halved; lower "
+            "config.rl.length_coef or bring it in later, and make no answer cost no more than a "
+            "wrong one (config.task.reward_none)": self.length < 0.4 * self.first_length and worse,
+        }
+        shut = {
             "shut exits: hardly a token leaves early; raise config.rl.min_hazard or "
             "config.rl.depth_entropy_coef, or calibrate with config.sft.explore": depth_fraction
             > 0.995,
-            "text collapse: completions have shrunk and accuracy has halved; lower "
-            "config.rl.length_coef or bring it in later": length < 0.4 * self.first_length
-            and worse,
         }
-        for message in sorted(text for text, holds in found.items() if holds):
+        for message in sorted(text for text, holds in (failures | shut).items() if holds):
             if message not in self.warned:
                 logging.warning("Step %d: %s.", step, message)
                 self.warned.add(message)
+        failed = [text for text, holds in failures.items() if holds]
+        self.failing = self.failing + 1 if failed else 0
+        if self.accuracy >= 0.8 * self.best_accuracy and self.length >= 0.6 * self.first_length:
+            self.good_step = step
+        return failed[0] if self.stops and self.failing >= PATIENCE else ""
+
+
+def _moved(average: float, value: float) -> float:
+    return value if np.isnan(average) else ACCURACY_DECAY * average + (1 - ACCURACY_DECAY) * value

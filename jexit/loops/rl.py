@@ -15,10 +15,10 @@ from jexit.dist import data_shards, gather, host_rows, place_rows, waiting
 from jexit.loops.flops import Work
 from jexit.loops.packing import Lengths, Packed, PackedShapes
 from jexit.loops.policies import text_means
-from jexit.loops.pressure import FailureWatch, Pressure
+from jexit.loops.pressure import AccuracyFloor, FailureWatch, Pressure
 from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
-from jexit.loops.trainer import Trainer
+from jexit.loops.trainer import Collapsed, Trainer
 from jexit.model.attention import choose_attention
 from jexit.rollout import Rollouts, rollout
 from jexit.steps.completions import pack_completions
@@ -36,8 +36,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     task, tokenizer, split, layers = stage.task, stage.tokenizer, stage.split, stage.layers
     before = stage.measure_before()
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
-    pressure = Pressure(rl)
-    watch = FailureWatch(stage.exit_layers[0] / layers)
+    pressure = Pressure(rl, AccuracyFloor.absolute(rl))
+    watch = FailureWatch(stage.exit_layers[0] / layers, rl.stop_on_collapse)
     attention = config.model.attention
     shapes = PackedShapes(
         data_shards(),
@@ -62,14 +62,24 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         },
         host_state=lambda: pressure.state() | watch.state() | shapes.state(),
         load_host_state=load_host_state,
-        measure=stage.validation if config.checkpoint.keep_best else None,
+        measure=(
+            (lambda state: stage.validation(state, pressure.floor.held_out))
+            if config.checkpoint.keep_best
+            else None
+        ),
     )
     state = trainer.restore(new_state(split.trainable, stage.optimizer))
+    if int(state.step) == 0 and rl.floor_of == "initial":
+        pressure.floor = stage.initial_floor()
 
     here = host_rows(config.batch_size)
     batches = prepared(lambda step: stage.prompts(step, here), int(state.step), config.steps)
+    failure = ""
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        nonlocal failure
+        if failure:
+            raise Collapsed(f"stopped after step {step}: {failure}")
         prompts = next(batches)
         rollouts = rollout(
             split.decodable(state.trainable),
@@ -102,7 +112,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         with waiting(f"step {step + 1}"):
             state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
         pressure.observe(totals.accuracy)
-        watch.observe(
+        failure = watch.observe(
             step + 1, totals.accuracy, totals.mean_depth(layers) / layers, totals.mean_length
         )
         if step % config.log.samples_every == 0:
@@ -127,8 +137,21 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         metrics |= {f"task/{name}": value for name, value in totals.text.items()}
         return state, metrics | stage.learning_rates(step)
 
-    state = trainer.run(state, one_step)
-    stage.finish(trainer, state, before)
+    try:
+        state = trainer.run(state, one_step)
+    except Collapsed as collapse:
+        good, step = trainer.good(state, watch.good_step)
+        if good is None:
+            trainer.close()
+            raise Collapsed(
+                f"{collapse}; no checkpoint from before is kept, for which set "
+                "config.checkpoint.every and keep_best"
+            ) from None
+        stage.finish(trainer, good, before)
+        raise Collapsed(
+            f"{collapse}; {workdir / 'model'} is of step {step}, the last checkpoint before"
+        ) from None
+    stage.finish(trainer, stage.chosen(trainer, state), before)
 
 
 def judge(

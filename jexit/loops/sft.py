@@ -109,7 +109,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         return {name: rate for name, rate in lens_rates.items() if name in exits}
 
     state = trainer.run(state, one_step)
-    stage.finish(trainer, state, before)
+    stage.finish(trainer, stage.chosen(trainer, state), before)
 
 
 def teacher_trajectories(stage: Stage) -> list[Trajectory]:

@@ -27,7 +27,7 @@ from jexit.loops.policies import (
     evaluate_policy,
     held_out,
 )
-from jexit.loops.pressure import penalised_reward
+from jexit.loops.pressure import AccuracyFloor, penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.lora import merge_adapters
@@ -127,36 +127,69 @@ class Stage:
         compute = self.flops.compute_fraction(result.depth_fraction)
         return dataclasses.asdict(result) | {"compute_fraction": compute}
 
-    def validation(self, state: TrainState) -> dict[str, float]:
+    def initial_floor(self) -> AccuracyFloor:
+        """The share `rl.accuracy_floor` of what the model has at full depth, before training.
+
+        On the validation split, decoded as rollouts are and as the run is measured.
+        """
+        rl, evaluation = self.config.rl, self.config.eval
+        sampled, _ = self._measured(
+            self.split.trainable,
+            policy="full",
+            temperature=rl.temperature,
+            max_new_tokens=rl.max_new_tokens,
+        )
+        measured, _ = self._measured(self.split.trainable, policy="full")
+        floor = AccuracyFloor(
+            rl.accuracy_floor * sampled.accuracy, rl.accuracy_floor * measured.accuracy
+        )
+        if is_primary():
+            print(
+                f"Accuracy at full depth before training: {sampled.accuracy:.1%} at temperature "
+                f"{rl.temperature:g}, {measured.accuracy:.1%} at {evaluation.temperature:g}; "
+                f"floors {floor.rollouts:.1%} of rollouts, {floor.held_out:.1%} of the "
+                f"{evaluation.split} split"
+            )
+        return floor
+
+    def validation(self, state: TrainState, floor: float) -> dict[str, float]:
         """Metrics on the validation split, by which RL chooses its best checkpoint."""
         result, made = self._measured(state.trainable)
-        reward = penalised_reward(self.config.rl, self.task.rewards, made, self.layers)
+        reward = penalised_reward(self.config.rl, floor, self.task.rewards, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
         return {f"val/{name}": getattr(result, name) for name in names} | {"val/reward": reward}
 
-    def _measured(self, trainable: Params) -> tuple[PolicyResult, list[Completion]]:
+    def _measured(
+        self, trainable: Params, *, policy: str = "", **decoding: float
+    ) -> tuple[PolicyResult, list[Completion]]:
+        evaluation = self.config.eval
+        how = {
+            "temperature": evaluation.temperature,
+            "max_new_tokens": evaluation.max_new_tokens,
+        } | decoding
         decoder = Decoder(
             parts=self.split.decodable(trainable),
             layers=self.layers,
             tokenizer=self.tokenizer,
             law=self.law,
             size=engine_size(self.config),
-            temperature=self.config.eval.temperature,
-            max_new_tokens=self.config.eval.max_new_tokens,
             seed=self.config.seed,
+            **how,
         )
         examination = Examination.of(self.task, self.tokenizer, self.config)
-        return evaluate_policy(decoder, examination, self.policy)
+        return evaluate_policy(decoder, examination, policy or self.policy)
 
     @property
     def policy(self) -> str:
         """What the run is measured under: exits that are not calibrated yet say nothing."""
         return "full" if self.config.command == "finetune" else "sample"
 
+    def chosen(self, trainer: Trainer, state: TrainState) -> TrainState:
+        """What the model of the run is made of: the last state, or that of the best checkpoint."""
+        return trainer.best(state) if self.config.checkpoint.final == "best" else state
+
     def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:
         """Ends a run: measures again, writes `WORKDIR/model`, draws, prints a closing table."""
-        if self.config.checkpoint.final == "best":
-            state = trainer.best(state)
         trainer.close()
         after = self.measure(state.trainable)
         student = self.split.student(state.trainable)

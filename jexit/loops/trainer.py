@@ -32,6 +32,10 @@ class Diverged(RuntimeError):
     """Too many non-finite steps in a row; the message names the last good checkpoint."""
 
 
+class Collapsed(RuntimeError):
+    """A policy has lost what it could do; the message says how, and what is left of the run."""
+
+
 class Interrupted(RuntimeError):
     """A signal asked the run to stop; everything is saved and the same command continues it."""
 
@@ -98,9 +102,17 @@ class Trainer:
             return state
         return self.checkpoints.restore(self._saved(state), step)["state"]
 
+    def good(self, state: TrainState, step: int) -> tuple[TrainState | None, int]:
+        """(the state, the step) of the newest checkpoint up to `step`; (None, 0) without one."""
+        found = self.checkpoints.newest(step)
+        if found is None:
+            return None, 0
+        return self.checkpoints.restore(self._saved(state), found)["state"], found
+
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
         """Trains to the end; raises Diverged or Interrupted (both after saving what is good).
 
+        `one_step` may raise Collapsed at the beginning of a step, which passes through.
         While steps are skipped no checkpoint is written: the one before stays the last good one.
         """
         start, total = int(state.step), self.steps or self.config.steps
@@ -110,8 +122,13 @@ class Trainer:
         with stop, progress as self._progress:
             last = time.monotonic()
             for step in range(start, total):
-                with self._compilations:
-                    state, metrics = one_step(state, step)
+                try:
+                    with self._compilations:
+                        state, metrics = one_step(state, step)
+                except Collapsed:
+                    if pending is not None:
+                        self._flush(*pending)
+                    raise
                 if pending is not None:
                     self._flush(*pending)
                 now = time.monotonic()

@@ -1,6 +1,7 @@
 """Time of a decode step by depth, or against Hugging Face's `generate`, as ratios.
 
-    python tests/benchmarks/decode.py --checkpoint DIR [--gsm8k DIR] [--batch 1]
+    python tests/benchmarks/decode.py --checkpoint DIR [--gsm8k DIR] [--batch 1 [--pool 4]]
+        [--continuation linear] [--exits 4,8,12,16,18,20,22]
     python tests/benchmarks/decode.py --checkpoint DIR [--gsm8k DIR] --against --batch 8
 
 On the CPU, jexit in float32, with as many threads for PyTorch as XLA has. A step's time is that of
@@ -8,10 +9,12 @@ a rollout less that of its prefill (the same rollout with one new token), divide
 nothing is compiled while the clock runs. Alternatives take turns, and the figures are medians over
 the turns. On a machine that is shared, the processors' time is the steadier measure; the clock's is
 the one that counts. The work of a step counts what must be computed for a token, in
-multiplications: the layers that it runs, the head, and keys and values at the layers that it does
-not run. Exits 1 when the speed-up at a half or a quarter of the depth is under 0.85 of what the
-work promises; and when jexit is under 1.7 times as fast as transformers in float32, or at half the
-depth under 1.1 times as fast as it in bfloat16.
+multiplications: the layers that it runs, the head, and, at the layers that it does not run, keys
+and values and the continuation's matrix. `mixed` has depths that differ by token, 0.78 of the
+layers on average. With a pool, so many batches of completions take turns. Exits 1 when the speed-up
+of `mixed`, at a half or a quarter of the depth is under 0.85 of what the work promises; and when
+jexit is under 1.7 times as fast as transformers in float32, or at half the depth under 1.1 times as
+fast as it in bfloat16.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+MIXED = 0.78  # of the layers
 OF_IDEAL = 0.85  # the least part of the speed-up that the work promises
 FASTER = (("full depth", "float32", 1.7), ("half depth", "bfloat16", 1.1))
 TEXTS = (
@@ -45,6 +49,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="directory in Hugging Face format")
     parser.add_argument("--gsm8k", help="directory of JSONL files, for prompts")
     parser.add_argument("--batch", type=int, default=1, help="completions in a step")
+    parser.add_argument("--pool", type=int, default=1, help="batches under way, by depth")
+    parser.add_argument("--continuation", choices=("frozen", "linear"), default="frozen")
+    parser.add_argument("--exits", default="", help="layer numbers; every 5th without")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed by depth")
     parser.add_argument("--against", action="store_true", help="time Hugging Face's generate")
     parser.add_argument("--batches", type=int, default=3, help="against Hugging Face")
@@ -55,10 +62,16 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from flax import nnx
 
-    import jexit
+    from jexit.io.model_dir import load
+    from jexit.model.exits import ExitSettings
 
-    model, tokenizer = jexit.load(arguments.checkpoint, dtype="float32")
-    count = arguments.batch * (arguments.batches if arguments.against else 1)
+    model, tokenizer = load(
+        arguments.checkpoint,
+        dtype="float32",
+        exit_layers=tuple(int(layer) for layer in arguments.exits.split(",") if layer),
+        exit_head=ExitSettings(continuation=arguments.continuation),
+    )
+    count = arguments.batch * (arguments.batches if arguments.against else arguments.pool)
     prompts = tokenizer.encode_batch(read_prompts(arguments.gsm8k, count))
     split = nnx.split(model)
     compare = against_hugging_face if arguments.against else by_depth
@@ -102,12 +115,13 @@ def random_depths(
     return np.random.default_rng(0).choice(depths, (rows, columns), p=p).astype(np.int32)
 
 
-def work(arch: Any, depth: float) -> float:
+def work(arch: Any, depth: float, continuation: str) -> float:
     """Multiplications for a token that runs so many layers, attention's over the cache left out."""
     kv = 2 * arch.width * arch.kv_heads * arch.head_dim
+    skipped = kv + (arch.width**2 if continuation == "linear" else 0)
     layer = arch.width * (2 * arch.query_heads * arch.head_dim + 3 * arch.mlp_width) + kv
     head = arch.vocab_size * arch.width
-    return depth * layer + (arch.layers - depth) * kv + head
+    return depth * layer + (arch.layers - depth) * skipped + head
 
 
 def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Namespace) -> bool:
@@ -115,10 +129,10 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
     from flax import nnx
 
     from jexit import Full, Prescribed, Threshold
-    from jexit.rollout import rollout
+    from jexit.rollout import EngineSize, rollout
 
-    arch = nnx.merge(*split).arch
-    layers = arch.layers
+    model = nnx.merge(*split)
+    arch, layers = model.arch, model.arch.layers
     prompts = [prompt[:64] for prompt in prompts]
     columns = arguments.steps + 1
 
@@ -132,13 +146,17 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
             eos_ids=(),
             pad_id=pad_id,
             key=0,
+            size=EngineSize(rows=len(prompts), places=arguments.batch),
         )
 
+    shape = (len(prompts), columns)
+    depths_BT = {
+        str(depth): np.full(shape, depth, np.int32)
+        for depth in (layers, layers // 2, layers // 4, 1)
+    }
+    depths_BT["mixed"] = random_depths(*shape, model.exit_layers, layers, MIXED * layers)
     runs = {"prefill": run(1, Full())}
-    depths = (layers, layers // 2, layers // 4, 1)
-    for depth in depths:
-        policy = Prescribed(np.full((len(prompts), columns), depth, np.int32))
-        runs[str(depth)] = run(columns, policy)
+    runs |= {name: run(columns, Prescribed(depth_BT)) for name, depth_BT in depths_BT.items()}
     heads = f"{layers}, heads read"
     runs[heads] = run(columns, Threshold(1.0))  # nobody's hazard exceeds 1
     seconds = in_turns(runs, arguments.repeats)
@@ -146,7 +164,8 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
     prefill = seconds.pop("prefill")
     step_ms = {name: 1e3 * (turns - prefill) / arguments.steps for name, turns in seconds.items()}
     print(
-        f"batch {len(prompts)}, float32, {arguments.steps} steps after a prefill of "
+        f"batch {arguments.batch} of {len(prompts)} completions, float32, {arguments.continuation} "
+        f"residuals, {arguments.steps} steps after a prefill of "
         f"{1e3 * np.median(prefill[:, 0]):.0f} ms, medians of {arguments.repeats} turns"
     )
     print(
@@ -157,12 +176,15 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
     within = True
     for name, turns in step_ms.items():
         (clock, processor), of_full = np.median(turns, axis=0), np.median(turns, axis=0) / full
-        due = 1.0 if name == heads else work(arch, int(name)) / work(arch, layers)
+        due = 1.0
+        if name != heads:
+            due = work(arch, depths_BT[name][:, 1:].mean(), arguments.continuation)
+            due /= work(arch, layers, arguments.continuation)
         print(
             f"{name:<16}{clock:>12.1f}{of_full[0]:>10.2f}{due:>8.2f}{processor:>16.1f}"
             f"{of_full[1]:>10.2f}"
         )
-        if name in (str(layers // 2), str(layers // 4)) and of_full[0] > due / OF_IDEAL:
+        if name in ("mixed", str(layers // 2), str(layers // 4)) and of_full[0] > due / OF_IDEAL:
             within = False
             print(f"depth {name} takes {of_full[0]:.2f}; at most {due / OF_IDEAL:.2f} is due")
     return within

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import jexit
 from jexit.io.storage_errors import reason, system_reason
 from small_runs import saved_small_model, small_settings
 
@@ -70,11 +71,31 @@ def test_the_reason_is_the_systems_wherever_it_is_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("largest", [2_000, 6_000, 12_000, 40_000])
+@pytest.mark.parametrize("largest", [2_000, 6_000, 12_000, 20_000])
 def test_a_run_on_a_full_disk_is_one_sentence(tmp_path, largest):
+    done = _run_with_files_up_to(largest, tmp_path)
+    assert done.returncode == 1
+    *shown, said = done.stderr.splitlines()
+    assert said.startswith("jexit: ") and "File too large" in said
+    assert all(line.startswith("rl ") for line in shown), done.stderr  # the progress
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_page_alone_finds_no_room_has_its_model(tmp_path):
+    """No file but the page and its charts is over 40,000 bytes."""
+    done = _run_with_files_up_to(40_000, tmp_path)
+    assert done.returncode == 0
+    said = done.stderr.splitlines()[-1]
+    assert "File too large" in said and "`python -m jexit.report " in said
+    assert jexit.load(tmp_path / "run" / "model")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def _run_with_files_up_to(largest, tmp_path):
     settings = small_settings(saved_small_model(tmp_path / "small"), checkpoint__every=2)
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "jexit.main", "--config=configs/rl.py", *flags]
         + [f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT,
@@ -83,8 +104,3 @@ def test_a_run_on_a_full_disk_is_one_sentence(tmp_path, largest):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
-    *shown, said = done.stderr.splitlines()
-    assert said.startswith("jexit: ") and "File too large" in said
-    assert all(line.startswith("rl ") for line in shown), done.stderr  # the progress
-    assert not (tmp_path / "run" / "model").exists()

@@ -1,23 +1,29 @@
-"""λ and μ over a run."""
+"""λ and μ over a run, and the watch for runs that fail."""
+
+import logging
 
 import numpy as np
 import pytest
 
 from jexit.config import RLConfig
 from jexit.eval.depth import Completion
-from jexit.loops.pressure import Pressure, penalised_reward
+from jexit.loops.pressure import PATIENCE, AccuracyFloor, FailureWatch, Pressure, penalised_reward
 from jexit.tasks import Rewards
 
 
+def pressure_of(rl):
+    return Pressure(rl, AccuracyFloor.absolute(rl))
+
+
 def test_prices_rise_linearly_over_the_warm_up():
-    pressure = Pressure(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
+    pressure = pressure_of(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
     prices = [pressure.prices(step) for step in range(6)]
     assert [float(p.depth_coef) for p in prices] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     assert [float(p.length_coef) for p in prices] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
 def test_prices_are_withheld_while_accuracy_is_under_the_floor():
-    pressure = Pressure(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
+    pressure = pressure_of(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
     assert pressure.share(0) == 0.0  # nothing is known yet
     pressure.observe(0.9)
     assert pressure.share(1) == 1.0
@@ -27,7 +33,7 @@ def test_prices_are_withheld_while_accuracy_is_under_the_floor():
 
 
 def test_the_floor_is_held_against_a_moving_average():
-    pressure = Pressure(RLConfig(accuracy_floor=0.5))
+    pressure = pressure_of(RLConfig(accuracy_floor=0.5))
     for accuracy in (1.0, 0.0):
         pressure.observe(accuracy)
     assert pressure.accuracy == pytest.approx(0.8)
@@ -36,7 +42,7 @@ def test_the_floor_is_held_against_a_moving_average():
 
 def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
     config = RLConfig(depth_coef=2.0, dual_ascent=True, dual_rate=0.25, accuracy_floor=0.6)
-    pressure = Pressure(config)
+    pressure = pressure_of(config)
     shares = []
     for accuracy in (0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0):
         pressure.observe(accuracy)
@@ -48,11 +54,77 @@ def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
 
 def test_its_state_survives_a_checkpoint():
     config = RLConfig(dual_ascent=True, accuracy_floor=0.5)
-    pressure, restored = Pressure(config), Pressure(config)
+    pressure, restored = pressure_of(config), pressure_of(config)
     for accuracy in (0.7, 0.8):
         pressure.observe(accuracy)
     restored.load({name: np.array(value) for name, value in pressure.state().items()})
     assert (restored.accuracy, restored.multiplier) == (pressure.accuracy, pressure.multiplier)
+
+
+def test_a_floor_of_the_initial_model_survives_a_checkpoint():
+    config = RLConfig(accuracy_floor=0.9, floor_of="initial")
+    pressure, restored = Pressure(config, AccuracyFloor(0.3, 0.6)), pressure_of(config)
+    restored.load(pressure.state())
+    assert restored.floor == AccuracyFloor(0.3, 0.6)
+    restored.observe(0.4)
+    assert restored.share(1) == 1.0
+    for _ in range(5):
+        restored.observe(0.2)
+    assert restored.share(7) == 0.0
+
+
+def updates(watch, *, start, number, **values):
+    """The last answer to so many equal updates from step `start` on."""
+    return [watch.observe(start + index, **values) for index in range(number)][-1]
+
+
+GOOD = {"accuracy": 0.8, "depth_fraction": 0.6, "length": 30.0}
+SHALLOW = {"accuracy": 0.1, "depth_fraction": 0.26, "length": 30.0}
+SHORT = {"accuracy": 0.1, "depth_fraction": 0.6, "length": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("bad", "number", "name"),
+    [(SHALLOW, 5, "collapse"), (SHORT, 6, "text collapse"),
+     (GOOD | {"depth_fraction": 1.0}, 1, "shut exits")],
+)  # fmt: skip
+def test_the_log_warns_once_of_each_failure(bad, number, name, caplog):
+    watch = FailureWatch(first_exit_fraction=0.25)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        updates(watch, start=1, number=3, **GOOD)
+        assert not caplog.records
+        updates(watch, start=4, number=number + 20, **bad)
+    assert [record.getMessage().split(":")[1].strip() for record in caplog.records] == [name]
+
+
+@pytest.mark.parametrize("bad", [SHALLOW, SHORT])
+def test_a_collapse_that_lasts_stops_the_run_and_one_bad_batch_does_not(bad):
+    watch = FailureWatch(0.25, stops=True)
+    assert not updates(watch, start=1, number=3, **GOOD)
+    assert not updates(watch, start=4, number=1, **bad)
+    assert not updates(watch, start=5, number=10, **GOOD)
+    answers = [watch.observe(15 + index, **bad) for index in range(20)]
+    first = next(index for index, answer in enumerate(answers) if answer)
+    assert all(answers[first:]) and "collapse" in answers[first]
+    # Averages need three or four updates to halve, and the failure has to last.
+    assert PATIENCE + 2 <= first <= PATIENCE + 5
+    assert watch.good_step in (14, 15, 16)
+    assert not updates(FailureWatch(0.25), start=1, number=30, **bad)
+
+
+def test_a_model_that_was_never_correct_has_nothing_to_lose():
+    watch = FailureWatch(0.25, stops=True)
+    assert not updates(watch, start=1, number=20, accuracy=0.0, depth_fraction=0.25, length=4.0)
+
+
+def test_the_watch_goes_on_where_it_was():
+    watch, resumed = FailureWatch(0.25, stops=True), FailureWatch(0.25, stops=True)
+    updates(watch, start=1, number=3, **GOOD)
+    updates(watch, start=4, number=6, **SHALLOW)
+    resumed.load({name: np.array(value) for name, value in watch.state().items()})
+    for step in range(10, 20):
+        assert watch.observe(step, **SHALLOW) == resumed.observe(step, **SHALLOW)
+    assert resumed.state()["watch"].tolist() == watch.state()["watch"].tolist()
 
 
 def completions(*, correct, depth, tokens=5, of=10):
@@ -74,7 +146,7 @@ def test_the_best_checkpoint_is_scored_at_the_full_penalties():
     rl = RLConfig(depth_coef=2.0, length_coef=0.2, length_ref=22.0, warmup_steps=100)
     run = [completions(correct=9, depth=8), completions(correct=10, depth=4),
            completions(correct=10, depth=2)]  # fmt: skip
-    scores = [penalised_reward(rl, Rewards(), made, 8) for made in run]
+    scores = [penalised_reward(rl, rl.accuracy_floor, Rewards(), made, 8) for made in run]
     assert scores == pytest.approx([share - 2.0 * depth - 0.2 * 5 / 22 for share, depth in
                                     ((0.9, 1.0), (1.0, 0.5), (1.0, 0.25))])  # fmt: skip
     in_force = [0.9 - 0.0, 1.0 - 0.5 * 2.0 * 0.5, 1.0 - 2.0 * 0.25]  # by which the first is best
@@ -83,22 +155,24 @@ def test_the_best_checkpoint_is_scored_at_the_full_penalties():
 
 def test_the_best_checkpoint_under_a_total_penalty_is_not_the_one_with_filler():
     rl = RLConfig(depth_coef=2.0, depth_norm="total", length_ref=22.0)
-    plain = penalised_reward(rl, Rewards(), completions(correct=10, depth=4), 8)
+    plain = penalised_reward(rl, rl.accuracy_floor, Rewards(), completions(correct=10, depth=4), 8)
     padded = [
         Completion(ids=[0] * 9, text="", depths=[*made.depths, 1, 1, 1, 1], verdict="strict",
                    truncated=False)
         for made in completions(correct=10, depth=4)
     ]  # fmt: skip
     assert plain == pytest.approx(1.0 - 2.0 * (8 + 4 * 4) / 8 / 22)
-    assert penalised_reward(rl, Rewards(), padded, 8) < plain
+    assert penalised_reward(rl, rl.accuracy_floor, Rewards(), padded, 8) < plain
 
 
 def test_accuracy_under_the_floor_outweighs_layers():
     rl = RLConfig(depth_coef=2.0, accuracy_floor=0.9)
     at_floor, shallow, shallower = (
-        penalised_reward(rl, Rewards(), completions(correct=correct, depth=depth), 8)
+        penalised_reward(
+            rl, rl.accuracy_floor, Rewards(), completions(correct=correct, depth=depth), 8
+        )
         for correct, depth in ((9, 8), (8, 1), (7, 1))
     )
     assert at_floor > shallow > shallower
-    cheaper = penalised_reward(rl, Rewards(), completions(correct=9, depth=4), 8)
+    cheaper = penalised_reward(rl, rl.accuracy_floor, Rewards(), completions(correct=9, depth=4), 8)
     assert cheaper > at_floor

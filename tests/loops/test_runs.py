@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import signal
 import xml.etree.ElementTree
 
@@ -13,7 +12,9 @@ import jexit
 from jexit.config import BEST_METRICS
 from jexit.loops import rl, sft, trainer
 from jexit.loops.policies import text_means
-from jexit.loops.trainer import Diverged, Interrupted
+from jexit.loops.pressure import FailureWatch
+from jexit.loops.stage import Stage
+from jexit.loops.trainer import Collapsed, Diverged, Interrupted
 from jexit.main import dispatch
 from small_runs import make_config, metrics, parameters, run
 
@@ -216,22 +217,63 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoi
     assert not (tmp_path / "model").exists()
 
 
-def test_the_log_warns_of_the_three_failures(caplog):
-    from jexit.loops.pressure import FailureWatch
+def test_a_run_that_collapses_stops_with_the_last_good_checkpoint(model_dir, tmp_path, monkeypatch):
+    """Updates 1 and 2 are good, from the fourth on the watch says stop."""
+    original = FailureWatch.observe
 
-    watch = FailureWatch(first_exit_fraction=0.25)
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        watch.observe(1, accuracy=0.8, depth_fraction=0.6, length=30.0)
-        assert not caplog.records
-        watch.observe(2, accuracy=0.1, depth_fraction=0.26, length=30.0)
-        watch.observe(3, accuracy=0.8, depth_fraction=1.0, length=30.0)
-        watch.observe(4, accuracy=0.1, depth_fraction=0.6, length=5.0)
-        watch.observe(5, accuracy=0.1, depth_fraction=0.6, length=5.0)
-    assert [record.getMessage().split(":")[1].strip() for record in caplog.records] == [
-        "collapse",
-        "shut exits",
-        "text collapse",
-    ]
+    def observe(self, step, *args, **kwargs):
+        original(self, step, *args, **kwargs)
+        self.good_step = min(step, 2)
+        return "text collapse: as told" if step >= 4 else ""
+
+    monkeypatch.setattr(FailureWatch, "observe", observe)
+    config = make_config("rl", model_dir, steps=8, checkpoint__every=1, checkpoint__keep=5,
+                         eval__problems=2)  # fmt: skip
+    with pytest.raises(Collapsed, match=r"stopped after step 4: text collapse: as told; .*/model "
+                                        r"is of step 2, the last checkpoint before"):  # fmt: skip
+        dispatch(config, tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    dispatch(dataclasses.replace(config, steps=2), tmp_path / "two")
+    stopped, two = parameters(tmp_path), parameters(tmp_path / "two")
+    assert stopped.keys() == two.keys()
+    for name, values in stopped.items():
+        np.testing.assert_array_equal(values, two[name])
+
+    gone = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, keep=1))
+    with pytest.raises(Collapsed, match="no checkpoint from before is kept"):
+        dispatch(gone, tmp_path / "gone")
+    assert not (tmp_path / "gone" / "model").exists()
+
+
+def test_a_floor_can_be_a_share_of_what_the_initial_model_has_at_full_depth(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    """The random model gets nothing right, so one that is told apart by temperature stands in."""
+    accuracy = {0.7: 0.5, 0.0: 0.8}
+    asked = []
+    original = Stage._measured
+
+    def measured(self, trainable, *, policy="", **decoding):
+        result, made = original(self, trainable, policy=policy, **decoding)
+        if policy == "full":
+            asked.append(decoding)
+            result = dataclasses.replace(result, accuracy=accuracy[decoding.get("temperature", 0)])
+        return result, made
+
+    monkeypatch.setattr(Stage, "_measured", measured)
+    config = make_config(
+        "rl", model_dir, steps=3, rl__depth_coef=1.0, rl__accuracy_floor=0.9, rl__temperature=0.7,
+        rl__floor_of="initial", checkpoint__every=1, checkpoint__keep_best=1, eval__problems=2,
+    )  # fmt: skip
+    dispatch(config, tmp_path)
+    assert "floors 45.0% of rollouts, 72.0% of the val split" in capsys.readouterr().out
+    assert asked == [{"temperature": 0.7, "max_new_tokens": config.rl.max_new_tokens}, {}]
+    rows = metrics(tmp_path)
+    assert [row["depth_coef"] for row in rows] == [0.0] * 3
+    for row in rows:  # 100 a unit of accuracy under 0.72
+        assert row["val/reward"] < -70
+    dispatch(dataclasses.replace(config, steps=4), tmp_path)  # a resumed run knows its floor
+    assert len(asked) == 2
 
 
 def test_evaluation_writes_what_outsiders_read(rl_run, model_dir, tmp_path, capsys):
@@ -358,13 +400,3 @@ def test_a_run_is_measured_under_the_law_that_it_trains(model_dir, tmp_path):
     for measured in (before, after):
         may_leave = measured["tokens"] - measured["problems"]
         assert measured["depth_histogram"]["1"] / may_leave > 0.75
-
-
-def test_a_warning_survives_a_checkpoint():
-    from jexit.loops.pressure import FailureWatch
-
-    watch, resumed = FailureWatch(0.25), FailureWatch(0.25)
-    watch.observe(1, accuracy=0.8, depth_fraction=0.6, length=30.0)
-    resumed.load(watch.state())
-    resumed.observe(2, accuracy=0.1, depth_fraction=0.26, length=30.0)
-    assert len(resumed.warned) == 1

@@ -1,0 +1,77 @@
+"""Study E: SmolLM2-135M, real pretrained weights: fine-tuned, calibrated and reinforced.
+
+    python -m convert.from_hf --source=HuggingFaceTB/SmolLM2-135M-Instruct --target=models/smollm2
+    bash studies/smollm2.sh
+
+The second command runs every stage below, in order, and goes on where it was stopped: fine-tuning
+on the task's references, calibration on the model's own completions with three seeds, and from each
+of them reinforcement with λ = 0 and two penalties.
+"""
+
+import pathlib
+import runpy
+
+PRESET = "smollm2-135m"
+CONFIGS = pathlib.Path(__file__).parents[1]
+STAGES = {"finetune": "finetune", "calibrate": "sft", "reinforce": "rl", "measure": "eval"}
+
+
+def get_config(variant: str = "measure"):
+    if variant not in STAGES:
+        raise ValueError(f"smollm2 has no stage {variant!r}; choose {', '.join(STAGES)}")
+    config = runpy.run_path(str(CONFIGS / f"{STAGES[variant]}.py"))["get_config"](PRESET)
+    config.task.name = "word_problems"
+    config.eval.max_new_tokens = 48
+    config.eval.problems = 128  # before and after training
+    config.optim.accumulate = 1
+    config.exits.layers = (3, 6, 9, 12, 15, 18, 21, 24, 27)
+    if variant == "finetune":
+        config.model.path = "models/smollm2"
+        config.exits.layers = ()
+        config.steps = 60
+        config.finetune.max_new_tokens = 64
+        config.lora.rank = 0
+        config.optim.full_lr = 2e-4
+        config.checkpoint.every = 20
+        return config
+    if variant == "calibrate":
+        config.model.path = "runs/smollm2-trunk/model"
+        config.lora.rank = 16
+        config.lora.alpha = 32.0
+        config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+        config.sft.pool = 1024
+        config.sft.generate_batch = 256
+        config.sft.max_new_tokens = 48
+        config.sft.lens_steps = 200
+        config.sft.sharpness = 10.0
+        config.sft.explore = 0.1
+        config.sft.samples = 1
+        config.steps = 60
+        config.batch_size = 32
+        config.optim.lora_lr = 3e-4
+        config.optim.exit_lr = 1e-3
+        config.optim.continuation_lr = 1e-4
+        config.optim.schedule = "cosine"
+        config.optim.final_fraction = 0.1
+        config.optim.warmup_steps = 10
+        config.checkpoint.every = 20
+        return config
+    if variant == "reinforce":
+        config.model.path = "runs/smollm2-sft/seed=0"
+        config.steps = 60
+        config.batch_size = 16
+        config.rl.rollouts = 6
+        config.rl.max_new_tokens = 48
+        config.rl.kl_coef = 0.01
+        config.rl.depth_coef = 0.5
+        config.rl.warmup_steps = 10
+        config.optim.lora_lr = 3e-4
+        config.optim.exit_lr = 1e-3
+        config.optim.continuation_lr = 1e-4
+        config.checkpoint.every = 10
+        return config
+    config.eval.problems = 512
+    config.eval.policies = ("full", "sample", "threshold:0.5", "shuffled", "fixed:matched")
+    config.eval.measures = ("exits",)
+    config.eval.heat_maps = 4
+    return config

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Study E: SmolLM2-135M, fine-tuned, calibrated and reinforced (configs/experiments/smollm2.py).
+#
+#   bash studies/smollm2.sh [--jobs=N]
+#
+# Takes models/smollm2, writes runs/smollm2-*, and goes on where it was stopped.
+set -euo pipefail
+checkout="$(dirname "${BASH_SOURCE[0]}")/.."
+config="$checkout/configs/experiments/smollm2.py"
+[[ -e runs/smollm2-trunk/after.json ]] ||
+  bash "$checkout/launch/run.sh" --config="$config:finetune" --workdir=runs/smollm2-trunk
+bash "$checkout/launch/sweep.sh" --config="$config:measure" --into=runs/smollm2-base \
+  --config.eval.policies="('full',)" --config.eval.measures="()" \
+  "model.path=models/smollm2|runs/smollm2-trunk" "$@"
+bash "$checkout/launch/sweep.sh" --config="$config:calibrate" --eval="$config:measure" \
+  --into=runs/smollm2-sft seed=0,1,2 "$@"
+for seed in 0 1 2; do
+  bash "$checkout/launch/sweep.sh" --config="$config:reinforce" --eval="$config:measure" \
+    --into=runs/smollm2-rl --config.model.path="runs/smollm2-sft/seed=$seed" \
+    rl.depth_coef=0,0.5,1 seed="$seed" "$@"
+done
