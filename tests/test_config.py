@@ -126,7 +126,9 @@ def test_an_unknown_preset_or_command_lists_the_known():
         config_dict("rl", "qwen9")
     with pytest.raises(ValueError, match=r"preset '\.\./x' is not known; choose one of tiny, qw"):
         build(preset="../x")  # which names a workdir
-    with pytest.raises(ValueError, match="command 'train' is not one of pretrain, sft, rl"):
+    with pytest.raises(
+        ValueError, match="command 'train' is not one of pretrain, finetune, sft, rl"
+    ):
         config_dict("train")
 
 
@@ -215,7 +217,7 @@ def test_a_section_is_no_value():
 
 def test_the_command_is_needed():
     with pytest.raises(
-        ValueError, match=r"config\.command is missing; choose one of pretrain, sft"
+        ValueError, match=r"config\.command is missing; choose one of pretrain, finetune, sft"
     ):
         Config.from_dict({"seed": 1})
     with pytest.raises(ValueError, match=r"config\.command is 'train'; choose one of pretrain"):
@@ -311,10 +313,16 @@ def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
             build(task__name=name, task__steps=steps)
 
 
+def test_no_steps_are_for_the_first_phase_of_calibration_alone():
+    assert build(command="sft", steps=0, sft__lens_steps=5).steps == 0
+    for settings in ({}, {"command": "sft"}, {"command": "rl", "sft__lens_steps": 5}):
+        with pytest.raises(ValueError, match=r"config\.steps is 0, .*; set it to 1 at least"):
+            build(steps=0, **settings)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "least"),
     [
-        ("steps", 0, 1),
         ("batch_size", 0, 1),
         ("lora__rank", -1, 0),
         ("optim__accumulate", 0, 1),

@@ -89,7 +89,8 @@ def assert_same_run(one, two, sampler_gap=1e-7):
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            least = sampler_gap if name in ("sampler_gap", "loss") else 1e-7
+            signed = name == "sampler_gap" or name.startswith("loss")
+            least = sampler_gap if signed else 1e-7
             np.testing.assert_allclose(theirs[name], value, RELATIVE, least, err_msg=name)
     first, second = parameters(one / "model"), parameters(two / "model")
     for name, value in first.items():

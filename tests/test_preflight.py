@@ -50,7 +50,12 @@ def eight_cpus(monkeypatch):
 
 STEPS = {
     "pretrain": ["pretraining step"],
-    "finetune": ["fine-tuning step", "evaluation prefill", "evaluation decode (full), a token"],
+    "finetune": [
+        "fine-tuning step",
+        "evaluation weights, gathered over fsdp",
+        "evaluation prefill",
+        "evaluation decode (full), a token",
+    ],
     "sft": [
         "teacher weights, gathered over fsdp",
         "teacher prefill",

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import jexit
+from jexit.config import PROJECTIONS
 from jexit.io.model_source import open_model
 from small_runs import run
 
@@ -13,13 +14,13 @@ from small_runs import run
 def test_a_run_learns_and_writes_a_plain_trunk(model_dir, tmp_path, rank):
     workdir = tmp_path / "run"
     run(
-        "finetune", model_dir, workdir, steps=12, batch_size=16, lora__rank=rank,
-        finetune__max_new_tokens=48,
+        "finetune", model_dir, workdir, steps=20, batch_size=16, lora__rank=rank,
+        finetune__max_new_tokens=48, lora__targets=PROJECTIONS,
         optim__full_lr=1e-2, optim__lora_lr=3e-2, eval__problems=4,
     )  # fmt: skip
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
     assert all(row["data/padding"] < 0.5 for row in rows if "loss" in row)
     source = open_model(workdir / "model")
     assert source.lora is None and not source.exit_layers and source.base == workdir / "model"
