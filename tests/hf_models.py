@@ -97,11 +97,13 @@ def residuals_by_hand(
     tokens_BT: np.ndarray | Sequence[Sequence[int]],
     depth_BT: np.ndarray,
     lengths_B: Sequence[int] | None = None,
+    continuation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Residuals [B, T, D] entering layers 0 … L−1 and leaving the last, tokens frozen at a depth.
+    """Residuals [B, T, D] entering layers 0 … L−1 and leaving the last, tokens leaving at a depth.
 
-    Every layer runs over the whole sequence, so it takes a frozen token's key and value from the
-    frozen residual; its output is kept only where layer < depth.
+    Every layer runs over the whole sequence, so it takes the key and value of a token that has left
+    from its residual; its output is kept only where layer < depth. Elsewhere the residual stays, or
+    becomes h + h · A[layer] + b[layer] with `continuation` (A [L, D, D], b [L, D]).
     """
     trunk = model.model
     tokens_BT, depth_BT = torch.as_tensor(np.asarray(tokens_BT)), torch.as_tensor(depth_BT)
@@ -120,6 +122,9 @@ def residuals_by_hand(
         new_BTD = layer(
             h_BTD, attention_mask=mask, position_ids=positions, position_embeddings=rotary
         )
+        if continuation is not None:
+            a_DD, b_D = (part[index] for part in continuation)
+            h_BTD = h_BTD + h_BTD @ a_DD + b_D
         h_BTD = torch.where((index < depth_BT)[..., None], new_BTD, h_BTD)
         residuals.append(h_BTD)
     return residuals
@@ -130,7 +135,8 @@ def freeze_by_hand(
     tokens_BT: np.ndarray | Sequence[Sequence[int]],
     depth_BT: np.ndarray,
     lengths_B: Sequence[int] | None = None,
+    continuation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Logits [B, T, V] of `residuals_by_hand`."""
-    last_BTD = residuals_by_hand(model, tokens_BT, depth_BT, lengths_B)[-1]
+    last_BTD = residuals_by_hand(model, tokens_BT, depth_BT, lengths_B, continuation)[-1]
     return model.lm_head(model.model.norm(last_BTD))

@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -28,6 +29,8 @@ from transformers.utils import logging  # noqa: E402
 
 import jexit  # noqa: E402
 from hf_models import freeze_by_hand  # noqa: E402
+from jexit.io.model_dir import load  # noqa: E402
+from jexit.model.exits import ExitSettings  # noqa: E402
 from jexit.tasks.gsm8k import Gsm8k  # noqa: E402
 from tolerances import LOGITS_REAL  # noqa: E402
 
@@ -63,15 +66,24 @@ def claims(checkpoint: pathlib.Path, gsm8k: pathlib.Path, scratch: pathlib.Path)
         f"{peak / 1e6:,.0f} MB, {peak / size:.2f} × the checkpoint (< {MEMORY})",
     )
 
-    model, tokenizer = jexit.load(scratch / "jexit", dtype="float32")
+    head = ExitSettings(continuation="linear")
+    model, tokenizer = load(scratch / "jexit", dtype="float32", exit_head=head)
     task = Gsm8k(path=gsm8k)
     messages = [task.problem("test", index).prompt for index in range(PROMPTS)]
     prompts = [tokenizer.encode_prompt(message) for message in messages]
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
     full = [0.0, 0, 0]
-    prescribed = [0.0, 0, 0]
+    frozen = [0.0, 0, 0]
+    linear = [0.0, 0, 0]
     rng = np.random.default_rng(0)
+    update = model.blocks.continuation.update
+    at_start = update.kernel[...], update.bias[...]
+    # The residual's length changes by about a tenth in every layer that is skipped.
+    moved = tuple(
+        0.1 * part.shape[1] ** -0.5 * rng.normal(size=part.shape).astype(np.float32)
+        for part in at_start
+    )
     for prompt in prompts:
         tokens_BT = np.full((1, -(-len(prompt) // BUCKET) * BUCKET), tokenizer.pad_id)
         tokens_BT[0, : len(prompt)] = prompt
@@ -81,13 +93,22 @@ def claims(checkpoint: pathlib.Path, gsm8k: pathlib.Path, scratch: pathlib.Path)
         found = jexit.forward(model, tokens_BT, lengths_B, policy=jexit.Full())
         add(full, found.logits_BTV[0, : len(prompt)], truth)
         depth_BT = rng.integers(1, model.arch.layers + 1, tokens_BT.shape)
-        with torch.no_grad():
-            truth = freeze_by_hand(theirs, [prompt], depth_BT[:, : len(prompt)])[0].numpy()
-        found = jexit.forward(model, tokens_BT, lengths_B, policy=jexit.Prescribed(depth_BT))
-        add(prescribed, found.logits_BTV[0, : len(prompt)], truth)
+        for total, maps in ((frozen, at_start), (linear, moved)):
+            update.kernel[...], update.bias[...] = map(jnp.asarray, maps)
+            with torch.no_grad():
+                truth = freeze_by_hand(
+                    theirs,
+                    [prompt],
+                    depth_BT[:, : len(prompt)],
+                    continuation=tuple(torch.tensor(np.asarray(part)) for part in maps),
+                )[0].numpy()
+            found = jexit.forward(model, tokens_BT, lengths_B, policy=jexit.Prescribed(depth_BT))
+            add(total, found.logits_BTV[0, : len(prompt)], truth)
+    update.kernel[...], update.bias[...] = at_start
     for name, (gap, same, positions) in (
         ("full depth", full),
-        ("prescribed random depths, against freezing by hand", prescribed),
+        ("prescribed random depths, against freezing by hand", frozen),
+        ("the same with a random linear continuation, by hand", linear),
     ):
         yield claim(
             f"{name}: logits",

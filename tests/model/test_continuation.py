@@ -8,7 +8,6 @@ import saved_models
 import torch
 from flax import nnx
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.masking_utils import create_causal_mask
 
 import hf_models
 import jexit
@@ -16,6 +15,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load, save_model
 from jexit.model.exits import ContinuationParam, ExitSettings, maps_to_end
 from jexit.model.transformer import exit_hidden_states, logits_of, run
+from tolerances import LOGITS
 
 LAYERS, EXITS = 5, (1, 2, 4)
 LINEAR = ExitSettings(continuation="linear")
@@ -153,7 +153,6 @@ def test_gradient_against_central_differences(linear, tokens_BT):
 
 
 def test_equals_a_loop_over_the_layers_of_hugging_face(tmp_path, tokens_BT):
-    """An oracle of its own: transformers' layers, one after the other, with the mask in torch."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=hf_models.VOCABULARY, hidden_size=16, num_hidden_layers=LAYERS,
@@ -171,22 +170,11 @@ def test_equals_a_loop_over_the_layers_of_hugging_face(tmp_path, tokens_BT):
     depth_BT = rng.choice([*EXITS, LAYERS], tokens_BT.shape)
 
     with torch.no_grad():
-        core = theirs.model
-        h = core.embed_tokens(torch.tensor(np.asarray(tokens_BT)))
-        positions = torch.arange(h.shape[1])[None]
-        mask = create_causal_mask(
-            config=config, inputs_embeds=h, attention_mask=None, past_key_values=None,
-            position_ids=positions,
-        )  # fmt: skip
-        rope = core.rotary_emb(h, positions)
-        for number, layer in enumerate(core.layers):
-            new = layer(h, attention_mask=mask, position_embeddings=rope)
-            new = new[0] if isinstance(new, tuple) else new
-            runs = torch.tensor(number < depth_BT)[..., None]
-            h = torch.where(runs, new, h + h @ a_LDD[number] + b_LD[number])
-        truth = theirs.lm_head(core.norm(h)).numpy()
+        truth = hf_models.freeze_by_hand(
+            theirs, tokens_BT, depth_BT, continuation=(a_LDD, b_LD)
+        ).numpy()
     out = jexit.forward(ours, tokens_BT, policy=jexit.Prescribed(depth_BT))
-    np.testing.assert_allclose(out.logits_BTV, truth, atol=1e-4)
+    np.testing.assert_allclose(out.logits_BTV, truth, atol=LOGITS)
 
 
 @pytest.mark.parametrize("settings", [LINEAR, FACTORED], ids=["full", "rank 3"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jexit.loops.evaluate import PolicyResult
+from jexit.loops.policies import PolicyResult
 from jexit.report.records import Completion, Evaluation, PolicyFigures, build, build_list
 from report_files import completions, evaluation
 
