@@ -20,7 +20,7 @@ def test_a_run_learns_and_writes_a_plain_trunk(model_dir, tmp_path, rank):
     )  # fmt: skip
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 20 and losses[-1] < 0.85 * losses[0]
     assert all(row["data/padding"] < 0.5 for row in rows if "loss" in row)
     source = open_model(workdir / "model")
     assert source.lora is None and not source.exit_layers and source.base == workdir / "model"
