@@ -1,5 +1,7 @@
 """The linear continuation: h ← h + h · A_m + b_m in every layer that a token skips."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import hf_models
 import jexit
+from convert import to_hf
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load, save_model
 from jexit.model.exits import ContinuationParam, ExitSettings, maps_to_end
@@ -197,6 +200,52 @@ def test_a_directory_keeps_it_and_may_gain_it(settings, tmp_path):
     policy = jexit.Prescribed(np.full(tokens_BT.shape, 1))
     truth, found = (jexit.forward(model, tokens_BT, policy=policy) for model in (frozen, fresh))
     assert np.array_equal(found.logits_BTV, truth.logits_BTV)
+
+
+@pytest.mark.parametrize("settings", [LINEAR, FACTORED], ids=["full", "rank 3"])
+def test_at_its_start_text_directory_and_export_are_the_frozen_forms(settings, tmp_path):
+    """Bit for bit, but for the continuation's own arrays."""
+    tokenizer = Tokenizer.load(saved_models.TOKENIZER)
+    save_model(tmp_path / "frozen", saved_models.make_model(tokenizer.vocab_size), tokenizer)
+    fresh, _ = load(
+        tmp_path / "frozen", dtype="float32",
+        exit_head=dataclasses.replace(saved_models.HEAD, **settings_of(settings)),
+    )  # fmt: skip
+    save_model(tmp_path / "linear", fresh, tokenizer)
+    frozen, linear = (load(tmp_path / name, dtype="float32")[0] for name in ("frozen", "linear"))
+
+    prompts = ["3+4=", "17+25+3="] * 3
+    for policy, temperature in (
+        (jexit.Threshold(0.2), 0.0), (jexit.Sample(), 1.0), (jexit.Full(), 0.0)
+    ):  # fmt: skip
+        made = [
+            jexit.generate(model, tokenizer, prompts, policy=policy, temperature=temperature,
+                           max_new_tokens=12, seed=3)
+            for model in (frozen, linear)
+        ]  # fmt: skip
+        for name in ("texts", "tokens", "depths"):
+            assert getattr(made[0], name) == getattr(made[1], name)
+        for ours, theirs in zip(made[0].logprobs, made[1].logprobs, strict=True):
+            assert np.array_equal(ours, theirs)
+        if not isinstance(policy, jexit.Full):
+            assert min(map(min, made[0].depths)) < frozen.arch.layers
+
+    ours, theirs = (saved_models.parameters(model) for model in (linear, frozen))
+    assert {name for name in ours if "continuation" not in name} == theirs.keys() < ours.keys()
+    assert all(np.array_equal(ours[name], array) for name, array in theirs.items())
+    for model in ("frozen", "linear"):
+        target = tmp_path / f"{model}-hf"
+        assert to_hf.main([f"--source={tmp_path / model}", f"--target={target}"]) == 0
+    files = sorted(path.name for path in (tmp_path / "frozen-hf").iterdir())
+    assert "model.safetensors" in files
+    for name in files:
+        if not name.startswith("exit_heads"):
+            one, other = (tmp_path / f"{model}-hf" / name for model in ("frozen", "linear"))
+            assert one.read_bytes() == other.read_bytes(), name
+
+
+def settings_of(settings):
+    return {name: getattr(settings, name) for name in ("continuation", "continuation_rank")}
 
 
 @pytest.mark.parametrize(
