@@ -21,10 +21,14 @@ PATIENCE = 5  # updates that a collapse lasts before the run stops
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyFloor:
-    """The accuracy that λ and μ must not cost, of rollouts and of held-out problems; 0: none."""
+    """The accuracy that λ and μ must not cost, of rollouts and of held-out problems; 0: none.
+
+    `length` is that of the rollouts whose accuracy it is a share of, in tokens; 0: of none.
+    """
 
     rollouts: float
     held_out: float
+    length: float = 0.0
 
     @classmethod
     def absolute(cls, rl: RLConfig) -> AccuracyFloor:
@@ -69,7 +73,7 @@ class Pressure:
         self.multiplier = float(np.clip(self.multiplier + change, 0.0, 1.0))
 
     def state(self) -> dict[str, np.ndarray]:
-        values = [self.accuracy, self.multiplier, self.floor.rollouts, self.floor.held_out]
+        values = [self.accuracy, self.multiplier, *dataclasses.astuple(self.floor)]
         return {"pressure": np.asarray(values, np.float64)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
@@ -119,14 +123,15 @@ class FailureWatch:
     """Warns, once each, of collapse, of shut exits and of text that shrinks away.
 
     Collapse: nearly every token at the first exit while accuracy has halved. Text collapse:
-    completions under 0.4 of their first length while accuracy has halved. Shut exits: hardly a
-    token leaves. Accuracy and length are moving averages. With `stops`, one of the first two that
-    lasts for `PATIENCE` updates is a reason to stop.
+    completions under 0.4 of the length that those of the floor had, or the first ones, with an
+    accuracy under half of the floor or of the best. Shut exits: hardly a token leaves. Accuracy and
+    length are moving averages. With `stops`, one of the first two that lasts for `PATIENCE` updates
+    is a reason to stop.
     """
 
     first_exit_fraction: float
+    pressure: Pressure  # which takes in an update before this does
     stops: bool = False
-    accuracy: float = float("nan")
     best_accuracy: float = 0.0
     length: float = float("nan")
     first_length: float = 0.0
@@ -134,7 +139,7 @@ class FailureWatch:
     failing: int = 0  # updates in a row
     warned: set[str] = dataclasses.field(default_factory=set)
 
-    _STORED = ("accuracy", "best_accuracy", "length", "first_length", "good_step", "failing")
+    _STORED = ("best_accuracy", "length", "first_length", "good_step", "failing")
 
     def state(self) -> dict[str, np.ndarray]:
         return {"watch": np.asarray([getattr(self, name) for name in self._STORED], np.float64)}
@@ -143,13 +148,15 @@ class FailureWatch:
         for name, value in zip(self._STORED, state["watch"], strict=True):
             setattr(self, name, type(getattr(self, name))(value))
 
-    def observe(self, step: int, accuracy: float, depth_fraction: float, length: float) -> str:
+    def observe(self, step: int, depth_fraction: float, length: float) -> str:
         """Takes in an update's rollouts; returns why the run should stop, or nothing."""
-        self.accuracy = _moved(self.accuracy, accuracy)
+        accuracy, floor = self.pressure.accuracy, self.pressure.floor
         self.length = _moved(self.length, length)
-        self.best_accuracy = max(self.best_accuracy, self.accuracy)
+        self.best_accuracy = max(self.best_accuracy, accuracy)
         self.first_length = self.first_length or length
-        worse = self.accuracy < 0.5 * self.best_accuracy
+        due_length = floor.length or self.first_length
+        worse = accuracy < 0.5 * self.best_accuracy
+        short = self.length < 0.4 * due_length
         shallow = depth_fraction < self.first_exit_fraction + 0.05
         failures = {
             "collapse: nearly every token leaves at the first exit and accuracy has halved; "
@@ -157,7 +164,8 @@ class FailureWatch:
             "config.rl.accuracy_floor": shallow and worse,
             "text collapse: completions have shrunk and accuracy has halved; lower "
             "config.rl.length_coef or bring it in later, and make no answer cost no more than a "
-            "wrong one (config.task.reward_none)": self.length < 0.4 * self.first_length and worse,
+            "wrong one (config.task.reward_none)": short
+            and accuracy < 0.5 * max(self.best_accuracy, floor.rollouts),
         }
         shut = {
             "shut exits: hardly a token leaves early; raise config.rl.min_hazard or "
@@ -170,7 +178,7 @@ class FailureWatch:
                 self.warned.add(message)
         failed = [text for text, holds in failures.items() if holds]
         self.failing = self.failing + 1 if failed else 0
-        if self.accuracy >= 0.8 * self.best_accuracy and self.length >= 0.6 * self.first_length:
+        if accuracy >= 0.8 * self.best_accuracy and self.length >= 0.6 * due_length:
             self.good_step = step
         return failed[0] if self.stops and self.failing >= PATIENCE else ""
 

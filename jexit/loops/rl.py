@@ -37,7 +37,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     before = stage.measure_before()
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
     pressure = Pressure(rl, AccuracyFloor.absolute(rl))
-    watch = FailureWatch(stage.exit_layers[0] / layers, rl.stop_on_collapse)
+    watch = FailureWatch(stage.exit_layers[0] / layers, pressure, rl.stop_on_collapse)
     attention = config.model.attention
     shapes = PackedShapes(
         data_shards(),
@@ -112,9 +112,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         with waiting(f"step {step + 1}"):
             state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
         pressure.observe(totals.accuracy)
-        failure = watch.observe(
-            step + 1, totals.accuracy, totals.mean_depth(layers) / layers, totals.mean_length
-        )
+        failure = watch.observe(step + 1, totals.mean_depth(layers) / layers, totals.mean_length)
         if step % config.log.samples_every == 0:
             count = min(config.log.samples, rollouts.rows)
             records = [

@@ -141,7 +141,9 @@ class Stage:
         )
         measured, _ = self._measured(self.split.trainable, policy="full")
         floor = AccuracyFloor(
-            rl.accuracy_floor * sampled.accuracy, rl.accuracy_floor * measured.accuracy
+            rl.accuracy_floor * sampled.accuracy,
+            rl.accuracy_floor * measured.accuracy,
+            sampled.completion_length,
         )
         if is_primary():
             print(

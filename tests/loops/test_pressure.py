@@ -73,9 +73,17 @@ def test_a_floor_of_the_initial_model_survives_a_checkpoint():
     assert restored.share(7) == 0.0
 
 
-def updates(watch, *, start, number, **values):
+def watch_of(stops=False, floor=None):
+    rl = RLConfig()
+    return FailureWatch(0.25, Pressure(rl, floor or AccuracyFloor.absolute(rl)), stops)
+
+
+def updates(watch, *, start, number, accuracy, **values):
     """The last answer to so many equal updates from step `start` on."""
-    return [watch.observe(start + index, **values) for index in range(number)][-1]
+    for index in range(number):
+        watch.pressure.observe(accuracy)
+        answer = watch.observe(start + index, **values)
+    return answer
 
 
 GOOD = {"accuracy": 0.8, "depth_fraction": 0.6, "length": 30.0}
@@ -84,47 +92,60 @@ SHORT = {"accuracy": 0.1, "depth_fraction": 0.6, "length": 3.0}
 
 
 @pytest.mark.parametrize(
-    ("bad", "number", "name"),
-    [(SHALLOW, 5, "collapse"), (SHORT, 6, "text collapse"),
-     (GOOD | {"depth_fraction": 1.0}, 1, "shut exits")],
+    ("bad", "name"),
+    [(SHALLOW, "collapse"), (SHORT, "text collapse"),
+     (GOOD | {"depth_fraction": 1.0}, "shut exits")],
 )  # fmt: skip
-def test_the_log_warns_once_of_each_failure(bad, number, name, caplog):
-    watch = FailureWatch(first_exit_fraction=0.25)
+def test_the_log_warns_once_of_each_failure(bad, name, caplog):
+    watch = watch_of()
     with caplog.at_level(logging.WARNING, logger="absl"):
         updates(watch, start=1, number=3, **GOOD)
         assert not caplog.records
-        updates(watch, start=4, number=number + 20, **bad)
+        updates(watch, start=4, number=20, **bad)
     assert [record.getMessage().split(":")[1].strip() for record in caplog.records] == [name]
 
 
 @pytest.mark.parametrize("bad", [SHALLOW, SHORT])
 def test_a_collapse_that_lasts_stops_the_run_and_one_bad_batch_does_not(bad):
-    watch = FailureWatch(0.25, stops=True)
+    watch = watch_of(stops=True)
     assert not updates(watch, start=1, number=3, **GOOD)
     assert not updates(watch, start=4, number=1, **bad)
     assert not updates(watch, start=5, number=10, **GOOD)
-    answers = [watch.observe(15 + index, **bad) for index in range(20)]
+    answers = [updates(watch, start=15 + index, number=1, **bad) for index in range(20)]
     first = next(index for index, answer in enumerate(answers) if answer)
     assert all(answers[first:]) and "collapse" in answers[first]
     # Averages need three or four updates to halve, and the failure has to last.
     assert PATIENCE + 2 <= first <= PATIENCE + 5
     assert watch.good_step in (14, 15, 16)
-    assert not updates(FailureWatch(0.25), start=1, number=30, **bad)
+    assert not updates(watch_of(), start=1, number=30, **bad)
+
+
+@pytest.mark.parametrize("length", [12.0, 4.0])
+def test_a_weak_start_may_stop_rambling_but_not_stop_reasoning(length):
+    """Never accurate, so that nothing can halve: the lengths are held against the full depth's."""
+    watch = watch_of(stops=True, floor=AccuracyFloor(0.8, 0.9, length=20.0))
+    updates(watch, start=1, number=3, accuracy=0.05, depth_fraction=0.4, length=38.0)
+    said = updates(watch, start=4, number=30, accuracy=0.08, depth_fraction=0.4, length=length)
+    assert bool(said) == (length < 8)
 
 
 def test_a_model_that_was_never_correct_has_nothing_to_lose():
-    watch = FailureWatch(0.25, stops=True)
-    assert not updates(watch, start=1, number=20, accuracy=0.0, depth_fraction=0.25, length=4.0)
+    said = updates(
+        watch_of(stops=True), start=1, number=20, accuracy=0.0, depth_fraction=0.25, length=4.0
+    )
+    assert not said
 
 
 def test_the_watch_goes_on_where_it_was():
-    watch, resumed = FailureWatch(0.25, stops=True), FailureWatch(0.25, stops=True)
+    watch, resumed = watch_of(stops=True), watch_of(stops=True)
     updates(watch, start=1, number=3, **GOOD)
     updates(watch, start=4, number=6, **SHALLOW)
-    resumed.load({name: np.array(value) for name, value in watch.state().items()})
+    for ours, theirs in ((resumed, watch), (resumed.pressure, watch.pressure)):
+        ours.load({name: np.array(value) for name, value in theirs.state().items()})
     for step in range(10, 20):
-        assert watch.observe(step, **SHALLOW) == resumed.observe(step, **SHALLOW)
-    assert resumed.state()["watch"].tolist() == watch.state()["watch"].tolist()
+        said = [updates(one, start=step, number=1, **SHALLOW) for one in (watch, resumed)]
+        assert said[0] == said[1]
+    assert said[0] and resumed.state()["watch"].tolist() == watch.state()["watch"].tolist()
 
 
 def completions(*, correct, depth, tokens=5, of=10):

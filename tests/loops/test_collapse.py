@@ -1,0 +1,50 @@
+"""Reinforcement from a start that is hardly ever correct, and what the defaults make of it."""
+
+import runpy
+
+import numpy as np
+import pytest
+
+from jexit.config import Config
+from jexit.main import dispatch
+from small_runs import ROOT, metrics
+
+RL = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
+UPDATES = 24
+FULL_DEPTH = 10.0  # tokens of a completion, about, by this trunk at full depth
+
+
+def reinforced(workdir, settings):
+    """Lengths and penalties of the shipped trunk's updates; fresh heads that leave at once."""
+    config = RL("tiny")
+    config.model.path = "jexit/assets/tiny"
+    config.exits.layers = (1, 2, 3, 4, 6)
+    config.exit_head.bias = 0.0
+    config.steps = UPDATES
+    config.optim.schedule = "constant"
+    config.rl.depth_coef = 0.5
+    config.rl.length_coef = 0.5
+    config.rl.length_ref = 20.0
+    config.eval.problems = 64
+    with config.unlocked():
+        config.update_from_flattened_dict(settings)
+    dispatch(Config.from_dict(config), workdir)
+    rows = metrics(workdir)
+    assert len(rows) == UPDATES and rows[0]["accuracy"] < 0.1
+    return np.asarray([row["completion/length"] for row in rows]), rows
+
+
+@pytest.mark.slow
+def test_the_defaults_of_real_presets_keep_the_text_of_a_weak_start(tmp_path):
+    real = RL("qwen2.5-0.5b")
+    settings = {
+        "rl.accuracy_floor": real.rl.accuracy_floor,
+        "rl.floor_of": real.rl.floor_of,
+        "task.reward_none": real.task.reward_none,
+    }
+    lengths, rows = reinforced(tmp_path / "real", settings)
+    assert lengths[-8:].min() > FULL_DEPTH
+    assert all(row["depth_coef"] == row["length_coef"] == 0 for row in rows)
+    # What they are there for: with penalties from the first update nothing is left of the text.
+    lengths, _ = reinforced(tmp_path / "penalised", {})
+    assert lengths[-8:].max() < 0.75 * FULL_DEPTH
