@@ -1,6 +1,7 @@
 """The linear continuation: h ← h + h · A_m + b_m in every layer that a token skips."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,20 @@ def test_settings_that_mean_nothing_are_refused(settings, sentence):
 def test_a_rank_over_the_width_is_refused(make_model):
     with pytest.raises(ValueError, match="continuation_rank is 16 for a model of width 16; make"):
         make_model(exit_head=ExitSettings(continuation="linear", continuation_rank=16))
+
+
+def test_one_of_another_number_of_layers_is_refused(tmp_path):
+    tokenizer = Tokenizer.load(saved_models.TOKENIZER)
+    for name, layers in (("three", 3), ("four", 4)):
+        model = saved_models.make_model(tokenizer.vocab_size, head=LINEAR, lora=None, layers=layers)
+        save_model(tmp_path / name, model, tokenizer)
+        target = tmp_path / f"{name}-hf"
+        assert to_hf.main([f"--source={tmp_path / name}", f"--target={target}"]) == 0
+    shutil.rmtree(tmp_path / "four" / "exits")
+    shutil.copytree(tmp_path / "three" / "exits", tmp_path / "four" / "exits")
+    with pytest.raises(ValueError, match=r"continuation\.update\.kernel \[3, 8, 8\] in place of "):
+        load(tmp_path / "four")
+    for file in (tmp_path / "three-hf").glob("exit_heads*"):
+        shutil.copy(file, tmp_path / "four-hf")
+    with pytest.raises(ValueError, match=r"missing continuation\.3\.update\.weight"):
+        load(tmp_path / "four-hf")
