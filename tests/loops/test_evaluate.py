@@ -298,7 +298,7 @@ def test_a_split_with_fewer_problems_than_asked_for_is_measured_whole_and_said(c
         ({"eval__policies": ("full", "shuffled")}, "'shuffled' is a control for 'sample'"),
         ({"eval__policies": ("shuffled:full", "full")}, "put that before it"),
         ({"eval__policies": ("fixed:matched:deep",)}, "policy 'deep' is not known"),
-        ({"eval__measures": ("chain",)}, "measures names 'chain'; choose among hazards"),
+        ({"eval__measures": ("chain",)}, "measures names 'chain'; choose among exits, hazards"),
         ({"eval__measured": "shuffled"}, "policy 'shuffled' is not known"),
     ],
 )

@@ -132,7 +132,7 @@ class Spelling(Letters):
         return spelled(ids)
 
 
-SETTINGS = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3}
+SETTINGS = {"max_new_tokens": 40, "temperature": 1.0, "seed": 5}
 
 
 @pytest.mark.parametrize("size", [EngineSize(), EngineSize(rows=2, places=1)])

@@ -12,7 +12,7 @@ from tolerances import LOGPROBS
 LAYERS, COLUMNS, PAD = 5, 12, 59
 ASKED = {"max_new_tokens": COLUMNS, "eos_ids": (), "pad_id": PAD, "key": 4, "temperature": 0.0}
 DEPTH_BT = np.random.default_rng(1).integers(1, LAYERS + 1, (3, COLUMNS))
-POLICIES = {"full": Full(), "threshold": Threshold(0.55), "prescribed": Prescribed(DEPTH_BT)}
+POLICIES = {"full": Full(), "threshold": Threshold(0.8), "prescribed": Prescribed(DEPTH_BT)}
 
 
 @pytest.mark.parametrize("cuts", [(5, 1, 9), (0, 4, 4)])
