@@ -164,8 +164,8 @@ class Config:
             )
         if self.steps == 0 and not (self.command == "sft" and self.sft.lens_steps):
             raise ValueError(
-                "config.steps is 0, which only calibration with config.sft.lens_steps can have; "
-                "set it to 1 at least"
+                "config.steps is 0, which only calibration with config.sft.lens_steps can have; it "
+                "must be at least 1"
             )
         self._validate_sizes()
         self._validate_tasks()

@@ -316,7 +316,7 @@ def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
 def test_no_steps_are_for_the_first_phase_of_calibration_alone():
     assert build(command="sft", steps=0, sft__lens_steps=5).steps == 0
     for settings in ({}, {"command": "sft"}, {"command": "rl", "sft__lens_steps": 5}):
-        with pytest.raises(ValueError, match=r"config\.steps is 0, .*; set it to 1 at least"):
+        with pytest.raises(ValueError, match=r"config\.steps is 0, .*; it must be at least 1"):
             build(steps=0, **settings)
 
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import subprocess
 
 import pytest
 from ml_collections import ConfigDict
@@ -25,6 +26,10 @@ def config_of(name: str) -> ConfigDict:
 def head(path: pathlib.Path) -> str:
     """The file's head with every command on a line."""
     return re.sub(r"\s*\\\n\s*", " ", re.match(r'"""(.*?)"""', path.read_text(), re.DOTALL)[1])
+
+
+def scripts(path: pathlib.Path) -> list[pathlib.Path]:
+    return [ROOT / name for name in re.findall(r"bash (studies/\w+\.sh)", head(path))]
 
 
 def sweeps(path: pathlib.Path) -> list[Sweep]:
@@ -55,7 +60,21 @@ def test_the_commands_of_a_study_name_files_and_settings_that_there_are(path):
 
 def test_every_study_has_a_command():
     for path in STUDIES:
-        assert sweeps(path), path
+        assert sweeps(path) or scripts(path), path
+
+
+def test_scripts_of_studies_run_stages_and_set_settings_that_there_are():
+    for path in STUDIES:
+        for script in scripts(path):
+            text = script.read_text().replace("\\\n", " ")
+            assert f'config="$checkout/configs/experiments/{path.name}"' in text
+            subprocess.run(["bash", "-n", script], check=True)
+            stages = re.findall(r'"\$config:(\w+)"', text)
+            assert len(stages) > 2
+            for stage in stages:
+                Config.from_dict(config_of(f"configs/experiments/{path.name}:{stage}"))
+            for key in re.findall(r"(?:--config\.| )([a-z_]+(?:\.[a-z_]+)+)=", text):
+                check_key(f"config.{key}")
 
 
 def test_measures_of_something_unknown_are_refused():
