@@ -42,15 +42,17 @@ def get_config(variant: str = "measure"):
         config.sft.pool = 1024
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
-        config.sft.lens_steps = 200
-        config.sft.sharpness = 10.0
+        config.sft.lens_steps = 150
+        config.sft.sharpness = 60.0
         config.sft.explore = 0.1
         config.sft.samples = 1
         config.steps = 60
         config.batch_size = 32
         config.optim.lora_lr = 3e-4
         config.optim.exit_lr = 1e-3
-        config.optim.continuation_lr = 1e-4
+        # The ridge fit as it is: trained by the KL of the chain's end, its middle drifts, and with
+        # it the keys and values of the layers that are skipped.
+        config.optim.continuation_lr = 0.0
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 10
