@@ -2,8 +2,8 @@
 
     python -m jexit.main --config=configs/finetune.py
 
-`tiny` trains the shipped trunk further on word problems, by way of example: two minutes on two CPU
-cores.
+`tiny` trains the shipped trunk further on word problems, by way of example: half a minute on two
+CPU cores. The trunk knows them already: 96 % of 256 validation problems before, 91 % after.
 
     python -m jexit.main --config=configs/finetune.py:smollm2-135m
 

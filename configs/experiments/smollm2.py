@@ -50,9 +50,6 @@ def get_config(variant: str = "measure"):
         config.batch_size = 32
         config.optim.lora_lr = 3e-4
         config.optim.exit_lr = 1e-3
-        # The ridge fit as it is: trained by the KL of the chain's end, its middle drifts, and with
-        # it the keys and values of the layers that are skipped.
-        config.optim.continuation_lr = 0.0
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 10

@@ -19,7 +19,7 @@ from jexit.dist import data_shards
 from jexit.eval.faithfulness import MEASURES
 from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
-from jexit.loops.continuation import HELD_BACK
+from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.pretrain import GROUPS, new_model
 from jexit.loops.setup import (
     adapter_settings,
@@ -229,8 +229,7 @@ def _completions(config: Config, mesh: Mesh, count: int, new: int) -> Completion
 def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
     step, arch = make_sums_step(split), split.student(split.trainable).arch
     with jax.set_mesh(mesh):
-        size = max(1, min(config.batch_size, config.sft.pool // HELD_BACK) // data_shards())
-        size *= data_shards()
+        size = rows_at_a_time(config, config.sft.pool)
         sums = jax.eval_shape(jax.jit(Sums.zero, static_argnums=(0, 1)), arch.layers, arch.width)
     sums = jax.tree.map(
         lambda leaf: placed(leaf, mesh, "LDF" if leaf.ndim == 3 else "." * leaf.ndim), sums

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jexit.axes import Array
+from jexit.config import Config
 from jexit.data.buckets import LengthBuckets
 from jexit.data.teacher_store import Trajectory
 from jexit.dist import (
@@ -71,13 +72,18 @@ def fitted_continuation(
     return place_parameters(jax.tree_util.tree_map_with_path(chosen, trainable))
 
 
+def rows_at_a_time(config: Config, trajectories: int) -> int:
+    """Trajectories of a batch of the fit: a multiple of the data shards (of the mesh in use)."""
+    shards = data_shards()
+    return max(1, min(config.batch_size, trajectories // HELD_BACK) // shards) * shards
+
+
 def _sums(
     stage: Stage, trajectories: Sequence[Trajectory], buckets: LengthBuckets, trainable: Params
 ) -> tuple[Sums, Sums]:
     """(sums, those of the trajectories that are held back), as NumPy arrays."""
     config, split = stage.config, stage.split
-    arch, shards = split.student(split.trainable).arch, data_shards()
-    size = max(1, min(config.batch_size, len(trajectories) // HELD_BACK) // shards) * shards
+    arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size
     if batches < 2:
         raise ValueError(

@@ -137,6 +137,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
     try:
         state = trainer.run(state, one_step)
+        if failure:  # at the last update
+            raise Collapsed(f"stopped after step {config.steps}: {failure}")
     except Collapsed as collapse:
         good, step = trainer.good(state, watch.good_step)
         if good is None:

@@ -104,6 +104,8 @@ class Trainer:
 
     def good(self, state: TrainState, step: int) -> tuple[TrainState | None, int]:
         """(the state, the step) of the newest checkpoint up to `step`; (None, 0) without one."""
+        with waiting("the last checkpoint"):
+            self.checkpoints.wait()
         found = self.checkpoints.newest(step)
         if found is None:
             return None, 0

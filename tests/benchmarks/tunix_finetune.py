@@ -121,22 +121,12 @@ def with_tunix(
     *,
     full: bool,
 ) -> Callable[[], float]:
-    import jax
-    import jax.numpy as jnp
     import optax
     import qwix
-    from tunix.models.qwen2.model import ModelConfig
-    from tunix.models.qwen2.params import create_model_from_safe_tensors
     from tunix.sft import peft_trainer, utils
+    from tunix_sampler import tunix_model
 
-    config = ModelConfig(
-        num_layers=arch.layers, vocab_size=arch.vocab_size, embed_dim=arch.width,
-        hidden_dim=arch.mlp_width, num_heads=arch.query_heads, head_dim=arch.head_dim,
-        num_kv_heads=arch.kv_heads, rope_theta=int(arch.rope_theta), norm_eps=arch.rms_norm_eps,
-        use_tied_embedding=arch.tied,
-    )  # fmt: skip
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
-    model = create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
+    model = tunix_model(folder, arch)
     if not full:
         provider = qwix.LoraProvider(
             module_path=".*q_proj|.*k_proj|.*v_proj|.*o_proj", rank=8, alpha=16.0

@@ -106,14 +106,27 @@ def with_jexit(folder: str, prompts: list[list[int]], new: int) -> Callable[[], 
     return lambda: rollout(split, prompts, **settings).tokens_BT
 
 
+def tunix_model(folder: str, arch: object) -> object:
+    """tunix's Qwen2 model of a checkpoint, in float32 on one device."""
+    import jax
+    import jax.numpy as jnp
+    from tunix.models.qwen2.model import ModelConfig
+    from tunix.models.qwen2.params import create_model_from_safe_tensors
+
+    config = ModelConfig(
+        num_layers=arch.layers, vocab_size=arch.vocab_size, embed_dim=arch.width,
+        hidden_dim=arch.mlp_width, num_heads=arch.query_heads, head_dim=arch.head_dim,
+        num_kv_heads=arch.kv_heads, rope_theta=int(arch.rope_theta), norm_eps=arch.rms_norm_eps,
+        use_tied_embedding=arch.tied,
+    )  # fmt: skip
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    return create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
+
+
 def with_tunix(
     folder: str, arch: object, prompts: list[list[int]], new: int, spare: int
 ) -> Callable[[], np.ndarray]:
-    import jax
-    import jax.numpy as jnp
     from tunix.generate.sampler import CacheConfig, Sampler
-    from tunix.models.qwen2.model import ModelConfig
-    from tunix.models.qwen2.params import create_model_from_safe_tensors
 
     class Ids:
         """Prompts are given as numbers already: a text is one's index."""
@@ -133,14 +146,7 @@ def with_tunix(
         def pad_id(self) -> int:
             return 0
 
-    config = ModelConfig(
-        num_layers=arch.layers, vocab_size=arch.vocab_size, embed_dim=arch.width,
-        hidden_dim=arch.mlp_width, num_heads=arch.query_heads, head_dim=arch.head_dim,
-        num_kv_heads=arch.kv_heads, rope_theta=int(arch.rope_theta), norm_eps=arch.rms_norm_eps,
-        use_tied_embedding=arch.tied,
-    )  # fmt: skip
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
-    model = create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
+    model = tunix_model(folder, arch)
     length = len(prompts[0])
     cache = CacheConfig(length + new + spare, arch.layers, arch.kv_heads, arch.head_dim)
     sampler = Sampler(model, Ids(), cache)

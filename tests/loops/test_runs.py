@@ -239,6 +239,9 @@ def test_a_run_that_collapses_stops_with_the_last_good_checkpoint(model_dir, tmp
     for name, values in stopped.items():
         np.testing.assert_array_equal(values, two[name])
 
+    with pytest.raises(Collapsed, match=r"stopped after step 4: .* is of step 2"):  # the last
+        dispatch(dataclasses.replace(config, steps=4), tmp_path / "last")
+
     gone = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, keep=1))
     with pytest.raises(Collapsed, match="no checkpoint from before is kept"):
         dispatch(gone, tmp_path / "gone")
