@@ -52,8 +52,5 @@ def get_config(preset: str = "tiny"):
     config.sft.max_new_tokens = 512
     config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
     config.optim.warmup_steps = 20
-    # The continuation stays at its fit: trained by the KL of the chain's end, its middle drifts
-    # from the residuals that the keys and values of skipped layers need.
-    config.optim.continuation_lr = 0.0
     config.checkpoint.every = 50
     return config

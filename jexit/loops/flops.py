@@ -149,10 +149,10 @@ class ModelFlops:
     def lens_step(self, work: Work, completion_tokens: int, *, exits: str) -> float:
         """`work` is of prompts and completions; `exits` is `sft.lens_exits`."""
         spoken = completion_tokens * (1 if exits == "one" else len(self.exit_layers))
-        heads = 3.0 * len(self.exit_layers) * self._exit_head() * completion_tokens
-        maps = 3.0 * len(self.exit_layers) * 2.0 * self.arch.width**2 * completion_tokens
-        logits = self.logits(completion_tokens) + 2.0 * self.logits(spoken)
-        return self.forward(work, adapters=False) + logits + heads + maps * (self.rank is not None)
+        each = len(self.exit_layers) * completion_tokens
+        maps = 2.0 * self.arch.width**2 * each * (self.rank is not None)
+        logits = self.logits(completion_tokens + spoken)
+        return self.forward(work, adapters=False) + logits + maps + 3.0 * self._exit_head() * each
 
     def finetune_step(self, work: Work, completion_tokens: int) -> float:
         """`work` is of prompts and references, the tokens of the references alone."""

@@ -1,7 +1,7 @@
 """Calibration: teacher trajectories once, then steps that shape the exits.
 
 A linear continuation that has learnt nothing yet is fitted by ridge regression. `sft.lens_steps`
-train continuation and heads on the teacher's own passes, and `steps` the adapters with them.
+train the heads on the teacher's own passes, and `steps` adapters, heads and continuation.
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     step_fn = make_sft_step(
         stage.split, stage.optimizer, config.sft, micro_batches=config.optim.accumulate
     )
-    # The same optimiser, which leaves the trunk alone.
-    lens = make_optimizer(
-        dataclasses.replace(config.optim, lora_lr=0.0, full_lr=0.0), max(lens_steps, 1),
-        stage.labels,
-    )  # fmt: skip
+    # The same optimiser, which leaves all but the heads alone.
+    heads_only = dataclasses.replace(config.optim, lora_lr=0.0, full_lr=0.0, continuation_lr=0.0)
+    lens = make_optimizer(heads_only, max(lens_steps, 1), stage.labels)
     lens_fn = make_lens_step(stage.split, lens, config.sft, micro_batches=config.optim.accumulate)
     shown = ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")
     trainer = Trainer(
@@ -104,9 +102,8 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     def rates(step: int) -> dict[str, Any]:
         if step >= lens_steps:
             return stage.learning_rates(step - lens_steps)
-        exits = ("lr/exit", "lr/continuation")
-        lens_rates = stage.learning_rates(step, updates=lens_steps)
-        return {name: rate for name, rate in lens_rates.items() if name in exits}
+        name = "lr/exit"
+        return {name: stage.learning_rates(step, updates=lens_steps)[name]}
 
     state = trainer.run(state, one_step)
     stage.finish(trainer, stage.chosen(trainer, state), before)

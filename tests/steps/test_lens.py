@@ -75,7 +75,7 @@ def test_loss_and_gradient(make_split, full, micro_batches):
 
     def loss(trainable):
         kls, entropies = by_hand(split, trainable, batch, 2.0)
-        return jnp.mean(kls) + 0.7 * jnp.mean(entropies), (kls, entropies)
+        return 0.7 * jnp.mean(entropies), (kls, entropies)
 
     (value, (kls, entropies)), gradient = jax.value_and_grad(loss, has_aux=True)(split.trainable)
     state, metrics = update(split, config, batch, micro_batches=micro_batches)
@@ -89,10 +89,11 @@ def test_loss_and_gradient(make_split, full, micro_batches):
     moved = jax.tree.map(lambda old, new: old - new, split.trainable, state.trainable)
 
     def compare(label, found, truth):
-        if label in ("exit", "continuation"):
+        if label == "exit":
             np.testing.assert_allclose(found, truth, atol=1e-4 * (1 + np.abs(truth).max()))
+            assert np.any(truth)
         else:
-            assert not np.any(found), "the trunk has a gradient"
+            assert not np.any(found), f"{label} has a gradient"
 
     jax.tree.map(compare, labels, moved, gradient)
 
@@ -119,19 +120,17 @@ def test_one_exit_a_token_has_the_mean_of_all(make_split, monkeypatch):
     )
 
 
-def test_full_depth_is_bit_for_bit_what_it_was(make_split):
+def test_all_but_the_heads_stays_bit_for_bit(make_split):
     split, batch = make_split(continuation="linear"), rows()
     labels = parameter_labels(split.student(split.trainable), full=False)
-    optim = OptimConfig(lora_lr=0.0, full_lr=0.0, exit_lr=1e-2, continuation_lr=1e-2)
-    before = jexit.forward(split.student(split.trainable), batch.tokens_BT).logits_BTV
+    optim = OptimConfig(lora_lr=0.0, full_lr=0.0, continuation_lr=0.0, exit_lr=1e-2)
     state, first = update(split, SFTConfig(), batch, make_optimizer(optim, 30, labels))
     state, last = update(split, SFTConfig(), batch, make_optimizer(optim, 30, labels), steps=30)
-    after = jexit.forward(split.student(state.trainable), batch.tokens_BT).logits_BTV
-    assert np.array_equal(before, after)
-    assert float(last["kl/exits"]) < 0.5 * float(first["kl/exits"])
-    shallow = jexit.Prescribed(np.full(batch.tokens_BT.shape, 1))
-    a, b = (
-        jexit.forward(split.student(t), batch.tokens_BT, policy=shallow).logits_BTV
-        for t in (split.trainable, state.trainable)
-    )
-    assert np.abs(a - b).max() > 0.1
+    assert float(last["loss/exit"]) < 0.8 * float(first["loss/exit"])
+    for depth in (1, LAYERS):
+        policy = jexit.Prescribed(np.full(batch.tokens_BT.shape, depth))
+        before, after = (
+            jexit.forward(split.student(trainable), batch.tokens_BT, policy=policy).logits_BTV
+            for trainable in (split.trainable, state.trainable)
+        )
+        assert np.array_equal(before, after), depth
