@@ -175,6 +175,12 @@ class Config:
                 "which would teach the heads the explored depths in place of the targets; set "
                 "config.sft.exit_loss=expected or config.sft.explore=0"
             )
+        if self.command == "sft" and self.sft.stay_weight != 1 and self.sft.exit_loss == "sampled":
+            raise ValueError(
+                f"config.sft.stay_weight is {self.sft.stay_weight:g} and config.sft.exit_loss is "
+                "sampled, which scores the drawn depths and has no such weight; set "
+                "config.sft.exit_loss=expected or config.sft.stay_weight=1"
+            )
         if self.command == "sft" and self.lora.rank == 0 and self.sft.target == "student":
             raise ValueError(
                 "config.sft.target=student measures exits with the teacher's output head, which "

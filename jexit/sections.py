@@ -170,6 +170,9 @@ class SFTConfig:
     samples: Annotated[int, Bounds(1, 1_000)] = 4  # S, depth assignments a sequence
     sharpness: Positive = 1.0  # k
     exit_coef: Coefficient = 1.0  # w_exit
+    # How many times staying counts in the heads' cross-entropy: divides the odds of their hazards,
+    # which add up over the exits when depths are sampled.
+    stay_weight: Annotated[float, Bounds(1, 1_000_000)] = 1.0
     explore: Share = 0.0  # probability that a depth is drawn uniformly
     target: Literal["teacher", "student"] = "teacher"
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"

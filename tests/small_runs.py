@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 from jexit.config import Config, config_dict
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load, save_model
+from jexit.loops import trainer
 from jexit.main import dispatch
 from jexit.model.exits import ExitSettings
 from jexit.model.transformer import Transformer
@@ -112,3 +114,18 @@ def parameters(directory: pathlib.Path) -> dict[str, np.ndarray]:
     model, _ = load(directory)
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(path): np.asarray(jax.device_get(leaf[...])) for path, leaf in state}
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Makes every trainer receive SIGTERM while it runs this step."""
+    original = trainer.Trainer.run
+
+    def run_and_stop(self, state, one_step):
+        def interrupted(state, number):
+            if number == step:
+                signal.raise_signal(signal.SIGTERM)
+            return one_step(state, number)
+
+        return original(self, state, interrupted)
+
+    monkeypatch.setattr(trainer.Trainer, "run", run_and_stop)

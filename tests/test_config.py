@@ -291,6 +291,17 @@ def test_a_contradiction_is_one_sentence(settings, words):
     assert "\n" not in str(caught.value)
 
 
+def test_sampled_losses_have_no_weight_of_staying():
+    settings = config_dict("sft")
+    settings.sft.stay_weight, settings.sft.exit_loss = 9.0, "sampled"
+    with pytest.raises(
+        ValueError, match=r"stay_weight is 9 and .*exit_loss=expected or .*stay_weight=1"
+    ):
+        Config.from_dict(settings)
+    settings.sft.exit_loss = "expected"
+    assert Config.from_dict(settings).sft.stay_weight == 9.0
+
+
 def test_explored_depths_are_no_targets_for_sampled_losses():
     settings = config_dict("sft")
     settings.sft.explore, settings.sft.exit_loss = 0.5, "sampled"

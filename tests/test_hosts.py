@@ -20,6 +20,15 @@ INTERRUPTED, LOST = 3, 4
 RELATIVE = 1e-5  # of losses and parameters: two processes add up in another order
 
 
+# Calibration with both phases: the fit adds up over devices and hosts too.
+PHASES = {
+    "exits__continuation": "linear",
+    "sft__lens_steps": 2,
+    "sft__pool": 32,  # the fit takes as many at a time on any number of devices here
+    "sft__generate_batch": 8,
+}
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return saved_small_model(tmp_path_factory.mktemp("model") / "model")
@@ -105,6 +114,7 @@ def assert_same_run(one, two, sampler_gap=1e-7):
 def test_two_hosts_are_one_run(command, model_dir, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     of_sums = {"task__name": "sums"}  # a blend's own figures verify every text on every host
+    of_sums |= PHASES if command == "sft" else {}
     run(arguments(command, model_dir, one, **of_sums))
     texts = run(arguments(command, model_dir, two, **of_sums), hosts=2)
     assert_same_run(one, two)
@@ -139,14 +149,14 @@ def test_a_run_goes_on_with_other_numbers_of_devices(command, model_dir, tmp_pat
     """On eight devices, then one, then two: the figures and parameters of one that never moved."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     # A schedule that ends with the run would give a shorter turn other learning rates.
-    constant = {"optim__schedule": "constant"}
+    constant = {"optim__schedule": "constant"} | (PHASES if command == "sft" else {})
     run(arguments(command, model_dir, whole, steps=6, mesh__fsdp=1, **constant), devices=1)
     turns = [(2, 8, (2, 2, 2)), (4, 1, (1, 1, 1)), (6, 2, (1, 2, 1))]
     for steps, devices, (data, fsdp, tensor) in turns:
         mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor} | constant
         run(arguments(command, model_dir, moved, steps=steps, **mesh), devices=devices)
     for ours, theirs in zip(metrics(whole), metrics(moved), strict=True):
-        for name in ("loss", "kl/teacher", "depth/fraction", "grad_norm"):
+        for name in ours.keys() & {"loss", "kl/exits", "kl/teacher", "depth/fraction", "grad_norm"}:
             np.testing.assert_allclose(theirs[name], ours[name], 1e-4, 1e-5, err_msg=name)
     first, second = parameters(whole / "model"), parameters(moved / "model")
     for name, value in first.items():

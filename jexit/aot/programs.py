@@ -227,10 +227,11 @@ def _completions(config: Config, mesh: Mesh, count: int, new: int) -> Completion
 
 
 def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
-    step, arch = make_sums_step(split), split.student(split.trainable).arch
+    step, model = make_sums_step(split), split.student(split.trainable)
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool)
-        sums = jax.eval_shape(jax.jit(Sums.zero, static_argnums=(0, 1)), arch.layers, arch.width)
+        shape = (model.exit_layers, model.arch.layers, model.arch.width)
+        sums = jax.eval_shape(jax.jit(Sums.zero, static_argnums=(0, 1, 2)), *shape)
     sums = jax.tree.map(
         lambda leaf: placed(leaf, mesh, "LDF" if leaf.ndim == 3 else "." * leaf.ndim), sums
     )

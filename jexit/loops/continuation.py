@@ -25,7 +25,7 @@ from jexit.dist.rules import names_of
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
 from jexit.steps.completions import pad_completions
-from jexit.steps.ridge import Moments, Sums, factors, fit, make_sums_step, together
+from jexit.steps.ridge import Sums, fit, make_sums_step
 from jexit.steps.state import Params
 
 HELD_BACK = 8  # one batch in so many chooses the strength of the ridge
@@ -47,20 +47,14 @@ def fitted_continuation(
     if kernel not in flat or any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias)):
         return trainable
     sums, held_back = _sums(stage, trajectories, buckets, trainable)
-    found = fit(sums, held_back)
-    reduce, fitted = ("blocks", "continuation", "reduce", "kernel"), {bias: found.b_LD}
-    fitted[kernel] = found.a_LDD
-    if reduce in flat:
-        rank, everything = flat[reduce].shape[-1], together(sums, held_back)
-        pairs = [
-            factors(a_DD, Moments.of(everything, layer).xx_DD, rank)
-            for layer, a_DD in enumerate(found.a_LDD)
-        ]
-        for name, side in zip((reduce, kernel), zip(*pairs, strict=True), strict=True):
-            fitted[name] = np.stack(side)
+    layers = stage.split.student(stage.split.trainable).arch.layers
+    rank = stage.config.exits.continuation_rank
+    found = fit(sums, held_back, stage.exit_layers, layers, rank=rank)
+    names = (("blocks", "continuation", "reduce", "kernel"), kernel) if rank else (kernel,)
+    fitted = dict(zip(names, found.maps, strict=True)) | {bias: found.b_LD}
     if is_primary():
         tokens, first = int(sums.count + held_back.count), stage.exit_layers[0]
-        shares = ", ".join(f"{1 - share:.2f}" for share in found.unexplained_L[first:])
+        shares = ", ".join(f"{1 - share:.2f}" for share in found.unexplained_L)
         print(
             f"Fitted a linear continuation on {tokens:,} tokens; share of the held-back updates' "
             f"variance that it explains, from layer {first} on: {shares}"
@@ -92,7 +86,7 @@ def _sums(
             f"{2 * size}"
         )
     add, here = make_sums_step(split), host_rows(size)
-    sums = Sums.zero(arch.layers, arch.width)
+    sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)
 
     def added(sums: Sums, step: int) -> Sums:
         index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=size)

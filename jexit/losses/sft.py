@@ -47,21 +47,38 @@ def draw_exit_indices(
     return jnp.where(explored, uniform, drawn).astype(jnp.int32), explored
 
 
+def hazard_cross_entropy(
+    log_hazard: Float[Array, "*A"],
+    log_rest: Float[Array, "*A"],
+    target_leave: Float[Array, "*A"],
+    *,
+    stay_weight: float = 1.0,
+) -> Float[Array, "*A"]:
+    """−[h* log h + w (1 − h*) log(1 − h)] of a hazard h and its target h*, given as its log.
+
+    At w = 1 its minimum is the mean of the targets that the head cannot tell apart. A larger w
+    divides the odds of that hazard by w: every exit on the way may leave too early, so that
+    sampling needs heads which leave where they are sure.
+    """
+    target = jnp.exp(target_leave)
+    return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
+
+
 def expected_exit_loss(
     log_hazard: Float[Array, "*A E"],
     log_rest: Float[Array, "*A E"],
     target_leave: Float[Array, "*A E"],
     exit_index: Int[Array, "*A"],
+    *,
+    stay_weight: float = 1.0,
 ) -> Float[Array, "*A"]:
-    """Cross-entropy of the student's hazards to the targets' over the exits that were reached.
+    """`hazard_cross_entropy` summed over the exits that a token reached, e ≤ index.
 
-    Σ_{e ≤ index} −[h*_e log h_e + (1 − h*_e) log(1 − h_e)]. Its mean over depths drawn from the
-    targets' law is that of −log P_student(d), with less noise; and each hazard keeps its own target
-    when depths are explored. Exits beyond the token's own were computed from a frozen residual and
-    do not count.
+    With w = 1 its mean over depths drawn from the targets' law is that of −log P_student(d), with
+    less noise; and each hazard keeps its own target when depths are explored. Exits beyond the
+    token's own were computed from what the continuation made of it and do not count.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]
-    target = jnp.exp(target_leave)
-    cross_entropy = -(target * log_hazard + (1.0 - target) * log_rest)
-    return jnp.sum(jnp.where(reached, cross_entropy, 0.0), axis=-1)
+    each = hazard_cross_entropy(log_hazard, log_rest, target_leave, stay_weight=stay_weight)
+    return jnp.sum(jnp.where(reached, each, 0.0), axis=-1)

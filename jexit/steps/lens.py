@@ -18,7 +18,7 @@ from jexit.axes import Array, PRNGKey
 from jexit.config import SFTConfig
 from jexit.kernels import exit_kl
 from jexit.losses.masked import masked_sum
-from jexit.losses.sft import target_log_hazards
+from jexit.losses.sft import hazard_cross_entropy, target_log_hazards
 from jexit.model.exits import log_hazards
 from jexit.model.policies import Full
 from jexit.model.transformer import exit_hidden_states, run
@@ -36,9 +36,9 @@ def make_lens_step(
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """The jitted step (state, fixed, batch, key) → (state, metrics).
 
-    loss = w_exit · mean over action positions and exits of H(h*_e, h_e), the binary cross-entropy
-    with the target hazard h*_e = 1 − tanh(k·KL_e / 2), where KL_e = KL(π_L ‖ π_e) and π_e is the
-    output head on the end of the continuation from exit e. With `lens_exits="one"` each token
+    loss = w_exit · mean over action positions and exits of H(h*_e, h_e), `hazard_cross_entropy`
+    with the target h*_e = 1 − tanh(k·KL_e / 2), where KL_e = KL(π_L ‖ π_e) and π_e is the output
+    head on the end of the continuation from exit e. With `lens_exits="one"` each token
     counts with one exit that is drawn for it, which has the same mean. `optimizer` has to leave all
     but the heads alone.
     """
@@ -80,9 +80,10 @@ def make_lens_step(
             residual_EBCD, kl_EBC, counts_EBC = item
             heads = split.student(params, fixed).exits
             z_EBC = jnp.stack([heads(residual_EBCD[e], jnp.int32(e)) for e in range(exits)])
-            target_EBC = jnp.exp(target_log_hazards(kl_EBC, config.sharpness)[0])
-            leave_EBC, stay_EBC = log_hazards(z_EBC)
-            entropy_EBC = -(target_EBC * leave_EBC + (1.0 - target_EBC) * stay_EBC)
+            target_EBC, _ = target_log_hazards(kl_EBC, config.sharpness)
+            entropy_EBC = hazard_cross_entropy(
+                *log_hazards(z_EBC), target_EBC, stay_weight=config.stay_weight
+            )
             # Of all exits, or as many times less of the one that was drawn.
             share = 1.0 / (actions * (1 if one else exits))
             exit_loss = masked_sum(entropy_EBC, counts_EBC) * share

@@ -1,13 +1,16 @@
-"""Ridge regression of each layer's output on its input, from sums over the teacher's tokens.
+"""Ridge regression of the linear continuation, from sums over the teacher's tokens.
 
-One pass over the trajectories, the sums on device, the solution on the host in float64. For layer m
-with input x and output y = x + u, over positions whose pass may leave:
+One pass over the trajectories, the sums on device, the solution on the host in float64. The map of
+layer m is fitted on what it will be given: the residuals to which the maps before it have taken
+the tokens of every exit up to m, as many from each. With such an input x and the residual y that
+the layers themselves gave the token, u = y − x, over positions whose pass may leave:
 
     A = argmin Σ |(u − ū) − (x − x̄) A|² + strength · n · Σ_d var(x_d) |A_d|²,   b = ū − x̄ A
 
 so that strength is in units of each input's variance. It is the one, of a few, that predicts
-held-back trajectories best. Sources of linear maps between layers: arXiv:2303.08112,
-arXiv:2303.09435.
+held-back trajectories best. Every x is linear in a residual at an exit, so that covariances of
+these residuals with the later ones are all that is needed. Sources of linear maps between layers:
+arXiv:2303.08112, arXiv:2303.09435.
 """
 
 from __future__ import annotations
@@ -28,107 +31,130 @@ from jexit.steps.completions import Completions
 from jexit.steps.state import Fixed, Params, SplitModel
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+ORIGINS = ("x_origin_ED", "v_origin_PD")  # of Sums
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums over tokens of inputs x and updates u of every layer, both less an origin.
+    """Sums over tokens of the residuals x at the exits, and of how far later layers move them.
 
-    The origin, about the mean, keeps float32 from losing what differs between tokens. It is the
-    mean of the first batch, unless the sums begin with another's (`beside`).
+    One displacement v = h_{m+1} − x for each pair P of an exit and a layer m from it on, as `pairs`
+    has them. All are less an origin about the mean, which keeps float32 from losing what differs
+    between tokens: the mean of the first batch, unless the sums begin with another's (`beside`).
     """
 
     count: Float[Array, ""]
-    x_origin_LD: Float[Array, "L D"]
-    u_origin_LD: Float[Array, "L D"]
-    x_LD: Float[Array, "L D"]
-    u_LD: Float[Array, "L D"]
-    xx_LDD: Float[Array, "L D D"]
-    xu_LDD: Float[Array, "L D D"]
-    uu_LD: Float[Array, "L D"]
+    x_origin_ED: Float[Array, "E D"]
+    v_origin_PD: Float[Array, "P D"]
+    x_ED: Float[Array, "E D"]
+    v_PD: Float[Array, "P D"]
+    xx_EDD: Float[Array, "E D D"]
+    xv_PDD: Float[Array, "P D D"]
+    vv_PD: Float[Array, "P D"]
 
     @classmethod
-    def zero(cls, layers: int, width: int) -> Sums:
-        def vector() -> Array:
-            return jnp.zeros((layers, width))
+    def zero(cls, exit_layers: tuple[int, ...], layers: int, width: int) -> Sums:
+        exits, count = len(exit_layers), len(pairs(exit_layers, layers))
 
-        def matrix() -> Array:
-            return constrain(jnp.zeros((layers, width, width)), "LDF")
+        def vector(rows: int) -> Array:
+            return jnp.zeros((rows, width))
+
+        def matrix(rows: int) -> Array:
+            return constrain(jnp.zeros((rows, width, width)), "LDF")
 
         # Arrays of their own, each to be donated.
         return cls(
             count=jnp.zeros(()),
-            x_origin_LD=vector(),
-            u_origin_LD=vector(),
-            x_LD=vector(),
-            u_LD=vector(),
-            xx_LDD=matrix(),
-            xu_LDD=matrix(),
-            uu_LD=vector(),
+            x_origin_ED=vector(exits),
+            v_origin_PD=vector(count),
+            x_ED=vector(exits),
+            v_PD=vector(count),
+            xx_EDD=matrix(exits),
+            xv_PDD=matrix(count),
+            vv_PD=vector(count),
         )
 
     def beside(self) -> Sums:
-        """Sums of nothing, with the same origin."""
-        origins = {name: jnp.copy(getattr(self, name)) for name in ("x_origin_LD", "u_origin_LD")}
-        return dataclasses.replace(Sums.zero(*self.x_LD.shape), **origins)
+        """Sums of nothing, with the same origins."""
+        return Sums(
+            **{
+                f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
+                for f in dataclasses.fields(Sums)
+            }
+        )
+
+
+def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
+    """(exit index, layer) of every layer that a token of that exit skips."""
+    return [(e, m) for e, first in enumerate(exit_layers) for m in range(first, layers)]
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
     """The jitted (sums, trainable, fixed, batch) → sums with the batch's tokens added."""
+    model = split.student(split.trainable)
+    exits = len(model.exit_layers)
+    exit_P, layer_P = np.asarray(pairs(model.exit_layers, model.arch.layers), np.int32).T
+
+    def product(left_BCD: Array, right_BCD: Array) -> Array:
+        return jnp.einsum("BCd,BCD->dD", left_BCD, right_BCD, precision=jax.lax.Precision.HIGHEST)
 
     def step(sums: Sums, trainable: Params, fixed: Fixed, batch: Completions) -> Sums:
-        teacher = split.teacher(trainable, fixed)
         weight_BC = batch.action_BC.astype(jnp.float32)
         count = jnp.sum(weight_BC)
-        first = ~jnp.any(sums.x_origin_LD)
+        first = sums.count == 0.0
 
-        def of_layer(h_BTD: Array, new_BTD: Array, sums_l: dict[str, Array]) -> dict[str, Array]:
-            x_BCD = batch.window(h_BTD).astype(jnp.float32)
-            u_BCD = batch.window(new_BTD).astype(jnp.float32) - x_BCD
+        def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
+            """(values less their origin, the origin), which is their mean where there is none."""
+            mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
+            origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
+            return (values_BCD - origin_D) * weight_BC[..., None], origin_D
 
-            def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-                mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
-                origin_D = jnp.where(first, mean_D, origin_D)
-                return (values_BCD - origin_D) * weight_BC[..., None], origin_D
-
-            x_BCD, x_origin_D = centred(x_BCD, sums_l["x_origin_LD"])
-            u_BCD, u_origin_D = centred(u_BCD, sums_l["u_origin_LD"])
-
-            def product(left_BCD: Array, right_BCD: Array) -> Array:
-                return jnp.einsum(
-                    "BCd,BCD->dD", left_BCD, right_BCD, precision=jax.lax.Precision.HIGHEST
-                )
-
-            return {
-                "x_origin_LD": x_origin_D,
-                "u_origin_LD": u_origin_D,
-                "x_LD": sums_l["x_LD"] + jnp.sum(x_BCD, (0, 1)),
-                "u_LD": sums_l["u_LD"] + jnp.sum(u_BCD, (0, 1)),
-                "xx_LDD": sums_l["xx_LDD"] + product(x_BCD, x_BCD),
-                "xu_LDD": sums_l["xu_LDD"] + product(x_BCD, u_BCD),
-                "uu_LD": sums_l["uu_LD"] + jnp.sum(jnp.square(u_BCD), (0, 1)),
-            }
-
-        by_layer = {f.name: getattr(sums, f.name) for f in dataclasses.fields(sums)}
-        del by_layer["count"]
         result = run(
-            teacher,
+            split.teacher(trainable, fixed),
             batch.tokens_BT,
             policy=Full(),
             valid_BT=batch.valid_BT,
             adapters=False,
-            observe=of_layer,
-            observed=by_layer,
+            exit_residual=True,
+            observe=lambda _, new_BTD, seen: batch.window(new_BTD),
         )
-        return Sums(count=sums.count + count, **result.observed)
+        residual_EBCD = jax.vmap(batch.window)(result.exit_residual_EBTD).astype(jnp.float32)
+
+        def at_exit(e: Array, sums: Sums) -> Sums:
+            x_BCD, origin_D = centred(residual_EBCD[e], sums.x_origin_ED[e])
+            return dataclasses.replace(
+                sums,
+                x_origin_ED=sums.x_origin_ED.at[e].set(origin_D),
+                x_ED=sums.x_ED.at[e].add(jnp.sum(x_BCD, (0, 1))),
+                xx_EDD=sums.xx_EDD.at[e].add(product(x_BCD, x_BCD)),
+            )
+
+        sums = jax.lax.fori_loop(0, exits, at_exit, sums)
+
+        def of_pair(p: Array, sums: Sums) -> Sums:
+            e = jnp.asarray(exit_P)[p]
+            residual_BCD = residual_EBCD[e]
+            x_BCD = (residual_BCD - sums.x_origin_ED[e]) * weight_BC[..., None]
+            moved_BCD = result.observed[jnp.asarray(layer_P)[p]].astype(jnp.float32) - residual_BCD
+            v_BCD, origin_D = centred(moved_BCD, sums.v_origin_PD[p])
+            return dataclasses.replace(
+                sums,
+                v_origin_PD=sums.v_origin_PD.at[p].set(origin_D),
+                v_PD=sums.v_PD.at[p].add(jnp.sum(v_BCD, (0, 1))),
+                xv_PDD=sums.xv_PDD.at[p].add(product(x_BCD, v_BCD)),
+                vv_PD=sums.vv_PD.at[p].add(jnp.sum(jnp.square(v_BCD), (0, 1))),
+            )
+
+        sums = jax.lax.fori_loop(0, len(exit_P), of_pair, sums)
+        return dataclasses.replace(sums, count=sums.count + count)
 
     return jax.jit(step, donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """One layer's means and covariances of inputs and updates, in float64."""
+    """Means and covariances of inputs x and updates u of one layer, in float64."""
 
     x_D: np.ndarray
     u_D: np.ndarray
@@ -137,20 +163,17 @@ class Moments:
     uu_D: np.ndarray
 
     @classmethod
-    def of(cls, sums: Sums, layer: int) -> Moments:
-        """`sums` as NumPy arrays."""
-        n = float(sums.count)
-        x_D, u_D, xx_DD, xu_DD, uu_D = (
-            np.asarray(part[layer], np.float64) / n
-            for part in (sums.x_LD, sums.u_LD, sums.xx_LDD, sums.xu_LDD, sums.uu_LD)
-        )
-        return cls(
-            x_D=x_D + sums.x_origin_LD[layer],
-            u_D=u_D + sums.u_origin_LD[layer],
-            xx_DD=xx_DD - np.outer(x_D, x_D),
-            xu_DD=xu_DD - np.outer(x_D, u_D),
-            uu_D=uu_D - np.square(u_D),
-        )
+    def mixed(cls, parts: list[Moments]) -> Moments:
+        """Those of tokens of which each part has as many."""
+        x_D = np.mean([part.x_D for part in parts], 0)
+        u_D = np.mean([part.u_D for part in parts], 0)
+        xx_DD, xu_DD, uu_D = 0.0, 0.0, 0.0
+        for part in parts:  # covariances within the parts and between their means
+            x, u = part.x_D - x_D, part.u_D - u_D
+            xx_DD += (part.xx_DD + np.outer(x, x)) / len(parts)
+            xu_DD += (part.xu_DD + np.outer(x, u)) / len(parts)
+            uu_D += (part.uu_D + np.square(u)) / len(parts)
+        return cls(x_D, u_D, xx_DD, xu_DD, uu_D)
 
     def ridge(self, strength: float) -> tuple[np.ndarray, np.ndarray]:
         """(A, b) of the update x·A + b."""
@@ -175,41 +198,100 @@ class Moments:
         return float(np.mean(error_D / np.maximum(self.uu_D, np.finfo(np.float64).tiny)))
 
 
+class Chain:
+    """Where the maps fitted so far take a residual x of each exit: x + x·Q + c."""
+
+    def __init__(self, exits: int, width: int):
+        self.q_EDD = np.zeros((exits, width, width))
+        self.c_ED = np.zeros((exits, width))
+
+    def moments(self, sums: Sums, exit_index: int, pair: int) -> Moments:
+        """Of the chain's state and of what it lacks to the pair's residual; `sums` in NumPy."""
+        n, e, p = float(sums.count), exit_index, pair
+        q_DD, c_D = self.q_EDD[e], self.c_ED[e]
+        x_D, v_D, xx_DD, xv_DD, vv_D = (
+            np.asarray(part, np.float64) / n
+            for part in (sums.x_ED[e], sums.v_PD[p], sums.xx_EDD[e], sums.xv_PDD[p], sums.vv_PD[p])
+        )
+        xx_DD, xv_DD = xx_DD - np.outer(x_D, x_D), xv_DD - np.outer(x_D, v_D)
+        mean_D, xq_DD = x_D + sums.x_origin_ED[e], xx_DD @ q_DD
+        moved_D = mean_D @ q_DD + c_D
+        to_DD = q_DD.T + np.eye(len(mean_D))
+        return Moments(
+            x_D=mean_D + moved_D,
+            u_D=v_D + sums.v_origin_PD[p] - moved_D,
+            xx_DD=to_DD @ (xx_DD + xq_DD),
+            xu_DD=to_DD @ (xv_DD - xq_DD),
+            uu_D=vv_D - np.square(v_D) - np.einsum("dD,dD->D", q_DD, 2 * xv_DD - xq_DD),
+        )
+
+    def goes_on(self, exits: list[int], a_DD: np.ndarray, b_D: np.ndarray) -> None:
+        """The states of those exits take one more layer's map."""
+        for e in exits:
+            self.c_ED[e] += self.c_ED[e] @ a_DD + b_D
+            self.q_EDD[e] += a_DD + self.q_EDD[e] @ a_DD
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """The maps of all layers, and how each does on what was held back."""
 
-    a_LDD: np.ndarray
+    maps: tuple[np.ndarray, ...]  # A [L, D, D], or with a rank its factors [L, D, R], [L, R, D]
     b_LD: np.ndarray
     strength_L: list[float]
     unexplained_L: list[float]  # share of the held-back updates' variance, before all is fitted
 
 
-def fit(sums: Sums, held_back: Sums) -> Fit:
-    """Ridge maps of every layer from `sums` and `held_back` together.
+def fit(
+    sums: Sums, held_back: Sums, exit_layers: tuple[int, ...], layers: int, *, rank: int = 0
+) -> Fit:
+    """Ridge maps of every layer from `sums` and `held_back` together, zero below the first exit.
 
     The strength is that of `STRENGTHS` whose map from `sums` alone leaves the least of the
-    held-back variance unexplained. Both are NumPy arrays with tokens in them.
+    held-back variance unexplained; the lists begin with the first exit's layer. With a `rank` each
+    map is the best factored one, and later maps are fitted on what it leads to. Both are NumPy
+    arrays with tokens in them.
     """
-    maps, biases, strengths, errors = [], [], [], []
-    both = together(sums, held_back)
-    for layer in range(sums.x_LD.shape[0]):
-        seen, unseen = Moments.of(sums, layer), Moments.of(held_back, layer)
+    exits, width = sums.x_ED.shape
+    both, pair_of = together(sums, held_back), {}
+    for p, place in enumerate(pairs(exit_layers, layers)):
+        pair_of[place] = p
+    shapes = [(width, rank), (rank, width)] if rank else [(width, width)]
+    maps = tuple(np.zeros((layers, *shape), np.float32) for shape in shapes)
+    b_LD = np.zeros((layers, width), np.float32)
+    seen_chain, chain, strengths, errors = Chain(exits, width), Chain(exits, width), [], []
+    for layer in range(exit_layers[0], layers):
+        here = [e for e in range(exits) if exit_layers[e] <= layer]
+
+        def moments(chain: Chain, of: Sums, here: list[int] = here, layer: int = layer) -> Moments:
+            return Moments.mixed([chain.moments(of, e, pair_of[e, layer]) for e in here])
+
+        def extend(chain: Chain, of: Moments, strength: float, here: list[int] = here) -> tuple:
+            """The layer's factors, or the whole map, and b; the chain goes on by them."""
+            a_DD, b_D = of.ridge(strength)
+            found = factors(a_DD, of.xx_DD, rank) if rank else (a_DD,)
+            if rank:
+                a_DD = found[0] @ found[1]
+                b_D = of.u_D - of.x_D @ a_DD
+            chain.goes_on(here, a_DD, b_D)
+            return found, b_D
+
+        seen, unseen = moments(seen_chain, sums), moments(seen_chain, held_back)
         error, strength = min((unseen.unexplained(*seen.ridge(s)), s) for s in STRENGTHS)
-        a_DD, b_D = Moments.of(both, layer).ridge(strength)
-        maps.append(a_DD.astype(np.float32))
-        biases.append(b_D.astype(np.float32))
+        extend(seen_chain, seen, strength)
+        found, b_LD[layer] = extend(chain, moments(chain, both), strength)
+        for stacked, one in zip(maps, found, strict=True):
+            stacked[layer] = one
         strengths.append(strength)
         errors.append(error)
-    return Fit(np.stack(maps), np.stack(biases), strengths, errors)
+    return Fit(maps, b_LD, strengths, errors)
 
 
 def together(one: Sums, other: Sums) -> Sums:
     """Sums of the tokens of both, which have the same origin."""
-    origins = {"x_origin_LD", "u_origin_LD"}
     return Sums(
         **{
-            f.name: getattr(one, f.name) + (0 if f.name in origins else getattr(other, f.name))
+            f.name: getattr(one, f.name) + (0 if f.name in ORIGINS else getattr(other, f.name))
             for f in dataclasses.fields(Sums)
         }
     )

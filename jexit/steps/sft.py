@@ -126,7 +126,9 @@ def make_sft_step(
             ).reshape(depth_BC.shape)
             z_BCE = rows.window(result.hazard_logits_BTE)
             if config.exit_loss == "expected":
-                exit_BC = expected_exit_loss(*log_hazards(z_BCE), leave_BCE, exits_BC)
+                exit_BC = expected_exit_loss(
+                    *log_hazards(z_BCE), leave_BCE, exits_BC, stay_weight=config.stay_weight
+                )
             else:
                 exit_BC = -depth_log_prob(depth_BC, z_BCE, exit_layers, layers)
             return shares(rows, kl_BC, exit_BC, depth_BC, exits_BC)

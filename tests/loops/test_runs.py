@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 import xml.etree.ElementTree
 
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 
 import jexit
 from jexit.config import BEST_METRICS
-from jexit.loops import rl, sft, trainer
+from jexit.loops import rl, sft
 from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Collapsed, Diverged, Interrupted
 from jexit.main import dispatch
-from small_runs import make_config, metrics, parameters, run
+from small_runs import make_config, metrics, parameters, run, stop_after
 
 RL_METRICS = {
     "loss",
@@ -125,21 +124,6 @@ def test_a_run_stopped_half_way_ends_like_one_that_was_not(
         ours, theirs = (json.loads((d / name).read_text()) for d in (tmp_path / "run", whole))
         ours.pop("tokens_per_second"), theirs.pop("tokens_per_second")
         assert ours == theirs
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    """Makes every trainer receive SIGTERM while it runs this step."""
-    original = trainer.Trainer.run
-
-    def run_and_stop(self, state, one_step):
-        def interrupted(state, number):
-            if number == step:
-                signal.raise_signal(signal.SIGTERM)
-            return one_step(state, number)
-
-        return original(self, state, interrupted)
-
-    monkeypatch.setattr(trainer.Trainer, "run", run_and_stop)
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(rl_run, model_dir):

@@ -49,6 +49,20 @@ def test_expected_exit_loss_is_the_mean_of_the_sampled_one():
     np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [1.0, 19.0])
+def test_the_weight_of_staying_divides_the_odds(weight):
+    """Over inputs that a head cannot tell apart the best hazard has the odds of the mean target."""
+    leave, _ = sft.target_log_hazards(jnp.array([0.02, 0.5, 3.0, 0.001]), 10.0)
+
+    def loss(z):
+        return sft.hazard_cross_entropy(*log_hazards(z), leave, stay_weight=weight).mean()
+
+    share = float(jnp.exp(leave).mean())
+    best = jnp.log(share / (1 - share) / weight)
+    assert abs(float(jax.grad(loss)(best))) < 1e-6
+    assert all(float(loss(best + step)) > float(loss(best)) for step in (-0.1, 0.1))
+
+
 def test_exits_beyond_the_own_one_do_not_count():
     leave, _ = sft.target_log_hazards(jnp.array([1.5, 0.7, 0.2]), 1.0)
     gradient = jax.grad(lambda z: sft.expected_exit_loss(*log_hazards(z), leave, jnp.int32(1)))(

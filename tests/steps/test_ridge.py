@@ -9,9 +9,19 @@ import pytest
 from jexit.model.policies import Full
 from jexit.model.transformer import run
 from jexit.steps.completions import pad_completions
-from jexit.steps.ridge import STRENGTHS, Moments, Sums, factors, fit, make_sums_step, together
+from jexit.steps.ridge import (
+    STRENGTHS,
+    Chain,
+    Moments,
+    Sums,
+    factors,
+    fit,
+    make_sums_step,
+    pairs,
+    together,
+)
 
-LAYERS, WIDTH = 3, 16
+LAYERS, WIDTH, EXITS = 3, 16, (1, 2)
 
 
 def batch_of(seed, rows=6):
@@ -32,27 +42,22 @@ def tokens(split):
 
 
 def tokens_of(split, batch):
-    """(inputs, updates) [L, N, D] of every action position of a batch, by the teacher's layers."""
+    """Residuals [L, N, D] after every layer, of every action position, by the teacher's layers."""
     seen = run(
         split.teacher(split.trainable),
         batch.tokens_BT,
         policy=Full(),
         valid_BT=batch.valid_BT,
         adapters=False,
-        observe=lambda h_BTD, new_BTD, _: (h_BTD, new_BTD),
-        observed=np.zeros(LAYERS),
+        observe=lambda h_BTD, new_BTD, _: new_BTD,
     ).observed
     acts = np.asarray(batch.action_BC)
-    x, y = (
-        np.stack([np.asarray(batch.window(part))[acts] for part in side]).astype(np.float64)
-        for side in seen
-    )
-    return x, y - x
+    return np.stack([np.asarray(batch.window(part))[acts] for part in seen]).astype(np.float64)
 
 
 def summed(split, *batches, beside=None):
     add = make_sums_step(split)
-    sums = Sums.zero(LAYERS, WIDTH) if beside is None else beside.beside()
+    sums = Sums.zero(EXITS, LAYERS, WIDTH) if beside is None else beside.beside()
     for batch in batches:
         sums = add(sums, split.trainable, split.fixed, batch)
     return sums
@@ -67,46 +72,82 @@ def least_squares(x_ND, u_ND, strength):
     return a_DD, u_ND.mean(0) - x_ND.mean(0) @ a_DD
 
 
+def chain_by_hand(h_LND, maps):
+    """Inputs and updates [n, D] of each layer from the first exit on, the chain's states stacked.
+
+    `maps` is given (layer, x, u) and returns the layer's (A, b).
+    """
+    chains, seen = [], {}
+    for layer in range(EXITS[0], LAYERS):
+        if layer in EXITS:
+            chains.append(h_LND[layer - 1])
+        x = np.concatenate(chains)
+        u = np.concatenate([h_LND[layer]] * len(chains)) - x
+        a_DD, b_D = maps(layer, x, u)
+        seen[layer] = x, u
+        chains = [h + h @ a_DD + b_D for h in chains]
+    return seen
+
+
+def share_left(x_ND, u_ND, a_DD, b_D):
+    error = np.square(u_ND - x_ND @ a_DD - b_D).mean(0)
+    return np.mean(error / u_ND.var(0))
+
+
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
-def test_ridge_is_least_squares_on_the_tokens(split, tokens, strength):
+def test_ridge_is_least_squares_on_the_chains_states(split, tokens, strength):
+    """Every layer's map is fitted on where the maps before it have taken each exit's tokens."""
     batches = [batch_of(seed) for seed in range(3)]
-    x_LND, u_LND = (np.concatenate(part, 1) for part in zip(*map(tokens, batches), strict=True))
+    h_LND = np.concatenate([tokens(batch) for batch in batches], 1)
     sums = jax.device_get(summed(split, *batches))
-    assert int(sums.count) == x_LND.shape[1]
-    for layer in range(LAYERS):
-        moments = Moments.of(sums, layer)
+    assert int(sums.count) == h_LND.shape[1]
+    chain, skipped = Chain(len(EXITS), WIDTH), pairs(EXITS, LAYERS)
+    assert skipped == [(0, 1), (0, 2), (1, 2)]
+
+    def compare(layer, x_ND, u_ND):
+        here = [e for e, first in enumerate(EXITS) if first <= layer]
+        moments = Moments.mixed([chain.moments(sums, e, skipped.index((e, layer))) for e in here])
         a_DD, b_D = moments.ridge(strength)
-        truth_DD, truth_D = least_squares(x_LND[layer], u_LND[layer], strength)
+        truth_DD, truth_D = least_squares(x_ND, u_ND, strength)
         np.testing.assert_allclose(a_DD, truth_DD, atol=1e-3 * np.abs(truth_DD).max())
         np.testing.assert_allclose(b_D, truth_D, atol=1e-3 * np.abs(truth_D).max())
-        error = np.square(u_LND[layer] - x_LND[layer] @ a_DD - b_D).mean(0)
-        share = np.mean(error / u_LND[layer].var(0))
+        share = share_left(x_ND, u_ND, a_DD, b_D)
         assert moments.unexplained(a_DD, b_D) == pytest.approx(share, rel=1e-3)
+        chain.goes_on(here, truth_DD, truth_D)
+        return truth_DD, truth_D
+
+    chain_by_hand(h_LND, compare)
 
 
 def test_held_back_tokens_choose_the_strength(split, tokens):
     seen, held = batch_of(0, rows=8), batch_of(1, rows=8)
     sums = summed(split, seen)
-    held_back = summed(split, held, beside=sums)
-    found = fit(*jax.device_get((sums, held_back)))
-    x_LND, u_LND = tokens(seen)
-    other_LND, update_LND = tokens(held)
-    for layer in range(LAYERS):
+    found = fit(*jax.device_get((sums, summed(split, held, beside=sums))), EXITS, LAYERS)
+    chosen = dict(zip(range(EXITS[0], LAYERS), found.strength_L, strict=True))
+    of_seen, of_both = {}, {}
+
+    def keep(maps):
+        def fitted(layer, x_ND, u_ND):
+            maps[layer] = least_squares(x_ND, u_ND, chosen[layer])
+            return maps[layer]
+
+        return fitted
+
+    inputs = chain_by_hand(tokens(seen), keep(of_seen))
+    unseen = chain_by_hand(tokens(held), lambda layer, x, u: of_seen[layer])
+    chain_by_hand(np.concatenate([tokens(seen), tokens(held)], 1), keep(of_both))
+    for index, layer in enumerate(chosen):
 
         def unexplained(strength, layer=layer):
-            a_DD, b_D = least_squares(x_LND[layer], u_LND[layer], strength)
-            error = np.square(update_LND[layer] - other_LND[layer] @ a_DD - b_D).mean(0)
-            return np.mean(error / update_LND[layer].var(0))
+            return share_left(*unseen[layer], *least_squares(*inputs[layer], strength))
 
-        assert found.strength_L[layer] == min(STRENGTHS, key=unexplained)
-        best = unexplained(found.strength_L[layer])
-        assert found.unexplained_L[layer] == pytest.approx(best, rel=1e-3)
-        both_x, both_u = (
-            np.concatenate([one[layer], other[layer]])
-            for one, other in ((x_LND, other_LND), (u_LND, update_LND))
-        )
-        truth_DD, _ = least_squares(both_x, both_u, found.strength_L[layer])
-        np.testing.assert_allclose(found.a_LDD[layer], truth_DD, atol=2e-3 * np.abs(truth_DD).max())
+        assert chosen[layer] == min(STRENGTHS, key=unexplained)
+        assert found.unexplained_L[index] == pytest.approx(unexplained(chosen[layer]), rel=1e-3)
+        truth_DD, truth_D = of_both[layer]
+        found_DD = found.maps[0][layer]
+        np.testing.assert_allclose(found_DD, truth_DD, atol=2e-3 * np.abs(truth_DD).max())
+        np.testing.assert_allclose(found.b_LD[layer], truth_D, atol=2e-3 * np.abs(truth_D).max())
+    assert not np.any(found.maps[0][: EXITS[0]])
 
 
 def test_large_means_cost_no_precision(split):
@@ -114,21 +155,40 @@ def test_large_means_cost_no_precision(split):
     embedding = split.fixed.frozen["embed"]["embedding"]
     far = split.fixed.frozen | {"embed": {"embedding": embedding.at[:, 3].add(3e3)}}
     split = split._replace(fixed=split.fixed._replace(frozen=far))
-    batch = batch_of(0)
-    x_LND, u_LND = tokens_of(split, batch)
-    sums = jax.device_get(summed(split, batch, batch_of(1)))
-    x_LND, u_LND = (
-        np.concatenate(part, 1)
-        for part in zip((x_LND, u_LND), tokens_of(split, batch_of(1)), strict=True)
-    )
-    for layer in range(LAYERS):
-        moments = Moments.of(sums, layer)
+    batches = [batch_of(0), batch_of(1)]
+    sums = jax.device_get(summed(split, *batches))
+    h_LND = np.concatenate([tokens_of(split, batch) for batch in batches], 1)
+    for pair, (exit_index, layer) in enumerate(pairs(EXITS, LAYERS)):
+        moments = Chain(len(EXITS), WIDTH).moments(sums, exit_index, pair)
+        x_ND = h_LND[EXITS[exit_index] - 1]
+        u_ND = h_LND[layer] - x_ND
         for found, truth in (
-            (moments.xx_DD, np.cov(x_LND[layer].T, bias=True)),
-            (moments.uu_D, u_LND[layer].var(0)),
-            (moments.x_D, x_LND[layer].mean(0)),
+            (moments.xx_DD, np.cov(x_ND.T, bias=True)),
+            (moments.xu_DD, (x_ND - x_ND.mean(0)).T @ (u_ND - u_ND.mean(0)) / len(x_ND)),
+            (moments.uu_D, u_ND.var(0)),
+            (moments.x_D, x_ND.mean(0)),
         ):
             np.testing.assert_allclose(found, truth, atol=2e-3 * np.median(np.abs(truth)) + 1e-4)
+
+
+def test_factored_maps_are_fitted_on_what_the_ones_before_lead_to(split, tokens):
+    batches = [batch_of(0, rows=8), batch_of(1, rows=8)]
+    sums = summed(split, batches[0])
+    parts = jax.device_get((sums, summed(split, batches[1], beside=sums)))
+    found = fit(*parts, EXITS, LAYERS, rank=2)
+    chosen = dict(zip(range(EXITS[0], LAYERS), found.strength_L, strict=True))
+
+    def compare(layer, x_ND, u_ND):
+        whole_DD, _ = least_squares(x_ND, u_ND, chosen[layer])
+        left, right = factors(whole_DD, np.cov(x_ND.T, bias=True), 2)
+        truth_DD = left @ right
+        truth_D = u_ND.mean(0) - x_ND.mean(0) @ truth_DD
+        found_DD = found.maps[0][layer] @ found.maps[1][layer]
+        np.testing.assert_allclose(found_DD, truth_DD, atol=5e-3 * np.abs(truth_DD).max())
+        np.testing.assert_allclose(found.b_LD[layer], truth_D, atol=5e-3 * np.abs(truth_D).max())
+        return truth_DD, truth_D
+
+    chain_by_hand(np.concatenate([tokens(batch) for batch in batches], 1), compare)
 
 
 def test_factors_are_the_best_of_their_rank():
