@@ -51,6 +51,14 @@ def get_config(preset: str = "tiny"):
     config.model.remat = "block"
     config.sft.max_new_tokens = 512
     config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
+    # A first phase with the trunk frozen, and heads that leave where they are sure: a real model
+    # passes many exits, and each may leave too early.
+    config.sft.lens_steps = 200
+    config.sft.lens_exits = "one"
+    config.sft.sharpness = 60.0
+    config.sft.stay_weight = 19.0
+    config.rl.hazard_temperature = 0.5
+    config.optim.exit_lr = 1e-3
     config.optim.warmup_steps = 20
     config.checkpoint.every = 50
     return config

@@ -36,7 +36,11 @@ def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW per label with its own rate; decay on matrices only."""
+    """Global-norm clipping, then AdamW per label with its own rate; decay on matrices only.
+
+    The continuation is clipped by a norm of its own: it reads residuals as they are, and its
+    gradient, a hundred times that of all others in real models, would be most of a common norm.
+    """
     peaks = {
         "lora": config.lora_lr,
         "exit": config.exit_lr,
@@ -61,7 +65,10 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
         )
         for label, peak in peaks.items()
     }
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(adamw, labels))
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    own = jax.tree.map(lambda label: "own" if label == "continuation" else "common", labels)
+    clipped = optax.partition({"own": clip, "common": clip}, own)
+    return optax.chain(clipped, optax.partition(adamw, labels))
 
 
 def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:

@@ -1,4 +1,4 @@
-"""An update that is not finite, whatever makes it so, is skipped whole."""
+"""Updates that are not finite are skipped whole; the continuation has a norm of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,19 @@ def test_an_update_that_is_not_finite_is_skipped_whole(optimizer, given, loss):
         assert int(state.skipped) == float(metrics["skipped"]) == skipped
         assert int(state.step) == skipped
         assert_same((state.trainable, state.opt_state), before)
+
+
+def test_the_continuations_gradient_leaves_the_clipping_of_others_alone():
+    """Adapters and heads share a norm, as without a continuation."""
+    labels, params = LABELS | {"a": "continuation"}, parameters() | {"a": jnp.zeros(4)}
+    optimizer, alone = make_optimizer(OptimConfig(), 10, labels), adam()
+    state, lone = optimizer.init(params), alone.init(parameters())
+    for value, far in ((0.3, 0.0), (5.0, 1e4), (0.1, 30.0)):  # Adam sees only how they change
+        given = gradients(value) | {"a": jnp.full(4, far)}
+        found, state = optimizer.update(given, state, params)
+        wanted, lone = alone.update(gradients(value), lone, parameters())
+        assert_same({name: found[name] for name in wanted}, copied(wanted))
+    assert float(jnp.abs(found["a"]).max()) > 0
 
 
 def test_a_finite_update_is_taken_and_ends_the_count():
