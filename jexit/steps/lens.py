@@ -1,9 +1,9 @@
 """One step of the first phase of calibration: the hazard heads learn, the trunk stays.
 
-The teacher runs once, without a backward pass; its residuals at the exits are all that the heads
-read. Nothing that a token at full depth runs can change. The continuation stays as it was fitted:
-trained by the KL of its end alone, its middle drifts from the residuals that the keys and values of
-skipped layers need.
+The model runs once at full depth, without a backward pass; its residuals at the exits are all that
+the heads read. Nothing that a token at full depth runs can change. The continuation stays as it was
+fitted: trained by the KL of its end alone, its middle drifts from the residuals that the keys and
+values of skipped layers need.
 """
 
 from __future__ import annotations
@@ -42,25 +42,23 @@ def make_lens_step(
     counts with one exit that is drawn for it, which has the same mean. `optimizer` has to leave all
     but the heads alone.
     """
-    model = split.student(split.trainable)
-    exits, one = len(model.exit_layers), config.lens_exits == "one"
+    exit_layers = split.student(split.trainable).exit_layers
+    exits, one = len(exit_layers), config.lens_exits == "one"
 
     def step(
         state: TrainState, fixed: Fixed, batch: Completions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
-        teacher = split.teacher(state.trainable, fixed)
-        continuation = split.student(state.trainable, fixed).blocks.continuation
+        model = split.student(state.trainable, fixed)
         actions = jnp.maximum(jnp.sum(batch.action_BC), 1)
 
         def prepared(index: Array) -> tuple[Array, Array, Array]:
             """Residuals [E, B, C, D], KL in nats and what counts [E, B, C]; no gradient."""
             rows = micro_batch(batch, index, micro_batches)
-            taught = run(
-                teacher, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, adapters=False,
-                exit_residual=True,
-            )  # fmt: skip
-            residual_EBCD = jax.vmap(rows.window)(taught.exit_residual_EBTD)
-            hidden_EBCD = exit_hidden_states(teacher, residual_EBCD, continuation)
+            full = run(
+                model, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, exit_residual=True
+            )
+            residual_EBCD = jax.vmap(rows.window)(full.exit_residual_EBTD)
+            hidden_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
             counts_EBC = jnp.broadcast_to(rows.action_BC, hidden_EBCD.shape[:-1])
             if one:
                 draw_key = jax.random.fold_in(key, index)
@@ -68,9 +66,9 @@ def make_lens_step(
                 counts_EBC &= drawn_BC == jnp.arange(exits)[:, None, None]
                 hidden_EBCD = jnp.take_along_axis(hidden_EBCD, drawn_BC[None, ..., None], axis=0)
             kl_EN = exit_kl(
-                rows.window(taught.hidden_BTD).reshape(-1, hidden_EBCD.shape[-1]),
+                rows.window(full.hidden_BTD).reshape(-1, hidden_EBCD.shape[-1]),
                 hidden_EBCD.reshape(hidden_EBCD.shape[0], -1, hidden_EBCD.shape[-1]),
-                teacher.head_VD,
+                model.head_VD,
             ).kl_EN
             kl_EBC = kl_EN.reshape(hidden_EBCD.shape[:-1])
             kl_EBC = jnp.broadcast_to(kl_EBC, counts_EBC.shape)
@@ -89,7 +87,7 @@ def make_lens_step(
             exit_loss = masked_sum(entropy_EBC, counts_EBC) * share
             metrics = {"loss": config.exit_coef * exit_loss, "loss/exit": exit_loss}
             metrics["kl/exits"] = masked_sum(kl_EBC, counts_EBC) * share
-            for index, layer in enumerate(model.exit_layers):
+            for index, layer in enumerate(exit_layers):
                 of_exit = masked_sum(kl_EBC[index], counts_EBC[index]) * share * exits
                 metrics[f"kl/exit_{layer}"] = of_exit
             return metrics["loss"], metrics
