@@ -34,26 +34,24 @@ def get_config(variant: str = "measure"):
         config.optim.full_lr = 2e-4
         config.checkpoint.every = 20
         return config
-    if variant == "calibrate":
+    config.rl.hazard_temperature = 0.5  # of every sampled depth, in all stages
+    if variant == "calibrate":  # the first phase alone: the trunk stays as it is
         config.model.path = "runs/smollm2-trunk/model"
         config.lora.rank = 16
         config.lora.alpha = 32.0
         config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-        config.sft.pool = 1024
+        config.sft.pool = 2048
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
-        config.sft.lens_steps = 150
-        config.sft.sharpness = 60.0
-        config.sft.explore = 0.1
-        config.sft.samples = 1
-        config.steps = 60
+        config.sft.lens_steps = 180
+        config.sft.lens_exits = "all"
+        config.steps = 0
         config.batch_size = 32
-        config.optim.lora_lr = 3e-4
-        config.optim.exit_lr = 1e-3
+        config.optim.exit_lr = 2e-3
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 10
-        config.checkpoint.every = 20
+        config.checkpoint.every = 60
         return config
     if variant == "reinforce":
         config.model.path = "runs/smollm2-sft/seed=0"
@@ -62,11 +60,15 @@ def get_config(variant: str = "measure"):
         config.rl.rollouts = 6
         config.rl.max_new_tokens = 48
         config.rl.kl_coef = 0.01
-        config.rl.depth_coef = 0.5
+        config.rl.kl_loss_coef = 1.0  # exact, on the model's own samples: repairs what exits cost
+        config.rl.depth_norm = "total"
+        config.rl.length_ref = 19.0  # tokens that the fine-tuned model writes
+        config.rl.depth_coef = 1.0
         config.rl.warmup_steps = 10
-        config.optim.lora_lr = 3e-4
-        config.optim.exit_lr = 1e-3
-        config.optim.continuation_lr = 1e-4
+        config.optim.lora_lr = 2e-4
+        config.optim.exit_lr = 3e-5
+        config.optim.continuation_lr = 1e-5
+        config.optim.warmup_steps = 5
         config.checkpoint.every = 10
         return config
     config.eval.problems = 512

@@ -35,16 +35,20 @@ _PLACE = "the continuation's fit"
 def fitted_continuation(
     stage: Stage, trajectories: Sequence[Trajectory], buckets: LengthBuckets, trainable: Params
 ) -> Params:
-    """`trainable` with the continuation fitted, if there is one that has not learnt yet.
+    """`trainable` with the continuation, if there is one, fitted to the trunk as it is.
 
-    Takes every trajectory once, but for a remainder. Raises ValueError for too few of them.
+    Takes every trajectory once, but for a remainder. One that has learnt is left alone by a run
+    without `sft.lens_steps`. Raises ValueError for too few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
     }
     update = ("blocks", "continuation", "update")
     kernel, bias = (*update, "kernel"), (*update, "bias")
-    if kernel not in flat or any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias)):
+    if kernel not in flat:
+        return trainable
+    learnt = any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias))
+    if learnt and not stage.config.sft.lens_steps:
         return trainable
     sums, held_back = _sums(stage, trajectories, buckets, trainable)
     layers = stage.split.student(stage.split.trainable).arch.layers

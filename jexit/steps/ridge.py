@@ -111,11 +111,10 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
 
         result = run(
-            split.teacher(trainable, fixed),
+            split.student(trainable, fixed),
             batch.tokens_BT,
             policy=Full(),
             valid_BT=batch.valid_BT,
-            adapters=False,
             exit_residual=True,
             observe=lambda _, new_BTD, seen: batch.window(new_BTD),
         )

@@ -39,22 +39,21 @@ def by_hand(split, trainable, batch, sharpness):
 
     An exit's logits come from a pass in which everybody leaves there.
     """
-    student, teacher = split.student(trainable), split.teacher(split.trainable)
-    taught = run(teacher, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False)
-    t = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
+    student = split.student(trainable)
+    last = run(student, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT)
+    t = jax.nn.log_softmax(logits_of(last.hidden_BTD, student.head_VD))
     mask = batch.action_BC / batch.action_BC.sum()
     kls, entropies = [], []
     for exit_index, exit_layer in enumerate(EXITS):
         shape = batch.tokens_BT.shape
         left = run(
             student, batch.tokens_BT, policy=Prescribed(np.full(shape, exit_layer)),
-            valid_BT=batch.valid_BT, adapters=False, hazards=True,
+            valid_BT=batch.valid_BT, hazards=True,
         )  # fmt: skip
-        s = jax.nn.log_softmax(logits_of(left.hidden_BTD, teacher.head_VD))
+        s = jax.nn.log_softmax(logits_of(left.hidden_BTD, student.head_VD))
         kl_BC = batch.window(jnp.sum(jnp.exp(t) * (t - s), -1)[..., None])[..., 0]
         full = run(
-            student, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False,
-            hazards=True,
+            student, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, hazards=True
         )  # fmt: skip
         z_BC = batch.window(full.hazard_logits_BTE)[..., exit_index]
         target = jax.lax.stop_gradient(1.0 - jnp.tanh(sharpness * kl_BC / 2))
@@ -68,9 +67,6 @@ def by_hand(split, trainable, batch, sharpness):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_loss_and_gradient(make_split, full, micro_batches):
     split, batch = make_split(full=full, continuation="linear"), rows()
-    if full:  # the student's trunk is its teacher's when this phase begins
-        teacher = jax.tree.map(jnp.copy, split.trainable)
-        split = split._replace(fixed=split.fixed._replace(teacher=teacher))
     config = SFTConfig(exit_coef=0.7, sharpness=2.0)
 
     def loss(trainable):

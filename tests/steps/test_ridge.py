@@ -42,13 +42,12 @@ def tokens(split):
 
 
 def tokens_of(split, batch):
-    """Residuals [L, N, D] after every layer, of every action position, by the teacher's layers."""
+    """Residuals [L, N, D] after every layer, of every action position, adapters and all."""
     seen = run(
-        split.teacher(split.trainable),
+        split.student(split.trainable),
         batch.tokens_BT,
         policy=Full(),
         valid_BT=batch.valid_BT,
-        adapters=False,
         observe=lambda h_BTD, new_BTD, _: new_BTD,
     ).observed
     acts = np.asarray(batch.action_BC)
