@@ -177,8 +177,8 @@ class SFTConfig:
     target: Literal["teacher", "student"] = "teacher"
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
     exit_loss: Literal["sampled", "expected"] = "sampled"  # published: −log P(d) of the draw
-    # Steps of a first phase, before `steps`, in which the hazard heads learn from the teacher's own
-    # passes; trunk and continuation stay as they are.
+    # Steps after `steps` in which the hazard heads alone learn, from full passes; the continuation
+    # is fitted anew before them. With steps=0 the trunk stays as it is.
     lens_steps: StepsOrZero = 0
     # all: every exit of each token counts; one: one that is drawn for it, which costs the output
     # head as many times less and has the same mean.

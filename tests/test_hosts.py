@@ -149,7 +149,9 @@ def test_a_run_goes_on_with_other_numbers_of_devices(command, model_dir, tmp_pat
     """On eight devices, then one, then two: the figures and parameters of one that never moved."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     # A schedule that ends with the run would give a shorter turn other learning rates.
-    constant = {"optim__schedule": "constant"} | (PHASES if command == "sft" else {})
+    constant = {"optim__schedule": "constant"}
+    if command == "sft":  # of which the heads' phase comes last, and steps grow from turn to turn
+        constant |= PHASES | {"sft__lens_steps": 0}
     run(arguments(command, model_dir, whole, steps=6, mesh__fsdp=1, **constant), devices=1)
     turns = [(2, 8, (2, 2, 2)), (4, 1, (1, 1, 1)), (6, 2, (1, 2, 1))]
     for steps, devices, (data, fsdp, tensor) in turns:

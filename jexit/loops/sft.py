@@ -1,7 +1,8 @@
 """Calibration: teacher trajectories once, then steps that shape the exits.
 
-A linear continuation that has learnt nothing yet is fitted by ridge regression. `sft.lens_steps`
-train the heads on the teacher's own passes, and `steps` adapters, heads and continuation.
+A linear continuation is fitted by ridge regression. In the first `steps` adapters learn, with the
+heads. Then the continuation is fitted again, to the trunk that they have moved, and for
+`sft.lens_steps` the heads alone learn what its exits are worth.
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         workdir,
         "sft",
         shown={name: name for name in shown},
-        steps=lens_steps + config.steps,
+        steps=config.steps + lens_steps,
     )
+
+    def fitted(state: TrainState) -> TrainState:
+        trainable = fitted_continuation(stage, trajectories, buckets, state.trainable)
+        return dataclasses.replace(state, trainable=trainable)
+
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
     if int(state.step) == 0:
-        fitted = fitted_continuation(stage, trajectories, buckets, state.trainable)
-        state = dataclasses.replace(state, trainable=fitted)
+        state = fitted(state)
 
     here = host_rows(config.batch_size)
 
@@ -77,33 +82,35 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         whole = [trajectories[index] for index in index_B]
         work = Work.of([len(row.prompt) + len(row.completion) for row in whole])
         completion = sum(len(row.completion) for row in whole)
-        if step < lens_steps:
-            flops = stage.flops.lens_step(work, completion, exits=config.sft.lens_exits)
-        else:
+        if step < config.steps:
             flops = stage.flops.sft_step(
                 work, completion, samples=config.sft.samples, target=config.sft.target
             )
+        else:
+            flops = stage.flops.lens_step(work, completion, exits=config.sft.lens_exits)
         padding = 1.0 - work.tokens / (len(index_B) * shape[0])
         return batch, {"data/padding": padding, "model_flops": flops}
 
-    batches = prepared(batch_of, int(state.step), lens_steps + config.steps)
+    batches = prepared(batch_of, int(state.step), config.steps + lens_steps)
 
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         batch, totals = next(batches)
-        trainer.shapes((batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
+        learning = step < config.steps
+        trainer.shapes((learning, batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
         batch = place_rows(batch, here)
-        if step == lens_steps > 0:  # the second phase begins with moments of its own
+        if step == config.steps > 0:  # the heads' own phase, with moments of its own
+            state = fitted(state)
             state = dataclasses.replace(state, opt_state=stage.optimizer.init(state.trainable))
-        phase_fn = lens_fn if step < lens_steps else step_fn
+        phase_fn = step_fn if learning else lens_fn
         with waiting(f"step {step + 1}"):
             state, metrics = phase_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
         return state, metrics | totals | rates(step)
 
     def rates(step: int) -> dict[str, Any]:
-        if step >= lens_steps:
-            return stage.learning_rates(step - lens_steps)
-        name = "lr/exit"
-        return {name: stage.learning_rates(step, updates=lens_steps)[name]}
+        if step < config.steps:
+            return stage.learning_rates(step)
+        name, of_phase = "lr/exit", step - config.steps
+        return {name: stage.learning_rates(of_phase, updates=lens_steps)[name]}
 
     state = trainer.run(state, one_step)
     stage.finish(trainer, stage.chosen(trainer, state), before)

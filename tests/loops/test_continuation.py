@@ -60,8 +60,8 @@ def test_the_fit_brings_exits_closer_to_the_last_layer(frozen_phase, model_dir, 
 def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     both_phases, model_dir, tmp_path, monkeypatch
 ):
-    """After the first step of either phase: the fit is not made again."""
-    for step in (0, 2):
+    """Between the phases, where the continuation is fitted again, and after that."""
+    for step in (1, 2):
         stop_after(monkeypatch, step=step)
         with pytest.raises(Interrupted):
             run("sft", model_dir, tmp_path / "run", **SETTINGS)
