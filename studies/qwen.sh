@@ -3,28 +3,33 @@
 #
 #   bash studies/qwen.sh
 #
-# Takes models/qwen, writes runs/qwen-*, and goes on where it was stopped.
+# Takes models/qwen and GSM8K in data/gsm8k, writes runs/qwen-*, and goes on where it was stopped.
 set -euo pipefail
 checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/qwen.py"
-run() { bash "$checkout/launch/run.sh" "$@"; }
+run() { bash "$checkout/launch/run.sh" --config.task.path=data/gsm8k "$@"; }
+# DIR NAME [FLAGS]: measures the model of a run.
 measured() {
-  [[ -e $1/eval/eval.json ]] ||
-    run --config="$config:measure" --config.model.path="$1" --workdir="$1/eval"
+  [[ -e $1/$2/eval.json ]] ||
+    run --config="$config:measure" --config.model.path="$1" --workdir="$1/$2" "${@:3}"
 }
-# The first phase alone, then both: the second run goes on from a copy of the first.
-[[ -e runs/qwen-lens/after.json ]] ||
-  run --config="$config:calibrate" --config.steps=0 --workdir=runs/qwen-lens
-measured runs/qwen-lens
-if [[ ! -e runs/qwen-sft/after.json ]]; then
-  [[ -e runs/qwen-sft ]] || {
-    rm -rf runs/qwen-sft.copy
-    cp -r runs/qwen-lens runs/qwen-sft.copy
-    rm -rf runs/qwen-sft.copy/{after.json,model,eval}
-    mv runs/qwen-sft.copy runs/qwen-sft
-  }
-  run --config="$config:calibrate" --workdir=runs/qwen-sft
-fi
-measured runs/qwen-sft
+# DIR [FLAGS]: calibrates; the teacher's trajectories are those of the first.
+calibrated() {
+  if [[ ! -e $1/teacher && -e runs/qwen-lens/teacher ]]; then
+    mkdir -p "$1"
+    cp -r runs/qwen-lens/teacher "$1/teacher.copy"
+    mv "$1/teacher.copy" "$1/teacher"
+  fi
+  [[ -e $1/after.json ]] || run --config="$config:calibrate" --workdir="$1" "${@:2}"
+}
+words=(--config.task.name=word_problems --config.task.path= --config.eval.max_new_tokens=256)
+calibrated runs/qwen-lens --config.steps=0
+measured runs/qwen-lens eval
+measured runs/qwen-lens words "${words[@]}"
+frozen=(--config.exits.continuation=frozen)
+calibrated runs/qwen-frozen --config.steps=0 "${frozen[@]}"
+measured runs/qwen-frozen eval "${frozen[@]}" --config.eval.problems=100
 [[ -e runs/qwen-rl/after.json ]] || run --config="$config:reinforce" --workdir=runs/qwen-rl
-measured runs/qwen-rl
+measured runs/qwen-rl eval
+calibrated runs/qwen-sft
+measured runs/qwen-sft eval

@@ -1,4 +1,4 @@
-"""Study F: Qwen2.5-Coder-0.5B as it is, on GSM8K: both phases of calibration, then reinforcement.
+"""Study F: Qwen2.5-Coder-0.5B as it is, on GSM8K: calibrated with a frozen trunk and without.
 
     python -m convert.from_hf --source=Qwen/Qwen2.5-Coder-0.5B-Instruct --target=models/qwen
     bash studies/qwen.sh
@@ -19,7 +19,8 @@ def get_config(variant: str = "measure"):
     if variant not in STAGES:
         raise ValueError(f"qwen has no stage {variant!r}; choose {', '.join(STAGES)}")
     config = runpy.run_path(str(CONFIGS / f"{STAGES[variant]}.py"))["get_config"](PRESET)
-    config.exits.layers = (4, 8, 12, 16, 18, 20, 22)
+    # Tokens that leave in the first quarter give later ones keys and values that mislead them.
+    config.exits.layers = (8, 12, 14, 16, 18, 20, 22)
     config.optim.accumulate = 1
     config.eval.problems = 16  # before and after training; what is measured has 200
     config.eval.max_new_tokens = 512
@@ -31,34 +32,38 @@ def get_config(variant: str = "measure"):
         config.sft.pool = 384
         config.sft.generate_batch = 96
         config.sft.temperature = 0.7
-        config.sft.lens_steps = 80
-        config.sft.lens_exits = "one"
-        config.sft.sharpness = 60.0
-        config.sft.explore = 0.1
+        config.sft.lens_steps = 120
         config.sft.samples = 1
-        config.steps = 40
+        config.steps = 30
         config.batch_size = 8
-        config.optim.lora_lr = 1e-4
-        config.optim.exit_lr = 1e-3
+        config.optim.lora_lr = 5e-5
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 5
         config.checkpoint.every = 10
         return config
     if variant == "reinforce":
-        config.model.path = "runs/qwen-sft"
+        config.model.path = "runs/qwen-lens"
         config.steps = 24
         config.batch_size = 4
         config.rl.rollouts = 6
-        config.rl.depth_coef = 0.5
+        config.rl.kl_loss_coef = 1.0  # exact, on the model's own samples: repairs what exits cost
+        config.rl.depth_norm = "total"
+        config.rl.length_ref = 170.0
+        config.rl.depth_coef = 1.0
         config.rl.warmup_steps = 8
+        config.optim.lora_lr = 1e-4
+        config.optim.exit_lr = 3e-5
+        config.optim.warmup_steps = 3
         config.checkpoint.every = 2
         return config
-    config.model.path = "runs/qwen-sft"
+    config.model.path = "runs/qwen-lens"
     config.eval.problems = 200
-    at = "threshold:0.9"
-    others = ("full", "threshold:0.95", "threshold:0.8")
-    config.eval.policies = (*others, at, f"shuffled:{at}", f"fixed:matched:{at}")
+    # With staying weighed 19 to 1 a hazard over .5 is one over .95 without, .3 one over .9.
+    at = "threshold:0.5"
+    config.eval.policies = (
+        "full", at, "threshold:0.3", "threshold:0.15", f"shuffled:{at}", f"fixed:matched:{at}",
+    )  # fmt: skip
     config.eval.measured = at
     config.eval.measures = ("exits",)
     config.eval.heat_maps = 4

@@ -24,6 +24,7 @@ def get_config(variant: str = "measure"):
     config.eval.max_new_tokens = 48
     config.eval.problems = 128  # before and after training
     config.optim.accumulate = 1
+    config.model.remat = "none"
     # Tokens that leave in the first quarter give later ones keys and values that mislead them.
     config.exits.layers = (9, 12, 15, 18, 21, 24, 27)
     if variant == "finetune":
@@ -65,6 +66,7 @@ def get_config(variant: str = "measure"):
         config.rl.depth_norm = "total"
         config.rl.length_ref = 19.0  # tokens that the fine-tuned model writes
         config.rl.depth_coef = 1.0
+        config.rl.accuracy_floor = 0.95  # of the full depth's, under which λ is withheld
         config.rl.warmup_steps = 10
         config.optim.lora_lr = 2e-4
         config.optim.exit_lr = 3e-5
