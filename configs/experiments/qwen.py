@@ -21,14 +21,14 @@ def get_config(variant: str = "measure"):
     config = runpy.run_path(str(CONFIGS / f"{STAGES[variant]}.py"))["get_config"](PRESET)
     # Tokens that leave in the first quarter give later ones keys and values that mislead them.
     config.exits.layers = (8, 12, 14, 16, 18, 20, 22)
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     config.optim.accumulate = 1
     config.eval.problems = 16  # before and after training; what is measured has 200
     config.eval.max_new_tokens = 512
     if variant == "calibrate":
         config.model.path = "models/qwen"
-        config.lora.rank = 16
-        config.lora.alpha = 32.0
-        config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
         config.sft.pool = 384
         config.sft.generate_batch = 96
         config.sft.temperature = 0.7

@@ -27,6 +27,9 @@ def get_config(variant: str = "measure"):
     config.model.remat = "none"
     # Tokens that leave in the first quarter give later ones keys and values that mislead them.
     config.exits.layers = (9, 12, 15, 18, 21, 24, 27)
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     if variant == "finetune":
         config.model.path = "models/smollm2"
         config.exits.layers = ()
@@ -39,9 +42,6 @@ def get_config(variant: str = "measure"):
     config.rl.hazard_temperature = 0.5  # of every sampled depth, in all stages
     if variant == "calibrate":  # the first phase alone: the trunk stays as it is
         config.model.path = "runs/smollm2-trunk/model"
-        config.lora.rank = 16
-        config.lora.alpha = 32.0
-        config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
         config.sft.pool = 2048
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
