@@ -24,7 +24,6 @@ def get_config(variant: str = "measure"):
     config.eval.max_new_tokens = 48
     config.eval.problems = 128  # before and after training
     config.optim.accumulate = 1
-    config.model.remat = "none"
     # Tokens that leave in the first quarter give later ones keys and values that mislead them.
     config.exits.layers = (9, 12, 15, 18, 21, 24, 27)
     config.lora.rank = 16
