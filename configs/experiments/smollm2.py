@@ -38,7 +38,7 @@ def get_config(variant: str = "measure"):
         config.optim.full_lr = 2e-4
         config.checkpoint.every = 20
         return config
-    config.rl.hazard_temperature = 0.5  # of every sampled depth, in all stages
+    config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":  # the first phase alone: the trunk stays as it is
         config.model.path = "runs/smollm2-trunk/model"
         config.sft.pool = 2048
@@ -61,15 +61,14 @@ def get_config(variant: str = "measure"):
         config.rl.rollouts = 6
         config.rl.max_new_tokens = 48
         config.rl.kl_coef = 0.01
-        config.rl.kl_loss_coef = 1.0  # exact, on the model's own samples: repairs what exits cost
+        config.rl.kl_loss_coef = 10.0  # exact, on the model's own samples: repairs what exits cost
         config.rl.depth_norm = "total"
         config.rl.length_ref = 19.0  # tokens that the fine-tuned model writes
         config.rl.depth_coef = 1.0
         config.rl.accuracy_floor = 0.95  # of the full depth's, under which λ is withheld
         config.rl.warmup_steps = 10
         config.optim.lora_lr = 2e-4
-        config.optim.exit_lr = 3e-5
-        config.optim.continuation_lr = 1e-5
+        config.optim.exit_lr = 1e-4
         config.optim.warmup_steps = 5
         config.checkpoint.every = 10
         return config
