@@ -51,8 +51,8 @@ def get_config(preset: str = "tiny"):
     config.model.remat = "block"
     config.sft.max_new_tokens = 512
     config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
-    # A first phase with the trunk frozen, and heads that leave where they are sure: a real model
-    # passes many exits, and each may leave too early.
+    # Heads that are calibrated last, on the trunk as it then is, and leave where they are sure: a
+    # real model passes many exits, and each may leave too early.
     config.sft.lens_steps = 200
     config.sft.lens_exits = "one"
     config.sft.sharpness = 60.0

@@ -39,7 +39,7 @@ def get_config(variant: str = "measure"):
         config.checkpoint.every = 20
         return config
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
-    if variant == "calibrate":  # the first phase alone: the trunk stays as it is
+    if variant == "calibrate":  # heads alone: the trunk stays as it is
         config.model.path = "runs/smollm2-trunk/model"
         config.sft.pool = 2048
         config.sft.generate_batch = 256

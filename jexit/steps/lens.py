@@ -1,4 +1,4 @@
-"""One step of the first phase of calibration: the hazard heads learn, the trunk stays.
+"""One step of the last phase of calibration: the hazard heads learn, the trunk stays.
 
 The model runs once at full depth, without a backward pass; its residuals at the exits are all that
 the heads read. Nothing that a token at full depth runs can change. The continuation stays as it was

@@ -252,9 +252,8 @@ def fit(
     arrays with tokens in them.
     """
     exits, width = sums.x_ED.shape
-    both, pair_of = together(sums, held_back), {}
-    for p, place in enumerate(pairs(exit_layers, layers)):
-        pair_of[place] = p
+    both = together(sums, held_back)
+    pair_of = {place: p for p, place in enumerate(pairs(exit_layers, layers))}
     shapes = [(width, rank), (rank, width)] if rank else [(width, width)]
     maps = tuple(np.zeros((layers, *shape), np.float32) for shape in shapes)
     b_LD = np.zeros((layers, width), np.float32)

@@ -74,7 +74,7 @@ def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     assert any(name.startswith("blocks.continuation") for name in first)
 
 
-def test_low_rank_maps_are_fitted_and_trained(model_dir, tmp_path):
+def test_low_rank_maps_are_fitted(model_dir, tmp_path):
     run("sft", model_dir, tmp_path, **SETTINGS | {"exits__continuation_rank": 3})
     trained = parameters(tmp_path)
     assert trained["blocks.continuation.reduce.kernel"].shape == (3, 16, 3)

@@ -1,4 +1,4 @@
-"""The first phase of calibration: the loss written out, and a trunk that does not move."""
+"""The heads' phase of calibration: the loss written out, and a trunk that does not move."""
 
 import jax
 import jax.numpy as jnp
