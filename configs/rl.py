@@ -45,9 +45,6 @@ def get_config(preset: str = "tiny"):
     config.rl.accuracy_floor = 0.9
     config.rl.floor_of = "initial"
     config.task.reward_none = 0.0
-    # The continuation stays at its fit: it reads residuals as they are, some of them hundreds
-    # large, and Adam's steps of even 1e-5 take the model away from itself within ten updates.
-    config.optim.continuation_lr = 0.0
     config.rl.hazard_temperature = 0.5  # as it is calibrated
     config.rl.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
     config.checkpoint.every = 20

@@ -58,9 +58,6 @@ def get_config(preset: str = "tiny"):
     config.sft.sharpness = 60.0
     config.sft.stay_weight = 19.0
     config.rl.hazard_temperature = 0.5
-    # The continuation stays at its fit: it reads residuals as they are, some of them hundreds
-    # large, and Adam's steps of even 1e-5 take the model away from itself within ten updates.
-    config.optim.continuation_lr = 0.0
     config.optim.exit_lr = 1e-3
     config.optim.warmup_steps = 20
     config.checkpoint.every = 50

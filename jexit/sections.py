@@ -122,7 +122,9 @@ class MeshConfig:
 class OptimConfig:
     lora_lr: LearningRate = 1e-4
     exit_lr: LearningRate = 1e-5
-    continuation_lr: LearningRate = 1e-5
+    # 0: the continuation stays at its fit. It reads residuals as they are, some of them hundreds
+    # large, and Adam's steps of even 1e-5 take a real model away from itself within ten updates.
+    continuation_lr: LearningRate = 0.0
     # Of base weights: pretraining, and full fine-tuning when lora.rank is 0.
     full_lr: LearningRate = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -119,7 +119,7 @@ def test_one_exit_a_token_has_the_mean_of_all(make_split, monkeypatch):
 def test_all_but_the_heads_stays_bit_for_bit(make_split):
     split, batch = make_split(continuation="linear"), rows()
     labels = parameter_labels(split.student(split.trainable), full=False)
-    optim = OptimConfig(lora_lr=0.0, full_lr=0.0, continuation_lr=0.0, exit_lr=1e-2)
+    optim = OptimConfig(lora_lr=0.0, full_lr=0.0, exit_lr=1e-2)
     state, first = update(split, SFTConfig(), batch, make_optimizer(optim, 30, labels))
     state, last = update(split, SFTConfig(), batch, make_optimizer(optim, 30, labels), steps=30)
     assert float(last["loss/exit"]) < 0.8 * float(first["loss/exit"])

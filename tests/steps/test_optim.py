@@ -73,7 +73,7 @@ def test_an_update_that_is_not_finite_is_skipped_whole(optimizer, given, loss):
 def test_the_continuations_gradient_leaves_the_clipping_of_others_alone():
     """Adapters and heads share a norm, as without a continuation."""
     labels, params = LABELS | {"a": "continuation"}, parameters() | {"a": jnp.zeros(4)}
-    optimizer, alone = make_optimizer(OptimConfig(), 10, labels), adam()
+    optimizer, alone = make_optimizer(OptimConfig(continuation_lr=1e-5), 10, labels), adam()
     state, lone = optimizer.init(params), alone.init(parameters())
     for value, far in ((0.3, 0.0), (5.0, 1e4), (0.1, 30.0)):  # Adam sees only how they change
         given = gradients(value) | {"a": jnp.full(4, far)}
