@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jexit.axes import Array
 from jexit.config import Config
-from jexit.data.buckets import LengthBuckets
-from jexit.data.teacher_store import Trajectory
 from jexit.dist import (
     data_shards,
     host_rows,
@@ -24,7 +20,7 @@ from jexit.dist import (
 from jexit.dist.rules import names_of
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
-from jexit.steps.completions import pad_completions
+from jexit.loops.trajectories import Trajectories
 from jexit.steps.ridge import Sums, fit, make_sums_step
 from jexit.steps.state import Params
 
@@ -32,9 +28,7 @@ HELD_BACK = 8  # one batch in so many chooses the strength of the ridge
 _PLACE = "the continuation's fit"
 
 
-def fitted_continuation(
-    stage: Stage, trajectories: Sequence[Trajectory], buckets: LengthBuckets, trainable: Params
-) -> Params:
+def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
     """`trainable` with the continuation, if there is one, fitted to the trunk as it is.
 
     Takes every trajectory once, but for a remainder. One that has learnt is left alone by a run
@@ -50,7 +44,7 @@ def fitted_continuation(
     learnt = any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias))
     if learnt and not stage.config.sft.lens_steps:
         return trainable
-    sums, held_back = _sums(stage, trajectories, buckets, trainable)
+    sums, held_back = _sums(stage, trajectories, trainable)
     layers = stage.split.student(stage.split.trainable).arch.layers
     rank = stage.config.exits.continuation_rank
     found = fit(sums, held_back, stage.exit_layers, layers, rank=rank)
@@ -76,9 +70,7 @@ def rows_at_a_time(config: Config, trajectories: int) -> int:
     return max(1, min(config.batch_size, trajectories // HELD_BACK) // shards) * shards
 
 
-def _sums(
-    stage: Stage, trajectories: Sequence[Trajectory], buckets: LengthBuckets, trainable: Params
-) -> tuple[Sums, Sums]:
+def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
     """(sums, those of the trajectories that are held back), as NumPy arrays."""
     config, split = stage.config, stage.split
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
@@ -93,14 +85,7 @@ def _sums(
     sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)
 
     def added(sums: Sums, step: int) -> Sums:
-        index_B, shape = buckets.batch(seed=config.seed, step=step, batch_size=size)
-        rows = [trajectories[index] for index in index_B[here.index_B]]
-        batch = pad_completions(
-            [row.prompt for row in rows],
-            [row.completion for row in rows],
-            stage.tokenizer.pad_id,
-            shape,
-        )
+        batch, _ = trajectories.batch(step, here)
         batch = place_rows(batch, here)
         with waiting(_PLACE):
             return add(sums, trainable, split.fixed, batch)

@@ -16,7 +16,7 @@ from jexit.loops.flops import Work
 from jexit.loops.packing import Lengths, Packed, PackedShapes
 from jexit.loops.policies import text_means
 from jexit.loops.pressure import AccuracyFloor, FailureWatch, Pressure
-from jexit.loops.setup import engine_size
+from jexit.loops.setup import engine_size, sampling_law
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Collapsed, Trainer
 from jexit.model.attention import choose_attention
@@ -72,7 +72,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     if int(state.step) == 0 and rl.floor_of == "initial":
         pressure.floor = stage.initial_floor()
 
-    here = host_rows(config.batch_size)
+    here, law = host_rows(config.batch_size), sampling_law(config)
     batches = prepared(lambda step: stage.prompts(step, here), int(state.step), config.steps)
     failure = ""
 
@@ -84,7 +84,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         rollouts = rollout(
             split.decodable(state.trainable),
             prompts.tokens,
-            policy=stage.law,
+            policy=law,
             max_new_tokens=rl.max_new_tokens,
             temperature=rl.temperature,
             eos_ids=tokenizer.eos_ids,

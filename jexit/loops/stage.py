@@ -31,7 +31,6 @@ from jexit.loops.pressure import AccuracyFloor, penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.lora import merge_adapters
-from jexit.model.policies import Sample
 from jexit.report.records import PolicyFigures, build
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
@@ -92,11 +91,6 @@ class Stage:
             skip_long=self.config.task.skip_long,
             rows=rows.index_B,
         )
-
-    @property
-    def law(self) -> Sample:
-        """How tokens leave while the run samples and is measured."""
-        return sampling_law(self.config) if self.config.command == "rl" else Sample()
 
     def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
         """At one step, or of a phase that has so many `updates` of its own."""
@@ -173,7 +167,7 @@ class Stage:
             parts=self.split.decodable(trainable),
             layers=self.layers,
             tokenizer=self.tokenizer,
-            law=self.law,
+            law=sampling_law(self.config),
             size=engine_size(self.config),
             seed=self.config.seed,
             **how,

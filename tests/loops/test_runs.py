@@ -9,7 +9,7 @@ import pytest
 
 import jexit
 from jexit.config import BEST_METRICS
-from jexit.loops import rl, sft
+from jexit.loops import rl, trajectories
 from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch
 from jexit.loops.stage import Stage
@@ -149,13 +149,13 @@ def test_calibration_reads_its_teacher_once(sft_run, model_dir, monkeypatch):
         raise AssertionError("the teacher was decoded again")
 
     stage = rl.Stage.open(make_config("sft", model_dir, checkpoint__every=2), sft_run, updates=4)
-    monkeypatch.setattr(sft, "rollout", refuse)
-    assert len(sft.teacher_trajectories(stage)) == 6
+    monkeypatch.setattr(trajectories, "rollout", refuse)
+    assert len(trajectories.teacher_trajectories(stage)) == 6
     assert (sft_run / "teacher").stat().st_mtime_ns == kept
 
 
 def test_calibration_on_the_data_sets_own_answers(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "rollout", None)  # would raise when called
+    monkeypatch.setattr(trajectories, "rollout", None)  # would raise when called
     run("sft", model_dir, tmp_path, sft__trajectories="dataset", steps=2, eval__problems=2)
     assert len(metrics(tmp_path)) == 2
 
