@@ -16,6 +16,7 @@ from jexit.aot.program import Program, abstract_key, exit_share, placed, placed_
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
+from jexit.eval.exits import compare_exits
 from jexit.eval.faithfulness import MEASURES
 from jexit.eval.hazards import batch_rows, decisions_and_targets
 from jexit.io.model_source import open_model
@@ -118,12 +119,22 @@ def _measurements(
         yield from rollouts.programs(
             "measurement", both, 1, new, list(policies.items()), written=new
         )
+    if not {"exits", "hazards"} & set(config.eval.measures):
+        return
+    length = bucket_length(config.task.max_prompt_tokens + new)
+    with jax.set_mesh(mesh):
+        count = batch_rows(prompts, length)
+    batch = _completions(config, mesh, count, new)
+    student = split.decodable(split.trainable)
+    inputs = {"trainable": split.trainable, "fixed": split.fixed, "batch": batch}
+    if "exits" in config.eval.measures:
+        yield Program(
+            name="exits against the last layer",
+            lower=lambda: compare_exits.lower(student[0], student[1:], batch),
+            inputs=inputs,
+            exit_share=exit_share(split),
+        )
     if "hazards" in config.eval.measures:
-        length = bucket_length(config.task.max_prompt_tokens + new)
-        with jax.set_mesh(mesh):
-            count = batch_rows(prompts, length)
-        batch = _completions(config, mesh, count, new)
-        student = split.decodable(split.trainable)
         teacher = split.decodable_teacher(split.trainable)
         yield Program(
             name="hazards and their targets",
@@ -132,7 +143,7 @@ def _measurements(
                 batch.completion_tokens_BC, jax.ShapeDtypeStruct((), jnp.float32),
                 sampling_law(config), target=config.sft.target,
             ),
-            inputs={"trainable": split.trainable, "fixed": split.fixed, "batch": batch},
+            inputs=inputs,
             exit_share=exit_share(split),
         )  # fmt: skip
 

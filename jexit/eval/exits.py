@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from flax import nnx
 from jexit.axes import Array, Bool, Float, HiddenBTD, Int
 from jexit.eval.hazards import Recorded, SplitModel
 from jexit.kernels import exit_kl
+from jexit.model.exits import depth_of_exit_index
 from jexit.model.policies import Full, Prescribed
-from jexit.model.transformer import Transformer, exit_hidden_states, run
+from jexit.model.transformer import exit_hidden_states, run
 from jexit.steps.completions import Completions
 
 CLOSE = 0.05  # nats; a token whose exit is so close to the last layer could leave there
@@ -35,42 +36,39 @@ def _against(
     )
 
 
-def _last_layer(model: Transformer, rows: Completions) -> Any:
-    return run(model, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, exit_residual=True)
+class _Leaving(NamedTuple):
+    """What a text is like whose tokens all leave at the first exit under a threshold, at once."""
+
+    depth_BC: Int[Array, "B C"]
+    kl_BC: Float[Array, "B C"]  # KL(π_L ‖ π) in nats, π_L with all tokens at full depth
+    same_BC: Bool[Array, "B C"]  # whether both have the same greedy token
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def of_exits(
+def compare_exits(
     graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], rows: Completions
-) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """KL(π_L ‖ π_e) in nats, and whether both have the same greedy token.
+) -> tuple[Array, ...]:
+    """(KL(π_L ‖ π_e) in nats, whether both have the same greedy token, *`_Leaving` of `THRESHOLDS`)
 
-    All tokens before have run all layers.
+    The first two [B, C, E] are of a token that leaves alone, after others that ran all layers.
     """
     model = nnx.merge(graphdef, *states)
-    full = _last_layer(model, rows)
+    exit_layers, layers = model.exit_layers, model.arch.layers
+    full = run(model, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
+    final_BCD = rows.window(full.hidden_BTD)
     residual_EBCD = jax.vmap(rows.window)(full.exit_residual_EBTD)
     exits_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
-    return _against(rows.window(full.hidden_BTD), exits_EBCD, model.head_VD)
+    kl_BCE, same_BCE = _against(final_BCD, exits_EBCD, model.head_VD)
 
+    def leaving(threshold: float) -> _Leaving:
+        under_BCE = jnp.pad(kl_BCE < threshold, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+        depth_BC = depth_of_exit_index(jnp.argmax(under_BCE, axis=-1), exit_layers, layers)
+        policy = Prescribed(rows.input_depths(depth_BC, layers))
+        early = run(model, rows.tokens_BT, policy=policy, **rows.layout)
+        found = _against(final_BCD, rows.window(early.hidden_BTD)[None], model.head_VD)
+        return _Leaving(depth_BC, *(part_BCE[..., 0] for part_BCE in found))
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def under_depths(
-    graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
-    rows: Completions,
-    depth_BC: Int[Array, "B C"],
-) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
-    """The same of a text all of whose tokens run `depth_BC` layers, at once."""
-    model = nnx.merge(graphdef, *states)
-    depth_BT = rows.input_depths(depth_BC, model.arch.layers)
-    early = run(model, rows.tokens_BT, policy=Prescribed(depth_BT), valid_BT=rows.valid_BT)
-    kl_BCE, same_BCE = _against(
-        rows.window(_last_layer(model, rows).hidden_BTD),
-        rows.window(early.hidden_BTD)[None],
-        model.head_VD,
-    )
-    return kl_BCE[..., 0], same_BCE[..., 0]
+    return kl_BCE, same_BCE, *(part for threshold in THRESHOLDS for part in leaving(threshold))
 
 
 def exit_quality(
@@ -84,13 +82,13 @@ def exit_quality(
     text given: depth, KL and agreement, and the agreement of the tokens that still run all layers,
     which read keys and values of those that have left.
     """
-    kl_BCE, same_BCE = recorded.through(lambda rows, _: of_exits(student[0], student[1:], rows))
+    found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]
 
     def passes(values_BCX: np.ndarray) -> np.ndarray:
         return np.concatenate([row[1:n] for row, n in zip(values_BCX, lengths, strict=True)])
 
-    kl_NE, same_NE = passes(kl_BCE), passes(same_BCE)
+    kl_NE, same_NE, *rest = map(passes, found)
     exits = [
         {
             "exit": int(layer),
@@ -101,15 +99,9 @@ def exit_quality(
         for index, layer in enumerate(exit_layers)
     ]
     leaving = []
-    for threshold in THRESHOLDS:
-        under_BCE = np.concatenate([kl_BCE < threshold, np.ones((*kl_BCE.shape[:2], 1), bool)], -1)
-        depth_BC = np.asarray([*exit_layers, layers])[under_BCE.argmax(-1)]
-        depths = [[layers, *row[1:n]] for row, n in zip(depth_BC.tolist(), lengths, strict=True)]
-        left = Recorded(recorded.prompts, recorded.completions, depths, recorded.pad_id)
-        kl_BC, kept_BC = left.through(
-            lambda rows, depth_BC: under_depths(student[0], student[1:], rows, depth_BC)
-        )
-        kl_N, kept_N, depth_N = passes(kl_BC), passes(kept_BC), passes(depth_BC)
+    for threshold, depth_N, kl_N, kept_N in zip(
+        THRESHOLDS, rest[0::3], rest[1::3], rest[2::3], strict=True
+    ):
         stayed_N = depth_N == layers
         leaving.append(
             {

@@ -19,7 +19,7 @@ from jexit.losses.sft import target_log_hazards
 from jexit.model.exits import log_hazards
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import Transformer, exit_hidden_states, run
-from jexit.steps.completions import Completions, pad_completions
+from jexit.steps.completions import Completions, bucket_length, pad_completions
 
 SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states)
 
@@ -156,24 +156,37 @@ class Recorded:
     pad_id: int
 
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
-        """What `program(rows, depth_BC)` gives for all rows; it sees batches of one shape."""
-        whole_batch = pad_completions(self.prompts, self.completions, self.pad_id)
-        shape = whole_batch.tokens_BT.shape[1], whole_batch.completion_tokens_BC.shape[1]
-        count = len(self.prompts)
-        size = batch_rows(count, shape[0])
-        found: list[Any] = []
-        for start in range(0, count, size):
-            # The last batch is filled with the first rows again.
-            chosen = [index % count for index in range(start, start + size)]
+        """What `program(rows, depth_BC)` gives [B, C, …] for all rows, with zeros beyond a text.
+
+        It sees the longest first, in batches padded to their longest.
+        """
+        length_B = np.asarray(
+            [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]
+        )
+        order, width = np.argsort(-length_B, kind="stable"), max(map(len, self.completions))
+        results: list[np.ndarray] = []
+        start = 0
+        while start < len(order):
+            size = batch_rows(len(order) - start, bucket_length(int(length_B[order[start]])))
+            own = order[start : start + size]
+            start += size
+            chosen = np.resize(own, size)  # the last batch is filled with its rows again
             rows = pad_completions(
-                [self.prompts[i] for i in chosen], [self.completions[i] for i in chosen],
-                self.pad_id, shape,
-            )  # fmt: skip
-            depth_BC = np.zeros((size, shape[1]), np.int32)
+                [self.prompts[i] for i in chosen],
+                [self.completions[i] for i in chosen],
+                self.pad_id,
+            )
+            depth_BC = np.zeros(rows.completion_tokens_BC.shape, np.int32)
             for row, i in enumerate(chosen):
                 depth_BC[row, : len(self.depths[i])] = self.depths[i]
-            found.append(whole(program(*place_rows((rows, depth_BC))), "the hazards"))
-        return [np.concatenate(parts)[:count] for parts in zip(*found, strict=True)]
+            found = whole(program(*place_rows((rows, depth_BC))), "recorded completions")
+            for index, values_BCX in enumerate(found):
+                if len(results) == index:
+                    shape = (len(order), width, *values_BCX.shape[2:])
+                    results.append(np.zeros(shape, values_BCX.dtype))
+                columns = min(width, values_BCX.shape[1])
+                results[index][own, :columns] = values_BCX[: len(own), :columns]
+        return results
 
 
 def hazards_of(
