@@ -30,6 +30,7 @@ def config_of(command: str, **settings) -> Config:
         "rl.max_new_tokens": 16,
         "eval.max_new_tokens": 16,
         "eval.policies": ("full", "threshold:0.3", "threshold:0.5"),
+        "eval.measures": ("exits", "hazards"),
     }
     config = config_dict(command)
     with config.unlocked():
@@ -76,6 +77,8 @@ STEPS = {
         "evaluation prefill",
         "evaluation decode (full), a token",
         "evaluation decode (threshold), a token",
+        "exits against the last layer",
+        "hazards and their targets",
     ],
     "generate": [
         "generation prefill",
