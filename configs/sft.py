@@ -53,8 +53,7 @@ def get_config(preset: str = "tiny"):
     config.sft.temperature = 0.7 if config.preset.startswith("qwen3") else 1.0
     # Heads that are calibrated last, on the trunk as it then is, and leave where they are sure: a
     # real model passes many exits, and each may leave too early.
-    config.sft.lens_steps = 200
-    config.sft.lens_exits = "one"
+    config.sft.lens_steps = 2000
     config.sft.sharpness = 60.0
     config.sft.stay_weight = 19.0
     config.rl.hazard_temperature = 0.5

@@ -59,6 +59,8 @@ class ExitHeadConfig:
     kind: Literal["mlp", "linear"] = "mlp"
     norm: Literal["rms", "none"] = "rms"
     bias: Signed = -4.0  # initial b2: a fresh head almost never leaves
+    # Hazards are learnt by the heads alone: their gradient stops at the residuals that they read.
+    detached: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,12 +181,10 @@ class SFTConfig:
     target: Literal["teacher", "student"] = "teacher"
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
     exit_loss: Literal["sampled", "expected"] = "sampled"  # published: −log P(d) of the draw
-    # Steps after `steps` in which the hazard heads alone learn, from full passes; the continuation
-    # is fitted anew before them. With steps=0 the trunk stays as it is.
+    # Steps after `steps` in which the hazard heads alone learn; the continuation is fitted anew
+    # before them. With steps=0 the trunk stays as it is.
     lens_steps: StepsOrZero = 0
-    # all: every exit of each token counts; one: one that is drawn for it, which costs the output
-    # head as many times less and has the same mean.
-    lens_exits: Literal["all", "one"] = "all"
+    lens_tokens: Annotated[int, Bounds(1, 2**26)] = 65_536  # they learn from, kept at all exits
     trajectories: Literal["generate", "dataset"] = "generate"
     pool: Count = 512  # trajectories that are generated once and cached
     temperature: TemperatureOrGreedy = 1.0

@@ -41,14 +41,13 @@ def get_config(variant: str = "measure"):
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":  # heads alone: the trunk stays as it is
         config.model.path = "runs/smollm2-trunk/model"
-        config.sft.pool = 2048
+        config.sft.pool = 3072
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
-        config.sft.lens_steps = 180
-        config.sft.lens_exits = "all"
+        config.sft.lens_steps = 3000
         config.steps = 0
         config.batch_size = 32
-        config.optim.exit_lr = 2e-3
+        config.optim.exit_lr = 3e-3
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 10

@@ -29,13 +29,14 @@ from jexit.loops.setup import (
     make_policy,
     sampling_law,
 )
+from jexit.loops.sft import HEADS_TOKENS
 from jexit.model.attention import choose_attention
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, PackedCompletions, bucket_length
 from jexit.steps.finetune import make_finetune_step
-from jexit.steps.lens import make_lens_step
+from jexit.steps.lens import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.ridge import Sums, make_sums_step
@@ -81,7 +82,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         if config.exits.continuation == "linear":
             yield _fit(config, mesh, split, state)
         if config.sft.lens_steps:
-            yield _lens(config, mesh, split, state, optimizer)
+            yield from _heads(config, mesh, split, state, optimizer)
         if config.steps:
             yield _calibration(config, mesh, split, state, optimizer)
     if config.command == "rl":
@@ -255,13 +256,30 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
     )
 
 
-def _lens(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any) -> Program:
-    step = make_lens_step(split, optimizer, config.sft, micro_batches=config.optim.accumulate)
-    batch = _completions(config, mesh, config.batch_size, config.sft.max_new_tokens)
-    return Program(
-        name="calibration step, trunk frozen",
-        lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),
+def _heads(
+    config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
+) -> Iterator[Program]:
+    """The phase of the heads alone: one pass, whose states are kept, and steps on those."""
+    with jax.set_mesh(mesh):
+        size = rows_at_a_time(config, config.sft.pool)
+    batch = _completions(config, mesh, size, config.sft.max_new_tokens)
+    observe = make_exit_states(split)
+    yield Program(
+        name="states at the exits",
+        lower=lambda: observe.lower(state.trainable, split.fixed, batch),
         inputs={"state": state, "fixed": split.fixed, "batch": batch},
+        exit_share=exit_share(split),
+    )
+    step = make_lens_step(split, optimizer, config.sft)
+    with jax.set_mesh(mesh):
+        made = jax.eval_shape(observe, state.trainable, split.fixed, batch)
+        kept = -(-config.sft.lens_tokens // data_shards()) * data_shards()
+    states = jax.tree.map(lambda leaf: rows(mesh, kept, *leaf.shape[1:], dtype=leaf.dtype), made)
+    position_M = jax.ShapeDtypeStruct((HEADS_TOKENS,), jnp.int32)
+    yield Program(
+        name="calibration step of the heads",
+        lower=lambda: step.lower(state, split.fixed, states, position_M),
+        inputs={"state": state, "fixed": split.fixed, "states": states},
         exit_share=exit_share(split),
     )
 

@@ -303,7 +303,8 @@ def _exits_to_use(
             )
         if head is None:
             return stored, kept
-        return stored, dataclasses.replace(kept, **_continuation_to_use(source, head))
+        taken = _continuation_to_use(source, head) | {"detached": head.detached}
+        return stored, dataclasses.replace(kept, **taken)
     if not wanted and 1 < layers <= 5:
         wanted = (layers // 2,)
     return check_exits(wanted, layers), head or ExitSettings()

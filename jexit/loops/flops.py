@@ -146,13 +146,9 @@ class ModelFlops:
         measured += (1 + len(self.exit_layers)) * self.logits(completion_tokens)
         return measured + samples * self._student(work, completion_tokens)
 
-    def lens_step(self, work: Work, completion_tokens: int, *, exits: str) -> float:
-        """`work` is of prompts and completions; `exits` is `sft.lens_exits`."""
-        spoken = completion_tokens * (1 if exits == "one" else len(self.exit_layers))
-        each = len(self.exit_layers) * completion_tokens
-        maps = 2.0 * self.arch.width**2 * each * (self.rank is not None)
-        logits = self.logits(completion_tokens + spoken)
-        return self.forward(work, adapters=False) + logits + maps + 3.0 * self._exit_head() * each
+    def lens_step(self, tokens: int) -> float:
+        """Of the heads alone, on `tokens` at all exits."""
+        return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, work: Work, completion_tokens: int) -> float:
         """`work` is of prompts and references, the tokens of the references alone."""

@@ -66,6 +66,7 @@ def head_settings(config: Config) -> ExitSettings:
         kind=head.kind,
         norm=head.norm,
         bias=head.bias,
+        detached=head.detached,
         continuation=exits.continuation,
         continuation_rank=exits.continuation_rank,
     )

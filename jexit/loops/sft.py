@@ -11,19 +11,26 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jexit.config import Config
 from jexit.data.loader import prepared
-from jexit.dist import host_rows, place_rows, waiting
-from jexit.loops.continuation import fitted_continuation
+from jexit.dist import host_rows, is_primary, place_rows, waiting
+from jexit.io.progress import Progress
+from jexit.loops.continuation import fitted_continuation, rows_at_a_time
 from jexit.loops.flops import Work
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
-from jexit.loops.trajectories import teacher_trajectories
+from jexit.loops.trajectories import Trajectories, teacher_trajectories
 from jexit.steps.completions import Completions
-from jexit.steps.lens import make_lens_step
+from jexit.steps.lens import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
-from jexit.steps.state import TrainState, new_state, step_key
+from jexit.steps.state import Params, TrainState, new_state, step_key
+
+HEADS_TOKENS = 512  # of a step of the heads alone, each at all exits
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
@@ -37,7 +44,8 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     # The same optimiser, which leaves all but the heads alone.
     heads_only = dataclasses.replace(config.optim, lora_lr=0.0, full_lr=0.0, continuation_lr=0.0)
     lens = make_optimizer(heads_only, max(lens_steps, 1), stage.labels)
-    lens_fn = make_lens_step(stage.split, lens, config.sft, micro_batches=config.optim.accumulate)
+    lens_fn = make_lens_step(stage.split, lens, config.sft)
+    remembered: tuple[ExitStates, np.ndarray] | None = None
     shown = ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")
     trainer = Trainer(
         config,
@@ -62,35 +70,72 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         batch, rows = trajectories.batch(step, here)
         work = Work.of([len(row.prompt) + len(row.completion) for row in rows])
         completion = sum(len(row.completion) for row in rows)
-        if step < config.steps:
-            flops = stage.flops.sft_step(
-                work, completion, samples=config.sft.samples, target=config.sft.target
-            )
-        else:
-            flops = stage.flops.lens_step(work, completion, exits=config.sft.lens_exits)
+        flops = stage.flops.sft_step(
+            work, completion, samples=config.sft.samples, target=config.sft.target
+        )
         padding = 1.0 - work.tokens / (len(rows) * batch.tokens_BT.shape[1])
         return batch, {"data/padding": padding, "model_flops": flops}
 
-    batches = prepared(batch_of, int(state.step), config.steps + lens_steps)
+    batches = prepared(batch_of, int(state.step), config.steps)
 
-    def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+    def adapters_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         batch, totals = next(batches)
-        learning = step < config.steps
-        trainer.shapes((learning, batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
+        trainer.shapes((batch.tokens_BT.shape, batch.completion_tokens_BC.shape))
         batch = place_rows(batch, here)
-        if step == config.steps > 0:  # the heads' own phase, with moments of its own
+        with waiting(f"step {step + 1}"):
+            state, metrics = step_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
+        return state, metrics | totals | stage.learning_rates(step)
+
+    def heads_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        nonlocal remembered
+        if step == config.steps > 0:  # a phase with moments of its own
             state = fitted(state)
             state = dataclasses.replace(state, opt_state=stage.optimizer.init(state.trainable))
-        phase_fn = step_fn if learning else lens_fn
+        if remembered is None:
+            remembered = exit_states(stage, trajectories, state.trainable)
+        states, position_V = remembered
+        trainer.shapes(("heads",))
+        position_M = np.random.default_rng((config.seed, step)).choice(position_V, HEADS_TOKENS)
         with waiting(f"step {step + 1}"):
-            state, metrics = phase_fn(state, stage.split.fixed, batch, step_key(config.seed, step))
-        return state, metrics | totals | rates(step)
+            state, metrics = lens_fn(state, stage.split.fixed, states, position_M)
+        rates = stage.learning_rates(step - config.steps, updates=lens_steps)
+        flops = stage.flops.lens_step(HEADS_TOKENS)
+        return state, metrics | {"model_flops": flops, "lr/exit": rates["lr/exit"]}
 
-    def rates(step: int) -> dict[str, Any]:
-        if step < config.steps:
-            return stage.learning_rates(step)
-        name, of_phase = "lr/exit", step - config.steps
-        return {name: stage.learning_rates(of_phase, updates=lens_steps)[name]}
+    def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        return (adapters_step if step < config.steps else heads_step)(state, step)
 
     state = trainer.run(state, one_step)
     stage.finish(trainer, stage.chosen(trainer, state), before)
+
+
+def exit_states(
+    stage: Stage, trajectories: Trajectories, trainable: Params
+) -> tuple[ExitStates, np.ndarray]:
+    """What the heads learn from, and the numbers V of its positions whose pass could leave.
+
+    One pass over trajectories with `sft.lens_tokens` of them, or over all if they have fewer.
+    """
+    config, states_of = stage.config, make_exit_states(stage.split)
+    size = rows_at_a_time(config, len(trajectories))
+    here, batches = host_rows(size), max(1, len(trajectories) // size)
+    found: list[ExitStates] = []
+    number_V = np.zeros(0, np.int32)
+    end = 0
+    with Progress(
+        config.sft.lens_tokens, description="the exits' states", enabled=is_primary()
+    ) as progress:
+        for step in range(batches):
+            batch, rows = trajectories.batch(step, here)
+            width = batch.completion_tokens_BC.shape[1]
+            with waiting("the exits' states"):
+                found.append(states_of(trainable, stage.split.fixed, place_rows(batch, here)))
+            acts_BC = np.arange(width) < np.asarray([[len(row.completion)] for row in rows])
+            acts_BC[:, 0] = False  # the prompt's last pass never leaves
+            number_V = np.concatenate([number_V, end + np.flatnonzero(acts_BC).astype(np.int32)])
+            end += size * width
+            progress.update(min(len(number_V), config.sft.lens_tokens))
+            if len(number_V) >= config.sft.lens_tokens:
+                break
+    states = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+    return states, number_V[: config.sft.lens_tokens]

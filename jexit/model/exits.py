@@ -38,6 +38,7 @@ class ExitSettings:
     bias: float = -4.0
     continuation: Literal["frozen", "linear"] = "frozen"
     continuation_rank: int = 0  # of a factored continuation; 0: full matrices
+    detached: bool = False  # the gradient of hazards stops at the residuals that heads read
 
     def __post_init__(self) -> None:
         if self.kind not in ("mlp", "linear") or self.norm not in ("rms", "none"):
@@ -140,7 +141,8 @@ class ExitHeads(nnx.Module):
     """The heads of all E exits: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear; float32.
 
     `norm` is an RMS norm with its own scale, or the identity. The bias b2 starts low so that a
-    fresh head almost never leaves. Source: arXiv:2603.21376, exit heads.
+    fresh head almost never leaves. If they are `detached`, what hazards learn leaves the trunk
+    alone. Source: arXiv:2603.21376, exit heads.
     """
 
     def __init__(
@@ -152,9 +154,10 @@ class ExitHeads(nnx.Module):
         norm: str = "rms",
         bias: float = -4.0,
         eps: float = 1e-6,
+        detached: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.kind, self.norm, self.eps = kind, norm, eps
+        self.kind, self.norm, self.eps, self.detached = kind, norm, eps, detached
         self.scale = ExitParam(jnp.ones((exits, width))) if norm == "rms" else None
         hidden = 2 * width if kind == "mlp" else width
         if kind == "mlp":
@@ -173,6 +176,8 @@ class ExitHeads(nnx.Module):
             return jax.lax.dynamic_index_in_dim(parameter[...], exit_index, 0, keepdims=False)
 
         x = h.astype(jnp.float32)
+        if self.detached:
+            x = jax.lax.stop_gradient(x)
         if self.scale is not None:
             x = rms_norm(x, pick(self.scale), self.eps)
         if self.w1 is not None:

@@ -97,6 +97,7 @@ class Transformer(nnx.Module):
             kind=exit_head.kind,
             norm=exit_head.norm,
             bias=exit_head.bias,
+            detached=exit_head.detached,
             eps=arch.rms_norm_eps,
             rngs=rngs,
         )

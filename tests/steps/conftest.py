@@ -28,12 +28,12 @@ ARCH = Architecture(
 )
 
 
-def make_split(*, vocab_size=11, full=False, dropout=0.0, continuation="frozen"):
+def make_split(*, vocab_size=11, full=False, dropout=0.0, continuation="frozen", detached=False):
     """A random model with exits 1 and 2 whose adapters and heads are not at their start."""
     model = Transformer(
         dataclasses.replace(ARCH, vocab_size=vocab_size),
         exit_layers=(1, 2),
-        exit_head=ExitSettings(bias=-0.5, continuation=continuation),
+        exit_head=ExitSettings(bias=-0.5, continuation=continuation, detached=detached),
         lora=None if full else LoRA(rank=2, alpha=4.0, dropout=dropout, targets=("q", "v", "up")),
         rngs=nnx.Rngs(0),
     )

@@ -11,7 +11,7 @@ from jexit.config import OptimConfig, SFTConfig
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import logits_of, run
 from jexit.steps.completions import pad_completions
-from jexit.steps.lens import make_lens_step
+from jexit.steps.lens import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.state import new_state, parameter_labels
 
@@ -25,12 +25,20 @@ def rows():
     return pad_completions(prompts, completions, 0)
 
 
-def update(split, config, batch, optimizer=None, *, micro_batches=1, key=0, steps=1):
+def states_of(split, batch):
+    """(the states of a batch, its positions whose pass could leave)."""
+    states = make_exit_states(split)(split.trainable, split.fixed, batch)
+    return states, np.flatnonzero(batch.action_BC).astype(np.int32)
+
+
+def update(split, config, batch, optimizer=None, *, steps=1):
+    """Steps on every position of a batch at once."""
     optimizer = optimizer or optax.sgd(1.0)
-    step = make_lens_step(split, optimizer, config, micro_batches=micro_batches)
+    step = make_lens_step(split, optimizer, config)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    states, position_V = states_of(split, batch)
     for _ in range(steps):
-        state, metrics = step(state, split.fixed, batch, jax.random.key(key))
+        state, metrics = step(state, split.fixed, states, position_V)
     return state, metrics
 
 
@@ -64,8 +72,7 @@ def by_hand(split, trainable, batch, sharpness):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_loss_and_gradient(make_split, full, micro_batches):
+def test_loss_and_gradient(make_split, full):
     split, batch = make_split(full=full, continuation="linear"), rows()
     config = SFTConfig(exit_coef=0.7, sharpness=2.0)
 
@@ -74,7 +81,7 @@ def test_loss_and_gradient(make_split, full, micro_batches):
         return 0.7 * jnp.mean(entropies), (kls, entropies)
 
     (value, (kls, entropies)), gradient = jax.value_and_grad(loss, has_aux=True)(split.trainable)
-    state, metrics = update(split, config, batch, micro_batches=micro_batches)
+    state, metrics = update(split, config, batch)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
     assert float(metrics["kl/exits"]) == pytest.approx(float(jnp.mean(kls)), rel=1e-4)
     assert float(metrics["loss/exit"]) == pytest.approx(float(jnp.mean(entropies)), rel=1e-4)
@@ -94,26 +101,19 @@ def test_loss_and_gradient(make_split, full, micro_batches):
     jax.tree.map(compare, labels, moved, gradient)
 
 
-def test_one_exit_a_token_has_the_mean_of_all(make_split, monkeypatch):
+def test_positions_count_as_often_as_they_are_drawn(make_split):
+    """A step on some positions is that on a batch of them, whatever else is remembered."""
     split, batch = make_split(continuation="linear"), rows()
-    whole, _ = update(split, SFTConfig(), batch)
-    drawn, losses = [], []
-    for exit_index in range(len(EXITS)):
-
-        def same(key, shape, low, high, exit_index=exit_index):
-            assert (low, high) == (0, len(EXITS))
-            return jnp.full(shape, exit_index)
-
-        monkeypatch.setattr(jax.random, "randint", same)
-        state, metrics = update(split, SFTConfig(lens_exits="one"), batch)
-        drawn.append(state.trainable)
-        losses.append(float(metrics["loss"]))
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *drawn)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max())),
-        mean,
-        whole.trainable,
+    states, position_V = states_of(split, batch)
+    drawn_M = np.asarray([*position_V[:5], *position_V[:2], *position_V[7:8]])
+    here = jax.tree.map(lambda values: values[drawn_M], states)
+    optimizer = optax.sgd(1.0)
+    step = make_lens_step(split, optimizer, SFTConfig())
+    found, wanted = (
+        step(new_state(jax.tree.map(jnp.copy, split.trainable), optimizer), split.fixed, *given)[0]
+        for given in ((states, drawn_M), (here, np.arange(len(drawn_M))))
     )
+    jax.tree.map(np.testing.assert_array_equal, found.trainable, wanted.trainable)
 
 
 def test_all_but_the_heads_stays_bit_for_bit(make_split):

@@ -84,6 +84,30 @@ def test_loss_and_gradient(make_split, monkeypatch, direction, full):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_detached_heads_teach_the_trunk_nothing(make_split, full):
+    """Its gradient is that without an exit loss, and theirs is that of attached heads."""
+    batch = rows()
+
+    def gradients(*, detached, exit_coef):
+        split = make_split(full=full, detached=detached)
+        state, _ = update(split, SFTConfig(samples=1, exit_coef=exit_coef), batch)
+        taken = jax.tree.map(jnp.subtract, split.trainable, state.trainable)
+        heads = taken.pop("exits")
+        return heads, taken
+
+    heads, trunk = gradients(detached=True, exit_coef=0.7)
+    own, attached = gradients(detached=False, exit_coef=0.7)
+    _, alone = gradients(detached=False, exit_coef=0.0)
+    for ours, theirs in ((heads, own), (trunk, alone)):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+    assert any(
+        not np.allclose(a, b, rtol=0.1, atol=1e-3)
+        for a, b in zip(jax.tree.leaves(attached), jax.tree.leaves(alone), strict=True)
+    )
+
+
 @pytest.mark.parametrize("target", ["teacher", "student"])
 @pytest.mark.parametrize("exit_loss", ["sampled", "expected"])
 def test_calibration_lowers_the_exit_loss(make_split, target, exit_loss):
