@@ -32,7 +32,8 @@ def get_config(variant: str = "measure"):
         config.sft.pool = 384
         config.sft.generate_batch = 96
         config.sft.temperature = 0.7
-        config.sft.lens_steps = 120
+        config.sft.lens_steps = 3000
+        config.optim.exit_lr = 3e-3
         config.sft.samples = 1
         config.steps = 30
         config.batch_size = 8
@@ -40,7 +41,7 @@ def get_config(variant: str = "measure"):
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 5
-        config.checkpoint.every = 10
+        config.checkpoint.every = 500
         return config
     if variant == "reinforce":
         config.model.path = "runs/qwen-lens"

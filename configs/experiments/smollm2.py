@@ -51,7 +51,7 @@ def get_config(variant: str = "measure"):
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
         config.optim.warmup_steps = 10
-        config.checkpoint.every = 60
+        config.checkpoint.every = 500
         return config
     if variant == "reinforce":
         config.model.path = "runs/smollm2-sft/seed=0"

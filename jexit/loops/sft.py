@@ -121,10 +121,9 @@ def exit_states(
     here, batches = host_rows(size), max(1, len(trajectories) // size)
     found: list[ExitStates] = []
     number_V = np.zeros(0, np.int32)
-    end = 0
-    with Progress(
-        config.sft.lens_tokens, description="the exits' states", enabled=is_primary()
-    ) as progress:
+    actions = sum(len(row.completion) - 1 for row in trajectories.rows)
+    end, most = 0, min(config.sft.lens_tokens, actions)
+    with Progress(most, description="the exits' states", enabled=is_primary()) as progress:
         for step in range(batches):
             batch, rows = trajectories.batch(step, here)
             width = batch.completion_tokens_BC.shape[1]
@@ -134,8 +133,8 @@ def exit_states(
             acts_BC[:, 0] = False  # the prompt's last pass never leaves
             number_V = np.concatenate([number_V, end + np.flatnonzero(acts_BC).astype(np.int32)])
             end += size * width
-            progress.update(min(len(number_V), config.sft.lens_tokens))
-            if len(number_V) >= config.sft.lens_tokens:
+            progress.update(min(len(number_V), most))
+            if len(number_V) >= most:
                 break
     states = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
-    return states, number_V[: config.sft.lens_tokens]
+    return states, number_V[:most]
