@@ -213,9 +213,10 @@ class RLConfig:
     updates_per_batch: Annotated[int, Bounds(1, 20)] = 1  # more than one: PPO's clipped ratio
     clip: Positive = 0.2
     kl_loss_coef: Coefficient = 0.0
-    # exact: KL(student ‖ teacher) of every next token. On the sampled tokens alone, k2 has the
-    # gradient of the same in the mean, k3 that of KL(teacher ‖ student).
-    kl_loss: Literal["exact", "k2", "k3"] = "exact"
+    # exact: KL(student ‖ teacher) of every next token; forward: KL(teacher ‖ student), whose
+    # gradient is bounded, where the other's grows with the teacher's certainty. On the sampled
+    # tokens alone, k2 has the gradient of the first in the mean, k3 that of the second.
+    kl_loss: Literal["exact", "forward", "k2", "k3"] = "exact"
     causal_depth: bool = False  # a token is charged for depths at and after it only
     depth_entropy_coef: Coefficient = 0.0
     min_hazard: ShareBelowOne = 0.0  # a floor under exploration, part of the law

@@ -113,7 +113,8 @@ def make_rl_step(
     layers, exit_layers = model.arch.layers, model.exit_layers
     law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
     charged = {"norm": config.depth_norm, "length_ref": config.length_ref}
-    exact_kl = config.kl_loss_coef > 0 and config.kl_loss == "exact"
+    directions = {"exact": "student_teacher", "forward": "teacher_student"}
+    exact_kl = config.kl_loss_coef > 0 and config.kl_loss in directions
 
     def flat(values: Array) -> Array:
         return values.reshape(-1, *values.shape[2:])
@@ -267,7 +268,7 @@ def make_rl_step(
                         flat(hidden_BCD),
                         flat(item.teacher_hidden_BCD),
                         student.head_VD,
-                        direction="student_teacher",
+                        direction=directions[config.kl_loss],
                         head_teacher_VD=teacher.head_VD if split.teacher_has_own_head else None,
                     ).reshape(logprob_BC.shape)
                 else:
