@@ -370,6 +370,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     config.model.path = f"models/{config.preset}"
     config.exits.layers = tuple(range(5, known.architecture.layers, 5))
     config.exits.continuation = "linear"
+    config.exit_head.detached = True
     config.task.max_prompt_tokens = 512
     config.lora.rank = known.lora_rank
     config.lora.alpha = 2.0 * known.lora_rank

@@ -181,8 +181,8 @@ class SFTConfig:
     target: Literal["teacher", "student"] = "teacher"
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
     exit_loss: Literal["sampled", "expected"] = "sampled"  # published: −log P(d) of the draw
-    # Steps after `steps` in which the hazard heads alone learn; the continuation is fitted anew
-    # before them. With steps=0 the trunk stays as it is.
+    # Steps after `steps` in which the hazard heads alone learn. With steps=0 the trunk stays as it
+    # is.
     lens_steps: StepsOrZero = 0
     lens_tokens: Annotated[int, Bounds(1, 2**26)] = 65_536  # they learn from, kept at all exits
     trajectories: Literal["generate", "dataset"] = "generate"

@@ -31,8 +31,8 @@ _PLACE = "the continuation's fit"
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
     """`trainable` with the continuation, if there is one, fitted to the trunk as it is.
 
-    Takes every trajectory once, but for a remainder. One that has learnt is left alone by a run
-    without `sft.lens_steps`. Raises ValueError for too few trajectories.
+    Takes every trajectory once, but for a remainder. One that is no longer at its identity is left
+    alone: adapters may have learnt to live with it. Raises ValueError for too few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -41,8 +41,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
     kernel, bias = (*update, "kernel"), (*update, "bias")
     if kernel not in flat:
         return trainable
-    learnt = any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias))
-    if learnt and not stage.config.sft.lens_steps:
+    if any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias)):
         return trainable
     sums, held_back = _sums(stage, trajectories, trainable)
     layers = stage.split.student(stage.split.trainable).arch.layers

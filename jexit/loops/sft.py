@@ -1,8 +1,8 @@
 """Calibration: teacher trajectories once, then steps that shape the exits.
 
-A linear continuation is fitted by ridge regression. In the first `steps` adapters learn, with the
-heads. Then the continuation is fitted again, to the trunk that they have moved, and for
-`sft.lens_steps` the heads alone learn what its exits are worth.
+A linear continuation is fitted by ridge regression. In the first `steps` adapters learn to live
+with it, and the heads with them. Then for `sft.lens_steps` the heads alone learn what exits are
+worth.
 """
 
 from __future__ import annotations
@@ -55,13 +55,10 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         steps=config.steps + lens_steps,
     )
 
-    def fitted(state: TrainState) -> TrainState:
-        trainable = fitted_continuation(stage, trajectories, state.trainable)
-        return dataclasses.replace(state, trainable=trainable)
-
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
     if int(state.step) == 0:
-        state = fitted(state)
+        fitted = fitted_continuation(stage, trajectories, state.trainable)
+        state = dataclasses.replace(state, trainable=fitted)
 
     here = host_rows(config.batch_size)
 
@@ -89,7 +86,6 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     def heads_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         nonlocal remembered
         if step == config.steps > 0:  # a phase with moments of its own
-            state = fitted(state)
             state = dataclasses.replace(state, opt_state=stage.optimizer.init(state.trainable))
         if remembered is None:
             remembered = exit_states(stage, trajectories, state.trainable)

@@ -60,7 +60,7 @@ def test_the_fit_brings_exits_closer_to_the_last_layer(frozen_phase, model_dir, 
 def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     both_phases, model_dir, tmp_path, monkeypatch
 ):
-    """Between the phases, where the continuation is fitted again, and after that."""
+    """Between the phases, where the heads get moments of their own, and after that."""
     for step in (1, 2):
         stop_after(monkeypatch, step=step)
         with pytest.raises(Interrupted):
@@ -72,6 +72,17 @@ def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
     assert any(name.startswith("blocks.continuation") for name in first)
+
+
+def test_the_continuation_is_fitted_once(frozen_phase, both_phases, tmp_path):
+    """Adapters have learnt with it: neither the heads' phase nor another run fits it anew."""
+    run("sft", both_phases, tmp_path, **SETTINGS)
+    fit, first, second = map(parameters, (frozen_phase, both_phases, tmp_path))
+    names = [name for name in fit if name.startswith("blocks.continuation")]
+    assert names and any(fit[name].any() for name in names)
+    for name in names:
+        np.testing.assert_array_equal(first[name], fit[name], err_msg=name)
+        np.testing.assert_array_equal(second[name], fit[name], err_msg=name)
 
 
 def test_low_rank_maps_are_fitted(model_dir, tmp_path):
