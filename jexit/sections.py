@@ -124,6 +124,10 @@ class MeshConfig:
 class OptimConfig:
     lora_lr: LearningRate = 1e-4
     exit_lr: LearningRate = 1e-5
+    # Learning rate of the heads' hidden layers, in `exit_lr`. Under the noise of a policy gradient
+    # Adam moves each of their many parameters by its rate; at 0 what they have learnt to see stays,
+    # and their outputs alone learn.
+    exit_hidden: Share = 1.0
     # 0: the continuation stays at its fit. It reads residuals as they are, some of them hundreds
     # large, and Adam's steps of even 1e-5 take a real model away from itself within ten updates.
     continuation_lr: LearningRate = 0.0

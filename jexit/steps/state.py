@@ -92,18 +92,23 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 
 
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
-    """`lora`, `exit`, `continuation` or `base` for each parameter of the trainable tree."""
+    """The kind of each parameter of the trainable tree.
 
-    def label(variable: nnx.Variable) -> str:
+    `lora`, `exit` and `exit_hidden` (of the heads' output and hidden layers), `continuation` or
+    `base`.
+    """
+
+    def label(path: tuple, variable: nnx.Variable) -> str:
         if isinstance(variable, ContinuationParam):
             return "continuation"
         if isinstance(variable, ExitParam):
-            return "exit"
+            return "exit" if path[-1].key in ("w2", "b2") else "exit_hidden"
         return "lora" if isinstance(variable, LoRAParam) else "base"
 
     trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
-    state = nnx.state(model, trains)
-    return jax.tree.map(label, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(
+        label, nnx.state(model, trains), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
 
 
 def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:

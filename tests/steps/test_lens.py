@@ -92,7 +92,7 @@ def test_loss_and_gradient(make_split, full):
     moved = jax.tree.map(lambda old, new: old - new, split.trainable, state.trainable)
 
     def compare(label, found, truth):
-        if label == "exit":
+        if label.startswith("exit"):
             np.testing.assert_allclose(found, truth, atol=1e-4 * (1 + np.abs(truth).max()))
             assert np.any(truth)
         else:
@@ -130,3 +130,19 @@ def test_all_but_the_heads_stays_bit_for_bit(make_split):
             for trainable in (split.trainable, state.trainable)
         )
         assert np.array_equal(before, after), depth
+
+
+def test_hidden_layers_of_the_heads_learn_at_their_share_of_the_rate(make_split):
+    split, batch = make_split(), rows()
+    labels = parameter_labels(split.student(split.trainable), full=False)
+
+    def moved(share):
+        optim = OptimConfig(lora_lr=0.0, exit_lr=1e-2, exit_hidden=share)
+        state, _ = update(split, SFTConfig(), batch, make_optimizer(optim, 10, labels))
+        return jax.tree.map(jnp.subtract, state.trainable["exits"], split.trainable["exits"])
+
+    whole, half, none = (moved(share) for share in (1.0, 0.5, 0.0))
+    for name, change in whole.items():
+        share = 1.0 if name in ("w2", "b2") else 0.5
+        np.testing.assert_allclose(half[name], share * change, rtol=1e-3, atol=1e-6)
+        assert jnp.any(change) and bool(jnp.any(none[name])) == (name in ("w2", "b2")), name
