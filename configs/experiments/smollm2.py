@@ -39,14 +39,18 @@ def get_config(variant: str = "measure"):
         config.checkpoint.every = 20
         return config
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
-    if variant == "calibrate":  # heads alone: the trunk stays as it is
+    if variant == "calibrate":
         config.model.path = "runs/smollm2-trunk/model"
         config.sft.pool = 3072
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
+        config.sft.samples = 1
+        config.sft.sharpness = 10.0
         config.sft.lens_steps = 3000
-        config.steps = 0
+        config.steps = 120
         config.batch_size = 32
+        config.lora.dropout = 0.0
+        config.optim.lora_lr = 4e-4
         config.optim.exit_lr = 3e-3
         config.optim.schedule = "cosine"
         config.optim.final_fraction = 0.1
