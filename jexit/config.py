@@ -149,18 +149,32 @@ class Config:
                 "config.exits.continuation is frozen, which has no matrices; set "
                 "config.exits.continuation=linear or the rank to 0"
             )
-        if self.batch_size % self.optim.accumulate:
+        together = self.sft.completions if self.command == "sft" else 1  # sequences of a row
+        if self.batch_size % (self.optim.accumulate * together):
             raise ValueError(
                 f"config.batch_size {self.batch_size} does not divide into optim.accumulate "
-                f"{self.optim.accumulate} micro-batches; make it a multiple"
+                f"{self.optim.accumulate} micro-batches"
+                + (f" of prompts with sft.completions {together} each" if together > 1 else "")
+                + "; make it a multiple"
             )
         shares = self.mesh.data * self.mesh.fsdp
-        rows = self.batch_size * (self.rl.rollouts if self.command == "rl" else 1)
+        rows = self.batch_size * (self.rl.rollouts if self.command == "rl" else 1) // together
         if self.command in TRAINING and rows // self.optim.accumulate % shares:
             raise ValueError(
                 f"a micro-batch has {rows // self.optim.accumulate} rows, which do not divide over "
                 f"config.mesh.data {self.mesh.data} × fsdp {self.mesh.fsdp}; make "
-                f"config.batch_size a multiple of {shares * self.optim.accumulate}"
+                f"config.batch_size a multiple of {shares * self.optim.accumulate * together}"
+            )
+        if together > 1 and self.sft.generate_batch % together:
+            raise ValueError(
+                f"config.sft.generate_batch {self.sft.generate_batch} does not divide into prompts "
+                f"with sft.completions {together} each; make it a multiple"
+            )
+        if together > 1 and self.sft.trajectories == "dataset":
+            raise ValueError(
+                f"config.sft.completions={together} is for completions that the teacher generates, "
+                "and a data set has one of each prompt; set it to 1, or "
+                "config.sft.trajectories=generate"
             )
         if self.steps == 0 and not (self.command == "sft" and self.sft.lens_steps):
             raise ValueError(

@@ -191,6 +191,8 @@ class SFTConfig:
     lens_tokens: Annotated[int, Bounds(1, 2**26)] = 65_536  # they learn from, kept at all exits
     trajectories: Literal["generate", "dataset"] = "generate"
     pool: Count = 512  # trajectories that are generated once and cached
+    # Of each prompt. They share a row, and a copy of the prompt: less work where prompts are long.
+    completions: Annotated[int, Bounds(1, 1_000)] = 1
     temperature: TemperatureOrGreedy = 1.0
     max_new_tokens: Count = 256
     generate_batch: Annotated[int, Bounds(1, 100_000)] = 64

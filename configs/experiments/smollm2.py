@@ -24,8 +24,7 @@ def get_config(variant: str = "measure"):
     config.eval.max_new_tokens = 48
     config.eval.problems = 128  # before and after training
     config.optim.accumulate = 1
-    # Tokens that leave in the first quarter give later ones keys and values that mislead them.
-    config.exits.layers = (9, 12, 15, 18, 21, 24, 27)
+    config.exits.layers = (6, 9, 12, 15, 18, 21, 24, 27)
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
@@ -41,11 +40,12 @@ def get_config(variant: str = "measure"):
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":
         config.model.path = "runs/smollm2-trunk/model"
-        config.sft.pool = 3072
+        config.sft.pool = 6144
+        config.sft.completions = 4  # the prompt is five times as long
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
         config.sft.samples = 1
-        config.steps = 120
+        config.steps = 500
         config.batch_size = 32
         config.lora.dropout = 0.0
         config.optim.lora_lr = 4e-4

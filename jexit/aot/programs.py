@@ -30,11 +30,12 @@ from jexit.loops.setup import (
     sampling_law,
 )
 from jexit.loops.sft import HEADS_TOKENS
+from jexit.loops.trajectories import rows_of_batch
 from jexit.model.attention import choose_attention
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
-from jexit.steps.completions import Completions, PackedCompletions, bucket_length
+from jexit.steps.completions import PackedCompletions, bucket_length
 from jexit.steps.finetune import make_finetune_step
 from jexit.steps.lens import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
@@ -229,25 +230,26 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
     )
 
 
-def _completions(config: Config, mesh: Mesh, count: int, new: int) -> Completions:
-    """Rows as long as a prompt at the limit with a completion at its own makes them."""
-    total = bucket_length(config.task.max_prompt_tokens + new)
-    width = bucket_length(new)
-    return Completions(
-        rows(mesh, count, total), rows(mesh, count), rows(mesh, count, width), rows(mesh, count)
-    )
+def _trajectories(config: Config, mesh: Mesh, count: int) -> PackedCompletions:
+    """Rows as long as a prompt at the limit with completions at theirs makes them."""
+    new = config.sft.completions * config.sft.max_new_tokens
+    length = bucket_length(config.task.max_prompt_tokens + new)
+    shared = config.sft.completions > 1
+    shared &= choose_attention(config.model.attention, length) != "splash"
+    input_BT, window_BC = rows(mesh, count, length), rows(mesh, count, bucket_length(new))
+    return PackedCompletions(*[input_BT] * 3, *[window_BC] * 4, branches=shared)
 
 
 def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
     step, model = make_sums_step(split), split.student(split.trainable)
     with jax.set_mesh(mesh):
-        size = rows_at_a_time(config, config.sft.pool)
+        size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
         shape = (model.exit_layers, model.arch.layers, model.arch.width)
         sums = jax.eval_shape(jax.jit(Sums.zero, static_argnums=(0, 1, 2)), *shape)
     sums = jax.tree.map(
         lambda leaf: placed(leaf, mesh, "LDF" if leaf.ndim == 3 else "." * leaf.ndim), sums
     )
-    batch = _completions(config, mesh, size, config.sft.max_new_tokens)
+    batch = _trajectories(config, mesh, size)
     return Program(
         name="fit of the continuation",
         lower=lambda: step.lower(sums, state.trainable, split.fixed, batch),
@@ -261,8 +263,8 @@ def _heads(
 ) -> Iterator[Program]:
     """The phase of the heads alone: one pass, whose states are kept, and steps on those."""
     with jax.set_mesh(mesh):
-        size = rows_at_a_time(config, config.sft.pool)
-    batch = _completions(config, mesh, size, config.sft.max_new_tokens)
+        size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
+    batch = _trajectories(config, mesh, size)
     observe = make_exit_states(split)
     yield Program(
         name="states at the exits",
@@ -288,7 +290,7 @@ def _calibration(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Program:
     step = make_sft_step(split, optimizer, config.sft, micro_batches=config.optim.accumulate)
-    batch = _completions(config, mesh, config.batch_size, config.sft.max_new_tokens)
+    batch = _trajectories(config, mesh, rows_of_batch(config))
     return Program(
         name="calibration step",
         lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),

@@ -20,7 +20,7 @@ from jexit.dist import (
 from jexit.dist.rules import names_of
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
-from jexit.loops.trajectories import Trajectories
+from jexit.loops.trajectories import Trajectories, rows_of_batch
 from jexit.steps.ridge import Sums, fit, make_sums_step
 from jexit.steps.state import Params
 
@@ -63,10 +63,10 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
     return place_parameters(jax.tree_util.tree_map_with_path(chosen, trainable))
 
 
-def rows_at_a_time(config: Config, trajectories: int) -> int:
-    """Trajectories of a batch of the fit: a multiple of the data shards (of the mesh in use)."""
+def rows_at_a_time(config: Config, rows: int) -> int:
+    """Rows of a batch of the fit: a multiple of the data shards (of the mesh in use)."""
     shards = data_shards()
-    return max(1, min(config.batch_size, trajectories // HELD_BACK) // shards) * shards
+    return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
 def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
@@ -76,9 +76,9 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
     batches = len(trajectories) // size
     if batches < 2:
         raise ValueError(
-            f"config.sft.pool gives {len(trajectories)} trajectories, of which the fit of the "
-            f"continuation takes {size} at a time and holds some back; raise it to at least "
-            f"{2 * size}"
+            f"config.sft.pool gives trajectories for {len(trajectories)} prompts, of which the fit "
+            f"of the continuation takes {size} at a time and holds some back; raise it to at least "
+            f"{2 * size * config.sft.completions}"
         )
     add, here = make_sums_step(split), host_rows(size)
     sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)

@@ -23,8 +23,8 @@ from jexit.loops.continuation import fitted_continuation, rows_at_a_time
 from jexit.loops.flops import Work
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
-from jexit.loops.trajectories import Trajectories, teacher_trajectories
-from jexit.steps.completions import Completions
+from jexit.loops.trajectories import Trajectories, rows_of_batch, teacher_trajectories
+from jexit.steps.completions import PackedCompletions
 from jexit.steps.lens import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
@@ -60,13 +60,17 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         fitted = fitted_continuation(stage, trajectories, state.trainable)
         state = dataclasses.replace(state, trainable=fitted)
 
-    here = host_rows(config.batch_size)
+    here = host_rows(rows_of_batch(config))
 
-    def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
+    def batch_of(step: int) -> tuple[PackedCompletions, dict[str, float]]:
         """This host's rows of a step, and the whole batch's padding and model FLOPs."""
         batch, rows = trajectories.batch(step, here)
-        work = Work.of([len(row.prompt) + len(row.completion) for row in rows])
-        completion = sum(len(row.completion) for row in rows)
+        prompt_J = [len(one.prompt) for row in rows for one in row]
+        completion_J = [len(one.completion) for row in rows for one in row]
+        first_J = [
+            place == 0 or not trajectories.shared for row in rows for place in range(len(row))
+        ]
+        work, completion = Work.of_branches(prompt_J, completion_J, first_J), sum(completion_J)
         flops = stage.flops.sft_step(
             work, completion, samples=config.sft.samples, target=config.sft.target
         )
@@ -117,7 +121,7 @@ def exit_states(
     here, batches = host_rows(size), max(1, len(trajectories) // size)
     found: list[ExitStates] = []
     number_V = np.zeros(0, np.int32)
-    actions = sum(len(row.completion) - 1 for row in trajectories.rows)
+    actions = sum(len(one.completion) - 1 for row in trajectories.rows for one in row)
     end, most = 0, min(config.sft.lens_tokens, actions)
     with Progress(most, description="the exits' states", enabled=is_primary()) as progress:
         for step in range(batches):
@@ -125,8 +129,11 @@ def exit_states(
             width = batch.completion_tokens_BC.shape[1]
             with waiting("the exits' states"):
                 found.append(states_of(trainable, stage.split.fixed, place_rows(batch, here)))
-            acts_BC = np.arange(width) < np.asarray([[len(row.completion)] for row in rows])
-            acts_BC[:, 0] = False  # the prompt's last pass never leaves
+            acts_BC = np.zeros((size, width), bool)
+            for acts_C, row in zip(acts_BC, rows, strict=True):
+                # A prompt's last pass never leaves, and makes a completion's first token.
+                passes = np.concatenate([np.arange(len(one.completion)) for one in row])
+                acts_C[: len(passes)] = passes > 0
             number_V = np.concatenate([number_V, end + np.flatnonzero(acts_BC).astype(np.int32)])
             end += size * width
             progress.update(min(len(number_V), most))

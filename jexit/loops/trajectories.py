@@ -6,16 +6,18 @@ import dataclasses
 
 import jax
 
+from jexit.config import Config
 from jexit.data.buckets import LengthBuckets
-from jexit.data.loader import encode_references
+from jexit.data.loader import PromptBatch, encode_references
 from jexit.data.teacher_store import TeacherStore, Trajectory
 from jexit.dist import HostRows, barrier, from_primary, host_rows, is_primary
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
 from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
+from jexit.model.attention import choose_attention
 from jexit.rollout import rollout
-from jexit.steps.completions import Completions, pad_completions
+from jexit.steps.completions import PackedCompletions, pack_completions
 from jexit.steps.state import step_key
 
 TEACHER_STREAM = 1  # of step_key: the teacher's own generations
@@ -23,30 +25,60 @@ TEACHER_STREAM = 1  # of step_key: the teacher's own generations
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """Prompts with the teacher's completions, which a step draws by their length."""
+    """Prompts with the teacher's completions; those of one prompt make a row of a batch."""
 
-    rows: list[Trajectory]
+    rows: list[list[Trajectory]]
     buckets: LengthBuckets
     seed: int
     pad_id: int
+    shared: bool  # completions of a row come after one copy of their prompt
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, step: int, here: HostRows) -> tuple[Completions, list[Trajectory]]:
+    @classmethod
+    def of(cls, config: Config, made: list[Trajectory], pad_id: int) -> Trajectories:
+        """Rows of up to `sft.completions` neighbours that have one prompt."""
+        most, rows = config.sft.completions, []
+        for trajectory in made:
+            if rows and len(rows[-1]) < most and rows[-1][0].prompt == trajectory.prompt:
+                rows[-1].append(trajectory)
+            else:
+                rows.append([trajectory])
+        longest = config.task.max_prompt_tokens + most * config.sft.max_new_tokens
+        shared = most > 1 and choose_attention(config.model.attention, longest) != "splash"
+        buckets = LengthBuckets(
+            [len(row[0].prompt) * (1 if shared else len(row)) for row in rows],
+            [sum(len(one.completion) for one in row) for row in rows],
+        )
+        return cls(rows, buckets, config.seed, pad_id, shared)
+
+    def batch(self, step: int, here: HostRows) -> tuple[PackedCompletions, list[list[Trajectory]]]:
         """This host's rows of a step's batch, and all of the batch."""
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
-        batch = pad_completions(
-            [row.prompt for row in mine], [row.completion for row in mine], self.pad_id, shape
+        row_of = [place for place, row in enumerate(mine) for _ in row]
+        batch = pack_completions(
+            [one.prompt for row in mine for one in row],
+            [one.completion for row in mine for one in row],
+            self.pad_id,
+            row_of=row_of,
+            shape=(len(mine), *shape),
+            prompt_of=row_of if self.shared else None,
         )
         return batch, [self.rows[index] for index in index_B]
+
+
+def rows_of_batch(config: Config) -> int:
+    """Rows of a step: prompts with their completions, `batch_size` sequences in all."""
+    return config.batch_size // config.sft.completions
 
 
 def teacher_trajectories(stage: Stage) -> Trajectories:
     """`sft.pool` completions by the teacher (or the data set's own), those on disk not again."""
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
-    batch_size = min(sft.generate_batch, sft.pool)
+    prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
+    batch_size = prompts * sft.completions
     batches = -(-sft.pool // batch_size)
     settings = {
         "model": fingerprint((split.fixed.teacher, split.fixed.frozen)),
@@ -54,6 +86,7 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
         "source": sft.trajectories,
         "pool": sft.pool,
         "batch_size": batch_size,
+        "completions": sft.completions,
         "temperature": sft.temperature,
         "max_new_tokens": sft.max_new_tokens,
         "seed": config.seed,
@@ -63,7 +96,7 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     store.read()
     missing = [step for step in range(batches) if not store.holds(step, batch_size)]
     missing = from_primary("the teacher's missing trajectories", missing)
-    here = host_rows(batch_size)
+    make = _references if sft.trajectories == "dataset" else _generated
     with Progress(
         batches,
         start=batches - len(missing),
@@ -71,34 +104,12 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
         enabled=is_primary(),
     ) as progress:
         for number, step in enumerate(missing, start=1 + batches - len(missing)):
-            batch = stage.prompts(step, here)
-            if sft.trajectories == "dataset":
-                remedy = "set config.sft.trajectories=generate"
-                completions = [
-                    ids[: sft.max_new_tokens]
-                    for ids in encode_references(tokenizer, batch.problems, remedy=remedy)
-                ]
-            else:
-                result = rollout(
-                    split.decodable_teacher(split.trainable),
-                    batch.tokens,
-                    max_new_tokens=sft.max_new_tokens,
-                    temperature=sft.temperature,
-                    eos_ids=tokenizer.eos_ids,
-                    pad_id=tokenizer.pad_id,
-                    key=step_key(config.seed, step, TEACHER_STREAM),
-                    adapters=False,
-                    total=batch_size,
-                    size=engine_size(config),
-                )
-                completions = [result.completion(row) for row in range(result.rows)]
-            rows = [
-                # One token has no action position: nothing to calibrate.
-                Trajectory(prompt, ids) if len(ids) > 1 else None
-                for prompt, ids in zip(batch.tokens, completions, strict=True)
-            ]
-            mine = [place for place, first in enumerate(here.first_B) if first]
-            store.append(step, here.index_B[mine], [rows[place] for place in mine])
+            here = host_rows(prompts)
+            made, own = make(stage, step, stage.prompts(step, here), here)
+            # One token has no action position: nothing to calibrate.
+            rows = [one if len(one.completion) > 1 else None for one in made]
+            mine = [place for place, first in enumerate(own.first_B) if first]
+            store.append(step, own.index_B[mine], [rows[place] for place in mine])
             progress.update(number)
     barrier("the teacher's trajectories")
     store.read()
@@ -108,7 +119,40 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
             "the teacher's completions all end at once, so there is nothing to calibrate on; "
             "check the model and its chat template, or set config.sft.trajectories=dataset"
         )
-    buckets = LengthBuckets(
-        [len(row.prompt) for row in made], [len(row.completion) for row in made]
+    return Trajectories.of(config, made, tokenizer.pad_id)
+
+
+def _references(
+    stage: Stage, step: int, batch: PromptBatch, here: HostRows
+) -> tuple[list[Trajectory], HostRows]:
+    """The data set's completions of this host's prompts, and which rows of the batch they are."""
+    remedy = "set config.sft.trajectories=generate"
+    references = encode_references(stage.tokenizer, batch.problems, remedy=remedy)
+    most = stage.config.sft.max_new_tokens
+    return [
+        Trajectory(prompt, ids[:most]) for prompt, ids in zip(batch.tokens, references, strict=True)
+    ], here
+
+
+def _generated(
+    stage: Stage, step: int, batch: PromptBatch, here: HostRows
+) -> tuple[list[Trajectory], HostRows]:
+    """The teacher's completions of this host's prompts, and which rows of the batch they are."""
+    config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
+    made = rollout(
+        stage.split.decodable_teacher(stage.split.trainable),
+        batch.tokens,
+        max_new_tokens=sft.max_new_tokens,
+        temperature=sft.temperature,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        key=step_key(config.seed, step, TEACHER_STREAM),
+        adapters=False,
+        samples_per_prompt=sft.completions,
+        total=here.total,
+        size=engine_size(config),
     )
-    return Trajectories(made, buckets, config.seed, tokenizer.pad_id)
+    return [
+        Trajectory(made.prompts[place], made.completion(row))
+        for row, place in enumerate(made.prompt_B)
+    ], made.host_rows

@@ -16,7 +16,7 @@ from jexit.losses.sft import draw_exit_indices, expected_exit_loss, target_log_h
 from jexit.model.exits import Continuation, depth_log_prob, depth_of_exit_index, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Run, Transformer, exit_hidden_states, run
-from jexit.steps.completions import Completions
+from jexit.steps.completions import PackedCompletions
 from jexit.steps.optim import (
     Metrics,
     accumulated_gradients,
@@ -33,7 +33,7 @@ def make_sft_step(
     config: SFTConfig,
     *,
     micro_batches: int = 1,
-) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Fixed, PackedCompletions, PRNGKey], tuple[TrainState, Metrics]]:
     """The jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
     Per micro-batch of rows: the teacher runs once; target hazards come from its exits' KL (or, with
@@ -49,7 +49,7 @@ def make_sft_step(
         return hidden.reshape(-1, hidden.shape[-1])
 
     def exit_kl_BCE(
-        rows: Completions, final_BTD: HiddenBTD, speaker: Transformer, exits: Run,
+        rows: PackedCompletions, final_BTD: HiddenBTD, speaker: Transformer, exits: Run,
         continuation: Continuation | None,
     ) -> Array:  # fmt: skip
         """KL(teacher final ‖ exit e) in nats at completion positions; no gradient."""
@@ -61,7 +61,7 @@ def make_sft_step(
         return jnp.moveaxis(kl_EN.reshape(exits_EBCD.shape[:3]), 0, -1)
 
     def targets(
-        student: Transformer, teacher: Transformer, rows: Completions
+        student: Transformer, teacher: Transformer, rows: PackedCompletions
     ) -> tuple[HiddenBTD, Array, Array]:
         """The teacher's final hidden states [B,T,D] and target log hazards [B,C,E]."""
         from_teacher = config.target == "teacher"
@@ -69,7 +69,7 @@ def make_sft_step(
             teacher,
             rows.tokens_BT,
             policy=Full(),
-            valid_BT=rows.valid_BT,
+            **rows.layout,
             adapters=False,
             exit_residual=from_teacher,
         )
@@ -77,7 +77,7 @@ def make_sft_step(
         if not from_teacher:
             speaker = student
             measured = run(
-                student, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, exit_residual=True
+                student, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True
             )
         continuation = student.blocks.continuation
         kl_BCE = exit_kl_BCE(rows, taught.hidden_BTD, speaker, measured, continuation)
@@ -85,13 +85,13 @@ def make_sft_step(
         return jax.lax.stop_gradient((taught.hidden_BTD, leave_BCE, stay_BCE))
 
     def step(
-        state: TrainState, fixed: Fixed, batch: Completions, key: PRNGKey
+        state: TrainState, fixed: Fixed, batch: PackedCompletions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         teacher = split.teacher(state.trainable, fixed)
         target_key, student_key = jax.random.split(key)
         actions = jnp.maximum(jnp.sum(batch.action_BC), 1) * config.samples
 
-        def prepared(index: Array) -> tuple[Completions, HiddenBTD, Array, Array]:
+        def prepared(index: Array) -> tuple[PackedCompletions, HiddenBTD, Array, Array]:
             rows = micro_batch(batch, index, micro_batches)
             taught_BTD, leave_BCE, stay_BCE = targets(
                 split.student(state.trainable, fixed), teacher, rows
@@ -113,7 +113,7 @@ def make_sft_step(
                 student,
                 rows.tokens_BT,
                 policy=Prescribed(rows.input_depths(depth_BC, layers)),
-                valid_BT=rows.valid_BT,
+                **rows.layout,
                 dropout_key=key,
                 hazards=True,
             )
@@ -134,7 +134,7 @@ def make_sft_step(
             return shares(rows, kl_BC, exit_BC, depth_BC, exits_BC)
 
         def shares(
-            rows: Completions, kl_BC: Array, exit_BC: Array, depth_BC: Array, exits_BC: Array
+            rows: PackedCompletions, kl_BC: Array, exit_BC: Array, depth_BC: Array, exits_BC: Array
         ) -> tuple[Array, Metrics]:
             def mean(values_BC: Float[Array, "B C"]) -> Array:
                 return masked_sum(values_BC, rows.action_BC) / actions

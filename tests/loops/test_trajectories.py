@@ -1,0 +1,99 @@
+"""Completions of one prompt that share a row: nothing changes but the work."""
+
+import numpy as np
+import pytest
+
+from jexit.config import Config, config_dict
+from jexit.data.teacher_store import Trajectory
+from jexit.dist import host_rows
+from jexit.loops.sft import exit_states
+from jexit.loops.trajectories import Trajectories
+from jexit.steps.state import split_model
+from small_runs import make_config, metrics, run, small_model
+
+
+def made(prompts=5, completions=4, lacking=2):
+    """A prompt's completions are neighbours; number `lacking` has one less."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(prompts):
+        prompt = rng.integers(0, 11, size=3 + number).tolist()
+        for _ in range(completions - (number == lacking)):
+            rows.append(Trajectory(prompt, rng.integers(0, 11, size=rng.integers(2, 9)).tolist()))
+    return rows
+
+
+def test_rows_hold_the_completions_of_one_prompt(model_dir):
+    config = make_config("sft", model_dir, sft__completions=4)
+    rows = Trajectories.of(config, made(), 0).rows
+    assert [len(row) for row in rows] == [4, 4, 3, 4, 4]
+    assert [one for row in rows for one in row] == made()
+    # One prompt drawn twice in a row: no more of it than were asked for.
+    twice = Trajectories.of(config, made(1) + made(1), 0).rows
+    assert [len(row) for row in twice] == [4, 4]
+    alone = Trajectories.of(make_config("sft", model_dir), made(), 0)
+    assert [len(row) for row in alone.rows] == [1] * 19 and not alone.shared
+
+
+class Watched:
+    """A stage as `exit_states` needs it."""
+
+    def __init__(self, config, split):
+        self.config, self.split = config, split
+
+
+def test_a_shared_prompt_gives_the_states_of_prompts_of_their_own(model_dir):
+    split = split_model(small_model(11), full=False)
+    found = {}
+    for completions in (1, 4):
+        config = make_config(
+            "sft", model_dir, sft__completions=completions, batch_size=8, sft__lens_tokens=10_000
+        )
+        trajectories = Trajectories.of(config, made(8, lacking=None), 0)
+        assert trajectories.shared == (completions > 1)
+        states, number_V = exit_states(Watched(config, split), trajectories, split.trainable)
+        # As sets, for the rows come in another order.
+        both = np.concatenate([states.kl_NE, states.residual_NED[:, 0]], axis=1)[number_V]
+        found[completions] = both[np.lexsort(np.round(both, 3).T)]
+    assert found[4].shape == found[1].shape and len(found[1]) > 60
+    np.testing.assert_allclose(found[4], found[1], atol=1e-4)
+
+
+def test_positions_are_those_whose_pass_could_leave(model_dir):
+    config = make_config("sft", model_dir, sft__completions=4)
+    batch, rows = Trajectories.of(config, made(), 0).batch(0, host_rows(5))
+    assert int(batch.action_BC.sum()) == sum(len(one.completion) - 1 for one in made())
+    assert batch.tokens_BT.shape[1] < max(len(row) * len(row[0].prompt) for row in rows) + 36
+    for place, row in enumerate(rows):
+        text = [*row[0].prompt, *(token for one in row for token in one.completion)]
+        assert batch.tokens_BT[place, : len(text)].tolist() == text
+
+
+def test_a_run_of_several_completions_a_prompt(model_dir, tmp_path):
+    settings = {"sft__completions": 3, "batch_size": 6, "sft__generate_batch": 12, "sft__pool": 24}
+    run("sft", model_dir, tmp_path, steps=2, sft__lens_steps=2, eval__problems=2, **settings)
+    assert [row["loss/exit"] > 0 for row in metrics(tmp_path)] == [True] * 4
+    lines = (next((tmp_path / "teacher").glob("*/host-0.jsonl"))).read_text().splitlines()
+    assert len(lines) == 3 and lines[1].count('"prompt"') == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 32, "sft.completions": 3}, "of prompts with sft.completions 3 each"),
+        (
+            {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
+            "generate_batch 64 does not divide into prompts with sft.completions 3",
+        ),
+        (
+            {"sft.completions": 2, "sft.trajectories": "dataset"},
+            "a data set has one of each prompt",
+        ),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings, message):
+    config = config_dict("sft")
+    with config.unlocked():
+        config.update_from_flattened_dict(settings)
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict(config)
