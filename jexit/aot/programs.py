@@ -41,7 +41,7 @@ from jexit.steps.lens import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.ridge import Sums, make_sums_step
-from jexit.steps.rl import Prices, RLBatch, make_rl_step
+from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, split_model
 
@@ -344,7 +344,7 @@ def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer
     )
     return Program(
         name="RL update",
-        lower=lambda: step.lower(state, split.fixed, batch, Prices(0.5, 0.0), abstract_key()),
+        lower=lambda: step.lower(state, split.fixed, batch, Penalties(0.5, 0.0), abstract_key()),
         inputs={"state": state, "fixed": split.fixed, "batch": batch},
         exit_share=exit_share(split),
         note="teacher scoring (log-probabilities of the rollouts' tokens) is part of the RL update",

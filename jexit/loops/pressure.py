@@ -11,7 +11,7 @@ from absl import logging
 from jexit.config import RLConfig
 from jexit.eval.depth import Completion
 from jexit.losses.rloo import depth_cost, rewards
-from jexit.steps.rl import Prices
+from jexit.steps.rl import Penalties
 from jexit.tasks import Rewards
 
 FLOOR_PENALTY = 100.0  # reward a unit of accuracy under the floor: a point of it outweighs layers
@@ -49,9 +49,9 @@ class Pressure:
     accuracy: float = float("nan")
     multiplier: float = 0.0
 
-    def prices(self, step: int) -> Prices:
+    def penalties(self, step: int) -> Penalties:
         share = self.share(step)
-        return Prices(
+        return Penalties(
             np.float32(share * self.config.depth_coef), np.float32(share * self.config.length_coef)
         )
 
@@ -90,24 +90,24 @@ def penalised_reward(
     Every point of accuracy under `floor` subtracts 1, so that of models above the floor the one
     with the lowest cost is best, and of models below it the most accurate.
     """
-    lengths_B1 = np.asarray([[len(completion.depths)] for completion in completions])
-    depth_BC = np.zeros((len(completions), lengths_B1.max()))
+    lengths_J1 = np.asarray([[len(completion.depths)] for completion in completions])
+    depth_JW = np.zeros((len(completions), lengths_J1.max()))
     for row, completion in enumerate(completions):
-        depth_BC[row, : len(completion.depths)] = completion.depths
-    index_C = np.arange(depth_BC.shape[1])
-    token_BC = (index_C < lengths_B1).astype(np.float32)
-    cost_B = depth_cost(
-        depth_BC / layers,
-        token_BC * (index_C > 0),
-        token_BC,
+        depth_JW[row, : len(completion.depths)] = completion.depths
+    index_W = np.arange(depth_JW.shape[1])
+    token_JW = (index_W < lengths_J1).astype(np.float32)
+    cost_J = depth_cost(
+        depth_JW / layers,
+        token_JW * (index_W > 0),
+        token_JW,
         norm=rl.depth_norm,
         length_ref=rl.length_ref,
     )
     reward = rewards(
         np.asarray([getattr(earned, completion.verdict) for completion in completions]),
-        cost_B,
-        np.zeros_like(token_BC),
-        token_BC,
+        cost_J,
+        np.zeros_like(token_JW),
+        token_JW,
         depth_coef=rl.depth_coef,
         kl_coef=0.0,
         length_coef=rl.length_coef,
@@ -115,7 +115,7 @@ def penalised_reward(
     )
     accuracy = np.mean([completion.right for completion in completions])
     missing = max(0.0, floor - float(accuracy))
-    return float(reward.total_B.mean()) - FLOOR_PENALTY * missing
+    return float(reward.total_J.mean()) - FLOOR_PENALTY * missing
 
 
 @dataclasses.dataclass

@@ -108,9 +108,11 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         packed = shapes.fit(totals.lengths)
         batch = rl_batch(rollouts, verdicts, tokenizer.pad_id, packed)
         trainer.shapes((packed.shape, rollouts.shape))
-        prices = pressure.prices(step)
+        penalties = pressure.penalties(step)
         with waiting(f"step {step + 1}"):
-            state, metrics = step_fn(state, split.fixed, batch, prices, step_key(config.seed, step))
+            state, metrics = step_fn(
+                state, split.fixed, batch, penalties, step_key(config.seed, step)
+            )
         pressure.observe(totals.accuracy)
         failure = watch.observe(step + 1, totals.mean_depth(layers) / layers, totals.mean_length)
         if step % config.log.samples_every == 0:
@@ -122,8 +124,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             trainer.samples.write(step + 1, records)
         metrics |= {
             "accuracy": totals.accuracy,
-            "depth_coef": prices.depth_coef,
-            "length_coef": prices.length_coef,
+            "depth_coef": penalties.depth_coef,
+            "length_coef": penalties.length_coef,
             "rollout_seconds": rollouts.seconds,
             "data/skipped": totals.skipped,
             "data/padding": packed.padding,

@@ -12,40 +12,40 @@ from jexit.losses.masked import masked_mean
 
 
 class Reward(NamedTuple):
-    """Reward of each rollout and its parts, each [B] (already signed and weighted)."""
+    """Reward of each rollout and its parts, each [J] (already signed and weighted)."""
 
-    total_B: Float[Array, "B"]
-    depth_B: Float[Array, "B"]
-    kl_B: Float[Array, "B"]
-    length_B: Float[Array, "B"]
+    total_J: Float[Array, "J"]
+    depth_J: Float[Array, "J"]
+    kl_J: Float[Array, "J"]
+    length_J: Float[Array, "J"]
 
 
 def depth_cost(
-    depth_fraction_BC: Float[Array, "B C"],
-    action_BC: Float[Array, "B C"],
-    token_BC: Float[Array, "B C"],
+    depth_fraction_JW: Float[Array, "J W"],
+    action_JW: Float[Array, "J W"],
+    token_JW: Float[Array, "J W"],
     *,
     norm: str,
     length_ref: float,
-) -> Float[Array, "B"]:
+) -> Float[Array, "J"]:
     """What the depth penalty λ is charged on.
 
-    `mean` (arXiv:2603.21376): mean depth/L over action positions (`action_BC`), the passes that
+    `mean` (arXiv:2603.21376): mean depth/L over action positions (`action_JW`), the passes that
     could have left; a completion of one token has none and counts as full depth. Shallow filler
-    lowers it. `total`: Σ depth/L over all generated tokens (`token_BC`), divided by T_ref: the
+    lowers it. `total`: Σ depth/L over all generated tokens (`token_JW`), divided by T_ref: the
     compute of the answer, which no further token lowers.
     """
     if norm == "total":
-        return jnp.sum(depth_fraction_BC * token_BC, axis=1) / length_ref
-    actions_B = jnp.sum(action_BC, axis=1)
-    return jnp.where(actions_B > 0, masked_mean(depth_fraction_BC, action_BC, axis=1), 1.0)
+        return jnp.sum(depth_fraction_JW * token_JW, axis=1) / length_ref
+    actions_J = jnp.sum(action_JW, axis=1)
+    return jnp.where(actions_J > 0, masked_mean(depth_fraction_JW, action_JW, axis=1), 1.0)
 
 
 def rewards(
-    verifier_B: Float[Array, "B"],
-    depth_cost_B: Float[Array, "B"],
-    log_ratio_BC: Float[Array, "B C"],
-    token_BC: Float[Array, "B C"],
+    verifier_J: Float[Array, "J"],
+    depth_cost_J: Float[Array, "J"],
+    log_ratio_JW: Float[Array, "J W"],
+    token_JW: Float[Array, "J W"],
     *,
     depth_coef: Array | float,
     kl_coef: Array | float,
@@ -54,27 +54,27 @@ def rewards(
 ) -> Reward:
     """R = verifier − λ·depth cost − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
 
-    The KL mean runs over all T generated tokens (`token_BC`). As T is the policy's own, β times
+    The KL mean runs over all T generated tokens (`token_JW`). As T is the policy's own, β times
     the gradient of that term is not exactly β times the gradient of a KL a token: it also favours
     lengths over which the policy happens to stay near the teacher.
     """
-    kl_B = masked_mean(log_ratio_BC, token_BC, axis=1)
+    kl_J = masked_mean(log_ratio_JW, token_JW, axis=1)
     parts = (
-        -depth_coef * depth_cost_B,
-        -kl_coef * kl_B,
-        -length_coef * jnp.sum(token_BC, axis=1) / length_ref,
+        -depth_coef * depth_cost_J,
+        -kl_coef * kl_J,
+        -length_coef * jnp.sum(token_JW, axis=1) / length_ref,
     )
-    return Reward(verifier_B + sum(parts), *parts)
+    return Reward(verifier_J + sum(parts), *parts)
 
 
 def group_advantages(
-    rewards_B: Float[Array, "B *X"], rollouts: int, kind: str, keep_B: Array | None = None
-) -> Float[Array, "B *X"]:
+    rewards_J: Float[Array, "J *X"], rollouts: int, kind: str, keep_J: Array | None = None
+) -> Float[Array, "J *X"]:
     """Advantages within groups of `rollouts` adjacent rows; extra axes are treated one by one.
 
     `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j. `group_mean`: R_i − mean_j R_j.
     `group_mean_std` (arXiv:2402.03300): that, divided by the group's standard deviation (n − 1)
-    plus 1e-4. Rows with keep_B = 0 take no part: advantage 0, and absent from others' baselines;
+    plus 1e-4. Rows with keep_J = 0 take no part: advantage 0, and absent from others' baselines;
     a row that is left alone gets 0.
 
     Raises ValueError for fewer than two rollouts: they would teach nothing.
@@ -83,9 +83,9 @@ def group_advantages(
         raise ValueError(
             f"RLOO needs at least 2 rollouts per prompt, got {rollouts}; raise config.rl.rollouts"
         )
-    grouped = rewards_B.reshape(-1, rollouts, *rewards_B.shape[1:])
-    keep = jnp.ones(rewards_B.shape[0]) if keep_B is None else keep_B.astype(jnp.float32)
-    keep = keep.reshape(-1, rollouts, *([1] * (rewards_B.ndim - 1)))
+    grouped = rewards_J.reshape(-1, rollouts, *rewards_J.shape[1:])
+    keep = jnp.ones(rewards_J.shape[0]) if keep_J is None else keep_J.astype(jnp.float32)
+    keep = keep.reshape(-1, rollouts, *([1] * (rewards_J.ndim - 1)))
     kept = jnp.where(keep > 0, grouped, 0.0)
     count = jnp.sum(keep, axis=1, keepdims=True)
     total = jnp.sum(kept, axis=1, keepdims=True)
@@ -98,19 +98,19 @@ def group_advantages(
         if kind == "group_mean_std":
             squares = jnp.sum(keep * jnp.square(advantage), axis=1, keepdims=True)
             advantage /= jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0)) + 1e-4
-    return jnp.where(keep > 0, advantage, 0.0).reshape(rewards_B.shape)
+    return jnp.where(keep > 0, advantage, 0.0).reshape(rewards_J.shape)
 
 
 def causal_depth_cost(
-    depth_fraction_BC: Float[Array, "B C"],
-    action_BC: Float[Array, "B C"],
-    token_BC: Float[Array, "B C"],
+    depth_fraction_JW: Float[Array, "J W"],
+    action_JW: Float[Array, "J W"],
+    token_JW: Float[Array, "J W"],
     rollouts: int,
-    keep_B: Bool[Array, "B"] | None = None,
+    keep_J: Bool[Array, "J"] | None = None,
     *,
     norm: str,
     length_ref: float,
-) -> Float[Array, "B C"]:
+) -> Float[Array, "J W"]:
     """The depth cost of a row less what was spent before each token, Σ_s d_s / n − Σ_{s<t} d_s / n̄.
 
     For causal credit: token t (whose own pass has depth_t) is charged for depths at and after it.
@@ -120,18 +120,18 @@ def causal_depth_cost(
     reward ending the text. Where all rows are equally long this is Σ_{s≥t} d_s / n. A row without
     action positions ran at full depth and costs 1, as in `depth_cost`.
     """
-    total_B = depth_cost(depth_fraction_BC, action_BC, token_BC, norm=norm, length_ref=length_ref)
-    spent_BC = depth_fraction_BC * (token_BC if norm == "total" else action_BC)
-    before_BC = jnp.cumsum(spent_BC, axis=1) - spent_BC
+    total_J = depth_cost(depth_fraction_JW, action_JW, token_JW, norm=norm, length_ref=length_ref)
+    spent_JW = depth_fraction_JW * (token_JW if norm == "total" else action_JW)
+    before_JW = jnp.cumsum(spent_JW, axis=1) - spent_JW
     if norm == "total":
-        return total_B[:, None] - before_BC / length_ref
-    count_B = jnp.sum(action_BC, axis=1)
-    keep_B = jnp.ones_like(count_B) if keep_B is None else keep_B.astype(jnp.float32)
-    kept_PG, keep_PG = (x.reshape(-1, rollouts) for x in (keep_B * count_B, keep_B))
-    others_B = (kept_PG.sum(1, keepdims=True) - kept_PG).ravel()
-    others_B /= jnp.maximum((keep_PG.sum(1, keepdims=True) - keep_PG).ravel(), 1.0)
-    usual_B1 = others_B[:, None]
-    return total_B[:, None] - jnp.where(usual_B1 > 0, before_BC / jnp.maximum(usual_B1, 1e-6), 0.0)
+        return total_J[:, None] - before_JW / length_ref
+    count_J = jnp.sum(action_JW, axis=1)
+    keep_J = jnp.ones_like(count_J) if keep_J is None else keep_J.astype(jnp.float32)
+    kept_PG, keep_PG = (x.reshape(-1, rollouts) for x in (keep_J * count_J, keep_J))
+    others_J = (kept_PG.sum(1, keepdims=True) - kept_PG).ravel()
+    others_J /= jnp.maximum((keep_PG.sum(1, keepdims=True) - keep_PG).ravel(), 1.0)
+    usual_J1 = others_J[:, None]
+    return total_J[:, None] - jnp.where(usual_J1 > 0, before_JW / jnp.maximum(usual_J1, 1e-6), 0.0)
 
 
 def policy_loss_terms(
@@ -161,20 +161,20 @@ def policy_loss_terms(
 
 
 def loss_weights(
-    token_BC: Float[Array, "B C"], kind: str, token_budget: int
-) -> Float[Array, "B C"]:
-    """Weights w with loss = Σ w·term: `constant` 1/(B·budget), `sequence` 1/(B·T_i), `tokens` 1/ΣT.
+    token_JW: Float[Array, "J W"], kind: str, token_budget: int
+) -> Float[Array, "J W"]:
+    """Weights w with loss = Σ w·term: `constant` 1/(J·budget), `sequence` 1/(J·T_i), `tokens` 1/ΣT.
 
     The constant does not favour short answers (arXiv:2503.20783); it is the default.
     """
-    batch = token_BC.shape[0]
-    lengths_B1 = jnp.maximum(jnp.sum(token_BC, axis=1, keepdims=True), 1.0)
+    batch = token_JW.shape[0]
+    lengths_J1 = jnp.maximum(jnp.sum(token_JW, axis=1, keepdims=True), 1.0)
     denominator = {
         "constant": batch * token_budget,
-        "sequence": batch * lengths_B1,
-        "tokens": jnp.maximum(jnp.sum(token_BC), 1.0),
+        "sequence": batch * lengths_J1,
+        "tokens": jnp.maximum(jnp.sum(token_JW), 1.0),
     }[kind]
-    return token_BC / denominator
+    return token_JW / denominator
 
 
 def k2(log_student: Array, log_teacher: Array) -> Array:
@@ -196,9 +196,9 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
     return jnp.expm1(delta) - delta
 
 
-def zero_spread_groups(verifier_B: Float[Array, "B"], rollouts: int) -> Float[Array, ""]:
+def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
     """Share of groups whose task rewards are all equal: they teach nothing about the answer."""
-    groups = verifier_B.reshape(-1, rollouts)
+    groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
 

@@ -254,9 +254,3 @@ def depth_log_prob(
     law = depth_log_law(hazard_logits, temperature=temperature, min_hazard=min_hazard)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(law, index[..., None], axis=-1)[..., 0]
-
-
-def depth_entropy(log_law: Float[Array, "*A E1"]) -> Float[Array, "*A"]:
-    """Entropy of the depth in nats, −Σ P log P, with 0·log 0 = 0."""
-    safe = jnp.where(jnp.isfinite(log_law), log_law, 0.0)
-    return -jnp.sum(jnp.exp(log_law) * safe, axis=-1)

@@ -71,20 +71,22 @@ class RLBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prices:
+class Penalties:
     """λ and μ of this step; arrays, so that a schedule does not recompile."""
 
     depth_coef: Float[Array, ""] | float
     length_coef: Float[Array, ""] | float
 
 
-RLStep = Callable[[TrainState, Fixed, RLBatch, Prices, PRNGKey], tuple[TrainState, Metrics]]
+RLStep = Callable[[TrainState, Fixed, RLBatch, Penalties, PRNGKey], tuple[TrainState, Metrics]]
+# Of `config.kl_loss`, those computed from whole distributions, and their direction in `linear_kl`.
+EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Scored:
-    """Rows with all that is constant during a batch's updates."""
+class Scored:
+    """Rows with all that stays constant during a batch's updates."""
 
     rows: Completions | PackedCompletions
     depth_BC: Int[Array, "B C"]
@@ -93,7 +95,7 @@ class _Scored:
     weight_BC: Float[Array, "B C"]  # loss weights: masked, normalised
     mean_BC: Float[Array, "B C"]  # weights of a mean over generated tokens
     teacher_BC: Float[Array, "B C"]  # log π_teacher of the tokens
-    teacher_hidden_BCD: Array | None
+    teacher_hidden_BCD: Array | None  # for the exact KL
 
 
 def make_rl_step(
@@ -103,221 +105,250 @@ def make_rl_step(
     *,
     micro_batches: int = 1,
 ) -> RLStep:
-    """The jitted update (state, fixed, batch, prices, key) → (state, metrics).
+    """The jitted update (state, fixed, batch, penalties, key) → (state, metrics).
 
     Scores the rollouts with the teacher, forms rewards and advantages, and takes
-    `updates_per_batch` optimiser steps on
-    −Σ w·A·[log π(y | d) + log P(d)] (REINFORCE), or PPO's clipped ratio when there are several.
+    `updates_per_batch` optimiser steps on `policy_loss`.
     """
-    model = split.student(split.trainable)
-    layers, exit_layers = model.arch.layers, model.exit_layers
-    law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
-    charged = {"norm": config.depth_norm, "length_ref": config.length_ref}
-    directions = {"exact": "student_teacher", "forward": "teacher_student"}
-    exact_kl = config.kl_loss_coef > 0 and config.kl_loss in directions
-
-    def flat(values: Array) -> Array:
-        return values.reshape(-1, *values.shape[2:])
-
-    def tempered(rows: Completions | PackedCompletions, hidden_BTD: Array) -> Array:
-        """Hidden states of the completion positions over the sampling temperature: [B, C, D].
-
-        The sampler divides float32 logits; rounding the quotient to bfloat16 here would open a gap.
-        """
-        hidden_BCD = rows.window(hidden_BTD)
-        if config.temperature == 1.0:
-            return hidden_BCD
-        return hidden_BCD.astype(jnp.float32) / config.temperature
-
-    def token_logprobs(head_VD: Array, hidden_BCD: Array, tokens_BC: Array):
-        result = linear_logprob(flat(hidden_BCD), head_VD, flat(tokens_BC))
-        return (
-            result.logprob_N.reshape(tokens_BC.shape),
-            result.entropy_N.reshape(tokens_BC.shape),
-        )
-
-    def teach(teacher: Transformer, batch: RLBatch) -> tuple[Array, Array | None]:
-        """log π_teacher of every token, and the teacher's hidden states for the exact KL."""
-
-        def one(index: Array) -> tuple[Array, Array | None]:
-            rows = micro_batch(batch.rows, index, micro_batches)
-            taught = run(teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False)
-            hidden_BCD = tempered(rows, taught.hidden_BTD)
-            logprob_BC, _ = token_logprobs(teacher.head_VD, hidden_BCD, rows.completion_tokens_BC)
-            return logprob_BC, hidden_BCD if exact_kl else None
-
-        if micro_batches == 1:
-            return one(jnp.zeros((), jnp.int32))
-        stacked = jax.lax.map(one, jnp.arange(micro_batches))
-        return joined(stacked)
-
-    def spent(batch: RLBatch) -> tuple[Array, Array, Array]:
-        """Depth/L of every token, which passes could leave, and which positions hold a token."""
-        masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
-        return batch.depth_JW / layers, *masks
-
-    def advantages(batch: RLBatch, reward: Reward, prices: Prices) -> Array:
-        """Advantage of every action pair [J, W]."""
-        keep_J = ~batch.truncated_J if config.mask_truncated else None
-        if not config.causal_depth:
-            advantage_J = group_advantages(
-                reward.total_B, config.rollouts, config.advantage, keep_J
-            )
-            return jnp.broadcast_to(advantage_J[:, None], batch.depth_JW.shape)
-        cost_JW = prices.depth_coef * causal_depth_cost(
-            *spent(batch), config.rollouts, keep_J, **charged
-        )
-        rest_J = reward.total_B - reward.depth_B
-        return group_advantages(
-            rest_J[:, None] - cost_JW, config.rollouts, config.advantage, keep_J
-        )
-
-    def score(teacher: Transformer, batch: RLBatch, prices: Prices) -> tuple[_Scored, Metrics]:
-        rows = batch.rows
-        token_JW = batch.token_JW.astype(jnp.float32)
-        teacher_BC, teacher_hidden_BCD = teach(teacher, batch)
-        log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
-        reward = rewards(
-            batch.verifier_J,
-            depth_cost(*spent(batch), **charged),
-            log_ratio_JW,
-            token_JW,
-            depth_coef=prices.depth_coef,
-            kl_coef=config.kl_coef,
-            length_coef=prices.length_coef,
-            length_ref=config.length_ref,
-        )
-        advantage_JW = advantages(batch, reward, prices)
-        kept_JW = token_JW
-        if config.mask_truncated:
-            kept_JW = token_JW * ~batch.truncated_J[:, None]
-        scored = _Scored(
-            rows,
-            rows.by_row(batch.depth_JW),
-            rows.by_row(batch.logprobs_JW + batch.depth_logprobs_JW),
-            rows.by_row(advantage_JW),
-            rows.by_row(loss_weights(kept_JW, config.norm, config.max_new_tokens)),
-            rows.token_BC / jnp.maximum(jnp.sum(token_JW), 1.0),
-            teacher_BC,
-            teacher_hidden_BCD,
-        )
-        metrics = {
-            "reward/mean": jnp.mean(reward.total_B),
-            "reward/verifier": jnp.mean(batch.verifier_J),
-            "reward/depth": jnp.mean(reward.depth_B),
-            "reward/kl": jnp.mean(reward.kl_B),
-            "reward/length": jnp.mean(reward.length_B),
-            "advantage/std": jnp.std(advantage_JW[:, 0]),
-            "groups/zero_std": zero_spread_groups(batch.verifier_J, config.rollouts),
-            "kl/teacher": masked_mean(log_ratio_JW, token_JW),
-            "completion/length": jnp.mean(batch.lengths_J.astype(jnp.float32)),
-            "completion/truncated": jnp.mean(batch.truncated_J.astype(jnp.float32)),
-        }
-        return scored, metrics | depth_metrics(batch)
-
-    def depth_metrics(batch: RLBatch) -> Metrics:
-        """Depth of the passes that produced the tokens."""
-        token_JW, depth_JW = batch.token_JW, batch.depth_JW
-        known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
-        metrics = {
-            "depth/mean": masked_mean(depth_JW, token_JW),
-            "depth/fraction": masked_mean(depth_JW / layers, token_JW),
-            "layers/problem": jnp.mean(jnp.sum(depth_JW * token_JW, axis=1).astype(jnp.float32)),
-            "depth/p10": jnp.nanquantile(known_JW, 0.1),
-            "depth/p90": jnp.nanquantile(known_JW, 0.9),
-        }
-        for layer in (*exit_layers, layers):
-            at_layer = (depth_JW == layer).astype(jnp.float32)
-            metrics[f"exit/{layer}"] = masked_mean(at_layer, batch.action_JW)
-        return metrics
-
-    def make_loss(fixed: Fixed, teacher: Transformer) -> Callable:
-        def loss_fn(params: Params, item: _Scored, key: PRNGKey) -> tuple[Array, Metrics]:
-            rows, depth_BC = item.rows, item.depth_BC
-            student = split.student(params, fixed)
-            result = run(
-                student,
-                rows.tokens_BT,
-                policy=Prescribed(rows.input_depths(depth_BC, layers)),
-                **rows.layout,
-                hazards=True,
-            )
-            hidden_BCD = tempered(rows, result.hidden_BTD)
-            logprob_BC, entropy_BC = token_logprobs(
-                student.head_VD, hidden_BCD, rows.completion_tokens_BC
-            )
-            z_BCE = rows.window(result.hazard_logits_BTE)
-            depth_logprob_BC = jnp.where(
-                rows.action_BC,
-                depth_log_prob(depth_BC, z_BCE, exit_layers, layers, **law),
-                0.0,
-            )
-            pair_BC = logprob_BC + depth_logprob_BC
-            terms_BC = policy_loss_terms(
-                pair_BC,
-                item.behaviour_BC,
-                item.advantage_BC,
-                clip=config.clip if config.updates_per_batch > 1 else None,
-                importance_cap=config.importance_cap,
-            )
-            loss = masked_sum(terms_BC, item.weight_BC)
-            metrics = {"loss/policy": loss}
-            if config.kl_loss_coef > 0:
-                if exact_kl:
-                    kl_BC = linear_kl(
-                        flat(hidden_BCD),
-                        flat(item.teacher_hidden_BCD),
-                        student.head_VD,
-                        direction=directions[config.kl_loss],
-                        head_teacher_VD=teacher.head_VD if split.teacher_has_own_head else None,
-                    ).reshape(logprob_BC.shape)
-                else:
-                    estimate = {"k2": k2, "k3": k3}[config.kl_loss]
-                    kl_BC = estimate(logprob_BC, item.teacher_BC)
-                metrics["loss/kl"] = masked_sum(kl_BC, item.weight_BC)
-                loss += config.kl_loss_coef * metrics["loss/kl"]
-            exit_index_BC = exit_index_of_depth(depth_BC, exit_layers, layers)
-            depth_entropy_BC = jnp.where(
-                rows.action_BC,
-                reached_decision_entropy(*log_hazards(z_BCE, **law), exit_index_BC),
-                0.0,
-            )
-            if config.depth_entropy_coef > 0:
-                bonus_BC = depth_entropy_bonus(depth_entropy_BC, depth_logprob_BC)
-                bonus = masked_sum(bonus_BC, item.weight_BC)
-                loss -= config.depth_entropy_coef * bonus
-            gap_BC = jnp.abs(pair_BC - item.behaviour_BC)
-            metrics |= {
-                "loss": loss,
-                "entropy/tokens": masked_sum(entropy_BC, item.mean_BC),
-                "entropy/depth": masked_sum(depth_entropy_BC, item.mean_BC),
-                "sampler_gap": masked_sum(gap_BC, item.mean_BC),
-            }
-            return loss, metrics
-
-        return loss_fn
 
     def step(
-        state: TrainState, fixed: Fixed, batch: RLBatch, prices: Prices, key: PRNGKey
+        state: TrainState, fixed: Fixed, batch: RLBatch, penalties: Penalties, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         teacher = split.teacher(state.trainable, fixed)
-        scored, metrics = score(teacher, batch, prices)
-        first_update = None
+        teacher_head_VD = teacher.head_VD if split.teacher_has_own_head else None
+        scored, metrics = score(teacher, batch, penalties, config, micro_batches)
+        metrics |= depth_metrics(batch, teacher.exit_layers, teacher.arch.layers)
+
+        def loss_fn(params: Params, item: Scored, _: PRNGKey) -> tuple[Array, Metrics]:
+            return policy_loss(split.student(params, fixed), item, config, teacher_head_VD)
+
         start = state.step
         for update in range(config.updates_per_batch):
             loss, loss_metrics, gradients = accumulated_gradients(
-                make_loss(fixed, teacher),
+                loss_fn,
                 state.trainable,
                 lambda index: micro_batch(scored, index, micro_batches),
                 micro_batches,
                 jax.random.fold_in(key, update),
             )
             state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
-            # The gap to the sampler means something only before the first update.
-            first_update = first_update or loss_metrics
+            if update > 0:  # the gap to the sampler means something only before the first update
+                loss_metrics.pop("sampler_gap")
             metrics |= loss_metrics | update_metrics
-        metrics["sampler_gap"] = first_update["sampler_gap"]
         metrics["tokens"] = jnp.sum(batch.lengths_J).astype(jnp.float32)
         return dataclasses.replace(state, step=start + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def score(
+    teacher: Transformer,
+    batch: RLBatch,
+    penalties: Penalties,
+    config: RLConfig,
+    micro_batches: int,
+) -> tuple[Scored, Metrics]:
+    """The teacher's log-probabilities, rewards and advantages of a batch, and metrics of them."""
+    rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
+    teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
+    log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
+    spent = depth_shares(batch, teacher.arch.layers)
+    reward = rewards(
+        batch.verifier_J,
+        depth_cost(*spent, norm=config.depth_norm, length_ref=config.length_ref),
+        log_ratio_JW,
+        token_JW,
+        depth_coef=penalties.depth_coef,
+        kl_coef=config.kl_coef,
+        length_coef=penalties.length_coef,
+        length_ref=config.length_ref,
+    )
+    keep_J = ~batch.truncated_J if config.mask_truncated else None
+    advantage_JW = advantages(reward, spent, keep_J, penalties.depth_coef, config)
+    kept_JW = token_JW if keep_J is None else token_JW * keep_J[:, None]
+    scored = Scored(
+        rows,
+        rows.by_row(batch.depth_JW),
+        rows.by_row(batch.logprobs_JW + batch.depth_logprobs_JW),
+        rows.by_row(advantage_JW),
+        rows.by_row(loss_weights(kept_JW, config.norm, config.max_new_tokens)),
+        rows.token_BC / jnp.maximum(jnp.sum(token_JW), 1.0),
+        teacher_BC,
+        teacher_hidden_BCD,
+    )
+    return scored, {
+        "reward/mean": jnp.mean(reward.total_J),
+        "reward/verifier": jnp.mean(batch.verifier_J),
+        "reward/depth": jnp.mean(reward.depth_J),
+        "reward/kl": jnp.mean(reward.kl_J),
+        "reward/length": jnp.mean(reward.length_J),
+        "advantage/std": jnp.std(advantage_JW[:, 0]),
+        "groups/zero_std": zero_spread_groups(batch.verifier_J, config.rollouts),
+        "kl/teacher": masked_mean(log_ratio_JW, token_JW),
+        "completion/length": jnp.mean(batch.lengths_J.astype(jnp.float32)),
+        "completion/truncated": jnp.mean(batch.truncated_J.astype(jnp.float32)),
+    }
+
+
+def teacher_scores(
+    teacher: Transformer,
+    rows: Completions | PackedCompletions,
+    config: RLConfig,
+    micro_batches: int,
+) -> tuple[Float[Array, "B C"], Array | None]:
+    """log π_teacher of every token, and the teacher's hidden states for the exact KL."""
+    wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
+
+    def one(index: Array) -> tuple[Array, Array | None]:
+        part = micro_batch(rows, index, micro_batches)
+        taught = run(teacher, part.tokens_BT, policy=Full(), **part.layout, adapters=False)
+        hidden_BCD = tempered(part.window(taught.hidden_BTD), config.temperature)
+        logprob_BC, _ = token_logprobs(teacher.head_VD, hidden_BCD, part.completion_tokens_BC)
+        return logprob_BC, hidden_BCD if wants_hidden else None
+
+    if micro_batches == 1:
+        return one(jnp.zeros((), jnp.int32))
+    return joined(jax.lax.map(one, jnp.arange(micro_batches)))
+
+
+def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
+    """depth/L of every token, which passes could leave, which positions hold a token: [J, W]."""
+    masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
+    return batch.depth_JW / layers, *masks
+
+
+def advantages(
+    reward: Reward,
+    spent: tuple[Array, Array, Array],
+    keep_J: Bool[Array, "J"] | None,
+    depth_coef: Array | float,
+    config: RLConfig,
+) -> Float[Array, "J W"]:
+    """Advantage of every pair of token and depth, from `depth_shares` and the rewards.
+
+    All of a completion's are equal, but with `causal_depth`: then a token is charged for the depths
+    at and after it.
+    """
+    if not config.causal_depth:
+        advantage_J = group_advantages(reward.total_J, config.rollouts, config.advantage, keep_J)
+        return jnp.broadcast_to(advantage_J[:, None], spent[0].shape)
+    cost_JW = depth_coef * causal_depth_cost(
+        *spent, config.rollouts, keep_J, norm=config.depth_norm, length_ref=config.length_ref
+    )
+    rest_J = reward.total_J - reward.depth_J
+    return group_advantages(rest_J[:, None] - cost_JW, config.rollouts, config.advantage, keep_J)
+
+
+def policy_loss(
+    student: Transformer, item: Scored, config: RLConfig, teacher_head_VD: Array | None
+) -> tuple[Array, Metrics]:
+    """This part's share of the loss and of its metrics.
+
+    −Σ w·A·[log π(y | d) + log P(d)] (REINFORCE), or PPO's clipped ratio where a batch has several
+    updates, plus the KL to the teacher and less the bonus on the depth's entropy.
+    `teacher_head_VD` is None where the student's is the same.
+    """
+    rows, depth_BC = item.rows, item.depth_BC
+    exit_layers, layers = student.exit_layers, student.arch.layers
+    hazard_law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
+    result = run(
+        student,
+        rows.tokens_BT,
+        policy=Prescribed(rows.input_depths(depth_BC, layers)),
+        **rows.layout,
+        hazards=True,
+    )
+    hidden_BCD = tempered(rows.window(result.hidden_BTD), config.temperature)
+    logprob_BC, entropy_BC = token_logprobs(student.head_VD, hidden_BCD, rows.completion_tokens_BC)
+    z_BCE = rows.window(result.hazard_logits_BTE)
+    depth_logprob_BC = jnp.where(
+        rows.action_BC, depth_log_prob(depth_BC, z_BCE, exit_layers, layers, **hazard_law), 0.0
+    )
+    pair_BC = logprob_BC + depth_logprob_BC
+    terms_BC = policy_loss_terms(
+        pair_BC,
+        item.behaviour_BC,
+        item.advantage_BC,
+        clip=config.clip if config.updates_per_batch > 1 else None,
+        importance_cap=config.importance_cap,
+    )
+    loss = masked_sum(terms_BC, item.weight_BC)
+    metrics = {"loss/policy": loss}
+    if config.kl_loss_coef > 0:
+        kl_BC = kl_terms(student.head_VD, hidden_BCD, logprob_BC, item, config, teacher_head_VD)
+        metrics["loss/kl"] = masked_sum(kl_BC, item.weight_BC)
+        loss += config.kl_loss_coef * metrics["loss/kl"]
+    exit_index_BC = exit_index_of_depth(depth_BC, exit_layers, layers)
+    depth_entropy_BC = jnp.where(
+        rows.action_BC,
+        reached_decision_entropy(*log_hazards(z_BCE, **hazard_law), exit_index_BC),
+        0.0,
+    )
+    if config.depth_entropy_coef > 0:
+        bonus_BC = depth_entropy_bonus(depth_entropy_BC, depth_logprob_BC)
+        loss -= config.depth_entropy_coef * masked_sum(bonus_BC, item.weight_BC)
+    gap_BC = jnp.abs(pair_BC - item.behaviour_BC)
+    return loss, metrics | {
+        "loss": loss,
+        "entropy/tokens": masked_sum(entropy_BC, item.mean_BC),
+        "entropy/depth": masked_sum(depth_entropy_BC, item.mean_BC),
+        "sampler_gap": masked_sum(gap_BC, item.mean_BC),
+    }
+
+
+def kl_terms(
+    head_VD: Array,
+    hidden_BCD: Array,
+    logprob_BC: Float[Array, "B C"],
+    item: Scored,
+    config: RLConfig,
+    teacher_head_VD: Array | None,
+) -> Float[Array, "B C"]:
+    """The KL to the teacher at each token: exact, or `kl_loss`'s estimate from the token alone."""
+    if config.kl_loss not in EXACT_KL:
+        return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
+    return linear_kl(
+        _flat(hidden_BCD),
+        _flat(item.teacher_hidden_BCD),
+        head_VD,
+        direction=EXACT_KL[config.kl_loss],
+        head_teacher_VD=teacher_head_VD,
+    ).reshape(logprob_BC.shape)
+
+
+def tempered(hidden_BCD: Array, temperature: float) -> Array:
+    """Hidden states over the sampling temperature.
+
+    The sampler divides float32 logits; rounding the quotient to bfloat16 here would open a gap.
+    """
+    return hidden_BCD if temperature == 1.0 else hidden_BCD.astype(jnp.float32) / temperature
+
+
+def token_logprobs(
+    head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-probability of each token, and the entropy of its distribution, in nats."""
+    result = linear_logprob(_flat(hidden_BCD), head_VD, _flat(tokens_BC))
+    return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
+
+
+def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
+    """Depth of the passes that produced the tokens."""
+    token_JW, depth_JW = batch.token_JW, batch.depth_JW
+    known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
+    metrics = {
+        "depth/mean": masked_mean(depth_JW, token_JW),
+        "depth/fraction": masked_mean(depth_JW / layers, token_JW),
+        "layers/problem": jnp.mean(jnp.sum(depth_JW * token_JW, axis=1).astype(jnp.float32)),
+        "depth/p10": jnp.nanquantile(known_JW, 0.1),
+        "depth/p90": jnp.nanquantile(known_JW, 0.9),
+    }
+    for layer in (*exit_layers, layers):
+        at_layer = (depth_JW == layer).astype(jnp.float32)
+        metrics[f"exit/{layer}"] = masked_mean(at_layer, batch.action_JW)
+    return metrics
+
+
+def _flat(values: Array) -> Array:
+    """[B, C, …] → [B·C, …]."""
+    return values.reshape(-1, *values.shape[2:])

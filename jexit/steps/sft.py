@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jexit.axes import Array, Float, HiddenBTD, PRNGKey
+from jexit.axes import Array, Float, Int, PRNGKey
 from jexit.config import SFTConfig
 from jexit.kernels import exit_kl, linear_kl
 from jexit.losses.masked import masked_sum
 from jexit.losses.sft import draw_exit_indices, expected_exit_loss, target_log_hazards
-from jexit.model.exits import Continuation, depth_log_prob, depth_of_exit_index, log_hazards
+from jexit.model.exits import depth_log_prob, depth_of_exit_index, log_hazards
 from jexit.model.policies import Full, Prescribed
-from jexit.model.transformer import Run, Transformer, exit_hidden_states, run
+from jexit.model.transformer import Transformer, exit_hidden_states, run
 from jexit.steps.completions import PackedCompletions
 from jexit.steps.optim import (
     Metrics,
@@ -36,66 +37,28 @@ def make_sft_step(
 ) -> Callable[[TrainState, Fixed, PackedCompletions, PRNGKey], tuple[TrainState, Metrics]]:
     """The jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
-    Per micro-batch of rows: the teacher runs once; target hazards come from its exits' KL (or, with
-    `target="student"`, from the student's own exits at full depth against the teacher's final
-    distribution); S depth assignments are drawn; the student runs each. The loss, averaged over
-    action positions and the S draws, is KL(student, teacher) + w_exit · exit loss. With explored
-    depths the exit loss is the expected one: −log P(d) would teach the exploration to the heads.
+    Per micro-batch of rows: the teacher runs once (`targets`); S depth assignments are drawn from
+    the target hazards; the student runs each (`calibration_loss`). The loss is averaged over action
+    positions and the S draws.
     """
-    model = split.student(split.trainable)
-    layers, exit_layers = model.arch.layers, model.exit_layers
-
-    def flat(hidden: Array) -> Array:
-        return hidden.reshape(-1, hidden.shape[-1])
-
-    def exit_kl_BCE(
-        rows: PackedCompletions, final_BTD: HiddenBTD, speaker: Transformer, exits: Run,
-        continuation: Continuation | None,
-    ) -> Array:  # fmt: skip
-        """KL(teacher final ‖ exit e) in nats at completion positions; no gradient."""
-        final_BCD = rows.window(final_BTD)
-        residual_EBCD = jax.vmap(rows.window)(exits.exit_residual_EBTD)
-        exits_EBCD = exit_hidden_states(speaker, residual_EBCD, continuation)
-        exits_END = exits_EBCD.reshape(exits_EBCD.shape[0], -1, exits_EBCD.shape[-1])
-        kl_EN = exit_kl(flat(final_BCD), exits_END, speaker.head_VD).kl_EN
-        return jnp.moveaxis(kl_EN.reshape(exits_EBCD.shape[:3]), 0, -1)
-
-    def targets(
-        student: Transformer, teacher: Transformer, rows: PackedCompletions
-    ) -> tuple[HiddenBTD, Array, Array]:
-        """The teacher's final hidden states [B,T,D] and target log hazards [B,C,E]."""
-        from_teacher = config.target == "teacher"
-        taught = run(
-            teacher,
-            rows.tokens_BT,
-            policy=Full(),
-            **rows.layout,
-            adapters=False,
-            exit_residual=from_teacher,
-        )
-        measured, speaker = taught, teacher
-        if not from_teacher:
-            speaker = student
-            measured = run(
-                student, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True
-            )
-        continuation = student.blocks.continuation
-        kl_BCE = exit_kl_BCE(rows, taught.hidden_BTD, speaker, measured, continuation)
-        leave_BCE, stay_BCE = target_log_hazards(kl_BCE, config.sharpness)
-        return jax.lax.stop_gradient((taught.hidden_BTD, leave_BCE, stay_BCE))
 
     def step(
         state: TrainState, fixed: Fixed, batch: PackedCompletions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         teacher = split.teacher(state.trainable, fixed)
+        teacher_head_VD = teacher.head_VD if split.teacher_has_own_head else None
         target_key, student_key = jax.random.split(key)
         actions = jnp.maximum(jnp.sum(batch.action_BC), 1) * config.samples
 
-        def prepared(index: Array) -> tuple[PackedCompletions, HiddenBTD, Array, Array]:
+        def loss_fn(params: Params, item: Taught, key: PRNGKey) -> tuple[Array, Metrics]:
+            student = split.student(params, fixed)
+            return calibration_loss(student, item, actions, config, key, teacher_head_VD)
+
+        def gradients_of(index: Array) -> tuple[Array, Metrics, Params]:
+            """The S students of one micro-batch share its teacher."""
             rows = micro_batch(batch, index, micro_batches)
-            taught_BTD, leave_BCE, stay_BCE = targets(
-                split.student(state.trainable, fixed), teacher, rows
-            )
+            student = split.student(state.trainable, fixed)
+            hidden_BCD, leave_BCE, stay_BCE = targets(student, teacher, rows, config)
             exits_SBC, _ = draw_exit_indices(
                 jax.random.fold_in(target_key, index),
                 leave_BCE,
@@ -103,67 +66,118 @@ def make_sft_step(
                 samples=config.samples,
                 explore=config.explore,
             )
-            return rows, rows.window(taught_BTD), leave_BCE, exits_SBC
-
-        def loss_fn(params: Params, item: tuple, key: PRNGKey) -> tuple[Array, Metrics]:
-            rows, taught_BCD, leave_BCE, exits_BC = item
-            student = split.student(params, fixed)
-            depth_BC = depth_of_exit_index(exits_BC, exit_layers, layers)
-            result = run(
-                student,
-                rows.tokens_BT,
-                policy=Prescribed(rows.input_depths(depth_BC, layers)),
-                **rows.layout,
-                dropout_key=key,
-                hazards=True,
-            )
-            kl_BC = linear_kl(
-                flat(rows.window(result.hidden_BTD)),
-                flat(taught_BCD),
-                student.head_VD,
-                direction=config.direction,
-                head_teacher_VD=teacher.head_VD if split.teacher_has_own_head else None,
-            ).reshape(depth_BC.shape)
-            z_BCE = rows.window(result.hazard_logits_BTE)
-            if config.exit_loss == "expected":
-                exit_BC = expected_exit_loss(
-                    *log_hazards(z_BCE), leave_BCE, exits_BC, stay_weight=config.stay_weight
-                )
-            else:
-                exit_BC = -depth_log_prob(depth_BC, z_BCE, exit_layers, layers)
-            return shares(rows, kl_BC, exit_BC, depth_BC, exits_BC)
-
-        def shares(
-            rows: PackedCompletions, kl_BC: Array, exit_BC: Array, depth_BC: Array, exits_BC: Array
-        ) -> tuple[Array, Metrics]:
-            def mean(values_BC: Float[Array, "B C"]) -> Array:
-                return masked_sum(values_BC, rows.action_BC) / actions
-
-            kl, exit_loss = mean(kl_BC), mean(exit_BC)
-            metrics = {
-                "loss": kl + config.exit_coef * exit_loss,
-                "kl/teacher": kl,
-                "loss/exit": exit_loss,
-                "depth/fraction": mean(depth_BC / layers),
-            }
-            for index, layer in enumerate((*exit_layers, layers)):
-                metrics[f"exit/{layer}"] = mean((exits_BC == index).astype(jnp.float32))
-            return metrics["loss"], metrics
-
-        def sampled_gradients(index: Array) -> tuple[Array, Metrics, Params]:
-            """The S students of one micro-batch share its teacher."""
-            rows, taught_BCD, leave_BCE, exits_SBC = prepared(index)
             return accumulated_gradients(
                 loss_fn,
                 state.trainable,
-                lambda sample: (rows, taught_BCD, leave_BCE, exits_SBC[sample]),
+                lambda sample: Taught(rows, hidden_BCD, leave_BCE, exits_SBC[sample]),
                 config.samples,
                 jax.random.fold_in(student_key, index),
             )
 
-        loss, metrics, gradients = summed(sampled_gradients, micro_batches)
+        loss, metrics, gradients = summed(gradients_of, micro_batches)
         state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
         metrics["tokens"] = jnp.sum(batch.token_BC).astype(jnp.float32) * config.samples
         return state, metrics | update_metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+class Taught(NamedTuple):
+    """Rows with what their student is to learn: the teacher's states, target hazards, depths."""
+
+    rows: PackedCompletions
+    hidden_BCD: Array  # the teacher's final ones
+    leave_BCE: Float[Array, "B C E"]  # log target hazards
+    exits_BC: Int[Array, "B C"]  # prescribed
+
+
+def targets(
+    student: Transformer, teacher: Transformer, rows: PackedCompletions, config: SFTConfig
+) -> tuple[Array, Float[Array, "B C E"], Float[Array, "B C E"]]:
+    """The teacher's final hidden states [B, C, D] and the (log target hazard, log of its rest).
+
+    Targets follow from KL(teacher final ‖ exit e) of the teacher's own exits, or of the student's
+    at full depth (`target="student"`). No gradient.
+    """
+    from_teacher = config.target == "teacher"
+    taught = run(
+        teacher,
+        rows.tokens_BT,
+        policy=Full(),
+        **rows.layout,
+        adapters=False,
+        exit_residual=from_teacher,
+    )
+    measured, speaker = taught, teacher
+    if not from_teacher:
+        speaker = student
+        measured = run(student, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
+    final_BCD = rows.window(taught.hidden_BTD)
+    residual_EBCD = jax.vmap(rows.window)(measured.exit_residual_EBTD)
+    exits_EBCD = exit_hidden_states(speaker, residual_EBCD, student.blocks.continuation)
+    exits_END = exits_EBCD.reshape(exits_EBCD.shape[0], -1, exits_EBCD.shape[-1])
+    kl_EN = exit_kl(_flat(final_BCD), exits_END, speaker.head_VD).kl_EN
+    kl_BCE = jnp.moveaxis(kl_EN.reshape(exits_EBCD.shape[:3]), 0, -1)
+    leave_BCE, stay_BCE = target_log_hazards(kl_BCE, config.sharpness)
+    return jax.lax.stop_gradient((final_BCD, leave_BCE, stay_BCE))
+
+
+def calibration_loss(
+    student: Transformer,
+    item: Taught,
+    actions: Array,
+    config: SFTConfig,
+    key: PRNGKey,
+    teacher_head_VD: Array | None,
+) -> tuple[Array, Metrics]:
+    """This part's share of KL(student, teacher) + w_exit · exit loss, and of the metrics.
+
+    `actions` counts the action positions of the whole batch, S times; `teacher_head_VD` is None
+    where the student's is the same. With explored depths the exit loss is the expected one:
+    −log P(d) would teach the exploration to the heads.
+    """
+    rows, exits_BC = item.rows, item.exits_BC
+    exit_layers, layers = student.exit_layers, student.arch.layers
+    depth_BC = depth_of_exit_index(exits_BC, exit_layers, layers)
+    result = run(
+        student,
+        rows.tokens_BT,
+        policy=Prescribed(rows.input_depths(depth_BC, layers)),
+        **rows.layout,
+        dropout_key=key,
+        hazards=True,
+    )
+    kl_BC = linear_kl(
+        _flat(rows.window(result.hidden_BTD)),
+        _flat(item.hidden_BCD),
+        student.head_VD,
+        direction=config.direction,
+        head_teacher_VD=teacher_head_VD,
+    ).reshape(depth_BC.shape)
+    z_BCE = rows.window(result.hazard_logits_BTE)
+    if config.exit_loss == "expected":
+        exit_BC = expected_exit_loss(
+            *log_hazards(z_BCE), item.leave_BCE, exits_BC, stay_weight=config.stay_weight
+        )
+    else:
+        exit_BC = -depth_log_prob(depth_BC, z_BCE, exit_layers, layers)
+
+    def mean(values_BC: Float[Array, "B C"]) -> Array:
+        return masked_sum(values_BC, rows.action_BC) / actions
+
+    kl, exit_loss = mean(kl_BC), mean(exit_BC)
+    loss = kl + config.exit_coef * exit_loss
+    metrics = {
+        "loss": loss,
+        "kl/teacher": kl,
+        "loss/exit": exit_loss,
+        "depth/fraction": mean(depth_BC / layers),
+    }
+    for index, layer in enumerate((*exit_layers, layers)):
+        metrics[f"exit/{layer}"] = mean((exits_BC == index).astype(jnp.float32))
+    return loss, metrics
+
+
+def _flat(hidden_BCD: Array) -> Array:
+    """[B, C, D] → [B·C, D]."""
+    return hidden_BCD.reshape(-1, hidden_BCD.shape[-1])

@@ -30,7 +30,7 @@ from story_rules import (
 )
 
 from jexit.tasks import make_task
-from jexit.tasks.tom_text import KINDS, NO, OF_PLACES, PEOPLE_ASKED, YES
+from jexit.tasks.tom.text import KINDS, NO, OF_PLACES, PEOPLE_ASKED, YES
 
 
 def bag_of_words(problems, *, marked: bool) -> float:

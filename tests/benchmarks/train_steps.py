@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
     from jexit.model.lora import LoRA
     from jexit.steps.completions import pad_completions
     from jexit.steps.optim import make_optimizer
-    from jexit.steps.rl import Prices, RLBatch, make_rl_step
+    from jexit.steps.rl import Penalties, RLBatch, make_rl_step
     from jexit.steps.sft import make_sft_step
     from jexit.steps.state import new_state, parameter_labels, split_model
 
@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
             config = RLConfig(
                 rollouts=arguments.rows, max_new_tokens=arguments.completion, kl_loss_coef=0.1
             )
-            step, extra = make_rl_step(split, optimizer, config), (Prices(0.5, 0.0),)
+            step, extra = make_rl_step(split, optimizer, config), (Penalties(0.5, 0.0),)
         state = new_state(split.trainable, optimizer)
         key = jax.random.key(0)
         compiled = step.lower(state, split.fixed, batch, *extra, key).compile()

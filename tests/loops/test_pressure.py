@@ -15,14 +15,16 @@ def pressure_of(rl):
     return Pressure(rl, AccuracyFloor.absolute(rl))
 
 
-def test_prices_rise_linearly_over_the_warm_up():
+def test_penalties_rise_linearly_over_the_warm_up():
     pressure = pressure_of(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
-    prices = [pressure.prices(step) for step in range(6)]
-    assert [float(p.depth_coef) for p in prices] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    assert [float(p.length_coef) for p in prices] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    penalties = [pressure.penalties(step) for step in range(6)]
+    assert [float(p.depth_coef) for p in penalties] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert [float(p.length_coef) for p in penalties] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
+    )
 
 
-def test_prices_are_withheld_while_accuracy_is_under_the_floor():
+def test_penalties_are_withheld_while_accuracy_is_under_the_floor():
     pressure = pressure_of(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
     assert pressure.share(0) == 0.0  # nothing is known yet
     pressure.observe(0.9)
@@ -49,7 +51,7 @@ def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
         shares.append(pressure.share(0))
     # Moving average: .9 .9 .9 .72 .576 .461 .369 .295
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0])
-    assert float(pressure.prices(0).depth_coef) == 0.0
+    assert float(pressure.penalties(0).depth_coef) == 0.0
 
 
 def test_its_state_survives_a_checkpoint():
@@ -105,28 +107,28 @@ def test_the_log_warns_once_of_each_failure(bad, name, caplog):
     assert [record.getMessage().split(":")[1].strip() for record in caplog.records] == [name]
 
 
-@pytest.mark.parametrize("bad", [SHALLOW, SHORT])
-def test_a_collapse_that_lasts_stops_the_run_and_one_bad_batch_does_not(bad):
-    watch = watch_of(stops=True)
-    assert not updates(watch, start=1, number=3, **GOOD)
-    assert not updates(watch, start=4, number=1, **bad)
-    assert not updates(watch, start=5, number=10, **GOOD)
-    answers = [updates(watch, start=15 + index, number=1, **bad) for index in range(20)]
-    first = next(index for index, answer in enumerate(answers) if answer)
-    assert all(answers[first:]) and "collapse" in answers[first]
-    # Averages need three or four updates to halve, and the failure has to last.
-    assert PATIENCE + 2 <= first <= PATIENCE + 5
-    assert watch.good_step in (14, 15, 16)
-    assert not updates(watch_of(), start=1, number=30, **bad)
+def test_a_collapse_that_lasts_stops_the_run_and_one_bad_batch_does_not():
+    for bad in [SHALLOW, SHORT]:
+        watch = watch_of(stops=True)
+        assert not updates(watch, start=1, number=3, **GOOD)
+        assert not updates(watch, start=4, number=1, **bad)
+        assert not updates(watch, start=5, number=10, **GOOD)
+        answers = [updates(watch, start=15 + index, number=1, **bad) for index in range(20)]
+        first = next(index for index, answer in enumerate(answers) if answer)
+        assert all(answers[first:]) and "collapse" in answers[first]
+        # Averages need three or four updates to halve, and the failure has to last.
+        assert PATIENCE + 2 <= first <= PATIENCE + 5
+        assert watch.good_step in (14, 15, 16)
+        assert not updates(watch_of(), start=1, number=30, **bad)
 
 
-@pytest.mark.parametrize("length", [12.0, 4.0])
-def test_a_weak_start_may_stop_rambling_but_not_stop_reasoning(length):
+def test_a_weak_start_may_stop_rambling_but_not_stop_reasoning():
     """Never accurate, so that nothing can halve: the lengths are held against the full depth's."""
-    watch = watch_of(stops=True, floor=AccuracyFloor(0.8, 0.9, length=20.0))
-    updates(watch, start=1, number=3, accuracy=0.05, depth_fraction=0.4, length=38.0)
-    said = updates(watch, start=4, number=30, accuracy=0.08, depth_fraction=0.4, length=length)
-    assert bool(said) == (length < 8)
+    for length in [12.0, 4.0]:
+        watch = watch_of(stops=True, floor=AccuracyFloor(0.8, 0.9, length=20.0))
+        updates(watch, start=1, number=3, accuracy=0.05, depth_fraction=0.4, length=38.0)
+        said = updates(watch, start=4, number=30, accuracy=0.08, depth_fraction=0.4, length=length)
+        assert bool(said) == (length < 8)
 
 
 def test_a_model_that_was_never_correct_has_nothing_to_lose():

@@ -21,7 +21,7 @@ from jexit.presets import Architecture
 from jexit.rollout import EngineSize, rollout
 from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.optim import apply_gradients
-from jexit.steps.rl import Prices, RLBatch, make_rl_step
+from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Fixed, new_state, split_model
 from tolerances import GRADIENT, relative_error
@@ -117,7 +117,7 @@ def rl_update(split, micro_batches):
     optimizer = optax.adam(1e-2)
     step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
-    return step(state, split.fixed, batch, Prices(0.5, 0.1), jax.random.key(0))
+    return step(state, split.fixed, batch, Penalties(0.5, 0.1), jax.random.key(0))
 
 
 def placed(split):

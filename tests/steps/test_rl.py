@@ -15,7 +15,7 @@ from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import logits_of, run
 from jexit.rollout import rollout
 from jexit.steps.completions import pack_completions, pad_completions
-from jexit.steps.rl import Prices, RLBatch, make_rl_step
+from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.state import new_state
 
 LAYERS, EXITS, NEW, EOS = 3, (1, 2), 3, 0
@@ -107,7 +107,7 @@ def test_expected_gradient_equals_that_of_the_enumerated_return(make_split, opti
         rollouts=2, max_new_tokens=NEW, length_ref=4.0,
         **{"temperature": 1.0, "kl_coef": 0.0, **options},
     )  # fmt: skip
-    prices = Prices(0.7, 0.3)
+    penalties = Penalties(0.7, 0.3)
     paths = trajectories(vocab)
     assert {len(tokens) for tokens, _ in paths} == {1, 2, 3}
     verifier = np.random.default_rng(0).normal(size=len(paths)).astype(np.float32)
@@ -139,7 +139,7 @@ def test_expected_gradient_equals_that_of_the_enumerated_return(make_split, opti
     for a, b in itertools.product(range(len(paths)), repeat=2):
         state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
         batch = batch_of(paths, verifier, log_pi, depth_logprobs, [a, b])
-        state, metrics = step(state, split.fixed, batch, prices, jax.random.key(0))
+        state, metrics = step(state, split.fixed, batch, penalties, jax.random.key(0))
         weight = jnp.exp(log_p[a] + log_p[b])
         total = jax.tree.map(
             lambda t, new, old, w=weight: t + w * (new - old), total, state.trainable,
@@ -196,7 +196,7 @@ def one_update(split, config, batch, *, micro_batches=1, optimizer=None):
     optimizer = optimizer or optax.sgd(1.0)
     step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
-    return step(state, split.fixed, batch, Prices(0.5, 0.1), jax.random.key(0))
+    return step(state, split.fixed, batch, Penalties(0.5, 0.1), jax.random.key(0))
 
 
 def test_the_sampler_and_the_trainer_agree(make_split):
@@ -339,7 +339,7 @@ def test_full_fine_tuning_keeps_the_teacher_apart(make_split):
     config = dataclasses.replace(BASE, kl_loss_coef=0.1)
     step = make_rl_step(split, optax.sgd(0.5), config)
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optax.sgd(0.5))
-    args = (split.fixed, batch, Prices(0.5, 0.0), jax.random.key(0))
+    args = (split.fixed, batch, Penalties(0.5, 0.0), jax.random.key(0))
     state, _ = step(state, *args)
     teacher = split.teacher(state.trainable)
     np.testing.assert_array_equal(
