@@ -19,7 +19,7 @@ import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from jexit.tasks.tom import Tom
+from jexit.tasks.tom.task import Tom
 from jexit.tasks.word_problems import BOXES, NAMES, OBJECTS, TEMPLATES
 
 VOCAB_SIZE = 512
@@ -116,7 +116,7 @@ def build() -> Tokenizer:
     if len(entries) > VOCAB_SIZE:
         raise ValueError(
             f"the tasks' words need {len(entries)} entries, more than the {VOCAB_SIZE} of the "
-            "tiny vocabulary; drop words from jexit/tasks/word_problems.py or tom_text.py"
+            "tiny vocabulary; drop words from jexit/tasks/word_problems.py or tom/text.py"
         )
     entries += [f"<|unused{i}|>" for i in range(VOCAB_SIZE - len(entries))]
     tokenizer = Tokenizer(

@@ -11,7 +11,7 @@ from jexit.tasks.chains import ChainTask
 from jexit.tasks.exploretom import ExploreToM
 from jexit.tasks.gsm8k import Gsm8k
 from jexit.tasks.sums import Sums
-from jexit.tasks.tom import Tom
+from jexit.tasks.tom.task import Tom
 from jexit.tasks.word_problems import WordProblems
 
 __all__ = [

@@ -10,45 +10,47 @@ from jexit.tasks.base import Draw, split_of, stable_hash
 GENERATED = ("sums", "word_problems", "tom")
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_problems_depend_on_seed_split_and_index_alone(name):
-    first, second = make_task(name), make_task(name)
-    forward = [first.problem("train", i) for i in range(40)]
-    backward = [second.problem("train", i) for i in reversed(range(40))]
-    assert forward == backward[::-1]
-    other_seed = [make_task(name, seed=1).problem("train", i) for i in range(40)]
-    assert forward != other_seed
+def test_problems_depend_on_seed_split_and_index_alone():
+    for name in GENERATED:
+        first, second = make_task(name), make_task(name)
+        forward = [first.problem("train", i) for i in range(40)]
+        backward = [second.problem("train", i) for i in reversed(range(40))]
+        assert forward == backward[::-1]
+        other_seed = [make_task(name, seed=1).problem("train", i) for i in range(40)]
+        assert forward != other_seed
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_reference_completions_are_strict_and_end_in_the_answer(name):
-    task = make_task(name)
-    for split in ("train", "test"):
-        for index in range(300):
-            problem = task.problem(split, index)
-            verdict = task.verify(problem, problem.completion)
-            assert (verdict.kind, verdict.correct, verdict.reward) == ("strict", True, 1.0)
+def test_reference_completions_are_strict_and_end_in_the_answer():
+    for name in GENERATED:
+        task = make_task(name)
+        for split in ("train", "test"):
+            for index in range(300):
+                problem = task.problem(split, index)
+                verdict = task.verify(problem, problem.completion)
+                assert (verdict.kind, verdict.correct, verdict.reward) == ("strict", True, 1.0)
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_totals_of_parts_add_up_to_those_of_the_whole(name):
-    task = make_task(name)
-    problems = [task.problem("train", i) for i in range(20)]
-    texts = [problem.completion for problem in problems]
-    whole = task.text_totals(problems, texts)
-    halves = [task.text_totals(problems[part], texts[part]) for part in (slice(7), slice(7, 20))]
-    assert whole == {
-        key: tuple(map(sum, zip(*(half[key] for half in halves), strict=True))) for key in whole
-    }
-    assert whole.keys() == task.text_totals([], []).keys()
+def test_totals_of_parts_add_up_to_those_of_the_whole():
+    for name in GENERATED:
+        task = make_task(name)
+        problems = [task.problem("train", i) for i in range(20)]
+        texts = [problem.completion for problem in problems]
+        whole = task.text_totals(problems, texts)
+        halves = [
+            task.text_totals(problems[part], texts[part]) for part in (slice(7), slice(7, 20))
+        ]
+        assert whole == {
+            key: tuple(map(sum, zip(*(half[key] for half in halves), strict=True))) for key in whole
+        }
+        assert whole.keys() == task.text_totals([], []).keys()
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_an_unknown_split_is_refused(name):
-    with pytest.raises(ValueError, match="'val' or 'test', got 'dev'"):
-        make_task(name).problem("dev", 0)
-    with pytest.raises(ValueError, match="'val' or 'test'"):
-        make_task(name).size("dev")
+def test_an_unknown_split_is_refused():
+    for name in GENERATED:
+        with pytest.raises(ValueError, match="'val' or 'test', got 'dev'"):
+            make_task(name).problem("dev", 0)
+        with pytest.raises(ValueError, match="'val' or 'test'"):
+            make_task(name).size("dev")
 
 
 def test_rewards_are_configurable():

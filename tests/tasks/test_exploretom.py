@@ -164,136 +164,138 @@ def test_places_are_found_in_linear_time(task, part):
     assert_linear(read, medium, long)
 
 
-@pytest.mark.parametrize(
-    ("answer", "completion", "kind"),
-    [
-        ("oak chest", "#### oak chest", "strict"),
-        ("oak chest", "#### The oak chest.", "strict"),
-        ("the oak chest", "So:\n#### **Oak Chest**", "strict"),
-        ("oak chest", "#### The lamp is in the oak chest.", "lenient"),
-        ("oak chest", "She put it into the oak chest", "lenient"),
-        ("oak chest", "Not in the iron trunk but in the oak chest.", "lenient"),
-        ("oak chest", "It was in the oak chest and is now in the iron trunk.", "wrong"),
-        ("oak chest", "#### iron trunk", "wrong"),
-        ("oak chest", "#### chest", "wrong"),
-        ("oak chest", "Who knows?", "none"),
-        ("boat house", "In the Boat House, then.", "lenient"),
-        ("unknown", "#### unknown", "strict"),
-        ("unknown", "That cannot be determined from the story.", "lenient"),
-        ("unknown", "#### oak chest", "wrong"),
-        ("oak chest", "Unknown.", "wrong"),
-        ("yes", "#### Yes", "strict"),
-        ("yes", "Yes, she does.", "lenient"),
-        ("no", "Nothing is known.", "none"),
-        ("no", "#### No, Otto left.", "lenient"),
-        ("no", "Not yes: no", "lenient"),
-        ("no", "yes", "wrong"),
-        ("knows about it", "#### knows about it", "strict"),
-        ("knows about it", "#### does not know about it", "wrong"),
-        ("knows about it", "Otto thinks that Ida knows about it.", "lenient"),
-        ("does not know about it", "#### Does not know about it.", "strict"),
-        ("does not know about it", "#### knows about it", "wrong"),
-        ("does not know about it", "Ida doesn't know about it", "lenient"),
-        ("does not know about it", "", "none"),
-        # A denied answer is not given.
-        ("oak chest", "#### not oak chest", "wrong"),
-        ("oak chest", "#### not in the oak chest", "wrong"),
-        ("oak chest", "It is not in the oak chest.", "none"),
-        ("oak chest", "It is no longer in the iron trunk, it is in the oak chest.", "lenient"),
-        ("iron trunk", "It's in the iron trunk and no longer in the oak chest.", "lenient"),
-        ("unknown", "#### not unknown", "wrong"),
-        ("unknown", "#### It is not mentioned.", "lenient"),
-        ("yes", "#### not yes", "wrong"),
-        ("no", "#### not no", "wrong"),
-        ("no", "It is not yes. No.", "lenient"),
-        ("knows about it", "#### not knows about it", "wrong"),
-        ("does not know about it", "#### not does not know about it", "wrong"),
-        ("knows about it", "#### She does not really know about it.", "wrong"),
-        ("does not know about it", "#### She does not really know about it.", "lenient"),
-        ("does not know about it", "#### no knowledge of it; she is not aware of it", "lenient"),
-    ],
-)
-def test_verdicts(task, answer, completion, kind):
-    assert task.verify(problem(answer), completion).kind == kind
+VERDICTS = [
+    ("oak chest", "#### oak chest", "strict"),
+    ("oak chest", "#### The oak chest.", "strict"),
+    ("the oak chest", "So:\n#### **Oak Chest**", "strict"),
+    ("oak chest", "#### The lamp is in the oak chest.", "lenient"),
+    ("oak chest", "She put it into the oak chest", "lenient"),
+    ("oak chest", "Not in the iron trunk but in the oak chest.", "lenient"),
+    ("oak chest", "It was in the oak chest and is now in the iron trunk.", "wrong"),
+    ("oak chest", "#### iron trunk", "wrong"),
+    ("oak chest", "#### chest", "wrong"),
+    ("oak chest", "Who knows?", "none"),
+    ("boat house", "In the Boat House, then.", "lenient"),
+    ("unknown", "#### unknown", "strict"),
+    ("unknown", "That cannot be determined from the story.", "lenient"),
+    ("unknown", "#### oak chest", "wrong"),
+    ("oak chest", "Unknown.", "wrong"),
+    ("yes", "#### Yes", "strict"),
+    ("yes", "Yes, she does.", "lenient"),
+    ("no", "Nothing is known.", "none"),
+    ("no", "#### No, Otto left.", "lenient"),
+    ("no", "Not yes: no", "lenient"),
+    ("no", "yes", "wrong"),
+    ("knows about it", "#### knows about it", "strict"),
+    ("knows about it", "#### does not know about it", "wrong"),
+    ("knows about it", "Otto thinks that Ida knows about it.", "lenient"),
+    ("does not know about it", "#### Does not know about it.", "strict"),
+    ("does not know about it", "#### knows about it", "wrong"),
+    ("does not know about it", "Ida doesn't know about it", "lenient"),
+    ("does not know about it", "", "none"),
+    # A denied answer is not given.
+    ("oak chest", "#### not oak chest", "wrong"),
+    ("oak chest", "#### not in the oak chest", "wrong"),
+    ("oak chest", "It is not in the oak chest.", "none"),
+    ("oak chest", "It is no longer in the iron trunk, it is in the oak chest.", "lenient"),
+    ("iron trunk", "It's in the iron trunk and no longer in the oak chest.", "lenient"),
+    ("unknown", "#### not unknown", "wrong"),
+    ("unknown", "#### It is not mentioned.", "lenient"),
+    ("yes", "#### not yes", "wrong"),
+    ("no", "#### not no", "wrong"),
+    ("no", "It is not yes. No.", "lenient"),
+    ("knows about it", "#### not knows about it", "wrong"),
+    ("does not know about it", "#### not does not know about it", "wrong"),
+    ("knows about it", "#### She does not really know about it.", "wrong"),
+    ("does not know about it", "#### She does not really know about it.", "lenient"),
+    ("does not know about it", "#### no knowledge of it; she is not aware of it", "lenient"),
+]
 
 
-@pytest.mark.parametrize(
-    ("sort", "answer", "completion", "kind"),
-    [
-        ("container", "oak chest", "#### the oak chest in the boat house", "lenient"),
-        ("container", "oak chest", "In the oak chest, which stands in the boat house.", "lenient"),
-        ("container", "oak chest", "the iron trunk in the boat house", "wrong"),
-        ("container", "oak chest", "#### the boat house", "wrong"),
-        ("container", "oak chest", "It is in the boat house.", "wrong"),
-        ("container", "unknown", "That cannot be determined.", "lenient"),
-        ("room", "boat house", "#### the boat house, in the oak chest", "lenient"),
-        ("room", "boat house", "The boat house: it lies in the iron trunk.", "lenient"),
-        ("room", "boat house", "#### the yard, in the oak chest", "wrong"),
-        ("room", "attic", "In the attic, in the oak chest.", "lenient"),
-        ("room", "attic", "In the oak chest.", "wrong"),
-    ],
-)
-def test_only_places_of_the_sort_that_is_asked_for_count(task, sort, answer, completion, kind):
-    question = f"In which {sort} is the lamp?"
-    asked = problem(answer, question)
-    moved = " Otto moved the lamp to the attic, leaving the iron trunk in its original location."
-    asked.fields["story"] += moved
-    assert task.verify(asked, completion).kind == kind
+def test_verdicts(task):
+    for answer, completion, kind in VERDICTS:
+        assert task.verify(problem(answer), completion).kind == kind
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("does not know about it", KNOWS_NOT),
-        ("knows about it", KNOWS),
-        ("Ann thinks that Bob knows about it, but he does not know about it.", KNOWS_NOT),
-        ("Ann doesn\u2019t know about it", KNOWS_NOT),
-        ("He does NOT know.", KNOWS_NOT),
-        ("She knows.", KNOWS),
-        ("Knowledge is power", None),
-        # The question's own style: what A thinks about B's belief.
-        ("Bryce thinks that Elijah does not really know about it.", KNOWS_NOT),
-        ("Bryce does not think that Elijah knows about it.", KNOWS_NOT),
-        ("Bryce doesn't believe Elijah knows about staffing needs.", KNOWS_NOT),
-        ("Bryce does not think that Elijah does not know about it.", KNOWS),
-        ("It is not the case that Kayla actually knows about it.", KNOWS_NOT),
-        ("Kayla was not in the room, but she knows about it.", KNOWS),
-        ("Kayla was told. Not only that: she knows about it.", KNOWS),
-        ("Is that so? Not quite. Kayla knows about it.", KNOWS),
-        ("Kayla isn't even aware of it", KNOWS_NOT),
-        ("Kayla is fully aware of it", KNOWS),
-        ("Kayla is not unaware of it", KNOWS),
-        ("Kayla no longer knows about it", KNOWS_NOT),
-        ("Kayla has never really known; she does not have any knowledge of it", KNOWS_NOT),
-        ("Nobody knows about it", KNOWS_NOT),
-        ("Mia is unlikely to know about it", KNOWS_NOT),
-        ("She hardly knows about it", KNOWS_NOT),
-        ("She doubts that he knows about it", KNOWS_NOT),
-        ("She does not doubt that he knows about it", KNOWS),
-        ("There is no doubt that she knows about it", KNOWS),
-        ("It is false that she knows about it", KNOWS_NOT),
-        ("She lacks knowledge of it", KNOWS_NOT),
-        ("As we know, Otto left.", None),
-    ],
-)
-def test_knowing(text, answer):
-    assert phrases.lenient_phrase(text, KNOWLEDGE) == answer
+ASKED_FOR = [
+    ("container", "oak chest", "#### the oak chest in the boat house", "lenient"),
+    ("container", "oak chest", "In the oak chest, which stands in the boat house.", "lenient"),
+    ("container", "oak chest", "the iron trunk in the boat house", "wrong"),
+    ("container", "oak chest", "#### the boat house", "wrong"),
+    ("container", "oak chest", "It is in the boat house.", "wrong"),
+    ("container", "unknown", "That cannot be determined.", "lenient"),
+    ("room", "boat house", "#### the boat house, in the oak chest", "lenient"),
+    ("room", "boat house", "The boat house: it lies in the iron trunk.", "lenient"),
+    ("room", "boat house", "#### the yard, in the oak chest", "wrong"),
+    ("room", "attic", "In the attic, in the oak chest.", "lenient"),
+    ("room", "attic", "In the oak chest.", "wrong"),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("<think>\nThe answer is\n#### oak chest", "none"),
-        ("<think>\nIt is in the oak chest.", "none"),
-        ("<think>oak chest</think>\n\nI cannot say.", "none"),
-        ("<think>the tin</think>\n#### oak chest", "strict"),
-        ("It is in the tin.</think>\nIt is in the oak chest.", "lenient"),
-        ("<think>oak chest</think>\n#### tin", "wrong"),
-    ],
-)
-def test_thoughts_are_no_answers(text, kind):
-    candidates = phrases.themselves(["oak chest", "tin"])
-    assert phrases.judge(text, "oak chest", candidates) == kind
+def test_only_places_of_the_sort_that_is_asked_for_count(task):
+    for sort, answer, completion, kind in ASKED_FOR:
+        question = f"In which {sort} is the lamp?"
+        asked = problem(answer, question)
+        moved = (
+            " Otto moved the lamp to the attic, leaving the iron trunk in its original location."
+        )
+        asked.fields["story"] += moved
+        assert task.verify(asked, completion).kind == kind
+
+
+KNOWING = [
+    ("does not know about it", KNOWS_NOT),
+    ("knows about it", KNOWS),
+    ("Ann thinks that Bob knows about it, but he does not know about it.", KNOWS_NOT),
+    ("Ann doesn\u2019t know about it", KNOWS_NOT),
+    ("He does NOT know.", KNOWS_NOT),
+    ("She knows.", KNOWS),
+    ("Knowledge is power", None),
+    # The question's own style: what A thinks about B's belief.
+    ("Bryce thinks that Elijah does not really know about it.", KNOWS_NOT),
+    ("Bryce does not think that Elijah knows about it.", KNOWS_NOT),
+    ("Bryce doesn't believe Elijah knows about staffing needs.", KNOWS_NOT),
+    ("Bryce does not think that Elijah does not know about it.", KNOWS),
+    ("It is not the case that Kayla actually knows about it.", KNOWS_NOT),
+    ("Kayla was not in the room, but she knows about it.", KNOWS),
+    ("Kayla was told. Not only that: she knows about it.", KNOWS),
+    ("Is that so? Not quite. Kayla knows about it.", KNOWS),
+    ("Kayla isn't even aware of it", KNOWS_NOT),
+    ("Kayla is fully aware of it", KNOWS),
+    ("Kayla is not unaware of it", KNOWS),
+    ("Kayla no longer knows about it", KNOWS_NOT),
+    ("Kayla has never really known; she does not have any knowledge of it", KNOWS_NOT),
+    ("Nobody knows about it", KNOWS_NOT),
+    ("Mia is unlikely to know about it", KNOWS_NOT),
+    ("She hardly knows about it", KNOWS_NOT),
+    ("She doubts that he knows about it", KNOWS_NOT),
+    ("She does not doubt that he knows about it", KNOWS),
+    ("There is no doubt that she knows about it", KNOWS),
+    ("It is false that she knows about it", KNOWS_NOT),
+    ("She lacks knowledge of it", KNOWS_NOT),
+    ("As we know, Otto left.", None),
+]
+
+
+def test_knowing():
+    for text, answer in KNOWING:
+        assert phrases.lenient_phrase(text, KNOWLEDGE) == answer
+
+
+THOUGHTS_ARE_NO_ANSWERS = [
+    ("<think>\nThe answer is\n#### oak chest", "none"),
+    ("<think>\nIt is in the oak chest.", "none"),
+    ("<think>oak chest</think>\n\nI cannot say.", "none"),
+    ("<think>the tin</think>\n#### oak chest", "strict"),
+    ("It is in the tin.</think>\nIt is in the oak chest.", "lenient"),
+    ("<think>oak chest</think>\n#### tin", "wrong"),
+]
+
+
+def test_thoughts_are_no_answers():
+    for text, kind in THOUGHTS_ARE_NO_ANSWERS:
+        candidates = phrases.themselves(["oak chest", "tin"])
+        assert phrases.judge(text, "oak chest", candidates) == kind
 
 
 @given(text=st.text(), answer=st.sampled_from(["oak chest", "no", "knows about it", "?"]))

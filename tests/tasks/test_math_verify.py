@@ -45,12 +45,12 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize("row", COMPLETIONS, ids=lambda row: row["completion"][-30:])
-def test_completions_are_judged_as_listed(row):
-    kind = answers.judge(row["completion"], row["answer"])
-    assert kind == row["kind"]
-    differs = accepts(row["completion"], row["answer"]) != (kind in ("strict", "lenient"))
-    assert differs == (row["completion"] in DIFFERENT)
+def test_completions_are_judged_as_listed():
+    for row in COMPLETIONS:
+        kind = answers.judge(row["completion"], row["answer"])
+        assert kind == row["kind"], row
+        differs = accepts(row["completion"], row["answer"]) != (kind in ("strict", "lenient"))
+        assert differs == (row["completion"] in DIFFERENT), row
 
 
 def test_the_list_names_completions_that_are_there():

@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,21 +16,21 @@ PIECES = ["3+4=7", " = 12", "=", ". ", "\n", "#### ", "<think>", "</think>", "$5
 chain_like = st.lists(st.sampled_from([*PIECES, " x", "9" * 30, "٣"]), max_size=20).map("".join)
 
 
-@pytest.mark.parametrize(
-    ("completion", "steps"),
-    [
-        ("3+4=7\n7*2=14\n#### 14", ["3+4=7", "\n7*2=14"]),
-        ("3+4=7\n\n  7*2=14 \n\n#### 14", ["3+4=7", "\n\n  7*2=14"]),
-        ("First 3.5 more. Then 7! So? #### 7", ["First 3.5 more.", " Then 7!", " So?"]),
-        ("<think>\n3+4=7\n7*2=14\n</think>\n\n#### 14", ["<think>\n3+4=7", "\n7*2=14"]),
-        ("<think>One. Two.</think>#### 3", ["<think>One.", " Two."]),
-        ("3+4=7", ["3+4=7"]),
-        ("#### 7", []),
-        ("", []),
-    ],
-)
-def test_steps_are_lines_or_else_sentences(completion, steps):
-    assert GSM8K.steps(completion) == steps
+LINES_OR_SENTENCES = [
+    ("3+4=7\n7*2=14\n#### 14", ["3+4=7", "\n7*2=14"]),
+    ("3+4=7\n\n  7*2=14 \n\n#### 14", ["3+4=7", "\n\n  7*2=14"]),
+    ("First 3.5 more. Then 7! So? #### 7", ["First 3.5 more.", " Then 7!", " So?"]),
+    ("<think>\n3+4=7\n7*2=14\n</think>\n\n#### 14", ["<think>\n3+4=7", "\n7*2=14"]),
+    ("<think>One. Two.</think>#### 3", ["<think>One.", " Two."]),
+    ("3+4=7", ["3+4=7"]),
+    ("#### 7", []),
+    ("", []),
+]
+
+
+def test_steps_are_lines_or_else_sentences():
+    for completion, steps in LINES_OR_SENTENCES:
+        assert GSM8K.steps(completion) == steps
 
 
 def test_all_steps_the_cue_and_the_answer_are_the_completion():
@@ -57,53 +56,53 @@ def test_the_cue_stands_on_a_line_of_its_own_after_any_number_of_steps():
             assert GSM8K.verify(Problem(prompt="?", answer="5"), asked + "5").kind == "strict"
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("#### 1,000", "1000"),
-        ("#### 1000.0", "1000"),
-        ("so 0.50", "1/2"),
-        ("\\boxed{1/2}", "1/2"),
-        ("<think>3</think>#### 4", "4"),
-        ("<think>3", None),
-        ("nothing", None),
-    ],
-)
-def test_equal_answers_are_equal_texts(completion, answer):
-    assert GSM8K.final_answer(completion) == answer
+EQUAL_ANSWERS = [
+    ("#### 1,000", "1000"),
+    ("#### 1000.0", "1000"),
+    ("so 0.50", "1/2"),
+    ("\\boxed{1/2}", "1/2"),
+    ("<think>3</think>#### 4", "4"),
+    ("<think>3", None),
+    ("nothing", None),
+]
 
 
-@pytest.mark.parametrize(
-    ("step", "result"),
-    [
-        ("He has 3+4 = 7 pens.", "7"),
-        ("3*4=12, 12-2=10", "10"),
-        ("That is $5 x 4 = $1,250.50 then.", "1,250.50"),
-        ("x = 3 + 4", None),
-        ("x = 3 + 4 = 7", "7"),
-        ("= 1/2", None),
-        ("7 pens", None),
-        ("= " + "9" * 5000, None),
-    ],
-)
-def test_the_result_of_a_step(step, result):
-    assert result_of(step) == result
+def test_equal_answers_are_equal_texts():
+    for completion, answer in EQUAL_ANSWERS:
+        assert GSM8K.final_answer(completion) == answer
+
+
+THE_RESULT_OF_A_STEP = [
+    ("He has 3+4 = 7 pens.", "7"),
+    ("3*4=12, 12-2=10", "10"),
+    ("That is $5 x 4 = $1,250.50 then.", "1,250.50"),
+    ("x = 3 + 4", None),
+    ("x = 3 + 4 = 7", "7"),
+    ("= 1/2", None),
+    ("7 pens", None),
+    ("= " + "9" * 5000, None),
+]
+
+
+def test_the_result_of_a_step():
+    for step, result in THE_RESULT_OF_A_STEP:
+        assert result_of(step) == result
 
 
 def test_a_result_changes_where_the_step_repeats_it():
     assert with_result("7-0 = 7, so 7 of 17 or 7.5", "9") == "7-0 = 9, so 9 of 17 or 7.5"
 
 
-@pytest.mark.parametrize("literal", ["0", "7", "1,000", "2.50", "999", "123456789012345"])
-def test_nearby_numbers(literal):
-    value = parse_number(literal)
-    numbers = list(nearby_numbers(literal, Draw("nearby", literal)))
-    values = [parse_number(number) for number in numbers]
-    assert len(set(values)) == len(values) >= 4
-    for number in values:
-        assert number >= 0 and 0 < abs(number - value) <= 10
-    if "." in literal:
-        assert all(number.endswith(literal[literal.index(".") :]) for number in numbers)
+def test_nearby_numbers():
+    for literal in ["0", "7", "1,000", "2.50", "999", "123456789012345"]:
+        value = parse_number(literal)
+        numbers = list(nearby_numbers(literal, Draw("nearby", literal)))
+        values = [parse_number(number) for number in numbers]
+        assert len(set(values)) == len(values) >= 4
+        for number in values:
+            assert number >= 0 and 0 < abs(number - value) <= 10
+        if "." in literal:
+            assert all(number.endswith(literal[literal.index(".") :]) for number in numbers)
 
 
 def test_a_corrupted_story_is_worked_out_from_its_changed_line():
@@ -181,15 +180,15 @@ def test_gsm8k_does_not_know_what_follows():
     assert GSM8K.corrupted(PROBLEM, "no sums here\n#### 7", Draw("none")) is None
 
 
-@pytest.mark.parametrize("answer", ["7", "0", "1,000", "$18.00", "1/2", "1/2310", "-3"])
-def test_wrong_answers_are_near_and_wrong(answer):
-    problem = Problem(prompt="?", answer=answer)
-    for seed in range(30):
-        wrong = GSM8K.wrong_answer(problem, Draw("wrong", seed))
-        number = parse_number(wrong)
-        assert number != parse_number(answer)
-        assert abs(number - parse_number(answer)) <= 10
-        assert GSM8K.verify(problem, f"#### {wrong}").kind == "wrong"
+def test_wrong_answers_are_near_and_wrong():
+    for answer in ["7", "0", "1,000", "$18.00", "1/2", "1/2310", "-3"]:
+        problem = Problem(prompt="?", answer=answer)
+        for seed in range(30):
+            wrong = GSM8K.wrong_answer(problem, Draw("wrong", seed))
+            number = parse_number(wrong)
+            assert number != parse_number(answer)
+            assert abs(number - parse_number(answer)) <= 10
+            assert GSM8K.verify(problem, f"#### {wrong}").kind == "wrong"
 
 
 @given(text=st.text() | chain_like)

@@ -3,7 +3,7 @@ import pytest
 from jexit.tasks import make_task
 from jexit.tasks.base import split_of
 from jexit.tasks.streams import NoMoreProblems, Stream
-from jexit.tasks.tom import canonical
+from jexit.tasks.tom.task import canonical
 
 QUICK = {"people": (2, 2), "moves": (3, 3), "steps": "at_once"}
 
@@ -34,15 +34,12 @@ def test_a_stream_without_any_problem_of_a_split_says_so():
         stream.at(other, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("sums", {"steps": "at_once"}), ("word_problems", {}), ("tom", QUICK)],
-)
-def test_the_first_256_problems_of_a_held_out_split_are_distinct(name, options):
-    task = make_task(name, **options)
-    for split in ("val", "test"):
-        prompts = [task.problem(split, index).prompt for index in range(256)]
-        assert len(set(map(canonical, prompts))) == 256
+def test_the_first_problems_of_a_held_out_split_are_distinct():
+    for name, options in [("sums", {"steps": "at_once"}), ("word_problems", {}), ("tom", QUICK)]:
+        task = make_task(name, **options)
+        for split in ("val", "test"):
+            prompts = [task.problem(split, index).prompt for index in range(64)]
+            assert len(set(map(canonical, prompts))) == 64
 
 
 def test_the_same_problems_whatever_their_steps():

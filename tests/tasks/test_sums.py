@@ -19,29 +19,31 @@ def test_the_chain_by_hand():
     assert sums.prescribed_steps(3, 5) == [3]
 
 
-@pytest.mark.parametrize(
-    ("steps", "start"),
-    [("free", "sum "), (2, "sum by 2 "), ("5", "sum by 5 "), ("at_once", "sum at once ")],
-)
-def test_prompts(steps, start):
-    task = make_task("sums", steps=steps)
-    for index in range(50):
-        problem = task.problem("train", index)
-        operands = problem.prompt.removeprefix(start)
-        assert operands == problem.fields["operands"]
-        assert 3 <= len(operands) <= 8
-        assert problem.answer == str(sum(int(digit) for digit in operands) % 10)
+def test_prompts():
+    for steps, start in [
+        ("free", "sum "),
+        (2, "sum by 2 "),
+        ("5", "sum by 5 "),
+        ("at_once", "sum at once "),
+    ]:
+        task = make_task("sums", steps=steps)
+        for index in range(50):
+            problem = task.problem("train", index)
+            operands = problem.prompt.removeprefix(start)
+            assert operands == problem.fields["operands"]
+            assert 3 <= len(operands) <= 8
+            assert problem.answer == str(sum(int(digit) for digit in operands) % 10)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 5])
-def test_prescribed_chains_take_the_prescribed_steps(step):
-    task = make_task("sums", steps=step)
-    for index in range(100):
-        problem = task.problem("test", index)
-        sizes = sums.step_sizes(problem.fields["operands"], problem.completion)
-        assert all(size == step for size in sizes[:-1])
-        assert 2 <= sizes[-1] <= step
-        assert sum(size - 1 for size in sizes) == len(problem.fields["operands"]) - 1
+def test_prescribed_chains_take_the_prescribed_steps():
+    for step in [2, 3, 4, 5]:
+        task = make_task("sums", steps=step)
+        for index in range(100):
+            problem = task.problem("test", index)
+            sizes = sums.step_sizes(problem.fields["operands"], problem.completion)
+            assert all(size == step for size in sizes[:-1])
+            assert 2 <= sizes[-1] <= step
+            assert sum(size - 1 for size in sizes) == len(problem.fields["operands"]) - 1
 
 
 def test_at_once_has_no_chain():
@@ -80,29 +82,29 @@ def test_no_operand_string_is_on_both_sides():
     assert 0.08 < short["test"] / 1000 < 0.17 and 0.08 < short["val"] / 1000 < 0.17
 
 
-@pytest.mark.parametrize(
-    ("completion", "kind"),
-    [
-        ("+02+2####2", "strict"),
-        ("####2", "strict"),
-        ("#### 2", "lenient"),
-        ("####2\n", "lenient"),
-        ("+02+2", "lenient"),
-        ("the answer is 2.", "lenient"),
-        ("####3", "wrong"),
-        ("+02+2####3", "wrong"),
-        ("####2####3", "wrong"),
-        ("####22", "none"),
-        ("+02", "none"),
-        ("+02+2####", "none"),
-        ("", "none"),
-        ("####٢", "none"),
-    ],
-)
-def test_verdicts(completion, kind):
-    task = make_task("sums")
-    problem = sums._problem("sum 372", "372", [2, 2], mode="free", step=None)
-    assert task.verify(problem, completion).kind == kind
+VERDICTS = [
+    ("+02+2####2", "strict"),
+    ("####2", "strict"),
+    ("#### 2", "lenient"),
+    ("####2\n", "lenient"),
+    ("+02+2", "lenient"),
+    ("the answer is 2.", "lenient"),
+    ("####3", "wrong"),
+    ("+02+2####3", "wrong"),
+    ("####2####3", "wrong"),
+    ("####22", "none"),
+    ("+02", "none"),
+    ("+02+2####", "none"),
+    ("", "none"),
+    ("####٢", "none"),
+]
+
+
+def test_verdicts():
+    for completion, kind in VERDICTS:
+        task = make_task("sums")
+        problem = sums._problem("sum 372", "372", [2, 2], mode="free", step=None)
+        assert task.verify(problem, completion).kind == kind
 
 
 @given(text=st.text() | sums_like)
@@ -119,41 +121,41 @@ def test_verify_and_the_readers_are_total(text):
     assert 0 <= sums.written_reductions("372", steps) <= 2
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("+129+39+2####2", 2),  # a slip
-        ("+029+29+1####1", 3),
-        ("+029+29####1", 2),
-        ("+029+29+3####3", 2),
-        ("+88+6####6", 0),  # made up
-        ("+028+20+2####2", 0),
-        ("+029+029+29+1####1", 3),  # repeated, and still once
-    ],
-)
-def test_what_is_on_the_page_has_to_follow_from_the_operands(text, count):
-    assert sums.written_reductions("3729", sums.chain_steps("3729", text)) == count
+WRITTEN_OUT = [
+    ("+129+39+2####2", 2),  # a slip
+    ("+029+29+1####1", 3),
+    ("+029+29####1", 2),
+    ("+029+29+3####3", 2),
+    ("+88+6####6", 0),  # made up
+    ("+028+20+2####2", 0),
+    ("+029+029+29+1####1", 3),  # repeated, and still once
+]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "text", "obeyed"),
-    [
-        ("2", "+029+29+1####1", True),
-        ("2", "+129+39+2####2", True),  # of the right sizes, however wrong
-        ("2", "++29+1####1", False),
-        ("3", "++29+1####1", True),
-        ("3", "+029+29+1####1", False),
-        ("3", "+029++1####1", False),  # as many steps of other sizes
-        ("at_once", "####1", True),
-        ("at_once", "+029####1", False),
-        ("free", "####1", True),
-    ],
-)
-def test_prescribed_steps_are_taken_or_not(prompt, text, obeyed):
-    task = make_task("sums", steps=prompt, operands=(4, 4))
-    drawn = task.problem("test", 0)
-    problem = dataclasses.replace(drawn, fields={**drawn.fields, "operands": "3729"})
-    assert task.obeys(problem, text) == obeyed
+def test_what_is_on_the_page_has_to_follow_from_the_operands():
+    for text, count in WRITTEN_OUT:
+        assert sums.written_reductions("3729", sums.chain_steps("3729", text)) == count
+
+
+PRESCRIBED = [
+    ("2", "+029+29+1####1", True),
+    ("2", "+129+39+2####2", True),  # of the right sizes, however wrong
+    ("2", "++29+1####1", False),
+    ("3", "++29+1####1", True),
+    ("3", "+029+29+1####1", False),
+    ("3", "+029++1####1", False),  # as many steps of other sizes
+    ("at_once", "####1", True),
+    ("at_once", "+029####1", False),
+    ("free", "####1", True),
+]
+
+
+def test_prescribed_steps_are_taken_or_not():
+    for prompt, text, obeyed in PRESCRIBED:
+        task = make_task("sums", steps=prompt, operands=(4, 4))
+        drawn = task.problem("test", 0)
+        problem = dataclasses.replace(drawn, fields={**drawn.fields, "operands": "3729"})
+        assert task.obeys(problem, text) == obeyed
 
 
 def test_chain_steps_judge_each_step_by_its_own_input():
@@ -178,24 +180,24 @@ def test_chain_steps_judge_each_step_by_its_own_input():
     assert read and all(step.correct for step in read)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"steps": 6},
-        {"steps": "often"},
-        {"operands": (1, 4)},
-        {"operands": (5, 4)},
-        {"operands": (5,)},
-        {"mixture": {"free": 0.0}},
-        {"mixture": {"sometimes": 1.0}},
-        {"mixture": {}},
-    ],
-)
-def test_wrong_options_name_value_and_remedy(options):
-    name = next(iter(options))
-    remedy = "give other weights" if name == "mixture" else rf"change config\.task\.{name}"
-    with pytest.raises(ValueError, match=rf"{name}.* got .*; {remedy}"):
-        make_task("sums", **options)
+WRONG_OPTIONS = [
+    {"steps": 6},
+    {"steps": "often"},
+    {"operands": (1, 4)},
+    {"operands": (5, 4)},
+    {"operands": (5,)},
+    {"mixture": {"free": 0.0}},
+    {"mixture": {"sometimes": 1.0}},
+    {"mixture": {}},
+]
+
+
+def test_wrong_options_name_value_and_remedy():
+    for options in WRONG_OPTIONS:
+        name = next(iter(options))
+        remedy = "give other weights" if name == "mixture" else rf"change config\.task\.{name}"
+        with pytest.raises(ValueError, match=rf"{name}.* got .*; {remedy}"):
+            make_task("sums", **options)
 
 
 def test_figures_of_parts_add_up_to_those_of_the_whole():
@@ -229,27 +231,27 @@ def figures(operands, *texts):
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-@pytest.mark.parametrize(
-    ("text", "on_the_page", "step_size", "as_announced"),
-    [
-        ("+0295+295+15+6####6", 1.0, 2.0, 1.0),  # every addition written
-        ("+0295####6", 1 / 4, (2 + 4) / 2, 1.0),  # three of four in the head
-        ("+6####6", 1 / 4, 5.0, 0.0),  # all in one step, which says that it takes two
-        ("++++6####6", 1 / 4, 5.0, 1.0),
-        ("####6", 0.0, 5.0, None),
-        ("+####6", 0.0, 5.0, None),
-        ("It is 6.", 0.0, 5.0, None),
-        ("", 0.0, None, None),
-        ("+0295+295", 1 / 2, 2.0, 1.0),  # cut off
-        ("++295++6####6", 1 / 2, 3.0, 1.0),
-        ("+1295+395+25+7####7", 3 / 4, 2.0, 1.0),  # 3 + 7 does not end in 1; the rest is right
-    ],
-)
-def test_what_is_on_the_page(text, on_the_page, step_size, as_announced):
-    found = figures("37295", text)
-    assert found["on_the_page"] == pytest.approx(on_the_page)
-    assert found.get("step_size") == (None if step_size is None else pytest.approx(step_size))
-    assert found.get("as_announced") == as_announced
+WHAT_IS_ON_THE_PAGE = [
+    ("+0295+295+15+6####6", 1.0, 2.0, 1.0),  # every addition written
+    ("+0295####6", 1 / 4, (2 + 4) / 2, 1.0),  # three of four in the head
+    ("+6####6", 1 / 4, 5.0, 0.0),  # all in one step, which says that it takes two
+    ("++++6####6", 1 / 4, 5.0, 1.0),
+    ("####6", 0.0, 5.0, None),
+    ("+####6", 0.0, 5.0, None),
+    ("It is 6.", 0.0, 5.0, None),
+    ("", 0.0, None, None),
+    ("+0295+295", 1 / 2, 2.0, 1.0),  # cut off
+    ("++295++6####6", 1 / 2, 3.0, 1.0),
+    ("+1295+395+25+7####7", 3 / 4, 2.0, 1.0),  # 3 + 7 does not end in 1; the rest is right
+]
+
+
+def test_what_is_on_the_page():
+    for text, on_the_page, step_size, as_announced in WHAT_IS_ON_THE_PAGE:
+        found = figures("37295", text)
+        assert found["on_the_page"] == pytest.approx(on_the_page)
+        assert found.get("step_size") == (None if step_size is None else pytest.approx(step_size))
+        assert found.get("as_announced") == as_announced
 
 
 def test_figures_of_known_chains():
@@ -296,26 +298,26 @@ def test_chains_of_prescribed_steps_are_read_back(operands, step, kept, signs):
         assert said == [piece.count("+") + 1 for piece in make_task("sums").steps(text)]
 
 
-@pytest.mark.parametrize(
-    ("completion", "size", "right"),
-    [
-        ("+03", 2, True),
-        ("+0####3", 2, True),
-        ("+13", 2, False),
-        ("++3", 3, True),
-        ("+++3####3", 4, False),  # of three operands
-        ("3", 0, False),  # no signs begin no step
-        ("++", 0, False),
-        ("+####0", 0, False),
-        ("", 0, False),
-    ],
-)
-def test_the_first_result_of_a_completion(completion, size, right):
-    problem = Problem(prompt="sum 373", answer="3", completion=None, fields={"operands": "373"})
-    assert make_task("sums").first_result(problem, completion) == (size, right)
-    task = make_task("sums")
-    begun = [task.begun_step(problem, size) for size in task.begun_sizes]
-    assert begun == ["+", "++", None, None]
+FIRST_RESULTS = [
+    ("+03", 2, True),
+    ("+0####3", 2, True),
+    ("+13", 2, False),
+    ("++3", 3, True),
+    ("+++3####3", 4, False),  # of three operands
+    ("3", 0, False),  # no signs begin no step
+    ("++", 0, False),
+    ("+####0", 0, False),
+    ("", 0, False),
+]
+
+
+def test_the_first_result_of_a_completion():
+    for completion, size, right in FIRST_RESULTS:
+        problem = Problem(prompt="sum 373", answer="3", completion=None, fields={"operands": "373"})
+        assert make_task("sums").first_result(problem, completion) == (size, right)
+        task = make_task("sums")
+        begun = [task.begun_step(problem, size) for size in task.begun_sizes]
+        assert begun == ["+", "++", None, None]
 
 
 def test_steps_the_cue_and_the_answer_are_the_completion():
@@ -332,12 +334,15 @@ def test_steps_the_cue_and_the_answer_are_the_completion():
         assert task.cue_after("".join(steps[:1])) == "####"
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [("+02+2####2", "2"), ("#### 2", "2"), ("it is 3.", "3"), ("####22", None), ("", None)],
-)
-def test_final_answers(completion, answer):
-    assert make_task("sums").final_answer(completion) == answer
+def test_final_answers():
+    for completion, answer in [
+        ("+02+2####2", "2"),
+        ("#### 2", "2"),
+        ("it is 3.", "3"),
+        ("####22", None),
+        ("", None),
+    ]:
+        assert make_task("sums").final_answer(completion) == answer
 
 
 def test_a_corrupted_list_adds_up_to_the_answer_that_follows():

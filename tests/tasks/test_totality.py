@@ -10,7 +10,6 @@ import pytest
 from cpu_time import assert_linear, cpu_seconds
 from jexit.tasks import ChainTask, Draw, make_task
 
-TEXTS, SEEDS = 100_000, 10
 KINDS = ("strict", "lenient", "wrong", "none")
 
 DIGITS = ["0", "7", "18", "1,000", ".5", "1/2", "9" * 70, "٣٤", "²", "½", "Ⅷ", "𝟛", "೧"]
@@ -83,13 +82,13 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("texts", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MAKERS)
-def test_every_text_is_read(name, seed, tmp_path):
-    task, draw = MAKERS[name](tmp_path), random.Random(seed)
+def test_every_text_is_read(name, texts, tmp_path):
+    task, draw = MAKERS[name](tmp_path), random.Random(texts)
     problems = [task.problem("train", i) for i in range(min(task.size("train") or 12, 12))]
     kinds, whole = dict.fromkeys(KINDS, 0), {}
-    for number in range(TEXTS // SEEDS):
+    for number in range(texts):
         problem = problems[number % len(problems)]
         text = random_text(draw, problem.answer)
         kinds[task.verify(problem, text).kind] += 1
@@ -105,8 +104,8 @@ def test_every_text_is_read(name, seed, tmp_path):
             assert task.cue in task.cue_after(text)
             made = task.corrupted(problem, text, Draw("total", number))
             assert made is None or made.answer is None or made.answer != found
-    assert sum(kinds.values()) == TEXTS // SEEDS
-    assert min(kinds.values()) > 20, "the texts reach every verdict"
+    assert sum(kinds.values()) == texts
+    assert min(kinds.values()) > 10, "the texts reach every verdict"
     assert all(count > 0 for _, count in whole.values())
 
 

@@ -19,8 +19,8 @@ import re
 from collections.abc import Sequence
 
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_text import CONTAINERS, NO, TOPICS, UNKNOWN, YES, Question, Story
-from jexit.tasks.tom_world import PLACINGS, SPEECH, Event, Witnesses
+from jexit.tasks.tom.text import CONTAINERS, NO, TOPICS, UNKNOWN, YES, Question, Story
+from jexit.tasks.tom.world import PLACINGS, SPEECH, Event, Witnesses
 from jexit.tasks.word_problems import NAMES
 
 _NAME = "|".join(NAMES)

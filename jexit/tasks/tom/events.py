@@ -1,7 +1,7 @@
 """What can happen in a theory-of-mind story: people come and go, place things and talk.
 
 Each event is drawn among those that are possible in the world as it then is
-(`jexit.tasks.tom_world`).
+(`jexit.tasks.tom.world`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_text import PEOPLE_ASKED, Kind, Question, Story
-from jexit.tasks.tom_world import PLACINGS, Event, EventKind, World
+from jexit.tasks.tom.text import PEOPLE_ASKED, Kind, Question, Story
+from jexit.tasks.tom.world import PLACINGS, Event, EventKind, World
 
 PLACES = 3  # that a story about things mentions
 

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_events import (
+from jexit.tasks.tom.events import (
     ANYHOW,
     PLACES,
     VERBS,
@@ -30,9 +30,9 @@ from jexit.tasks.tom_events import (
     sentences,
     story_of_places,
 )
-from jexit.tasks.tom_rules import before_last_move, is_named, others_know_place
-from jexit.tasks.tom_text import PEOPLE_ASKED, Kind, Question, Story
-from jexit.tasks.tom_world import Event, EventKind, World
+from jexit.tasks.tom.rules import before_last_move, is_named, others_know_place
+from jexit.tasks.tom.text import PEOPLE_ASKED, Kind, Question, Story
+from jexit.tasks.tom.world import Event, EventKind, World
 
 _STORIES = 60  # that are tried with a pair of verbs: some pairs cannot be in short stories
 # What the person does, in some order: the same in all three stories.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jexit.tasks.tom_text import Question, Story
-from jexit.tasks.tom_world import Event, World
+from jexit.tasks.tom.text import Question, Story
+from jexit.tasks.tom.world import Event, World
 
 
 def is_named(person: str, event: Event) -> bool:
@@ -46,11 +46,6 @@ def others_know_place(question: Question, person: str, world: World) -> bool:
     return all(world.beliefs.get(((other,), question.thing)) == place for other in others)
 
 
-def others_belief(question: Question, world: World) -> str | None:
-    """Where the second person asked about thinks that the thing is at the end."""
-    return world.beliefs.get((question.people[1:], question.thing))
-
-
 def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
     """Whether all people asked about are named with the topic, and whether everybody is told."""
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
@@ -81,11 +76,6 @@ class Surface:
 
     verbs: tuple[str, str]
     last_named: int
-
-    @property
-    def true_place(self) -> int:
-        """The place of the last placing."""
-        return max((rank for rank, verb in enumerate(self.verbs, 1) if verb == "moves"), default=0)
 
     def is_of(self, question: Question, story: Story, world: World, places: Sequence[str]) -> bool:
         return last_named(question, story, world) == places[self.last_named] and others_know_place(

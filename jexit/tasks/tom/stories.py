@@ -5,7 +5,7 @@ are moved between. Which of the three, in the order in which they come up with t
 answer is drawn before the story.
 
 In three of four stories about beliefs only somebody's comings and goings tell the answer
-(`jexit.tasks.tom_presence`). In the fourth the person asked about may be named where they learn of
+(`jexit.tasks.tom.presence`). In the fourth the person asked about may be named where they learn of
 a place: as who does it, to whom it is whispered, or as a secret witness. All that a rule could go
 by there that tracks nobody (`Surface`) is drawn before the story, independently of the answer:
 whether the thing is then moved, told about or whispered about, hence where it is, and the last
@@ -38,7 +38,7 @@ import itertools
 from collections.abc import Sequence
 
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_events import (
+from jexit.tasks.tom.events import (
     ANYHOW,
     PLACED,
     PLACES,
@@ -52,9 +52,9 @@ from jexit.tasks.tom_events import (
     story_of_places,
     story_of_topics,
 )
-from jexit.tasks.tom_presence import story_of_presence
-from jexit.tasks.tom_rules import SURFACES, Surface, told_by_name, who_knows
-from jexit.tasks.tom_text import (
+from jexit.tasks.tom.presence import story_of_presence
+from jexit.tasks.tom.rules import SURFACES, Surface, told_by_name, who_knows
+from jexit.tasks.tom.text import (
     CONTAINERS,
     OF_PLACES,
     PEOPLE_ASKED,
@@ -64,7 +64,7 @@ from jexit.tasks.tom_text import (
     Question,
     Story,
 )
-from jexit.tasks.tom_world import Event
+from jexit.tasks.tom.world import Event
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
 _STORIES = 5_000  # that are tried: more than any combination needs with three people

@@ -24,10 +24,10 @@ from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
 from jexit.tasks.streams import Stream
-from jexit.tasks.tom_chain import chain, changes
-from jexit.tasks.tom_rules import is_false
-from jexit.tasks.tom_stories import PLACES, draw_problem
-from jexit.tasks.tom_text import (
+from jexit.tasks.tom.chain import chain, changes
+from jexit.tasks.tom.rules import is_false
+from jexit.tasks.tom.stories import PLACES, draw_problem
+from jexit.tasks.tom.text import (
     CLOSINGS,
     CONTAINERS,
     KINDS,
@@ -61,7 +61,7 @@ class Tom(ChainTask):
     included. `kinds`: the kinds of question, equally often. A story with its question decides the
     split (`split_of`), whatever the names and things in it.
 
-    Places and what is false are balanced (`jexit.tasks.tom_stories`): the answer is each of a
+    Places and what is false are balanced (`jexit.tasks.tom.stories`): the answer is each of a
     story's three places equally often, beliefs asked for are false in two of three problems, and
     yes is right in half.
     """

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from jexit.tasks.tom_world import SPEECH, Event, World
+from jexit.tasks.tom.world import SPEECH, Event, World
 
 ROOMS = ("hall", "kitchen", "garden", "office")
 CONTAINERS = ("box", "bag", "jar", "tin", "chest", "basket")

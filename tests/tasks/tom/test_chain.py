@@ -1,14 +1,13 @@
 import itertools
 import re
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw
-from jexit.tasks.tom_chain import read_line
-from jexit.tasks.tom_text import CONTAINERS, OF_PLACES, TOPICS
+from jexit.tasks.tom.chain import read_line
+from jexit.tasks.tom.text import CONTAINERS, OF_PLACES, TOPICS
 from jexit.tasks.word_problems import NAMES
 
 WHAT = "|".join((*CONTAINERS, *TOPICS))
@@ -59,13 +58,13 @@ def lines_of(completion):
     return completion.rpartition("####")[0].splitlines()
 
 
-@pytest.mark.parametrize("steps", ["fine", "coarse", "free"])
-def test_the_answer_follows_from_the_chain_alone(steps):
-    task = make_task("tom", steps=steps, people=(2, 4), moves=(3, 5))
-    for index in range(600):
-        problem = task.problem("train", index)
-        states = list(follow(lines_of(problem.completion), problem.fields, unknown_of(problem)))
-        assert (states or [unknown_of(problem)])[-1] == problem.answer
+def test_the_answer_follows_from_the_chain_alone():
+    for steps in ["fine", "coarse", "free"]:
+        task = make_task("tom", steps=steps, people=(2, 4), moves=(3, 5))
+        for index in range(600):
+            problem = task.problem("train", index)
+            states = list(follow(lines_of(problem.completion), problem.fields, unknown_of(problem)))
+            assert (states or [unknown_of(problem)])[-1] == problem.answer
 
 
 def test_every_fine_line_states_what_it_comes_to():
@@ -99,28 +98,28 @@ def test_coarse_lines_are_the_changes_that_fine_lines_state():
     assert fewer > 300
 
 
-@pytest.mark.parametrize("steps", ["fine", "coarse"])
-def test_a_corrupted_line_leads_to_the_answer_that_is_said_to_follow(steps):
-    task = make_task("tom", steps=steps, people=(2, 4), moves=(3, 5))
-    made = dict.fromkeys(task.kinds, 0)
-    for index in range(600):
-        problem = task.problem("train", index)
-        change = task.corrupted(problem, problem.completion, Draw("corrupt", index))
-        if change is None:
-            continue
-        made[problem.fields["kind"]] += 1
-        lines, before = change.prefix.splitlines(), lines_of(problem.completion)
-        assert change.prefix.endswith("\n")
-        assert lines[:-1] == before[: len(lines) - 1] and lines[-1] != before[len(lines) - 1]
-        rest = before[len(lines) :]
-        if steps == "coarse":
-            assert not rest or problem.fields["kind"].endswith("knowledge")
-        *_, end = follow([*lines, *rest], problem.fields, unknown_of(problem))
-        assert end == change.answer != problem.answer
-        assert lines[-1].endswith(f": {change.answer}")
-        if problem.fields["kind"] in OF_PLACES:
-            assert change.answer in problem.fields["places"]
-    assert min(made.values()) > 20, made
+def test_a_corrupted_line_leads_to_the_answer_that_is_said_to_follow():
+    for steps in ["fine", "coarse"]:
+        task = make_task("tom", steps=steps, people=(2, 4), moves=(3, 5))
+        made = dict.fromkeys(task.kinds, 0)
+        for index in range(600):
+            problem = task.problem("train", index)
+            change = task.corrupted(problem, problem.completion, Draw("corrupt", index))
+            if change is None:
+                continue
+            made[problem.fields["kind"]] += 1
+            lines, before = change.prefix.splitlines(), lines_of(problem.completion)
+            assert change.prefix.endswith("\n")
+            assert lines[:-1] == before[: len(lines) - 1] and lines[-1] != before[len(lines) - 1]
+            rest = before[len(lines) :]
+            if steps == "coarse":
+                assert not rest or problem.fields["kind"].endswith("knowledge")
+            *_, end = follow([*lines, *rest], problem.fields, unknown_of(problem))
+            assert end == change.answer != problem.answer
+            assert lines[-1].endswith(f": {change.answer}")
+            if problem.fields["kind"] in OF_PLACES:
+                assert change.answer in problem.fields["places"]
+        assert min(made.values()) > 20, made
 
 
 def test_nothing_to_corrupt():

@@ -8,9 +8,9 @@ from story_reader import read_story
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw, stable_hash
-from jexit.tasks.tom import canonical, make_problem
-from jexit.tasks.tom_text import KINDS, OF_PLACES, TOPICS, Question, Story
-from jexit.tasks.tom_world import Event
+from jexit.tasks.tom.task import canonical, make_problem
+from jexit.tasks.tom.text import KINDS, OF_PLACES, TOPICS, Question, Story
+from jexit.tasks.tom.world import Event
 
 ASKED = re.compile(r" (?P<question>(?:Where|Does) [^.?]*\?)(?P<closing>.*)\Z")
 CLOSINGS = {
@@ -54,19 +54,19 @@ def test_the_example_of_the_docstring():
     assert short.fields["false_belief"] is True
 
 
-@pytest.mark.parametrize(
-    ("question", "completion"),
-    [
-        (asking("reality"), "Tom puts box: box\nTom moves jar: jar\n#### jar"),
-        (asking("memory"), "Tom puts box: box\nTom moves jar: box\n#### box"),
-        (
-            asking("second_belief", "Tom", "Mia"),
-            "Tom Mia see box: box\nMia leaves: Tom\nTom see jar: box\n#### box",
-        ),
-    ],
-)
-def test_other_questions_about_the_same_story(question, completion):
-    assert make_problem(sally_anne(), question, mode="fine", fine=True).completion == completion
+OTHER_QUESTIONS = [
+    (asking("reality"), "Tom puts box: box\nTom moves jar: jar\n#### jar"),
+    (asking("memory"), "Tom puts box: box\nTom moves jar: box\n#### box"),
+    (
+        asking("second_belief", "Tom", "Mia"),
+        "Tom Mia see box: box\nMia leaves: Tom\nTom see jar: box\n#### box",
+    ),
+]
+
+
+def test_other_questions_about_the_same_story():
+    for question, completion in OTHER_QUESTIONS:
+        assert make_problem(sally_anne(), question, mode="fine", fine=True).completion == completion
 
 
 def test_an_index_has_the_same_story_whatever_the_steps():
@@ -75,19 +75,19 @@ def test_an_index_has_the_same_story_whatever_the_steps():
         assert len({split_prompt(task.problem("train", index).prompt)[:2] for task in tasks}) == 1
 
 
-@pytest.mark.parametrize("steps", CLOSINGS)
-def test_prompts_prescribe_the_chain(steps):
-    task = make_task("tom", steps=steps)
-    for index in range(60):
-        problem = task.problem("train", index)
-        assert split_prompt(problem.prompt)[2] == CLOSINGS[steps]
-        assert problem.completion.endswith(f"#### {problem.answer}")
-        chain = problem.completion.removesuffix(f"#### {problem.answer}")
-        assert chain == "".join(task.steps(problem.completion))
-        assert all(line.endswith("\n") for line in task.steps(problem.completion))
-        assert task.final_answer(problem.completion) == problem.answer
-        if steps == "at_once":
-            assert chain == ""
+def test_prompts_prescribe_the_chain():
+    for steps in CLOSINGS:
+        task = make_task("tom", steps=steps)
+        for index in range(60):
+            problem = task.problem("train", index)
+            assert split_prompt(problem.prompt)[2] == CLOSINGS[steps]
+            assert problem.completion.endswith(f"#### {problem.answer}")
+            chain = problem.completion.removesuffix(f"#### {problem.answer}")
+            assert chain == "".join(task.steps(problem.completion))
+            assert all(line.endswith("\n") for line in task.steps(problem.completion))
+            assert task.final_answer(problem.completion) == problem.answer
+            if steps == "at_once":
+                assert chain == ""
 
 
 def test_answers_are_those_of_the_text():
@@ -187,60 +187,60 @@ def test_the_stream_is_fixed_for_good():
     assert stable_hash(*prompts) == 0x60F9A6AA8DE1EEFE
 
 
-@pytest.mark.parametrize(
-    ("completion", "kind"),
-    [
-        ("Mia: box\n#### box", "strict"),
-        ("#### box", "strict"),
-        ("#### box\n", "strict"),
-        ("#### The box.", "strict"),
-        ("####box", "lenient"),
-        ("Mia thinks they are in the box.", "lenient"),
-        ("First the jar, then the Box", "lenient"),
-        ("#### I think it is the box", "lenient"),
-        ("#### jar", "wrong"),
-        ("the box\n#### jar", "wrong"),
-        ("#### box\n#### jar", "wrong"),
-        ("#### nowhere", "wrong"),
-        ("boxes and jars", "none"),
-        ("Mia leaves: Tom\n", "none"),
-        ("####", "none"),
-        ("", "none"),
-    ],
-)
-def test_verdicts_on_places(completion, kind):
-    task = make_task("tom")
-    problem = make_problem(sally_anne(), asking("belief", "Mia"), mode="free", fine=False)
-    assert task.verify(problem, completion).kind == kind
+VERDICTS_ON_PLACES = [
+    ("Mia: box\n#### box", "strict"),
+    ("#### box", "strict"),
+    ("#### box\n", "strict"),
+    ("#### The box.", "strict"),
+    ("####box", "lenient"),
+    ("Mia thinks they are in the box.", "lenient"),
+    ("First the jar, then the Box", "lenient"),
+    ("#### I think it is the box", "lenient"),
+    ("#### jar", "wrong"),
+    ("the box\n#### jar", "wrong"),
+    ("#### box\n#### jar", "wrong"),
+    ("#### nowhere", "wrong"),
+    ("boxes and jars", "none"),
+    ("Mia leaves: Tom\n", "none"),
+    ("####", "none"),
+    ("", "none"),
+]
 
 
-@pytest.mark.parametrize(
-    ("completion", "kind"),
-    [
-        ("#### no", "strict"),
-        ("#### No.", "strict"),
-        ("so no", "lenient"),
-        ("No, nobody said yes to her.", "lenient"),
-        ("#### yes", "wrong"),
-        ("Yes, she does; no doubt", "wrong"),
-        ("nobody knows of nothing now", "none"),
-        ("no one told her", "none"),
-        ("#### box", "wrong"),
-    ],
-)
-def test_verdicts_on_yes_and_no(completion, kind):
-    task = make_task("tom")
-    story = Story(
-        room_of={"Tom": "hall", "Mia": "hall"},
-        homes={},
-        events=(
-            Event(kind="leaves", actor="Mia", room="hall"),
-            Event(kind="enters", actor="Mia", room="garden"),
-        ),
-    )
-    question = Question(kind="knowledge", people=("Mia",), thing="trip")
-    problem = make_problem(story, question, mode="free", fine=False)
-    assert task.verify(problem, completion).kind == kind
+def test_verdicts_on_places():
+    for completion, kind in VERDICTS_ON_PLACES:
+        task = make_task("tom")
+        problem = make_problem(sally_anne(), asking("belief", "Mia"), mode="free", fine=False)
+        assert task.verify(problem, completion).kind == kind
+
+
+VERDICTS_ON_YES_AND_NO = [
+    ("#### no", "strict"),
+    ("#### No.", "strict"),
+    ("so no", "lenient"),
+    ("No, nobody said yes to her.", "lenient"),
+    ("#### yes", "wrong"),
+    ("Yes, she does; no doubt", "wrong"),
+    ("nobody knows of nothing now", "none"),
+    ("no one told her", "none"),
+    ("#### box", "wrong"),
+]
+
+
+def test_verdicts_on_yes_and_no():
+    for completion, kind in VERDICTS_ON_YES_AND_NO:
+        task = make_task("tom")
+        story = Story(
+            room_of={"Tom": "hall", "Mia": "hall"},
+            homes={},
+            events=(
+                Event(kind="leaves", actor="Mia", room="hall"),
+                Event(kind="enters", actor="Mia", room="garden"),
+            ),
+        )
+        question = Question(kind="knowledge", people=("Mia",), thing="trip")
+        problem = make_problem(story, question, mode="free", fine=False)
+        assert task.verify(problem, completion).kind == kind
 
 
 @given(text=st.text(), index=st.integers(0, 11))
@@ -280,25 +280,25 @@ def test_wrong_answers_are_plausible_and_wrong():
     assert set(drawn) == set(KINDS)
 
 
-@pytest.mark.parametrize(
-    ("options", "remedy"),
-    [
-        ({"steps": "often"}, r"change config\.task\.steps"),
-        ({"steps": "3"}, r"change config\.task\.steps"),
-        ({"people": (1, 3)}, r"change config\.task\.people_min or people_max"),
-        ({"people": (3, 2)}, r"change config\.task\.people_min or people_max"),
-        ({"people": (3, 9)}, r"change config\.task\.people_min or people_max"),
-        ({"moves": (2, 4)}, r"change config\.task\.moves_min or moves_max"),
-        ({"moves": (4,)}, r"change config\.task\.moves_min or moves_max"),
-        ({"kinds": ()}, r"change config\.task\.kinds"),
-        ({"kinds": ("desire",)}, r"change config\.task\.kinds"),
-        ({"mixture": {"free": 0.0}}, "give other weights"),
-        ({"mixture": {"sometimes": 1.0}}, "give other weights"),
-    ],
-)
-def test_wrong_options_name_value_and_remedy(options, remedy):
-    with pytest.raises(ValueError, match=rf"tom: {next(iter(options))}.* got .*; {remedy}"):
-        make_task("tom", **options)
+WRONG_OPTIONS = [
+    ({"steps": "often"}, r"change config\.task\.steps"),
+    ({"steps": "3"}, r"change config\.task\.steps"),
+    ({"people": (1, 3)}, r"change config\.task\.people_min or people_max"),
+    ({"people": (3, 2)}, r"change config\.task\.people_min or people_max"),
+    ({"people": (3, 9)}, r"change config\.task\.people_min or people_max"),
+    ({"moves": (2, 4)}, r"change config\.task\.moves_min or moves_max"),
+    ({"moves": (4,)}, r"change config\.task\.moves_min or moves_max"),
+    ({"kinds": ()}, r"change config\.task\.kinds"),
+    ({"kinds": ("desire",)}, r"change config\.task\.kinds"),
+    ({"mixture": {"free": 0.0}}, "give other weights"),
+    ({"mixture": {"sometimes": 1.0}}, "give other weights"),
+]
+
+
+def test_wrong_options_name_value_and_remedy():
+    for options, remedy in WRONG_OPTIONS:
+        with pytest.raises(ValueError, match=rf"tom: {next(iter(options))}.* got .*; {remedy}"):
+            make_task("tom", **options)
 
 
 def test_the_lines_of_chains_are_counted():
