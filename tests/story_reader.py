@@ -1,6 +1,6 @@
 """Answers questions about theory-of-mind stories from the text alone, by replaying logs.
 
-Written apart from `jexit.tasks.tom_world`: the story is read sentence by sentence, everybody keeps
+Written apart from `jexit.tasks.tom.world`: the story is read sentence by sentence, everybody keeps
 a log of what they noticed and whom they noticed noticing it, and a belief is what the part of a log
 that counts says last.
 """

@@ -9,7 +9,7 @@ import re
 import numpy as np
 from story_reader import read_story
 
-from jexit.tasks.tom_text import CONTAINERS
+from jexit.tasks.tom.text import CONTAINERS
 
 ASKING = r" (Where|Does) (?!.*\1).*"
 

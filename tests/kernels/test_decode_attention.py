@@ -68,22 +68,22 @@ class DecodeAttentionCases:
             wanted = expected(q_BNH, keys, values, layer, rows_B, lengths_B)
             truth.assert_close(out, wanted, dtype, f"layer {layer}")
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    @pytest.mark.parametrize("all_rows", [False, True])
-    def test_rows_of_different_lengths(self, dtype: str, all_rows: bool) -> None:
-        self.check(dtype=dtype, all_rows=all_rows)
+    def test_rows_of_different_lengths(self) -> None:
+        for all_rows in [False, True]:
+            for dtype in truth.DTYPES:
+                self.check(dtype=dtype, all_rows=all_rows)
 
-    @pytest.mark.parametrize(("slots", "longest"), [(256, 200), (384, 384), (1024, 130)])
-    def test_several_blocks(self, slots: int, longest: int) -> None:
-        self.check(slots=slots, lengths=(longest, 1, 129))
+    def test_several_blocks(self) -> None:
+        for slots, longest in [(256, 200), (384, 384), (1024, 130)]:
+            self.check(slots=slots, lengths=(longest, 1, 129))
 
-    @pytest.mark.parametrize("heads", [(4, 4), (8, 1), (14, 2), (32, 8)])
-    def test_any_grouping_of_heads(self, heads: tuple[int, int]) -> None:
-        self.check(heads=heads)
+    def test_any_grouping_of_heads(self) -> None:
+        for heads in [(4, 4), (8, 1), (14, 2), (32, 8)]:
+            self.check(heads=heads)
 
-    @pytest.mark.parametrize("width", [64, 128])
-    def test_the_heads_of_real_models(self, width: int) -> None:
-        self.check(width=width, heads=(8, 2), slots=128, lengths=(128, 100, 3))
+    def test_the_heads_of_real_models(self) -> None:
+        for width in [64, 128]:
+            self.check(width=width, heads=(8, 2), slots=128, lengths=(128, 100, 3))
 
     def test_one_row_of_one(self) -> None:
         self.check(batch=1, pool=1, lengths=(9,))
@@ -157,37 +157,35 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return defaults | changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"q_BNH": jnp.zeros((4, 5, 16))}, "5 query heads of 16 do not go with 2 key/value heads"),
-        ({"q_BNH": jnp.zeros((4, 6, 8))}, "6 query heads of 8"),
-        ({"q_BNH": jnp.zeros((4, 6, 16), jnp.int32)}, "q_BNH is int32"),
-        ({"values_KLPSH": jnp.zeros((2, 3, 5, 32, 16))}, r"values_KLPSH has shape \[2, 3, 5, 32"),
-        ({"rows_B": None}, r"q_BNH has shape \[4\] but \[5\]"),
-        ({"rows_B": jnp.arange(3)}, r"rows_B has shape \[3\]"),
-        ({"lengths_B": jnp.ones(3, jnp.int32)}, r"lengths_B has shape \[3\]"),
-        ({"implementation": "cuda"}, "no implementation 'cuda'"),
-    ],
-)
-def test_wrong_shapes_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^decode_attention:? .*{message}|{message}"):
-        decode_attention(**arguments(**changes))
+WRONG_SHAPES = [
+    ({"q_BNH": jnp.zeros((4, 5, 16))}, "5 query heads of 16 do not go with 2 key/value heads"),
+    ({"q_BNH": jnp.zeros((4, 6, 8))}, "6 query heads of 8"),
+    ({"q_BNH": jnp.zeros((4, 6, 16), jnp.int32)}, "q_BNH is int32"),
+    ({"values_KLPSH": jnp.zeros((2, 3, 5, 32, 16))}, r"values_KLPSH has shape \[2, 3, 5, 32"),
+    ({"rows_B": None}, r"q_BNH has shape \[4\] but \[5\]"),
+    ({"rows_B": jnp.arange(3)}, r"rows_B has shape \[3\]"),
+    ({"lengths_B": jnp.ones(3, jnp.int32)}, r"lengths_B has shape \[3\]"),
+    ({"implementation": "cuda"}, "no implementation 'cuda'"),
+]
 
 
-@pytest.mark.parametrize(
-    ("implementation", "shape", "message"),
-    [
-        ("pallas_tpu", (2, 3, 5, 64, 64), "heads of 64 are not whole lanes"),
-        ("pallas_tpu", (2, 3, 5, 64, 128), "the kernel rounds float32 to bfloat16"),
-        ("pallas_gpu", (2, 3, 5, 64, 24), "heads of 24 are not a power of two"),
-        ("pallas_gpu", (2, 3, 5, 72, 16), "72 slots do not divide into pages"),
-    ],
-)
-def test_a_named_kernel_runs_or_raises(
-    implementation: str, shape: tuple[int, ...], message: str
-) -> None:
-    kv = jnp.zeros(shape)
-    changes = {"q_BNH": jnp.zeros((4, 6, shape[-1])), "keys_KLPSH": kv, "values_KLPSH": kv}
-    with pytest.raises(NotImplementedError, match=message):
-        decode_attention(**arguments(**changes), implementation=implementation)
+def test_wrong_shapes_are_refused() -> None:
+    for changes, message in WRONG_SHAPES:
+        with pytest.raises(ValueError, match=f"^decode_attention:? .*{message}|{message}"):
+            decode_attention(**arguments(**changes))
+
+
+REFUSED_BY_NAME = [
+    ("pallas_tpu", (2, 3, 5, 64, 64), "heads of 64 are not whole lanes"),
+    ("pallas_tpu", (2, 3, 5, 64, 128), "the kernel rounds float32 to bfloat16"),
+    ("pallas_gpu", (2, 3, 5, 64, 24), "heads of 24 are not a power of two"),
+    ("pallas_gpu", (2, 3, 5, 72, 16), "72 slots do not divide into pages"),
+]
+
+
+def test_a_named_kernel_runs_or_raises() -> None:
+    for implementation, shape, message in REFUSED_BY_NAME:
+        kv = jnp.zeros(shape)
+        changes = {"q_BNH": jnp.zeros((4, 6, shape[-1])), "keys_KLPSH": kv, "values_KLPSH": kv}
+        with pytest.raises(NotImplementedError, match=message):
+            decode_attention(**arguments(**changes), implementation=implementation)

@@ -44,43 +44,44 @@ class ExitKLCases:
         np.testing.assert_array_equal(out.agree_EN, wanted.agree_EN)
         return out
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    @pytest.mark.parametrize(
-        ("tokens", "width", "vocab", "exits"),
-        [(13, 24, 97, 4), (1, 7, 1, 1), (37, 16, 129, 1), (9, 33, 64, 7), (3, 5, 2, 2)],
-    )
-    def test_is_the_kl_at_any_shape(
-        self, tokens: int, width: int, vocab: int, exits: int, dtype: str
-    ) -> None:
-        final_ND = truth.normal(0, tokens, width, dtype=dtype)
-        exits_END = truth.normal(1, exits, tokens, width, dtype=dtype)
-        self.check(final_ND, exits_END, truth.normal(2, vocab, width, dtype=dtype), dtype)
+    def test_is_the_kl_at_any_shape(self) -> None:
+        for tokens, width, vocab, exits in [
+            (13, 24, 97, 4),
+            (1, 7, 1, 1),
+            (37, 16, 129, 1),
+            (9, 33, 64, 7),
+            (3, 5, 2, 2),
+        ]:
+            for dtype in truth.DTYPES:
+                final_ND = truth.normal(0, tokens, width, dtype=dtype)
+                exits_END = truth.normal(1, exits, tokens, width, dtype=dtype)
+                self.check(final_ND, exits_END, truth.normal(2, vocab, width, dtype=dtype), dtype)
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    def test_covers_a_whole_vocabulary(self, dtype: str) -> None:
-        final_ND = truth.normal(0, 3, 8, dtype=dtype)
-        exits_END = truth.normal(1, 2, 3, 8, dtype=dtype)
-        head_VD = truth.normal(2, truth.LARGE_VOCAB, 8, dtype=dtype)
-        # The last token is the favourite of one row, so that a dropped end of the vocabulary shows.
-        head_VD = head_VD.at[-1].set(20 * final_ND[0] / jnp.sum(final_ND[0] ** 2))
-        self.check(final_ND, exits_END, head_VD, dtype)
+    def test_covers_a_whole_vocabulary(self) -> None:
+        for dtype in truth.DTYPES:
+            final_ND = truth.normal(0, 3, 8, dtype=dtype)
+            exits_END = truth.normal(1, 2, 3, 8, dtype=dtype)
+            head_VD = truth.normal(2, truth.LARGE_VOCAB, 8, dtype=dtype)
+            # One row prefers the last token: a dropped end of the vocabulary shows.
+            head_VD = head_VD.at[-1].set(20 * final_ND[0] / jnp.sum(final_ND[0] ** 2))
+            self.check(final_ND, exits_END, head_VD, dtype)
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    def test_extreme_logits_lose_nothing(self, dtype: str) -> None:
-        student_ND, teacher_ND, head_VD = truth.extreme(dtype)
-        out = self.check(teacher_ND, jnp.stack([student_ND, teacher_ND]), head_VD, dtype)
-        assert out.kl_EN.max() > 1_000
-        assert (out.kl_EN[1] == 0).all()
+    def test_extreme_logits_lose_nothing(self) -> None:
+        for dtype in truth.DTYPES:
+            student_ND, teacher_ND, head_VD = truth.extreme(dtype)
+            out = self.check(teacher_ND, jnp.stack([student_ND, teacher_ND]), head_VD, dtype)
+            assert out.kl_EN.max() > 1_000
+            assert (out.kl_EN[1] == 0).all()
 
-    @pytest.mark.parametrize("scale", [0.0, 1.0, 1e3])
-    def test_an_exit_equal_to_the_final_state_has_no_kl(self, scale: float) -> None:
-        final_ND = truth.normal(0, 11, 16, scale=scale)
-        head_VD = truth.normal(1, 101, 16)
-        out = jax.jit(self.op)(final_ND, jnp.stack([final_ND] * 3), head_VD)
-        # Equal rows may leave a matrix product in different lanes, some ulps of a logit apart.
-        ulp = np.finfo(np.float32).eps * max(1.0, float(jnp.abs(out.logsumexp_N).max()))
-        assert (out.kl_EN >= 0).all() and (out.kl_EN <= 4 * ulp).all()
-        assert out.agree_EN.all()
+    def test_an_exit_equal_to_the_final_state_has_no_kl(self) -> None:
+        for scale in [0.0, 1.0, 1e3]:
+            final_ND = truth.normal(0, 11, 16, scale=scale)
+            head_VD = truth.normal(1, 101, 16)
+            out = jax.jit(self.op)(final_ND, jnp.stack([final_ND] * 3), head_VD)
+            # Equal rows may leave a matrix product some ulps of a logit apart.
+            ulp = np.finfo(np.float32).eps * max(1.0, float(jnp.abs(out.logsumexp_N).max()))
+            assert (out.kl_EN >= 0).all() and (out.kl_EN <= 4 * ulp).all()
+            assert out.agree_EN.all()
 
     def test_kl_is_never_negative(self) -> None:
         final_ND = truth.normal(0, 64, 16)
@@ -136,6 +137,7 @@ class TestXlaSmallTiles(ExitKLCases):
     op = staticmethod(partial(xla.exit_kl, chunk_tokens=4, chunk_vocab=32))
 
 
+@pytest.mark.slow
 class TestPallasTPU(ExitKLCases):
     """Interpreted, with the tiles of a chip."""
 
@@ -154,6 +156,7 @@ class TestPallasTPUSmallTiles(ExitKLCases):
         return pallas_tpu.exit_kl(h_final_ND, h_exits_END, head_VD, tile=tile)
 
 
+@pytest.mark.slow
 class TestPallasGPU(ExitKLCases):
     """Interpreted, with the tiles of a chip."""
 
@@ -186,20 +189,20 @@ def test_no_gradient_passes() -> None:
             assert not gradient.any()
 
 
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 3, 8), (1, 2, 8), (9, 8)), "h_final_ND is float32.* flatten batch and time"),
-        (((4, 8), (1, 4, 8), (9, 7)), "h_final_ND has width 8 but the head has width 7"),
-        (((4, 8), (1, 4, 7), (9, 8)), r"h_exits_END has shape \[1, 4, 7\] but \[1, 4, 8\]"),
-        (((4, 8), (4, 8), (9, 8)), r"h_exits_END has shape \[4, 8\]"),
-        (((4, 8), (), (9, 8)), r"h_exits_END has shape \[\]"),
-        (((4, 8), (1, 4, 8), (0, 8)), "the head has no rows"),
-    ],
-)
-def test_wrong_shapes_are_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^exit_kl: {message}"):
-        exit_kl(*map(jnp.zeros, shapes))
+WRONG_SHAPES = [
+    (((2, 3, 8), (1, 2, 8), (9, 8)), "h_final_ND is float32.* flatten batch and time"),
+    (((4, 8), (1, 4, 8), (9, 7)), "h_final_ND has width 8 but the head has width 7"),
+    (((4, 8), (1, 4, 7), (9, 8)), r"h_exits_END has shape \[1, 4, 7\] but \[1, 4, 8\]"),
+    (((4, 8), (4, 8), (9, 8)), r"h_exits_END has shape \[4, 8\]"),
+    (((4, 8), (), (9, 8)), r"h_exits_END has shape \[\]"),
+    (((4, 8), (1, 4, 8), (0, 8)), "the head has no rows"),
+]
+
+
+def test_wrong_shapes_are_refused() -> None:
+    for shapes, message in WRONG_SHAPES:
+        with pytest.raises(ValueError, match=f"^exit_kl: {message}"):
+            exit_kl(*map(jnp.zeros, shapes))
 
 
 def test_whole_numbers_are_refused() -> None:

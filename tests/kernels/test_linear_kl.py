@@ -106,75 +106,73 @@ class LinearKLCases:
         truth.assert_close(dhead_VD, wanted_VD, dtype, "gradient to the head")
         return np.asarray(kl_N)
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    @pytest.mark.parametrize("direction", DIRECTIONS)
-    def test_every_direction_and_its_gradients(self, direction: str, dtype: str) -> None:
-        student_ND, teacher_ND = (truth.normal(i, 13, 24, dtype=dtype) for i in (0, 1))
-        self.check(student_ND, teacher_ND, truth.normal(2, 97, 24, dtype=dtype), dtype, direction)
+    def test_every_direction_and_its_gradients(self) -> None:
+        for direction in DIRECTIONS:
+            for dtype in truth.DTYPES:
+                student_ND, teacher_ND = (truth.normal(i, 13, 24, dtype=dtype) for i in (0, 1))
+                self.check(
+                    student_ND, teacher_ND, truth.normal(2, 97, 24, dtype=dtype), dtype, direction
+                )
 
-    @pytest.mark.parametrize(
-        ("tokens", "width", "vocab"), [(1, 7, 2), (37, 16, 129), (9, 33, 64), (4, 5, 3)]
-    )
-    def test_any_shape(self, tokens: int, width: int, vocab: int) -> None:
-        student_ND, teacher_ND = (truth.normal(i, tokens, width) for i in (0, 1))
-        head_VD = truth.normal(2, vocab, width)
-        self.check(student_ND, teacher_ND, head_VD, "float32", "jeffreys")
+    def test_any_shape(self) -> None:
+        for tokens, width, vocab in [(1, 7, 2), (37, 16, 129), (9, 33, 64), (4, 5, 3)]:
+            student_ND, teacher_ND = (truth.normal(i, tokens, width) for i in (0, 1))
+            head_VD = truth.normal(2, vocab, width)
+            self.check(student_ND, teacher_ND, head_VD, "float32", "jeffreys")
 
-    @pytest.mark.parametrize("direction", DIRECTIONS[::2])
-    def test_the_teacher_may_have_its_own_head_and_width(self, direction: str) -> None:
-        teacher_ND, teacher_head_VD = truth.normal(1, 13, 10), truth.normal(3, 97, 10)
-        self.check(
-            truth.normal(0, 13, 24),
-            teacher_ND,
-            truth.normal(2, 97, 24),
-            "float32",
-            direction,
-            teacher_head_VD,
-        )
+    def test_the_teacher_may_have_its_own_head_and_width(self) -> None:
+        for direction in DIRECTIONS[::2]:
+            teacher_ND, teacher_head_VD = truth.normal(1, 13, 10), truth.normal(3, 97, 10)
+            self.check(
+                truth.normal(0, 13, 24),
+                teacher_ND,
+                truth.normal(2, 97, 24),
+                "float32",
+                direction,
+                teacher_head_VD,
+            )
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    def test_covers_a_whole_vocabulary(self, dtype: str) -> None:
-        student_ND, teacher_ND = (truth.normal(i, 3, 8, dtype=dtype) for i in (0, 1))
-        head_VD = truth.normal(2, truth.LARGE_VOCAB, 8, dtype=dtype)
-        # The last token is the favourite of one row, so that a dropped end of the vocabulary shows.
-        head_VD = head_VD.at[-1].set(20 * student_ND[0] / jnp.sum(student_ND[0] ** 2))
-        self.check(student_ND, teacher_ND, head_VD, dtype, "jeffreys")
+    def test_covers_a_whole_vocabulary(self) -> None:
+        for dtype in truth.DTYPES:
+            student_ND, teacher_ND = (truth.normal(i, 3, 8, dtype=dtype) for i in (0, 1))
+            head_VD = truth.normal(2, truth.LARGE_VOCAB, 8, dtype=dtype)
+            # One row prefers the last token: a dropped end of the vocabulary shows.
+            head_VD = head_VD.at[-1].set(20 * student_ND[0] / jnp.sum(student_ND[0] ** 2))
+            self.check(student_ND, teacher_ND, head_VD, dtype, "jeffreys")
 
-    @pytest.mark.parametrize(
-        ("direction", "dtype"), [*((d, "float32") for d in DIRECTIONS), ("jeffreys", "bfloat16")]
-    )
-    def test_extreme_logits_lose_nothing(self, direction: str, dtype: str) -> None:
-        student_ND, teacher_ND, head_VD = truth.extreme(dtype)
-        kl_N = self.check(
-            student_ND,
-            teacher_ND,
-            head_VD,
-            dtype,
-            direction,
-            gradient_exact=self.gradient_exact_at_extremes,
-        )
-        assert kl_N.max() > 1_000
+    def test_extreme_logits_lose_nothing(self) -> None:
+        for direction, dtype in [*((d, "float32") for d in DIRECTIONS), ("jeffreys", "bfloat16")]:
+            student_ND, teacher_ND, head_VD = truth.extreme(dtype)
+            kl_N = self.check(
+                student_ND,
+                teacher_ND,
+                head_VD,
+                dtype,
+                direction,
+                gradient_exact=self.gradient_exact_at_extremes,
+            )
+            assert kl_N.max() > 1_000
 
-    @pytest.mark.parametrize("direction", DIRECTIONS)
-    def test_a_nearly_one_hot_teacher(self, direction: str) -> None:
+    def test_a_nearly_one_hot_teacher(self) -> None:
         """Probabilities down to e⁻²⁰⁰, which are 0 in float32: their logarithms still count."""
-        head_VD = truth.normal(2, 97, 16)
-        teacher_ND = 8 * head_VD[:13]
-        self.check(truth.normal(0, 13, 16), teacher_ND, head_VD, "float32", direction)
+        for direction in DIRECTIONS:
+            head_VD = truth.normal(2, 97, 16)
+            teacher_ND = 8 * head_VD[:13]
+            self.check(truth.normal(0, 13, 16), teacher_ND, head_VD, "float32", direction)
 
-    @pytest.mark.parametrize("direction", DIRECTIONS)
-    @pytest.mark.parametrize("scale", [1.0, 1e3])
-    def test_equal_distributions_have_no_kl_and_no_gradient(
-        self, scale: float, direction: str
-    ) -> None:
-        h_ND, head_VD = truth.normal(0, 11, 16, scale=scale), truth.normal(1, 101, 16)
-        function = jax.jit(self.gradients(jnp.ones(11), direction))
-        kl_N, _, *gradients = function(h_ND, head_VD, h_ND, None)
-        # Equal rows may leave a matrix product in different lanes, some ulps of a logit apart.
-        ulp = np.finfo(np.float32).eps * max(1.0, float(np.abs(truth.logits(h_ND, head_VD)).max()))
-        assert (kl_N >= 0).all() and (kl_N <= 4 * ulp).all()
-        for gradient in gradients:
-            assert jnp.abs(gradient).max() <= 40 * ulp * max(1.0, scale)
+    def test_equal_distributions_have_no_kl_and_no_gradient(self) -> None:
+        for scale in [1.0, 1e3]:
+            for direction in DIRECTIONS:
+                h_ND, head_VD = truth.normal(0, 11, 16, scale=scale), truth.normal(1, 101, 16)
+                function = jax.jit(self.gradients(jnp.ones(11), direction))
+                kl_N, _, *gradients = function(h_ND, head_VD, h_ND, None)
+                # Equal rows may leave a matrix product some ulps of a logit apart.
+                ulp = np.finfo(np.float32).eps * max(
+                    1.0, float(np.abs(truth.logits(h_ND, head_VD)).max())
+                )
+                assert (kl_N >= 0).all() and (kl_N <= 4 * ulp).all()
+                for gradient in gradients:
+                    assert jnp.abs(gradient).max() <= 40 * ulp * max(1.0, scale)
 
     @pytest.mark.parametrize("direction", DIRECTIONS[1:])
     def test_masked_rows_of_nan_touch_no_gradient(self, direction: str) -> None:
@@ -277,6 +275,7 @@ class TestXlaSmallTiles(LinearKLCases):
         )
 
 
+@pytest.mark.slow
 class TestPallasTPU(LinearKLCases):
     """Interpreted, with the tiles of a chip."""
 
@@ -309,6 +308,7 @@ class TestPallasTPUSmallTiles(LinearKLCases):
         )
 
 
+@pytest.mark.slow
 class TestPallasGPU(LinearKLCases):
     """Interpreted, with the tiles of a chip."""
 
@@ -349,22 +349,22 @@ def test_the_published_direction_is_the_default() -> None:
     truth.assert_close(linear_kl(*arguments), wanted_N, "float32")
 
 
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 3, 8), (2, 3, 8), (9, 8)), "h_student_ND is float32.* flatten batch and time"),
-        (((4, 8), (4, 8), (9, 7)), "h_student_ND has width 8 but the head has width 7"),
-        (((4, 8), (5, 8), (9, 8)), r"h_teacher_ND has shape \[5, 8\] but \[4, 8\]"),
-        (((4, 8), (4, 7), (9, 8), (9, 8)), "h_teacher_ND has width 7 but the head has width 8"),
-        (((4, 8), (5, 8), (9, 8), (9, 8)), r"h_teacher_ND has shape \[5\] but \[4\]"),
-        (((4, 8), (4, 8), (9, 8), (8, 8)), r"head_teacher_VD has shape \[8\] but \[9\]"),
-    ],
-)
-def test_wrong_shapes_are_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
-    student_ND, teacher_ND, head_VD, *rest = map(jnp.zeros, shapes)
-    head_teacher_VD = rest[0] if rest else None
-    with pytest.raises(ValueError, match=f"^linear_kl: {message}"):
-        linear_kl(student_ND, teacher_ND, head_VD, head_teacher_VD=head_teacher_VD)
+WRONG_SHAPES = [
+    (((2, 3, 8), (2, 3, 8), (9, 8)), "h_student_ND is float32.* flatten batch and time"),
+    (((4, 8), (4, 8), (9, 7)), "h_student_ND has width 8 but the head has width 7"),
+    (((4, 8), (5, 8), (9, 8)), r"h_teacher_ND has shape \[5, 8\] but \[4, 8\]"),
+    (((4, 8), (4, 7), (9, 8), (9, 8)), "h_teacher_ND has width 7 but the head has width 8"),
+    (((4, 8), (5, 8), (9, 8), (9, 8)), r"h_teacher_ND has shape \[5\] but \[4\]"),
+    (((4, 8), (4, 8), (9, 8), (8, 8)), r"head_teacher_VD has shape \[8\] but \[9\]"),
+]
+
+
+def test_wrong_shapes_are_refused() -> None:
+    for shapes, message in WRONG_SHAPES:
+        student_ND, teacher_ND, head_VD, *rest = map(jnp.zeros, shapes)
+        head_teacher_VD = rest[0] if rest else None
+        with pytest.raises(ValueError, match=f"^linear_kl: {message}"):
+            linear_kl(student_ND, teacher_ND, head_VD, head_teacher_VD=head_teacher_VD)
 
 
 def test_a_teacher_of_whole_numbers_is_refused() -> None:

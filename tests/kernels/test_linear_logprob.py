@@ -83,36 +83,37 @@ class LinearLogprobCases:
         truth.assert_close(dhead_VD, wanted_VD, dtype, "gradient to the head")
         return out
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    @pytest.mark.parametrize("outputs", [(0,), (1,), (2,), (0, 1, 2)])
-    def test_every_output_and_its_gradients(self, outputs: tuple[int, ...], dtype: str) -> None:
-        h_ND, head_VD = truth.normal(0, 13, 24, dtype=dtype), truth.normal(1, 97, 24, dtype=dtype)
-        # The first and the last token, those around a tile's edge, and repeated ones.
-        targets_N = jnp.array([0, 96, 96, 31, 32, 33, 63, 64, 65, 95, 5, 5, 5])
-        self.check(h_ND, head_VD, targets_N, dtype, outputs)
+    def test_every_output_and_its_gradients(self) -> None:
+        for outputs in [(0,), (1,), (2,), (0, 1, 2)]:
+            for dtype in truth.DTYPES:
+                h_ND, head_VD = (
+                    truth.normal(0, 13, 24, dtype=dtype),
+                    truth.normal(1, 97, 24, dtype=dtype),
+                )
+                # The first and the last token, those around a tile's edge, and repeated ones.
+                targets_N = jnp.array([0, 96, 96, 31, 32, 33, 63, 64, 65, 95, 5, 5, 5])
+                self.check(h_ND, head_VD, targets_N, dtype, outputs)
 
-    @pytest.mark.parametrize(
-        ("tokens", "width", "vocab"), [(1, 7, 2), (37, 16, 129), (9, 33, 64), (4, 5, 3)]
-    )
-    def test_any_shape(self, tokens: int, width: int, vocab: int) -> None:
-        targets_N = (vocab - 1 - jnp.arange(tokens)) % vocab
-        h_ND, head_VD = truth.normal(0, tokens, width), truth.normal(1, vocab, width)
-        self.check(h_ND, head_VD, targets_N, "float32")
+    def test_any_shape(self) -> None:
+        for tokens, width, vocab in [(1, 7, 2), (37, 16, 129), (9, 33, 64), (4, 5, 3)]:
+            targets_N = (vocab - 1 - jnp.arange(tokens)) % vocab
+            h_ND, head_VD = truth.normal(0, tokens, width), truth.normal(1, vocab, width)
+            self.check(h_ND, head_VD, targets_N, "float32")
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    def test_covers_a_whole_vocabulary(self, dtype: str) -> None:
-        h_ND = truth.normal(0, 3, 8, dtype=dtype)
-        head_VD = truth.normal(1, truth.LARGE_VOCAB, 8, dtype=dtype)
-        targets_N = jnp.array([truth.LARGE_VOCAB - 1, 0, truth.LARGE_VOCAB - 1])
-        self.check(h_ND, head_VD, targets_N, dtype)
+    def test_covers_a_whole_vocabulary(self) -> None:
+        for dtype in truth.DTYPES:
+            h_ND = truth.normal(0, 3, 8, dtype=dtype)
+            head_VD = truth.normal(1, truth.LARGE_VOCAB, 8, dtype=dtype)
+            targets_N = jnp.array([truth.LARGE_VOCAB - 1, 0, truth.LARGE_VOCAB - 1])
+            self.check(h_ND, head_VD, targets_N, dtype)
 
-    @pytest.mark.parametrize("dtype", truth.DTYPES)
-    def test_extreme_logits_lose_nothing(self, dtype: str) -> None:
-        h_ND, _, head_VD = truth.extreme(dtype)
-        targets_N = jnp.arange(10).at[0].set(2)
-        out = self.check(h_ND, head_VD, targets_N, dtype)
-        assert out.logprob_N.min() <= -10_000
-        assert out.entropy_N.min() >= 0
+    def test_extreme_logits_lose_nothing(self) -> None:
+        for dtype in truth.DTYPES:
+            h_ND, _, head_VD = truth.extreme(dtype)
+            targets_N = jnp.arange(10).at[0].set(2)
+            out = self.check(h_ND, head_VD, targets_N, dtype)
+            assert out.logprob_N.min() <= -10_000
+            assert out.entropy_N.min() >= 0
 
     def test_a_nearly_certain_target(self) -> None:
         """Its log-probability is tiny, and not 0, next to logits in the hundreds."""
@@ -122,10 +123,10 @@ class LinearLogprobCases:
         wanted_N = -np.log1p(2 * np.exp(-truth.float64(h_ND)[:, 0]))
         np.testing.assert_allclose(out.logprob_N, wanted_N, rtol=0, atol=1.2e-7)
 
-    @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
-    def test_targets_of_narrow_or_unsigned_integers(self, dtype: Any) -> None:
-        h_ND, head_VD = truth.normal(0, 4, 8), truth.normal(1, 1100, 8)
-        self.check(h_ND, head_VD, jnp.array([0, 1, 100, 127], dtype), "float32")
+    def test_targets_of_narrow_or_unsigned_integers(self) -> None:
+        for dtype in [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32]:
+            h_ND, head_VD = truth.normal(0, 4, 8), truth.normal(1, 1100, 8)
+            self.check(h_ND, head_VD, jnp.array([0, 1, 100, 127], dtype), "float32")
 
     @pytest.mark.parametrize("impossible", [-1, 97, 2**31 - 1])
     def test_a_target_that_does_not_exist_has_no_probability(self, impossible: int) -> None:
@@ -213,6 +214,7 @@ class TestXlaSmallTiles(LinearLogprobCases):
         return xla.linear_logprob(h_ND, head_VD, targets_N, chunk_tokens=4, chunk_vocab=32)
 
 
+@pytest.mark.slow
 class TestPallasTPU(LinearLogprobCases):
     """Interpreted, with the tiles of a chip."""
 
@@ -251,6 +253,7 @@ class TestPallasTPUSmallTiles(LinearLogprobCases):
         return pallas_tpu.linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32), tile=tile)
 
 
+@pytest.mark.slow
 class TestPallasGPU(LinearLogprobCases):
     """Interpreted, with the tiles of a chip."""
 
@@ -269,20 +272,20 @@ class TestPallasGPUSmallTiles(LinearLogprobCases):
         return pallas_gpu.linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32), tile=tile)
 
 
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 3, 8), (9, 8), (2, 3)), "h_ND is float32.* flatten batch and time"),
-        (((4, 8), (9, 7), (4,)), "h_ND has width 8 but the head has width 7"),
-        (((4, 8), (8,), (4,)), r"head_VD is float32\[8\]"),
-        (((4, 8), (9, 8), (5,)), r"targets_N has shape \[5\] but \[4\]"),
-        (((4, 8), (9, 8), (4, 1)), r"targets_N has shape \[4, 1\] but \[4\]"),
-    ],
-)
-def test_wrong_shapes_are_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
-    h_ND, head_VD, targets_N = map(jnp.zeros, shapes)
-    with pytest.raises(ValueError, match=f"^linear_logprob: {message}"):
-        linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32))
+WRONG_SHAPES = [
+    (((2, 3, 8), (9, 8), (2, 3)), "h_ND is float32.* flatten batch and time"),
+    (((4, 8), (9, 7), (4,)), "h_ND has width 8 but the head has width 7"),
+    (((4, 8), (8,), (4,)), r"head_VD is float32\[8\]"),
+    (((4, 8), (9, 8), (5,)), r"targets_N has shape \[5\] but \[4\]"),
+    (((4, 8), (9, 8), (4, 1)), r"targets_N has shape \[4, 1\] but \[4\]"),
+]
+
+
+def test_wrong_shapes_are_refused() -> None:
+    for shapes, message in WRONG_SHAPES:
+        h_ND, head_VD, targets_N = map(jnp.zeros, shapes)
+        with pytest.raises(ValueError, match=f"^linear_logprob: {message}"):
+            linear_logprob(h_ND, head_VD, targets_N.astype(jnp.int32))
 
 
 def test_targets_of_floats_are_refused() -> None:

@@ -22,6 +22,17 @@ MESHES = {
     "vocabulary": (1, 1, 8),
     "one axis of tokens": (1, 2, 4),
 }
+# Every implementation on the first mesh; the others are for the slow part.
+CASES = [
+    pytest.param(
+        implementation,
+        sizes,
+        id=f"{implementation}, {name}",
+        marks=[] if place == 0 else pytest.mark.slow,
+    )
+    for implementation in IMPLEMENTATIONS
+    for place, (name, sizes) in enumerate(MESHES.items())
+]
 N, D, V, E = 22, 16, 1_032, 3  # tokens do not divide over four devices, the vocabulary over eight
 
 
@@ -64,8 +75,7 @@ def arrays() -> dict[str, jax.Array]:
     return made | {"targets_N": jnp.asarray(targets_N)}
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "sizes"), CASES)
 def test_exit_kl(arrays, implementation, sizes):
     def function(h_ND, exits_END, head_VD):
         return exit_kl(h_ND, exits_END, head_VD, implementation=implementation)
@@ -73,8 +83,7 @@ def test_exit_kl(arrays, implementation, sizes):
     compare(function, (arrays["h_ND"], arrays["exits_END"], arrays["head_VD"]), sizes)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "sizes"), CASES)
 @pytest.mark.parametrize("argnums", [0, (0, 2)], ids=["states", "states and head"])
 def test_linear_kl(arrays, implementation, sizes, argnums):
     weights_N = jnp.arange(N) % 5  # some tokens are masked out
@@ -89,8 +98,7 @@ def test_linear_kl(arrays, implementation, sizes, argnums):
     compare(function, (arrays["h_ND"], arrays["other_ND"], arrays["head_VD"]), sizes)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "sizes"), CASES)
 @pytest.mark.parametrize("argnums", [0, (0, 1)], ids=["states", "states and head"])
 def test_linear_logprob(arrays, implementation, sizes, argnums):
     possible_N = (arrays["targets_N"] >= 0) & (arrays["targets_N"] < V)

@@ -80,24 +80,26 @@ def test_tasks_without_shots_refuse_them():
         load_task(config.task, "train")
 
 
-@pytest.mark.parametrize(
-    ("template", "completion", "kind"),
-    [
-        (OPENED, "it is 7.\n#### 7", "none"),  # the prompt's thought goes on to the end
-        (OPENED, "it is 6\n</think>\n\n#### 7", "strict"),
-        (SWITCHED, "it is 7.\n#### 7", "strict"),
-        (SWITCHED, "<think>it is 7.\n#### 7", "none"),
-    ],
-)
-def test_completions_are_judged_with_the_thought_that_the_prompt_opened(
-    gsm8k, template, completion, kind
-):
-    (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
-    config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
-    task, tokenizer = load_task(config.task, "test"), with_template(template)
-    texts, verdicts = judged(task, tokenizer, completion, cut=False)
-    assert texts == [completion]
-    assert [verdict.kind for verdict in verdicts] == [kind]
+JUDGED = [
+    (OPENED, "it is 7.\n#### 7", "none"),  # the prompt's thought goes on to the end
+    (OPENED, "it is 6\n</think>\n\n#### 7", "strict"),
+    (SWITCHED, "it is 7.\n#### 7", "strict"),
+    (SWITCHED, "<think>it is 7.\n#### 7", "none"),
+]
+
+
+def test_completions_are_judged_with_the_thought_that_the_prompt_opened(gsm8k):
+    for (
+        template,
+        completion,
+        kind,
+    ) in JUDGED:
+        (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
+        config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
+        task, tokenizer = load_task(config.task, "test"), with_template(template)
+        texts, verdicts = judged(task, tokenizer, completion, cut=False)
+        assert texts == [completion]
+        assert [verdict.kind for verdict in verdicts] == [kind]
 
 
 def judged(task, tokenizer, completion, *, cut):
@@ -109,16 +111,17 @@ def judged(task, tokenizer, completion, *, cut):
     return judge(task, tokenizer, prompts, rollouts)
 
 
-@pytest.mark.parametrize(
-    ("completion", "cut", "kind"),
-    [("3 + 4 = 7", False, "lenient"), ("3 + 4 = 7", True, "none"), ("#### 7", True, "strict")],
-)
-def test_rewards_know_what_was_cut_off(gsm8k, completion, cut, kind):
-    (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
-    config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
-    task = load_task(config.task, "test")
-    _, (verdict,) = judged(task, with_template(SWITCHED), completion, cut=cut)
-    assert verdict.kind == kind
+def test_rewards_know_what_was_cut_off(gsm8k):
+    for completion, cut, kind in [
+        ("3 + 4 = 7", False, "lenient"),
+        ("3 + 4 = 7", True, "none"),
+        ("#### 7", True, "strict"),
+    ]:
+        (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
+        config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
+        task = load_task(config.task, "test")
+        _, (verdict,) = judged(task, with_template(SWITCHED), completion, cut=cut)
+        assert verdict.kind == kind
 
 
 STORY = "Ann entered the den. Ann moved the key to the tray, which is also located in the den."

@@ -77,23 +77,23 @@ def test_a_run_of_several_completions_a_prompt(model_dir, tmp_path):
     assert len(lines) == 3 and lines[1].count('"prompt"') == 12
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 32, "sft.completions": 3}, "of prompts with sft.completions 3 each"),
-        (
-            {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
-            "generate_batch 64 does not divide into prompts with sft.completions 3",
-        ),
-        (
-            {"sft.completions": 2, "sft.trajectories": "dataset"},
-            "a data set has one of each prompt",
-        ),
-    ],
-)
-def test_settings_that_contradict_are_refused(settings, message):
-    config = config_dict("sft")
-    with config.unlocked():
-        config.update_from_flattened_dict(settings)
-    with pytest.raises(ValueError, match=message):
-        Config.from_dict(config)
+CONTRADICTIONS = [
+    ({"batch_size": 32, "sft.completions": 3}, "of prompts with sft.completions 3 each"),
+    (
+        {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
+        "generate_batch 64 does not divide into prompts with sft.completions 3",
+    ),
+    (
+        {"sft.completions": 2, "sft.trajectories": "dataset"},
+        "a data set has one of each prompt",
+    ),
+]
+
+
+def test_settings_that_contradict_are_refused():
+    for settings, message in CONTRADICTIONS:
+        config = config_dict("sft")
+        with config.unlocked():
+            config.update_from_flattened_dict(settings)
+        with pytest.raises(ValueError, match=message):
+            Config.from_dict(config)

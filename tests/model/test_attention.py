@@ -67,42 +67,44 @@ def test_attention_is_the_softmax_average_of_the_values():
     np.testing.assert_allclose(found[:, 1:], truth[:, 1:], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("length", "heads", "kv_heads", "width", "dtype", "side"),
-    [
-        (150, 4, 2, 24, jnp.float32, None),  # heads as wide as the tiny preset's
-        (40, 4, 1, 64, jnp.float32, "right"),
-        (150, 4, 4, 64, jnp.float32, "left"),
-        (600, 2, 1, 128, jnp.float32, "left"),  # two blocks of 384
-        (40, 2, 1, 24, jnp.bfloat16, "left"),
-        (150, 4, 2, 64, jnp.bfloat16, "right"),
-        (600, 4, 2, 128, jnp.bfloat16, "right"),
-    ],
-)
-def test_splash_attention_is_attention(length, heads, kv_heads, width, dtype, side):
-    arrays, weights = inputs(length, heads, kv_heads, width, dtype)
-    valid_BT = None if side is None else valid(length, side)
-    truth = outcome([part.astype(jnp.float32) for part in arrays], weights, valid_BT)
-    found = outcome(arrays, weights, valid_BT, implementation="splash", interpret=True)
-    for name in truth:
-        error = relative_error(found[name], truth[name])
-        assert error < KERNEL[jnp.dtype(dtype).name], f"{name}: {error:.1e}"
+SPLASH_CASES = [
+    (150, 4, 2, 24, jnp.float32, None),  # heads as wide as the tiny preset's
+    (40, 4, 1, 64, jnp.float32, "right"),
+    (150, 4, 4, 64, jnp.float32, "left"),
+    (600, 2, 1, 128, jnp.float32, "left"),  # two blocks of 384
+    (40, 2, 1, 24, jnp.bfloat16, "left"),
+    (150, 4, 2, 64, jnp.bfloat16, "right"),
+    (600, 4, 2, 128, jnp.bfloat16, "right"),
+]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
-def test_texts_that_share_a_row_are_as_good_as_alone(implementation):
+def test_splash_attention_is_attention():
+    for length, heads, kv_heads, width, dtype, side in SPLASH_CASES:
+        arrays, weights = inputs(length, heads, kv_heads, width, dtype)
+        valid_BT = None if side is None else valid(length, side)
+        truth = outcome([part.astype(jnp.float32) for part in arrays], weights, valid_BT)
+        found = outcome(arrays, weights, valid_BT, implementation="splash", interpret=True)
+        for name in truth:
+            error = relative_error(found[name], truth[name])
+            assert error < KERNEL[jnp.dtype(dtype).name], f"{name}: {error:.1e}"
+
+
+def test_texts_that_share_a_row_are_as_good_as_alone():
     """Three texts of 9, 14 and 17 positions in one row of 45, the rest padding."""
-    (q, k, v), _ = inputs(45, 4, 2, 16)
-    lengths = (9, 14, 17)
-    segment_BT = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([*lengths, 5]))[None].repeat(3, 0)
-    options = {"implementation": implementation, "interpret": True}
-    found = attend(q, KeysValues(k, v), segment_BT=segment_BT, **options)
-    start = 0
-    for length in lengths:
-        here = slice(start, start + length)
-        alone = attend(q[:, here], KeysValues(k[:, here], v[:, here]))
-        assert relative_error(found[:, here], alone) < KERNEL["float32"]
-        start += length
+    for implementation in ["xla", "splash"]:
+        (q, k, v), _ = inputs(45, 4, 2, 16)
+        lengths = (9, 14, 17)
+        segment_BT = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([*lengths, 5]))[None].repeat(
+            3, 0
+        )
+        options = {"implementation": implementation, "interpret": True}
+        found = attend(q, KeysValues(k, v), segment_BT=segment_BT, **options)
+        start = 0
+        for length in lengths:
+            here = slice(start, start + length)
+            alone = attend(q[:, here], KeysValues(k[:, here], v[:, here]))
+            assert relative_error(found[:, here], alone) < KERNEL["float32"]
+            start += length
 
 
 def test_branches_of_a_trunk_are_as_good_as_alone():
@@ -192,18 +194,20 @@ def test_a_model_computes_the_same_with_it(make_model, remat):
 # Who runs where
 
 
-@pytest.mark.parametrize(("name", "needs"), [("splash", "TPU"), ("cudnn", "GPU")])
-def test_a_platform_that_cannot_is_told_so_in_one_sentence(make_model, name, needs):
-    message = f"config.model.attention={name} needs a {needs}, found cpu; set config.model.attent"
-    with pytest.raises(ValueError, match=message):
-        check_attention(name)
-    with pytest.raises(ValueError, match=message):
-        jexit.forward(make_model(execution=Execution(attention=name)), jnp.ones((1, 4), int))
-    other = {"TPU": "gpu", "GPU": "tpu"}[needs]
-    with compiling_for(other, "a chip"), pytest.raises(ValueError, match=f"found {other}"):
-        check_attention(name)
-    with compiling_for(needs.lower(), "a chip"):
-        check_attention(name)
+def test_a_platform_that_cannot_is_told_so_in_one_sentence(make_model):
+    for name, needs in [("splash", "TPU"), ("cudnn", "GPU")]:
+        message = (
+            f"config.model.attention={name} needs a {needs}, found cpu; set config.model.attent"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_attention(name)
+        with pytest.raises(ValueError, match=message):
+            jexit.forward(make_model(execution=Execution(attention=name)), jnp.ones((1, 4), int))
+        other = {"TPU": "gpu", "GPU": "tpu"}[needs]
+        with compiling_for(other, "a chip"), pytest.raises(ValueError, match=f"found {other}"):
+            check_attention(name)
+        with compiling_for(needs.lower(), "a chip"):
+            check_attention(name)
 
 
 def test_an_unknown_name_is_refused():

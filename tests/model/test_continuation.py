@@ -56,19 +56,19 @@ def linear(make_model, request):
     return make_model(exit_head=request.param)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("settings", [LINEAR, FACTORED], ids=["full", "rank 3"])
-def test_at_its_start_it_is_the_frozen_form_bit_for_bit(make_model, tokens_BT, settings, dtype):
-    frozen = make_model(dtype=dtype)
-    fresh = at_start(make_model(exit_head=settings, dtype=dtype))
-    for policy in (jexit.Full(), jexit.Sample(), jexit.Threshold(0.5)):
-        a, b = (
-            jexit.forward(model, tokens_BT, policy=policy, key=jax.random.key(0))
-            for model in (frozen, fresh)
-        )
-        assert np.array_equal(a.logits_BTV, b.logits_BTV)
-        assert np.array_equal(a.depth_BT, b.depth_BT)
-        assert np.array_equal(a.hazard_logits_BTE, b.hazard_logits_BTE)
+def test_at_its_start_it_is_the_frozen_form_bit_for_bit(make_model, tokens_BT):
+    for dtype in [jnp.float32, jnp.bfloat16]:
+        for settings in [LINEAR, FACTORED]:
+            frozen = make_model(dtype=dtype)
+            fresh = at_start(make_model(exit_head=settings, dtype=dtype))
+            for policy in (jexit.Full(), jexit.Sample(), jexit.Threshold(0.5)):
+                a, b = (
+                    jexit.forward(model, tokens_BT, policy=policy, key=jax.random.key(0))
+                    for model in (frozen, fresh)
+                )
+                assert np.array_equal(a.logits_BTV, b.logits_BTV)
+                assert np.array_equal(a.depth_BT, b.depth_BT)
+                assert np.array_equal(a.hazard_logits_BTE, b.hazard_logits_BTE)
 
 
 def test_full_depth_does_not_know_it(make_model, linear, tokens_BT):
@@ -249,17 +249,17 @@ def settings_of(settings):
     return {name: getattr(settings, name) for name in ("continuation", "continuation_rank")}
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"continuation": "quadratic"}, "continuation is 'quadratic'; choose frozen or linear"),
-        ({"continuation_rank": 4}, "continuation_rank is 4 for a frozen continuation"),
-        ({"continuation": "linear", "continuation_rank": -1}, "continuation_rank is -1; it is a"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        ExitSettings(**settings)
+MEANINGLESS = [
+    ({"continuation": "quadratic"}, "continuation is 'quadratic'; choose frozen or linear"),
+    ({"continuation_rank": 4}, "continuation_rank is 4 for a frozen continuation"),
+    ({"continuation": "linear", "continuation_rank": -1}, "continuation_rank is -1; it is a"),
+]
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for settings, sentence in MEANINGLESS:
+        with pytest.raises(ValueError, match=sentence):
+            ExitSettings(**settings)
 
 
 def test_a_rank_over_the_width_is_refused(make_model):

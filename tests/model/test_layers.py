@@ -39,53 +39,57 @@ def test_rms_norm_is_the_formula_with_its_statistics_in_float32():
     np.testing.assert_allclose(half, 1.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("theta", [1e4, 1e6, 5e6])
-@pytest.mark.parametrize("head_dim", [12, 128])
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        Yarn(factor=4.0, original_max_positions=64),
-        Yarn(factor=1.0, original_max_positions=256),
-        Yarn(factor=8.0, original_max_positions=4096, beta_fast=16.0, beta_slow=2.0),
-        Yarn(factor=2.5, original_max_positions=512, truncate=False),
-        Yarn(factor=2.5, original_max_positions=512, attention_factor=0.7),
-        LLAMA3,
-        dataclasses.replace(LLAMA3, factor=8.0, original_max_positions=64),
-        dataclasses.replace(LLAMA3, low_freq_factor=2.5, high_freq_factor=2.75),
-    ],
-)
-def test_frequencies_are_those_of_hugging_face(theta, head_dim, scaling):
+SCALINGS = [
+    None,
+    Yarn(factor=4.0, original_max_positions=64),
+    Yarn(factor=1.0, original_max_positions=256),
+    Yarn(factor=8.0, original_max_positions=4096, beta_fast=16.0, beta_slow=2.0),
+    Yarn(factor=2.5, original_max_positions=512, truncate=False),
+    Yarn(factor=2.5, original_max_positions=512, attention_factor=0.7),
+    LLAMA3,
+    dataclasses.replace(LLAMA3, factor=8.0, original_max_positions=64),
+    dataclasses.replace(LLAMA3, low_freq_factor=2.5, high_freq_factor=2.75),
+]
+
+
+def test_frequencies_are_those_of_hugging_face():
     torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    for theta in [1e4, 5e6]:
+        for head_dim in [12, 128]:
+            for scaling in SCALINGS:
+                from transformers import LlamaConfig
+                from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    parameters = {"rope_type": "default", "rope_theta": theta}
-    if scaling is not None:
-        given = dataclasses.asdict(scaling)
-        parameters |= {
-            "rope_type": given.pop("kind"),
-            "original_max_position_embeddings": given.pop("original_max_positions"),
-            **{key: value for key, value in given.items() if value is not None},
-        }
-    config = LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=4,
-        head_dim=head_dim,
-        max_position_embeddings=4096,
-        rope_parameters=parameters,
-    )
-    arch = dataclasses.replace(ARCH, rope_theta=theta, head_dim=head_dim, rope_scaling=scaling)
-    theirs = LlamaRotaryEmbedding(config)
-    frequencies, factor = rope_inverse_frequencies(arch)
-    np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-6)
-    assert factor == pytest.approx(theirs.attention_scaling)
+                parameters = {"rope_type": "default", "rope_theta": theta}
+                if scaling is not None:
+                    given = dataclasses.asdict(scaling)
+                    parameters |= {
+                        "rope_type": given.pop("kind"),
+                        "original_max_position_embeddings": given.pop("original_max_positions"),
+                        **{key: value for key, value in given.items() if value is not None},
+                    }
+                config = LlamaConfig(
+                    hidden_size=64,
+                    num_attention_heads=4,
+                    head_dim=head_dim,
+                    max_position_embeddings=4096,
+                    rope_parameters=parameters,
+                )
+                arch = dataclasses.replace(
+                    ARCH, rope_theta=theta, head_dim=head_dim, rope_scaling=scaling
+                )
+                theirs = LlamaRotaryEmbedding(config)
+                frequencies, factor = rope_inverse_frequencies(arch)
+                np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-6)
+                assert factor == pytest.approx(theirs.attention_scaling)
 
-    positions = np.asarray([[0, 1, 63, 64, 300]])
-    cos, sin = theirs(torch.zeros(1, 5, 1), torch.tensor(positions))
-    ours = rope_table(arch, jnp.asarray(positions))
-    for found, truth in zip(ours, (cos, sin), strict=True):
-        np.testing.assert_allclose(found, truth.numpy()[..., : head_dim // 2], atol=1e-4)
+                positions = np.asarray([[0, 1, 63, 64, 300]])
+                cos, sin = theirs(torch.zeros(1, 5, 1), torch.tensor(positions))
+                ours = rope_table(arch, jnp.asarray(positions))
+                for found, truth in zip(ours, (cos, sin), strict=True):
+                    np.testing.assert_allclose(
+                        found, truth.numpy()[..., : head_dim // 2], atol=1e-4
+                    )
 
 
 def test_rotation_makes_scores_depend_on_the_distance_alone():
