@@ -31,6 +31,7 @@ ORDER = (
     "data",
     "rollout",
     "io",
+    "results",  # what evaluation writes and the report reads
     "steps",
     "report",  # before loops: every training run ends by drawing its curves
     "eval",  # before loops: the evaluation loop calls it

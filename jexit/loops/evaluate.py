@@ -29,6 +29,7 @@ from jexit.loops.setup import (
     sampling_law,
     with_trained_law,
 )
+from jexit.results import VERSION, Evaluation, PolicyResult
 from jexit.steps.state import split_model
 
 
@@ -81,20 +82,22 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
             if result.control_of
         ]  # fmt: skip
         exits = model.exit_layers
-        written = {
+        written: dict[str, Any] = {
+            "version": VERSION,
             "complete": False,
             "task": dataclasses.asdict(config.task),
             "split": config.eval.split,
             "model": {"path": config.model.path, "layers": decoder.layers, "exits": list(exits)},
             "runs": [
-                dataclasses.asdict(result)
-                | {"compute_fraction": flops.compute_fraction(result.depth_fraction)}
+                result.model_copy(
+                    update={"compute_fraction": flops.compute_fraction(result.depth_fraction)}
+                )
                 for result in results
             ],
             "controls": controls,
         }
         if is_primary():
-            write_json_atomic(workdir / "eval.json", written)
+            Evaluation(**written).write(workdir / "eval.json")
         measurer = Measurer(config, decoder, examination, split, exits, positions, made)
         examples = measurer.examples()
         if is_primary():
@@ -103,8 +106,9 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     if not is_primary():
         return
     written |= {"complete": True, **measures}
-    write_json_atomic(workdir / "eval.json", written)
-    print_results(written)
+    evaluation = Evaluation(**written)
+    evaluation.write(workdir / "eval.json")
+    print_results(evaluation.model_dump(exclude_unset=True))
     print(f"Wrote {workdir / 'eval.json'}")
     print(f"Drew {draw(workdir)}")
 
@@ -185,7 +189,7 @@ def _per_cent(interval: tuple[float, float]) -> str:
     return "{:.1%} – {:.1%}".format(*interval)
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], title: str) -> None:
+def compare(before: PolicyResult, after: PolicyResult, title: str) -> None:
     """The closing table of a training run, from what `Stage.measure` gives."""
     names = {
         "accuracy": "accuracy",
@@ -195,7 +199,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], title: str) -> None:
         "completion/length": "completion_length",
         "layers/problem": "layers_per_problem",
     }
-    rows = [(name, before[key], after[key]) for name, key in names.items()]
-    shared = before["text"].keys() & after["text"].keys()
-    rows += [(name, before["text"][name], after["text"][name]) for name in sorted(shared)]
+    rows = [(name, getattr(before, key), getattr(after, key)) for name, key in names.items()]
+    shared = before.text.keys() & after.text.keys()
+    rows += [(name, before.text[name], after.text[name]) for name in sorted(shared)]
     closing_table(rows, title)

@@ -16,9 +16,10 @@ from jexit.eval.intervals import wilson_interval
 from jexit.eval.scores import Scores, paired
 from jexit.io.progress import Progress
 from jexit.loops.decoder import Decoder, ModelCompleter
-from jexit.loops.policies import Examination, PolicyResult, evaluate_policy
+from jexit.loops.policies import Examination, evaluate_policy, policy_result
 from jexit.loops.setup import load_task
 from jexit.model import policies as halting
+from jexit.results import PolicyResult
 from jexit.steps.state import SplitModel
 from jexit.tasks import ChainTask, Task
 
@@ -209,7 +210,7 @@ class Measurer:
         task = self.examination.task
         assert isinstance(task, ChainTask)
         made = self._completions(policy)
-        result = _brief(PolicyResult.of(policy, self.examination, made, self.decoder.layers))
+        result = _brief(policy_result(policy, self.examination, made, self.decoder.layers))
         sample = Sample.of(
             task,
             self.examination.problems,

@@ -14,82 +14,58 @@ from jexit.config import Config, control_of
 from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.eval.depth import Completion, depth_by_class, mean_depth, mixed, shuffled_depths
-from jexit.eval.intervals import Interval, bootstrap_ratio, wilson_interval
+from jexit.eval.intervals import bootstrap_ratio, wilson_interval
 from jexit.loops.decoder import Decoder
 from jexit.model.policies import Policy, Prescribed
+from jexit.results import PolicyResult
 from jexit.tasks import Problem, Task
 from jexit.tasks.streams import NoMoreProblems
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyResult:
-    """What `eval.json` holds for one policy; depths are of the passes that produced the tokens."""
-
-    policy: str
-    accuracy: float
-    accuracy_ci95: Interval  # Wilson's
-    depth_mean: float
-    depth_fraction: float
-    depth_fraction_ci95: Interval  # bootstrap over problems
-    layers_per_problem: float  # Σ of the depths of a completion's tokens: what an answer cost
-    layers_per_problem_ci95: Interval  # bootstrap over problems
-    depth_histogram: dict[str, int]  # tokens by layers run
-    depth_by_class: dict[str, dict[str, float]]
-    problems: int
-    tokens: int
-    completion_length: float
-    truncated: float
-    verdicts: dict[str, int]
-    tokens_per_second: float  # without compilation
-    text: dict[str, float]  # the task's own figures about the completions
-    control_of: str | None = None  # the policy whose mean depth this one has
-
-    @classmethod
-    def of(
-        cls,
-        policy: str,
-        examination: Examination,
-        made: list[Completion],
-        layers: int,
-        *,
-        tokens_per_second: float = math.nan,
-        control_of: str | None = None,
-    ) -> PolicyResult:
-        """The figures of one policy's completions of every problem."""
-        histogram = np.bincount(
-            [depth for completion in made for depth in completion.depths], minlength=layers + 1
-        )
-        verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
-        for completion in made:
-            verdicts[completion.verdict] += 1
-        right, count = verdicts["strict"] + verdicts["lenient"], len(made)
-        tokens = int(histogram.sum())
-        depth = float(histogram @ np.arange(layers + 1)) / tokens
-        run, whole = zip(*((c.layers_run, layers * len(c.depths)) for c in made), strict=True)
-        tokenizer = examination.tokenizer
-        texts = [completion.text for completion in made]
-        return cls(
-            policy=policy,
-            accuracy=right / count,
-            accuracy_ci95=wilson_interval(right, count),
-            depth_mean=depth,
-            depth_fraction=depth / layers,
-            depth_fraction_ci95=bootstrap_ratio(run, whole),
-            layers_per_problem=sum(run) / count,
-            layers_per_problem_ci95=bootstrap_ratio(run, [1] * count),
-            depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
-            depth_by_class=depth_by_class(
-                made, tokenizer.tokens, examination.task.answer_mark, tokenizer.eos_ids
-            ),
-            problems=count,
-            tokens=tokens,
-            completion_length=tokens / count,
-            truncated=sum(completion.truncated for completion in made) / count,
-            verdicts=verdicts,
-            tokens_per_second=tokens_per_second,
-            text=text_means([examination.task.text_totals(examination.problems, texts)]),
-            control_of=control_of,
-        )
+def policy_result(
+    policy: str,
+    examination: Examination,
+    made: list[Completion],
+    layers: int,
+    *,
+    tokens_per_second: float = math.nan,
+    control_of: str | None = None,
+) -> PolicyResult:
+    """What a policy's completions of every problem come to."""
+    histogram = np.bincount(
+        [depth for completion in made for depth in completion.depths], minlength=layers + 1
+    )
+    verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
+    for completion in made:
+        verdicts[completion.verdict] += 1
+    correct, count = verdicts["strict"] + verdicts["lenient"], len(made)
+    tokens = int(histogram.sum())
+    depth = float(histogram @ np.arange(layers + 1)) / tokens
+    run, whole = zip(*((c.layers_run, layers * len(c.depths)) for c in made), strict=True)
+    tokenizer = examination.tokenizer
+    texts = [completion.text for completion in made]
+    return PolicyResult(
+        policy=policy,
+        accuracy=correct / count,
+        accuracy_ci95=wilson_interval(correct, count),
+        depth_mean=depth,
+        depth_fraction=depth / layers,
+        depth_fraction_ci95=bootstrap_ratio(run, whole),
+        layers_per_problem=sum(run) / count,
+        layers_per_problem_ci95=bootstrap_ratio(run, [1] * count),
+        depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
+        depth_by_class=depth_by_class(
+            made, tokenizer.tokens, examination.task.answer_mark, tokenizer.eos_ids
+        ),
+        problems=count,
+        tokens=tokens,
+        completion_length=tokens / count,
+        truncated=sum(completion.truncated for completion in made) / count,
+        verdicts=verdicts,
+        tokens_per_second=tokens_per_second,
+        text=text_means([examination.task.text_totals(examination.problems, texts)]),
+        control_of=control_of,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +176,7 @@ def evaluate_policy(
     """Decodes every prompt under a named policy and judges the text."""
     policy = decoder.policy(name, len(examination.prompts), decoder.max_new_tokens)
     made, speed = examination.decoded(decoder, policy, name)
-    result = PolicyResult.of(name, examination, made, decoder.layers, tokens_per_second=speed)
+    result = policy_result(name, examination, made, decoder.layers, tokens_per_second=speed)
     return result, made
 
 
@@ -214,7 +190,7 @@ def evaluate_control(
         made, speed = examination.decoded(decoder, Prescribed(depth_BT), name)
     else:
         made, speed = _matched(decoder, examination, name, mean_depth(of))
-    result = PolicyResult.of(
+    result = policy_result(
         name, examination, made, layers, tokens_per_second=speed, control_of=control_of(name)
     )
     return result, made

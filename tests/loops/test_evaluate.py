@@ -15,7 +15,7 @@ from jexit.loops.measure import Measurer, rounds
 from jexit.loops.policies import Examination
 from jexit.loops.setup import load_task
 from jexit.model.policies import Threshold
-from jexit.report.records import Evaluation, build
+from jexit.results import Evaluation, checked
 from jexit.rollout import EngineSize, generate
 from jexit.steps.state import split_model
 from jexit.tasks import Problem
@@ -229,7 +229,7 @@ def test_what_the_policies_gave_outlives_a_measure_that_fails(
     assert kept["complete"] is False
     assert [entry["policy"] for entry in kept["runs"]] == list(POLICIES[:2])
     assert (tmp_path / "run" / "completions.json").exists()
-    read = build(Evaluation, kept, "eval")
+    read = checked(Evaluation, kept, "eval")
     assert read.faithfulness is None
 
 
