@@ -33,8 +33,8 @@ ORDER = (
     "io",
     "results",  # what evaluation writes and the report reads
     "steps",
+    "evaluation",
     "report",  # before loops: every training run ends by drawing its curves
-    "eval",  # before loops: the evaluation loop calls it
     "loops",
     "aot",
     "main",

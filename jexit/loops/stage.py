@@ -12,14 +12,13 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, prompt_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, from_primary, is_primary
-from jexit.eval.depth import Completion
+from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy, held_out
+from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.tables import print_change
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
-from jexit.loops.decoder import Decoder
-from jexit.loops.evaluate import compare
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
-from jexit.loops.policies import Examination, check_room, evaluate_policy, held_out
 from jexit.loops.pressure import AccuracyFloor, penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
@@ -149,7 +148,7 @@ class Stage:
 
     def _measured(
         self, trainable: Params, *, policy: str = "", **decoding: float
-    ) -> tuple[PolicyResult, list[Completion]]:
+    ) -> tuple[PolicyResult, list[Attempt]]:
         evaluation = self.config.eval
         how = {
             "temperature": evaluation.temperature,
@@ -194,7 +193,7 @@ class Stage:
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
         how = {"full": "full depth", "sample": "sampled exits"}[self.policy]
         name, split = self.config.task.name, self.config.eval.split
-        compare(before, after, f"{name}, {split} split, {how}, {tokens}")
+        print_change(before, after, f"{name}, {split} split, {how}, {tokens}")
         print(f"Wrote {self.workdir / 'model'}")
         print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()

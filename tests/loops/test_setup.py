@@ -10,8 +10,8 @@ import pytest
 from chat_templates import OPENED, SWITCHED, with_template
 from jexit.config import Config
 from jexit.data.tokenizer import Tokenizer
+from jexit.evaluation.accuracy import held_out
 from jexit.io.model_dir import save_model
-from jexit.loops.policies import held_out
 from jexit.loops.rl import judge
 from jexit.loops.setup import load_model, load_task
 from jexit.loops.stage import Stage

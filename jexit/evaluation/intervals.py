@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Interval = tuple[float, float]
+from jexit.results import Interval
 
 DRAWS = 4000
 Z = 1.959964
@@ -30,7 +30,7 @@ def wilson_interval(right: int, of: int, z: float = Z) -> Interval:
 def paired_interval(
     ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray
 ) -> Interval:
-    """Of mean(ours) − mean(theirs), two figures in 0 … 1 of each problem, such as right or wrong.
+    """Of mean(ours) − mean(theirs), two numbers in 0 … 1 of each problem, such as right or wrong.
 
     The normal interval after half a problem has been added for each of the four outcomes (both,
     ours alone, theirs alone, neither): d ± z·√(var / (n + 2)). It has a width where all problems
@@ -50,7 +50,7 @@ def paired_interval(
 def lost_interval(
     kept: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray
 ) -> Interval:
-    """Of 1 − Σ kept / Σ before, two figures in 0 … 1 of each problem.
+    """Of 1 − Σ kept / Σ before, two numbers in 0 … 1 of each problem.
 
     The r for which mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954),
     after `paired_interval`'s half problems have been added; cut at −1, as r has no upper end when

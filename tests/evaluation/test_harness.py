@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with the extra eval")
 
 import jexit
-from jexit.eval.harness import main
+from jexit.evaluation.harness import main
 from jexit.tasks import make_task
 
 ROOT = pathlib.Path(jexit.__file__).parent.parent
@@ -79,25 +79,18 @@ def test_a_built_in_task_of_generation(here):
         assert sample["resps"] == [made.texts]
 
 
-@pytest.mark.parametrize(
-    ("option", "sentence"),
-    [
+def test_mistakes_are_one_sentence(here, capsys):
+    for option, sentence in (
         ("--num_fewshot=-1", "a number from 0 on is wanted, got '-1'"),
         ("--limit=-3", "a number of questions, or below 1 a share of them, is wanted, got '-3'"),
         ("--limit=0", "got '0'"),
         ("--limit=many", "got 'many'"),
-    ],
-)
-def test_numbers_out_of_range_are_refused_before_anything_runs(here, capsys, option, sentence):
-    with pytest.raises(SystemExit) as ended:
-        run("--tasks=gsm8k_local", option)
-    assert ended.value.code == 2
-    assert sentence in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run("--tasks=gsm8k_local", option)
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
+    for options, sentence in (
         (["--tasks=no_such_task"], "lm-eval has no task 'no_such_task'"),
         (["--tasks=gsm8k_local", "--policy=often"], "policy 'often' is not known"),
         (["--tasks=gsm8k_local", "--model=nowhere"], "nowhere"),
@@ -105,10 +98,8 @@ def test_numbers_out_of_range_are_refused_before_anything_runs(here, capsys, opt
             ["--tasks=gsm8k_local", "--limit=1", "--num_fewshot=0", "--gen_kwargs=temperature=abc"],
             "--gen_kwargs='temperature=abc'",
         ),
-    ],
-)
-def test_mistakes_are_one_sentence(here, capsys, options, sentence):
-    assert run(*options) == 1
-    err = capsys.readouterr().err
-    (error,) = re.findall("error: .*", err)  # lm-eval may have drawn a bar before
-    assert sentence in error and "Traceback" not in err
+    ):
+        assert run(*options) == 1
+        err = capsys.readouterr().err
+        (error,) = re.findall("error: .*", err)  # lm-eval may have drawn a bar before
+        assert sentence in error and "Traceback" not in err

@@ -1,6 +1,6 @@
 """A model under a halting policy, as lm-evaluation-harness asks for one.
 
-Log-likelihoods under a policy are defined in `jexit.eval.loglikelihood.Scorer`.
+Log-likelihoods under a policy are defined in `jexit.evaluation.loglikelihood.Scorer`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 try:
@@ -23,12 +22,12 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from jexit.config import parse_policy
 from jexit.data.tokenizer import Tokenizer
-from jexit.eval.loglikelihood import Pair, Score, Scorer
+from jexit.evaluation.decoder import make_policy
+from jexit.evaluation.loglikelihood import Pair, Score, Scorer
 from jexit.io.model_dir import load
 from jexit.io.workdir import trained_law
-from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
+from jexit.model.policies import Full, Policy, Sample
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate
 from jexit.tasks.answers import THINK_START
@@ -304,22 +303,7 @@ class JexitLM(TemplateLM):
         ]
 
     def _policy(self, rows: int, columns: int) -> Policy:
-        kind, argument = parse_policy(self.policy)
-        layers = self._model.arch.layers
-        if kind == "fixed":
-            if argument > layers:
-                raise ValueError(
-                    f"policy {self.policy!r} asks for {argument} layers of a model that has "
-                    f"{layers}; use fixed:N with N from 1 to {layers}"
-                )
-            return Prescribed(np.full((rows, columns), argument, np.int32))
-        policies = {"full": Full(), "threshold": Threshold(argument), "sample": self._law}
-        if kind not in policies:
-            raise ValueError(
-                f"policy {self.policy!r} says nothing about given texts; use full, sample, "
-                "threshold:X or fixed:N"
-            )
-        return policies[kind]
+        return make_policy(self.policy, rows, columns, self._model.arch.layers, self._law)
 
 
 def _after_thought(text: str, end: str, *, opened: bool) -> str:

@@ -1,29 +1,29 @@
-"""What a measure found for each problem, so that it can be compared with another arm's."""
+"""What a measure found for each problem, so that two policies can be compared on the same ones."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jexit.eval.intervals import (
-    Interval,
+from jexit.evaluation.intervals import (
     bootstrap_lost_difference,
     bootstrap_mean,
     lost_interval,
     paired_interval,
     wilson_interval,
 )
+from jexit.results import Interval
 
 Kind = Literal["share", "difference", "lost"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Two figures in 0 … 1 of each problem, and what becomes of them.
+    """Two numbers in 0 … 1 of each problem, and what becomes of them.
 
     `share`: the mean of `first`, each 0 or 1. `difference`: the mean of `first` less the mean of
     `second`. `lost`: 1 − Σ first / Σ second, NaN where `second` is 0 for all problems. `numbers`
@@ -73,11 +73,18 @@ class Scores:
         return cls(kind="share", numbers=numbers, first=values, second=[0.0] * len(values))
 
 
-def paired(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Any] | None:
-    """Both values on the problems that two policies have in common, and ours less theirs.
+class Paired(NamedTuple):
+    """Two policies' values on the problems that they have in common, and ours less theirs."""
 
-    The interval is of the difference, over problems. None without a common problem.
-    """
+    value: float
+    against_value: float
+    difference: float
+    difference_ci95: Interval
+    problems: int
+
+
+def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
+    """The interval is of the difference, over problems. None without a common problem."""
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:
         return None
@@ -92,10 +99,5 @@ def paired(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Any] | None
         interval = bootstrap_mean(ours._values - theirs._values, seed, (-2.0, 2.0))
     else:
         interval = paired_interval(ours.first, theirs.first)
-    return {
-        "value": ours.value,
-        "against_value": theirs.value,
-        "difference": ours.value - theirs.value,
-        "difference_ci95": interval,
-        "problems": len(common),
-    }
+    difference = ours.value - theirs.value
+    return Paired(ours.value, theirs.value, difference, interval, len(common))

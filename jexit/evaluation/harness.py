@@ -1,6 +1,6 @@
 """Runs the tasks of lm-evaluation-harness on a model under a halting policy.
 
-    python -m jexit.eval.harness --model=DIR --tasks=TASK[,TASK ...] [--policy=POLICY]
+    python -m jexit.evaluation.harness --model=DIR --tasks=TASK[,TASK ...] [--policy=POLICY]
                                  [--include_path=DIR] [--limit=N] [--output=FILE]
 
 POLICY is full, threshold:0.5, fixed:6 (layers) or sample. The extra `eval` brings lm-eval. DIR may
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 try:
-    from jexit.eval.harness_model import BATCH_SIZE, JexitLM
+    from jexit.evaluation.harness_model import BATCH_SIZE, JexitLM
 except ModuleNotFoundError as error:
     if __name__ == "__main__":
         sys.exit(f"error: {error}")
@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jexit.eval.harness",
+        prog="python -m jexit.evaluation.harness",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

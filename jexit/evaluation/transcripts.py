@@ -1,7 +1,7 @@
-"""Completions that are gone on with from changed beginnings, and the answers that come of it.
+"""Problems answered with a chain of thought, for interventions on what the chain says.
 
-A beginning is put into the model's mouth, so what it holds is none of the model's words: an answer
-is read from the cue and from what the model wrote itself, and where that has none there is none.
+A prefix is put into the model's mouth, so what it holds is none of the model's words: an answer is
+read from the cue and from what the model wrote itself, and where that has none there is none.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Protocol
 
+from jexit.evaluation.completer import Completer, Reply
 from jexit.tasks.answers import THINK_START
 from jexit.tasks.base import Draw, Problem
 from jexit.tasks.chains import ChainTask
@@ -20,51 +20,20 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a completer wrote, how deep the passes were that wrote it, and if it was cut off."""
+class Continuation:
+    """What follows a prefix: the model's own words, which a forced answer's cue precedes.
 
-    text: str
-    depths: Sequence[int]
-    cut: bool = False
-
-
-class Completer(Protocol):
-    """Writes on from the beginnings of completions.
-
-    What is begun counts as the completion's own: its passes leave as the policy says. `opening` is
-    the beginning that every completion's text has before the model writes, such as `<think>`.
-    """
-
-    layers: int
-    opening: str
-
-    def complete(
-        self, problems: Sequence[Problem], begun: Sequence[str], *, answer_only: bool
-    ) -> list[Reply | None]:
-        """What follows `begun`, for each problem; `answer_only` when that is a few tokens.
-
-        Each begins with `opening`. None where the model has no room to write.
-        """
-
-    def filler(self, text: str) -> str:
-        """Text without content that has as many tokens as `text`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Written:
-    """A continuation: the model's own words, which a forced answer's cue precedes, and the answer.
-
-    `right` is the task's verdict on that answer.
+    `correct` is the task's verdict on the answer in them.
     """
 
     text: str
     answer: str | None
-    right: bool
+    correct: bool
     depths: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Transcripts:
     """Problems that were answered with a chain, their numbers in the evaluation, and the replies.
 
     Whatever is drawn for a problem depends on its number alone: under two policies it is the same.
@@ -85,7 +54,7 @@ class Sample:
         replies: Sequence[Reply],
         completer: Completer,
         seed: int = 0,
-    ) -> Sample:
+    ) -> Transcripts:
         """Without completions that have no step or no answer: there is nothing to intervene in."""
         chosen = [
             number
@@ -93,14 +62,8 @@ class Sample:
             if task.steps(reply.text)
             and task.final_answer(task.answerable(reply.text, cut=reply.cut)) is not None
         ]
-        return cls(
-            task,
-            [problems[number] for number in chosen],
-            [replies[number] for number in chosen],
-            completer,
-            chosen,
-            seed,
-        )
+        kept = [[some[number] for number in chosen] for some in (problems, replies)]
+        return cls(task, *kept, completer, chosen, seed)
 
     @functools.cached_property
     def answers(self) -> list[str | None]:
@@ -119,7 +82,7 @@ class Sample:
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
 
-    def right(self, index: int) -> bool:
+    def correct(self, index: int) -> bool:
         """Whether the completion is."""
         return self.task.verify(self.problems[index], self.replies[index].text).correct
 
@@ -130,32 +93,32 @@ class Sample:
         """An answer in the form in which `final_answer` gives it."""
         return self.task.final_answer(self.task.cue + answer)
 
-    def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Written | None]:
+    def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
         """The answers that come at once after so much of a completion, all in one decode."""
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
-        return self._written(asked, answer_only=True)
+        return self._continuations(asked, answer_only=True)
 
-    def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Written | None]:
-        """What follows beginnings of completions, all in one decode."""
-        return self._written(rows, answer_only=False)
+    def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
+        """What follows prefixes of completions, all in one decode."""
+        return self._continuations(rows, answer_only=False)
 
-    def _written(
+    def _continuations(
         self, rows: Sequence[tuple[Problem, str]], *, answer_only: bool
-    ) -> list[Written | None]:
+    ) -> list[Continuation | None]:
         replies = self.completer.complete(
             [problem for problem, _ in rows], [text for _, text in rows], answer_only=answer_only
         )
         lead = self.task.cue if answer_only else ""
         return [
-            None if reply is None else self._read(problem, begun, lead + reply.text, reply)
-            for (problem, begun), reply in zip(rows, replies, strict=True)
+            None if reply is None else self._read(problem, prefix, lead + reply.text, reply)
+            for (problem, prefix), reply in zip(rows, replies, strict=True)
         ]
 
-    def _read(self, problem: Problem, begun: str, text: str, reply: Reply) -> Written:
-        # The whole is read too: a chain may have been opened in what was begun and never be closed,
-        # and then the numbers in it are no answer.
-        seen = self.task.answerable(begun + reply.text, cut=reply.cut)
+    def _read(self, problem: Problem, prefix: str, text: str, reply: Reply) -> Continuation:
+        # The whole is read too: a chain may have been opened in the prefix and never be closed, and
+        # then the numbers in it are no answer.
+        seen = self.task.answerable(prefix + reply.text, cut=reply.cut)
         whole = self.task.final_answer(seen)
         answer = None if whole is None else self.task.final_answer(text)
-        right = answer is not None and self.task.verify(problem, text).correct
-        return Written(text=text, answer=answer, right=right, depths=reply.depths)
+        correct = answer is not None and self.task.verify(problem, text).correct
+        return Continuation(text=text, answer=answer, correct=correct, depths=reply.depths)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,18 +12,18 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, HiddenBTD, Int
-from jexit.dist import data_shards, place_rows, whole
+from jexit.evaluation.replay import Recorded
 from jexit.kernels import exit_kl, linear_kl
 from jexit.losses.sft import target_log_hazards
 from jexit.model.exits import log_hazards
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import Transformer, exit_hidden_states, run
-from jexit.steps.completions import Completions, bucket_length, pad_completions
+from jexit.results import ExitCalibration, HazardBin, HazardCalibration
+from jexit.steps.completions import Completions
 
 SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states)
 
 BINS = 10
-_POSITIONS = 8192  # of one pass: rows of a batch follow from its length
 
 
 def _decisions(
@@ -114,7 +113,7 @@ def decisions_and_targets(
 
 def reliability(
     hazard_N: np.ndarray, target_N: np.ndarray, bins: int = BINS
-) -> tuple[float, list[dict[str, float]]]:
+) -> tuple[float, tuple[HazardBin, ...]]:
     """(ECE, bins) of hazards against targets.
 
     ECE = Σ_b n_b / N · |mean hazard − mean target| over equal bins of the hazard; 0 is perfect.
@@ -122,71 +121,21 @@ def reliability(
     without any position.
     """
     which_N = np.minimum((hazard_N * bins).astype(int), bins - 1)
-    table, error = [], 0.0
+    table = []
     for number in range(bins):
         inside_N = which_N == number
         if count := int(inside_N.sum()):
-            hazard, target = float(hazard_N[inside_N].mean()), float(target_N[inside_N].mean())
-            error += count * abs(hazard - target)
             table.append(
-                {
-                    "low": number / bins,
-                    "high": (number + 1) / bins,
-                    "hazard_mean": hazard,
-                    "target_mean": target,
-                    "positions": count,
-                }
+                HazardBin(
+                    low=number / bins,
+                    high=(number + 1) / bins,
+                    hazard_mean=float(hazard_N[inside_N].mean()),
+                    target_mean=float(target_N[inside_N].mean()),
+                    positions=count,
+                )
             )
-    return (error / len(hazard_N) if len(hazard_N) else float("nan")), table
-
-
-def batch_rows(count: int, length: int) -> int:
-    """How many of `count` sequences of this length go through the model at once."""
-    shards = data_shards()
-    return min(-(-count // shards), max(1, _POSITIONS // length)) * shards
-
-
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """Prompts and completions as tokens, with the depth of every pass that wrote one."""
-
-    prompts: Sequence[Sequence[int]]
-    completions: Sequence[Sequence[int]]
-    depths: Sequence[Sequence[int]]
-    pad_id: int
-
-    def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
-        """What `program(rows, depth_BC)` gives [B, C, …] for all rows, with zeros beyond a text.
-
-        It sees the longest first, in batches padded to their longest.
-        """
-        length_B = np.asarray(
-            [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]
-        )
-        order, width = np.argsort(-length_B, kind="stable"), max(map(len, self.completions))
-        results: list[np.ndarray] = []
-        start = 0
-        while start < len(order):
-            size = batch_rows(len(order) - start, bucket_length(int(length_B[order[start]])))
-            own = order[start : start + size]
-            start += size
-            chosen = np.resize(own, size)  # the last batch is filled with its rows again
-            rows = pad_completions(
-                [self.prompts[i] for i in chosen],
-                [self.completions[i] for i in chosen],
-                self.pad_id,
-            )
-            depth_BC = np.zeros(rows.completion_tokens_BC.shape, np.int32)
-            for row, i in enumerate(chosen):
-                depth_BC[row, : len(self.depths[i])] = self.depths[i]
-            found = whole(program(*place_rows((rows, depth_BC))), "recorded completions")
-            for index, values_BCX in enumerate(found):
-                if len(results) == index:
-                    shape = (len(order), width, *values_BCX.shape[2:])
-                    results.append(np.zeros(shape, values_BCX.dtype))
-                columns = min(width, values_BCX.shape[1])
-                results[index][own, :columns] = values_BCX[: len(own), :columns]
-        return results
+    error = sum(part.positions * abs(part.hazard_mean - part.target_mean) for part in table)
+    return (error / len(hazard_N) if len(hazard_N) else float("nan")), tuple(table)
 
 
 def hazards_of(
@@ -211,7 +160,8 @@ def hazards_of(
     ]
 
 
-def hazard_reliability(
+def hazard_calibration(
+    policy: str,
     student: SplitModel,
     teacher: SplitModel,
     exit_layers: Sequence[int],
@@ -220,8 +170,8 @@ def hazard_reliability(
     *,
     sharpness: float,
     target: str,
-) -> dict[str, Any]:
-    """Reliability of every exit's hazards over completions with their recorded depths.
+) -> HazardCalibration:
+    """Reliability of every exit's hazards over a policy's completions with their depths.
 
     `ece` of all exits together is the mean of theirs, weighted by their decisions: one exit that
     leaves too readily does not make up for another that leaves too seldom. With it comes the mean
@@ -238,30 +188,26 @@ def hazard_reliability(
         there_BC = there_BCE[..., number]
         hazard_N, target_N = hazard_BCE[there_BC, number], target_BCE[there_BC, number]
         if len(hazard_N):
-            exit_ece, bins = reliability(hazard_N, target_N)
+            ece, bins = reliability(hazard_N, target_N)
             exits.append(
-                {
-                    "exit": int(layer),
-                    "ece": exit_ece,
-                    "positions": len(hazard_N),
-                    "hazard_mean": float(hazard_N.mean()),
-                    "target_mean": float(target_N.mean()),
-                    "bins": bins,
-                }
+                ExitCalibration(
+                    exit=int(layer),
+                    ece=ece,
+                    positions=len(hazard_N),
+                    hazard_mean=float(hazard_N.mean()),
+                    target_mean=float(target_N.mean()),
+                    bins=bins,
+                )
             )
-    decisions_made = [entry["positions"] for entry in exits]
-    ece = (
-        float(np.average([entry["ece"] for entry in exits], weights=decisions_made))
-        if exits
-        else float("nan")
-    )
+    weights = [entry.positions for entry in exits]
     kl_N = np.concatenate(
         [kl_C[1 : len(depths)] for kl_C, depths in zip(kl_BC, recorded.depths, strict=True)]
     )
-    return {
-        "sharpness": sharpness,
-        "target": target,
-        "ece": ece,
-        "kl_student_teacher_nats": float(kl_N.mean()) if kl_N.size else float("nan"),
-        "exits": exits,
-    }
+    return HazardCalibration(
+        policy=policy,
+        sharpness=sharpness,
+        target=target,
+        ece=float(np.average([e.ece for e in exits], weights=weights)) if exits else float("nan"),
+        kl_student_teacher_nats=float(kl_N.mean()) if kl_N.size else float("nan"),
+        exits=tuple(exits),
+    )

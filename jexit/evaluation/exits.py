@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, HiddenBTD, Int
-from jexit.eval.hazards import Recorded, SplitModel
+from jexit.evaluation.hazards import SplitModel
+from jexit.evaluation.replay import Recorded
 from jexit.kernels import exit_kl
 from jexit.model.exits import depth_of_exit_index
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import exit_hidden_states, run
+from jexit.results import EarlyLeaving, ExitAgreement, ExitQuality
 from jexit.steps.completions import Completions
 
 CLOSE = 0.05  # nats; a token whose exit is so close to the last layer could leave there
@@ -72,15 +74,13 @@ def compare_exits(
 
 
 def exit_quality(
-    student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
-) -> dict[str, Any]:
-    """How close each exit comes to the last layer over completions, and all exits together.
+    policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
+) -> ExitQuality:
+    """How close each exit comes to the last layer over a policy's completions, and all together.
 
-    `exits` has for each exit, over the passes that could leave: the mean KL(π_L ‖ π_e) in nats, the
-    share of them with the same greedy token, and the share under `CLOSE` nats. `leaving` has for
-    each threshold what happens when every token leaves at the first exit under it, all at once, the
-    text given: depth, KL and agreement, and the agreement of the tokens that still run all layers,
-    which read keys and values of those that have left.
+    `exits` is of single exits; `leaving` has for each of `THRESHOLDS` what happens when every token
+    leaves at the first exit under it, all at once, the text given. Tokens that still run all layers
+    then read keys and values of those that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]
@@ -90,12 +90,12 @@ def exit_quality(
 
     kl_NE, same_NE, *rest = map(passes, found)
     exits = [
-        {
-            "exit": int(layer),
-            "kl_nats": float(kl_NE[:, index].mean()),
-            "same_token": float(same_NE[:, index].mean()),
-            "close": float((kl_NE[:, index] < CLOSE).mean()),
-        }
+        ExitAgreement(
+            exit=int(layer),
+            kl_nats=float(kl_NE[:, index].mean()),
+            same_token=float(same_NE[:, index].mean()),
+            close=float((kl_NE[:, index] < CLOSE).mean()),
+        )
         for index, layer in enumerate(exit_layers)
     ]
     leaving = []
@@ -104,12 +104,12 @@ def exit_quality(
     ):
         stayed_N = depth_N == layers
         leaving.append(
-            {
-                "threshold_nats": threshold,
-                "depth_fraction": float(depth_N.mean() / layers),
-                "kl_nats": float(kl_N.mean()),
-                "same_token": float(kept_N.mean()),
-                "same_token_full_depth": float(kept_N[stayed_N].mean()) if stayed_N.any() else None,
-            }
+            EarlyLeaving(
+                threshold_nats=threshold,
+                depth_fraction=float(depth_N.mean() / layers),
+                kl_nats=float(kl_N.mean()),
+                same_token=float(kept_N.mean()),
+                same_token_full_depth=float(kept_N[stayed_N].mean()) if stayed_N.any() else None,
+            )
         )
-    return {"passes": len(kl_NE), "exits": exits, "leaving": leaving}
+    return ExitQuality(policy=policy, passes=len(kl_NE), exits=tuple(exits), leaving=tuple(leaving))

@@ -1,5 +1,7 @@
 """The model that lm-evaluation-harness sees, against the harness's own for transformers."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,8 @@ from lm_eval.api.registry import get_model
 
 import jexit
 from chat_templates import OPENED, SWITCHED, with_template
-from jexit.eval.harness_model import JexitLM
-from jexit.model.policies import Full, Prescribed, Threshold
+from jexit.evaluation.harness_model import JexitLM
+from jexit.model.policies import Prescribed, Threshold
 from jexit.rollout import generate
 from small_runs import small_model
 from tolerances import LOGITS, LOGPROBS
@@ -24,7 +26,7 @@ PAIRS = [
     ("some words that go on for longer than the others do", " x1"),
     ("0 1 2", "3 4"),
 ]
-TEXTS = ["abc", "a text that is longer than one window of sixteen", "", "x" * 33]
+TEXTS = ["abc", "a text that is longer than one window of forty-eight positions " * 2, "x" * 120]
 
 
 def requests(kind, arguments):
@@ -34,16 +36,16 @@ def requests(kind, arguments):
     ]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
-def both(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
     """The harness's model for transformers, and ours, on the same weights and tokenizer.
 
-    Llama's tokenizer puts a begin token before texts.
+    Llama's tokenizer puts a begin token before texts, Qwen's does not.
     """
     torch = pytest.importorskip("torch")
     hf_models = pytest.importorskip("hf_models")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    path = hf_models.save(tmp_path_factory.mktemp("hf"), hf_models.make_model(request.param))
+    path = hf_models.save(tmp_path_factory.mktemp("hf"), hf_models.make_model("llama"))
     theirs = huggingface.HFLM(
         pretrained=str(path), device="cpu", dtype=torch.float32, batch_size=2, max_length=48
     )
@@ -82,8 +84,8 @@ def test_rolling_log_likelihoods_are_those_of_transformers(both, monkeypatch):
     theirs, ours = both
     # The harness gives a text that it has put a begin token before another one as its context.
     monkeypatch.setattr(theirs, "add_bos_token", False)
-    texts = [text for text in TEXTS if text]
-    arguments = [(text,) for text in texts]
+    arguments = [(text,) for text in TEXTS]
+    assert [len(ours.tok_encode(text)) > 96 for text in TEXTS] == [False, True, True]  # windows
     found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), True)
     expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), True)
     np.testing.assert_allclose(found, expected, atol=20 * LOGITS)
@@ -98,6 +100,7 @@ def test_greedy_texts_are_those_of_transformers(both):
         ("0 1 2", {"until": ["e", "7", "q"], "max_gen_toks": 20, "do_sample": False}),
         ("x", {"until": ["a", " "], "max_gen_toks": 9, "temperature": 0.0}),
     ]
+    # Results come in the order of requests, whichever are decoded together.
     found = ours.generate_until(requests("generate_until", asked), disable_tqdm=True)
     assert found == theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
     assert len(set(found)) == len(found)
@@ -111,65 +114,32 @@ def test_ids_are_those_of_transformers(both):
             assert ours.tok_encode(text, **added) == theirs.tok_encode(text, **added)
 
 
-def test_windows_sum_to_the_whole(small):
+def test_generated_texts_are_generates_and_scored_as_recorded(small):
     model, tokenizer = small
-    lm = JexitLM(model, tokenizer, max_length=16)
-    totals = lm.loglikelihood_rolling(
-        requests("loglikelihood_rolling", [(text,) for text in TEXTS]), disable_tqdm=True
-    )
-    for text, total in zip(TEXTS, totals, strict=True):
-        ids, expected, start = tokenizer.encode(text), 0.0, 0
-        # By hand: windows of 16 predictions; the last one's context reaches as far back as it can.
-        while start < len(ids):
-            stop = min(start + 16, len(ids))
-            first = max(stop - 17, 0)
-            window = ids[first:stop] if start else [lm.prefix_token_id, *ids[:stop]]
-            logits = jexit.forward(model, np.array([window[:-1]])).logits_BTV[0]
-            logprobs = (
-                np.asarray(logits) - np.logaddexp.reduce(np.asarray(logits), axis=-1)[:, None]
-            )
-            count = stop - start
-            expected += sum(logprobs[-count + i, token] for i, token in enumerate(window[-count:]))
-            start = stop
-        assert total == pytest.approx(expected, abs=10 * LOGPROBS)
-    assert len(tokenizer.encode(TEXTS[1])) > 16 and totals[2] == 0.0
-    whole = JexitLM(model, tokenizer)
-    assert whole.loglikelihood_rolling(
-        requests("loglikelihood_rolling", [(TEXTS[1],)]), disable_tqdm=True
-    )[0] == pytest.approx(scores(whole, [("", TEXTS[1])])[0][0], abs=LOGPROBS)
-
-
-@pytest.mark.parametrize("policy", ["full", "threshold:0.3", "fixed:1"])
-def test_generated_texts_are_generates_and_scored_as_recorded(small, policy):
-    model, tokenizer = small
-    lm = JexitLM(model, tokenizer, policy=policy)
     asked = [(text, {"until": [], "max_gen_toks": 8}) for text in ("sum 12", "Tom has", "1+2")]
-    texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
-    kind, _, number = policy.partition(":")
-    rule = {
-        "full": Full(),
-        "threshold": Threshold(0.3),
-        "fixed": Prescribed(np.full((3, 8), int(number or 0) if kind == "fixed" else 1)),
-    }[kind]
-    made = generate(
-        model, tokenizer, [text for text, _ in asked], policy=rule, max_new_tokens=8, chat=False
-    )
-    assert texts == made.texts
-    depth, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
-    info = lm.get_model_info()
-    assert (info["policy"], info["tokens"]) == (policy, tokens)
-    assert info["depth_mean"] == pytest.approx(depth / tokens)
-    assert info["depth_fraction"] == pytest.approx(depth / tokens / 3)
-    # The log-likelihood of what was generated is what was recorded.
-    pairs = [
-        (None, tokenizer.encode(text), ids)
-        for (text, _), ids in zip(asked, made.tokens, strict=True)
-    ]
-    for (total, greedy), logprobs in zip(
-        lm._loglikelihood_tokens(pairs, disable_tqdm=True), made.logprobs, strict=True
-    ):
-        assert total == pytest.approx(sum(logprobs), abs=10 * LOGPROBS)
-        assert greedy
+    for policy, rule in (
+        ("threshold:0.3", Threshold(0.3)), ("fixed:1", Prescribed(np.ones((3, 8), np.int32))),
+    ):  # fmt: skip
+        lm = JexitLM(model, tokenizer, policy=policy)
+        texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+        made = generate(
+            model, tokenizer, [text for text, _ in asked], policy=rule, max_new_tokens=8, chat=False
+        )
+        assert texts == made.texts
+        depth, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
+        info = lm.get_model_info()
+        assert (info["policy"], info["tokens"]) == (policy, tokens)
+        assert info["depth_mean"] == pytest.approx(depth / tokens)
+        assert info["depth_fraction"] == pytest.approx(depth / tokens / 3)
+        # The log-likelihood of what was generated is what was recorded.
+        pairs = [
+            (None, tokenizer.encode(text), ids)
+            for (text, _), ids in zip(asked, made.tokens, strict=True)
+        ]
+        scored = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
+        for (total, greedy), logprobs in zip(scored, made.logprobs, strict=True):
+            assert total == pytest.approx(sum(logprobs), abs=10 * LOGPROBS)
+            assert greedy
 
 
 def test_policies_and_seeds_matter(small):
@@ -205,42 +175,24 @@ def test_sampled_tokens_follow_the_request(small):
     assert len(set(texts({"temperature": 1.0, "top_k": 1}))) == 1
 
 
-def test_results_come_in_the_order_of_requests(small):
-    lm = JexitLM(*small)
-    asked = [
-        (text, {"until": [], "max_gen_toks": size})
-        for text, size in [("sum 12", 3), ("Tom has", 9), ("1+2", 3), ("Mia", 9)]
-    ]
-    whole = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
-    single = [
-        lm.generate_until(requests("generate_until", [entry]), disable_tqdm=True)[0]
-        for entry in asked
-    ]
-    assert whole == single
-
-
-@pytest.mark.parametrize(
-    ("context", "made", "answer"),
-    [
+def test_the_answer_is_what_follows_the_thought(small, monkeypatch):
+    """Stop strings hold for it alone."""
+    for context, made, answer in (
         ("sum 12", "one. two\n</think>\n\nseven. eight", "seven"),
         ("sum 12", "<think>\none. two", ""),
         ("sum 12<think>\n", "one. two", ""),
         ("sum 12<think>\n", "one. two\n</think>\n\nseven. eight", "seven"),
         ("sum 12", "seven. eight", "seven"),
-    ],
-)
-def test_the_answer_is_what_follows_the_thought(small, monkeypatch, context, made, answer):
-    """Stop strings hold for it alone."""
-    model, tokenizer = small
+    ):
 
-    def stand_in(*args, stop, **settings):
-        assert stop == (), "a thought may hold stop strings"
-        return type("Made", (), {"texts": [made], "depths": [[3]]})()
+        def stand_in(*args, stop, text=made, **settings):
+            assert stop == (), "a thought may hold stop strings"
+            return types.SimpleNamespace(texts=[text], depths=[[3]])
 
-    monkeypatch.setattr("jexit.eval.harness_model.generate", stand_in)
-    lm = JexitLM(model, tokenizer, think_end_token="</think>", max_gen_toks=16)
-    asked = requests("generate_until", [(context, {"until": ["."]})])
-    assert lm.generate_until(asked, disable_tqdm=True) == [answer]
+        monkeypatch.setattr("jexit.evaluation.harness_model.generate", stand_in)
+        lm = JexitLM(*small, think_end_token="</think>", max_gen_toks=16)
+        asked = requests("generate_until", [(context, {"until": ["."]})])
+        assert lm.generate_until(asked, disable_tqdm=True) == [answer]
 
 
 def test_chat_format_and_thinking(small):
@@ -270,37 +222,31 @@ def test_the_harness_knows_it_by_name():
     assert (lm.policy, lm.seed, lm.batch_size, lm.max_length) == ("threshold:0.5", 3, 16, 1024)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
+def test_what_cannot_be_done_is_refused(small):
+    for settings, sentence in (
         ({"policy": "fixed:4"}, "asks for 4 layers of a model that has 3; use fixed:N"),
         ({"policy": "half"}, "policy 'half' is not known"),
+        ({"policy": "shuffled"}, "policy 'shuffled' is not known"),
         ({"device": "cuda:0"}, "JAX finds its devices itself; leave it out"),
         ({"max_length": 999}, "takes 256 positions"),
-    ],
-)
-def test_wrong_settings(small, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        JexitLM(*small, **settings)
-
-
-@pytest.mark.parametrize(
-    ("request_settings", "sentence"),
-    [
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            JexitLM(*small, **settings)
+    with pytest.raises(ValueError, match="comes without its tokenizer"):
+        JexitLM(small[0])
+    lm = JexitLM(*small)
+    for settings, sentence in (
         ({"max_gen_toks": 256}, "no room for a context; lower it to at most 255"),
         ({"num_beams": 4}, "asks for 'num_beams' in generation, as 4, .* but as 1; override"),
         ({"repetition_penalty": 1.2}, "'repetition_penalty' in generation, as 1.2, .* but as 1.0"),
         ({"bad_words_ids": [[3]]}, r"'bad_words_ids' in generation, as \[\[3\]\], .* but as None"),
         ({"use_cache": True, "early_stopping": True}, "'early_stopping' in generation"),
         ({"thinking_budget": 4}, "'thinking_budget' in generation, as 4, .* does not have; over"),
-        ({"thinking_budget": 1}, "'thinking_budget' in generation"),
         ({"thinking_budget": None}, "'thinking_budget' in generation, as None"),
-    ],
-)
-def test_wrong_requests(small, request_settings, sentence):
-    asked = [("sum 12", {"until": [], **request_settings})]
-    with pytest.raises(ValueError, match=sentence):
-        JexitLM(*small).generate_until(requests("generate_until", asked), disable_tqdm=True)
+    ):
+        asked = requests("generate_until", [("sum 12", {"until": [], **settings})])
+        with pytest.raises(ValueError, match=sentence):
+            lm.generate_until(asked, disable_tqdm=True)
 
 
 def test_settings_that_ask_for_nothing_change_nothing(small):
@@ -321,8 +267,3 @@ def test_settings_that_ask_for_nothing_change_nothing(small):
     )  # fmt: skip
     assert plain == text({"top_k": 0, "top_p": 1.0, "min_p": 0.0})
     assert plain != text({"top_k": 1})
-
-
-def test_a_model_needs_its_tokenizer(small):
-    with pytest.raises(ValueError, match="comes without its tokenizer"):
-        JexitLM(small[0])

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from jexit.dist import make_mesh
-from jexit.eval.hazards import Recorded, hazard_reliability, hazards_of, reliability
+from jexit.evaluation.hazards import hazard_calibration, hazards_of, reliability
+from jexit.evaluation.replay import Recorded
 from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Prescribed, Sample
@@ -42,72 +43,66 @@ def split():
     return split._replace(trainable=trainable)
 
 
+LAW = Sample(temperature=2.0, min_hazard=0.3)
+SAMPLES = 80
+
+
 @pytest.fixture(scope="module")
 def made(split):
     return rollout(
-        split.decodable(split.trainable), PROMPTS, policy=Sample(), max_new_tokens=9,
-        temperature=1.0, eos_ids=(3, 8), pad_id=0, key=5, hazards=True,
+        split.decodable(split.trainable), PROMPTS, policy=LAW, max_new_tokens=9, temperature=1.0,
+        eos_ids=(3, 8), pad_id=0, key=5, hazards=True, samples_per_prompt=SAMPLES,
+        size=EngineSize(rows=len(PROMPTS) * SAMPLES),
     )  # fmt: skip
+
+
+def recorded_of(made, rows):
+    return Recorded(
+        [PROMPTS[made.prompt_B[row]] for row in rows],
+        [made.completion(row) for row in rows],
+        [made.depths_BT[row, : made.lengths_B[row]].tolist() for row in rows],
+        0,
+    )
 
 
 @pytest.fixture(scope="module")
 def recorded(made):
-    rows = range(len(PROMPTS))
-    depths = [made.depths_BT[row, : made.lengths_B[row]].tolist() for row in rows]
-    assert len({depth for row in depths for depth in row[1:]}) == LAYERS
-    return Recorded(PROMPTS, [made.completion(row) for row in rows], depths, 0)
+    """Two completions of each prompt."""
+    recorded = recorded_of(made, [row for row in range(made.rows) if row % SAMPLES < 2])
+    assert len({depth for row in recorded.depths for depth in row[1:]}) == LAYERS
+    return recorded
 
 
-def test_hazards_are_those_of_decoding(split, made, recorded):
-    found = hazards_of(split.decodable(split.trainable), recorded, Sample())
+def test_hazards_are_those_of_decoding_and_how_often_tokens_leave(split, made):
+    found = hazards_of(split.decodable(split.trainable), recorded_of(made, range(made.rows)), LAW)
+    decisions = {layer: [] for layer in EXITS}  # each hazard that was asked, and whether it left
     for row, tokens in enumerate(found):
         assert len(tokens) == made.lengths_B[row]
         assert tokens[0] == [None, None]  # the prompt's last pass asks nobody
         z_TE = made.hazard_logits_BTE[row, 1 : len(tokens)]
         hazards_TE = np.asarray(tokens[1:], float).reshape(-1, len(EXITS))  # None becomes NaN
-        np.testing.assert_allclose(
-            hazards_TE, 1 / (1 + np.exp(-z_TE)), atol=LOGPROBS, equal_nan=True
-        )
-
-
-def test_hazards_with_a_floor_and_a_temperature_are_how_often_tokens_leave(split):
-    law = Sample(temperature=2.0, min_hazard=0.3)
-    student = split.decodable(split.trainable)
-    made = rollout(
-        student, PROMPTS, policy=law, max_new_tokens=12, temperature=1.0, eos_ids=(), pad_id=0,
-        key=6, samples_per_prompt=80, size=EngineSize(rows=400),
-    )  # fmt: skip
-    depth_BT = made.depths_BT
-    recorded = Recorded(
-        [PROMPTS[place] for place in made.prompt_B],
-        [made.completion(row) for row in range(made.rows)],
-        depth_BT.tolist(),
-        0,
-    )
-    hazard_BTE = np.asarray(hazards_of(student, recorded, law), float)
-    for exit, layer in enumerate(EXITS):
-        asked_BT = ~np.isnan(hazard_BTE[..., exit])
-        np.testing.assert_array_equal(asked_BT[:, 1:], depth_BT[:, 1:] >= layer)
-        hazard_N, left_N = hazard_BTE[asked_BT, exit], depth_BT[asked_BT] == layer
-        assert hazard_N.min() >= 0.3
+        wanted_TE = 0.3 + 0.7 / (1 + np.exp(-z_TE / 2.0))
+        np.testing.assert_allclose(hazards_TE, wanted_TE, atol=LOGPROBS, equal_nan=True)
+        for hazards, depth in zip(hazards_TE, made.depths_BT[row, 1:], strict=False):
+            assert [not np.isnan(h) for h in hazards] == [depth >= layer for layer in EXITS]
+            for layer, hazard in zip(EXITS, hazards, strict=True):
+                if depth >= layer:
+                    decisions[layer].append((hazard, depth == layer))
+    for layer in EXITS:
+        hazard_N, left_N = np.array(decisions[layer]).T
         # Five standard errors of a mean of independent decisions.
         slack = 5 * np.sqrt(np.mean(hazard_N * (1 - hazard_N)) / len(hazard_N))
-        assert abs(left_N.mean() - hazard_N.mean()) < slack < 0.05
+        assert abs(left_N.mean() - hazard_N.mean()) < slack < 0.1
 
 
 def by_hand(split, recorded, target, sharpness):
     """(exit, hazard, target) of every decision, and KL(student ‖ teacher) of every pass that could
-    leave, a completion and whole soft-maxes at a time."""
+    leave, from whole soft-maxes."""
     student, teacher = split.student(split.trainable), split.teacher(split.trainable)
-    decisions, divergences = [], []
-    for prompt, ids, depths in zip(
-        recorded.prompts, recorded.completions, recorded.depths, strict=True
-    ):
-        tokens = jnp.asarray([[*prompt, *ids]])
-        depth = np.full(tokens.shape, LAYERS)
-        depth[0, len(prompt) : len(prompt) + len(ids) - 1] = depths[1:]
+
+    @jax.jit
+    def whole(tokens, depth):
         made = run(student, tokens, policy=Prescribed(depth), hazards=True)
-        hazards = made.hazard_logits_BTE
         taught = run(teacher, tokens, policy=Full(), adapters=False, exit_residual=True)
         lens, speaker = taught, teacher
         if target == "student":
@@ -119,53 +114,60 @@ def by_hand(split, recorded, target, sharpness):
         shallow = jax.nn.log_softmax(logits_of(made.hidden_BTD, student.head_VD))
         kl_BT = jnp.sum(jnp.exp(shallow) * (shallow - final), -1)
         kl_EBT = jnp.sum(jnp.exp(final) * (final - exits), -1)
+        hazard_BTE = jax.nn.sigmoid(made.hazard_logits_BTE)
+        return kl_BT[0], 1 - jnp.tanh(sharpness * kl_EBT[:, 0] / 2), hazard_BTE[0]
+
+    decisions, divergences = [], []
+    rows = zip(recorded.prompts, recorded.completions, recorded.depths, strict=True)
+    for prompt, ids, depths in rows:
+        # What follows a text changes nothing before it: padding it makes one program of all.
+        tokens = np.zeros((1, 16), np.int32)
+        tokens[0, : len(prompt) + len(ids)] = [*prompt, *ids]
+        depth = np.full(tokens.shape, LAYERS)
+        depth[0, len(prompt) : len(prompt) + len(ids) - 1] = depths[1:]
+        kl_T, target_ET, hazard_TE = jax.device_get(whole(tokens, depth))
         for i in range(1, len(ids)):
             t = len(prompt) - 1 + i
-            divergences.append(float(kl_BT[0, t]))
+            divergences.append(kl_T[t])
             for e, layer in enumerate(EXITS):
                 if layer <= depths[i]:
-                    hazard = float(jax.nn.sigmoid(hazards[0, t, e]))
-                    wanted = float(1 - jnp.tanh(sharpness * kl_EBT[e, 0, t] / 2))
-                    decisions.append((layer, hazard, wanted))
+                    decisions.append((layer, hazard_TE[t, e], target_ET[e, t]))
     return decisions, divergences
 
 
 @pytest.mark.parametrize("target", ["teacher", "student"])
 def test_reliability_of_a_model(split, recorded, target):
     student = split.decodable(split.trainable)
-    made = hazard_reliability(
-        student, split.decodable_teacher(split.trainable), EXITS, recorded, Sample(),
+    made = hazard_calibration(
+        "sample", student, split.decodable_teacher(split.trainable), EXITS, recorded, Sample(),
         sharpness=3.0, target=target,
     )  # fmt: skip
     decisions, divergences = by_hand(split, recorded, target, 3.0)
     assert np.mean(divergences) > 1e-3
-    assert made["kl_student_teacher_nats"] == pytest.approx(np.mean(divergences), rel=1e-5)
-    for entry in made["exits"]:
-        here = [(h, t) for layer, h, t in decisions if layer == entry["exit"]]
-        assert entry["positions"] == len(here)
-        assert entry["hazard_mean"] == pytest.approx(np.mean([h for h, _ in here]), abs=1e-5)
-        assert entry["target_mean"] == pytest.approx(np.mean([t for _, t in here]), abs=1e-5)
-        assert sum(part["positions"] for part in entry["bins"]) == len(here)
-    assert [entry["exit"] for entry in made["exits"]] == list(EXITS)
+    assert made.kl_student_teacher_nats == pytest.approx(np.mean(divergences), rel=1e-5)
+    for entry in made.exits:
+        here = [(h, t) for layer, h, t in decisions if layer == entry.exit]
+        assert entry.positions == len(here)
+        assert entry.hazard_mean == pytest.approx(np.mean([h for h, _ in here]), abs=1e-5)
+        assert entry.target_mean == pytest.approx(np.mean([t for _, t in here]), abs=1e-5)
+        assert sum(part.positions for part in entry.bins) == len(here)
+    assert [entry.exit for entry in made.exits] == list(EXITS)
     by_exit = [[(h, t) for layer, h, t in decisions if layer == exit] for exit in EXITS]
     errors = [reliability(*map(np.asarray, zip(*here, strict=True)))[0] for here in by_exit]
     wanted = np.average(errors, weights=list(map(len, by_exit)))
-    assert made["ece"] == pytest.approx(wanted, abs=1e-5)
+    assert made.ece == pytest.approx(wanted, abs=1e-5)
     _, hazards, targets = map(np.asarray, zip(*decisions, strict=True))
-    made_up = made["ece"] - reliability(hazards, targets)[0]  # for each other's errors, if pooled
-    if target == "student":
-        assert made_up > 1e-4
-    else:  # no exit errs to another side than the other
-        assert made_up == pytest.approx(0.0, abs=1e-5)
+    made_up = made.ece - reliability(hazards, targets)[0]  # for each other's errors, if pooled
+    assert made_up > (1e-4 if target == "student" else -1e-5)
 
 
-def test_the_same_over_data_shards(split, recorded):
+def test_the_same_over_data_shards(split, made):
     """Five completions do not divide over two shards."""
-    student = split.decodable(split.trainable)
+    student, recorded = split.decodable(split.trainable), recorded_of(made, range(5))
     wanted = hazards_of(student, recorded, Sample())
     with jax.set_mesh(make_mesh(data=2)):
-        made = hazards_of(student, recorded, Sample())
-    for row, tokens in zip(made, wanted, strict=True):
+        found = hazards_of(student, recorded, Sample())
+    for row, tokens in zip(found, wanted, strict=True):
         np.testing.assert_allclose(
             np.asarray(row, float), np.asarray(tokens, float), atol=LOGPROBS, equal_nan=True
         )
@@ -177,6 +179,6 @@ def test_reliability_by_hand():
     ece, bins = reliability(hazards, targets)
     # Bins 0, 3 and 9: |0.05 − 0.1|·2/5 + |0.35 − 0.8|·2/5 + 0.
     assert ece == pytest.approx(0.05 * 0.4 + 0.45 * 0.4)
-    assert [(part["low"], part["positions"]) for part in bins] == [(0.0, 2), (0.3, 2), (0.9, 1)]
+    assert [(part.low, part.positions) for part in bins] == [(0.0, 2), (0.3, 2), (0.9, 1)]
     assert reliability(hazards, hazards)[0] == 0.0
     assert np.isnan(reliability(np.zeros(0), np.zeros(0))[0])
