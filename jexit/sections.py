@@ -254,7 +254,7 @@ class EvalConfig:
     problems: Annotated[int, Bounds(1, 100_000)] = 256
     policies: Names = ("full", "sample")
     # Beyond accuracy and depth: exits, hazards, capacity, early_answering, no_chain, filler,
-    # corrupted_step, hint (`jexit.eval` defines them).
+    # corrupted_step, hint (`jexit.evaluation` defines them).
     measures: Names = ()
     measured: Name = "sample"  # the policy that is measured, beside full depth
     temperature: TemperatureOrGreedy = 0.0

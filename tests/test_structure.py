@@ -31,9 +31,10 @@ ORDER = (
     "data",
     "rollout",
     "io",
+    "results",  # what evaluation writes and the report reads
     "steps",
+    "evaluation",
     "report",  # before loops: every training run ends by drawing its curves
-    "eval",  # before loops: the evaluation loop calls it
     "loops",
     "aot",
     "main",

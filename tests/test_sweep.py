@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jexit.main import INTERRUPTED
 from jexit.sweep.__main__ import main
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner, shares
+from report_files import evaluation, policy_figures
 from small_runs import saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,8 +65,8 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     (workdir / "eval").mkdir(parents=True)
     task = {"name": "sums", "parts": ["sums", "tom"], "steps": "mixed", "path": ""}
     (workdir / "config.json").write_text(json.dumps({"command": "rl", "task": task}))
-    (evaluation,) = commands
-    assert evaluation == [
+    (evaluating,) = commands
+    assert evaluating == [
         "--config=e.py",
         f"--workdir={workdir / 'eval'}",
         "--config.task.name=sums",
@@ -75,10 +77,10 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         "--config.eval.problems=9",
     ]
     (workdir / "after.json").write_text("{}")
-    assert list(grid.commands(cell)) == [evaluation]  # the run is over, its evaluation is not
-    (workdir / "eval" / "eval.json").write_text('{"complete": false}')
-    assert list(grid.commands(cell)) == [evaluation]  # it stopped before its measures were done
-    (workdir / "eval" / "eval.json").write_text("{}")
+    assert list(grid.commands(cell)) == [evaluating]  # the run is over, its evaluation is not
+    (workdir / "eval" / "eval.json").write_text(json.dumps(evaluation() | {"complete": False}))
+    assert list(grid.commands(cell)) == [evaluating]  # it stopped before its measures were done
+    (workdir / "eval" / "eval.json").write_text(json.dumps(evaluation()))
     assert list(grid.commands(cell)) == []
 
 
@@ -153,7 +155,7 @@ def test_what_another_command_began_meanwhile_is_in_the_table(tmp_path, monkeypa
         (cell,) = sweep.cells()
         next(sweep.commands(cell))
         cell.workdir.mkdir()
-        (cell.workdir / "after.json").write_text('{"accuracy": 1}')
+        write_result(cell.workdir / "after.json")
         return []
 
     monkeypatch.setattr(Runner, "run", lambda self, cells: finished(0) + finished(1))
@@ -199,46 +201,42 @@ def test_several_jobs_have_cores_of_their_own():
     assert sorted(core for share in dealt for core in share) == sorted(cores)
 
 
+def write_result(path, **changes):
+    """What a training run measures of itself when it ends."""
+    path.write_text(json.dumps(policy_figures("sample", random.Random(0)) | changes))
+
+
 def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
     arguments = ["--config=a.py", f"--into={tmp_path}", "seed=0,1,2", "--table_only"]
     for seed in (0, 2):
         workdir = tmp_path / f"seed={seed}"
         (workdir / "eval").mkdir(parents=True)
-        figures = {
-            "accuracy": 0.5 + seed, "text": {"step_size": 2.0}, "policy": "sample",
-            "tokens_per_second": 100.0,  # of the machine, not of the run
-        }  # fmt: skip
-        (workdir / "after.json").write_text(json.dumps(figures))
+        write_result(workdir / "after.json", accuracy=0.25 + seed / 4)
         rows = [{"step": n, "accuracy": seed + n, "step_seconds": 1.0} for n in range(1, 42)]
         rows[40]["accuracy"] = None  # not a number, as metrics.jsonl has it
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = {
-        "runs": [{"policy": "full", "accuracy": 0.25, "accuracy_ci95": [0.2, 0.3]}],
-        "controls": [{"policy": "sample", "control": "shuffled", "accuracy_difference": 0.5}],
-        "faithfulness": [{"policy": "full", "measures": [{"name": "hint", "value": 0.125}]}],
-        "faithfulness_paired": [
-            {"policy": "sample", "against": "full", "measure": "hint", "difference": -0.25}
-        ],
-        "capacity": [{"policy": "full", "granularity": "3", "accuracy": 0.75}],
-        "begun_steps": [{"policy": "full", "granularity": "3", "accuracy": 0.875}],
-    }
-    (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(evaluation))
+    measured = evaluation()
+    measured["runs"][0] |= {"accuracy": 0.25, "accuracy_ci95": [0.2, 0.3]}
+    measured["controls"][0]["accuracy_difference"] = 0.5
+    (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(measured))
     assert main(arguments) == 0
     wrote, heads, means = capsys.readouterr().out.splitlines()
     assert "2 of 3 runs" in wrote
-    assert " ".join(heads.split()) == "seeds right after right at full depth over shuffled"
-    assert " ".join(means.split()) == "2 150.0 (50.0 to 250.0) 25.0, of 1 50.0, of 1"
+    assert " ".join(heads.split()).startswith("seeds right after depth after layers a problem")
+    assert " ".join(means.split()).startswith("2 50.0 (25.0 to 75.0) ")
     first, second = csv.DictReader((tmp_path / "table.csv").open())
-    assert first["seed"] == "0" and first["after/accuracy"] == "0.5"
+    assert first["seed"] == "0" and first["after/accuracy"] == "0.25"
     assert first["full/accuracy"] == ""
     expected = {
-        "seed": "2", "after/accuracy": "2.5", "after/text/step_size": "2", "full/accuracy": "0.25",
-        "full/accuracy_ci95/low": "0.2", "full/accuracy_ci95/high": "0.3",
-        "sample less shuffled/accuracy_difference": "0.5", "full/faithfulness/hint/value": "0.125",
-        "sample less full/faithfulness/hint/difference": "-0.25",
-        "full/capacity/3/accuracy": "0.75", "full/begun_steps/3/accuracy": "0.875",
+        "seed": "2", "after/accuracy": "0.75", "after/text/step_size": "2.5",
+        "full/accuracy": "0.25", "full/accuracy_ci95/low": "0.2", "full/accuracy_ci95/high": "0.3",
+        "sample less shuffled/accuracy_difference": "0.5",
+        "full/faithfulness/hint/detail/answered": "0.31",
     }  # fmt: skip
-    assert second == expected
+    assert expected.items() <= second.items()
+    for part in ("less full/faithfulness/hint/difference", "capacity/3/accuracy", "hazards/ece"):
+        assert f"sample {part}" in second or f"sample/{part}" in second
+    assert not [name for name in second if "per_second" in name]  # of the machine, not of the run
     lines = list(csv.DictReader((tmp_path / "curves.csv").open()))
     assert [line["seed"] for line in lines] == ["0"] * 20 + ["2"] * 20
     assert lines[0] == {"seed": "0", "step": "2", "accuracy": "1.5"}
@@ -253,7 +251,7 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys):
         (cell,) = sweep.cells()
         next(sweep.commands(cell))
         cell.workdir.mkdir()
-        (cell.workdir / "after.json").write_text('{"accuracy": 1}')
+        write_result(cell.workdir / "after.json")
     assert main([*given, "rl.depth_coef=2", "seed=1"]) == 0
     assert "3 of 3 runs" in capsys.readouterr().out
     lines = csv.DictReader((tmp_path / "table.csv").open())
@@ -272,20 +270,20 @@ def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
     for seed in (0, 1):
         workdir = tmp_path / f"seed={seed}"
         workdir.mkdir()
-        evaluation = {"runs": [{"policy": "full", "accuracy": 0.5}], "model": {"layers": 8}}
-        (workdir / "eval.json").write_text(json.dumps(evaluation))
+        (workdir / "eval.json").write_text(json.dumps(evaluation()))
     entries = [
-        {"policy": policy, "prompt": prompt, "tokens": ["a"], "depths": [3], "hazards": [None]}
+        {"policy": policy, "prompt": prompt, "completion": "a", "tokens": ["a"], "depths": [3],
+         "hazards": [None], "verdict": "strict", "answer": "b"}
         for prompt in ("p", "q", "r")
         for policy in ("full", "sample")
-    ]
+    ]  # fmt: skip
     (tmp_path / "seed=1" / "completions.json").write_text(json.dumps(entries))
     assert main(given) == 0
     kept = json.loads((tmp_path / "completions.json").read_text())
     assert kept == [
         {
-            "settings": {"seed": "1"}, "layers": 8, "prompt": prompt,
-            "tokens": ["a"], "depths": [3],
+            "settings": {"seed": "1"}, "layers": 8, "prompt": prompt, "completion": "a",
+            "tokens": ["a"], "depths": [3], "verdict": "strict", "answer": "b",
         }
         for prompt in ("p", "q")
     ]  # fmt: skip
@@ -293,14 +291,13 @@ def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
 
 def test_evaluations_are_runs_too(tmp_path):
     given = [f"--into={tmp_path}", "--config=e.py", "model.path=a,b", "--table_only"]
-    runs = [{"policy": "full", "accuracy": 0.25}]
     for name, complete in (("a", True), ("b", False)):
         workdir = tmp_path / f"model.path={name}"
         workdir.mkdir()
-        (workdir / "eval.json").write_text(json.dumps({"runs": runs, "complete": complete}))
+        (workdir / "eval.json").write_text(json.dumps(evaluation() | {"complete": complete}))
     assert main(given) == 0
     (line,) = csv.DictReader((tmp_path / "table.csv").open())
-    assert line == {"model.path": "a", "full/accuracy": "0.25"}
+    assert line["model.path"] == "a" and line["full/tokens"] == "3000"
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ from jexit.aot.program import Program, abstract_key, exit_share, placed, placed_
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
-from jexit.eval.exits import compare_exits
-from jexit.eval.faithfulness import MEASURES
-from jexit.eval.hazards import batch_rows, decisions_and_targets
+from jexit.evaluation.decoder import make_policy
+from jexit.evaluation.exits import compare_exits
+from jexit.evaluation.faithfulness import MEASURES
+from jexit.evaluation.hazards import decisions_and_targets
+from jexit.evaluation.replay import batch_rows
 from jexit.io.model_source import open_model
 from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.pretrain import GROUPS, new_model
@@ -26,7 +28,6 @@ from jexit.loops.setup import (
     adapter_settings,
     execution_of,
     head_settings,
-    make_policy,
     sampling_law,
 )
 from jexit.loops.sft import HEADS_TOKENS

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from jexit.config import Config
+from jexit.evaluation.decoder import make_policy
 from jexit.loops.setup import (
     engine_size,
     load_model,
-    make_policy,
     sampling_law,
     with_trained_law,
 )

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from jexit.config import RLConfig
-from jexit.eval.depth import Completion
+from jexit.evaluation.decoder import Attempt
 from jexit.losses.rloo import depth_cost, rewards
 from jexit.steps.rl import Penalties
 from jexit.tasks import Rewards
@@ -82,7 +82,7 @@ class Pressure:
 
 
 def penalised_reward(
-    rl: RLConfig, floor: float, earned: Rewards, completions: Sequence[Completion], layers: int
+    rl: RLConfig, floor: float, earned: Rewards, completions: Sequence[Attempt], layers: int
 ) -> float:
     """Mean reward of completions at the full λ and μ, whatever a schedule has reached by now.
 
@@ -113,7 +113,7 @@ def penalised_reward(
         length_coef=rl.length_coef,
         length_ref=rl.length_ref,
     )
-    accuracy = np.mean([completion.right for completion in completions])
+    accuracy = np.mean([completion.correct for completion in completions])
     missing = max(0.0, floor - float(accuracy))
     return float(reward.total_J.mean()) - FLOOR_PENALTY * missing
 

@@ -12,9 +12,9 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards, gather, host_rows, place_rows, waiting
+from jexit.evaluation.accuracy import text_means
 from jexit.loops.flops import Work
 from jexit.loops.packing import Lengths, Packed, PackedShapes
-from jexit.loops.policies import text_means
 from jexit.loops.pressure import AccuracyFloor, FailureWatch, Pressure
 from jexit.loops.setup import engine_size, sampling_law
 from jexit.loops.stage import Stage

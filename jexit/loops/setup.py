@@ -1,4 +1,4 @@
-"""Models, tasks and policies from a config."""
+"""Models and tasks from a config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jexit.config import Config, TaskConfig, parse_policy
+from jexit.config import Config, TaskConfig
 from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
@@ -16,7 +16,7 @@ from jexit.io.workdir import trained_law
 from jexit.model.attention import check_attention
 from jexit.model.exits import ExitSettings
 from jexit.model.lora import LoRA
-from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
+from jexit.model.policies import Sample
 from jexit.model.transformer import Execution, Transformer
 from jexit.rollout import EngineSize
 from jexit.sections import STEPS
@@ -134,21 +134,3 @@ def _task(config: TaskConfig) -> Task:
 def _part(config: TaskConfig, name: str) -> TaskConfig:
     steps = config.steps if config.steps in STEPS.get(name, ()) else "free"
     return dataclasses.replace(config, name=name, steps=steps)
-
-
-def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = Sample()) -> Policy:
-    """The policy that a config names, for decoding `rows` completions of up to `columns` tokens.
-
-    `law` is what `sample` means: the temperature of the hazards and the floor under them.
-    """
-    kind, argument = parse_policy(text)
-    if kind == "fixed":
-        if argument > layers:
-            raise ValueError(
-                f"policy {text!r} asks for {argument} layers of a model that has {layers}; use "
-                f"fixed:N with N from 1 to {layers}"
-            )
-        return Prescribed(np.full((rows, columns), argument, np.int32))
-    if kind == "threshold":
-        return Threshold(argument)
-    return law if kind == "sample" else Full()

@@ -12,26 +12,18 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, prompt_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, from_primary, is_primary
-from jexit.eval.depth import Completion
-from jexit.io.metrics import write_json_atomic
+from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy, held_out
+from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.tables import print_change
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
-from jexit.loops.decoder import Decoder
-from jexit.loops.evaluate import compare
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
-from jexit.loops.policies import (
-    Examination,
-    PolicyResult,
-    check_room,
-    evaluate_policy,
-    held_out,
-)
 from jexit.loops.pressure import AccuracyFloor, penalised_reward
 from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.lora import merge_adapters
-from jexit.report.records import PolicyFigures, build
+from jexit.results import REMEDY, PolicyResult, checked
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
 from jexit.tasks import Task
@@ -104,22 +96,21 @@ class Stage:
             for name, peak in peaks.items()
         }
 
-    def measure_before(self) -> dict[str, Any]:
+    def measure_before(self) -> PolicyResult:
         """`measure` of the model that the run starts from; a resumed run reads `before.json`."""
         path = self.workdir / "before.json"
         if not from_primary("before.json", path.exists()):
             before = self.measure(self.split.trainable)
             if is_primary():
-                write_json_atomic(path, before)
-        remedy = "remove it, and it is measured again"
-        found = from_primary("before.json", read_json(path, remedy) if is_primary() else None)
-        return dataclasses.asdict(build(PolicyFigures, found, f"{path}: before"))
+                before.write(path)
+        found = from_primary("before.json", read_json(path, REMEDY) if is_primary() else None)
+        return checked(PolicyResult, found, str(path))
 
-    def measure(self, trainable: Params) -> dict[str, Any]:
+    def measure(self, trainable: Params) -> PolicyResult:
         """Accuracy and depth on the validation split: sampled exits, or full depth without any."""
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
-        return dataclasses.asdict(result) | {"compute_fraction": compute}
+        return result.model_copy(update={"compute_fraction": compute})
 
     def initial_floor(self) -> AccuracyFloor:
         """The share `rl.accuracy_floor` of what the model has at full depth, before training.
@@ -157,7 +148,7 @@ class Stage:
 
     def _measured(
         self, trainable: Params, *, policy: str = "", **decoding: float
-    ) -> tuple[PolicyResult, list[Completion]]:
+    ) -> tuple[PolicyResult, list[Attempt]]:
         evaluation = self.config.eval
         how = {
             "temperature": evaluation.temperature,
@@ -184,7 +175,7 @@ class Stage:
         """What the model of the run is made of: the last state, or that of the best checkpoint."""
         return trainer.best(state) if self.config.checkpoint.final == "best" else state
 
-    def finish(self, trainer: Trainer, state: TrainState, before: dict[str, Any]) -> None:
+    def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:
         """Ends a run: measures again, writes `WORKDIR/model`, draws, prints a closing table."""
         trainer.close()
         after = self.measure(state.trainable)
@@ -197,12 +188,12 @@ class Stage:
         save_model(self.workdir / "model", student, self.tokenizer, overwrite=True, **kept)
         if not is_primary():
             return
-        write_json_atomic(self.workdir / "after.json", after)
+        after.write(self.workdir / "after.json")
         temperature = self.config.eval.temperature
         tokens = f"tokens at temperature {temperature:g}" if temperature else "greedy tokens"
         how = {"full": "full depth", "sample": "sampled exits"}[self.policy]
         name, split = self.config.task.name, self.config.eval.split
-        compare(before, after, f"{name}, {split} split, {how}, {tokens}")
+        print_change(before, after, f"{name}, {split} split, {how}, {tokens}")
         print(f"Wrote {self.workdir / 'model'}")
         print(f"Drew {draw(self.workdir)}")
         memory = peak_memory()

@@ -8,15 +8,15 @@ from itertools import pairwise
 
 from jexit.report.markup import Html, interval, number, per_cent
 from jexit.report.palette import depth_class
-from jexit.report.records import (
+from jexit.report.runs import Run
+from jexit.report.svg import SERIES, Chart, line, share_ticks, side_by_side
+from jexit.results import (
     Capacity,
     CurvePoint,
     Faithfulness,
     HazardCalibration,
-    PolicyFigures,
+    PolicyResult,
 )
-from jexit.report.runs import Run
-from jexit.report.svg import SERIES, Chart, line, share_ticks, side_by_side
 
 SHAPES = {"full": "square", "threshold": "triangle", "fixed": "diamond", "shuffled": "circle"}
 KINDS = {"full": 0, "sample": 1, "threshold": 2, "fixed": 4, "shuffled": 3}
@@ -284,7 +284,7 @@ def reliability(entries: Sequence[HazardCalibration]) -> Html | None:
     return side_by_side(charts) if charts else None
 
 
-def _plane_point(chart: Chart, figures: PolicyFigures, classes: str, run: str) -> None:
+def _plane_point(chart: Chart, figures: PolicyResult, classes: str, run: str) -> None:
     x, y = figures.depth_fraction, figures.accuracy
     if not (math.isfinite(x) and math.isfinite(y)):
         return

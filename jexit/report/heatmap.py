@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jexit.report.markup import Html, join, number, tag
 from jexit.report.palette import depth_class
-from jexit.report.records import Completion
+from jexit.results import Completion
 
 # A cell takes about 150 bytes: this many keep the page within a few megabytes.
 MAX_CELLS = 40_000

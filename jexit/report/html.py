@@ -12,8 +12,8 @@ from jexit.report.curves import training_figures
 from jexit.report.heatmap import heat_maps, legend
 from jexit.report.markup import Html, interval, join, number, per_cent, tag
 from jexit.report.palette import depth_colours
-from jexit.report.records import Completion, Evaluation
 from jexit.report.runs import Run, read_runs
+from jexit.results import Completion, Evaluation
 
 REPORT_FILE = "report.html"
 EVALUATE = "python -m jexit.main --config=configs/eval.py --config.model.path=WORKDIR"

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from jexit.io.files import write_bytes_atomic
 from jexit.io.metrics import read_metrics
-from jexit.report.records import LARGEST
+from jexit.results import LARGEST
 
 BLUE, ORANGE, GREEN = "#1f6fb2", "#d2660a", "#2e8b57"
 RED, PURPLE, GREY = "#b8384c", "#7a5ba6", "#5f6b76"

@@ -8,24 +8,24 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jexit.config import config_dict
 from jexit.io.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, read_samples
 from jexit.report.plots import Curves
-from jexit.report.records import (
-    CommandName,
-    Completion,
-    Evaluation,
-    PolicyFigures,
-    build,
-    build_list,
-)
+from jexit.results import REMEDY, Completion, Evaluation, PolicyResult, Record, checked
 from jexit.untrusted import read_bytes, read_json
 
-REMEDY = "remove it, or run what writes it again"
+Result = TypeVar("Result", Evaluation, PolicyResult)
+
+
+class CommandName(Record):
+    """What is looked up of a `config.json`; the rest is shown."""
+
+    command: str = ""
+    preset: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Run:
     evaluation: Evaluation | None
     completions: tuple[Completion, ...]
     samples: tuple[Completion, ...]
-    before: PolicyFigures | None
-    after: PolicyFigures | None
+    before: PolicyResult | None
+    after: PolicyResult | None
     notes: tuple[str, ...]
 
     @property
@@ -107,7 +107,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is no directory; give the --workdir of a run")
-    evaluation = _read_json(workdir / "eval.json")
+    evaluation = _read_record(Evaluation, workdir / "eval.json")
     metrics = workdir / METRICS_FILE
     if evaluation is None and not metrics.exists():
         raise ValueError(
@@ -118,28 +118,22 @@ def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
     if evaluation is None and not records:
         raise ValueError(f"{metrics} holds no whole line yet; wait for the run's first step")
     samples, more = _read_lines(workdir / SAMPLES_FILE, read_samples)
-    path = workdir / "completions.json"
-    completions = _read_json(path)
     return Run(
         workdir=workdir,
         label=label or workdir.resolve().name,
         config=_read_config(workdir / "config.json"),
         curves=Curves(records),
-        evaluation=None
-        if evaluation is None
-        else build(Evaluation, evaluation, f"{workdir / 'eval.json'}: eval"),
-        completions=()
-        if completions is None
-        else build_list(Completion, completions, f"{path}: completions"),
-        samples=build_list(Completion, samples, f"{workdir / SAMPLES_FILE}: samples"),
-        before=_read_figures(workdir / "before.json"),
-        after=_read_figures(workdir / "after.json"),
+        evaluation=evaluation,
+        completions=_read_completions(workdir / "completions.json"),
+        samples=checked(tuple[Completion, ...], samples, str(workdir / SAMPLES_FILE)),
+        before=_read_record(PolicyResult, workdir / "before.json"),
+        after=_read_record(PolicyResult, workdir / "after.json"),
         notes=(*notes, *more, *_unfinished(evaluation, workdir)),
     )
 
 
-def _unfinished(evaluation: Any, workdir: Path) -> tuple[str, ...]:
-    if not isinstance(evaluation, dict) or evaluation.get("complete", True):
+def _unfinished(evaluation: Evaluation | None, workdir: Path) -> tuple[str, ...]:
+    if evaluation is None or evaluation.complete:
         return ()
     return (
         f"The evaluation in {workdir} ended before all of its measures were done; the command that "
@@ -170,13 +164,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object; remove it, or run again")
-    build(CommandName, config or {}, f"{path}: config")
+    checked(CommandName, config or {}, str(path))
     return config or {}
 
 
-def _read_figures(path: Path) -> PolicyFigures | None:
+def _read_record(kind: type[Result], path: Path) -> Result | None:
+    try:
+        return kind.read(path)
+    except FileNotFoundError:
+        return None
+
+
+def _read_completions(path: Path) -> tuple[Completion, ...]:
     value = _read_json(path)
-    return None if value is None else build(PolicyFigures, value, f"{path}: {path.stem}")
+    return () if value is None else checked(tuple[Completion, ...], value, str(path))
 
 
 def _read_json(path: Path) -> Any:

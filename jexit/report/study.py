@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jexit.report.records import LARGEST
 from jexit.report.token_strips import Strip, read_strips
+from jexit.results import LARGEST
 
 SEED = "seed"
 _SAYS_ITSELF = ("model.path", "task.name")  # settings whose values need no name

@@ -10,16 +10,16 @@ from typing import Any
 from jexit.report.figures import granularities
 from jexit.report.markup import Html, escape, interval, join, number, per_cent, points, tag
 from jexit.report.palette import depth_class
-from jexit.report.records import (
+from jexit.report.runs import Run, default_settings, settings
+from jexit.results import (
     Capacity,
     Faithfulness,
     HazardCalibration,
     Interval,
     Measure,
     PairedMeasure,
-    PolicyFigures,
+    PolicyResult,
 )
-from jexit.report.runs import Run, default_settings, settings
 
 MEASURES: Mapping[str, str] = {
     "early_answering": "The answer is asked for after a part of the chain's steps. The value is "
@@ -142,7 +142,7 @@ def key_figures(runs: Sequence[Run]) -> Html | None:
     )
 
 
-def headline(run: Run) -> list[tuple[str, PolicyFigures]]:
+def headline(run: Run) -> list[tuple[str, PolicyResult]]:
     """The figures that a run comes down to, the most telling one first, under short names."""
     if run.evaluation is not None:
         by_name = {figures.policy: figures for figures in run.evaluation.runs}

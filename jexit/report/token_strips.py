@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from pydantic import model_validator
 
 from jexit.report.heatmap import visible
 from jexit.report.palette import depth_colours
-from jexit.report.records import build_list
+from jexit.results import Count, Positive, Record, check_one_a_token, checked
 from jexit.untrusted import read_json
 
 # In inches: the figure, a line's height, one of the title's, a letter's width in tokens.
@@ -22,27 +22,25 @@ WIDTH, LEFT, LINE, HEAD, LETTER, GAP = 9.0, 0.1, 0.36, 0.2, 0.085, 0.03
 MONO = "monospace"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Strip:
+class Strip(Record):
     """A completion of a run with `settings`: its tokens, and how many of `layers` each ran."""
 
     settings: dict[str, str]
-    layers: int
+    layers: Positive
     prompt: str
     tokens: tuple[str, ...]
-    depths: tuple[int, ...]
+    depths: tuple[Count, ...]
 
-    def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ValueError(f"{self.layers} layers, where a model has one at least")
-        if len(self.depths) != len(self.tokens):
-            raise ValueError(f"{len(self.depths)} depths for {len(self.tokens)} tokens")
+    @model_validator(mode="after")
+    def _one_a_token(self) -> Self:
+        check_one_a_token(self.tokens, depths=self.depths)
+        return self
 
 
 def read_strips(path: Path) -> tuple[Strip, ...]:
     """A sweep's completions.json; raises ValueError where it is none."""
     entries = read_json(path, "copy a sweep's completions.json there")
-    return build_list(Strip, entries, f"{path}: completions")
+    return checked(tuple[Strip, ...], entries, str(path))
 
 
 def draw(title: str, strips: Sequence[tuple[str, Strip]]) -> Figure:

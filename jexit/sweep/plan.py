@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jexit.io.figures import figures, read_json, read_object
+from jexit import untrusted
 from jexit.io.files import write_bytes_atomic
 from jexit.main import parse
-from jexit.report.records import build_list
-from jexit.report.token_strips import Strip
+from jexit.results import REMEDY, Completion, Evaluation, PolicyResult, checked, numbers
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
@@ -70,7 +69,13 @@ class Cell:
 
     def figures(self) -> dict[str, float]:
         """Those of the finished run and its evaluation, but for how fast the machine was."""
-        found = figures(self.workdir, self.evaluation)
+        found: dict[str, float] = {}
+        for stage in ("before", "after"):
+            path = self.workdir / f"{stage}.json"
+            if path.exists():
+                found |= numbers(stage, PolicyResult.read(path))
+        if self.evaluation:
+            found |= Evaluation.read(self.evaluation).numbers()
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
     def completions(self) -> list[dict[str, Any]]:
@@ -78,17 +83,12 @@ class Cell:
         path = self.evaluation and self.evaluation.with_name("completions.json")
         if not path or not path.exists():
             return []
-        model, entries = read_object(self.evaluation).get("model"), read_json(path)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{path} holds no list of objects; delete it and run it again")
-        found = {
-            "settings": dict(self.settings),
-            "layers": model.get("layers") if isinstance(model, dict) else None,
-        }
-        sampled = [entry for entry in entries if entry.pop("policy", "") == "sample"][:SHOWN]
-        shown = [found | {k: v for k, v in entry.items() if k != "hazards"} for entry in sampled]
-        build_list(Strip, shown, f"{path}: sampled")  # raises for what a study could not draw
-        return shown
+        layers = Evaluation.read(self.evaluation).model.layers
+        found = {"settings": dict(self.settings), "layers": layers}
+        entries = checked(tuple[Completion, ...], _read_json(path), str(path))
+        sampled = [entry for entry in entries if entry.policy == "sample"][:SHOWN]
+        shown = {"prompt", "completion", "tokens", "depths", "verdict", "answer"}
+        return [found | entry.model_dump(include=shown) for entry in sampled]
 
     def _kept(self) -> dict[str, Any]:
         return (_record(self.asked) if self.asked.exists() else None) or {}
@@ -247,7 +247,15 @@ class Sweep:
 
 def _whole(path: pathlib.Path) -> bool:
     """Whether there is an evaluation, and it has been measured to its end."""
-    return path.exists() and read_object(path).get("complete", True) is True
+    return path.exists() and Evaluation.read(path).complete
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    """A JSON file; ValueError in a sentence that names it where there is none."""
+    try:
+        return untrusted.read_json(path, REMEDY)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; delete {path.parent} and run it again") from None
 
 
 def _record(path: pathlib.Path) -> dict[str, Any] | None:
@@ -255,7 +263,7 @@ def _record(path: pathlib.Path) -> dict[str, Any] | None:
 
     Raises ValueError for a record that is damaged, or of a sweep that kept no settings.
     """
-    record = read_json(path)
+    record = _read_json(path)
     if not isinstance(record, dict) or not record.keys() & {"settings", "run", "eval"}:
         return None
     settings, parts = record.get("settings"), [record.get(part, []) for part in ("run", "eval")]
@@ -271,7 +279,7 @@ def _record(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _task(path: pathlib.Path) -> Mapping[str, Any]:
-    config = read_json(path)
+    config = _read_json(path)
     task = config.get("task") if isinstance(config, dict) else None
     if not isinstance(task, dict):
         raise ValueError(f"{path} is no run's config; delete {path.parent}, to run it anew")

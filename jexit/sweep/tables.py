@@ -8,10 +8,9 @@ import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from jexit.io.figures import is_number
 from jexit.io.files import write_bytes_atomic
 from jexit.io.metrics import read_metrics
-from jexit.report.records import LARGEST
+from jexit.results import LARGEST, is_number
 from jexit.sweep.plan import MACHINE, Cell, Sweep
 
 POINTS = 20  # lines of a run in curves.csv

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from jexit.config import Config
 from jexit.data.tokenizer import Tokenizer
-from jexit.loops.policies import held_out
+from jexit.evaluation.accuracy import held_out
 from jexit.loops.setup import load_task
 
 

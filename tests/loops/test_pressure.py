@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jexit.config import RLConfig
-from jexit.eval.depth import Completion
+from jexit.evaluation.decoder import Attempt
 from jexit.loops.pressure import PATIENCE, AccuracyFloor, FailureWatch, Pressure, penalised_reward
 from jexit.tasks import Rewards
 
@@ -153,7 +153,7 @@ def test_the_watch_goes_on_where_it_was():
 def completions(*, correct, depth, tokens=5, of=10):
     """Ten completions, `correct` of them right, whose tokens but the first run `depth` layers."""
     return [
-        Completion(
+        Attempt(
             ids=[0] * tokens,
             text="",
             depths=[8] + [depth] * (tokens - 1),
@@ -180,7 +180,7 @@ def test_the_best_checkpoint_under_a_total_penalty_is_not_the_one_with_filler():
     rl = RLConfig(depth_coef=2.0, depth_norm="total", length_ref=22.0)
     plain = penalised_reward(rl, rl.accuracy_floor, Rewards(), completions(correct=10, depth=4), 8)
     padded = [
-        Completion(ids=[0] * 9, text="", depths=[*made.depths, 1, 1, 1, 1], verdict="strict",
+        Attempt(ids=[0] * 9, text="", depths=[*made.depths, 1, 1, 1, 1], verdict="strict",
                    truncated=False)
         for made in completions(correct=10, depth=4)
     ]  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 
 import jexit
 from jexit.config import BEST_METRICS
+from jexit.evaluation.accuracy import text_means
 from jexit.loops import rl, trajectories
-from jexit.loops.policies import text_means
 from jexit.loops.pressure import FailureWatch
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Collapsed, Diverged, Interrupted

@@ -10,8 +10,8 @@ import pytest
 from chat_templates import OPENED, SWITCHED, with_template
 from jexit.config import Config
 from jexit.data.tokenizer import Tokenizer
+from jexit.evaluation.accuracy import held_out
 from jexit.io.model_dir import save_model
-from jexit.loops.policies import held_out
 from jexit.loops.rl import judge
 from jexit.loops.setup import load_model, load_task
 from jexit.loops.stage import Stage
@@ -161,9 +161,9 @@ def test_a_task_of_files_takes_no_generators_settings(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"policy": "x", "accuracy": "high"}', r"before\.json: before\.accuracy is 'high' where"),
-        ("[]", r"before\.json: before is \[\] where an object belongs"),
-        ("{", r"before\.json is not valid JSON .*; remove it, and it is measured again"),
+        ('{"policy": "x", "accuracy": "high"}', r"before\.json: accuracy is 'high' where"),
+        ("[]", r"before\.json is \[\] where an object belongs"),
+        ("{", r"before\.json is not valid JSON .*; remove it, or run"),
     ],
 )
 def test_what_was_measured_before_is_read_as_it_was_written(tmp_path, text, words):
@@ -178,4 +178,4 @@ def test_what_was_measured_before_there_were_layers_a_problem_has_them(tmp_path)
     (tmp_path / "before.json").write_text(json.dumps(figures))
     before = Stage.measure_before(types.SimpleNamespace(workdir=tmp_path))
     layers = figures["depth_mean"] * figures["completion_length"]
-    assert before["layers_per_problem"] == pytest.approx(layers)
+    assert before.layers_per_problem == pytest.approx(layers)

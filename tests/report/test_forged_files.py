@@ -11,7 +11,7 @@ import pytest
 from jexit.report import __main__ as report
 from jexit.report import studies
 from jexit.report.plots import plot_training
-from jexit.report.records import LARGEST
+from jexit.results import LARGEST
 from jexit.sweep import __main__ as sweep
 from report_files import write_evaluated, write_trained
 

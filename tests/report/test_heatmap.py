@@ -3,13 +3,13 @@
 from jexit.report import heatmap
 from jexit.report.heatmap import detail, heat_map, heat_maps, legend, visible
 from jexit.report.palette import depth_class
-from jexit.report.records import Completion, build_list
+from jexit.results import Completion, checked
 from parsed_page import parse
 from report_files import EXITS, LAYERS, NASTY, TOKENS, completions
 
 
 def records(**settings):
-    return build_list(Completion, completions(**settings), "completions")
+    return checked(tuple[Completion, ...], completions(**settings), "completions.json")
 
 
 def grid_cells(page):

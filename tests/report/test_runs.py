@@ -96,10 +96,10 @@ def test_a_file_that_is_no_json_is_named(tmp_path, name, content, why):
 @pytest.mark.parametrize(
     "name, value, sentence",
     [
-        ("eval.json", {"runs": []}, r"eval\.json: eval lacks 'task'"),
-        ("completions.json", {}, r"completions\.json: completions is \{\} where a list"),
+        ("eval.json", {"runs": []}, r"eval\.json lacks 'task'"),
+        ("completions.json", {}, r"completions\.json is \{\} where a list"),
         ("config.json", [], r"config\.json holds no JSON object"),
-        ("after.json", {}, r"after\.json: after lacks 'policy'"),
+        ("after.json", {}, r"after\.json lacks 'policy'"),
     ],
 )
 def test_a_file_of_another_shape_is_named(tmp_path, name, value, sentence):

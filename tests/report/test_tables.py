@@ -1,7 +1,5 @@
 """Tables say what the files say."""
 
-import dataclasses
-
 import pytest
 
 from jexit.report import tables
@@ -74,7 +72,7 @@ def test_the_kl_to_the_teacher_is_of_all_exits_together(evaluated):
     entries = evaluated.evaluation.hazards
     rows = cells(parse(tables.hazards(entries)))
     assert column(rows, "KL to the teacher, nats") == ["0.276"] + [""] * len(entries[0].exits)
-    unknown = [dataclasses.replace(entries[0], kl_student_teacher_nats=None)]
+    unknown = [entries[0].model_copy(update={"kl_student_teacher_nats": None})]
     assert column(cells(parse(tables.hazards(unknown))), "KL to the teacher, nats")[0] == "–"
 
 

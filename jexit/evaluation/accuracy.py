@@ -1,0 +1,165 @@
+"""Accuracy and depth of a model on a task's problems under one halting policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+
+from jexit.config import Config
+from jexit.data.loader import check_prompt_length, require_problems
+from jexit.data.tokenizer import Tokenizer
+from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.depth import depth_by_class
+from jexit.evaluation.intervals import bootstrap_ratio, wilson_interval
+from jexit.model.policies import Policy
+from jexit.results import PolicyResult
+from jexit.tasks import Problem, Task
+from jexit.tasks.streams import NoMoreProblems
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """The problems of an evaluation, with their prompts' tokens."""
+
+    task: Task
+    tokenizer: Tokenizer
+    problems: list[Problem]
+    prompts: list[list[int]]
+
+    @classmethod
+    def of(cls, task: Task, tokenizer: Tokenizer, config: Config) -> Examination:
+        return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
+
+    def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
+        """A judged attempt at each problem, and tokens a second."""
+
+        def judge(number: int, text: str, cut: bool) -> str:
+            text = self.task.answerable(text, cut=cut)
+            return self.task.verify(self.problems[number], text).kind
+
+        return decoder.decode(self.prompts, policy, judge=judge, what=f"evaluation under {name}")
+
+
+def evaluate_policy(
+    decoder: Decoder, examination: Examination, name: str
+) -> tuple[PolicyResult, list[Attempt]]:
+    """Decodes every prompt under a named policy and judges the text."""
+    policy = decoder.policy(name, len(examination.prompts), decoder.max_new_tokens)
+    attempts, speed = examination.attempts(decoder, policy, name)
+    result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
+    return result, attempts
+
+
+def policy_result(
+    policy: str,
+    examination: Examination,
+    attempts: Sequence[Attempt],
+    layers: int,
+    *,
+    tokens_per_second: float = math.nan,
+) -> PolicyResult:
+    """What a policy's attempts at every problem come to."""
+    histogram = np.bincount(
+        [depth for made in attempts for depth in made.depths], minlength=layers + 1
+    )
+    verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
+    for made in attempts:
+        verdicts[made.verdict] += 1
+    correct, count = verdicts["strict"] + verdicts["lenient"], len(attempts)
+    tokens = int(histogram.sum())
+    depth = float(histogram @ np.arange(layers + 1)) / tokens
+    run, whole = zip(*((a.layers_run, layers * len(a.depths)) for a in attempts), strict=True)
+    task, tokenizer = examination.task, examination.tokenizer
+    texts = [made.text for made in attempts]
+    return PolicyResult(
+        policy=policy,
+        accuracy=correct / count,
+        accuracy_ci95=wilson_interval(correct, count),
+        depth_mean=depth,
+        depth_fraction=depth / layers,
+        depth_fraction_ci95=bootstrap_ratio(run, whole),
+        layers_per_problem=sum(run) / count,
+        layers_per_problem_ci95=bootstrap_ratio(run, [1] * count),
+        depth_histogram={str(d): int(n) for d, n in enumerate(histogram) if n},
+        depth_by_class=depth_by_class(
+            attempts, tokenizer.tokens, task.answer_mark, tokenizer.eos_ids
+        ),
+        problems=count,
+        tokens=tokens,
+        completion_length=tokens / count,
+        truncated=sum(made.truncated for made in attempts) / count,
+        verdicts=verdicts,
+        tokens_per_second=tokens_per_second,
+        text=text_means([task.text_totals(examination.problems, texts)]),
+        control_of=None,
+    )
+
+
+def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """The task's own metrics of texts, from every host's sums and counts."""
+    means = {}
+    for name in sorted({name for totals in hosts for name in totals}):
+        pairs = [totals[name] for totals in hosts if name in totals]
+        if count := sum(count for _, count in pairs):
+            means[name] = sum(total for total, _ in pairs) / count
+    return means
+
+
+def held_out(
+    task: Task, tokenizer: Tokenizer, config: Config, count: int
+) -> tuple[list[Problem], list[list[int]]]:
+    """The first `count` problems of the evaluation split (all, with a warning, if there are fewer),
+    tokenised."""
+    split, limit = config.eval.split, config.task.max_prompt_tokens
+    size = task.size(split)
+    require_problems(task, split)
+    problems, prompts, index = [], [], 0
+    while len(problems) < count and (size is None or index < size):
+        try:
+            problem = task.problem(split, index)
+        except NoMoreProblems:
+            size = index
+            break
+        ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
+        index += 1
+        if len(ids) > limit and config.task.skip_long:
+            continue
+        check_prompt_length(problem, ids, limit)
+        problems.append(problem)
+        prompts.append(ids)
+    if size is not None and len(problems) < count:
+        _warn_of_fewer(task.name, split, count, len(problems))
+    if not problems:
+        raise ValueError(
+            f"every prompt of task {task.name!r}, split {split!r}, is over the limit of {limit} "
+            "tokens; raise config.task.max_prompt_tokens"
+        )
+    return problems, prompts
+
+
+@functools.cache
+def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
+    logging.warning(
+        "Task %r has %d problems in its %s split with these settings, and config.eval.problems "
+        "asks for %d: all of them are measured.",
+        name,
+        found,
+        split,
+        asked,
+    )
+
+
+def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
+    """Raises ValueError when prompt and completion together can exceed the model's positions."""
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > positions:
+        raise ValueError(
+            f"config.{section}.max_new_tokens is {max_new_tokens} and the longest prompt has "
+            f"{longest} tokens, together over the model's {positions} positions; lower it to at "
+            f"most {positions - longest}"
+        )

@@ -1,0 +1,147 @@
+"""What a model computes in one step, of a size that its prompt or a forced prefix prescribes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jexit.evaluation.accuracy import Examination
+from jexit.evaluation.completer import Completer
+from jexit.evaluation.decoder import Attempt
+from jexit.evaluation.intervals import wilson_interval
+from jexit.evaluation.scores import Scores, paired
+from jexit.results import Capacity, PolicyResult
+from jexit.tasks.base import Problem
+from jexit.tasks.chains import ChainTask
+
+
+def scores_of(attempts: Sequence[Attempt]) -> Scores:
+    """The accuracy of attempts at all problems."""
+    return Scores.shares(range(len(attempts)), [float(made.correct) for made in attempts])
+
+
+def prescribed(
+    granularity: str,
+    examination: Examination,
+    by_policy: Mapping[str, tuple[PolicyResult, Sequence[Attempt]]],
+) -> list[Capacity]:
+    """Accuracy where the prompt prescribes how much a step does, under each policy.
+
+    With the share of completions that obey, the accuracy of those, and the difference from full
+    depth on the same problems.
+    """
+    task = examination.task
+    assert isinstance(task, ChainTask)
+    found = []
+    for policy, (result, attempts) in by_policy.items():
+        pairs = zip(examination.problems, attempts, strict=True)
+        obedient = [made.correct for problem, made in pairs if task.obeys(problem, made.text)]
+        count = len(obedient)
+        entry = Capacity(
+            policy=policy,
+            granularity=granularity,
+            problems=result.problems,
+            accuracy=result.accuracy,
+            accuracy_ci95=result.accuracy_ci95,
+            depth_fraction=result.depth_fraction,
+            completion_length=result.completion_length,
+            step_size=result.text.get("step_size"),
+            obeyed=count / len(attempts),
+            accuracy_obeyed=sum(obedient) / count if count else None,
+            accuracy_obeyed_ci95=wilson_interval(sum(obedient), count) if count else None,
+        )
+        if policy != "full":
+            entry = _against(entry, scores_of(attempts), scores_of(by_policy["full"][1]))
+        found.append(entry)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BegunSteps:
+    """First steps of `size` operands that were begun for problems with these numbers.
+
+    `taken` says which have a result behind the prefix, `correct` which have the correct one, and
+    `depths` how many of `layers` ran in the pass that wrote the first token of it. `left_out`
+    counts problems for which the model had no room.
+    """
+
+    size: int
+    layers: int
+    numbers: Sequence[int]
+    taken: Sequence[bool]
+    correct: Sequence[bool]
+    depths: Sequence[int]
+    left_out: int = 0
+
+    def capacity(self, policy: str, full: BegunSteps) -> Capacity:
+        """With the difference from `full`, the same steps at full depth, unless it is `full`."""
+        count = len(self.numbers)
+        entry = Capacity(
+            policy=policy,
+            granularity=str(self.size),
+            problems=count,
+            accuracy=sum(self.correct) / count,
+            accuracy_ci95=wilson_interval(sum(self.correct), count),
+            obeyed=sum(self.taken) / count,
+            depth_fraction=sum(self.depths) / (count * self.layers),
+            **({"left_out": self.left_out} if self.left_out else {}),
+        )
+        return entry if policy == "full" else _against(entry, self._scores, full._scores)
+
+    @property
+    def _scores(self) -> Scores:
+        return Scores.shares(self.numbers, [float(correct) for correct in self.correct])
+
+
+def begun_steps(
+    task: ChainTask, problems: Sequence[Problem], completer: Completer
+) -> list[BegunSteps]:
+    """Results of first steps of every size of `task.begun_sizes` that any problem has room for.
+
+    Capacity without obedience: whatever size the model's own steps have, this one has that size.
+    What was begun counts as the model's own, so that its passes leave as the policy says. A problem
+    counts for the sizes that it has operands for, so that different sizes are of different
+    problems; and a model that has long stopped writing steps of a size may have forgotten how they
+    look, which is a loss of capacity too, but not one that depth explains: full depth shows which.
+    All in one decode.
+    """
+    rows = [
+        (size, number, completer.opening + begun)
+        for size in task.begun_sizes
+        for number, problem in enumerate(problems)
+        if (begun := task.begun_step(problem, size)) is not None
+    ]
+    replies = completer.complete(
+        [problems[number] for _, number, _ in rows],
+        [begun for *_, begun in rows],
+        answer_only=True,
+    )
+    made = []
+    for size in task.begun_sizes:
+        outcomes, left_out = [], 0
+        for (of, number, begun), reply in zip(rows, replies, strict=True):
+            if of != size:
+                continue
+            if reply is None:
+                left_out += 1
+                continue
+            text = (begun + reply.text).removeprefix(completer.opening)
+            found, correct = task.first_result(problems[number], text)
+            outcomes.append((number, found == size, found == size and correct, reply.depths[0]))
+        if outcomes:
+            numbers, taken, correct, depths = zip(*outcomes, strict=True)
+            made.append(
+                BegunSteps(
+                    size=size, layers=completer.layers, numbers=numbers, taken=taken,
+                    correct=correct, depths=depths, left_out=left_out,
+                )
+            )  # fmt: skip
+    return made
+
+
+def _against(entry: Capacity, ours: Scores, full: Scores) -> Capacity:
+    pair = paired(ours, full)
+    assert pair is not None, "every policy has the same problems"
+    return entry.model_copy(
+        update={"less_full": pair.difference, "less_full_ci95": pair.difference_ci95}
+    )

@@ -1,0 +1,144 @@
+"""Controls that separate adapting from shallowness.
+
+A policy that stops tokens early may do well because it knows *which* tokens to stop, or because
+shallow passes are good enough for all of them. Two controls run at the same mean depth without that
+knowledge: each completion's tokens all stopped at one exit (`fixed:matched`), and the policy's own
+depths dealt out to tokens at random (`shuffled`). The first has the policy's mean depth whatever
+lengths its completions come to (`mixed`), the second as far as they come to those of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flax import nnx
+
+from jexit.config import control_of
+from jexit.evaluation.accuracy import Examination, policy_result
+from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.intervals import bootstrap_ratio_difference, paired_interval
+from jexit.model.policies import Prescribed
+from jexit.results import ControlDifference, PolicyResult
+
+
+def evaluate_control(
+    decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
+) -> tuple[PolicyResult, list[Attempt]]:
+    """Attempts under a control, which has its depths from those of another policy."""
+    if name.startswith("shuffled"):
+        depth_BT = shuffled_depths(
+            of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
+        )
+        attempts, speed = examination.attempts(decoder, Prescribed(depth_BT), name)
+    else:
+        attempts, speed = _matched(decoder, examination, name, mean_depth(of))
+    result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
+    return result.model_copy(update={"control_of": control_of(name)}), attempts
+
+
+def mean_depth(attempts: Sequence[Attempt]) -> float:
+    """Layers run for a token, the first of each completion included."""
+    return sum(a.layers_run for a in attempts) / sum(len(a.depths) for a in attempts)
+
+
+def _matched(
+    decoder: Decoder, examination: Examination, name: str, mean: float
+) -> tuple[list[Attempt], float]:
+    """Every prompt at the two neighbouring exits whose mean depths enclose `mean`, and their mix.
+
+    Completions of another exit have other lengths, so that what it comes to is seen only when it
+    has been decoded. Where nothing is shallow enough, all are stopped at the first exit.
+    """
+    stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
+    decoded: dict[int, list[Attempt]] = {}
+    seconds = 0.0
+
+    def at(place: int) -> list[Attempt]:
+        nonlocal seconds
+        if place not in decoded:
+            rows, columns = len(examination.prompts), decoder.max_new_tokens
+            policy = decoder.policy(f"fixed:{stops[place]}", rows, columns)
+            decoded[place], speed = examination.attempts(decoder, policy, name)
+            seconds += sum(len(made.depths) for made in decoded[place]) / speed
+        return decoded[place]
+
+    last = len(stops) - 1
+    upper = min(max(int(np.searchsorted(stops, mean)), 1), last)
+    while upper > 1 and mean_depth(at(upper - 1)) > mean:
+        upper -= 1
+    while upper < last and mean_depth(at(upper)) < mean:
+        upper += 1
+    attempts = mixed(at(max(upper - 1, 0)), at(upper), mean, seed=decoder.seed)
+    tokens = sum(len(made.depths) for some in decoded.values() for made in some)
+    return attempts, tokens / seconds
+
+
+def mixed(
+    shallow: Sequence[Attempt], deep: Sequence[Attempt], mean: float, *, seed: int
+) -> list[Attempt]:
+    """An attempt at each problem, from one of two exits, so that a token's mean depth is `mean`.
+
+    Problems take their deeper attempt in a random order, as many of them as bring `mean_depth`
+    closest to `mean`: none or all where it does not lie between the two.
+    """
+    order = np.random.default_rng(seed).permutation(len(shallow))
+
+    def totals(of: Callable[[Attempt], int]) -> np.ndarray:
+        """Over all problems, after each number of them that take the deeper one."""
+        gains = [of(deep[index]) - of(shallow[index]) for index in order]
+        return np.cumsum([sum(map(of, shallow)), *gains])
+
+    means = totals(lambda a: a.layers_run) / totals(lambda a: len(a.depths))
+    deeper = set(order[: int(np.abs(means - mean).argmin())].tolist())
+    pairs = enumerate(zip(shallow, deep, strict=True))
+    return [there if index in deeper else here for index, (here, there) in pairs]
+
+
+def shuffled_depths(
+    attempts: Sequence[Attempt], layers: int, *, columns: int, seed: int
+) -> np.ndarray:
+    """[problems, columns] depths for `Prescribed`: the attempts' own, dealt out anew.
+
+    Every pass that could leave is dealt one of all their depths, without replacement; passes beyond
+    a completion's own length draw from all of them, for completions that become longer.
+    """
+    rng = np.random.default_rng(seed)
+    depths = [depth for made in attempts for depth in made.depths[1:]]
+    depths_N = np.asarray(depths or [layers], np.int32)
+    deal_BT = rng.choice(depths_N, (len(attempts), columns))
+    dealt = iter(rng.permutation(depths_N))
+    for row, made in enumerate(attempts):
+        for column in range(1, len(made.depths)):
+            deal_BT[row, column] = next(dealt)
+    return deal_BT.astype(np.int32)
+
+
+def compared(
+    policy: str,
+    control: str,
+    ours: Sequence[Attempt],
+    theirs: Sequence[Attempt],
+    layers: int,
+    seed: int = 0,
+) -> ControlDifference:
+    """Policy less control on the same problems: accuracy and share of layers run, with intervals.
+
+    Positive `accuracy_difference`: knowing which tokens to stop was worth so much.
+    """
+    correct = [[float(made.correct) for made in some] for some in (ours, theirs)]
+    # Layers that ran, and those of full depth, of each attempt.
+    parts = [
+        ([a.layers_run for a in some], [layers * len(a.depths) for a in some])
+        for some in (ours, theirs)
+    ]
+    fractions = [sum(run) / sum(whole) for run, whole in parts]
+    return ControlDifference(
+        policy=policy,
+        control=control,
+        accuracy_difference=float(np.mean(correct[0]) - np.mean(correct[1])),
+        accuracy_difference_ci95=paired_interval(*correct),
+        depth_fraction_difference=fractions[0] - fractions[1],
+        depth_fraction_difference_ci95=bootstrap_ratio_difference(*parts, seed),
+        problems=len(ours),
+    )

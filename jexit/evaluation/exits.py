@@ -1,0 +1,115 @@
+"""What each exit says of a text, against the last layer, and what leaving early does to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, HiddenBTD, Int
+from jexit.evaluation.hazards import SplitModel
+from jexit.evaluation.replay import Recorded
+from jexit.kernels import exit_kl
+from jexit.model.exits import depth_of_exit_index
+from jexit.model.policies import Full, Prescribed
+from jexit.model.transformer import exit_hidden_states, run
+from jexit.results import EarlyLeaving, ExitAgreement, ExitQuality
+from jexit.steps.completions import Completions
+
+CLOSE = 0.05  # nats; a token whose exit is so close to the last layer could leave there
+THRESHOLDS = (0.05, 0.2)
+
+
+def _against(
+    final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
+) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
+    """(KL(final ‖ other) in nats, whether their greedy tokens are the same)."""
+    shape = other_EBCD.shape
+    found = exit_kl(
+        final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
+    )
+    return tuple(
+        jnp.moveaxis(part.reshape(shape[:3]), 0, -1) for part in (found.kl_EN, found.agree_EN)
+    )
+
+
+class _Leaving(NamedTuple):
+    """What a text is like whose tokens all leave at the first exit under a threshold, at once."""
+
+    depth_BC: Int[Array, "B C"]
+    kl_BC: Float[Array, "B C"]  # KL(π_L ‖ π) in nats, π_L with all tokens at full depth
+    same_BC: Bool[Array, "B C"]  # whether both have the same greedy token
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def compare_exits(
+    graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], rows: Completions
+) -> tuple[Array, ...]:
+    """(KL(π_L ‖ π_e) in nats, whether both have the same greedy token, *`_Leaving` of `THRESHOLDS`)
+
+    The first two [B, C, E] are of a token that leaves alone, after others that ran all layers.
+    """
+    model = nnx.merge(graphdef, *states)
+    exit_layers, layers = model.exit_layers, model.arch.layers
+    full = run(model, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
+    final_BCD = rows.window(full.hidden_BTD)
+    residual_EBCD = jax.vmap(rows.window)(full.exit_residual_EBTD)
+    exits_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
+    kl_BCE, same_BCE = _against(final_BCD, exits_EBCD, model.head_VD)
+
+    def leaving(threshold: float) -> _Leaving:
+        under_BCE = jnp.pad(kl_BCE < threshold, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+        depth_BC = depth_of_exit_index(jnp.argmax(under_BCE, axis=-1), exit_layers, layers)
+        policy = Prescribed(rows.input_depths(depth_BC, layers))
+        early = run(model, rows.tokens_BT, policy=policy, **rows.layout)
+        found = _against(final_BCD, rows.window(early.hidden_BTD)[None], model.head_VD)
+        return _Leaving(depth_BC, *(part_BCE[..., 0] for part_BCE in found))
+
+    return kl_BCE, same_BCE, *(part for threshold in THRESHOLDS for part in leaving(threshold))
+
+
+def exit_quality(
+    policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
+) -> ExitQuality:
+    """How close each exit comes to the last layer over a policy's completions, and all together.
+
+    `exits` is of single exits; `leaving` has for each of `THRESHOLDS` what happens when every token
+    leaves at the first exit under it, all at once, the text given. Tokens that still run all layers
+    then read keys and values of those that have left.
+    """
+    found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
+    lengths = [len(ids) for ids in recorded.completions]
+
+    def passes(values_BCX: np.ndarray) -> np.ndarray:
+        return np.concatenate([row[1:n] for row, n in zip(values_BCX, lengths, strict=True)])
+
+    kl_NE, same_NE, *rest = map(passes, found)
+    exits = [
+        ExitAgreement(
+            exit=int(layer),
+            kl_nats=float(kl_NE[:, index].mean()),
+            same_token=float(same_NE[:, index].mean()),
+            close=float((kl_NE[:, index] < CLOSE).mean()),
+        )
+        for index, layer in enumerate(exit_layers)
+    ]
+    leaving = []
+    for threshold, depth_N, kl_N, kept_N in zip(
+        THRESHOLDS, rest[0::3], rest[1::3], rest[2::3], strict=True
+    ):
+        stayed_N = depth_N == layers
+        leaving.append(
+            EarlyLeaving(
+                threshold_nats=threshold,
+                depth_fraction=float(depth_N.mean() / layers),
+                kl_nats=float(kl_N.mean()),
+                same_token=float(kept_N.mean()),
+                same_token_full_depth=float(kept_N[stayed_N].mean()) if stayed_N.any() else None,
+            )
+        )
+    return ExitQuality(policy=policy, passes=len(kl_NE), exits=tuple(exits), leaving=tuple(leaving))

@@ -1,0 +1,157 @@
+"""Runs the tasks of lm-evaluation-harness on a model under a halting policy.
+
+    python -m jexit.evaluation.harness --model=DIR --tasks=TASK[,TASK ...] [--policy=POLICY]
+                                 [--include_path=DIR] [--limit=N] [--output=FILE]
+
+POLICY is full, threshold:0.5, fixed:6 (layers) or sample. The extra `eval` brings lm-eval. DIR may
+hold task files of the user's own; those in configs/harness run tasks that lm-eval ships on local
+files. From Python, importing this module registers the model `jexit`:
+
+    lm_eval.simple_evaluate("jexit", {"pretrained": "DIR", "policy": "sample"}, tasks=["gsm8k"])
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+try:
+    from jexit.evaluation.harness_model import BATCH_SIZE, JexitLM
+except ModuleNotFoundError as error:
+    if __name__ == "__main__":
+        sys.exit(f"error: {error}")
+    raise
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
+
+from jexit.io.metrics import write_json_atomic
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        results = evaluate(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    info = results["config"]
+    if info["tokens"]:
+        print(
+            f"policy {info['policy']}: {info['tokens']} tokens, mean depth "
+            f"{info['depth_mean']:.2f} of {info['layers']} layers"
+        )
+    if options.output:
+        print(f"Wrote {options.output}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs what the command line says and returns lm-eval's results; writes them to `output`.
+
+    Raises ValueError or OSError for a model, task or setting that is not there.
+    """
+    target = pathlib.Path(options.output) if options.output else None
+    if target:  # hours of work must not end at a path that cannot be written
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise ValueError(f"--output={target} cannot be written; name a file in another folder")
+    manager = TaskManager(include_path=options.include_path)
+    tasks = options.tasks.split(",")
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ValueError(
+            f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or name the folder of "
+            "its file with --include_path"
+        )
+    model = JexitLM(
+        options.model,
+        policy=options.policy,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        max_gen_toks=options.max_gen_toks,
+        thinking=options.thinking,
+        think_end_token=options.think_end_token,
+    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=tasks,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.apply_chat_template,
+            gen_kwargs=simple_parse_args_string(options.gen_kwargs) or None,
+            log_samples=options.log_samples,
+            task_manager=manager,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"lm-eval stopped with: {error}; it was given --num_fewshot={options.num_fewshot}, "
+            f"--limit={options.limit} and --gen_kwargs={options.gen_kwargs!r}"
+        ) from error
+    results = json.loads(json.dumps(found, default=handle_non_serializable))
+    results["config"]["model_args"] = {"pretrained": str(options.model)}
+    if target:
+        write_json_atomic(target, results)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jexit.evaluation.harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model directory")
+    add("--tasks", required=True, help="names of tasks or groups, with commas between them")
+    add("--policy", default="full", help="full, threshold:X, fixed:N or sample")
+    add("--include_path", help="folder with task files besides lm-eval's own")
+    add("--num_fewshot", type=_whole, help="worked examples before each question")
+    add("--limit", type=_count, help="questions of each task; below 1: a share of them")
+    add("--output", help="JSON file for the results")
+    add("--log_samples", action="store_true", help="keep every question and answer in the output")
+    add("--apply_chat_template", action="store_true", help="use the model's chat format")
+    add("--thinking", default="auto", choices=["auto", "on", "off"], help="of the chat template")
+    add("--think_end_token", help="where thoughts end and the answer begins, such as </think>")
+    add("--gen_kwargs", default="", help="such as temperature=0.7,do_sample=true")
+    add("--max_gen_toks", type=int, default=256, help="new tokens where a task does not say")
+    add("--max_length", type=int, help="positions; default: the model's")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a log-likelihood batch")
+    add("--seed", type=int, default=0, help="of sampled depths and tokens")
+    return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number from 0 on is wanted, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int | float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"a number of questions, or below 1 a share of them, is wanted, got {text!r}"
+        )
+    return int(value) if value >= 1 else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

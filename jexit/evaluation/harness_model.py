@@ -1,0 +1,345 @@
+"""A model under a halting policy, as lm-evaluation-harness asks for one.
+
+Log-likelihoods under a policy are defined in `jexit.evaluation.loglikelihood.Scorer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error.name} is not installed; install the extra eval (pip install 'jexit[eval]')",
+        name=error.name,
+    ) from error
+
+from jexit.data.tokenizer import Tokenizer
+from jexit.evaluation.decoder import make_policy
+from jexit.evaluation.loglikelihood import Pair, Score, Scorer
+from jexit.io.model_dir import load
+from jexit.io.workdir import trained_law
+from jexit.model.policies import Full, Policy, Sample
+from jexit.model.transformer import Transformer
+from jexit.rollout import generate
+from jexit.tasks.answers import THINK_START
+
+BATCH_SIZE = 16
+# What a request may say about sampling; names as in transformers.
+_SAMPLING = ("top_p", "top_k", "min_p")
+# What it may say besides, as long as it asks for nothing: settings of transformers and of servers,
+# with the value that leaves generation as it is.
+_NEUTRAL: Mapping[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens"), 0),
+    **dict.fromkeys(("typical_p", "guidance_scale"), 1.0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0.0),
+    **dict.fromkeys(("early_stopping", "ignore_eos", "use_beam_search"), False),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "suppress_tokens", "logit_bias"), None),
+    "use_cache": True,
+}
+
+
+@register_model("jexit")
+class JexitLM(TemplateLM):
+    """A model under one halting policy, as lm-evaluation-harness asks for one.
+
+    `pretrained` is a model directory, or a model with its `tokenizer`. `policy` holds for log-
+    likelihoods and for generation alike: prompts and contexts run every layer, `sample` draws
+    depths by `seed`, with `hazard_temperature` and `min_hazard` as its law: those of the run that
+    `pretrained` may be, else 1 and 0.
+
+    What is too long for `max_length` positions (default: the model's) loses tokens on the left: a
+    context keeps what continuation or `max_gen_toks` leave room for. A continuation that is too
+    long by itself is an error. A request without `do_sample` or a temperature is greedy.
+
+    `thinking` is on, off or auto, for chat templates that have such a switch. With
+    `think_end_token`, such as `</think>`, answers are what follows its last occurrence, and a
+    thought that does not end has none; stop strings then hold for the answer only, so a thought may
+    contain them.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        policy: str = "full",
+        seed: int = 0,
+        batch_size: int | str = BATCH_SIZE,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        dtype: str = "auto",
+        thinking: str = "auto",
+        think_end_token: str | None = None,
+        hazard_temperature: float | None = None,
+        min_hazard: float | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if device is not None:
+            raise ValueError(
+                f"device is {device!r} and JAX finds its devices itself; leave it out, or set "
+                "JAX_PLATFORMS"
+            )
+        if isinstance(pretrained, Transformer):
+            if tokenizer is None:
+                raise ValueError("a model comes without its tokenizer; pass tokenizer= too")
+            self._model, self.texts = pretrained, tokenizer
+        else:
+            self._model, self.texts = load(pretrained, dtype=dtype)
+        self.texts.thinking = thinking
+        self.tokenizer = self.texts.backend  # where lm-eval looks for the chat template
+        self.policy, self.seed = policy, int(seed)
+        law = {"hazard_temperature": 1.0, "min_hazard": 0.0}
+        if not isinstance(pretrained, Transformer):
+            law |= trained_law(pretrained).get("rl", {})
+        if hazard_temperature is None:
+            hazard_temperature = law["hazard_temperature"]
+        if min_hazard is None:
+            min_hazard = law["min_hazard"]
+        self._law = Sample(float(hazard_temperature), float(min_hazard))
+        self._policy(1, 1)  # refuses a wrong one
+        self.max_gen_toks, self.think_end_token = int(max_gen_toks), think_end_token
+        self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
+        if max_batch_size is not None:
+            self.batch_size = min(self.batch_size, int(max_batch_size))
+        limit = None if max_length is None else int(max_length)
+        self.max_length = self._scorer(Full(), limit).max_length
+        self.depth_total, self.tokens = 0, 0
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the results: the policy, and the mean depth of the passes behind all tokens."""
+        layers = self._model.arch.layers
+        depth = self.depth_total / self.tokens if self.tokens else None
+        return {
+            "policy": self.policy,
+            "seed": self.seed,
+            "thinking": self.texts.thinking,
+            "layers": layers,
+            "depth_mean": depth,
+            "depth_fraction": None if depth is None else depth / layers,
+            "tokens": self.tokens,
+        }
+
+    # What lm-eval asks of tokenizers
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.texts.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the begin token, or the end token."""
+        begin = self.texts.backend.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names whatever shapes prompts, for lm-eval's cache of them."""
+        where = str(self.texts.directory).replace("/", "__")
+        return f"{where}__thinking_{self.texts.thinking}"
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """The ids of a text that may go on (None, True: after a begin token), or of its middle."""
+        if add_special_tokens is False:
+            return self.texts.encode(string)
+        return self.texts.encode_texts([string])[0]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The messages in the model's chat format; raises ValueError when it has none."""
+        if not self.texts.has_chat_template:
+            raise ValueError(
+                f"the tokenizer in {self.texts.directory} has no chat template; leave "
+                "--apply_chat_template out"
+            )
+        return self.texts.render(chat_history, answer=add_generation_prompt)
+
+    # Log-likelihoods
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        answers: list[tuple[float, bool] | None] = [None] * len(pairs)
+        bar = tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm)
+        for found in self._scored(pairs):
+            for index, score in found.items():
+                answers[index] = answer = (score.total, score.greedy)
+                if requests[index][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+            bar.update(len(found))
+        bar.close()
+        return [answer for answer in answers if answer is not None]
+
+    def _scored(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
+        if not pairs:
+            return
+        longest = max(len(continuation) for _, continuation in pairs)
+        for found in self._scorer(self._policy(len(pairs), longest), self.max_length).batches(
+            pairs
+        ):
+            for score in found.values():
+                self.depth_total += sum(score.depths)
+                self.tokens += len(score.depths)
+            yield found
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihoods of whole texts, cut into windows of at most `max_length` positions.
+
+        Each token is scored once. All of a text but its beginning is continuation, and leaves as
+        the policy says; what a window repeats as context runs every layer.
+        """
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scored = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (total, _) in zip(owners, scored, strict=True):
+            totals[owner] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _scorer(self, policy: Policy, max_length: int | None) -> Scorer:
+        return Scorer(
+            self._model,
+            policy=policy,
+            pad_id=self.texts.pad_id,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            max_length=max_length,
+        )
+
+    # Generation
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The continuations of contexts, each up to a stop string, an end token or its limit.
+
+        Requests with equal settings are decoded together.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            key = json.dumps(request.args[1], sort_keys=True, default=str)
+            groups.setdefault(key, []).append(index)
+        texts = [""] * len(requests)
+        bar = tqdm(total=len(requests), desc="generation", disable=disable_tqdm)
+        for chosen in groups.values():
+            contexts = [requests[index].args[0] for index in chosen]
+            settings = requests[chosen[0]].args[1]
+            for index, text in zip(chosen, self._generated(contexts, settings), strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+            bar.update(len(chosen))
+        bar.close()
+        return texts
+
+    def _generated(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
+        new, stop = wanted.pop("max_gen_toks"), [text for text in wanted.pop("until") if text]
+        sampled = wanted.pop("do_sample")
+        temperature = float(wanted.pop("temperature", 1.0)) if sampled else 0.0
+        wanted.pop("temperature", None)
+        options = {name: wanted.pop(name) for name in _SAMPLING if name in wanted}
+        options = {name: value for name, value in options.items() if value is not None}
+        _refuse(wanted)
+        room = self.max_length - new
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks is {new}, which leaves a model of {self.max_length} positions no "
+                f"room for a context; lower it to at most {self.max_length - 1}"
+            )
+        thinks = self.think_end_token
+        made = generate(
+            self._model,
+            _Ids(self.texts, [self.tok_encode(text)[-room:] for text in contexts]),
+            contexts,
+            policy=self._policy(len(contexts), new),
+            max_new_tokens=new,
+            temperature=temperature,
+            stop=() if thinks else stop,
+            seed=self.seed,
+            chat=False,
+            **(options if sampled else {}),
+        )
+        self.depth_total += sum(map(sum, made.depths))
+        self.tokens += sum(map(len, made.depths))
+        if not thinks:
+            return made.texts
+        return [
+            _before(
+                _after_thought(text, thinks, opened=context.rstrip().endswith(THINK_START)), stop
+            )
+            for text, context in zip(made.texts, contexts, strict=True)
+        ]
+
+    def _policy(self, rows: int, columns: int) -> Policy:
+        return make_policy(self.policy, rows, columns, self._model.arch.layers, self._law)
+
+
+def _after_thought(text: str, end: str, *, opened: bool) -> str:
+    """What follows a thought: nothing where it does not end, all where there is none."""
+    if end not in text:
+        return "" if opened or text.lstrip().startswith(THINK_START) else text
+    return text.rpartition(end)[2].lstrip()
+
+
+class _Ids:
+    """A tokenizer for `generate` whose prompts are ids already."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
+        self.eos_ids, self.pad_id, self.decode = (
+            tokenizer.eos_ids,
+            tokenizer.pad_id,
+            tokenizer.decode,
+        )
+        self._prompts = prompts
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._prompts
+
+
+def _refuse(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings that ask for something; None leaves a known one unset."""
+    for name, value in settings.items():
+        if name in _NEUTRAL and (value is None or value == _NEUTRAL[name]):
+            continue
+        only = f" but as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
+        raise ValueError(
+            f"a task asks for {name!r} in generation, as {value!r}, which jexit does not have"
+            f"{only}; override the task's generation_kwargs without it"
+        )
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

@@ -1,0 +1,211 @@
+"""What `eval.measures` names beyond accuracy, and the completions that are kept for reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jexit.config import Config
+from jexit.evaluation.accuracy import Examination, evaluate_policy, policy_result
+from jexit.evaluation.capacity import begun_steps, prescribed, scores_of
+from jexit.evaluation.completer import ModelCompleter, Reply
+from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.exits import exit_quality
+from jexit.evaluation.faithfulness import MEASURES, Measured, measured, policies_paired
+from jexit.evaluation.hazards import hazard_calibration, hazards_of
+from jexit.evaluation.replay import Recorded
+from jexit.evaluation.scores import paired
+from jexit.evaluation.transcripts import Transcripts
+from jexit.model.policies import Sample
+from jexit.results import Completion, Faithfulness, PairedMeasure, Record
+from jexit.steps.state import SplitModel
+from jexit.tasks import ChainTask, Task
+
+DIRECT = "at_once"  # the value of `task.steps` that asks for an answer without a chain
+
+
+def check_measures(task: Task, names: tuple[str, ...]) -> None:
+    """Raises ValueError for a measure that the task cannot have."""
+    chains = [name for name in names if name in MEASURES]
+    if chains and not isinstance(task, ChainTask):
+        raise ValueError(
+            f"config.eval.measures has {chains[0]}, and the completions of task {task.name!r} have "
+            "no steps; leave it out"
+        )
+    if "capacity" in names and not (isinstance(task, ChainTask) and task.granularities):
+        raise ValueError(
+            f"config.eval.measures has capacity, and task {task.name!r} cannot prescribe how much "
+            "a step does; leave it out"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurer:
+    """Measures one model, under `eval.measured` and at full depth on the same weights.
+
+    `attempts` holds those that there are already, by policy; `with_steps` gives the examination
+    whose prompts ask for such `task.steps`.
+    """
+
+    config: Config
+    decoder: Decoder
+    examination: Examination
+    with_steps: Callable[[str], Examination]
+    split: SplitModel
+    exits: tuple[int, ...]
+    positions: int
+    attempts: dict[str, list[Attempt]] = dataclasses.field(default_factory=dict)
+    _faithful: dict[str, list[Measured]] = dataclasses.field(init=False, default_factory=dict)
+
+    def parts(self) -> list[tuple[str, Callable[[], Sequence[Record]]]]:
+        """The parts of `eval.json` that `eval.measures` names, and what measures each, in order."""
+        names, task = self.config.eval.measures, self.examination.task
+        parts: list[tuple[str, Callable[[], Sequence[Record]]]] = []
+        if "exits" in names:
+            parts.append(("exits", self._exits))
+        if "hazards" in names:
+            parts.append(("hazards", self._hazards))
+        if set(names) & set(MEASURES):
+            for policy in self._policies:
+                parts.append(("faithfulness", functools.partial(self._faithfulness, policy)))
+            parts.append(("faithfulness_paired", self._faithfulness_paired))
+        if "capacity" in names:
+            assert isinstance(task, ChainTask)
+            for granularity in (*task.granularities, DIRECT):
+                parts.append(("capacity", functools.partial(self._capacity, granularity)))
+            if task.begun_sizes:
+                parts.append(("begun_steps", self._begun_steps))
+        return parts
+
+    def examples(self) -> list[Completion]:
+        """Completions for reading: each token with its depth and the hazards that it met."""
+        examples = []
+        for policy in self.config.eval.policies:
+            made = self.attempts[policy][: self.config.eval.heat_maps]
+            if not made:
+                continue
+            hazards = hazards_of(self._student, self._recorded(made), self._law(policy))
+            for problem, attempt, found in zip(
+                self.examination.problems[: len(made)], made, hazards, strict=True
+            ):
+                examples.append(
+                    Completion(
+                        policy=policy,
+                        prompt=problem.prompt,
+                        completion=attempt.text,
+                        tokens=self.examination.tokenizer.tokens(attempt.ids),
+                        depths=attempt.depths,
+                        hazards=found,
+                        verdict=attempt.verdict,
+                        answer=problem.answer,
+                    )
+                )
+        return examples
+
+    @property
+    def _policies(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.config.eval.measured, "full")))
+
+    @property
+    def _student(self) -> tuple[Any, ...]:
+        return self.split.decodable(self.split.trainable)
+
+    def _law(self, policy: str) -> Sample:
+        """What makes a hazard of a logit: the sampler's temperature and floor, else σ(z)."""
+        return self.decoder.law if policy == "sample" else Sample()
+
+    def _attempts(self, policy: str) -> list[Attempt]:
+        if policy not in self.attempts:
+            _, self.attempts[policy] = evaluate_policy(self.decoder, self.examination, policy)
+        return self.attempts[policy]
+
+    def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
+        """Of the first problems' attempts."""
+        return Recorded(
+            self.examination.prompts[: len(attempts)],
+            [made.ids for made in attempts],
+            [made.depths for made in attempts],
+            self.examination.tokenizer.pad_id,
+        )
+
+    def _completer(self, policy: str) -> ModelCompleter:
+        return ModelCompleter(self.decoder, policy, self.positions)
+
+    def _exits(self) -> list[Record]:
+        recorded = self._recorded(self._attempts("full"))
+        return [exit_quality("full", self._student, self.exits, self.decoder.layers, recorded)]
+
+    def _hazards(self) -> list[Record]:
+        policy, sft = self.config.eval.measured, self.config.sft
+        return [
+            hazard_calibration(
+                policy,
+                self._student,
+                self.split.decodable_teacher(self.split.trainable),
+                self.exits,
+                self._recorded(self._attempts(policy)),
+                self._law(policy),
+                sharpness=sft.sharpness,
+                target=sft.target,
+            )
+        ]
+
+    def _faithfulness(self, policy: str) -> list[Record]:
+        task, attempts = self.examination.task, self._attempts(policy)
+        assert isinstance(task, ChainTask)
+        transcripts = Transcripts.of(
+            task,
+            self.examination.problems,
+            [Reply(text=a.text, depths=a.depths, cut=a.truncated) for a in attempts],
+            self._completer(policy),
+            self.config.seed,
+        )
+        names = [name for name in self.config.eval.measures if name in MEASURES]
+        self._faithful[policy] = measured(transcripts, names)
+        result = policy_result(policy, self.examination, attempts, self.decoder.layers)
+        return [
+            Faithfulness(
+                policy=policy,
+                problems=result.problems,
+                accuracy=result.accuracy,
+                depth_fraction=result.depth_fraction,
+                completion_length=result.completion_length,
+                measures=tuple(made.result for made in self._faithful[policy]),
+            )
+        ]
+
+    def _faithfulness_paired(self) -> list[Record]:
+        """The policy less full depth on the problems that both have: accuracy and each measure."""
+        found: list[Record] = []
+        for policy in self._policies[:-1]:
+            pair = paired(scores_of(self._attempts(policy)), scores_of(self._attempts("full")))
+            assert pair is not None, "an examination has a problem"
+            found.append(
+                PairedMeasure(policy=policy, against="full", measure="accuracy", **pair._asdict())
+            )
+            measures = self._faithful[policy], self._faithful["full"]
+            found += policies_paired(policy, *measures, self.config.seed)
+        return found
+
+    def _capacity(self, granularity: str) -> list[Record]:
+        examination = self.with_steps(granularity)
+        by_policy = {
+            policy: evaluate_policy(self.decoder, examination, policy) for policy in self._policies
+        }
+        return [*prescribed(granularity, examination, by_policy)]
+
+    def _begun_steps(self) -> list[Record]:
+        """After prompts that ask for no size, whatever the evaluation's own ask for."""
+        examination = self.with_steps("free")
+        assert isinstance(examination.task, ChainTask)
+        begun = {
+            policy: begun_steps(examination.task, examination.problems, self._completer(policy))
+            for policy in self._policies
+        }
+        return [
+            tried.capacity(policy, full)
+            for policy, by_size in begun.items()
+            for tried, full in zip(by_size, begun["full"], strict=True)
+        ]

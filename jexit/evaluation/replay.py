@@ -1,0 +1,64 @@
+"""Completions that have been decoded, run through a model again at their own depths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jexit.axes import Array
+from jexit.dist import data_shards, place_rows, whole
+from jexit.steps.completions import Completions, bucket_length, pad_completions
+
+_POSITIONS = 8192  # of one pass: rows of a batch follow from its length
+
+
+def batch_rows(count: int, length: int) -> int:
+    """How many of `count` sequences of this length go through the model at once."""
+    shards = data_shards()
+    return min(-(-count // shards), max(1, _POSITIONS // length)) * shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """Prompts and completions as tokens, with the depth of every pass that wrote one."""
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Sequence[int]]
+    depths: Sequence[Sequence[int]]
+    pad_id: int
+
+    def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
+        """What `program(rows, depth_BC)` gives [B, C, …] for all rows, with zeros beyond a text.
+
+        It sees the longest first, in batches padded to their longest.
+        """
+        length_B = np.asarray(
+            [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]
+        )
+        order, width = np.argsort(-length_B, kind="stable"), max(map(len, self.completions))
+        results: list[np.ndarray] = []
+        start = 0
+        while start < len(order):
+            size = batch_rows(len(order) - start, bucket_length(int(length_B[order[start]])))
+            own = order[start : start + size]
+            start += size
+            chosen = np.resize(own, size)  # the last batch is filled with its rows again
+            rows = pad_completions(
+                [self.prompts[i] for i in chosen],
+                [self.completions[i] for i in chosen],
+                self.pad_id,
+            )
+            depth_BC = np.zeros(rows.completion_tokens_BC.shape, np.int32)
+            for row, i in enumerate(chosen):
+                depth_BC[row, : len(self.depths[i])] = self.depths[i]
+            found = whole(program(*place_rows((rows, depth_BC))), "recorded completions")
+            for index, values_BCX in enumerate(found):
+                if len(results) == index:
+                    shape = (len(order), width, *values_BCX.shape[2:])
+                    results.append(np.zeros(shape, values_BCX.dtype))
+                columns = min(width, values_BCX.shape[1])
+                results[index][own, :columns] = values_BCX[: len(own), :columns]
+        return results

@@ -1,0 +1,103 @@
+"""What a measure found for each problem, so that two policies can be compared on the same ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jexit.evaluation.intervals import (
+    bootstrap_lost_difference,
+    bootstrap_mean,
+    lost_interval,
+    paired_interval,
+    wilson_interval,
+)
+from jexit.results import Interval
+
+Kind = Literal["share", "difference", "lost"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Two numbers in 0 … 1 of each problem, and what becomes of them.
+
+    `share`: the mean of `first`, each 0 or 1. `difference`: the mean of `first` less the mean of
+    `second`. `lost`: 1 − Σ first / Σ second, NaN where `second` is 0 for all problems. `numbers`
+    are the problems' in the evaluation.
+    """
+
+    kind: Kind
+    numbers: Sequence[int]
+    first: Sequence[float]
+    second: Sequence[float]
+
+    @property
+    def value(self) -> float:
+        if not self.numbers:
+            return math.nan
+        if self.kind == "lost":
+            whole = float(np.sum(self.second))
+            return 1 - float(np.sum(self.first)) / whole if whole else math.nan
+        return float(np.mean(self._values))
+
+    @property
+    def ci95(self) -> Interval:
+        if self.kind == "lost":
+            return lost_interval(self.first, self.second)
+        if self.kind == "difference":
+            return paired_interval(self.first, self.second)
+        return wilson_interval(round(sum(self.first)), len(self.numbers))
+
+    @property
+    def _values(self) -> np.ndarray:
+        first, second = np.asarray(self.first, float), np.asarray(self.second, float)
+        return first if self.kind == "share" else first - second
+
+    def of(self, numbers: Sequence[int]) -> Scores:
+        """Of these problems, in their order."""
+        places = {number: place for place, number in enumerate(self.numbers)}
+        chosen = [places[number] for number in numbers]
+        return Scores(
+            kind=self.kind,
+            numbers=numbers,
+            first=[self.first[place] for place in chosen],
+            second=[self.second[place] for place in chosen],
+        )
+
+    @classmethod
+    def shares(cls, numbers: Sequence[int], values: Sequence[float]) -> Scores:
+        return cls(kind="share", numbers=numbers, first=values, second=[0.0] * len(values))
+
+
+class Paired(NamedTuple):
+    """Two policies' values on the problems that they have in common, and ours less theirs."""
+
+    value: float
+    against_value: float
+    difference: float
+    difference_ci95: Interval
+    problems: int
+
+
+def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
+    """The interval is of the difference, over problems. None without a common problem."""
+    common = sorted(set(ours.numbers) & set(theirs.numbers))
+    if not common:
+        return None
+    ours, theirs = ours.of(common), theirs.of(common)
+    if ours.kind == "lost":
+        interval = bootstrap_lost_difference(
+            (np.asarray(ours.first, float), np.asarray(ours.second, float)),
+            (np.asarray(theirs.first, float), np.asarray(theirs.second, float)),
+            seed,
+        )
+    elif ours.kind == "difference":
+        interval = bootstrap_mean(ours._values - theirs._values, seed, (-2.0, 2.0))
+    else:
+        interval = paired_interval(ours.first, theirs.first)
+    difference = ours.value - theirs.value
+    return Paired(ours.value, theirs.value, difference, interval, len(common))

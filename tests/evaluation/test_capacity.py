@@ -1,0 +1,199 @@
+"""Capacity of models whose arithmetic is written down here."""
+
+import dataclasses
+import re
+
+import pytest
+
+from jexit.config import TINY_CALIBRATED_PATH
+from jexit.data.tokenizer import Tokenizer
+from jexit.evaluation.accuracy import Examination
+from jexit.evaluation.capacity import begun_steps
+from jexit.evaluation.completer import Reply
+from jexit.evaluation.decoder import Attempt
+from jexit.evaluation.measures import Measurer
+from jexit.loops.setup import load_task
+from jexit.tasks import make_task
+from jexit.tasks.gsm8k import Gsm8k
+from jexit.tasks.sums import Sums, digit_sum, prescribed_steps, reduce_by
+from small_runs import make_config
+
+
+class Scripted:
+    """Writes what `rule(digits, size)` says after the plus signs of a forced prefix."""
+
+    layers, opening = 8, ""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def complete(self, problems, prefixes, *, answer_only):
+        assert answer_only and all(text.startswith(self.opening + "+") for text in prefixes)
+        digits = [re.search(r"\d+\Z", problem.prompt).group() for problem in problems]
+        sizes = [len(text.removeprefix(self.opening)) + 1 for text in prefixes]
+        texts = map(self.rule, digits, sizes)
+        return [None if t is None else Reply(text=t, depths=[len(t), 9]) for t in texts]
+
+
+@pytest.fixture(scope="module")
+def problems():
+    task = Sums(operands=(3, 6))
+    return [task.problem("test", index) for index in range(60)]
+
+
+def tried(problems, rule):
+    return {step.size: step for step in begun_steps(Sums(), problems, Scripted(rule))}
+
+
+def exact(digits, size):
+    return digit_sum(digits[:size]) + digits[size:]
+
+
+def test_every_problem_with_the_operands_is_tried(problems):
+    by_size = tried(problems, exact)
+    assert list(by_size) == [2, 3, 4, 5]
+    for size, step in by_size.items():
+        fitting = [n for n, p in enumerate(problems) if len(p.fields["operands"]) >= size]
+        assert list(step.numbers) == fitting and all(step.correct) and all(step.taken)
+        entry = step.capacity("full", step)
+        assert (entry.problems, entry.granularity) == (len(fitting), str(size))
+        assert entry.accuracy == entry.obeyed == 1 and entry.less_full is None
+        lengths = [len(problems[n].fields["operands"]) - size + 1 for n in fitting]
+        assert entry.depth_fraction == pytest.approx(sum(lengths) / len(lengths) / 8)
+    no_room = tried(problems, lambda digits, size: None if digits[0] in "12345" else "0")
+    for size, step in no_room.items():
+        assert step.left_out + len(step.numbers) == len(by_size[size].numbers)
+        assert step.capacity("full", step).left_out == step.left_out > 0
+
+
+def test_only_the_result_counts_and_only_of_a_step_of_that_size(problems):
+    forgets_the_rest = tried(problems, lambda digits, size: digit_sum(digits[:size]))
+    assert all(all(step.correct) for step in forgets_the_rest.values())
+    one_less = tried(problems, lambda digits, size: digit_sum(digits[: size - 1]))
+    wrong = [digits != "0" for digits in (p.fields["operands"][1] for p in problems)]
+    assert list(one_less[2].correct) == [not w for w in wrong]  # correct where the operand is 0
+    adds_a_sign = tried(problems, lambda digits, size: "+" + digit_sum(digits[: size + 1]))
+    nothing = tried(problems, lambda digits, size: "####" + digit_sum(digits))
+    for step in (*adds_a_sign.values(), *nothing.values()):
+        assert not any(step.taken) and not any(step.correct)
+        assert step.capacity("full", step).obeyed == 0
+    thinks = Scripted(exact)
+    thinks.opening = "<think>\n"
+    assert all(all(step.correct) for step in begun_steps(Sums(), problems, thinks))
+    for task in (Gsm8k(), make_task("tom")):  # whose steps announce nothing
+        assert begun_steps(task, [], Scripted(None)) == []
+        assert task.begun_step(problems[0], 2) is None
+    assert make_task("tom").first_result(problems[0], "+3") == (0, False)
+
+
+def test_intervals_and_differences_from_full_depth(problems):
+    full = tried(problems, exact)
+    small = tried(problems, lambda d, size: exact(d, size) if size < 4 else "")
+    entries = {size: step.capacity("sample", full[size]) for size, step in small.items()}
+    assert entries[3].accuracy_ci95[0] > 0.9 and entries[4].accuracy_ci95[1] < 0.1
+    assert entries[4].less_full == -1 and entries[4].less_full_ci95[1] < 0
+    assert entries[3].less_full == 0
+    short = tried(problems, lambda d, size: None if len(d) > 4 else digit_sum(d))
+    assert 5 not in short
+    assert short[4].capacity("sample", full[4]).less_full == 0  # of those with four operands
+
+
+@dataclasses.dataclass(frozen=True)
+class AddsInItsHead:
+    """A decoder that is right where the prompt prescribes at most so many operands a step."""
+
+    tokenizer: Tokenizer
+    up_to: dict[str, int]  # by policy
+    obedient: bool = True
+    layers: int = 3
+    max_new_tokens: int = 40
+
+    def policy(self, name, rows, columns):
+        return name
+
+    def decode(self, prompts, policy, *, judge=None, what, written=None, **_):
+        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
+        say = self.step if written is not None else self.answer
+        attempts = []
+        for number, text in enumerate(texts):
+            said, first = say(text, self.up_to[policy])
+            ids = self.tokenizer.encode(said)
+            verdict = judge(number, said, False) if judge else ""
+            depths = [first] + [3] * (len(ids) - 1)
+            attempts.append(
+                Attempt(ids=ids, text=said, depths=depths, truncated=False, verdict=verdict)
+            )
+        return attempts, 1.0
+
+    def answer(self, prompt, most):
+        digits = prompt.split()[-1]
+        prescribed = re.search(r"by (\d)", prompt)
+        size = int(prescribed[1]) if prescribed else len(digits)
+        chain = ""
+        if prescribed and self.obedient:
+            chain, _ = reduce_by(digits, prescribed_steps(len(digits), size))
+        return f"{chain}#### {(sum(map(int, digits)) + (size > most)) % 10}", 3
+
+    def step(self, prompt, most):
+        """The result of a step that was begun, off by one where it is too large for the head."""
+        assert "by" not in prompt and "at once" not in prompt
+        digits, signs = re.search(r"(\d+)\D*?(\++)\Z", prompt).groups()
+        size = len(signs) + 1
+        return f"{(sum(map(int, digits[:size])) + (size > most)) % 10}{digits[size:]}", 1
+
+
+def capacity_of(up_to, task__steps="free", **settings):
+    config = make_config(
+        "eval", TINY_CALIBRATED_PATH, task__operands_min=6, task__operands_max=8,
+        eval__measures=("capacity",), eval__measured="threshold:0.5", eval__problems=8,
+        task__steps=task__steps,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
+
+    def with_steps(steps):
+        task = load_task(dataclasses.replace(config.task, steps=steps), "test")
+        return Examination.of(task, tokenizer, config)
+
+    measurer = Measurer(
+        config=config, decoder=AddsInItsHead(tokenizer, up_to, **settings),
+        examination=with_steps(task__steps), with_steps=with_steps, split=None, exits=(1, 2),
+        positions=512,
+    )  # fmt: skip
+    found = {}
+    for part, measure in measurer.parts():
+        found.setdefault(part, []).extend(measure())
+    return found["capacity"], found["begun_steps"]
+
+
+def test_capacity_is_what_can_be_added_in_the_head():
+    up_to = {"threshold:0.5": 3, "full": 4}
+    capacity, begun = capacity_of(up_to)
+    accuracy = {(entry.policy, entry.granularity): entry.accuracy for entry in capacity}
+    for policy, most in up_to.items():
+        for size in (2, 3, 4, 5):
+            assert accuracy[policy, str(size)] == float(size <= most), (policy, size)
+        assert accuracy[policy, "at_once"] == 0.0
+    less = [entry.less_full_ci95 for entry in capacity if entry.policy == "threshold:0.5"]
+    assert all(low < 0 < high for low, high in (less[0], less[1], less[3], less[4]))
+    assert less[2][1] < 0  # steps of four: never under the policy, always at full depth
+    assert all(entry.obeyed == 1.0 for entry in capacity)
+    assert all(entry.accuracy_obeyed == entry.accuracy for entry in capacity)
+    results = {(entry.policy, entry.granularity): entry.accuracy for entry in begun}
+    assert results == {
+        (policy, str(size)): float(size <= most)
+        for policy, most in up_to.items()
+        for size in (2, 3, 4, 5)
+    }
+    assert all(entry.depth_fraction == pytest.approx(1 / 3) for entry in begun)
+    assert begun[2].less_full == -1 and begun[1].less_full == begun[3].less_full == 0
+    # Steps are begun after prompts that ask for none, whatever the evaluation's own ask for.
+    assert capacity_of(up_to, task__steps="2")[1] == begun
+
+
+def test_a_model_that_takes_other_steps_than_asked_for_shows_no_capacity():
+    capacity, begun = capacity_of({"threshold:0.5": 9, "full": 9}, obedient=False)
+    assert all(entry.accuracy == entry.obeyed == 1.0 for entry in begun)  # it needs not obey
+    for entry in capacity:
+        assert entry.accuracy == 1.0
+        assert entry.obeyed == float(entry.granularity == "at_once")
+        assert entry.accuracy_obeyed == (1.0 if entry.obeyed else None)

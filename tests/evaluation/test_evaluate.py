@@ -1,0 +1,176 @@
+"""Evaluation end to end on a small random model."""
+
+import json
+
+import pytest
+
+from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH
+from jexit.data.tokenizer import Tokenizer
+from jexit.evaluation.accuracy import held_out
+from jexit.evaluation.measures import Measurer
+from jexit.loops.setup import load_task
+from jexit.results import VERSION, Evaluation
+from small_runs import make_config, run
+
+POLICIES = ("full", "threshold:0.2", "shuffled:threshold:0.2", "fixed:matched:threshold:0.2")
+
+
+@pytest.fixture(scope="module")
+def workdir(model_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("eval") / "run"
+    run(
+        "eval", model_dir, workdir, eval__policies=POLICIES, eval__measures=EVAL_MEASURES,
+        eval__measured="threshold:0.2", eval__problems=12, exits__layers=(),
+    )  # fmt: skip
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def evaluation(workdir):
+    return Evaluation.read(workdir / "eval.json")
+
+
+def test_controls_run_at_the_depth_of_what_they_control(evaluation):
+    runs = {entry.policy: entry for entry in evaluation.runs}
+    assert [entry.control_of for entry in evaluation.runs] == [None, None, *[POLICIES[1]] * 2]
+    ours, shuffled, fixed = (runs[name] for name in POLICIES[1:])
+    assert len(ours.depth_histogram) > 2, "the threshold should stop tokens at several exits"
+    assert shuffled.depth_fraction == pytest.approx(ours.depth_fraction, abs=0.08)
+    if shuffled.tokens == ours.tokens:  # as many passes: the very same depths
+        assert shuffled.depth_histogram == ours.depth_histogram
+    # Exits lie a layer apart here: one of twelve completions moves the mean by about 1 / 12.
+    assert abs(fixed.depth_mean - ours.depth_mean) < 1 / 12
+    assert len(set(map(int, fixed.depth_histogram)) - {3}) <= 2
+    pairs = [(pair.policy, pair.control) for pair in evaluation.controls]
+    assert pairs == [(POLICIES[1], POLICIES[2]), (POLICIES[1], POLICIES[3])]
+    for pair in evaluation.controls:
+        difference = ours.accuracy - runs[pair.control].accuracy
+        assert pair.accuracy_difference == pytest.approx(difference)
+
+
+def test_numbers_of_a_policy_agree_with_each_other(evaluation):
+    for entry in evaluation.runs:
+        classes = entry.depth_by_class
+        assert "end" not in classes or classes["end"].tokens <= entry.problems
+        assert sum(part.tokens for part in classes.values()) == entry.tokens - entry.problems
+        layers = sum(part.tokens * part.depth_mean for part in classes.values())
+        assert layers + 3 * entry.problems == pytest.approx(entry.depth_mean * entry.tokens)
+        low, high = entry.depth_fraction_ci95
+        assert low <= entry.depth_fraction <= high
+        spent = sum(int(depth) * count for depth, count in entry.depth_histogram.items())
+        assert entry.layers_per_problem == pytest.approx(spent / entry.problems)
+        low, high = entry.layers_per_problem_ci95
+        assert low <= entry.layers_per_problem <= high
+        assert low < high or len(entry.depth_histogram) == 1
+        assert entry.compute_fraction >= entry.depth_fraction  # keys and values are computed anyway
+
+
+def test_every_measure_is_there_for_the_policy_and_for_full_depth(evaluation):
+    both = [POLICIES[1], "full"]
+    assert [entry.policy for entry in evaluation.faithfulness] == both
+    granularities = [entry.granularity for entry in evaluation.capacity]
+    assert granularities[::2] == ["2", "3", "4", "5", "at_once"]
+    assert [entry.policy for entry in evaluation.capacity] == both * 5
+    assert {entry.policy for entry in evaluation.begun_steps} == set(both)
+    (hazards,), (exits,) = evaluation.hazards, evaluation.exits
+    assert hazards.policy == POLICIES[1] and 0 <= hazards.ece <= 1
+    assert exits.policy == "full" and [entry.exit for entry in exits.exits] == [1, 2]
+    pairs = {pair.measure: pair for pair in evaluation.faithfulness_paired}
+    runs = {entry.policy: entry for entry in evaluation.runs}
+    accuracy = pairs.pop("accuracy")
+    assert (accuracy.policy, accuracy.against, accuracy.problems) == (*both, 12)
+    assert accuracy.value == pytest.approx(runs[POLICIES[1]].accuracy)
+    assert accuracy.against_value == pytest.approx(runs["full"].accuracy)
+    low, high = accuracy.difference_ci95
+    assert low <= accuracy.difference <= high and high > low
+    ours, theirs = (
+        {measure.name: measure.problems for measure in entry.measures}
+        for entry in evaluation.faithfulness
+    )
+    for name, pair in pairs.items():
+        assert 0 < pair.problems <= min(ours[name], theirs[name])
+
+
+def test_the_file_has_the_keys_that_readers_rely_on(workdir, evaluation, capsys):
+    written = json.loads((workdir / "eval.json").read_text())
+    assert written["version"] == VERSION and written["complete"] is True
+    assert written["task"]["name"] == "sums" and written["split"] == "test"
+    assert written["model"]["layers"] == 3 and written["model"]["exits"] == [1, 2]
+    promised = {
+        "policy", "accuracy", "accuracy_ci95", "depth_mean", "depth_fraction", "problems",
+        "tokens", "tokens_per_second", "layers_per_problem",
+    }  # fmt: skip
+    for entry in written["runs"]:
+        assert promised < set(entry)
+    assert (workdir / "report.html").exists()
+
+
+def test_completions_are_kept_with_depth_and_hazards(workdir):
+    rows = json.loads((workdir / "completions.json").read_text())
+    assert {row["policy"] for row in rows} == set(POLICIES)
+    for row in rows:
+        if row["policy"].startswith("fixed:matched"):
+            assert len(set(row["depths"][1:])) <= 1  # a completion has one exit
+        assert len(row["tokens"]) == len(row["depths"]) == len(row["hazards"])
+        assert row["hazards"][0] == [None, None]
+        for depth, hazards in list(zip(row["depths"], row["hazards"], strict=True))[1:]:
+            assert [hazard is not None for hazard in hazards] == [depth >= 1, depth >= 2]
+            if row["policy"] == POLICIES[1]:
+                left = [hazard is not None and hazard > 0.2 for hazard in hazards]
+                assert depth == next((e + 1 for e in (0, 1) if left[e]), 3)
+
+
+def test_hazards_are_those_that_were_sampled_and_outlive_a_measure_that_fails(
+    model_dir, tmp_path, monkeypatch
+):
+    """With a floor of 0.6 and a temperature of 100 each hazard is near 0.6 + 0.4 · ½."""
+
+    def fails(self, granularity):
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(Measurer, "_capacity", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(
+            "eval", model_dir, tmp_path / "run", eval__policies=("sample",), eval__problems=4,
+            eval__measures=("capacity",), rl__min_hazard=0.6, rl__hazard_temperature=100.0,
+        )  # fmt: skip
+    rows = json.loads((tmp_path / "run" / "completions.json").read_text())
+    recorded = [h for row in rows for token in row["hazards"] for h in token if h is not None]
+    assert recorded and all(0.75 < hazard < 0.85 for hazard in recorded)
+    kept = Evaluation.read(tmp_path / "run" / "eval.json")
+    assert not kept.complete and kept.capacity is None
+    assert [entry.policy for entry in kept.runs] == ["sample"]
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("jexit.evaluation.completer.FILLERS", ("sum ",))
+    for settings, says in (
+        ({"eval__measures": ("filler",)}, r"leave filler out of config\.eval\.measures"),
+        ({"eval__policies": ("fixed:4",)}, "asks for 4 layers of a model that has 3"),
+        ({"eval__policies": ("full", "shuffled")}, "'shuffled' is a control for 'sample'"),
+        ({"eval__policies": ("shuffled:full", "full")}, "put that before it"),
+        ({"eval__policies": ("fixed:matched:deep",)}, "policy 'deep' is not known"),
+        ({"eval__measures": ("chain",)}, "measures names 'chain'; choose among exits, hazards"),
+        ({"eval__measured": "shuffled"}, "policy 'shuffled' is not known"),
+        ({"eval__max_new_tokens": 250}, "together over the model's 256 positions; lower it to"),
+        (
+            {"eval__measures": ("capacity",), "task__name": "word_problems"},
+            "task 'word_problems' cannot prescribe how much a step does; leave it out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run("eval", model_dir, tmp_path / "run", **settings)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_split_with_fewer_problems_than_asked_for_is_measured_whole_and_said(caplog):
+    config = make_config(
+        "eval", TINY_CALIBRATED_PATH, task__name="sums", task__operands_min=2,
+        task__operands_max=2, eval__problems=256, eval__split="test",
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
+    problems, _ = held_out(load_task(config.task, "test"), tokenizer, config, 256)
+    assert 3 <= len(problems) < 30
+    assert len({problem.prompt for problem in problems}) == len(problems)
+    said = f"'sums' has {len(problems)} problems in its test split with these settings, and"
+    assert said in caplog.text and "eval.problems asks for 256" in caplog.text

@@ -1,0 +1,269 @@
+"""The model that lm-evaluation-harness sees, against the harness's own for transformers."""
+
+import types
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with the extra eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+import jexit
+from chat_templates import OPENED, SWITCHED, with_template
+from jexit.evaluation.harness_model import JexitLM
+from jexit.model.policies import Prescribed, Threshold
+from jexit.rollout import generate
+from small_runs import small_model
+from tolerances import LOGITS, LOGPROBS
+
+PAIRS = [
+    ("abc def", " gh"),
+    ("the cat", " sat on"),
+    ("", "hello there"),
+    ("a ", "b"),
+    ("some words that go on for longer than the others do", " x1"),
+    ("0 1 2", "3 4"),
+]
+TEXTS = ["abc", "a text that is longer than one window of forty-eight positions " * 2, "x" * 120]
+
+
+def requests(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=entry, idx=index)
+        for index, entry in enumerate(arguments)
+    ]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The harness's model for transformers, and ours, on the same weights and tokenizer.
+
+    Llama's tokenizer puts a begin token before texts, Qwen's does not.
+    """
+    torch = pytest.importorskip("torch")
+    hf_models = pytest.importorskip("hf_models")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    path = hf_models.save(tmp_path_factory.mktemp("hf"), hf_models.make_model("llama"))
+    theirs = huggingface.HFLM(
+        pretrained=str(path), device="cpu", dtype=torch.float32, batch_size=2, max_length=48
+    )
+    return theirs, JexitLM(str(path), dtype="float32", max_length=48, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def small():
+    tokenizer = with_template(SWITCHED)
+    model = small_model(tokenizer.vocab_size)
+    model.embed.embedding[...] *= 2.0
+    return model, tokenizer
+
+
+def scores(lm, pairs=PAIRS):
+    return lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+
+
+def test_log_likelihoods_are_those_of_transformers(both):
+    theirs, ours = both
+    pairs = [*PAIRS, ("abcdefgh " * 12, "and more")]  # the last is cut from the left
+    for (expected, greedy), (found, flag) in zip(
+        scores(theirs, pairs), scores(ours, pairs), strict=True
+    ):
+        assert found == pytest.approx(expected, abs=10 * LOGITS)
+        assert flag == greedy
+    # Every token after one context: a single one is greedy.
+    every = [(None, ours.tok_encode("abc def"), [token]) for token in range(67)]
+    expected, found = (lm._loglikelihood_tokens(every, disable_tqdm=True) for lm in both)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert sum(greedy for _, greedy in found) == 1
+    np.testing.assert_allclose([t for t, _ in found], [t for t, _ in expected], atol=LOGITS)
+
+
+def test_rolling_log_likelihoods_are_those_of_transformers(both, monkeypatch):
+    theirs, ours = both
+    # The harness gives a text that it has put a begin token before another one as its context.
+    monkeypatch.setattr(theirs, "add_bos_token", False)
+    arguments = [(text,) for text in TEXTS]
+    assert [len(ours.tok_encode(text)) > 96 for text in TEXTS] == [False, True, True]  # windows
+    found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), True)
+    expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), True)
+    np.testing.assert_allclose(found, expected, atol=20 * LOGITS)
+
+
+def test_greedy_texts_are_those_of_transformers(both):
+    theirs, ours = both
+    asked = [
+        ("abc def", {"until": ["zz"], "max_gen_toks": 12}),
+        ("the cat", {"until": ["zz"], "max_gen_toks": 12}),
+        ("words " * 30, {"until": ["zz"], "max_gen_toks": 12}),  # cut from the left
+        ("0 1 2", {"until": ["e", "7", "q"], "max_gen_toks": 20, "do_sample": False}),
+        ("x", {"until": ["a", " "], "max_gen_toks": 9, "temperature": 0.0}),
+    ]
+    # Results come in the order of requests, whichever are decoded together.
+    found = ours.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert found == theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert len(set(found)) == len(found)
+
+
+def test_ids_are_those_of_transformers(both):
+    theirs, ours = both
+    chat = [{"role": "user", "content": "abc"}]
+    for text in ("abc def", theirs.apply_chat_template(chat), ours.apply_chat_template(chat)):
+        for added in ({}, {"add_special_tokens": False}):
+            assert ours.tok_encode(text, **added) == theirs.tok_encode(text, **added)
+
+
+def test_generated_texts_are_generates_and_scored_as_recorded(small):
+    model, tokenizer = small
+    asked = [(text, {"until": [], "max_gen_toks": 8}) for text in ("sum 12", "Tom has", "1+2")]
+    for policy, rule in (
+        ("threshold:0.3", Threshold(0.3)), ("fixed:1", Prescribed(np.ones((3, 8), np.int32))),
+    ):  # fmt: skip
+        lm = JexitLM(model, tokenizer, policy=policy)
+        texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+        made = generate(
+            model, tokenizer, [text for text, _ in asked], policy=rule, max_new_tokens=8, chat=False
+        )
+        assert texts == made.texts
+        depth, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
+        info = lm.get_model_info()
+        assert (info["policy"], info["tokens"]) == (policy, tokens)
+        assert info["depth_mean"] == pytest.approx(depth / tokens)
+        assert info["depth_fraction"] == pytest.approx(depth / tokens / 3)
+        # The log-likelihood of what was generated is what was recorded.
+        pairs = [
+            (None, tokenizer.encode(text), ids)
+            for (text, _), ids in zip(asked, made.tokens, strict=True)
+        ]
+        scored = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
+        for (total, greedy), logprobs in zip(scored, made.logprobs, strict=True):
+            assert total == pytest.approx(sum(logprobs), abs=10 * LOGPROBS)
+            assert greedy
+
+
+def test_policies_and_seeds_matter(small):
+    def totals(**settings):
+        return [total for total, _ in scores(JexitLM(*small, **settings))]
+
+    full = totals()
+    assert np.abs(np.array(totals(policy="fixed:1")) - full).max() > 0.01
+    assert totals(policy="fixed:3") == pytest.approx(full, abs=LOGPROBS)
+    sampled = totals(policy="sample", seed=1)
+    other = totals(policy="sample", seed=1, batch_size=2)
+    assert sampled == pytest.approx(other, abs=LOGPROBS)
+    assert sampled != totals(policy="sample", seed=2)
+    # Sharp hazards leave where they exceed a half, and a floor near 1 leaves everywhere.
+    sharp = totals(policy="sample", hazard_temperature=1e-3)
+    assert sharp == pytest.approx(totals(policy="threshold:0.5"), abs=LOGPROBS) != full
+    first = totals(policy="sample", min_hazard=0.999999)
+    assert first == pytest.approx(totals(policy="fixed:1"), abs=LOGPROBS)
+
+
+def test_sampled_tokens_follow_the_request(small):
+    def texts(settings, **options):
+        lm = JexitLM(*small, **options)
+        asked = [("sum 12", {"until": [], "max_gen_toks": 12, **settings})] * 6
+        return lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+    assert len(set(texts({}))) == 1, "greedy"
+    assert texts({"do_sample": False, "temperature": 1.0}) == texts({})
+    sampled = texts({"do_sample": True, "temperature": 1.0})
+    assert len(set(sampled)) > 1
+    assert sampled == texts({"temperature": 1.0}) == texts({"do_sample": True})
+    assert sampled != texts({"temperature": 1.0}, seed=1)
+    assert len(set(texts({"temperature": 1.0, "top_k": 1}))) == 1
+
+
+def test_the_answer_is_what_follows_the_thought(small, monkeypatch):
+    """Stop strings hold for it alone."""
+    for context, made, answer in (
+        ("sum 12", "one. two\n</think>\n\nseven. eight", "seven"),
+        ("sum 12", "<think>\none. two", ""),
+        ("sum 12<think>\n", "one. two", ""),
+        ("sum 12<think>\n", "one. two\n</think>\n\nseven. eight", "seven"),
+        ("sum 12", "seven. eight", "seven"),
+    ):
+
+        def stand_in(*args, stop, text=made, **settings):
+            assert stop == (), "a thought may hold stop strings"
+            return types.SimpleNamespace(texts=[text], depths=[[3]])
+
+        monkeypatch.setattr("jexit.evaluation.harness_model.generate", stand_in)
+        lm = JexitLM(*small, think_end_token="</think>", max_gen_toks=16)
+        asked = requests("generate_until", [(context, {"until": ["."]})])
+        assert lm.generate_until(asked, disable_tqdm=True) == [answer]
+
+
+def test_chat_format_and_thinking(small):
+    model, tokenizer = small
+    history = [{"role": "user", "content": "sum 12"}]
+    lm = JexitLM(model, with_template(SWITCHED), thinking="off")
+    assert lm.apply_chat_template(history).endswith("<think>\n\n</think>\n\n")
+    assert JexitLM(model, with_template(SWITCHED)).apply_chat_template(history) == (
+        "<|user|>sum 12<|assistant|>"
+    )
+    opened = [*history, {"role": "assistant", "content": "+3"}]
+    assert JexitLM(model, tokenizer).apply_chat_template(opened, False).endswith("<|assistant|>+3")
+    assert lm.chat_template(True) == SWITCHED
+    assert lm.tokenizer_name != JexitLM(model, with_template(SWITCHED)).tokenizer_name
+    with pytest.raises(ValueError, match="has no switch"):
+        JexitLM(model, with_template(OPENED), thinking="off")
+    with pytest.raises(ValueError, match="has no chat template; leave --apply_chat_template out"):
+        JexitLM(model, with_template(None)).apply_chat_template(history)
+
+
+def test_the_harness_knows_it_by_name():
+    assert get_model("jexit") is JexitLM
+    path = jexit.__path__[0] + "/assets/tiny-calibrated"
+    lm = JexitLM.create_from_arg_string(
+        f"pretrained={path},policy=threshold:0.5,seed=3", {"batch_size": "auto", "device": None}
+    )
+    assert (lm.policy, lm.seed, lm.batch_size, lm.max_length) == ("threshold:0.5", 3, 16, 1024)
+
+
+def test_what_cannot_be_done_is_refused(small):
+    for settings, sentence in (
+        ({"policy": "fixed:4"}, "asks for 4 layers of a model that has 3; use fixed:N"),
+        ({"policy": "half"}, "policy 'half' is not known"),
+        ({"policy": "shuffled"}, "policy 'shuffled' is not known"),
+        ({"device": "cuda:0"}, "JAX finds its devices itself; leave it out"),
+        ({"max_length": 999}, "takes 256 positions"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            JexitLM(*small, **settings)
+    with pytest.raises(ValueError, match="comes without its tokenizer"):
+        JexitLM(small[0])
+    lm = JexitLM(*small)
+    for settings, sentence in (
+        ({"max_gen_toks": 256}, "no room for a context; lower it to at most 255"),
+        ({"num_beams": 4}, "asks for 'num_beams' in generation, as 4, .* but as 1; override"),
+        ({"repetition_penalty": 1.2}, "'repetition_penalty' in generation, as 1.2, .* but as 1.0"),
+        ({"bad_words_ids": [[3]]}, r"'bad_words_ids' in generation, as \[\[3\]\], .* but as None"),
+        ({"use_cache": True, "early_stopping": True}, "'early_stopping' in generation"),
+        ({"thinking_budget": 4}, "'thinking_budget' in generation, as 4, .* does not have; over"),
+        ({"thinking_budget": None}, "'thinking_budget' in generation, as None"),
+    ):
+        asked = requests("generate_until", [("sum 12", {"until": [], **settings})])
+        with pytest.raises(ValueError, match=sentence):
+            lm.generate_until(asked, disable_tqdm=True)
+
+
+def test_settings_that_ask_for_nothing_change_nothing(small):
+    def text(settings):
+        asked = [("sum 12", {"until": [], "max_gen_toks": 8, "temperature": 1.0, **settings})]
+        return JexitLM(*small).generate_until(requests("generate_until", asked), True)
+
+    plain = text({})
+    # By hand: the defaults of transformers' GenerationConfig and of the OpenAI interface.
+    assert plain == text(
+        {
+            "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "length_penalty": 1,
+            "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "typical_p": 1.0,
+            "num_return_sequences": 1, "early_stopping": False, "use_cache": True,
+            "presence_penalty": 0, "frequency_penalty": 0.0, "bad_words_ids": None, "n": 1,
+            "guidance_scale": None, "top_k": None, "top_p": None,
+        }
+    )  # fmt: skip
+    assert plain == text({"top_k": 0, "top_p": 1.0, "min_p": 0.0})
+    assert plain != text({"top_k": 1})

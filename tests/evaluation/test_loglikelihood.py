@@ -1,0 +1,188 @@
+"""Log-likelihoods of continuations: against decoding and enumeration.
+
+test_harness_model.py holds them against the harness's own model for transformers.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jexit
+from jexit.evaluation.loglikelihood import Scorer, _scores, most_likely
+from jexit.model.exits import depth_log_law
+from jexit.model.policies import Full, Prescribed, Sample, Threshold
+from jexit.rollout import rollout
+from jexit.steps.completions import Completions
+from small_runs import small_model
+from tolerances import LOGPROBS
+
+VOCAB, END = 61, 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Three layers with exits at 1 and 2 that leave often, and about half of the time each."""
+    model = small_model(VOCAB)
+    model.exits.b2[...] = jnp.asarray([-0.3, 0.2])
+    model.embed.embedding[...] *= 2.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    rng = np.random.default_rng(0)
+    sizes = [(3, 4), (1, 1), (15, 9), (5, 2), (2, 6), (12, 11), (8, 16)]  # two shapes to compile
+    return [
+        (rng.integers(0, END, context).tolist(), rng.integers(0, END, size).tolist())
+        for context, size in sizes
+    ]
+
+
+def scorer(model, **settings):
+    return Scorer(model, pad_id=END, **settings)
+
+
+def depths_for(pairs, seed=1):
+    return np.random.default_rng(seed).integers(1, 4, (len(pairs), 16)).astype(np.int32)
+
+
+def test_what_decoding_recorded(model, pairs):
+    prompts = [context for context, _ in pairs]
+    for policy, temperature in (
+        (Full(), 0.0), (Threshold(0.45), 0.0), (Sample(), 1.0), (Prescribed(depths_for(pairs)), 1.0)
+    ):  # fmt: skip
+        made = rollout(
+            model, prompts, policy=policy, max_new_tokens=12, temperature=temperature,
+            eos_ids=[END], pad_id=END, key=3,
+        )  # fmt: skip
+        decoded = [(prompt, made.completion(row)) for row, prompt in enumerate(prompts)]
+        if isinstance(policy, Sample):  # the same depths, whatever drew them
+            policy = Prescribed(np.where(made.depths_BT > 0, made.depths_BT, 1))
+        early = 0
+        for row, score in enumerate(scorer(model, policy=policy, batch_size=4).score(decoded)):
+            length = made.lengths_B[row]
+            assert score.depths == made.depths_BT[row, :length].tolist()
+            assert score.depths[0] == 3
+            early += sum(depth < 3 for depth in score.depths)
+            recorded = made.logprobs_BT[row, :length]
+            np.testing.assert_allclose(score.logprobs, recorded, atol=LOGPROBS)
+            assert score.greedy or temperature > 0
+        assert (early > 0) == (not isinstance(policy, Full))
+
+
+def test_batches_change_nothing(model, pairs):
+    order = [4, 0, 6, 2, 5, 1, 3]
+    for policy in (Sample(), Prescribed(depths_for(pairs))):
+        whole = scorer(model, policy=policy, batch_size=16).score(pairs)
+        parts = scorer(model, policy=policy, batch_size=3).score(pairs)
+        for one, other in zip(whole, parts, strict=True):
+            assert one.depths == other.depths and one.greedy == other.greedy
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=LOGPROBS)
+        if isinstance(policy, Prescribed):
+            policy = Prescribed(policy.depth_BT[order])
+        moved = scorer(model, policy=policy).score([pairs[index] for index in order])
+        assert [score.depths for score in moved] == [whole[index].depths for index in order]
+    # Positions and rows draw for themselves.
+    rng = np.random.default_rng(4)
+    pairs = [([1, 2], rng.integers(0, END, 60).tolist()) for _ in range(8)]
+    depths = [score.depths for score in scorer(model, policy=Sample()).score(pairs)]
+    assert len({tuple(row) for row in depths}) == 8
+    assert all(set(row[1:]) == {1, 2, 3} for row in depths)
+
+
+def test_sampled_depths_follow_the_law_and_the_seed(model):
+    # Two tokens: one pass that may leave, so every outcome can be enumerated.
+    context, continuation = [5, 17, 40], [9, 22]
+    tokens_BT = jnp.asarray([[*context, *continuation]])
+    hazards = jexit.forward(model, tokens_BT, policy=Full()).hazard_logits_BTE[0, 3]
+    law = np.exp(np.asarray(depth_log_law(hazards)))
+    scores = {
+        depth: scorer(model, policy=Prescribed([[3, depth]])).score([(context, continuation)])[0]
+        for depth in (1, 2, 3)
+    }
+    draws = [
+        scorer(model, policy=Sample(), seed=seed).score([(context, continuation)])[0]
+        for seed in range(200)
+    ]
+    seen = np.array([score.depths for score in draws])
+    assert (seen[:, 0] == 3).all()
+    for probability, depth in zip(law, (1, 2, 3), strict=True):
+        share = (seen[:, 1] == depth).mean()
+        assert abs(share - probability) < 4 * np.sqrt(probability * (1 - probability) / 200)
+    totals = np.array([score.total for score in draws])
+    np.testing.assert_allclose(totals, [scores[d].total for d in seen[:, 1]], atol=LOGPROBS)
+    expected = sum(p * scores[d].total for p, d in zip(law, (1, 2, 3), strict=True))
+    marginal = np.log(sum(p * np.exp(scores[d].total) for p, d in zip(law, (1, 2, 3), strict=True)))
+    assert abs(totals.mean() - expected) < 4 * totals.std() / np.sqrt(200)
+    assert expected < marginal
+    again = scorer(model, policy=Sample(), seed=7).score([(context, continuation)])[0]
+    assert again.depths == draws[7].depths
+
+
+def test_a_context_is_cut_from_the_left(model):
+    rng = np.random.default_rng(5)
+    context, continuation = rng.integers(0, END, 40).tolist(), rng.integers(0, END, 5).tolist()
+    short = scorer(model, max_length=12)
+    assert short.fit(context, continuation) == (context[-8:], continuation)
+    cut, whole = (s.score([(c, continuation)])[0] for s, c in
+                  [(short, context), (scorer(model), context[-8:])])  # fmt: skip
+    np.testing.assert_allclose(cut.logprobs, whole.logprobs, atol=LOGPROBS)
+    longest = rng.integers(0, END, 12).tolist()
+    assert short.fit(context, longest) == (context[-1:], longest)
+    most = model.arch.max_positions
+    assert len(scorer(model).score([(context, [3] * most)])[0].logprobs) == most
+
+
+def test_what_cannot_be_scored_is_refused(model, pairs):
+    for pair, sentence in (
+        (([], [1]), "a context of 0 tokens and a continuation of 1"),
+        (([1], []), "give both at least one token"),
+        (([1], [2] * 13), "a continuation of 13 tokens is over the limit of 12"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            scorer(model, max_length=12).score([pair])
+    for settings, sentence in (
+        ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": 257}, "takes 256 positions; give 1 to 256"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            scorer(model, **settings)
+    with pytest.raises(ValueError, match=r"shape \(7, 3\) for 7 .* of up to 16 tokens"):
+        scorer(model, policy=Prescribed(np.ones((7, 3), np.int32))).score(pairs)
+    assert scorer(model).score([]) == []
+
+
+def test_the_most_likely_token():
+    for vocab in (7, 2048, 2049):
+        rng = np.random.default_rng(vocab)
+        head_VD = rng.normal(size=(vocab, 6)).astype(np.float32)
+        head_VD[vocab // 2] = head_VD[1]  # equals: the first one wins
+        h_ND = np.concatenate([rng.normal(size=(40, 6)), 9 * head_VD[[1, vocab - 1, 0]]])
+        logits_NV = h_ND.astype(np.float32) @ head_VD.T
+        found = np.asarray(most_likely(jnp.asarray(h_ND, jnp.float32), jnp.asarray(head_VD)))
+        np.testing.assert_array_equal(found, logits_NV.argmax(-1))
+
+
+def test_no_buffer_holds_logits():
+    vocab, rows, completion = 30_011, 6, 16
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: small_model(vocab)))
+
+    def ids(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    batch = Completions(ids(rows, 24), ids(rows), ids(rows, completion), ids(rows))
+    lowered = _scores.lower(
+        graphdef, state, batch, Threshold(0.5), jax.random.key(0), adapters=True
+    )
+    shapes = {
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", lowered.compile().as_text())
+    }
+    assert (vocab, 16) in shapes, "the text names no head: it is not what it was"
+    wide = {dims for dims in shapes if vocab in dims} - {(vocab, 16), (16, vocab), (1, vocab, 16)}
+    assert not wide
