@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +35,7 @@ from jexit.model.attention import choose_attention
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
-from jexit.steps.completions import PackedCompletions, bucket_length
+from jexit.steps.completions import Completions, bucket_length
 from jexit.steps.finetune import make_finetune_step
 from jexit.steps.lens import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
@@ -231,14 +230,23 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
     )
 
 
-def _trajectories(config: Config, mesh: Mesh, count: int) -> PackedCompletions:
-    """Rows as long as a prompt at the limit with completions at theirs makes them."""
-    new = config.sft.completions * config.sft.max_new_tokens
+def _completions(
+    config: Config, mesh: Mesh, count: int, new: int, *, shared: bool = False
+) -> Completions:
+    """Rows as long as a prompt at the limit with `new` tokens of completions makes them.
+
+    `shared`: a row's completions share a copy of their prompt, where attention knows how.
+    """
     length = bucket_length(config.task.max_prompt_tokens + new)
-    shared = config.sft.completions > 1
-    shared &= choose_attention(config.model.attention, length) != "splash"
+    branches = shared and choose_attention(config.model.attention, length) != "splash"
     input_BT, window_BC = rows(mesh, count, length), rows(mesh, count, bucket_length(new))
-    return PackedCompletions(*[input_BT] * 3, *[window_BC] * 4, branches=shared)
+    return Completions(*[input_BT] * 3, *[window_BC] * 4, branches=branches)
+
+
+def _trajectories(config: Config, mesh: Mesh, count: int) -> Completions:
+    together = config.sft.completions
+    new = together * config.sft.max_new_tokens
+    return _completions(config, mesh, count, new, shared=together > 1)
 
 
 def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
@@ -302,25 +310,22 @@ def _calibration(
     )
 
 
-def _packed(config: Config, mesh: Mesh, count: int, new: int) -> PackedCompletions:
-    """Rows of packed completions of `new` tokens at most.
+def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
+    """Rows that hold as many completions of `new` tokens at most as there is room for.
 
     With prompts and completions at their limits a row holds one, and no batch has more positions.
     """
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate
-    most, length = -(-count // unit) * unit, bucket_length(config.task.max_prompt_tokens + new)
-    input_BT, window_BC = rows(mesh, most, length), rows(mesh, most, bucket_length(new))
-    shared = choose_attention(config.model.attention, length) != "splash"
-    return PackedCompletions(*[input_BT] * 3, *[window_BC] * 4, branches=shared)
+    return _completions(config, mesh, -(-count // unit) * unit, new, shared=shared)
 
 
 def _finetuning(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Program:
     step = make_finetune_step(split, optimizer, micro_batches=config.optim.accumulate)
-    batch = _packed(config, mesh, config.batch_size, config.finetune.max_new_tokens)
-    batch = dataclasses.replace(batch, branches=False)
+    new = config.finetune.max_new_tokens
+    batch = _packed(config, mesh, config.batch_size, new, shared=False)
     return Program(
         name="fine-tuning step",
         lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),
@@ -335,7 +340,7 @@ def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer
     depth_JW = rows(mesh, count, new)
     floats_JW = rows(mesh, count, new, dtype=jnp.float32)
     batch = RLBatch(
-        _packed(config, mesh, count, new),
+        _packed(config, mesh, count, new, shared=True),
         rows(mesh, count),
         depth_JW,
         floats_JW,

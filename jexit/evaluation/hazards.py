@@ -34,7 +34,7 @@ def _decisions(
         student,
         rows.tokens_BT,
         policy=Prescribed(rows.input_depths(depth_BC, student.arch.layers)),
-        valid_BT=rows.valid_BT,
+        **rows.layout,
         hazards=True,
     )
     log_hazard_BCE, _ = log_hazards(
@@ -80,16 +80,13 @@ def decisions_and_targets(
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
-    valid_BT = rows.valid_BT
     taught = run(
-        teacher, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, adapters=False,
+        teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False,
         exit_residual=target == "teacher",
     )  # fmt: skip
     measured, speaker = taught, teacher
     if target == "student":
-        measured = run(
-            student, rows.tokens_BT, policy=Full(), valid_BT=valid_BT, exit_residual=True
-        )
+        measured = run(student, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
         speaker = student
     final_BCD = rows.window(taught.hidden_BTD)
     exits_EBCD = exit_hidden_states(

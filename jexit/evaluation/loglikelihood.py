@@ -212,14 +212,12 @@ def _scores(
     model: Transformer = nnx.merge(graphdef, state)
     if isinstance(policy, Prescribed):
         policy = Prescribed(batch.input_depths(policy.depth_BT, model.arch.layers))
-    index_BT = jnp.arange(batch.tokens_BT.shape[1]) - (batch.prompt_lengths_B[:, None] - 1)
     result = run(
         model,
         batch.tokens_BT,
         policy=policy,
-        valid_BT=batch.valid_BT,
-        # The pass at the last context position produces token 0 and never leaves.
-        action_BT=(index_BT > 0) & (index_BT < batch.completion_lengths_B[:, None]),
+        **batch.layout,
+        action_BT=batch.action_BT,
         key=key,
         adapters=adapters,
     )

@@ -15,7 +15,7 @@ from jexit.loops.packing import Lengths, Packed, PackedShapes
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.model.attention import choose_attention
-from jexit.steps.completions import PackedCompletions, pack_completions
+from jexit.steps.completions import Completions, pack_completions
 from jexit.steps.finetune import make_finetune_step
 from jexit.steps.state import TrainState, new_state, step_key
 
@@ -80,7 +80,7 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
 
 def _placed(
     prompts: list[list[int]], completions: list[list[int]], pad_id: int, packed: Packed
-) -> PackedCompletions:
+) -> Completions:
     """This host's rows of a batch, on the devices."""
     rows = host_rows(packed.shape.rows)
     here = np.flatnonzero(np.isin(packed.row_of_J, rows.index_B))

@@ -24,7 +24,7 @@ from jexit.loops.flops import Work
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.loops.trajectories import Trajectories, rows_of_batch, teacher_trajectories
-from jexit.steps.completions import PackedCompletions
+from jexit.steps.completions import Completions
 from jexit.steps.lens import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
@@ -62,7 +62,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 
     here = host_rows(rows_of_batch(config))
 
-    def batch_of(step: int) -> tuple[PackedCompletions, dict[str, float]]:
+    def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
         """This host's rows of a step, and the whole batch's padding and model FLOPs."""
         batch, rows = trajectories.batch(step, here)
         prompt_J = [len(one.prompt) for row in rows for one in row]

@@ -17,7 +17,7 @@ from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.model.attention import choose_attention
 from jexit.rollout import rollout
-from jexit.steps.completions import PackedCompletions, pack_completions
+from jexit.steps.completions import Completions, pack_completions
 from jexit.steps.state import step_key
 
 TEACHER_STREAM = 1  # of step_key: the teacher's own generations
@@ -53,7 +53,7 @@ class Trajectories:
         )
         return cls(rows, buckets, config.seed, pad_id, shared)
 
-    def batch(self, step: int, here: HostRows) -> tuple[PackedCompletions, list[list[Trajectory]]]:
+    def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
         """This host's rows of a step's batch, and all of the batch."""
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]

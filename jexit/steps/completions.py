@@ -1,7 +1,4 @@
-"""Prompts with completions on device, and the window of positions that produce the completions.
-
-A row holds one (`Completions`) or as many as it has room for (`PackedCompletions`).
-"""
+"""Prompts with completions on device, and the window of positions that produce the completions."""
 
 from __future__ import annotations
 
@@ -20,72 +17,11 @@ from jexit.model.attention import BRANCHES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """Right-padded rows: prompt, completion, padding. T input positions, C completion positions.
-
-    Completion position i comes from the pass at input position prompt_length − 1 + i. Position 0
-    is produced by the last prompt position, which never leaves early.
-    """
-
-    tokens_BT: Int[Array, "B T"]
-    prompt_lengths_B: Int[Array, "B"]
-    completion_tokens_BC: Int[Array, "B C"]
-    completion_lengths_B: Int[Array, "B"]
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """What `run` has to know of the rows."""
-        return {"valid_BT": self.valid_BT}
-
-    @property
-    def valid_BT(self) -> MaskBT:
-        length_B = self.prompt_lengths_B + self.completion_lengths_B
-        return jnp.arange(self.tokens_BT.shape[1]) < length_B[:, None]
-
-    @property
-    def token_BC(self) -> Bool[Array, "B C"]:
-        """Positions that hold a generated token."""
-        width = self.completion_tokens_BC.shape[1]
-        return jnp.arange(width) < self.completion_lengths_B[:, None]
-
-    @property
-    def action_BC(self) -> Bool[Array, "B C"]:
-        """Positions whose token came from a pass that could leave: all but the first."""
-        return self.token_BC & (jnp.arange(self.completion_tokens_BC.shape[1]) > 0)
-
-    def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
-        """Picks, for every completion position, the value at the input position producing it."""
-        width, length = self.completion_tokens_BC.shape[1], self.tokens_BT.shape[1]
-        index_BC = self.prompt_lengths_B[:, None] - 1 + jnp.arange(width)
-        index_BC = jnp.minimum(index_BC, length - 1)
-        return jnp.take_along_axis(
-            values, index_BC.reshape(*index_BC.shape, *([1] * (values.ndim - 2))), axis=1
-        )
-
-    def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
-        """Depths at input positions: `depth_BC` where a pass could leave, `layers` elsewhere."""
-        width = self.completion_tokens_BC.shape[1]
-        index_BT = jnp.arange(self.tokens_BT.shape[1]) - (self.prompt_lengths_B[:, None] - 1)
-        inside_BT = (index_BT > 0) & (index_BT < self.completion_lengths_B[:, None])
-        picked_BT = jnp.take_along_axis(depth_BC, jnp.clip(index_BT, 0, width - 1), axis=1)
-        return jnp.where(inside_BT, picked_BT, layers)
-
-    def by_row(self, values_JW: Array) -> Array:
-        """Values of each completion's tokens as the rows have them, which here is the same."""
-        return values_JW
-
-    def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """The other way round."""
-        assert values_BC.shape == shape, "a row is a completion"
-        return values_BC
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedCompletions:
-    """Rows that hold several completions J, none of which sees another.
+    """Rows that hold one or several completions J, none of which sees another.
 
     Each comes after its prompt; with `branches`, those of one prompt that share a row come after
     one copy of it, the trunk that all of them see: prompts run all layers, and so the same for all.
+    A completion's first token is produced by the last prompt position, which never leaves early.
     Completion position c of a row holds a token that the pass at input position `source_BC`
     produced, number `place_BC` of completion `owner_BC`; padding has place −1. `segment_BT` and
     `positions_BT` are `run`'s (segment 0: padding).
@@ -110,6 +46,11 @@ class PackedCompletions:
         }
 
     @property
+    def valid_BT(self) -> MaskBT:
+        """Positions that hold a token."""
+        return self.segment_BT > 0
+
+    @property
     def token_BC(self) -> Bool[Array, "B C"]:
         """Positions that hold a generated token."""
         return self.place_BC >= 0
@@ -126,13 +67,22 @@ class PackedCompletions:
 
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
         """Depths at input positions: `depth_BC` where a pass could leave, `layers` elsewhere."""
+        return self._at_inputs(depth_BC, layers)
+
+    @property
+    def action_BT(self) -> Bool[Array, "B T"]:
+        """Input positions whose pass could leave."""
+        return self._at_inputs(jnp.ones_like(self.source_BC), 0) > 0
+
+    def _at_inputs(self, values_BC: Int[Array, "B C"], elsewhere: int) -> Int[Array, "B T"]:
+        """Values of action positions at the input positions that produce them."""
         length = self.tokens_BT.shape[1]
 
-        def scattered(source_C: Array, action_C: Array, depth_C: Array) -> Array:
+        def scattered(source_C: Array, action_C: Array, values_C: Array) -> Array:
             at_C = jnp.where(action_C, source_C, length)  # beyond the row: dropped
-            return jnp.full(length, layers, depth_C.dtype).at[at_C].set(depth_C, mode="drop")
+            return jnp.full(length, elsewhere, values_C.dtype).at[at_C].set(values_C, mode="drop")
 
-        return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
+        return jax.vmap(scattered)(self.source_BC, self.action_BC, values_BC)
 
     def by_row(self, values_JW: Array) -> Array:
         """Values of each completion's tokens as the rows have them [B, C], 0 at padding."""
@@ -152,22 +102,17 @@ def pad_completions(
     pad_id: int,
     shape: tuple[int, int] | None = None,
 ) -> Completions:
-    """Rows of token ids as NumPy arrays of `shape` (T, C), which must hold them.
+    """A row for each completion, as NumPy arrays of `shape` (T, C), which must hold them.
 
     Without a shape T and C come from a short ladder of lengths, against recompilation.
     """
-    prompt_lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    lengths = np.asarray([len(completion) for completion in completions], np.int32)
-    total, width = shape or (
-        bucket_length(int((prompt_lengths + lengths).max())),
-        bucket_length(int(lengths.max())),
+    lengths = [len(completion) for completion in completions]
+    longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
+    total, width = shape or (bucket_length(longest), bucket_length(max(lengths)))
+    rows = range(len(prompts))
+    return pack_completions(
+        prompts, completions, pad_id, row_of=rows, shape=(len(rows), total, width)
     )
-    tokens_BT = np.full((len(prompts), total), pad_id, np.int32)
-    completion_BC = np.full((len(prompts), width), pad_id, np.int32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        tokens_BT[row, : len(prompt) + len(completion)] = [*prompt, *completion]
-        completion_BC[row, : len(completion)] = completion
-    return Completions(tokens_BT, prompt_lengths, completion_BC, lengths)
 
 
 def pack_completions(
@@ -179,7 +124,7 @@ def pack_completions(
     shape: tuple[int, int, int],
     prompt_of: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
-) -> PackedCompletions:
+) -> Completions:
     """Rows of token ids as NumPy arrays of `shape` (B, T, C), completion j in row `row_of[j]`.
 
     `prompt_of` numbers the prompts, of which each row has one copy; None gives each completion its
@@ -221,7 +166,7 @@ def pack_completions(
         owner_BC[row, there] = place if numbers is None else numbers[place]
         place_BC[row, there] = np.arange(len(completion))
         produced_B[row] += len(completion)
-    return PackedCompletions(
+    return Completions(
         tokens_BT,
         segment_BT,
         positions_BT,

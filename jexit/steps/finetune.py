@@ -12,25 +12,25 @@ from jexit.axes import Array, PRNGKey
 from jexit.kernels import linear_logprob
 from jexit.losses.masked import masked_sum
 from jexit.model.transformer import run
-from jexit.steps.completions import PackedCompletions
+from jexit.steps.completions import Completions
 from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
 def make_finetune_step(
     split: SplitModel, optimizer: optax.GradientTransformation, *, micro_batches: int = 1
-) -> Callable[[TrainState, Fixed, PackedCompletions, PRNGKey], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """The jitted step (state, fixed, batch, key) → (state, metrics).
 
     loss = −mean log p(y_t) over the tokens of the completions, their end tokens included.
     """
 
     def step(
-        state: TrainState, fixed: Fixed, batch: PackedCompletions, key: PRNGKey
+        state: TrainState, fixed: Fixed, batch: Completions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         tokens = jnp.maximum(jnp.sum(batch.token_BC), 1)
 
-        def loss_fn(params: Params, rows: PackedCompletions, key: PRNGKey) -> tuple[Array, Metrics]:
+        def loss_fn(params: Params, rows: Completions, key: PRNGKey) -> tuple[Array, Metrics]:
             model = split.student(params, fixed)
             result = run(model, rows.tokens_BT, dropout_key=key, **rows.layout)
             hidden_BCD = rows.window(result.hidden_BTD)

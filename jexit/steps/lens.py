@@ -24,7 +24,7 @@ from jexit.losses.sft import hazard_cross_entropy, target_log_hazards
 from jexit.model.exits import log_hazards
 from jexit.model.policies import Full
 from jexit.model.transformer import exit_hidden_states, run
-from jexit.steps.completions import PackedCompletions
+from jexit.steps.completions import Completions
 from jexit.steps.optim import Metrics, apply_gradients
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
@@ -40,10 +40,10 @@ class ExitStates:
 
 def make_exit_states(
     split: SplitModel,
-) -> Callable[[Params, Fixed, PackedCompletions], ExitStates]:
+) -> Callable[[Params, Fixed, Completions], ExitStates]:
     """The jitted (trainable, fixed, batch) → states at its B·C completion positions, padded."""
 
-    def states(trainable: Params, fixed: Fixed, batch: PackedCompletions) -> ExitStates:
+    def states(trainable: Params, fixed: Fixed, batch: Completions) -> ExitStates:
         model = split.student(trainable, fixed)
         full = run(model, batch.tokens_BT, policy=Full(), **batch.layout, exit_residual=True)
         residual_EBCD = jax.vmap(batch.window)(full.exit_residual_EBTD)

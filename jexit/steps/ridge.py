@@ -27,7 +27,7 @@ from jexit.axes import Array, Float
 from jexit.dist import constrain
 from jexit.model.policies import Full
 from jexit.model.transformer import run
-from jexit.steps.completions import PackedCompletions
+from jexit.steps.completions import Completions
 from jexit.steps.state import Fixed, Params, SplitModel
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -90,7 +90,7 @@ def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
     return [(e, m) for e, first in enumerate(exit_layers) for m in range(first, layers)]
 
 
-def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, PackedCompletions], Sums]:
+def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
     """The jitted (sums, trainable, fixed, batch) → sums with the batch's tokens added."""
     model = split.student(split.trainable)
     exits = len(model.exit_layers)
@@ -99,7 +99,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, PackedCo
     def product(left_BCD: Array, right_BCD: Array) -> Array:
         return jnp.einsum("BCd,BCD->dD", left_BCD, right_BCD, precision=jax.lax.Precision.HIGHEST)
 
-    def step(sums: Sums, trainable: Params, fixed: Fixed, batch: PackedCompletions) -> Sums:
+    def step(sums: Sums, trainable: Params, fixed: Fixed, batch: Completions) -> Sums:
         weight_BC = batch.action_BC.astype(jnp.float32)
         count = jnp.sum(weight_BC)
         first = sums.count == 0.0

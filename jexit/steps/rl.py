@@ -30,7 +30,7 @@ from jexit.losses.rloo import (
 from jexit.model.exits import depth_log_prob, exit_index_of_depth, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, run
-from jexit.steps.completions import Completions, PackedCompletions
+from jexit.steps.completions import Completions
 from jexit.steps.optim import (
     Metrics,
     accumulated_gradients,
@@ -50,7 +50,7 @@ class RLBatch:
     of the depth under the policy's law (0 at position 0, which nobody chose).
     """
 
-    rows: Completions | PackedCompletions
+    rows: Completions
     lengths_J: Int[Array, "J"]
     depth_JW: Int[Array, "J W"]
     logprobs_JW: Float[Array, "J W"]
@@ -88,7 +88,7 @@ EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 class Scored:
     """Rows with all that stays constant during a batch's updates."""
 
-    rows: Completions | PackedCompletions
+    rows: Completions
     depth_BC: Int[Array, "B C"]
     behaviour_BC: Float[Array, "B C"]  # log-probability of token and depth when they were drawn
     advantage_BC: Float[Array, "B C"]
@@ -192,7 +192,7 @@ def score(
 
 def teacher_scores(
     teacher: Transformer,
-    rows: Completions | PackedCompletions,
+    rows: Completions,
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Float[Array, "B C"], Array | None]:

@@ -17,7 +17,7 @@ from jexit.losses.sft import draw_exit_indices, expected_exit_loss, target_log_h
 from jexit.model.exits import depth_log_prob, depth_of_exit_index, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, exit_hidden_states, run
-from jexit.steps.completions import PackedCompletions
+from jexit.steps.completions import Completions
 from jexit.steps.optim import (
     Metrics,
     accumulated_gradients,
@@ -34,7 +34,7 @@ def make_sft_step(
     config: SFTConfig,
     *,
     micro_batches: int = 1,
-) -> Callable[[TrainState, Fixed, PackedCompletions, PRNGKey], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """The jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
     Per micro-batch of rows: the teacher runs once (`targets`); S depth assignments are drawn from
@@ -43,7 +43,7 @@ def make_sft_step(
     """
 
     def step(
-        state: TrainState, fixed: Fixed, batch: PackedCompletions, key: PRNGKey
+        state: TrainState, fixed: Fixed, batch: Completions, key: PRNGKey
     ) -> tuple[TrainState, Metrics]:
         teacher = split.teacher(state.trainable, fixed)
         teacher_head_VD = teacher.head_VD if split.teacher_has_own_head else None
@@ -85,14 +85,14 @@ def make_sft_step(
 class Taught(NamedTuple):
     """Rows with what their student is to learn: the teacher's states, target hazards, depths."""
 
-    rows: PackedCompletions
+    rows: Completions
     hidden_BCD: Array  # the teacher's final ones
     leave_BCE: Float[Array, "B C E"]  # log target hazards
     exits_BC: Int[Array, "B C"]  # prescribed
 
 
 def targets(
-    student: Transformer, teacher: Transformer, rows: PackedCompletions, config: SFTConfig
+    student: Transformer, teacher: Transformer, rows: Completions, config: SFTConfig
 ) -> tuple[Array, Float[Array, "B C E"], Float[Array, "B C E"]]:
     """The teacher's final hidden states [B, C, D] and the (log target hazard, log of its rest).
 

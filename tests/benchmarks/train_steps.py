@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
     if stage == "rl":
         batch = RLBatch(
             completions,
-            completions.completion_lengths_B,
+            completions.token_BC.sum(1),
             depth_BC,
             jnp.full(depth_BC.shape, -2.0),
             jnp.full(depth_BC.shape, -1.0),

@@ -175,7 +175,7 @@ def test_no_buffer_holds_logits():
     def ids(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    batch = Completions(ids(rows, 24), ids(rows), ids(rows, completion), ids(rows))
+    batch = Completions(*[ids(rows, 24)] * 3, *[ids(rows, completion)] * 4)
     lowered = _scores.lower(
         graphdef, state, batch, Threshold(0.5), jax.random.key(0), adapters=True
     )

@@ -80,7 +80,7 @@ def test_rewards_by_hand():
     )
     np.testing.assert_allclose(reward.depth_J, [-0.3, -0.8], rtol=1e-6)
     np.testing.assert_allclose(reward.kl_J, [-0.04, -0.1], rtol=1e-6)
-    np.testing.assert_allclose(reward.length_B, [-0.15, -0.05], rtol=1e-6)
+    np.testing.assert_allclose(reward.length_J, [-0.15, -0.05], rtol=1e-6)
     np.testing.assert_allclose(
         reward.total_J, [1 - 0.3 - 0.04 - 0.15, 0.5 - 0.8 - 0.1 - 0.05], rtol=1e-6
     )

@@ -48,7 +48,7 @@ def by_hand(split, trainable, batch, sharpness):
     An exit's logits come from a pass in which everybody leaves there.
     """
     student = split.student(trainable)
-    last = run(student, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT)
+    last = run(student, batch.tokens_BT, policy=Full(), **batch.layout)
     t = jax.nn.log_softmax(logits_of(last.hidden_BTD, student.head_VD))
     mask = batch.action_BC / batch.action_BC.sum()
     kls, entropies = [], []
@@ -56,12 +56,12 @@ def by_hand(split, trainable, batch, sharpness):
         shape = batch.tokens_BT.shape
         left = run(
             student, batch.tokens_BT, policy=Prescribed(np.full(shape, exit_layer)),
-            valid_BT=batch.valid_BT, hazards=True,
+            **batch.layout, hazards=True,
         )  # fmt: skip
         s = jax.nn.log_softmax(logits_of(left.hidden_BTD, student.head_VD))
         kl_BC = batch.window(jnp.sum(jnp.exp(t) * (t - s), -1)[..., None])[..., 0]
         full = run(
-            student, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, hazards=True
+            student, batch.tokens_BT, policy=Full(), **batch.layout, hazards=True
         )  # fmt: skip
         z_BC = batch.window(full.hazard_logits_BTE)[..., exit_index]
         target = jax.lax.stop_gradient(1.0 - jnp.tanh(sharpness * kl_BC / 2))

@@ -20,9 +20,7 @@ def shape(*dims, dtype="int32"):
 
 
 def completions() -> Completions:
-    return Completions(
-        shape(ROWS, LENGTH), shape(ROWS), shape(ROWS, COMPLETION), shape(ROWS)
-    )  # fmt: skip
+    return Completions(*[shape(ROWS, LENGTH)] * 3, *[shape(ROWS, COMPLETION)] * 4)
 
 
 def sft_text(make_split, config, **options) -> str:

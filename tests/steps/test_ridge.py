@@ -47,7 +47,7 @@ def tokens_of(split, batch):
         split.student(split.trainable),
         batch.tokens_BT,
         policy=Full(),
-        valid_BT=batch.valid_BT,
+        **batch.layout,
         observe=lambda h_BTD, new_BTD, _: new_BTD,
     ).observed
     acts = np.asarray(batch.action_BC)

@@ -71,7 +71,7 @@ def batch_of(paths, verifier, log_pi, depth_logprobs, rows):
     cut = [paths[r][0][-1] != EOS for r in rows]
     return RLBatch(
         completions,
-        completions.completion_lengths_B,
+        completions.token_BC.sum(1),
         padded(paths, 1, 0)[index],
         log_pi[index],
         depth_logprobs[index],
@@ -180,7 +180,7 @@ def rolled_batch(split, config, *, prompts=4, seed=0):
 
     return RLBatch(
         completions,
-        completions.completion_lengths_B,
+        completions.token_BC.sum(1),
         fit(rollouts.depths_BT),
         fit(rollouts.logprobs_BT),
         fit(rollouts.depth_logprobs_BT),
@@ -235,12 +235,8 @@ def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
     rows = batch.rows
     student, teacher = split.student(split.trainable), split.teacher(split.trainable)
     depths = rows.input_depths(batch.depth_JW, LAYERS)
-    hidden = run(
-        student, rows.tokens_BT, policy=Prescribed(depths), valid_BT=rows.valid_BT
-    ).hidden_BTD
-    taught = run(
-        teacher, rows.tokens_BT, policy=Full(), valid_BT=rows.valid_BT, adapters=False
-    ).hidden_BTD
+    hidden = run(student, rows.tokens_BT, policy=Prescribed(depths), **rows.layout).hidden_BTD
+    taught = run(teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False).hidden_BTD
 
     def log_pi(hidden_BTD):
         logits = logits_of(rows.window(hidden_BTD), student.head_VD) / BASE.temperature
@@ -266,7 +262,8 @@ def test_exact_and_sampled_kl_loss_agree_with_materialised_ones(make_split):
 def repacked(batch, *, row_of, shape, prompt_of=None):
     """The same rollouts, several to a row."""
     rows = jax.tree.map(np.asarray, batch.rows)
-    lengths = list(zip(rows.prompt_lengths_B, rows.completion_lengths_B, strict=True))
+    new_B = rows.token_BC.sum(1)
+    lengths = list(zip(rows.valid_BT.sum(1) - new_B, new_B, strict=True))
     prompts = [rows.tokens_BT[j, :prompt].tolist() for j, (prompt, _) in enumerate(lengths)]
     completions = [
         rows.completion_tokens_BC[j, :new].tolist() for j, (_, new) in enumerate(lengths)

@@ -36,10 +36,10 @@ def by_hand(split, trainable, batch, depth_BC, direction):
         student,
         batch.tokens_BT,
         policy=Prescribed(batch.input_depths(depth_BC, 3)),
-        valid_BT=batch.valid_BT,
+        **batch.layout,
         hazards=True,
     )
-    taught = run(teacher, batch.tokens_BT, policy=Full(), valid_BT=batch.valid_BT, adapters=False)
+    taught = run(teacher, batch.tokens_BT, policy=Full(), **batch.layout, adapters=False)
     s = jax.nn.log_softmax(logits_of(result.hidden_BTD, student.head_VD))
     t = jax.lax.stop_gradient(jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD)))
     forward, backward = jnp.sum(jnp.exp(s) * (s - t), -1), jnp.sum(jnp.exp(t) * (t - s), -1)
@@ -175,6 +175,6 @@ def test_the_window_lines_up_with_depths():
     action = np.asarray(batch.action_BC)
     np.testing.assert_array_equal(back[action], np.asarray(depth_BC)[action])
     assert np.all(back[:, 0] == 3)  # the last prompt position never leaves
-    total = np.asarray(batch.prompt_lengths_B + batch.completion_lengths_B)
+    total = np.asarray(batch.valid_BT).sum(1)
     for row, length in enumerate(total):
         assert np.all(inputs[row, length - 1 :] == 3)

@@ -24,7 +24,7 @@ def test_reference_completions_are_strict_and_end_in_the_answer():
     for name in GENERATED:
         task = make_task(name)
         for split in ("train", "test"):
-            for index in range(300):
+            for index in range(100):
                 problem = task.problem(split, index)
                 verdict = task.verify(problem, problem.completion)
                 assert (verdict.kind, verdict.correct, verdict.reward) == ("strict", True, 1.0)

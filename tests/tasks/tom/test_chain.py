@@ -61,7 +61,7 @@ def lines_of(completion):
 def test_the_answer_follows_from_the_chain_alone():
     for steps in ["fine", "coarse", "free"]:
         task = make_task("tom", steps=steps, people=(2, 4), moves=(3, 5))
-        for index in range(600):
+        for index in range(150):
             problem = task.problem("train", index)
             states = list(follow(lines_of(problem.completion), problem.fields, unknown_of(problem)))
             assert (states or [unknown_of(problem)])[-1] == problem.answer
@@ -70,7 +70,7 @@ def test_the_answer_follows_from_the_chain_alone():
 def test_every_fine_line_states_what_it_comes_to():
     task = make_task("tom", steps="fine", people=(2, 4))
     forms = dict.fromkeys((SEE, TELLS, PUTS, PRESENT), 0)
-    for index in range(600):
+    for index in range(150):
         problem = task.problem("train", index)
         lines = lines_of(problem.completion)
         told = [line for line in lines if not PRESENT.fullmatch(line)]
@@ -87,7 +87,7 @@ def test_coarse_lines_are_the_changes_that_fine_lines_state():
     fine = make_task("tom", steps="fine", people=(2, 4))
     coarse = make_task("tom", steps="coarse", people=(2, 4))
     fewer = 0
-    for index in range(600):
+    for index in range(150):
         long, short = (task.problem("train", index) for task in (fine, coarse))
         told = [line for line in lines_of(long.completion) if not PRESENT.fullmatch(line)]
         states = [unknown_of(long), *(line.rpartition(": ")[2] for line in told)]
@@ -95,14 +95,14 @@ def test_coarse_lines_are_the_changes_that_fine_lines_state():
         lines = lines_of(short.completion)
         assert [COARSE.fullmatch(line)[2] for line in lines] == changes
         fewer += len(lines) < len(lines_of(long.completion))
-    assert fewer > 300
+    assert fewer > 75
 
 
 def test_a_corrupted_line_leads_to_the_answer_that_is_said_to_follow():
     for steps in ["fine", "coarse"]:
         task = make_task("tom", steps=steps, people=(2, 4), moves=(3, 5))
         made = dict.fromkeys(task.kinds, 0)
-        for index in range(600):
+        for index in range(150):
             problem = task.problem("train", index)
             change = task.corrupted(problem, problem.completion, Draw("corrupt", index))
             if change is None:
@@ -119,7 +119,7 @@ def test_a_corrupted_line_leads_to_the_answer_that_is_said_to_follow():
             assert lines[-1].endswith(f": {change.answer}")
             if problem.fields["kind"] in OF_PLACES:
                 assert change.answer in problem.fields["places"]
-        assert min(made.values()) > 20, made
+        assert min(made.values()) > 4, made
 
 
 def test_nothing_to_corrupt():

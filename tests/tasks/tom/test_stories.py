@@ -53,6 +53,7 @@ def of_places(problems):
     return [problem for problem in problems if problem.fields["kind"] in OF_PLACES]
 
 
+@pytest.mark.slow
 def test_kinds_occur_equally_often_and_their_answers_are_balanced(problems):
     for kind in KINDS:
         some = [problem for problem in problems if problem.fields["kind"] == kind]
@@ -63,6 +64,7 @@ def test_kinds_occur_equally_often_and_their_answers_are_balanced(problems):
             assert abs(share(problem.fields["false_belief"] for problem in some) - 2 / 3) < 0.06
 
 
+@pytest.mark.slow
 def test_false_means_what_it_says(problems):
     for problem in problems[:1500]:
         kind, people, thing = (problem.fields[name] for name in ("kind", "people", "thing"))
@@ -87,6 +89,7 @@ BASELINES = {
 }
 
 
+@pytest.mark.slow
 def test_no_rule_on_places_alone_beats_one_in_three(of_places):
     for baseline in BASELINES:
         for kind in OF_PLACES:
@@ -106,6 +109,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 def test_no_rule_on_the_thing_or_who_is_named_tells_a_belief(of_places):
     for rule in RULES:
         for kind in ["belief", "second_belief"]:
@@ -114,6 +118,7 @@ def test_no_rule_on_the_thing_or_who_is_named_tells_a_belief(of_places):
             assert abs(right - 1 / 3) < 0.06, right
 
 
+@pytest.mark.slow
 def test_nobodys_own_belief_is_always_what_one_thinks_that_the_other_thinks(of_places):
     """Where it is neither's most of the time, nobody could think that it is theirs."""
     some = [problem for problem in of_places if problem.fields["kind"] == "second_belief"]
@@ -122,6 +127,7 @@ def test_nobodys_own_belief_is_always_what_one_thinks_that_the_other_thinks(of_p
         assert 0.4 < right < most, (person, right)
 
 
+@pytest.mark.slow
 def test_who_knows_does_not_always_tell_who_thinks_so(problems):
     some = [problem for problem in problems if problem.fields["kind"] == "second_knowledge"]
     rules = {
@@ -134,6 +140,7 @@ def test_who_knows_does_not_always_tell_who_thinks_so(problems):
         assert right < 0.76, (name, right)
 
 
+@pytest.mark.slow
 def test_the_place_before_somebody_last_moved_tells_little(of_places):
     """It tracks no rooms and nobody else."""
     for kind, person in WHOSE:
@@ -142,6 +149,7 @@ def test_the_place_before_somebody_last_moved_tells_little(of_places):
         assert right < 0.5, right
 
 
+@pytest.mark.slow
 def test_where_a_thing_is_now_is_its_last_placing_and_no_other_mention(of_places):
     some = [problem for problem in of_places if problem.fields["kind"] == "reality"]
     for rule, expected in (("last of the thing", 1 / 3), ("first of the thing", 1 / 3)):
@@ -150,6 +158,7 @@ def test_where_a_thing_is_now_is_its_last_placing_and_no_other_mention(of_places
     assert share(RULES["where the thing is"](problem) == problem.answer for problem in some) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["knowledge", "second_knowledge"])
 def test_who_is_named_with_a_topic_does_not_tell_who_knows(problems, kind):
     some = [problem for problem in problems if problem.fields["kind"] == kind]
@@ -166,6 +175,7 @@ def test_who_is_named_with_a_topic_does_not_tell_who_knows(problems, kind):
         assert abs(right - 0.5) < 0.06, right
 
 
+@pytest.mark.slow
 def test_the_answer_is_each_of_its_places_equally_often(of_places):
     """As they come up with the thing; for `memory`, where that is the answer, in every pattern."""
     for kind in OF_PLACES:
@@ -189,6 +199,7 @@ def test_the_answer_is_each_of_its_places_equally_often(of_places):
             assert all(abs(spread[rank] / spread.total() - 1 / 3) < bound for rank in range(PLACES))
 
 
+@pytest.mark.slow
 def test_a_bag_of_words_does_not_tell_the_place(of_places):
     labels, choices = zip(*map(place_problem, of_places), strict=True)
     texts = [problem.prompt for problem in of_places]
@@ -206,6 +217,7 @@ WITH_ROLES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_bag_of_words_with_roles_tells_little(problems):
     for kind in KINDS:
         some = [problem for problem in problems if problem.fields["kind"] == kind]
@@ -218,6 +230,7 @@ def test_a_bag_of_words_with_roles_tells_little(problems):
         assert right < WITH_ROLES[kind], right
 
 
+@pytest.mark.slow
 def test_a_bag_of_words_does_not_tell_yes_from_no(problems):
     some = [problem for problem in problems if problem.fields["kind"] not in OF_PLACES]
     labels = [int(problem.answer == YES) for problem in some]
@@ -306,6 +319,7 @@ def seen_of(problem):
     return verbs, *(order.index(RULES[rule](problem)) for rule in rules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["belief", "second_belief"])
 def test_rules_that_track_nobody_are_no_better_together(of_places, kind):
     """A table of answers for all of what such rules see, and for parts of it."""
@@ -340,6 +354,7 @@ def roles_of(problem, which=0):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["belief", "second_belief"])
 def test_who_is_named_where_they_learn_of_a_place_tells_little(of_places, kind):
     """A table of verbs and of every role of the person, in three of four stories of no use."""
