@@ -19,7 +19,7 @@ import numpy as np
 
 
 def convert(source: str, target: str) -> str:
-    """Converts and returns a one-line summary; raises ValueError or OSError with one sentence."""
+    """Converts and returns a one-line summary; raises UserError or OSError with one sentence."""
     from jexit.io.atomic import atomic_directory
     from jexit.io.model_dir import write_model
     from jexit.io.model_source import open_model

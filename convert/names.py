@@ -193,16 +193,6 @@ def continuation_rules(rank: int) -> tuple[Rule, ...]:
     return (*weights, Rule(f"{prefix}.update.bias", f"{path}.update.bias", "D -> D"))
 
 
-def find(rules: Iterable[Rule], name: str) -> tuple[Rule, int | None] | None:
-    """The rule of a tensor's name and its layer's or exit's number; None for an unknown name."""
-    number = re.search(r"\.(0|[1-9]\d*)\.", name)
-    general = name if number is None else f"{name[: number.start()]}.{LAYER}.{name[number.end() :]}"
-    for rule in rules:
-        if rule.name == general:
-            return rule, (int(number[1]) if rule.stacked and number else None)
-    return None
-
-
 def _group(letters: tuple[str, ...]) -> str:
     return letters[0] if len(letters) == 1 else f"({' '.join(letters)})"
 

@@ -22,27 +22,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert.from_hf import run
+from jexit.errors import UserError
 
 if TYPE_CHECKING:
+    from jexit.config import LoRA
     from jexit.data.tokenizer import Tokenizer
     from jexit.io.model_source import ModelSource
-    from jexit.model.lora import LoRA
+    from jexit.io.weights import Part
 
 
 def export(
     source: str, target: str, *, adapter: str = "merge", dtype: str = "auto", base: str = ""
 ) -> str:
-    """Exports and returns a one-line summary; raises ValueError or OSError with one sentence."""
-    from jexit.io import huggingface
+    """Exports and returns a one-line summary; raises UserError or OSError with one sentence."""
     from jexit.io.atomic import atomic_directory
+    from jexit.io.files import write_json
+    from jexit.io.hf_config import ADAPTER_CONFIG, EXIT_CONFIG, adapter_config, exit_config
     from jexit.io.model_source import open_model
+    from jexit.io.weights import adapter_part, exit_part
 
     model = open_model(source)
+    arch = model.architecture
     model.find_tokenizer()
     if adapter == "peft" and model.lora is None:
-        raise ValueError(f"{source} has no adapter to write; use --adapter=merge")
+        raise UserError(f"{source} has no adapter to write; use --adapter=merge")
     if adapter == "merge" and base:
-        raise ValueError("--base names the base of an adapter; use it with --adapter=peft")
+        raise UserError("--base names the base of an adapter; use it with --adapter=peft")
     with atomic_directory(target) as partial:
         if adapter == "peft":
             reference = base or _published_base(model)
@@ -50,19 +55,18 @@ def export(
                 (partial / "base").mkdir()
                 _write_checkpoint(partial / "base", model, {}, dtype)
                 reference = str(pathlib.Path(target).absolute() / "base")
-            huggingface.write_adapters(
-                partial, model.architecture, model.lora, model.adapters(), base=reference
-            )
+            write_json(partial / ADAPTER_CONFIG, adapter_config(model.lora, reference))
+            _write_part(partial, adapter_part(arch, model.lora), model.adapters())
             _write_tokenizer(partial, model.tokenizer())
         else:
             _write_checkpoint(partial, model, model.adapters(), dtype)
         if model.exit_layers:
-            huggingface.write_exits(
-                partial, model.architecture, model.exit_layers, model.exit_head, model.exits()
-            )
+            layers, head = model.exit_layers, model.exit_head
+            write_json(partial / EXIT_CONFIG, exit_config(layers, head, arch.rms_norm_eps))
+            _write_part(partial, exit_part(arch, layers, head), model.exits())
     what = "adapter" if adapter == "peft" else "checkpoint"
     heads = f", exit heads at {', '.join(map(str, model.exit_layers))}" if model.exit_layers else ""
-    return f"wrote {target}: {what} of a {model.architecture.family} model{heads}"
+    return f"wrote {target}: {what} of a {arch.family} model{heads}"
 
 
 def _published_base(model: ModelSource) -> str:
@@ -81,15 +85,16 @@ def _write_checkpoint(
     adapters: Mapping[str, np.ndarray],
     dtype: str,
 ) -> None:
-    from jexit.io import huggingface
-    from jexit.io.hf_config import config_of_architecture, write_json
+    from jexit.io.files import write_json
+    from jexit.io.hf_config import config_of_architecture
+    from jexit.io.weights import base_part, write_safetensors
 
     weights = model.weights()
     dtypes = weights.dtypes()
     if dtype != "auto":
         dtypes = dict.fromkeys(dtypes, _dtype(dtype))
     merged = _merged(weights.parameters(), adapters, model.lora, dtypes)
-    huggingface.write_weights(directory, model.architecture, dtypes, merged)
+    write_safetensors(directory, base_part(model.architecture), dtypes, merged)
     tokenizer = model.tokenizer()  # after the weights, which keeps memory low
     config = config_of_architecture(
         model.architecture,
@@ -100,6 +105,13 @@ def _write_checkpoint(
     )
     write_json(directory / "config.json", config)
     _write_tokenizer(directory, tokenizer)
+
+
+def _write_part(directory: pathlib.Path, part: Part, parameters: dict[str, np.ndarray]) -> None:
+    from jexit.io.weights import write_safetensors
+
+    dtypes = {path: array.dtype for path, array in parameters.items()}
+    write_safetensors(directory, part, dtypes, parameters.items())
 
 
 def _merged(

@@ -11,16 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jexit.config import EngineSize
     from jexit.io.model_dir import load
     from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
     from jexit.model.transformer import Output, Transformer, forward
     from jexit.rollout.generate import generate, stream
-    from jexit.rollout.layout import EngineSize
 
     __version__: str
 
 _MODULES = {
-    "EngineSize": "jexit.rollout.layout",
+    "EngineSize": "jexit.config",
     "Full": "jexit.model.policies",
     "Output": "jexit.model.transformer",
     "Policy": "jexit.model.policies",

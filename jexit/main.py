@@ -25,13 +25,11 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jexit.bounds import shown
 from jexit.config import Config, check_key
+from jexit.errors import RunEnded, UserError
 from jexit.io import storage_errors
 from jexit.io.files import DISK_FULL, disk_message
-
-# `jexit.dist.multihost.LOST`, 4, is the exit code of a host that another one left alone.
-USER_ERROR, INTERRUPTED = 1, 3
+from jexit.settings import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Arguments:
 def parse(argv: Sequence[str]) -> Arguments:
     """What a command line asks for, checked; `argv` begins with the program's name.
 
-    Raises ValueError for whatever is wrong.
+    Raises UserError for whatever is wrong.
     """
     for argument in argv[1:]:
         if not argument.startswith("-"):
@@ -61,25 +59,27 @@ def parse(argv: Sequence[str]) -> Arguments:
         # Of a file that is not there, ml_collections tells with the first setting, at length.
         file = value.partition(":")[0]
         if name == "config" and file and not pathlib.Path(file).is_file():
-            raise ValueError(f"the config file {file} is not there; give one such as configs/rl.py")
+            raise UserError(f"the config file {file} is not there; give one such as configs/rl.py")
     try:
         given = _flags(argv)
         rest = given(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown(error)) from error
     except flags.IllegalFlagValueError as error:
-        raise ValueError(_refusal(error)) from error
+        raise UserError(_refusal(error)) from error
     except (flags.Error, ValueError) as error:
-        raise ValueError(_one_line(error)) from error
+        raise UserError(_one_line(error)) from error
     except Exception as error:  # a config file is the user's own code
-        raise ValueError(
+        raise UserError(
             f"the config cannot be made ({type(error).__name__}: {_one_line(error)})"
         ) from error
     if len(rest) > 1:
-        raise ValueError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
+        raise UserError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
     if given.config is None:
-        raise ValueError("there is no config; give one such as --config=configs/rl.py")
+        raise UserError("there is no config; give one such as --config=configs/rl.py")
     if not isinstance(given.config, ConfigDict):  # what ml_collections makes of a file in error
         file = given["config"].config_filename
-        raise ValueError(f"the config file {file} cannot be read; give one such as configs/rl.py")
+        raise UserError(f"the config file {file} cannot be read; give one such as configs/rl.py")
     config = Config.from_dict(given.config)
     return Arguments(
         config=config,
@@ -114,6 +114,16 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
     return known
 
 
+def _unknown(error: flags.UnrecognizedFlagError) -> str:
+    """What is wrong with a flag that does not exist; of a setting's name, how to set it."""
+    setting = f"config.{error.flagname}"
+    try:
+        check_key(setting)
+    except UserError:
+        return _one_line(error)
+    return f"--{error.flagname} is no option; it is a setting: use --{setting}"
+
+
 def _refusal(error: flags.IllegalFlagValueError) -> str:
     """What absl says of a value that cannot be parsed; of a setting's, in the config's words."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
@@ -129,6 +139,7 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
     """Runs the config's command, or compiles its steps for a topology."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
+    from jexit.io.model_source import find_model
     from jexit.io.workdir import check_same_run, sole_run
     from jexit.loops import evaluate, finetune, generate, pretrain, rl, sft
 
@@ -138,7 +149,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         preflight(config, topology)
         return
     if config.command == "generate" and several_hosts():
-        raise ValueError("generate runs on one host; start it on one, without --coordinator")
+        raise UserError("generate runs on one host; start it on one, without --coordinator")
     if config.command == "generate":
         generate.print_generations(config)
         return
@@ -149,6 +160,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         "rl": rl.reinforce,
         "eval": evaluate.evaluate,
     }
+    find_model(config.model.path)  # before a task is loaded, which may take minutes
     with sole_run(workdir), use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
         check_same_run(workdir, config.to_dict())
         commands[config.command](config, workdir)
@@ -164,8 +176,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         given = parse(argv)
-    except ValueError as error:
-        return _say(error, USER_ERROR)
+    except UserError as error:
+        return _say(error, error.exit_code)
     # Imported here, so that a wrong flag does not wait for jax.
     from jexit.dist import multihost, provide_threads
 
@@ -184,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         if found is None:
             traceback.print_exception(error)
-        code = found or USER_ERROR
+        code = found or UserError.exit_code
     if code and multihost.several_hosts():
         multihost.leave(code)
     return code
@@ -192,20 +204,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
     """Says in a sentence what ended the run and returns its exit code; None for a fault."""
-    from jexit.aot.preflight import DoesNotFit
     from jexit.dist import multihost
-    from jexit.loops.trainer import Collapsed, Diverged, Interrupted
 
     if lost := multihost.ended(error):
-        return _say(lost, multihost.LOST)
-    if isinstance(error, (ValueError, FileNotFoundError)) and not _is_internal(error):
-        return _say(error, USER_ERROR)
+        return _say(lost, multihost.HostLost.exit_code)
+    if isinstance(error, (UserError, RunEnded)):
+        return _say(error, error.exit_code)
     if isinstance(error, OSError) and error.errno in DISK_FULL:  # wherever it was noticed
-        return _say(disk_message(pathlib.Path(error.filename or workdir), error), USER_ERROR)
-    if isinstance(error, Interrupted):
-        return _say(error, INTERRUPTED)
-    if isinstance(error, (Collapsed, Diverged, DoesNotFit)):
-        return _say(error, USER_ERROR)
+        message = disk_message(pathlib.Path(error.filename or workdir), error)
+        return _say(message, UserError.exit_code)
     return None
 
 
@@ -213,15 +220,6 @@ def _say(error: BaseException | str, code: int) -> int:
     text = _one_line(error) if isinstance(error, BaseException) else error
     print(f"jexit: {text}", file=sys.stderr)
     return code
-
-
-def _is_internal(error: BaseException) -> bool:
-    """Whether the error was raised by a library below jexit: a fault, whose traceback matters."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return not module.startswith(("jexit", "convert", "__main__"))
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jexit.errors import MissingFile, UserError
+
 MAX_BYTES = 1 << 26  # of JSON, which takes up to twenty times as much memory
 MAX_DEPTH = 64
 _KINDS = {
@@ -24,20 +26,20 @@ _KINDS = {
 def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
     """The value in a JSON file.
 
-    Raises as `read_bytes` does, and ValueError, ending in `remedy`, for text that `parse_json`
+    Raises as `read_bytes` does, and UserError, ending in `remedy`, for text that `parse_json`
     refuses.
     """
     data = read_bytes(path, remedy, MAX_BYTES)
     try:
         return parse_json(data)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 
 def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = None) -> bytes:
     """The contents of a regular file.
 
-    Raises FileNotFoundError when it does not exist, and ValueError, ending in `remedy`, when it is
+    Raises MissingFile when it does not exist, and UserError, ending in `remedy`, when it is
     a pipe, a device or the like, is larger than `limit` bytes, or cannot be read.
     """
     try:
@@ -46,24 +48,24 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError(f"{path} is {_kind(found)}, not a file; {remedy}")
+                raise UserError(f"{path} is {_kind(found)}, not a file; {remedy}")
             if limit is not None and found.st_size > limit:
-                raise ValueError(f"{path} has more than {limit >> 20} MiB; {remedy}")
+                raise UserError(f"{path} has more than {limit >> 20} MiB; {remedy}")
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read()
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        raise
+        raise MissingFile(f"{path} does not exist; {remedy}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """`read_json` of an object; raises ValueError for another value."""
+    """`read_json` of an object; raises UserError for another value."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; {remedy}")
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; {remedy}")
     return value
 
 
@@ -97,7 +99,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
-    """Raises ValueError for special files and for links out of a model directory.
+    """Raises UserError for special files and for links out of a model directory.
 
     Reading a pipe or a device may never end, and a directory from elsewhere must not choose which
     of this machine's files are read. Checks the top level and everything in `folders`. Links to the
@@ -111,10 +113,10 @@ def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
         if not path.exists():  # a dangling link counts as absent
             continue
         if not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is {_kind(path.stat())}, not a file; remove it")
+            raise UserError(f"{path} is {_kind(path.stat())}, not a file; remove it")
         target = path.resolve()
         if not (target.is_relative_to(root) or _of_hub_cache(target)):
-            raise ValueError(
+            raise UserError(
                 f"{path} is a link to {target}, outside of its directory; put the file itself "
                 "there, or give the directory that holds it"
             )

@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 
 import jexit
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
+from jexit.config import ExitSettings, LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture, Yarn
 

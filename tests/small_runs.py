@@ -8,15 +8,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jexit.config import Config, config_dict
+from jexit.config import TINY_PATH, Config, ExitSettings, config_dict
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load, save_model
 from jexit.loops import trainer
 from jexit.main import dispatch
-from jexit.model.exits import ExitSettings
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
-from jexit.sections import TINY_PATH
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -4,11 +4,10 @@ Imports are read from the syntax trees, so nothing here depends on what happens 
 """
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
-
-import pytest
 
 import jexit
 
@@ -17,11 +16,11 @@ ROOT = pathlib.Path(jexit.__file__).parent.parent
 # A part imports only from itself and from parts before it.
 ORDER = (
     "axes",
+    "errors",
     "untrusted",  # strict reading of files; the standard library only
     "convert.names",  # names in files ↔ paths of parameters; a table that knows nothing of jexit
+    "settings",  # what a dataclass of settings takes
     "presets",
-    "bounds",  # of settings
-    "sections",  # of the config
     "config",
     "kernels",
     "dist",
@@ -48,14 +47,12 @@ def sources(*folders):
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-FILES = sources("jexit", "convert")
-
-
 def module_of(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+FILES = sources("jexit", "convert")
 MODULES = {module_of(path): path for path in FILES}
 
 
@@ -84,6 +81,10 @@ def imports(path, *, at_import_only=False):
     return found
 
 
+def roots(path):
+    return {module.split(".")[0] for module in imports(path)}
+
+
 def part_of(module):
     """The entry of ORDER that a module belongs to, or None for another library's."""
     root, _, rest = module.partition(".")
@@ -99,94 +100,46 @@ def ours(path, **options):
     }
 
 
-def test_every_module_has_its_place():
-    unplaced = {part_of(m) for m in MODULES if m not in ("jexit", "convert")} - set(ORDER)
-    assert not unplaced
-
-
-def test_the_test_sees_imports():
-    assert "jexit.model.transformer" in ours(MODULES["jexit.steps.rl"])
-    assert "jexit.kernels.linear_kl" in ours(MODULES["jexit.steps.rl"])
+def test_imports_follow_the_order_and_go_round_in_no_circle():
+    assert "jexit.kernels.linear_kl" in ours(MODULES["jexit.steps.rl"])  # the test sees imports
     assert "jexit.loops.rl" in ours(MODULES["jexit.main"])
-    assert "jexit.loops.rl" not in ours(MODULES["jexit.main"], at_import_only=True)
-
-
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"jexit", "convert"}))
-def test_imports_follow_the_order(module):
-    place = ORDER.index(part_of(module))
-    later = [m for m in ours(MODULES[module]) if ORDER.index(part_of(m)) > place]
-    assert not later, f"{module} imports {later}, which come after it"
-
-
-def test_the_package_itself_imports_none_of_its_parts():
+    for module in MODULES.keys() - {"jexit", "convert"}:
+        assert part_of(module) in ORDER, f"{module} has no place in the order"
+        place = ORDER.index(part_of(module))
+        later = [m for m in ours(MODULES[module]) if ORDER.index(part_of(m)) > place]
+        assert not later, f"{module} imports {later}, which come after it"
+    graph = {module: ours(path) - {module} for module, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
     assert ours(MODULES["jexit"], at_import_only=True) == set()
+    assert ours(MODULES["convert.names"]) == set()
     assert jexit.__all__ == sorted(jexit.__all__)
 
 
-def test_no_imports_go_round_in_a_circle():
-    graph = {module: ours(path) - {module} for module, path in MODULES.items()}
-    # A package's __init__ runs before its modules, which therefore depend on what it imports.
-    done, path = set(), []
-
-    def visit(module):
-        if module in path:
-            pytest.fail(" → ".join([*path[path.index(module) :], module]))
-        if module not in done:
-            path.append(module)
-            for other in sorted(graph.get(module, ())):
-                visit(other)
-            path.pop()
-            done.add(module)
-
-    for module in sorted(graph):
-        visit(module)
-
-
-@pytest.mark.parametrize("part", ["losses"])
-def test_losses_are_arrays_in_and_arrays_out(part):
-    for path in sources(f"jexit/{part}"):
-        assert not {m for m in imports(path) if m.split(".")[0] in ("flax", "ml_collections")}
-        assert "config" not in {part_of(m) for m in ours(path)}
-
-
-def test_steps_touch_no_disk():
+def test_parts_stay_free_of_what_they_need_not_know():
+    for path in sources("jexit/losses"):  # arrays in, arrays out
+        assert not roots(path) & {"flax", "ml_collections"}, path
+        assert "config" not in {part_of(m) for m in ours(path)}, path
     for path in sources("jexit/steps", "jexit/losses", "jexit/model", "jexit/kernels"):
-        disk = {"os", "io", "pathlib", "shutil", "json", "orbax", "safetensors"}
-        assert not {m.split(".")[0] for m in imports(path)} & disk, path
+        assert not roots(path) & {"os", "io", "pathlib", "shutil", "json", "orbax", "safetensors"}
         names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
-        assert "open" not in names, path
+        assert "open" not in names, f"{path} touches the disk"
+    for path in sources("jexit/tasks", "jexit/report"):
+        assert not roots(path) & {"jax", "jaxlib", "flax", "optax"}, path
 
 
-@pytest.mark.parametrize(
-    "modules",
-    [
+def test_what_needs_no_jax_loads_without_it():
+    for modules in (
         "jexit, jexit.tasks, jexit.report.plots, jexit.report.html, jexit.report.__main__",
-        "jexit.config, jexit.main",
-        "configs.rl",
-        "convert.names, convert.from_hf, convert.to_hf",
-    ],
-)
-def test_what_needs_no_jax_loads_without_it(modules):
-    code = (
-        f"import sys, {modules}; print([m for m in ('jax', 'flax', 'torch') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+        "jexit.main, configs.rl, convert.names, convert.from_hf, convert.to_hf",
+    ):
+        code = f"import sys, {modules}; print({{'jax', 'flax', 'torch'}} & {{*sys.modules}})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
 
 
-@pytest.mark.parametrize("folder", ["jexit/tasks", "jexit/report"])
-def test_tasks_and_report_know_no_jax(folder):
-    for path in sources(folder):
-        assert not {m.split(".")[0] for m in imports(path)} & {"jax", "jaxlib", "flax", "optax"}
-
-
-def test_names_of_parameters_are_a_table_of_their_own():
-    assert ours(MODULES["convert.names"]) == set()
-
-
-def test_files_stay_short_and_say_what_they_hold():
+def test_files_say_what_they_hold():
     for path in [*FILES, *sources("configs")]:
         assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"

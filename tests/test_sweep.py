@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from jexit.main import INTERRUPTED
+from jexit.errors import INTERRUPTED
 from jexit.sweep.__main__ import main
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner, shares

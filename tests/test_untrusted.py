@@ -7,12 +7,12 @@ import socket
 import pytest
 
 from jexit import untrusted
+from jexit.errors import MissingFile, UserError
 from jexit.untrusted import parse_json, read_json, read_object
 
 
-@pytest.mark.parametrize(
-    ("data", "why"),
-    [
+def test_what_readers_differ_about_is_refused(deadline):
+    for data, why in (
         (b'{"a": 1', "line 1: Expecting ',' delimiter"),
         (b"{\n3}", "line 2: "),
         (b"", "line 1: Expecting value"),
@@ -23,57 +23,36 @@ from jexit.untrusted import parse_json, read_json, read_object
         (b'{"a": ' * 65 + b"1" + b"}" * 65, "nested too deeply"),
         (b"[1e999]", "the number 1e999, which is not finite"),
         (b"-1e999", "the number -1e999, which is not finite"),
-        (b"1" + b"0" * 400, "the number 10000000000000000000, which is not finite"),
-        (b"1" + b"0" * 9000, "which is not finite"),
+        (b"1" + b"0" * 9000, "the number 10000000000000000000, which is not finite"),
         (b"NaN", "the number NaN, which is not finite"),
         (b"[-Infinity]", "the number -Infinity, which is not finite"),
         (b'{"b": {"a": 1, "c": 2, "a": 1}}', "duplicate key 'a'"),
-    ],
-    ids=lambda value: repr(value[:20]),
-)
-def test_what_readers_differ_about_is_refused(data, why):
-    with pytest.raises(ValueError, match=re.escape(why)) as caught:
-        parse_json(data)
-    assert len(str(caught.value)) < 100 and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("data", "value"),
-    [
+        # Among many keys it is found in linear time.
+        (b"{" + b", ".join(b'"%d": 0' % (n % 199_999) for n in range(200_000)) + b"}", "key '0'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+            parse_json(data)
+        assert len(str(caught.value)) < 100 and "\n" not in str(caught.value)
+    for data, value in (
         (b'\xef\xbb\xbf{"a": "\xc3\xa4"}', {"a": "ä"}),
         (b"[1e308, -0.5, 7, null, true]", [1e308, -0.5, 7, None, True]),
         (b"[1000000000000000019884624838656]", [1000000000000000019884624838656]),
-        (b"[" * 64 + b"]" * 64, None),
-    ],
-    ids=["byte order mark", "numbers", "large integer", "as deep as may be"],
-)
-def test_what_is_json_is_read(data, value):
-    found = parse_json(data)
-    assert value is None or found == value
+        (b"[" * 3 + b"]" * 3, [[[]]]),
+    ):
+        assert parse_json(data) == value
+    parse_json(b"[" * 64 + b"]" * 64)
 
 
-def test_a_duplicate_among_many_keys_is_found_in_linear_time(deadline):
-    keys = "".join(f'"{number}": 0, ' for number in range(200_000))
-    with pytest.raises(ValueError, match="duplicate key '199999'"):
-        parse_json(f'{{{keys} "199999": 0}}'.encode())
-
-
-@pytest.fixture
-def odd_files(tmp_path):
-    """Names of what is no file, by what it is called."""
+def test_what_is_no_file_is_not_waited_for(tmp_path, deadline):
     os.mkfifo(tmp_path / "a named pipe")
     (tmp_path / "a directory").mkdir()
     (tmp_path / "a device").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "a socket"))
-        yield tmp_path
-
-
-@pytest.mark.parametrize("kind", ["a named pipe", "a directory", "a device", "a socket"])
-def test_what_is_no_file_is_not_waited_for(odd_files, kind, deadline):
-    words = "cannot be read" if kind == "a socket" else f"is {kind}, not a file"
-    with pytest.raises(ValueError, match=rf"{kind} {words}.*; copy it again"):
-        read_json(odd_files / kind, "copy it again")
+        for kind in ("a named pipe", "a directory", "a device", "a socket"):
+            words = "cannot be read" if kind == "a socket" else f"is {kind}, not a file"
+            with pytest.raises(UserError, match=rf"{kind} {words}.*; copy it again"):
+                read_json(tmp_path / kind, "copy it again")
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path, monkeypatch):
@@ -92,5 +71,5 @@ def test_an_object_is_asked_for(tmp_path):
     assert read_json(tmp_path / "a.json", "") == [1]
     with pytest.raises(ValueError, match=r"a\.json holds a JSON list, not an object; copy it"):
         read_object(tmp_path / "a.json", "copy it again")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MissingFile, match=r"none\.json does not exist; copy it again"):
         read_object(tmp_path / "none.json", "copy it again")

@@ -24,16 +24,13 @@ one draw of the depths where that has four, and this model's rates and steps; tw
         --workdir=runs/published
 """
 
-import pathlib
-import runpy
-
-SFT = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "sft.py"))
+import configs.sft
 
 
 def get_config(variant: str = "tiny"):
     if variant not in ("tiny", "published"):
         raise ValueError(f"there is no calibration {variant!r}; choose tiny or published")
-    config = SFT["get_config"]("tiny")
+    config = configs.sft.get_config("tiny")
     if variant == "published":
         config.sft.explore = 0.0
         config.sft.target = "teacher"

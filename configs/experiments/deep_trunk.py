@@ -14,14 +14,11 @@ learning rate, those of four and five are learnt, too. Calibration takes seven m
 sweep a quarter of an hour; both prices end at 99.6 % right, at 34 and 25 % of the depth.
 """
 
-import pathlib
-import runpy
-
-PRETRAIN = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "pretrain.py"))
+import configs.pretrain
 
 
 def get_config(preset: str = "tiny"):
-    config = PRETRAIN["get_config"](preset)
+    config = configs.pretrain.get_config(preset)
     config.steps = 2000
     config.pretrain.word_problems = 0.0
     config.pretrain.tom = 0.0

@@ -17,12 +17,9 @@ shipped model: sums 91 % correct at 42 % of the depth, word problems 80 at 26, s
         --config.task.name=sums --config.eval.problems=256 model.path=runs/published,runs/deep
 """
 
-import pathlib
-import runpy
-
+import configs.eval
 from jexit.config import EVAL_MEASURES
 
-EVAL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "eval.py"))
 LEFT_OUT = {
     "tiny": (),
     "word_problems": ("capacity",),
@@ -34,7 +31,7 @@ LEFT_OUT = {
 def get_config(variant: str = "tiny"):
     if variant not in LEFT_OUT:
         raise ValueError(f"measures of {variant!r} are not known; choose {', '.join(LEFT_OUT)}")
-    config = EVAL["get_config"]("tiny")
+    config = configs.eval.get_config("tiny")
     config.eval.policies = ("full", "sample", "shuffled", "fixed:matched")
     config.eval.measures = tuple(
         name for name in config.eval.measures if name not in LEFT_OUT[variant]

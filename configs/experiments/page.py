@@ -20,14 +20,11 @@ problem), the additions that are written out rise from 55 to 78 % (87 % before a
 prescribed steps of three are taken by 32 % of the completions instead of all.
 """
 
-import pathlib
-import runpy
-
-RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
+import configs.rl
 
 
 def get_config(preset: str = "tiny"):
-    config = RL["get_config"](preset)
+    config = configs.rl.get_config(preset)
     config.rl.length_coef = 0.2  # at 0.5 steps do not shrink at a price of depth of 2
     config.rl.length_ref = 22.0  # tokens of a completion at the start, about
     config.rl.warmup_steps = 40

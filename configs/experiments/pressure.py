@@ -43,13 +43,10 @@ From a start that was calibrated in the published way (configs/experiments/calib
 From a trunk that was pretrained with deep supervision: configs/experiments/deep_trunk.py.
 """
 
-import pathlib
-import runpy
-
-RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
+import configs.rl
 
 
 def get_config(preset: str = "tiny"):
-    config = RL["get_config"](preset)
+    config = configs.rl.get_config(preset)
     config.checkpoint.every = 50
     return config

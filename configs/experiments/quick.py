@@ -7,14 +7,11 @@ From 89 % correct at 63 % of the depth (108 layers a problem) it ends at 100 % w
 of the depth (136 layers), and at 96 % with λ = 2, at 58 % (90 layers).
 """
 
-import pathlib
-import runpy
-
-RL = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "rl.py"))
+import configs.rl
 
 
 def get_config(preset: str = "tiny"):
-    config = RL["get_config"](preset)
+    config = configs.rl.get_config(preset)
     config.steps = 60
     config.checkpoint.every = 20
     return config

@@ -7,18 +7,18 @@ The second command runs every stage below, in order, and goes on where it was st
 as README.md says.
 """
 
-import pathlib
-import runpy
+import configs.eval
+import configs.rl
+import configs.sft
 
 PRESET = "qwen2.5-0.5b"  # the same shapes
-CONFIGS = pathlib.Path(__file__).parents[1]
-STAGES = {"calibrate": "sft", "reinforce": "rl", "measure": "eval"}
+STAGES = {"calibrate": configs.sft, "reinforce": configs.rl, "measure": configs.eval}
 
 
 def get_config(variant: str = "measure"):
     if variant not in STAGES:
         raise ValueError(f"qwen has no stage {variant!r}; choose {', '.join(STAGES)}")
-    config = runpy.run_path(str(CONFIGS / f"{STAGES[variant]}.py"))["get_config"](PRESET)
+    config = STAGES[variant].get_config(PRESET)
     # Tokens that leave in the first quarter give later ones keys and values that mislead them.
     config.exits.layers = (8, 12, 14, 16, 18, 20, 22)
     config.lora.rank = 16

@@ -27,18 +27,18 @@ their shape is new (one took eleven minutes); a policy's 60 problems take six mi
 to five. A GPU has `configs/{sft,rl,eval}.py:qwen2.5-0.5b`, with the budgets of a real run.
 """
 
-import pathlib
-import runpy
+import configs.eval
+import configs.rl
+import configs.sft
 
 PRESET = "qwen2.5-0.5b"  # the same shapes
-CONFIGS = pathlib.Path(__file__).parents[1]
+STAGES = {"calibrate": configs.sft, "reinforce": configs.rl, "measure": configs.eval}
 
 
 def get_config(variant: str = "measure"):
-    stages = {"calibrate": "sft", "reinforce": "rl", "measure": "eval"}
-    if variant not in stages:
-        raise ValueError(f"real has no stage {variant!r}; choose {', '.join(stages)}")
-    config = runpy.run_path(str(CONFIGS / f"{stages[variant]}.py"))["get_config"](PRESET)
+    if variant not in STAGES:
+        raise ValueError(f"real has no stage {variant!r}; choose {', '.join(STAGES)}")
+    config = STAGES[variant].get_config(PRESET)
     config.exits.layers = (16, 18, 20, 22)
     config.exits.continuation = "frozen"
     config.eval.problems = 8  # before and after training; what is measured has 60

@@ -8,18 +8,24 @@ on the task's references, calibration on the model's own completions with three 
 of them reinforcement with λ = 0 and two penalties.
 """
 
-import pathlib
-import runpy
+import configs.eval
+import configs.finetune
+import configs.rl
+import configs.sft
 
 PRESET = "smollm2-135m"
-CONFIGS = pathlib.Path(__file__).parents[1]
-STAGES = {"finetune": "finetune", "calibrate": "sft", "reinforce": "rl", "measure": "eval"}
+STAGES = {
+    "finetune": configs.finetune,
+    "calibrate": configs.sft,
+    "reinforce": configs.rl,
+    "measure": configs.eval,
+}
 
 
 def get_config(variant: str = "measure"):
     if variant not in STAGES:
         raise ValueError(f"smollm2 has no stage {variant!r}; choose {', '.join(STAGES)}")
-    config = runpy.run_path(str(CONFIGS / f"{STAGES[variant]}.py"))["get_config"](PRESET)
+    config = STAGES[variant].get_config(PRESET)
     config.task.name = "word_problems"
     config.eval.max_new_tokens = 48
     config.eval.problems = 128  # before and after training

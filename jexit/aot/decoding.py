@@ -20,7 +20,6 @@ from jexit.aot.program import (
 )
 from jexit.config import Config
 from jexit.dist import gathered_width
-from jexit.loops.setup import engine_size
 from jexit.model.cache import Cache, cache_bucket, token_bytes
 from jexit.model.policies import Policy, Prescribed
 from jexit.rollout import programs
@@ -36,7 +35,7 @@ class Decoding:
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
         self._mesh, self._split = mesh, split
-        self._size = engine_size(config)
+        self._size = config.engine
         self._longest = config.task.max_prompt_tokens
         self._beside = {"state": state, "fixed": split.fixed}
         self._gathered: set[bool] = set()  # of the teacher's own weights, of the student's

@@ -21,6 +21,7 @@ from jexit.aot.topologies import Topology, get_topology
 from jexit.config import Config
 from jexit.dist import make_mesh
 from jexit.dist.rules import names_of
+from jexit.errors import RunEnded, UserError
 
 # Memory of one device in GiB, by the beginning of a topology's name. Public figures.
 CAPACITY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 79.1}
@@ -28,7 +29,7 @@ CAPACITY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 79.1}
 _LARGEST = 3  # arrays named of a step that does not fit
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(RunEnded):
     """A step needs more memory than the chip has; the message names what takes most of it."""
 
 
@@ -56,7 +57,7 @@ class Report:
 def preflight(config: Config, topology_name: str) -> list[Report]:
     """Compiles the config's steps for a topology and prints a table.
 
-    Raises ValueError for a topology that does not exist or a mesh that the config does not divide
+    Raises UserError for a topology that does not exist or a mesh that the config does not divide
     over, DoesNotFit when a step needs more than the chip's memory.
     """
     topology = get_topology(topology_name)
@@ -88,7 +89,7 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     count, mesh = len(topology.devices), config.mesh
     if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
         if math.prod(dataclasses.astuple(mesh)) != count:
-            raise ValueError(
+            raise UserError(
                 f"config.mesh asks for data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} "
                 f"devices and {topology.name} has {count}; make the product {count}"
             )

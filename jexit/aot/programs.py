@@ -24,9 +24,7 @@ from jexit.io.model_source import open_model
 from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.pretrain import GROUPS, new_model
 from jexit.loops.setup import (
-    adapter_settings,
     execution_of,
-    head_settings,
     sampling_law,
 )
 from jexit.loops.sft import HEADS_TOKENS
@@ -189,8 +187,8 @@ def _abstract_model(config: Config) -> Transformer:
         return Transformer(
             arch,
             exit_layers=check_exits(config.exits.layers, arch.layers),
-            exit_head=head_settings(config),
-            lora=adapter_settings(config),
+            exit_head=config.exit_settings,
+            lora=config.adapters,
             dtype=dtype,
             execution=execution_of(config),
             rngs=nnx.Rngs(0),

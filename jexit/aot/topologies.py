@@ -18,6 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from jexit.errors import UserError
 from jexit.kernels.dispatch import compiling_for
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # axes of a slice
@@ -100,12 +101,12 @@ def _described_cudnn() -> Iterator[None]:
 def get_topology(name: str) -> Topology:
     """The devices of a name such as `v5e:4x4` or `h100:8`.
 
-    Raises ValueError for a name that is not known or a compiler that is not installed.
+    Raises UserError for a name that is not known or a compiler that is not installed.
     """
     kind, _, size = name.partition(":")
     if kind in TPUS and re.fullmatch(rf"\d+(x\d+){{{TPUS[kind] - 1}}}", size):
         if max(map(int, size.split("x"))) > MAX_AXIS:
-            raise ValueError(
+            raise UserError(
                 f"slice {name} has an axis over {MAX_AXIS}, which libtpu does not compile for; "
                 "take a smaller one: what a device needs hardly changes beyond"
             )
@@ -113,12 +114,12 @@ def get_topology(name: str) -> Topology:
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
         return _gpu(name, GPUS[kind], int(size))
     tpus = ", ".join(f"{kind}:{'x'.join('2' * axes)}" for kind, axes in TPUS.items())
-    raise ValueError(f"topology {name!r} is not known; use one like {tpus} or h100:8")
+    raise UserError(f"topology {name!r} is not known; use one like {tpus} or h100:8")
 
 
 def _tpu(name: str) -> Topology:
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             f"compiling for {name} needs libtpu, which is not installed; start it with "
             "launch/run.sh, which sets it up, or name libtpu.so in TPU_LIBRARY_PATH"
         )
@@ -132,7 +133,7 @@ def _tpu(name: str) -> Topology:
         described = topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"libtpu has no slice {name} ({reason}); take one that Cloud TPU offers, such as 2x2"
         ) from error
     return Topology(name, "tpu", list(described.devices))
@@ -141,7 +142,7 @@ def _tpu(name: str) -> Topology:
 def _gpu(name: str, description: str, count: int) -> Topology:
     plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
     if not any(_installed(plugin) for plugin in plugins):
-        raise ValueError(
+        raise UserError(
             f"compiling for {name} needs JAX's CUDA plugin, which is not installed; start it with "
             "launch/run.sh, which sets it up"
         )
@@ -156,7 +157,7 @@ def _gpu(name: str, description: str, count: int) -> Topology:
             topology, platform="cuda", topology=topology, target_config=description
         )
     except NotImplementedError as error:  # JAX has looked for a GPU already, and found none
-        raise ValueError(
+        raise UserError(
             f"compiling for {name} needs JAX_PLATFORMS=cpu; set it and try again"
         ) from error
     return Topology(name, "gpu", list(described.devices))

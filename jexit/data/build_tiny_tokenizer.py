@@ -19,6 +19,7 @@ import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from jexit.errors import UserError
 from jexit.tasks.tom.task import Tom
 from jexit.tasks.word_problems import BOXES, NAMES, OBJECTS, TEMPLATES
 
@@ -114,7 +115,7 @@ def build() -> Tokenizer:
     merges = learn_merges(words, set(entries), VOCAB_SIZE - len(entries))
     entries += [token for token in map("".join, merges) if token not in entries]
     if len(entries) > VOCAB_SIZE:
-        raise ValueError(
+        raise UserError(
             f"the tasks' words need {len(entries)} entries, more than the {VOCAB_SIZE} of the "
             "tiny vocabulary; drop words from jexit/tasks/word_problems.py or tom/text.py"
         )

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from jexit.data.tokenizer import Tokenizer
+from jexit.errors import UserError
 from jexit.tasks.base import Draw, Problem, Split, Task, stable_hash
 
 # Each seed's stream of generated problems has its own range of indices.
@@ -32,11 +33,10 @@ class TextBatch:
     """Prompts with reference completions, several to a row, padded at the end.
 
     `tokens_BT` int32; `loss_mask_BT` float32, the weight of each token *as a target*: 1 on the
-    completion and its end token, `prompt_weight` on the prompt (never on the first token, which
-    nothing predicts), 0 on padding. `segment_BT` int32 numbers a row's texts from 1 (0: padding)
-    and `position_BT` int32 the tokens of each text from 0. `task_BT` int32 is the place of a text's
-    task in the mixture (-1: padding). `lengths_N` int32 has the tokens of every text, in the order
-    in which they were drawn.
+    completion and its end token, 0 on the prompt and on padding. `segment_BT` int32 numbers a row's
+    texts from 1 (0: padding) and `position_BT` int32 the tokens of each text from 0. `task_BT`
+    int32 is the place of a text's task in the mixture (-1: padding). `lengths_N` int32 has the
+    tokens of every text, in the order in which they were drawn.
     """
 
     tokens_BT: np.ndarray
@@ -79,18 +79,17 @@ def text_batch(
     step: int,
     batch_size: int,
     length: int,
-    prompt_weight: float = 0.0,
     split: Split = "train",
 ) -> TextBatch:
     """Reference text of a weighted mixture of tasks, for pretraining: as much as the rows hold.
 
     The texts are the first n of the step's own stream, with the largest n that `pack` puts into
-    `batch_size` rows of `length` tokens. Raises ValueError when a text, its end token
+    `batch_size` rows of `length` tokens. Raises UserError when a text, its end token
     included, does not fit `length`, or when a task has no reference completions.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise ValueError(
+        raise UserError(
             f"a text mixture needs tasks with weights >= 0, one of them positive, "
             f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
         )
@@ -117,9 +116,7 @@ def text_batch(
     for row, (ids, prompt, task) in zip(row_of, texts, strict=False):
         here = slice(filled_B[row], filled_B[row] + len(ids))
         tokens_BT[row, here] = ids
-        loss_mask_BT[row, here] = (
-            [0.0] + [prompt_weight] * (prompt - 1) + [1.0] * (len(ids) - prompt)
-        )
+        loss_mask_BT[row, here] = [0.0] * prompt + [1.0] * (len(ids) - prompt)
         segment_BT[row, here] = segment_BT[row].max() + 1
         position_BT[row, here] = np.arange(len(ids))
         task_BT[row, here] = task
@@ -142,11 +139,11 @@ def encode_references(
 ) -> list[list[int]]:
     """The ids of the problems' reference completions, each with its end token.
 
-    Raises ValueError, which ends in `remedy`, for a problem without one.
+    Raises UserError, which ends in `remedy`, for a problem without one.
     """
     for problem in problems:
         if problem.completion is None:
-            raise ValueError(
+            raise UserError(
                 f"the problem {problem.prompt[:60]!r} has no reference completion; {remedy}"
             )
     texts = tokenizer.encode_batch([problem.completion or "" for problem in problems])
@@ -163,7 +160,7 @@ def _encoded(
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         ids = [*prompt, *completion]
         if len(ids) > length:
-            raise ValueError(
+            raise UserError(
                 f"a training example has {len(ids)} tokens, over the limit of {length}: "
                 f"{problem.prompt[:60]!r}; raise the sequence length or shorten the task"
             )
@@ -205,7 +202,7 @@ def prompt_batch(
     (seed, epoch), with batches running on across the border. Generated data never repeats an
     index; each seed has its own.
 
-    Raises ValueError for a prompt over `max_prompt_tokens` (with `skip_long` such problems are left
+    Raises UserError for a prompt over `max_prompt_tokens` (with `skip_long` such problems are left
     out instead, and counted) and for a split that is empty or has only such problems.
     """
     positions = _positions(step, batch_size, rows)
@@ -214,7 +211,7 @@ def prompt_batch(
         if skip_long:
             kept = _short_enough(task, tokenizer, split, max_prompt_tokens)
             if not kept:
-                raise ValueError(
+                raise UserError(
                     f"every prompt of task {task.name!r}, split {split!r}, is over the limit of "
                     f"{max_prompt_tokens} tokens; raise config.task.max_prompt_tokens"
                 )
@@ -251,18 +248,18 @@ def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[l
 
 
 def require_problems(task: Task, split: Split) -> None:
-    """Raises ValueError when the task's split holds no problem."""
+    """Raises UserError when the task's split holds no problem."""
     if task.size(split) == 0:
-        raise ValueError(
+        raise UserError(
             f"task {task.name!r} has no problem in its {split} split; "
             "point config.task.path at a data set that has some"
         )
 
 
 def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens: int) -> None:
-    """Raises ValueError when a prompt has more than `max_prompt_tokens` ids."""
+    """Raises UserError when a prompt has more than `max_prompt_tokens` ids."""
     if len(ids) > max_prompt_tokens:
-        raise ValueError(
+        raise UserError(
             f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens}: "
             f"{problem.prompt[:60]!r}; raise config.task.max_prompt_tokens"
         )

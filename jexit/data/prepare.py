@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jexit.errors import MissingFile, UserError
 from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, published_files, read_jsonl, row_fault
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
@@ -35,7 +36,7 @@ _AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there as t
 def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str] | None) -> str:
     """Builds `target`/gsm8k/VERSION from the files in `source`; returns a one-line summary.
 
-    Raises FileNotFoundError or ValueError with one sentence for files or rows that are missing or
+    Raises MissingFile or ValueError with one sentence for files or rows that are missing or
     damaged, for a dataset in `target` that the task could not read, and when the disk refuses.
     """
     source = pathlib.Path(source).expanduser()
@@ -62,7 +63,7 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
     except OSError as error:
         if final.exists():
             return _left_alone(final)
-        raise ValueError(
+        raise UserError(
             f"{final} cannot be written ({error.strerror or error}); make room or give another "
             "directory with --to"
         ) from error
@@ -86,18 +87,18 @@ def _clear_old(folder: pathlib.Path) -> None:
 
 def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
     if not source.is_dir():
-        raise FileNotFoundError(f"there is no directory {source}; {_AS_PUBLISHED}")
+        raise MissingFile(f"there is no directory {source}; {_AS_PUBLISHED}")
     files = {}
     for split in PUBLISHED_SPLITS:
         named = source / f"{split}.jsonl"
         parts = published_files(source, split)
         if not named.exists() and len(parts) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{source} holds {parts[0].name} and {parts[1].name} and no {named.name}; name the "
                 f"one to take {named.name}"
             )
         if not named.exists() and not parts:
-            raise FileNotFoundError(f"{source} holds no {named.name}; {_AS_PUBLISHED}")
+            raise MissingFile(f"{source} holds no {named.name}; {_AS_PUBLISHED}")
         files[split] = named if named.exists() else parts[0]
     return files
 
@@ -109,7 +110,7 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
         empty = False
         fault = row if isinstance(row, str) else row_fault(row)
         if fault:
-            raise ValueError(
+            raise UserError(
                 f"{place}: {fault}; the published file has a question and an answer in every line: "
                 "fetch it again"
             )
@@ -121,7 +122,7 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
             "short_answer": short_answer.removeprefix(" "),
         }
     if empty:
-        raise ValueError(f"{file} holds no rows; fetch it again")
+        raise UserError(f"{file} holds no rows; fetch it again")
 
 
 def _builder_class() -> type:
@@ -147,7 +148,7 @@ def _builder(builder_class: type, rows: dict[str, list], data_dir: str | None) -
         builder = builder_class(data_dir=data_dir, file_format="array_record")
     except Exception as error:  # a dataset is there, in a format or a state that it refuses
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"the gsm8k in {data_dir or 'the data directory of tensorflow-datasets'} is not one "
             f"that can be read ({reason}); remove it, or give another directory with --to"
         ) from error
@@ -160,7 +161,7 @@ def _left_alone(final: pathlib.Path) -> str:
         task = Gsm8k(path=final)
         counts = {"train": task.size("train") + task.size("val"), "test": task.size("test")}
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(
+        raise UserError(
             f"{final} exists and is not a dataset that can be read ({error}); remove it, or give "
             "another directory with --to"
         ) from error
@@ -176,7 +177,7 @@ def _write(builder: Any) -> None:
         raise
     except Exception as error:  # the writer is C++, whose errors have no common base
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"{builder.data_path} cannot be written ({reason}); make room or give another "
             "directory with --to"
         ) from error

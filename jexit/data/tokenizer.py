@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from jexit.data import chat_template
+from jexit.errors import MissingFile, UserError
 from jexit.presets import LARGEST_COUNT
 from jexit.tasks.answers import THINK_START
 from jexit.untrusted import check_files, read_object
@@ -50,7 +51,7 @@ class Tokenizer:
         own = () if backend.eos_token_id is None else (backend.eos_token_id,)
         self.eos_ids: frozenset[int] = frozenset((*own, *eos_ids))
         if not self.eos_ids:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer in {directory} names no end token, so generation could not stop; "
                 "set eos_token in its tokenizer_config.json"
             )
@@ -61,7 +62,7 @@ class Tokenizer:
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
         """Reads the tokenizer of a model directory.
 
-        Raises FileNotFoundError when the directory or its tokenizer files are missing, ValueError
+        Raises MissingFile when the directory or its tokenizer files are missing, ValueError
         when they cannot be read.
         """
         # Without PyTorch, transformers says so on stderr whenever it is imported.
@@ -73,7 +74,7 @@ class Tokenizer:
             backend = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # the library raises whatever its parsers raise
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer in {path} cannot be read ({reason}); "
                 "copy the checkpoint's tokenizer files again"
             ) from error
@@ -83,18 +84,18 @@ class Tokenizer:
     def find(directory: str | os.PathLike[str]) -> pathlib.Path:
         """The directory itself, once it is known to hold a tokenizer's files; reads none of them.
 
-        Raises FileNotFoundError when the directory or its tokenizer files are missing.
+        Raises MissingFile when the directory or its tokenizer files are missing.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"no model directory at {path}; set config.model.path to one that convert.from_hf "
                 "or a run has written"
             )
         if not (path / "tokenizer.json").exists() and not (
             (path / "vocab.json").exists() and (path / "merges.txt").exists()
         ):
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{path} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
                 "copy the tokenizer's files of the checkpoint into it"
             )
@@ -114,7 +115,7 @@ class Tokenizer:
     def thinking(self) -> Thinking:
         """What prompts tell the chat template about thinking; `auto` leaves it to the template.
 
-        Setting it raises ValueError for another value, and for `on` or `off` where the template has
+        Setting it raises UserError for another value, and for `on` or `off` where the template has
         no switch (Qwen3's has one, `enable_thinking`; Qwen2.5's and R1-Distill's have none).
         """
         return self._thinking
@@ -122,11 +123,9 @@ class Tokenizer:
     @thinking.setter
     def thinking(self, value: Thinking) -> None:
         if value not in get_args(Thinking):
-            raise ValueError(
-                f"thinking is {value!r}; choose one of {', '.join(get_args(Thinking))}"
-            )
+            raise UserError(f"thinking is {value!r}; choose one of {', '.join(get_args(Thinking))}")
         if value != "auto" and not self.has_thinking_switch:
-            raise ValueError(
+            raise UserError(
                 f"thinking is {value!r} and the chat template of {self.directory} has no switch "
                 "for it; set config.task.thinking=auto"
             )
@@ -150,7 +149,7 @@ class Tokenizer:
         """Messages (`role`, `content`) in the chat format, with `thinking` as it is set.
 
         `answer` opens the assistant's turn after them; otherwise the last message is left open, to
-        be continued. Raises ValueError when the template is broken, refuses the messages or does
+        be continued. Raises UserError when the template is broken, refuses the messages or does
         not end (`chat_template.render`).
         """
         return self._render(messages, thinking=self._thinking, answer=answer)
@@ -168,7 +167,7 @@ class Tokenizer:
             text = chat_template.render(self._template(), messages, **variables)
             return text if answer else _left_open(text)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"the chat template in {self._template_place} cannot be rendered ({error}); "
                 "mend it or copy it again from the checkpoint"
             ) from None
@@ -178,7 +177,7 @@ class Tokenizer:
         if isinstance(found, dict):  # several by name
             found = found.get("default")
         if not isinstance(found, str):
-            raise ValueError("it is no text, and none of several is named default")
+            raise UserError("it is no text, and none of several is named default")
         return found
 
     @property
@@ -290,11 +289,11 @@ class Tokenizer:
 def _left_open(text: str) -> str:
     """A rendered text up to the end of its last message, which `_OPEN_END` marks.
 
-    Raises ValueError when the template leaves the end of the message out.
+    Raises UserError when the template leaves the end of the message out.
     """
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
-        raise ValueError("it leaves out the end of the message that is to be continued")
+        raise UserError("it leaves out the end of the message that is to be continued")
     # A template that strips messages has stripped the mark's last character, and would have
     # stripped what stands before the mark.
     return before if after.startswith(_OPEN_END[-1]) else before.rstrip()
@@ -310,7 +309,7 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
         try:
             found.update(token_ids(values.get("eos_token_id")))
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} sets eos_token_id to {error}; copy it again from the checkpoint"
             ) from None
     return found
@@ -319,10 +318,10 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 def token_ids(value: Any) -> tuple[int, ...]:
     """What a file names as a token or a list of them, in either spelling; empty for null.
 
-    Raises ValueError for what is no token's number.
+    Raises UserError for what is no token's number.
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:
-            raise ValueError(f"{reprlib.repr(number)}, which is no token's number")
+            raise UserError(f"{reprlib.repr(number)}, which is no token's number")
     return tuple(ids)

@@ -18,6 +18,7 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jexit.dist.rules import AXES, constrain, data_axes, names_of, parameter_axes, spec
+from jexit.errors import UserError
 
 
 THREADS_A_DEVICE = 8
@@ -35,12 +36,12 @@ def make_mesh(
     sizes = (data, fsdp, tensor)
     wanted = math.prod(sizes)
     if wanted > len(devices):
-        raise ValueError(
+        raise UserError(
             f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
             f"and there are {len(devices)}; lower the sizes"
         )
     if jax.process_count() > 1 and wanted < len(devices):
-        raise ValueError(
+        raise UserError(
             f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
             f"and the {jax.process_count()} hosts have {len(devices)}; make the product "
             f"{len(devices)}, such as config.mesh.fsdp={len(devices)}"

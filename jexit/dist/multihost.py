@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jexit.errors import HOST_LOST, RunEnded, UserError
 
 TIMEOUT_SECONDS = 600
 MAX_TIMEOUT_SECONDS = 86_400
@@ -38,14 +39,15 @@ _COMPILING = tuple(
 )
 _LINE_BYTES = 2**20  # of a message before JAX's own runtime is there
 _REACHABLE = "start every host, and let them reach each other's ports"
-LOST = 4  # exit code of a host that another one left alone
 
 _settings = {"timeout": float(TIMEOUT_SECONDS), "place": "the start of the run"}
 _numbers = itertools.count()
 
 
-class HostLost(RuntimeError):
+class HostLost(RunEnded):
     """Another host did not come, or is gone; the message names both hosts and the place."""
+
+    exit_code = HOST_LOST
 
 
 def initialize(
@@ -60,12 +62,12 @@ def initialize(
     On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts by
     itself. Elsewhere all three arguments are needed: HOST:PORT of process 0, the number of
     processes and this one's number. Must come before the first computation. `timeout` in seconds
-    holds for this and every later wait. Raises ValueError for arguments that do not fit together,
+    holds for this and every later wait. Raises UserError for arguments that do not fit together,
     here or with those of another host, and for a port that cannot be opened; HostLost when others
     do not come.
     """
     if not 1 <= timeout <= MAX_TIMEOUT_SECONDS:
-        raise ValueError(
+        raise UserError(
             f"--host_timeout is {timeout:g}; give seconds from 1 to {MAX_TIMEOUT_SECONDS}"
         )
     _settings["timeout"] = timeout
@@ -74,20 +76,20 @@ def initialize(
         if not _cluster_present():
             return
     elif None in given:
-        raise ValueError(
+        raise UserError(
             "--coordinator, --processes and --process belong together; give all three or none"
         )
     elif not (found := re.fullmatch(r".+:(\d{1,5})", coordinator)) or not 0 < int(found[1]) < 2**16:
-        raise ValueError(
+        raise UserError(
             f"--coordinator is {coordinator!r}; it is HOST:PORT of process 0, with a port from 1 to "
             "65535"
         )
     elif processes < 2:
-        raise ValueError(
+        raise UserError(
             f"--processes is {processes}; it is at least 2, and one process takes no --coordinator"
         )
     elif not 0 <= process < processes:
-        raise ValueError(
+        raise UserError(
             f"--process is {process} of --processes {processes}; it counts from 0 to "
             f"{processes - 1}"
         )
@@ -113,7 +115,7 @@ def initialize(
         if coordinator:
             raise
         if _task_of_several():
-            raise ValueError(
+            raise UserError(
                 "this is one of several tasks and JAX cannot tell where they meet "
                 f"({_first_line(error)}); give --coordinator, --processes and --process"
             ) from error
@@ -138,7 +140,7 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
         told = _report(coordinator, processes, process, timeout)
     if set(told.values()) != {processes}:
         said = ", ".join(f"{count} on process {one}" for one, count in sorted(told.items()))
-        raise ValueError(f"--processes is {said}; give each the same number, that of all processes")
+        raise UserError(f"--processes is {said}; give each the same number, that of all processes")
     if missing := set(range(processes)) - told.keys():
         raise HostLost(
             f"process {process} of {processes} waited {timeout:g} s and the others have not all "
@@ -196,7 +198,7 @@ def _listening(port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--coordinator names port {port}, which process 0 cannot open "
             f"({os.strerror(error.errno)}); give one that is free on its host"
         ) from error
@@ -227,7 +229,7 @@ def _nobody_came(process: int | None, processes: int | None) -> None:
         f"{_REACHABLE}",
         file=sys.stderr,
     )
-    leave(LOST)
+    leave(HOST_LOST)
 
 
 def _task_of_several() -> bool:
@@ -386,7 +388,7 @@ def _give_up(place: str) -> None:
     )
     print(message, file=sys.stderr)
     sys.stderr.writelines(reversed(_main_stack().format()))
-    leave(LOST)
+    leave(HOST_LOST)
 
 
 def _first_line(error: BaseException) -> str:

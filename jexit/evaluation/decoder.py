@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jexit.config import parse_policy
+from jexit.config import EngineSize, parse_policy
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
-from jexit.rollout import EngineSize, rollout
+from jexit.rollout import rollout
 
 _GATHERED = 64  # completions of a message between hosts
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jexit.errors import UserError
 from jexit.io.finite import all_finite
 from jexit.io.storage_errors import reason
 from jexit.io.tensor_files import Spec
@@ -34,9 +35,9 @@ class ArrayStore:
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Stores an array under a new name; raises ValueError when the disk refuses it, or NaN."""
+        """Stores an array under a new name; raises UserError when the disk refuses it, or NaN."""
         if not all_finite(array):
-            raise ValueError(
+            raise UserError(
                 f"the parameter {name} holds NaN or infinity, so it is not written to "
                 f"{self.directory}; go back to a model without"
             )
@@ -48,32 +49,32 @@ class ArrayStore:
             with _checkpointer() as checkpointer:
                 checkpointer.save(path, args=args)
         except Exception as error:  # Orbax raises many kinds when a write fails
-            raise ValueError(
+            raise UserError(
                 f"the parameter {name} cannot be written to {self.directory} ({reason(error)}); "
                 "free some space or choose another place"
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Shape and dtype without reading the data; raises ValueError when damaged."""
+        """Shape and dtype without reading the data; raises UserError when damaged."""
         path = (self.directory / name).resolve()
         try:
             # The checkpointer's own `metadata` logs what is damaged instead of raising it.
             found = _handler().metadata(path).tree[_ITEM]
             return Spec(tuple(found.shape), np.dtype(found.dtype))
         except Exception as error:  # Orbax raises many kinds for damaged files
-            raise ValueError(self._damaged(name, error)) from error
+            raise UserError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """The array as it was stored; raises ValueError when damaged, or not finite."""
+        """The array as it was stored; raises UserError when damaged, or not finite."""
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:
             with _checkpointer() as checkpointer:
                 tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore))
         except Exception as error:  # Orbax raises many kinds for damaged files
-            raise ValueError(self._damaged(name, error)) from error
+            raise UserError(self._damaged(name, error)) from error
         if not all_finite(tree[_ITEM]):
-            raise ValueError(
+            raise UserError(
                 f"the parameter {name} in {self.directory} holds NaN or infinity; copy or convert "
                 "the model directory again, or take one whose training did not diverge"
             )

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from jexit.errors import UserError
 from jexit.io.files import DISK_FULL, disk_errors, disk_message
 
 
@@ -19,7 +20,7 @@ def atomic_directory(
     """Yields an empty sibling of `target` to write into, and renames it to `target` at the end.
 
     The files are flushed to disk before the rename. When the block raises, everything is removed,
-    parent directories that were made for it included. Raises ValueError for a target that exists
+    parent directories that were made for it included. Raises UserError for a target that exists
     and is not an empty directory, unless `overwrite`, which replaces a directory, and when the disk
     refuses a write.
     """
@@ -52,7 +53,7 @@ def atomic_directory(
                 parent.rmdir()
         # Other errors may be about what the block reads.
         if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EROFS):
-            raise ValueError(disk_message(target, error)) from error
+            raise UserError(disk_message(target, error)) from error
         raise
 
 
@@ -60,9 +61,9 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ValueError(f"{target} is a file; give the name of a directory to write")
+        raise UserError(f"{target} is a file; give the name of a directory to write")
     if not overwrite and any(target.iterdir()):
-        raise ValueError(
+        raise UserError(
             f"{target} exists and is not empty; give another target, or remove it first"
         )
 

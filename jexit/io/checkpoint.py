@@ -14,6 +14,7 @@ from absl import logging
 
 from jexit.config import CheckpointConfig
 from jexit.dist import gather
+from jexit.errors import UserError
 from jexit.io.files import disk_errors
 from jexit.io.fingerprint import digests
 from jexit.io.finite import not_finite
@@ -27,7 +28,7 @@ class Checkpoints:
     """`WORKDIR/checkpoints/STEP/`: saves a pytree of arrays under the names of its paths.
 
     A checkpoint that cannot be read (truncated, corrupted) is passed over with a warning in favour
-    of the one before. Saving raises ValueError when the disk refuses it; as it runs in the
+    of the one before. Saving raises UserError when the disk refuses it; as it runs in the
     background, that may come from the call after.
     """
 
@@ -70,7 +71,7 @@ class Checkpoints:
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
         """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone.
 
-        `score` ranks the checkpoint among those that are kept for being the best. Raises ValueError
+        `score` ranks the checkpoint among those that are kept for being the best. Raises UserError
         when an array on the devices is not finite: checkpoints that are would make way for it.
         """
         if step in self._manager.all_steps():
@@ -78,7 +79,7 @@ class Checkpoints:
         named = _named(tree)
         on_device = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
         if broken := not_finite(on_device):
-            raise ValueError(
+            raise UserError(
                 f"{broken[0]} holds NaN or infinity after step {step}, so no checkpoint of it is "
                 f"written to {self.directory}; lower config.optim.*_lr"
             )
@@ -104,7 +105,7 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> Any | None:
         """The newest readable checkpoint, placed and shaped as `like`; None when there is none.
 
-        With `step` that one and no other. Raises ValueError when checkpoints exist but hold other
+        With `step` that one and no other. Raises UserError when checkpoints exist but hold other
         parameters than `like`, or when none of them can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
@@ -135,7 +136,7 @@ class Checkpoints:
             assert len(leaves) == len(restored)
             return jax.tree.unflatten(treedef, restored)
         if steps:
-            raise ValueError(
+            raise UserError(
                 f"none of the checkpoints {steps} in {self.directory} can be read; remove the "
                 "directory to start over, or choose another --workdir"
             )
@@ -154,7 +155,7 @@ class Checkpoints:
                 for name in stored.keys() | wanted.keys()
                 if stored.get(name) != wanted.get(name)
             )
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.directory / str(step)} holds other parameters than this config "
                 f"({differing[0]} is {stored.get(differing[0])} there and "
                 f"{wanted.get(differing[0])} here); use the same config or another --workdir"
@@ -167,14 +168,14 @@ class Checkpoints:
             return
         altered = [name for name, sum_ in digests(named).items() if sum_ != stored.get(name)]
         if altered:
-            raise ValueError(f"{altered[0]} is not what was saved")
+            raise UserError(f"{altered[0]} is not what was saved")
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Orbax raises many kinds when a write fails
-            raise ValueError(
+            raise UserError(
                 f"a checkpoint cannot be written to {self.directory} ({reason(error)}); free some "
                 "space or make it writable, then run the same command again: the checkpoints "
                 "before are whole"

@@ -12,13 +12,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from jexit.errors import UserError
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file of a directory that itself appears whole or not at all."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     """Writes indented JSON so that `path` is at any moment absent, the old file or the new one.
 
-    Raises ValueError when the disk refuses the write (the old file is then untouched) or when the
+    Raises UserError when the disk refuses the write (the old file is then untouched) or when the
     value holds something that is no JSON.
     """
     text = json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
@@ -26,7 +33,7 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` through a temporary file beside `path`; raises ValueError as above."""
+    """Writes `data` through a temporary file beside `path`; raises UserError as above."""
     path = Path(path)
     # A fixed name: what a killed process left behind is overwritten by the next one.
     partial = path.parent / f".{path.name}.partial"
@@ -55,7 +62,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(disk_message(path, error)) from error
+        raise UserError(disk_message(path, error)) from error
 
 
 def disk_message(path: Path, error: OSError) -> str:
@@ -68,7 +75,7 @@ def disk_message(path: Path, error: OSError) -> str:
 def take_lock(file: IO[Any], remedy: str) -> bool:
     """Locks an open file for as long as this process, or one that inherits the file, lives.
 
-    False when another holds the lock. Raises ValueError, which ends in `remedy`, on a file system
+    False when another holds the lock. Raises UserError, which ends in `remedy`, on a file system
     without locks.
     """
     try:
@@ -76,7 +83,7 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:  # of some shared file systems
-        raise ValueError(f"{file.name} cannot be locked ({error}); {remedy}") from error
+        raise UserError(f"{file.name} cannot be locked ({error}); {remedy}") from error
     return True
 
 
@@ -94,4 +101,4 @@ def to_jsonable(value: Any) -> Any:
         return os.fspath(value)
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    raise ValueError(f"{value!r} of type {type(value).__name__} has no form in JSON")
+    raise UserError(f"{value!r} of type {type(value).__name__} has no form in JSON")

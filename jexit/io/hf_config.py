@@ -1,30 +1,37 @@
-"""Hugging Face's config.json and jexit's `Architecture`, both ways.
+"""The JSON files of Hugging Face directories and jexit's settings, both ways.
 
-Reads the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). What
-shapes the computation comes from the file, never from a default.
+`config.json` and `Architecture`, `adapter_config.json` (of PEFT) and `LoRA`, `exit_heads.json`
+(jexit's own) and `ExitSettings`. Reads the spellings of transformers 4 (`rope_theta`,
+`rope_scaling`) and 5 (`rope_parameters`). What shapes the computation comes from the file, never
+from a default.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from jexit.presets import (
-    LARGEST_COUNT,
-    Architecture,
-    Llama3Rope,
-    RopeScaling,
-    Yarn,
-    is_count,
-    is_positive,
-)
+from convert import names
+from jexit.config import PROJECTIONS, ExitSettings, LoRA
+from jexit.errors import MissingFile, UserError
+from jexit.presets import Architecture, Count, Llama3Rope, Number, RopeScaling, Yarn
+from jexit.settings import build, checked
 from jexit.untrusted import read_object
 
+ADAPTER_CONFIG = "adapter_config.json"
+EXIT_CONFIG = "exit_heads.json"
+_EXIT_FORMAT = 1
+# What a PEFT adapter may be beyond plain LoRA on whole projections.
+_BEYOND_LORA = (
+    *("alora_invocation_tokens", "alpha_pattern", "corda_config", "eva_config", "exclude_modules"),
+    *("fan_in_fan_out", "layer_replication", "layers_pattern", "layers_to_transform", "lora_bias"),
+    *("megatron_config", "modules_to_save", "rank_pattern", "target_parameters"),
+    *("trainable_token_indices", "use_dora", "use_qalora", "use_rslora"),
+)
 ARCHITECTURE_NAMES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -35,19 +42,15 @@ _BIASES = {"qwen2": (), "qwen3": ("attention_bias",), "llama": ("attention_bias"
 _QWEN3_HEAD_DIM = 128  # the format's own meaning of a Qwen3 config.json without head_dim
 
 
-def write_json(file: pathlib.Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
 def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
     """The architecture that a Hugging Face directory's config.json describes.
 
-    Raises FileNotFoundError when there is no config.json, ValueError for another model family or a
+    Raises MissingFile when there is no config.json, ValueError for another model family or a
     feature that jexit does not compute (sliding windows, other rope types, quantised weights).
     """
     file = pathlib.Path(directory) / "config.json"
     if not file.exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint"
         )
     return architecture_of_config(read_object(file, "copy it again"), where=str(file))
@@ -57,7 +60,7 @@ def architecture_of_config(config: dict[str, Any], *, where: str = "config.json"
     """`read_architecture` for a config that has been parsed; `where` names it in messages."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURE_NAMES:
-        raise ValueError(
+        raise UserError(
             f"{where} describes a {family!r} model; jexit reads model_type qwen2, qwen3 and llama "
             "(Qwen2, Qwen2.5, R1-Distill-Qwen, dense Qwen3, Llama 3, SmolLM2): use one of these"
         )
@@ -137,18 +140,18 @@ def _scaling_config(scaling: RopeScaling) -> dict[str, Any]:
 
 def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None:
     if config.get("quantization_config"):
-        raise ValueError(
+        raise UserError(
             f"{where} has quantised weights; use the checkpoint in bfloat16, float16 or float32"
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(
+        raise UserError(
             f"{where} sets hidden_act to {activation!r}; jexit computes silu only: use a "
             "checkpoint with hidden_act silu"
         )
     for key in _BIASES[family]:
         if value := config.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{where} sets {key} to {value!r}; jexit computes {family} without these biases: "
                 f"use a checkpoint with {key} false"
             )
@@ -159,7 +162,7 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
         first, layers = config.get("max_window_layers"), config.get("num_hidden_layers")
         windowed = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
     if windowed and config.get("use_sliding_window") and config.get("sliding_window"):
-        raise ValueError(
+        raise UserError(
             f"{where} limits attention to a sliding window of {config['sliding_window']}; jexit "
             "computes full attention only: use a checkpoint with use_sliding_window false"
         )
@@ -169,17 +172,10 @@ def positive(
     values: dict[str, Any], key: str, where: str, default: Any = None, *, whole: bool = False
 ) -> Any:
     """A number above zero; `default` where the key is absent or null, an error if that is None."""
-    value = values.get(key)
+    value = default if values.get(key) is None else values[key]
     if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"{where} has no {key}; copy the file again")
-    if not (is_count(value) if whole else is_positive(value)):
-        rule = f"a whole number from 1 to {LARGEST_COUNT}" if whole else "a number above 0"
-        raise ValueError(
-            f"{where} sets {key} to {value!r}, which must be {rule}; copy the file again"
-        )
-    return value if whole else float(value)
+        raise UserError(f"{where} has no {key}; copy the file again")
+    return checked(Count if whole else Number, value, f"{key} in {where}")
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
@@ -188,13 +184,13 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     for key in ("rope_parameters", "rope_scaling"):
         part = config.get(key) or {}
         if not isinstance(part, dict):
-            raise ValueError(
+            raise UserError(
                 f"{where} sets {key} to {part!r}, which must be an object; copy config.json again "
                 "from the checkpoint"
             )
         given |= part
     if any(isinstance(value, dict) for value in given.values()):
-        raise ValueError(f"{where} gives rope parameters by layer type; jexit uses one set for all")
+        raise UserError(f"{where} gives rope parameters by layer type; jexit uses one set for all")
     theta = positive(
         {"rope_theta": given.get("rope_theta", config.get("rope_theta"))}, "rope_theta", where
     )
@@ -203,12 +199,12 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
         1,
         1.0,
     ):
-        raise ValueError(f"{where} rotates a part of each head only; jexit rotates all of it")
+        raise UserError(f"{where} rotates a part of each head only; jexit rotates all of it")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("yarn", "llama3"):
-        raise ValueError(
+        raise UserError(
             f"{where} scales rope by {kind!r}; jexit knows default, llama3 and yarn: use a "
             "checkpoint with one of them"
         )
@@ -250,3 +246,92 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
     if factor <= 1.0:
         return 1.0
     return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * all_dim * math.log(factor) + 1.0)
+
+
+def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
+    """LoRA settings and the base model's name or path from adapter_config.json.
+
+    Raises UserError for an adapter that is more than plain LoRA on whole projections.
+    """
+    file = directory / ADAPTER_CONFIG
+    config = read_object(file, "copy it again")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file} describes {config.get('peft_type')!r}; jexit reads LORA adapters")
+    used = [key for key in _BEYOND_LORA if config.get(key)]
+    if config.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise UserError(
+            f"{file} uses {', '.join(used)}; jexit reads plain LoRA on whole projections only"
+        )
+    known = list(names.TARGET_OF_MODULE)  # a list: what is looked up may not be hashable
+    modules = config.get("target_modules")
+    modules = known if modules == "all-linear" else modules
+    if not isinstance(modules, list) or not modules or any(m not in known for m in modules):
+        raise UserError(f"{file} adapts {modules!r}; jexit knows {', '.join(known)}")
+    targets = {names.TARGET_OF_MODULE[module] for module in modules}
+    lora = build(
+        LoRA,
+        {
+            "rank": positive(config, "r", str(file), whole=True),
+            "alpha": positive(config, "lora_alpha", str(file)),
+            "dropout": config.get("lora_dropout") or 0.0,
+            "targets": [name for name in PROJECTIONS if name in targets],
+        },
+        str(file),
+    )
+    base = config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise UserError(f"{file} names {base!r} as its base, which is no text; copy it again")
+    return lora, base
+
+
+def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
+    """An adapter_config.json that `peft` loads."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [names.MODULE_OF_TARGET[target] for target in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSettings]:
+    """Exit layers and head settings from exit_heads.json."""
+    file = directory / EXIT_CONFIG
+    config = read_object(file, "copy it again")
+    version, layers = config.get("format_version"), config.get("exit_layers")
+    if version != _EXIT_FORMAT:
+        raise UserError(
+            f"{file} has format version {version!r}; this jexit reads {_EXIT_FORMAT}: export the "
+            "exit heads again with it"
+        )
+    if not isinstance(layers, list):
+        raise UserError(f"{file} has exit_layers {layers!r}, which is no list; export it again")
+    settings = {"kind": config.get("kind"), "norm": config.get("norm")}
+    # The first files said nothing of a continuation.
+    settings |= {key: config[key] for key in _EXIT_KEYS if key in config}
+    try:
+        return tuple(layers), build(ExitSettings, settings, str(file))
+    except UserError as error:
+        raise UserError(f"{error}; export the exit heads again") from error
+
+
+def exit_config(layers: tuple[int, ...], head: ExitSettings, eps: float) -> dict[str, Any]:
+    """What exit_heads.json says of the heads and the continuation; `eps` is their norm's."""
+    settings = {key: getattr(head, key) for key in _EXIT_KEYS}
+    return {
+        "format_version": _EXIT_FORMAT,
+        "exit_layers": list(layers),
+        **settings,
+        "rms_norm_eps": eps,
+    }
+
+
+_EXIT_KEYS = ("kind", "norm", "continuation", "continuation_rank")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from jexit.errors import UserError
 from jexit.io.files import disk_errors, to_jsonable, write_bytes_atomic, write_json_atomic
 from jexit.presets import LARGEST_COUNT
 from jexit.untrusted import parse_json, read_bytes
@@ -255,7 +256,7 @@ def _start_wandb(workdir: Path, arguments: str | Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "W&B logging is on but the wandb package is not installed; "
             "pip install 'jexit[wandb]' or leave config.log.wandb_project empty"
         ) from error
@@ -272,7 +273,7 @@ def _to_floats(name: str, value: MetricValue) -> float | list[float]:
             return [float(entry) for entry in value]
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"metric {name!r} is {value!r}; metrics are numbers or flat sequences of numbers"
         ) from error
 

@@ -15,25 +15,18 @@ from flax import nnx
 
 import jexit
 from jexit.axes import Array
-from jexit.config import check_exits
+from jexit.config import Execution, ExitSettings, LoRA, check_exits
 from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.dist import is_primary, whole
+from jexit.errors import UserError
 from jexit.io.array_store import ArrayStore
 from jexit.io.atomic import atomic_directory
+from jexit.io.files import write_json
 from jexit.io.finite import all_finite
-from jexit.io.hf_config import write_json
-from jexit.io.model_source import (
-    ADAPTERS,
-    BASE,
-    EXITS,
-    FORMAT_VERSION,
-    MODEL_FILE,
-    ModelSource,
-    open_model,
-)
-from jexit.model.exits import ExitParam, ExitSettings
-from jexit.model.lora import LoRA, LoRAParam
-from jexit.model.transformer import Execution, Transformer
+from jexit.io.model_source import FORMAT_VERSION, MODEL_FILE, ModelSource, open_model
+from jexit.model.exits import ExitParam
+from jexit.model.lora import LoRAParam
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.untrusted import read_object
 
@@ -60,8 +53,8 @@ def load(
     adapters, drawn from `seed`. `place` puts a parameter (dotted path, array in its final dtype) on
     devices; by default the first one.
 
-    Raises ValueError when the directory's heads or adapters are not the ones asked for, or when its
-    files are damaged; FileNotFoundError when there is no model or no tokenizer.
+    Raises UserError when the directory's heads or adapters are not the ones asked for, or when its
+    files are damaged; MissingFile when there is no model or no tokenizer.
     """
     source = open_model(directory)
     return load_source(
@@ -117,7 +110,7 @@ def load_source(
             assert shapes[path].shape == array.shape, (path, shapes[path].shape, array.shape)
             wanted = array.astype(shapes[path].dtype, copy=False)
             if wanted is not array and not all_finite(wanted):
-                raise ValueError(
+                raise UserError(
                     f"{path} of {source.directory} is too large for {wanted.dtype}; load it in a "
                     "wider dtype (config.model.dtype), or take another checkpoint"
                 )
@@ -156,7 +149,7 @@ def save_model(
     if base:
         origin = open_model(base)
         if origin.architecture != model.arch:
-            raise ValueError(
+            raise UserError(
                 f"{base} is not the base of the model to save: their architectures differ"
             )
         source = origin.source
@@ -212,12 +205,12 @@ def write_model(
     A tokenizer to be called for is read after the weights are done, which keeps memory low.
     """
     dtype = ""
-    store = ArrayStore(directory / BASE)
+    store = ArrayStore(directory / "base")
     for path, array in weights:
         store.write(path, np.asarray(array))
         dtype = dtype or np.asarray(array).dtype.name
         del array  # before the next one is read
-    for part, arrays in ((ADAPTERS, adapters), (EXITS, exits)):
+    for part, arrays in (("adapters", adapters), ("exits", exits)):
         store = ArrayStore(directory / part)
         for path, array in arrays.items():
             store.write(path, np.asarray(array))
@@ -273,7 +266,7 @@ def _base_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
     except TypeError:
         wanted = None
     if wanted not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"dtype is {dtype!r}; choose auto, float32 or bfloat16")
+        raise UserError(f"dtype is {dtype!r}; choose auto, float32 or bfloat16")
     return wanted
 
 
@@ -282,7 +275,7 @@ def _exits_to_use(
 ) -> tuple[tuple[int, ...], ExitSettings]:
     stored, layers = source.exit_layers, source.architecture.layers
     if list(wanted) != sorted(set(wanted)) or (wanted and wanted[0] < 1):
-        raise ValueError(
+        raise UserError(
             f"exit_layers is {wanted}; exits are distinct layer numbers from 1 upwards in rising "
             "order, such as (5, 10, 15)"
         )
@@ -290,13 +283,13 @@ def _exits_to_use(
         check_exits(wanted, layers)
     if stored:
         if wanted and wanted != stored:
-            raise ValueError(
+            raise UserError(
                 f"{source.directory} has exit heads at {stored}, not at {wanted}; leave "
                 "exits.layers empty to use them, or start from the base model"
             )
         kept = source.exit_head
         if head is not None and (head.kind, head.norm) != (kept.kind, kept.norm):
-            raise ValueError(
+            raise UserError(
                 f"{source.directory} has exit heads of kind {kept.kind} with norm {kept.norm}, not "
                 f"{head.kind} with {head.norm}; set exit_head to the stored ones, or start from "
                 "the base model"
@@ -315,7 +308,7 @@ def _continuation_to_use(source: ModelSource, wanted: ExitSettings) -> dict[str,
     kept = source.exit_head
     names = ("continuation", "continuation_rank")
     if kept.continuation == "linear" and any(getattr(wanted, n) != getattr(kept, n) for n in names):
-        raise ValueError(
+        raise UserError(
             f"{source.directory} has a linear continuation of rank {kept.continuation_rank} and "
             f"not {wanted.continuation} of rank {wanted.continuation_rank}; set "
             f"exits.continuation=linear and exits.continuation_rank={kept.continuation_rank}, or "
@@ -334,7 +327,7 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
         and set(stored.targets) == set(wanted.targets)
     )
     if not same:
-        raise ValueError(
+        raise UserError(
             f"{source.directory} has adapters of rank {stored.rank} and alpha {stored.alpha:g} on "
             f"{', '.join(stored.targets)}, not rank {wanted.rank} and alpha {wanted.alpha:g} on "
             f"{', '.join(wanted.targets)}; set lora to the stored, or start from the base model"

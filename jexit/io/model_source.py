@@ -15,60 +15,38 @@ import os
 import pathlib
 import re
 import reprlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 import jexit
+from jexit.config import COMMANDS, TINY_PRESET, ExitSettings, LoRA
 from jexit.data.tokenizer import Tokenizer, token_ids
-from jexit.io import huggingface
-from jexit.io.array_store import ArrayStore
-from jexit.io.hf_config import read_architecture
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
-from jexit.presets import Architecture
+from jexit.errors import MissingFile, UserError
+from jexit.io.hf_config import (
+    ADAPTER_CONFIG,
+    EXIT_CONFIG,
+    read_adapter_config,
+    read_architecture,
+    read_exit_config,
+)
+from jexit.io.weights import (
+    FOLDERS,
+    Part,
+    Safetensors,
+    StoredArrays,
+    Weights,
+    adapter_part,
+    base_part,
+    exit_part,
+)
+from jexit.presets import PRESETS, Architecture
+from jexit.settings import build
 from jexit.untrusted import check_files, read_object
 
 MODEL_FILE = "jexit.json"
 FORMAT_VERSION = 1
-BASE, ADAPTERS, EXITS = "base", "adapters", "exits"  # folders of arrays in jexit's own format
 ASSETS = "jexit/assets/"
-
-
-class Weights(Protocol):
-    """Base weights on disk: what they are, and each parameter in turn."""
-
-    def dtypes(self) -> dict[str, np.dtype]: ...
-
-    def parameters(self) -> Iterator[tuple[str, np.ndarray]]: ...
-
-
-class StoredPart:
-    """The base weights, adapters or exit heads of a directory in jexit's own format.
-
-    Raises FileNotFoundError when there are none, and ValueError when names or shapes are not those
-    `expected`; nothing is allocated before.
-    """
-
-    def __init__(self, directory: pathlib.Path, part: str, expected: huggingface.Shapes):
-        self._store = ArrayStore(directory / part)
-        self._specs = {name: self._store.spec(name) for name in self._store.names()}
-        if not self._specs:
-            raise FileNotFoundError(
-                f"{directory} lacks its {'weights' if part == BASE else part} ({part}/); convert "
-                "or copy the model again"
-            )
-        found = {name: spec.shape for name, spec in self._specs.items()}
-        huggingface.check_shapes(self._store.directory, found, expected)
-
-    def dtypes(self) -> dict[str, np.dtype]:
-        return {name: spec.dtype for name, spec in self._specs.items()}
-
-    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        # The largest first: what has been placed already is then small when memory peaks.
-        for name in sorted(self._specs, key=lambda name: -self._specs[name].bytes):
-            yield name, self._store.read(name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,29 +63,21 @@ class ModelSource:
     eos_ids: tuple[int, ...] = ()
 
     def weights(self) -> Weights:
-        """The base weights; raises ValueError when they are not the architecture's."""
-        if (self.base / MODEL_FILE).exists():
-            return StoredPart(self.base, BASE, huggingface.base_shapes(self.architecture))
-        return huggingface.HFWeights(self.base, self.architecture)
+        """The base weights; raises UserError when they are not the architecture's."""
+        return _opened(self.base, base_part(self.architecture))
 
     def adapters(self) -> dict[str, np.ndarray]:
         """LoRA parameters by path, float32; empty when there are none."""
-        if self.lora is None:
-            return {}
-        if (self.directory / MODEL_FILE).exists():
-            return self._stored(ADAPTERS, huggingface.adapter_shapes(self.architecture, self.lora))
-        return huggingface.read_adapters(self.directory, self.architecture, self.lora)
+        return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Exit-head parameters by path, float32; empty when there are none."""
-        if not self.exit_layers:
-            return {}
-        if (self.directory / MODEL_FILE).exists():
-            shapes = huggingface.exit_shapes(self.architecture, self.exit_layers, self.exit_head)
-            return self._stored(EXITS, shapes)
-        return huggingface.read_exits(
-            self.directory, self.architecture, self.exit_layers, self.exit_head
-        )
+        """Parameters of exit heads and continuation by path, float32; empty when there are none."""
+        layers = self.exit_layers
+        return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
+
+    def _read(self, part: Part | None) -> dict[str, np.ndarray]:
+        parameters = _opened(self.directory, part).parameters() if part else ()
+        return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
         """The directory's tokenizer, or its base's when an adapter brings none."""
@@ -115,26 +85,31 @@ class ModelSource:
         tokenizer = Tokenizer.load(directory)
         tokenizer.eos_ids |= frozenset(self.eos_ids)
         if tokenizer.vocab_size > self.architecture.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model only "
                 f"{self.architecture.vocab_size} embeddings; use the model's own tokenizer"
             )
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Where the tokenizer lies; raises FileNotFoundError when it lacks files, reads none."""
+        """Where the tokenizer lies; raises MissingFile when it lacks files, reads none."""
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
-    def _stored(self, part: str, shapes: huggingface.Shapes) -> dict[str, np.ndarray]:
-        stored = StoredPart(self.directory, part, shapes).parameters()
-        return {name: array.astype(np.float32) for name, array in stored}
+
+def _opened(directory: pathlib.Path, part: Part) -> Weights:
+    return (StoredArrays if _is_own(directory) else Safetensors)(directory, part)
+
+
+def _is_own(directory: pathlib.Path) -> bool:
+    """Whether it is in jexit's own format."""
+    return (directory / MODEL_FILE).exists()
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelSource:
     """Finds and describes a model directory (or hub id in the local cache).
 
-    Raises FileNotFoundError when there is no model, ValueError when it cannot be used.
+    Raises MissingFile when there is no model, ValueError when it cannot be used.
     """
     return _open(path, ())
 
@@ -143,16 +118,20 @@ def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> Mode
     """`open_model`, within the chain of directories `above`, each based on the next."""
     directory = find_model(path)
     if directory.resolve() in above:
-        raise ValueError(
+        raise UserError(
             f"{above[-1]} names {directory}, which is made of it, as its base; correct the path in "
             f"{_naming_file(above[-1])}"
         )
     above = (*above, directory.resolve())
-    check_files(directory, (BASE, ADAPTERS, EXITS))
-    if (directory / MODEL_FILE).exists():
+    check_files(directory, FOLDERS)
+    if _is_own(directory):
         source = _open_own(directory, above)
-    elif (directory / huggingface.ADAPTER_CONFIG).exists():
-        source = _open_adapter(directory, above)
+    elif (directory / ADAPTER_CONFIG).exists():
+        lora, reference = read_adapter_config(directory)
+        base = _open_base(reference, directory, above)
+        source = dataclasses.replace(
+            base, directory=directory, lora=lora, exit_layers=(), exit_head=ExitSettings()
+        )
     elif (directory / "config.json").exists():
         hub_id = "" if pathlib.Path(path).is_dir() else str(path)
         source = ModelSource(
@@ -162,13 +141,12 @@ def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> Mode
             source=hub_id if is_hub_id(hub_id) else str(directory.resolve()),
         )
     else:
-        raise FileNotFoundError(
-            f"{directory} holds no model (none of {MODEL_FILE}, config.json, "
-            f"{huggingface.ADAPTER_CONFIG}); give a directory of convert.from_hf, of a run, or in "
-            "Hugging Face format"
+        raise MissingFile(
+            f"{directory} holds no model (none of {MODEL_FILE}, config.json, {ADAPTER_CONFIG}); "
+            "give a directory of convert.from_hf, of a run, or in Hugging Face format"
         )
-    if not (directory / MODEL_FILE).exists() and (directory / huggingface.EXIT_CONFIG).exists():
-        layers, head = huggingface.read_exit_config(directory)
+    if not _is_own(directory) and (directory / EXIT_CONFIG).exists():
+        layers, head = read_exit_config(directory)
         source = dataclasses.replace(source, exit_layers=layers, exit_head=head)
     _check_exit_layers(source)
     return source
@@ -179,44 +157,29 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
     values = read_object(file, "copy it again")
     version = values.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{file} has format version {version!r}; this jexit reads {FORMAT_VERSION}: make the "
             "model again, or use the jexit that wrote it"
         )
     try:
-        architecture = Architecture.from_dict(values["architecture"])
-        lora = _lora(values.get("lora"))
-        head = ExitSettings(**(values.get("exit_head") or {}))
-        exits = tuple(values.get("exit_layers") or ())
-        eos_ids = token_ids(values.get("eos_ids"))
-        reference, origin = (_text(values, key) for key in ("base", "source"))
+        lora = values.get("lora")
+        source = ModelSource(
+            directory=directory,
+            base=directory,
+            architecture=Architecture.from_dict(values["architecture"]),
+            exit_layers=tuple(values.get("exit_layers") or ()),
+            exit_head=build(ExitSettings, values.get("exit_head") or {}, "exit_head"),
+            lora=build(LoRA, lora, "lora") if lora else None,
+            source=_text(values, "source"),
+            eos_ids=token_ids(values.get("eos_ids")),
+        )
+        reference = _text(values, "base")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is incomplete or altered ({error}); convert it again") from error
-    base = directory
-    if reference:
-        base = _open_base(reference, directory, above, architecture).base
-    return ModelSource(
-        directory=directory,
-        base=base,
-        architecture=architecture,
-        exit_layers=exits,
-        exit_head=head,
-        lora=lora,
-        source=origin,
-        eos_ids=eos_ids,
-    )
-
-
-def _open_adapter(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> ModelSource:
-    lora, reference = huggingface.read_adapter_config(directory)
-    base = _open_base(reference, directory, above)
-    return dataclasses.replace(
-        base,
-        directory=directory,
-        lora=lora,
-        exit_layers=(),
-        exit_head=ExitSettings(),
-    )
+        raise UserError(f"{file} is incomplete or altered ({error}); convert it again") from error
+    if not reference:
+        return source
+    base = _open_base(reference, directory, above, source.architecture).base
+    return dataclasses.replace(source, base=base)
 
 
 def _open_base(
@@ -229,19 +192,19 @@ def _open_base(
     beside = directory / reference
     try:
         base = _open(beside.resolve() if reference and beside.is_dir() else reference, above)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
+    except MissingFile as error:
+        raise MissingFile(
             f"{directory} needs its base model at {reference or 'no place it names'}, which is "
             f"gone or empty; restore it, or correct the path in {_naming_file(directory)} (a path "
             "relative to that file works)"
         ) from error
     if base.lora is not None:
-        raise ValueError(
+        raise UserError(
             f"the base {base.directory} of {directory} has adapters itself; merge them first with "
             "convert.to_hf --adapter=merge"
         )
     if architecture is not None and base.architecture != architecture:
-        raise ValueError(
+        raise UserError(
             f"the base {base.directory} of {directory} is another model now "
             f"({_difference(architecture, base.architecture)}); restore the one it was trained on"
         )
@@ -249,8 +212,7 @@ def _open_base(
 
 
 def _naming_file(directory: pathlib.Path) -> str:
-    own = (directory / MODEL_FILE).exists()
-    return MODEL_FILE if own else huggingface.ADAPTER_CONFIG
+    return MODEL_FILE if _is_own(directory) else ADAPTER_CONFIG
 
 
 def _difference(stored: Architecture, found: Architecture) -> str:
@@ -263,7 +225,7 @@ def _check_exit_layers(source: ModelSource) -> None:
     exits, layers = source.exit_layers, source.architecture.layers
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
-        raise ValueError(
+        raise UserError(
             f"{source.directory} has exit heads at {reprlib.repr(exits)}; exits are rising layer "
             f"numbers from 1 to {layers - 1}"
         )
@@ -272,12 +234,8 @@ def _check_exit_layers(source: ModelSource) -> None:
 def _text(values: dict[str, Any], key: str) -> str:
     value = values.get(key) or ""
     if not isinstance(value, str):
-        raise ValueError(f"{key} is no text")
+        raise UserError(f"{key} is no text")
     return value
-
-
-def _lora(values: dict[str, Any] | None) -> LoRA | None:
-    return LoRA(**{**values, "targets": tuple(values["targets"])}) if values else None
 
 
 def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -293,7 +251,7 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
         if (of_run / MODEL_FILE).exists():
             return of_run
         if (pathlib.Path(text) / "checkpoints").is_dir():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{text} is a run that has not finished, so it holds no model yet; run its command "
                 "again"
             )
@@ -303,13 +261,25 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
         if shipped.is_dir():
             return shipped
     if text and pathlib.Path(text).exists():
-        raise ValueError(f"{text} is a file; give the directory of a model")
+        raise UserError(f"{text} is a file; give the directory of a model")
+    if remedy := _maker(text):
+        raise MissingFile(f"there is no model at {text}; make it with {remedy}")
     if not is_hub_id(text):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"no model directory at {text!r}; give a directory of convert.from_hf, of a run, or in "
             "Hugging Face format"
         )
     return _hub_directory(text)
+
+
+def _maker(text: str) -> str:
+    """The command that makes what a preset's config looks for; empty for another path."""
+    if (found := re.fullmatch(r"models/([\w.-]+)", text)) and found[1] in PRESETS:
+        return f"python -m convert.from_hf --source={PRESETS[found[1]].hub_id} --target={text}"
+    run = re.fullmatch(rf"runs/({'|'.join(COMMANDS)})-([\w.-]+?)(/model)?", text)
+    if run is None or run[2] not in (TINY_PRESET, *PRESETS):
+        return ""
+    return f"python -m jexit.main --config=configs/{run[1]}.py:{run[2]}"
 
 
 def is_hub_id(text: str) -> bool:
@@ -323,7 +293,7 @@ def _hub_directory(hub_id: str) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(hub_id, local_files_only=True))
     except Exception as error:  # the library raises many kinds when nothing is cached
-        raise FileNotFoundError(
+        raise MissingFile(
             f"there is no directory {hub_id}, nor a model of that name in the hub's local cache; "
             f"fetch a hub model first (hf download {hub_id}), or give a model directory"
         ) from error

@@ -19,8 +19,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jexit.errors import MissingFile, UserError
+from jexit.io.files import write_json
 from jexit.io.finite import all_finite
-from jexit.io.hf_config import write_json
 from jexit.untrusted import parse_json, read_object
 
 SHARD_BYTES = 5_000_000_000
@@ -45,7 +46,7 @@ class Spec:
 class TensorReader:
     """The tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` lists.
 
-    Only headers are read until `read` is called. Raises FileNotFoundError when there are no such
+    Only headers are read until `read` is called. Raises MissingFile when there are no such
     files (or shards are missing), ValueError for pickles, for damaged files, and for a tensor that
     is there twice.
     """
@@ -63,18 +64,18 @@ class TensorReader:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             parse_json(_header(path))  # the library takes the last of a key's values
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged or not a safetensors file ({error}); copy it again"
             ) from error
         for name, part in slices.items():
             if name in self.specs:
-                raise ValueError(
+                raise UserError(
                     f"{path} and {self._files[name][0].name} both hold {name}; copy the "
                     "checkpoint again"
                 )
             code = part.get_dtype()
             if code not in _DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"{path} stores {name} as {code}; jexit reads "
                     f"{', '.join(_DTYPES)}: use the checkpoint in one of them"
                 )
@@ -82,16 +83,16 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype it is stored in; raises ValueError when it is not finite."""
+        """One tensor, in the dtype it is stored in; raises UserError when it is not finite."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{name} cannot be read from {path} ({error}); copy it again"
             ) from error
         if not all_finite(tensor):
-            raise ValueError(
+            raise UserError(
                 f"{name} in {path} holds NaN or infinity; copy it again, or take a checkpoint "
                 "whose training did not diverge"
             )
@@ -111,27 +112,27 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
     if index.exists():
         names = read_object(index, "copy it again").get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise ValueError(f"{index} has no weight_map of tensors to files; copy it again")
+            raise UserError(f"{index} has no weight_map of tensors to files; copy it again")
         if other := [n for n in names.values() if "/" in n or not n.endswith(".safetensors")]:
-            raise ValueError(
+            raise UserError(
                 f"{index} names {other[0][:80]!r}, which is no .safetensors file beside it; copy "
                 "the checkpoint again, with all its files in one directory"
             )
         shards = [directory / name for name in sorted(set(names.values()))]
         gone = [shard.name for shard in shards if not shard.exists()]
         if gone:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{directory} lacks {', '.join(gone)}, which {index.name} lists; copy the missing "
                 "shards"
             )
         return shards
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles:
-        raise ValueError(
+        raise UserError(
             f"{directory} holds its weights as a pickle ({pickles[0]}), which can run any code and "
             "is not read; convert the checkpoint to safetensors first"
         )
-    raise FileNotFoundError(
+    raise MissingFile(
         f"{directory} holds no {stem}.safetensors (nor {index.name} with shards); copy the "
         "checkpoint's weights into it"
     )
@@ -196,7 +197,7 @@ class TensorWriter:
         spec = self._specs[name]
         assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
         if not all_finite(tensor):
-            raise ValueError(
+            raise UserError(
                 f"{name} holds NaN or infinity as {spec.dtype}, so it is not written; go back to "
                 "a model without"
             )
@@ -226,11 +227,3 @@ def _plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]
         shards[-1].append(name)
         filled += spec.bytes
     return shards
-
-
-def write_tensors(directory: pathlib.Path, stem: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a few tensors that are in memory already."""
-    specs = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    with TensorWriter(directory, specs, stem=stem) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)

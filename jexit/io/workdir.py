@@ -12,6 +12,7 @@ from typing import Any
 
 from jexit.config import Config
 from jexit.dist import barrier, from_primary, gather, is_primary
+from jexit.errors import UserError
 from jexit.io.files import disk_errors, take_lock, write_json_atomic
 from jexit.untrusted import read_object
 
@@ -31,7 +32,7 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Creates and locks a run's directory; removes it again if the run leaves it empty.
 
     The operating system releases the lock when the process ends, however it ends. With several
-    hosts the primary one locks. Raises ValueError, on every host, when another run holds the lock,
+    hosts the primary one locks. Raises UserError, on every host, when another run holds the lock,
     when the file system has none, and for a workdir that is a file.
     """
     with contextlib.ExitStack() as stack:
@@ -42,14 +43,14 @@ def sole_run(workdir: pathlib.Path) -> Iterator[None]:
             except ValueError as error:
                 refusal = str(error)
         if refusal := from_primary("locking the workdir", refusal):
-            raise ValueError(refusal)
+            raise UserError(refusal)
         yield
 
 
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
     if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"{workdir} is a file; give --workdir the name of a directory")
+        raise UserError(f"{workdir} is a file; give --workdir the name of a directory")
     made = [directory for directory in (workdir, *workdir.parents) if not directory.exists()]
     path = workdir / LOCK
     with disk_errors(path):
@@ -64,7 +65,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
                 made = []  # it is the other run's to remove
                 file.seek(0)
                 holder = file.read(200).decode(errors="replace") or "another process"
-                raise ValueError(
+                raise UserError(
                     f"{workdir} is in use by {holder}; wait for that run, stop it, or choose "
                     "another --workdir"
                 )
@@ -81,25 +82,26 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises ValueError when `workdir` holds a run with another config; writes nothing."""
+    """Raises UserError when `workdir` holds a run with another config; writes nothing."""
     path = workdir / "config.json"
     if not path.exists():
         return
     stored = read_object(path, f"remove {workdir} to start over, or choose another --workdir")
-    wanted = json.loads(json.dumps(config))
-    old, new = _flat(stored), _flat(wanted)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key.split(".")[0] not in CONTINUABLE:
-            raise ValueError(
-                f"{workdir} holds a run with config.{key}={old.get(key)}, and this one has "
-                f"{new.get(key)}; choose another --workdir, or the same settings to continue it"
+    new = _flat(json.loads(json.dumps(config)))
+    # A setting that came with a later version had what is its default now; one that went is none.
+    old = _flat(json.loads(json.dumps(Config(command="rl").to_dict()))) | _flat(stored)
+    for key in sorted(new):
+        if old[key] != new[key] and key.split(".")[0] not in CONTINUABLE:
+            raise UserError(
+                f"{workdir} holds a run with config.{key}={old[key]}, and this one has {new[key]}; "
+                "choose another --workdir, or the same settings to continue it"
             )
 
 
 def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Makes the directory and writes `config.json`; called when nothing can be refused any more.
 
-    Raises ValueError as `check_same_run` does, and on a host that does not see what the primary
+    Raises UserError as `check_same_run` does, and on a host that does not see what the primary
     host wrote.
     """
     check_same_run(workdir, config)
@@ -109,7 +111,7 @@ def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     barrier("opening the workdir")
     blind = [host for host, sees in enumerate(gather("the workdir", path.exists())) if not sees]
     if blind:
-        raise ValueError(
+        raise UserError(
             f"host {blind[0]} does not see {path}, which host 0 wrote; give --workdir on a file "
             "system that all hosts share"
         )
@@ -119,7 +121,7 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """What the exits of the run in a directory were trained under: settings by section.
 
     A run of rl that went on from a calibration keeps what that one aimed at. Empty for a model that
-    is no run's. Raises ValueError when it is one whose config.json cannot be
+    is no run's. Raises UserError when it is one whose config.json cannot be
     read, or lacks them.
     """
     law: dict[str, dict[str, Any]] = {}
@@ -137,14 +139,14 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
             start = pathlib.Path(config["model"]["path"]) if command == "rl" else None
         except (KeyError, TypeError):
             keys = " and ".join(f"{section}.{name}" for name in names)
-            raise ValueError(
+            raise UserError(
                 f"{path} is of a run of {command} and lacks {keys}, under which it was trained; "
                 f"{without}"
             ) from None
         try:
             Config.from_dict({"command": command} | own)
         except ValueError as error:
-            raise ValueError(f"{path} has been altered: {error}; {without}") from None
+            raise UserError(f"{path} has been altered: {error}; {without}") from None
         law = own | law
         if start is None:
             break

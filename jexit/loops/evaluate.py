@@ -19,7 +19,7 @@ from jexit.io.progress import Progress
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
-from jexit.loops.setup import engine_size, load_model, load_task, sampling_law, with_trained_law
+from jexit.loops.setup import load_model, load_task, sampling_law, with_trained_law
 from jexit.results import VERSION, Evaluation
 from jexit.steps.state import split_model
 
@@ -95,7 +95,7 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
         layers=model.arch.layers,
         tokenizer=tokenizer,
         law=sampling_law(config),
-        size=engine_size(config),
+        size=config.engine,
         temperature=config.eval.temperature,
         max_new_tokens=config.eval.max_new_tokens,
         seed=config.seed,

@@ -41,8 +41,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jexit.config import LoRA
 from jexit.kernels.dispatch import target
-from jexit.model.lora import LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import Rollouts

@@ -5,7 +5,6 @@ from __future__ import annotations
 from jexit.config import Config
 from jexit.evaluation.decoder import make_policy
 from jexit.loops.setup import (
-    engine_size,
     load_model,
     sampling_law,
     with_trained_law,
@@ -35,7 +34,7 @@ def print_generations(config: Config) -> None:
         min_p=g.min_p,
         stop=g.stop,
         seed=config.seed,
-        size=engine_size(config),
+        size=config.engine,
     )
     for prompt, text, depths in zip(g.prompts, generation.texts, generation.depths, strict=True):
         mean = sum(depths) / len(depths)

@@ -17,7 +17,7 @@ from jexit.io.model_dir import load, save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops, Work
 from jexit.loops.pictures import draw
-from jexit.loops.setup import execution_of, head_settings
+from jexit.loops.setup import execution_of
 from jexit.loops.trainer import Trainer
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
@@ -56,7 +56,7 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     return Transformer(
         arch,
         exit_layers=exits,
-        exit_head=head_settings(config),
+        exit_head=config.exit_settings,
         execution=execution_of(config),
         rngs=nnx.Rngs(config.seed),
     )
@@ -133,7 +133,6 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
             step=step,
             batch_size=config.batch_size,
             length=config.pretrain.length,
-            prompt_weight=config.pretrain.prompt_loss,
         )
         previous_BT = np.roll(text.tokens_BT, 1, axis=1)
         group_BT = np.zeros_like(text.tokens_BT)

@@ -16,7 +16,7 @@ from jexit.evaluation.accuracy import text_means
 from jexit.loops.flops import Work
 from jexit.loops.packing import Lengths, Packed, PackedShapes
 from jexit.loops.pressure import AccuracyFloor, FailureWatch, Pressure
-from jexit.loops.setup import engine_size, sampling_law
+from jexit.loops.setup import sampling_law
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Collapsed, Trainer
 from jexit.model.attention import choose_attention
@@ -92,7 +92,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             key=step_key(config.seed, step, ROLLOUT_STREAM),
             samples_per_prompt=rl.rollouts,
             total=config.batch_size,
-            size=engine_size(config),
+            size=config.engine,
         )
         texts, verdicts = judge(task, tokenizer, prompts, rollouts)
         totals = Totals.over_hosts(

@@ -7,19 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from jexit.config import Config, TaskConfig
+from jexit.config import STEPS, Config, Execution, TaskConfig
 from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
 from jexit.io.model_dir import load
 from jexit.io.workdir import trained_law
 from jexit.model.attention import check_attention
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
 from jexit.model.policies import Sample
-from jexit.model.transformer import Execution, Transformer
-from jexit.rollout import EngineSize
-from jexit.sections import STEPS
+from jexit.model.transformer import Transformer
 from jexit.tasks import Task, make_task
 from jexit.tasks.base import Rewards
 
@@ -31,7 +27,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
     """
     settings: dict[str, Any] = {}
     if trains:
-        settings = {"exit_head": head_settings(config), "lora": adapter_settings(config)}
+        settings = {"exit_head": config.exit_settings, "lora": config.adapters}
     model = config.model
     loaded, tokenizer = load(
         model.path,
@@ -52,31 +48,10 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
     return loaded, tokenizer
 
 
-def adapter_settings(config: Config) -> LoRA | None:
-    """The adapters that a run trains; None for full fine-tuning."""
-    lora = config.lora
-    if lora.rank == 0:
-        return None
-    return LoRA(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
-
-
-def head_settings(config: Config) -> ExitSettings:
-    head, exits = config.exit_head, config.exits
-    return ExitSettings(
-        kind=head.kind,
-        norm=head.norm,
-        bias=head.bias,
-        detached=head.detached,
-        continuation=exits.continuation,
-        continuation_rank=exits.continuation_rank,
-    )
-
-
 def execution_of(config: Config) -> Execution:
     """How the model is computed; raises ValueError for an attention that cannot run here."""
-    model = config.model
-    check_attention(model.attention)
-    return Execution(attention=model.attention, remat=model.remat, scan_unroll=model.scan_unroll)
+    check_attention(config.model.attention)
+    return config.model.execution
 
 
 def with_trained_law(config: Config) -> Config:
@@ -93,10 +68,6 @@ def sampling_law(config: Config) -> Sample:
     rl = config.rl
     # NumPy's: an array on a device could only be read after the step that it is busy with.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
-
-
-def engine_size(config: Config) -> EngineSize:
-    return EngineSize(rows=config.engine.rows, places=config.engine.places)
 
 
 def load_task(config: TaskConfig, split: str) -> Task:

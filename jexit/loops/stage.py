@@ -20,7 +20,7 @@ from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
 from jexit.loops.pressure import AccuracyFloor, penalised_reward
-from jexit.loops.setup import engine_size, load_model, load_task, sampling_law
+from jexit.loops.setup import load_model, load_task, sampling_law
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.lora import merge_adapters
 from jexit.results import REMEDY, PolicyResult, checked
@@ -159,7 +159,7 @@ class Stage:
             layers=self.layers,
             tokenizer=self.tokenizer,
             law=sampling_law(self.config),
-            size=engine_size(self.config),
+            size=self.config.engine,
             seed=self.config.seed,
             **how,
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from jexit.config import Config
 from jexit.dist import gather, is_primary, place_parameters, waiting
+from jexit.errors import INTERRUPTED, RunEnded
 from jexit.io.checkpoint import Checkpoints
 from jexit.io.metrics import MetricsWriter, SamplesWriter, read_metrics
 from jexit.io.progress import Progress
@@ -28,16 +29,18 @@ from jexit.steps.state import TrainState
 OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
-class Diverged(RuntimeError):
+class Diverged(RunEnded):
     """Too many non-finite steps in a row; the message names the last good checkpoint."""
 
 
-class Collapsed(RuntimeError):
+class Collapsed(RunEnded):
     """A policy has lost what it could do; the message says how, and what is left of the run."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(RunEnded):
     """A signal asked the run to stop; everything is saved and the same command continues it."""
+
+    exit_code = INTERRUPTED
 
 
 @dataclasses.dataclass

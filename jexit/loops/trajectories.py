@@ -13,7 +13,6 @@ from jexit.data.teacher_store import TeacherStore, Trajectory
 from jexit.dist import HostRows, barrier, from_primary, host_rows, is_primary
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
-from jexit.loops.setup import engine_size
 from jexit.loops.stage import Stage
 from jexit.model.attention import choose_attention
 from jexit.rollout import rollout
@@ -150,7 +149,7 @@ def _generated(
         adapters=False,
         samples_per_prompt=sft.completions,
         total=here.total,
-        size=engine_size(config),
+        size=config.engine,
     )
     return [
         Trajectory(made.prompts[place], made.completion(row))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, Float, HiddenBTD, MaskBT, PRNGKey, SegmentBT
+from jexit.config import LoRA
 from jexit.kernels.dispatch import target
 from jexit.model.heads import over_mesh
 from jexit.model.layers import RMSNorm, apply_rope
-from jexit.model.lora import LoRA, StackedLinear
+from jexit.model.lora import StackedLinear
 from jexit.model.splash import splash_attention
 from jexit.presets import Architecture
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, HiddenBTD, PRNGKey
+from jexit.config import ExitSettings, LoRA
 from jexit.model.attention import Attention, KeysValues
-from jexit.model.exits import Continuation, ExitSettings
+from jexit.model.exits import Continuation
 from jexit.model.layers import MLP, RMSNorm
-from jexit.model.lora import LoRA
 from jexit.presets import Architecture
 
 

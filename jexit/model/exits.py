@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +15,6 @@ from flax import nnx
 from jexit.axes import Array, Float, Int
 from jexit.model.layers import rms_norm
 from jexit.model.lora import StackedLinear
-from jexit.presets import LARGEST_COUNT
 
 
 class ExitParam(nnx.Param):
@@ -27,47 +23,6 @@ class ExitParam(nnx.Param):
 
 class ContinuationParam(ExitParam):
     """A parameter of the linear continuation: float32, with its own learning rate."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExitSettings:
-    """Shape and start of `ExitHeads`, and of the `Continuation` after an exit."""
-
-    kind: Literal["mlp", "linear"] = "mlp"
-    norm: Literal["rms", "none"] = "rms"
-    bias: float = -4.0
-    continuation: Literal["frozen", "linear"] = "frozen"
-    continuation_rank: int = 0  # of a factored continuation; 0: full matrices
-    detached: bool = False  # the gradient of hazards stops at the residuals that heads read
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("mlp", "linear") or self.norm not in ("rms", "none"):
-            raise ValueError(
-                f"exit heads of kind {self.kind!r} with norm {self.norm!r}; kind is mlp or linear, "
-                "norm rms or none"
-            )
-        if not isinstance(self.bias, int | float) or not math.isfinite(self.bias):
-            raise ValueError(f"the exit heads' bias is {self.bias!r}; it is a finite number")
-        if self.continuation not in ("frozen", "linear"):
-            raise ValueError(f"continuation is {self.continuation!r}; choose frozen or linear")
-        rank = self.continuation_rank
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= LARGEST_COUNT:
-            raise ValueError(
-                f"continuation_rank is {rank!r}; it is a whole number from 0, for full matrices, up"
-            )
-        if rank and self.continuation == "frozen":
-            raise ValueError(
-                f"continuation_rank is {rank} for a frozen continuation, which has no matrices; "
-                "set continuation=linear or continuation_rank=0"
-            )
-
-    def check_width(self, width: int) -> None:
-        """Raises ValueError for a continuation that has no lower rank than the model's width."""
-        if self.continuation_rank >= width:
-            raise ValueError(
-                f"continuation_rank is {self.continuation_rank} for a model of width {width}; make "
-                "it smaller than the width, or 0 for full matrices"
-            )
 
 
 class Continuation(nnx.Module):

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Float, HiddenBTD, PositionsBT, PRNGKey
-from jexit.model.lora import LoRA, StackedLinear
+from jexit.config import LoRA
+from jexit.model.lora import StackedLinear
 from jexit.presets import Architecture, Llama3Rope, Yarn
 
 

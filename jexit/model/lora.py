@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -10,39 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jexit.axes import Array, PRNGKey
-from jexit.config import PROJECTIONS
-from jexit.presets import LARGEST_COUNT, is_count, is_positive
+from jexit.config import LoRA
 
 
 class LoRAParam(nnx.Param):
     """An adapter's parameter: float32 and trained while the base weights stay."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Adapter settings: y += (alpha / rank) · dropout(x) · A · B on projections `targets`."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o")
-
-    def __post_init__(self) -> None:
-        if not (is_count(self.rank) and is_positive(self.alpha)):
-            raise ValueError(
-                f"LoRA of rank {self.rank!r} and alpha {self.alpha!r}; the rank is a whole number "
-                f"from 1 to {LARGEST_COUNT}, alpha a number above 0"
-            )
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout is {self.dropout!r}; it is a probability below 1")
-        if unknown := [target for target in self.targets if target not in PROJECTIONS]:
-            raise ValueError(
-                f"LoRA targets name {unknown[0]!r}; choose among {', '.join(PROJECTIONS)}"
-            )
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 def merge_adapters(model: nnx.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,14 @@ from jexit.axes import (
     SegmentBT,
     TokensBT,
 )
+from jexit.config import Execution, ExitSettings, LoRA
 from jexit.dist import constrain
 from jexit.kernels import tiles
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
 from jexit.model.embedding import Embedding
-from jexit.model.exits import Continuation, ExitHeads, ExitSettings, maps_to_end
+from jexit.model.exits import Continuation, ExitHeads, maps_to_end
 from jexit.model.layers import RMSNorm, rope_table
-from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Policy
 from jexit.presets import Architecture
 
@@ -43,16 +43,6 @@ REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How the stack is computed; no influence on the result beyond rounding."""
-
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # over whole sequences; see run
-    interpret: bool = False  # splash attention on any platform, very slowly: for tests
-    remat: Literal["none", "block", "dots"] = "none"
-    scan_unroll: int = 1
 
 
 class Head(nnx.Module):
@@ -186,7 +176,6 @@ def run(
         branches=branches,
         padding=padding,
         implementation=execution.attention,
-        interpret=execution.interpret,
     )
 
     block_def, block_state = nnx.split(model.blocks)

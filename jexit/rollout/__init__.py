@@ -1,8 +1,8 @@
 """Generation: prefill, decoding with early exits, sampling."""
 
+from jexit.config import EngineSize
 from jexit.rollout.engine import SplitModel, rollout
 from jexit.rollout.generate import Generation, Piece, generate, stream
-from jexit.rollout.layout import EngineSize
 from jexit.rollout.rollouts import Efficiency, Rollouts, Sequences
 
 __all__ = [

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import PRNGKey
+from jexit.config import EngineSize
 from jexit.dist import (
     fetch_rows,
     gather,
@@ -29,7 +30,7 @@ from jexit.presets import Architecture
 from jexit.rollout import programs
 from jexit.rollout.checks import check_policy, check_prompts, check_written, fitted_policy
 from jexit.rollout.layers import KEPT, Layers, apart, on_cpu
-from jexit.rollout.layout import AUTOMATIC, EngineSize, Layout, columns_bucket
+from jexit.rollout.layout import AUTOMATIC, Layout, columns_bucket
 from jexit.rollout.rollouts import Efficiency, Rollouts
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.state import Progress, Records

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jexit.config import EngineSize
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Decoding, SplitModel
-from jexit.rollout.layout import AUTOMATIC, EngineSize
+from jexit.rollout.layout import AUTOMATIC
 from jexit.rollout.sampling import Sampling
 from jexit.rollout.state import Records
 

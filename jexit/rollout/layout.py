@@ -8,6 +8,7 @@ import operator
 
 import numpy as np
 
+from jexit.config import EngineSize
 from jexit.dist import data_shards
 from jexit.kernels.dispatch import target
 from jexit.model.cache import bucket, cache_bucket, prompt_bucket
@@ -30,40 +31,23 @@ CACHE_SHARE = 0.3  # of it, for a pool's keys and values; the prompts' take up t
 LEAST_COLUMNS = 128  # tokens that a completion's records have room for: four numbers each
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineSize:
-    """Rows of the pool and places in a tick, of each data shard; 0 leaves either to the engine.
-
-    Depths save time when the pool has some three times as many rows as a tick has places: rows that
-    wait at other segments then fill the places of those that have left. But a tick with few places
-    takes as long as one with more (`PLACES`), so few completions are best run all at once. Left to
-    the engine, the rows' keys and values take at most a fixed share of an accelerator's memory
-    (`MEMORY_GIB`); on CPUs, `rows` alone limits them.
-    """
-
-    rows: int = 0
-    places: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rows < 0 or self.places < 0:
-            raise ValueError(
-                f"the engine has {self.rows} rows and {self.places} places; give positive numbers, "
-                "or 0 to leave them to it"
-            )
-
-    def fitted(self, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
-        """(rows, places) for so many completions a shard, of which each takes so much memory."""
-        chip, kind = target()
-        least, most = PLACES[chip]
-        rows = min(self.rows or ROWS_A_PLACE * (self.places or most), jobs)
-        memory = next(gib for part, gib in MEMORY_GIB.items() if part in kind.lower())
-        if chip != "cpu" and row_bytes and not self.rows:
-            rows = max(1, min(rows, int(CACHE_SHARE * memory * 2**30) // row_bytes))
-        places = self.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
-        return rows, min(places, rows)
-
-
 AUTOMATIC = EngineSize()
+
+
+def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
+    """(rows, places) for so many completions a shard, of which each takes so much memory.
+
+    A tick with few places takes as long as one with more (`PLACES`), so few completions are best
+    run all at once. On CPUs, `size.rows` alone limits the pool's memory.
+    """
+    chip, kind = target()
+    least, most = PLACES[chip]
+    rows = min(size.rows or ROWS_A_PLACE * (size.places or most), jobs)
+    memory = next(gib for part, gib in MEMORY_GIB.items() if part in kind.lower())
+    if chip != "cpu" and row_bytes and not size.rows:
+        rows = max(1, min(rows, int(CACHE_SHARE * memory * 2**30) // row_bytes))
+    places = size.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
+    return rows, min(places, rows)
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
@@ -128,7 +112,7 @@ class Layout:
 
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
-        rows, width = size.fitted((most_prompts + beyond) * samples, most * token_bytes)
+        rows, width = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
         written_B = np.zeros_like(length_B) if written_B is None else written_B
         lengths = by_shard(length_B), by_shard(written_B)
         return cls(*lengths, samples, rows, width)

@@ -33,7 +33,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jexit.main import INTERRUPTED
+from jexit.errors import INTERRUPTED
 from jexit.report.study import Study
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner

@@ -43,9 +43,9 @@ def main() -> None:
     import transformers
 
     from jexit import Full, Sample, Threshold, load
-    from jexit.config import TaskConfig
+    from jexit.config import EngineSize, TaskConfig
     from jexit.loops.setup import load_task
-    from jexit.rollout import EngineSize, rollout
+    from jexit.rollout import rollout
 
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)

@@ -62,8 +62,8 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from flax import nnx
 
+    from jexit.config import ExitSettings
     from jexit.io.model_dir import load
-    from jexit.model.exits import ExitSettings
 
     model, tokenizer = load(
         arguments.checkpoint,
@@ -129,7 +129,8 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
     from flax import nnx
 
     from jexit import Full, Prescribed, Threshold
-    from jexit.rollout import EngineSize, rollout
+    from jexit.config import EngineSize
+    from jexit.rollout import rollout
 
     model = nnx.merge(*split)
     arch, layers = model.arch, model.arch.layers
@@ -203,7 +204,8 @@ def against_hugging_face(
     from flax import nnx
 
     from jexit import Full, Prescribed
-    from jexit.rollout import EngineSize, rollout
+    from jexit.config import EngineSize
+    from jexit.rollout import rollout
 
     threads = len(os.sched_getaffinity(0))  # as many as XLA makes
     torch.set_num_threads(threads)

@@ -67,9 +67,10 @@ def compare(arguments: argparse.Namespace) -> bool:
     from flax import nnx
     from plain_loop import plain
 
+    from jexit.config import EngineSize
     from jexit.model.policies import Full, Prescribed
-    from jexit.rollout import EngineSize, layers, rollout
     from jexit.rollout import engine as engine_module
+    from jexit.rollout import layers, rollout
 
     model = random_model(arguments.model)
     arch, split = model.arch, nnx.split(model)

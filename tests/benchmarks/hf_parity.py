@@ -29,8 +29,8 @@ from transformers.utils import logging  # noqa: E402
 
 import jexit  # noqa: E402
 from hf_models import freeze_by_hand  # noqa: E402
+from jexit.config import ExitSettings  # noqa: E402
 from jexit.io.model_dir import load  # noqa: E402
-from jexit.model.exits import ExitSettings  # noqa: E402
 from jexit.tasks.gsm8k import Gsm8k  # noqa: E402
 from tolerances import LOGITS_REAL  # noqa: E402
 

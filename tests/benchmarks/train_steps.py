@@ -65,9 +65,8 @@ def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> d
 
     import jexit
     from jexit import kernels
-    from jexit.config import OptimConfig, RLConfig, SFTConfig
+    from jexit.config import LoRA, OptimConfig, RLConfig, SFTConfig
     from jexit.loops.trainer import peak_memory
-    from jexit.model.lora import LoRA
     from jexit.steps.completions import pad_completions
     from jexit.steps.optim import make_optimizer
     from jexit.steps.rl import Penalties, RLBatch, make_rl_step

@@ -78,10 +78,10 @@ def with_jexit(
 ) -> Callable[[], float]:
     import optax
 
+    from jexit.config import LoRA
     from jexit.io.model_dir import load_source
     from jexit.io.model_source import open_model
     from jexit.loops.packing import Lengths, PackedShapes
-    from jexit.model.lora import LoRA
     from jexit.steps.completions import pack_completions
     from jexit.steps.finetune import make_finetune_step
     from jexit.steps.state import new_state, split_model, step_key

@@ -80,8 +80,9 @@ def write_random(folder: pathlib.Path, arch: object) -> None:
     """A checkpoint as transformers writes it."""
     from flax import nnx
 
-    from jexit.io import huggingface
-    from jexit.io.hf_config import config_of_architecture, write_json
+    from jexit.io.files import write_json
+    from jexit.io.hf_config import config_of_architecture
+    from jexit.io.weights import base_part, write_safetensors
     from jexit.model.transformer import Transformer
 
     state = nnx.to_flat_state(
@@ -90,7 +91,7 @@ def write_random(folder: pathlib.Path, arch: object) -> None:
     params = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
     base = {name: array for name, array in params.items() if not name.startswith("exits.")}
     dtypes = {name: array.dtype for name, array in base.items()}
-    huggingface.write_weights(folder, arch, dtypes, base.items())
+    write_safetensors(folder, base_part(arch), dtypes, base.items())
     write_json(folder / "config.json", config_of_architecture(arch, dtype="float32"))
 
 

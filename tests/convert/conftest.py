@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.config import PROJECTIONS
+from jexit.config import PROJECTIONS, LoRA
 from jexit.io.model_dir import save_model
-from jexit.model.lora import LoRA
 
 EXITS = (1, 3)
 

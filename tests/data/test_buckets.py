@@ -4,7 +4,6 @@ import collections
 import itertools
 
 import numpy as np
-import pytest
 
 from jexit.data.buckets import MULTIPLE, LengthBuckets
 
@@ -17,8 +16,7 @@ def lengths(size, seed=0):
     return prompts, np.exp(4.41 + 0.437 * (0.53 * shared + 0.85 * own)).astype(int) + 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_the_borders_are_the_best_there_are(count):
+def test_the_borders_are_the_best_there_are():
     prompts, completions = lengths(30)
     padded = -(-(prompts + completions) // MULTIPLE) * MULTIPLE
     candidates = np.unique(padded)
@@ -26,29 +24,32 @@ def test_the_borders_are_the_best_there_are(count):
     def cost(borders):
         return sum(min(b for b in borders if b >= length) for length in padded)
 
-    best = min(
-        cost((*chosen, candidates[-1]))
-        for k in range(count)
-        for chosen in itertools.combinations(candidates[:-1], k)
-    )
-    ours = [total for total, _ in LengthBuckets(prompts, completions, count).shapes]
-    assert len(ours) <= count and ours == sorted(set(ours))
-    assert cost(ours) == best
+    for count in (1, 2, 3, 4):
+        best = min(
+            cost((*chosen, candidates[-1]))
+            for k in range(count)
+            for chosen in itertools.combinations(candidates[:-1], k)
+        )
+        ours = [total for total, _ in LengthBuckets(prompts, completions, count).shapes]
+        assert len(ours) <= count and ours == sorted(set(ours))
+        assert cost(ours) == best
+    assert LengthBuckets([5] * 10, [6] * 10).shapes == [(16, 8)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 16])
-def test_an_epoch_takes_every_row_once_but_for_a_remainder(batch_size):
-    prompts, completions = lengths(100)
-    buckets = LengthBuckets(prompts, completions)
-    per_epoch = 100 // batch_size
-    left_out = []
-    for epoch in range(3):
-        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        rows = [buckets.batch(seed=3, step=s, batch_size=batch_size)[0] for s in steps]
-        taken = collections.Counter(np.concatenate(rows).tolist())
-        assert set(taken.values()) == {1} and len(taken) == per_epoch * batch_size
-        left_out.append(set(range(100)) - set(taken))
-    assert batch_size == 1 or left_out[0] != left_out[1]  # not always the same rows
+def test_an_epoch_takes_every_row_once_but_for_a_remainder():
+    buckets = LengthBuckets(*lengths(100))
+    for batch_size in (1, 7, 16):
+        left_out, per_epoch = [], 100 // batch_size
+        for epoch in range(3):
+            steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+            rows = [buckets.batch(seed=3, step=s, batch_size=batch_size)[0] for s in steps]
+            taken = collections.Counter(np.concatenate(rows).tolist())
+            assert set(taken.values()) == {1} and len(taken) == per_epoch * batch_size
+            left_out.append(set(range(100)) - set(taken))
+        assert batch_size == 1 or left_out[0] != left_out[1]  # not always the same rows
+    rows, shape = LengthBuckets([3, 4, 5], [2, 2, 9]).batch(seed=0, step=5, batch_size=8)
+    assert len(rows) == 8 and set(rows.tolist()) == {0, 1, 2}  # a small pool fills the batch
+    assert shape == (16, 16)
 
 
 def test_batches_fit_their_shape_and_hold_little_padding():
@@ -77,14 +78,3 @@ def test_order_depends_on_seed_and_epoch_only():
     assert rows(0, 3) != rows(1, 3)
     assert sorted(row for s in range(8) for row in rows(0, s)) == list(range(64))
     assert [rows(0, s) for s in range(8)] != [rows(0, s) for s in range(8, 16)]
-
-
-def test_a_small_pool_fills_the_batch():
-    buckets = LengthBuckets([3, 4, 5], [2, 2, 9])
-    rows, shape = buckets.batch(seed=0, step=5, batch_size=8)
-    assert len(rows) == 8 and set(rows.tolist()) == {0, 1, 2}
-    assert shape == (16, 16)
-
-
-def test_one_length_is_one_bucket():
-    assert LengthBuckets([5] * 10, [6] * 10).shapes == [(16, 8)]

@@ -73,7 +73,7 @@ def pieces(batch):
 
 
 def test_text_batch_layout():
-    batch = texts(prompt_weight=0.25)
+    batch = texts()
     assert batch.tokens_BT.shape == batch.loss_mask_BT.shape == (16, 80)
     assert batch.tokens_BT.dtype == np.int32 and batch.loss_mask_BT.dtype == np.float32
     found = list(pieces(batch))
@@ -83,7 +83,7 @@ def test_text_batch_layout():
         text = TOKENIZER.decode(ids, keep_special=True)
         assert text.startswith("<|user|>") and text.endswith("<|end|>")
         prompt = ids.tolist().index(2) + 1  # <|assistant|>
-        expected = [0.0] + [0.25] * (prompt - 1) + [1.0] * (len(ids) - prompt)
+        expected = [0.0] * prompt + [1.0] * (len(ids) - prompt)
         np.testing.assert_array_equal(weights, np.array(expected, np.float32))
     is_sum_BT = (batch.task_BT == 0) & (batch.position_BT == 1)
     assert {TOKENIZER.decode([i]) for i in batch.tokens_BT[is_sum_BT]} == {"sum"}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jexit.errors import HOST_LOST
 from jexit.dist import multihost
 
 
@@ -129,7 +130,7 @@ def test_a_wait_that_is_too_long_ends_the_process_and_says_where(left, capsys):
     with multihost.waiting("the test"):
         time.sleep(0.5)
     text = capsys.readouterr().err
-    assert left == [multihost.LOST]
+    assert left == [HOST_LOST]
     assert "stops at the test: nothing came from the other hosts in 0.2 s" in text
     assert text.rstrip().endswith("time.sleep(0.5)")  # where it stood
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jexit.dist import constrain, make_mesh, place_parameter, place_rows, use_mesh
 from jexit.dist.rules import PARAMETERS, parameter_axes, spec
-from jexit.model.lora import LoRA
+from jexit.config import LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS
 

@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 
-from jexit.config import TINY_CALIBRATED_PATH
+from jexit.config import TINY_CALIBRATED_PATH, EngineSize
 from jexit.data.loader import encode_problems
 from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.decoder import Decoder
 from jexit.io.model_dir import load
-from jexit.rollout import EngineSize
 from jexit.steps.state import split_model
 from jexit.tasks import Problem
 

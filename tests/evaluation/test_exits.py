@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from saved_models import make_model
 
+from jexit.config import ExitSettings
 from jexit.evaluation import exits
 from jexit.evaluation.replay import Recorded
-from jexit.model.exits import ExitSettings
 from jexit.model.policies import Prescribed
 from jexit.model.transformer import logits_of, run
 from jexit.steps.state import split_model

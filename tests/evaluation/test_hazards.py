@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jexit.config import EngineSize, ExitSettings, LoRA
 from jexit.dist import make_mesh
 from jexit.evaluation.hazards import hazard_calibration, hazards_of, reliability
 from jexit.evaluation.replay import Recorded
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import Transformer, exit_hidden_states, logits_of, run
-from jexit.rollout import EngineSize, rollout
+from jexit.rollout import rollout
 from jexit.steps.state import split_model
 from small_runs import small_model
 from tolerances import LOGPROBS

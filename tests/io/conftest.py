@@ -54,17 +54,17 @@ def full_disk(monkeypatch):
     return fill
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer():
     return Tokenizer.load(TOKENIZER)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tokenizer):
     return make_model(tokenizer.vocab_size)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved_once(tmp_path_factory, model, tokenizer):
     """`base` (weights only), `whole` (everything) and `refers` (to `base`)."""
     root = tmp_path_factory.mktemp("models")

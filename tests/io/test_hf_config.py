@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
+import itertools
 import json
+import math
 
 import pytest
 import transformers
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
+from jexit.errors import MissingFile, UserError
+from jexit.io.files import write_json
 from jexit.io.hf_config import (
     architecture_of_config,
     config_of_architecture,
     read_architecture,
-    write_json,
 )
 from jexit.presets import PRESETS, Llama3Rope, Yarn
 
@@ -112,190 +115,133 @@ def test_published_configs_are_the_presets():
     assert read(QWEN2) == PRESETS["qwen2.5-0.5b"].architecture
     assert read(QWEN3) == PRESETS["qwen3-4b"].architecture
     assert read(LLAMA) == PRESETS["llama-3.2-1b"].architecture
+    # How the training was laid out over devices; the same sums.
+    assert read(LLAMA, pretraining_tp=2) == read(LLAMA)
+    # max_window_layers counts the layers below that attend to everything.
+    assert read(QWEN2, use_sliding_window=True, max_window_layers=24) == read(QWEN2)
+    read(QWEN3, use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 36)
 
 
-@pytest.mark.parametrize("theta", [1e4, 1e6, 5e6])
-def test_constants_come_from_the_file(theta):
-    for spelling in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta}}):
-        arch = read(QWEN3, **{"rope_theta": "gone", **spelling}, rms_norm_eps=1e-5)
-        assert (arch.rope_theta, arch.rms_norm_eps) == (theta, 1e-5)
+def test_constants_come_from_the_file():
+    for theta in (1e4, 1e6, 5e6):
+        for spelling in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta}}):
+            arch = read(QWEN3, **{"rope_theta": "gone", **spelling}, rms_norm_eps=1e-5)
+            assert (arch.rope_theta, arch.rms_norm_eps) == (theta, 1e-5)
     assert read(QWEN3, head_dim=64).head_dim == 64
     assert read(QWEN3, tie_word_embeddings=False).tied is False
 
 
 def test_absent_keys_mean_what_transformers_takes_them_to_mean():
-    fields = ("head_dim", "num_key_value_heads", "tie_word_embeddings")
+    fields = ("head_dim", "tie_word_embeddings")
     for config, hf in (
         (QWEN2, transformers.Qwen2Config),
         (QWEN3, Qwen3Config),
         (LLAMA, transformers.LlamaConfig),
     ):
-        less = {key: value for key, value in config.items() if key not in fields[::2]}
+        less = {key: value for key, value in config.items() if key not in fields}
         arch, theirs = architecture_of_config(less), hf(**copy.deepcopy(less))
         heads = theirs.num_attention_heads
         assert arch.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
         assert arch.tied == theirs.tie_word_embeddings
     assert read(QWEN2, num_key_value_heads="gone").kv_heads == QWEN2["num_attention_heads"]
     assert read(LLAMA, head_dim=None, num_attention_heads=16).head_dim == 128
-    # How the training was laid out over devices; the same sums.
-    assert read(LLAMA, pretraining_tp=2) == read(LLAMA)
 
 
-@pytest.mark.parametrize("kind", SCALINGS)
-def test_rope_scaling_in_every_spelling(kind):
-    given, expected = SCALINGS[kind]
-    five = {"rope_theta": "gone", "rope_parameters": {**given, "rope_theta": 1e6}}
-    four = {"rope_scaling": given}
-    three = {"rope_scaling": {**{k: v for k, v in given.items() if k != "rope_type"}, "type": kind}}
-    for spelling in (five, four, three):
-        arch = read(QWEN3, **spelling)
-        assert arch.rope_scaling == expected and arch.rope_theta == 1e6
-    # Where the file leaves the original context out, transformers takes all positions for it.
-    less = {k: v for k, v in given.items() if k != "original_max_position_embeddings"}
-    assert read(QWEN3, rope_scaling=less).rope_scaling.original_max_positions == 40960
-
-
-def test_yarns_own_settings():
+def test_rope_scaling_in_every_spelling():
+    for kind, (given, expected) in SCALINGS.items():
+        less = {k: v for k, v in given.items() if k != "rope_type"}
+        five = {"rope_theta": "gone", "rope_parameters": {**given, "rope_theta": 1e6}}
+        four, three = ({"rope_scaling": given}, {"rope_scaling": {**less, "type": kind}})
+        for spelling in (five, four, three):
+            arch = read(QWEN3, **spelling)
+            assert arch.rope_scaling == expected and arch.rope_theta == 1e6
+        # Where the file leaves the original context out, transformers takes all positions for it.
+        less = {k: v for k, v in given.items() if k != "original_max_position_embeddings"}
+        assert read(QWEN3, rope_scaling=less).rope_scaling.original_max_positions == 40960
     fine = {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "truncate": False}
-    assert read(QWEN3, rope_scaling={**YARN, **fine}).rope_scaling == Yarn(
-        factor=4.0,
-        original_max_positions=32768,
-        beta_fast=16.0,
-        beta_slow=2.0,
-        attention_factor=1.5,
-        truncate=False,
-    )
+    expected = Yarn(factor=4.0, original_max_positions=32768, **fine)
+    assert read(QWEN3, rope_scaling={**YARN, **fine}).rope_scaling == expected
     assert read(QWEN3, rope_scaling={"rope_type": "default"}).rope_scaling is None
 
 
-@pytest.mark.parametrize(
-    ("config", "changes", "words"),
-    [
-        (
-            QWEN2,
-            {"model_type": "mistral"},
-            "describes a 'mistral' model; jexit reads model_type qwen2, qwen3 and llama .*: use",
-        ),
+WINDOW = {
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+    "layer_types": ["full_attention"] * 35 + ["sliding_attention"],
+}
+
+
+def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
+    for config, changes, words in (
+        (QWEN2, {"model_type": "mistral"}, "describes a 'mistral' model; jexit reads model_type"),
         (QWEN2, {"model_type": "gone"}, "describes a None model"),
         (QWEN3, {"model_type": "qwen3_moe", "num_experts": 128}, "describes a 'qwen3_moe' model"),
-        (QWEN2, {"model_type": "qwen2_moe"}, "describes a 'qwen2_moe' model"),
         (QWEN2, {"model_type": "qwen2_vl"}, "describes a 'qwen2_vl' model"),
         (QWEN2, {"use_sliding_window": True}, "sliding window of 32768; jexit computes full"),
-        (
-            QWEN3,
-            {
-                "use_sliding_window": True,
-                "sliding_window": 4096,
-                "layer_types": ["full_attention"] * 35 + ["sliding_attention"],
-            },
-            "sliding window of 4096",
-        ),
+        (QWEN3, WINDOW, "sliding window of 4096"),
         (QWEN3, {"rope_scaling": {"type": "linear", "factor": 2}}, "scales rope by 'linear'"),
-        (QWEN3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope by 'dynamic'"),
-        (
-            QWEN3,
-            {"rope_scaling": {"rope_type": "longrope"}},
-            "rope by 'longrope'; jexit knows default, llama3 and yarn: use a checkpoint with one",
-        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope by 'dynamic'"),
+        (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "jexit knows default, llama3 and ya"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "has no low_freq_factor"),
-        (QWEN3, {"rope_scaling": {**LLAMA3, "factor": 0}}, "sets factor to 0, which must be a"),
+        (QWEN3, {"rope_scaling": {**LLAMA3, "factor": 0}}, "factor in config.json is 0.0; it must"),
         (
             QWEN3,
             {"rope_scaling": {**LLAMA3, "high_freq_factor": 1}},
             "high_freq_factor is 1 and must be above low_freq_factor, which is 1; correct",
         ),
-        (
-            QWEN3,
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
-            "rope parameters by layer type",
-        ),
+        (QWEN3, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "by layer type"),
         (QWEN3, {"partial_rotary_factor": 0.5}, "rotates a part of each head"),
         (QWEN3, {"rope_theta": "gone"}, "has no rope_theta; copy"),
-        (QWEN3, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
-        (QWEN3, {"num_hidden_layers": "gone"}, "has no num_hidden_layers"),
-        (QWEN3, {"vocab_size": None}, "has no vocab_size"),
-        (
-            LLAMA,
-            {"hidden_act": "gelu"},
-            "hidden_act to 'gelu'; jexit computes silu only: use a checkpoint with hidden_act silu",
-        ),
-        (QWEN3, {"attention_bias": True}, "attention_bias to True; jexit computes qwen3 without"),
-        (
-            LLAMA,
-            {"attention_bias": True},
-            "attention_bias to True; jexit computes llama without these biases: use a checkpoint "
-            "with attention_bias false",
-        ),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias to True; .* use a checkpoint with mlp_bias false"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2}}, "scales rope by 'linear'"),
-        (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope by 'dynamic'"),
-        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "rope by 'longrope'"),
-        (LLAMA, {"rope_theta": "gone"}, "has no rope_theta; copy"),
         (LLAMA, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
+        (QWEN3, {"vocab_size": None}, "has no vocab_size"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act to 'gelu'; jexit computes silu only: use a"),
+        (QWEN3, {"attention_bias": True}, "attention_bias to True; jexit computes qwen3 without"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias to True; jexit computes llama without these biases"),
         (QWEN3, {"quantization_config": {"bits": 4}}, "quantised weights; use the checkpoint in"),
         (QWEN3, {"num_key_value_heads": 5}, "32 query heads do not divide among 5"),
         (QWEN3, {"head_dim": 65}, "head_dim must be even"),
-    ],
-)
-def test_what_jexit_does_not_compute_is_refused_in_one_sentence(config, changes, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        read(config, **changes)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_window_that_no_layer_uses_is_no_window():
-    # max_window_layers counts the layers below that attend to everything.
-    arch = read(QWEN2, use_sliding_window=True, max_window_layers=24)
-    assert arch == PRESETS["qwen2.5-0.5b"].architecture
-    read(QWEN3, use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 36)
+        *[(QWEN3, {"hidden_size": value}, "hidden_size") for value in ("x", -4, 0, 2.5, [1], True)],
+        *[(QWEN3, {"rms_norm_eps": value}, "rms_norm_eps") for value in ("x", -4, 0, {}, math.inf)],
+    ):
+        with pytest.raises(UserError) as caught:
+            read(config, **changes)
+        assert words in str(caught.value) and "\n" not in str(caught.value), changes
 
 
 def test_the_message_names_the_file(tmp_path):
-    write_json(tmp_path / "config.json", {**QWEN2, "model_type": "mistral"})
-    with pytest.raises(ValueError, match=f"{tmp_path}/config.json describes"):
-        read_architecture(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; give the directory of a"):
+    with pytest.raises(MissingFile, match=r"holds no config\.json; give the directory of a"):
         read_architecture(tmp_path / "none")
+    mistral = json.dumps({**QWEN2, "model_type": "mistral"})
+    for text, words in (
+        (mistral, "describes"), ('{"model_type"', "is not valid JSON"), ("[1]", "holds a JSON list")
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"{tmp_path}/config.json {words}"):
+            read_architecture(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [('{"model_type"', "is not valid JSON"), ("[1]", "a JSON list, not an")]
-)
-def test_damaged_json_names_the_file(tmp_path, text, words):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"config\.json .*{words}.*copy it again"):
-        read_architecture(tmp_path)
-    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ValueError, match="is not valid JSON"):
-        read_architecture(tmp_path)
+def test_every_architecture_survives_the_way_out_and_back():
+    detailed = Yarn(factor=4.0, original_max_positions=8192, attention_factor=1.25)
+    for preset in PRESETS.values():
+        for scaling in (None, detailed, SCALINGS["llama3"][1]):
+            arch = dataclasses.replace(preset.architecture, rope_scaling=scaling)
+            config = config_of_architecture(arch, dtype="bfloat16", eos_ids=(7, 3), pad_id=1)
+            assert architecture_of_config(json.loads(json.dumps(config))) == arch
+            assert config["eos_token_id"] == [3, 7]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        Yarn(factor=4.0, original_max_positions=8192, attention_factor=1.25),
-        SCALINGS["llama3"][1],
-    ],
-)
-def test_every_architecture_survives_the_way_out_and_back(preset, scaling):
-    arch = dataclasses.replace(PRESETS[preset].architecture, rope_scaling=scaling)
-    config = config_of_architecture(arch, dtype="bfloat16", eos_ids=(7, 3), pad_id=1)
-    assert architecture_of_config(json.loads(json.dumps(config))) == arch
-    assert config["eos_token_id"] == [3, 7]
-
-
-@pytest.mark.parametrize("kind", SCALINGS)
-@pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "qwen3-4b", "smollm2-135m"])
-def test_transformers_reads_what_is_written(preset, kind, tmp_path):
-    given, scaling = SCALINGS[kind]
-    arch = dataclasses.replace(PRESETS[preset].architecture, rope_scaling=scaling)
-    write_json(tmp_path / "config.json", config_of_architecture(arch, dtype="bfloat16"))
-    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert theirs.architectures == [f"{arch.family.title()}ForCausalLM"]
-    assert theirs.rope_parameters.items() >= {**given, "rope_theta": arch.rope_theta}.items()
-    assert set(getattr(theirs, "layer_types", ["full_attention"])) == {"full_attention"}
-    # And what transformers saves in its own spelling comes back as well.
-    theirs.save_pretrained(tmp_path)
-    assert read_architecture(tmp_path) == arch
+def test_transformers_reads_what_is_written(tmp_path):
+    for preset, (kind, (given, scaling)) in itertools.product(
+        ("qwen2.5-0.5b", "qwen3-4b", "smollm2-135m"), SCALINGS.items()
+    ):
+        arch = dataclasses.replace(PRESETS[preset].architecture, rope_scaling=scaling)
+        directory = tmp_path / f"{preset}-{kind}"
+        directory.mkdir()
+        write_json(directory / "config.json", config_of_architecture(arch, dtype="bfloat16"))
+        theirs = transformers.AutoConfig.from_pretrained(directory)
+        assert theirs.architectures == [f"{arch.family.title()}ForCausalLM"]
+        assert theirs.rope_parameters.items() >= {**given, "rope_theta": arch.rope_theta}.items()
+        assert set(getattr(theirs, "layer_types", ["full_attention"])) == {"full_attention"}
+        # And what transformers saves in its own spelling comes back as well.
+        theirs.save_pretrained(directory)
+        assert read_architecture(directory) == arch

@@ -1,4 +1,4 @@
-"""Model directories: what is saved is what is loaded, under settings that agree."""
+"""Model directories: found where they are, and what is saved is what is loaded."""
 
 import json
 import resource
@@ -19,79 +19,108 @@ from saved_models import (
 )
 
 import jexit
+from jexit.config import ExitSettings, LoRA
 from jexit.data.tokenizer import Tokenizer
+from jexit.errors import MissingFile, UserError
 from jexit.io.array_store import ArrayStore
 from jexit.io.model_dir import load, save_model
-from jexit.io.model_source import open_model
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
+from jexit.io.model_source import find_model, open_model
 
 
 def tree(directory):
-    return {
-        p.relative_to(directory).as_posix(): p.read_bytes()
-        for p in directory.rglob("*")
-        if p.is_file()
-    }
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_whole_model_comes_back(saved_once, model, tokenizer):
-    found, found_tokenizer = load(saved_once / "whole")
-    assert same_model(found, model)
-    assert found_tokenizer.eos_ids == tokenizer.eos_ids
-    assert found_tokenizer.vocab_size == tokenizer.vocab_size
-    assert found_tokenizer.encode("sum 3729518") == tokenizer.encode("sum 3729518")
+def description(directory):
+    return json.loads((directory / "jexit.json").read_text())
 
 
-def test_a_model_that_refers_to_its_base_comes_back_and_stores_no_weights(saved_once, model):
-    assert same_model(load(saved_once / "refers")[0], model)
-    assert not (saved_once / "refers" / "base").exists()
+def test_models_come_back_bit_for_bit(saved_once, model, tokenizer, tmp_path):
+    whole, found = load(saved_once / "whole")
+    assert same_model(whole, model)
+    assert found.eos_ids == tokenizer.eos_ids and found.vocab_size == tokenizer.vocab_size
+    assert found.encode("sum 3729518") == tokenizer.encode("sum 3729518")
+    # One that refers to its base stores no weights, and computes the same.
+    refers = jexit.load(saved_once / "refers")[0]
+    assert same_model(refers, model) and not (saved_once / "refers" / "base").exists()
     assert open_model(saved_once / "refers").source == "org/small"
-
-
-def test_it_computes_what_the_saved_model_computes(saved_once, model):
-    tokens_BT = jnp.asarray([[5, 9, 2, 7]])
-    wanted = jexit.forward(model, tokens_BT, policy=jexit.Full())
-    found = jexit.forward(jexit.load(saved_once / "refers")[0], tokens_BT, policy=jexit.Full())
-    assert np.array_equal(found.logits_BTV, wanted.logits_BTV)
-    assert np.array_equal(found.hazard_logits_BTE, wanted.hazard_logits_BTE)
-
-
-@pytest.mark.parametrize(
-    ("kind", "norm", "tied"), [("linear", "none", False), ("mlp", "none", True)]
-)
-def test_every_kind_of_head_comes_back_without_adapters(tmp_path, tokenizer, kind, norm, tied):
-    head = ExitSettings(kind=kind, norm=norm)
-    wanted = make_model(tokenizer.vocab_size, exits=(2,), head=head, lora=None, tied=tied)
-    save_model(tmp_path / "m", wanted, tokenizer)
-    assert same_model(load(tmp_path / "m")[0], wanted)
-
-
-def test_every_end_token_comes_back(tmp_path, model):
+    ours, theirs = (jexit.forward(each, jnp.asarray([[5, 9, 2, 7]])) for each in (refers, model))
+    assert np.array_equal(ours.logits_BTV, theirs.logits_BTV)
+    assert np.array_equal(ours.hazard_logits_BTE, theirs.hazard_logits_BTE)
+    # Other heads, untied, without adapters, with one more end token.
+    head = ExitSettings(kind="linear", norm="none")
+    wanted = make_model(tokenizer.vocab_size, exits=(2,), head=head, lora=None, tied=False)
     two_ends = Tokenizer.load(TOKENIZER)
     two_ends.eos_ids |= {7}
-    save_model(tmp_path / "m", model, two_ends)
-    assert load(tmp_path / "m")[1].eos_ids == two_ends.eos_ids
+    save_model(tmp_path / "m", wanted, two_ends)
+    again, found = load(tmp_path / "m")
+    assert same_model(again, wanted) and found.eos_ids == two_ends.eos_ids
     # Other programs read them from the file that Hugging Face gives them.
     assert Tokenizer.load(tmp_path / "m").eos_ids == two_ends.eos_ids
 
 
-def test_training_on_from_adapters_refers_to_the_root(models, model, tokenizer):
+def test_a_base_is_referred_to_by_its_root(models, model, tokenizer, tmp_path, monkeypatch):
     save_model(models / "further", model, tokenizer, base=models / "refers")
-    values = json.loads((models / "further" / "jexit.json").read_text())
-    assert values["base"] == str(models / "base")
+    assert description(models / "further")["base"] == str(models / "base")
     assert same_model(load(models / "further")[0], model)
-
-
-def test_a_shipped_base_is_named_so_that_any_installation_finds_it(
-    models, model, tokenizer, tmp_path, monkeypatch
-):
+    # A shipped one by its name, so that any installation finds it.
     package = tmp_path / "site-packages" / "jexit"
     shutil.copytree(models / "base", package / "assets" / "small")
     monkeypatch.setattr(jexit, "__file__", str(package / "__init__.py"))
     save_model(tmp_path / "run", model, tokenizer, base="jexit/assets/small")
-    assert json.loads((tmp_path / "run" / "jexit.json").read_text())["base"] == "jexit/assets/small"
+    assert description(tmp_path / "run")["base"] == "jexit/assets/small"
     assert same_model(load(tmp_path / "run")[0], model)
+    # An adapter without a tokenizer uses its base's.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (models / "refers" / name).unlink()
+    assert load(models / "refers")[1].encode("sum 12") == tokenizer.encode("sum 12")
+
+
+def test_a_model_is_found_in_a_run_and_in_the_hubs_cache(models, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    shutil.copytree(models / "whole", tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.json").write_text("{}")  # the run's, not Hugging Face's
+    assert find_model(tmp_path / "run") == tmp_path / "run" / "model"
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    open_model(tmp_path / "link")
+    # The hub's cache is made of links, as are copies of older `--local-dir`.
+    cache = tmp_path / "hub" / "models--org--tiny"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    for folder in (snapshot, blobs, cache / "refs", tmp_path / "copy"):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    for number, file in enumerate(sorted(TOKENIZER.iterdir())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+        (tmp_path / "copy" / file.name).symlink_to(blobs / f"{number:040x}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    assert find_model("org/tiny") == snapshot
+    for path in ("org/tiny", snapshot, tmp_path / "copy"):
+        assert open_model(path).tokenizer().vocab_size == 512
+
+
+def test_what_is_no_model_is_one_sentence_with_what_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="file is a file; give the directory of a model"):
+        open_model("file")
+    for path, words in (
+        ("empty", r"empty holds no model \(none of jexit\.json"),
+        ("begun", "begun is a run that has not finished"),
+        ("", "no model directory at"),
+        ("runs/a/b", "no model directory at"),
+        ("/nowhere", "no model directory at"),
+        ("org/none", "no directory org/none, .*fetch a hub model first"),
+        ("runs/sft-qwen2.5-0.5b", r"make it with .*--config=configs/sft\.py:qwen2\.5-0\.5b$"),
+        ("runs/rl-tiny/model", r"make it with python -m jexit\.main --config=configs/rl\.py:tiny$"),
+        ("models/qwen3-4b", r"convert\.from_hf --source=Qwen/Qwen3-4B --target=models/qwen3-4b$"),
+    ):
+        with pytest.raises(MissingFile, match=words):
+            jexit.load(path)
 
 
 # Writing
@@ -99,91 +128,84 @@ def test_a_shipped_base_is_named_so_that_any_installation_finds_it(
 
 def test_a_directory_is_replaced_only_when_asked(models, model, tokenizer):
     before = tree(models / "whole")
-    with pytest.raises(ValueError, match="exists and is not empty; give another target"):
+    with pytest.raises(UserError, match="exists and is not empty; give another target"):
         save_model(models / "whole", model, tokenizer)
     assert tree(models / "whole") == before
     other = make_model(tokenizer.vocab_size, exits=(1,), lora=None)
     save_model(models / "whole", other, tokenizer, overwrite=True)
     assert same_model(load(models / "whole")[0], other)
-
-
-def test_replacing_the_base_itself_keeps_the_weights(models, model, tokenizer):
+    # Replacing the base itself keeps the weights.
     save_model(models / "base", model, tokenizer, base=models / "base", overwrite=True)
     assert same_model(load(models / "base")[0], model)
-    assert json.loads((models / "base" / "jexit.json").read_text())["source"] == "org/small"
+    assert description(models / "base")["source"] == "org/small"
+    deeper = make_model(tokenizer.vocab_size, layers=4)
+    with pytest.raises(UserError, match="base is not the base of the model to save"):
+        save_model(models / "new", deeper, tokenizer, base=models / "base")
+    assert not (models / "new").exists()
 
 
-@pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("fails", ["interrupt", "disk"])
-def test_a_failed_write_leaves_the_old_directory_or_none(
-    models, model, tokenizer, monkeypatch, replaces, fails
-):
-    target = models / ("whole" if replaces else "new")
-    before = tree(models)
+@pytest.mark.parametrize("fails", ["interrupt", "disk", "not finite"])
+def test_a_failed_write_leaves_the_old_directory_or_none(models, tokenizer, monkeypatch, fails):
+    model, before, write, calls = make_model(tokenizer.vocab_size), tree(models), [], []
+    write = ArrayStore.write
+
+    def interrupted(self, name, array):
+        calls.append(name)
+        if len(calls) % 5 == 4:
+            raise KeyboardInterrupt
+        write(self, name, array)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    error, words = UserError, r"cannot be written to .*; free some space"
     if fails == "interrupt":
-        write, calls = ArrayStore.write, []
-
-        def interrupted(self, name, array):
-            calls.append(name)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            write(self, name, array)
-
         monkeypatch.setattr(ArrayStore, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            save_model(target, model, tokenizer, overwrite=replaces)
-    else:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        error, words = KeyboardInterrupt, ""
+    elif fails == "disk":
         # No file may pass this size: writes fail inside the storage library, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
-        try:
-            with pytest.raises(ValueError, match=r"cannot be written to .*; free some space"):
-                save_model(target, model, tokenizer, overwrite=replaces)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    else:
+        model.exits.b2[...] = jnp.full_like(model.exits.b2[...], jnp.nan)
+        words = r"the parameter exits\.b2 holds NaN or infinity, so it is not written"
+    try:
+        for target in ("whole", "new"):
+            with pytest.raises(error, match=words):
+                save_model(models / target, model, tokenizer, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tree(models) == before
-
-
-def test_a_base_of_another_shape_is_refused_before_anything_is_written(models, tokenizer):
-    other = make_model(tokenizer.vocab_size, layers=4)
-    with pytest.raises(ValueError, match=r"base is not the base of the model to save"):
-        save_model(models / "new", other, tokenizer, base=models / "base")
-    assert not (models / "new").exists()
 
 
 # Loading
 
 
 def test_dtypes_are_the_ones_asked_for(models, model, tokenizer):
-    for dtype, expected in (("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
-        found = parameters(load(models / "refers", dtype=dtype)[0])
-        for path, array in found.items():
-            assert array.dtype.name == ("float32" if is_trainable(path) else expected), path
-    half = load(models / "refers", dtype="bfloat16")[0]
+    for dtype, expected in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        placed = {}
+
+        def place(path, array, placed=placed):
+            assert isinstance(array, np.ndarray) and path not in placed
+            placed[path] = array.dtype.name
+            return jnp.asarray(array)
+
+        half = load(models / "refers", dtype=dtype, place=place)[0]
+        assert placed == {path: array.dtype.name for path, array in parameters(half).items()}
+        for path, kind in placed.items():
+            assert kind == ("float32" if is_trainable(path) else expected), path
     save_model(models / "half", half, tokenizer)
-    assert json.loads((models / "half" / "jexit.json").read_text())["dtype"] == "bfloat16"
+    assert description(models / "half")["dtype"] == "bfloat16"
     stored, wanted = parameters(load(models / "half")[0]), parameters(model)
     for path, array in stored.items():
         kept = wanted[path] if is_trainable(path) else np.float32(jnp.bfloat16(wanted[path]))
         assert array.dtype == np.float32 and np.array_equal(array, kept), path
-
-
-@pytest.mark.parametrize("dtype", ["float16", "int8", "single precision"])
-def test_another_dtype_is_refused(saved_once, dtype):
-    with pytest.raises(ValueError, match=f"dtype is '{dtype}'; choose auto, float32 or bfloat16"):
-        load(saved_once / "whole", dtype=dtype)
-
-
-def test_place_gets_every_parameter_once_in_its_final_dtype(saved_once, model):
-    placed = {}
-
-    def place(path, array):
-        assert isinstance(array, np.ndarray) and path not in placed
-        placed[path] = array.dtype.name
-        return jnp.asarray(array)
-
-    found = load(saved_once / "refers", dtype="bfloat16", place=place)[0]
-    assert placed == {path: array.dtype.name for path, array in parameters(found).items()}
+    with pytest.raises(UserError, match="dtype is 'float16'; choose auto, float32 or bfloat16"):
+        load(models / "whole", dtype="float16")
+    scale = model.final_norm.scale
+    kept, scale[...] = scale[...], jnp.full_like(scale[...], 3.4e38)
+    save_model(models / "large", model, tokenizer)
+    scale[...] = kept
+    words = r"final_norm\.scale of .*large is too large for bfloat16; load it in a wider dtype"
+    with pytest.raises(UserError, match=words):
+        load(models / "large", dtype="bfloat16")
 
 
 def test_a_base_gets_fresh_exits_and_adapters(saved_once):
@@ -193,46 +215,29 @@ def test_a_base_gets_fresh_exits_and_adapters(saved_once):
     assert np.all(values["exits.b2"] == HEAD.bias) and values["exits.w1"].std() > 0.1
     assert all(not v.any() for k, v in values.items() if k.endswith("lora_b"))
     assert all(v.std() > 0.1 for k, v in values.items() if k.endswith("lora_a"))
-
-
-def test_fresh_exits_follow_the_seed(saved_once):
     first, again, other = (load(saved_once / "base", seed=seed)[0] for seed in (0, 0, 1))
     assert first.exit_layers == (1,)  # half way up a model too shallow for every 5th layer
-    assert first.lora is None
-    assert same_model(first, again)
+    assert first.lora is None and same_model(first, again)
     assert not np.array_equal(parameters(first)["exits.w1"], parameters(other)["exits.w1"])
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"exit_layers": (1,)}, r"has exit heads at \(1, 2\), not at \(1,\); leave exits\.layers"),
-        (
-            {"exit_head": ExitSettings(kind="linear")},
-            "exit heads of kind mlp with norm rms, not linear with rms; set exit_head",
-        ),
-        (
-            {"lora": LoRA(rank=4, alpha=6.0, targets=("q", "down"))},
-            r"adapters of rank 2 and alpha 6 on q, down, not rank 4 and alpha 6",
-        ),
-        ({"lora": LoRA(rank=2, alpha=6.0, targets=("q",))}, "on q, down, not .* on q; set lora"),
-        ({"exit_layers": (2, 1)}, "distinct layer numbers from 1 upwards"),
-        ({"exit_layers": (0, 1)}, "distinct layer numbers from 1 upwards"),
-    ],
-)
-def test_settings_that_contradict_the_directory_are_refused(saved_once, options, words):
-    with pytest.raises(ValueError, match=words):
-        load(saved_once / "refers", **options)
-
-
-def test_settings_that_agree_are_not_refused(saved_once):
+def test_settings_agree_with_the_directory_or_are_refused(saved_once):
     lora = LoRA(rank=2, alpha=6.0, dropout=0.0, targets=("down", "q"))
     options = {"exit_layers": (1, 2), "exit_head": HEAD, "lora": lora}
     found = load(saved_once / "refers", **options)[0]
     assert found.lora.dropout == 0.0 and found.lora.targets == ADAPTER.targets
-
-
-@pytest.mark.parametrize("exits", [(3,), (1, 7)])
-def test_an_exit_beyond_the_last_layer_is_refused(saved_once, exits):
-    with pytest.raises(ValueError, match=rf"exit {exits[-1]} is not below the model's 3 layers"):
-        load(saved_once / "base", exit_layers=exits)
+    for options, words in (
+        ({"exit_layers": (1,)}, r"has exit heads at \(1, 2\), not at \(1,\); leave exits\.layers"),
+        ({"exit_head": ExitSettings(kind="linear")}, "kind mlp with norm rms, not linear with rms"),
+        (
+            {"lora": LoRA(rank=4, alpha=6.0, targets=("q", "down"))},
+            "adapters of rank 2 and alpha 6 on q, down, not rank 4 and alpha 6",
+        ),
+        ({"lora": LoRA(rank=2, alpha=6.0, targets=("q",))}, "on q, down, not .* on q; set lora"),
+        ({"exit_layers": (2, 1)}, "distinct layer numbers from 1 upwards"),
+        ({"exit_layers": (0, 1)}, "distinct layer numbers from 1 upwards"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(saved_once / "refers", **options)
+    with pytest.raises(UserError, match="exit 7 is not below the model's 3 layers"):
+        load(saved_once / "base", exit_layers=(1, 7))

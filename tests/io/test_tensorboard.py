@@ -6,6 +6,7 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from jexit.errors import UserError
 from jexit.io.metrics import MetricsWriter
 from jexit.io.tensorboard import EventFile
 
@@ -38,50 +39,30 @@ def scalars(events):
     ]
 
 
-def test_the_crc_is_the_castagnoli_one():
-    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720, section B.4 and every CRC catalogue
-
-
 def test_metrics_reach_tensorboard_at_their_steps(tmp_path):
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720, section B.4 and every CRC catalogue
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 0.5, "share": [0.25, 0.75]})
         # Flushed line by line: a killed run loses nothing.
         assert len(scalars(read_events(tmp_path / "tensorboard"))) == 3
         writer.write(7, {"loss": 0.125})
-    assert scalars(read_events(tmp_path / "tensorboard")) == [
-        (1, "loss", 0.5),
-        (1, "share/0", 0.25),
-        (1, "share/1", 0.75),
-        (7, "loss", 0.125),
-    ]
-
-
-def test_a_resumed_run_hides_the_steps_that_it_repeats(tmp_path):
-    for resume_step in (None, 3):
-        with MetricsWriter(tmp_path, resume_step) as writer:
-            writer.write(4, {"loss": 1.0})
-    starts = [
-        event.step
-        for event in read_events(tmp_path / "tensorboard")
-        if event.HasField("session_log") and event.session_log.status == SessionLog.START
-    ]
+    first = [(1, "loss", 0.5), (1, "share/0", 0.25), (1, "share/1", 0.75), (7, "loss", 0.125)]
+    assert scalars(read_events(tmp_path / "tensorboard")) == first
+    with MetricsWriter(tmp_path, resume_step=3):
+        pass
+    events = [e for e in read_events(tmp_path / "tensorboard") if e.HasField("session_log")]
     # A reader drops what it holds of steps from a START event's on.
-    assert starts == [0, 4]
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
-
-
-def test_tensorboard_can_be_left_out(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    assert [e.step for e in events if e.session_log.status == SessionLog.START] == [0, 4]
+    with MetricsWriter(tmp_path / "other", tensorboard=False) as writer:
         writer.write(1, {"loss": 1.0})
-    assert not (tmp_path / "tensorboard").exists()
+    assert not (tmp_path / "other" / "tensorboard").exists()
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
     with MetricsWriter(tmp_path) as writer:
-
-        def no_space(*_):
-            raise OSError(28, "No space left on device")
-
         monkeypatch.setattr(EventFile, "_write", no_space)
-        with pytest.raises(ValueError, match=r"cannot write .*tensorboard: No space left"):
+        with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space left"):
             writer.write(1, {"loss": 1.0})

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from jexit import main
 from jexit.config import Config
+from jexit.errors import UserError
 from jexit.io.workdir import check_same_run, sole_run, start_run, trained_law
 
 
@@ -27,66 +29,55 @@ def config(**changes):
     return values
 
 
-def test_a_new_directory_is_made_with_the_whole_config(tmp_path):
-    start_run(tmp_path / "runs" / "a", config(rl__rollouts=3))
-    stored = json.loads((tmp_path / "runs" / "a" / "config.json").read_text())
-    assert Config.from_dict(stored) == Config.from_dict(config(rl__rollouts=3))
+def test_a_run_continues_with_the_same_config(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    check_same_run(workdir, config())
+    assert not workdir.exists()
+    start_run(workdir, config())
+    stored = json.loads((workdir / "config.json").read_text())
+    assert Config.from_dict(stored) == Config.from_dict(config())
+    # What does not alter the past may change.
+    start_run(workdir, config(steps=500, checkpoint__every=7, log__samples=2, mesh__fsdp=2))
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 500
 
 
-def test_checking_writes_nothing(tmp_path):
-    check_same_run(tmp_path / "run", config())
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_same_config_continues(tmp_path):
-    start_run(tmp_path, config())
-    start_run(tmp_path, config())
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"rl__depth_coef": 0.9}, r"config\.rl\.depth_coef=0\.5, and this one has 0\.9"),
-        ({"exits__layers": (2, 4)}, r"config\.exits\.layers=\[\], and this one has \[2, 4\]"),
-        ({"command": "sft"}, r"config\.command=rl, and this one has sft"),
-        ({"seed": 1, "batch_size": 4}, r"config\.batch_size=32, and this one has 4"),
-    ],
-)
-def test_another_config_is_refused_by_its_first_difference(tmp_path, changes, words):
+def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
     start_run(tmp_path, config())
     before = (tmp_path / "config.json").read_bytes()
-    for check in (check_same_run, start_run):
-        with pytest.raises(ValueError, match=words) as caught:
-            check(tmp_path, config(**changes))
-        assert str(tmp_path) in str(caught.value)
-        assert "choose another --workdir, or the same settings" in str(caught.value)
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_what_does_not_alter_the_past_may_change(tmp_path):
-    start_run(tmp_path, config())
-    longer = config(steps=500, checkpoint__every=7, log__samples=2, mesh__fsdp=2)
-    start_run(tmp_path, longer)
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 500
-
-
-@pytest.mark.parametrize("text", ['{"seed": 0', "[1, 2]", "", '{"seed": 1e999}', "[" * 100_000])
-def test_a_damaged_config_is_one_sentence(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(
-        ValueError, match=r"config\.json (is not valid JSON|holds a JSON list, not).*; remove"
+    for changes, words in (
+        ({"rl__depth_coef": 0.9}, "config.rl.depth_coef=0.5, and this one has 0.9"),
+        ({"exits__layers": (2, 4)}, "config.exits.layers=[], and this one has [2, 4]"),
+        ({"command": "sft"}, "config.command=rl, and this one has sft"),
+        ({"seed": 1, "batch_size": 4}, "config.batch_size=32, and this one has 4"),
     ):
-        check_same_run(tmp_path, config())
-    assert (tmp_path / "config.json").read_text() == text
-
-
-def test_a_full_disk_leaves_the_config_that_was_there(tmp_path, full_disk):
-    start_run(tmp_path, config())
-    before = (tmp_path / "config.json").read_bytes()
+        for refuse in (check_same_run, start_run):
+            with pytest.raises(UserError, match=re.escape(words)) as caught:
+                refuse(tmp_path, config(**changes))
+            assert str(tmp_path) in str(caught.value)
+            assert "choose another --workdir, or the same settings" in str(caught.value)
     full_disk(100)
-    with pytest.raises(ValueError, match=r"cannot write .*config\.json: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*config\.json: No space left"):
         start_run(tmp_path, config(steps=500))
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_settings_that_came_or_went_since_do_not_end_a_run(tmp_path):
+    """As long as what came is at its default."""
+    stored = config()
+    del stored["rl"]["clip"]
+    stored["pretrain"]["prompt_loss"] = 0.0
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    check_same_run(tmp_path, config())
+    with pytest.raises(UserError, match=r"config\.rl\.clip=0\.2, and this one has 0\.3"):
+        check_same_run(tmp_path, config(rl__clip=0.3))
+
+
+def test_a_damaged_config_is_one_sentence(tmp_path):
+    for text in ('{"seed": 0', "[1, 2]", "", '{"seed": 1e999}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        words = r"config\.json (is not valid JSON|holds a JSON list, not).*; remove"
+        with pytest.raises(UserError, match=words):
+            check_same_run(tmp_path, config())
 
 
 def test_the_law_of_depths_is_that_of_the_run(tmp_path):
@@ -102,39 +93,29 @@ def test_the_law_of_depths_is_that_of_the_run(tmp_path):
     assert trained_law(tmp_path / "on")["rl"]["min_hazard"] == 0.02
     start_run(tmp_path / "pretrain", config(command="pretrain"))
     assert trained_law(tmp_path / "pretrain") == {}
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    assert trained_law(tmp_path) == {}
     (tmp_path / "rl" / "config.json").unlink()
     start_run(tmp_path / "rl", config(model__path=str(tmp_path / "rl"), **changed))
     assert trained_law(tmp_path / "rl") == law  # of a run that says that it came from itself
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"command": "rl", "rl"', r"config\.json is not valid JSON"),
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert trained_law(tmp_path) == {}
+    rl = {"command": "rl", "model": {"path": "x"}}
+    rl = json.dumps(rl | {"rl": {"min_hazard": 2, "hazard_temperature": 1}})
+    for text, words in (
+        ('{"command": "rl", "rl"', "config.json is not valid JSON"),
         ('{"command": "sft", "sft": {"sharpness": "x", "target": "teacher"}}', "has been altered:"),
-        (
-            '{"command": "rl", "rl": {"min_hazard": 2, "hazard_temperature": 1},'
-            ' "model": {"path": "x"}}',
-            r"altered: config\.rl\.min_hazard is 2\.0; it must be at least 0 and at most",
-        ),
-        (
-            '{"command": "rl", "rl": {"min_hazard": 0}, "model": {}}',
-            r"lacks rl\.min_hazard and rl\.hazard_temp",
-        ),
-        ('{"command": "sft"}', r"is of a run of sft and lacks sft\.sharpness and sft\.target"),
-    ],
-)
-def test_a_law_that_cannot_be_read_is_one_sentence(tmp_path, text, words):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=words + r".*give the path of the run's model/"):
-        trained_law(tmp_path)
+        (rl, "altered: config.rl.min_hazard is 2.0; it must be at least 0 and at most"),
+        ('{"command": "rl", "rl": {"min_hazard": 0}, "model": {}}', "lacks rl.min_hazard and rl.h"),
+        ('{"command": "sft"}', "is of a run of sft and lacks sft.sharpness and sft.target"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=rf"{re.escape(words)}.*give the path of the run's mo"):
+            trained_law(tmp_path)
 
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
 import pathlib, sys
+from jexit.errors import UserError
 from jexit.io.workdir import sole_run
 with sole_run(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
@@ -196,7 +177,7 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path):
     assert (tmp_path / "runs").is_dir()  # was there before
 
 
-def test_a_lock_that_has_just_been_taken_away_is_no_lock(tmp_path, monkeypatch):
+def test_a_lock_that_has_just_gone_or_cannot_be_is_told(tmp_path, monkeypatch):
     """Between opening it and locking it the run that held it may end."""
     flock = fcntl.flock
 
@@ -204,30 +185,23 @@ def test_a_lock_that_has_just_been_taken_away_is_no_lock(tmp_path, monkeypatch):
         (tmp_path / "run" / ".lock").unlink()
         flock(file, how)
 
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ValueError, match="run is in use by another process"):
-        sole_run(tmp_path / "run").__enter__()
-
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
     words = r"run/\.lock cannot be locked \(.*No locks available\); choose another --workdir"
-    with pytest.raises(ValueError, match=words):
-        sole_run(tmp_path / "run").__enter__()
-    assert not list(tmp_path.iterdir())
+    for lock, said in ((no_locks, words), (late, "run is in use by another process")):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        with pytest.raises(UserError, match=said):
+            sole_run(tmp_path / "run").__enter__()
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("file", "file is a file; give --workdir the name of"), ("file/run", "lock: Not a directory")],
-)
-def test_a_workdir_that_is_a_file_is_refused(tmp_path, capsys, name, words):
+def test_a_workdir_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
-    given = [f"--config={ROOT}/configs/rl.py", f"--workdir={tmp_path / name}"]
-    assert main.main(["jexit", *given]) == 1
-    said = capsys.readouterr().err
-    assert words in said and said.startswith("jexit: ") and said.count("\n") == 1
+    for name, words in (
+        ("file", "file is a file; give --workdir the name of"), ("file/run", "Not a directory")
+    ):  # fmt: skip
+        given = [f"--config={ROOT}/configs/rl.py", f"--workdir={tmp_path / name}"]
+        assert main.main(["jexit", *given]) == 1
+        said = capsys.readouterr().err
+        assert words in said and said.startswith("jexit: ") and said.count("\n") == 1
     assert (tmp_path / "file").read_text() == "precious"

@@ -1,22 +1,20 @@
 """Reinforcement from a start that is hardly ever correct, and what the defaults make of it."""
 
-import runpy
-
 import numpy as np
 import pytest
 
+from configs.rl import get_config
 from jexit.config import Config
 from jexit.main import dispatch
-from small_runs import ROOT, metrics
+from small_runs import metrics
 
-RL = runpy.run_path(str(ROOT / "configs" / "rl.py"))["get_config"]
 UPDATES = 24
 FULL_DEPTH = 10.0  # tokens of a completion, about, by this trunk at full depth
 
 
 def reinforced(workdir, settings):
     """Lengths and penalties of the shipped trunk's updates; fresh heads that leave at once."""
-    config = RL("tiny")
+    config = get_config("tiny")
     config.model.path = "jexit/assets/tiny"
     config.exits.layers = (1, 2, 3, 4, 6)
     config.exit_head.bias = 0.0
@@ -36,7 +34,7 @@ def reinforced(workdir, settings):
 
 @pytest.mark.slow
 def test_the_defaults_of_real_presets_keep_the_text_of_a_weak_start(tmp_path):
-    real = RL("qwen2.5-0.5b")
+    real = get_config("qwen2.5-0.5b")
     settings = {
         "rl.accuracy_floor": real.rl.accuracy_floor,
         "rl.floor_of": real.rl.floor_of,

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jexit.config import Execution, ExitSettings, LoRA
 from jexit.dist import host_rows
 from jexit.kernels.dispatch import compiling_for
 from jexit.loops import flops
 from jexit.loops.flops import PEAK_FLOPS, ModelFlops, Work, mfu
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
 from jexit.model.policies import Prescribed
-from jexit.model.transformer import Execution, Transformer, logits_of, run
+from jexit.model.transformer import Transformer, logits_of, run
 from jexit.presets import PRESETS, Architecture
 from jexit.rollout import Efficiency, Rollouts
 from jexit.steps.state import split_model

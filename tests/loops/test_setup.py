@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from chat_templates import OPENED, SWITCHED, with_template
-from jexit.config import Config
+from jexit.config import Config, TaskConfig
 from jexit.data.tokenizer import Tokenizer
 from jexit.evaluation.accuracy import held_out
 from jexit.io.model_dir import save_model
 from jexit.loops.rl import judge
 from jexit.loops.setup import load_model, load_task
 from jexit.loops.stage import Stage
-from jexit.sections import TaskConfig
 from jexit.tasks import ExploreToM, Gsm8k, Sums, Tom
 from report_files import policy_figures
 from small_runs import make_config, small_model

@@ -6,10 +6,9 @@ import signal
 import jax.numpy as jnp
 import pytest
 
-from jexit.config import Config
+from jexit.config import CheckpointConfig, Config, LogConfig, OptimConfig
 from jexit.loops import trainer
 from jexit.loops.trainer import Diverged, Interrupted, Trainer, _StopSignals
-from jexit.sections import CheckpointConfig, LogConfig, OptimConfig
 from jexit.steps.state import TrainState
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
-from jexit.model.transformer import Execution, Transformer
+from jexit.config import Execution, ExitSettings, LoRA
+from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 
 EXITS = (1, 2, 4)

@@ -1,5 +1,7 @@
 """Attention by name: flash attention against plain XLA, over a mesh too; who runs where."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from flax import nnx
 
 import jexit
+from jexit.config import Execution
 from jexit.dist import make_mesh, use_mesh
 from jexit.kernels.dispatch import compiling_for
+from jexit.model import transformer
 from jexit.model.attention import (
     BRANCHES,
     SPLASH_FROM,
@@ -18,7 +22,7 @@ from jexit.model.attention import (
     choose_attention,
 )
 from jexit.model.splash import block_size
-from jexit.model.transformer import Execution, run
+from jexit.model.transformer import run
 from tolerances import KERNEL, LOGITS, relative_error
 
 # Rows of 5, 0 and 3 positions of padding.
@@ -168,7 +172,9 @@ def test_over_a_mesh_it_is_that_of_one_device(sizes, heads, kv_heads, rows):
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
-def test_a_model_computes_the_same_with_it(make_model, remat):
+def test_a_model_computes_the_same_with_it(make_model, remat, monkeypatch):
+    interpreted = functools.partial(transformer.attend, interpret=True)
+    monkeypatch.setattr(transformer, "attend", interpreted)
     tokens_BT = jax.random.randint(jax.random.key(0), (3, 21), 0, 31)
     depth_BT = jax.random.choice(jax.random.key(1), jnp.asarray([1, 2, 4, 5]), (3, 21))
     valid_BT = valid(21, "right")
@@ -186,7 +192,7 @@ def test_a_model_computes_the_same_with_it(make_model, remat):
         return [hidden_BTD, *jax.tree.leaves(gradients)]
 
     truth = hidden_and_gradients(Execution(attention="xla"))
-    found = hidden_and_gradients(Execution(attention="splash", interpret=True, remat=remat))
+    found = hidden_and_gradients(Execution(attention="splash", remat=remat))
     for mine, theirs in zip(found, truth, strict=True):
         assert relative_error(mine, theirs) < LOGITS
 

@@ -15,9 +15,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import hf_models
 import jexit
 from convert import to_hf
+from jexit.config import ExitSettings
 from jexit.data.tokenizer import Tokenizer
 from jexit.io.model_dir import load, save_model
-from jexit.model.exits import ContinuationParam, ExitSettings, maps_to_end
+from jexit.model.exits import ContinuationParam, maps_to_end
 from jexit.model.transformer import exit_hidden_states, logits_of, run
 from tolerances import LOGITS
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 import jexit
 from convert import from_hf, names
-from jexit.model.exits import ExitSettings
+from jexit.config import ExitSettings
 from jexit.model.transformer import Transformer, exit_hidden_states, logits_of, run
 from tolerances import GRADIENT, LOGITS, LOGITS_REAL, relative_error
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.config import PROJECTIONS
+from jexit.config import PROJECTIONS, LoRA
 from jexit.model.exits import ExitParam
-from jexit.model.lora import LoRA, LoRAParam, StackedLinear, merge_adapters
+from jexit.model.lora import LoRAParam, StackedLinear, merge_adapters
 from jexit.model.transformer import Transformer, run
 from tolerances import LOGITS
 

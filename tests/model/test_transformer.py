@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.model.exits import ExitSettings, depth_log_prob
-from jexit.model.lora import LoRA
-from jexit.model.transformer import Execution, Transformer, exit_hidden_states, logits_of, run
+from jexit.config import Execution, ExitSettings, LoRA
+from jexit.model.exits import depth_log_prob
+from jexit.model.transformer import Transformer, exit_hidden_states, logits_of, run
 from jexit.presets import PRESETS
 from tolerances import GRADIENT, relative_error
 

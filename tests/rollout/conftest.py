@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
+from jexit.config import ExitSettings, LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 

@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import pytest
 
+from jexit.config import EngineSize
 from jexit.loops.compilations import Compilations
 from jexit.model.policies import Full, Prescribed, Sample
-from jexit.rollout import EngineSize, generate, stream
+from jexit.rollout import generate, stream
 
 generate_module = sys.modules["jexit.rollout.generate"]
 

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loop import Made, plain
 
+from jexit.config import EngineSize
 from jexit.kernels.dispatch import compiling_for
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
-from jexit.rollout import EngineSize, Rollouts, engine, layout, rollout
+from jexit.rollout import Rollouts, engine, layout, rollout
 from jexit.rollout.schedule import PATIENCE, Segments, choose, pick
 from tolerances import LOGPROBS
 
@@ -179,7 +180,7 @@ def test_those_that_wait_longest_take_the_places():
     ],
 )
 def test_sizes_fit_the_work(size, jobs, fitted):
-    assert EngineSize(rows=size[0], places=size[1]).fitted(jobs) == fitted
+    assert fitted(EngineSize(rows=size[0], places=size[1]), jobs) == fitted
 
 
 def layout_of(lengths, samples=1):
@@ -269,16 +270,16 @@ def test_prompts_of_any_lengths_are_prefilled_once(model, seed, monkeypatch):
 def test_rows_fit_the_memory_of_a_chip():
     """Those left to the engine; of 1,319 completions on a GPU."""
     with compiling_for("gpu", "NVIDIA H100 80GB HBM3"):
-        assert EngineSize().fitted(1319) == (1319, 440)
-        rows, places = EngineSize().fitted(1319, 150 * 2**20)
+        assert fitted(EngineSize(), 1319) == (1319, 440)
+        rows, places = fitted(EngineSize(), 1319, 150 * 2**20)
         assert rows == places == int(0.3 * 79 * 1024 / 150) == 161
-        assert EngineSize(rows=700).fitted(1319, 150 * 2**20) == (700, 256)
+        assert fitted(EngineSize(rows=700), 1319, 150 * 2**20) == (700, 256)
     with compiling_for("gpu", "NVIDIA L4"):
-        assert EngineSize().fitted(1319, 150 * 2**20)[0] == int(0.3 * 22 * 1024 / 150)
+        assert fitted(EngineSize(), 1319, 150 * 2**20)[0] == int(0.3 * 22 * 1024 / 150)
     with compiling_for("gpu", "a chip of tomorrow"):
-        assert EngineSize().fitted(1319, 150 * 2**20)[0] == int(0.3 * 16 * 1024 / 150)
+        assert fitted(EngineSize(), 1319, 150 * 2**20)[0] == int(0.3 * 16 * 1024 / 150)
     with compiling_for("tpu", "TPU v5 lite"):
-        assert EngineSize().fitted(1319, 2**40) == (1, 1)
+        assert fitted(EngineSize(), 1319, 2**40) == (1, 1)
 
 
 def test_a_size_below_zero_is_refused():

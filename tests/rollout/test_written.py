@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from jexit.config import EngineSize
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
 from jexit.model.transformer import forward
-from jexit.rollout import EngineSize, rollout
+from jexit.rollout import rollout
 from tolerances import LOGPROBS
 
 LAYERS, COLUMNS, PAD = 5, 12, 59

@@ -6,8 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
+from jexit.config import ExitSettings, LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.steps.state import split_model

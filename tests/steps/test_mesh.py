@@ -10,15 +10,13 @@ import optax
 import pytest
 from flax import nnx
 
-from jexit.config import RLConfig, SFTConfig
+from jexit.config import EngineSize, ExitSettings, LoRA, RLConfig, SFTConfig
 from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
 from jexit.loops.packing import Lengths, PackedShapes
-from jexit.model.exits import ExitSettings
-from jexit.model.lora import LoRA
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
-from jexit.rollout import EngineSize, rollout
+from jexit.rollout import rollout
 from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.optim import apply_gradients
 from jexit.steps.rl import Penalties, RLBatch, make_rl_step

@@ -2,9 +2,8 @@ import dataclasses
 
 import pytest
 
-from jexit.config import TaskConfig
+from jexit.config import BLENDABLE, STEPS, TaskConfig
 from jexit.loops.setup import load_task
-from jexit.sections import BLENDABLE, STEPS
 from jexit.tasks import Rewards, make_task
 from jexit.tasks.blend import Blend
 

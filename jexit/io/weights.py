@@ -1,0 +1,249 @@
+"""Weights on disk, in jexit's own format or in Hugging Face's safetensors.
+
+Parameters are dotted paths (`blocks.attn.q.kernel`) with their layers stacked; which tensors of a
+file each is made of is said in `convert.names`. Either format is opened by reading no more than
+headers, and checked name by name against what the model's configuration describes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from convert import names
+from convert.names import Rule
+from jexit.config import ExitSettings, LoRA
+from jexit.errors import MissingFile, UserError
+from jexit.io.array_store import ArrayStore
+from jexit.io.tensor_files import Spec, TensorReader, TensorWriter
+from jexit.presets import Architecture
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """The base weights, the adapters or the exits of a model.
+
+    They lie in `folder` in jexit's format, in `STEM.safetensors` in Hugging Face's. `stacks` are
+    rules with the numbers of the layers or exits of their tensors.
+    """
+
+    folder: str
+    stem: str
+    stacks: Sequence[tuple[Sequence[Rule], Sequence[int]]]
+    sizes: Mapping[str, int]
+
+    def rules(self) -> Iterator[tuple[Rule, list[str]]]:
+        """Each parameter's rule, and the tensors that it is made of."""
+        for rules, numbers in self.stacks:
+            for rule in rules:
+                stacked = numbers if rule.stacked else (None,)
+                yield rule, [rule.name_at(number) for number in stacked]
+
+    def shapes(self) -> Shapes:
+        """The shape of every parameter by path."""
+        return {
+            rule.path: (*([len(numbers)] if rule.stacked else []), *rule.shape(self.sizes))
+            for rules, numbers in self.stacks
+            for rule in rules
+        }
+
+
+def base_part(arch: Architecture) -> Part:
+    return Part(
+        folder="base",
+        stem="model",
+        stacks=[(names.base_rules(arch.family, arch.tied), range(arch.layers))],
+        sizes=names.axis_sizes(**arch.to_dict()),
+    )
+
+
+def adapter_part(arch: Architecture, lora: LoRA) -> Part:
+    return Part(
+        folder="adapters",
+        stem="adapter_model",
+        stacks=[(names.adapter_rules(lora.targets), range(arch.layers))],
+        sizes=names.axis_sizes(**arch.to_dict(), rank=lora.rank),
+    )
+
+
+def exit_part(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -> Part:
+    """Heads and continuation.
+
+    Head ℓ reads the residual entering decoder layer ℓ: hazard = sigmoid(out(relu(hidden(norm)))).
+    A token that has left takes its residual h past layer m as h + update(h), or as
+    h + update(reduce(h)) with a continuation_rank; a frozen continuation has no tensors.
+    """
+    head.check_width(arch.width)
+    stacks = [(names.exit_rules(head.kind, head.norm), layers)]
+    if head.continuation == "linear":
+        stacks.append((names.continuation_rules(head.continuation_rank), range(arch.layers)))
+    return Part(
+        folder="exits",
+        stem="exit_heads",
+        stacks=stacks,
+        sizes=names.axis_sizes(
+            **arch.to_dict(),
+            exit_width=2 * arch.width if head.kind == "mlp" else arch.width,
+            continuation_rank=head.continuation_rank,
+        ),
+    )
+
+
+FOLDERS = ("base", "adapters", "exits")
+
+
+class Weights(Protocol):
+    """A part on disk: its dtypes, and each parameter in turn."""
+
+    def dtypes(self) -> dict[str, np.dtype]: ...
+
+    def parameters(self) -> Iterator[tuple[str, np.ndarray]]: ...
+
+
+class StoredArrays:
+    """A part of a directory in jexit's own format.
+
+    Raises MissingFile when it is not there, and UserError when names or shapes are others;
+    nothing is allocated before.
+    """
+
+    def __init__(self, directory: pathlib.Path, part: Part):
+        self._store = ArrayStore(directory / part.folder)
+        self._specs = {name: self._store.spec(name) for name in self._store.names()}
+        if not self._specs:
+            what = "weights" if part.folder == "base" else part.folder
+            raise MissingFile(
+                f"{directory} lacks its {what} ({part.folder}/); convert or copy the model again"
+            )
+        found = {name: spec.shape for name, spec in self._specs.items()}
+        _check_shapes(self._store.directory, found, part.shapes())
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {name: spec.dtype for name, spec in self._specs.items()}
+
+    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        # The largest first: what has been placed already is then small when memory peaks.
+        for name in sorted(self._specs, key=lambda name: -self._specs[name].bytes):
+            yield name, self._store.read(name)
+
+
+class Safetensors:
+    """A part of a Hugging Face directory.
+
+    Raises UserError that lists every missing, surplus and misshapen tensor at once, or says why
+    the files cannot be read.
+    """
+
+    def __init__(self, directory: pathlib.Path, part: Part):
+        self.directory, self._part = pathlib.Path(directory), part
+        self._reader = TensorReader(self.directory, part.stem)
+        found = {
+            name: spec.shape
+            for name, spec in self._reader.specs.items()
+            if not name.endswith(names.IGNORED_SUFFIXES)
+        }
+        most = max(len(numbers) for _, numbers in part.stacks)
+        if most > len(found):  # a forged number of layers may be too large to count to
+            raise UserError(
+                f"the configuration of {directory} describes {most} layers, and its weights are "
+                f"{len(found)} tensors; use the configuration and the weights of one checkpoint"
+            )
+        expected = {
+            name: rule.file_shape(part.sizes) for rule, tensors in part.rules() for name in tensors
+        }
+        repeated = part.folder == "base" and names.TIED_HEAD in found.keys() - expected.keys()
+        if repeated:
+            expected[names.TIED_HEAD] = (part.sizes["V"], part.sizes["D"])
+        _check_shapes(self.directory, found, expected)
+        if repeated:
+            self._check_tied_head()
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Each parameter's dtype in the files; the wider one where layers differ."""
+        specs = self._reader.specs
+        return {
+            rule.path: _common_dtype(specs[name].dtype for name in tensors)
+            for rule, tensors in self._part.rules()
+        }
+
+    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Path and stacked array of every parameter, one at a time, in the files' dtype."""
+        dtypes, sizes = self.dtypes(), self._part.sizes
+        for rule, tensors in self._part.rules():
+            if not rule.stacked:
+                yield rule.path, rule.to_jexit(self._reader.read(rule.name), sizes)
+                continue
+            stacked = np.empty((len(tensors), *rule.shape(sizes)), dtypes[rule.path])
+            for index, name in enumerate(tensors):
+                stacked[index] = rule.to_jexit(self._reader.read(name), sizes)
+            yield rule.path, stacked
+            del stacked  # before the next one is made
+
+    def _check_tied_head(self) -> None:
+        embedding = self._reader.read("model.embed_tokens.weight")
+        if not np.array_equal(embedding, self._reader.read(names.TIED_HEAD)):
+            raise UserError(
+                f"{self.directory} ties its embeddings (tie_word_embeddings) but stores another "
+                f"{names.TIED_HEAD}; set tie_word_embeddings to false in its config.json if the "
+                "head is meant to differ"
+            )
+
+
+def write_safetensors(
+    directory: pathlib.Path,
+    part: Part,
+    dtypes: Mapping[str, np.dtype],
+    parameters: Iterable[tuple[str, np.ndarray]],
+    **options: Any,
+) -> None:
+    """Writes a part as safetensors; `parameters` come one at a time, in `dtypes`."""
+    rules = {rule.path: (rule, tensors) for rule, tensors in part.rules()}
+    specs = {
+        name: Spec(rule.file_shape(part.sizes), np.dtype(dtypes[path]))
+        for path, (rule, tensors) in rules.items()
+        for name in tensors
+    }
+    with TensorWriter(directory, specs, stem=part.stem, **options) as writer:
+        for path, array in parameters:
+            rule, tensors = rules[path]
+            for name, tensor in zip(tensors, array if rule.stacked else [array], strict=True):
+                writer.write(name, rule.to_hf(tensor, part.sizes))
+            del array, tensor  # before the next one is read
+
+
+def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> None:
+    """Raises one UserError that lists everything in which the shapes differ, by name."""
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} {list(found[name])} in place of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    parts = [
+        f"{kind} {', '.join(entries)}"
+        for kind, entries in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if entries
+    ]
+    if parts:
+        raise UserError(
+            f"the tensors in {directory} are not those its configuration describes: "
+            f"{'; '.join(parts)}; use the configuration and the weights of one checkpoint"
+        )
+
+
+def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    halves = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
+    if kinds <= halves:  # neither holds the other
+        return np.dtype(np.float32)
+    return max(kinds - halves, key=lambda kind: kind.itemsize)

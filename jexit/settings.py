@@ -1,0 +1,164 @@
+"""Frozen dataclasses of settings: an annotation says what each may be, its docstring what it means.
+
+Values that come from a file or a command line go through `build`, which checks them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping, Sized
+from typing import Annotated, Any, Literal, TypeVar
+
+from jexit.errors import UserError
+
+Section = TypeVar("Section")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The smallest and the largest number that a setting takes, both finite; perhaps 0 besides."""
+
+    at_least: float
+    at_most: float
+    or_zero: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{'0, or ' if self.or_zero else ''}at least {self.at_least} and at most {self.at_most}"
+        )
+
+    def check(self, value: float, where: str) -> None:
+        """Raises UserError for a number outside, and for NaN."""
+        if not (self.at_least <= value <= self.at_most or (self.or_zero and value == 0)):
+            raise UserError(f"{where} is {shown(value)}; it must be {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How many characters a text may have, or values a tuple."""
+
+    at_most: int
+
+    def check(self, value: Sized, where: str) -> None:
+        """Raises UserError for what is longer."""
+        if len(value) > self.at_most:
+            parts = "characters" if isinstance(value, str) else "values"
+            raise UserError(
+                f"{where} is {shown(value)} with {len(value)} {parts}; it must have at most "
+                f"{self.at_most}"
+            )
+
+
+Count = Annotated[int, Bounds(1, 1_000_000)]
+CountOrZero = Annotated[int, Bounds(0, 1_000_000)]
+# Data and PRNG keys of a step derive from 32-bit integers.
+Steps = Annotated[int, Bounds(1, 100_000_000)]
+StepsOrZero = Annotated[int, Bounds(0, 100_000_000)]
+Seed = Annotated[int, Bounds(0, 2**31 - 1)]
+
+# Floats are computed with in float32: what is above 0 there, or below 1, is so with a margin.
+Positive = Annotated[float, Bounds(1e-6, 1_000_000)]
+Coefficient = Annotated[float, Bounds(0, 1_000_000)]
+Signed = Annotated[float, Bounds(-1_000, 1_000)]
+LearningRate = Annotated[float, Bounds(0, 10)]
+Share = Annotated[float, Bounds(0, 1)]
+ShareBelowOne = Annotated[float, Bounds(0, 0.999999)]
+Temperature = Annotated[float, Bounds(1e-6, 1_000)]
+TemperatureOrGreedy = Annotated[float, Bounds(1e-6, 1_000, or_zero=True)]
+
+Name = Annotated[str, Length(1_000)]
+Names = Annotated[tuple[Name, ...], Length(100)]
+
+
+def shown(value: Any) -> str:
+    """A value as messages quote it: only the beginning, where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+@functools.cache
+def annotations(cls: type) -> dict[str, Any]:
+    """The annotation of every setting, by name."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
+    """The dataclass of plain values, such as a parsed file holds; `where` names it in messages.
+
+    Integers are taken for floats, lists and single values for tuples. Raises UserError, which
+    names the key, for anything else that an annotation does not allow.
+    """
+    hints = annotations(cls)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is {shown(values)}; it holds settings: set {where}.KEY instead")
+    built = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}.{key} does not exist; {where} has {', '.join(sorted(hints))}")
+        hint, place = hints[key], f"{where}.{key}"
+        read = build if dataclasses.is_dataclass(hint) else checked
+        built[key] = read(hint, value, place)
+    for field in dataclasses.fields(cls):
+        if field.name not in built and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}.{field.name} is missing; {remedy_of(hints[field.name])}")
+    return cls(**built)
+
+
+def check(settings: Any) -> None:
+    """`build`'s checks of a dataclass that was made by hand: for its `__post_init__`."""
+    for name, hint in annotations(type(settings)).items():
+        if not dataclasses.is_dataclass(hint):
+            checked(hint, getattr(settings, name), name)
+
+
+def checked(hint: Any, value: Any, where: str) -> Any:
+    """A value as an annotation has it; raises UserError, which begins with `where`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = checked(arguments[0], value, where)
+        arguments[1].check(value, where)
+        return value
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        made = all(map(dataclasses.is_dataclass, kinds)) and isinstance(value, tuple(kinds))
+        return value if value is None or made else checked(kinds[0], value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        return tuple(checked(arguments[0], item, where) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is {shown(value)}; it is too large for a number") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
+    if hint is str and ("\0" in value or not _is_unicode(value)):
+        raise UserError(f"{where} is {shown(value)}; it must be text, in UTF-8 and without NUL")
+    return value
+
+
+def remedy_of(hint: Any) -> str:
+    """What to set in place of a value of the wrong type."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is Literal:
+        return f"choose one of {', '.join(typing.get_args(hint))}"
+    return f"it must be of type {getattr(hint, '__name__', hint)}"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
