@@ -22,9 +22,7 @@ from jexit.config import Config
 from jexit.dist import make_mesh
 from jexit.dist.rules import names_of
 from jexit.errors import RunEnded, UserError
-
-# Memory of one device in GiB, by the beginning of a topology's name. Public figures.
-CAPACITY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 79.1}
+from jexit.kernels.chips import chip
 
 _LARGEST = 3  # arrays named of a step that does not fit
 
@@ -63,7 +61,7 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
     mesh = make_mesh(*dataclasses.astuple(config.mesh), devices=topology.devices)
-    capacity = CAPACITY_GIB[topology_name.partition(":")[0]] * 2**30
+    capacity = chip(topology.device_kind).memory_gib * 2**30
     reports = []
     with topology.compiling(), jax.set_mesh(mesh):
         for program in programs(config, mesh):

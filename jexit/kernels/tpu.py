@@ -18,37 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jexit.kernels import dispatch
+from jexit.kernels.chips import chip
 from jexit.kernels.tiles import product
 
 LANES = 128
 # Logits of rows beyond the vocabulary: finite, so that 0 · (difference of two) is 0.
 MASKED = -1e30
 
-
-class Chip(NamedTuple):
-    """What a generation can hold, and the hidden states that a tile of the head should meet.
-
-    `rows` is the least number of hidden states (tokens × sets) for which the products take as long
-    as reading the head: peak bfloat16 FLOP/s over bandwidth in bytes/s, rounded up to a power of
-    two.
-    """
-
-    vmem_mib: int
-    rows: int
-
-
-# Public figures of each generation: VMEM a core; 275 TFLOP/s over 1.2 TB/s, 197 over 0.82, 459 over
-# 2.77, 918 over 1.64, 2307 (dense bfloat16) over 7.4.
-CHIPS = {
-    "v4": Chip(16, 256),
-    "v5e": Chip(128, 256),
-    "v5p": Chip(64, 256),
-    "v6e": Chip(128, 1024),
-    "v7x": Chip(64, 512),
-}
-SMALLEST = Chip(16, 256)
-_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e"}  # part of JAX's name
-_KINDS |= {"tpu7": "v7x", "v4": "v4", "v5": "v5p"}
 
 VMEM_SHARE = 0.75  # of a core's, for blocks and temporaries; the rest is the compiler's
 VOCAB_TILES = (512, 256, 128)
@@ -362,12 +338,6 @@ class _Layout(NamedTuple):
             if vocab_first
             else hidden + heads * token_tiles,
         )
-
-
-def chip() -> Chip:
-    """The generation compiled for; the smallest where it is not known."""
-    kind = dispatch.target().device_kind.lower()
-    return next((CHIPS[name] for part, name in _KINDS.items() if part in kind), SMALLEST)
 
 
 def vmem_limit_bytes() -> int:

@@ -42,31 +42,15 @@ from typing import NamedTuple
 import numpy as np
 
 from jexit.config import LoRA
-from jexit.kernels.dispatch import target
+from jexit.kernels.chips import chip
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
 from jexit.rollout import Rollouts
 
-# Dense bfloat16 FLOP/s of a device by JAX's name of it: the vendors' public figures, for GPUs half
-# of those "with sparsity". A name that is not here reports no mfu.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
-}
-
 
 def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
     """The metric `mfu` of a step, or nothing where the chip's peak is not known."""
-    peak = PEAK_FLOPS.get(target().device_kind)
+    peak = chip().peak_flops
     return {} if peak is None else {"mfu": flops / (seconds * peak * devices)}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jexit.config import EngineSize
 from jexit.dist import data_shards
+from jexit.kernels.chips import chip
 from jexit.kernels.dispatch import target
 from jexit.model.cache import bucket, cache_bucket, prompt_bucket
 from jexit.rollout.state import Work
@@ -22,12 +23,8 @@ ROWS_A_PLACE = 3  # of the pool: what waits at other segments while a tick's pla
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 GROUP_PARTS = (1, 2, 4)  # of the rows that so many positions hold, what a prefill may have
 CALL_SHARE = 1 / 16  # of these positions: what a call costs, which reads all weights
-# Memory of an accelerator by part of JAX's name of it, the first that fits, for pools that are no
-# larger than they should be; one that is not here counts as having the least.
-MEMORY_GIB = {"v4": 32, "v5 lite": 16, "v5": 95, "v6 lite": 32, "7x": 192, "gh200": 94, "h200": 139,
-              "h100 nvl": 93, "h100 pcie": 79, "80gb": 79, "40gb": 39, "h20": 95, "b200": 178,
-              "l40": 44, "l4": 22, "": 16}  # fmt: skip
-CACHE_SHARE = 0.3  # of it, for a pool's keys and values; the prompts' take up to as much again
+# Of an accelerator's memory, for a pool's keys and values; the prompts' take up to as much again.
+CACHE_SHARE = 0.3
 LEAST_COLUMNS = 128  # tokens that a completion's records have room for: four numbers each
 
 
@@ -40,12 +37,12 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
     A tick with few places takes as long as one with more (`PLACES`), so few completions are best
     run all at once. On CPUs, `size.rows` alone limits the pool's memory.
     """
-    chip, kind = target()
-    least, most = PLACES[chip]
+    platform = target().platform
+    least, most = PLACES[platform]
     rows = min(size.rows or ROWS_A_PLACE * (size.places or most), jobs)
-    memory = next(gib for part, gib in MEMORY_GIB.items() if part in kind.lower())
-    if chip != "cpu" and row_bytes and not size.rows:
-        rows = max(1, min(rows, int(CACHE_SHARE * memory * 2**30) // row_bytes))
+    if platform != "cpu" and row_bytes and not size.rows:
+        memory = int(CACHE_SHARE * chip().memory_gib * 2**30)
+        rows = max(1, min(rows, memory // row_bytes))
     places = size.places or min(max(-(-rows // ROWS_A_PLACE), least), most)
     return rows, min(places, rows)
 

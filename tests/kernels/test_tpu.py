@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import pytest
 
 from jexit.kernels import linear_logprob, tpu
+from jexit.kernels.chips import CHIPS, UNKNOWN
 from jexit.kernels.dispatch import compiling_for, target
 from jexit.kernels.linear_kl import api as linear_kl
-from jexit.kernels.tpu import CHIPS, SMALLEST, Operands
+from jexit.kernels.tpu import Operands
 
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
+    "TPU v5": "v5",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
-    "TPU7x": "v7x",
+    "TPU7x": "tpu7",
 }
 
 
@@ -37,7 +38,7 @@ def test_chips_are_known_by_jaxs_names():
 
 def test_an_unknown_chip_is_taken_for_the_smallest():
     with compiling_for("tpu", "TPU v99"):
-        assert tpu.chip() == SMALLEST
+        assert tpu.chip() == UNKNOWN
     assert target().platform == "cpu"
 
 

@@ -11,6 +11,7 @@ from jexit.config import EngineSize
 from jexit.kernels.dispatch import compiling_for
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
 from jexit.rollout import Rollouts, engine, layout, rollout
+from jexit.rollout.layout import fitted
 from jexit.rollout.schedule import PATIENCE, Segments, choose, pick
 from tolerances import LOGPROBS
 
@@ -167,7 +168,7 @@ def test_those_that_wait_longest_take_the_places():
 
 
 @pytest.mark.parametrize(
-    ("size", "jobs", "fitted"),
+    ("size", "jobs", "expected"),
     [
         ((0, 0), 1000, (384, 128)),
         ((0, 0), 192, (192, 64)),
@@ -179,8 +180,8 @@ def test_those_that_wait_longest_take_the_places():
         ((500, 100), 200, (200, 100)),
     ],
 )
-def test_sizes_fit_the_work(size, jobs, fitted):
-    assert fitted(EngineSize(rows=size[0], places=size[1]), jobs) == fitted
+def test_sizes_fit_the_work(size, jobs, expected):
+    assert fitted(EngineSize(rows=size[0], places=size[1]), jobs) == expected
 
 
 def layout_of(lengths, samples=1):
@@ -283,5 +284,5 @@ def test_rows_fit_the_memory_of_a_chip():
 
 
 def test_a_size_below_zero_is_refused():
-    with pytest.raises(ValueError, match="the engine has -1 rows and 0 places; give positive"):
+    with pytest.raises(ValueError, match="rows is -1; it must be at least 0"):
         EngineSize(rows=-1)

@@ -1,0 +1,56 @@
+"""What accelerators hold and compute: public figures, by part of JAX's name of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jexit.kernels.dispatch import target
+
+
+class Chip(NamedTuple):
+    """One device: its memory in GiB and its dense bfloat16 FLOP/s, None where that is not known.
+
+    Of TPUs also the VMEM of a core in MiB, and the hidden states (tokens × sets) that a tile of the
+    head should meet: the least number for which the products take as long as reading the head, peak
+    FLOP/s over bandwidth in bytes/s, rounded up to a power of two.
+    """
+
+    memory_gib: float
+    peak_flops: float | None = None
+    vmem_mib: int = 16
+    rows: int = 256
+
+
+# The first whose key is in JAX's name. Bandwidths behind `rows`, in TB/s: 1.2, 0.82, 2.77, 1.64
+# and 7.4. FLOP/s of GPUs are half of those "with sparsity".
+CHIPS = {
+    "v4": Chip(32, 275e12, 16, 256),
+    "v5 lite": Chip(16, 197e12, 128, 256),  # v5e
+    "v5e": Chip(16, 197e12, 128, 256),
+    "v5": Chip(95, 459e12, 64, 256),  # v5p
+    "v6 lite": Chip(32, 918e12, 128, 1024),  # v6e
+    "v6e": Chip(32, 918e12, 128, 1024),
+    "tpu7": Chip(192, 2307e12, 64, 512),
+    "gh200": Chip(94),
+    "h200": Chip(139, 989.4e12),
+    "h100 nvl": Chip(93),
+    "h100 pcie": Chip(79, 756e12),
+    "h100 80gb": Chip(79.1, 989.4e12),
+    "a100-sxm4-80gb": Chip(79, 312e12),
+    "a100 80gb": Chip(79, 312e12),
+    "a100-sxm4-40gb": Chip(39, 312e12),
+    "a100-pcie-40gb": Chip(39, 312e12),
+    "80gb": Chip(79),
+    "40gb": Chip(39),
+    "h20": Chip(95),
+    "b200": Chip(178),
+    "l40": Chip(44),
+    "l4": Chip(22),
+}
+UNKNOWN = Chip(16)  # counts as having the least
+
+
+def chip(device_kind: str | None = None) -> Chip:
+    """The chip of a name, by default of the one that is compiled for."""
+    kind = (target().device_kind if device_kind is None else device_kind).lower()
+    return next((found for part, found in CHIPS.items() if part in kind), UNKNOWN)
