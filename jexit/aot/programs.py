@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jexit.aot.decoding import Decoding
+from jexit.aot.engine import EnginePrograms
 from jexit.aot.program import Program, abstract_key, exit_share, placed, placed_parameters, rows
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
         state = placed_parameters(
             jax.eval_shape(lambda: new_state(_zeros(split.trainable), optimizer)), mesh
         )
-    rollouts = Decoding(config, mesh, split, state)
+    rollouts = EnginePrograms(config, mesh, split, state)
     if config.command == "finetune":
         yield _finetuning(config, mesh, split, state, optimizer)
     if config.command == "sft":
@@ -107,7 +107,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 
 
 def _measurements(
-    config: Config, mesh: Mesh, split: SplitModel, rollouts: Decoding
+    config: Config, mesh: Mesh, split: SplitModel, rollouts: EnginePrograms
 ) -> Iterator[Program]:
     """What `eval.measures` runs beside the policies' own decoding."""
     prompts, new = config.eval.problems, config.eval.max_new_tokens

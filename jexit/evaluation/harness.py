@@ -31,7 +31,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
-from jexit.io.metrics import write_json_atomic
+from jexit.io.files import write_json_atomic
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,35 +17,25 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from jexit.errors import UserError
-from jexit.io.files import disk_errors, to_jsonable, write_bytes_atomic, write_json_atomic
+from jexit.io.files import disk_errors, to_jsonable, write_bytes_atomic
 from jexit.presets import LARGEST_COUNT
 from jexit.untrusted import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from jexit.io.tensorboard import EventFile
 
-__all__ = [
-    "MetricsWriter",
-    "SamplesWriter",
-    "read_metrics",
-    "read_samples",
-    "write_json_atomic",
-]
-
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
-# Anything float() takes: Python, NumPy and JAX scalars. A sequence holds one value an entry.
-Scalar = Any
+# Anything float() takes: Python, NumPy and JAX scalars; or a sequence of them.
 MetricValue = Any
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends scalars to `metrics.jsonl`, and to TensorBoard and Weights & Biases where asked.
 
     Args:
@@ -111,19 +101,11 @@ class MetricsWriter:
             self._wandb.finish()
         self._lines = self._tensorboard = self._wandb = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class SamplesWriter:
+class SamplesWriter(contextlib.AbstractContextManager):
     """Appends sample completions to `samples.jsonl`; see MetricsWriter for the arguments.
 
     A record holds what a reader wants to see of one completion: `prompt`, `completion`, `tokens`,
@@ -152,15 +134,7 @@ class SamplesWriter:
             self._lines.close()
             self._lines = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -258,7 +232,7 @@ def _start_wandb(workdir: Path, arguments: str | Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise UserError(
             "W&B logging is on but the wandb package is not installed; "
-            "pip install 'jexit[wandb]' or leave config.log.wandb_project empty"
+            "pip install wandb, or leave config.log.wandb_project empty"
         ) from error
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

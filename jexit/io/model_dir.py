@@ -57,16 +57,9 @@ def load(
     files are damaged; MissingFile when there is no model or no tokenizer.
     """
     source = open_model(directory)
-    return load_source(
-        source,
-        dtype=dtype,
-        exit_layers=exit_layers,
-        exit_head=exit_head,
-        lora=lora,
-        execution=execution,
-        seed=seed,
-        place=place,
-    ), source.tokenizer()
+    settings = {"dtype": dtype, "exit_layers": exit_layers, "exit_head": exit_head, "lora": lora}
+    settings |= {"execution": execution, "seed": seed, "place": place}
+    return load_source(source, **settings), source.tokenizer()
 
 
 def load_source(

@@ -44,11 +44,6 @@ def refusal(capsys, *argv) -> str:
     return err
 
 
-def test_the_task_takes_the_same_files_as_they_are(source):
-    task = make_task("gsm8k", str(source))
-    assert [task.size(split) for split in ("train", "val", "test")] == [38, 2, 7]
-
-
 def test_the_task_reads_what_was_built(source, tmp_path, capsys):
     target = tmp_path / "data"
     assert prepare.main(["gsm8k", f"--from={source}", f"--to={target}"]) == 0
@@ -58,8 +53,9 @@ def test_the_task_reads_what_was_built(source, tmp_path, capsys):
         "1,319 test rows\n"
     )
     assert err == ""
-    task = make_task("gsm8k", str(target))
-    assert [task.size(split) for split in ("train", "val", "test")] == [38, 2, 7]
+    for path in (source, target):  # the files as they are, and what was built
+        task = make_task("gsm8k", str(path))
+        assert [task.size(split) for split in ("train", "val", "test")] == [38, 2, 7]
     assert task.skipped_rows == {"train": 0, "val": 0, "test": 0}
     answers = {
         task.problem(split, index).answer
@@ -100,6 +96,7 @@ def test_the_default_is_where_the_task_looks(source, tmp_path):
         assert done.stdout.startswith(expected)
 
 
+@pytest.mark.slow
 def test_several_hosts_may_build_it_at_once(source, tmp_path):
     command = [sys.executable, "-m", "jexit.data.prepare", "gsm8k", f"--from={source}"]
     command.append(f"--to={tmp_path / 'data'}")
@@ -111,20 +108,16 @@ def test_several_hosts_may_build_it_at_once(source, tmp_path):
     assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 38
 
 
-def test_what_a_killed_run_left_behind_is_cleared_once_it_is_old(source, tmp_path):
+def test_a_dataset_that_is_there_is_left_alone(source, tmp_path):
     old, young = (tmp_path / "data" / f".gsm8k.partial-host-{number}" for number in (1, 2))
     for folder in (old, young):
         folder.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    prepare.prepare_gsm8k(source, tmp_path / "data")
-    assert sorted(os.listdir(tmp_path / "data")) == [young.name, "gsm8k"]
-
-
-def test_a_dataset_that_is_there_is_left_alone(source, tmp_path):
+    os.utime(old, (0, 0))  # what a killed run left behind is cleared once it is old
     prepare.prepare_gsm8k(source, tmp_path / "data")
     write_rows(source / "train.jsonl", [row(1)])
     said = prepare.prepare_gsm8k(source, tmp_path / "data")
     assert said.endswith("is there already and was left alone: 40 train and 7 test rows")
+    assert sorted(os.listdir(tmp_path / "data")) == [young.name, "gsm8k"]
     assert make_task("gsm8k", str(tmp_path / "data")).size("train") == 38
 
 
@@ -145,33 +138,24 @@ def test_a_part_of_a_split_may_go_by_a_name_of_its_own(source, tmp_path, capsys)
     assert "test_first7.jsonl and test_other.jsonl and no test.jsonl; name the one" in said
 
 
-@pytest.mark.parametrize("missing", ["train.jsonl", "test.jsonl"])
-def test_a_missing_file_is_named(source, tmp_path, capsys, missing):
-    (source / missing).unlink()
-    said = refusal(capsys, f"--from={source}", f"--to={tmp_path / 'data'}")
-    assert f"{source} holds no {missing}; put the files of" in said
-    assert not (tmp_path / "data").exists()
-    assert "there is no directory" in refusal(capsys, f"--from={source / 'nowhere'}")
-
-
-@pytest.mark.parametrize(
-    ("line", "fault"),
-    [
+def test_missing_files_and_damaged_rows_are_named_and_nothing_is_written(source, tmp_path, capsys):
+    into = f"--to={tmp_path / 'data'}"
+    for line, fault in (
         ('{"question": "cut sho', "not a JSON object"),
         ('{"question": "What?"}', "no 'answer'"),
         ('{"question": "What?", "answer": "seven"}', "'answer' does not end in '#### number'"),
-    ],
-)
-def test_a_damaged_row_is_named_and_nothing_is_written(source, tmp_path, capsys, line, fault):
-    write_rows(source / "test.jsonl", [row(1), line, row(2)])
-    said = refusal(capsys, f"--from={source}", f"--to={tmp_path / 'data'}")
-    assert f"{source}/test.jsonl:2: {fault}; the published file has" in said
-    assert not (tmp_path / "data").exists()
-
-
-def test_an_empty_file_is_named(source, tmp_path, capsys):
+    ):
+        write_rows(source / "test.jsonl", [row(1), line, row(2)])
+        said = refusal(capsys, f"--from={source}", into)
+        assert f"{source}/test.jsonl:2: {fault}; the published file has" in said
     (source / "train.jsonl").write_text("\n")
-    assert "holds no rows" in refusal(capsys, f"--from={source}", f"--to={tmp_path / 'data'}")
+    assert "holds no rows" in refusal(capsys, f"--from={source}", into)
+    for missing in ("test.jsonl", "train.jsonl"):
+        (source / missing).unlink()
+        said = refusal(capsys, f"--from={source}", into)
+        assert f"{source} holds no {missing}; put the files of" in said
+    assert "there is no directory" in refusal(capsys, f"--from={source / 'nowhere'}")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_disk_that_refuses_leaves_nothing(source, tmp_path, capsys, monkeypatch):

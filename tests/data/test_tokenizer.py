@@ -1,5 +1,7 @@
+"""Text to ids and back, chat formats, begin and end tokens."""
+
+import itertools
 import json
-import re
 import shutil
 
 import pytest
@@ -17,6 +19,7 @@ from chat_templates import (
     with_template,
 )
 from jexit.data.tokenizer import Tokenizer
+from jexit.errors import MissingFile, UserError
 from jexit.tasks import make_task
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -53,22 +56,13 @@ def test_digits_and_signs_are_single_tokens():
     assert TOKENIZER.tokens(TOKENIZER.encode("7\n#### 7")) == ["7", "\n", "####", " ", "7"]
 
 
-def test_words_of_the_word_problems_are_single_tokens():
-    task = make_task("word_problems")
-    for index in range(300):
-        prompt = task.problem("train", index).prompt
-        words = re.findall(r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", prompt)
-        assert TOKENIZER.tokens(TOKENIZER.encode(prompt)) == words
-
-
-@pytest.mark.parametrize("name", ["sums", "word_problems"])
-def test_examples_fit_56_tokens(name):
-    task = make_task(name, **({"steps": "mixed"} if name == "sums" else {}))
-    problems = [task.problem("train", index) for index in range(2000)]
-    prompts = TOKENIZER.encode_prompts([problem.prompt for problem in problems])
-    completions = TOKENIZER.encode_batch([problem.completion for problem in problems])
-    lengths = [len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True)]
-    assert 40 < max(lengths) <= 56
+def test_examples_fit_56_tokens():
+    for task in (make_task("sums", steps="mixed"), make_task("word_problems")):
+        problems = [task.problem("train", index) for index in range(1000)]
+        prompts = TOKENIZER.encode_prompts([problem.prompt for problem in problems])
+        completions = TOKENIZER.encode_batch([problem.completion for problem in problems])
+        lengths = [len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True)]
+        assert 40 < max(lengths) <= 56
 
 
 def test_vocabulary_and_special_tokens():
@@ -76,6 +70,9 @@ def test_vocabulary_and_special_tokens():
     assert TOKENIZER.tokens([0, 1, 2, 3]) == ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
     assert (TOKENIZER.pad_id, TOKENIZER.eos_id, TOKENIZER.eos_ids) == (0, 3, {3})
     assert TOKENIZER.decode([*TOKENIZER.encode("####4"), 3, 0, 0]) == "####4"
+    texts = ["sum 123", "", "Tom has 3 apples.", "é+"]
+    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+    assert TOKENIZER.encode_batch([]) == []
 
 
 def test_chat_format():
@@ -90,12 +87,6 @@ def test_chat_format():
     assert whole == "<|user|>sum 37<|assistant|>####0<|end|>"
 
 
-def test_batches_equal_single_encodings():
-    texts = ["sum 123", "", "Tom has 3 apples.", "é+"]
-    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
-    assert TOKENIZER.encode_batch([]) == []
-
-
 def test_the_library_loads_it_beside_a_qwen3_config(directory):
     transformers = pytest.importorskip("transformers")
     (directory / "config.json").write_text(
@@ -104,15 +95,6 @@ def test_the_library_loads_it_beside_a_qwen3_config(directory):
     text = "sum by 3 372+++1####1 Zürich"
     loaded = transformers.AutoTokenizer.from_pretrained(str(directory))
     assert loaded(text)["input_ids"] == TOKENIZER.encode(text)
-
-
-def test_without_a_chat_template_the_prompt_is_plain_text(directory):
-    (directory / "chat_template.jinja").unlink()
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
-    del settings["chat_template"]
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = Tokenizer.load(directory)
-    assert tokenizer.encode_prompt("sum 37") == tokenizer.encode("sum 37")
 
 
 def test_end_tokens_are_a_set(directory):
@@ -126,13 +108,13 @@ def test_end_tokens_are_a_set(directory):
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.eos_ids == {3, 400, 401, 402}
     assert tokenizer.pad_id == tokenizer.eos_id == 3
-
-
-def test_no_end_token_is_an_error(directory):
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
-    del settings["eos_token"]
+    del settings["eos_token"], settings["chat_template"]
+    (directory / "chat_template.jinja").unlink()
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="names no end token"):
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.encode_prompt("sum 37") == tokenizer.encode("sum 37")  # plain text
+    (directory / "generation_config.json").unlink(), (directory / "config.json").unlink()
+    with pytest.raises(UserError, match="names no end token"):
         Tokenizer.load(directory)
 
 
@@ -143,28 +125,23 @@ def test_saved_files_are_the_same_bytes(directory, tmp_path):
         assert (target / name).read_bytes() == (directory / name).read_bytes()
     Tokenizer.load(target).save(target)  # onto itself: nothing to do, nothing lost
     assert Tokenizer.load(target).encode("sum 12") == TOKENIZER.encode("sum 12")
-
-
-def test_a_tokenizer_without_a_directory_is_saved_too(tmp_path):
-    Tokenizer(TOKENIZER.backend).save(tmp_path)
-    assert Tokenizer.load(tmp_path).encode_prompt("sum 12") == TOKENIZER.encode_prompt("sum 12")
+    Tokenizer(TOKENIZER.backend).save(tmp_path / "made")  # without a directory of its own
+    again = Tokenizer.load(tmp_path / "made")
+    assert again.encode_prompt("sum 12") == TOKENIZER.encode_prompt("sum 12")
 
 
 def test_missing_and_broken_files(directory):
-    with pytest.raises(FileNotFoundError, match=r"no model directory at .*config.model.path"):
+    with pytest.raises(MissingFile, match=r"no model directory at .*config.model.path"):
         Tokenizer.load(directory / "nowhere")
+    (directory / "generation_config.json").write_text("[3")
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        Tokenizer.load(directory)
     text = (directory / "tokenizer.json").read_text()
     (directory / "tokenizer.json").write_text(text[: len(text) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer.load(directory)
     (directory / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer .*copy the tokenizer's files"):
-        Tokenizer.load(directory)
-
-
-def test_broken_generation_config(directory):
-    (directory / "generation_config.json").write_text("[3")
-    with pytest.raises(ValueError, match=r"generation_config\.json"):
         Tokenizer.load(directory)
 
 
@@ -203,34 +180,30 @@ def test_a_default_system_prompt_is_the_templates_own():
     assert tokenizer.render(messages) == "<|system|>Add.<|user|>sum 37<|assistant|>"
 
 
-@pytest.mark.parametrize("template", [OPENED, DEFAULT_SYSTEM, None])
-@pytest.mark.parametrize("value", ["on", "off"])
-def test_a_template_without_a_switch_refuses_one(template, value):
-    tokenizer = with_template(template)
-    assert not tokenizer.has_thinking_switch
-    with pytest.raises(ValueError, match=f"thinking is '{value}'.*has no switch.*thinking=auto"):
-        tokenizer.thinking = value
-    assert tokenizer.thinking == "auto"
-    tokenizer.thinking = "auto"
-
-
-def test_another_value_for_thinking_is_refused():
-    with pytest.raises(ValueError, match="thinking is 'yes'; choose one of auto, on, off"):
+def test_a_template_without_a_switch_refuses_one():
+    for template, value in itertools.product([OPENED, DEFAULT_SYSTEM, None], ["on", "off"]):
+        tokenizer = with_template(template)
+        assert not tokenizer.has_thinking_switch
+        said = f"thinking is '{value}'.*has no switch.*thinking=auto"
+        with pytest.raises(UserError, match=said):
+            tokenizer.thinking = value
+        assert tokenizer.thinking == "auto"
+        tokenizer.thinking = "auto"
+    with pytest.raises(UserError, match="thinking is 'yes'; choose one of auto, on, off"):
         with_template(SWITCHED).thinking = "yes"
 
 
-@pytest.mark.parametrize("template", [SWITCHED, OPENED, DEFAULT_SYSTEM])
-def test_worked_examples_are_earlier_turns(template):
-    tokenizer = with_template(template)
-    alone = tokenizer.chat_text("sum 37")
-    text = tokenizer.chat_text("sum 37", [SHOT])
-    turns = "<|user|>sum 12<|assistant|>+3####3<|end|>"
-    first = alone.index("<|user|>")
-    assert text == alone[:first] + turns + alone[first:]
-    assert tokenizer.encode_prompts(["sum 37", "sum 4"], [[SHOT], []]) == [
-        tokenizer.encode_prompt("sum 37", [SHOT]),
-        tokenizer.encode_prompt("sum 4"),
-    ]
+def test_worked_examples_are_earlier_turns():
+    for template in (SWITCHED, OPENED, DEFAULT_SYSTEM):
+        tokenizer = with_template(template)
+        alone, text = tokenizer.chat_text("sum 37"), tokenizer.chat_text("sum 37", [SHOT])
+        first = alone.index("<|user|>")
+        turns = "<|user|>sum 12<|assistant|>+3####3<|end|>"
+        assert text == alone[:first] + turns + alone[first:]
+        assert tokenizer.encode_prompts(["sum 37", "sum 4"], [[SHOT], []]) == [
+            tokenizer.encode_prompt("sum 37", [SHOT]),
+            tokenizer.encode_prompt("sum 4"),
+        ]
 
 
 def test_without_a_template_worked_examples_are_text():
@@ -293,11 +266,6 @@ def test_where_no_begin_token_is_put_before_texts_none_is():
     assert tokenizer.begin_id is None
     for made in (TOKENIZER, tokenizer):
         assert made.encode_texts(["sum 37", ""]) == made.encode_batch(["sum 37", ""])
-
-
-def test_a_message_is_left_open_to_be_continued():
-    messages = [{"role": "user", "content": "sum 37"}, {"role": "assistant", "content": "+0"}]
-    assert TOKENIZER.render(messages, answer=False) == "<|user|>sum 37<|assistant|>+0"
 
 
 @pytest.mark.weights

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jexit.config import LoRA
 from jexit.dist import constrain, make_mesh, place_parameter, place_rows, use_mesh
 from jexit.dist.rules import PARAMETERS, parameter_axes, spec
-from jexit.config import LoRA
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS
 
@@ -16,9 +16,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 SCALES = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "final_norm", "exits")
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3-0.6b", "qwen2.5-0.5b", "r1-distill-qwen-1.5b", "qwen3-32b", "smollm2-135m"]
-)
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "r1-distill-qwen-1.5b", "smollm2-135m"])
 def test_every_parameter_has_a_rule_that_fits_its_shape(name):
     arch = PRESETS[name].architecture
     model = nnx.eval_shape(
@@ -51,11 +49,6 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert spec("LDKH", (3, 31, 2, 16), mesh) == P(None, None, None, None)
     assert spec("B.", (8, 5), make_mesh(2, 2, 2)) == P(("data", "fsdp"), None)
     assert spec("B.", (6, 5), make_mesh(2, 2, 2)) == P(None, None)
-
-
-def test_more_devices_than_there_are_is_one_sentence():
-    with pytest.raises(ValueError, match="data 3 × fsdp 3 × tensor 1 = 9 devices and there are 8"):
-        make_mesh(3, 3)
 
 
 def test_a_parameter_is_never_whole_on_one_device():

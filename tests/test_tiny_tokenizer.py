@@ -1,21 +1,21 @@
 """The shipped tokenizer is what its script builds from the tasks' text."""
 
-import pathlib
 import re
 import subprocess
 import sys
 
 from tokenizers import pre_tokenizers
 
-import jexit.data.build_tiny_tokenizer as builder
+import studies.tiny_tokenizer as builder
 from jexit.tasks import make_task
+from small_runs import ROOT
 
-TINY = pathlib.Path(builder.__file__).parents[1] / "assets" / "tiny"
+TINY = ROOT / "jexit" / "assets" / "tiny"
 
 
 def test_the_shipped_files_are_what_the_script_writes(tmp_path):
-    command = [sys.executable, "-m", "jexit.data.build_tiny_tokenizer", f"--target={tmp_path}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=TINY.parents[2])
+    command = [sys.executable, "studies/tiny_tokenizer.py", f"--target={tmp_path}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     written = sorted(file.name for file in tmp_path.iterdir())
     assert written == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     for name in written:

@@ -30,7 +30,7 @@ from jexit.rollout.written import Written
 from jexit.steps.state import SplitModel
 
 
-class Decoding:
+class EnginePrograms:
     """Gathering of the weights, prefill, ticks, and copies into larger caches."""
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:

@@ -1,6 +1,6 @@
 """Builds the shipped tiny model's tokenizer from nothing but this repository.
 
-    python -m jexit.data.build_tiny_tokenizer --target=DIR
+    python studies/tiny_tokenizer.py --target=DIR
 
 Byte-level BPE with 512 entries: four special tokens, the 256 bytes (so any text survives), whole
 words of the tasks' own text, runs of one to four plus signs, `####`, and merges learned from those
