@@ -4,6 +4,7 @@ Imports are read from the syntax trees, so nothing here depends on what happens 
 """
 
 import ast
+import functools
 import graphlib
 import pathlib
 import subprocess
@@ -56,6 +57,12 @@ FILES = sources("jexit", "convert")
 MODULES = {module_of(path): path for path in FILES}
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path, *, at_import_only=False):
     """The full names of modules that a file imports, annotations' imports left out."""
     found = set()
@@ -77,7 +84,7 @@ def imports(path, *, at_import_only=False):
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text()))
+    visit(tree_of(path))
     return found
 
 
@@ -121,7 +128,7 @@ def test_parts_stay_free_of_what_they_need_not_know():
         assert "config" not in {part_of(m) for m in ours(path)}, path
     for path in sources("jexit/steps", "jexit/losses", "jexit/model", "jexit/kernels"):
         assert not roots(path) & {"os", "io", "pathlib", "shutil", "json", "orbax", "safetensors"}
-        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        names = {n.id for n in ast.walk(tree_of(path)) if isinstance(n, ast.Name)}
         assert "open" not in names, f"{path} touches the disk"
     for path in sources("jexit/tasks", "jexit/report"):
         assert not roots(path) & {"jax", "jaxlib", "flax", "optax"}, path
@@ -142,4 +149,4 @@ def test_what_needs_no_jax_loads_without_it():
 def test_files_say_what_they_hold():
     for path in [*FILES, *sources("configs")]:
         assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+        assert ast.get_docstring(tree_of(path)), f"{path} has no docstring"
