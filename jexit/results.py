@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from jexit.errors import UserError
 from jexit.io.files import write_json_atomic
 from jexit.untrusted import read_json
 
@@ -82,11 +83,11 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises FileNotFoundError without the file, ValueError for what `checked` refuses."""
+        """Raises MissingFile without the file, ValueError for what `checked` refuses."""
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """What was set, in a file that is whole or absent; raises ValueError for a full disk."""
+        """What was set, in a file that is whole or absent; raises UserError for a full disk."""
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
 
@@ -387,14 +388,14 @@ def is_number(value: Any) -> bool:
 def checked(kind: type[Kind], value: Any, where: str) -> Kind:
     """`value`, as JSON gives it, as a `kind`: a record or a tuple of records.
 
-    Raises ValueError for the first field that is missing or does not fit; `where` names the file.
+    Raises UserError for the first field that is missing or does not fit; `where` names the file.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     remedy = first.get("ctx", {}).get("remedy", REMEDY)
-    raise ValueError(f"{_refusal(first, where)}; {remedy}")
+    raise UserError(f"{_refusal(first, where)}; {remedy}")
 
 
 _WANTED = {

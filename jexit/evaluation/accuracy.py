@@ -13,6 +13,7 @@ from absl import logging
 from jexit.config import Config
 from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
+from jexit.errors import UserError
 from jexit.evaluation.decoder import Attempt, Decoder
 from jexit.evaluation.depth import depth_by_class
 from jexit.evaluation.intervals import bootstrap_ratio, wilson_interval
@@ -135,7 +136,7 @@ def held_out(
     if size is not None and len(problems) < count:
         _warn_of_fewer(task.name, split, count, len(problems))
     if not problems:
-        raise ValueError(
+        raise UserError(
             f"every prompt of task {task.name!r}, split {split!r}, is over the limit of {limit} "
             "tokens; raise config.task.max_prompt_tokens"
         )
@@ -155,10 +156,10 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises ValueError when prompt and completion together can exceed the model's positions."""
+    """Raises UserError when prompt and completion together can exceed the model's positions."""
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:
-        raise ValueError(
+        raise UserError(
             f"config.{section}.max_new_tokens is {max_new_tokens} and the longest prompt has "
             f"{longest} tokens, together over the model's {positions} positions; lower it to at "
             f"most {positions - longest}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from jexit.data.loader import encode_problems
+from jexit.errors import UserError
 from jexit.evaluation.decoder import Decoder
 from jexit.tasks import Problem
 
@@ -104,7 +105,7 @@ class ModelCompleter:
         encode = self.decoder.tokenizer.encode
         apart = [mark for mark in FILLERS if len(encode(mark * 8)) == 8]
         if not apart:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer joins repetitions of each of {FILLERS}, so that the length of "
                 "filler is not known; leave filler out of config.eval.measures"
             )

@@ -11,6 +11,7 @@ import numpy as np
 from jexit.config import EngineSize, parse_policy
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
+from jexit.errors import UserError
 from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
 from jexit.rollout import rollout
 
@@ -112,7 +113,7 @@ def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = S
     kind, argument = parse_policy(text)
     if kind == "fixed":
         if argument > layers:
-            raise ValueError(
+            raise UserError(
                 f"policy {text!r} asks for {argument} layers of a model that has {layers}; use "
                 f"fixed:N with N from 1 to {layers}"
             )

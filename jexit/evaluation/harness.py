@@ -31,6 +31,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
+from jexit.errors import UserError
 from jexit.io.files import write_json_atomic
 
 
@@ -58,18 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line says and returns lm-eval's results; writes them to `output`.
 
-    Raises ValueError or OSError for a model, task or setting that is not there.
+    Raises UserError or OSError for a model, task or setting that is not there.
     """
     target = pathlib.Path(options.output) if options.output else None
     if target:  # hours of work must not end at a path that cannot be written
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() or not os.access(target.parent, os.W_OK):
-            raise ValueError(f"--output={target} cannot be written; name a file in another folder")
+            raise UserError(f"--output={target} cannot be written; name a file in another folder")
     manager = TaskManager(include_path=options.include_path)
     tasks = options.tasks.split(",")
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or name the folder of "
             "its file with --include_path"
         )
@@ -98,7 +99,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             fewshot_random_seed=options.seed,
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"lm-eval stopped with: {error}; it was given --num_fewshot={options.num_fewshot}, "
             f"--limit={options.limit} and --gen_kwargs={options.gen_kwargs!r}"
         ) from error

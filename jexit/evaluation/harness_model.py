@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from jexit.data.tokenizer import Tokenizer
+from jexit.errors import UserError
 from jexit.evaluation.decoder import make_policy
 from jexit.evaluation.loglikelihood import Pair, Score, Scorer
 from jexit.io.model_dir import load
@@ -90,13 +91,13 @@ class JexitLM(TemplateLM):
     ) -> None:
         super().__init__()
         if device is not None:
-            raise ValueError(
+            raise UserError(
                 f"device is {device!r} and JAX finds its devices itself; leave it out, or set "
                 "JAX_PLATFORMS"
             )
         if isinstance(pretrained, Transformer):
             if tokenizer is None:
-                raise ValueError("a model comes without its tokenizer; pass tokenizer= too")
+                raise UserError("a model comes without its tokenizer; pass tokenizer= too")
             self._model, self.texts = pretrained, tokenizer
         else:
             self._model, self.texts = load(pretrained, dtype=dtype)
@@ -163,9 +164,9 @@ class JexitLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The messages in the model's chat format; raises ValueError when it has none."""
+        """The messages in the model's chat format; raises UserError when it has none."""
         if not self.texts.has_chat_template:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer in {self.texts.directory} has no chat template; leave "
                 "--apply_chat_template out"
             )
@@ -274,7 +275,7 @@ class JexitLM(TemplateLM):
         _refuse(wanted)
         room = self.max_length - new
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"max_gen_toks is {new}, which leaves a model of {self.max_length} positions no "
                 f"room for a context; lower it to at most {self.max_length - 1}"
             )
@@ -329,12 +330,12 @@ class _Ids:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings that ask for something; None leaves a known one unset."""
+    """Raises UserError for settings that ask for something; None leaves a known one unset."""
     for name, value in settings.items():
         if name in _NEUTRAL and (value is None or value == _NEUTRAL[name]):
             continue
         only = f" but as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
-        raise ValueError(
+        raise UserError(
             f"a task asks for {name!r} in generation, as {value!r}, which jexit does not have"
             f"{only}; override the task's generation_kwargs without it"
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jexit.errors import UserError
 from jexit.results import Interval
 
 DRAWS = 4000
@@ -84,9 +85,9 @@ def bootstrap_mean(
     """
     values_N = np.asarray(values, float)
     if not len(values_N):
-        raise ValueError("an interval needs at least one problem, got 0; give values")
+        raise UserError("an interval needs at least one problem, got 0; give values")
     if values_N.min() < bounds[0] or values_N.max() > bounds[1]:
-        raise ValueError(
+        raise UserError(
             f"values lie in {values_N.min():g} … {values_N.max():g} and the bounds are {bounds}; "
             "give bounds that hold them all"
         )
@@ -122,11 +123,11 @@ def bootstrap_ratio(
 
     Problems are drawn with replacement (Efron 1979, percentiles). A ratio that every problem has,
     such as the depth of a policy that stops all tokens alike, is no estimate and has no width.
-    Raises ValueError without any problem, or for numbers of them that differ.
+    Raises UserError without any problem, or for numbers of them that differ.
     """
     parts_N, wholes_N = np.asarray(parts, float), np.asarray(wholes, float)
     if parts_N.shape != wholes_N.shape or not len(parts_N):
-        raise ValueError(
+        raise UserError(
             f"an interval needs as many parts as wholes, got {len(parts_N)} and {len(wholes_N)}; "
             "give one of each for every problem"
         )

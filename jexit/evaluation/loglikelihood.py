@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
+from jexit.errors import UserError
 from jexit.kernels import linear_logprob
 from jexit.model.policies import Full, Policy, Prescribed, Sample
 from jexit.model.transformer import Transformer, logits_of, run
@@ -72,11 +73,11 @@ class Scorer:
         most = model.arch.max_positions
         self.max_length = most if max_length is None else max_length
         if not 1 <= self.max_length <= most:
-            raise ValueError(
+            raise UserError(
                 f"max_length is {max_length} and the model takes {most} positions; give 1 to {most}"
             )
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         self._graphdef, self._state = nnx.split(model)
         self._layers, self._policy, self._pad_id = model.arch.layers, policy, pad_id
         self._key, self._batch_size, self._adapters = jax.random.key(seed), batch_size, adapters
@@ -87,16 +88,16 @@ class Scorer:
         """The pair with its context cut from the left to what the model takes.
 
         Of context and continuation together one token more than `max_length` fits, as the last one
-        is only predicted. Raises ValueError for a continuation that leaves the context no room, or
+        is only predicted. Raises UserError for a continuation that leaves the context no room, or
         an empty side.
         """
         if not context or not continuation:
-            raise ValueError(
+            raise UserError(
                 f"a context of {len(context)} tokens and a continuation of {len(continuation)} "
                 "cannot be scored; give both at least one token"
             )
         if len(continuation) > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"a continuation of {len(continuation)} tokens is over the limit of "
                 f"{self.max_length} positions; shorten it, or score it in windows"
             )
@@ -104,7 +105,7 @@ class Scorer:
         return [int(i) for i in context[-room:]], [int(i) for i in continuation]
 
     def score(self, pairs: Sequence[Pair]) -> list[Score]:
-        """The score of each pair, in their order; raises ValueError as `fit` does."""
+        """The score of each pair, in their order; raises UserError as `fit` does."""
         scores: list[Score | None] = [None] * len(pairs)
         for found in self.batches(pairs):
             for index, score in found.items():
@@ -255,7 +256,7 @@ def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[
 
 def _check_depths(shape: tuple[int, ...], lengths: list[int]) -> None:
     if len(shape) != 2 or shape[0] != len(lengths) or shape[1] < max(lengths, default=0):
-        raise ValueError(
+        raise UserError(
             f"Prescribed has depths of shape {shape} for {len(lengths)} continuations of up to "
             f"{max(lengths, default=0)} tokens; give a row for each and a column for each token"
         )

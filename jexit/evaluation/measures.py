@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jexit.config import Config
+from jexit.errors import UserError
 from jexit.evaluation.accuracy import Examination, evaluate_policy, policy_result
 from jexit.evaluation.capacity import begun_steps, prescribed, scores_of
 from jexit.evaluation.completer import ModelCompleter, Reply
@@ -27,15 +28,15 @@ DIRECT = "at_once"  # the value of `task.steps` that asks for an answer without 
 
 
 def check_measures(task: Task, names: tuple[str, ...]) -> None:
-    """Raises ValueError for a measure that the task cannot have."""
+    """Raises UserError for a measure that the task cannot have."""
     chains = [name for name in names if name in MEASURES]
     if chains and not isinstance(task, ChainTask):
-        raise ValueError(
+        raise UserError(
             f"config.eval.measures has {chains[0]}, and the completions of task {task.name!r} have "
             "no steps; leave it out"
         )
     if "capacity" in names and not (isinstance(task, ChainTask) and task.granularities):
-        raise ValueError(
+        raise UserError(
             f"config.eval.measures has capacity, and task {task.name!r} cannot prescribe how much "
             "a step does; leave it out"
         )

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jexit.errors import UserError
+
 ANYWHERE = ("cpu", "gpu", "tpu")
 ONLY_BY_NAME = ()
 
@@ -102,7 +104,7 @@ class Operation:
         """
         if implementation is not None:
             if implementation not in self._implementations:
-                raise ValueError(
+                raise UserError(
                     f"{self.name} has no implementation {implementation!r}; use None or one of "
                     f"{', '.join(self.names)}"
                 )

@@ -5,9 +5,11 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 
+from jexit.errors import UserError
+
 
 def _fail(op: str, message: str) -> NoReturn:
-    raise ValueError(f"{op}: {message}")
+    raise UserError(f"{op}: {message}")
 
 
 def check_hidden(

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from jexit.errors import UserError
+
 TOKEN_AXES = ("data", "fsdp")
 VOCAB_AXIS = "tensor"
 
@@ -33,7 +35,7 @@ class Shards(NamedTuple):
         """From the mesh that `jax.set_mesh` has set; axes that are manual already are left out.
 
         A vocabulary that does not divide stays whole on every device. On axes of other names
-        nothing is divided: every device computes all of it. Raises ValueError for `Explicit` axes.
+        nothing is divided: every device computes all of it. Raises UserError for `Explicit` axes.
         """
         mesh = jax.sharding.get_abstract_mesh()
         divides = {
@@ -49,7 +51,7 @@ class Shards(NamedTuple):
             if name in divides and kind == AxisType.Explicit
         ]
         if explicit:
-            raise ValueError(
+            raise UserError(
                 f"the mesh axis {explicit[0]!r} is Explicit and the vocabulary ops divide over "
                 "Auto axes; make the mesh with jexit.dist.make_mesh or axis_types=AxisType.Auto"
             )

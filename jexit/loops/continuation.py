@@ -18,6 +18,7 @@ from jexit.dist import (
     whole,
 )
 from jexit.dist.rules import names_of
+from jexit.errors import UserError
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
 from jexit.loops.trajectories import Trajectories, rows_of_batch
@@ -32,7 +33,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
     """`trainable` with the continuation, if there is one, fitted to the trunk as it is.
 
     Takes every trajectory once, but for a remainder. One that is no longer at its identity is left
-    alone: adapters may have learnt to live with it. Raises ValueError for too few trajectories.
+    alone: adapters may have learnt to live with it. Raises UserError for too few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -75,7 +76,7 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size
     if batches < 2:
-        raise ValueError(
+        raise UserError(
             f"config.sft.pool gives trajectories for {len(trajectories)} prompts, of which the fit "
             f"of the continuation takes {size} at a time and holds some back; raise it to at least "
             f"{2 * size * config.sft.completions}"

@@ -82,7 +82,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _open(config: Config) -> tuple[Measurer, ModelFlops]:
-    """Loads model and task; raises ValueError for what cannot be measured, before any decoding."""
+    """Loads model and task; raises UserError for what cannot be measured, before any decoding."""
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)

@@ -10,6 +10,7 @@ import numpy as np
 from jexit.config import Config
 from jexit.data.loader import encode_references, prepared
 from jexit.dist import HostRows, data_shards, host_rows, place_rows, waiting
+from jexit.errors import UserError
 from jexit.loops.flops import Work
 from jexit.loops.packing import Lengths, Packed, PackedShapes
 from jexit.loops.stage import Stage
@@ -49,7 +50,7 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
         references = encode_references(stage.tokenizer, prompts.problems)
         for problem, ids in zip(prompts.problems, references, strict=True):
             if len(ids) > limit:
-                raise ValueError(
+                raise UserError(
                     f"a reference completion has {len(ids)} tokens, over the limit of {limit}: "
                     f"{problem.prompt[:60]!r}; raise config.finetune.max_new_tokens"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jexit.config import Config
+from jexit.errors import UserError
 from jexit.evaluation.decoder import make_policy
 from jexit.loops.setup import (
     load_model,
@@ -18,7 +19,7 @@ def print_generations(config: Config) -> None:
     model, tokenizer = load_model(config, trains=False)
     g = config.generate
     if not g.prompts:
-        raise ValueError("there are no prompts; set config.generate.prompts='(\"...\",)'")
+        raise UserError("there are no prompts; set config.generate.prompts='(\"...\",)'")
     layers = model.arch.layers
     generation = generate(
         model,

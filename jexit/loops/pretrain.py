@@ -13,6 +13,7 @@ from jexit.config import Config, check_exits
 from jexit.data.loader import prepared, text_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows, is_primary, place_parameters, place_rows, waiting
+from jexit.errors import UserError
 from jexit.io.model_dir import load, save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops, Work
@@ -65,7 +66,7 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     """What training starts from: `new_model`, or the trunk of `config.pretrain.start`.
 
-    Raises ValueError for one of another size, or with adapters.
+    Raises UserError for one of another size, or with adapters.
     """
     fresh = new_model(config, tokenizer)
     if not config.pretrain.start:
@@ -84,7 +85,7 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     if model.lora is not None or other:
         what = f"{other[0]} {getattr(theirs, other[0])}" if other else "adapters"
         rule = f"{getattr(ours, other[0])}" if other else "a trunk alone"
-        raise ValueError(
+        raise UserError(
             f"config.pretrain.start={config.pretrain.start} holds a model with {what} and the "
             f"config asks for {rule}; start from a trunk of the config's own size and tokenizer"
         )

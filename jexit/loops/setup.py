@@ -11,6 +11,7 @@ from jexit.config import STEPS, Config, Execution, TaskConfig
 from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
+from jexit.errors import UserError
 from jexit.io.model_dir import load
 from jexit.io.workdir import trained_law
 from jexit.model.attention import check_attention
@@ -39,7 +40,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
         **settings,
     )
     if trains and config.lora.rank == 0 and loaded.lora is not None:
-        raise ValueError(
+        raise UserError(
             f"{model.path} holds LoRA adapters of rank {loaded.lora.rank} and config.lora.rank=0 "
             "trains the trunk itself; merge them first (python -m convert.to_hf --adapter=merge) "
             f"or set config.lora.rank={loaded.lora.rank}"
@@ -49,7 +50,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
 
 
 def execution_of(config: Config) -> Execution:
-    """How the model is computed; raises ValueError for an attention that cannot run here."""
+    """How the model is computed; raises UserError for an attention that cannot run here."""
     check_attention(config.model.attention)
     return config.model.execution
 
@@ -71,7 +72,7 @@ def sampling_law(config: Config) -> Sample:
 
 
 def load_task(config: TaskConfig, split: str) -> Task:
-    """The config's task; raises ValueError when the split that is needed is empty."""
+    """The config's task; raises UserError when the split that is needed is empty."""
     task = _task(config)
     require_problems(task, split)
     return task

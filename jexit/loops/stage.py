@@ -201,7 +201,7 @@ class Stage:
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:
-    """Raises ValueError for what is too long, before the run writes anything.
+    """Raises UserError for what is too long, before the run writes anything.
 
     That is a prompt over the limit, or one that leaves a completion no room within the model's
     `positions`. Looks at the held-out problems and, where the task is finite, at every training

@@ -11,6 +11,7 @@ from jexit.data.buckets import LengthBuckets
 from jexit.data.loader import PromptBatch, encode_references
 from jexit.data.teacher_store import TeacherStore, Trajectory
 from jexit.dist import HostRows, barrier, from_primary, host_rows, is_primary
+from jexit.errors import UserError
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
 from jexit.loops.stage import Stage
@@ -114,7 +115,7 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     store.read()
     made = store.trajectories[: sft.pool]
     if not made:
-        raise ValueError(
+        raise UserError(
             "the teacher's completions all end at once, so there is nothing to calibrate on; "
             "check the model and its chat template, or set config.sft.trajectories=dataset"
         )

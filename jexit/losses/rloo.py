@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jexit.axes import Array, Bool, Float, Int
+from jexit.errors import UserError
 from jexit.losses.masked import masked_mean
 
 
@@ -77,10 +78,10 @@ def group_advantages(
     plus 1e-4. Rows with keep_J = 0 take no part: advantage 0, and absent from others' baselines;
     a row that is left alone gets 0.
 
-    Raises ValueError for fewer than two rollouts: they would teach nothing.
+    Raises UserError for fewer than two rollouts: they would teach nothing.
     """
     if rollouts < 2:
-        raise ValueError(
+        raise UserError(
             f"RLOO needs at least 2 rollouts per prompt, got {rollouts}; raise config.rl.rollouts"
         )
     grouped = rewards_J.reshape(-1, rollouts, *rewards_J.shape[1:])

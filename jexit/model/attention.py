@@ -11,6 +11,7 @@ from flax import nnx
 
 from jexit.axes import Array, Float, HiddenBTD, MaskBT, PRNGKey, SegmentBT
 from jexit.config import LoRA
+from jexit.errors import UserError
 from jexit.kernels.dispatch import target
 from jexit.model.heads import over_mesh
 from jexit.model.layers import RMSNorm, apply_rope
@@ -87,10 +88,10 @@ class Attention(nnx.Module):
 
 
 def check_attention(name: str) -> None:
-    """Raises ValueError when the platform at hand cannot run the implementation of that name."""
+    """Raises UserError when the platform at hand cannot run the implementation of that name."""
     needs, found = PLATFORMS.get(name), target().platform
     if needs is not None and needs != found:
-        raise ValueError(
+        raise UserError(
             f"config.model.attention={name} needs a {needs.upper()}, found {found}; set "
             "config.model.attention=auto, which picks what runs there"
         )
@@ -127,7 +128,7 @@ def attend(
     queries there get finite values that nobody reads. With `branches`, segment n · BRANCHES is a
     trunk that the segments n · BRANCHES + b see as well, in rows in which it comes before them.
 
-    The named implementation runs or raises ValueError: `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats),
+    The named implementation runs or raises UserError: `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats),
     `splash` (TPUs, no branches), or `auto` for one of them. `interpret` runs splash attention on
     any platform, very slowly.
     """
@@ -143,7 +144,7 @@ def attend(
     seen_BT = valid_BT if segment_BT is None else segment_BT
     if chosen == "splash":
         if branches:
-            raise ValueError(
+            raise UserError(
                 f"splash attention (config.model.attention={implementation}) has no mask for texts "
                 "that share a trunk; give each its own, or set config.model.attention=xla"
             )
@@ -156,7 +157,7 @@ def attend(
         check_attention(chosen)
         cudnn = functools.partial(_cudnn, padding=padding, branches=branches)
         return over_mesh(cudnn, q_BTNH, *kv, seen_BT)
-    raise ValueError(
+    raise UserError(
         f"attention has no implementation {implementation!r}; use auto, xla, cudnn or splash"
     )
 
@@ -181,7 +182,7 @@ def _cudnn(
 ) -> Array:
     """cuDNN's flash attention; segments and padding on the left cost it a mask [B, 1, T, T]."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
+        raise UserError(
             f"config.model.attention=cudnn takes bfloat16 or float16, found {q_BTNH.dtype}; set "
             "config.model.dtype=bfloat16 or config.model.attention=xla"
         )

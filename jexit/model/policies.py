@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
+from jexit.errors import UserError
 from jexit.model.exits import log_hazards
 
 
@@ -88,7 +89,7 @@ class Prescribed(_NeverOnTheWay):
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         depth = jnp.asarray(self.depth_BT, jnp.int32)
         if depth.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"Prescribed has depths of shape {depth.shape} for tokens of shape {shape}; give "
                 "one depth a token"
             )
@@ -110,7 +111,7 @@ class Sample(_Uniform):
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
         if key is None:
-            raise ValueError("Sample draws depths at random and needs a PRNG key; pass key=")
+            raise UserError("Sample draws depths at random and needs a PRNG key; pass key=")
         log_leave, _ = log_hazards(
             hazard_logits, temperature=self.temperature, min_hazard=self.min_hazard
         )

@@ -30,6 +30,7 @@ from jexit.axes import (
 )
 from jexit.config import Execution, ExitSettings, LoRA
 from jexit.dist import constrain
+from jexit.errors import UserError
 from jexit.kernels import tiles
 from jexit.model.attention import KeysValues, Padding, attend
 from jexit.model.block import Block
@@ -294,7 +295,7 @@ def forward(
     Shapes: tokens [B, T]; lengths [B] (None: all of T). Column t of `depth_BT` is the pass at input
     position t, which produces token t + 1. `adapters=False` is the teacher's trunk. `Sample` needs
     a PRNG `key`. Logits at padding mean nothing. For long sequences over a large vocabulary use
-    `run` with the ops of `jexit.kernels`, which never hold the logits. Raises ValueError for tokens
+    `run` with the ops of `jexit.kernels`, which never hold the logits. Raises UserError for tokens
     outside the vocabulary, more positions than the model has, or lengths that do not fit.
     """
     tokens_BT = jnp.asarray(tokens_BT)
@@ -305,30 +306,30 @@ def forward(
 
 def _check_input(arch: Architecture, tokens_BT: TokensBT, lengths_B: LengthsB | None) -> None:
     if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
-        raise ValueError(
+        raise UserError(
             f"tokens have shape {tokens_BT.shape}; forward takes [batch, length], neither of them 0"
         )
     batch, length = tokens_BT.shape
     if length > arch.max_positions:
-        raise ValueError(
+        raise UserError(
             f"tokens are {length} long and the model takes {arch.max_positions} positions; "
             "shorten the sequences"
         )
     if lengths_B is not None and lengths_B.shape != (batch,):
-        raise ValueError(
+        raise UserError(
             f"lengths have shape {lengths_B.shape} for {batch} sequences; give one a sequence"
         )
     if not isinstance(tokens_BT, jax.core.Tracer):
         low, high = int(tokens_BT.min()), int(tokens_BT.max())
         if low < 0 or high >= arch.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"tokens hold {low if low < 0 else high} and the model's vocabulary has "
                 f"{arch.vocab_size}; use the tokenizer that belongs to the model"
             )
     if lengths_B is not None and not isinstance(lengths_B, jax.core.Tracer):
         low, high = int(lengths_B.min()), int(lengths_B.max())
         if low < 1 or high > length:
-            raise ValueError(
+            raise UserError(
                 f"lengths hold {low if low < 1 else high} for tokens of length {length}; they go "
                 f"from 1 to {length}"
             )

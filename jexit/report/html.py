@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.report import figures, tables
 from jexit.report.curves import training_figures
@@ -55,7 +56,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
     """Writes the report on runs that have been read; see `write_report`."""
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
-        raise ValueError(f"{path} is a directory; give --output a file name, such as {REPORT_FILE}")
+        raise UserError(f"{path} is a directory; give --output a file name, such as {REPORT_FILE}")
     write_bytes_atomic(path, render(runs).encode())
     return path
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jexit.config import config_dict
+from jexit.errors import UserError
 from jexit.io.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, read_samples
 from jexit.report.plots import Curves
 from jexit.results import REMEDY, Completion, Evaluation, PolicyResult, Record, checked
@@ -81,13 +82,13 @@ class Run:
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Every run, each under the shortest end of its path that tells it from the others.
 
-    Raises ValueError as `read_run` does, and when a directory is given twice.
+    Raises UserError as `read_run` does, and when a directory is given twice.
     """
     paths = [Path(workdir) for workdir in workdirs]
     resolved = [path.resolve() for path in paths]
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
-            raise ValueError(f"{paths[index]} is given twice; give each run once")
+            raise UserError(f"{paths[index]} is given twice; give each run once")
     parts = 1
     longest = max((len(path.parts) for path in resolved), default=1)
     while parts < longest and len({path.parts[-parts:] for path in resolved}) < len(resolved):
@@ -106,17 +107,17 @@ def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise ValueError(f"{workdir} is no directory; give the --workdir of a run")
+        raise UserError(f"{workdir} is no directory; give the --workdir of a run")
     evaluation = _read_record(Evaluation, workdir / "eval.json")
     metrics = workdir / METRICS_FILE
     if evaluation is None and not metrics.exists():
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds neither {METRICS_FILE} nor eval.json; give the --workdir of a run "
             "that has trained or evaluated"
         )
     records, notes = _read_lines(metrics, read_metrics)
     if evaluation is None and not records:
-        raise ValueError(f"{metrics} holds no whole line yet; wait for the run's first step")
+        raise UserError(f"{metrics} holds no whole line yet; wait for the run's first step")
     samples, more = _read_lines(workdir / SAMPLES_FILE, read_samples)
     return Run(
         workdir=workdir,
@@ -163,7 +164,7 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
     if config is not None and not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object; remove it, or run again")
+        raise UserError(f"{path} holds no JSON object; remove it, or run again")
     checked(CommandName, config or {}, str(path))
     return config or {}
 

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.report.study import COLUMNS, Study
 from jexit.report.study_figures import FIGURES, write_figures
@@ -37,22 +38,22 @@ _PICTURE = re.compile(r"!\[[^]]*\]\((?P<path>[^)]+\.svg)\)")
 def with_tables(text: str, studies: Mapping[str, Study]) -> str:
     """The Markdown with each study's table between its lines, made anew.
 
-    Raises ValueError for a study or a label that there is not, and for a line without the other.
+    Raises UserError for a study or a label that there is not, and for a line without the other.
     """
 
     def block(match: re.Match[str]) -> str:
         name, labels = match["name"], [label.strip() for label in match["labels"].split(";")]
         if name not in studies:
-            raise ValueError(f"a table of the study {name!r}, which has no {name}.csv; add it")
+            raise UserError(f"a table of the study {name!r}, which has no {name}.csv; add it")
         if unknown := [label for label in labels if label not in COLUMNS]:
-            raise ValueError(
+            raise UserError(
                 f"the table of {name} has the column {unknown[0]!r}; choose among "
                 f"{'; '.join(COLUMNS)}"
             )
         return f"{match[1]}\n{studies[name].table(labels)}\n{match[4]}"
 
     if alone := _MARKER.search(_BLOCK.sub("", text)):
-        raise ValueError(
+        raise UserError(
             f"{alone[0]} stands alone; a table is between <!-- NAME: label; label --> and "
             "<!-- end -->"
         )
@@ -69,7 +70,7 @@ def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str
     """The figures to draw of each study; ValueError for one that is shown and can't be drawn."""
     known = {f"{name}-{figure}.svg": (name, figure) for name in studies for figure in FIGURES}
     if unknown := sorted(shown - known.keys()):
-        raise ValueError(
+        raise UserError(
             f"a page shows {unknown[0]}, which is no figure of a study here; a figure is "
             f"NAME-{{{','.join(FIGURES)}}}.svg, beside NAME.csv"
         )
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith("-curves")]
         if not paths:
-            raise ValueError(f"{directory} has no .csv file; copy a sweep's table.csv there")
+            raise UserError(f"{directory} has no .csv file; copy a sweep's table.csv there")
         studies = {path.stem: Study.read(path) for path in paths}
         pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
         wanted = _wanted({name for p in pages for name in linked_figures(p, directory)}, studies)

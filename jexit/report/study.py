@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jexit.errors import UserError
 from jexit.report.token_strips import Strip, read_strips
 from jexit.results import LARGEST
 
@@ -144,7 +145,7 @@ class Study:
         groups = _grouped(path, lines, settings)
         training = _grouped(curves, _lines(curves), settings, "step") if curves.exists() else {}
         if unknown := [group for group in training if group not in groups]:
-            raise ValueError(
+            raise UserError(
                 f"{curves} has a run with {', '.join(unknown[0])[:80]} and {path.name} has none; "
                 "copy both from the same sweep"
             )
@@ -170,7 +171,7 @@ class Study:
             if line.get(name):
                 step = _number(line["step"], file, "step")
                 if not step.is_integer():
-                    raise ValueError(
+                    raise UserError(
                         f"{file} has the step {line['step']!r}, which is no whole number; copy it "
                         "anew from the sweep"
                     )
@@ -233,15 +234,15 @@ def _lines(path: Path) -> list[dict[str, str]]:
             reader, lines = csv.DictReader(file), []
             for line in reader:
                 if None in line or None in line.values():  # more or fewer cells than the head
-                    raise ValueError(
+                    raise UserError(
                         f"line {reader.line_num} of {path} has not as many cells as the first; "
                         f"copy a sweep's {kept} there anew"
                     )
                 lines.append(line | _layers_per_problem(line, path.name))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file ({error}); copy a sweep's {kept} there") from error
+        raise UserError(f"{path} is no CSV file ({error}); copy a sweep's {kept} there") from error
     if not lines:
-        raise ValueError(f"{path} has no line; copy a sweep's {kept} there")
+        raise UserError(f"{path} has no line; copy a sweep's {kept} there")
     return lines
 
 
@@ -264,7 +265,7 @@ def _number(text: str | None, file: str, column: str) -> float:
     except ValueError:
         number = math.inf
     if abs(number) > LARGEST:
-        raise ValueError(
+        raise UserError(
             f"{file} has {text[:40]!r} under {column}, which is no number up to {LARGEST:g}; copy "
             "it anew from the sweep"
         )
@@ -274,7 +275,7 @@ def _number(text: str | None, file: str, column: str) -> float:
 def _strips(path: Path, settings: Sequence[str]) -> tuple[Strip, ...]:
     strips = read_strips(path)
     if missing := [key for strip in strips for key in settings if key not in strip.settings]:
-        raise ValueError(
+        raise UserError(
             f"{path} has completions without {missing[0][:80]!r}, which its study has; copy the "
             "completions.json of the same sweep"
         )
@@ -285,7 +286,7 @@ def _grouped(
     path: Path, lines: Sequence[dict[str, str]], settings: Sequence[str], *others: str
 ) -> dict[tuple[str, ...], list[dict[str, str]]]:
     if missing := [key for key in (*settings, *others) if key not in lines[0]]:
-        raise ValueError(
+        raise UserError(
             f"{path} has no column {missing[0][:80]!r}, which it needs for its study; copy the "
             "curves.csv of the same sweep"
         )

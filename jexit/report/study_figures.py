@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from jexit.errors import UserError
 from jexit.report import token_strips
 from jexit.report.plots import COLOURS, GREY, STYLE, save_figure
 from jexit.report.study import COLUMNS, Study
@@ -238,7 +239,7 @@ def write_figures(
 ) -> list[Path]:
     """Draws NAME-FIGURE.svg for those of `FIGURES` that are wanted, or that there are numbers for.
 
-    Raises ValueError for one that is wanted and has no numbers.
+    Raises UserError for one that is wanted and has no numbers.
     """
     paths = []
     with mpl.rc_context({**STYLE, "text.parse_math": False}):  # a dollar sign begins no formula
@@ -248,7 +249,7 @@ def write_figures(
             if figure is not None:
                 paths.append(save_figure(figure, path))
             elif wanted is not None:
-                raise ValueError(
+                raise UserError(
                     f"{path.name} is in a page, and {study.name} has no numbers for it; take it out"
                 )
     return paths

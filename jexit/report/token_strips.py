@@ -38,7 +38,7 @@ class Strip(Record):
 
 
 def read_strips(path: Path) -> tuple[Strip, ...]:
-    """A sweep's completions.json; raises ValueError where it is none."""
+    """A sweep's completions.json; raises UserError where it is none."""
     entries = read_json(path, "copy a sweep's completions.json there")
     return checked(tuple[Strip, ...], entries, str(path))
 

@@ -23,6 +23,7 @@ from jexit.dist import (
     waiting,
     whole,
 )
+from jexit.errors import UserError
 from jexit.model.cache import cache_bucket, token_bytes
 from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
@@ -77,7 +78,7 @@ def rollout(
     from the first of them. The result holds new tokens only. Samples of one prompt share the depths
     that its beginning drew.
 
-    Raises ValueError when a prompt is empty or does not fit the model with its completion, when
+    Raises UserError when a prompt is empty or does not fit the model with its completion, when
     `written` leaves nothing of it, or when `Prescribed` has another number of rows or too few
     columns.
     """
@@ -140,7 +141,7 @@ class Decoding:
         check_prompts(arch, self._prompts, max_new_tokens)
         check_policy(policy)
         if samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
+            raise UserError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
         self._here = host_rows(len(self._prompts) if total is None else total)
         self._total = self._here.total
         self._writes = written is not None
@@ -160,7 +161,7 @@ class Decoding:
             fitted_policy(policy, self._total * samples_per_prompt, columns)
         )
         if self._writes and samples_per_prompt > 1 and isinstance(policy, Prescribed):
-            raise ValueError(
+            raise UserError(
                 f"{samples_per_prompt} samples share one prefill and Prescribed gives each its own "
                 "depths, which the written part has too; repeat the prompts instead"
             )

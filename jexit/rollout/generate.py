@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jexit.config import EngineSize
+from jexit.errors import UserError
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Decoding, SplitModel
@@ -72,7 +73,7 @@ def generate(
     `chat` puts each prompt into the tokenizer's chat format as the user's message; otherwise a
     prompt is the text from its beginning, where the tokenizer may put a begin token. Temperature 0
     is greedy. A completion ends with an end token, or with the token that completes one of the
-    strings `stop`, which are left out of its text. Raises ValueError as `jexit.rollout.rollout`
+    strings `stop`, which are left out of its text. Raises UserError as `jexit.rollout.rollout`
     does.
     """
     decoding = _decoding(
@@ -126,10 +127,10 @@ def stream(
 
     Joined, the pieces of a prompt are `generate`'s text, tokens, depths and log-probabilities.
     `every` is how many ticks that emit tokens pass between two looks at what there is: one shows
-    every token at once, and more cost less. Raises ValueError before the first piece.
+    every token at once, and more cost less. Raises UserError before the first piece.
     """
     if every < 1:
-        raise ValueError(f"every is {every}; it must be at least 1")
+        raise UserError(f"every is {every}; it must be at least 1")
     decoding = _decoding(
         model, tokenizer, prompts, policy=policy, max_new_tokens=max_new_tokens,
         sampling=Sampling.of(temperature, top_p, top_k=top_k, min_p=min_p), seed=seed, chat=chat,
@@ -162,7 +163,7 @@ def _decoding(
     size: EngineSize,
 ) -> Decoding:  # fmt: skip
     if isinstance(prompts, str):
-        raise ValueError("prompts is one string and should be a list of them; put it in brackets")
+        raise UserError("prompts is one string and should be a list of them; put it in brackets")
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
     return Decoding(
         model,
@@ -197,7 +198,7 @@ class _Texts:
 
     def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
         if isinstance(stop, str) or not all(stop):
-            raise ValueError(
+            raise UserError(
                 f"stop is {stop!r}; give a list of strings, none of them empty, such as ['\\n\\n']"
             )
         self._decode, self._stop = tokenizer.decode, tuple(stop)

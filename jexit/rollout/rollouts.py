@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from jexit.dist import HostRows
+from jexit.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,11 @@ class Rollouts:
     def sequences(self, length: int | None = None) -> Sequences:
         """Prompts and completions right-padded to `length` (None: the longest row's).
 
-        Raises ValueError when a row does not fit, and after decoding from `written` beginnings, the
+        Raises UserError when a row does not fit, and after decoding from `written` beginnings, the
         depths of whose tokens are not recorded.
         """
         if self.written:
-            raise ValueError(
+            raise UserError(
                 "these rollouts went on from given beginnings, whose depths are not recorded; "
                 "decode from the prompts alone to have sequences for teacher forcing"
             )
@@ -91,7 +92,7 @@ class Rollouts:
         longest = int(total_B.max())
         length = longest if length is None else length
         if length < longest:
-            raise ValueError(
+            raise UserError(
                 f"sequences of length {length} cannot hold a prompt and completion of {longest} "
                 "tokens; raise the length or lower max_new_tokens"
             )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jexit.axes import Array, Float, Int, Key
+from jexit.errors import UserError
 
 SHARPEST = 1e-6  # the lowest temperature but 0; logits divided by less may overflow
 
@@ -36,18 +37,18 @@ class Sampling:
     ) -> Sampling:
         """Checks the settings; temperature 0 is greedy, and then nothing is truncated."""
         if not (temperature == 0.0 or SHARPEST <= temperature < float("inf")):
-            raise ValueError(
+            raise UserError(
                 f"temperature is {temperature}; give 0 (greedy) or at least {SHARPEST:g}, such as "
                 "0.7"
             )
         if not 0.0 < top_p <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"top_p is {top_p}; it is the probability mass to keep, above 0 and at most 1"
             )
         if top_k != int(top_k) or top_k < 0:
-            raise ValueError(f"top_k is {top_k}; it is how many tokens to keep, or 0 for all")
+            raise UserError(f"top_k is {top_k}; it is how many tokens to keep, or 0 for all")
         if not 0.0 <= min_p <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"min_p is {min_p}; it is a share of the most likely token's probability, from 0 "
                 "to 1"
             )

@@ -33,7 +33,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jexit.errors import INTERRUPTED
+from jexit.errors import INTERRUPTED, UserError
 from jexit.report.study import Study
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner
@@ -59,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = sweep.begun(cells)  # also what another command began meanwhile
         finished = [cell for cell in begun if cell.finished]
         if sweep.table_only and not finished:
-            raise ValueError(
-                f"none of the {len(begun)} runs in {sweep.into} has finished; run them"
-            )
+            raise UserError(f"none of the {len(begun)} runs in {sweep.into} has finished; run them")
         if finished:
             table = write_table(sweep, finished)
             write_curves(sweep, finished)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jexit import untrusted
+from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.main import parse
 from jexit.results import REMEDY, Completion, Evaluation, PolicyResult, checked, numbers
@@ -100,11 +101,11 @@ class Cell:
         write_bytes_atomic(self.asked, text.encode())
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
-        """Raises ValueError if it was begun with other arguments and has left something behind."""
+        """Raises UserError if it was begun with other arguments and has left something behind."""
         differing = sorted(set(self._kept().get(part, arguments)) ^ set(arguments))
         if not differing:
             return
-        raise ValueError(
+        raise UserError(
             f"{self.name} was begun by another command, which differs in {differing[0]}; another "
             f"--into is needed, or delete {self.workdir} and {self.asked}"
         )
@@ -125,10 +126,10 @@ class Sweep:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Sweep:
-        """Raises ValueError, in one sentence, for arguments that are none or contradict others."""
+        """Raises UserError, in one sentence, for arguments that are none or contradict others."""
         names = [argument.partition("=")[0] for argument in arguments]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{twice[0]} is given {names.count(twice[0])} times; give it once")
+            raise UserError(f"{twice[0]} is given {names.count(twice[0])} times; give it once")
         given: dict[str, str] = {}
         grid: dict[str, tuple[str, ...]] = {}
         settings: dict[str, dict[str, str]] = {"config": {}, "eval": {}}
@@ -144,25 +145,25 @@ class Sweep:
                 separator = "|" if "|" in found["values"] else ","
                 grid[found["key"]] = tuple(map(str.strip, found["values"].split(separator)))
             else:
-                raise ValueError(
+                raise UserError(
                     f"{argument!r} is no argument of a sweep; give KEY=VALUE,VALUE, "
                     "--config.KEY=VALUE or one of --config, --into, --eval, --jobs"
                 )
         if missing := [name for name in ("--config", "--into") if name not in given]:
-            raise ValueError(f"{missing[0]} is missing; a sweep needs --config=FILE and --into=DIR")
+            raise UserError(f"{missing[0]} is missing; a sweep needs --config=FILE and --into=DIR")
         for key, values in grid.items():
             if "" in values or len(set(values)) < len(values):
-                raise ValueError(
+                raise UserError(
                     f"{key} has the values {', '.join(map(repr, values))}; give different ones, "
                     "none empty"
                 )
             if key in settings["config"]:
-                raise ValueError(f"{key} is both in the grid and in --config.{key}; give it once")
+                raise UserError(f"{key} is both in the grid and in --config.{key}; give it once")
         if settings["eval"] and "--eval" not in given:
-            raise ValueError("--eval.KEY is for --eval=FILE, which is missing; add it")
+            raise UserError("--eval.KEY is for --eval=FILE, which is missing; add it")
         jobs = given.get("--jobs", "1")
         if not jobs.isdecimal() or int(jobs) < 1:
-            raise ValueError(f"--jobs is {jobs!r}; give a number of runs at once, at least 1")
+            raise UserError(f"--jobs is {jobs!r}; give a number of runs at once, at least 1")
         return cls(
             config=given["--config"],
             into=pathlib.Path(given["--into"]),
@@ -182,7 +183,7 @@ class Sweep:
             name = ",".join(f"{key}={value}" for key, value in settings.items()) or "run"
             cells.append(Cell(settings, self.into / _UNSAFE.sub("_", name)))
         if len({cell.workdir for cell in cells}) < len(cells):
-            raise ValueError(
+            raise UserError(
                 "two combinations of values would share a directory; give values that differ in "
                 "letters or digits"
             )
@@ -191,7 +192,7 @@ class Sweep:
     def begun(self, cells: Sequence[Cell]) -> list[Cell]:
         """The command's combinations, then those of the same study that others began here.
 
-        Raises ValueError if there are runs of another study: of other keys, or with another config
+        Raises UserError if there are runs of another study: of other keys, or with another config
         or other fixed settings.
         """
         found = {cell.name: cell for cell in cells}
@@ -201,7 +202,7 @@ class Sweep:
                 others.append(Cell(asked["settings"], self.into / path.stem))
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
-                raise ValueError(
+                raise UserError(
                     f"{self.into} holds {cell.name}, of a study over other keys or in "
                     f"another order than {', '.join(self.grid) or 'none'}; another --into is needed"
                 )
@@ -235,14 +236,14 @@ class Sweep:
             yield self.evaluating(cell)
 
     def check_settings(self, cell: Cell) -> None:
-        """Raises ValueError for a config file or a setting that is wrong, before anything runs."""
+        """Raises UserError for a config file or a setting that is wrong, before anything runs."""
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
             if self.evaluation:
                 task = config.to_dict()["task"]
                 parse(["jexit.main", *self.evaluating(cell, task)])
         except ValueError as error:
-            raise ValueError(f"{cell.name} cannot run: {error}") from error
+            raise UserError(f"{cell.name} cannot run: {error}") from error
 
 
 def _whole(path: pathlib.Path) -> bool:
@@ -255,13 +256,13 @@ def _read_json(path: pathlib.Path) -> Any:
     try:
         return untrusted.read_json(path, REMEDY)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; delete {path.parent} and run it again") from None
+        raise UserError(f"{path} is missing; delete {path.parent} and run it again") from None
 
 
 def _record(path: pathlib.Path) -> dict[str, Any] | None:
     """What `Cell.begin` has kept; None for a file of something else.
 
-    Raises ValueError for a record that is damaged, or of a sweep that kept no settings.
+    Raises UserError for a record that is damaged, or of a sweep that kept no settings.
     """
     record = _read_json(path)
     if not isinstance(record, dict) or not record.keys() & {"settings", "run", "eval"}:
@@ -271,7 +272,7 @@ def _record(path: pathlib.Path) -> dict[str, Any] | None:
     for part in parts:
         texts += part if isinstance(part, list) else [None]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(
+        raise UserError(
             f"{path} does not say what its run was asked for; another --into is needed, or delete "
             f"it and {path.parent / path.stem}"
         )
@@ -282,7 +283,7 @@ def _task(path: pathlib.Path) -> Mapping[str, Any]:
     config = _read_json(path)
     task = config.get("task") if isinstance(config, dict) else None
     if not isinstance(task, dict):
-        raise ValueError(f"{path} is no run's config; delete {path.parent}, to run it anew")
+        raise UserError(f"{path} is no run's config; delete {path.parent}, to run it anew")
     return task
 
 

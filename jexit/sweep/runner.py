@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import IO
 
+from jexit.errors import UserError
 from jexit.io.files import take_lock
 from jexit.sweep.plan import Cell, Sweep
 
@@ -20,7 +21,7 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Runner:
     """Runs combinations as processes, and hands signals on to them.
 
-    Raises ValueError for more jobs at once than there are cores.
+    Raises UserError for more jobs at once than there are cores.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -106,5 +107,5 @@ def shares(jobs: int) -> list[Sequence[int]]:
         return [()] * jobs
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < jobs:
-        raise ValueError(f"--jobs is {jobs} and there are {len(cores)} cores; give at most those")
+        raise UserError(f"--jobs is {jobs} and there are {len(cores)} cores; give at most those")
     return [cores[share::jobs] for share in range(jobs)]

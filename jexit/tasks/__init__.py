@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from jexit.errors import UserError
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Task, Verdict
 from jexit.tasks.blend import Blend
 from jexit.tasks.chains import ChainTask
@@ -42,11 +43,11 @@ def make_task(name: str, path: str | None = None, **options: Any) -> Task:
     """Makes the task that a config names.
 
     `path` says where a task that reads files finds them (None or "" for its default); `tom` with a
-    path is `exploretom`. The options are the constructor's keyword arguments. Raises ValueError for
+    path is `exploretom`. The options are the constructor's keyword arguments. Raises UserError for
     an unknown task or option, or for a path given to a generated task.
     """
     if name not in TASKS:
-        raise ValueError(
+        raise UserError(
             f"there is no task {name!r}; set config.task.name to one of {', '.join(sorted(TASKS))}"
         )
     if path:
@@ -54,13 +55,13 @@ def make_task(name: str, path: str | None = None, **options: Any) -> Task:
     known = inspect.signature(TASKS[name]).parameters
     if path:
         if "path" not in known:
-            raise ValueError(
+            raise UserError(
                 f"task {name!r} generates its problems and reads no files, got path {path!r}; "
                 "leave config.task.path empty"
             )
         options["path"] = path
     if surplus := sorted(set(options) - set(known)):
-        raise ValueError(
+        raise UserError(
             f"task {name!r} has no option {surplus[0]!r}; "
             f"it takes {', '.join(sorted(set(known) - {'path'}))}"
         )

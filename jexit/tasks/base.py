@@ -9,6 +9,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from jexit.errors import UserError
+
 Split = Literal["train", "val", "test"]
 VerdictKind = Literal["strict", "lenient", "wrong", "none"]
 
@@ -120,9 +122,9 @@ class Task(abc.ABC):
 
 
 def check_split(split: str) -> None:
-    """Raises ValueError unless `split` is one of SPLITS."""
+    """Raises UserError unless `split` is one of SPLITS."""
     if split not in SPLITS:
-        raise ValueError(f"a split is 'train', 'val' or 'test', got {split!r}; name one of them")
+        raise UserError(f"a split is 'train', 'val' or 'test', got {split!r}; name one of them")
 
 
 def stable_hash(*parts: object) -> int:

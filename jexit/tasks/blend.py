@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from jexit.errors import UserError
 from jexit.tasks import answers, phrases
 from jexit.tasks.base import Problem, Rewards, Split, Task, Verdict, check_split
 
@@ -14,7 +15,7 @@ class Blend(Task):
 
     `fields["task"]` of a problem names its task. Verdicts, and so rewards, are that task's; the
     totals about the text are each task's own under its name (`sums/step_size`), with its
-    `accuracy` (`sums/accuracy`). Raises ValueError for fewer than two tasks or one given twice.
+    `accuracy` (`sums/accuracy`). Raises UserError for fewer than two tasks or one given twice.
     """
 
     name = "blend"
@@ -23,7 +24,7 @@ class Blend(Task):
         super().__init__(rewards=rewards)
         names = [task.name for task in tasks]
         if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(
+            raise UserError(
                 f"blend: the tasks are two or more, each once, got {', '.join(names) or 'none'}; "
                 "change config.task.parts"
             )

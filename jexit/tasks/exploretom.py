@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jexit.errors import MissingFile, UserError
 from jexit.tasks import phrases
 from jexit.tasks.base import SPLITS, Problem, Rewards, Verdict
 from jexit.tasks.files import FileTask, Row, Source, text_fault
@@ -78,7 +79,7 @@ class ExploreToM(FileTask):
         rewards: Rewards | None = None,
     ) -> None:
         if not path:
-            raise ValueError(
+            raise UserError(
                 f"task {self.name!r} reads stories from files and got no path; "
                 f"set config.task.path to {self.wanted}"
             )
@@ -105,7 +106,7 @@ class ExploreToM(FileTask):
             return found
         files = sorted(self.path.glob("*.csv"))
         if not files:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{self.path} holds no CSV file; set config.task.path to {self.wanted}"
             )
         return {"whole": files}
@@ -176,7 +177,7 @@ def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates
 def read_csv(file: pathlib.Path) -> Iterator[Row]:
     """Each row after the header: its place, and the row or the reason why it is none.
 
-    Bytes that are no UTF-8 spoil only the row that they are in. Raises ValueError for a file
+    Bytes that are no UTF-8 spoil only the row that they are in. Raises UserError for a file
     without the three columns.
     """
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -186,7 +187,7 @@ def read_csv(file: pathlib.Path) -> Iterator[Row]:
         except csv.Error:
             missing = list(COLUMNS)
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{file} has no column {missing[0]!r}; its first line must name the columns "
                 f"{', '.join(COLUMNS)}"
             )

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from jexit.errors import MissingFile
 from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
 
 _REASONS_SHOWN = 5
@@ -31,7 +32,7 @@ class FileTask(Task):
     Training rows of a group that the data holds out as well are left out. Where the data has no
     validation split, every sixteenth group of the training rows is held out
     for it, of fewer groups the last one. Rows that cannot be used are left out, with one warning
-    per source that counts them and names the first. Raises FileNotFoundError when there is nothing
+    per source that counts them and names the first. Raises MissingFile when there is nothing
     at `path`.
     """
 
@@ -50,9 +51,7 @@ class FileTask(Task):
         self.instruction = instruction
         self.test_every = test_every
         if self.path is not None and not self.path.exists():
-            raise FileNotFoundError(
-                f"no data set at {self.path}; set config.task.path to {self.wanted}"
-            )
+            raise MissingFile(f"no data set at {self.path}; set config.task.path to {self.wanted}")
         self.skipped_rows: dict[str, int] = {}
         self._read: dict[Source, list[Problem]] = {}
         self._problems: dict[Split, list[Problem]] = {}

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jexit.errors import MissingFile, UserError
 from jexit.tasks import answers
 from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.files import FileTask, Row, Source, text_fault
@@ -81,7 +82,7 @@ class Gsm8k(FileTask, NumberChain):
             # is the problem itself.
             rows = list({row.prompt: row for row in self._split("train")}.values())
             if len(rows) <= self.shots:
-                raise ValueError(
+                raise UserError(
                     f"gsm8k: {self.shots} shots need {self.shots + 1} different training questions "
                     f"and there are {len(rows)}; lower config.task.shots or give more training data"
                 )
@@ -119,7 +120,7 @@ class Gsm8k(FileTask, NumberChain):
         for info in (self.path / "dataset_info.json", *reversed(versions)):
             if info.exists():
                 return _tfds_rows(_prepared_builder(info.parent), source)
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{self.path} holds no GSM8K data: neither train.jsonl, test*.jsonl nor a prepared "
             "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
             "to a folder that does"
@@ -165,7 +166,7 @@ def _tfds_rows(builder: Any, split: Source) -> Iterator[Row]:
         source = builder.as_data_source(split=split)
     except Exception as error:  # the library's errors have no common base
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"split {split!r} in {builder.data_path} cannot be read without TensorFlow ({reason}); "
             "prepare it with file_format='array_record', or set config.task.path to JSONL files"
         ) from error
@@ -194,7 +195,7 @@ def _downloaded_builder() -> Any:
             builder.download_and_prepare()
         except Exception as error:  # network, disk, checksums: all of the library's own
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
+            raise UserError(
                 f"GSM8K is not in {builder.data_path} and could not be downloaded ({reason}); set "
                 "config.task.path to JSONL files or to a prepared tensorflow-datasets folder"
             ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from jexit.errors import UserError
 from jexit.tasks import answers
 from jexit.tasks.base import Draw, Problem
 from jexit.tasks.chains import ChainTask, Corruption
@@ -72,7 +73,7 @@ class NumberChain(ChainTask):
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         match = _LITERAL.search(problem.answer)
         if match is None:
-            raise ValueError(
+            raise UserError(
                 f"the answer {problem.answer!r} holds no number to change; give problems whose "
                 "answers are numbers"
             )

@@ -18,6 +18,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
+from jexit.errors import UserError
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
@@ -60,12 +61,12 @@ class Sums(ChainTask):
         if isinstance(steps, str) and steps.isdecimal():  # "3" from a command line
             steps = int(steps)
         if steps not in STEP_MODES:
-            raise ValueError(
+            raise UserError(
                 f"sums: steps is one of {', '.join(map(str, STEP_MODES))}, got {steps!r}; "
                 "change config.task.steps"
             )
         if len(operands) != 2 or not 2 <= operands[0] <= operands[1]:
-            raise ValueError(
+            raise UserError(
                 f"sums: operands is a pair (smallest, largest) with 2 <= smallest <= largest, "
                 f"got {tuple(operands)}; change config.task.operands_min or operands_max"
             )

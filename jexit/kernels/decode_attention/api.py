@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jexit.errors import UserError
 from jexit.kernels import shapes
 from jexit.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
@@ -50,14 +51,14 @@ def decode_attention(
     shapes.check_floats(name, "q_BNH", q_BNH)
     shapes.check_same(name, "values_KLPSH", values_KLPSH.shape, keys_KLPSH.shape)
     if q_BNH.ndim != 3 or keys_KLPSH.ndim != 5:
-        raise ValueError(
+        raise UserError(
             f"{name}: q_BNH has shape {list(q_BNH.shape)} and keys_KLPSH {list(keys_KLPSH.shape)}; "
             "give [rows, heads, width] and [heads, layers, rows, slots, width]"
         )
     batch, heads, width = q_BNH.shape
     kv_heads, _, rows, _, kv_width = keys_KLPSH.shape
     if width != kv_width or heads % kv_heads:
-        raise ValueError(
+        raise UserError(
             f"{name}: {heads} query heads of {width} do not go with {kv_heads} key/value heads of "
             f"{kv_width}; the widths must agree and the number divide"
         )

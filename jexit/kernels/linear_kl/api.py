@@ -2,6 +2,7 @@
 
 import jax
 
+from jexit.errors import UserError
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
 from jexit.kernels.linear_kl import pallas_gpu, pallas_tpu, reference, xla
@@ -48,7 +49,7 @@ def linear_kl(
     Source: arXiv:2603.21376, calibration loss.
     """
     if direction not in DIRECTIONS:
-        raise ValueError(
+        raise UserError(
             f"linear_kl has no direction {direction!r}; use one of {', '.join(DIRECTIONS)}"
         )
     shapes.check_hidden("linear_kl", "h_student_ND", h_student_ND, head_VD)

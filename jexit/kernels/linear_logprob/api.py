@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jexit.errors import UserError
 from jexit.kernels import shapes
 from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
 from jexit.kernels.linear_logprob import pallas_gpu, pallas_tpu, reference, xla
@@ -44,7 +45,7 @@ def linear_logprob(
     shapes.check_hidden("linear_logprob", "h_ND", h_ND, head_VD)
     shapes.check_same("linear_logprob", "targets_N", targets_N.shape, h_ND.shape[:1])
     if not jnp.issubdtype(targets_N.dtype, jnp.integer):
-        raise ValueError(
+        raise UserError(
             f"linear_logprob: targets_N is {targets_N.dtype} but must be integer token ids; cast it"
         )
     # Narrow integers cannot count the vocabulary.

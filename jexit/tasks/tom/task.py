@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from jexit.errors import UserError
 from jexit.tasks import answers, phrases
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
 from jexit.tasks.chains import ChainTask, Corruption
@@ -83,22 +84,22 @@ class Tom(ChainTask):
     ) -> None:
         super().__init__(rewards=rewards)
         if steps not in STEP_MODES:
-            raise ValueError(
+            raise UserError(
                 f"tom: steps is one of {', '.join(STEP_MODES)}, got {steps!r}; "
                 "change config.task.steps"
             )
         if len(people) != 2 or not 2 <= people[0] <= people[1] <= len(NAMES):
-            raise ValueError(
+            raise UserError(
                 "tom: people is a pair (smallest, largest) with 2 <= smallest <= largest <= "
                 f"{len(NAMES)}, got {tuple(people)}; change config.task.people_min or people_max"
             )
         if len(moves) != 2 or not PLACES <= moves[0] <= moves[1]:
-            raise ValueError(
+            raise UserError(
                 f"tom: moves is a pair (smallest, largest) with {PLACES} <= smallest <= largest, "
                 f"got {tuple(moves)}; change config.task.moves_min or moves_max"
             )
         if not kinds or set(kinds) - set(KINDS):
-            raise ValueError(
+            raise UserError(
                 f"tom: kinds are some of {', '.join(KINDS)}, got {tuple(kinds)}; "
                 "change config.task.kinds"
             )
