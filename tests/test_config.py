@@ -27,7 +27,8 @@ from jexit.config import (
 from jexit.errors import UserError
 from jexit.presets import PRESETS, Architecture, Llama3Rope, Yarn
 from jexit.settings import Bounds, Length, annotations
-from jexit.tasks import sums, tom
+from jexit.tasks import sums
+from jexit.tasks.tom import task as tom
 from jexit.tasks.word_problems import NAMES
 from small_runs import ROOT
 
