@@ -11,7 +11,7 @@ import pytest
 from jexit.main import parse
 from stand_ins import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "docs" / "clusters.md").read_text()
 LINES = re.findall(r"^bash launch/(?:tpu_vm|gke|slurm)\.sh .*$", README, re.MULTILINE)
 
 
