@@ -226,5 +226,5 @@ def test_the_site_builds(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "reference" / "index.html").read_text()
-    for name in ("jexit.load", "jexit.generate", "jexit.kernels.exit_kl"):
+    for name in ("jexit.load", "jexit.generate", "jexit.kernels.exit_kl.api.exit_kl"):
         assert f'id="{name}"' in page
