@@ -111,7 +111,7 @@ def check_bash(script, arguments):
         for before, word in itertools.pairwise(["", *arguments]):
             assert before != "-m" or word in markers, f"there is no marker {word}"
             assert not word.startswith("tests/") or (ROOT / word).exists(), word
-    elif "--" in arguments:  # the cluster's options are tried by test_readme_launch
+    elif "--" in arguments:  # the cluster's options are tried by test_cluster_commands
         check_job(arguments[arguments.index("--") + 1 :])
 
 
@@ -155,6 +155,13 @@ def test_files_and_settings_in_the_text_exist():
             setting = re.fullmatch(r"(?:--config\.)?(([a-z_]+)\.[a-z_0-9]+)(?:=.*)?", code)
             if setting and setting[2] in sections and not setting[1].endswith((".py", ".json")):
                 check_key(f"config.{setting[1]}")
+
+
+def test_the_guide_to_the_tests_names_tests():
+    guide = ROOT / "tests" / "README.md"
+    for code in inline(guide):
+        if code.endswith((".py", "/")) and " " not in code:
+            assert (guide.parent / code).exists(), code
 
 
 def test_links_lead_somewhere():
