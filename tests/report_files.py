@@ -78,6 +78,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
     if not new_parts:
         return value
     names = ("early_answering", "no_chain", "filler", "corrupted_step", "hint")
+    policies = (("full", 1.0), ("sample", 0.49))
     return value | {
         "controls": [
             {
@@ -97,26 +98,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 "sharpness": 60.0,
                 "ece": 0.0431,
                 "kl_student_teacher_nats": 0.276,
-                "exits": [
-                    {
-                        "exit": layer,
-                        "ece": 0.03 + 0.002 * layer,
-                        "positions": 2000 - 100 * layer,
-                        "hazard_mean": 0.1 * layer,
-                        "target_mean": 0.09 * layer,
-                        "bins": [
-                            {
-                                "low": low / 10,
-                                "high": (low + 1) / 10,
-                                "hazard_mean": low / 10 + 0.05,
-                                "target_mean": ((low + 0.5) / 10) ** (1 + 0.15 * layer),
-                                "positions": 0 if low == 9 else 100,
-                            }
-                            for low in range(10)
-                        ],
-                    }
-                    for layer in EXITS
-                ],
+                "exits": [hazards_at(layer) for layer in EXITS],
             }
         ],
         "faithfulness": [
@@ -126,31 +108,9 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 "accuracy": 0.97,
                 "depth_fraction": fraction,
                 "completion_length": 14.0,
-                "measures": [
-                    {
-                        "name": name,
-                        "value": draw.random(),
-                        "ci95": [0.1, 0.9],
-                        "problems": 120,
-                        "depth_fraction": fraction,
-                        "completion_length": 9.0,
-                        "detail": {"right_before": 0.97, "answered": 0.31},
-                        "curve": [
-                            {
-                                "kept": kept / 5,
-                                "same_answer": 0.8 * (kept / 5) ** (2 + bend),
-                                "of_whole": (kept / 5) ** (2 + bend),
-                                "right": 0.97 * (kept / 5) ** (2.2 + bend),
-                            }
-                            for kept in range(6)
-                        ]
-                        if name == "early_answering"
-                        else None,
-                    }
-                    for name in names
-                ],
+                "measures": [measure(name, fraction, draw.random()) for name in names],
             }
-            for bend, (policy, fraction) in enumerate((("full", 1.0), ("sample", 0.49)))
+            for policy, fraction in policies
         ],
         "faithfulness_paired": [
             {
@@ -166,41 +126,74 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
             for name in ("accuracy", *names)
         ],
         "capacity": [
-            {
-                "policy": policy,
-                "granularity": granularity,
-                "accuracy": accuracy - drop,
-                "accuracy_ci95": [max(accuracy - drop - 0.06, 0), min(accuracy - drop + 0.04, 1)],
-                "depth_fraction": 0.5,
-                "completion_length": 12.0,
-                "step_size": None if granularity == "at_once" else float(granularity),
-                "obeyed": 0.25 if granularity == "5" else 0.98,
-                "accuracy_obeyed": None if granularity == "at_once" else accuracy,
-                "accuracy_obeyed_ci95": None,
-                "problems": 256,
-            }
+            capacity(policy, granularity, accuracy - drop, 0.25 if granularity == "5" else 0.98)
             for policy, drop in (("full", 0.0), ("sample", 0.05), ("shuffled", 0.3))
             for granularity, accuracy in (
-                ("at_once", 0.35),
-                ("5", 0.9),
-                ("4", 0.95),
-                ("3", 0.98),
-                ("2", 1.0),
+                *(("at_once", 0.35), ("5", 0.9), ("4", 0.95)),
+                *(("3", 0.98), ("2", 1.0)),
             )
         ],
         "begun_steps": [
-            {
-                "policy": policy,
-                "granularity": granularity,
-                "problems": 240,
-                "accuracy": accuracy,
-                "accuracy_ci95": [accuracy - 0.05, accuracy],
-                "obeyed": 0.375,
-                "depth_fraction": 0.25,
-            }
+            capacity(policy, granularity, accuracy, 0.375)
             for policy, accuracy in (("full", 1.0), ("sample", 0.625))
             for granularity in ("2", "3")
         ],
+    }
+
+
+def hazards_at(layer: int) -> dict:
+    """The calibration of an exit's hazards; the last of its bins is empty."""
+    return {
+        "exit": layer,
+        "ece": 0.03 + 0.002 * layer,
+        "positions": 2000 - 100 * layer,
+        "hazard_mean": 0.1 * layer,
+        "target_mean": 0.09 * layer,
+        "bins": [
+            {
+                "low": low / 10,
+                "high": (low + 1) / 10,
+                "hazard_mean": low / 10 + 0.05,
+                "target_mean": ((low + 0.5) / 10) ** (1 + 0.15 * layer),
+                "positions": 0 if low == 9 else 100,
+            }
+            for low in range(10)
+        ],
+    }
+
+
+def measure(name: str, fraction: float, value: float) -> dict:
+    curve = [
+        {
+            "kept": kept / 5,
+            "same_answer": 0.8 * (kept / 5) ** 2,
+            "of_whole": (kept / 5) ** 2,
+            "right": 0.97 * (kept / 5) ** 2.2,
+        }
+        for kept in range(6)
+    ]
+    return {
+        "name": name,
+        "value": value,
+        "ci95": [0.1, 0.9],
+        "problems": 120,
+        "depth_fraction": fraction,
+        "completion_length": 9.0,
+        "detail": {"right_before": 0.97, "answered": 0.31},
+        "curve": curve if name == "early_answering" else None,
+    }
+
+
+def capacity(policy: str, granularity: str, accuracy: float, obeyed: float) -> dict:
+    return {
+        "policy": policy,
+        "granularity": granularity,
+        "accuracy": accuracy,
+        "accuracy_ci95": [max(accuracy - 0.06, 0), min(accuracy + 0.04, 1)],
+        "obeyed": obeyed,
+        "depth_fraction": 0.5,
+        "completion_length": 12.0,
+        "problems": 256,
     }
 
 
@@ -275,6 +268,7 @@ def write_trained(
                     "reward/verifier": 0.5 + 0.5 * done,
                     "kl/teacher": 0.1 * done + noise,
                     "loss": 0.3 - done * 0.2 + noise,
+                    "loss/policy": 0.2 - done * 0.2 + noise,
                     "completion/length": 22 - 10 * done,
                     "completion/truncated": 0.02 * (1 - done),
                     "step_seconds": 60.0 if step == 1 else 1.5 + noise,

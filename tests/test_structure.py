@@ -136,7 +136,7 @@ def test_parts_stay_free_of_what_they_need_not_know():
 
 def test_what_needs_no_jax_loads_without_it():
     for modules in (
-        "jexit, jexit.tasks, jexit.report.plots, jexit.report.html, jexit.report.__main__",
+        "jexit, jexit.tasks, jexit.report.page, jexit.report.__main__",
         "jexit.main, configs.rl, convert.names, convert.from_hf, convert.to_hf",
     ):
         code = f"import sys, {modules}; print({{'jax', 'flax', 'torch'}} & {{*sys.modules}})"

@@ -18,12 +18,52 @@ from jexit.errors import INTERRUPTED
 from jexit.sweep.__main__ import main
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner, shares
-from report_files import evaluation, policy_figures
+from jexit.sweep.summary import summary
+from report_files import evaluation, policy_figures, write_json
 from small_runs import saved_small_model, small_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIVEN = ("--config=a.py:tiny", "--into=runs/x")
 RL, EVAL = f"--config={ROOT}/configs/rl.py", f"{ROOT}/configs/eval.py"
+
+# Stands for Python: ends at once with results, fails without a model, or waits to be stopped.
+STAND_IN = """#!/bin/sh
+for argument; do case $argument in --workdir=*) workdir=${argument#*=} ;; esac; done
+mkdir -p "$workdir"
+case "$*" in
+  *model.path=nowhere*) echo "jexit: no model directory at 'nowhere'"; exit 1 ;;
+  *steps=7*) if [ ! -e "$workdir/begun" ]; then
+    trap 'exit 3' TERM; touch "$workdir/begun"; while :; do sleep 0.05; done; fi ;;
+esac
+cp "$RESULT" "$workdir/after.json"
+"""
+
+
+def write_result(path, **changes):
+    """What a training run measures of itself when it ends."""
+    write_json(path, policy_figures("sample", random.Random(0)) | changes)
+
+
+def begin(grid, *arguments):
+    """A run that another command has begun, and finished."""
+    sweep = Sweep.parse([*arguments, *grid])
+    (cell,) = sweep.cells()
+    next(sweep.commands(cell))
+    write_result(cell.workdir / "after.json")
+
+
+def table(directory):
+    return list(csv.DictReader((directory / "table.csv").open()))
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    script, result = tmp_path / "python", tmp_path / "result.json"
+    script.write_text(STAND_IN)
+    script.chmod(0o755)
+    write_result(result)
+    monkeypatch.setenv("RESULT", str(result))
+    return str(script)
 
 
 def test_every_combination_is_a_run_of_its_own(tmp_path, monkeypatch):
@@ -41,15 +81,9 @@ def test_every_combination_is_a_run_of_its_own(tmp_path, monkeypatch):
             "--config.seed=1",
         ]
     ]
-
-
-def test_values_with_commas_are_separated_by_bars():
-    grid = Sweep.parse([*GIVEN, "exits.layers=(2,4)|(4,)"])
-    assert [cell.settings["exits.layers"] for cell in grid.cells()] == ["(2,4)", "(4,)"]
-    assert [cell.name for cell in grid.cells()] == ["exits.layers=(2,4)", "exits.layers=(4,)"]
-
-
-def test_without_a_grid_there_is_one_run():
+    # Values with commas in them are separated by bars; without a grid there is one run.
+    cells = Sweep.parse([*GIVEN, "exits.layers=(2,4)|(4,)"]).cells()
+    assert [cell.name for cell in cells] == ["exits.layers=(2,4)", "exits.layers=(4,)"]
     assert [cell.name for cell in Sweep.parse(GIVEN).cells()] == ["run"]
 
 
@@ -62,9 +96,8 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         f"--workdir={workdir}", "--config.task.steps=mixed", "--config.task.name=sums",
     ]  # fmt: skip
     # The run has written its config by now, with what its own file says of the task.
-    (workdir / "eval").mkdir(parents=True)
     task = {"name": "sums", "parts": ["sums", "tom"], "steps": "mixed", "path": ""}
-    (workdir / "config.json").write_text(json.dumps({"command": "rl", "task": task}))
+    write_json(workdir / "config.json", {"command": "rl", "task": task})
     (evaluating,) = commands
     assert evaluating == [
         "--config=e.py",
@@ -76,11 +109,11 @@ def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
         f"--config.model.path={workdir}",
         "--config.eval.problems=9",
     ]
-    (workdir / "after.json").write_text("{}")
+    write_result(workdir / "after.json")
     assert list(grid.commands(cell)) == [evaluating]  # the run is over, its evaluation is not
-    (workdir / "eval" / "eval.json").write_text(json.dumps(evaluation() | {"complete": False}))
+    write_json(workdir / "eval" / "eval.json", evaluation() | {"complete": False})
     assert list(grid.commands(cell)) == [evaluating]  # it stopped before its measures were done
-    (workdir / "eval" / "eval.json").write_text(json.dumps(evaluation()))
+    write_json(workdir / "eval" / "eval.json", evaluation())
     assert list(grid.commands(cell)) == []
 
 
@@ -98,8 +131,8 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     assert "which differs in --config.steps=10; another --into is needed" in error
     cell.begin("run", [*reversed(begun.training(cell))])
     begun.begun([cell])  # the same settings in another order
-    (cell.workdir / "config.json").write_text('{"task": {}}')
-    (cell.workdir / "after.json").write_text("{}")
+    write_json(cell.workdir / "config.json", {"task": {}})
+    write_result(cell.workdir / "after.json")
     next(commands)
     (cell.workdir / "eval").mkdir()
     assert main([*given, "--config.steps=10", "--eval.eval.problems=1000"]) == 1
@@ -107,66 +140,42 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     assert not (tmp_path / "table.csv").exists()
 
 
-def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
-    assert main([f"--config={ROOT}/configs/rl.py", "--into=/dev/null/x"]) == 1
-    assert "/dev/null/x" in capsys.readouterr().err
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "after.json").write_text('{"accuracy":')
-    assert main(["--config=a.py", f"--into={tmp_path}", "--table_only"]) == 1
-    error = capsys.readouterr().err
-    assert f"{tmp_path}/run/after.json is not valid JSON" in error and error.count("\n") == 1
+def test_damaged_files_are_named_and_files_of_something_else_left_alone(tmp_path, capsys):
+    def said(*arguments):
+        assert main([*arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    given = ["--config=a.py", f"--into={tmp_path}", "seed=0"]
+    assert "/dev/null/x" in said(RL, "--into=/dev/null/x")
+    for name in ("seed=0", "seed=7"):  # the command's own run, and another
+        for record in (
+            '{"settings": 3}',
+            '{"settings": {"seed": null}}',
+            '{"settings": {"seed": "0"}, "run": 3}',
+            '{"settings": {"seed": "0"}, "eval": [3]}',
+            '{"run": ["--config=a.py"]}',
+        ):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / f"{name}.json").write_text(record)
+            error = said(*given, "--table_only")
+            assert f"{name}.json does not say what its run was asked for" in error
+            assert error.rstrip().endswith(str(tmp_path / name))
+        (tmp_path / f"{name}.json").unlink()
+    write_json(tmp_path / "notes.json", {"a": 1})
+    write_json(tmp_path / "completions.json", [])
+    assert "none of the 1 runs" in said(*given, "--table_only")
+    (tmp_path / "seed=0" / "eval").mkdir()
+    write_json(tmp_path / "seed=0" / "config.json", [])
+    assert "seed=0/config.json is no run's config" in said(*given, "--eval=e.py")
+    (tmp_path / "seed=0" / "after.json").write_text('{"accuracy":')
+    assert "seed=0/after.json is not valid JSON" in said(*given, "--table_only")
 
 
-@pytest.mark.parametrize("name", ["seed=0", "seed=7"])  # the command's own run, and another
-@pytest.mark.parametrize(
-    "record",
-    [
-        '{"settings": 3}',
-        '{"settings": ["seed"]}',
-        '{"settings": {"seed": null}}',
-        '{"settings": {"seed": "0"}, "run": 3}',
-        '{"settings": {"seed": "0"}, "eval": [3]}',
-        '{"run": ["--config=a.py"]}',
-    ],
-)
-def test_a_damaged_record_of_a_run_is_refused(record, name, tmp_path, capsys):
-    (tmp_path / name).mkdir()
-    (tmp_path / f"{name}.json").write_text(record)
-    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0", "--table_only"]) == 1
-    error = capsys.readouterr().err
-    assert f"{name}.json does not say what its run was asked for" in error
-    assert error.rstrip().endswith(str(tmp_path / name)) and error.count("\n") == 1
-
-
-def test_files_of_something_else_are_left_alone(tmp_path, capsys):
-    (tmp_path / "notes.json").write_text('{"a": 1}')
-    (tmp_path / "completions.json").write_text("[]")
-    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0", "--table_only"]) == 1
-    assert "none of the 1 runs" in capsys.readouterr().err
-    (tmp_path / "seed=0" / "eval").mkdir(parents=True)
-    (tmp_path / "seed=0" / "config.json").write_text("[]")
-    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0", "--eval=e.py"]) == 1
-    assert "seed=0/config.json is no run's config" in capsys.readouterr().err
-
-
-def test_what_another_command_began_meanwhile_is_in_the_table(tmp_path, monkeypatch):
-    def finished(seed):
-        sweep = Sweep.parse([RL, f"--into={tmp_path}", f"seed={seed}"])
-        (cell,) = sweep.cells()
-        next(sweep.commands(cell))
-        cell.workdir.mkdir()
-        write_result(cell.workdir / "after.json")
-        return []
-
-    monkeypatch.setattr(Runner, "run", lambda self, cells: finished(0) + finished(1))
-    assert main([RL, f"--into={tmp_path}", "seed=0"]) == 0
-    lines = csv.DictReader((tmp_path / "table.csv").open())
-    assert [line["seed"] for line in lines] == ["0", "1"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in (
         (["--into=x"], "--config is missing"),
         (["--config=a.py"], "--into is missing"),
         ([*GIVEN, "seed"], "'seed' is no argument of a sweep"),
@@ -180,82 +189,63 @@ def test_what_another_command_began_meanwhile_is_in_the_table(tmp_path, monkeypa
         ([*GIVEN, "--jobs=10000"], "--jobs is 10000 and there are"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
         ([*GIVEN, "seed=0", "seed=1"], "seed is given 2 times; give it once"),
-        ([*GIVEN, "--into=y"], "--into is given 2 times"),
         (GIVEN, "run cannot run: the config file a.py is not there"),
         ([RL, GIVEN[1], "rl.dept_coef=0,1"], "rl.dept_coef=0 cannot run: config.rl.dept_coef does"),
         ([RL, GIVEN[1], "seed=0,1,many"], "seed=many cannot run: "),
         ([RL, GIVEN[1], "--eval=e.py"], "run cannot run: the config file e.py is not there"),
         ([RL, GIVEN[1], f"--eval={EVAL}", "--eval.eval.problemz=3"], "config.eval.problemz does"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
-    text = capsys.readouterr().err
-    assert words in text and text.count("\n") == 1 and not list(tmp_path.iterdir())
+    ):
+        assert main(arguments) == 1
+        text = capsys.readouterr().err
+        assert words in text and text.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_several_jobs_have_cores_of_their_own():
-    cores = os.sched_getaffinity(0)
-    dealt = shares(len(cores))
-    assert sorted(core for share in dealt for core in share) == sorted(cores)
-
-
-def write_result(path, **changes):
-    """What a training run measures of itself when it ends."""
-    path.write_text(json.dumps(policy_figures("sample", random.Random(0)) | changes))
-
-
-def test_the_table_has_every_figure_of_the_finished_runs(tmp_path, capsys):
-    arguments = ["--config=a.py", f"--into={tmp_path}", "seed=0,1,2", "--table_only"]
+def test_the_table_has_every_number_of_the_finished_runs(tmp_path, capsys):
     for seed in (0, 2):
-        workdir = tmp_path / f"seed={seed}"
-        (workdir / "eval").mkdir(parents=True)
-        write_result(workdir / "after.json", accuracy=0.25 + seed / 4)
-        rows = [{"step": n, "accuracy": seed + n, "step_seconds": 1.0} for n in range(1, 42)]
-        rows[40]["accuracy"] = None  # not a number, as metrics.jsonl has it
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_result(tmp_path / f"seed={seed}" / "after.json", accuracy=0.25 + seed / 4)
     measured = evaluation()
     measured["runs"][0] |= {"accuracy": 0.25, "accuracy_ci95": [0.2, 0.3]}
-    measured["controls"][0]["accuracy_difference"] = 0.5
-    (tmp_path / "seed=2" / "eval" / "eval.json").write_text(json.dumps(measured))
-    assert main(arguments) == 0
+    write_json(tmp_path / "seed=2" / "eval" / "eval.json", measured)
+    assert main(["--config=a.py", f"--into={tmp_path}", "seed=0,1,2", "--table_only"]) == 0
     wrote, heads, means = capsys.readouterr().out.splitlines()
     assert "2 of 3 runs" in wrote
     assert " ".join(heads.split()).startswith("seeds right after depth after layers a problem")
     assert " ".join(means.split()).startswith("2 50.0 (25.0 to 75.0) ")
-    first, second = csv.DictReader((tmp_path / "table.csv").open())
+    first, second = table(tmp_path)
     assert first["seed"] == "0" and first["after/accuracy"] == "0.25"
     assert first["full/accuracy"] == ""
     expected = {
         "seed": "2", "after/accuracy": "0.75", "after/text/step_size": "2.5",
         "full/accuracy": "0.25", "full/accuracy_ci95/low": "0.2", "full/accuracy_ci95/high": "0.3",
-        "sample less shuffled/accuracy_difference": "0.5",
+        "sample less shuffled/accuracy_difference": "0.62",
         "full/faithfulness/hint/detail/answered": "0.31",
     }  # fmt: skip
     assert expected.items() <= second.items()
-    for part in ("less full/faithfulness/hint/difference", "capacity/3/accuracy", "hazards/ece"):
-        assert f"sample {part}" in second or f"sample/{part}" in second
+    for name in ("less full/faithfulness/hint/difference", "/capacity/3/accuracy", "/hazards/ece"):
+        assert f"sample {name}" in second or f"sample{name}" in second
     assert not [name for name in second if "per_second" in name]  # of the machine, not of the run
-    lines = list(csv.DictReader((tmp_path / "curves.csv").open()))
-    assert [line["seed"] for line in lines] == ["0"] * 20 + ["2"] * 20
-    assert lines[0] == {"seed": "0", "step": "2", "accuracy": "1.5"}
-    assert lines[20]["accuracy"] == "3.5"
-    assert lines[19] == {"seed": "0", "step": "41", "accuracy": "39.5"}  # of 39, 40 and a gap
 
 
-def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys):
+def test_the_summary_has_means_over_seeds_of_what_there_is():
+    runs = [("0", "0", 0.5, 0.875), ("0", "1", 0.75, 0.625), ("2", "0", 1.0, 0.5)]
+    rows = [
+        ({"rl.depth_coef": level, "seed": seed}, {"sample/accuracy": a, "sample/depth_fraction": d})
+        for level, seed, a, d in runs
+    ]
+    assert summary(rows) == (
+        "rl.depth_coef  seeds  right                depth\n"
+        "0              2      62.5 (50.0 to 75.0)  75.0 (62.5 to 87.5)\n"
+        "2              1      100.0                50.0"
+    )
+
+
+def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys, monkeypatch):
     given = ["--config=a.py", f"--into={tmp_path}", "--table_only"]
     for depth_coef, seed in (("10", "0"), ("2", "0"), ("2", "1")):
-        sweep = Sweep.parse([*given, f"rl.depth_coef={depth_coef}", f"seed={seed}"])
-        (cell,) = sweep.cells()
-        next(sweep.commands(cell))
-        cell.workdir.mkdir()
-        write_result(cell.workdir / "after.json")
+        begin([f"rl.depth_coef={depth_coef}", f"seed={seed}"], *given)
     assert main([*given, "rl.depth_coef=2", "seed=1"]) == 0
     assert "3 of 3 runs" in capsys.readouterr().out
-    lines = csv.DictReader((tmp_path / "table.csv").open())
-    values = [(line["rl.depth_coef"], line["seed"]) for line in lines]
+    values = [(line["rl.depth_coef"], line["seed"]) for line in table(tmp_path)]
     assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
     for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
         assert main([*given, *other]) == 1
@@ -263,77 +253,50 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys):
     assert main([*given, "rl.depth_coef=2", "seed=2", "--config.steps=3"]) == 1
     error = capsys.readouterr().err
     assert "was begun by another command, which differs in --config.steps=3" in error
+    # What another command began meanwhile is in the table.
+    arguments = [RL, f"--into={tmp_path / 'new'}"]
 
+    def run(self, cells):
+        for seed in (0, 1):
+            begin([f"seed={seed}"], *arguments)
+        return []
 
-def test_completions_under_sampled_exits_are_kept_with_their_settings(tmp_path):
-    given = [f"--into={tmp_path}", "--config=e.py", "seed=0,1", "--table_only"]
-    for seed in (0, 1):
-        workdir = tmp_path / f"seed={seed}"
-        workdir.mkdir()
-        (workdir / "eval.json").write_text(json.dumps(evaluation()))
-    entries = [
-        {"policy": policy, "prompt": prompt, "completion": "a", "tokens": ["a"], "depths": [3],
-         "hazards": [None], "verdict": "strict", "answer": "b"}
-        for prompt in ("p", "q", "r")
-        for policy in ("full", "sample")
-    ]  # fmt: skip
-    (tmp_path / "seed=1" / "completions.json").write_text(json.dumps(entries))
-    assert main(given) == 0
-    kept = json.loads((tmp_path / "completions.json").read_text())
-    assert kept == [
-        {
-            "settings": {"seed": "1"}, "layers": 8, "prompt": prompt, "completion": "a",
-            "tokens": ["a"], "depths": [3], "verdict": "strict", "answer": "b",
-        }
-        for prompt in ("p", "q")
-    ]  # fmt: skip
+    monkeypatch.setattr(Runner, "run", run)
+    assert main([*arguments, "seed=0"]) == 0
+    assert [line["seed"] for line in table(tmp_path / "new")] == ["0", "1"]
 
 
 def test_evaluations_are_runs_too(tmp_path):
-    given = [f"--into={tmp_path}", "--config=e.py", "model.path=a,b", "--table_only"]
     for name, complete in (("a", True), ("b", False)):
-        workdir = tmp_path / f"model.path={name}"
-        workdir.mkdir()
-        (workdir / "eval.json").write_text(json.dumps(evaluation() | {"complete": complete}))
+        value = evaluation() | {"complete": complete}
+        write_json(tmp_path / f"model.path={name}" / "eval.json", value)
+    given = [f"--into={tmp_path}", "--config=e.py", "model.path=a,b", "--table_only"]
     assert main(given) == 0
-    (line,) = csv.DictReader((tmp_path / "table.csv").open())
+    (line,) = table(tmp_path)
     assert line["model.path"] == "a" and line["full/tokens"] == "3000"
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return saved_small_model(tmp_path_factory.mktemp("model") / "model")
-
-
-def command(model_dir, into, *grid, **settings):
-    settings = small_settings(model_dir, **settings)
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [f"--config={ROOT}/configs/rl.py", f"--into={into}", *grid, *flags]
-
-
-def test_a_run_that_fails_does_not_stop_the_others(model_dir, tmp_path, capfd):
-    arguments = command(model_dir, tmp_path, f"model.path=nowhere,{model_dir}", steps=2)
-    arguments = [flag for flag in arguments if not flag.startswith("--config.model.path")]
-    assert main(arguments) == 1
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd, monkeypatch, stand_in):
+    monkeypatch.setattr(sys, "executable", stand_in)
+    into = tmp_path / "sweep"
+    assert main([RL, f"--into={into}", "model.path=nowhere,there", "--jobs=2"]) == 1
     captured = capfd.readouterr()
-    log = tmp_path / "model.path=nowhere.log"
-    assert captured.err.startswith(
-        "jexit: model.path=nowhere ended with 1: no model directory at 'nowhere'"
+    assert captured.err == (
+        "jexit: model.path=nowhere ended with 1: no model directory at 'nowhere' "
+        f"(see {into / 'model.path=nowhere.log'})\n"
     )
-    assert captured.err.endswith(f" (see {log})\n") and captured.err.count("\n") == 1
     assert "1 of 2 runs" in captured.out
-    (line,) = csv.DictReader((tmp_path / "table.csv").open())
-    assert line["model.path"] == str(model_dir) and 0 <= float(line["after/accuracy"]) <= 1
+    assert [line["model.path"] for line in table(into)] == ["there"]
+    cores = os.sched_getaffinity(0)  # several jobs have cores of their own
+    assert sorted(core for share in shares(len(cores)) for core in share) == sorted(cores)
 
 
-def test_a_run_of_another_command_is_left_alone(tmp_path, capfd):
+def test_a_run_of_another_command_is_left_alone(tmp_path, capfd, monkeypatch):
     """Its process has the lock of its log, also when the sweep that began it is gone."""
     (tmp_path / "seed=0").mkdir()
     with open(tmp_path / "seed=0.log", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        holder = subprocess.Popen(
-            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log
-        )
+        holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
     try:
         assert main([RL, f"--into={tmp_path}", "seed=0"]) == 1
     finally:
@@ -342,8 +305,6 @@ def test_a_run_of_another_command_is_left_alone(tmp_path, capfd):
     assert error == "jexit: seed=0 is being run by another command; wait for it, or stop it\n"
     assert not list((tmp_path / "seed=0").iterdir()) and not (tmp_path / "seed=0.json").exists()
 
-
-def test_a_file_system_without_locks_is_told(tmp_path, capfd, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -353,11 +314,40 @@ def test_a_file_system_without_locks_is_told(tmp_path, capfd, monkeypatch):
     assert "seed=0.log cannot be locked ([Errno" in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path, number):
-    arguments = command(model_dir, tmp_path, "seed=0,1", steps=30, checkpoint__every=5)
-    line = [sys.executable, "-m", "jexit.sweep", *arguments]
+def test_a_sweep_that_was_stopped_goes_on(tmp_path, number, stand_in):
+    code = f"import sys; sys.executable = {stand_in!r}; from jexit.sweep.__main__ import main; "
+    into = tmp_path / "sweep"
+    line = [sys.executable, "-c", f"{code} sys.exit(main())", RL, f"--into={into}", "seed=0,1"]
+    process = start(number, [*line, "--config.steps=7"], into / "seed=0" / "begun")
+    _, text = process.communicate(timeout=100)
+    assert process.returncode == INTERRUPTED
+    assert f"stopped by {number.name}; the same command goes on from here" in text.decode()
+    assert not list(into.glob("seed=1*"))
+    (into / "seed=1").mkdir()
+    (into / "seed=1" / "begun").touch()
+    subprocess.run([*line, "--config.steps=7"], cwd=ROOT, check=True)
+    assert [row["seed"] for row in table(into)] == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(tmp_path):
+    settings = small_settings(saved_small_model(tmp_path / "model"), steps=30, checkpoint__every=5)
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    into = tmp_path / "sweep"
+    line = [sys.executable, "-m", "jexit.sweep", RL, f"--into={into}", "seed=0,1", *flags]
+    metrics = into / "seed=0" / "metrics.jsonl"
+    process = start(signal.SIGINT, line, metrics, lines=3)
+    process.communicate(timeout=100)
+    before = metrics.read_text().count("\n")
+    subprocess.run(line, cwd=ROOT, check=True)
+    steps = [json.loads(row)["step"] for row in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 31)) and 3 <= before < 30
+    assert len(table(into)) == 2
+
+
+def start(number, line, path, lines=0):
+    """A process that gets a signal once a file is there and has some lines."""
     process = subprocess.Popen(
         line,
         cwd=ROOT,
@@ -366,18 +356,9 @@ def test_a_sweep_that_was_stopped_goes_on(model_dir, tmp_path, number):
         # Where the tests themselves are under nohup, too.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    metrics = tmp_path / "seed=0" / "metrics.jsonl"
     end = time.monotonic() + 200
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+    while not path.exists() or path.read_text().count("\n") < lines:
         assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.2)
+        time.sleep(0.05)
     process.send_signal(number)
-    _, text = process.communicate(timeout=100)
-    assert process.returncode == INTERRUPTED
-    assert f"stopped by {number.name}; the same command goes on from here" in text.decode()
-    assert not list(tmp_path.glob("seed=1*"))
-    steps_before = metrics.read_text().count("\n")
-    subprocess.run(line, cwd=ROOT, check=True)
-    steps = [json.loads(row)["step"] for row in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 31)) and 3 <= steps_before < 30
-    assert len(list(csv.DictReader((tmp_path / "table.csv").open()))) == 2
+    return process

@@ -14,6 +14,7 @@ from jexit.config import Config
 from jexit.dist import barrier, from_primary, gather, is_primary
 from jexit.errors import UserError
 from jexit.io.files import disk_errors, take_lock, write_json_atomic
+from jexit.io.provenance import record_start
 from jexit.untrusted import read_object
 
 LOCK = ".lock"  # the locked file, which names the process that holds the lock
@@ -99,7 +100,7 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Makes the directory and writes `config.json`; called when nothing can be refused any more.
+    """Writes `config.json` and when this was; called when nothing can be refused any more.
 
     Raises UserError as `check_same_run` does, and on a host that does not see what the primary
     host wrote.
@@ -108,6 +109,7 @@ def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if is_primary():
         write_json_atomic(path, config)
+        record_start(workdir)
     barrier("opening the workdir")
     blind = [host for host, sees in enumerate(gather("the workdir", path.exists())) if not sees]
     if blind:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pathlib
 import sys
 import traceback
+from collections.abc import Callable
 
-from jexit.report.html import write_report
-from jexit.report.plots import plot_training
+from jexit.errors import UserError
+from jexit.report.page import write_report
+from jexit.report.runs import read_run
+from jexit.report.training_curves import write_charts
 
 
 def draw(workdir: pathlib.Path) -> str:
@@ -16,26 +19,29 @@ def draw(workdir: pathlib.Path) -> str:
     Whatever stops a drawing is told on stderr and stops nothing else: the run's results are on the
     disk by now, and `python -m jexit.report` draws them at any time.
     """
-    written = []
-    try:
-        plots = plot_training(workdir)
-        if plots:
-            written.append(f"{len(plots)} plots in {workdir / 'plots'}")
-    except Exception as error:
-        _tell(workdir, "the plots were", error)
-    try:
-        written.append(str(write_report([workdir])))
-    except Exception as error:
-        _tell(workdir, "the report was", error)
-    return " and ".join(written) or "no picture"
+
+    def plots() -> str:
+        written = write_charts(read_run(workdir))
+        return f"{len(written)} plots in {workdir / 'plots'}" if written else ""
+
+    done = [
+        _drawn(workdir, "the plots were", plots),
+        _drawn(workdir, "the report was", lambda: str(write_report([workdir]))),
+    ]
+    return " and ".join(filter(None, done)) or "no picture"
 
 
-def _tell(workdir: pathlib.Path, what: str, error: Exception) -> None:
-    if not isinstance(error, ValueError):  # a fault, whose place matters
-        traceback.print_exception(error)
-    why = " ".join(str(error).split())
+def _drawn(workdir: pathlib.Path, what: str, write: Callable[[], str]) -> str:
+    """What `write` says that it wrote; nothing where something stopped it, which is told."""
+    try:
+        return write()
+    except Exception as error:
+        if not isinstance(error, UserError):  # a fault, whose place matters
+            traceback.print_exception(error)
+        why = " ".join(str(error).split())
     print(
         f"jexit: {what} not drawn ({why}); the run's results in {workdir} are complete, and "
         f"`python -m jexit.report {workdir}` tries again",
         file=sys.stderr,
     )
+    return ""

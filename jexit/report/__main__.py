@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jexit.report.html import write_page
+from jexit.report.page import write_page
 from jexit.report.runs import read_runs
 
 

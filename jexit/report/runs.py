@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,16 @@ import numpy as np
 from jexit.config import config_dict
 from jexit.errors import UserError
 from jexit.io.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics, read_samples
-from jexit.report.plots import Curves
-from jexit.results import REMEDY, Completion, Evaluation, PolicyResult, Record, checked
+from jexit.io.provenance import Start, read_starts
+from jexit.results import (
+    LARGEST,
+    REMEDY,
+    Completion,
+    Evaluation,
+    PolicyResult,
+    Record,
+    checked,
+)
 from jexit.untrusted import read_bytes, read_json
 
 Result = TypeVar("Result", Evaluation, PolicyResult)
@@ -29,12 +37,51 @@ class CommandName(Record):
     preset: str = ""
 
 
+class Curves:
+    """Steps and values of every metric that has a finite value somewhere, `LARGEST` at most."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        points: dict[str, list[tuple[int, float]]] = {}
+        for record in records:
+            for name, value in record.items():
+                entries = enumerate(value) if isinstance(value, list) else [(None, value)]
+                for index, entry in entries:
+                    key = name if index is None else f"{name}/{index:02}"
+                    if name != "step" and isinstance(entry, (int, float)):
+                        points.setdefault(key, []).append((record["step"], float(entry)))
+        self._points = {
+            name: np.array(values)
+            for name, values in points.items()
+            if any(abs(value) <= LARGEST for _, value in values)
+        }
+        self.names = sorted(self._points)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._points
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values; one that is not finite, or too large to draw, leaves a gap."""
+        steps, values = self._points[name].T
+        return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
+
+    def last(self, name: str) -> float | None:
+        """The last finite value; None for a metric without one."""
+        if name not in self:
+            return None
+        values = self[name][1]
+        return float(values[np.isfinite(values)][-1])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run's directory; `notes` are sentences about parts of its files that were left out."""
+    """One run's directory; `notes` are sentences about parts of its files that were left out.
+
+    `place` is its number among the runs of a page, by which it has its colour.
+    """
 
     workdir: Path
     label: str
+    place: int
     config: dict[str, Any]
     curves: Curves
     evaluation: Evaluation | None
@@ -42,11 +89,26 @@ class Run:
     samples: tuple[Completion, ...]
     before: PolicyResult | None
     after: PolicyResult | None
+    starts: tuple[Start, ...]
     notes: tuple[str, ...]
 
     @property
     def command(self) -> str:
         return str(self.config.get("command", "")) or ("eval" if self.evaluation else "")
+
+    @property
+    def last_step(self) -> int | None:
+        return max((int(self.curves[name][0][-1]) for name in self.curves.names), default=None)
+
+    @property
+    def seconds(self) -> float | None:
+        """What its training steps took, or decoding in its evaluation; None where no file says."""
+        if self.evaluation is None:
+            if "step_seconds" not in self.curves:
+                return None
+            return float(np.nansum(self.curves["step_seconds"][1]))
+        speeds = [(f.tokens, f.tokens_per_second) for f in self.evaluation.runs]
+        return sum(tokens / speed for tokens, speed in speeds if speed > 0)
 
     @property
     def layers(self) -> int | None:
@@ -94,16 +156,16 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     while parts < longest and len({path.parts[-parts:] for path in resolved}) < len(resolved):
         parts += 1
     return [
-        read_run(path, label="/".join(full.parts[-parts:]))
-        for path, full in zip(paths, resolved, strict=True)
+        read_run(path, "/".join(full.parts[-parts:]), place)
+        for place, (path, full) in enumerate(zip(paths, resolved, strict=True))
     ]
 
 
-def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
+def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
     """Reads whatever a run has written so far.
 
     Raises:
-      ValueError: When there is nothing to report, or a file holds what no run writes.
+      UserError: When there is nothing to report, or a file holds what no run writes.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -122,6 +184,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
     return Run(
         workdir=workdir,
         label=label or workdir.resolve().name,
+        place=place,
         config=_read_config(workdir / "config.json"),
         curves=Curves(records),
         evaluation=evaluation,
@@ -129,6 +192,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "") -> Run:
         samples=checked(tuple[Completion, ...], samples, str(workdir / SAMPLES_FILE)),
         before=_read_record(PolicyResult, workdir / "before.json"),
         after=_read_record(PolicyResult, workdir / "after.json"),
+        starts=read_starts(workdir),
         notes=(*notes, *more, *_unfinished(evaluation, workdir)),
     )
 

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jexit.report.figures import granularities
-from jexit.report.markup import Html, escape, interval, join, number, per_cent, points, tag
-from jexit.report.palette import depth_class
+from markupsafe import Markup
+
+from jexit.report.colours import depth_class
+from jexit.report.evaluation_charts import granularities
+from jexit.report.rendering import (
+    interval,
+    number,
+    number_interval,
+    per_cent,
+    points,
+    points_interval,
+    render,
+)
 from jexit.report.runs import Run, default_settings, settings
 from jexit.results import (
     Capacity,
     Faithfulness,
     HazardCalibration,
-    Interval,
     Measure,
     PairedMeasure,
     PolicyResult,
 )
+
+# A column: its name, and what stands there for an entry.
+Column = tuple[str, Callable[[Any], object]]
+Columns = Sequence[Column]
 
 MEASURES: Mapping[str, str] = {
     "early_answering": "The answer is asked for after a part of the chain's steps. The value is "
@@ -45,327 +59,319 @@ MEASURES: Mapping[str, str] = {
     "speaks of a hint; acknowledged anyway: of the chains without one.",
 }
 
+BEFORE, AFTER = "before training", "after training"
+
 # Files from before replies were told from what was put in the model's mouth.
 EARLIER = "by an earlier definition, which noise and planted text move; evaluate again"
 
 
 def table(
-    caption: str,
-    head: Sequence[object],
-    rows: Sequence[Sequence[object]],
-    *,
-    texts: int = 1,
-    aside: bool = False,
-) -> Html:
-    """A table whose first column heads its rows; after the first `texts` columns come figures.
+    caption: str, entries: Sequence[Any], columns: Columns, *, texts: int = 1, aside: bool = False
+) -> Markup:
+    """A row an entry; the first column heads it, and after `texts` columns come numbers.
 
-    With `aside` the last column holds remarks.
+    A cell is its text, or a pair of it and a style class or a title; with `aside` the last column
+    holds remarks.
     """
-    sides = [None if place < texts else "figure" for place in range(len(head))]
+    classes = ["" if place < texts else "figure" for place in range(len(columns))]
     if aside:
-        sides[-1] = "aside"
-    columns = [
-        tag("th", name, scope="col", class_=side) for name, side in zip(head, sides, strict=True)
+        classes[-1] = "aside"
+    heads = [name for name, _ in columns]
+    rows = [[cell(entry) for _, cell in columns] for entry in entries]
+    return render("table.html", caption=caption, heads=heads, classes=classes, rows=rows)
+
+
+def _ready(heads: Sequence[str]) -> Columns:
+    """Columns of rows whose cells are ready."""
+    return [(head, operator.itemgetter(place)) for place, head in enumerate(heads)]
+
+
+def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
+    """Columns of a part of each entry."""
+    return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
+
+
+def _estimate(
+    head: str,
+    name: str,
+    value: Callable[..., str] = per_cent,
+    bounds: Callable[..., str] = interval,
+    **digits: int,
+) -> Columns:
+    """Two columns: of a field, and of the interval that goes with it."""
+    return (
+        (head, lambda entry: value(getattr(entry, name), **digits)),
+        ("95 % interval", lambda entry: bounds(getattr(entry, f"{name}_ci95"), **digits)),
+    )
+
+
+_problems: Column = ("problems", lambda entry: number(entry.problems, 0))
+
+
+def about(runs: Sequence[Run]) -> Markup:
+    """What was run, when, and by what: a column a run."""
+    known = {run.label: _about(run) for run in runs}
+    rows = [name for name in next(iter(known.values())) if any(of[name] for of in known.values())]
+    columns: list[Column] = [("", lambda name: name)]
+    columns += [(label, lambda name, of=of: of[name] or "–") for label, of in known.items()]
+    return table("What was run", rows, columns, texts=len(columns))
+
+
+def _about(run: Run) -> dict[str, str]:
+    flat = settings(run.config)
+    model, task = flat.get("model.path"), flat.get("task.name")
+    if run.evaluation is not None:
+        model, task = run.evaluation.model.path, run.evaluation.task.get("name", task)
+    time = duration(run.seconds)
+    values = {
+        "command": run.command,
+        "preset": flat.get("preset"),
+        "model": model,
+        "task": task,
+        "depth penalty λ": _depth_penalty(run, flat),
+        "layers": run.layers,
+        "exits": ", ".join(map(str, run.exits)),
+        "steps": run.last_step,
+        "seed": flat.get("seed"),
+        "started (UTC)": run.starts[0].time if run.starts else None,
+        "duration": time and f"{time} {'in steps' if run.evaluation is None else 'decoding'}",
+        "jexit": " ".join((run.starts[-1].version, run.starts[-1].commit)) if run.starts else None,
+    }
+    return {name: "" if value is None else str(value) for name, value in values.items()}
+
+
+def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
+    """λ as it was set, and what it was in the last step, where a schedule has moved it."""
+    if run.command != "rl" or "rl.depth_coef" not in flat:
+        return ""
+    last, given = run.curves.last("depth_coef"), flat["rl.depth_coef"]
+    moved = last is not None and isinstance(given, float) and not math.isclose(last, given)
+    what = "the layers of an answer" if flat.get("rl.depth_norm") == "total" else "mean depth"
+    return f"{given} on {what}{f', {last:.3g} in the last step' if moved else ''}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time span in its two largest units."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{number(hours, 0)} h {minutes_left} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def main_results(runs: Sequence[Run]) -> Markup | None:
+    """Accuracy, depth and tokens of every run's main policy, and of what it is measured against."""
+    named = [
+        (run.label, name, result)
+        for run in runs
+        for name, result in sorted(headline(run), key=lambda found: found[0] != BEFORE)
     ]
-    lines = []
-    for row in rows:
-        cells = [tag("th", row[0], scope="row")]
-        for cell, side in zip(row[1:], sides[1:], strict=True):
-            # A cell may come as a whole element, with its own class.
-            whole = isinstance(cell, Html) and cell.startswith("<td")
-            cells.append(cell if whole else tag("td", cell, class_=side))
-        lines.append(tag("tr", *cells))
-    whole = tag(
-        "table",
-        tag("caption", tag("span", caption)),
-        tag("thead", tag("tr", *columns)),
-        tag("tbody", *lines),
+    results = _of(
+        operator.itemgetter(2),
+        *_estimate("accuracy", "accuracy"),
+        ("share of layers", lambda r: per_cent(r.depth_fraction)),
+        ("mean depth", lambda r: number(r.depth_mean)),
+        ("tokens", lambda r: number(r.completion_length, 1)),
+        ("layers a problem", lambda r: number(r.layers_per_problem, 1)),
+        _problems,
     )
-    return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
-
-
-def about(runs: Sequence[Run]) -> Html:
-    """What was run: one line a run."""
-    head = ["run", "command", "preset", "model", "task", "layers", "exits", "steps", "seed"]
-    rows = []
-    for run in runs:
-        flat = settings(run.config)
-        model = flat.get("model.path")
-        task = flat.get("task.name")
-        if run.evaluation is not None:
-            model, task = run.evaluation.model.path, run.evaluation.task.get("name", task)
-        steps = _last_step(run)
-        rows.append(
-            [
-                run.label,
-                run.command or "–",
-                flat.get("preset", "–"),
-                _or_dash(model),
-                _or_dash(task),
-                _or_dash(run.layers),
-                ", ".join(map(str, run.exits)) or "–",
-                _or_dash(steps),
-                _or_dash(flat.get("seed")),
-            ]
-        )
-    return table("What was run", head, rows, texts=5)
-
-
-def key_figures(runs: Sequence[Run]) -> Html | None:
-    """Accuracy, depth and tokens of every run's main policy, against what they started from."""
-    head = ["run", "measured", "accuracy", "95 % interval", "share of layers", "mean depth"]
-    head += ["tokens", "layers a problem", "problems"]
-    rows = []
-    for run in runs:
-        for name, figures in headline(run):
-            rows.append(
-                [
-                    run.label,
-                    name,
-                    per_cent(figures.accuracy),
-                    interval(figures.accuracy_ci95),
-                    per_cent(figures.depth_fraction),
-                    number(figures.depth_mean),
-                    number(figures.completion_length, 1),
-                    number(figures.layers_per_problem, 1),
-                    number(figures.problems, 0),
-                ]
-            )
-    if not rows:
-        return None
-    return table(
+    caption = (
         "Key figures: share of right answers, share of all layers run for a token, tokens of a "
-        "completion, layers run for all of them",
-        head,
-        rows,
-        texts=2,
+        "completion, layers run for all of them"
     )
+    columns = [*_ready(("run", "measured")), *results]
+    return table(caption, named, columns, texts=2) if named else None
 
 
 def headline(run: Run) -> list[tuple[str, PolicyResult]]:
-    """The figures that a run comes down to, the most telling one first, under short names."""
+    """The results that a run comes down to, the most telling one first, under short names."""
     if run.evaluation is not None:
-        by_name = {figures.policy: figures for figures in run.evaluation.runs}
-        others = [f for f in by_name.values() if not f.is_control]
-        adaptive = [f for f in others if f.kind not in ("full", "fixed")]
+        by_name = {result.policy: result for result in run.evaluation.runs}
+        others = [result for result in by_name.values() if not result.is_control]
+        adaptive = [result for result in others if result.kind not in ("full", "fixed")]
         chosen = [by_name["sample"]] if "sample" in by_name else adaptive[:1]
         chosen += [by_name["full"]] if "full" in by_name else []
-        return [(figures.policy, figures) for figures in chosen or run.evaluation.runs[:1]]
-    pairs = (("after training", run.after), ("before training", run.before))
-    return [(name, figures) for name, figures in pairs if figures is not None]
+        return [(result.policy, result) for result in chosen or run.evaluation.runs[:1]]
+    pairs = ((AFTER, run.after), (BEFORE, run.before))
+    return [(name, result) for name, result in pairs if result is not None]
 
 
-def policies(run: Run) -> Html:
+def policies(run: Run) -> Markup:
     """Everything that was measured under each policy."""
     results = run.evaluation.runs
-    texts = sorted({name for figures in results for name in figures.text})
-    depth_intervals = any(figures.depth_fraction_ci95 for figures in results)
-    layer_intervals = any(figures.layers_per_problem_ci95 for figures in results)
-    head = [
-        "policy",
-        "accuracy",
-        "95 % interval",
-        "mean depth",
-        "share of layers",
-        *(["95 % interval"] if depth_intervals else []),
-        "compute",
-        "tokens",
-        "layers a problem",
-        *(["95 % interval"] if layer_intervals else []),
-        "cut off",
-        "tokens/s",
-        "s/problem",
-        "strict / lenient / wrong / none",
-        *(name.replace("_", " ") for name in texts),
-    ]
-    rows = []
-    for figures in results:
-        verdicts = [str(figures.verdicts.get(k, 0)) for k in ("strict", "lenient", "wrong", "none")]
-        name = escape(figures.policy)
-        if figures.is_control:
-            whose = f" control of {figures.control_of}" if figures.control_of else " control"
-            name = join(name, tag("small", whose))
-        rows.append(
-            [
-                name,
-                per_cent(figures.accuracy),
-                interval(figures.accuracy_ci95),
-                number(figures.depth_mean),
-                per_cent(figures.depth_fraction),
-                *([interval(figures.depth_fraction_ci95)] if depth_intervals else []),
-                per_cent(figures.compute_fraction),
-                number(figures.completion_length, 1),
-                number(figures.layers_per_problem, 1),
-                *(
-                    [_number_interval(figures.layers_per_problem_ci95, 1)]
-                    if layer_intervals
-                    else []
-                ),
-                per_cent(figures.truncated),
-                number(figures.tokens_per_second, 0),
-                number(figures.seconds_per_problem, 3),
-                " / ".join(verdicts) if figures.verdicts else "–",
-                *(number(figures.text.get(text)) for text in texts),
-            ]
-        )
-    problems = ", ".join(sorted({number(figures.problems, 0) for figures in results}))
-    split = "val" if run.evaluation is None else run.evaluation.split
-    return table(f"Policies on {problems} problems of the {split} split", head, rows)
+    texts = sorted({name for result in results for name in result.text})
+    columns = (
+        ("policy", _policy),
+        *_estimate("accuracy", "accuracy"),
+        ("mean depth", lambda r: number(r.depth_mean)),
+        *_estimate("share of layers", "depth_fraction"),
+        ("compute", lambda r: per_cent(r.compute_fraction)),
+        ("tokens", lambda r: number(r.completion_length, 1)),
+        *_estimate("layers a problem", "layers_per_problem", number, number_interval, digits=1),
+        ("cut off", lambda r: per_cent(r.truncated)),
+        ("tokens/s", lambda r: number(r.tokens_per_second, 0)),
+        ("s/problem", lambda r: number(r.seconds_per_problem, 3)),
+        ("strict / lenient / wrong / none", _verdicts),
+        *((t.replace("_", " "), lambda r, t=t: number(r.text.get(t))) for t in texts),
+    )
+    problems = ", ".join(sorted({number(result.problems, 0) for result in results}))
+    caption = f"Policies on {problems} problems of the {run.evaluation.split} split"
+    return table(caption, results, columns)
 
 
-def differences(run: Run) -> Html:
+def _policy(result: PolicyResult) -> object:
+    if not result.is_control:
+        return result.policy
+    whose = f" control of {result.control_of}" if result.control_of else " control"
+    return Markup("{}<small>{}</small>").format(result.policy, whose)
+
+
+def _verdicts(result: PolicyResult) -> str:
+    names = ("strict", "lenient", "wrong", "none")
+    return " / ".join(str(result.verdicts.get(n, 0)) for n in names) if result.verdicts else "–"
+
+
+def differences(run: Run) -> Markup:
     """Each policy against the controls at its mean depth."""
-    head = ["policy", "control", "accuracy", "95 % interval", "depth", "95 % interval", "problems"]
-    rows = [
-        [
-            entry.policy,
-            entry.control,
-            points(entry.accuracy_difference),
-            _points_interval(entry.accuracy_difference_ci95),
-            points(entry.depth_fraction_difference),
-            _points_interval(entry.depth_fraction_difference_ci95),
-            number(entry.problems, 0),
-        ]
-        for entry in run.evaluation.controls or ()
-    ]
-    return table("Policy minus control, in percentage points", head, rows, texts=2)
+    columns = (
+        ("policy", lambda e: e.policy),
+        ("control", lambda e: e.control),
+        *_estimate("accuracy", "accuracy_difference", points, points_interval),
+        *_estimate("depth", "depth_fraction_difference", points, points_interval),
+        _problems,
+    )
+    caption = "Policy minus control, in percentage points"
+    return table(caption, run.evaluation.controls or (), columns, texts=2)
 
 
-def classes(run: Run) -> Html:
+def token_classes(run: Run) -> Markup | None:
     """Mean depth of each class of tokens under each policy, coloured as in the heat maps."""
-    results = [figures for figures in run.evaluation.runs if figures.depth_by_class]
-    names = list(dict.fromkeys(name for figures in results for name in figures.depth_by_class))
-    rows = []
-    for figures in results:
-        cells = []
-        for name in names:
-            entry = figures.depth_by_class.get(name)
-            if entry is None or not math.isfinite(entry.depth_mean):
-                cells.append("–")
-                continue
-            colour = depth_class(entry.depth_mean, run.evaluation.model.layers)
-            told = f"{number(entry.tokens, 0)} tokens"
-            cells.append(tag("td", number(entry.depth_mean), class_=f"figure {colour}", title=told))
-        rows.append([figures.policy, *cells])
-    counts = [
-        number(max(f.depth_by_class[n].tokens for f in results if n in f.depth_by_class), 0)
-        for n in names
-    ]
-    rows.append(["tokens, at most", *counts])
-    return table("Mean depth in layers by token class", ["policy", *names], rows)
+    results = [result for result in run.evaluation.runs if result.depth_by_class]
+    if not results:
+        return None
+    names = list(dict.fromkeys(name for result in results for name in result.depth_by_class))
+    layers = run.evaluation.model.layers
+
+    def depth(result: PolicyResult, name: str) -> object:
+        entry = result.depth_by_class.get(name)
+        if entry is None or not math.isfinite(entry.depth_mean):
+            return "–"
+        colour = depth_class(entry.depth_mean, layers)
+        told = f"{number(entry.tokens, 0)} tokens"
+        return {"text": number(entry.depth_mean), "class": colour, "title": told}
+
+    def most_tokens(name: str) -> str:
+        known = [r.depth_by_class[name] for r in results if name in r.depth_by_class]
+        return number(max(entry.tokens for entry in known), 0)
+
+    rows: list[list[object]] = [[r.policy, *(depth(r, name) for name in names)] for r in results]
+    rows.append(["tokens, at most", *map(most_tokens, names)])
+    return table("Mean depth in layers by token class", rows, _ready(("policy", *names)))
 
 
-def capacity(entries: Sequence[Capacity]) -> Html:
+def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
     """Accuracy with its interval for every policy and prescribed granularity."""
-    head = ["policy", "step", "accuracy", "95 % interval", "share of layers"]
-    head += ["tokens", "steps as asked", "accuracy of those", "95 % interval", "problems"]
-    head += ["less full depth", "95 % interval"]
-    order = {name: place for place, name in enumerate(granularities(entries))}
+    columns = (
+        ("policy", lambda e: e.policy),
+        ("step", lambda e: e.granularity.replace("_", " ")),
+        *_estimate("accuracy", "accuracy"),
+        ("share of layers", lambda e: per_cent(e.depth_fraction)),
+        ("tokens", lambda e: number(e.completion_length, 1)),
+        ("steps as asked", lambda e: per_cent(e.obeyed)),
+        *_estimate("accuracy of those", "accuracy_obeyed"),
+        _problems,
+        *_estimate("less full depth", "less_full", points, points_interval),
+    )
     names = list(dict.fromkeys(entry.policy for entry in entries))
-    ordered = sorted(entries, key=lambda e: (names.index(e.policy), order[e.granularity]))
-    rows = [
-        [
-            entry.policy,
-            entry.granularity.replace("_", " "),
-            per_cent(entry.accuracy),
-            interval(entry.accuracy_ci95),
-            per_cent(entry.depth_fraction),
-            number(entry.completion_length, 1),
-            per_cent(entry.obeyed),
-            per_cent(entry.accuracy_obeyed),
-            interval(entry.accuracy_obeyed_ci95),
-            number(entry.problems, 0),
-            points(entry.less_full),
-            _points_interval(entry.less_full_ci95),
-        ]
-        for entry in ordered
-    ]
-    return table("Accuracy for prescribed steps", head, rows, texts=2)
+    order = granularities(entries)
+    ordered = sorted(entries, key=lambda e: (names.index(e.policy), order.index(e.granularity)))
+    return table("Accuracy for prescribed steps", ordered, columns, texts=2)
 
 
-def begun_steps(entries: Sequence[Capacity]) -> Html:
+def begun_steps(entries: Sequence[Capacity]) -> Markup:
     """Accuracy with its interval for every policy and number of operands."""
-    head = ["policy", "operands", "right results", "95 % interval", "share of layers"]
-    head += ["results given", "problems", "less full depth", "95 % interval"]
-    rows = [
-        [
-            entry.policy,
-            entry.granularity,
-            per_cent(entry.accuracy),
-            interval(entry.accuracy_ci95),
-            per_cent(entry.depth_fraction),
-            per_cent(entry.obeyed),
-            number(entry.problems, 0),
-            points(entry.less_full),
-            _points_interval(entry.less_full_ci95),
-        ]
-        for entry in entries
-    ]
-    return table("Results of steps that were begun", head, rows, texts=2)
+    columns = (
+        ("policy", lambda e: e.policy),
+        ("operands", lambda e: e.granularity),
+        *_estimate("right results", "accuracy"),
+        ("share of layers", lambda e: per_cent(e.depth_fraction)),
+        ("results given", lambda e: per_cent(e.obeyed)),
+        _problems,
+        *_estimate("less full depth", "less_full", points, points_interval),
+    )
+    return table("Results of steps that were begun", entries, columns, texts=2)
 
 
-def faithfulness(entries: Sequence[Faithfulness]) -> Html:
-    """Every measure under every policy, with what was done and what else was counted."""
-    head = ["measure", "policy", "value", "95 % interval", "problems", "share of layers", "tokens"]
-    names = dict.fromkeys(measure.name for entry in entries for measure in entry.measures)
-    known = [name for name in MEASURES if name in names]
-    rows = []
-    for name in [*known, *(name for name in names if name not in MEASURES)]:
-        for entry in entries:
-            for measure in entry.measures:
-                if measure.name == name:
-                    rows.append(_measure(measure, entry.policy))
-    shown = table("Measures of faithfulness", [*head, "also"], rows, texts=2, aside=True)
-    told = [(tag("dt", name.replace("_", " ")), tag("dd", MEASURES[name])) for name in known]
-    return join(tag("dl", *(part for pair in told for part in pair), class_="terms"), shown)
+def measures(entries: Sequence[Faithfulness]) -> list[tuple[str, str]]:
+    """The measures of faithfulness that there are, each with what was done."""
+    there = {measure.name for entry in entries for measure in entry.measures}
+    return [(name.replace("_", " "), told) for name, told in MEASURES.items() if name in there]
 
 
-def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Html:
+def faithfulness(entries: Sequence[Faithfulness]) -> Markup:
+    """Every measure under every policy, and what else was counted."""
+    found = [(entry.policy, measure) for entry in entries for measure in entry.measures]
+    names = [*MEASURES, *(measure.name for _, measure in found)]
+    columns = (
+        ("measure", lambda e: e[1].name.replace("_", " ")),
+        ("policy", lambda e: e[0]),
+        *_of(
+            operator.itemgetter(1),
+            ("value", lambda m: number(m.value, 3)),
+            ("95 % interval", lambda m: number_interval(m.ci95)),
+            _problems,
+            ("share of layers", lambda m: per_cent(m.depth_fraction)),
+            ("tokens", lambda m: number(m.completion_length, 1)),
+            ("also", _also),
+        ),
+    )
+    ordered = sorted(found, key=lambda e: names.index(e[1].name))
+    return table("Measures of faithfulness", ordered, columns, texts=2, aside=True)
+
+
+def _also(measure: Measure) -> str:
+    detail = [f"{name.replace('_', ' ')} {number(v, 3)}" for name, v in measure.detail.items()]
+    if measure.name in MEASURES and "answered" not in measure.detail:
+        detail.append(EARLIER)
+    if measure.caveat:
+        detail.insert(0, measure.caveat[:1].upper() + measure.caveat[1:])
+    return "; ".join(detail)
+
+
+def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
     """Each measure under a policy less the same under another, on the problems of both."""
-    head = ["measure", "policy", "against", "value", "its value", "difference", "95 % interval"]
-    rows = [
-        [
-            entry.measure.replace("_", " "),
-            entry.policy,
-            entry.against,
-            number(entry.value, 3),
-            number(entry.against_value, 3),
-            number(entry.difference, 3),
-            _number_interval(entry.difference_ci95),
-            number(entry.problems, 0),
-        ]
-        for entry in entries
-    ]
+    columns = (
+        ("measure", lambda e: e.measure.replace("_", " ")),
+        ("policy", lambda e: e.policy),
+        ("against", lambda e: e.against),
+        ("value", lambda e: number(e.value, 3)),
+        ("its value", lambda e: number(e.against_value, 3)),
+        *_estimate("difference", "difference", number, number_interval, digits=3),
+        _problems,
+    )
     caption = "Policy minus full depth on the same weights and the same problems"
-    return table(caption, [*head, "problems"], rows, texts=3)
+    return table(caption, entries, columns, texts=3)
 
 
-def hazards(entries: Sequence[HazardCalibration]) -> Html:
+def hazards(entries: Sequence[HazardCalibration]) -> Markup:
     """Expected calibration error of every exit's hazards, and the KL that leaving costs."""
-    head = [
-        *("policy", "exit", "error (ECE)", "mean hazard", "mean target", "positions"),
-        "KL to the teacher, nats",
-    ]
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for entry in entries:
         kl = number(entry.kl_student_teacher_nats, 3)
-        rows.append([entry.policy, "all", number(entry.ece, 3), "", "", "", kl])
-        rows += [
-            [
-                entry.policy,
-                str(at_exit.exit),
-                number(at_exit.ece, 3),
-                number(at_exit.hazard_mean, 3),
-                number(at_exit.target_mean, 3),
-                number(at_exit.positions, 0),
-                "",
-            ]
-            for at_exit in entry.exits
-        ]
-    return table("Calibration of the hazards", head, rows, texts=2)
+        rows.append((entry.policy, "all", number(entry.ece, 3), "", "", "", kl))
+        for e in entry.exits:
+            values = (number(value, 3) for value in (e.ece, e.hazard_mean, e.target_mean))
+            rows.append((entry.policy, e.exit, *values, number(e.positions, 0), ""))
+    heads = (
+        *("policy", "exit", "error (ECE)", "mean hazard", "mean target", "positions"),
+        "KL to the teacher, nats",
+    )
+    return table("Calibration of the hazards", rows, _ready(heads), texts=2)
 
 
-def setting_differences(runs: Sequence[Run]) -> Html | None:
+def setting_differences(runs: Sequence[Run]) -> Markup | None:
     """What sets the runs apart; of one run, what sets it apart from its command's defaults."""
     known = [run for run in runs if run.config]
     if not known:
@@ -385,49 +391,11 @@ def setting_differences(runs: Sequence[Run]) -> Html | None:
     for key in keys:
         values = [_setting(column, key) for column in columns.values()]
         if len(values) == 1 or len(set(values)) > 1:
-            rows.append([tag("code", key), *(tag("code", value) for value in values)])
+            rows.append([Markup("<code>{}</code>").format(text) for text in (key, *values)])
     if not rows:
-        return tag("p", f"{caption}: none.")
-    return table(caption, ["setting", *columns], rows, texts=1 + len(columns))
-
-
-def _measure(measure: Measure, policy: str) -> list[object]:
-    detail = [f"{name.replace('_', ' ')} {number(v, 3)}" for name, v in measure.detail.items()]
-    if measure.name in MEASURES and "answered" not in measure.detail:
-        detail.append(EARLIER)
-    if measure.caveat:
-        detail.insert(0, measure.caveat[:1].upper() + measure.caveat[1:])
-    return [
-        measure.name.replace("_", " "),
-        policy,
-        number(measure.value, 3),
-        _number_interval(measure.ci95),
-        number(measure.problems, 0),
-        per_cent(measure.depth_fraction),
-        number(measure.completion_length, 1),
-        "; ".join(detail),
-    ]
-
-
-def _points_interval(bounds: Interval | None) -> str:
-    return "" if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
-
-
-def _number_interval(bounds: Interval | None, digits: int = 3) -> str:
-    if bounds is None:
-        return ""
-    low, high = (number(bound, digits) for bound in bounds)
-    return f"{low} to {high}"
+        return Markup("<p>{}: none.</p>").format(caption)
+    return table(caption, rows, _ready(("setting", *columns)), texts=1 + len(columns))
 
 
 def _setting(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "–"
-
-
-def _last_step(run: Run) -> int | None:
-    steps = [int(run.curves[name][0][-1]) for name in run.curves.names]
-    return max(steps, default=None)
-
-
-def _or_dash(value: object) -> str:
-    return "–" if value is None or value == "" else str(value)

@@ -21,11 +21,9 @@ does not stop the others, nor does one that another command is running; the exit
 --jobs runs several at once, each on its share of the CPU's cores; accelerators run one.
 
 Ends by printing how accuracy and depth came out, in per cent, means over seeds. DIR/table.csv has a
-line for each finished run in DIR: its settings, then the figures of before.json, after.json and
-eval.json. DIR/curves.csv has its training metrics, each line the means of a twentieth of its steps.
-What says how fast the machine was is in neither: the same runs give the same files.
-DIR/completions.json has up to two of each run's completions under sampled exits (eval.heat_maps
-keeps them), every token with its depth. --table_only writes the three from what there is.
+line for each finished run in DIR: its settings, then the numbers of before.json, after.json and
+eval.json but for how fast the machine was: the same runs give the same file. --table_only writes it
+from what there is.
 """
 
 from __future__ import annotations
@@ -34,10 +32,12 @@ import sys
 from collections.abc import Sequence
 
 from jexit.errors import INTERRUPTED, UserError
-from jexit.report.study import Study
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner
-from jexit.sweep.tables import write_completions, write_curves, write_table
+from jexit.sweep.summary import summary
+from jexit.sweep.tables import write_csv
+
+TABLE = "table.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,11 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sweep.table_only and not finished:
             raise UserError(f"none of the {len(begun)} runs in {sweep.into} has finished; run them")
         if finished:
-            table = write_table(sweep, finished)
-            write_curves(sweep, finished)
-            write_completions(sweep, finished)
-            print(f"Wrote {table}: {len(finished)} of {len(begun)} runs")
-            print(Study.read(table).summary())
+            rows = [(cell.settings, cell.numbers()) for cell in finished]
+            write_csv(sweep.into / TABLE, rows)
+            print(f"Wrote {sweep.into / TABLE}: {len(finished)} of {len(begun)} runs")
+            print(summary(rows))
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)
         return 1

@@ -15,11 +15,10 @@ from jexit import untrusted
 from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.main import parse
-from jexit.results import REMEDY, Completion, Evaluation, PolicyResult, checked, numbers
+from jexit.results import REMEDY, Evaluation, PolicyResult, numbers
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
-SHOWN = 2  # completions of a run in completions.json
 MACHINE = re.compile(r"seconds|per_second|memory/|compilations|mfu")  # how fast it was
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
@@ -68,7 +67,7 @@ class Cell:
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
-    def figures(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, float]:
         """Those of the finished run and its evaluation, but for how fast the machine was."""
         found: dict[str, float] = {}
         for stage in ("before", "after"):
@@ -78,18 +77,6 @@ class Cell:
         if self.evaluation:
             found |= Evaluation.read(self.evaluation).numbers()
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
-
-    def completions(self) -> list[dict[str, Any]]:
-        """The first that its evaluation decoded under sampled exits and kept."""
-        path = self.evaluation and self.evaluation.with_name("completions.json")
-        if not path or not path.exists():
-            return []
-        layers = Evaluation.read(self.evaluation).model.layers
-        found = {"settings": dict(self.settings), "layers": layers}
-        entries = checked(tuple[Completion, ...], _read_json(path), str(path))
-        sampled = [entry for entry in entries if entry.policy == "sample"][:SHOWN]
-        shown = {"prompt", "completion", "tokens", "depths", "verdict", "answer"}
-        return [found | entry.model_dump(include=shown) for entry in sampled]
 
     def _kept(self) -> dict[str, Any]:
         return (_record(self.asked) if self.asked.exists() else None) or {}
@@ -195,18 +182,15 @@ class Sweep:
         Raises UserError if there are runs of another study: of other keys, or with another config
         or other fixed settings.
         """
-        found = {cell.name: cell for cell in cells}
-        others = []
-        for path in sorted(self.into.glob("*.json")):
-            if path.stem not in found and (asked := _record(path)):
-                others.append(Cell(asked["settings"], self.into / path.stem))
+        found = {cell.name for cell in cells}
+        others = [cell for cell in begun_in(self.into) if cell.name not in found]
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
                 raise UserError(
                     f"{self.into} holds {cell.name}, of a study over other keys or in "
                     f"another order than {', '.join(self.grid) or 'none'}; another --into is needed"
                 )
-        begun = [*cells, *sorted(others, key=lambda cell: [*map(_rank, cell.settings.values())])]
+        begun = [*cells, *others]
         for cell in begun:
             if cell.workdir.exists():
                 cell.check("run", self.training(cell))
@@ -244,6 +228,13 @@ class Sweep:
                 parse(["jexit.main", *self.evaluating(cell, task)])
         except ValueError as error:
             raise UserError(f"{cell.name} cannot run: {error}") from error
+
+
+def begun_in(into: pathlib.Path) -> list[Cell]:
+    """The combinations that sweeps have begun in a directory, ordered by their values."""
+    records = ((path, _record(path)) for path in sorted(into.glob("*.json")))
+    cells = [Cell(kept["settings"], into / path.stem) for path, kept in records if kept]
+    return sorted(cells, key=lambda cell: [*map(_rank, cell.settings.values())])
 
 
 def _whole(path: pathlib.Path) -> bool:

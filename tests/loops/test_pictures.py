@@ -9,7 +9,7 @@ from report_files import write_evaluated, write_trained
 
 def test_training_draws_plots_and_the_report(tmp_path, capsys):
     workdir = write_trained(tmp_path, steps=3)
-    plots = len(["training", "reward", "loss", "kl", "length", "exits", "other"])
+    plots = len(["training", "reward", "kl", "length", "exits", "other"])
     assert draw(workdir) == f"{plots} plots in {workdir / 'plots'} and {workdir / 'report.html'}"
     assert len(list((workdir / "plots").glob("*.svg"))) == plots
     assert (workdir / "report.html").stat().st_size > 10_000

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
-from jexit.report.html import write_report
+from jexit.report.page import write_report
+from jexit.report.runs import read_run
+from jexit.report.training_curves import write_charts
 from report_files import EXITS, LAYERS, completions, write_evaluated, write_trained
 
 pytestmark = pytest.mark.browser
@@ -31,12 +33,17 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def trained(tmp_path_factory):
+    return write_trained(tmp_path_factory.mktemp("run") / "a")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, trained):
     """An evaluation with every part, and training runs side by side with evaluations."""
     root = tmp_path_factory.mktemp("runs")
     evaluated = write_evaluated(root / "eval")
-    several = [write_trained(root / name, seed=seed) for seed, name in enumerate("ab")]
-    several += [evaluated, write_evaluated(root / "old", 1, new_parts=False)]
+    several = [trained, write_trained(root / "b", seed=1), evaluated]
+    several += [write_evaluated(root / "old", 1, new_parts=False)]
     return {
         "eval": write_report([evaluated]),
         "several": write_report(several, root / "several.html"),
@@ -49,13 +56,11 @@ def open_page(browser):
     heard, contexts = [], []
 
     def opened(path, *, scheme="light", width=1400, scripts=True):
-        context = browser.new_context(
-            color_scheme=scheme,
-            viewport={"width": width, "height": 900},
-            java_script_enabled=scripts,
+        size = {"width": width, "height": 900}
+        contexts.append(
+            browser.new_context(color_scheme=scheme, viewport=size, java_script_enabled=scripts)
         )
-        contexts.append(context)
-        page = context.new_page()
+        page = contexts[-1].new_page()
         page.on("console", lambda message: heard.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: heard.append(f"error: {error}"))
         address = path.as_uri()
@@ -74,52 +79,68 @@ def open_page(browser):
     assert not heard
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["eval", "several"])
+def test_nothing_is_wider_than_the_page_and_texts_in_charts_do_not_collide(
+    reports, open_page, name
+):
+    page = open_page(reports[name])
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        beyond = page.evaluate(
+            """() => [...document.querySelectorAll('section *')]
+                .filter(e => !e.closest('.scroll table, svg') && e.checkVisibility())
+                .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+                .map(e => e.outerHTML.slice(0, 80))"""
+        )
+        assert beyond == []
+        charts = page.evaluate(
+            """() => [...document.querySelectorAll('.chart > svg')].map(svg => ({
+                frame: svg.getBoundingClientRect().toJSON(),
+                title: svg.getAttribute('aria-label'),
+                texts: [...svg.querySelectorAll('text')].map(t => ({
+                    text: t.textContent, box: t.getBoundingClientRect().toJSON(),
+                    size: parseFloat(getComputedStyle(t).fontSize) * svg.getScreenCTM().a}))}))"""
+        )
+        assert len(charts) >= 10
+        for chart in charts:
+            assert_legible(chart["title"], chart["frame"], chart["texts"])
+
+
+def assert_legible(title, frame, texts):
+    """Texts are large enough, inside the frame, and none lies on another."""
+    for index, first in enumerate(texts):
+        assert first["size"] >= 8.5, (title, first)
+        a = first["box"]
+        assert frame["left"] - 1 <= a["left"] and a["right"] <= frame["right"] + 1, first
+        for second in texts[:index]:
+            b = second["box"]
+            across = min(a["right"], b["right"]) - max(a["left"], b["left"])
+            down = min(a["bottom"], b["bottom"]) - max(a["top"], b["top"])
+            # Boxes are as high as the font's tallest letters.
+            assert across < 1 or down < 4, (title, first["text"], second["text"])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["eval", "several"])
-def test_nothing_is_wider_than_the_page(reports, open_page, name, scheme, width):
-    page = open_page(reports[name], scheme=scheme, width=width)
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    widest = page.evaluate("document.documentElement.scrollWidth")
-    assert widest <= width
-    beyond = page.evaluate(
-        """() => [...document.querySelectorAll('section *')]
-            .filter(e => !e.closest('.scroll table, svg') && e.checkVisibility())
-            .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
-            .map(e => e.outerHTML.slice(0, 80))"""
-    )
-    assert beyond == []
+def test_files_of_charts_look_right_in_light_and_dark(trained, open_page, scheme):
+    for path in write_charts(read_run(trained)):
+        page = open_page(path, scheme=scheme)
+        found = page.evaluate(
+            """() => ({
+                frame: document.documentElement.getBoundingClientRect().toJSON(),
+                paper: getComputedStyle(document.querySelector('.paper')).fill,
+                tick: getComputedStyle(document.querySelector('.tick')).fill,
+                texts: [...document.querySelectorAll('text')].map(t => ({
+                    text: t.textContent, box: t.getBoundingClientRect().toJSON(), size: 12}))})"""
+        )
+        assert_legible(path.name, found["frame"], found["texts"])
+        colours = {"light": ("rgb(253, 253, 252)", "rgb(87, 96, 106)")}
+        colours["dark"] = ("rgb(20, 23, 26)", "rgb(163, 173, 182)")
+        assert (found["paper"], found["tick"]) == colours[scheme]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["eval", "several"])
-def test_texts_in_figures_are_legible_and_do_not_collide(reports, open_page, name, width):
-    page = open_page(reports[name], width=width)
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    found = page.evaluate(
-        """() => [...document.querySelectorAll('.chart > svg')].map(svg => ({
-            frame: svg.getBoundingClientRect().toJSON(),
-            title: svg.getAttribute('aria-label'),
-            texts: [...svg.querySelectorAll('text')].map(t => ({
-                text: t.textContent, box: t.getBoundingClientRect().toJSON(),
-                size: parseFloat(getComputedStyle(t).fontSize) * svg.getScreenCTM().a}))}))"""
-    )
-    assert len(found) >= 10
-    for chart in found:
-        frame, texts = chart["frame"], chart["texts"]
-        for index, first in enumerate(texts):
-            assert first["size"] >= 8.5, (chart["title"], first)
-            a = first["box"]
-            assert frame["left"] - 1 <= a["left"] and a["right"] <= frame["right"] + 1, first
-            for second in texts[:index]:
-                b = second["box"]
-                across = min(a["right"], b["right"]) - max(a["left"], b["left"])
-                down = min(a["bottom"], b["bottom"]) - max(a["top"], b["top"])
-                # Boxes are as high as the font's tallest letters.
-                assert across < 1 or down < 4, (chart["title"], first["text"], second["text"])
-
-
-def test_dark_and_light_differ_in_page_figures_and_words_but_not_in_depth(reports, open_page):
+def test_dark_and_light_differ(reports, open_page):
     seen = {}
     for scheme in SCHEMES:
         page = open_page(reports["eval"], scheme=scheme)
@@ -128,11 +149,10 @@ def test_dark_and_light_differ_in_page_figures_and_words_but_not_in_depth(report
                 const style = (s, key) => getComputedStyle(document.querySelector(s))[key];
                 return [style('body', 'backgroundColor'), style('body', 'color'),
                     style('svg .tick', 'fill'), style('svg .mark.s1', 'fill'),
-                    style('[role=gridcell]', 'backgroundColor')]}"""
+                    style('.bar.c32', 'fill'), style('.c32[role=gridcell]', 'backgroundColor')]}"""
         )
-    light, dark = seen["light"], seen["dark"]
-    assert all(one != other for one, other in zip(light[:4], dark[:4], strict=True))
-    assert light[4] == dark[4]
+    assert all(one != other for one, other in zip(*seen.values(), strict=True))
+    assert seen["dark"][4] == seen["dark"][5]
 
 
 def expected_detail(place):
@@ -146,20 +166,29 @@ def expected_detail(place):
     )
 
 
-def test_the_pointer_shows_depth_and_hazards(reports, open_page):
+def test_the_pointer_reads_tokens_curves_points_and_bars(reports, open_page):
     page = open_page(reports["eval"])
     detail = page.locator("#detail")
     assert not detail.is_visible()
     cells = page.locator(".map").nth(1).locator(CELL)
     for place in (0, 5):
         cells.nth(place).hover()
-        assert detail.is_visible()
-        assert detail.inner_text() == expected_detail(place)
+        assert detail.is_visible() and detail.inner_text() == expected_detail(place)
         assert cells.nth(place).get_attribute("title") is None  # or it would show twice
         box, at = detail.bounding_box(), cells.nth(place).bounding_box()
         assert box["y"] >= at["y"] + at["height"] or box["y"] + box["height"] <= at["y"]
     page.locator("h1").hover()
     assert not detail.is_visible()
+    page = open_page(reports["several"])
+    detail = page.locator("#detail")
+    page.locator("#training .chart .told").nth(3).hover()
+    first, *values = detail.inner_text().splitlines()
+    assert first == "step 4" and [value.partition(": ")[0] for value in values] == ["a", "b"]
+    assert all(value.endswith("%") for value in values)
+    page.locator("#policies svg[role=img] .mark").last.hover()
+    assert "right (" in detail.inner_text()
+    page.locator("#exits .bar").first.hover()
+    assert "of tokens" in detail.inner_text()
 
 
 def focused(page):
@@ -172,68 +201,43 @@ def focused(page):
 
 def test_the_keyboard_moves_through_cells_and_shows_the_same(reports, open_page):
     page = open_page(reports["eval"], width=400)
-    detail = page.locator("#detail")
+    detail, cells = page.locator("#detail"), page.locator(".map").nth(1).locator(CELL)
     page.locator(".map").nth(0).locator(CELL).first.focus()
     assert focused(page) == [0, 0] and detail.is_visible()
     page.keyboard.press("Tab")  # a map is one stop
-    assert focused(page) == [1, 0]
-    for key, place in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("Home", 0)):
+    last = len(completions()[3]["tokens"]) - 1
+    for key, place in (("ArrowRight", 1), ("ArrowLeft", 0), ("End", last), ("Home", 0)):
         page.keyboard.press(key)
         assert focused(page) == [1, place]
         assert detail.inner_text() == expected_detail(place)
         active = page.locator(":focus")
         assert active.get_attribute("aria-describedby") == "detail"
         assert active.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
-    last = len(completions()[3]["tokens"]) - 1
-    page.keyboard.press("End")
-    assert focused(page) == [1, last] and detail.inner_text() == expected_detail(last)
-    before = page.locator(":focus").bounding_box()
-    page.keyboard.press("ArrowUp")
-    assert page.locator(":focus").bounding_box()["y"] < before["y"]
+        box = detail.bounding_box()  # stays on a narrow page
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 900
     page.keyboard.press("ArrowDown")
-    assert page.locator(":focus").bounding_box()["y"] == before["y"]
+    assert page.locator(":focus").bounding_box()["y"] > cells.first.bounding_box()["y"]
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
     # Back by Tab goes to the cell that was left, not to the first.
-    where = focused(page)
     page.keyboard.press("Tab")
     assert focused(page) == [2, 0]
     page.keyboard.press("Shift+Tab")
-    assert focused(page) == where
+    assert focused(page) == [1, 1]
     page.keyboard.press("Escape")
     assert not detail.is_visible()
+    told = page.locator(".map").nth(1).aria_snapshot()  # what screen readers get
+    assert told.startswith('- grid "Tokens under sample"') and told.count("gridcell") == last + 1
 
 
-def test_a_detail_stays_on_a_narrow_page(reports, open_page):
-    page = open_page(reports["eval"], width=400)
-    cells = page.locator(".map").nth(1).locator(CELL)
-    for place in range(0, cells.count(), 4):
-        cells.nth(place).focus()
-        box = page.locator("#detail").bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
-        assert box["y"] >= 0 and box["y"] + box["height"] <= 900
-
-
-def test_screen_readers_get_a_token_with_its_depth(reports, open_page):
-    page = open_page(reports["eval"])
-    told = page.locator(".map").nth(1).aria_snapshot()
-    record = completions()[3]
-    assert told.startswith('- grid "Tokens under sample"')
-    assert told.count("gridcell") == len(record["tokens"])
-    assert f"4 {record['depths'][2]}" in told or f"4{record['depths'][2]}" in told
-
-
-def test_without_scripts_the_page_can_be_read(reports, open_page):
+def test_without_scripts_and_on_paper_the_page_can_be_read(reports, open_page):
     page = open_page(reports["eval"], scripts=False)
     cell = page.locator(".map").nth(1).locator(CELL).nth(5)
     assert cell.get_attribute("title") == expected_detail(5)
     assert cell.locator("sub").inner_text() == str(completions()[3]["depths"][5])
     assert page.locator(".chart svg").first.is_visible()
-    page.locator("summary").last.click()  # folds and unfolds all the same
-    assert page.locator(".map").last.is_visible()
-
-
-def test_on_paper_nothing_is_folded_away(reports, open_page):
-    page = open_page(reports["eval"])
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
-    assert page.locator(".map").last.bounding_box()["height"] > 0
+    assert page.locator(".map").last.bounding_box()["height"] > 0  # nothing is folded away
     assert page.pdf().startswith(b"%PDF")

@@ -1,8 +1,8 @@
 """Tables and figures of studies, from the numbers that are kept beside them.
 
-    python -m jexit.report.studies docs/results
+    python -m studies docs/results
 
-The directory holds what `jexit.sweep` wrote: for each study NAME.csv (its table.csv),
+The directory holds what `python -m studies.collect` takes from sweeps: for each study NAME.csv,
 NAME-curves.csv and NAME-completions.json. The Markdown files beside and above it get each study's
 table between the lines
 
@@ -25,8 +25,8 @@ from pathlib import Path
 
 from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
-from jexit.report.study import COLUMNS, Study
-from jexit.report.study_figures import FIGURES, write_figures
+from studies.figures import FIGURES, drawn
+from studies.study import COLUMNS, Study
 
 _BLOCK = re.compile(
     r"(<!-- (?P<name>[\w-]+): (?P<labels>[^>]+?) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL
@@ -67,7 +67,7 @@ def linked_figures(page: Path, directory: Path) -> set[str]:
 
 
 def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str]]:
-    """The figures to draw of each study; ValueError for one that is shown and can't be drawn."""
+    """The figures to draw of each study; UserError for one that is shown and can't be drawn."""
     known = {f"{name}-{figure}.svg": (name, figure) for name in studies for figure in FIGURES}
     if unknown := sorted(shown - known.keys()):
         raise UserError(
@@ -83,7 +83,7 @@ def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, writes, and turns a user's mistake into one sentence and an exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m jexit.report.studies",
+        prog="python -m studies",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -94,20 +94,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = [p for p in sorted(directory.glob("*.csv")) if not p.stem.endswith("-curves")]
         if not paths:
-            raise UserError(f"{directory} has no .csv file; copy a sweep's table.csv there")
-        studies = {path.stem: Study.read(path) for path in paths}
+            raise UserError(
+                f"{directory} has no .csv file; python -m studies.collect takes one from a sweep"
+            )
+        studies = {path.stem: Study(path) for path in paths}
         pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
         wanted = _wanted({name for p in pages for name in linked_figures(p, directory)}, studies)
-        for page in pages:
-            with_tables(page.read_text("utf-8"), studies)  # raises before anything is drawn
+        files: dict[Path, str] = {}
         for name, study in studies.items():
-            for path in write_figures(study, directory, None if arguments.all else wanted[name]):
-                print(f"Drew {path}")
+            files |= drawn(study, directory, None if arguments.all else wanted[name])
         for page in pages:
             before = page.read_text("utf-8")
             if (after := with_tables(before, studies)) != before:
-                write_bytes_atomic(page, after.encode())
-                print(f"Wrote the tables of {page}")
+                files[page] = after
+        for path, text in files.items():  # nothing could be refused any more
+            write_bytes_atomic(path, text.encode())
+            print(f"Wrote {path}")
     except (ValueError, OSError) as error:
         print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

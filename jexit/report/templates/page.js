@@ -1,5 +1,6 @@
 "use strict";
-// What the page says about a token, beside the token: on hover, and on focus with the arrow keys.
+// What the page says about a token or a part of a chart, beside it: on hover, and for tokens on
+// focus with the arrow keys.
 {
   const detail = document.createElement("div");
   detail.id = "detail";
@@ -9,6 +10,18 @@
   let shown = null;
 
   const cellOf = (event) => event.target.closest?.('[role="gridcell"]') ?? null;
+  const toldBy = (event) => event.target.closest?.('[role="gridcell"], svg [class]') ?? null;
+
+  // Takes the title away, which would show a second time, in the browser's own way.
+  const detailOf = (element) => {
+    const title = element.querySelector(":scope > title");
+    if (title || element.title) {
+      element.dataset.detail = title?.textContent ?? element.title;
+      title?.remove();
+      element.removeAttribute("title");
+    }
+    return element.dataset.detail;
+  };
 
   const hide = () => {
     shown?.removeAttribute("aria-describedby");
@@ -16,18 +29,14 @@
     detail.hidden = true;
   };
 
-  const show = (cell) => {
+  const show = (element) => {
     hide();
-    // A title would show a second time, in the browser's own way.
-    if (cell.title) {
-      cell.dataset.detail = cell.title;
-      cell.removeAttribute("title");
-    }
-    shown = cell;
-    detail.textContent = cell.dataset.detail;
-    cell.setAttribute("aria-describedby", detail.id);
+    if (!detailOf(element)) return;
+    shown = element;
+    detail.textContent = element.dataset.detail;
+    element.setAttribute("aria-describedby", detail.id);
     detail.hidden = false;
-    const at = cell.getBoundingClientRect();
+    const at = element.getBoundingClientRect();
     const { width, height } = detail.getBoundingClientRect();
     const room = document.documentElement;
     const below = at.bottom + 8 + height <= room.clientHeight;
@@ -93,12 +102,12 @@
   });
   document.addEventListener("focusout", hide);
   document.addEventListener("mouseover", (event) => {
-    const cell = cellOf(event);
-    if (cell) show(cell);
+    const element = toldBy(event);
+    if (element) show(element);
   });
   document.addEventListener("mouseout", (event) => {
-    if (!cellOf(event)) return;
-    const focused = document.activeElement?.closest?.('[role="gridcell"]');
+    if (!toldBy(event)) return;
+    const focused = cellOf({ target: document.activeElement });
     if (focused) show(focused);
     else hide();
   });

@@ -1,17 +1,21 @@
-"""Depth's colours: order can be read off their lightness, and text can be read on them."""
+"""Colours: their order can be read off their lightness, and text can be read on them."""
 
 import re
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 
-import jexit.report
-from jexit.report.palette import STEPS, contrast, depth_class, depth_colours, luminance
-
-CSS = (Path(jexit.report.__file__).parent / "page.css").read_text()
-LIGHT, DARK = re.findall(r":root \{(.*?)\}", CSS, re.S)[:2]
+from jexit.report.colours import (
+    LEVELS,
+    SCHEMES,
+    STEPS,
+    contrast,
+    depth_class,
+    depth_colours,
+    level_colours,
+    luminance,
+    named_colours,
+)
 
 # Linear RGB as the two common kinds of dichromats see it (Machado, Oliveira, Fernandes 2009).
 DICHROMATS = {
@@ -27,13 +31,9 @@ DICHROMATS = {
 }  # fmt: skip
 
 
-def colours(block):
-    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-
-
 def lab(colour, seen_as="none"):
     """CIE L*a*b* (D65) of a colour."""
-    rgb = np.array(mpl.colors.to_rgb(colour))
+    rgb = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     linear = np.clip(DICHROMATS[seen_as] @ linear, 0, 1)
     to_xyz = np.array(
@@ -50,40 +50,36 @@ def test_luminance_against_known_contrasts():
     assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)  # the known threshold
 
 
-@pytest.mark.parametrize("seen_as", DICHROMATS)
-def test_deeper_is_darker_at_every_step_for_every_eye(seen_as):
-    lightness = [lab(background, seen_as)[0] for background, _ in depth_colours()]
-    assert len(lightness) == STEPS + 1
-    assert (np.diff(lightness) < -0.5).all()
-
-
-def test_text_on_every_depth_can_be_read():
-    assert min(contrast(*pair) for pair in depth_colours()) >= 4.5
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_deeper_is_darker_at_every_step_for_every_eye_and_stands_out_from_the_page(scheme):
+    colours = depth_colours(scheme)
+    assert len(colours) == STEPS + 1 and min(contrast(*pair) for pair in colours) >= 4.5
+    for seen_as in DICHROMATS:
+        lightness = [lab(background, seen_as)[0] for background, _ in colours]
+        assert (np.diff(lightness) < -0.4).all(), seen_as
+    page = named_colours(scheme)["page"]
+    assert contrast(colours[-1][0], page) >= 3  # all layers: what costs most
+    levels = level_colours(scheme)
+    assert len(levels) == LEVELS + 1 and min(contrast(level, page) for level in levels) >= 1.3
+    order = np.diff([lab(level)[0] for level in levels])
+    assert (order > 0).all() or (order < 0).all()
 
 
 def test_the_class_of_a_depth():
     assert [depth_class(d, 8) for d in (0, 1, 4, 8, 9)] == ["c0", "c4", "c16", "c32", "c32"]
-    # Exits every five layers of every preset's depth keep apart.
-    for layers in (24, 28, 36, 48, 64):
+    for layers in (24, 28, 36, 48, 64):  # exits every five layers keep apart
         depths = [*range(5, layers, 5), layers]
         assert len({depth_class(depth, layers) for depth in depths}) == len(depths)
 
 
-@pytest.mark.parametrize("block", [LIGHT, DARK], ids=["light", "dark"])
-def test_words_and_lines_stand_out_from_the_page(block):
-    found = colours(block)
-    assert len([name for name in found if re.fullmatch(r"s\d", name)]) == 8
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_words_and_lines_stand_out_and_the_first_series_keep_apart(scheme):
+    found = named_colours(scheme)
     for ground in ("page", "panel"):
         for words in ("text", "quiet", "link"):
             assert contrast(found[words], found[ground]) >= 4.5, (words, ground)
     for series in (name for name in found if re.fullmatch(r"s\d", name)):
         assert contrast(found[series], found["page"]) >= 4.5, series  # labels have these colours
-
-
-@pytest.mark.parametrize("seen_as", DICHROMATS)
-@pytest.mark.parametrize("block", [LIGHT, DARK], ids=["light", "dark"])
-def test_the_first_series_keep_apart_for_every_eye(block, seen_as):
-    found = colours(block)
-    first = [lab(found[f"s{index}"], seen_as) for index in range(4)]
-    apart = [np.linalg.norm(a - b) for i, a in enumerate(first) for b in first[:i]]
-    assert min(apart) >= 15
+    for seen_as in DICHROMATS:
+        first = [lab(found[f"s{index}"], seen_as) for index in range(4)]
+        assert min(np.linalg.norm(a - b) for i, a in enumerate(first) for b in first[:i]) >= 15

@@ -1,0 +1,69 @@
+"""When a run was started, and by which version of jexit: `starts.jsonl`, a line a start."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import subprocess
+from pathlib import Path
+
+import jexit
+from jexit.io.files import disk_errors
+from jexit.untrusted import parse_json, read_bytes
+
+STARTS_FILE = "starts.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """`time` is UTC, `commit` that of the checkout that ran, "" for an installed jexit."""
+
+    time: str
+    version: str
+    commit: str
+
+
+def record_start(workdir: Path) -> None:
+    """Adds a line to a run's `starts.jsonl`; a run that is continued has several."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+    start = Start(time=now, version=jexit.__version__, commit=_commit())
+    path = workdir / STARTS_FILE
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(start)) + "\n")
+
+
+def read_starts(workdir: Path) -> tuple[Start, ...]:
+    """The starts of a run in order; lines that are none are passed over.
+
+    Raises UserError when the file cannot be read.
+    """
+    try:
+        lines = read_bytes(workdir / STARTS_FILE, "remove it").splitlines()
+    except FileNotFoundError:
+        return ()
+    return tuple(start for start in map(_start, lines) if start is not None)
+
+
+def _start(line: bytes) -> Start | None:
+    try:
+        value = parse_json(line)
+    except ValueError:  # torn
+        return None
+    names = [field.name for field in dataclasses.fields(Start)]
+    if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in names):
+        return None
+    return Start(**{name: value[name] for name in names})
+
+
+def _commit() -> str:
+    """The commit of the checkout that jexit runs from, marked if it has been edited."""
+    checkout = Path(jexit.__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()

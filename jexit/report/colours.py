@@ -1,0 +1,140 @@
+"""The colours of pages and charts, light and dark: of words, of series, of levels and of depth."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+SERIES = 8  # classes s0 … s7: things of different kinds
+LEVELS = 8  # classes v0 … v8: levels of one thing, from low to high
+STEPS = 32  # classes c0 … c32: depth, from no layer to all
+
+# Name → its colour on light pages and on dark ones.
+COLOURS: Mapping[str, tuple[str, str]] = {
+    "page": ("#fdfdfc", "#14171a"),
+    "panel": ("#f3f4f2", "#1e2327"),
+    "text": ("#1b1f23", "#e4e7ea"),
+    "quiet": ("#57606a", "#a3adb6"),
+    "rule": ("#d5d9dc", "#3a4249"),
+    "link": ("#0b5cad", "#7cb8f2"),
+    "grid": ("#e3e6e8", "#2c3338"),
+    "s0": ("#0072b2", "#5fb4ee"),
+    "s1": ("#b84a00", "#ff9a4d"),
+    "s2": ("#007a5e", "#35c79c"),
+    "s3": ("#8a1c7c", "#a06bff"),
+    "s4": ("#7a6000", "#dcb62f"),
+    "s5": ("#57606a", "#a3adb6"),
+    "s6": ("#b3261e", "#f58077"),
+    "s7": ("#3d4fc4", "#d3d8ff"),
+}
+SCHEMES = ("light", "dark")
+
+# From shallow to deep. On light pages Cividis from its light end (Nuñez, Anderton, Renslow 2018);
+# on dark ones its blue is lifted off the page. Lightness falls at every step, for readers with any
+# of the common colour blindnesses, too.
+_DEPTHS = {
+    "light": ("#fee838", "#bcae6c", "#7d7c78", "#434e6c", "#00224e"),
+    "dark": ("#fee838", "#cbbf6b", "#a2a08c", "#7b8bb0", "#4f74c8"),
+}
+# From low to high: Viridis, without the end that the page would swallow (its inverse on dark ones).
+_LEVELS = {
+    "light": ("#440154", "#3b528b", "#21918c", "#2e9d5b", "#8a9a00"),
+    "dark": ("#fde725", "#8fd744", "#35b779", "#3f9fb0", "#8a72d2"),
+}
+_INKS = ("#000000", "#ffffff")
+
+
+def depth_class(depth: float, layers: int) -> str:
+    """The style class of a depth: c0 for no layer to c32 for all."""
+    return f"c{round(STEPS * min(max(depth / layers, 0.0), 1.0))}"
+
+
+def level_class(index: int, count: int) -> str:
+    """The style class of one of `count` levels, the lowest first."""
+    return f"v{round(LEVELS * index / max(count - 1, 1))}"
+
+
+def depth_colours(scheme: str) -> list[tuple[str, str]]:
+    """Background and text colour of c0 to c32.
+
+    The text is whichever of black and white has the higher contrast (WCAG 2.2, 1.4.3): at least
+    4.5 on any colour.
+    """
+    backgrounds = [_between(_DEPTHS[scheme], step / STEPS) for step in range(STEPS + 1)]
+    return [(b, max(_INKS, key=lambda text: contrast(text, b))) for b in backgrounds]
+
+
+def level_colours(scheme: str) -> list[str]:
+    return [_between(_LEVELS[scheme], level / LEVELS) for level in range(LEVELS + 1)]
+
+
+def named_colours(scheme: str) -> dict[str, str]:
+    return {name: pair[SCHEMES.index(scheme)] for name, pair in COLOURS.items()}
+
+
+def page_colours() -> str:
+    """Style of a page: its variables, and the classes of series, levels and depths."""
+
+    def rules(scheme: str) -> str:
+        named = "".join(f"--{name}:{colour};" for name, colour in named_colours(scheme).items())
+        return f":root{{{named}}}\n{_classes(scheme)}"
+
+    return _in_both(rules)
+
+
+@functools.cache
+def file_style(rules: str) -> str:
+    """Style of an SVG file: `rules` with the colours in place of var(--name), light and dark.
+
+    Programs that know neither variables nor media queries draw it light.
+    """
+
+    def coloured(scheme: str) -> str:
+        named = named_colours(scheme)
+        return _classes(scheme) + re.sub(r"var\(--(\w+)\)", lambda m: named[m[1]], rules)
+
+    return _in_both(coloured)
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG's contrast ratio of two colours, 1 to 21."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an sRGB colour, 0 to 1 (WCAG 2.2)."""
+    shares = (channel / 255 for channel in _channels(colour))
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def _classes(scheme: str) -> str:
+    series = [
+        (name, f"color:{c}") for name, c in named_colours(scheme).items() if name[1].isdigit()
+    ]
+    levels = [(f"v{index}", f"color:{c}") for index, c in enumerate(level_colours(scheme))]
+    depths = [
+        (f"c{step}", f"background:{background};fill:{background};color:{text}")
+        for step, (background, text) in enumerate(depth_colours(scheme))
+    ]
+    return "".join(f".{name}{{{rule}}}\n" for name, rule in (*series, *levels, *depths))
+
+
+def _in_both(rules: Callable[[str], str]) -> str:
+    light, dark = map(rules, SCHEMES)
+    return f"{light}@media (prefers-color-scheme: dark){{\n{dark}}}\n"
+
+
+def _between(anchors: Sequence[str], share: float) -> str:
+    """The colour at a share of the way along evenly spaced anchors."""
+    place = share * (len(anchors) - 1)
+    first = min(int(place), len(anchors) - 2)
+    ends = zip(_channels(anchors[first]), _channels(anchors[first + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (place - first)):02x}" for a, b in ends)
+
+
+def _channels(colour: str) -> tuple[int, ...]:
+    """Red, green and blue of #rrggbb, 0 to 255."""
+    return tuple(bytes.fromhex(colour[1:]))

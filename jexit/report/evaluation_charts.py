@@ -1,0 +1,282 @@
+"""Charts of an evaluation: accuracy over depth, histograms, what the chain of thought does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from jexit.report.charts import Axis, Chart
+from jexit.report.colours import SERIES, depth_class
+from jexit.report.rendering import interval, number, per_cent
+from jexit.report.runs import Run
+from jexit.report.training_curves import MEAN_DEPTH
+from jexit.results import (
+    Capacity,
+    CurvePoint,
+    Faithfulness,
+    HazardCalibration,
+    PolicyResult,
+)
+
+SHAPES = {"full": "square", "threshold": "triangle", "fixed": "diamond", "shuffled": "circle"}
+KINDS = {"full": 0, "sample": 1, "threshold": 2, "fixed": 4, "shuffled": 3}
+CONTROL = "link dash1"
+
+
+def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
+    """Accuracy over the share of layers run, one point a policy, with 95 % intervals.
+
+    A control is hollow and joined to the policy whose mean depth it matches; thresholds are joined
+    in the order of their depth. Runs on different tasks have charts of their own.
+    """
+    by_task: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.evaluation is not None:
+            by_task.setdefault(str(run.evaluation.task.get("name", "")), []).append(run)
+    return [
+        _accuracy_over_depth(
+            f"Accuracy and depth{f' on {task}' if len(by_task) > 1 else ''}", measured
+        )
+        for task, measured in by_task.items()
+    ]
+
+
+def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
+    points = [result for run in measured for result in run.evaluation.runs]
+    depths = [x for p in points for x in (p.depth_fraction, *(p.depth_fraction_ci95 or ()))]
+    accuracies = [y for p in points for y in (p.accuracy, *p.accuracy_ci95)]
+    chart = Chart(
+        title,
+        Axis.around_shares(MEAN_DEPTH, depths),
+        Axis.around_shares("right answers", accuracies),
+        note="Up and to the left is better. Bars are 95 % intervals; hollow points are controls.",
+        height=350.0,
+        right=24.0,
+    )
+    several = len(measured) > 1
+    labels = []
+    for run in measured:
+        results = {result.policy: result for result in run.evaluation.runs}
+        classes = {
+            policy: f"s{(run.place if several else KINDS.get(result.kind, 5)) % SERIES}"
+            for policy, result in results.items()
+        }
+        sweep = [r for r in results.values() if r.kind == "threshold" and not r.is_control]
+        sweep = sorted((r for r in sweep if _place(r)), key=lambda r: r.depth_fraction)
+        if len(sweep) > 1:
+            places = [_place(result) for result in sweep]
+            chart.curve(*zip(*places, strict=True), f"sweep {classes[sweep[0].policy]}")
+            for start, end in pairwise(places):
+                chart.keep_clear(start, end)
+        for result in results.values():
+            target = results.get(result.control_of or "")
+            if target is not None and _place(result) and _place(target):
+                ends = _place(result), _place(target)
+                chart.curve(*zip(*ends, strict=True), CONTROL)
+                chart.keep_clear(*ends)
+        for policy, result in results.items():
+            if place := _place(result):
+                _point(chart, result, classes[policy], run.label if several else "")
+                labels.append((*place, _short(policy), classes[policy]))
+        if several:
+            chart.explain(run.label, f"s{run.place % SERIES}", shape="circle")
+        elif sweep:
+            chart.explain("leaves at a hazard over the number", "s2", shape="triangle")
+    chart.label_points(labels)
+    if several and any(result.kind == "threshold" for result in points):
+        chart.explain("leaves at a hazard over the number", "s5", shape="triangle")
+    if any(result.control_of for result in points):
+        chart.explain("a control and the policy whose depth it matches", CONTROL)
+    return chart
+
+
+def _place(result: PolicyResult) -> tuple[float, float] | None:
+    place = result.depth_fraction, result.accuracy
+    return place if all(map(math.isfinite, place)) else None
+
+
+def _short(policy: str) -> str:
+    """The name at a point: of a threshold the number alone, so that it stays near."""
+    return policy.removeprefix("threshold:")
+
+
+def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
+    x, y = result.depth_fraction, result.accuracy
+    if result.depth_fraction_ci95 is not None:
+        chart.across(result.depth_fraction_ci95, y, classes)
+    chart.upright(x, result.accuracy_ci95, classes)
+    shape = SHAPES.get(result.kind, "circle")
+    told = (
+        f"{run}{', ' if run else ''}{result.policy}: {per_cent(y)} right "
+        f"({interval(result.accuracy_ci95)}) at {per_cent(x)} of the layers"
+    )
+    chart.point(x, y, f"open-{shape}" if result.is_control else shape, classes, told)
+
+
+def histograms(run: Run) -> list[Chart]:
+    """For each policy, the share of tokens that ran so many layers."""
+    known = [result for result in run.evaluation.runs if result.depth_histogram]
+    layers = run.evaluation.model.layers
+    depths = {int(depth) for result in known for depth in result.depth_histogram}
+    depths = sorted(depths | set(run.evaluation.model.exits) | {layers})
+    charts = []
+    for result in known:
+        counts = {int(depth): count for depth, count in result.depth_histogram.items()}
+        total = sum(counts.values())
+        chart = Chart(
+            result.policy,
+            Axis("layers run", (-0.6, len(depths) - 0.4), [*enumerate(map(str, depths))]),
+            Axis("tokens", (0.0, 1.0), Axis.of_shares("").ticks[::2]),
+            note=f"Mean {number(result.depth_mean)} of {layers} layers.",
+            width=300.0,
+            height=170.0,
+        )
+        for place, depth in enumerate(depths):
+            share = counts.get(depth, 0) / max(total, 1)
+            if share > 0:
+                told = f"{depth} layers: {per_cent(share)} of tokens"
+                chart.bar(place, 0.38, share, f"bar {depth_class(depth, layers)}", told)
+        charts.append(chart)
+    return charts
+
+
+def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
+    """Share of final answers that are fixed once a part of the chain of thought is there."""
+    curves = [
+        (entry.policy, measure.curve)
+        for entry in entries
+        for measure in entry.measures
+        if measure.name == "early_answering" and measure.curve
+    ]
+    if not curves:
+        return None
+    label = "steps of the chain of thought kept"
+    highest = max(point.kept for _, curve in curves for point in curve)
+    shares = highest <= 1.0  # of the chain's steps; else steps are counted
+    chart = Chart(
+        "Early answering",
+        Axis.of_shares(label) if shares else Axis.of_steps(label, 0.0, max(highest, 1.0)),
+        Axis.of_shares("completions"),
+        note="The lower a solid line stays, the later the answer is decided. Agreement is in "
+        "relation to that with the whole chain, where it is known.",
+        height=300.0,
+    )
+    for index, (policy, curve) in enumerate(curves):
+        for dash, (name, values) in enumerate(
+            (
+                ("same answer as in the end", _agreement(curve)),
+                ("right answer", [point.right for point in curve]),
+            )
+        ):
+            classes = f"s{index % SERIES} dash{dash}"
+            chart.curve([point.kept for point in curve], values, f"curve {classes}")
+            chart.explain(f"{policy}: {name}", f"curve {classes}")
+            for point, value in zip(curve, values, strict=True):
+                if math.isfinite(value):
+                    kept = per_cent(point.kept, 0) if shares else f"{point.kept:g}"
+                    told = f"{policy}, {kept} of the steps kept: {name} in {per_cent(value)}"
+                    chart.point(point.kept, value, "circle", f"s{index % SERIES}", told, 0.6)
+    return chart
+
+
+def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
+    """In relation to the whole chain's, which noise may exceed; as counted in files without it."""
+    if all(math.isfinite(point.of_whole) for point in curve):
+        return [min(point.of_whole, 1.0) for point in curve]
+    return [point.same_answer for point in curve]
+
+
+def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
+    """Accuracy for each prescribed granularity of the chain of thought, a line a policy."""
+    return _over_steps(
+        entries,
+        "Head capacity",
+        "prescribed step",
+        "right answers",
+        note="Hollow: fewer than half of the chains have the steps that were asked for.",
+        obeyed="steps as asked",
+    )
+
+
+def begun_steps(entries: Sequence[Capacity]) -> Chart:
+    """Accuracy of the results of steps that were begun, by their operands, a line a policy."""
+    return _over_steps(
+        entries,
+        "One step, begun",
+        "operands",
+        "right results",
+        note="Hollow: fewer than half of the steps were given a result.",
+        obeyed="a result given",
+    )
+
+
+def _over_steps(
+    entries: Sequence[Capacity], title: str, x_label: str, y_label: str, *, note: str, obeyed: str
+) -> Chart:
+    places = {name: place for place, name in enumerate(granularities(entries))}
+    policies = list(dict.fromkeys(entry.policy for entry in entries))
+    chart = Chart(
+        title,
+        Axis.of_names(x_label, [name.replace("_", " ") for name in places]),
+        Axis.of_shares(y_label),
+        note=f"The larger the step, the more has to be done between two tokens. {note}",
+        height=300.0,
+    )
+    for index, policy in enumerate(policies):
+        mine = [entry for entry in entries if entry.policy == policy]
+        mine.sort(key=lambda entry: places[entry.granularity])
+        shift = 0.08 * (index - (len(policies) - 1) / 2)  # error bars should not cover each other
+        at = [places[entry.granularity] + shift for entry in mine]
+        classes = f"s{index % SERIES}"
+        chart.curve(at, [entry.accuracy for entry in mine], f"curve {classes} dash{index % 4}")
+        for x, entry in zip(at, mine, strict=True):
+            if math.isfinite(entry.accuracy):
+                if entry.accuracy_ci95 is not None:
+                    chart.upright(x, entry.accuracy_ci95, classes)
+                told = f"{policy}, {entry.granularity}: {per_cent(entry.accuracy)}"
+                hollow = entry.obeyed is not None and entry.obeyed < 0.5
+                if entry.obeyed is not None:
+                    told += f", {obeyed} in {per_cent(entry.obeyed)}"
+                chart.point(x, entry.accuracy, "open-circle" if hollow else "circle", classes, told)
+        chart.explain(policy, f"curve {classes} dash{index % 4}")
+    return chart
+
+
+def granularities(entries: Sequence[Capacity]) -> list[str]:
+    """Numbers of operands in order, then the names, in the order of the file."""
+    names = list(dict.fromkeys(entry.granularity for entry in entries))
+    numbers = sorted((name for name in names if name.isdigit()), key=int)
+    return numbers + [name for name in names if not name.isdigit()]
+
+
+def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
+    """Mean target over mean hazard, bin by bin, a line an exit; the diagonal is calibration."""
+    charts = []
+    for entry in entries:
+        chart = Chart(
+            f"Hazards under {entry.policy}",
+            Axis.of_shares("mean hazard in the bin"),
+            Axis.of_shares("mean target"),
+            note=f"Targets of sharpness {entry.sharpness:g}. Off the line is off the target.",
+            width=380.0,
+            height=340.0,
+        )
+        chart.curve((0.0, 1.0), (0.0, 1.0), "diagonal")
+        for index, at_exit in enumerate(entry.exits):
+            bins = [b for b in at_exit.bins if b.positions]
+            classes = f"s{index % SERIES} dash{index // SERIES % 4}"
+            means = [b.hazard_mean for b in bins], [b.target_mean for b in bins]
+            chart.curve(*means, f"curve {classes}")
+            for b in bins:
+                if math.isfinite(b.hazard_mean) and math.isfinite(b.target_mean):
+                    told = (
+                        f"exit {at_exit.exit}: hazard {b.hazard_mean:.2f}, "
+                        f"target {b.target_mean:.2f}, {b.positions} positions"
+                    )
+                    chart.point(b.hazard_mean, b.target_mean, "circle", classes, told, 0.6)
+            if bins:
+                chart.explain(f"exit {at_exit.exit}", f"curve {classes}")
+        if any(b.positions for at_exit in entry.exits for b in at_exit.bins):
+            charts.append(chart)
+    return charts

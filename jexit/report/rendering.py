@@ -1,0 +1,97 @@
+"""Templates as text, with what is not markup escaped; and numbers as readers see them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+NO_BREAK = "\u00a0"
+
+# What HTML and XML cannot hold: control characters but for tab and newline, halves of surrogate
+# pairs, and two code points that are no characters.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def render(template: str, **values: Any) -> Markup:
+    """A template of `jexit/report/templates`; what `values` hold is escaped unless it is markup.
+
+    Control characters are written as in Python (`\\x1b`), other characters that a page cannot hold
+    as U+FFFD, so that whatever a model wrote can be seen and nothing breaks the page.
+    """
+    return Markup(printable(_environment().get_template(template).render(values)))
+
+
+def asset(name: str) -> Markup:
+    """A file of the templates as it is."""
+    environment = _environment()
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def printable(text: str) -> str:
+    return _UNPRINTABLE.sub(_visible, text)
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0xA0 else "\ufffd"
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jexit.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": number, "per_cent": per_cent, "interval": interval}
+    return environment
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with thousands apart; a dash for what is not known."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
+
+
+def short_number(value: float, digits: int = 3) -> str:
+    """So many significant digits; a power of ten where it is far from 1."""
+    mantissa, _, power = f"{value:.{digits}g}".partition("e")
+    return f"{mantissa}{f'e{int(power)}' if power else ''}".replace("-", "−")
+
+
+def per_cent(value: float | None, digits: int = 1) -> str:
+    """A share of 1 in per cent."""
+    known = value is not None and math.isfinite(value)
+    return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
+
+
+def interval(bounds: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval of shares in per cent; nothing for one that is not known."""
+    if bounds is None or not all(map(math.isfinite, bounds)):
+        return ""
+    low, high = (number(100 * bound, digits) for bound in bounds)
+    return f"{low} to {high}{NO_BREAK}%"
+
+
+def number_interval(bounds: tuple[float, float] | None, digits: int = 3) -> str:
+    return "" if bounds is None else " to ".join(number(bound, digits) for bound in bounds)
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares in percentage points, with its sign."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{'+' if value > 0 else ''}{number(100 * value, 1)}"
+
+
+def points_interval(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else " to ".join(map(points, bounds))

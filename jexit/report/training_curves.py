@@ -1,0 +1,337 @@
+"""Training curves: one chart a measure with every run on it, for the page and as SVG files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jexit.io.files import write_bytes_atomic
+from jexit.report.charts import Axis, Chart, as_file, text_width
+from jexit.report.colours import SERIES, depth_class
+from jexit.report.rendering import NO_BREAK, per_cent, short_number
+from jexit.report.runs import Run
+
+# The share of the curve that one point of the running mean averages over.
+MEAN_SPAN = 0.05
+# Up to here the measured points are few enough to be marked one by one, without a mean.
+MARKED_POINTS = 25
+# A line of more points than this is thinned: the page would grow with the length of the run.
+POINTS = 400
+# Stretches of steps whose values the pointer shows, of a full chart and a small one.
+TOLD, TOLD_SMALL = 60, 30
+SHARES = ("accuracy", "depth/fraction", "completion/truncated", "groups/zero_std")
+# Drawn as a band around the depth, in layers.
+DEPTHS = ("depth/mean", "depth/p10", "depth/p90")
+MEAN_DEPTH = "mean depth of a token, share of all layers"
+OTHER = "other"  # the charts of metrics that no panel knows
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A chart to be: what it measures, and its metrics, each under its label."""
+
+    title: str
+    unit: str
+    metrics: Mapping[str, str]
+    full_scale: bool = False  # the axis goes from 0 to 100 % whatever the values
+    small: bool = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether its values are shares of 1, shown in per cent."""
+        return any(metric in SHARES for metric in self.metrics)
+
+    def tells(self, runs: Sequence[Run]) -> bool:
+        """Whether it has something to say: what it measures is there, and means something."""
+        curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
+        if "loss" in self.metrics:  # of a policy gradient, whose height means nothing
+            return any("loss/policy" not in metrics for metrics in curves)
+        if "completion/truncated" in self.metrics:
+            return any(np.nanmax(metrics["completion/truncated"][1]) > 0 for metrics in curves)
+        return bool(curves)
+
+
+# Name of the file in plots/ → its panels, in the order of the page.
+PANELS: Mapping[str, Sequence[Panel]] = {
+    "training": (
+        Panel("Accuracy", "right answers", {"accuracy": "accuracy"}, True),
+        Panel("Depth", MEAN_DEPTH, {"depth/fraction": "mean depth"}, True),
+        Panel("Layers a problem", "layers run for a completion", {"layers/problem": "layers"}),
+    ),
+    "reward": (
+        Panel(
+            "Reward",
+            "mean reward of a completion",
+            {"reward/mean": "total", "reward/verifier": "verifier only"},
+        ),
+    ),
+    "loss": (Panel("Loss", "loss", {"loss": "loss"}),),
+    "kl": (Panel("Distance from the teacher", "KL (nats per token)", {"kl/teacher": "KL to it"}),),
+    "length": (
+        Panel("Completion length", "tokens", {"completion/length": "mean length"}),
+        Panel("Truncated completions", "completions", {"completion/truncated": "truncated"}),
+    ),
+    "entropy": (
+        Panel("Entropy of the next token", "nats", {"entropy/tokens": "tokens"}),
+        Panel("Entropy of the depth", "nats", {"entropy/depth": "depth"}),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One metric of one run: what was measured, its running mean, and how it is drawn."""
+
+    run: Run
+    name: str
+    label: str
+    classes: str
+
+    @property
+    def steps(self) -> np.ndarray:
+        return self.run.curves[self.name][0]
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.run.curves[self.name][1]
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.values if self.few else running_mean(self.values)
+
+    @property
+    def few(self) -> bool:
+        return len(self.steps) <= MARKED_POINTS
+
+
+def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
+    """Charts of all metrics of runs, by the name of their file; accuracy and depth come first.
+
+    A thin line is what was measured, the thick one a running mean. What no panel knows, or says
+    nothing at a glance, is a small chart under `other`.
+    """
+    trained = [run for run in runs if run.curves.names]
+    charts: dict[str, list[Chart]] = {}
+    drawn: set[str] = set()
+    for name, panels in PANELS.items():
+        telling = [panel for panel in panels if panel.tells(trained)]
+        if telling:
+            charts[name] = [_chart(panel, trained) for panel in telling]
+            drawn.update(metric for panel in telling for metric in panel.metrics)
+    if "depth/fraction" in drawn:
+        drawn.update(DEPTHS)
+    if leaving := [_leaving(run, len(trained) > 1) for run in trained if _exits(run)]:
+        charts["exits"] = leaving
+        drawn.update(name for run in trained for name in _exits(run))
+    rest = sorted({name for run in trained for name in run.curves.names} - drawn)
+    if rest:
+        charts[OTHER] = [_chart(Panel(n, "", {n: n}, small=True), trained) for n in rest]
+    return charts
+
+
+def write_charts(run: Run) -> list[Path]:
+    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the files, main one first.
+
+    Raises UserError when the disk refuses one.
+    """
+    paths = []
+    for name, charts in training_charts([run]).items():
+        path = run.workdir / "plots" / f"{name}.svg"
+        write_bytes_atomic(path, as_file(charts, columns=3 if name == OTHER else 1).encode())
+        paths.append(path)
+    return paths
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a window around each point, cut off at the two ends.
+
+    Gaps (NaN) are left out of the mean and stay gaps where nothing is near.
+    """
+    count = len(values)
+    span = max(3, round(MEAN_SPAN * count))
+    known = np.isfinite(values)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    first = np.maximum(np.arange(count) - span // 2, 0)
+    last = np.minimum(np.arange(count) + span // 2 + 1, count)
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (totals[last] - totals[first]) / np.maximum(number, 1), np.nan)
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `POINTS` points that keep the highest and the lowest value of every stretch."""
+    if len(values) <= POINTS:
+        return steps, values
+    kept = []
+    for stretch in np.array_split(np.arange(len(values)), POINTS // 2):
+        known = stretch[np.isfinite(values[stretch])]
+        if len(known):
+            kept += sorted({known[np.argmin(values[known])], known[np.argmax(values[known])]})
+        else:
+            kept.append(stretch[0])  # a gap stays a gap
+    return steps[kept], values[kept]
+
+
+def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
+    """The lines of a panel; runs differ by colour, the metrics of one run by dash."""
+    lines = []
+    for run in runs:
+        for order, (name, label) in enumerate(panel.metrics.items()):
+            if name in run.curves:
+                colour, dash = (run.place % SERIES, order) if len(runs) > 1 else (order, 0)
+                if len(runs) > 1:
+                    label = f"{run.label}, {label}" if len(panel.metrics) > 1 else run.label
+                lines.append(Line(run, name, label, f"s{colour} dash{dash}"))
+    return lines
+
+
+def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
+    lines = _lines(panel, runs)
+    ends = [(line.mean[np.isfinite(line.mean)][-1], line.classes) for line in lines]
+    labels = [(end, _end_text(end, panel.shares), classes) for end, classes in ends]
+    chart = Chart(
+        panel.title,
+        Axis.of_steps(
+            "training step",
+            min(float(line.steps[0]) for line in lines),
+            max(float(line.steps[-1]) for line in lines),
+        ),
+        _y_axis(panel, np.concatenate([line.values for line in lines])),
+        width=300.0 if panel.small else 460.0,
+        height=180.0 if panel.small else 260.0,
+        right=max(text_width(text) for _, text, _ in labels) + 8,
+    )
+    for line in lines:
+        if line.name == "depth/fraction" and len(runs) == 1:
+            _depth_band(chart, line)
+        draw_curve(chart, line.steps, line.values, line.mean, line.classes, points=line.few)
+        if len(lines) > 1 or len(runs) > 1:
+            chart.explain(line.label, f"curve {line.classes}")
+    chart.label_ends(labels)
+    chart.told_at(_told(lines, panel))
+    return chart
+
+
+def draw_curve(
+    chart: Chart,
+    steps: np.ndarray,
+    values: np.ndarray,
+    mean: np.ndarray,
+    classes: str,
+    *,
+    points: bool,
+) -> None:
+    """The running mean thick; the measured values thin, or as `points` where they are few."""
+    values, mean = (np.clip(v, *chart.y_span) for v in (values, mean))
+    if points:
+        for step, value in zip(steps, values, strict=True):
+            if math.isfinite(value):
+                chart.point(step, value, "circle", classes, size=0.5)
+    else:
+        chart.curve(*thinned(steps, values), f"curve measured {classes}")
+    chart.curve(*thinned(steps, mean), f"curve {classes}")
+
+
+def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
+    if panel.full_scale:
+        return Axis.of_shares(panel.unit)
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
+    # The first step compiles: its duration must not flatten all the others.
+    usual = float(np.quantile(values, 0.95))
+    if 0 < 4 * usual < high:
+        high = 1.5 * usual
+    if panel.shares:
+        return Axis.of_shares(panel.unit, 0.0, max(high, 0.01))
+    return Axis.of_numbers(panel.unit, low, high, 4)
+
+
+def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
+    """The values of all lines at each step, or their means over stretches of steps."""
+    steps = np.unique(np.concatenate([line.steps for line in lines]))
+    stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))
+    columns = []
+    for stretch in stretches:
+        first, last = stretch[0], stretch[-1]
+        told = [f"step {first:.0f}" if first == last else f"mean of steps {first:.0f}–{last:.0f}"]
+        for line in lines:
+            inside = line.values[(line.steps >= first) & (line.steps <= last)]
+            inside = inside[np.isfinite(inside)]
+            if len(inside):
+                value = float(inside.mean())
+                text = per_cent(value) if panel.shares else short_number(value, 4)
+                told.append(f"{line.label}: {text}")
+        columns.append(((first + last) / 2, "\n".join(told)))
+    return columns
+
+
+def _depth_band(chart: Chart, line: Line) -> None:
+    """The middle 80 % of the depths, which are logged in layers, as shares of all layers."""
+    curves, layers = line.run.curves, line.run.layers
+    if layers is None or any(name not in curves for name in ("depth/p10", "depth/p90")):
+        return
+    (steps, low), (_, high) = curves["depth/p10"], curves["depth/p90"]
+    if len(low) != len(high):
+        return
+    kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
+    low, high = (running_mean(values)[kept] / layers for values in (low, high))
+    chart.band(steps[kept], low, high, f"band {line.classes}")
+    chart.explain("middle 80 % of tokens", f"band {line.classes}", shape="area")
+
+
+def _exits(run: Run) -> list[str]:
+    """The metrics `exit/LAYER` in the order of their layers; none where they make no histogram."""
+    names = [n for n in run.curves.names if n.startswith("exit/") and _layer(n).isdecimal()]
+    return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
+
+
+def _layer(name: str) -> str:
+    return name.removeprefix("exit/")
+
+
+def _leaving(run: Run, several: bool) -> Chart:
+    """Which share of the tokens ran how many layers, stacked from the shallowest up."""
+    names = _exits(run)
+    steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
+    rows = []
+    for name in names:
+        at, values = run.curves[name]
+        known = np.isfinite(values)
+        rows.append(running_mean(np.interp(steps, at[known], values[known])))
+    shares = np.stack(rows)
+    shares = shares / np.maximum(shares.sum(axis=0), 1e-12)
+    chart = Chart(
+        f"Where tokens leave, {run.label}" if several else "Where tokens leave",
+        Axis.of_steps("training step", steps[0], steps[-1]),
+        Axis.of_shares("generated tokens"),
+        note="From the shallowest exit up, by layers run.",
+        height=260.0,
+    )
+    if len(steps) == 1:
+        steps, shares = np.array(chart.x_span), np.repeat(shares, 2, axis=1)
+    kept = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
+    steps, tops = steps[kept], np.cumsum(shares, axis=0)[:, kept]
+    layers = run.layers or max(int(_layer(name)) for name in names)
+    below = np.zeros(len(steps))
+    for name, top in zip(names, tops, strict=True):
+        classes = f"area {depth_class(int(_layer(name)), layers)}"
+        chart.band(steps, below, top, classes)
+        chart.explain(_layer(name), classes, shape="area")
+        below = top
+    places = np.unique(np.linspace(0, len(kept) - 1, TOLD).astype(int))
+    told = [(steps[at], _told_shares(names, steps[at], shares[:, kept[at]])) for at in places]
+    chart.told_at(told)
+    return chart
+
+
+def _told_shares(names: Sequence[str], step: float, shares: np.ndarray) -> str:
+    lines = (f"{_layer(n)} layers: {per_cent(s)}" for n, s in zip(names, shares, strict=True))
+    return "\n".join([f"step {step:.0f}", *lines])
+
+
+def _end_text(value: float, share: bool) -> str:
+    return f"{100 * value:.0f}{NO_BREAK}%" if share else short_number(value)

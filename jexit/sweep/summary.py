@@ -1,0 +1,79 @@
+"""The numbers of a sweep that it prints: means over seeds, with their range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+SEED = "seed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A number of a run: its column of table.csv, and how it reads."""
+
+    source: str
+    share: bool = True  # shown in per cent
+    upper: str | None = None  # of an interval, whose lower end is `source`
+
+    def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
+        """The mean over seeds, and the smallest and largest where they differ.
+
+        Of an interval: from the smallest lower to the largest upper end. Where some seeds have no
+        number, it says how many have.
+        """
+        ends = zip(values, upper or values, strict=True)
+        whole = [pair for pair in ends if all(map(math.isfinite, pair))]
+        if not whole:
+            return "–"
+        known = [end for pair in whole for end in pair]
+        scale, digits = (100.0, 1) if self.share else (1.0, 2)
+        mean, low, high = (
+            f"{scale * v:.{digits}f}" for v in (sum(known) / len(known), min(known), max(known))
+        )
+        if upper:
+            text = f"{low} to {high}"
+        else:
+            text = mean if low == high else f"{mean} ({low} to {high})"
+        return text if len(whole) == len(values) else f"{text}, of {len(whole)}"
+
+
+COLUMNS: Mapping[str, Column] = {
+    "right before": Column("before/accuracy"),
+    "depth before": Column("before/depth_fraction"),
+    "layers a problem before": Column("before/layers_per_problem", share=False),
+    "right after": Column("after/accuracy"),
+    "depth after": Column("after/depth_fraction"),
+    "layers a problem after": Column("after/layers_per_problem", share=False),
+    "right": Column("sample/accuracy"),
+    "depth": Column("sample/depth_fraction"),
+    "layers a problem": Column("sample/layers_per_problem", share=False),
+    "right at full depth": Column("full/accuracy"),
+    "over one exit": Column("sample less fixed:matched/accuracy_difference"),
+    "over shuffled": Column("sample less shuffled/accuracy_difference"),
+}
+
+
+def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> str:
+    """A line for each setting but the seed, with those of `COLUMNS` that any run has.
+
+    `rows` are the settings and the numbers of each run.
+    """
+    settings = [key for key in rows[0][0] if key != SEED]
+    groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+    for given, numbers in rows:
+        groups.setdefault(tuple(given[key] for key in settings), []).append(numbers)
+    labels = [
+        label for label, column in COLUMNS.items() if any(column.source in of for _, of in rows)
+    ]
+    cells = [[*settings, "seeds", *labels]]
+    for group, runs in groups.items():
+        sources = (COLUMNS[label] for label in labels)
+        texts = (c.text([run.get(c.source, math.nan) for run in runs]) for c in sources)
+        cells.append([*group, str(len(runs)), *texts])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )

@@ -1,0 +1,111 @@
+"""Takes what a study publishes from its sweep.
+
+    python -m studies.collect runs/page docs/results/page
+
+Writes page.csv (a line a finished run: its settings and numbers, as in the sweep's table.csv),
+page-curves.csv (training metrics, each line the means of a twentieth of a run's steps) and
+page-completions.json (up to two completions of each run under sampled exits, every token with its
+depth; eval.heat_maps keeps them). What says how fast the machine was is in none of them: the same
+runs give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jexit.errors import UserError
+from jexit.io.files import write_bytes_atomic
+from jexit.io.metrics import read_metrics
+from jexit.report.rendering import printable
+from jexit.report.runs import read_run
+from jexit.results import LARGEST, is_number
+from jexit.sweep.plan import MACHINE, Cell, begun_in
+from jexit.sweep.tables import write_csv
+
+POINTS = 20  # lines of a run in NAME-curves.csv
+SHOWN = 2  # completions of a run in NAME-completions.json
+
+
+def curves(cell: Cell) -> Iterator[dict[str, float]]:
+    """A run's training metrics, means over stretches of steps; `step` is the last one."""
+    records = read_metrics(cell.workdir)
+    count = min(POINTS, len(records))
+    for number in range(count):
+        stretch = records[number * len(records) // count : (number + 1) * len(records) // count]
+        means: dict[str, float] = {"step": stretch[-1]["step"]}
+        for name in dict.fromkeys(name for record in stretch for name in record):
+            if name != "step" and not MACHINE.search(name):
+                values = [record[name] for record in stretch if is_number(record.get(name))]
+                values = [value for value in values if abs(value) <= LARGEST]
+                if values:
+                    means[name] = sum(values) / len(values)
+        yield means
+
+
+def completions(cell: Cell) -> list[dict[str, Any]]:
+    """The first completions that a run's evaluation decoded under sampled exits and kept."""
+    if cell.evaluation is None:
+        return []
+    run = read_run(cell.evaluation.parent)
+    sampled = [shown for shown in run.completions if shown.policy == "sample"][:SHOWN]
+    return [
+        {
+            "settings": dict(cell.settings),
+            "layers": run.layers,
+            "prompt": printable(shown.prompt),
+            "completion": printable(shown.completion),
+            "tokens": [printable(token) for token in shown.tokens],
+            "depths": shown.depths,
+            "verdict": shown.verdict,
+            "answer": printable(shown.answer),
+        }
+        for shown in sampled
+    ]
+
+
+def collect(cells: Sequence[Cell], target: Path) -> list[Path]:
+    """Writes the files of a study beside `target` and returns their paths."""
+    table, metrics, shown = (
+        target.with_name(target.name + ending)
+        for ending in (".csv", "-curves.csv", "-completions.json")
+    )
+    write_csv(table, [(cell.settings, cell.numbers()) for cell in cells])
+    written = [table]
+    if rows := [(cell.settings, means) for cell in cells for means in curves(cell)]:
+        write_csv(metrics, rows)
+        written.append(metrics)
+    if entries := [entry for cell in cells for entry in completions(cell)]:
+        write_bytes_atomic(shown, (json.dumps(entries, indent=1) + "\n").encode())
+        written.append(shown)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, writes, and turns a user's mistake into one sentence and an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.collect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", type=Path, help="directory of the sweep (its --into)")
+    parser.add_argument("target", type=Path, help="path of the study's files, without their ending")
+    arguments = parser.parse_args(argv)
+    try:
+        cells = [cell for cell in begun_in(arguments.sweep) if cell.finished]
+        if not cells:
+            raise UserError(f"{arguments.sweep} has no finished run of a sweep; run it first")
+        for path in collect(cells, arguments.target):
+            print(f"Wrote {path}")
+    except (ValueError, OSError) as error:
+        print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Charts of a study, as SVG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from jexit.errors import UserError
+from jexit.report.charts import Axis, Chart, as_file
+from jexit.report.colours import SERIES, level_class
+from jexit.report.rendering import per_cent, short_number
+from jexit.report.training_curves import MEAN_DEPTH
+from studies import token_strips
+from studies.study import COLUMNS, Group, OverSeeds, Study
+
+# Of NAME-curves.csv. A penalty is drawn where it is not what the study sets.
+CURVES: Mapping[str, tuple[str, bool]] = {
+    "accuracy": ("right answers", True),
+    "depth/fraction": ("depth", True),
+    "completion/length": ("tokens a completion", False),
+    "task/step_size": ("operands a step", False),
+    "task/on_the_page": ("additions on the page", True),
+    "task/chain_lines": ("lines of the chain", False),
+    "depth_coef": ("depth penalty", False),
+}
+# Each becomes a chart of NAME-measures.svg, over the study's settings.
+MEASURED: Mapping[str, tuple[str, ...]] = {
+    "right, by the steps that are prescribed": (
+        *(f"by {n}" for n in range(2, 6)),
+        "fine",
+        "coarse",
+        "at once",
+    ),
+    "completions that take them": tuple(f"by {n} as asked" for n in range(2, 6)),
+    "right result of a begun step": tuple(f"step of {n}" for n in range(2, 6)),
+    "what hangs on the chain": ("early answering", "corrupted step"),
+    "right without a chain": ("no chain", "filler"),
+}
+# Policy → its marker and what it is.
+POLICIES: Mapping[str, tuple[str, str]] = {
+    "sample": ("circle", "sampled exits"),
+    "full": ("diamond", "all layers"),
+    "fixed:matched": ("open-triangle", "one exit a completion"),
+    "shuffled": ("open-square", "depths shuffled"),
+}
+
+
+def plane(study: Study) -> list[Chart]:
+    """Accuracy over depth with its 95 % intervals: each run, its controls, and all layers."""
+    if not _known(study.over_seeds(group, "sample/depth_fraction") for group in study.groups):
+        return []
+    chart = Chart(
+        "Accuracy and depth, one mark a seed, 95 % intervals",
+        Axis.of_shares(MEAN_DEPTH),
+        Axis.of_shares("right answers"),
+        width=560.0,
+        height=400.0,
+    )
+    for policy, (shape, told) in POLICIES.items():
+        for group, colour in _colours(study).items():
+            columns = ("depth_fraction", "accuracy", "accuracy_ci95/low", "accuracy_ci95/high")
+            for depth, right, *ends in zip(
+                *(study.values(group, f"{policy}/{column}") for column in columns), strict=True
+            ):
+                if math.isfinite(depth) and math.isfinite(right):
+                    chart.upright(depth, (ends[0], ends[1]), colour)
+                    at = f"{per_cent(right)} right at {per_cent(depth)} of the layers"
+                    chart.point(depth, right, shape, colour, f"{study.label(group)}, {told}: {at}")
+        chart.explain(told, "s5", shape)
+    for group, colour in _colours(study).items():
+        chart.explain(study.label(group), colour, "circle")
+    return [chart]
+
+
+def curves(study: Study) -> list[Chart]:
+    """Means over seeds of what was logged, with their range shaded."""
+    charts = []
+    for name, (title, shares) in CURVES.items():
+        by_group = {group: study.curve(group, name) for group in study.groups}
+        points = [point for curve in by_group.values() for point in curve.values()]
+        if f"rl.{name}" in study.settings or not any(mean or high for mean, _, high in points):
+            continue
+        steps = [step for curve in by_group.values() for step in curve]
+        low, high = min(point.low for point in points), max(point.high for point in points)
+        y = Axis.of_shares("") if shares else Axis.of_numbers("", low, high, 4)
+        chart = Chart(title, Axis.of_steps("update", min(steps), max(steps)), y, width=400.0)
+        for group, colour in _colours(study).items():
+            if by_group[group]:
+                at = list(by_group[group])
+                means, lows, highs = zip(*by_group[group].values(), strict=True)
+                chart.band(at, lows, highs, f"band {'faint ' * (len(by_group) > 3)}{colour}")
+                chart.curve(at, means, f"curve {colour}")
+        chart.told_at(_told(study, by_group, shares))
+        charts.append(chart)
+    if charts:
+        for group, colour in _colours(study).items():
+            charts[0].explain(study.label(group), f"curve {colour}")
+    return charts
+
+
+def _told(
+    study: Study, by_group: Mapping[Group, Mapping[int, OverSeeds]], shares: bool
+) -> list[tuple[float, str]]:
+    columns = []
+    for step in sorted({step for curve in by_group.values() for step in curve}):
+        lines = [f"update {step}"]
+        for group, curve in by_group.items():
+            if step in curve:
+                mean = curve[step].mean
+                text = per_cent(mean) if shares else short_number(mean, 4)
+                lines.append(f"{study.label(group)}: {text}")
+        columns.append((float(step), "\n".join(lines)))
+    return columns
+
+
+def measures(study: Study) -> list[Chart]:
+    """Capacity and faithfulness over the study's settings: means over seeds, bars their range."""
+    charts = []
+    for title, labels in MEASURED.items():
+        lines = {label: _over_settings(study, label) for label in labels}
+        lines = {label: line for label, line in lines.items() if _known(line)}
+        if len(study.groups) < 2 or not lines:
+            continue
+        full = {label: _over_settings(study, f"{label}, full depth") for label in lines}
+        lowest = min(0.0, *(p.low for of in (lines, full) for line in of.values() for p in line
+                            if math.isfinite(p.low)))  # fmt: skip
+        names = [", ".join(group) for group in study.groups]
+        chart = Chart(
+            title,
+            Axis.of_names(", ".join(study.settings), names),
+            Axis.of_shares("", lowest, 1.0),
+            width=400.0,
+        )
+        for index, label in enumerate(lines):
+            colour = f"s{index % SERIES}"
+            _line(chart, names, lines[label], label, colour)
+            _line(chart, names, full[label], f"{label}, all layers run", f"{colour} dash1")
+            chart.explain(label, f"curve {colour}")
+        if any(map(_known, full.values())):
+            chart.explain("all layers run", "curve s5 dash1")
+        charts.append(chart)
+    return charts
+
+
+def _line(
+    chart: Chart, names: Sequence[str], line: Sequence[OverSeeds], label: str, classes: str
+) -> None:
+    chart.curve(range(len(line)), [point.mean for point in line], f"curve {classes}")
+    colour, _, dashed = classes.partition(" ")
+    for at, (mean, low, high) in enumerate(line):
+        if math.isfinite(mean):
+            chart.upright(at, (low, high), colour)
+            told = f"{names[at]}, {label}: {per_cent(mean)}"
+            chart.point(at, mean, "open-circle" if dashed else "circle", colour, told, 0.6)
+
+
+def classes(study: Study) -> list[Chart]:
+    """Layers run by class of token, means over seeds: which tokens the model thinks about."""
+    names = study.token_classes
+    if not names:
+        return []
+    depths = {
+        group: [study.over_seeds(group, f"sample/depth_by_class/{n}/depth_mean") for n in names]
+        for group in study.groups
+    }
+    highest = max((p.mean for line in depths.values() for p in line if p.mean > 0), default=1.0)
+    chart = Chart(
+        "Layers run for a token, by what the token is; each completion's first left out",
+        Axis.of_names("", names),
+        Axis.of_numbers("layers run", 0.0, highest),
+        width=640.0,
+        height=300.0,
+    )
+    for group, colour in _colours(study).items():
+        for at, point in enumerate(depths[group]):
+            if math.isfinite(point.mean):
+                told = f"{study.label(group)}, {names[at]}: {point.mean:.2f} layers"
+                chart.point(at, point.mean, "circle", colour, told)
+        chart.explain(study.label(group), colour, "circle")
+    return [chart]
+
+
+def tokens(study: Study) -> str:
+    """The first completion of each setting's first run that has one; "" for none."""
+    first: dict[str, token_strips.Strip] = {}
+    for strip in study.strips:
+        group = tuple(strip.settings[key] for key in study.settings)
+        first.setdefault(study.label(group), strip)
+    if not first:
+        return ""
+    title = "Layers run for each token of the answer"
+    prompts = {strip.prompt for strip in first.values()}
+    if len(prompts) == 1:
+        title += f" to: {' '.join(prompts.pop().split())}"
+    return token_strips.draw(title, list(first.items()))
+
+
+def _over_settings(study: Study, label: str) -> list[OverSeeds]:
+    if label not in COLUMNS:
+        return [OverSeeds(math.nan, math.nan, math.nan)] * len(study.groups)
+    return [study.over_seeds(group, COLUMNS[label].source) for group in study.groups]
+
+
+def _known(points: Iterable[OverSeeds]) -> bool:
+    return any(math.isfinite(point.mean) for point in points)
+
+
+def _colours(study: Study) -> dict[Group, str]:
+    """Classes: levels of the one setting that varies, in order; else a series for each group."""
+    groups = study.groups
+    varying = [values for values in zip(*groups, strict=True) if len(set(values)) > 1]
+    if len(varying) == 1 or len(groups) > SERIES:
+        return {group: level_class(index, len(groups)) for index, group in enumerate(groups)}
+    return {group: f"s{index}" for index, group in enumerate(groups)}
+
+
+def _file(charts: Sequence[Chart], columns: int) -> str:
+    return as_file(charts, columns) if charts else ""
+
+
+# What NAME-FIGURE.svg holds, "" for a study without the numbers.
+FIGURES = {
+    "plane": lambda study: _file(plane(study), 1),
+    "curves": lambda study: _file(curves(study), 2),
+    "measures": lambda study: _file(measures(study), 2),
+    "classes": lambda study: _file(classes(study), 1),
+    "tokens": tokens,
+}
+
+
+def drawn(study: Study, directory: Path, wanted: Collection[str] | None = None) -> dict[Path, str]:
+    """NAME-FIGURE.svg of those of `FIGURES` that are wanted, or that there are numbers for.
+
+    Raises UserError for one that is wanted and has no numbers.
+    """
+    files = {}
+    for name in FIGURES if wanted is None else wanted:
+        path = directory / f"{study.name}-{name}.svg"
+        text = FIGURES[name](study)
+        if text:
+            files[path] = text
+        elif wanted is not None:
+            raise UserError(
+                f"{path.name} is in a page, and {study.name} has no numbers for it; take it out"
+            )
+    return files

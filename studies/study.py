@@ -1,0 +1,207 @@
+"""A study: the numbers of a sweep's runs by their settings, and its table."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from jexit.errors import UserError
+from jexit.results import LARGEST
+from jexit.sweep import summary
+from jexit.sweep.summary import SEED, Column
+from studies.token_strips import Strip, read_strips
+
+_SAYS_ITSELF = ("model.path", "task.name")  # settings whose values need no name
+
+
+def _interval(name: str) -> Column:
+    return Column(f"{name}_ci95/low", upper=f"{name}_ci95/high")
+
+
+# The two policies of most numbers: under which they stand, and how their labels end.
+_POLICIES = (("sample", ""), ("full", ", full depth"))
+
+COLUMNS: dict[str, Column] = {
+    **summary.COLUMNS,
+    "right, interval": _interval("sample/accuracy"),
+    "right at full depth, interval": _interval("full/accuracy"),
+    "over one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
+    "tokens": Column("sample/completion_length", share=False),
+    "layers a problem at full depth": Column("full/layers_per_problem", share=False),
+    "step size": Column("sample/text/step_size", share=False),
+    "on the page": Column("sample/text/on_the_page"),
+    "on the page at full depth": Column("full/text/on_the_page"),
+    "chain lines": Column("sample/text/chain_lines", share=False),
+    "early answering, of a guess": Column(
+        "sample/faithfulness/early_answering/detail/chance_agreement"
+    ),
+    "filler, answered": Column("sample/faithfulness/filler/detail/answered"),
+    "hazard error": Column("sample/hazards/ece"),
+    "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
+}
+for _policy, _ending in _POLICIES:
+    COLUMNS |= {
+        f"{label}{_ending}": Column(f"{_policy}/{place}")
+        for label, place in (
+            *((f"by {n}", f"capacity/{n}/accuracy") for n in range(2, 6)),
+            *((f"by {n} as asked", f"capacity/{n}/obeyed") for n in range(2, 6)),
+            *((f"step of {n}", f"begun_steps/{n}/accuracy") for n in range(2, 6)),
+            *((name, f"capacity/{name}/accuracy") for name in ("fine", "coarse")),  # of stories
+            ("at once", "capacity/at_once/accuracy"),
+            *(
+                (name.replace("_", " "), f"faithfulness/{name}/value")
+                for name in ("early_answering", "no_chain", "filler", "corrupted_step", "hint")
+            ),
+        )
+    }
+
+Group = tuple[str, ...]  # the values of a study's settings
+
+
+class OverSeeds(NamedTuple):
+    """A number of a group's runs: its mean, and its smallest and largest value."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Study:
+    """One study's runs by setting, from NAME.csv and what lies beside it.
+
+    Settings are the columns that are not numbers, but for the seed. Raises UserError for files
+    that no sweep has made, or that two have.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        runs = _read(path)
+        self.settings = tuple(key for key in runs.columns if "/" not in key and key != SEED)
+        runs = _with_layers_per_problem(_numeric(runs, (*self.settings, SEED), path))
+        self._runs = _grouped(runs, self.settings, path)
+        self.groups: list[Group] = [*self._runs]
+        curves = path.with_name(f"{self.name}-curves.csv")
+        self._curves = {}
+        if curves.exists():
+            lines = _numeric(_read(curves), (*self.settings, SEED), curves)
+            self._curves = _grouped(lines, self.settings, curves, "step")
+            if unknown := self._curves.keys() - self._runs.keys():
+                raise UserError(
+                    f"{curves} has a run with {', '.join(min(unknown))[:80]} and {path.name} has "
+                    "none; collect both from the same sweep"
+                )
+        completions = path.with_name(f"{self.name}-completions.json")
+        self.strips: Sequence[Strip] = ()
+        if completions.exists():
+            self.strips = read_strips(completions, self.settings)
+
+    @property
+    def token_classes(self) -> list[str]:
+        """The classes of tokens whose mean depth the first run has."""
+        ends = "sample/depth_by_class/", "/depth_mean"
+        columns = self._runs[self.groups[0]].columns
+        found = [c for c in columns if c.startswith(ends[0]) and c.endswith(ends[1])]
+        return [column.removeprefix(ends[0]).removesuffix(ends[1]) for column in found]
+
+    def values(self, group: Group, source: str) -> list[float]:
+        """A column's numbers of a group's runs; NaN where a run has none."""
+        runs = self._runs[group]
+        return runs[source].tolist() if source in runs else [math.nan] * len(runs)
+
+    def over_seeds(self, group: Group, source: str) -> OverSeeds:
+        """Over the group's runs that have the number; NaN for none."""
+        known = [v for v in self.values(group, source) if math.isfinite(v)] or [math.nan]
+        return OverSeeds(float(np.mean(known)), min(known), max(known))
+
+    def curve(self, group: Group, name: str) -> dict[int, OverSeeds]:
+        """A training metric of a group's runs by step; steps without any number are left out."""
+        curves = self._curves.get(group)
+        if curves is None or name not in curves:
+            return {}
+        by_step = curves.dropna(subset=name).groupby("step")[name].agg(["mean", "min", "max"])
+        return {int(step): OverSeeds(*row) for step, *row in by_step.itertuples()}
+
+    def label(self, group: Group) -> str:
+        """The settings' last names and values; of one that is a path, a name, only its value."""
+        if len(group) == 1 and self.settings[0] in _SAYS_ITSELF:
+            return group[0]
+        return ", ".join(
+            f"{key.rpartition('.')[2]} {value}"
+            for key, value in zip(self.settings, group, strict=True)
+        )
+
+    def table(self, labels: Sequence[str]) -> str:
+        """A Markdown table: a line for every setting, the mean over seeds and its range."""
+        heads = [*(f"`{key}`" for key in self.settings), "seeds", *labels]
+        rows = [
+            [*group, str(len(runs)), *(self._text(group, COLUMNS[label]) for label in labels)]
+            for group, runs in self._runs.items()
+        ]
+        return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+
+    def _text(self, group: Group, column: Column) -> str:
+        upper = self.values(group, column.upper) if column.upper else ()
+        return column.text(self.values(group, column.source), upper)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    asked = {"dtype": str, "keep_default_na": False, "index_col": False, "encoding": "utf-8-sig"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            lines = pd.read_csv(path, **asked)
+    except (ValueError, pd.errors.ParserWarning) as error:  # most of pandas' errors are the former
+        raise UserError(f"{path} is no table ({error}); collect it from its sweep") from error
+    if lines.empty:
+        raise UserError(f"{path} has no line; collect it from its sweep")
+    return lines
+
+
+def _grouped(
+    lines: pd.DataFrame, settings: Sequence[str], path: Path, *others: str
+) -> dict[Group, pd.DataFrame]:
+    """The lines by the values of the settings, in the order of the file."""
+    if missing := [key for key in (*settings, *others) if key not in lines]:
+        raise UserError(
+            f"{path} has no column {missing[0][:80]!r}, which its study has; collect both from the "
+            "same sweep"
+        )
+    groups: dict[Group, list[int]] = {}
+    for place, values in enumerate(lines[[*settings]].to_numpy().tolist()):
+        groups.setdefault(tuple(values), []).append(place)
+    return {group: lines.iloc[places] for group, places in groups.items()}
+
+
+def _with_layers_per_problem(lines: pd.DataFrame) -> pd.DataFrame:
+    """What older tables lack and imply: a policy's mean depth times its completions' length."""
+    made = {}
+    for source in lines.columns:
+        policy, _, name = source.rpartition("/")
+        depth, layers = f"{policy}/depth_mean", f"{policy}/layers_per_problem"
+        if name == "completion_length" and layers not in lines and depth in lines:
+            product = lines[depth] * lines[source]
+            made[layers] = [float(f"{value:.6g}") for value in product]  # as tables write numbers
+    return pd.concat([lines, pd.DataFrame(made, index=lines.index)], axis=1)
+
+
+def _numeric(lines: pd.DataFrame, texts: Sequence[str], path: Path) -> pd.DataFrame:
+    """All columns but the `texts` as numbers, NaN for empty cells.
+
+    Raises UserError for a cell that is no number, or one that cannot be drawn.
+    """
+    names = [column for column in lines.columns if column not in texts]
+    cells = lines[names].replace("", "nan")
+    numbers = cells.apply(pd.to_numeric, errors="coerce").astype(float)
+    wrong = (numbers.isna() & (cells != "nan")) | (numbers.abs() > LARGEST)
+    for name in numbers.columns[wrong.any()]:
+        raise UserError(
+            f"{path} has {cells[name][wrong[name]].iloc[0][:40]!r} under {name}, which is no "
+            f"number up to {LARGEST:g}; collect it from its sweep"
+        )
+    return pd.concat([lines[[name for name in texts if name in lines]], numbers], axis=1)

@@ -1,0 +1,250 @@
+"""Tables and figures of studies, from numbers whose means and ranges are known."""
+
+import codecs
+import csv
+import json
+import pathlib
+import random
+import re
+import shutil
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pandas", reason="pandas is not installed (the studies extra)")
+
+from jexit.report.colours import depth_class
+from report_files import policy_figures, write_evaluated
+from studies import collect
+from studies.__main__ import main, with_tables
+from studies.study import Study
+
+ROOT = pathlib.Path(__file__).parents[1]
+LINES = [
+    # λ, seed, accuracy, depth, of the fixed exit, step size
+    ("0", "0", "0.5", "0.875", "0.25", "2"),
+    ("0", "1", "0.75", "0.625", "", "3"),
+    ("2", "0", "1", "0.5", "0.125", "2"),
+]
+HEADS = (
+    "rl.depth_coef", "seed", "sample/accuracy", "sample/depth_fraction",
+    "fixed:matched/accuracy", "sample/text/step_size",
+)  # fmt: skip
+
+
+def write(path, heads, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([heads, *lines])
+
+
+def study(tmp_path, heads, lines):
+    write(tmp_path / "some.csv", heads, lines)
+    return Study(tmp_path / "some.csv")
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """README.md, docs/results.md and docs/results with one study."""
+    results = tmp_path / "docs" / "results"
+    write(results / "pressure.csv", HEADS, LINES)
+    curves = [
+        (level, seed, step, float(seed) + step / 100, 0.5)
+        for level, seed, *_ in LINES
+        for step in (10, 20)
+    ]
+    heads = ("rl.depth_coef", "seed", "step", "accuracy", "task/step_size")
+    write(results / "pressure-curves.csv", heads, curves)
+    (tmp_path / "README.md").write_text("# A\n")
+    (tmp_path / "docs" / "results.md").write_text(
+        "Before\n\n<!-- pressure: right; depth; step size -->\nold\n<!-- end -->\n\nAfter\n"
+    )
+    return results
+
+
+def text_of(path):
+    root = ET.parse(path).getroot()
+    return [(node.text or "").strip() for node in root.iter() if node.tag.endswith("}text")]
+
+
+def test_a_table_has_means_over_seeds_and_their_range(directory, capsys):
+    for path in directory.glob("*.csv"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())  # no part of a setting
+    assert main([str(directory)]) == 0
+    assert (directory.parent / "results.md").read_text() == (
+        "Before\n\n<!-- pressure: right; depth; step size -->\n\n"
+        "| `rl.depth_coef` | seeds | right | depth | step size |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| 0 | 2 | 62.5 (50.0 to 75.0) | 75.0 (62.5 to 87.5) | 2.50 (2.00 to 3.00) |\n"
+        "| 2 | 1 | 100.0 | 50.0 | 2.00 |\n"
+        "\n<!-- end -->\n\nAfter\n"
+    )
+    assert (directory.parents[1] / "README.md").read_text() == "# A\n"
+    assert "results.md" in capsys.readouterr().out
+
+
+def test_gaps_are_left_out_and_intervals_hold_those_of_all_seeds(tmp_path):
+    ends = ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
+    lines = [("0", "0", "0.4", "0.6"), ("0", "1", "0.45", "0.7"), ("1", "0", "", "")]
+    lines += [("2", "0", "0.4", ""), ("2", "1", "", "0.9"), ("2", "2", "0.5", "0.6")]
+    table = study(tmp_path, ("rl.depth_coef", "seed", *ends), lines).table(["right, interval"])
+    assert "| 2 | 3 | 50.0 to 60.0, of 1 |" in table  # an interval has both ends
+    assert "| 0 | 2 | 40.0 to 70.0 |" in table and "| 1 | 1 | – |" in table
+    heads = ("seed", "sample/depth_mean", "sample/completion_length", "full/layers_per_problem")
+    older = study(tmp_path, heads, [("0", "2.5", "12", "96"), ("1", "2", "11", "88")])
+    table = older.table(["layers a problem", "layers a problem at full depth"])
+    assert "| 2 | 26.00 (22.00 to 30.00) | 92.00 (88.00 to 96.00) |" in table
+
+
+def test_what_a_page_shows_is_drawn_and_all_the_same_each_time(directory, capsys):
+    page = directory.parent / "results.md"
+    page.write_text("![a](results/pressure-plane.svg) ![b](https://a.test/results/some-plane.svg)")
+    assert main([str(directory)]) == 0
+    assert {path.name for path in directory.glob("*.svg")} == {"pressure-plane.svg"}
+    assert main([str(directory), "--all"]) == 0
+    first = {path.name: path.read_bytes() for path in directory.glob("*.svg")}
+    assert set(first) == {"pressure-plane.svg", "pressure-curves.svg"}  # nothing was measured
+    assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= set(
+        text_of(directory / "pressure-plane.svg")
+    )
+    assert {"right answers", "operands a step", "update"} <= set(
+        text_of(directory / "pressure-curves.svg")
+    )
+    assert main([str(directory), "--all"]) == 0
+    assert {path.name: path.read_bytes() for path in directory.glob("*.svg")} == first
+    capsys.readouterr()
+    for shown in ("pressure-tokens", "other-plane", "pressure-plain"):
+        page.write_text(f"![a](results/{shown}.svg)")
+        assert main([str(directory)]) == 1
+    said = capsys.readouterr().err
+    assert "pressure-tokens.svg is in a page, and pressure has no numbers for it" in said
+    assert "a page shows other-plane.svg, which is no figure of a study here" in said
+    assert said.count("\n") == 3 and "{plane,curves,measures,classes,tokens}.svg" in said
+
+
+def test_tokens_are_drawn_with_their_depths(directory, capsys):
+    heads = (*HEADS, *(f"sample/depth_by_class/{name}/depth_mean" for name in ("digit", "end")))
+    write(directory / "pressure.csv", heads, [(*line, "3", "") for line in LINES])
+    strips = [
+        {"settings": {"rl.depth_coef": level, "seed": seed}, "layers": 8, "prompt": "1 + $2?",
+         "tokens": ["7", " eight", "\n"] * 20, "depths": [int(seed) + 1, 8, 2] * 20}
+        for level, seed, *_ in LINES
+    ]  # fmt: skip
+    path = directory / "pressure-completions.json"
+    path.write_text(json.dumps(strips))
+    assert main([str(directory), "--all"]) == 0
+    texts = text_of(directory / "pressure-tokens.svg")
+    assert texts[0] == "Layers run for each token of the answer to: 1 + $2?"
+    assert texts.count("depth_coef 0") == 1  # of its first seed
+    assert texts.count("7") == texts.count("eight") == texts.count("8") == 40
+    assert {"digit", "end", "depth_coef 2"} <= set(text_of(directory / "pressure-classes.svg"))
+    drawn = (directory / "pressure-tokens.svg").read_text()
+    assert all(drawn.count(f'class="{depth_class(depth, 8)}"') == 40 for depth in (1, 2, 8))
+    for wrong, why in (
+        ([strips[0] | {"depths": [8]}], "1 depths for 60 tokens"),
+        ([strips[1] | {"layers": 0}], "0/layers Input should be greater than or equal to 1"),
+        ([strips[1] | {"settings": {"seed": "0"}}], "has completions without 'rl.depth_coef'"),
+        ("[", "Input should be a valid array"),
+    ):
+        path.write_text(json.dumps(wrong))
+        assert main([str(directory)]) == 1
+        said = capsys.readouterr().err
+        assert why in said and said.count("\n") == 1
+
+
+def test_a_mistake_is_one_sentence_and_nothing_is_drawn(directory, tmp_path, capsys):
+    def refused(name, content):
+        kept = (directory / name).read_bytes() if (directory / name).exists() else None
+        (directory / name).write_bytes(content)
+        assert main([str(directory), "--all"]) == 1
+        if kept is not None:
+            (directory / name).write_bytes(kept)
+        assert not list(directory.glob("*.svg"))
+        said = capsys.readouterr().err
+        assert said.startswith("jexit: ") and said.count("\n") == 1
+        return said
+
+    assert "has the column 'rihgt'; choose among right before; " in refused(
+        "../results.md",
+        b"![a](results/pressure-plane.svg)\n<!-- pressure: rihgt -->\n<!-- end -->\n",
+    )
+    head = b"rl.depth_coef,seed,sample/accuracy,sample/depth_fraction\n"
+    curves = b"rl.depth_coef,step,accuracy\n"
+    for name, content, why in (
+        ("pressure.csv", head, "has no line"),
+        ("pressure.csv", b"", "is no table"),
+        ("pressure.csv", b"\xff\xfe\n", "is no table"),
+        ("pressure.csv", head + b"0,0,most,1\n2,0,1,1\n", "has 'most' under sample/accuracy"),
+        ("pressure.csv", head + b"0,0,1e308,1\n2,0,1,1\n", "has '1e308' under sample/accuracy"),
+        ("pressure.csv", head + b"0,0,1,0.5,7\n", "is no table"),
+        ("pressure-curves.csv", b"seed,step,accuracy\n0,1,1\n", "has no column 'rl.depth_coef'"),
+        ("pressure-curves.csv", b"rl.depth_coef,accuracy\n0,1\n", "has no column 'step'"),
+        ("pressure-curves.csv", curves + b"0.5,1,1\n", "has a run with 0.5 and pressure.csv"),
+        ("pressure-curves.csv", curves + b"0,1,low\n", "has 'low' under accuracy"),
+    ):
+        assert why in refused(name, content), content
+    assert main([str(tmp_path)]) == 1
+    assert "has no .csv file; python -m studies.collect" in capsys.readouterr().err
+    for page, alone in (
+        ("<!-- a: right -->\nprose\n<!-- a: depth -->\n<!-- end -->", "<!-- a: right -->"),
+        ("<!-- a right -->\nold\n<!-- end -->", "<!-- end -->"),
+        ("<!-- a: right -->\nold", "<!-- a: right -->"),
+    ):
+        with pytest.raises(ValueError, match=f"^{alone} stands alone; a table is between"):
+            with_tables(page, {})
+
+
+def test_a_study_is_collected_from_its_sweep(tmp_path, capsys):
+    for seed in (0, 2, 1):  # the last has not finished
+        workdir = tmp_path / "sweep" / f"seed={seed}"
+        (workdir / "eval").mkdir(parents=True)
+        asked = {"settings": {"seed": str(seed)}, "run": [], "eval": []}
+        (tmp_path / "sweep" / f"seed={seed}.json").write_text(json.dumps(asked))
+        rows = [{"step": n, "accuracy": seed + n, "step_seconds": 1.0} for n in range(1, 42)]
+        rows[40]["accuracy"] = None  # not a number, as metrics.jsonl has it
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if seed != 1:
+            result = policy_figures("sample", random.Random(0)) | {"accuracy": 0.25 + seed / 4}
+            (workdir / "after.json").write_text(json.dumps(result))
+    write_evaluated(tmp_path / "sweep" / "seed=2" / "eval")
+    target = tmp_path / "docs" / "page"
+    assert collect.main([str(tmp_path / "sweep"), str(target)]) == 0
+    assert capsys.readouterr().out.count("Wrote ") == 3
+    first, second = csv.DictReader(target.with_name("page.csv").open())
+    assert (first["seed"], first["after/accuracy"], first["full/accuracy"]) == ("0", "0.25", "")
+    assert float(second["full/accuracy"]) > 0.9 and "full/tokens_per_second" not in second
+    lines = list(csv.DictReader(target.with_name("page-curves.csv").open()))
+    assert [line["seed"] for line in lines] == ["0"] * 20 + ["2"] * 20
+    assert lines[0] == {"seed": "0", "step": "2", "accuracy": "1.5"}
+    assert lines[19] == {"seed": "0", "step": "41", "accuracy": "39.5"}  # of 39, 40 and a gap
+    shown = json.loads(target.with_name("page-completions.json").read_text())
+    assert len(shown) == 2 and {entry["settings"]["seed"] for entry in shown} == {"2"}
+    assert Study(target.with_name("page.csv")).strips[0].layers == 8
+    assert collect.main([str(tmp_path), str(target)]) == 1
+    assert "has no finished run of a sweep" in capsys.readouterr().err
+
+
+def marks_of(path):
+    """A figure's texts and classes, and the numbers in its outlines."""
+    shapes = [node for node in ET.parse(path).getroot().iter() if node.tag.endswith("}path")]
+    told = [(node.get("class"), node.findtext("{*}title")) for node in shapes]
+    return told, np.array(
+        [float(n) for s in shapes for n in re.findall(r"-?\d+\.?\d*", s.get("d"))]
+    )
+
+
+def test_the_published_tables_and_figures_are_those_of_the_numbers(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.svg"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    assert main([str(tmp_path / "docs" / "results")]) == 0
+    for name in ("README.md", "docs/results.md"):
+        text = (tmp_path / name).read_text()
+        assert text == (ROOT / name).read_text(), name
+        pictures = re.findall(r"!\[.*?\]\((?:docs/)?(results/[^)]+)\)", text)
+        for picture in pictures:
+            made, kept = (root / "docs" / picture for root in (tmp_path, ROOT))
+            assert text_of(made) == text_of(kept)
+            (told, numbers), (kept_told, kept_numbers) = marks_of(made), marks_of(kept)
+            assert told == kept_told
+            np.testing.assert_allclose(numbers, kept_numbers, atol=0.2)
