@@ -39,11 +39,13 @@ def test_every_token_is_a_cell_with_its_depth_as_text_and_colour(run):
     page = shown(run, record)
     cells = grid_cells(page)
     assert len(cells) == len(record.tokens) == 3 * len(TOKENS)
+    reached = zip(record.depths, record.hazards, strict=True)
+    told = [detail(depth, LAYERS, hazards, EXITS) for depth, hazards in reached]
+    assert [cell.attributes["title"] for cell in cells] == told
     for cell, token, depth in zip(cells, record.tokens, record.depths, strict=True):
         assert depth_class(depth, LAYERS) in cell.classes
         assert cell.text == f"{visible(token)}{depth}".replace("\x00", "\\x00")
         assert cell.one("sub").text == str(depth)
-        assert cell.attributes["title"].splitlines()[0] == f"depth {depth} of {LAYERS}"
     # One cell of a map is a stop of the Tab key.
     assert [cell.attributes["tabindex"] for cell in cells] == ["0"] + ["-1"] * (len(cells) - 1)
     keys = page.one("div", class_="depths").all("li")
