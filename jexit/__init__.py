@@ -1,8 +1,8 @@
 """Stochastic early exits that reward language models for reasoning in the open.
 
-`load` a model directory, run it with `forward` or `generate` under a policy: `Full`, `Prescribed`,
-`Sample` or `Threshold`. Names are imported when first used, so that the parts which need no
-jax (tasks, tokenizer, report) load without it.
+`load` a model directory, run it with `forward` or `generate` under a policy: `Full`, `Fixed`,
+`Prescribed`, `Sample` or `Threshold`. Names are imported when first used, so that the parts which
+need no jax (tasks, tokenizer, report) load without it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jexit.config import EngineSize
     from jexit.io.model_dir import load
-    from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
+    from jexit.model.policies import Fixed, Full, Policy, Prescribed, Sample, Threshold
     from jexit.model.transformer import Output, Transformer, forward
-    from jexit.rollout.generate import generate, stream
+    from jexit.rollout.texts import generate, stream
 
     __version__: str
 
 _MODULES = {
     "EngineSize": "jexit.config",
+    "Fixed": "jexit.model.policies",
     "Full": "jexit.model.policies",
     "Output": "jexit.model.transformer",
     "Policy": "jexit.model.policies",
@@ -29,13 +30,14 @@ _MODULES = {
     "Threshold": "jexit.model.policies",
     "Transformer": "jexit.model.transformer",
     "forward": "jexit.model.transformer",
-    "generate": "jexit.rollout.generate",
+    "generate": "jexit.rollout.texts",
     "load": "jexit.io.model_dir",
-    "stream": "jexit.rollout.generate",
+    "stream": "jexit.rollout.texts",
 }
 
 __all__ = [
     "EngineSize",
+    "Fixed",
     "Full",
     "Output",
     "Policy",

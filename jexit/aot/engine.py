@@ -21,12 +21,12 @@ from jexit.aot.program import (
 from jexit.config import Config
 from jexit.dist import gathered_width
 from jexit.model.cache import Cache, cache_bucket, token_bytes
-from jexit.model.policies import Policy, Prescribed
-from jexit.rollout import programs
-from jexit.rollout.layout import Layout, columns_bucket
-from jexit.rollout.sampling import Sampling
-from jexit.rollout.ticks import COPY_SCOPE, FILL_SCOPE, LAYERS_SCOPE, Draws
-from jexit.rollout.written import Written
+from jexit.model.policies import Policy
+from jexit.rollout.pool import empty, grown
+from jexit.rollout.prefill import ForcedPrefix, prefill
+from jexit.rollout.sampling import Draws, Sampling
+from jexit.rollout.scheduling import Layout, columns_bucket
+from jexit.rollout.ticks import COPY_SCOPE, FILL_SCOPE, LAYERS_SCOPE, advance
 from jexit.steps.state import SplitModel
 
 
@@ -85,16 +85,16 @@ class EnginePrograms:
         sizes = {
             "rows": shards * layout.rows,
             "jobs": shards * layout.jobs,
-            "prompts": shards * layout.places,
+            "prefixes": shards * layout.prefixes,
             "columns": columns_bucket(new),
             "prompt_slots": layout.prompt_slots,
             "slots": cache_bucket(most, most),
             "hazards": False,
         }
         pool, records, store = self._by_rows(
-            jax.eval_shape(lambda states: programs.empty(split.graphdef, states, **sizes), states)
+            jax.eval_shape(lambda states: empty(split.graphdef, states, **sizes), states)
         )
-        work = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.work(0))
+        work = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.jobs_from(0))
         eos, most_new = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
         draws = Draws(abstract_key(), eos, most_new, Sampling.of(1.0, 1.0))
         group = shards * max(group.rows for group in layout.groups.values())
@@ -105,10 +105,10 @@ class EnginePrograms:
         ]
         begun = None
         if written:
-            begun = Written(rows(mesh, group), rows(mesh, group), placed_policies[0][1])
+            begun = ForcedPrefix(rows(mesh, group), rows(mesh, group), placed_policies[0][1])
         yield Program(
             name=f"{name} prefill",
-            lower=lambda: programs.prefill.lower(
+            lower=lambda: prefill.lower(
                 split.graphdef,
                 states,
                 store,
@@ -130,16 +130,16 @@ class EnginePrograms:
         for label, policy in placed_policies:
             yield Program(
                 name=f"{name} decode{label}, a token",
-                lower=lambda policy=policy: programs.advance.lower(
+                lower=lambda policy=policy: advance.lower(
                     split.graphdef, states, None, pool, records, store, work, ready, more,
-                    np.int32(1), policy, draws, width=layout.width, adapters=adapters,
+                    np.int32(1), policy, draws, places=layout.places, adapters=adapters,
                     hazards=False,
                 ),
                 inputs={"states": states, "pool": pool, "records": records, "store": store},
                 exit_share=exit_share(split),
                 loops={LAYERS_SCOPE: layers, FILL_SCOPE: 0, COPY_SCOPE: 0},
                 beside=beside,
-                note=f"{name} decode: {layout.rows} completions under way, {layout.width} of them "
+                note=f"{name} decode: {layout.rows} completions under way, {layout.places} of them "
                 "in a tick, of each data shard",
             )  # fmt: skip
         held = beside | {"states": states, "records": records, "store": store}
@@ -147,9 +147,7 @@ class EnginePrograms:
 
     def _of_jobs(self, policy: Policy, jobs: int, columns: int) -> Policy:
         """A policy whose depths, if it has any, lie as the engine places them."""
-        if not isinstance(policy, Prescribed):
-            return policy
-        return Prescribed(rows(self._mesh, jobs, columns))
+        return policy.map_rows(lambda _: rows(self._mesh, jobs, columns))
 
     def _by_rows(self, tree: Any) -> Any:
         """Shapes with each data shard's rows in their place."""
@@ -178,7 +176,7 @@ class EnginePrograms:
         before = jax.tree.map(with_slots, cache)
         yield Program(
             name=f"{name} cache, {smaller} → {slots} slots",
-            lower=lambda: programs.grown.lower(before, slots=slots),
+            lower=lambda: grown.lower(before, slots=slots),
             inputs={"cache": before},
             exit_share=exit_share(self._split),
             beside=beside,

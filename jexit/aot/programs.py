@@ -30,7 +30,7 @@ from jexit.loops.setup import (
 from jexit.loops.sft import HEADS_TOKENS
 from jexit.loops.trajectories import rows_of_batch
 from jexit.model.attention import choose_attention
-from jexit.model.policies import Full, Policy
+from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, bucket_length
@@ -153,7 +153,7 @@ def _labelled(
 ) -> tuple[str, Policy]:
     """A policy with the name that its program has; controls prescribe depths."""
     if control_of(name) is not None:
-        name = f"fixed:{layers}"
+        return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
     return f" ({name.partition(':')[0]})", _policy(config, name, rows, columns, layers)
 
 

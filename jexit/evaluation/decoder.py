@@ -12,7 +12,7 @@ from jexit.config import EngineSize, parse_policy
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
 from jexit.errors import UserError
-from jexit.model.policies import Full, Policy, Prescribed, Sample, Threshold
+from jexit.model.policies import Fixed, Full, Policy, Sample, Threshold
 from jexit.rollout import rollout
 
 _GATHERED = 64  # completions of a message between hosts
@@ -81,7 +81,7 @@ class Decoder:
             pad_id=self.tokenizer.pad_id,
             key=self.seed,
             total=len(prompts),
-            written=None if written is None else [written[index] for index in here.index_B],
+            forced=None if written is None else [written[index] for index in here.index_B],
             size=self.size,
         )
         text_of = self.tokenizer.completion_text
@@ -117,7 +117,7 @@ def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = S
                 f"policy {text!r} asks for {argument} layers of a model that has {layers}; use "
                 f"fixed:N with N from 1 to {layers}"
             )
-        return Prescribed(np.full((rows, columns), argument, np.int32))
+        return Fixed(argument)
     if kind == "threshold":
         return Threshold(argument)
     return law if kind == "sample" else Full()

@@ -15,7 +15,7 @@ from flax import nnx
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.errors import UserError
 from jexit.kernels import linear_logprob
-from jexit.model.policies import Full, Policy, Prescribed, Sample
+from jexit.model.policies import Full, Policy, Sample
 from jexit.model.transformer import Transformer, logits_of, run
 from jexit.steps.completions import Completions, bucket_length, pad_completions
 from jexit.tasks.base import stable_hash
@@ -115,8 +115,7 @@ class Scorer:
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
         """The scores of `score` by the pairs' index, a batch at a time, long ones first."""
         fitted = [self.fit(*pair) for pair in pairs]
-        if isinstance(self._policy, Prescribed):
-            _check_depths(np.shape(self._policy.depth_BT), [len(pair[1]) for pair in fitted])
+        self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
         shapes: dict[tuple[int, int], list[int]] = {}
         for index, (context, continuation) in enumerate(fitted):
             size = len(continuation)
@@ -159,26 +158,26 @@ class Scorer:
     def _policy_of(
         self, indices: list[int], pairs: list[tuple[list[int], list[int]]], width: int
     ) -> Policy:
-        if isinstance(self._policy, Prescribed):
-            depth_BC = np.asarray(self._policy.depth_BT, np.int32)[indices, :width]
-            missing = width - depth_BC.shape[1]
-            return Prescribed(np.pad(depth_BC, ((0, 0), (0, missing)), mode="edge"))
-        if isinstance(self._policy, Sample):
+        if self._policy.draws:
             names = [stable_hash(*pair) & 0xFFFFFFFF for pair in pairs]
             return OwnDraws(self._policy, jnp.asarray(names, jnp.uint32))
-        return self._policy
+
+        def chosen(depth_BC: np.ndarray) -> np.ndarray:
+            depth_BC = np.asarray(depth_BC, np.int32)[indices, :width]
+            return np.pad(depth_BC, ((0, 0), (0, width - depth_BC.shape[1])), mode="edge")
+
+        return self._policy.map_rows(chosen)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OwnDraws:
+class OwnDraws(Policy):
     """`Sample` whose draws follow from a row's name and the position, whatever the batch.
 
     `name_B` tells the rows apart (uint32).
     """
 
     reads_hazards: ClassVar[bool] = True
-    leaves_early: ClassVar[bool] = True
 
     law: Sample
     name_B: Int[Array, "B"]
@@ -195,9 +194,6 @@ class OwnDraws:
         along_row = jax.vmap(at, in_axes=(None, 0, 0))
         return jax.vmap(along_row, in_axes=(0, None, 0))(self.name_B, positions, hazard_logits)
 
-    def of(self, row_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Policy:
-        raise NotImplementedError("these draws are for whole sequences; decode with Sample")
-
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "adapters"))
 def _scores(
@@ -211,8 +207,8 @@ def _scores(
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
     """Of each continuation token: log-probability, whether it is the most likely one, depth."""
     model: Transformer = nnx.merge(graphdef, state)
-    if isinstance(policy, Prescribed):
-        policy = Prescribed(batch.input_depths(policy.depth_BT, model.arch.layers))
+    if not policy.reads_hazards:  # a depth for each token of the continuation
+        policy = policy.map_rows(lambda part: batch.input_depths(part, model.arch.layers))
     result = run(
         model,
         batch.tokens_BT,
@@ -252,11 +248,3 @@ def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[
     count = h_ND.shape[0]
     none = (jnp.full(count, -jnp.inf), jnp.zeros(count, jnp.int32))
     return jax.lax.fori_loop(0, -(-vocab // tile), look, none)[1]
-
-
-def _check_depths(shape: tuple[int, ...], lengths: list[int]) -> None:
-    if len(shape) != 2 or shape[0] != len(lengths) or shape[1] < max(lengths, default=0):
-        raise UserError(
-            f"Prescribed has depths of shape {shape} for {len(lengths)} continuations of up to "
-            f"{max(lengths, default=0)} tokens; give a row for each and a column for each token"
-        )

@@ -1,84 +1,125 @@
 """Halting policies: the rule by which a token leaves, as data that the model is given.
 
-A policy answers two questions. `start` gives each token's depth before any layer has run (L when it
-is decided on the way). `leaves` says, at an exit, which tokens leave now, from the hazard logits.
-`of` picks the policy of single tokens while decoding.
+A policy says everything that its callers ask. Before any layer has run, `start` gives each token's
+depth (L where the exits decide); at an exit, `leaves` tells from the hazard logits who leaves now;
+afterwards `log_prob` says how probable that was. Numbers hold for all tokens, arrays have a row for
+each completion: `at` takes those of single tokens, `map_rows` lays them out anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import ClassVar, Protocol, runtime_checkable
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jexit.axes import Array, Bool, Float, Int, PRNGKey
+from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
+from jexit.config import parse_policy
 from jexit.errors import UserError
-from jexit.model.exits import log_hazards
+from jexit.model.exits import depth_log_prob, log_hazards
 
 
-@runtime_checkable
-class Policy(Protocol):
-    """What the model asks of a halting policy; shapes are [B, T] or [B]."""
+class Policy:
+    """What the model and the decoder ask; shapes are [B, T] or [B]. The defaults never leave.
 
-    reads_hazards: ClassVar[bool]
-    leaves_early: ClassVar[bool]  # False: every token runs all layers
+    `depths` are those that a token of the model can have: its exits and, last, all layers.
+    """
 
-    def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]: ...
+    reads_hazards: ClassVar[bool] = False  # decides at the exits
+    leaves_early: ClassVar[bool] = True  # False: every token runs all layers
+    draws: ClassVar[bool] = False  # decides at random
 
-    def leaves(
-        self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None
-    ) -> Bool[Array, "*A"]: ...
+    @property
+    def name(self) -> str:
+        """As configs write it, such as `threshold:0.5`."""
+        return type(self).__name__.lower()
 
-    def of(self, row_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Policy: ...
+    def check(self, depths: tuple[int, ...]) -> None:
+        """Raises UserError for numbers that mean nothing on the model; not for traced ones."""
+
+    def check_rows(self, rows: int, columns: int) -> None:
+        """Raises UserError unless there is a row for each completion, with so many columns."""
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
+        """The depth of each token, as far as it is known before any layer has run."""
+        return jnp.full(shape, layers, jnp.int32)
+
+    def leaves(self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None) -> Bool[Array, "*A"]:
+        """Whether each token leaves at the exit that has these hazard logits."""
+        return jnp.zeros(hazard_logits.shape, bool)
+
+    def log_prob(
+        self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
+    ) -> Float[Array, "*A"]:
+        """log P(depth) of what this policy chose; 0 where nothing was drawn."""
+        return jnp.zeros(depth.shape)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether completions have rows of their own in it."""
+        return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
+
+    def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
+        """The policy of single tokens: of each one's completion, and its place in that."""
+        return self
+
+    def map_rows(self, function: Callable[[Any], Any]) -> Self:
+        """With `function` of the arrays that have a row for each completion."""
+        return jax.tree.map(lambda leaf: function(leaf) if np.ndim(leaf) else leaf, self)
+
+    def leaves_by_row(
+        self, hazard_logits_B: Float[Array, "B"], keys_B: Key[Array, "B"]
+    ) -> Bool[Array, "B"]:
+        """`leaves` of one token a row, each with its own key."""
+        axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, self)
+        return jax.vmap(type(self).leaves, in_axes=(axes, 0, 0))(self, hazard_logits_B, keys_B)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What a row of `Mixed` has to know of it."""
+        return {}
 
 
-def _policy(cls: type) -> type:
-    """Makes a frozen dataclass that is a pytree of its fields."""
+def _pytree(cls: type) -> type:
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-class _NeverOnTheWay:
-    """Shared by the policies whose depths are known beforehand."""
-
-    reads_hazards: ClassVar[bool] = False
-    leaves_early: ClassVar[bool] = True
-
-    def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
-        return jnp.zeros(hazard_logits.shape, bool)
-
-
-class _Uniform:
-    """Shared by the policies that treat every position alike and decide on the way."""
-
-    reads_hazards: ClassVar[bool] = True
-    leaves_early: ClassVar[bool] = True
-
-    def start(self, shape: tuple[int, ...], layers: int) -> Array:
-        return jnp.full(shape, layers, jnp.int32)
-
-    def of(self, row_B: Array, index_B: Array) -> Policy:
-        return self
-
-
-@_policy
-class Full(_NeverOnTheWay):
+@_pytree
+class Full(Policy):
     """Every token runs every layer."""
 
     leaves_early: ClassVar[bool] = False
 
+
+@_pytree
+class Fixed(Policy):
+    """Every token runs the same number of layers: up to an exit, or all of them."""
+
+    layer: Int[Array, ""] | int
+
+    @property
+    def name(self) -> str:
+        return f"fixed:{int(self.layer)}"
+
+    def check(self, depths: tuple[int, ...]) -> None:
+        _check_depths("Fixed", self.layer, depths)
+
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
-        return jnp.full(shape, layers, jnp.int32)
+        return jnp.broadcast_to(jnp.clip(jnp.asarray(self.layer, jnp.int32), 1, layers), shape)
 
-    def of(self, row_B: Array, index_B: Array) -> Policy:
-        return self
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {"depth": self.layer}
 
 
-@_policy
-class Prescribed(_NeverOnTheWay):
-    """Each token runs the given number of layers; values outside 1 … L are clipped to it.
+@_pytree
+class Prescribed(Policy):
+    """Each token runs the given number of layers: up to an exit, or all of them.
 
     In `forward` one column an input position; in `generate` column i is for the pass that produces
     generated token i, and column 0 is ignored because the last prompt position runs full depth.
@@ -86,55 +127,193 @@ class Prescribed(_NeverOnTheWay):
 
     depth_BT: Int[Array, "B T"]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.depth_BT, list | tuple):  # whose numbers would be leaves of the pytree
+            object.__setattr__(self, "depth_BT", np.asarray(self.depth_BT, np.int32))
+
+    def check(self, depths: tuple[int, ...]) -> None:
+        _check_depths("Prescribed", self.depth_BT, depths)
+
+    def check_rows(self, rows: int, columns: int) -> None:
+        shape = np.shape(self.depth_BT)
+        if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
+            raise UserError(
+                f"Prescribed has depths of shape {shape} for {rows} rows of up to {columns} "
+                "tokens; give a row for each completion and a column for each of its tokens, or "
+                "Fixed(depth) to have the same depth everywhere"
+            )
+
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         depth = jnp.asarray(self.depth_BT, jnp.int32)
         if depth.shape != shape:
             raise UserError(
                 f"Prescribed has depths of shape {depth.shape} for tokens of shape {shape}; give "
-                "one depth a token"
+                "one depth a token, or Fixed(depth) to have the same depth everywhere"
             )
         return jnp.clip(depth, 1, layers)
 
-    def of(self, row_B: Array, index_B: Array) -> Prescribed:
-        return Prescribed(jnp.asarray(self.depth_BT).at[row_B, index_B].get(mode="clip"))
+    def at(self, row: Array, column: Array) -> Prescribed:
+        return Prescribed(jnp.asarray(self.depth_BT).at[row, column].get(mode="clip"))
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        raise UserError(
+            "Prescribed has a depth for each token of a batch, and a request that joins a running "
+            "pool has one policy for all of its tokens; decode it by itself"
+        )
 
 
-@_policy
-class Sample(_Uniform):
+@_pytree
+class Sample(Policy):
     """Leaves with the probability that the exit's hazard gives, as the depth law has it.
 
     hazard = min_hazard + (1 − min_hazard)·σ(z / temperature).
     """
 
+    reads_hazards: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+
     temperature: Float[Array, ""] | float = 1.0
     min_hazard: Float[Array, ""] | float = 0.0
+
+    def check(self, depths: tuple[int, ...]) -> None:
+        temperature, floor = _known(self.temperature), _known(self.min_hazard)
+        if temperature is not None and not 0.0 < temperature < math.inf:
+            raise UserError(
+                f"Sample has temperature {float(temperature)}; hazards are σ(z / temperature), so "
+                "give a number above 0, such as 1"
+            )
+        if floor is not None and not 0.0 <= floor <= 1.0:
+            raise UserError(
+                f"Sample has min_hazard {float(floor)}; it is a probability, from 0 (no floor) to 1"
+            )
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
         if key is None:
             raise UserError("Sample draws depths at random and needs a PRNG key; pass key=")
-        log_leave, _ = log_hazards(
-            hazard_logits, temperature=self.temperature, min_hazard=self.min_hazard
-        )
+        log_leave, _ = log_hazards(hazard_logits, **self.setting)
         uniform = jax.random.uniform(key, hazard_logits.shape, minval=1e-12)
         return jnp.log(uniform) < log_leave
 
+    def log_prob(self, depth: Array, hazard_logits: Array, depths: tuple[int, ...]) -> Array:
+        return depth_log_prob(depth, hazard_logits, depths[:-1], depths[-1], **self.setting)
 
-@_policy
-class Threshold(_Uniform):
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "min_hazard": self.min_hazard}
+
+
+@_pytree
+class Threshold(Policy):
     """Leaves at the first exit whose hazard σ(z) exceeds `hazard`."""
 
+    reads_hazards: ClassVar[bool] = True
+
     hazard: Float[Array, ""] | float = 0.5
+
+    @property
+    def name(self) -> str:
+        return f"threshold:{float(self.hazard):g}"
+
+    def check(self, depths: tuple[int, ...]) -> None:
+        hazard = _known(self.hazard)
+        if hazard is not None and not 0.0 <= hazard <= 1.0:
+            raise UserError(
+                f"Threshold has hazard {float(hazard)}; give the probability above which a token "
+                "leaves, from 0 (at the first exit) to 1 (never)"
+            )
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
         return jax.nn.sigmoid(hazard_logits) > self.hazard
 
-
-@functools.singledispatch
-def law_settings(policy: Policy) -> dict[str, Array | float]:
-    """Temperature and floor with which the depth law scores what this policy did."""
-    return {"temperature": 1.0, "min_hazard": 0.0}
+    @property
+    def setting(self) -> dict[str, Any]:
+        return {"hazard": self.hazard}
 
 
-@law_settings.register
-def _(policy: Sample) -> dict[str, Array | float]:
-    return {"temperature": policy.temperature, "min_hazard": policy.min_hazard}
+@_pytree
+class Mixed(Policy):
+    """Another policy for each completion; one program decodes them all."""
+
+    reads_hazards: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+
+    depth_B: Int[Array, "B"]  # where no exit decides
+    hazard_B: Float[Array, "B"]  # over which those leave that do not draw; none exceeds 1
+    temperature_B: Float[Array, "B"]
+    min_hazard_B: Float[Array, "B"]
+    draws_B: Bool[Array, "B"]
+
+    @classmethod
+    def of(cls, policies: Sequence[Policy]) -> Mixed:
+        full = {"depth": np.iinfo(np.int32).max, "hazard": 1, "temperature": 1, "min_hazard": 0}
+        rows = [full | policy.setting for policy in policies]
+        dtypes = (np.int32, np.float32, np.float32, np.float32)
+        settings = (
+            np.asarray([row[name] for row in rows], dtype)
+            for name, dtype in zip(full, dtypes, strict=True)
+        )
+        return cls(*settings, np.asarray([policy.draws for policy in policies]))
+
+    def start(self, shape: tuple[int, ...], layers: int) -> Array:
+        return jnp.broadcast_to(jnp.minimum(self.depth_B, layers), shape)
+
+    def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
+        drawn = Sample(self.temperature_B, self.min_hazard_B).leaves(hazard_logits, key)
+        return jnp.where(self.draws_B, drawn, jax.nn.sigmoid(hazard_logits) > self.hazard_B)
+
+    def log_prob(self, depth: Array, hazard_logits: Array, depths: tuple[int, ...]) -> Array:
+        drawn = Sample(self.temperature_B[:, None], self.min_hazard_B[:, None])
+        return jnp.where(self.draws_B, drawn.log_prob(depth, hazard_logits, depths), 0.0)
+
+    def at(self, row: Array, column: Array) -> Mixed:
+        return self.map_rows(lambda part_B: jnp.asarray(part_B)[row])
+
+
+def policy_of(text: str, sample: Sample = Sample()) -> Policy:
+    """The policy of a name: `full`, `threshold:0.5`, `fixed:6`, or `sample`, which is `sample`."""
+    kind, argument = parse_policy(text)
+    if argument is None:
+        return sample if kind == "sample" else Full()
+    return {"fixed": Fixed, "threshold": Threshold}[kind](argument)
+
+
+def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
+    """Raises UserError for what is no policy, or none for a model with such depths."""
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        raise UserError(
+            f"policy is the class {policy.__name__}; give an instance of it, such as "
+            "jexit.Sample() or jexit.Threshold(0.5)"
+        )
+    if not isinstance(policy, Policy):
+        raise UserError(
+            f"policy is {policy!r}; give a policy, such as jexit.Full(), jexit.Sample(), "
+            "jexit.Threshold(0.5) or jexit.Fixed(6)"
+        )
+    policy.check(depths)
+
+
+def warn_if_untrained(policy: Policy, model: Any) -> None:
+    """Warns when exits decide whose heads are as they were made, which hardly ever leave."""
+    bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
+    if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
+        warnings.warn(
+            f"the exit heads of this model are untrained, so {policy.name} hardly ever leaves "
+            "early; calibrate them (configs/sft.py) or load a model that has trained ones",
+            stacklevel=3,
+        )
+
+
+def _known(value: Any) -> np.ndarray | None:
+    """The numbers, unless they are traced."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
+def _check_depths(name: str, depth: Any, depths: tuple[int, ...]) -> None:
+    known = _known(depth)
+    wrong = [] if known is None else np.setdiff1d(known, depths)
+    if len(wrong):
+        raise UserError(
+            f"{name} has depth {wrong[0]}; a token of this model leaves at one of its exits "
+            f"{depths[:-1]} or runs all {depths[-1]} layers, so give one of these"
+        )

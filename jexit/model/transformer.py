@@ -37,7 +37,7 @@ from jexit.model.block import Block
 from jexit.model.embedding import Embedding
 from jexit.model.exits import Continuation, ExitHeads, maps_to_end
 from jexit.model.layers import RMSNorm, rope_table
-from jexit.model.policies import Full, Policy
+from jexit.model.policies import Full, Policy, check_policy, warn_if_untrained
 from jexit.presets import Architecture
 
 REMAT_POLICIES = {
@@ -295,12 +295,22 @@ def forward(
     Shapes: tokens [B, T]; lengths [B] (None: all of T). Column t of `depth_BT` is the pass at input
     position t, which produces token t + 1. `adapters=False` is the teacher's trunk. `Sample` needs
     a PRNG `key`. Logits at padding mean nothing. For long sequences over a large vocabulary use
-    `run` with the ops of `jexit.kernels`, which never hold the logits. Raises UserError for tokens
-    outside the vocabulary, more positions than the model has, or lengths that do not fit.
+    `run` with the ops of `jexit.kernels`, which never hold the logits.
+
+    Here every position may leave, while prompts of `generate` always run all layers. To score a
+    prompt with its completion as `generate` made it, prescribe L on the prompt and the recorded
+    depths after it: `depth_BT[:] = L`, then `depth_BT[i, len(prompt) + t] = gen.depths[i][t + 1]`,
+    and `policy=Prescribed(depth_BT)`. To let a policy decide anew on given completions, keep the
+    prompts out of it with `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
+
+    Raises UserError for tokens outside the vocabulary, more positions than the model has, lengths
+    that do not fit, and a policy that means nothing on this model.
     """
     tokens_BT = jnp.asarray(tokens_BT)
     lengths_B = None if lengths_B is None else jnp.asarray(lengths_B)
     _check_input(model.arch, tokens_BT, lengths_B)
+    check_policy(policy, (*model.exit_layers, model.arch.layers))
+    warn_if_untrained(policy, model)
     return _forward(model, tokens_BT, lengths_B, policy, key, adapters=adapters)
 
 

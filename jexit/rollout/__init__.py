@@ -1,15 +1,21 @@
 """Generation: prefill, decoding with early exits, sampling."""
 
 from jexit.config import EngineSize
-from jexit.rollout.engine import SplitModel, rollout
-from jexit.rollout.generate import Generation, Piece, generate, stream
-from jexit.rollout.rollouts import Efficiency, Rollouts, Sequences
+from jexit.rollout.arrivals import Arrivals, Grown
+from jexit.rollout.engine import Decoding, SplitModel, rollout
+from jexit.rollout.requests import Request
+from jexit.rollout.results import Efficiency, Rollouts, Sequences
+from jexit.rollout.texts import Generation, Piece, generate, stream
 
 __all__ = [
+    "Arrivals",
+    "Decoding",
     "Efficiency",
     "EngineSize",
     "Generation",
+    "Grown",
     "Piece",
+    "Request",
     "Rollouts",
     "Sequences",
     "SplitModel",

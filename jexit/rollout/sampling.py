@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jexit.axes import Array, Float, Int, Key
+from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
 from jexit.errors import UserError
+from jexit.rollout.pool import Jobs
 
+TOKEN_DRAW = 0  # of a pass: the draw of its token; 1 + e are the draws at the exits
 SHARPEST = 1e-6  # the lowest temperature but 0; logits divided by less may overflow
 
 
@@ -63,33 +67,104 @@ class Sampling:
             truncations=() if greedy else tuple(name for name, on in used.items() if on),
         )
 
-    def law(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-        """Logits of the distribution that is drawn from, −inf where it has been truncated."""
+    def at(self, row_B: Int[Array, "B"]) -> Sampling:
+        """How those completions draw: like all others."""
+        return self
+
+    def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
+        """Logits of what is drawn from, −inf where it has been truncated."""
         logits = logits.astype(jnp.float32)
         if not self.greedy:
             logits = logits / self.temperature
-        truncate = {"top_k": truncate_top_k, "top_p": truncate_top_p, "min_p": truncate_min_p}
         for name in self.truncations:
-            logits = truncate[name](logits, getattr(self, name))
+            logits = TRUNCATIONS[name](logits, getattr(self, name))
         return logits
 
     def draw(
         self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """(tokens, log-probabilities) [B] under the law.
+        """(tokens, log-probabilities) [B] under the distribution.
 
         Greedy takes the first of the largest logits and reports the untempered log-probability.
         """
-        logits_BV = self.law(logits_BV)
-        top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-        if self.greedy:
-            token_B = _first(logits_BV == top_B1)
-        weights_BV = jnp.exp(logits_BV - top_B1)
-        if not self.greedy:
-            token_B = draw_by_weight(weights_BV, keys_B)
-        total_B = jnp.sum(weights_BV, axis=-1)
-        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-        return token_B, chosen_B - top_B1[:, 0] - jnp.log(total_B)
+        return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixedSampling:
+    """Another way of drawing for each completion; one program serves them all."""
+
+    rows: Sampling  # its numbers have a row each
+    greedy_B: Bool[Array, "B"]
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], truncations: tuple[str, ...]) -> MixedSampling:
+        """With these truncations in the program; a row that has not asked for one keeps all."""
+        all_kept = {"top_k": np.int32(2**31 - 1), "top_p": np.float32(2.0), "min_p": np.float32(0)}
+        limits = {
+            name: np.asarray(
+                [getattr(s, name) if name in s.truncations else kept for s in samplings], kept.dtype
+            )
+            for name, kept in all_kept.items()
+        }
+        temperature = np.asarray([s.temperature for s in samplings], np.float32)
+        rows = Sampling(temperature, **limits, greedy=False, truncations=truncations)
+        return cls(rows, np.asarray([s.greedy for s in samplings]))
+
+    def at(self, row_B: Int[Array, "B"]) -> MixedSampling:
+        return jax.tree.map(lambda part_B: jnp.asarray(part_B)[row_B], self)
+
+    def draw(
+        self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
+    ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+        """As `Sampling.draw` for each row."""
+        logits_BV = jax.vmap(Sampling.distribution)(self.rows, logits_BV)
+        best, drawn = (_drawn(logits_BV, keys_B, greedy) for greedy in (True, False))
+        return jax.tree.map(lambda a_B, b_B: jnp.where(self.greedy_B, a_B, b_B), best, drawn)
+
+
+def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
+    """(tokens, log-probabilities) [B] of the soft-max."""
+    top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    if greedy:
+        token_B = _first(logits_BV == top_B1)
+    weights_BV = jnp.exp(logits_BV - top_B1)
+    if not greedy:
+        token_B = draw_by_weight(weights_BV, keys_B)
+    total_B = jnp.sum(weights_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B, chosen_B - top_B1[:, 0] - jnp.log(total_B)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How completions draw, and where they end; a key and a limit for all, or one a completion."""
+
+    key: PRNGKey | Key[Array, "J"]
+    eos_N: Int[Array, "N"]
+    limit: Int[Array, ""] | Int[Array, "J"]  # tokens of a completion
+    sampling: Sampling | MixedSampling
+
+    def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
+        """A key for each token: of the seed, the prompt's number, the sample's and the token's."""
+        numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
+        if not jnp.ndim(self.key):
+            return jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, self.key))(
+                *numbers
+            )
+        return functools.reduce(jax.vmap(jax.random.fold_in), numbers, self.key[job_B])
+
+    def limit_at(self, job: Int[Array, "*A"]) -> Int[Array, "*A"]:
+        return self.limit[job] if jnp.ndim(self.limit) else self.limit
+
+    def ends(self, token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
+        return jnp.any(token_B[:, None] == self.eos_N, axis=-1)
+
+
+def fold_in(keys_B: Key[Array, "B"], number: Array | int) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number)
 
 
 def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> Int[Array, "B"]:
@@ -152,6 +227,10 @@ def truncate_min_p(logits: Float[Array, "*A V"], min_p: Float[Array, ""] | float
     """Logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+# In the order in which they are applied.
+TRUNCATIONS = {"top_k": truncate_top_k, "top_p": truncate_top_p, "min_p": truncate_min_p}
 
 
 def _truncate(logits: Array, enough: Callable[[Array, Array], Array]) -> Array:

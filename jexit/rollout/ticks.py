@@ -1,62 +1,40 @@
 """A tick of the decoding engine: one segment of the stack for the rows that wait for it.
 
 Which layers those are is data: one body, with loops over layers whose bounds are not known before,
-serves all segments and emission (`jexit.rollout.schedule`), and a layer's weights are taken inside
-the loops (`jexit.rollout.layers`): one that nobody needs is not read. The caches are carried
-through these loops and never through `lax.cond`, which copies what it returns.
+serves all segments and the drawing of tokens (`jexit.rollout.scheduling`), and a layer's weights
+are taken inside the loops (`jexit.rollout.weights`): one that nobody needs is not read. The caches
+are carried through these loops and never through `lax.cond`, which copies what it returns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
+from jexit.axes import Array, Bool, Float, Int
 from jexit.dist import constrain
 from jexit.model.attention import KeysValues
 from jexit.model.block import Block
 from jexit.model.cache import Cache
-from jexit.model.exits import depth_log_prob
 from jexit.model.layers import rope_table
-from jexit.model.policies import Policy, Sample, law_settings
+from jexit.model.policies import Policy
 from jexit.model.transformer import Transformer
-from jexit.rollout.layers import Layers, at_layer, head_logits
-from jexit.rollout.sampling import Sampling
-from jexit.rollout.schedule import Segments, choose, pick
-from jexit.rollout.state import FREE, Pool, Records, Work
+from jexit.rollout.pool import FREE, Jobs, Pool, Records, Status, by_shard, pytree, rows_spec, specs
+from jexit.rollout.sampling import TOKEN_DRAW, Draws, fold_in
+from jexit.rollout.scheduling import Segments, choose, pick
+from jexit.rollout.weights import LayerWeights, at_layer, head_logits
 
 # Names of the loops over layers in a compiled module.
 LAYERS_SCOPE, FILL_SCOPE, COPY_SCOPE = "layers", "fill", "copy"
-TOKEN_DRAW = 0  # the draw of the token; 1 + e are the draws at the exits
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Draws:
-    """How tokens are drawn, and which of them end a completion."""
-
-    key: PRNGKey
-    eos_N: Int[Array, "N"]
-    most: Int[Array, ""]  # tokens of a completion
-    sampling: Sampling
-
-    def keys(self, work: Work, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """A key for each token: of the seed, the prompt's number, the sample's and the token's."""
-
-        def one(*numbers: Array) -> Array:
-            return functools.reduce(jax.random.fold_in, numbers, self.key)
-
-        return jax.vmap(one)(work.number_J[job_B], work.sample_J[job_B], index_B)
-
-    def ends(self, token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
-        return jnp.any(token_B[:, None] == self.eos_N, axis=-1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Rows:
     """The rows that a tick has in its places."""
 
@@ -87,16 +65,21 @@ def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
 class Ticks:
     """One shard's ticks, with what stays as it is during them."""
 
-    model: Transformer
-    layers: Layers | None
-    prompts: Cache
-    work: Work
-    ready: Array
+    graphdef: nnx.GraphDef
+    states: tuple[nnx.State, ...]
+    layers: LayerWeights | None
+    prefixes: Cache
+    jobs: Jobs
+    ready: Int[Array, "1"]
     policy: Policy
     draws: Draws
-    width: int
+    places: int
     adapters: bool
     hazards: bool
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        return nnx.merge(self.graphdef, *self.states)
 
     @functools.cached_property
     def segments(self) -> Segments:
@@ -109,19 +92,20 @@ class Ticks:
 
     def full(self, pool: Pool) -> Array:
         """Whether a row's next token but one may need a slot that the cache does not have."""
-        goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < self.draws.most)
-        slot_P = self.work.prompt_length_J[pool.job_P] + pool.index_P
+        goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < self.draws.limit_at(pool.job_P))
+        slot_P = self.jobs.prompt_length_J[pool.job_P] + pool.index_P
         return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))
 
     def tick(self, pool: Pool, records: Records) -> tuple[Pool, Records, Array]:
-        """Runs one segment; the last result says whether it was one that emits."""
+        """Runs one segment; the last result counts one that drew tokens."""
         segments, tick = self.segments, pool.tick[0]
         free_P = pool.job_P == FREE
-        # Free rows wait for emission too, as many as there are completions to begin.
-        opens_P = free_P & (jnp.cumsum(free_P) <= self.ready - pool.started[0])
+        # Free rows wait for segment 0 too, as many as there are completions to begin.
+        opens_P = free_P & (jnp.cumsum(free_P) <= self.ready[0] - pool.started[0])
         waits_P = ~free_P | opens_P
-        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.width)
-        rows_B, here_B = pick(waits_P & (pool.segment_P == segment), pool.since_P, tick, self.width)
+        segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.places)
+        there_P = waits_P & (pool.segment_P == segment)
+        rows_B, here_B = pick(there_P, pool.since_P, tick, self.places)
 
         def of_rows(part: Array) -> Array:
             return part if rows_B is None else part[rows_B]
@@ -136,8 +120,8 @@ class Ticks:
             here_B=here_B,
             rows_B=rows_B,
         )  # fmt: skip
-        emits = segment == 0
-        at, records, cache, started = self._emit(at, records, pool, emits)
+        draws = segment == 0
+        at, records, cache, started = self._next(at, records, pool, draws)
         at, cache = self._run(at, cache, segment)
         depth_end = segments.ends_S[segment]
         leaves_B = (at.depth_B <= depth_end) | (segment == segments.count - 1)
@@ -163,53 +147,50 @@ class Ticks:
             tick=pool.tick + 1,
             started=started,
             filled=pool.filled + cost * jnp.sum(at.runs_B),
-            places=pool.places + cost * self.width,
+            offered=pool.offered + cost * self.places,
         )
-        return after, records, emits.astype(jnp.int32)
+        return after, records, draws.astype(jnp.int32)
 
-    def _emit(
-        self, at: Rows, records: Records, pool: Pool, emits: Array
+    def _next(
+        self, at: Rows, records: Records, pool: Pool, draws: Array
     ) -> tuple[Rows, Records, Cache, Array]:
-        """At segment 0: tokens of the passes that have ended, and the next passes' beginnings."""
+        """At segment 0: the tokens of passes that have ended, and the passes that come next."""
         model, layers = self.model, self.model.arch.layers
-        jobs, most = records.length_J.shape[0], self.draws.most
-        emits_B = at.runs_B & emits
+        jobs = records.length_J.shape[0]
+        draws_B = at.runs_B & draws
         # Before tokens are drawn: what a token that has left says is where its continuation ends.
-        at, cache = self._fill(at, pool.cache, emits_B)
+        at, cache = self._fill(at, pool.cache, draws_B)
         token_B, logprob_B, depth_logprob_B = jax.lax.cond(
-            jnp.any(emits_B), self._draw, lambda at: _nothing_drawn(at), at
+            jnp.any(draws_B), self._draw, lambda at: _nothing_drawn(at), at
         )
         ends_B = self.draws.ends(token_B)
         records = self._recorded(
-            records, at, jnp.where(emits_B, at.job_B, jobs), token_B, logprob_B, depth_logprob_B,
+            records, at, jnp.where(draws_B, at.job_B, jobs), token_B, logprob_B, depth_logprob_B,
             ends_B,
         )  # fmt: skip
-        over_B = emits_B & (ends_B | (at.index_B + 1 >= most))
+        over_B = draws_B & (ends_B | (at.index_B + 1 >= self.draws.limit_at(at.job_B)))
 
         # Rows that are free, or have just become so, take the next completions in order.
-        open_B = emits & at.here_B & ((at.job_B == FREE) | over_B)
+        open_B = draws & at.here_B & ((at.job_B == FREE) | over_B)
         turn_B = pool.started[0] + jnp.cumsum(open_B) - 1
-        begins_B = open_B & (turn_B < self.ready)
+        begins_B = open_B & (turn_B < self.ready[0])
         started = pool.started + jnp.sum(begins_B, dtype=jnp.int32)
-        next_B = self.work.order_J[jnp.minimum(turn_B, jobs - 1)]
+        next_B = self.jobs.order_J[jnp.minimum(turn_B, jobs - 1)]
         first_B = records.tokens_JT[next_B, 0]  # drawn by the prefill
-        alive_B = begins_B & ~records.ended_J[next_B] & (most > 1)
+        alive_B = begins_B & ~records.ended_J[next_B] & (self.draws.limit_at(next_B) > 1)
         job_B = jnp.where(open_B, jnp.where(alive_B, next_B, FREE), at.job_B)
-        index_B = jnp.where(open_B, 1, at.index_B + emits_B)
+        index_B = jnp.where(open_B, 1, at.index_B + draws_B)
         cache = self._copied(cache, at, alive_B, next_B)
 
-        passes_B = emits & at.here_B & (job_B != FREE)
+        passes_B = draws & at.here_B & (job_B != FREE)
         token_B = jnp.where(open_B, first_B, token_B)
         h_BD = jax.lax.cond(
-            emits, lambda: model.embed(token_B).astype(at.h_BD.dtype), lambda: at.h_BD
+            draws, lambda: model.embed(token_B).astype(at.h_BD.dtype), lambda: at.h_BD
         )
-        known_B = jnp.maximum(job_B, 0)
-        policy = self.policy.of(known_B, index_B + self.work.written_J[known_B])
-        depth_B = policy.start(job_B.shape, layers)
+        after = dataclasses.replace(at, job_B=job_B, index_B=index_B)
+        depth_B = self._policy(after).start(job_B.shape, layers)
         after = dataclasses.replace(
-            at,
-            job_B=job_B,
-            index_B=index_B,
+            after,
             depth_B=jnp.where(passes_B, depth_B, at.depth_B),
             h_BD=jnp.where(passes_B[:, None], h_BD, at.h_BD),
             hazard_logits_BE=jnp.where(passes_B[:, None], 0.0, at.hazard_logits_BE),
@@ -220,18 +201,10 @@ class Ticks:
         """Tokens, their log-probabilities and those of their depths."""
         model = self.model
         logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
-        token_B, logprob_B = self.draws.sampling.draw(
-            logits_BV, fold_in(self._keys(at), TOKEN_DRAW)
-        )
-        depth_logprob_B = jnp.zeros(token_B.shape)
-        if isinstance(self.policy, Sample):
-            depth_logprob_B = depth_log_prob(
-                at.depth_B,
-                at.hazard_logits_BE,
-                model.exit_layers,
-                model.arch.layers,
-                **law_settings(self.policy),
-            )
+        sampling = self.draws.sampling.at(jnp.maximum(at.job_B, 0))
+        token_B, logprob_B = sampling.draw(logits_BV, fold_in(self._keys(at), TOKEN_DRAW))
+        depths = (*model.exit_layers, model.arch.layers)
+        depth_logprob_B = self._policy(at).log_prob(at.depth_B, at.hazard_logits_BE, depths)
         return token_B, logprob_B, depth_logprob_B
 
     def _recorded(
@@ -287,8 +260,8 @@ class Ticks:
         def copy(_: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, left_B = carry
             place = jnp.argmax(left_B)
-            row, prompt = at.cache_rows_B[place], self.work.place_J[job_B[place]]
-            return cache.with_row(row, self.prompts, prompt), left_B.at[place].set(False)
+            row, prompt = at.cache_rows_B[place], self.jobs.slot_J[job_B[place]]
+            return cache.with_row(row, self.prefixes, prompt), left_B.at[place].set(False)
 
         with jax.named_scope(COPY_SCOPE):
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
@@ -329,7 +302,7 @@ class Ticks:
         def at_exit(at: Rows) -> tuple[Array, Array]:
             z_B = self.model.exits(at.h_BD, segment)
             keys_B = fold_in(self._keys(at), 1 + segment)
-            leaves_B = jax.vmap(self.policy.leaves)(z_B, keys_B) & (end < at.depth_B)
+            leaves_B = self._policy(at).leaves_by_row(z_B, keys_B) & (end < at.depth_B)
             z_BE = jax.lax.dynamic_update_slice(
                 at.hazard_logits_BE, z_B[:, None], (jnp.zeros((), jnp.int32), segment)
             )
@@ -348,11 +321,88 @@ class Ticks:
 
     def _slot(self, at: Rows) -> Int[Array, "B"]:
         """Of the token on its way: its position in the sequence."""
-        return self.work.prompt_length_J[jnp.maximum(at.job_B, 0)] + at.index_B - 1
+        return self.jobs.prompt_length_J[jnp.maximum(at.job_B, 0)] + at.index_B - 1
+
+    def _policy(self, at: Rows) -> Policy:
+        """Of the tokens on their way."""
+        known_B = jnp.maximum(at.job_B, 0)
+        return self.policy.at(known_B, at.index_B + self.jobs.forced_J[known_B])
 
     def _keys(self, at: Rows) -> Array:
-        return self.draws.keys(self.work, jnp.maximum(at.job_B, 0), at.index_B)
+        return self.draws.keys(self.jobs, jnp.maximum(at.job_B, 0), at.index_B)
 
 
-def fold_in(keys_B: Array, number: Array | int) -> Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, number)
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "places", "adapters", "hazards"),
+    donate_argnames=("pool", "records"),
+)
+def advance(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    layers: LayerWeights | None,
+    pool: Pool,
+    records: Records,
+    prefixes: Cache,
+    jobs: Jobs,
+    ready: Int[Array, "shards"],
+    more: Bool[Array, "shards"],
+    steps: Int[Array, ""],
+    policy: Policy,
+    draws: Draws,
+    *,
+    places: int,
+    adapters: bool,
+    hazards: bool,
+) -> tuple[Pool, Records, Status]:
+    """Ticks until all completions have ended, or the host has to do something.
+
+    That is: a row is free, all of its shard's `ready` completions have begun and `more` are to
+    come; or a row needs a larger cache; or there were so many `steps` (ticks that draw tokens).
+    `places` are the rows that a tick of a shard takes.
+    """
+
+    def local(
+        pool: Pool, records: Records, more: Array, steps: Array, *held: Any
+    ) -> tuple[Pool, Records, Status]:
+        ticks = Ticks(graphdef, *held, places=places, adapters=adapters, hazards=hazards)
+
+        def goes_on(carry: tuple[Pool, Records, Array]) -> Array:
+            pool, _, drawn = carry
+            free = jnp.any(pool.job_P == FREE)
+            waiting = pool.started[0] < ticks.ready[0]
+            busy = jnp.any(pool.job_P != FREE) | (free & waiting)
+            starved = free & ~waiting & more[0]
+            return busy & ~starved & ~ticks.full(pool) & (drawn < steps)
+
+        def tick(carry: tuple[Pool, Records, Array]) -> tuple[Pool, Records, Array]:
+            pool, records, drawn = carry
+            pool, records, draws = ticks.tick(pool, records)
+            return pool, records, drawn + draws
+
+        pool, records, _ = jax.lax.while_loop(
+            goes_on, tick, (pool, records, jnp.zeros((), jnp.int32))
+        )
+        status = Status(
+            started=pool.started,
+            under_way=jnp.sum(pool.job_P != FREE, keepdims=True).astype(jnp.int32),
+            full=ticks.full(pool)[None],
+            filled=pool.filled,
+            offered=pool.offered,
+            ticks=pool.tick,
+        )
+        return pool, records, status
+
+    carried, rows, whole = specs((pool, records)), rows_spec(), P()
+    by_row = jax.tree.map(lambda leaf: rows if jnp.ndim(leaf) else whole, policy)
+    stepped = by_shard(
+        local,
+        in_specs=(
+            *carried, rows, whole, whole, whole, *specs((prefixes, jobs)), rows, by_row, whole
+        ),
+        out_specs=(*carried, rows),
+    )  # fmt: skip
+    pool, records, status = stepped(
+        pool, records, more, steps, states, layers, prefixes, jobs, ready, policy, draws
+    )
+    return pool, records, jax.tree.map(lambda part: constrain(part, "."), status)

@@ -136,6 +136,11 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
     arch, layers = model.arch, model.arch.layers
     prompts = [prompt[:64] for prompt in prompts]
     columns = arguments.steps + 1
+    # The exits next to these shares of the layers.
+    half, quarter, least = (
+        min(model.exit_layers, key=lambda layer: abs(layer - share * layers))
+        for share in (1 / 2, 1 / 4, 0)
+    )
 
     def run(new: int, policy: object) -> Callable[[], object]:
         return lambda: rollout(
@@ -152,8 +157,7 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
 
     shape = (len(prompts), columns)
     depths_BT = {
-        str(depth): np.full(shape, depth, np.int32)
-        for depth in (layers, layers // 2, layers // 4, 1)
+        str(depth): np.full(shape, depth, np.int32) for depth in (layers, half, quarter, least)
     }
     depths_BT["mixed"] = random_depths(*shape, model.exit_layers, layers, MIXED * layers)
     runs = {"prefill": run(1, Full())}
@@ -185,7 +189,7 @@ def by_depth(split: tuple, prompts: list, pad_id: int, arguments: argparse.Names
             f"{name:<16}{clock:>12.1f}{of_full[0]:>10.2f}{due:>8.2f}{processor:>16.1f}"
             f"{of_full[1]:>10.2f}"
         )
-        if name in ("mixed", str(layers // 2), str(layers // 4)) and of_full[0] > due / OF_IDEAL:
+        if name in ("mixed", str(half), str(quarter)) and of_full[0] > due / OF_IDEAL:
             within = False
             print(f"depth {name} takes {of_full[0]:.2f}; at most {due / OF_IDEAL:.2f} is due")
     return within

@@ -70,7 +70,7 @@ def compare(arguments: argparse.Namespace) -> bool:
     from jexit.config import EngineSize
     from jexit.model.policies import Full, Prescribed
     from jexit.rollout import engine as engine_module
-    from jexit.rollout import layers, rollout
+    from jexit.rollout import rollout, weights
 
     model = random_model(arguments.model)
     arch, split = model.arch, nnx.split(model)
@@ -88,7 +88,7 @@ def compare(arguments: argparse.Namespace) -> bool:
 
     def stacked() -> None:
         with unittest.mock.patch.multiple(engine_module, on_cpu=lambda: False), \
-             unittest.mock.patch.object(layers, "on_cpu", lambda: False):  # fmt: skip
+             unittest.mock.patch.object(weights, "on_cpu", lambda: False):  # fmt: skip
             engine("stacked", Full(), new)
 
     def loop(name: str, depths: np.ndarray | None, columns: int) -> None:

@@ -92,7 +92,8 @@ def claims(checkpoint: pathlib.Path, gsm8k: pathlib.Path, scratch: pathlib.Path)
             truth = theirs(torch.tensor([prompt])).logits[0].numpy()
         found = jexit.forward(model, tokens_BT, lengths_B, policy=jexit.Full())
         add(full, found.logits_BTV[0, : len(prompt)], truth)
-        depth_BT = rng.integers(1, model.arch.layers + 1, tokens_BT.shape)
+        depths = [*model.exit_layers, model.arch.layers]
+        depth_BT = rng.choice(depths, tokens_BT.shape)
         for total, maps in ((frozen, at_start), (linear, moved)):
             update.kernel[...], update.bias[...] = map(jnp.asarray, maps)
             with torch.no_grad():

@@ -80,10 +80,8 @@ def efficiency(model: Any, prompts: list, tokenizer: Any, arguments: argparse.Na
 def by_cache(split: tuple, prompts: list, arguments: argparse.Namespace) -> bool:
     from flax import nnx
 
-    from jexit import Full
     from jexit.model.cache import Cache
-    from jexit.rollout.engine import Decoding
-    from jexit.rollout.sampling import Sampling
+    from jexit.rollout import Decoding, Request
 
     model = nnx.merge(*split)
 
@@ -91,14 +89,15 @@ def by_cache(split: tuple, prompts: list, arguments: argparse.Namespace) -> bool
     seconds: dict[int, list[float]] = {slots: [] for slots in SLOTS}
     for turn in range(arguments.repeats + 1):  # the first compiles
         for slots in SLOTS:
-            decoding = Decoding(
-                split, [prompt[:length] for prompt in prompts], policy=Full(), eos_ids=(), key=0,
-                max_new_tokens=max(SLOTS) - length + 1, sampling=Sampling.of(0.0, 1.0), pad_id=0,
+            request = Request(
+                prompts=[prompt[:length] for prompt in prompts], temperature=0.0, eos_ids=(),
+                max_new_tokens=max(SLOTS) - length + 1, pad_id=0, key=0,
             )  # fmt: skip
+            decoding = Decoding(split, request)
             # Left alone, the engine never holds much more than is used.
             cache = Cache.empty(model.arch, len(prompts), slots, model.dtype)
-            decoding._pool = dataclasses.replace(decoding._pool, cache=cache)
-            decoding.slots = slots
+            engine = decoding.engine
+            engine.pool, engine.slots = dataclasses.replace(engine.pool, cache=cache), slots
             decoding.turn(1)
             began = time.perf_counter()
             decoding.turn(steps)

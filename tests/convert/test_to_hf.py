@@ -112,7 +112,7 @@ def test_a_merged_student_in_transformers_equals_jexits(students, checkpoints, t
     # Merged weights and the heads beside them are a model directory of jexit, too.
     merged, _ = jexit.load(target)
     assert merged.lora is None and merged.exit_layers == EXITS
-    policy = jexit.Prescribed(np.random.default_rng(0).integers(1, 5, TOKENS_BT.shape))
+    policy = jexit.Prescribed(np.random.default_rng(0).choice([*EXITS, 4], TOKENS_BT.shape))
     found, truth = (jexit.forward(each, TOKENS_BT, policy=policy) for each in (merged, model))
     assert np.abs(found.logits_BTV - truth.logits_BTV).max() <= LOGITS
     assert np.abs(found.hazard_logits_BTE - truth.hazard_logits_BTE).max() <= LOGITS

@@ -136,7 +136,7 @@ def rollouts(depths, prompt=3):
     return Rollouts(
         prompts=[[1] * prompt] * (rows // 2),
         prompt_B=np.arange(rows) // 2,
-        written=False,
+        forced=False,
         host_rows=host_rows(rows),
         layers=ARCH.layers,
         pad_id=0,

@@ -124,9 +124,8 @@ def valid(array):
     )
 
 
-def random_depths(layers, seed=0):
-    shape = (len(LENGTHS), max(LENGTHS))
-    return np.random.default_rng(seed).integers(1, layers + 1, shape)
+def random_depths(*depths):
+    return np.random.default_rng(0).choice(depths, (len(LENGTHS), max(LENGTHS)))
 
 
 def test_logits_of_padded_batches_equal_hugging_faces(pair, tokens_BT):
@@ -136,7 +135,7 @@ def test_logits_of_padded_batches_equal_hugging_faces(pair, tokens_BT):
         tokens = torch.tensor(tokens_BT, dtype=torch.long)
         truth = theirs(tokens, attention_mask=mask_BT.long()).logits
         # The hand-made loop over layers, used below, is Hugging Face's own at full depth.
-        by_hand = hf_models.freeze_by_hand(theirs, tokens, random_depths(1) * 4, LENGTHS)
+        by_hand = hf_models.freeze_by_hand(theirs, tokens, random_depths(4), LENGTHS)
     found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS))
     assert np.abs(valid(found.logits_BTV) - valid(truth)).max() <= LOGITS
     assert np.abs(valid(by_hand) - valid(truth)).max() <= LOGITS
@@ -145,7 +144,7 @@ def test_logits_of_padded_batches_equal_hugging_faces(pair, tokens_BT):
 
 def test_prescribed_depths_equal_freezing_by_hand(pair, tokens_BT):
     theirs, ours, _ = pair
-    depth_BT = random_depths(ours.arch.layers)
+    depth_BT = random_depths(*EXITS, 4)
     with torch.no_grad():
         residuals = hf_models.residuals_by_hand(theirs, tokens_BT, depth_BT, LENGTHS)
         truth = theirs.lm_head(theirs.model.norm(residuals[-1]))
@@ -269,7 +268,8 @@ def test_real_checkpoint_at_full_and_prescribed_depths(real_checkpoint):
     tokens_BT = np.full((2, lengths_B.max()), tokenizer.pad_id)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
-    depth_BT = np.random.default_rng(0).integers(1, ours.arch.layers + 1, tokens_BT.shape)
+    depths = (*ours.exit_layers, ours.arch.layers)
+    depth_BT = np.random.default_rng(0).choice(depths, tokens_BT.shape)
     for policy, depths in (
         (jexit.Full(), np.full(tokens_BT.shape, ours.arch.layers)),
         (jexit.Prescribed(depth_BT), depth_BT),

@@ -73,7 +73,7 @@ def test_adapters_equal_dense_weights_with_the_product_folded_in(adapted, bare, 
         update = (5.0 / 3.0 * a_LIR @ b_LRO).reshape(linear.kernel.shape)
         assert np.abs(update).max() > 0.01, name
         dense.kernel[...] = jnp.asarray(np.asarray(linear.kernel[...]) + update, jnp.float32)
-    depth_BT = np.random.default_rng(1).integers(1, 4, tokens_BT.shape)
+    depth_BT = np.random.default_rng(1).choice([*bare.exit_layers, 3], tokens_BT.shape)
     policy = jexit.Prescribed(depth_BT)
     found = jexit.forward(adapted, tokens_BT, policy=policy)
     truth = jexit.forward(bare, tokens_BT, policy=policy)

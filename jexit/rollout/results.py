@@ -41,14 +41,13 @@ class Rollouts:
     """Completions of a batch: B = prompts · samples rows, those of one prompt adjacent.
 
     T is `max_new_tokens`; beyond a row's length there are `pad_id` and zeros. A token's depth is
-    that of the pass that produced it, so column 0 of `depths_BT` is L, but where a beginning of the
-    completion was given (`written`). With several hosts these are
-    the rows that lie here.
+    that of the pass that produced it, so column 0 of `depths_BT` is L, but after a forced prefix.
+    With several hosts these are the rows that lie here.
     """
 
     prompts: list[list[int]]
-    written: bool  # prompts ended in beginnings of completions
-    prompt_B: np.ndarray  # int, the place of a row's prompt in `prompts`
+    forced: bool  # prompts ended in forced completion prefixes
+    prompt_B: np.ndarray  # int, the index of a row's prompt in `prompts`
     host_rows: HostRows  # of the whole batch, the rows that are here
     layers: int
     pad_id: int
@@ -56,7 +55,7 @@ class Rollouts:
     lengths_B: np.ndarray  # int32, at least 1
     depths_BT: np.ndarray  # int32
     logprobs_BT: np.ndarray  # float32, of the tempered, truncated distribution (greedy: plain)
-    depth_logprobs_BT: np.ndarray  # float32, under the policy's law; 0 where nothing was drawn
+    depth_logprobs_BT: np.ndarray  # float32, under the policy; 0 where nothing was drawn
     hazard_logits_BTE: np.ndarray | None  # float32, NaN at exits that were not reached
     truncated_B: np.ndarray  # bool: ran into `max_new_tokens` without an end token
     shape: tuple[int, int]  # padded prompt length and last cache size: what was compiled for
@@ -79,12 +78,12 @@ class Rollouts:
     def sequences(self, length: int | None = None) -> Sequences:
         """Prompts and completions right-padded to `length` (None: the longest row's).
 
-        Raises UserError when a row does not fit, and after decoding from `written` beginnings, the
-        depths of whose tokens are not recorded.
+        Raises UserError when a row does not fit, and after forced prefixes, the depths of whose
+        tokens are not recorded.
         """
-        if self.written:
+        if self.forced:
             raise UserError(
-                "these rollouts went on from given beginnings, whose depths are not recorded; "
+                "these rollouts went on from forced prefixes, whose depths are not recorded; "
                 "decode from the prompts alone to have sequences for teacher forcing"
             )
         prompt_B = self.prompt_lengths_B

@@ -26,11 +26,11 @@ from jexit.model.block import Block
 from jexit.model.lora import StackedLinear
 from jexit.model.transformer import Transformer, logits_of
 
-Layers: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # a block each, split
+LayerWeights: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # a block each, split
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
+def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
     """A block for each layer, with kernels that lie as few rows want them."""
     model: Transformer = nnx.merge(graphdef, *states)
     blocks_def, stacked = nnx.split(model.blocks)
@@ -53,9 +53,9 @@ class Copy:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[nnx.GraphDef, list[weakref.ref], Layers] | None = None
+        self._kept: tuple[nnx.GraphDef, list[weakref.ref], LayerWeights] | None = None
 
-    def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> Layers:
+    def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
         """What was kept if these are the same arrays, else a new copy instead of it."""
         arrays = jax.tree.leaves(states)
         with self._lock:
@@ -87,7 +87,7 @@ KEPT = Copy()
 def at_layer(
     layer: Int[Array, ""],
     blocks: Block,
-    layers: Layers | None,
+    layers: LayerWeights | None,
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:

@@ -10,12 +10,12 @@ import numpy as np
 
 from jexit.config import EngineSize
 from jexit.errors import UserError
-from jexit.model.policies import Full, Policy
+from jexit.model.policies import Full, Policy, warn_if_untrained
 from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Decoding, SplitModel
-from jexit.rollout.layout import AUTOMATIC
-from jexit.rollout.sampling import Sampling
-from jexit.rollout.state import Records
+from jexit.rollout.pool import Records
+from jexit.rollout.requests import Request
+from jexit.rollout.scheduling import AUTOMATIC
 
 STOP_EVERY = 16  # tokens of a row between two looks for stop strings
 _INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
@@ -39,7 +39,8 @@ class Generation:
 class Piece:
     """What one completion has grown by; lists have an entry a token.
 
-    `text` may lag behind the tokens: the beginnings of a character and of a stop string wait.
+    `text` may lag behind the tokens: the first bytes of a character and the first letters of a stop
+    string wait.
     """
 
     index: int  # of the prompt
@@ -76,12 +77,12 @@ def generate(
     strings `stop`, which are left out of its text. Raises UserError as `jexit.rollout.rollout`
     does.
     """
-    decoding = _decoding(
-        model, tokenizer, prompts, policy=policy, max_new_tokens=max_new_tokens,
-        sampling=Sampling.of(temperature, top_p, top_k=top_k, min_p=min_p), seed=seed, chat=chat,
-        adapters=adapters, hazards=hazards, size=size,
+    request = _request(
+        tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens, seed=seed,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, adapters=adapters,
+        hazards=hazards,
     )  # fmt: skip
-    texts = _Texts(tokenizer, len(prompts), stop)
+    decoding, texts = _decoding(model, tokenizer, request, stop, size)
     while not decoding.turn(STOP_EVERY if stop else None):
         if stop:
             _look(decoding, texts)
@@ -110,33 +111,66 @@ def stream(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    policy: Policy = Full(),
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    chat: bool = True,
-    adapters: bool = True,
     every: int = 4,
+    stop: Sequence[str] = (),
     size: EngineSize = AUTOMATIC,
+    **settings: Any,
 ) -> Iterator[Piece]:
     """The completions of `generate` as they grow: some tokens of some prompt at a time.
 
-    Joined, the pieces of a prompt are `generate`'s text, tokens, depths and log-probabilities.
-    `every` is how many ticks that emit tokens pass between two looks at what there is: one shows
-    every token at once, and more cost less. Raises UserError before the first piece.
+    Settings are those of `generate`. Joined, the pieces of a prompt are its text, tokens, depths
+    and log-probabilities. `every` is how many ticks that draw tokens pass between two looks at what
+    there is: one shows every token at once, and more cost less. Raises UserError before the first
+    piece.
     """
     if every < 1:
         raise UserError(f"every is {every}; it must be at least 1")
-    decoding = _decoding(
-        model, tokenizer, prompts, policy=policy, max_new_tokens=max_new_tokens,
-        sampling=Sampling.of(temperature, top_p, top_k=top_k, min_p=min_p), seed=seed, chat=chat,
-        adapters=adapters, hazards=False, size=size,
-    )  # fmt: skip
-    return _pieces(decoding, _Texts(tokenizer, len(prompts), stop), every)
+    request = _request(tokenizer, prompts, **settings)
+    return _pieces(*_decoding(model, tokenizer, request, stop, size), every)
+
+
+def _request(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    chat: bool = True,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    **settings: Any,
+) -> Request:
+    if isinstance(prompts, str):
+        raise UserError("prompts is one string and should be a list of them; put it in brackets")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"prompt {index} is {prompt!r:.60}, which is no string; give the text of the "
+                "user's message, which is put into the chat format here, or a text that has its "
+                "format already with chat=False"
+            )
+    encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
+    return Request(
+        prompts=encode(list(prompts)),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        key=seed,
+        **settings,
+    )
+
+
+def _decoding(
+    model: Transformer | SplitModel,
+    tokenizer: Any,
+    request: Request,
+    stop: Sequence[str],
+    size: EngineSize,
+) -> tuple[Decoding, _Texts]:
+    texts = _Texts(tokenizer, len(request.prompts), stop)
+    decoding = Decoding(model, request, size)
+    warn_if_untrained(request.policy, decoding.engine.model)
+    return decoding, texts
 
 
 def _pieces(decoding: Decoding, texts: _Texts, every: int) -> Iterator[Piece]:
@@ -155,29 +189,6 @@ def _pieces(decoding: Decoding, texts: _Texts, every: int) -> Iterator[Piece]:
                 logprobs=records.logprobs_JT[row, part].tolist(),
                 finished=finished,
             )
-
-
-def _decoding(
-    model: Transformer | SplitModel, tokenizer: Any, prompts: Sequence[str], *, policy: Policy,
-    max_new_tokens: int, sampling: Sampling, seed: int, chat: bool, adapters: bool, hazards: bool,
-    size: EngineSize,
-) -> Decoding:  # fmt: skip
-    if isinstance(prompts, str):
-        raise UserError("prompts is one string and should be a list of them; put it in brackets")
-    encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
-    return Decoding(
-        model,
-        encode(list(prompts)),
-        policy=policy,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        key=seed,
-        adapters=adapters,
-        hazards=hazards,
-        size=size,
-    )
 
 
 def _look(decoding: Decoding, texts: _Texts) -> Records:

@@ -1,19 +1,32 @@
-"""How much the engine does at once, and which prompts each data shard begins with."""
+"""In what order work is done: prompts by their shards, and the rows of a pool by their segments.
+
+Prompts are prefilled in groups of like length, the shortest first. The exits cut the stack into
+segments. A tick runs one segment for as many sequences as it has places for; the weights of its
+layers are read once for all of them. Segment 0 begins with the drawing of tokens: a sequence that
+has left, or has run the last segment, draws its token and goes on with that through segment 0 in
+the same tick, for nobody leaves before the first exit.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import operator
+from itertools import pairwise
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jexit.axes import Array, Bool, Int
 from jexit.config import EngineSize
 from jexit.dist import data_shards
 from jexit.kernels.chips import chip
 from jexit.kernels.dispatch import target
 from jexit.model.cache import bucket, cache_bucket, prompt_bucket
-from jexit.rollout.state import Work
+from jexit.model.policies import Policy
+from jexit.presets import Architecture
+from jexit.rollout.pool import Jobs
 
 # Places of a tick. With fewer than the first, a layer's products take no less time: reading its
 # weights is what they wait for (peak FLOP/s over bandwidth). More than the second gain nothing.
@@ -26,6 +39,9 @@ CALL_SHARE = 1 / 16  # of these positions: what a call costs, which reads all we
 # Of an accelerator's memory, for a pool's keys and values; the prompts' take up to as much again.
 CACHE_SHARE = 0.3
 LEAST_COLUMNS = 128  # tokens that a completion's records have room for: four numbers each
+# A sequence that has waited for more ticks than this times the segments is overdue: the oldest of
+# these goes next, however few wait with it.
+PATIENCE = 4
 
 
 AUTOMATIC = EngineSize()
@@ -78,14 +94,14 @@ class Layout:
 
     Prompts lie in their shard in the caller's order, n to a shard; the last shards may have fewer.
     Programs are compiled for a bucket of n, whose last prompts no shard has. A shard's prompts are
-    prefilled in groups of like length, and lie in a ring of `places`.
+    prefilled in groups of like length, and lie in a ring of `prefixes` slots.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
-    written_SP: np.ndarray  # of these lengths, what is the completion's
+    forced_SP: np.ndarray  # of these lengths, the forced prefixes
     samples: int
     rows: int
-    width: int
+    places: int
 
     @classmethod
     def of(
@@ -96,7 +112,7 @@ class Layout:
         *,
         token_bytes: int,
         new: int,
-        written_B: np.ndarray | None = None,
+        forced_B: np.ndarray | None = None,
     ) -> Layout:
         """For up to `new` tokens a completion, each of which takes so much of a device's cache."""
         shards = data_shards()
@@ -109,10 +125,9 @@ class Layout:
 
         slots = prompt_bucket(int(length_B.max()))
         most = cache_bucket(slots + new - 1, slots + new - 1)
-        rows, width = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
-        written_B = np.zeros_like(length_B) if written_B is None else written_B
-        lengths = by_shard(length_B), by_shard(written_B)
-        return cls(*lengths, samples, rows, width)
+        rows, places = fitted(size, (most_prompts + beyond) * samples, most * token_bytes)
+        forced_B = np.zeros_like(length_B) if forced_B is None else forced_B
+        return cls(by_shard(length_B), by_shard(forced_B), samples, rows, places)
 
     @property
     def shards(self) -> int:
@@ -189,8 +204,8 @@ class Layout:
         return dict(sorted(groups.items()))
 
     @functools.cached_property
-    def places(self) -> int:
-        """As many prompts as begin at once, and a group to go on with."""
+    def prefixes(self) -> int:
+        """Slots of the prefix cache: prompts that begin at once, and a group to go on with."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -206,7 +221,7 @@ class Layout:
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
         """Whether the ring holds another group: prompts all of whose completions have begun go."""
         begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
-        return prefilled + self.groups[prefilled].prompts - self.places <= int(begun_S.min())
+        return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """(prompts, their lengths) of the group that begins at `first`, of every shard.
@@ -221,7 +236,7 @@ class Layout:
         index_SB = np.where(exists_SB, index_SB, self.prompts).astype(np.int32)
         return index_SB, np.where(exists_SB, length_SB, 1).astype(np.int32)
 
-    def work(self, first_prompt: int) -> Work:
+    def jobs_from(self, first_prompt: int) -> Jobs:
         """The completions of all shards."""
         shards, samples = self.shards, self.samples
         turn_SP = np.argsort(self.order_SP, axis=1)
@@ -232,11 +247,88 @@ class Layout:
             return np.repeat(values_SP.reshape(-1), samples).astype(np.int32)
 
         order_SPG = self.order_SP[:, :, None] * samples + sample_G
-        return Work(
+        return Jobs(
             number_J=by_job(first_S1 + np.arange(self.prompts)),
             sample_J=np.tile(sample_G, shards * self.prompts).astype(np.int32),
             prompt_length_J=by_job(self.length_SP),
-            written_J=by_job(self.written_SP),
-            place_J=by_job(turn_SP % self.places),
+            forced_J=by_job(self.forced_SP),
+            slot_J=by_job(turn_SP % self.prefixes),
             order_J=order_SPG.reshape(-1).astype(np.int32),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Layers `bounds[s]` … `bounds[s + 1]` − 1 are segment s."""
+
+    bounds: tuple[int, ...]
+    head: float  # what drawing a token costs, in layers
+
+    @classmethod
+    def of(
+        cls, arch: Architecture, exit_layers: tuple[int, ...], policy: Policy, *, hazards: bool
+    ) -> Segments:
+        """Of the exits; one segment of all layers where nobody leaves and nobody reads hazards."""
+        inner = exit_layers if hazards or policy.leaves_early else ()
+        heads = 2 * arch.head_dim * (arch.query_heads + arch.kv_heads)
+        layer = arch.width * (heads + 3 * arch.mlp_width)
+        return cls((0, *inner, arch.layers), arch.vocab_size * arch.width / layer)
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def starts_S(self) -> Array:
+        return jnp.asarray(self.bounds[:-1], jnp.int32)
+
+    @property
+    def ends_S(self) -> Array:
+        return jnp.asarray(self.bounds[1:], jnp.int32)
+
+    @property
+    def costs_S(self) -> np.ndarray:
+        """Of a tick at each segment, in layers."""
+        layers = [end - start for start, end in pairwise(self.bounds)]
+        return np.asarray([layers[0] + self.head, *layers[1:]], np.float32)
+
+
+def choose(
+    segments: Segments,
+    segment_P: Int[Array, "P"],
+    waits_P: Bool[Array, "P"],
+    since_P: Int[Array, "P"],
+    tick: Int[Array, ""],
+    places: int,
+) -> Int[Array, ""]:
+    """The segment to run for so many `places`, among the rows that wait.
+
+    A tick with n of W places filled wastes cost · (W − n) / n for each of its n. The least waste
+    goes first, the deepest of several; but a row that has waited for too long goes before.
+    """
+    count = segments.count
+    if count == 1:
+        return jnp.zeros((), jnp.int32)
+    at_SP = (segment_P == jnp.arange(count)[:, None]) & waits_P
+    filled_S = jnp.minimum(jnp.sum(at_SP, axis=1), places).astype(jnp.float32)
+    waste_S = segments.costs_S * (places - filled_S) / filled_S
+    waste_S = jnp.where(filled_S > 0, waste_S, jnp.inf)
+    least = count - 1 - jnp.argmin(waste_S[::-1])
+    age_P = jnp.where(waits_P, tick - since_P, -1)
+    oldest = jnp.argmax(age_P)
+    overdue = age_P[oldest] > PATIENCE * count
+    return jnp.where(overdue, segment_P[oldest], least).astype(jnp.int32)
+
+
+def pick(
+    here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
+) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
+    """(the rows that take the places, which of them belong there), those that waited longest first.
+
+    None instead of rows when there is a place for each.
+    """
+    if places == here_P.shape[0]:
+        return None, here_P
+    priority_P = jnp.where(here_P, tick - since_P + 1, 0)
+    priority_B, rows_B = jax.lax.top_k(priority_P, places)
+    return rows_B.astype(jnp.int32), priority_B > 0

@@ -1,0 +1,249 @@
+"""A running pool that requests join and leave, each with its own policy, sampling and limit."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jexit.config import EngineSize
+from jexit.dist import data_axes
+from jexit.errors import UserError
+from jexit.model.cache import cache_bucket, prompt_bucket, token_bytes
+from jexit.model.policies import Full, Mixed, Policy
+from jexit.model.transformer import Transformer
+from jexit.rollout.engine import Engine, SplitModel
+from jexit.rollout.pool import Jobs
+from jexit.rollout.requests import Request
+from jexit.rollout.sampling import TRUNCATIONS, Draws, MixedSampling, Sampling
+from jexit.rollout.scheduling import AUTOMATIC, columns_bucket, fitted
+
+AT_ONCE = 64  # completions under way, where `EngineSize` leaves that open
+PREFIXES = 8  # prompts that have been prefilled and wait for a row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grown:
+    """What one completion has grown by; lists have an entry a token."""
+
+    ticket: int
+    tokens: list[int]
+    depths: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Completion:
+    """One prompt of a request; `sent` of its tokens have been reported."""
+
+    ticket: int
+    prompt: list[int]
+    number: int
+    policy: Policy
+    sampling: Sampling
+    key: jax.Array
+    limit: int
+    sent: int = 0
+
+
+class Arrivals:
+    """A pool that ticks for whoever has joined it; one program serves all policies.
+
+    Tokens, depths and log-probabilities are those of `rollout` with a request alone. As many
+    completions as the pool has rows (`size.rows`) are under way at a time; the others wait. The
+    pool is of one data shard and takes neither forced prefixes nor several samples of a prompt.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | SplitModel,
+        *,
+        eos_ids: Iterable[int],
+        pad_id: int,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        adapters: bool = True,
+        size: EngineSize = AUTOMATIC,
+    ) -> None:
+        if data_axes():
+            raise UserError(
+                "requests join the pool of one data shard and this mesh divides data; run a "
+                "process for each device, or a mesh that divides tensor alone"
+            )
+        self._engine = engine = Engine(model, adapters=adapters, hazards=False)
+        self._eos_N, self._pad_id = np.asarray(sorted(eos_ids), np.int32), pad_id
+        self._limits = max_prompt_tokens, max_new_tokens
+        prompt_slots = prompt_bucket(max_prompt_tokens)
+        most = prompt_slots + max_new_tokens - 1
+        row_bytes = most * token_bytes(engine.model.arch, engine.model.dtype)
+        rows, places = fitted(size, AT_ONCE, row_bytes)
+        engine.open(
+            rows=rows,
+            jobs=rows + PREFIXES,
+            prefixes=PREFIXES,
+            columns=columns_bucket(max_new_tokens),
+            prompt_slots=prompt_slots,
+            slots=cache_bucket(min(2 * prompt_slots, most), most),
+            most=most,
+            places=places,
+        )
+        idle = _Completion(
+            ticket=-1, prompt=[pad_id], number=0, policy=Full(), sampling=Sampling.of(0.0),
+            key=jax.random.key(0), limit=1,
+        )  # fmt: skip
+        self._idle, self._jobs = idle, [idle] * (rows + PREFIXES)
+        self._slot_J = np.zeros(len(self._jobs), np.int32)
+        self._free_slots = list(range(PREFIXES))
+        self._queue: collections.deque[_Completion] = collections.deque()
+        self._ready: list[int] = []  # jobs that have been prefilled, in the order of their coming
+        self._truncations: set[str] = set()
+        self._tickets, self._full = 0, False
+
+    def join(self, request: Request) -> list[int]:
+        """Takes a request in; a ticket for each of its prompts.
+
+        Raises UserError as `Request.check` does, and for what this pool cannot do.
+        """
+        request.check(self._engine.model)
+        _ = request.policy.setting  # refuses what has no one setting for all tokens
+        self._check(request)
+        self._truncations |= set(request.sampling.truncations)
+        tickets = range(self._tickets, self._tickets + len(request.prompts))
+        self._tickets = tickets.stop
+        for index, ticket in enumerate(tickets):
+            self._queue.append(
+                _Completion(
+                    ticket=ticket,
+                    prompt=request.prompts[index],
+                    number=request.first_prompt + index,
+                    policy=request.policy,
+                    sampling=request.sampling,
+                    key=request.prng_key,
+                    limit=request.max_new_tokens,
+                )
+            )
+        return list(tickets)
+
+    def leave(self, ticket: int) -> None:
+        """Ends a completion, of which nothing more is reported; one that has ended stays so."""
+        self._queue = collections.deque(c for c in self._queue if c.ticket != ticket)
+        for job, completion in enumerate(self._jobs):
+            if completion.ticket == ticket:
+                length_J = np.zeros(len(self._jobs), np.int32)
+                length_J[job] = max(completion.sent, 1)
+                self._engine.cut(length_J)
+                self._release(job)
+
+    def turn(self, steps: int = 1) -> list[Grown]:
+        """Prefills who has joined, and ticks until so many ticks have drawn tokens, or fewer.
+
+        Returns what completions have grown by; nothing when nobody is under way.
+        """
+        while self._queue and self._free_slots and self._idle in self._jobs:
+            self._admit(self._queue.popleft())
+        if all(completion is self._idle for completion in self._jobs):
+            return []
+        if self._full:
+            self._engine.grow()
+        # Those that are ready begin in their order, counted anew in each turn.
+        started = jnp.zeros_like(self._engine.pool.started)
+        self._engine.pool = dataclasses.replace(self._engine.pool, started=started)
+        status = self._engine.advance(
+            self._placed_jobs(),
+            np.asarray([len(self._ready)], np.int32),
+            np.asarray([bool(self._queue)]),
+            steps,
+            Mixed.of([completion.policy for completion in self._jobs]),
+            self._draws(),
+        )
+        self._full = bool(status.full.any())
+        for job in self._ready[: int(status.started[0])]:
+            self._free_slots.append(int(self._slot_J[job]))
+        del self._ready[: int(status.started[0])]
+        return self._news()
+
+    def _check(self, request: Request) -> None:
+        longest, (most_prompt, most_new) = max(map(len, request.prompts)), self._limits
+        if longest > most_prompt or request.max_new_tokens > most_new:
+            raise UserError(
+                f"a prompt of {longest} tokens with {request.max_new_tokens} new ones does not fit "
+                f"this pool, which takes {most_prompt} and {most_new}; shorten it, or open a "
+                "larger pool"
+            )
+        asked = (
+            sorted(request.eos_ids), request.adapters, request.hazards, request.samples_per_prompt,
+            request.forced, request.total,
+        )  # fmt: skip
+        if asked != (self._eos_N.tolist(), self._engine.adapters, False, 1, None, None):
+            raise UserError(
+                "requests that join a running pool have its end tokens and adapters, one sample a "
+                "prompt, no forced prefix and no recorded hazards; decode others by themselves"
+            )
+
+    def _admit(self, completion: _Completion) -> None:
+        """Prefills a prompt, which draws its first token."""
+        job = self._jobs.index(self._idle)
+        self._jobs[job], self._slot_J[job] = completion, self._free_slots.pop()
+        self._ready.append(job)
+        length = len(completion.prompt)
+        tokens_BT = np.full((1, prompt_bucket(length)), self._pad_id, np.int32)
+        tokens_BT[0, :length] = completion.prompt
+        prompts = tokens_BT, np.asarray([length], np.int32), np.asarray([job], np.int32)
+        self._engine.prefill(self._placed_jobs(), prompts, self._draws(), None, 1)
+
+    def _release(self, job: int) -> None:
+        """Frees what a completion that has ended still holds."""
+        self._jobs[job] = self._idle
+        if job in self._ready:  # it ended before it had a row
+            self._ready.remove(job)
+            self._free_slots.append(int(self._slot_J[job]))
+
+    def _news(self) -> list[Grown]:
+        records, news = jax.device_get(self._engine.records), []
+        for job, completion in enumerate(self._jobs):
+            if completion is self._idle:
+                continue
+            length = int(records.length_J[job])
+            finished = bool(records.ended_J[job]) or length >= completion.limit
+            if length == completion.sent and not finished:
+                continue
+            part = slice(completion.sent, length)
+            completion.sent = length
+            news.append(
+                Grown(
+                    ticket=completion.ticket,
+                    tokens=records.tokens_JT[job, part].tolist(),
+                    depths=records.depths_JT[job, part].tolist(),
+                    logprobs=records.logprobs_JT[job, part].tolist(),
+                    finished=finished,
+                )
+            )
+            if finished:
+                self._release(job)
+        return news
+
+    def _placed_jobs(self) -> Jobs:
+        order = [*self._ready, *[0] * (len(self._jobs) - len(self._ready))]
+        zeros_J = np.zeros(len(self._jobs), np.int32)
+        return Jobs(
+            number_J=np.asarray([c.number for c in self._jobs], np.int32),
+            sample_J=zeros_J,
+            prompt_length_J=np.asarray([len(c.prompt) for c in self._jobs], np.int32),
+            forced_J=zeros_J,
+            slot_J=self._slot_J.copy(),
+            order_J=np.asarray(order, np.int32),
+        )
+
+    def _draws(self) -> Draws:
+        truncations = tuple(name for name in TRUNCATIONS if name in self._truncations)
+        return Draws(
+            jnp.stack([completion.key for completion in self._jobs]),
+            self._eos_N,
+            np.asarray([completion.limit for completion in self._jobs], np.int32),
+            MixedSampling.of([completion.sampling for completion in self._jobs], truncations),
+        )

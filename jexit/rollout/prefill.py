@@ -1,0 +1,150 @@
+"""The program that runs prompts and draws the first token of each completion."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jexit.axes import Array, Float, Int
+from jexit.dist import constrain
+from jexit.model.attention import KeysValues
+from jexit.model.cache import Cache
+from jexit.model.policies import Policy
+from jexit.model.transformer import Transformer, logits_of, run
+from jexit.rollout.pool import Jobs, Records, by_shard, pytree, specs
+from jexit.rollout.sampling import TOKEN_DRAW, Draws, fold_in
+
+DEPTH_DRAW = 1  # of a forced token; the number 0 is the draw of the first new one
+
+
+@pytree
+class ForcedPrefix:
+    """How many of each prompt's last tokens are forced on its completion, and which that is.
+
+    A completion's tokens exit under `policy` wherever they come from. The prompt before them runs
+    at full depth, its last position included.
+    """
+
+    tokens_B: Int[Array, "B"]
+    job_B: Int[Array, "B"]  # of all shards together
+    policy: Policy
+
+    def exits(
+        self, jobs: Jobs, draws: Draws, length_B: Int[Array, "B"], length: int
+    ) -> dict[str, Any]:
+        """What `jexit.model.transformer.run` is told about prompts of these lengths."""
+        place_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
+        # Column i of `Prescribed` is for the pass that produces token i of the completion.
+        policy = self.policy.at(self.job_B[:, None], jnp.maximum(place_BT + 1, 0))
+        keys_B = draws.keys(jobs, self.job_B, jnp.zeros_like(self.job_B))
+        return {"policy": policy, "action_BT": place_BT >= 0, "key": fold_in(keys_B, DEPTH_DRAW)}
+
+
+@pytree
+class _Prefilled:
+    """Prompts that have run: their keys and values, and what their last pass gave."""
+
+    keys_values: KeysValues
+    index_B: Int[Array, "B"]
+    logits_BV: Float[Array, "B V"]
+    depth_B: Int[Array, "B"]
+    depth_logprob_B: Float[Array, "B"]
+    hazard_logits_BE: Float[Array, "B E"] | None
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "samples", "adapters"),
+    donate_argnames=("prefixes", "records"),
+)
+def prefill(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    prefixes: Cache,
+    records: Records,
+    jobs: Jobs,
+    tokens_BT: Int[Array, "B T"],
+    length_B: Int[Array, "B"],
+    index_B: Int[Array, "B"],
+    draws: Draws,
+    forced: ForcedPrefix | None,
+    *,
+    samples: int,
+    adapters: bool,
+) -> tuple[Cache, Records]:
+    """Runs right-padded prompts and draws the first token of each completion.
+
+    `index_B` are the prompts' numbers in their shard's list; outside of it for rows that only fill
+    the batch. Prompts run at full depth, but for a forced prefix of a completion. Returns the
+    prefix cache with these, and the records.
+    """
+    model: Transformer = nnx.merge(graphdef, *states)
+    length = tokens_BT.shape[1]
+    valid_BT = jnp.arange(length) < length_B[:, None]
+    keeps_hazards = records.hazard_logits_JTE is not None
+    exits = {}
+    if forced is not None:
+        exits = forced.exits(jobs, draws, length_B, length) | {"hazards": keeps_hazards}
+    result = run(model, tokens_BT, valid_BT=valid_BT, adapters=adapters, keys_values=True, **exits)
+
+    def last(values_BTX: Array) -> Array:
+        at = (length_B - 1).reshape(-1, *[1] * (values_BTX.ndim - 1))
+        return jnp.take_along_axis(values_BTX, at, axis=1)[:, 0]
+
+    logits_BV = constrain(logits_of(last(result.hidden_BTD), model.head_VD), "BV")
+    depth_B, z_BE, depth_logprob_B = last(result.depth_BT), None, jnp.zeros(length_B.shape)
+    if forced is not None and result.hazard_logits_BTE is not None:
+        exits_B = forced.tokens_B > 0  # whether the last position may leave
+        z_BE = last(result.hazard_logits_BTE)
+        depths = (*model.exit_layers, model.arch.layers)
+        drawn_B = forced.policy.log_prob(depth_B, z_BE, depths)
+        depth_logprob_B = jnp.where(exits_B, drawn_B, 0.0)
+        reached_BE = (jnp.asarray(model.exit_layers) <= depth_B[:, None]) & exits_B[:, None]
+        z_BE = jnp.where(reached_BE, z_BE, jnp.nan) if keeps_hazards else None
+
+    def store(
+        prefixes: Cache, records: Records, jobs: Jobs, made: _Prefilled, draws: Draws
+    ) -> tuple[Cache, Records]:
+        count = records.length_J.shape[0]
+        job_B = (made.index_B[:, None] * samples + jnp.arange(samples)).reshape(-1)
+        real_B = job_B < count
+        known_B = jnp.minimum(job_B, count - 1)
+        keys_B = draws.keys(jobs, known_B, jnp.zeros_like(known_B))
+        token_B, logprob_B = draws.sampling.at(known_B).draw(
+            jnp.repeat(made.logits_BV, samples, axis=0), fold_in(keys_B, TOKEN_DRAW)
+        )
+        slot_B = jnp.where(real_B, jobs.slot_J[known_B], prefixes.keys_KLPSH.shape[2])
+        prefixes = prefixes.with_prompts(slot_B[::samples], made.keys_values)
+
+        def first(record_JT: Array, new: Array) -> Array:
+            return record_JT.at[job_B, 0].set(new, mode="drop")
+
+        def of_prompt(record_JT: Array, new_B: Array) -> Array:
+            return first(record_JT, jnp.repeat(new_B, samples, axis=0))
+
+        z_JTE = records.hazard_logits_JTE
+        if made.hazard_logits_BE is not None:
+            z_JTE = of_prompt(z_JTE, made.hazard_logits_BE)
+        records = Records(
+            tokens_JT=first(records.tokens_JT, token_B),
+            depths_JT=of_prompt(records.depths_JT, made.depth_B),
+            logprobs_JT=first(records.logprobs_JT, logprob_B),
+            depth_logprobs_JT=of_prompt(records.depth_logprobs_JT, made.depth_logprob_B),
+            hazard_logits_JTE=z_JTE,
+            length_J=records.length_J.at[job_B].set(1, mode="drop"),
+            ended_J=records.ended_J.at[job_B].set(draws.ends(token_B), mode="drop"),
+        )
+        return prefixes, records
+
+    made = _Prefilled(result.keys_values, index_B, logits_BV, depth_B, depth_logprob_B, z_BE)
+    stored = by_shard(
+        store,
+        in_specs=(*specs((prefixes, records, jobs, made)), P()),
+        out_specs=specs((prefixes, records)),
+    )
+    return stored(prefixes, records, jobs, made, draws)

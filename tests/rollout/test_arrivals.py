@@ -1,0 +1,109 @@
+"""Requests that join and leave a running pool: each as if it were alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jexit.model import cache
+from jexit.model.policies import Fixed, Full, Prescribed, Sample, Threshold
+from jexit.rollout import Arrivals, EngineSize, Request, rollout, ticks
+from tolerances import LOGPROBS
+
+
+def request(*lengths: int, **settings) -> Request:
+    prompts = [np.random.default_rng(n).integers(0, 60, n).tolist() for n in lengths]
+    common = {"eos_ids": (60,), "pad_id": 59, "max_new_tokens": 20}
+    return Request(prompts=prompts, **common | settings)
+
+
+REQUESTS = [
+    request(3, policy=Sample(2.0, 0.1), temperature=0.9, key=5),
+    request(11, 6, policy=Threshold(0.55), temperature=0.0, max_new_tokens=9, key=1),
+    request(16, policy=Full(), temperature=0.0, key=2),
+    request(1, policy=Fixed(2), top_p=0.8, max_new_tokens=1, key=2),
+    request(14, policy=Fixed(2), top_p=0.8, key=7, first_prompt=4),
+    request(9, policy=Sample(2.0, 0.1), temperature=0.9, max_new_tokens=12, key=8),
+]
+
+
+@pytest.fixture
+def pool(model, monkeypatch) -> Arrivals:
+    monkeypatch.setattr(cache, "SMALLEST_CACHE", 16)  # so that caches grow on the way
+    return Arrivals(
+        model, eos_ids=(60,), pad_id=59, max_prompt_tokens=16, max_new_tokens=20,
+        size=EngineSize(rows=3, places=2),
+    )  # fmt: skip
+
+
+def drained(pool: Arrivals, requests: list[Request], steps: int = 2) -> dict[int, tuple]:
+    """Each ticket's (tokens, depths, log-probabilities); one more request joins in each turn."""
+    whole, finished, coming = {}, {}, list(requests)
+    while coming or not all(finished.values()):
+        if coming:
+            finished |= dict.fromkeys(pool.join(coming.pop(0)), False)
+        for news in pool.turn(steps):
+            assert not finished[news.ticket], "nothing comes after the end"
+            finished[news.ticket] = news.finished
+            parts = whole.setdefault(news.ticket, ([], [], []))
+            for part, more in zip(parts, (news.tokens, news.depths, news.logprobs), strict=True):
+                part.extend(more)
+    assert pool.turn() == []
+    return dict(sorted(whole.items()))
+
+
+def test_each_request_gets_what_it_gets_alone(model, pool):
+    """More of them than rows, under policies, temperatures and limits of their own."""
+    slots = pool._engine.slots
+    made = drained(pool, REQUESTS)
+    programs = ticks.advance._cache_size()
+    once_more = drained(pool, REQUESTS[::-1], steps=3)
+    assert ticks.advance._cache_size() == programs, "one program, whoever comes"
+    assert pool._engine.slots > slots
+    assert sorted(len(tokens) for tokens, *_ in made.values())[0] == 1
+    order = iter(made.values())
+    for asked in REQUESTS:
+        settings = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
+        alone = rollout(model, settings.pop("prompts"), **settings)
+        for row, length in enumerate(alone.lengths_B):
+            tokens, depths, logprobs = next(order)
+            assert tokens == alone.completion(row)
+            assert depths == alone.depths_BT[row, :length].tolist()
+            np.testing.assert_allclose(logprobs, alone.logprobs_BT[row, :length], atol=LOGPROBS)
+            if isinstance(asked.policy, Fixed):
+                assert set(depths[1:]) <= {2}
+    by_text = sorted(tokens for tokens, *_ in once_more.values())
+    assert by_text == sorted(tokens for tokens, *_ in made.values())
+
+
+def test_who_leaves_makes_room_and_changes_nothing_for_others(pool):
+    wanted = [*drained(pool, [REQUESTS[2], REQUESTS[4]]).values()]
+    (stays,), (waits,) = pool.join(REQUESTS[2]), pool.join(REQUESTS[4])
+    others = [ticket for _ in range(4) for ticket in pool.join(REQUESTS[0])]
+    made = {stays: [], waits: []}
+    for turn in range(200):
+        news = pool.turn(1)
+        if turn == 2:
+            for ticket in (*others, 999):  # under way, ready and in the queue; one that is unknown
+                pool.leave(ticket)
+        elif turn > 2:
+            assert not {grown.ticket for grown in news} & set(others)
+        for grown in news:
+            made.get(grown.ticket, []).extend(grown.tokens)
+        if turn > 2 and not news:
+            break
+    assert [made[stays], made[waits]] == [tokens for tokens, *_ in wanted]
+
+
+def test_what_a_pool_cannot_do_is_refused(pool):
+    for asked, sentence in [
+        (request(3, policy=Prescribed(np.ones((1, 20))), key=0), "joins a running pool has one"),
+        (request(3, policy=Fixed(3), key=0), "Fixed has depth 3"),
+        (request(17, key=0), "a prompt of 17 tokens with 20 new ones does not fit"),
+        (request(3, max_new_tokens=21, key=0), "which takes 16 and 20; shorten it"),
+        (request(3, samples_per_prompt=2, key=0), "one sample a prompt"),
+        (request(3, eos_ids=(1,), key=0), "have its end tokens"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            pool.join(asked)
+    assert pool.turn() == []
