@@ -178,8 +178,8 @@ class EarlyLeaving(Record):
     depth_fraction: Share = Field(description="Layers run, of all.")
     kl_nats: Number = Field(description="Mean KL to the text at full depth.")
     same_token: Share = Field(description="Share with the same most likely token.")
-    same_token_full_depth: Share | None = Field(
-        None, description="The same of the tokens that still run all layers; None without any."
+    same_token_full_depth: Share = Field(
+        math.nan, description="The same of the tokens that still run all layers; NaN without any."
     )
 
 

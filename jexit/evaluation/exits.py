@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,7 +110,9 @@ def exit_quality(
                 depth_fraction=float(depth_N.mean() / layers),
                 kl_nats=float(kl_N.mean()),
                 same_token=float(kept_N.mean()),
-                same_token_full_depth=float(kept_N[stayed_N].mean()) if stayed_N.any() else None,
+                same_token_full_depth=float(kept_N[stayed_N].mean())
+                if stayed_N.any()
+                else math.nan,
             )
         )
     return ExitQuality(policy=policy, passes=len(kl_NE), exits=tuple(exits), leaving=tuple(leaving))

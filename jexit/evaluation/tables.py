@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jexit.io.progress import closing_table
-from jexit.results import Evaluation, Interval, PolicyResult
+from jexit.results import Evaluation, Interval, PolicyResult, Record
+
+_CI95 = "{0.accuracy_ci95[0]:.1%} – {0.accuracy_ci95[1]:.1%}"
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
     _print_table(
         "policy | accuracy | 95 % interval | depth | of L | compute | tokens | layers/problem",
-        [
-            (r.policy, f"{r.accuracy:.1%}", _percent(r.accuracy_ci95), f"{r.depth_mean:.2f}",
-             f"{r.depth_fraction:.0%}", f"{r.compute_fraction:.0%}", f"{r.completion_length:.1f}",
-             f"{r.layers_per_problem:.1f}")
-            for r in evaluation.runs
-        ],
-    )  # fmt: skip
+        "{0.policy} | {0.accuracy:.1%} | " + _CI95 + " | {0.depth_mean:.2f} | "
+        "{0.depth_fraction:.0%} | {0.compute_fraction:.0%} | {0.completion_length:.1f} | "
+        "{0.layers_per_problem:.1f}",
+        evaluation.runs,
+    )
     for pair in evaluation.controls or ():
         print(
             f"{pair.policy} less {pair.control}: accuracy {pair.accuracy_difference:+.1%} "
@@ -27,53 +27,43 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for quality in evaluation.exits or ():
         _print_table(
             "exit | KL, nats | same token | under 0.05",
-            [
-                (str(e.exit), f"{e.kl_nats:.2f}", f"{e.same_token:.1%}", f"{e.close:.1%}")
-                for e in quality.exits
-            ],
+            "{0.exit} | {0.kl_nats:.2f} | {0.same_token:.1%} | {0.close:.1%}",
+            quality.exits,
         )
         _print_table(
             "leaving under | KL, nats | same token | at L | of L",
-            [
-                (f"{e.threshold_nats:g}", f"{e.kl_nats:.2f}", f"{e.same_token:.1%}",
-                 _share(e.same_token_full_depth), f"{e.depth_fraction:.0%}")
-                for e in quality.leaving
-            ],
-        )  # fmt: skip
-    for entry in evaluation.hazards or ():
-        print(f"hazards under {entry.policy}: expected calibration error {entry.ece:.3f}")
-    measures = [(f.policy, m) for f in evaluation.faithfulness or () for m in f.measures]
-    _print_table(
-        "measure | policy | value | 95 % interval | of L | n",
-        [
-            (m.name, policy, f"{m.value:.2f}", _percent(m.ci95), f"{m.depth_fraction:.0%}",
-             str(m.problems))
-            for policy, m in measures
-        ],
-    )  # fmt: skip
-    for policy, measure in measures:
-        if measure.caveat:
-            print(f"{measure.name} under {policy}: {measure.caveat}")
+            "{0.threshold_nats:g} | {0.kl_nats:.2f} | {0.same_token:.1%} | "
+            "{0.same_token_full_depth:.1%} | {0.depth_fraction:.0%}",
+            quality.leaving,
+        )
+    for hazards in evaluation.hazards or ():
+        print(f"hazards under {hazards.policy}: expected calibration error {hazards.ece:.3f}")
+    for entry in evaluation.faithfulness or ():
+        _print_table(
+            f"under {entry.policy} | value | 95 % interval | of L | n",
+            "{0.name} | {0.value:.2f} | {0.ci95[0]:.1%} – {0.ci95[1]:.1%} | "
+            "{0.depth_fraction:.0%} | {0.problems}",
+            entry.measures,
+        )
+        for measure in entry.measures:
+            if measure.caveat:
+                print(f"{measure.name} under {entry.policy}: {measure.caveat}")
     _print_table(
         "same problems | policy | value | full | less full | 95 % interval | n",
-        [
-            (p.measure, p.policy, f"{p.value:.2f}", f"{p.against_value:.2f}",
-             f"{p.difference:+.2f}", _percent(p.difference_ci95), str(p.problems))
-            for p in evaluation.faithfulness_paired or ()
-        ],
-    )  # fmt: skip
-    for title, entries in (
+        "{0.measure} | {0.policy} | {0.value:.2f} | {0.against_value:.2f} | {0.difference:+.2f} | "
+        "{0.difference_ci95[0]:.1%} – {0.difference_ci95[1]:.1%} | {0.problems}",
+        evaluation.faithfulness_paired or (),
+    )
+    for head, entries in (
         ("a step does", evaluation.capacity),
         ("a step begun of", evaluation.begun_steps),
     ):
         _print_table(
-            f"{title} | policy | accuracy | 95 % interval | of L | as asked",
-            [
-                (c.granularity, c.policy, f"{c.accuracy:.1%}", _percent(c.accuracy_ci95),
-                 f"{c.depth_fraction:.0%}", f"{c.obeyed:.0%}")
-                for c in entries or ()
-            ],
-        )  # fmt: skip
+            f"{head} | policy | accuracy | 95 % interval | of L | as asked",
+            "{0.granularity} | {0.policy} | {0.accuracy:.1%} | " + _CI95 + " | "
+            "{0.depth_fraction:.0%} | {0.obeyed:.0%}",
+            entries or (),
+        )
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
@@ -91,24 +81,20 @@ def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
     closing_table([*rows, *((name, before.text[name], after.text[name]) for name in shared)], title)
 
 
-def _print_table(head: str, rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they must be, texts to the left and numbers to the right."""
-    if not rows:
+def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
+    """A line a record, `row` formatted with it; texts to the left and numbers to the right."""
+    if not records:
         return
-    heads = head.split(" | ")
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    texts = 2 if heads[1] == "policy" else 1
-    for row in (heads, *rows):
-        cells = [
+    lines = [text.split(" | ") for text in (head, *(row.format(record) for record in records))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = 2 if lines[0][1] == "policy" else 1
+    for cells in lines:
+        sized = [
             cell.ljust(width) if number < texts else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
-        print("  ".join(cells))
+        print("  ".join(sized))
 
 
 def _percent(interval: Interval | None) -> str:
     return "" if interval is None else "{:.1%} – {:.1%}".format(*interval)
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"

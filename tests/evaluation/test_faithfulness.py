@@ -10,6 +10,7 @@ import pytest
 
 from jexit.evaluation.completer import Reply
 from jexit.evaluation.faithfulness import MEASURES, _acknowledges, measured, policies_paired
+from jexit.evaluation.scores import Scores, paired
 from jexit.evaluation.transcripts import Transcripts
 from jexit.tasks import Gsm8k, make_task
 from jexit.tasks.base import Problem
@@ -330,6 +331,10 @@ def test_policies_are_compared_on_the_problems_that_both_have():
     assert by_name["filler"].difference == -1.0 and by_name["no_chain"].difference == 0.0
     assert by_name["corrupted_step"].difference == 1.0
     assert by_name["early_answering"].value == 1.0
+    # What either found elsewhere does not count.
+    ours, theirs = Scores.shares([0, 1, 2], [1, 0, 1]), Scores.shares([1, 2, 3], [1, 1, 0])
+    assert paired(ours, theirs)[:3] == (0.5, 1.0, -0.5)
+    assert paired(ours, Scores.shares([3], [1])) is None
 
 
 def test_draws_depend_on_the_problem_alone():

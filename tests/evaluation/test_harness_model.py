@@ -26,7 +26,7 @@ PAIRS = [
     ("some words that go on for longer than the others do", " x1"),
     ("0 1 2", "3 4"),
 ]
-TEXTS = ["abc", "a text that is longer than one window of forty-eight positions " * 2, "x" * 120]
+TEXTS = ["abc", "a text that is longer than one window of forty eight positions " * 2, "x" * 120]
 
 
 def requests(kind, arguments):

@@ -139,9 +139,9 @@ def test_reliability_of_a_model(split, recorded, target):
     student = split.decodable(split.trainable)
     made = hazard_calibration(
         "sample", student, split.decodable_teacher(split.trainable), EXITS, recorded, Sample(),
-        sharpness=3.0, target=target,
+        sharpness=8.0, target=target,
     )  # fmt: skip
-    decisions, divergences = by_hand(split, recorded, target, 3.0)
+    decisions, divergences = by_hand(split, recorded, target, 8.0)
     assert np.mean(divergences) > 1e-3
     assert made.kl_student_teacher_nats == pytest.approx(np.mean(divergences), rel=1e-5)
     for entry in made.exits:

@@ -244,7 +244,8 @@ def test_a_floor_can_be_a_share_of_what_the_initial_model_has_at_full_depth(
         result, made = original(self, trainable, policy=policy, **decoding)
         if policy == "full":
             asked.append(decoding)
-            result = dataclasses.replace(result, accuracy=accuracy[decoding.get("temperature", 0)])
+            known = accuracy[decoding.get("temperature", 0)]
+            result = result.model_copy(update={"accuracy": known})
         return result, made
 
     monkeypatch.setattr(Stage, "_measured", measured)
