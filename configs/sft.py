@@ -14,8 +14,8 @@ problems.
     python -m jexit.main --config=configs/sft.py:qwen2.5-0.5b
 
 Other presets calibrate on GSM8K from models/PRESET, which `convert.from_hf` writes. The smallest
-preset has been run on CPU for 24 steps with short completions (README.md has the options); nobody
-has timed a whole run with these settings.
+preset has been run on CPU for 24 steps with short completions (docs/models.md has the options);
+nobody has timed a whole run with these settings.
 """
 
 from jexit.config import config_dict

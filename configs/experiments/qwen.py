@@ -4,7 +4,7 @@
     bash studies/qwen.sh
 
 The second command runs every stage below, in order, and goes on where it was stopped. GSM8K comes
-as README.md says.
+as docs/tasks.md says.
 """
 
 import configs.eval

@@ -18,7 +18,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"{error.name} is not installed; install the extra eval (pip install 'jexit[eval]')",
+        f"{error.name} is not installed; in the checkout, pip install -e '.[eval]'",
         name=error.name,
     ) from error
 
