@@ -90,7 +90,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             config.batch_size,
             config.rl.rollouts,
             config.rl.max_new_tokens,
-            [("", _policy(config, "sample", 1, 1, layers))],
+            [("", _policy(config, "sample", layers))],
         )
         yield _update(config, mesh, split, state, optimizer)
     names: tuple[str, ...] = ("full",) if config.command == "finetune" else ("sample",)
@@ -154,12 +154,12 @@ def _labelled(
     """A policy with the name that its program has; controls prescribe depths."""
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
-    return f" ({name.partition(':')[0]})", _policy(config, name, rows, columns, layers)
+    return f" ({name.partition(':')[0]})", _policy(config, name, layers)
 
 
-def _policy(config: Config, name: str, rows: int, columns: int, layers: int) -> Policy:
+def _policy(config: Config, name: str, layers: int) -> Policy:
     """A policy whose arrays have no values: nothing here may run on devices that are not there."""
-    return jax.eval_shape(lambda: make_policy(name, rows, columns, layers, sampling_law(config)))
+    return jax.eval_shape(lambda: make_policy(name, layers, sampling_law(config)))
 
 
 def _prompts(config: Config) -> int:

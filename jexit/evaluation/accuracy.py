@@ -50,8 +50,7 @@ def evaluate_policy(
     decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Attempt]]:
     """Decodes every prompt under a named policy and judges the text."""
-    policy = decoder.policy(name, len(examination.prompts), decoder.max_new_tokens)
-    attempts, speed = examination.attempts(decoder, policy, name)
+    attempts, speed = examination.attempts(decoder, decoder.policy(name), name)
     result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
     return result, attempts
 

@@ -86,12 +86,11 @@ class ModelCompleter:
         scarce = [row for row, left in enumerate(room) if least <= left < wanted]
         for rows in filter(None, (enough, scarce)):
             new = min(wanted, *(room[row] for row in rows))
-            columns = max(len(forced[row]) for row in rows) + new
             attempts, _ = decoder.decode(
                 [asked[row] + forced[row] for row in rows],
-                decoder.policy(self.policy, len(rows), columns),
+                decoder.policy(self.policy),
                 max_new_tokens=new,
-                written=[len(forced[row]) for row in rows],
+                forced=[len(forced[row]) for row in rows],
                 what=f"measurements under {self.policy}",
             )
             for row, made in zip(rows, attempts, strict=True):

@@ -57,8 +57,7 @@ def _matched(
     def at(place: int) -> list[Attempt]:
         nonlocal seconds
         if place not in decoded:
-            rows, columns = len(examination.prompts), decoder.max_new_tokens
-            policy = decoder.policy(f"fixed:{stops[place]}", rows, columns)
+            policy = decoder.policy(f"fixed:{stops[place]}")
             decoded[place], speed = examination.attempts(decoder, policy, name)
             seconds += sum(len(made.depths) for made in decoded[place]) / speed
         return decoded[place]

@@ -50,8 +50,8 @@ class Decoder:
     max_new_tokens: int
     seed: int
 
-    def policy(self, name: str, rows: int, columns: int) -> Policy:
-        return make_policy(name, rows, columns, self.layers, self.law)
+    def policy(self, name: str) -> Policy:
+        return make_policy(name, self.layers, self.law)
 
     def decode(
         self,
@@ -59,7 +59,7 @@ class Decoder:
         policy: Policy,
         *,
         max_new_tokens: int | None = None,
-        written: Sequence[int] | None = None,
+        forced: Sequence[int] | None = None,
         judge: Callable[[int, str, bool], str] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
@@ -81,7 +81,7 @@ class Decoder:
             pad_id=self.tokenizer.pad_id,
             key=self.seed,
             total=len(prompts),
-            forced=None if written is None else [written[index] for index in here.index_B],
+            forced=None if forced is None else [forced[index] for index in here.index_B],
             size=self.size,
         )
         text_of = self.tokenizer.completion_text
@@ -105,8 +105,8 @@ class Decoder:
         return attempts, sum(gather(what, tokens / made.seconds))
 
 
-def make_policy(text: str, rows: int, columns: int, layers: int, law: Sample = Sample()) -> Policy:
-    """The policy that a config names, for decoding `rows` completions of up to `columns` tokens.
+def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
+    """The policy that a config names, of a model with so many layers.
 
     `law` is what `sample` means: the temperature of the hazards and the floor under them.
     """

@@ -112,7 +112,7 @@ class JexitLM(TemplateLM):
         if min_hazard is None:
             min_hazard = law["min_hazard"]
         self._law = Sample(float(hazard_temperature), float(min_hazard))
-        self._policy(1, 1)  # refuses a wrong one
+        self._policy = make_policy(policy, self._model.arch.layers, self._law)
         self.max_gen_toks, self.think_end_token = int(max_gen_toks), think_end_token
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         if max_batch_size is not None:
@@ -195,10 +195,7 @@ class JexitLM(TemplateLM):
     def _scored(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
         if not pairs:
             return
-        longest = max(len(continuation) for _, continuation in pairs)
-        for found in self._scorer(self._policy(len(pairs), longest), self.max_length).batches(
-            pairs
-        ):
+        for found in self._scorer(self._policy, self.max_length).batches(pairs):
             for score in found.values():
                 self.depth_total += sum(score.depths)
                 self.tokens += len(score.depths)
@@ -284,7 +281,7 @@ class JexitLM(TemplateLM):
             self._model,
             _Ids(self.texts, [self.tok_encode(text)[-room:] for text in contexts]),
             contexts,
-            policy=self._policy(len(contexts), new),
+            policy=self._policy,
             max_new_tokens=new,
             temperature=temperature,
             stop=() if thinks else stop,
@@ -302,9 +299,6 @@ class JexitLM(TemplateLM):
             )
             for text, context in zip(made.texts, contexts, strict=True)
         ]
-
-    def _policy(self, rows: int, columns: int) -> Policy:
-        return make_policy(self.policy, rows, columns, self._model.arch.layers, self._law)
 
 
 def _after_thought(text: str, end: str, *, opened: bool) -> str:

@@ -102,7 +102,7 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
     )
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
-            decoder.policy(policy, 1, 1)  # refuse a wrong one before the first runs
+            decoder.policy(policy)  # refuse a wrong one before the first runs
     if "filler" in config.eval.measures:
         # Refuse a tokenizer without.
         ModelCompleter(decoder, config.eval.measured, positions).filler("")

@@ -25,9 +25,7 @@ def print_generations(config: Config) -> None:
         model,
         tokenizer,
         g.prompts,
-        policy=make_policy(
-            g.policy, len(g.prompts), g.max_new_tokens, layers, sampling_law(config)
-        ),
+        policy=make_policy(g.policy, layers, sampling_law(config)),
         max_new_tokens=g.max_new_tokens,
         temperature=g.temperature,
         top_p=g.top_p,

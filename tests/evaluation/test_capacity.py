@@ -108,12 +108,12 @@ class AddsInItsHead:
     layers: int = 3
     max_new_tokens: int = 40
 
-    def policy(self, name, rows, columns):
+    def policy(self, name):
         return name
 
-    def decode(self, prompts, policy, *, judge=None, what, written=None, **_):
+    def decode(self, prompts, policy, *, judge=None, what, forced=None, **_):
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
-        say = self.step if written is not None else self.answer
+        say = self.step if forced is not None else self.answer
         attempts = []
         for number, text in enumerate(texts):
             said, first = say(text, self.up_to[policy])

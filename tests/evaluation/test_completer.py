@@ -41,7 +41,7 @@ def test_a_completer_goes_on_as_decoding_would_have(completer):
     """From a completion's own first tokens on come its last ones, at the same depths."""
     decoder, tokenizer = completer.decoder, completer.decoder.tokenizer
     problems = [Problem(prompt=text, answer="") for text in ("sum 3729518", "sum by 3 48151")]
-    policy = decoder.policy("threshold:0.3", 2, 40)
+    policy = decoder.policy("threshold:0.3")
     whole, _ = decoder.decode(encode_problems(tokenizer, problems), policy, what="whole")
     begun = [tokenizer.decode(attempt.ids[:5]) for attempt in whole]
     replies = completer.complete(problems, begun, answer_only=False)
