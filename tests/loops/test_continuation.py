@@ -94,6 +94,8 @@ def test_low_rank_maps_are_fitted(model_dir, tmp_path):
 
 
 def test_too_few_trajectories_for_a_fit_are_one_sentence(model_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.sft\.pool gives 1 trajectories.* at least 2"):
+    with pytest.raises(
+        ValueError, match=r"config\.sft\.pool gives trajectories for 1 prompts.* at least 2"
+    ):
         run("sft", model_dir, tmp_path, **SETTINGS | {"sft__pool": 1})
     assert not (tmp_path / "model").exists()

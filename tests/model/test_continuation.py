@@ -251,9 +251,12 @@ def settings_of(settings):
 
 
 MEANINGLESS = [
-    ({"continuation": "quadratic"}, "continuation is 'quadratic'; choose frozen or linear"),
+    ({"continuation": "quadratic"}, "continuation is 'quadratic'; choose one of frozen, linear"),
     ({"continuation_rank": 4}, "continuation_rank is 4 for a frozen continuation"),
-    ({"continuation": "linear", "continuation_rank": -1}, "continuation_rank is -1; it is a"),
+    (
+        {"continuation": "linear", "continuation_rank": -1},
+        "continuation_rank is -1; it must be at least 0",
+    ),
 ]
 
 
