@@ -1,4 +1,4 @@
-"""Going on from forced prefixes with the shipped model, whose text gives its tokens again."""
+"""Going on from forced prefixes."""
 
 import dataclasses
 
@@ -13,15 +13,20 @@ from jexit.steps.state import split_model
 from jexit.tasks import Problem
 
 
-@pytest.fixture(scope="module")
-def completer():
-    model, tokenizer = load(TINY_CALIBRATED_PATH)
+def completer_of(path):
+    model, tokenizer = load(path)
     split = split_model(model, full=False)
     decoder = Decoder(
-        parts=split.decodable(split.trainable), layers=8, tokenizer=tokenizer, size=EngineSize(),
-        temperature=0.0, max_new_tokens=40, seed=0,
+        parts=split.decodable(split.trainable), layers=model.arch.layers, tokenizer=tokenizer,
+        size=EngineSize(), temperature=0.0, max_new_tokens=40, seed=0,
     )  # fmt: skip
     return ModelCompleter(decoder, "threshold:0.3", model.arch.max_positions)
+
+
+@pytest.fixture(scope="module")
+def completer():
+    """The shipped model, whose text gives its tokens again."""
+    return completer_of(TINY_CALIBRATED_PATH)
 
 
 class Thinks:
@@ -58,8 +63,9 @@ def test_a_completer_goes_on_as_decoding_would_have(completer):
     assert thinking.complete(problems, opened, answer_only=False) == replies
 
 
-def test_replies_are_as_long_as_the_positions_that_are_left_allow(completer):
+def test_replies_are_as_long_as_the_positions_that_are_left_allow(model_dir):
     """Prompts that differ in their room: whole, cut off, and none."""
+    completer = completer_of(model_dir)
     tokenizer = completer.decoder.tokenizer
     problem = Problem(prompt="sum 3729518", answer="5")
     (asked,) = encode_problems(tokenizer, [problem])
