@@ -8,17 +8,26 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with the extra eval")
 
+from lm_eval.tasks import TaskManager
+
 import jexit
 from jexit.evaluation.harness import main
 from jexit.tasks import make_task
 
 ROOT = pathlib.Path(jexit.__file__).parent.parent
+CONFIGS = ROOT / "configs" / "harness"
 MODEL = ROOT / "jexit" / "assets" / "tiny-calibrated"
 TASK = make_task("word_problems")
 
 
+@pytest.fixture(scope="module")
+def manager():
+    """Lists thousands of tasks, which takes seconds."""
+    return TaskManager(include_path=str(CONFIGS))
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, manager):
     """A working directory with data where the task files of configs/harness look for it."""
     problems = [TASK.problem("test", index) for index in range(12)]
     rows = [{"question": p.prompt, "answer": p.completion} for p in problems]
@@ -26,6 +35,7 @@ def here(tmp_path, monkeypatch):
         write(tmp_path / "data" / "gsm8k" / f"{split}.jsonl", rows)
     rows = [{"context": p.prompt, "completion": p.completion.partition("=")[0]} for p in problems]
     write(tmp_path / "data" / "arithmetic" / "single_digit_three_ops.jsonl", rows)
+    monkeypatch.setattr("jexit.evaluation.harness.TaskManager", lambda include_path: manager)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -37,7 +47,7 @@ def write(file, rows):
 
 
 def run(*options):
-    return main([f"--model={MODEL}", f"--include_path={ROOT / 'configs' / 'harness'}", *options])
+    return main([f"--model={MODEL}", f"--include_path={CONFIGS}", *options])
 
 
 def test_a_built_in_task_of_log_likelihoods(here, capsys):

@@ -160,19 +160,33 @@ def test_policies_and_seeds_matter(small):
     assert first == pytest.approx(totals(policy="fixed:1"), abs=LOGPROBS)
 
 
-def test_sampled_tokens_follow_the_request(small):
-    def texts(settings, **options):
-        lm = JexitLM(*small, **options)
-        asked = [("sum 12", {"until": [], "max_gen_toks": 12, **settings})] * 6
-        return lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+def texts(small, settings, **options):
+    """What is generated six times after one prompt."""
+    lm = JexitLM(*small, **options)
+    asked = [("sum 12", {"until": [], "max_gen_toks": 12, **settings})] * 6
+    return lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
 
-    assert len(set(texts({}))) == 1, "greedy"
-    assert texts({"do_sample": False, "temperature": 1.0}) == texts({})
-    sampled = texts({"do_sample": True, "temperature": 1.0})
+
+def test_sampled_tokens_follow_the_request(small):
+    greedy = texts(small, {})
+    assert len(set(greedy)) == 1
+    assert texts(small, {"do_sample": False, "temperature": 1.0}) == greedy
+    sampled = texts(small, {"temperature": 1.0})
     assert len(set(sampled)) > 1
-    assert sampled == texts({"temperature": 1.0}) == texts({"do_sample": True})
-    assert sampled != texts({"temperature": 1.0}, seed=1)
-    assert len(set(texts({"temperature": 1.0, "top_k": 1}))) == 1
+    assert sampled == texts(small, {"do_sample": True})
+    assert sampled != texts(small, {"temperature": 1.0}, seed=1)
+    assert len(set(texts(small, {"temperature": 1.0, "top_k": 1}))) == 1
+    # Settings that ask for nothing change nothing. By hand: the defaults of transformers'
+    # GenerationConfig and of the OpenAI interface.
+    nothing = {
+        "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "length_penalty": 1,
+        "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "typical_p": 1.0,
+        "num_return_sequences": 1, "early_stopping": False, "use_cache": True,
+        "presence_penalty": 0, "frequency_penalty": 0.0, "bad_words_ids": None, "n": 1,
+        "guidance_scale": None, "top_k": None, "top_p": None,
+    }  # fmt: skip
+    for settings in (nothing, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}):
+        assert texts(small, {"temperature": 1.0, **settings}) == sampled
 
 
 def test_the_answer_is_what_follows_the_thought(small, monkeypatch):
@@ -247,23 +261,3 @@ def test_what_cannot_be_done_is_refused(small):
         asked = requests("generate_until", [("sum 12", {"until": [], **settings})])
         with pytest.raises(ValueError, match=sentence):
             lm.generate_until(asked, disable_tqdm=True)
-
-
-def test_settings_that_ask_for_nothing_change_nothing(small):
-    def text(settings):
-        asked = [("sum 12", {"until": [], "max_gen_toks": 8, "temperature": 1.0, **settings})]
-        return JexitLM(*small).generate_until(requests("generate_until", asked), True)
-
-    plain = text({})
-    # By hand: the defaults of transformers' GenerationConfig and of the OpenAI interface.
-    assert plain == text(
-        {
-            "num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "length_penalty": 1,
-            "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "typical_p": 1.0,
-            "num_return_sequences": 1, "early_stopping": False, "use_cache": True,
-            "presence_penalty": 0, "frequency_penalty": 0.0, "bad_words_ids": None, "n": 1,
-            "guidance_scale": None, "top_k": None, "top_p": None,
-        }
-    )  # fmt: skip
-    assert plain == text({"top_k": 0, "top_p": 1.0, "min_p": 0.0})
-    assert plain != text({"top_k": 1})

@@ -51,27 +51,21 @@ def depths_for(pairs, seed=1):
 
 
 def test_what_decoding_recorded(model, pairs):
+    """test_harness_model.py has the same of thresholds and fixed depths, where text is greedy."""
     prompts = [context for context, _ in pairs]
-    for policy, temperature in (
-        (Full(), 0.0), (Threshold(0.45), 0.0), (Sample(), 1.0), (Prescribed(depths_for(pairs)), 1.0)
-    ):  # fmt: skip
-        made = rollout(
-            model, prompts, policy=policy, max_new_tokens=12, temperature=temperature,
-            eos_ids=[END], pad_id=END, key=3,
-        )  # fmt: skip
-        decoded = [(prompt, made.completion(row)) for row, prompt in enumerate(prompts)]
-        if isinstance(policy, Sample):  # the same depths, whatever drew them
-            policy = Prescribed(np.where(made.depths_BT > 0, made.depths_BT, 1))
-        early = 0
-        for row, score in enumerate(scorer(model, policy=policy, batch_size=4).score(decoded)):
-            length = made.lengths_B[row]
-            assert score.depths == made.depths_BT[row, :length].tolist()
-            assert score.depths[0] == 3
-            early += sum(depth < 3 for depth in score.depths)
-            recorded = made.logprobs_BT[row, :length]
-            np.testing.assert_allclose(score.logprobs, recorded, atol=LOGPROBS)
-            assert score.greedy or temperature > 0
-        assert (early > 0) == (not isinstance(policy, Full))
+    made = rollout(
+        model, prompts, policy=Sample(), max_new_tokens=12, temperature=1.0, eos_ids=[END],
+        pad_id=END, key=3,
+    )  # fmt: skip
+    decoded = [(prompt, made.completion(row)) for row, prompt in enumerate(prompts)]
+    # The same depths, whatever drew them.
+    policy = Prescribed(np.where(made.depths_BT > 0, made.depths_BT, 1))
+    for row, score in enumerate(scorer(model, policy=policy, batch_size=4).score(decoded)):
+        length = made.lengths_B[row]
+        assert score.depths == made.depths_BT[row, :length].tolist()
+        assert score.depths[0] == 3
+        np.testing.assert_allclose(score.logprobs, made.logprobs_BT[row, :length], atol=LOGPROBS)
+    assert {1, 2, 3} <= set(made.depths_BT.ravel().tolist())
 
 
 def test_batches_change_nothing(model, pairs):
