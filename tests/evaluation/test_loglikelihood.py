@@ -80,12 +80,12 @@ def test_batches_change_nothing(model, pairs):
             policy = Prescribed(policy.depth_BT[order])
         moved = scorer(model, policy=policy).score([pairs[index] for index in order])
         assert [score.depths for score in moved] == [whole[index].depths for index in order]
-    # Positions and rows draw for themselves.
-    rng = np.random.default_rng(4)
-    pairs = [([1, 2], rng.integers(0, END, 60).tolist()) for _ in range(8)]
-    depths = [score.depths for score in scorer(model, policy=Sample()).score(pairs)]
-    assert len({tuple(row) for row in depths}) == 8
-    assert all(set(row[1:]) == {1, 2, 3} for row in depths)
+    # Positions and rows draw for themselves, also where the texts are nearly the same.
+    continuation = np.random.default_rng(4).integers(0, END, 60).tolist()
+    pairs = [([number, 2], continuation) for number in range(8)]
+    depths = [score.depths[1:] for score in scorer(model, policy=Sample()).score(pairs)]
+    assert all(set(row) == {1, 2, 3} for row in depths)
+    assert np.mean([np.equal(depths[0], row) for row in depths[1:]]) < 0.6
 
 
 def test_sampled_depths_follow_the_law_and_the_seed(model):
