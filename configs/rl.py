@@ -1,9 +1,9 @@
-"""Rewards right answers reached with shallow forward passes.
+"""Rewards correct answers reached with shallow forward passes.
 
     python -m jexit.main --config=configs/rl.py
 
 `tiny` starts from the shipped calibrated model on `sums`: some five minutes on two CPU cores, from
-89 % right at 0.63 L (108 layers a problem) to 100 % at 0.53 L (67 layers).
+89 % correct at 0.63 L (108 layers a problem) to 100 % at 0.53 L (67 layers).
 
     python -m jexit.main --config=configs/rl.py:qwen2.5-0.5b
 

@@ -9,9 +9,9 @@
         --eval=configs/experiments/measures.py model.path=runs/deep rl.depth_coef=0.4,2 seed=0
 
 A run of pretraining takes 50 minutes on one CPU core. After the first, steps of two operands are
-right at the last layer and those of three in 71 %; after the second, which begins anew with the
+correct at the last layer and those of three in 71 %; after the second, which begins anew with the
 learning rate, those of four and five are learnt, too. Calibration takes seven minutes, a run of the
-sweep a quarter of an hour; both prices end at 99.6 % right, at 34 and 25 % of the depth.
+sweep a quarter of an hour; both penalties end at 99.6 % correct, at 34 and 25 % of the depth.
 """
 
 import configs.pretrain

@@ -1,14 +1,14 @@
-"""Study B: does reasoning move to the page when layers cost something, and text does too?
+"""Study B: does reasoning move into the chain of thought when layers and text both cost?
 
     bash launch/sweep.sh --config=configs/experiments/page.py \
         --eval=configs/experiments/measures.py --into=runs/page --jobs=2 \
         rl.depth_coef=0,0.5,1,2,4 seed=0,1
 
 Depth and text compete: a long completion of small steps is shallow, a short one of large steps is
-deep. Both prices come in over 40 updates and are withheld while fewer than 90 % of the answers are
-right, since a price on text collapses the text of a model that is often wrong.
+deep. Both penalties come in over 40 updates and are withheld while fewer than 90 % of the answers
+are correct, since a length penalty collapses the text of a model that is often wrong.
 
-Text that costs more keeps its steps under a price of depth, too:
+A larger length penalty, under which steps keep their size at any depth penalty:
 
     bash launch/sweep.sh --config=configs/experiments/page.py \
         --eval=configs/experiments/measures.py --into=runs/page-dear_text --jobs=2 \
@@ -25,8 +25,8 @@ import configs.rl
 
 def get_config(preset: str = "tiny"):
     config = configs.rl.get_config(preset)
-    config.rl.length_coef = 0.2  # at 0.5 steps do not shrink at a price of depth of 2
-    config.rl.length_ref = 22.0  # tokens of a completion at the start, about
+    config.rl.length_coef = 0.2  # at 0.5 steps do not shrink at a depth penalty of 2
+    config.rl.length_ref = 22.0  # tokens of the initial checkpoint's completions, about
     config.rl.warmup_steps = 40
     config.rl.accuracy_floor = 0.9
     config.checkpoint.every = 50

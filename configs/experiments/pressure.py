@@ -1,4 +1,4 @@
-"""Study A: accuracy and depth as the price of depth grows, and what knows where to stop.
+"""Study A: accuracy and depth as the depth penalty grows, and which penalty to choose.
 
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/pressure-sums --jobs=2 \
@@ -20,8 +20,8 @@ Other tasks, of which one cannot prescribe steps:
 Word problems end at 91 to 96 % correct, at 54 and 74 % of the depth for λ = 0, 43 % for 0.2 and
 32 % for 0.8; stories at 61 to 70 %, at 48 to 54, 35 to 39 and 29 to 32 % of the depth.
 
-Instead of a grid of prices, one that dual ascent raises while accuracy keeps over a floor, on sums
-and word problems up to 2, on stories, in half an hour a run, up to 0.5:
+Instead of a grid of penalties, one that dual ascent raises while accuracy keeps over a floor, up to
+2 on sums and word problems, up to 0.5 on stories, in half an hour a run:
 
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/ascent-sums --jobs=2 \
@@ -34,7 +34,7 @@ and word problems up to 2, on stories, in half an hour a run, up to 0.5:
         rl.accuracy_floor=0.7 seed=0,1 --config.rl.dual_ascent=True --config.rl.depth_coef=0.5 \
         --config.steps=300 --config.task.name=tom --eval.eval.problems=1024
 
-From a start that was calibrated in the published way (configs/experiments/calibration.py):
+From a checkpoint that was calibrated in the published way (configs/experiments/calibration.py):
 
     bash launch/sweep.sh --config=configs/experiments/pressure.py \
         --eval=configs/experiments/measures.py --into=runs/published-sums --jobs=2 \
