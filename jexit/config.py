@@ -127,6 +127,9 @@ class ModelConfig(Execution):
     local cache."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights; auto is float32 on CPUs and bfloat16 on accelerators."""
+    kernels: Literal["auto", "xla"] = "auto"
+    """What computes over the vocabulary and decodes attention: auto is Pallas kernels where the
+    chip has them. `jexit.doctor` tells where xla has to take their place."""
 
     @property
     def execution(self) -> Execution:

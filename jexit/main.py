@@ -180,6 +180,7 @@ def main(argv: Sequence[str]) -> int:
         return _say(error, error.exit_code)
     # Imported here, so that a wrong flag does not wait for jax.
     from jexit.dist import multihost, provide_threads
+    from jexit.kernels import using
 
     provide_threads()
     code = 0
@@ -188,7 +189,8 @@ def main(argv: Sequence[str]) -> int:
             multihost.initialize(
                 given.coordinator, given.processes, given.process, timeout=given.host_timeout
             )
-        dispatch(given.config, given.workdir, given.aot)
+        with using(given.config.model.kernels):
+            dispatch(given.config, given.workdir, given.aot)
         multihost.barrier("the end of the run")
     except Exception as error:
         found = _exit_code(error, given.workdir)

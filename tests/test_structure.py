@@ -37,6 +37,7 @@ ORDER = (
     "report",  # before loops: every training run ends by drawing its curves
     "loops",
     "aot",
+    "doctor",
     "main",
     "sweep",
     "convert.from_hf",

@@ -1,8 +1,17 @@
 """Vocabulary ops that never hold [tokens, vocabulary] in memory, and attention while decoding."""
 
 from jexit.kernels.decode_attention import decode_attention
+from jexit.kernels.dispatch import using
 from jexit.kernels.exit_kl import ExitKL, exit_kl
 from jexit.kernels.linear_kl import linear_kl
 from jexit.kernels.linear_logprob import LinearLogprob, linear_logprob
 
-__all__ = ["ExitKL", "LinearLogprob", "decode_attention", "exit_kl", "linear_kl", "linear_logprob"]
+__all__ = [
+    "ExitKL",
+    "LinearLogprob",
+    "decode_attention",
+    "exit_kl",
+    "linear_kl",
+    "linear_logprob",
+    "using",
+]

@@ -52,6 +52,24 @@ def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
         _TARGET.reset(token)
 
 
+AUTO = "auto"
+_PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", default=AUTO)
+
+
+@contextlib.contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Runs that implementation in calls that name none: `xla` where a kernel fails on a chip.
+
+    `auto` leaves the choice to the platform. As with `compiling_for`, a function that was traced
+    before needs `jax.clear_caches()`.
+    """
+    token = _PREFERRED.set(implementation)
+    try:
+        yield
+    finally:
+        _PREFERRED.reset(token)
+
+
 class Implementation(NamedTuple):
     """One way to compute an op, and the platforms on which it may be picked unnamed."""
 
@@ -102,7 +120,8 @@ class Operation:
           ValueError: for a name that was never registered.
           NotImplementedError: from the named implementation, or when none covers the call.
         """
-        if implementation is not None:
+        implementation = implementation or _PREFERRED.get()
+        if implementation != AUTO:
             if implementation not in self._implementations:
                 raise UserError(
                     f"{self.name} has no implementation {implementation!r}; use None or one of "

@@ -8,16 +8,12 @@ what the compiled step holds beside its arguments. Below 1 the ops are smaller, 
 """
 
 import argparse
-import contextlib
-import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from typing import Any
-from unittest import mock
 
 VARIANTS = ("reference", "xla")
 
@@ -60,69 +56,43 @@ def child(what: str) -> dict[str, float]:
 def measure(arguments: argparse.Namespace, stage: str, implementation: str) -> dict[str, float]:
     """Temporaries, the process's peak and the median seconds of a step."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     import jexit
-    from jexit import kernels
     from jexit.config import LoRA, OptimConfig, RLConfig, SFTConfig
+    from jexit.doctor.speed import random_rollouts
+    from jexit.kernels import using
     from jexit.loops.trainer import peak_memory
-    from jexit.steps.completions import pad_completions
     from jexit.steps.optim import make_optimizer
-    from jexit.steps.rl import Penalties, RLBatch, make_rl_step
+    from jexit.steps.rl import Penalties, make_rl_step
     from jexit.steps.sft import make_sft_step
     from jexit.steps.state import new_state, parameter_labels, split_model
 
     model, _ = jexit.load(arguments.model, lora=LoRA(rank=8, alpha=16.0, targets=("q", "v")))
     split = split_model(model, full=False)
+    batch = random_rollouts(
+        model,
+        rows=arguments.rows,
+        prompt=arguments.length - arguments.completion,
+        new=arguments.completion,
+    )
     optimizer = make_optimizer(OptimConfig(), 100, parameter_labels(model, full=False))
-    random = np.random.default_rng(0)
-    prompt = arguments.length - arguments.completion
-    completions = pad_completions(
-        [random.integers(0, 1000, prompt).tolist()] * arguments.rows,
-        random.integers(0, 1000, (arguments.rows, arguments.completion)).tolist(),
-        0,
-        (arguments.length, arguments.completion),
-    )
-    depth_BC = jnp.asarray(
-        random.choice(
-            [*model.exit_layers, model.arch.layers], completions.completion_tokens_BC.shape
-        )
-    )
-    batch: Any = completions
-    if stage == "rl":
-        batch = RLBatch(
-            completions,
-            completions.token_BC.sum(1),
-            depth_BC,
-            jnp.full(depth_BC.shape, -2.0),
-            jnp.full(depth_BC.shape, -1.0),
-            jnp.arange(arguments.rows) % 2 * 1.0,
-            jnp.zeros(arguments.rows, bool),
-        )
-
-    with contextlib.ExitStack() as patches:
-        for op in ("exit_kl", "linear_kl", "linear_logprob"):
-            function = functools.partial(getattr(kernels, op), implementation=implementation)
-            for module in ("jexit.steps.sft", "jexit.steps.rl"):
-                if hasattr(sys.modules[module], op):
-                    patches.enter_context(mock.patch(f"{module}.{op}", function))
+    with using(implementation):
         if stage == "sft":
             step = make_sft_step(split, optimizer, SFTConfig(samples=arguments.samples))
-            extra: tuple = ()
+            inputs: tuple = (batch.rows,)
         else:
             config = RLConfig(
                 rollouts=arguments.rows, max_new_tokens=arguments.completion, kl_loss_coef=0.1
             )
-            step, extra = make_rl_step(split, optimizer, config), (Penalties(0.5, 0.0),)
+            step, inputs = make_rl_step(split, optimizer, config), (batch, Penalties(0.5, 0.0))
         state = new_state(split.trainable, optimizer)
         key = jax.random.key(0)
-        compiled = step.lower(state, split.fixed, batch, *extra, key).compile()
+        compiled = step.lower(state, split.fixed, *inputs, key).compile()
 
     seconds = []
     for _ in range(arguments.repeats + 1):
         begin = time.perf_counter()
-        state, metrics = compiled(state, split.fixed, batch, *extra, key)
+        state, metrics = compiled(state, split.fixed, *inputs, key)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - begin)
     return {

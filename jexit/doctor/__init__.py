@@ -1,0 +1,1 @@
+"""What this machine is, whether it computes what it should, and how fast."""

@@ -1,0 +1,100 @@
+"""Says what this machine is, whether it computes what it should, and how fast.
+
+    python -m jexit.doctor
+
+Compares every kernel and attention implementation that jexit may pick on the first device with its
+definition in float32: outputs and gradients, in float32 and bfloat16. Then times decoding and the
+training steps of a random model. Ends with a sentence for whatever is wrong, and the setting that
+avoids it, and exits 1. Takes one to ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+from jexit.doctor import agreement, speed
+from jexit.doctor.agreement import PORTABLE, Check
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jexit.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    print("\n".join(machine()), flush=True)
+    print(f"\n{'operation':<18}{'implementation':<16}{'precision':<10}{'error':>9}{'':>4}"
+          f"{'ms':>9}{'of xla':>8}")  # fmt: skip
+    found: list[Check] = []
+    for check in agreement.checks():
+        found.append(check)
+        print(_row(check, found), flush=True)
+    name, arch = speed.fitting()
+    print(f"\n{name}: {arch.layers} layers of width {arch.width}, random weights")
+    print(f"{'work':<28}{'kernels':<10}{'tokens/s':>12}{'MFU':>8}")
+    for timing in speed.timings(arch):
+        share = "" if timing.mfu is None else f"{timing.mfu:.1%}"
+        print(
+            f"{timing.work:<28}{timing.implementation:<10}{timing.tokens_per_second:>12,.0f}"
+            f"{share:>8}",
+            flush=True,
+        )
+    wrong = [check for check in found if check.failure]
+    print()
+    for check in wrong:
+        print(
+            f"jexit: {check.operation} by {check.implementation} in {check.dtype}: "
+            f"{check.failure}; set --{check.setting}",
+            file=sys.stderr,
+        )
+    if not wrong:
+        print("Every implementation agrees with its definition.")
+    return 1 if wrong else 0
+
+
+def machine() -> list[str]:
+    """What computes here, a line each."""
+    import jax
+    import jaxlib
+
+    import jexit
+    from jexit.kernels.chips import UNKNOWN, chip
+
+    devices = jax.local_devices()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    known = chip()
+    peak = ""
+    if devices[0].platform != "cpu":
+        peak = ", a chip that jexit knows nothing of"
+        if known is not UNKNOWN:
+            flops = known.peak_flops
+            peak = f", {known.memory_gib:g} GiB" + (f", {flops / 1e12:g} TFLOP/s" if flops else "")
+    return [
+        f"jexit {jexit.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python "
+        f"{platform.python_version()}",
+        f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}){peak}",
+        f"host: {os.cpu_count()} cores, {memory:.0f} GiB",
+    ]
+
+
+def _row(check: Check, found: Sequence[Check]) -> str:
+    same = (check.operation, check.dtype, PORTABLE)
+    portable = next(
+        (c.seconds for c in found if (c.operation, c.dtype, c.implementation) == same), None
+    )
+    ratio = f"{check.seconds / portable:.2f}" if check.seconds and portable else ""
+    error = "" if check.error is None else f"{check.error:.1e}"
+    milliseconds = "" if check.seconds is None else f"{1e3 * check.seconds:.2f}"
+    return (
+        f"{check.operation:<18}{check.implementation:<16}{check.dtype:<10}{error:>9}"
+        f"{' !' if check.failure else '':<4}{milliseconds:>9}{ratio:>8}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

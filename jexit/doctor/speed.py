@@ -1,0 +1,171 @@
+"""How fast a random model decodes and trains on a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.config import ExitSettings, LoRA, OptimConfig, RLConfig, SFTConfig
+from jexit.doctor.agreement import PORTABLE, seconds
+from jexit.kernels import using
+from jexit.kernels.chips import chip
+from jexit.kernels.dispatch import AUTO, target
+from jexit.loops.flops import ModelFlops, Work, mfu
+from jexit.model.policies import Full, Prescribed
+from jexit.model.transformer import Transformer
+from jexit.presets import PRESETS, Architecture
+from jexit.rollout import rollout
+from jexit.steps.completions import Completions, pad_completions
+from jexit.steps.optim import make_optimizer
+from jexit.steps.rl import Penalties, RLBatch, make_rl_step
+from jexit.steps.sft import make_sft_step
+from jexit.steps.state import SplitModel, new_state, parameter_labels, split_model
+
+# For processors: what a preset takes there says little of the machine, and minutes.
+SMALL = dataclasses.replace(
+    PRESETS["smollm2-135m"].architecture, width=192, layers=10, query_heads=6, kv_heads=2,
+    head_dim=32, mlp_width=512, vocab_size=8_192,
+)  # fmt: skip
+FITTING = ("qwen3-1.7b", "qwen3-0.6b", "smollm2-135m")  # the first whose work fits
+BYTES = 16  # of memory that a parameter may take here: weights, gradients' activations, caches
+ROLLOUTS = 4  # of a prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Tokens a second of one kind of work, and what share of the chip's peak that is."""
+
+    work: str
+    implementation: str
+    tokens_per_second: float
+    mfu: float | None = None
+
+
+def fitting() -> tuple[str, Architecture]:
+    """The largest of `FITTING` that the first device has room for, and its name."""
+    if target().platform == "cpu":
+        return "a small model", SMALL
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit", chip().memory_gib * 2**30)
+    for name in FITTING[:-1]:
+        if BYTES * parameters(PRESETS[name].architecture) <= memory:
+            return name, PRESETS[name].architecture
+    return FITTING[-1], PRESETS[FITTING[-1]].architecture
+
+
+def parameters(arch: Architecture) -> int:
+    """Of the trunk and the embedding."""
+    model = nnx.eval_shape(lambda: Transformer(arch, exit_layers=(1,), rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def timings(arch: Architecture) -> Iterator[Timing]:
+    """Decoding and both stages' steps with what the platform picks, and with XLA alone."""
+    on_cpu = target().platform == "cpu"
+    model = random_model(arch, jnp.float32 if on_cpu else jnp.bfloat16)
+    for implementation in (AUTO,) if on_cpu else (AUTO, PORTABLE):
+        jax.clear_caches()
+        with using(implementation):
+            for work, tokens_per_second, share in _measured(model, on_cpu):
+                yield Timing(work, implementation, tokens_per_second, share)
+
+
+def random_model(arch: Architecture, dtype: Any) -> Transformer:
+    layers = tuple(range(5, arch.layers, 5))
+    return nnx.jit(
+        lambda: Transformer(
+            arch,
+            exit_layers=layers,
+            exit_head=ExitSettings(continuation="linear", detached=True),
+            lora=LoRA(rank=8, alpha=16.0, targets=("q", "k", "v", "o")),
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )()
+
+
+def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, float | None]]:
+    prompts, prompt, new = (8, 16, 16) if on_cpu else (128, 128, 128)
+    split = split_model(model, full=False)
+    random = np.random.default_rng(0)
+    prompt_ids = random.integers(0, model.arch.vocab_size, (prompts, prompt)).tolist()
+    layers = model.arch.layers
+    half = min(model.exit_layers, key=lambda layer: abs(2 * layer - layers))
+    halves = Prescribed(np.full((prompts, new), half, np.int32))
+    for name, policy in (("full depth", Full()), (f"depth {half} of {layers}", halves)):
+        for _ in range(2):  # the second compiles nothing
+            made = rollout(
+                split.decodable(split.trainable), prompt_ids, policy=policy, max_new_tokens=new,
+                eos_ids=(), pad_id=0, key=0,
+            )  # fmt: skip
+        yield f"decoding, {name}", float(made.lengths_B.sum()) / made.seconds, None
+
+    rows, prompt, new = (4, 32, 32) if on_cpu else (8, 256, 256)
+    batch = random_rollouts(model, rows=rows, prompt=prompt, new=new)
+    flops = ModelFlops.of(model, full=False)
+    work = Work.of(np.full(rows, prompt + new))
+    sft = SFTConfig(samples=1)
+    for stage, step, counted in (
+        ("calibration", sft_step(model, split, sft, batch.rows),
+         flops.sft_step(work, rows * new, samples=1, target=sft.target)),
+        ("reinforcement", rl_step(model, split, RLConfig(rollouts=ROLLOUTS), batch),
+         flops.rl_step(work, rows * new, updates=1)),
+    ):  # fmt: skip
+        taken = seconds(step, 3)
+        yield f"{stage} step", rows * (prompt + new) / taken, mfu(counted, taken, 1).get("mfu")
+
+
+def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> RLBatch:
+    """Rollouts that nobody drew, each with a copy of its prompt; rewards are 0 and 1."""
+    random = np.random.default_rng(0)
+    vocab = model.arch.vocab_size
+    completions = pad_completions(
+        [random.integers(0, vocab, prompt).tolist()] * rows,
+        random.integers(0, vocab, (rows, new)).tolist(),
+        0,
+        (prompt + new, new),
+    )
+    depth_JW = random.choice([*model.exit_layers, model.arch.layers], (rows, new))
+    return RLBatch(
+        rows=completions,
+        lengths_J=jnp.full(rows, new, jnp.int32),
+        depth_JW=jnp.asarray(depth_JW, jnp.int32),
+        logprobs_JW=jnp.full((rows, new), -2.0),
+        depth_logprobs_JW=jnp.full((rows, new), -1.0),
+        verifier_J=jnp.arange(rows) % 2 * 1.0,
+        truncated_J=jnp.zeros(rows, bool),
+    )
+
+
+def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
+    """A compiled step of calibration without arguments, which starts from the same state."""
+    return _step(model, split, functools.partial(make_sft_step, config=config), rows)
+
+
+def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
+    """The same of reinforcement."""
+    make = functools.partial(make_rl_step, config=config)
+    return _step(model, split, make, batch, Penalties(0.5, 0.0))
+
+
+def _step(model: Transformer, split: SplitModel, make: Any, *batch: Any) -> Any:
+    optimizer = make_optimizer(OptimConfig(), 100, parameter_labels(model, full=False))
+    step = make(split, optimizer)
+    # A step takes its state's memory.
+    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    held = {"state": state}
+    key = jax.random.key(0)
+
+    def run() -> Any:
+        held["state"], metrics = step(held["state"], split.fixed, *batch, key)
+        return metrics
+
+    jax.block_until_ready(run())
+    return run

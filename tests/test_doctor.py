@@ -1,0 +1,71 @@
+"""`python -m jexit.doctor`: agreement with definitions, and what it says of a broken kernel."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jexit import kernels
+from jexit.doctor import __main__ as doctor
+from jexit.doctor import agreement, speed
+from jexit.kernels.dispatch import Implementation
+from jexit.kernels.linear_kl.api import OPERATION
+
+
+def test_what_runs_here_agrees() -> None:
+    checks = list(agreement.checks())
+    assert {check.operation for check in checks} == {
+        *("exit_kl", "linear_kl", "linear_logprob", "decode_attention", "attention"),
+    }
+    assert all(check.dtype in agreement.TOLERANCE and not check.failure for check in checks)
+    assert all(0 < check.error < agreement.TOLERANCE[check.dtype] for check in checks)
+
+
+def test_a_broken_kernel_is_named(monkeypatch, capsys) -> None:
+    """It does not compile, gives no number, or has a gradient that is off by a hundredth."""
+    right = OPERATION._implementations["xla"].function
+
+    def raises(*_, **__):
+        raise RuntimeError("out of shared memory\nand a page of details")
+
+    def not_a_number(*arguments, **settings):
+        return right(*arguments, **settings).at[3].set(jnp.nan)
+
+    def wrong_gradient(h_student_ND, *rest, **settings):
+        kl_N = right(h_student_ND, *rest, **settings)
+        return kl_N + 0.05 * (kl_N - jax.lax.stop_gradient(kl_N))
+
+    monkeypatch.setattr(speed, "timings", lambda arch: ())
+    only = [case for case in agreement.cases() if case.operation == "linear_kl"]
+    monkeypatch.setattr(agreement, "cases", lambda: only)
+    for function, said in (
+        (raises, "does not run: out of shared memory"),
+        (not_a_number, ".* KL is not finite where the reference is"),
+        (wrong_gradient, "the gradient of .* is 5.0e-02 from the reference, at most 1e-04"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(OPERATION._implementations, "xla", Implementation(function, ("cpu",)))
+            assert doctor.main([]) == 1
+        error = capsys.readouterr().err
+        assert re.search(f"^jexit: linear_kl by xla in float32: {said}", error), error
+        assert "set --config.model.kernels=xla" in error
+    assert doctor.main([]) == 0
+    assert "Every implementation agrees" in capsys.readouterr().out
+
+
+def test_a_setting_takes_the_place_of_what_the_platform_picks() -> None:
+    h_ND, head_VD = jnp.ones((2, 4)), jnp.ones((8, 4))
+    with kernels.using("nowhere"), pytest.raises(ValueError, match="no implementation 'nowhere'"):
+        kernels.linear_kl(h_ND, h_ND, head_VD)
+    with kernels.using("reference"):
+        assert kernels.linear_kl(h_ND, h_ND, head_VD).shape == (2,)
+
+
+@pytest.mark.slow
+def test_the_whole_table(capsys) -> None:
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    for work in ("decoding, full depth", "decoding, depth 5 of 10", "calibration step",
+                 "reinforcement step"):  # fmt: skip
+        assert re.search(rf"{work} +auto +[\d,]+", printed), printed
