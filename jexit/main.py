@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import jexit
 from jexit.config import Config, check_key
 from jexit.errors import RunEnded, UserError
 from jexit.io import storage_errors
@@ -48,8 +49,10 @@ class Arguments:
 def parse(argv: Sequence[str]) -> Arguments:
     """What a command line asks for, checked; `argv` begins with the program's name.
 
-    Raises UserError for whatever is wrong.
+    A config file that is not there may be one that jexit brings. Raises UserError for whatever is
+    wrong.
     """
+    argv = _with_own_config(argv)
     for argument in argv[1:]:
         if not argument.startswith("-"):
             continue
@@ -90,6 +93,27 @@ def parse(argv: Sequence[str]) -> Arguments:
         process=given.process,
         host_timeout=given.host_timeout,
     )
+
+
+def _with_own_config(argv: Sequence[str]) -> list[str]:
+    """The command line, with jexit's config file where the working directory has none."""
+    words = list(argv)
+    for place, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-config") and equals:
+            words[place] = f"{flag}={_own_config(value)}"
+        elif flag in ("--config", "-config") and place + 1 < len(argv):
+            words[place + 1] = _own_config(argv[place + 1])
+    return words
+
+
+def _own_config(value: str) -> str:
+    """`configs/rl.py:PRESET` where it is: here, or in the installed package or the checkout."""
+    file, colon, preset = value.partition(":")
+    package = pathlib.Path(jexit.__file__).parent
+    places = (pathlib.Path(), package, package.parent)
+    found = next((place / file for place in places if (place / file).is_file()), file)
+    return f"{found}{colon}{preset}"
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:

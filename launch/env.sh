@@ -79,14 +79,6 @@ has_tpu() {
   return 1
 }
 
-config_path() { # config_path FILE[:PRESET]: the checkout's file when there is none here
-  if [[ $1 != /* && ! -e ${1%%:*} && -e $root/${1%%:*} ]]; then
-    printf '%s\n' "$root/$1"
-  else
-    printf '%s\n' "$1"
-  fi
-}
-
 accelerator_extras() { # what the accelerator of this machine needs: cuda, cuda12, tpu or nothing
   local driver
   if [[ -n ${JEXIT_EXTRAS+set} ]]; then

@@ -12,29 +12,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 extras=$(accelerator_extras)
 ensure_env "$extras"
 
-arguments=()
-topology=""
-while (($#)); do
-  case $1 in
-    --aot=* | -aot=*)
-      topology=${1#*=}
-      arguments+=("$1")
-      ;;
-    --aot | -aot)
-      topology=${2:-}
-      arguments+=("$1")
-      ;;
-    --config=* | -config=*) arguments+=("${1%%=*}=$(config_path "${1#*=}")") ;;
-    --config | -config)
-      arguments+=("$1")
-      if (($# > 1)); then
-        arguments+=("$(config_path "$2")")
-        shift
-      fi
-      ;;
-    *) arguments+=("$1") ;;
+topology="" previous=""
+for argument in "$@"; do
+  case $previous:$argument in
+    *:--aot=* | *:-aot=*) topology=${argument#*=} ;;
+    --aot:* | -aot:*) topology=$argument ;;
   esac
-  shift
+  previous=$argument
 done
 [[ -z $topology ]] || compile_for "$topology"
-exec "$venv/bin/python" -m jexit.main ${arguments[@]+"${arguments[@]}"}
+exec "$venv/bin/python" -m jexit.main "$@"

@@ -13,11 +13,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 extras=$(accelerator_extras)
 ensure_env "$extras"
 
-arguments=()
-for argument in "$@"; do
-  case $argument in
-    --config=* | --eval=*) arguments+=("${argument%%=*}=$(config_path "${argument#*=}")") ;;
-    *) arguments+=("$argument") ;;
-  esac
-done
-exec "$venv/bin/python" -m jexit.sweep ${arguments[@]+"${arguments[@]}"}
+exec "$venv/bin/python" -m jexit.sweep "$@"

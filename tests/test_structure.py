@@ -42,6 +42,7 @@ ORDER = (
     "sweep",
     "convert.from_hf",
     "convert.to_hf",  # shares the command-line ending of from_hf
+    "cli",
 )
 
 

@@ -1,0 +1,46 @@
+"""The installed command.
+
+    jexit --config=configs/rl.py [--config.KEY=VALUE ...]        trains or measures
+    jexit report WORKDIR ...                                     makes the page on runs
+    jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    reads Hugging Face's format
+    jexit convert to_hf --source=DIR --target=HF_DIR             writes it
+    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid and tabulates it
+    jexit doctor                                                 checks this machine
+
+Each is a module, too: jexit.main, jexit.report, convert.from_hf, jexit.sweep and jexit.doctor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+MODULES = {
+    "report": "jexit.report.__main__",
+    "convert from_hf": "convert.from_hf",
+    "convert to_hf": "convert.to_hf",
+    "sweep": "jexit.sweep.__main__",
+    "doctor": "jexit.doctor.__main__",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hands the arguments to the command's module."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    if argv[0].startswith("-"):
+        from jexit.main import main as run
+
+        return run(["jexit", *argv])
+    words = 2 if argv[0] == "convert" else 1
+    command = " ".join(argv[:words])
+    if command not in MODULES:
+        near = difflib.get_close_matches(command, MODULES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODULES)}"
+        print(f"jexit: there is no command {command!r}; {hint}", file=sys.stderr)
+        return 1
+    return importlib.import_module(MODULES[command]).main(argv[words:])
