@@ -381,7 +381,7 @@ class SFTConfig:
     """Trajectories that are generated once and cached."""
     completions: Annotated[int, Bounds(1, 1_000)] = 1
     """Of each prompt. They share a row, and a copy of the prompt: less work where prompts are
-    long."""
+    long. A model that is sure of itself repeats them, which teaches adapters and heads less."""
     temperature: TemperatureOrGreedy = 1.0
     """At which trajectories are generated."""
     max_new_tokens: Count = 256

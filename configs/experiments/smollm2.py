@@ -46,13 +46,14 @@ def get_config(variant: str = "measure"):
     config.rl.hazard_temperature = 0.3  # of every sampled depth, in all stages
     if variant == "calibrate":
         config.model.path = "runs/smollm2-trunk/model"
-        config.sft.pool = 6144
-        config.sft.completions = 4  # the prompt is five times as long
+        # One completion a prompt: of 6,144 in fours, two in three repeated another of their prompt.
+        config.sft.pool = 8192
+        config.sft.lens_tokens = 131_072
         config.sft.generate_batch = 256
         config.sft.max_new_tokens = 48
         config.sft.samples = 1
         config.steps = 500
-        config.batch_size = 32
+        config.batch_size = 16
         config.lora.dropout = 0.0
         config.optim.lora_lr = 4e-4
         config.optim.schedule = "cosine"
