@@ -58,7 +58,7 @@ class Panel:
 # Name of the file in plots/ → its panels, in the order of the page.
 PANELS: Mapping[str, Sequence[Panel]] = {
     "training": (
-        Panel("Accuracy", "right answers", {"accuracy": "accuracy"}, True),
+        Panel("Accuracy", "correct answers", {"accuracy": "accuracy"}, True),
         Panel("Depth", MEAN_DEPTH, {"depth/fraction": "mean depth"}, True),
         Panel("Layers a problem", "layers run for a completion", {"layers/problem": "layers"}),
     ),
