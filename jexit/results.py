@@ -50,10 +50,6 @@ def _fits(fits: Any, wanted: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _digits(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
-
-
 Finite = Annotated[
     float, Strict(), _fits(lambda value: not abs(value) > LARGEST, f"a number up to {LARGEST:g}")
 ]
@@ -64,12 +60,11 @@ Count = Annotated[
 ]
 Positive = Annotated[Count, _fits(lambda value: value >= 1, "a whole number of at least 1")]
 Interval = Annotated[tuple[Finite, ...], _fits(lambda ends: len(ends) == 2, "a list of 2 numbers")]
-LayerCount = Annotated[str, _fits(_digits, "a number of layers in the digits 0-9")]
-Granularity = Annotated[
+LayerCount = Annotated[
     str,
     _fits(
-        lambda text: _digits(text) or not text.isdigit(),
-        "a number of operands in the digits 0-9 or a name",
+        lambda text: text.isascii() and text.isdigit() and len(text) < 10,
+        "a number of layers in the digits 0-9",
     ),
 ]
 
@@ -268,7 +263,7 @@ class Capacity(Record):
     """What is computed in one step of a size that the prompt or a forced prefix prescribes."""
 
     policy: str
-    granularity: Granularity = Field(description="Operands of a step, or its name.")
+    granularity: str = Field(description="Operands of a step, or its name.")
     problems: Count
     accuracy: Share = Field(description="Share of correct answers, or of correct steps.")
     accuracy_ci95: Interval | None = None
@@ -355,15 +350,11 @@ class Completion(Record):
 
     @model_validator(mode="after")
     def _one_a_token(self) -> Self:
-        check_one_a_token(self.tokens, depths=self.depths, hazards=self.hazards)
+        for name, values in (("depths", self.depths), ("hazards", self.hazards)):
+            if values is not None and len(values) != len(self.tokens):
+                said = f"{len(values)} {name} for {len(self.tokens)} tokens"
+                raise PydanticCustomError("whole", said)
         return self
-
-
-def check_one_a_token(tokens: Sequence[str], **parts: Sequence[Any] | None) -> None:
-    """Raises what pydantic turns into a refusal where a part has not an entry for each token."""
-    for name, values in parts.items():
-        if values is not None and len(values) != len(tokens):
-            raise PydanticCustomError("whole", f"{len(values)} {name} for {len(tokens)} tokens")
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:

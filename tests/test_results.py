@@ -88,7 +88,6 @@ def test_what_does_not_fit_is_named_in_one_sentence():
         ("complete",): [("yes", "complete is 'yes' where true or false belongs")],
         ("version",): [(VERSION + 1, f"reads up to {VERSION}; update jexit")],
         ("hazards", 0, "exits", 0, "bins", 0, "low"): [("x", "bins[0].low is 'x' where")],
-        ("capacity", 1, "granularity"): [("²", "a number of operands in the digits 0-9 or a name")],
     }
     wrongs = [
         (changed(path, wrong), sentence)

@@ -234,7 +234,7 @@ def _over_steps(
 def granularities(entries: Sequence[Capacity]) -> list[str]:
     """Numbers of operands in order, then the names, in the order of the file."""
     names = list(dict.fromkeys(entry.granularity for entry in entries))
-    numbers = sorted((name for name in names if name.isdigit()), key=int)
+    numbers = sorted((name for name in names if name.isdigit()), key=lambda n: (len(n), n))
     return numbers + [name for name in names if not name.isdigit()]
 
 
