@@ -137,7 +137,7 @@ def test_hazards_are_those_that_were_sampled_and_outlive_a_measure_that_fails(
     recorded = [h for row in rows for token in row["hazards"] for h in token if h is not None]
     assert recorded and all(0.75 < hazard < 0.85 for hazard in recorded)
     kept = Evaluation.read(tmp_path / "run" / "eval.json")
-    assert not kept.complete and kept.capacity is None
+    assert not kept.complete and kept.capacity == ()
     assert [entry.policy for entry in kept.runs] == ["sample"]
 
 

@@ -13,7 +13,7 @@ from lm_eval.api.registry import get_model
 import jexit
 from chat_templates import OPENED, SWITCHED, with_template
 from jexit.evaluation.harness_model import JexitLM
-from jexit.model.policies import Prescribed, Threshold
+from jexit.model.policies import Threshold
 from jexit.rollout import generate
 from small_runs import small_model
 from tolerances import LOGITS, LOGPROBS
@@ -93,12 +93,12 @@ def test_ids_and_greedy_texts_are_those_of_transformers(both):
     for text in ("abc def", theirs.apply_chat_template(chat), ours.apply_chat_template(chat)):
         for added in ({}, {"add_special_tokens": False}):
             assert ours.tok_encode(text, **added) == theirs.tok_encode(text, **added)
+    settings = {"until": ["e", "7", "q", " "], "max_gen_toks": 12, "temperature": 0.0}
     asked = [
+        ("0 1 2", settings),
         ("abc def", {"until": ["zz"], "max_gen_toks": 12}),
-        ("the cat", {"until": ["zz"], "max_gen_toks": 12}),
         ("words " * 30, {"until": ["zz"], "max_gen_toks": 12}),  # cut from the left
-        ("0 1 2", {"until": ["e", "7", "q"], "max_gen_toks": 20, "do_sample": False}),
-        ("x", {"until": ["a", " "], "max_gen_toks": 9, "temperature": 0.0}),
+        ("x", settings),
     ]
     # Results come in the order of requests, whichever are decoded together.
     expected, found = (lm.generate_until(requests("generate_until", asked), True) for lm in both)
@@ -107,30 +107,25 @@ def test_ids_and_greedy_texts_are_those_of_transformers(both):
 
 def test_generated_texts_are_generates_and_scored_as_recorded(small):
     model, tokenizer = small
-    asked = [(text, {"until": [], "max_gen_toks": 8}) for text in ("sum 12", "Tom has", "1+2")]
-    for policy, rule in (
-        ("threshold:0.3", Threshold(0.3)), ("fixed:1", Prescribed(np.ones((3, 8), np.int32))),
-    ):  # fmt: skip
-        lm = JexitLM(model, tokenizer, policy=policy)
-        texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
-        made = generate(
-            model, tokenizer, [text for text, _ in asked], policy=rule, max_new_tokens=8, chat=False
-        )
-        assert texts == made.texts
-        depth, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
-        info = lm.get_model_info()
-        assert (info["policy"], info["tokens"]) == (policy, tokens)
-        assert info["depth_mean"] == pytest.approx(depth / tokens)
-        assert info["depth_fraction"] == pytest.approx(depth / tokens / 3)
-        # The log-likelihood of what was generated is what was recorded.
-        pairs = [
-            (None, tokenizer.encode(text), ids)
-            for (text, _), ids in zip(asked, made.tokens, strict=True)
-        ]
-        scored = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
-        for (total, greedy), logprobs in zip(scored, made.logprobs, strict=True):
-            assert total == pytest.approx(sum(logprobs), abs=10 * LOGPROBS)
-            assert greedy
+    prompts = ["sum 12", "Tom has", "1+2"]
+    lm = JexitLM(model, tokenizer, policy="threshold:0.3")
+    asked = [(text, {"until": [], "max_gen_toks": 8}) for text in prompts]
+    texts = lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    made = generate(model, tokenizer, prompts, policy=Threshold(0.3), max_new_tokens=8, chat=False)
+    assert texts == made.texts
+    depth, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
+    info = lm.get_model_info()
+    assert (info["policy"], info["tokens"]) == ("threshold:0.3", tokens)
+    assert info["depth_mean"] == pytest.approx(depth / tokens)
+    assert info["depth_fraction"] == pytest.approx(depth / tokens / 3)
+    # The log-likelihood of what was generated is what was recorded.
+    pairs = [
+        (None, tokenizer.encode(text), ids) for text, ids in zip(prompts, made.tokens, strict=True)
+    ]
+    scored = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
+    for (total, greedy), logprobs in zip(scored, made.logprobs, strict=True):
+        assert total == pytest.approx(sum(logprobs), abs=10 * LOGPROBS)
+        assert greedy
 
 
 def test_policies_and_seeds_matter(small):

@@ -41,6 +41,10 @@ def test_every_policy_is_a_named_point_with_both_intervals(evaluated):
         slope, start = np.polyfit(values, places, 1)
         np.testing.assert_allclose(start + slope * values, places, atol=1.0)
         assert sign * slope > 0
+    for text in classed(chart, "name"):
+        named = [name for name in POLICIES if name.removeprefix("threshold:") == text.text]
+        *_, x, y = points[named[0]]
+        assert abs(text.x - x) < 50 and abs(text.y - y) < 50, text
     hollow = {mark.title.split(": ")[0] for mark in classed(chart, "open")}
     assert hollow == {"fixed:matched", "shuffled"}
     ends = [end for link in classed(chart, "link") for end in corners(link)]
@@ -116,4 +120,5 @@ def test_reliability_has_a_point_a_bin(evaluated):
     marks = classed(chart, "mark")
     assert len(marks) == len(EXITS) * 9
     assert marks[0].title == "exit 1: hazard 0.05, target 0.03, 100 positions"
+    assert middle(marks[4]) == pytest.approx((chart.x(0.45), chart.y(0.45**1.15)), abs=0.1)
     assert [text for text, _ in chart.legend] == [f"exit {layer}" for layer in EXITS]
