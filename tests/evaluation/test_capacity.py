@@ -58,11 +58,11 @@ def test_every_problem_with_the_operands_is_tried_and_only_the_result_counts():
         assert entry.accuracy == entry.obeyed == 1 and entry.less_full is None
         lengths = [len(OPERANDS[n]) - size + 1 for n in fitting]
         assert entry.depth_fraction == pytest.approx(sum(lengths) / len(lengths) / 8)
-    for right in (
+    for correct in (
         tried(lambda digits, size: digit_sum(digits[:size])),  # forgets the rest
         tried(exact, opening="<think>\n"),
     ):
-        assert all(all(step.correct) for step in right.values())
+        assert all(all(step.correct) for step in correct.values())
     one_less = tried(lambda digits, size: digit_sum(digits[: size - 1]))
     assert list(one_less[2].correct) == [operands[1] == "0" for operands in OPERANDS]
     for wrong in (
