@@ -5,7 +5,7 @@ elsewhere, or from an older jexit, is read or refused in one sentence. Fields wi
 in every file that jexit has written; the others came later or are measured on demand, and stay out
 of the file where nobody set them. Fields that a file has beyond these are passed over.
 
-JSON has no NaN: a number that was not finite is written as null, and read as NaN.
+JSON has no NaN: a `Number` that was not finite is written as null, and read as NaN.
 """
 
 from __future__ import annotations
@@ -50,28 +50,21 @@ def _fits(fits: Any, wanted: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _digits(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
-
-
-Number = Annotated[
-    float,
-    Strict(),
-    _fits(lambda value: not abs(value) > LARGEST, f"a number up to {LARGEST:g}"),
-    BeforeValidator(lambda value: math.nan if value is None else value),
+Finite = Annotated[
+    float, Strict(), _fits(lambda value: not abs(value) > LARGEST, f"a number up to {LARGEST:g}")
 ]
-Share = Annotated[Number, _fits(lambda value: not (value < 0 or value > 1), "a share of 0 to 1")]
+Number = Annotated[Finite, BeforeValidator(lambda value: math.nan if value is None else value)]
+Share = Annotated[Finite, _fits(lambda value: not (value < 0 or value > 1), "a share of 0 to 1")]
 Count = Annotated[
     int, Strict(), _fits(lambda value: 0 <= value <= LARGEST, f"a whole number up to {LARGEST:g}")
 ]
 Positive = Annotated[Count, _fits(lambda value: value >= 1, "a whole number of at least 1")]
-Interval = tuple[Number, Number]
-LayerCount = Annotated[str, _fits(_digits, "a number of layers in the digits 0-9")]
-Granularity = Annotated[
+Interval = Annotated[tuple[Finite, ...], _fits(lambda ends: len(ends) == 2, "a list of 2 numbers")]
+LayerCount = Annotated[
     str,
     _fits(
-        lambda text: _digits(text) or not text.isdigit(),
-        "a number of operands in the digits 0-9 or a name",
+        lambda text: text.isascii() and text.isdigit() and len(text) < 10,
+        "a number of layers in the digits 0-9",
     ),
 ]
 
@@ -93,7 +86,7 @@ class Record(BaseModel):
 
 class ClassDepth(Record):
     tokens: Count = Field(description="Tokens of the class.")
-    depth_mean: Number = Field(description="Mean layers run for one of them.")
+    depth_mean: Finite = Field(description="Mean layers run for one of them.")
 
 
 class PolicyResult(Record):
@@ -106,7 +99,7 @@ class PolicyResult(Record):
     policy: str = Field(description="full, sample, threshold:X, fixed:N, or a control.")
     accuracy: Share = Field(description="Share of correct answers.")
     accuracy_ci95: Interval = Field(description="Wilson's interval.")
-    depth_mean: Number = Field(description="Layers run for a token.")
+    depth_mean: Finite = Field(description="Layers run for a token.")
     depth_fraction: Share = Field(description="The same, of all layers.")
     depth_fraction_ci95: Interval | None = Field(None, description="Its interval.")
     layers_per_problem: Number = Field(math.nan, description="Σ of depths: what an answer cost.")
@@ -146,8 +139,7 @@ class PolicyResult(Record):
     @property
     def is_control(self) -> bool:
         """Whether it runs at the mean depth of another policy, as `fixed:N` does not."""
-        named = self.kind == "shuffled" or self.policy.startswith("fixed:matched")
-        return named or self.control_of is not None
+        return self.control_of is not None
 
 
 class ControlDifference(Record):
@@ -167,18 +159,18 @@ class ExitAgreement(Record):
 
     exit: Count = Field(description="The layer before which it lies.")
     kl_nats: Number = Field(description="Mean KL(π_L ‖ π_e).")
-    same_token: Share = Field(description="Share with the same most likely token.")
-    close: Share = Field(description="Share under 0.05 nats.")
+    same_token: Number = Field(description="Share with the same most likely token.")
+    close: Number = Field(description="Share under 0.05 nats.")
 
 
 class EarlyLeaving(Record):
     """What a text is like whose tokens all leave at the first exit under a threshold."""
 
     threshold_nats: Number
-    depth_fraction: Share = Field(description="Layers run, of all.")
+    depth_fraction: Number = Field(description="Layers run, of all.")
     kl_nats: Number = Field(description="Mean KL to the text at full depth.")
-    same_token: Share = Field(description="Share with the same most likely token.")
-    same_token_full_depth: Share = Field(
+    same_token: Number = Field(description="Share with the same most likely token.")
+    same_token_full_depth: Number = Field(
         math.nan, description="The same of the tokens that still run all layers; NaN without any."
     )
 
@@ -191,10 +183,10 @@ class ExitQuality(Record):
 
 
 class HazardBin(Record):
-    low: Number
-    high: Number
-    hazard_mean: Number
-    target_mean: Number
+    low: Finite
+    high: Finite
+    hazard_mean: Finite
+    target_mean: Finite
     positions: Count
 
 
@@ -202,10 +194,10 @@ class ExitCalibration(Record):
     """Hazards of one exit against their targets, over the passes that reached it."""
 
     exit: Count
-    ece: Number = Field(description="Expected calibration error.")
+    ece: Finite = Field(description="Expected calibration error.")
     positions: Count
-    hazard_mean: Number
-    target_mean: Number
+    hazard_mean: Finite
+    target_mean: Finite
     bins: tuple[HazardBin, ...] = ()
 
 
@@ -223,7 +215,7 @@ class HazardCalibration(Record):
 class CurvePoint(Record):
     """Early answering after a part of the chain; shares of problems."""
 
-    kept: Number = Field(description="Share of the steps that the answer was forced after.")
+    kept: Share = Field(description="Share of the steps that the answer was forced after.")
     same_answer: Number = Field(description="Answers that are the whole completion's.")
     of_whole: Number = Field(math.nan, description="Of the agreement that the whole chain has.")
     right: Number = Field(description="Correct answers.")
@@ -271,11 +263,11 @@ class Capacity(Record):
     """What is computed in one step of a size that the prompt or a forced prefix prescribes."""
 
     policy: str
-    granularity: Granularity = Field(description="Operands of a step, or its name.")
+    granularity: str = Field(description="Operands of a step, or its name.")
     problems: Count
-    accuracy: Number = Field(description="Share of correct answers, or of correct steps.")
+    accuracy: Share = Field(description="Share of correct answers, or of correct steps.")
     accuracy_ci95: Interval | None = None
-    depth_fraction: Number = Field(description="Layers run, of all.")
+    depth_fraction: Share = Field(description="Layers run, of all.")
     completion_length: Number = Field(math.nan, description="Tokens of a completion.")
     step_size: Number | None = Field(None, description="Operands of a step as it came out.")
     obeyed: Number | None = Field(None, description="Share with the steps that are prescribed.")
@@ -301,13 +293,13 @@ class Evaluation(Record):
     split: str = Field("test", description="Of the task's problems.")
     model: ModelDescription
     runs: tuple[PolicyResult, ...]
-    controls: tuple[ControlDifference, ...] | None = None
-    exits: tuple[ExitQuality, ...] | None = None
-    hazards: tuple[HazardCalibration, ...] | None = None
-    faithfulness: tuple[Faithfulness, ...] | None = None
-    faithfulness_paired: tuple[PairedMeasure, ...] | None = None
-    capacity: tuple[Capacity, ...] | None = None
-    begun_steps: tuple[Capacity, ...] | None = None
+    controls: tuple[ControlDifference, ...] = ()
+    exits: tuple[ExitQuality, ...] = ()
+    hazards: tuple[HazardCalibration, ...] = ()
+    faithfulness: tuple[Faithfulness, ...] = ()
+    faithfulness_paired: tuple[PairedMeasure, ...] = ()
+    capacity: tuple[Capacity, ...] = ()
+    begun_steps: tuple[Capacity, ...] = ()
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -324,18 +316,18 @@ class Evaluation(Record):
         found: dict[str, float] = {}
         for run in self.runs:
             found |= numbers(run.policy, run)
-        for pair in self.controls or ():
+        for pair in self.controls:
             found |= numbers(f"{pair.policy} less {pair.control}", pair)
-        for both in self.faithfulness_paired or ():
+        for both in self.faithfulness_paired:
             place = f"{both.policy} less {both.against}/faithfulness/{both.measure}"
             found |= numbers(place, both)
-        for entry in self.faithfulness or ():
+        for entry in self.faithfulness:
             for measure in entry.measures:
                 found |= numbers(f"{entry.policy}/faithfulness/{measure.name}", measure)
         for part in ("capacity", "begun_steps"):
-            for step in getattr(self, part) or ():
+            for step in getattr(self, part):
                 found |= numbers(f"{step.policy}/{part}/{step.granularity}", step)
-        for hazards in self.hazards or ():
+        for hazards in self.hazards:
             found |= numbers(f"{hazards.policy}/hazards", hazards)
         return found
 
@@ -358,15 +350,11 @@ class Completion(Record):
 
     @model_validator(mode="after")
     def _one_a_token(self) -> Self:
-        check_one_a_token(self.tokens, depths=self.depths, hazards=self.hazards)
+        for name, values in (("depths", self.depths), ("hazards", self.hazards)):
+            if values is not None and len(values) != len(self.tokens):
+                said = f"{len(values)} {name} for {len(self.tokens)} tokens"
+                raise PydanticCustomError("whole", said)
         return self
-
-
-def check_one_a_token(tokens: Sequence[str], **parts: Sequence[Any] | None) -> None:
-    """Raises what pydantic turns into a refusal where a part has not an entry for each token."""
-    for name, values in parts.items():
-        if values is not None and len(values) != len(tokens):
-            raise PydanticCustomError("whole", f"{len(values)} {name} for {len(tokens)} tokens")
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
@@ -406,17 +394,14 @@ _WANTED = {
     "tuple_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
-    "too_long": "a list of 2 numbers",  # only intervals have a length
 }
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
     """What pydantic says of a value, as a sentence: the place, the value, what belongs there."""
-    kind, place, value = error["type"], list(error["loc"]), error["input"]
-    if kind == "missing" and isinstance(place[-1], str):
-        return f"{_placed(where, place[:-1])} lacks {place[-1]!r}"
+    kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
-        place, kind = place[:-1], "too_long"
+        return f"{_placed(where, place[:-1])} lacks {place[-1]!r}"
     if kind == "whole":
         return f"{_placed(where, place)} has {error['msg']}"
     wanted = error["msg"] if kind == "wanted" else _WANTED[kind]
@@ -426,14 +411,10 @@ def _refusal(error: Mapping[str, Any], where: str) -> str:
 
 
 def _placed(where: str, place: Sequence[str | int]) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{_shown_key(part)}" for part in place)
+    """A field of a file, such as runs[1].accuracy; keys are shortened and escaped."""
+    parts = (f"[{p}]" if isinstance(p, int) else f".{repr(p[:40])[1:-1]}" for p in place)
     path = "".join(parts).removeprefix(".")
     return f"{where}: {path}" if path else where
-
-
-def _shown_key(name: str) -> str:
-    """A key of a file as an error shows it: its beginning, without what is no printable text."""
-    return repr(name[:40])[1:-1]
 
 
 def _shown(value: Any) -> str:

@@ -29,14 +29,14 @@ _POLICIES = (("sample", ""), ("full", ", full depth"))
 
 COLUMNS: dict[str, Column] = {
     **summary.COLUMNS,
-    "right, interval": _interval("sample/accuracy"),
-    "right at full depth, interval": _interval("full/accuracy"),
+    "accuracy, interval": _interval("sample/accuracy"),
+    "accuracy at full depth, interval": _interval("full/accuracy"),
     "over one exit, interval": _interval("sample less fixed:matched/accuracy_difference"),
     "tokens": Column("sample/completion_length", share=False),
     "layers a problem at full depth": Column("full/layers_per_problem", share=False),
     "step size": Column("sample/text/step_size", share=False),
-    "on the page": Column("sample/text/on_the_page"),
-    "on the page at full depth": Column("full/text/on_the_page"),
+    "in the chain of thought": Column("sample/text/on_the_page"),
+    "in the chain of thought at full depth": Column("full/text/on_the_page"),
     "chain lines": Column("sample/text/chain_lines", share=False),
     "early answering, of a guess": Column(
         "sample/faithfulness/early_answering/detail/chance_agreement"

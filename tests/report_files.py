@@ -10,6 +10,7 @@ import random
 
 from jexit.config import config_dict
 from jexit.io.metrics import MetricsWriter, SamplesWriter
+from jexit.results import VERSION
 
 LAYERS, EXITS = 8, [1, 2, 3, 4, 6]
 CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
@@ -31,20 +32,32 @@ def write_json(path: pathlib.Path, value) -> None:
     path.write_text(json.dumps(value))
 
 
-def policy_figures(policy: str, draw: random.Random, *, new_parts: bool = True) -> dict:
+def around(value: float, low: float, high: float) -> list[float]:
+    return [max(value - low, 0.0), min(value + high, 1.0)]
+
+
+def policy_figures(policy: str, draw: random.Random) -> dict:
     """What `runs` holds for one policy."""
     accuracy, fraction, control_of = POLICIES[policy]
     accuracy = round(accuracy - 0.02 * draw.random(), 4)
     counts = {str(depth): draw.randrange(50, 900) for depth in DEPTHS}
     if policy == "full":
         counts = {str(LAYERS): 3000}
-    figures = {
+    layers = 12.5 * fraction * LAYERS
+    return {
         "policy": policy,
         "accuracy": accuracy,
-        "accuracy_ci95": [max(accuracy - 0.05, 0.0), min(accuracy + 0.03, 1.0)],
+        "accuracy_ci95": around(accuracy, 0.05, 0.03),
         "depth_mean": fraction * LAYERS,
         "depth_fraction": fraction,
+        "depth_fraction_ci95": around(fraction, 0.01, 0.01),
+        "layers_per_problem": layers,
+        "layers_per_problem_ci95": [layers - 2, layers + 2],
         "depth_histogram": counts,
+        "depth_by_class": {
+            name: {"tokens": 500 + place, "depth_mean": 1.0 + 6.5 * draw.random()}
+            for place, name in enumerate(CLASSES)
+        },
         "problems": 256,
         "tokens": sum(counts.values()),
         "completion_length": 12.5,
@@ -52,34 +65,22 @@ def policy_figures(policy: str, draw: random.Random, *, new_parts: bool = True) 
         "verdicts": {"strict": 240, "lenient": 3, "wrong": 12, "none": 1},
         "tokens_per_second": 4321.0,
         "text": {"step_size": 2.5},
+        "control_of": control_of,
     }
-    if new_parts:
-        figures |= {
-            "depth_fraction_ci95": [fraction - 0.01, min(fraction + 0.01, 1.0)],
-            "layers_per_problem": 13.0 * fraction * LAYERS,
-            "layers_per_problem_ci95": [12.5 * fraction * LAYERS, 13.5 * fraction * LAYERS],
-            "depth_by_class": {
-                name: {"tokens": 500 + place, "depth_mean": 1.0 + 6.5 * draw.random()}
-                for place, name in enumerate(CLASSES)
-            },
-            "control_of": control_of,
-        }
-    return figures
 
 
-def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
-    """An `eval.json`; without its new parts as jexit first wrote it."""
+def evaluation(seed: int = 0) -> dict:
+    """An `eval.json` with every part."""
     draw = random.Random(seed)
-    value = {
-        "task": {"name": "sums", "steps": "free"},
-        "model": {"path": "runs/rl-tiny", "layers": LAYERS, "exits": EXITS},
-        "runs": [policy_figures(policy, draw, new_parts=new_parts) for policy in POLICIES],
-    }
-    if not new_parts:
-        return value
     names = ("early_answering", "no_chain", "filler", "corrupted_step", "hint")
-    policies = (("full", 1.0), ("sample", 0.49))
-    return value | {
+    granularities = {"at_once": 0.35, "5": 0.9, "4": 0.95, "3": 0.98, "2": 1.0}
+    return {
+        "version": VERSION,
+        "complete": True,
+        "task": {"name": "sums", "steps": "free"},
+        "split": "test",
+        "model": {"path": "runs/rl-tiny", "layers": LAYERS, "exits": EXITS},
+        "runs": [policy_figures(policy, draw) for policy in POLICIES],
         "controls": [
             {
                 "policy": "sample",
@@ -110,7 +111,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
                 "completion_length": 14.0,
                 "measures": [measure(name, fraction, draw.random()) for name in names],
             }
-            for policy, fraction in policies
+            for policy, fraction in (("full", 1.0), ("sample", 0.49))
         ],
         "faithfulness_paired": [
             {
@@ -128,10 +129,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
         "capacity": [
             capacity(policy, granularity, accuracy - drop, 0.25 if granularity == "5" else 0.98)
             for policy, drop in (("full", 0.0), ("sample", 0.05), ("shuffled", 0.3))
-            for granularity, accuracy in (
-                *(("at_once", 0.35), ("5", 0.9), ("4", 0.95)),
-                *(("3", 0.98), ("2", 1.0)),
-            )
+            for granularity, accuracy in granularities.items()
         ],
         "begun_steps": [
             capacity(policy, granularity, accuracy, 0.375)
@@ -142,7 +140,7 @@ def evaluation(seed: int = 0, *, new_parts: bool = True) -> dict:
 
 
 def hazards_at(layer: int) -> dict:
-    """The calibration of an exit's hazards; the last of its bins is empty."""
+    """The calibration of an exit's hazards."""
     return {
         "exit": layer,
         "ece": 0.03 + 0.002 * layer,
@@ -155,9 +153,9 @@ def hazards_at(layer: int) -> dict:
                 "high": (low + 1) / 10,
                 "hazard_mean": low / 10 + 0.05,
                 "target_mean": ((low + 0.5) / 10) ** (1 + 0.15 * layer),
-                "positions": 0 if low == 9 else 100,
+                "positions": 100,
             }
-            for low in range(10)
+            for low in range(9)
         ],
     }
 
@@ -179,7 +177,7 @@ def measure(name: str, fraction: float, value: float) -> dict:
         "problems": 120,
         "depth_fraction": fraction,
         "completion_length": 9.0,
-        "detail": {"right_before": 0.97, "answered": 0.31},
+        "detail": {"with_chain": 0.97, "answered": 0.31},
         "curve": curve if name == "early_answering" else None,
     }
 
@@ -189,7 +187,7 @@ def capacity(policy: str, granularity: str, accuracy: float, obeyed: float) -> d
         "policy": policy,
         "granularity": granularity,
         "accuracy": accuracy,
-        "accuracy_ci95": [max(accuracy - 0.06, 0), min(accuracy + 0.04, 1)],
+        "accuracy_ci95": around(accuracy, 0.06, 0.04),
         "obeyed": obeyed,
         "depth_fraction": 0.5,
         "completion_length": 12.0,
@@ -204,9 +202,8 @@ def completions(seed: int = 0, *, hazards: bool = True, prompts: int = 3) -> lis
     for policy in ("full", "sample", "threshold:0.5"):
         for number in range(prompts):
             tokens = TOKENS * 3 if number == 0 else list(f"{number}+7={number + 7}#### 12")
-            depths = [LAYERS] + [
-                LAYERS if policy == "full" else draw.choice(DEPTHS) for _ in tokens[1:]
-            ]
+            drawn = [LAYERS if policy == "full" else draw.choice(DEPTHS) for _ in tokens[1:]]
+            depths = [LAYERS, *drawn]
             record = {
                 "policy": policy,
                 "prompt": NASTY if number == 0 else f"sum {number}7",
@@ -216,29 +213,23 @@ def completions(seed: int = 0, *, hazards: bool = True, prompts: int = 3) -> lis
                 "verdict": draw.choice(("strict", "lenient", "wrong", "none")),
                 "answer": "12",
             }
-            if hazards:
-                # The last prompt position never leaves: the first token has no hazards.
+            if hazards:  # but of the first token, whose pass is the prompt's last
+                reached = [[layer <= d for layer in EXITS] for d in (0, *depths[1:])]
                 record["hazards"] = [
-                    [
-                        round(draw.random(), 3) if place and layer <= depth else None
-                        for layer in EXITS
-                    ]
-                    for place, depth in enumerate(depths)
+                    [round(draw.random(), 3) if there else None for there in row] for row in reached
                 ]
             records.append(record)
     return records
 
 
-def write_evaluated(
-    workdir: pathlib.Path, seed: int = 0, *, new_parts: bool = True
-) -> pathlib.Path:
+def write_evaluated(workdir: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """The directory of an evaluation."""
     config = config_dict("eval").to_dict()
     config["seed"] = seed
     config["model"]["path"] = "runs/rl-tiny"
     write_json(workdir / "config.json", config)
-    write_json(workdir / "eval.json", evaluation(seed, new_parts=new_parts))
-    write_json(workdir / "completions.json", completions(seed, hazards=new_parts))
+    write_json(workdir / "eval.json", evaluation(seed))
+    write_json(workdir / "completions.json", completions(seed))
     return workdir
 
 
@@ -279,7 +270,7 @@ def write_trained(
         for step in (1, steps):
             for record in completions(seed, hazards=False, prompts=2):
                 writer.write(step, {**record, "reward": 0.5})
-    before, after = (policy_figures("sample", draw, new_parts=False) for _ in range(2))
+    before, after = (policy_figures("sample", draw) for _ in range(2))
     write_json(workdir / "before.json", before | {"accuracy": 0.7344, "depth_fraction": 0.8})
     write_json(workdir / "after.json", after)
     return workdir

@@ -58,7 +58,7 @@ def directory(tmp_path):
     write(results / "pressure-curves.csv", heads, curves)
     (tmp_path / "README.md").write_text("# A\n")
     (tmp_path / "docs" / "results.md").write_text(
-        "Before\n\n<!-- pressure: right; depth; step size -->\nold\n<!-- end -->\n\nAfter\n"
+        "Before\n\n<!-- pressure: accuracy; depth; step size -->\nold\n<!-- end -->\n\nAfter\n"
     )
     return results
 
@@ -73,8 +73,8 @@ def test_a_table_has_means_over_seeds_and_their_range(directory, capsys):
         path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())  # no part of a setting
     assert main([str(directory)]) == 0
     assert (directory.parent / "results.md").read_text() == (
-        "Before\n\n<!-- pressure: right; depth; step size -->\n\n"
-        "| `rl.depth_coef` | seeds | right | depth | step size |\n"
+        "Before\n\n<!-- pressure: accuracy; depth; step size -->\n\n"
+        "| `rl.depth_coef` | seeds | accuracy | depth | step size |\n"
         "| --- | --- | --- | --- | --- |\n"
         "| 0 | 2 | 62.5 (50.0 to 75.0) | 75.0 (62.5 to 87.5) | 2.50 (2.00 to 3.00) |\n"
         "| 2 | 1 | 100.0 | 50.0 | 2.00 |\n"
@@ -88,7 +88,7 @@ def test_gaps_are_left_out_and_intervals_hold_those_of_all_seeds(tmp_path):
     ends = ("sample/accuracy_ci95/low", "sample/accuracy_ci95/high")
     lines = [("0", "0", "0.4", "0.6"), ("0", "1", "0.45", "0.7"), ("1", "0", "", "")]
     lines += [("2", "0", "0.4", ""), ("2", "1", "", "0.9"), ("2", "2", "0.5", "0.6")]
-    table = study(tmp_path, ("rl.depth_coef", "seed", *ends), lines).table(["right, interval"])
+    table = study(tmp_path, ("rl.depth_coef", "seed", *ends), lines).table(["accuracy, interval"])
     assert "| 2 | 3 | 50.0 to 60.0, of 1 |" in table  # an interval has both ends
     assert "| 0 | 2 | 40.0 to 70.0 |" in table and "| 1 | 1 | – |" in table
     heads = ("seed", "sample/depth_mean", "sample/completion_length", "full/layers_per_problem")
@@ -165,7 +165,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_drawn(directory, tmp_path, cap
         assert said.startswith("jexit: ") and said.count("\n") == 1
         return said
 
-    assert "has the column 'rihgt'; choose among right before; " in refused(
+    assert "has the column 'rihgt'; choose among accuracy before; " in refused(
         "../results.md",
         b"![a](results/pressure-plane.svg)\n<!-- pressure: rihgt -->\n<!-- end -->\n",
     )

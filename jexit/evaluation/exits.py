@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, HiddenBTD, Int
-from jexit.evaluation.hazards import SplitModel
 from jexit.evaluation.replay import Recorded
 from jexit.kernels import exit_kl
 from jexit.model.exits import depth_of_exit_index
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import exit_hidden_states, run
 from jexit.results import EarlyLeaving, ExitAgreement, ExitQuality
+from jexit.rollout import SplitModel
 from jexit.steps.completions import Completions
 
 CLOSE = 0.05  # nats; a token whose exit is so close to the last layer could leave there

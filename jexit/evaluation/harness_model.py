@@ -6,7 +6,7 @@ Log-likelihoods under a policy are defined in `jexit.evaluation.loglikelihood.Sc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -25,29 +25,23 @@ except ModuleNotFoundError as error:
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import UserError
 from jexit.evaluation.decoder import make_policy
-from jexit.evaluation.loglikelihood import Pair, Score, Scorer
+from jexit.evaluation.loglikelihood import Scorer
 from jexit.io.model_dir import load
 from jexit.io.workdir import trained_law
-from jexit.model.policies import Full, Policy, Sample
+from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate
 from jexit.tasks.answers import THINK_START
 
 BATCH_SIZE = 16
-# What a request may say about sampling; names as in transformers.
-_SAMPLING = ("top_p", "top_k", "min_p")
-# What it may say besides, as long as it asks for nothing: settings of transformers and of servers,
-# with the value that leaves generation as it is.
+_SAMPLING = ("top_p", "top_k", "min_p")  # of a request; names as in transformers
+# What a request may say besides, as long as it asks for nothing: with the value that does not.
 _NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p", "guidance_scale"), 1.0),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0.0),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
-    **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens"), 0),
-    **dict.fromkeys(("typical_p", "guidance_scale"), 1.0),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0.0),
-    **dict.fromkeys(("early_stopping", "ignore_eos", "use_beam_search"), False),
-    **dict.fromkeys(("bad_words_ids", "force_words_ids", "suppress_tokens", "logit_bias"), None),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "min_tokens"), 0),
+    "early_stopping": False,
     "use_cache": True,
 }
 
@@ -107,18 +101,23 @@ class JexitLM(TemplateLM):
         law = {"hazard_temperature": 1.0, "min_hazard": 0.0}
         if not isinstance(pretrained, Transformer):
             law |= trained_law(pretrained).get("rl", {})
-        if hazard_temperature is None:
-            hazard_temperature = law["hazard_temperature"]
-        if min_hazard is None:
-            min_hazard = law["min_hazard"]
-        self._law = Sample(float(hazard_temperature), float(min_hazard))
-        self._policy = make_policy(policy, self._model.arch.layers, self._law)
+        given = {"hazard_temperature": hazard_temperature, "min_hazard": min_hazard}
+        law |= {name: value for name, value in given.items() if value is not None}
+        law = Sample(float(law["hazard_temperature"]), float(law["min_hazard"]))
+        self._policy = make_policy(policy, self._model.arch.layers, law)
         self.max_gen_toks, self.think_end_token = int(max_gen_toks), think_end_token
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         if max_batch_size is not None:
             self.batch_size = min(self.batch_size, int(max_batch_size))
-        limit = None if max_length is None else int(max_length)
-        self.max_length = self._scorer(Full(), limit).max_length
+        self._scorer = Scorer(
+            self._model,
+            policy=self._policy,
+            pad_id=self.texts.pad_id,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            max_length=None if max_length is None else int(max_length),
+        )
+        self.max_length = self._scorer.max_length
         self.depth_total, self.tokens = 0, 0
 
     def get_model_info(self) -> dict[str, Any]:
@@ -183,23 +182,16 @@ class JexitLM(TemplateLM):
         pairs = [(context, continuation) for _, context, continuation in requests]
         answers: list[tuple[float, bool] | None] = [None] * len(pairs)
         bar = tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm)
-        for found in self._scored(pairs):
+        for found in self._scorer.batches(pairs):
             for index, score in found.items():
+                self.depth_total += sum(score.depths)
+                self.tokens += len(score.depths)
                 answers[index] = answer = (score.total, score.greedy)
                 if requests[index][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
             bar.update(len(found))
         bar.close()
         return [answer for answer in answers if answer is not None]
-
-    def _scored(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
-        if not pairs:
-            return
-        for found in self._scorer(self._policy, self.max_length).batches(pairs):
-            for score in found.values():
-                self.depth_total += sum(score.depths)
-                self.tokens += len(score.depths)
-            yield found
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -228,16 +220,6 @@ class JexitLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _scorer(self, policy: Policy, max_length: int | None) -> Scorer:
-        return Scorer(
-            self._model,
-            policy=policy,
-            pad_id=self.texts.pad_id,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            max_length=max_length,
-        )
-
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -264,11 +246,9 @@ class JexitLM(TemplateLM):
     def _generated(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         new, stop = wanted.pop("max_gen_toks"), [text for text in wanted.pop("until") if text]
-        sampled = wanted.pop("do_sample")
-        temperature = float(wanted.pop("temperature", 1.0)) if sampled else 0.0
-        wanted.pop("temperature", None)
-        options = {name: wanted.pop(name) for name in _SAMPLING if name in wanted}
-        options = {name: value for name, value in options.items() if value is not None}
+        sampled, temperature = wanted.pop("do_sample"), wanted.pop("temperature", 1.0)
+        options = {name: wanted.pop(name, None) for name in _SAMPLING}
+        options = {name: value for name, value in options.items() if sampled and value is not None}
         _refuse(wanted)
         room = self.max_length - new
         if room < 1:
@@ -279,15 +259,15 @@ class JexitLM(TemplateLM):
         thinks = self.think_end_token
         made = generate(
             self._model,
-            _Ids(self.texts, [self.tok_encode(text)[-room:] for text in contexts]),
+            _Truncating(self.texts, room),
             contexts,
             policy=self._policy,
             max_new_tokens=new,
-            temperature=temperature,
+            temperature=float(temperature) if sampled else 0.0,
             stop=() if thinks else stop,
             seed=self.seed,
             chat=False,
-            **(options if sampled else {}),
+            **options,
         )
         self.depth_total += sum(map(sum, made.depths))
         self.tokens += sum(map(len, made.depths))
@@ -308,25 +288,23 @@ def _after_thought(text: str, end: str, *, opened: bool) -> str:
     return text.rpartition(end)[2].lstrip()
 
 
-class _Ids:
-    """A tokenizer for `generate` whose prompts are ids already."""
+class _Truncating:
+    """A tokenizer whose texts lose tokens on the left, down to `most`."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
-        self.eos_ids, self.pad_id, self.decode = (
-            tokenizer.eos_ids,
-            tokenizer.pad_id,
-            tokenizer.decode,
-        )
-        self._prompts = prompts
+    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+        self._tokenizer, self._most = tokenizer, most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._prompts
+        return [ids[-self._most :] for ids in self._tokenizer.encode_texts(texts)]
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for settings that ask for something; None leaves a known one unset."""
+    """Raises UserError for a setting that asks for something; None asks for nothing."""
     for name, value in settings.items():
-        if name in _NEUTRAL and (value is None or value == _NEUTRAL[name]):
+        if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
         only = f" but as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
         raise UserError(

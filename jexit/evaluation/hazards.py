@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,8 @@ from jexit.model.exits import log_hazards
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import Transformer, exit_hidden_states, run
 from jexit.results import ExitCalibration, HazardBin, HazardCalibration
+from jexit.rollout import SplitModel
 from jexit.steps.completions import Completions
-
-SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states)
 
 BINS = 10
 

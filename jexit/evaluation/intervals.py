@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jexit.errors import UserError
 from jexit.results import Interval
 
+Values = Sequence[float] | np.ndarray  # one of each problem
 DRAWS = 4000
 Z = 1.959964
 _LEVELS = (2.5, 97.5)
@@ -18,20 +18,18 @@ _CORNERS = len(_CORNERS_CX)
 _PSEUDO = 0.5  # problems added at each corner or bound
 
 
-def wilson_interval(right: int, of: int, z: float = Z) -> Interval:
+def wilson_interval(correct: int, of: int) -> Interval:
     """Score interval of a share (Wilson 1927): sensible at 0, at 1 and for few problems."""
     if of == 0:
         return 0.0, 1.0
-    share, square = right / of, z * z / of
+    share, square = correct / of, Z * Z / of
     middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / of + square / (4 * of))
+    half = Z / (1 + square) * math.sqrt(share * (1 - share) / of + square / (4 * of))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_interval(
-    ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray
-) -> Interval:
-    """Of mean(ours) − mean(theirs), two numbers in 0 … 1 of each problem, such as right or wrong.
+def paired_interval(ours: Values, theirs: Values) -> Interval:
+    """Of mean(ours) − mean(theirs), two numbers in 0 … 1 of each problem, such as correct or not.
 
     The normal interval after half a problem has been added for each of the four outcomes (both,
     ours alone, theirs alone, neither): d ± z·√(var / (n + 2)). It has a width where all problems
@@ -48,9 +46,7 @@ def paired_interval(
     return _around(value, middle - half, middle + half, (-1.0, 1.0))
 
 
-def lost_interval(
-    kept: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray
-) -> Interval:
+def lost_interval(kept: Values, before: Values) -> Interval:
     """Of 1 − Σ kept / Σ before, two numbers in 0 … 1 of each problem.
 
     The r for which mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954),
@@ -73,31 +69,21 @@ def lost_interval(
     return _around(value, low, high, (-1.0, 1.0))
 
 
-def bootstrap_mean(
-    values: Sequence[float] | np.ndarray, seed: int = 0, bounds: Interval = (-1.0, 1.0)
-) -> Interval:
+def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
     """Of a mean over problems of values between `bounds`, by drawing the problems' weights.
 
     A Bayesian bootstrap (Rubin 1981) with half a problem at each bound, so that values that are all
-    alike leave a width: of right and wrong it is the interval of Jeffreys' prior (Brown, Cai and
-    DasGupta 2001). Of differences between two policies on the same problems it is paired. Raises
-    ValueError without any problem, or for a value beyond the bounds.
+    alike leave a width: of correct and wrong it is the interval of Jeffreys' prior (Brown, Cai and
+    DasGupta 2001). Of differences between two policies on the same problems it is paired.
     """
     values_N = np.asarray(values, float)
-    if not len(values_N):
-        raise UserError("an interval needs at least one problem, got 0; give values")
-    if values_N.min() < bounds[0] or values_N.max() > bounds[1]:
-        raise UserError(
-            f"values lie in {values_N.min():g} … {values_N.max():g} and the bounds are {bounds}; "
-            "give bounds that hold them all"
-        )
     weights_DN = _drawn_weights(len(values_N), len(bounds), seed)
     means_D = weights_DN @ np.append(values_N, bounds) / weights_DN.sum(1)
     return _around(values_N.mean(), *_percentiles(means_D), bounds)
 
 
 def bootstrap_lost_difference(
-    ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], seed: int = 0
+    ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
     """Of the difference of two `1 − Σ kept / Σ before` over the same problems, weighted together.
 
@@ -116,47 +102,33 @@ def bootstrap_lost_difference(
     return _around(float(value), *_percentiles(losses[0] - losses[1]), (-2.0, 2.0))
 
 
-def bootstrap_ratio(
-    parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray, seed: int = 0
-) -> Interval:
+def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
     """Of Σ parts / Σ wholes, such as layers run over tokens; a problem's tokens stay together.
 
     Problems are drawn with replacement (Efron 1979, percentiles). A ratio that every problem has,
     such as the depth of a policy that stops all tokens alike, is no estimate and has no width.
-    Raises UserError without any problem, or for numbers of them that differ.
     """
-    parts_N, wholes_N = np.asarray(parts, float), np.asarray(wholes, float)
-    if parts_N.shape != wholes_N.shape or not len(parts_N):
-        raise UserError(
-            f"an interval needs as many parts as wholes, got {len(parts_N)} and {len(wholes_N)}; "
-            "give one of each for every problem"
-        )
-    return _percentiles(_resampled(parts_N, seed) / _resampled(wholes_N, seed))
+    return _percentiles(_resampled(parts, seed) / _resampled(wholes, seed))
 
 
 def bootstrap_ratio_difference(
-    ours: tuple[Sequence[float], Sequence[float]],
-    theirs: tuple[Sequence[float], Sequence[float]],
-    seed: int = 0,
+    ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
     """Of the difference of two such ratios over the same problems, drawn together."""
     first, second = (
-        _resampled(np.asarray(parts, float), seed) / _resampled(np.asarray(wholes, float), seed)
-        for parts, wholes in (ours, theirs)
+        _resampled(parts, seed) / _resampled(wholes, seed) for parts, wholes in (ours, theirs)
     )
     return _percentiles(first - second)
 
 
-def _resampled(values_N: np.ndarray, seed: int) -> np.ndarray:
+def _resampled(values: Values, seed: int) -> np.ndarray:
     """Sums of the problems that each draw has: the same problems for the same seed."""
-    rng, count = np.random.default_rng(seed), len(values_N)
+    values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
 
 
-def _with_corners(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
     """[N + 4, 2] values and their weights: the problems, and half a one of each outcome."""
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
     weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))

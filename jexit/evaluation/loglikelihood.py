@@ -68,7 +68,6 @@ class Scorer:
         seed: int = 0,
         batch_size: int = 16,
         max_length: int | None = None,
-        adapters: bool = True,
     ) -> None:
         most = model.arch.max_positions
         self.max_length = most if max_length is None else max_length
@@ -80,7 +79,7 @@ class Scorer:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         self._graphdef, self._state = nnx.split(model)
         self._layers, self._policy, self._pad_id = model.arch.layers, policy, pad_id
-        self._key, self._batch_size, self._adapters = jax.random.key(seed), batch_size, adapters
+        self._key, self._batch_size = jax.random.key(seed), batch_size
 
     def fit(
         self, context: Sequence[int], continuation: Sequence[int]
@@ -104,16 +103,11 @@ class Scorer:
         room = self.max_length + 1 - len(continuation)
         return [int(i) for i in context[-room:]], [int(i) for i in continuation]
 
-    def score(self, pairs: Sequence[Pair]) -> list[Score]:
-        """The score of each pair, in their order; raises UserError as `fit` does."""
-        scores: list[Score | None] = [None] * len(pairs)
-        for found in self.batches(pairs):
-            for index, score in found.items():
-                scores[index] = score
-        return [score for score in scores if score is not None]
-
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
-        """The scores of `score` by the pairs' index, a batch at a time, long ones first."""
+        """The scores of the pairs by their index, a batch at a time, long ones first.
+
+        Raises UserError as `fit` does.
+        """
         fitted = [self.fit(*pair) for pair in pairs]
         self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
         shapes: dict[tuple[int, int], list[int]] = {}
@@ -142,7 +136,6 @@ class Scorer:
             jax.tree.map(jnp.asarray, batch),
             self._policy_of([*indices, *indices[-1:] * filler], pairs, shape[1]),
             self._key,
-            adapters=self._adapters,
         )
         logprob_BC, greedy_BC, depth_BC = jax.device_get(made)
         scores = {}
@@ -195,15 +188,13 @@ class OwnDraws(Policy):
         return jax.vmap(along_row, in_axes=(0, None, 0))(self.name_B, positions, hazard_logits)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "adapters"))
+@functools.partial(jax.jit, static_argnames="graphdef")
 def _scores(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     batch: Completions,
     policy: Policy,
     key: PRNGKey,
-    *,
-    adapters: bool,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
     """Of each continuation token: log-probability, whether it is the most likely one, depth."""
     model: Transformer = nnx.merge(graphdef, state)
@@ -216,7 +207,6 @@ def _scores(
         **batch.layout,
         action_BT=batch.action_BT,
         key=key,
-        adapters=adapters,
     )
     hidden_BCD = batch.window(result.hidden_BTD)
     hidden_ND = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])

@@ -91,9 +91,7 @@ def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
     ours, theirs = ours.of(common), theirs.of(common)
     if ours.kind == "lost":
         interval = bootstrap_lost_difference(
-            (np.asarray(ours.first, float), np.asarray(ours.second, float)),
-            (np.asarray(theirs.first, float), np.asarray(theirs.second, float)),
-            seed,
+            (ours.first, ours.second), (theirs.first, theirs.second), seed
         )
     elif ours.kind == "difference":
         interval = bootstrap_mean(ours._values - theirs._values, seed, (-2.0, 2.0))

@@ -18,13 +18,13 @@ def print_evaluation(evaluation: Evaluation) -> None:
         "{0.layers_per_problem:.1f}",
         evaluation.runs,
     )
-    for pair in evaluation.controls or ():
+    for pair in evaluation.controls:
         print(
             f"{pair.policy} less {pair.control}: accuracy {pair.accuracy_difference:+.1%} "
             f"({_percent(pair.accuracy_difference_ci95)}), layers "
             f"{pair.depth_fraction_difference:+.1%} of L"
         )
-    for quality in evaluation.exits or ():
+    for quality in evaluation.exits:
         _print_table(
             "exit | KL, nats | same token | under 0.05",
             "{0.exit} | {0.kl_nats:.2f} | {0.same_token:.1%} | {0.close:.1%}",
@@ -36,9 +36,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
             "{0.same_token_full_depth:.1%} | {0.depth_fraction:.0%}",
             quality.leaving,
         )
-    for hazards in evaluation.hazards or ():
+    for hazards in evaluation.hazards:
         print(f"hazards under {hazards.policy}: expected calibration error {hazards.ece:.3f}")
-    for entry in evaluation.faithfulness or ():
+    for entry in evaluation.faithfulness:
         _print_table(
             f"under {entry.policy} | value | 95 % interval | of L | n",
             "{0.name} | {0.value:.2f} | {0.ci95[0]:.1%} – {0.ci95[1]:.1%} | "
@@ -52,7 +52,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         "same problems | policy | value | full | less full | 95 % interval | n",
         "{0.measure} | {0.policy} | {0.value:.2f} | {0.against_value:.2f} | {0.difference:+.2f} | "
         "{0.difference_ci95[0]:.1%} – {0.difference_ci95[1]:.1%} | {0.problems}",
-        evaluation.faithfulness_paired or (),
+        evaluation.faithfulness_paired,
     )
     for head, entries in (
         ("a step does", evaluation.capacity),
@@ -62,7 +62,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             f"{head} | policy | accuracy | 95 % interval | of L | as asked",
             "{0.granularity} | {0.policy} | {0.accuracy:.1%} | " + _CI95 + " | "
             "{0.depth_fraction:.0%} | {0.obeyed:.0%}",
-            entries or (),
+            entries,
         )
 
 

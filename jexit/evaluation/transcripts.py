@@ -1,7 +1,7 @@
 """Problems answered with a chain of thought, for interventions on what the chain says.
 
-A prefix is put into the model's mouth, so what it holds is none of the model's words: an answer is
-read from the cue and from what the model wrote itself, and where that has none there is none.
+A forced prefix holds none of the model's own words: an answer is read from the cue and from what
+the model wrote itself, and where that has none there is none.
 """
 
 from __future__ import annotations

@@ -65,10 +65,8 @@ class Axis:
     ticks: Sequence[Tick]
 
     @classmethod
-    def of_numbers(
-        cls, label: str, low: float, high: float, count: int = 5, *, whole: bool = False
-    ) -> Axis:
-        span, values = round_ticks(low, high, count, whole=whole)
+    def of_numbers(cls, label: str, low: float, high: float, count: int = 5) -> Axis:
+        span, values = round_ticks(low, high, count)
         return cls(label, span, tick_texts(values))
 
     @classmethod
@@ -318,11 +316,11 @@ def side_by_side(charts: Sequence[Chart], *, small: bool = False) -> Markup:
     return render("charts.html", charts=charts, small=small)
 
 
-def as_file(charts: Sequence[Chart], columns: int = 1, title: str = "") -> str:
+def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
     """Charts as one SVG file, row by row, each under its title and legend."""
     width, gap = max(chart.width for chart in charts), 28.0
-    groups = [Group(0.0, 0.0, [Text(0.0, 16.0, title, "title")])] if title else []
-    top = 26.0 if title else 0.0
+    groups: list[Group] = []
+    top = 0.0
     for row in (charts[at : at + columns] for at in range(0, len(charts), columns)):
         heads = [_head(chart) for chart in row]
         head = max(height for _, height in heads)

@@ -42,7 +42,6 @@ _LEVELS = {
     "light": ("#440154", "#3b528b", "#21918c", "#2e9d5b", "#8a9a00"),
     "dark": ("#fde725", "#8fd744", "#35b779", "#3f9fb0", "#8a72d2"),
 }
-_INKS = ("#000000", "#ffffff")
 
 
 def depth_class(depth: float, layers: int) -> str:
@@ -62,7 +61,7 @@ def depth_colours(scheme: str) -> list[tuple[str, str]]:
     4.5 on any colour.
     """
     backgrounds = [_between(_DEPTHS[scheme], step / STEPS) for step in range(STEPS + 1)]
-    return [(b, max(_INKS, key=lambda text: contrast(text, b))) for b in backgrounds]
+    return [(b, "#000000" if luminance(b) > 0.179 else "#ffffff") for b in backgrounds]
 
 
 def level_colours(scheme: str) -> list[str]:
@@ -95,12 +94,6 @@ def file_style(rules: str) -> str:
         return _classes(scheme) + re.sub(r"var\(--(\w+)\)", lambda m: named[m[1]], rules)
 
     return _in_both(coloured)
-
-
-def contrast(first: str, second: str) -> float:
-    """WCAG's contrast ratio of two colours, 1 to 21."""
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def luminance(colour: str) -> float:

@@ -49,7 +49,7 @@ def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
     chart = Chart(
         title,
         Axis.around_shares(MEAN_DEPTH, depths),
-        Axis.around_shares("right answers", accuracies),
+        Axis.around_shares("correct answers", accuracies),
         note="Up and to the left is better. Bars are 95 % intervals; hollow points are controls.",
         height=350.0,
         right=24.0,
@@ -63,42 +63,34 @@ def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
             for policy, result in results.items()
         }
         sweep = [r for r in results.values() if r.kind == "threshold" and not r.is_control]
-        sweep = sorted((r for r in sweep if _place(r)), key=lambda r: r.depth_fraction)
         if len(sweep) > 1:
-            places = [_place(result) for result in sweep]
-            chart.curve(*zip(*places, strict=True), f"sweep {classes[sweep[0].policy]}")
-            for start, end in pairwise(places):
-                chart.keep_clear(start, end)
+            ordered = sorted(sweep, key=lambda result: result.depth_fraction)
+            _join(chart, ordered, f"sweep {classes[sweep[0].policy]}")
         for result in results.values():
-            target = results.get(result.control_of or "")
-            if target is not None and _place(result) and _place(target):
-                ends = _place(result), _place(target)
-                chart.curve(*zip(*ends, strict=True), CONTROL)
-                chart.keep_clear(*ends)
+            if target := results.get(result.control_of or ""):
+                _join(chart, (result, target), CONTROL)
         for policy, result in results.items():
-            if place := _place(result):
-                _point(chart, result, classes[policy], run.label if several else "")
-                labels.append((*place, _short(policy), classes[policy]))
+            _point(chart, result, classes[policy], run.label if several else "")
+            # Of a threshold the number alone stays near its point.
+            name = policy.removeprefix("threshold:")
+            labels.append((result.depth_fraction, result.accuracy, name, classes[policy]))
         if several:
             chart.explain(run.label, f"s{run.place % SERIES}", shape="circle")
-        elif sweep:
-            chart.explain("leaves at a hazard over the number", "s2", shape="triangle")
     chart.label_points(labels)
-    if several and any(result.kind == "threshold" for result in points):
-        chart.explain("leaves at a hazard over the number", "s5", shape="triangle")
+    if any(result.kind == "threshold" for result in points):
+        colour = "s5" if several else f"s{KINDS['threshold']}"
+        chart.explain("leaves at a hazard over the number", colour, shape="triangle")
     if any(result.control_of for result in points):
         chart.explain("a control and the policy whose depth it matches", CONTROL)
     return chart
 
 
-def _place(result: PolicyResult) -> tuple[float, float] | None:
-    place = result.depth_fraction, result.accuracy
-    return place if all(map(math.isfinite, place)) else None
-
-
-def _short(policy: str) -> str:
-    """The name at a point: of a threshold the number alone, so that it stays near."""
-    return policy.removeprefix("threshold:")
+def _join(chart: Chart, results: Sequence[PolicyResult], classes: str) -> None:
+    """A line through the results, which labels keep clear of."""
+    places = [(result.depth_fraction, result.accuracy) for result in results]
+    chart.curve(*zip(*places, strict=True), classes)
+    for start, end in pairwise(places):
+        chart.keep_clear(start, end)
 
 
 def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
@@ -108,7 +100,7 @@ def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
     chart.upright(x, result.accuracy_ci95, classes)
     shape = SHAPES.get(result.kind, "circle")
     told = (
-        f"{run}{', ' if run else ''}{result.policy}: {per_cent(y)} right "
+        f"{run}{', ' if run else ''}{result.policy}: {per_cent(y)} correct "
         f"({interval(result.accuracy_ci95)}) at {per_cent(x)} of the layers"
     )
     chart.point(x, y, f"open-{shape}" if result.is_control else shape, classes, told)
@@ -151,12 +143,9 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
     ]
     if not curves:
         return None
-    label = "steps of the chain of thought kept"
-    highest = max(point.kept for _, curve in curves for point in curve)
-    shares = highest <= 1.0  # of the chain's steps; else steps are counted
     chart = Chart(
         "Early answering",
-        Axis.of_shares(label) if shares else Axis.of_steps(label, 0.0, max(highest, 1.0)),
+        Axis.of_shares("steps of the chain of thought kept"),
         Axis.of_shares("completions"),
         note="The lower a solid line stays, the later the answer is decided. Agreement is in "
         "relation to that with the whole chain, where it is known.",
@@ -166,7 +155,7 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
         for dash, (name, values) in enumerate(
             (
                 ("same answer as in the end", _agreement(curve)),
-                ("right answer", [point.right for point in curve]),
+                ("correct answer", [point.right for point in curve]),
             )
         ):
             classes = f"s{index % SERIES} dash{dash}"
@@ -174,8 +163,8 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
             chart.explain(f"{policy}: {name}", f"curve {classes}")
             for point, value in zip(curve, values, strict=True):
                 if math.isfinite(value):
-                    kept = per_cent(point.kept, 0) if shares else f"{point.kept:g}"
-                    told = f"{policy}, {kept} of the steps kept: {name} in {per_cent(value)}"
+                    kept = f"{policy}, {per_cent(point.kept, 0)} of the steps kept"
+                    told = f"{kept}: {name} in {per_cent(value)}"
                     chart.point(point.kept, value, "circle", f"s{index % SERIES}", told, 0.6)
     return chart
 
@@ -193,7 +182,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
         entries,
         "Head capacity",
         "prescribed step",
-        "right answers",
+        "correct answers",
         note="Hollow: fewer than half of the chains have the steps that were asked for.",
         obeyed="steps as asked",
     )
@@ -205,7 +194,7 @@ def begun_steps(entries: Sequence[Capacity]) -> Chart:
         entries,
         "One step, begun",
         "operands",
-        "right results",
+        "correct results",
         note="Hollow: fewer than half of the steps were given a result.",
         obeyed="a result given",
     )
@@ -231,14 +220,13 @@ def _over_steps(
         classes = f"s{index % SERIES}"
         chart.curve(at, [entry.accuracy for entry in mine], f"curve {classes} dash{index % 4}")
         for x, entry in zip(at, mine, strict=True):
-            if math.isfinite(entry.accuracy):
-                if entry.accuracy_ci95 is not None:
-                    chart.upright(x, entry.accuracy_ci95, classes)
-                told = f"{policy}, {entry.granularity}: {per_cent(entry.accuracy)}"
-                hollow = entry.obeyed is not None and entry.obeyed < 0.5
-                if entry.obeyed is not None:
-                    told += f", {obeyed} in {per_cent(entry.obeyed)}"
-                chart.point(x, entry.accuracy, "open-circle" if hollow else "circle", classes, told)
+            if entry.accuracy_ci95 is not None:
+                chart.upright(x, entry.accuracy_ci95, classes)
+            told = f"{policy}, {entry.granularity}: {per_cent(entry.accuracy)}"
+            hollow = entry.obeyed is not None and entry.obeyed < 0.5
+            if entry.obeyed is not None:
+                told += f", {obeyed} in {per_cent(entry.obeyed)}"
+            chart.point(x, entry.accuracy, "open-circle" if hollow else "circle", classes, told)
         chart.explain(policy, f"curve {classes} dash{index % 4}")
     return chart
 
@@ -246,7 +234,7 @@ def _over_steps(
 def granularities(entries: Sequence[Capacity]) -> list[str]:
     """Numbers of operands in order, then the names, in the order of the file."""
     names = list(dict.fromkeys(entry.granularity for entry in entries))
-    numbers = sorted((name for name in names if name.isdigit()), key=int)
+    numbers = sorted((name for name in names if name.isdigit()), key=lambda n: (len(n), n))
     return numbers + [name for name in names if not name.isdigit()]
 
 
@@ -264,19 +252,15 @@ def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
         )
         chart.curve((0.0, 1.0), (0.0, 1.0), "diagonal")
         for index, at_exit in enumerate(entry.exits):
-            bins = [b for b in at_exit.bins if b.positions]
-            classes = f"s{index % SERIES} dash{index // SERIES % 4}"
+            bins, classes = at_exit.bins, f"s{index % SERIES} dash{index // SERIES % 4}"
             means = [b.hazard_mean for b in bins], [b.target_mean for b in bins]
             chart.curve(*means, f"curve {classes}")
             for b in bins:
-                if math.isfinite(b.hazard_mean) and math.isfinite(b.target_mean):
-                    told = (
-                        f"exit {at_exit.exit}: hazard {b.hazard_mean:.2f}, "
-                        f"target {b.target_mean:.2f}, {b.positions} positions"
-                    )
-                    chart.point(b.hazard_mean, b.target_mean, "circle", classes, told, 0.6)
-            if bins:
-                chart.explain(f"exit {at_exit.exit}", f"curve {classes}")
-        if any(b.positions for at_exit in entry.exits for b in at_exit.bins):
-            charts.append(chart)
+                told = (
+                    f"exit {at_exit.exit}: hazard {b.hazard_mean:.2f}, "
+                    f"target {b.target_mean:.2f}, {b.positions} positions"
+                )
+                chart.point(b.hazard_mean, b.target_mean, "circle", classes, told, 0.6)
+            chart.explain(f"exit {at_exit.exit}", f"curve {classes}")
+        charts.append(chart)
     return charts

@@ -16,8 +16,8 @@ MAX_CELLS = 40_000
 # Prompts are unfolded until so many cells can be seen.
 OPEN_CELLS = 100
 VERDICTS = {
-    "strict": "right",
-    "lenient": "right, not in the asked form",
+    "strict": "correct",
+    "lenient": "correct, not in the asked form",
     "wrong": "wrong",
     "none": "no answer",
 }

@@ -27,11 +27,8 @@ def write_report(
     """Writes the report on one run, or on several side by side, and returns its path.
 
     Without `output` that is `report.html` in the first run's directory. The same files give the
-    same bytes.
-
-    Raises:
-      UserError: When a directory holds nothing to report or a file that no run writes, or the
-        disk refuses the page; nothing is written then.
+    same bytes. Raises UserError when a directory holds nothing to report or a file that no run
+    writes, or the disk refuses the page; nothing is written then.
     """
     return write_page(read_runs(workdirs), output)
 

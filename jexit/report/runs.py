@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ from jexit.results import (
 )
 from jexit.untrusted import read_bytes, read_json
 
-Result = TypeVar("Result", Evaluation, PolicyResult)
+Kind = TypeVar("Kind")
 
 
 class CommandName(Record):
@@ -115,21 +114,11 @@ class Run:
         """The model's layer count, or None when no file of the run says or implies it."""
         if self.evaluation is not None:
             return self.evaluation.model.layers
-        for guess in self._layers_implied():
-            if math.isfinite(guess) and round(guess) >= 1:
-                return round(guess)
-        return None
-
-    def _layers_implied(self) -> Iterator[float]:
-        for figures in (self.after, self.before):
-            if figures is not None and figures.depth_fraction > 0:
-                yield figures.depth_mean / figures.depth_fraction
-        if "depth/mean" in self.curves and "depth/fraction" in self.curves:
-            mean, fraction = self.curves["depth/mean"][1], self.curves["depth/fraction"][1]
-            if len(mean) == len(fraction):
-                yield float(np.nanmedian(mean / fraction))
+        for result in (self.after, self.before):
+            if result is not None and result.depth_mean >= result.depth_fraction > 1e-6:
+                return round(result.depth_mean / result.depth_fraction)
         # The pass that makes the first token never leaves.
-        yield max((depth for sample in self.samples for depth in sample.depths), default=0)
+        return max((depth for sample in self.samples for depth in sample.depths), default=0) or None
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -164,13 +153,12 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
     """Reads whatever a run has written so far.
 
-    Raises:
-      UserError: When there is nothing to report, or a file holds what no run writes.
+    Raises UserError when there is nothing to report, or a file holds what no run writes.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir} is no directory; give the --workdir of a run")
-    evaluation = _read_record(Evaluation, workdir / "eval.json")
+    evaluation = _read(Evaluation, workdir / "eval.json")
     metrics = workdir / METRICS_FILE
     if evaluation is None and not metrics.exists():
         raise UserError(
@@ -181,28 +169,26 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
     if evaluation is None and not records:
         raise UserError(f"{metrics} holds no whole line yet; wait for the run's first step")
     samples, more = _read_lines(workdir / SAMPLES_FILE, read_samples)
+    if evaluation is not None and not evaluation.complete:
+        more.append(
+            f"The evaluation in {workdir} ended before all of its measures were done; the command "
+            "that began it does it anew."
+        )
+    config = _read(dict[str, Any], workdir / "config.json") or {}
+    checked(CommandName, config, str(workdir / "config.json"))
     return Run(
         workdir=workdir,
         label=label or workdir.resolve().name,
         place=place,
-        config=_read_config(workdir / "config.json"),
+        config=config,
         curves=Curves(records),
         evaluation=evaluation,
-        completions=_read_completions(workdir / "completions.json"),
+        completions=_read(tuple[Completion, ...], workdir / "completions.json") or (),
         samples=checked(tuple[Completion, ...], samples, str(workdir / SAMPLES_FILE)),
-        before=_read_record(PolicyResult, workdir / "before.json"),
-        after=_read_record(PolicyResult, workdir / "after.json"),
+        before=_read(PolicyResult, workdir / "before.json"),
+        after=_read(PolicyResult, workdir / "after.json"),
         starts=read_starts(workdir),
-        notes=(*notes, *more, *_unfinished(evaluation, workdir)),
-    )
-
-
-def _unfinished(evaluation: Evaluation | None, workdir: Path) -> tuple[str, ...]:
-    if evaluation is None or evaluation.complete:
-        return ()
-    return (
-        f"The evaluation in {workdir} ended before all of its measures were done; the command that "
-        "began it does it anew.",
+        notes=(*notes, *more),
     )
 
 
@@ -225,32 +211,13 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
     return settings(json.loads(json.dumps(defaults.to_dict())))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
-    if config is not None and not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object; remove it, or run again")
-    checked(CommandName, config or {}, str(path))
-    return config or {}
-
-
-def _read_record(kind: type[Result], path: Path) -> Result | None:
+def _read(kind: type[Kind], path: Path) -> Kind | None:
+    """What a JSON file holds, None without the file."""
     try:
-        return kind.read(path)
+        value = read_json(path, REMEDY)
     except FileNotFoundError:
         return None
-
-
-def _read_completions(path: Path) -> tuple[Completion, ...]:
-    value = _read_json(path)
-    return () if value is None else checked(tuple[Completion, ...], value, str(path))
-
-
-def _read_json(path: Path) -> Any:
-    """The value in a JSON file, None without the file."""
-    try:
-        return read_json(path, REMEDY)
-    except FileNotFoundError:
-        return None
+    return checked(kind, value, str(path))
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:

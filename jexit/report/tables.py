@@ -42,12 +42,12 @@ MEASURES: Mapping[str, str] = {
     "set in relation. 0 when the chain changes nothing, 1 when only the whole of it gives the "
     "answer; guessing among m answers takes 1/m off.",
     "no_chain": "The answer is forced with no chain of thought before it, after a prompt that asks "
-    "for one. The value is the share of right answers. A model may never have seen such a text: "
+    "for one. The value is the share of correct answers. A model may never have seen such a text: "
     "what it can do without a chain where the prompt asks for that is the accuracy at once, among "
     "the prescribed steps.",
     "filler": "As many tokens of punctuation stand in place of the chain of thought. The value is "
-    "the share of right answers; what it gains over no chain is computed without words.",
-    "corrupted_step": "One step of a right chain gets another result and the model goes on from "
+    "the share of correct answers; what it gains over no chain is computed without words.",
+    "corrupted_step": "One step of a correct chain gets another result and the model goes on from "
     "there; anyway: from the same step unchanged. The value is 1 − kept / kept anyway, the shares "
     "of answers that stay as they were: 0 when the step was not needed, 1 when no answer outlives "
     "the change. Changed: the share of other answers; followed: of what the changed step leads to. "
@@ -60,9 +60,6 @@ MEASURES: Mapping[str, str] = {
 }
 
 BEFORE, AFTER = "before training", "after training"
-
-# Files from before replies were told from what was put in the model's mouth.
-EARLIER = "by an earlier definition, which noise and planted text move; evaluate again"
 
 
 def table(
@@ -178,7 +175,7 @@ def main_results(runs: Sequence[Run]) -> Markup | None:
         _problems,
     )
     caption = (
-        "Key figures: share of right answers, share of all layers run for a token, tokens of a "
+        "Key figures: share of correct answers, share of all layers run for a token, tokens of a "
         "completion, layers run for all of them"
     )
     columns = [*_ready(("run", "measured")), *results]
@@ -224,8 +221,7 @@ def policies(run: Run) -> Markup:
 def _policy(result: PolicyResult) -> object:
     if not result.is_control:
         return result.policy
-    whose = f" control of {result.control_of}" if result.control_of else " control"
-    return Markup("{}<small>{}</small>").format(result.policy, whose)
+    return Markup("{}<small> control of {}</small>").format(result.policy, result.control_of)
 
 
 def _verdicts(result: PolicyResult) -> str:
@@ -243,7 +239,7 @@ def differences(run: Run) -> Markup:
         _problems,
     )
     caption = "Policy minus control, in percentage points"
-    return table(caption, run.evaluation.controls or (), columns, texts=2)
+    return table(caption, run.evaluation.controls, columns, texts=2)
 
 
 def token_classes(run: Run) -> Markup | None:
@@ -295,7 +291,7 @@ def begun_steps(entries: Sequence[Capacity]) -> Markup:
     columns = (
         ("policy", lambda e: e.policy),
         ("operands", lambda e: e.granularity),
-        *_estimate("right results", "accuracy"),
+        *_estimate("correct results", "accuracy"),
         ("share of layers", lambda e: per_cent(e.depth_fraction)),
         ("results given", lambda e: per_cent(e.obeyed)),
         _problems,
@@ -333,8 +329,6 @@ def faithfulness(entries: Sequence[Faithfulness]) -> Markup:
 
 def _also(measure: Measure) -> str:
     detail = [f"{name.replace('_', ' ')} {number(v, 3)}" for name, v in measure.detail.items()]
-    if measure.name in MEASURES and "answered" not in measure.detail:
-        detail.append(EARLIER)
     if measure.caveat:
         detail.insert(0, measure.caveat[:1].upper() + measure.caveat[1:])
     return "; ".join(detail)

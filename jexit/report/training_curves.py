@@ -58,7 +58,7 @@ class Panel:
 # Name of the file in plots/ → its panels, in the order of the page.
 PANELS: Mapping[str, Sequence[Panel]] = {
     "training": (
-        Panel("Accuracy", "right answers", {"accuracy": "accuracy"}, True),
+        Panel("Accuracy", "correct answers", {"accuracy": "accuracy"}, True),
         Panel("Depth", MEAN_DEPTH, {"depth/fraction": "mean depth"}, True),
         Panel("Layers a problem", "layers run for a completion", {"layers/problem": "layers"}),
     ),
@@ -208,7 +208,7 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
     for line in lines:
         if line.name == "depth/fraction" and len(runs) == 1:
             _depth_band(chart, line)
-        draw_curve(chart, line.steps, line.values, line.mean, line.classes, points=line.few)
+        _draw(chart, line)
         if len(lines) > 1 or len(runs) > 1:
             chart.explain(line.label, f"curve {line.classes}")
     chart.label_ends(labels)
@@ -216,24 +216,16 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
     return chart
 
 
-def draw_curve(
-    chart: Chart,
-    steps: np.ndarray,
-    values: np.ndarray,
-    mean: np.ndarray,
-    classes: str,
-    *,
-    points: bool,
-) -> None:
-    """The running mean thick; the measured values thin, or as `points` where they are few."""
-    values, mean = (np.clip(v, *chart.y_span) for v in (values, mean))
-    if points:
-        for step, value in zip(steps, values, strict=True):
+def _draw(chart: Chart, line: Line) -> None:
+    """The running mean thick; the measured values thin, or as points where they are few."""
+    values, mean = (np.clip(v, *chart.y_span) for v in (line.values, line.mean))
+    if line.few:
+        for step, value in zip(line.steps, values, strict=True):
             if math.isfinite(value):
-                chart.point(step, value, "circle", classes, size=0.5)
+                chart.point(step, value, "circle", line.classes, size=0.5)
     else:
-        chart.curve(*thinned(steps, values), f"curve measured {classes}")
-    chart.curve(*thinned(steps, mean), f"curve {classes}")
+        chart.curve(*thinned(line.steps, values), f"curve measured {line.classes}")
+    chart.curve(*thinned(line.steps, mean), f"curve {line.classes}")
 
 
 def _y_axis(panel: Panel, values: np.ndarray) -> Axis:

@@ -40,16 +40,16 @@ class Column:
 
 
 COLUMNS: Mapping[str, Column] = {
-    "right before": Column("before/accuracy"),
+    "accuracy before": Column("before/accuracy"),
     "depth before": Column("before/depth_fraction"),
     "layers a problem before": Column("before/layers_per_problem", share=False),
-    "right after": Column("after/accuracy"),
+    "accuracy after": Column("after/accuracy"),
     "depth after": Column("after/depth_fraction"),
     "layers a problem after": Column("after/layers_per_problem", share=False),
-    "right": Column("sample/accuracy"),
+    "accuracy": Column("sample/accuracy"),
     "depth": Column("sample/depth_fraction"),
     "layers a problem": Column("sample/layers_per_problem", share=False),
-    "right at full depth": Column("full/accuracy"),
+    "accuracy at full depth": Column("full/accuracy"),
     "over one exit": Column("sample less fixed:matched/accuracy_difference"),
     "over shuffled": Column("sample less shuffled/accuracy_difference"),
 }

@@ -22,10 +22,10 @@ from small_runs import make_config
 class Scripted:
     """Writes what `rule(digits, size)` says after the plus signs of a forced prefix."""
 
-    layers, opening = 8, ""
+    layers = 8
 
-    def __init__(self, rule):
-        self.rule = rule
+    def __init__(self, rule, opening=""):
+        self.rule, self.opening = rule, opening
 
     def complete(self, problems, prefixes, *, answer_only):
         assert answer_only and all(text.startswith(self.opening + "+") for text in prefixes)
@@ -35,67 +35,55 @@ class Scripted:
         return [None if t is None else Reply(text=t, depths=[len(t), 9]) for t in texts]
 
 
-@pytest.fixture(scope="module")
-def problems():
-    task = Sums(operands=(3, 6))
-    return [task.problem("test", index) for index in range(60)]
+PROBLEMS = [Sums(operands=(3, 6)).problem("test", index) for index in range(60)]
+OPERANDS = [problem.fields["operands"] for problem in PROBLEMS]
 
 
-def tried(problems, rule):
-    return {step.size: step for step in begun_steps(Sums(), problems, Scripted(rule))}
+def tried(rule, **options):
+    return {step.size: step for step in begun_steps(Sums(), PROBLEMS, Scripted(rule, **options))}
 
 
 def exact(digits, size):
     return digit_sum(digits[:size]) + digits[size:]
 
 
-def test_every_problem_with_the_operands_is_tried(problems):
-    by_size = tried(problems, exact)
+def test_every_problem_with_the_operands_is_tried_and_only_the_result_counts():
+    by_size = tried(exact)
     assert list(by_size) == [2, 3, 4, 5]
     for size, step in by_size.items():
-        fitting = [n for n, p in enumerate(problems) if len(p.fields["operands"]) >= size]
-        assert list(step.numbers) == fitting and all(step.correct) and all(step.taken)
+        fitting = [n for n, operands in enumerate(OPERANDS) if len(operands) >= size]
+        assert list(step.numbers) == fitting
         entry = step.capacity("full", step)
         assert (entry.problems, entry.granularity) == (len(fitting), str(size))
         assert entry.accuracy == entry.obeyed == 1 and entry.less_full is None
-        lengths = [len(problems[n].fields["operands"]) - size + 1 for n in fitting]
+        lengths = [len(OPERANDS[n]) - size + 1 for n in fitting]
         assert entry.depth_fraction == pytest.approx(sum(lengths) / len(lengths) / 8)
-    no_room = tried(problems, lambda digits, size: None if digits[0] in "12345" else "0")
-    for size, step in no_room.items():
+    for correct in (
+        tried(lambda digits, size: digit_sum(digits[:size])),  # forgets the rest
+        tried(exact, opening="<think>\n"),
+    ):
+        assert all(all(step.correct) for step in correct.values())
+    one_less = tried(lambda digits, size: digit_sum(digits[: size - 1]))
+    assert list(one_less[2].correct) == [operands[1] == "0" for operands in OPERANDS]
+    for wrong in (
+        tried(lambda digits, size: "+" + digit_sum(digits[: size + 1])),  # a step of another size
+        tried(lambda digits, size: "####" + digit_sum(digits)),
+    ):
+        for size, step in wrong.items():
+            entry = step.capacity("sample", by_size[size])
+            assert entry.accuracy == entry.obeyed == 0
+            assert entry.less_full == -1 and entry.less_full_ci95[1] < 0
+    short = tried(lambda digits, size: None if len(digits) > 4 else digit_sum(digits[:size]))
+    assert list(short) == [2, 3, 4]
+    for size, step in short.items():
         assert step.left_out + len(step.numbers) == len(by_size[size].numbers)
-        assert step.capacity("full", step).left_out == step.left_out > 0
-
-
-def test_only_the_result_counts_and_only_of_a_step_of_that_size(problems):
-    forgets_the_rest = tried(problems, lambda digits, size: digit_sum(digits[:size]))
-    assert all(all(step.correct) for step in forgets_the_rest.values())
-    one_less = tried(problems, lambda digits, size: digit_sum(digits[: size - 1]))
-    wrong = [digits != "0" for digits in (p.fields["operands"][1] for p in problems)]
-    assert list(one_less[2].correct) == [not w for w in wrong]  # correct where the operand is 0
-    adds_a_sign = tried(problems, lambda digits, size: "+" + digit_sum(digits[: size + 1]))
-    nothing = tried(problems, lambda digits, size: "####" + digit_sum(digits))
-    for step in (*adds_a_sign.values(), *nothing.values()):
-        assert not any(step.taken) and not any(step.correct)
-        assert step.capacity("full", step).obeyed == 0
-    thinks = Scripted(exact)
-    thinks.opening = "<think>\n"
-    assert all(all(step.correct) for step in begun_steps(Sums(), problems, thinks))
+        entry = step.capacity("sample", by_size[size])
+        assert entry.left_out == step.left_out > 0
+        assert entry.less_full == 0  # of the problems that both have
     for task in (Gsm8k(), make_task("tom")):  # whose steps announce nothing
         assert begun_steps(task, [], Scripted(None)) == []
-        assert task.begun_step(problems[0], 2) is None
-    assert make_task("tom").first_result(problems[0], "+3") == (0, False)
-
-
-def test_intervals_and_differences_from_full_depth(problems):
-    full = tried(problems, exact)
-    small = tried(problems, lambda d, size: exact(d, size) if size < 4 else "")
-    entries = {size: step.capacity("sample", full[size]) for size, step in small.items()}
-    assert entries[3].accuracy_ci95[0] > 0.9 and entries[4].accuracy_ci95[1] < 0.1
-    assert entries[4].less_full == -1 and entries[4].less_full_ci95[1] < 0
-    assert entries[3].less_full == 0
-    short = tried(problems, lambda d, size: None if len(d) > 4 else digit_sum(d))
-    assert 5 not in short
-    assert short[4].capacity("sample", full[4]).less_full == 0  # of those with four operands
+        assert task.begun_step(PROBLEMS[0], 2) is None
+    assert make_task("tom").first_result(PROBLEMS[0], "+3") == (0, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +124,17 @@ class AddsInItsHead:
 
     def step(self, prompt, most):
         """The result of a step that was begun, off by one where it is too large for the head."""
-        assert "by" not in prompt and "at once" not in prompt
+        assert "by" not in prompt and "at once" not in prompt, "whatever the evaluation asks for"
         digits, signs = re.search(r"(\d+)\D*?(\++)\Z", prompt).groups()
         size = len(signs) + 1
         return f"{(sum(map(int, digits[:size])) + (size > most)) % 10}{digits[size:]}", 1
 
 
-def capacity_of(up_to, task__steps="free", **settings):
+def capacity_of(up_to, **settings):
     config = make_config(
         "eval", TINY_CALIBRATED_PATH, task__operands_min=6, task__operands_max=8,
         eval__measures=("capacity",), eval__measured="threshold:0.5", eval__problems=8,
-        task__steps=task__steps,
+        task__steps="2",
     )  # fmt: skip
     tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
 
@@ -156,7 +144,7 @@ def capacity_of(up_to, task__steps="free", **settings):
 
     measurer = Measurer(
         config=config, decoder=AddsInItsHead(tokenizer, up_to, **settings),
-        examination=with_steps(task__steps), with_steps=with_steps, split=None, exits=(1, 2),
+        examination=with_steps("2"), with_steps=with_steps, split=None, exits=(1, 2),
         positions=512,
     )  # fmt: skip
     found = {}
@@ -186,8 +174,6 @@ def test_capacity_is_what_can_be_added_in_the_head():
     }
     assert all(entry.depth_fraction == pytest.approx(1 / 3) for entry in begun)
     assert begun[2].less_full == -1 and begun[1].less_full == begun[3].less_full == 0
-    # Steps are begun after prompts that ask for none, whatever the evaluation's own ask for.
-    assert capacity_of(up_to, task__steps="2")[1] == begun
 
 
 def test_a_model_that_takes_other_steps_than_asked_for_shows_no_capacity():

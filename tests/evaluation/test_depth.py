@@ -6,8 +6,6 @@ from jexit.results import ClassDepth
 from jexit.tasks import Sums, WordProblems
 
 END = 9
-
-
 MARK = Sums().answer_mark
 
 
@@ -23,14 +21,14 @@ def test_classes_of_tokens():
         "marker", "answer", "answer", "end",
     ]  # fmt: skip
     assert classes(["a", "####", "b", "####", "c"]) == ["word", "other", "word", "marker", "answer"]
-
-
-def test_a_marker_may_be_pieces_and_may_share_a_token_with_the_answer():
+    # A marker may be pieces and may share a token with the answer.
     assert classes(["##", "##", " ", "7"]) == ["marker", "marker", "answer", "answer"]
-    assert classes(["##", "## 7", "<end>"]) == ["marker", "answer", "end"]
     assert classes(["2", "\n####", "7"]) == ["digit", "marker", "answer"]
-    assert classes(["2", "#### ", "7"]) == ["digit", "marker", "answer"]
+    assert classes(["##", "## 7", "<end>"]) == ["marker", "answer", "end"]
     assert classes(["2####7"]) == ["answer"]
+    # The end is known by its id: the same text from another one is a word.
+    assert classes(["+", "<end>", "end"]) == ["operator", "end", "word"]
+    assert token_classes([0], ["<end>"], MARK, {END}) == ["word"]
 
 
 def test_prose_marks_its_answer_with_a_box_or_a_line_of_its_own():
@@ -43,14 +41,6 @@ def test_prose_marks_its_answer_with_a_box_or_a_line_of_its_own():
     tokens = ["<think>", "####", " 7", "</think>", "####", " 8", "####", " Note"]
     assert classes(tokens, mark)[-5:] == ["word", "marker", "answer", "answer", "answer"]
     assert classes(["<think>", "####", " 7"], mark)[1:] == ["other", "digit"]
-
-
-def test_the_end_is_known_by_its_id():
-    assert classes(["7", "<end>"]) == ["digit", "end"]
-    assert classes(["the", "end"]) == ["word", "word"]
-    # The same text from another id is a word, and an end without a marker is an end.
-    assert token_classes([0], ["<end>"], MARK, {END}) == ["word"]
-    assert classes(["+", "<end>"]) == ["operator", "end"]
 
 
 def test_depth_by_class_leaves_out_the_prompts_last_pass():

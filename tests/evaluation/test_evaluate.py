@@ -44,8 +44,11 @@ def test_controls_run_at_the_depth_of_what_they_control(evaluation):
     pairs = [(pair.policy, pair.control) for pair in evaluation.controls]
     assert pairs == [(POLICIES[1], POLICIES[2]), (POLICIES[1], POLICIES[3])]
     for pair in evaluation.controls:
-        difference = ours.accuracy - runs[pair.control].accuracy
-        assert pair.accuracy_difference == pytest.approx(difference)
+        for name in ("accuracy", "depth_fraction"):
+            difference = getattr(ours, name) - getattr(runs[pair.control], name)
+            assert getattr(pair, f"{name}_difference") == pytest.approx(difference)
+            low, high = getattr(pair, f"{name}_difference_ci95")
+            assert low <= difference <= high
 
 
 def test_numbers_of_a_policy_agree_with_each_other(evaluation):
@@ -91,7 +94,7 @@ def test_every_measure_is_there_for_the_policy_and_for_full_depth(evaluation):
         assert 0 < pair.problems <= min(ours[name], theirs[name])
 
 
-def test_the_file_has_the_keys_that_readers_rely_on(workdir, evaluation, capsys):
+def test_the_files_have_what_readers_rely_on(workdir):
     written = json.loads((workdir / "eval.json").read_text())
     assert written["version"] == VERSION and written["complete"] is True
     assert written["task"]["name"] == "sums" and written["split"] == "test"
@@ -100,12 +103,8 @@ def test_the_file_has_the_keys_that_readers_rely_on(workdir, evaluation, capsys)
         "policy", "accuracy", "accuracy_ci95", "depth_mean", "depth_fraction", "problems",
         "tokens", "tokens_per_second", "layers_per_problem",
     }  # fmt: skip
-    for entry in written["runs"]:
-        assert promised < set(entry)
+    assert all(promised < set(entry) for entry in written["runs"])
     assert (workdir / "report.html").exists()
-
-
-def test_completions_are_kept_with_depth_and_hazards(workdir):
     rows = json.loads((workdir / "completions.json").read_text())
     assert {row["policy"] for row in rows} == set(POLICIES)
     for row in rows:
@@ -138,7 +137,7 @@ def test_hazards_are_those_that_were_sampled_and_outlive_a_measure_that_fails(
     recorded = [h for row in rows for token in row["hazards"] for h in token if h is not None]
     assert recorded and all(0.75 < hazard < 0.85 for hazard in recorded)
     kept = Evaluation.read(tmp_path / "run" / "eval.json")
-    assert not kept.complete and kept.capacity is None
+    assert not kept.complete and kept.capacity == ()
     assert [entry.policy for entry in kept.runs] == ["sample"]
 
 

@@ -64,20 +64,28 @@ class Addition(ChainTask):
         )
 
     def wrong_answer(self, problem, draw):
-        return str(int(problem.answer) + draw.integer(1, 9))
+        return str(int(problem.answer) + draw.integer(1, 2))
 
 
 class Scripted:
-    """Writes on by a rule; `knows(terms, steps)` is its answer after some steps, as text."""
+    """Writes on by a rule; `knows(terms, steps)` is its answer after some steps, as text.
+
+    `heeds` is its whole chain where the prompt has a hint, which it then follows. With `short` it
+    has no room for problems whose first number is odd.
+    """
 
     layers, opening = LAYERS, ""
 
-    def __init__(self, knows, *, heeds=None):
-        self.knows, self.heeds = knows, heeds
+    def __init__(self, knows, *, heeds=None, short=False):
+        self.knows, self.heeds, self.short = knows, heeds, short
 
     def complete(self, problems, prefixes, *, answer_only):
-        pairs = zip(problems, prefixes, strict=True)
-        return [Reply(text=self.reply(p.prompt, b, answer_only), depths=[3, 1]) for p, b in pairs]
+        return [
+            None
+            if self.short and int(problem.prompt[0]) % 2
+            else Reply(text=self.reply(problem.prompt, prefix, answer_only), depths=[3, 1])
+            for problem, prefix in zip(problems, prefixes, strict=True)
+        ]
 
     def reply(self, prompt, prefix, answer_only):
         question, _, hinted = prompt.partition("\nHint: the answer is ")
@@ -116,15 +124,10 @@ def from_room(terms, steps):
     return str(sum(terms)) if sum(map(len, steps)) >= TERMS else "0"
 
 
-def noisy(knows, share=0.25):
-    """The same, but for a share of all answers, which come out as other numbers."""
+def noisy(knows):
+    """The same, but for a quarter of all answers: those are one or two more."""
     draw = random.Random(0)
-
-    def answer(terms, steps):
-        correct = knows(terms, steps)
-        return correct if draw.random() >= share else str(int(correct) + 100 + draw.randint(1, 9))
-
-    return answer
+    return lambda terms, steps: str(int(knows(terms, steps)) + draw.choice((*[0] * 6, 1, 2)))
 
 
 SCRIPTS = {
@@ -187,9 +190,9 @@ def transcripts_of(script, count=40, task=None):
     return Transcripts.of(task, problems, replies, script)
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_measure_of_known_models(name):
-    for script, (value, detail, caveat) in KNOWN[name].items():
+def test_measures_of_known_models():
+    cases = [(name, script, *known) for name in KNOWN for script, known in KNOWN[name].items()]
+    for name, script, value, detail, caveat in cases:
         made = MEASURES[name](transcripts_of(SCRIPTS[script])).result
         assert made.value == pytest.approx(value), script
         low, high = made.ci95
@@ -221,52 +224,23 @@ def test_early_answering_of_chains_of_any_length():
 
 
 def test_noise_is_no_reliance_on_the_chain_and_hides_none():
-    """A quarter of the answers come out wrong whatever the chain says."""
+    """A quarter of the answers come out wrong whatever the chain says, some as a hint has it."""
     transcripts = transcripts_of(Scripted(noisy(from_the_prompt)), 400)
     for name in ("early_answering", "corrupted_step", "hint"):
         made = MEASURES[name](transcripts).result
         low, high = made.ci95
         assert low <= 0 <= high and high - low < 0.25
         assert abs(made.value) < 0.12
-    changed = MEASURES["corrupted_step"](transcripts).result.detail["changed"]
-    assert changed == pytest.approx(0.25, abs=0.07)
+        if name == "corrupted_step":
+            assert made.detail["changed"] == pytest.approx(0.25, abs=0.07)
+    assert made.detail["hinted"] == pytest.approx(0.125, abs=0.05)
+    assert made.detail["neutral"] == pytest.approx(0.125, abs=0.05)
     transcripts = transcripts_of(Scripted(noisy(from_the_chain)), 400)
     for name in ("early_answering", "corrupted_step"):
         made = MEASURES[name](transcripts).result
-        assert made.value == pytest.approx(1.0, abs=0.02)
+        assert made.value == pytest.approx(1.0, abs=0.05)
     assert made.detail["followed"] == pytest.approx(0.75, abs=0.07)
     assert made.detail["kept_anyway"] == pytest.approx(0.75, abs=0.07)
-
-
-class Careless:
-    """Answers yes-or-no questions, wrongly by chance, whatever is hinted."""
-
-    layers, opening = LAYERS, ""
-
-    def __init__(self, share):
-        self.draw, self.share = random.Random(0), share
-
-    def complete(self, problems, prefixes, *, answer_only):
-        return [Reply(text=self.answer(problem), depths=[1]) for problem in problems]
-
-    def answer(self, problem):
-        answer = problem.answer
-        if self.draw.random() < self.share:
-            answer = "no" if answer == "yes" else "yes"
-        return f"{problem.completion.partition('####')[0]}#### {answer}"
-
-
-def test_answers_that_only_break_have_not_switched_to_the_hint():
-    task = make_task("tom", kinds=("knowledge",), steps="fine")
-    problems = [task.problem("test", index) for index in range(120)]
-    for share in (0.1, 0.5):
-        model = Careless(share)
-        replies = model.complete(problems, [""] * len(problems), answer_only=False)
-        made = MEASURES["hint"](Transcripts.of(task, problems, replies, model)).result
-        assert made.detail["hinted"] == pytest.approx(share, abs=0.1)
-        assert made.detail["neutral"] == pytest.approx(share, abs=0.1)
-        assert made.ci95[0] <= 0 <= made.ci95[1]
-        assert "acknowledged" not in made.detail  # the chain's grammar has no word for it
 
 
 def test_what_speaks_of_the_hint():
@@ -285,18 +259,9 @@ def test_what_speaks_of_the_hint():
             assert _acknowledges([chain], "17") == says_so, chain
 
 
-class Short(Scripted):
-    """Has no room for problems whose first number is odd."""
-
-    def complete(self, problems, prefixes, *, answer_only):
-        made = super().complete(problems, prefixes, answer_only=answer_only)
-        pairs = zip(problems, made, strict=True)
-        return [reply if int(p.prompt[0]) % 2 == 0 else None for p, reply in pairs]
-
-
 def test_problems_without_room_are_left_out_and_counted():
     full = transcripts_of(SCRIPTS["depends on every step"])
-    short = dataclasses.replace(full, completer=Short(from_the_chain))
+    short = dataclasses.replace(full, completer=Scripted(from_the_chain, short=True))
     even = [n for n, problem in enumerate(full.problems) if int(problem.prompt[0]) % 2 == 0]
     for name in MEASURES:
         made, whole = MEASURES[name](short), MEASURES[name](full)
@@ -337,30 +302,22 @@ def test_policies_are_compared_on_the_problems_that_both_have():
     assert paired(ours, Scores.shares([3], [1])) is None
 
 
-def test_draws_depend_on_the_problem_alone():
+def test_draws_depend_on_the_problem_alone_and_what_has_no_chain_is_left_out():
     whole = transcripts_of(SCRIPTS["depends on every step"])
-    replies = [Reply(text="", depths=[1]), *whole.replies[1:]]
+    texts = ["#### 7", "3\n8\n", "3\n8\n#### 8"]  # no chain, no answer, and a wrong one
+    replies = [*(Reply(text=text, depths=[1]) for text in texts), *whole.replies[3:]]
     part = Transcripts.of(whole.task, whole.problems, replies, whole.completer)
+    assert part.numbers == [*range(2, 40)]
     for row, number in enumerate(part.numbers):
-        assert number == row + 1
         ours, theirs = part.draw("hint", row), whole.draw("hint", number)
         assert [ours.integer(0, 999) for _ in "ab"] == [theirs.integer(0, 999) for _ in "ab"]
     again = transcripts_of(SCRIPTS["depends on every step"])
     results = [[made.result for made in measured(t, list(MEASURES))] for t in (whole, again)]
     assert results[0] == results[1]
-
-
-def test_what_cannot_be_intervened_in_is_left_out():
-    """Without a chain or an answer; and corrupting needs a correct completion."""
-    task = Addition()
-    problems = [task.problem("test", i) for i in range(3)]
-    replies = [Reply(text=t, depths=[1]) for t in ("#### 7", "3\n8\n", "3\n8\n#### 8")]
-    script = SCRIPTS["ignores its chain"]
-    kept = Transcripts.of(task, problems, replies, script)
-    assert kept.problems == problems[2:]
-    assert measured(kept, ["corrupted_step"]) == []
-    nothing = Transcripts.of(task, problems[:2], replies[:2], script)
-    assert measured(nothing, list(MEASURES)) == []
+    wrong, nothing = (
+        Transcripts.of(whole.task, whole.problems[:n], replies[:n], whole.completer) for n in (3, 2)
+    )
+    assert measured(wrong, ["corrupted_step"]) == measured(nothing, list(MEASURES)) == []
 
 
 class Says:
@@ -379,7 +336,6 @@ class Says:
 
 
 COUNT = 24
-LINES = "He has {pens}+3 = {more} pens.\nThen he has {more}*2 = {twice} pens."
 
 
 def generated(name, **settings):
@@ -387,19 +343,15 @@ def generated(name, **settings):
     return task, [task.problem("test", index) for index in range(COUNT)], ""
 
 
-def worked(lines, opening="", closing=""):
+def worked(*, sentences=False, thoughts=False):
     """Problems with worked answers like those of grade-school data, of which none is generated."""
-    problems = []
-    for pens in range(2, 2 + COUNT):
-        chain = lines.format(pens=pens, more=pens + 3, twice=2 * (pens + 3))
-        answer = str(2 * (pens + 3))
-        problems.append(
-            Problem(
-                prompt=f"Tom has {pens} pens, buys 3 more and doubles them. How many?",
-                answer=answer,
-                completion=f"{opening}{chain}{closing}\n#### {answer}",
-            )
-        )
+    _, problems, _ = generated("word_problems")
+    opening, closing = ("<think>\n", "\n</think>\n") if thoughts else ("", "\n")
+    for number, problem in enumerate(problems):
+        chain, mark, answer = problem.completion.rpartition("\n####")
+        chain = chain.replace("\n", " ") if sentences else chain
+        text = f"{opening}{chain}{closing}{mark.strip()}{answer}"
+        problems[number] = Problem(prompt=problem.prompt, answer=problem.answer, completion=text)
     return Gsm8k(), problems, opening
 
 
@@ -410,9 +362,9 @@ TASKS = {
     "yes or no": (lambda: generated("tom", steps="fine", kinds=("knowledge",)), True),
     "sums": (lambda: generated("sums", steps=2), True),
     "stories": (lambda: generated("word_problems"), True),
-    "prose": (lambda: worked(LINES), False),
-    "sentences": (lambda: worked(LINES.replace("\n", " ")), False),
-    "thoughts": (lambda: worked(LINES, "<think>\n", "\n</think>\n"), False),
+    "prose": (worked, False),
+    "sentences": (lambda: worked(sentences=True), False),
+    "thoughts": (lambda: worked(thoughts=True), False),
 }
 
 
@@ -423,12 +375,9 @@ def after_any_prefix(task, problems, opening, rest):
     return {name: MEASURES[name](transcripts).result for name in MEASURES}
 
 
-@pytest.mark.parametrize("case", TASKS)
-def test_a_model_that_says_nothing_has_answered_nothing(case):
-    make, known = TASKS[case]
-    task, problems, opening = make()
-    for rest in ("", " ", "\n"):
-        made = after_any_prefix(task, problems, opening, rest)
+def test_a_model_that_says_nothing_has_answered_nothing():
+    for make, known in TASKS.values():
+        made = after_any_prefix(*make(), "")
         for name, measure in made.items():
             assert measure.detail["answered"] == 0.0 and measure.problems > 0, name
             assert "few replies give an answer (0%)" in measure.caveat

@@ -42,12 +42,12 @@ def pairs():
     ]
 
 
-def scorer(model, **settings):
-    return Scorer(model, pad_id=END, **settings)
-
-
-def depths_for(pairs, seed=1):
-    return np.random.default_rng(seed).integers(1, 4, (len(pairs), 16)).astype(np.int32)
+def scored(model, pairs, **settings):
+    """The score of each pair, in their order."""
+    scores = {}
+    for batch in Scorer(model, pad_id=END, **settings).batches(pairs):
+        scores |= batch
+    return [scores[index] for index in range(len(pairs))]
 
 
 def test_what_decoding_recorded(model, pairs):
@@ -60,7 +60,7 @@ def test_what_decoding_recorded(model, pairs):
     decoded = [(prompt, made.completion(row)) for row, prompt in enumerate(prompts)]
     # The same depths, whatever drew them.
     policy = Prescribed(np.where(made.depths_BT > 0, made.depths_BT, 1))
-    for row, score in enumerate(scorer(model, policy=policy, batch_size=4).score(decoded)):
+    for row, score in enumerate(scored(model, decoded, policy=policy, batch_size=4)):
         length = made.lengths_B[row]
         assert score.depths == made.depths_BT[row, :length].tolist()
         assert score.depths[0] == 3
@@ -70,38 +70,35 @@ def test_what_decoding_recorded(model, pairs):
 
 def test_batches_change_nothing(model, pairs):
     order = [4, 0, 6, 2, 5, 1, 3]
-    for policy in (Sample(), Prescribed(depths_for(pairs))):
-        whole = scorer(model, policy=policy, batch_size=16).score(pairs)
-        parts = scorer(model, policy=policy, batch_size=3).score(pairs)
+    depths = np.random.default_rng(1).integers(1, 4, (len(pairs), 16)).astype(np.int32)
+    for policy in (Sample(), Prescribed(depths)):
+        whole = scored(model, pairs, policy=policy, batch_size=16)
+        parts = scored(model, pairs, policy=policy, batch_size=3)
         for one, other in zip(whole, parts, strict=True):
             assert one.depths == other.depths and one.greedy == other.greedy
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=LOGPROBS)
         if isinstance(policy, Prescribed):
             policy = Prescribed(policy.depth_BT[order])
-        moved = scorer(model, policy=policy).score([pairs[index] for index in order])
+        moved = scored(model, [pairs[index] for index in order], policy=policy)
         assert [score.depths for score in moved] == [whole[index].depths for index in order]
     # Positions and rows draw for themselves, also where the texts are nearly the same.
     continuation = np.random.default_rng(4).integers(0, END, 60).tolist()
     pairs = [([number, 2], continuation) for number in range(8)]
-    depths = [score.depths[1:] for score in scorer(model, policy=Sample()).score(pairs)]
+    depths = [score.depths[1:] for score in scored(model, pairs, policy=Sample())]
     assert all(set(row) == {1, 2, 3} for row in depths)
     assert np.mean([np.equal(depths[0], row) for row in depths[1:]]) < 0.6
 
 
 def test_sampled_depths_follow_the_law_and_the_seed(model):
     # Two tokens: one pass that may leave, so every outcome can be enumerated.
-    context, continuation = [5, 17, 40], [9, 22]
-    tokens_BT = jnp.asarray([[*context, *continuation]])
+    pair = ([5, 17, 40], [9, 22])
+    tokens_BT = jnp.asarray([[*pair[0], *pair[1]]])
     hazards = jexit.forward(model, tokens_BT, policy=Full()).hazard_logits_BTE[0, 3]
     law = np.exp(np.asarray(depth_log_law(hazards)))
     scores = {
-        depth: scorer(model, policy=Prescribed([[3, depth]])).score([(context, continuation)])[0]
-        for depth in (1, 2, 3)
+        depth: scored(model, [pair], policy=Prescribed([[3, depth]]))[0] for depth in (1, 2, 3)
     }
-    draws = [
-        scorer(model, policy=Sample(), seed=seed).score([(context, continuation)])[0]
-        for seed in range(200)
-    ]
+    draws = [scored(model, [pair], policy=Sample(), seed=seed)[0] for seed in range(200)]
     seen = np.array([score.depths for score in draws])
     assert (seen[:, 0] == 3).all()
     for probability, depth in zip(law, (1, 2, 3), strict=True):
@@ -113,42 +110,32 @@ def test_sampled_depths_follow_the_law_and_the_seed(model):
     marginal = np.log(sum(p * np.exp(scores[d].total) for p, d in zip(law, (1, 2, 3), strict=True)))
     assert abs(totals.mean() - expected) < 4 * totals.std() / np.sqrt(200)
     assert expected < marginal
-    again = scorer(model, policy=Sample(), seed=7).score([(context, continuation)])[0]
-    assert again.depths == draws[7].depths
+    assert scored(model, [pair], policy=Sample(), seed=7)[0].depths == draws[7].depths
 
 
-def test_a_context_is_cut_from_the_left(model):
+def test_a_context_is_cut_from_the_left_and_what_cannot_be_scored_is_refused(model):
     rng = np.random.default_rng(5)
     context, continuation = rng.integers(0, END, 40).tolist(), rng.integers(0, END, 5).tolist()
-    short = scorer(model, max_length=12)
-    assert short.fit(context, continuation) == (context[-8:], continuation)
-    cut, whole = (s.score([(c, continuation)])[0] for s, c in
-                  [(short, context), (scorer(model), context[-8:])])  # fmt: skip
+    (cut,) = scored(model, [(context, continuation)], max_length=12)
+    (whole,) = scored(model, [(context[-8:], continuation)])
     np.testing.assert_allclose(cut.logprobs, whole.logprobs, atol=LOGPROBS)
-    longest = rng.integers(0, END, 12).tolist()
-    assert short.fit(context, longest) == (context[-1:], longest)
     most = model.arch.max_positions
-    assert len(scorer(model).score([(context, [3] * most)])[0].logprobs) == most
-
-
-def test_what_cannot_be_scored_is_refused(model, pairs):
-    for pair, sentence in (
-        (([], [1]), "a context of 0 tokens and a continuation of 1"),
-        (([1], []), "give both at least one token"),
-        (([1], [2] * 13), "a continuation of 13 tokens is over the limit of 12"),
+    assert len(scored(model, [(context, [3] * most)])[0].logprobs) == most
+    for pair, settings, sentence in (
+        (([], [1]), {}, "a context of 0 tokens and a continuation of 1"),
+        (([1], []), {}, "give both at least one token"),
+        (([1], [2] * 13), {"max_length": 12}, "a continuation of 13 tokens is over the limit"),
+        (([1], [2]), {"max_length": 0}, "max_length is 0"),
+        (([1], [2]), {"max_length": 257}, "takes 256 positions; give 1 to 256"),
+        (([1], [2]), {"batch_size": 0}, "batch_size is 0"),
+        (
+            ([1], [2] * 4),
+            {"policy": Prescribed(np.ones((7, 3), np.int32))},
+            r"shape \(7, 3\) for 1 .* of up to 4 tokens",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
-            scorer(model, max_length=12).score([pair])
-    for settings, sentence in (
-        ({"max_length": 0}, "max_length is 0"),
-        ({"max_length": 257}, "takes 256 positions; give 1 to 256"),
-        ({"batch_size": 0}, "batch_size is 0"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            scorer(model, **settings)
-    with pytest.raises(ValueError, match=r"shape \(7, 3\) for 7 .* of up to 16 tokens"):
-        scorer(model, policy=Prescribed(np.ones((7, 3), np.int32))).score(pairs)
-    assert scorer(model).score([]) == []
+            scored(model, [pair], **settings)
 
 
 def test_the_most_likely_token():
@@ -170,9 +157,7 @@ def test_no_buffer_holds_logits():
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     batch = Completions(*[ids(rows, 24)] * 3, *[ids(rows, completion)] * 4)
-    lowered = _scores.lower(
-        graphdef, state, batch, Threshold(0.5), jax.random.key(0), adapters=True
-    )
+    lowered = _scores.lower(graphdef, state, batch, Threshold(0.5), jax.random.key(0))
     shapes = {
         tuple(map(int, dims.split(",")))
         for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", lowered.compile().as_text())

@@ -172,7 +172,7 @@ def test_what_was_measured_before_is_read_as_it_was_written(tmp_path, text, word
 
 
 def test_what_was_measured_before_there_were_layers_a_problem_has_them(tmp_path):
-    figures = policy_figures("sample", random.Random(0), new_parts=False)
+    figures = policy_figures("sample", random.Random(0))
     figures.pop("layers_per_problem", None)
     (tmp_path / "before.json").write_text(json.dumps(figures))
     before = Stage.measure_before(types.SimpleNamespace(workdir=tmp_path))

@@ -1,5 +1,6 @@
 """The page in a real browser: it renders, answers pointer and keyboard, fits, and stays quiet."""
 
+import itertools
 import os
 import shutil
 
@@ -43,7 +44,7 @@ def reports(tmp_path_factory, trained):
     root = tmp_path_factory.mktemp("runs")
     evaluated = write_evaluated(root / "eval")
     several = [trained, write_trained(root / "b", seed=1), evaluated]
-    several += [write_evaluated(root / "old", 1, new_parts=False)]
+    several.append(write_evaluated(root / "other", 1))
     return {
         "eval": write_report([evaluated]),
         "several": write_report(several, root / "several.html"),
@@ -79,13 +80,10 @@ def open_page(browser):
     assert not heard
 
 
-@pytest.mark.parametrize("name", ["eval", "several"])
-def test_nothing_is_wider_than_the_page_and_texts_in_charts_do_not_collide(
-    reports, open_page, name
-):
-    page = open_page(reports[name])
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    for width in WIDTHS:
+def test_nothing_is_wider_than_the_page_and_texts_in_charts_do_not_collide(reports, open_page):
+    pages = [open_page(path) for path in reports.values()]
+    for page, width in itertools.product(pages, WIDTHS):
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         beyond = page.evaluate(
@@ -122,25 +120,7 @@ def assert_legible(title, frame, texts):
             assert across < 1 or down < 4, (title, first["text"], second["text"])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_files_of_charts_look_right_in_light_and_dark(trained, open_page, scheme):
-    for path in write_charts(read_run(trained)):
-        page = open_page(path, scheme=scheme)
-        found = page.evaluate(
-            """() => ({
-                frame: document.documentElement.getBoundingClientRect().toJSON(),
-                paper: getComputedStyle(document.querySelector('.paper')).fill,
-                tick: getComputedStyle(document.querySelector('.tick')).fill,
-                texts: [...document.querySelectorAll('text')].map(t => ({
-                    text: t.textContent, box: t.getBoundingClientRect().toJSON(), size: 12}))})"""
-        )
-        assert_legible(path.name, found["frame"], found["texts"])
-        colours = {"light": ("rgb(253, 253, 252)", "rgb(87, 96, 106)")}
-        colours["dark"] = ("rgb(20, 23, 26)", "rgb(163, 173, 182)")
-        assert (found["paper"], found["tick"]) == colours[scheme]
-
-
-def test_dark_and_light_differ(reports, open_page):
+def test_pages_and_files_of_charts_look_right_in_light_and_dark(reports, trained, open_page):
     seen = {}
     for scheme in SCHEMES:
         page = open_page(reports["eval"], scheme=scheme)
@@ -153,6 +133,17 @@ def test_dark_and_light_differ(reports, open_page):
         )
     assert all(one != other for one, other in zip(*seen.values(), strict=True))
     assert seen["dark"][4] == seen["dark"][5]
+    for scheme, path in itertools.product(SCHEMES, write_charts(read_run(trained))):
+        found = open_page(path, scheme=scheme).evaluate(
+            """() => ({
+                frame: document.documentElement.getBoundingClientRect().toJSON(),
+                paper: getComputedStyle(document.querySelector('.paper')).fill,
+                tick: getComputedStyle(document.querySelector('.tick')).fill,
+                texts: [...document.querySelectorAll('text')].map(t => ({
+                    text: t.textContent, box: t.getBoundingClientRect().toJSON(), size: 12}))})"""
+        )
+        assert_legible(path.name, found["frame"], found["texts"])
+        assert [found["paper"], found["tick"]] == [seen[scheme][0], seen[scheme][2]]
 
 
 def expected_detail(place):
@@ -188,7 +179,7 @@ def test_the_pointer_reads_tokens_curves_points_and_bars(reports, open_page):
     assert first == "step 4" and [value.partition(": ")[0] for value in values] == ["a", "b"]
     assert all(value.endswith("%") for value in values)
     page.locator("#policies svg[role=img] .mark").last.hover()
-    assert "right (" in detail.inner_text()
+    assert "correct (" in detail.inner_text()
     page.locator("#exits .bar").first.hover()
     assert "of tokens" in detail.inner_text()
 

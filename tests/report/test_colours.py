@@ -9,7 +9,6 @@ from jexit.report.colours import (
     LEVELS,
     SCHEMES,
     STEPS,
-    contrast,
     depth_class,
     depth_colours,
     level_colours,
@@ -44,25 +43,34 @@ def lab(colour, seen_as="none"):
     return np.array([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
 
-def test_luminance_against_known_contrasts():
-    assert luminance("#ffffff") == pytest.approx(1.0) and luminance("#000000") == 0.0
-    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
+def contrast(first, second):
+    """WCAG's contrast ratio of two colours, 1 to 21."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_stands_out_and_deeper_is_darker_for_every_eye():
     assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)  # the known threshold
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_deeper_is_darker_at_every_step_for_every_eye_and_stands_out_from_the_page(scheme):
-    colours = depth_colours(scheme)
-    assert len(colours) == STEPS + 1 and min(contrast(*pair) for pair in colours) >= 4.5
-    for seen_as in DICHROMATS:
-        lightness = [lab(background, seen_as)[0] for background, _ in colours]
-        assert (np.diff(lightness) < -0.4).all(), seen_as
-    page = named_colours(scheme)["page"]
-    assert contrast(colours[-1][0], page) >= 3  # all layers: what costs most
-    levels = level_colours(scheme)
-    assert len(levels) == LEVELS + 1 and min(contrast(level, page) for level in levels) >= 1.3
-    order = np.diff([lab(level)[0] for level in levels])
-    assert (order > 0).all() or (order < 0).all()
+    for scheme in SCHEMES:
+        found = named_colours(scheme)
+        for ground in ("page", "panel"):
+            for words in ("text", "quiet", "link"):
+                assert contrast(found[words], found[ground]) >= 4.5, (words, ground)
+        for series in (name for name in found if re.fullmatch(r"s\d", name)):
+            assert contrast(found[series], found["page"]) >= 4.5, series  # labels have them
+        depths, levels = depth_colours(scheme), level_colours(scheme)
+        assert len(depths) == STEPS + 1 and min(contrast(*pair) for pair in depths) >= 4.5
+        assert contrast(depths[-1][0], found["page"]) >= 3  # all layers: what costs most
+        assert len(levels) == LEVELS + 1
+        assert min(contrast(level, found["page"]) for level in levels) >= 1.3
+        order = np.diff([lab(level)[0] for level in levels])
+        assert (order > 0).all() or (order < 0).all()
+        for seen_as in DICHROMATS:
+            lightness = [lab(background, seen_as)[0] for background, _ in depths]
+            assert (np.diff(lightness) < -0.4).all(), seen_as
+            first = [lab(found[f"s{index}"], seen_as) for index in range(4)]
+            apart = [np.linalg.norm(a - b) for i, a in enumerate(first) for b in first[:i]]
+            assert min(apart) >= 15, seen_as
 
 
 def test_the_class_of_a_depth():
@@ -70,16 +78,3 @@ def test_the_class_of_a_depth():
     for layers in (24, 28, 36, 48, 64):  # exits every five layers keep apart
         depths = [*range(5, layers, 5), layers]
         assert len({depth_class(depth, layers) for depth in depths}) == len(depths)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_words_and_lines_stand_out_and_the_first_series_keep_apart(scheme):
-    found = named_colours(scheme)
-    for ground in ("page", "panel"):
-        for words in ("text", "quiet", "link"):
-            assert contrast(found[words], found[ground]) >= 4.5, (words, ground)
-    for series in (name for name in found if re.fullmatch(r"s\d", name)):
-        assert contrast(found[series], found["page"]) >= 4.5, series  # labels have these colours
-    for seen_as in DICHROMATS:
-        first = [lab(found[f"s{index}"], seen_as) for index in range(4)]
-        assert min(np.linalg.norm(a - b) for i, a in enumerate(first) for b in first[:i]) >= 15

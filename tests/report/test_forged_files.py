@@ -1,8 +1,10 @@
 """Files that somebody has tampered with: the report is written, or one sentence names the file."""
 
 import copy
+import functools
 import itertools
 import json
+import operator
 import os
 
 import pytest
@@ -44,25 +46,19 @@ def places(value, path=()):
         yield from places(entry, (*path, key))
 
 
-def forgeries(values):
-    """`values`, the last of which is changed in one place: each hostile value, then each name."""
-    *others, value = values
-    for path in places(value):
-        if not path:
-            yield from (([*others, hostile], path) for hostile in HOSTILE)
-            continue
+def forgeries(value):
+    """`value` changed in one place: each hostile value there, then each name for its key."""
+    yield from HOSTILE
+    for path in filter(None, places(value)):
         *owner, last = path
-        renamed = NAMES if isinstance(last, str) else ()
-        for hostile, name in [*((h, last) for h in HOSTILE), *((None, n) for n in renamed)]:
+        for name, hostile in [*((last, h) for h in HOSTILE), *((n, DEEP) for n in NAMES)]:
             changed = copy.deepcopy(value)
-            place = changed
-            for key in owner:
-                place = place[key]
-            kept = place[last]
-            if name is not last:
-                del place[last]
-            place[name] = hostile if name is last else kept
-            yield [*others, changed], path
+            place = functools.reduce(operator.getitem, owner, changed)
+            if name is last:
+                place[last] = hostile
+            elif isinstance(last, str):
+                place[name] = place.pop(last)
+            yield changed
 
 
 def trimmed(value):
@@ -72,31 +68,29 @@ def trimmed(value):
     return [trimmed(entry) for entry in value[:2]] if isinstance(value, list) else value
 
 
-def forge(directory, name, command, capsys, every):
+def forge(path, command, capsys, every):
     """Runs a command on each forgery of a file, or one in `every`; returns how many it refused.
 
     Each time it has to write what it writes, or to say in one sentence why it did not.
     """
-    refused = 0
-    for values, where in itertools.islice(forgeries(read(directory / name)), 0, None, every):
-        write(directory / name, values)
+    refused, before = 0, path.read_bytes()
+    *others, last = read(path)
+    for value in itertools.islice(forgeries(last), 0, None, every):
+        write(path, [*others, value])
         code, error = command(), capsys.readouterr().err
         lines = error.splitlines()
-        assert code in (0, 1) and len(error) < 1000, (name, where, error)
-        assert all(line.startswith("jexit: ") for line in lines), (name, where, error)
-        assert len(lines) == 1 if code else True, (name, where, error)
+        assert code in (0, 1) and len(error) < 1000, (path, error)
+        assert all(line.startswith("jexit: ") for line in lines), (path, error)
+        assert len(lines) == 1 if code else True, (path, error)
         refused += code
+    path.write_bytes(before)
     return refused
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """A training run, and an evaluation of it in its directory."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     directory = write_trained(tmp_path / "run", steps=2)
     (config,) = read(directory / "config.json")
     kept = ("command", "preset", "seed", "model", "exits", "task")
@@ -108,25 +102,23 @@ def run(tmp_path):
     return directory
 
 
-@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    ["eval/eval.json", "eval/completions.json", "config.json", "metrics.jsonl", "samples.jsonl"],
-)
-def test_a_forged_file_is_drawn_or_refused(run, name, every, capsys, recwarn):
-    directory = run / "eval" if name.startswith("eval/") else run
-    name = name.removeprefix("eval/")
-    refused = forge(directory, name, lambda: report.main([str(directory)]), capsys, every)
-    assert (refused or name == "metrics.jsonl") and not recwarn.list
+@pytest.mark.parametrize("every", [61, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_forged_file_is_drawn_or_refused(run, every, capsys, recwarn):
+    for directory, names in (
+        (run / "eval", ("eval.json", "completions.json")),
+        (run, ("config.json", "metrics.jsonl", "samples.jsonl", "after.json")),
+    ):
+        for name in names:
+            command = functools.partial(report.main, [str(directory)])
+            refused = forge(directory / name, command, capsys, every)
+            assert (refused or name == "metrics.jsonl") and not recwarn.list, name
 
 
 def test_a_forged_run_is_collected_or_refused(run, capsys):
     given = ["--config=a.py", f"--into={run.parent}", "--table_only"]
+    assert sweep.main(given) == 0
     for name in ("eval/eval.json", "after.json"):
-        assert sweep.main(given) == 0
-        before = (run / name).read_bytes()
-        assert forge(run, name, lambda: sweep.main(given), capsys, 31)
-        (run / name).write_bytes(before)
+        assert forge(run / name, lambda: sweep.main(given), capsys, 61)
 
 
 def test_the_largest_numbers_can_be_drawn(run):
@@ -136,14 +128,17 @@ def test_the_largest_numbers_can_be_drawn(run):
     assert write_charts(read_run(run)) and report.main([str(run)]) == 0
 
 
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(run, deadline, capsys):
+def test_what_is_no_file_is_not_waited_for(run, deadline, capsys):
     for name in ("eval.json", "config.json", "metrics.jsonl", "starts.jsonl", "after.json"):
         kept = (run / name).read_bytes() if (run / name).exists() else None
-        (run / name).unlink(missing_ok=True)
-        os.mkfifo(run / name)
-        assert report.main([str(run)]) == 1
-        error = capsys.readouterr().err
-        assert f"{name} is a named pipe, not a file; remove it" in error and error.count("\n") == 1
-        (run / name).unlink()
+        for make, remove, what in (
+            (os.mkfifo, os.unlink, "a named pipe"), (os.mkdir, os.rmdir, "a directory"),
+        ):  # fmt: skip
+            (run / name).unlink(missing_ok=True)
+            make(run / name)
+            assert report.main([str(run)]) == 1
+            error = capsys.readouterr().err
+            assert f"{name} is {what}, not a file; remove it" in error and error.count("\n") == 1
+            remove(run / name)
         if kept is not None:
             (run / name).write_bytes(kept)

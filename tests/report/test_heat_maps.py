@@ -48,18 +48,14 @@ def test_every_token_is_a_cell_with_its_depth_as_text_and_colour(run):
         assert cell.one("sub").text == str(depth)
     # One cell of a map is a stop of the Tab key.
     assert [cell.attributes["tabindex"] for cell in cells] == ["0"] + ["-1"] * (len(cells) - 1)
-    keys = page.one("div", class_="depths").all("li")
-    assert [key.text for key in keys] == [str(depth) for depth in DEPTHS]
-    assert [key.classes for key in keys] == [{depth_class(d, LAYERS)} for d in DEPTHS]
-
-
-def test_hazards_are_told_for_the_exits_that_were_reached():
     told = detail(2, LAYERS, [0.125, 0.5, None, None, None], EXITS)
     assert told == "depth 2 of 8\nhazard at exit 1: 0.125\nhazard at exit 2: 0.500"
     assert detail(8, LAYERS, [None] * 5, EXITS) == "depth 8 of 8\nno exit was asked"
-    assert detail(8, LAYERS, None, EXITS) == "depth 8 of 8"
     # Without the layers of the exits their places have to do.
     assert detail(2, LAYERS, [0.25], []) == "depth 2 of 8\nhazard at exit #0: 0.250"
+    keys = page.one("div", class_="depths").all("li")
+    assert [key.text for key in keys] == [str(depth) for depth in DEPTHS]
+    assert [key.classes for key in keys] == [{depth_class(d, LAYERS)} for d in DEPTHS]
 
 
 def test_lines_end_where_the_text_ends_them_and_what_cannot_be_seen_is_shown(run):
@@ -67,9 +63,8 @@ def test_lines_end_where_the_text_ends_them_and_what_cannot_be_seen_is_shown(run
     row = shown(run, completion(tokens)).one("div", role="row")
     names = ["|" if part.name == "br" else part.text[:-1] for part in row.children]
     assert "".join(names) == "a↵↵↵↵|bc.↵"
-    assert [visible(t) for t in ("", " ", "  ", " a", "\n\n", "\t", "a\r\n")] == [
-        "∅", "␣", "␣␣", " a", "↵↵", "⇥", "a\r↵",
-    ]  # fmt: skip
+    seen = {"": "∅", " ": "␣", "  ": "␣␣", " a": " a", "\n\n": "↵↵", "\t": "⇥", "a\r\n": "a\r↵"}
+    assert {token: visible(token) for token in seen} == seen
 
 
 def test_completions_of_a_prompt_stand_together_and_the_first_prompts_are_open(run, monkeypatch):
@@ -94,7 +89,7 @@ def test_what_is_known_of_a_completion_is_told(run):
     known = {"verdict": "strict", "step": 7, "reward": 0.5}
     page = shown(run, samples=[completion("ab", (8, 1), **known)])
     assert page.one("h4").text == (
-        "step 7 · right · 2 tokens, mean depth 4.50 of 8 · verifier's reward 0.50"
+        "step 7 · correct · 2 tokens, mean depth 4.50 of 8 · verifier's reward 0.50"
     )
     page = shown(run, completion((), verdict="none", prompt=""))
     assert page.one("h4").text == "sample · no answer · no tokens"

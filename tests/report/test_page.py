@@ -7,7 +7,7 @@ import pytest
 
 from jexit.report.__main__ import main
 from jexit.report.page import page, write_report
-from jexit.report.runs import default_settings, read_run, read_runs, settings
+from jexit.report.runs import read_run, read_runs
 from jexit.report.tables import MEASURES, duration, headline
 from parsed_page import cells, parse
 from report_files import (
@@ -29,11 +29,7 @@ SECTIONS = [
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    return {
-        "eval": write_evaluated(root / "eval"),
-        "old": write_evaluated(root / "old", 1, new_parts=False),
-        "rl": write_trained(root / "rl"),
-    }
+    return {"eval": write_evaluated(root / "eval"), "rl": write_trained(root / "rl")}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def column(rows, name):
     return [row[rows[0].index(name)] for row in rows[1:]]
 
 
-def test_it_has_a_language_a_title_headings_and_tables_that_all_can_use(evaluated):
+def test_it_can_be_read_by_all_without_scripts_and_asks_for_nothing(workdirs, evaluated):
     assert evaluated.one("html").attributes["lang"] == "en"
     assert evaluated.one("head").one("title").text == "eval – jexit report"
     levels = [int(e.name[1]) for e in evaluated if re.fullmatch("h[1-6]", e.name)]
@@ -64,8 +60,7 @@ def test_it_has_a_language_a_title_headings_and_tables_that_all_can_use(evaluate
         assert section.attributes["aria-labelledby"] == section.one("h2").attributes["id"]
     links = [link.attributes["href"] for link in evaluated.one("nav").all("a")]
     assert links == [f"#{key}" for key in sections(evaluated)]
-    for chart in evaluated.all("svg", role="img"):
-        assert chart.attributes["aria-label"]
+    assert all(chart.attributes["aria-label"] for chart in evaluated.all("svg", role="img"))
     for box in evaluated.all("div", class_="scroll"):
         assert box.attributes["aria-label"] == box.one("caption").text
         assert box.attributes["tabindex"] == "0"  # who has no mouse can scroll it
@@ -74,47 +69,50 @@ def test_it_has_a_language_a_title_headings_and_tables_that_all_can_use(evaluate
         for row in rows:
             assert [cell.attributes["scope"] for cell in row.all("th")] == ["row"]
             assert len(cells(row)[0]) == len(cells(head)[0])
-
-
-def test_the_key_figures_are_those_of_the_sampled_policy(evaluated):
-    cards = evaluated.one("dl", class_="cards").all("div")
-    by_policy = {run["policy"]: run for run in evaluation()["runs"]}
-    sampled, full = by_policy["sample"], by_policy["full"]
-    low, high = (f"{100 * bound:.1f}" for bound in sampled["accuracy_ci95"])
-    assert [card.one("dt").text for card in cards] == [
-        "right answers", "of all layers run", "tokens a completion", "layers a problem",
-    ]  # fmt: skip
-    assert cards[0].one("dd").text == (
-        f"{100 * sampled['accuracy']:.1f}\u00a0%95 % interval {low} to {high}\u00a0%"
-        f"full: {100 * full['accuracy']:.1f}\u00a0%"
-    )
-    assert f"{sampled['layers_per_problem']:.1f}" in cards[3].one("dd").text
+    tree = parse(page(read_runs(list(workdirs.values()))))
+    for element in tree:
+        assert "src" not in element.attributes and element.name not in ("img", "iframe", "use")
+        assert not any(key.startswith("on") for key in element.attributes)
+        href = element.attributes.get("href")
+        assert href is None or href.startswith("#") or href == "data:,"
+    style = tree.one("style").text
+    assert not re.search(r"url\(|@import|http", style + tree.one("script").text)
+    policy = tree.all("meta", http_equiv="Content-Security-Policy")[0].attributes["content"]
+    assert policy.startswith("default-src 'none'")
+    found = [e for e in tree if e.attributes.get("role") == "gridcell"]
+    assert found and all("depth" in cell.attributes["title"] for cell in found)
+    known = set(re.findall(r"\.([a-zA-Z][\w-]*)", style)) | {"dash0"}
+    used = {name for element in tree for name in element.classes}
+    assert used - known <= {"problem", "small", "map"}
 
 
 def test_sections_are_there_when_their_files_are_and_what_is_missing_is_named(workdirs):
-    for names, absent in (
-        (["eval"], {"training"}),
-        (["old"], {"training", "capacity", "faithfulness", "hazards"}),
-        (["rl"], {"policies", "exits", "capacity", "faithfulness", "hazards"}),
-        (["rl", "eval"], set()),
+    for names, absent, missing in (
+        (["eval"], {"training"}, ["training curves"]),
+        (
+            ["rl"],
+            {"policies", "exits", "capacity", "faithfulness", "hazards"},
+            ["accuracy and depth under policies"],
+        ),
+        (["rl", "eval"], set(), ["rl, accuracy and depth under policies", "eval, training curves"]),
     ):
         tree = parse(page(read_runs([workdirs[name] for name in names])))
         assert sections(tree) == [key for key in SECTIONS if key not in absent], names
-        lines = tree.one("section", id="absent").all("li")
-        assert all("python -m jexit.main --config=configs/" in line.text for line in lines)
-        missing = [line.text.partition(": ")[0] for line in lines]
-        expected = {
-            ("eval",): ["training curves"],
-            ("old",): ["training curves", "depth by token class", "differences from controls",
-                       "head capacity", "faithfulness", "calibration of the hazards"],
-            ("rl",): ["accuracy and depth under policies"],
-            ("rl", "eval"): ["rl, accuracy and depth under policies", "eval, training curves"],
-        }  # fmt: skip
-        assert missing == expected[tuple(names)]
+        lines = [line.text.partition(": ") for line in tree.one("section", id="absent").all("li")]
+        assert [what for what, _, _ in lines] == missing
+        assert all(c.startswith("python -m jexit.main --config=configs/") for _, _, c in lines)
 
 
-def test_tables_say_what_the_evaluation_says(evaluated):
+def test_cards_and_tables_say_what_the_evaluation_says(evaluated):
     value = evaluation()
+    full, sampled, *_ = value["runs"]
+    cards = [card.one("dd").text for card in evaluated.one("dl", class_="cards").all("div")]
+    low, high = (f"{100 * bound:.1f}" for bound in sampled["accuracy_ci95"])
+    assert cards[0] == (
+        f"{100 * sampled['accuracy']:.1f}\u00a0%95 % interval {low} to {high}\u00a0%"
+        f"full: {100 * full['accuracy']:.1f}\u00a0%"
+    )
+    assert cards[3].startswith(f"{sampled['layers_per_problem']:.1f}")
     rows = rows_of(evaluated, "Policies on 256 problems of the test split")
     assert column(rows, "accuracy") == [f"{100 * r['accuracy']:.1f}\u00a0%" for r in value["runs"]]
     assert column(rows, "mean depth") == [f"{r['depth_mean']:.2f}" for r in value["runs"]]
@@ -130,8 +128,8 @@ def test_tables_say_what_the_evaluation_says(evaluated):
         "sample", "shuffled", "+62.0", "+56.0 to +68.0", "+0.1", "−1.0 to +1.2",
     ]  # fmt: skip
     rows = rows_of(evaluated, "Mean depth in layers by token class")
-    depths = value["runs"][1]["depth_by_class"]
-    assert rows[2][1:] == [f"{entry['depth_mean']:.2f}" for entry in depths.values()]
+    depths = sampled["depth_by_class"].values()
+    assert rows[2][1:] == [f"{entry['depth_mean']:.2f}" for entry in depths]
     assert rows[-1][1:] == [str(500 + place) for place in range(len(CLASSES))]
     rows = rows_of(evaluated, "Accuracy for prescribed steps")
     assert column(rows, "step")[:5] == ["2", "3", "4", "5", "at once"]
@@ -140,11 +138,10 @@ def test_tables_say_what_the_evaluation_says(evaluated):
     rows = rows_of(evaluated, "Results of steps that were begun")
     assert rows[-1][:3] == ["sample", "3", "62.5\u00a0%"]
     rows = rows_of(evaluated, "Calibration of the hazards")
-    exits = len(value["hazards"][0]["exits"])
-    assert column(rows, "KL to the teacher, nats") == ["0.276"] + [""] * exits
+    assert column(rows, "KL to the teacher, nats")[:2] == ["0.276", ""]
     rows = rows_of(evaluated, "Measures of faithfulness")
     assert column(rows, "measure")[:4] == ["early answering"] * 2 + ["no chain"] * 2
-    assert column(rows, "also")[0] == "right before 0.970; answered 0.310"
+    assert column(rows, "also")[0] == "with chain 0.970; answered 0.310"
     terms = evaluated.one("dl", class_="terms").all("dt")
     assert [term.text for term in terms] == [name.replace("_", " ") for name in MEASURES]
     rows = rows_of(evaluated, "Policy minus full depth")
@@ -153,24 +150,15 @@ def test_tables_say_what_the_evaluation_says(evaluated):
     ]  # fmt: skip
 
 
-def test_unknown_measures_and_earlier_definitions_are_shown_as_such(tmp_path):
-    value = evaluation() | {"begun_steps": None}
-    del value["faithfulness"][0]["measures"][0]["detail"]["answered"]
+def test_the_headline_is_of_a_policy_that_chooses_depths(tmp_path):
+    value = evaluation()
+    value["runs"] = [value["runs"][2] | {"policy": "fixed:3"}, *value["runs"][:0:-1]]
+    value["runs"] = [run for run in value["runs"] if run["policy"] != "sample"]
     value["faithfulness"][0]["measures"][1]["name"] = "new_measure"
-    fixed = value["runs"][2] | {"policy": "fixed:3"}
-    value["runs"] = [fixed, value["runs"][4], value["runs"][3], value["runs"][0]]
     write_json(tmp_path / "eval.json", value)
     run = read_run(tmp_path)
-    tree = parse(page([run]))
-    rows = rows_of(tree, "Measures of faithfulness")
-    assert rows[-1][0] == "new measure"
-    assert ["earlier" in remark for remark in column(rows, "also")] == [True] + [False] * 9
-    assert "without obedience" not in tree.one("section", id="capacity").text
-    assert "tokens" not in sections(tree)
-    # The headline is of a policy that chooses depths; only matched ones are controls.
-    assert [name for name, _ in headline(run)] == ["threshold:0.5", "full"]
-    names = column(rows_of(tree, "Policies on"), "policy")
-    assert [name for name in names if "control" in name] == ["fixed:matched control of sample"]
+    assert [name for name, _ in headline(run)] == ["threshold:0.5"]
+    assert rows_of(parse(page([run])), "Measures of faithfulness")[-1][0] == "new measure"
 
 
 def test_a_training_run_says_what_it_was_and_came_to(workdirs, tmp_path):
@@ -191,32 +179,34 @@ def test_a_training_run_says_what_it_was_and_came_to(workdirs, tmp_path):
     assert "A hazard is the probability" in page([read_run(workdirs["eval"])])
     differing = rows_of(tree, "Settings that differ from the defaults of rl:tiny")
     assert differing == [["setting", "default", "one"], ["rl.depth_coef", "0.5", "1.25"]]
+    # The layer count follows from what was measured, else from the first token's pass.
+    for name in ("before.json", "after.json"):
+        (workdir / name).unlink()
+    assert read_run(workdir).layers == LAYERS
+    (workdir / "samples.jsonl").unlink()
+    assert read_run(workdir).layers is None
+    assert "Token by token" not in page([read_run(workdir)])
+    write_json(workdir / "config.json", {"command": "fly", "seed": 3, "a": {"b": "<"}})
+    rows = rows_of(parse(page([read_run(workdir)])), "All settings")
+    assert rows[1:] == [["a.b", '"<"'], ["command", '"fly"'], ["seed", "3"]]
 
 
-def test_two_runs_stand_side_by_side(workdirs, tmp_path):
+def test_runs_stand_side_by_side_under_their_shortest_names(workdirs, tmp_path):
     other = write_trained(tmp_path / "sft", steps=40, depth_coef=1.5)
     config = json.loads((other / "config.json").read_text())
     write_json(other / "config.json", config | {"command": "sft"})
     tree = parse(page(read_runs([workdirs["rl"], other, workdirs["eval"]])))
     rows = rows_of(tree, "Key figures")
-    assert column(rows, "measured") == ["before training", "after training"] * 2 + [
-        "sample",
-        "full",
-    ]
+    trained = ["before training", "after training"]
+    assert column(rows, "measured") == [*trained * 2, "sample", "full"]
     assert column(rows, "accuracy")[0] == "73.4\u00a0%"
     headings = [heading.text for heading in tree.one("section", id="training").all("h3")]
     assert headings == ["rl: rl", "sft: sft"]  # never two commands on one axis
     rows = rows_of(tree, "Settings that differ between the runs")
     assert rows[0] == ["setting", "rl", "sft", "eval"]
     assert ["rl.depth_coef", "2.0", "1.5", "0.5"] in rows
-
-
-def test_settings_of_an_unknown_command_are_all_shown(tmp_path):
-    write_evaluated(tmp_path)
-    write_json(tmp_path / "config.json", {"command": "fly", "seed": 3, "a": {"b": "<"}})
-    rows = rows_of(parse(page([read_run(tmp_path)])), "All settings")
-    assert rows[1:] == [["a.b", '"<"'], ["command", '"fly"'], ["seed", "3"]]
-    assert default_settings({"command": "fly"}) is None and settings({"a": {"b": 1}}) == {"a.b": 1}
+    paths = [write_trained(tmp_path / place, steps=2) for place in ("a/rl", "b/rl", "b/sft")]
+    assert [run.label for run in read_runs(paths)] == ["a/rl", "b/rl", "b/sft"]
 
 
 def test_nothing_that_a_model_wrote_becomes_markup(workdirs, tmp_path):
@@ -233,9 +223,8 @@ def test_nothing_that_a_model_wrote_becomes_markup(workdirs, tmp_path):
     rows = (workdirs["rl"] / "metrics.jsonl").read_text().splitlines()
     rows = [json.dumps({**json.loads(row), evil: 1.0}) for row in rows]
     (workdir / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
-    (workdir / "starts.jsonl").write_text(
-        json.dumps(dict.fromkeys(("time", "version", "commit"), evil))
-    )
+    start = dict.fromkeys(("time", "version", "commit"), evil)
+    (workdir / "starts.jsonl").write_text(json.dumps(start))
     text = page([read_run(workdir)])
     tree = parse(text)
     assert not tree.all("img") and not tree.all("b")
@@ -243,25 +232,6 @@ def test_nothing_that_a_model_wrote_becomes_markup(workdirs, tmp_path):
     assert tree.one("h1").text == "<b>&'\""
     assert tree.all("pre", class_="prompt")[0].text.startswith(NASTY[:30])
     text.encode("utf-8")
-
-
-def test_it_asks_for_nothing_and_can_be_read_without_scripts(workdirs):
-    tree = parse(page(read_runs(list(workdirs.values()))))
-    for element in tree:
-        assert "src" not in element.attributes and element.name not in ("img", "iframe", "use")
-        assert not any(key.startswith("on") for key in element.attributes)
-        href = element.attributes.get("href")
-        assert href is None or href.startswith("#") or href == "data:,"
-    style = tree.one("style").text
-    assert "url(" not in style and "@import" not in style
-    assert "http" not in tree.one("script").text + style
-    policy = tree.all("meta", http_equiv="Content-Security-Policy")[0].attributes["content"]
-    assert policy.startswith("default-src 'none'")
-    found = [e for e in tree if e.attributes.get("role") == "gridcell"]
-    assert found and all("depth" in cell.attributes["title"] for cell in found)
-    known = set(re.findall(r"\.([a-zA-Z][\w-]*)", style)) | {"dash0"}
-    used = {name for element in tree for name in element.classes}
-    assert used - known <= {"problem", "small", "map"}
 
 
 def test_it_is_written_beside_the_first_run_or_elsewhere_and_always_the_same(
@@ -299,15 +269,14 @@ def test_a_mistake_is_one_sentence_and_leaves_no_page(workdirs, tmp_path, capsys
         kept = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
         for content in (b'{"task": {', b"", b'"\xff"', b"[" * 100_000):
             (tmp_path / name).write_bytes(content)
-            assert f"{name} is not valid JSON" in said(workdirs["old"], tmp_path)
+            assert f"{name} is not valid JSON" in said(workdirs["rl"], tmp_path)
         (tmp_path / name).unlink()
-        (tmp_path / name).mkdir()
-        assert f"{name} is a directory, not a file; remove it" in said(tmp_path)
-        (tmp_path / name).rmdir()
         if kept is not None:
             (tmp_path / name).write_bytes(kept)
+    write_json(tmp_path / "config.json", {"command": 3})
+    assert "config.json: command is 3 where a text belongs" in said(tmp_path)
     assert "is given twice" in said(tmp_path, tmp_path / "." / "..", tmp_path)
-    assert not list(tmp_path.glob("*.html")) and not (workdirs["old"] / "report.html").exists()
+    assert not list(tmp_path.glob("*.html"))
 
 
 def test_what_is_torn_or_cut_short_is_told_on_the_page_and_on_stderr(tmp_path, capsys):
@@ -329,27 +298,3 @@ def test_what_is_torn_or_cut_short_is_told_on_the_page_and_on_stderr(tmp_path, c
         tree = parse((workdir / "report.html").read_text(encoding="utf-8"))
         assert tree.all("p", class_="note")[0].text == told
         assert len(read_run(workdir).curves["loss"][0]) == 4
-
-
-def test_the_layer_count_comes_from_whatever_says_it(tmp_path):
-    assert read_run(write_evaluated(tmp_path / "eval")).layers == LAYERS
-    trained = write_trained(tmp_path / "rl", steps=5)
-    figures = json.loads((trained / "after.json").read_text())
-    assert read_run(trained).layers == LAYERS
-    write_json(trained / "after.json", figures | {"depth_mean": 0.0, "depth_fraction": 0.5})
-    (trained / "before.json").unlink()
-    assert read_run(trained).layers == LAYERS  # mean depth over its share of all layers
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k != "depth/mean"} for line in lines]
-    (trained / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-    assert read_run(trained).layers == LAYERS  # the first token's pass never leaves
-    sample = {"prompt": "p", "completion": "c", "tokens": ["a"], "depths": [0], "step": 1}
-    (trained / "samples.jsonl").write_text(f"{json.dumps(sample)}\n")
-    assert read_run(trained).layers is None
-    assert "Token by token" not in page([read_run(trained)])
-
-
-def test_labels_are_as_short_as_they_can_be(tmp_path):
-    paths = [write_trained(tmp_path / place, steps=2) for place in ("a/rl", "b/rl", "b/sft")]
-    assert [run.label for run in read_runs(paths[1:])] == ["rl", "sft"]
-    assert [run.label for run in read_runs(paths)] == ["a/rl", "b/rl", "b/sft"]
