@@ -16,26 +16,26 @@ from studies.study import COLUMNS, Group, OverSeeds, Study
 
 # Of NAME-curves.csv. A penalty is drawn where it is not what the study sets.
 CURVES: Mapping[str, tuple[str, bool]] = {
-    "accuracy": ("right answers", True),
+    "accuracy": ("accuracy", True),
     "depth/fraction": ("depth", True),
     "completion/length": ("tokens a completion", False),
     "task/step_size": ("operands a step", False),
-    "task/on_the_page": ("additions on the page", True),
+    "task/on_the_page": ("additions written out", True),
     "task/chain_lines": ("lines of the chain", False),
     "depth_coef": ("depth penalty", False),
 }
 # Each becomes a chart of NAME-measures.svg, over the study's settings.
 MEASURED: Mapping[str, tuple[str, ...]] = {
-    "right, by the steps that are prescribed": (
+    "accuracy, by the steps that are prescribed": (
         *(f"by {n}" for n in range(2, 6)),
         "fine",
         "coarse",
         "at once",
     ),
     "completions that take them": tuple(f"by {n} as asked" for n in range(2, 6)),
-    "right result of a begun step": tuple(f"step of {n}" for n in range(2, 6)),
+    "accuracy of a forced step": tuple(f"step of {n}" for n in range(2, 6)),
     "what hangs on the chain": ("early answering", "corrupted step"),
-    "right without a chain": ("no chain", "filler"),
+    "accuracy without a chain": ("no chain", "filler"),
 }
 # Policy → its marker and what it is.
 POLICIES: Mapping[str, tuple[str, str]] = {
@@ -53,20 +53,22 @@ def plane(study: Study) -> list[Chart]:
     chart = Chart(
         "Accuracy and depth, one mark a seed, 95 % intervals",
         Axis.of_shares(MEAN_DEPTH),
-        Axis.of_shares("right answers"),
+        Axis.of_shares("accuracy"),
         width=560.0,
         height=400.0,
     )
     for policy, (shape, told) in POLICIES.items():
         for group, colour in _colours(study).items():
             columns = ("depth_fraction", "accuracy", "accuracy_ci95/low", "accuracy_ci95/high")
-            for depth, right, *ends in zip(
+            for depth, accuracy, *ends in zip(
                 *(study.values(group, f"{policy}/{column}") for column in columns), strict=True
             ):
-                if math.isfinite(depth) and math.isfinite(right):
+                if math.isfinite(depth) and math.isfinite(accuracy):
                     chart.upright(depth, (ends[0], ends[1]), colour)
-                    at = f"{per_cent(right)} right at {per_cent(depth)} of the layers"
-                    chart.point(depth, right, shape, colour, f"{study.label(group)}, {told}: {at}")
+                    at = f"{per_cent(accuracy)} correct at {per_cent(depth)} of the layers"
+                    chart.point(
+                        depth, accuracy, shape, colour, f"{study.label(group)}, {told}: {at}"
+                    )
         chart.explain(told, "s5", shape)
     for group, colour in _colours(study).items():
         chart.explain(study.label(group), colour, "circle")
