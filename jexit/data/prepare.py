@@ -15,20 +15,15 @@ import contextlib
 import io
 import os
 import pathlib
-import shutil
-import socket
 import sys
-import time
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
-from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, published_files, read_jsonl, row_fault
+from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, read_jsonl, row_fault
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
-
-_PARTIAL = ".gsm8k.partial-"
-_STALE_SECONDS = 3600
 
 _AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there as they are published"
 
@@ -42,64 +37,34 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
     source = pathlib.Path(source).expanduser()
     data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None
     files = _source_files(source)  # before the import, which takes seconds
-    builder_class = _builder_class()
-    final = pathlib.Path(os.fspath(_builder(builder_class, {}, data_dir).data_path))
+    builder = _builder(data_dir)
+    final = pathlib.Path(os.fspath(builder.data_path))
     if final.exists():
         return _left_alone(final)
-    rows = {split: list(_rows(file)) for split, file in files.items()}
-
-    # A sibling of the dataset's folder: a rename then moves it, and the task never looks there.
-    # Hosts that share the directory may all build it, each in a folder of its own; one wins.
-    own = f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}"
-    partial = final.parent.parent / own
-    made = [parent for parent in final.parents if not parent.exists()]
+    builder.rows = {split: list(_rows(file)) for split, file in files.items()}
     try:
-        _clear_old(final.parent.parent)
-        _write(_builder(builder_class, rows, str(partial)))
-        _flush(partial)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        (partial / final.relative_to(final.parent.parent)).rename(final)
-        _flush_one(final.parent)
-    except OSError as error:
-        if final.exists():
+        # Nothing is downloaded, though it would say so. It writes into a folder that it renames.
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+            builder.download_and_prepare(download_dir=folder)
+    except Exception as error:  # the writer is C++, whose errors have no common base
+        if final.exists():  # another host that shares the directory was first
             return _left_alone(final)
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{final} cannot be written ({error.strerror or error}); make room or give another "
-            "directory with --to"
+            f"{final} cannot be written ({reason}); make room or give another directory with --to"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not final.exists():
-            for parent in made:
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
-    counts = {split: len(split_rows) for split, split_rows in rows.items()}
+    counts = {split: len(rows) for split, rows in builder.rows.items()}
     note = "" if counts == PUBLISHED_ROWS else f"; published are {_counted(PUBLISHED_ROWS)}"
     return f"wrote {final}: {_counted(counts)}{note}"
-
-
-def _clear_old(folder: pathlib.Path) -> None:
-    """Removes what a killed run left behind; younger folders may belong to one that still runs."""
-    for partial in folder.glob(f"{_PARTIAL}*"):
-        if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
     if not source.is_dir():
         raise MissingFile(f"there is no directory {source}; {_AS_PUBLISHED}")
-    files = {}
-    for split in PUBLISHED_SPLITS:
-        named = source / f"{split}.jsonl"
-        parts = published_files(source, split)
-        if not named.exists() and len(parts) > 1:
-            raise UserError(
-                f"{source} holds {parts[0].name} and {parts[1].name} and no {named.name}; name the "
-                f"one to take {named.name}"
-            )
-        if not named.exists() and not parts:
-            raise MissingFile(f"{source} holds no {named.name}; {_AS_PUBLISHED}")
-        files[split] = named if named.exists() else parts[0]
+    files = {split: source / f"{split}.jsonl" for split in PUBLISHED_SPLITS}
+    for file in files.values():
+        if not file.exists():
+            raise MissingFile(f"{source} holds no {file.name}; {_AS_PUBLISHED}")
     return files
 
 
@@ -125,7 +90,7 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
         raise UserError(f"{file} holds no rows; fetch it again")
 
 
-def _builder_class() -> type:
+def _builder(data_dir: str | None) -> Any:
     """The library's own builder of GSM8K, fed with rows that are here instead of a download."""
     # The class, not tfds.builder("gsm8k"): looking the name up needs TensorFlow.
     import tensorflow_datasets as tfds
@@ -140,20 +105,14 @@ def _builder_class() -> type:
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
             return {split: enumerate(rows) for split, rows in self.rows.items()}
 
-    return Builder
-
-
-def _builder(builder_class: type, rows: dict[str, list], data_dir: str | None) -> Any:
     try:
-        builder = builder_class(data_dir=data_dir, file_format="array_record")
+        return Builder(data_dir=data_dir, file_format="array_record")
     except Exception as error:  # a dataset is there, in a format or a state that it refuses
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the gsm8k in {data_dir or 'the data directory of tensorflow-datasets'} is not one "
             f"that can be read ({reason}); remove it, or give another directory with --to"
         ) from error
-    builder.rows = rows
-    return builder
 
 
 def _left_alone(final: pathlib.Path) -> str:
@@ -168,37 +127,8 @@ def _left_alone(final: pathlib.Path) -> str:
     return f"{final} is there already and was left alone: {_counted(counts)}"
 
 
-def _write(builder: Any) -> None:
-    try:
-        # It would announce a download, and the name of a directory that is about to go.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
-    except OSError:
-        raise
-    except Exception as error:  # the writer is C++, whose errors have no common base
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{builder.data_path} cannot be written ({reason}); make room or give another "
-            "directory with --to"
-        ) from error
-
-
 def _counted(counts: dict[str, int]) -> str:
     return f"{counts['train']:,} train and {counts['test']:,} test rows"
-
-
-def _flush(directory: pathlib.Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for path in (*(pathlib.Path(folder, name) for name in names), pathlib.Path(folder)):
-            _flush_one(path)
-
-
-def _flush_one(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,13 +11,13 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import phrases
 from jexit.tasks.base import SPLITS, Problem, Rewards, Verdict
-from jexit.tasks.files import FileTask, Row, Source, text_fault
+from jexit.tasks.files import FileTask, Row, Source, source_of, text_fault
 
 INSTRUCTION = "Think step by step. End with a line of the form\n#### answer"
 COLUMNS = ("story", "question", "answer")
@@ -56,9 +56,8 @@ _ROOM = re.compile(
 class ExploreToM(FileTask):
     """Questions about a container, a room, yes or no, or whether somebody knows.
 
-    `path` names a CSV file, or a folder of them: `train*.csv`, `val*.csv` and `test*.csv`, or any.
-    One file whose name starts with `test` is a test split; of files that are no split every
-    `test_every`-th story is held out for the test split (`test_every=0`: none).
+    `path` names a CSV file, or a folder of them: `train*.csv`, `val*.csv` and `test*.csv`, or any,
+    of which every `test_every`-th story is held out for the test split.
 
     A final line `#### answer` is judged whatever its case, articles and punctuation. In a sentence
     there or after "Answer:" the first place of the story counts, the first yes or no, or the first
@@ -96,26 +95,22 @@ class ExploreToM(FileTask):
     def answer_mark(self, text: str) -> tuple[int, int] | None:
         return phrases.answer_mark(text)
 
-    def _files(self) -> dict[str, list[pathlib.Path]]:
-        """The files by the split that they are, or by "whole" for files that are none."""
+    def _sources(self) -> Mapping[Source, Iterable[Row]]:
         assert self.path is not None
         if self.path.is_file():
-            return {"test" if self.path.name.startswith("test") else "whole": [self.path]}
-        found = {split: sorted(self.path.glob(f"{split}*.csv")) for split in SPLITS}
-        if any(found.values()):
-            return found
-        files = sorted(self.path.glob("*.csv"))
-        if not files:
+            return {source_of(self.path): read_csv(self.path)}
+        files: dict[Source, list[pathlib.Path]]
+        files = {split: sorted(self.path.glob(f"{split}*.csv")) for split in SPLITS}
+        if not any(files.values()):
+            files = {"whole": sorted(self.path.glob("*.csv"))}
+        if not any(files.values()):
             raise MissingFile(
                 f"{self.path} holds no CSV file; set config.task.path to {self.wanted}"
             )
-        return {"whole": files}
-
-    def _is_whole(self) -> bool:
-        return "whole" in self._files()
-
-    def _rows(self, source: Source) -> Iterator[Row]:
-        return itertools.chain.from_iterable(map(read_csv, self._files().get(source, [])))
+        return {
+            source: itertools.chain.from_iterable(map(read_csv, some))
+            for source, some in files.items()
+        }
 
     def _fault(self, row: dict[str, Any]) -> str | None:
         if None in row:  # csv's name for what no column is left for

@@ -6,7 +6,7 @@ import abc
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from jexit.errors import MissingFile
@@ -27,13 +27,13 @@ Row = tuple[str, dict[str, Any] | str]
 class FileTask(Task):
     """A task that reads rows once, when their split is first asked for.
 
-    `path` names a file or a folder, `instruction` ends every prompt, and of rows that have no split
-    of their own every `test_every`-th group is held out for the test split (0: none; see `group`).
-    Training rows of a group that the data holds out as well are left out. Where the data has no
-    validation split, every sixteenth group of the training rows is held out
-    for it, of fewer groups the last one. Rows that cannot be used are left out, with one warning
-    per source that counts them and names the first. Raises MissingFile when there is nothing
-    at `path`.
+    `path` names files of each split in a folder, or one file: a test split if its name starts with
+    `test`. `instruction` ends every prompt, and of rows that have no split of their own every
+    `test_every`-th group is held out for the test split (0: none; see `_group`). Training rows of a
+    group that the data holds out as well are left out. Where the data has no validation split,
+    every sixteenth group of the training rows is held out for it, of fewer groups the last one.
+    Rows that cannot be used are left out, with one warning per source that counts them and names
+    the first. Raises MissingFile when there is nothing at `path`.
     """
 
     wanted: ClassVar[str]  # what `path` may name, for the error message
@@ -52,7 +52,6 @@ class FileTask(Task):
         self.test_every = test_every
         if self.path is not None and not self.path.exists():
             raise MissingFile(f"no data set at {self.path}; set config.task.path to {self.wanted}")
-        self.skipped_rows: dict[str, int] = {}
         self._read: dict[Source, list[Problem]] = {}
         self._problems: dict[Split, list[Problem]] = {}
 
@@ -63,8 +62,8 @@ class FileTask(Task):
         return self._split(split)[index]
 
     @abc.abstractmethod
-    def _rows(self, source: Source) -> Iterator[Row]:
-        """The rows of a split that the data has itself, none if it lacks it; of "whole" all."""
+    def _sources(self) -> Mapping[Source, Iterable[Row]]:
+        """The rows by the split that they are, or all as "whole", of which a part is held out."""
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
@@ -73,10 +72,6 @@ class FileTask(Task):
     @abc.abstractmethod
     def _to_problem(self, row: dict[str, Any]) -> Problem:
         """The problem in a row without fault."""
-
-    @abc.abstractmethod
-    def _is_whole(self) -> bool:
-        """Whether the rows come without splits, so that a part of them is held out."""
 
     def _group(self, problem: Problem) -> str:
         """What problems share that must be on the same side."""
@@ -89,7 +84,7 @@ class FileTask(Task):
         return self._problems[split]
 
     def _load(self, split: Split) -> list[Problem]:
-        if self._is_whole():
+        if "whole" in self._sources():
             rest, test = self._hold_out(self._source("whole"), self.test_every)
             val = []
         elif split == "test":
@@ -118,14 +113,13 @@ class FileTask(Task):
         if source in self._read:
             return self._read[source]
         problems, reasons = [], []
-        for place, row in self._rows(source):
+        for place, row in self._sources().get(source, ()):
             reason = row if isinstance(row, str) else self._fault(row)
             if reason:
                 reasons.append(f"{place}: {reason}")
             else:
                 assert isinstance(row, dict)
                 problems.append(self._to_problem(row))
-        self.skipped_rows[source] = len(reasons)
         if reasons:
             more = len(reasons) - _REASONS_SHOWN
             _log.warning(
@@ -150,6 +144,11 @@ class FileTask(Task):
             last = every > 0 and ranks[self._group(problem)] % every == every - 1
             (held_out if last else kept).append(problem)
         return kept, held_out
+
+
+def source_of(file: pathlib.Path) -> Source:
+    """What one file is: a test split if its name starts with `test`."""
+    return "test" if file.name.startswith("test") else "whole"
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:

@@ -6,16 +6,17 @@ Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import answers
 from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict
-from jexit.tasks.files import FileTask, Row, Source, text_fault
+from jexit.tasks.files import FileTask, Row, Source, source_of, text_fault
 from jexit.tasks.number_chain import NumberChain
 from jexit.untrusted import parse_json
 
@@ -23,7 +24,7 @@ INSTRUCTION = (
     "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
 )
 
-PUBLISHED_SPLITS = ("train", "test")
+PUBLISHED_SPLITS: tuple[Split, ...] = ("train", "test")
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -32,19 +33,15 @@ class Gsm8k(FileTask, NumberChain):
     """Questions with a number for an answer.
 
     `path` names one of
-    - a folder with `train.jsonl`, `test*.jsonl` and perhaps `val*.jsonl`;
-    - one JSONL file: a test split if its name starts with `test`, otherwise every `test_every`-th
-      question is held out for the test split and the rest is the training split
-      (`test_every=0`: no test split);
+    - a folder with `train.jsonl`, `test*.jsonl` and perhaps `val*.jsonl`, or one JSONL file;
     - a tensorflow-datasets folder, either the data directory or a data set's version directory;
     - nothing: the tensorflow-datasets data directory, downloading GSM8K if it is not there yet.
 
     `shots` worked examples of the training split, drawn by `seed` and the same for all problems, go
     before every prompt; a problem is never among its own.
 
-    A row needs the texts `question` and `answer`, the latter ending in `#### n`. Rows that lack
-    them are left out, with one warning per split that counts them and names the first. What a
-    number is, and which one a completion answers, is the rule at the head of `jexit.tasks.answers`.
+    A row needs the texts `question` and `answer`, the latter ending in `#### n`. What a number is,
+    and which one a completion answers, is the rule at the head of `jexit.tasks.answers`.
     """
 
     name = "gsm8k"
@@ -104,22 +101,24 @@ class Gsm8k(FileTask, NumberChain):
             fields={"question": row["question"]},
         )
 
-    def _is_whole(self) -> bool:
-        path = self.path
-        return path is not None and path.is_file() and not path.name.startswith("test")
-
-    def _rows(self, source: Source) -> Iterator[Row]:
+    def _sources(self) -> Mapping[Source, Iterable[Row]]:
         if self.path is None:
-            return _tfds_rows(_downloaded_builder(), source)
+            return _tfds_rows(_downloaded_builder())
         if self.path.is_file():
-            return read_jsonl(self.path) if source in ("whole", "test") else iter(())
-        if any(published_files(self.path, split) for split in SPLITS):
-            files = published_files(self.path, source)
-            return (row for file in files for row in read_jsonl(file))
-        versions = sorted(self.path.glob("gsm8k/*/dataset_info.json"))
+            return {source_of(self.path): read_jsonl(self.path)}
+        files = {split: published_files(self.path, split) for split in SPLITS}
+        if any(files.values()):
+            return {
+                split: itertools.chain.from_iterable(map(read_jsonl, some))
+                for split, some in files.items()
+            }
+        # A folder that tensorflow-datasets has not finished is "incomplete.…".
+        versions = sorted(self.path.glob("gsm8k/[0-9]*/dataset_info.json"))
         for info in (self.path / "dataset_info.json", *reversed(versions)):
             if info.exists():
-                return _tfds_rows(_prepared_builder(info.parent), source)
+                import tensorflow_datasets as tfds
+
+                return _tfds_rows(tfds.builder_from_directory(str(info.parent)))
         raise MissingFile(
             f"{self.path} holds no GSM8K data: neither train.jsonl, test*.jsonl nor a prepared "
             "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
@@ -127,7 +126,7 @@ class Gsm8k(FileTask, NumberChain):
         )
 
 
-def published_files(folder: pathlib.Path, split: Source) -> list[pathlib.Path]:
+def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
     """`train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`: the split may come in parts.
 
     Not the "socratic" files, which hold the same questions again with other answers.
@@ -159,9 +158,11 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
             yield f"{file}:{number}", row if isinstance(row, dict) else "not a JSON object"
 
 
-def _tfds_rows(builder: Any, split: Source) -> Iterator[Row]:
-    if split not in PUBLISHED_SPLITS:
-        return
+def _tfds_rows(builder: Any) -> Mapping[Source, Iterable[Row]]:
+    return {split: _tfds_split(builder, split) for split in PUBLISHED_SPLITS}
+
+
+def _tfds_split(builder: Any, split: Split) -> Iterator[Row]:
     try:
         source = builder.as_data_source(split=split)
     except Exception as error:  # the library's errors have no common base
@@ -177,12 +178,6 @@ def _tfds_rows(builder: Any, split: Source) -> Iterator[Row]:
 
 def _text(value: Any) -> Any:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _prepared_builder(directory: pathlib.Path) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.builder_from_directory(str(directory))
 
 
 def _downloaded_builder() -> Any:
