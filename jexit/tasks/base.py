@@ -79,9 +79,10 @@ class Task(abc.ABC):
         A generated task raises NoMoreProblems where its val or test split has no further one.
         """
 
-    @abc.abstractmethod
     def size(self, split: Split) -> int | None:
-        """How many problems the split has; None for a generated task, which never ends."""
+        """How many problems the split has; None, unless overridden, for a generated one."""
+        check_split(split)
+        return None
 
     @abc.abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:

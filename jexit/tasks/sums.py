@@ -16,12 +16,11 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from jexit.errors import UserError
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
-from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
+from jexit.tasks.options import MIXTURE, check_range, check_steps
 from jexit.tasks.streams import Stream
 
 MIN_STEP, MAX_STEP = 2, 5
@@ -39,7 +38,7 @@ class Sums(ChainTask):
 
     `steps`: `free` (the model chooses; the reference draws a largest step g from 2 ... 5 for each
     problem and every step from 2 ... g), 2 ... 5 (prescribed), `at_once` (no chain), or `mixed`
-    (all of them, weighted by `mixture`). `operands`: the smallest and the largest list, both
+    (all of them, weighted by `MIXTURE`). `operands`: the smallest and the largest list, both
     included. The operands decide the split (`split_of`), whatever the seed.
     """
 
@@ -53,38 +52,22 @@ class Sums(ChainTask):
         *,
         steps: str | int = "free",
         operands: Sequence[int] = (3, 8),
-        mixture: Mapping[str, float] = DEFAULT_MIXTURE,
         seed: int = 0,
         rewards: Rewards | None = None,
     ) -> None:
         super().__init__(rewards=rewards)
         if isinstance(steps, str) and steps.isdecimal():  # "3" from a command line
             steps = int(steps)
-        if steps not in STEP_MODES:
-            raise UserError(
-                f"sums: steps is one of {', '.join(map(str, STEP_MODES))}, got {steps!r}; "
-                "change config.task.steps"
-            )
-        if len(operands) != 2 or not 2 <= operands[0] <= operands[1]:
-            raise UserError(
-                f"sums: operands is a pair (smallest, largest) with 2 <= smallest <= largest, "
-                f"got {tuple(operands)}; change config.task.operands_min or operands_max"
-            )
-        check_mixture(self.name, mixture)
+        check_steps(self.name, steps, STEP_MODES)
         self.mode = steps
-        self.operands = (int(operands[0]), int(operands[1]))
-        self.mixture = dict(mixture)
+        self.operands = check_range(self.name, "operands", operands, 2)
         self.seed = seed
         self._digits = _digits(seed, self.operands)
-
-    def size(self, split: Split) -> None:
-        check_split(split)
-        return None
 
     def problem(self, split: Split, index: int) -> Problem:
         digits = self._digits.at(split, index)
         draw = Draw("sums steps", self.seed, split, index)
-        mode = draw.weighted(self.mixture) if self.mode == "mixed" else self.mode
+        mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
         if mode == "at_once":
             return _problem(f"sum at once {digits}", digits, [], mode="at_once", step=None)
         if mode == "free":

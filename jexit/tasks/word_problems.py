@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jexit.tasks import answers
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.number_chain import NumberChain
 from jexit.tasks.streams import Stream
 
@@ -27,85 +27,85 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 class Template:
     """A story with holes and the steps that solve it.
 
-    `ranges` gives each number's smallest and largest value. A step is `left op right`, each side a
-    number's name or `_` for the step before; a step's result is never negative.
+    `ranges` gives each number's smallest and largest value. In a step such as "a+_" a side is a
+    number's name or `_` for the step before; its result is never negative.
     """
 
     text: str
     ranges: dict[str, tuple[int, int]]
-    steps: tuple[tuple[str, str, str], ...]
+    steps: tuple[str, ...]
 
 
 TEMPLATES = (
     Template(
         text="{n} has {a} {o}. {m} gives {n} {b} more. How many {o} does {n} have now?",
         ranges={"a": (2, 20), "b": (2, 20)},
-        steps=(("a", "+", "b"),),
+        steps=("a+b",),
     ),
     Template(
         text="{n} had {a} {o} and lost {b}. How many {o} are left?",
         ranges={"a": (10, 30), "b": (2, 10)},
-        steps=(("a", "-", "b"),),
+        steps=("a-b",),
     ),
     Template(
         text="There are {a} {x} with {b} {o} each. How many {o} are there?",
         ranges={"a": (2, 9), "b": (2, 9)},
-        steps=(("a", "*", "b"),),
+        steps=("a*b",),
     ),
     Template(
         text="One of the {o} costs {a} dollars. How much do {b} {o} cost?",
         ranges={"a": (2, 9), "b": (2, 9)},
-        steps=(("a", "*", "b"),),
+        steps=("a*b",),
     ),
     Template(
         text="{n} is {a} years old. {m} is {b} years older. How old is {m}?",
         ranges={"a": (3, 30), "b": (2, 15)},
-        steps=(("a", "+", "b"),),
+        steps=("a+b",),
     ),
     Template(
         text="{n} has {a} {o}. {m} has {b} fewer. How many {o} do they have together?",
         ranges={"a": (10, 20), "b": (2, 9)},
-        steps=(("a", "-", "b"), ("a", "+", "_")),
+        steps=("a-b", "a+_"),
     ),
     Template(
         text="{n} has {a} {o} and {m} has {b} times as many. How many do they have together?",
         ranges={"a": (2, 9), "b": (2, 6)},
-        steps=(("a", "*", "b"), ("a", "+", "_")),
+        steps=("a*b", "a+_"),
     ),
     Template(
         text="{n} buys {a} {x} of {b} {o} and gives away {c}. How many {o} are left?",
         ranges={"a": (3, 9), "b": (3, 9), "c": (2, 8)},
-        steps=(("a", "*", "b"), ("_", "-", "c")),
+        steps=("a*b", "_-c"),
     ),
     Template(
         text="{n} finds {a} {o} on Monday and {b} on Friday, then sells {c}. How many are left?",
         ranges={"a": (5, 15), "b": (5, 15), "c": (2, 9)},
-        steps=(("a", "+", "b"), ("_", "-", "c")),
+        steps=("a+b", "_-c"),
     ),
     Template(
         text="{n} has {a} dollars and buys {b} {o} for {c} dollars each. How much is left?",
         ranges={"a": (40, 60), "b": (2, 6), "c": (2, 6)},
-        steps=(("b", "*", "c"), ("a", "-", "_")),
+        steps=("b*c", "a-_"),
     ),
     Template(
         text="{n} reads {a} pages a day for {b} days and then {c} more. How many pages is that?",
         ranges={"a": (2, 9), "b": (2, 7), "c": (2, 9)},
-        steps=(("a", "*", "b"), ("_", "+", "c")),
+        steps=("a*b", "_+c"),
     ),
     Template(
         text="{n} had {a} {o}, found {b} and lost {c}. How many now?",
         ranges={"a": (5, 20), "b": (2, 12), "c": (2, 6)},
-        steps=(("a", "+", "b"), ("_", "-", "c")),
+        steps=("a+b", "_-c"),
     ),
     Template(
         text="{n} buys {a} {x} of {b} {o}, finds {c} and sells {d}. How many now?",
         ranges={"a": (3, 6), "b": (3, 6), "c": (2, 9), "d": (2, 7)},
-        steps=(("a", "*", "b"), ("_", "+", "c"), ("_", "-", "d")),
+        steps=("a*b", "_+c", "_-d"),
     ),
     Template(
         text="{n} makes {a} {o} a day for {b} days, {m} makes {c}. How many more than {m}?",
         ranges={"a": (4, 9), "b": (3, 7), "c": (2, 9)},
-        steps=(("a", "*", "b"), ("_", "-", "c")),
+        steps=("a*b", "_-c"),
     ),
 )
 
@@ -123,10 +123,6 @@ class WordProblems(NumberChain):
         self.seed = seed
         self._problems = _problems(seed)
 
-    def size(self, split: Split) -> None:
-        check_split(split)
-        return None
-
     def problem(self, split: Split, index: int) -> Problem:
         return self._problems.at(split, index)
 
@@ -142,26 +138,24 @@ class WordProblems(NumberChain):
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
-        right = [f"{x}{operator}{y}={z}" for x, operator, y, z in worked(program, numbers)]
+        right, _ = worked(program, numbers)
         if [step.strip() for step in steps] != right[: place + 1]:
             return True, None
-        results = [z for *_, z in worked(program, numbers, {place: int(number)})]
+        _, results = worked(program, numbers, {place: int(number)})
         return min(results) >= 0, str(results[-1])
 
 
 def worked(
-    program: Sequence[tuple[str, str, str]],
-    numbers: Mapping[str, int],
-    given: Mapping[int, int] | None = None,
-) -> Iterator[tuple[int, str, int, int]]:
-    """Each step's left side, operator, right side and result, of which `given` ones are taken."""
-    result = 0
+    program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
+) -> tuple[list[str], list[int]]:
+    """The line and the result of each step; results that are `given` are taken as they are."""
+    lines, results = [], [0]
     for place, (left, operator, right) in enumerate(program):
-        x, y = (result if side == "_" else numbers[side] for side in (left, right))
-        result = _OPERATIONS[operator](x, y)
-        if given and place in given:
-            result = given[place]
-        yield x, operator, y, result
+        x, y = (results[-1] if side == "_" else numbers[side] for side in (left, right))
+        result = (given or {}).get(place, _OPERATIONS[operator](x, y))
+        lines.append(f"{x}{operator}{y}={result}")
+        results.append(result)
+    return lines, results[1:]
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,23 +173,12 @@ def _draw_problem(draw: Draw) -> Problem:
     first = draw.integer(0, len(NAMES) - 1)
     second = (first + draw.integer(1, len(NAMES) - 1)) % len(NAMES)
     numbers = {name: draw.integer(*limits) for name, limits in template.ranges.items()}
-    words = {
-        "n": NAMES[first],
-        "m": NAMES[second],
-        "o": draw.choice(OBJECTS),
-        "x": draw.choice(BOXES),
-    }
-    steps = list(worked(template.steps, numbers))
-    result = steps[-1][-1]
+    words = {"n": NAMES[first], "m": NAMES[second]}
+    words |= {"o": draw.choice(OBJECTS), "x": draw.choice(BOXES)}
+    lines, results = worked(template.steps, numbers)
     return Problem(
         prompt=template.text.format(**words, **numbers),
-        answer=str(result),
-        completion="".join(f"{x}{operator}{y}={z}\n" for x, operator, y, z in steps)
-        + f"#### {result}",
-        fields={
-            "template": template.text,
-            "numbers": numbers,
-            "steps": len(steps),
-            "program": template.steps,
-        },
+        answer=str(results[-1]),
+        completion="\n".join([*lines, f"#### {results[-1]}"]),
+        fields={"template": template.text, "numbers": numbers, "program": template.steps},
     )

@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 
 from jexit.tasks.base import Draw
+from jexit.tasks.chains import Corruption
 from jexit.tasks.tom.text import CONTAINERS, NO, TOPICS, UNKNOWN, YES, Question, Story
 from jexit.tasks.tom.world import PLACINGS, SPEECH, Event, Witnesses
 from jexit.tasks.word_problems import NAMES
@@ -126,18 +127,9 @@ def read_line(line: str) -> ChainLine | None:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Change:
-    """A changed line in the place of line `index`, and the answer that follows from it."""
-
-    index: int
-    line: str
-    answer: str
-
-
-def changes(
+def corruptions(
     lines: Sequence[str], question: Question, answer: str, places: Sequence[str], draw: Draw
-) -> list[Change]:
+) -> list[Corruption]:
     """Every line whose change leads from `answer` to another one, with a change of it.
 
     A place becomes another one of `places`; who heard about a topic changes so that the
@@ -160,7 +152,8 @@ def changes(
             continue  # heard once more
         if changed.what and changed.decides(question) == (changed.state == NO):
             continue  # a line that no problem of this kind has
-        found.append(Change(index=index, line=changed.text(), answer=changed.state))
+        prefix = "".join(lines[:index]) + changed.text()
+        found.append(Corruption(prefix=prefix, answer=changed.state, step=index))
     return found
 
 

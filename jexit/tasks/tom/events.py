@@ -18,15 +18,7 @@ PLACES = 3  # that a story about things mentions
 
 _PROPOSALS = 12
 Kinds: TypeAlias = tuple[EventKind, ...]
-_LATER_MENTIONS: tuple[EventKind, ...] = (
-    "moves",
-    "moves",
-    "moves",
-    "takes",
-    "claims",
-    "claims",
-    "claims",
-)
+_LATER_MENTIONS: Kinds = (*("moves",) * 3, "takes", *("claims",) * 3)
 _EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
 _WHISPER_PERCENT = 60  # of speech
 

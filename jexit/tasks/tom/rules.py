@@ -17,7 +17,7 @@ def is_named(person: str, event: Event) -> bool:
     return person in (event.actor, event.hearer, event.secret, event.distracted)
 
 
-def last_named(question: Question, story: Story, world: World) -> str:
+def last_named(question: Question, story: Story) -> str:
     """The last place that an event names together with the thing and the first person asked about.
 
     Where none does, the last one named with the thing.
@@ -58,14 +58,6 @@ def who_knows(question: Question, world: World) -> tuple[bool, ...]:
     return tuple(((person,), question.thing) in world.beliefs for person in question.people)
 
 
-def is_false(question: Question, world: World) -> bool:
-    """Whether the belief asked for is wrong: about the place, or about the other's own belief."""
-    belief = world.beliefs.get((question.people, question.thing))
-    if len(question.people) == 2:
-        return belief != world.beliefs.get((question.people[1:], question.thing))
-    return belief != world.place_of.get(question.thing)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surface:
     """What a rule that tracks nobody sees of a story about a belief; places by their rank.
@@ -78,7 +70,7 @@ class Surface:
     last_named: int
 
     def is_of(self, question: Question, story: Story, world: World, places: Sequence[str]) -> bool:
-        return last_named(question, story, world) == places[self.last_named] and others_know_place(
+        return last_named(question, story) == places[self.last_named] and others_know_place(
             question, question.people[0], world
         )
 

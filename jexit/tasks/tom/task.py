@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from jexit.errors import UserError
 from jexit.tasks import answers, phrases
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict, check_split
+from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
-from jexit.tasks.mixture import DEFAULT_MIXTURE, check_mixture
+from jexit.tasks.options import MIXTURE, check_range, check_steps
 from jexit.tasks.streams import Stream
-from jexit.tasks.tom.chain import chain, changes
-from jexit.tasks.tom.rules import is_false
+from jexit.tasks.tom.chain import chain, corruptions
 from jexit.tasks.tom.stories import PLACES, draw_problem
 from jexit.tasks.tom.text import (
     CLOSINGS,
@@ -57,7 +56,7 @@ class Tom(ChainTask):
 
     `steps`: `fine` (a line for every event that matters), `coarse` (a line for every change of what
     is asked for), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
-    drawn for each problem), or `mixed` (all of them, weighted by `mixture`). `people`: the smallest
+    drawn for each problem), or `mixed` (all of them, weighted by `MIXTURE`). `people`: the smallest
     and the largest number of people; `moves`: of sentences that name a place or a topic, both
     included. `kinds`: the kinds of question, equally often. A story with its question decides the
     split (`split_of`), whatever the names and things in it.
@@ -78,43 +77,22 @@ class Tom(ChainTask):
         people: Sequence[int] = (3, 4),
         moves: Sequence[int] = (4, 5),
         kinds: Sequence[str] = KINDS,
-        mixture: Mapping[str, float] = DEFAULT_MIXTURE,
         seed: int = 0,
         rewards: Rewards | None = None,
     ) -> None:
         super().__init__(rewards=rewards)
-        if steps not in STEP_MODES:
-            raise UserError(
-                f"tom: steps is one of {', '.join(STEP_MODES)}, got {steps!r}; "
-                "change config.task.steps"
-            )
-        if len(people) != 2 or not 2 <= people[0] <= people[1] <= len(NAMES):
-            raise UserError(
-                "tom: people is a pair (smallest, largest) with 2 <= smallest <= largest <= "
-                f"{len(NAMES)}, got {tuple(people)}; change config.task.people_min or people_max"
-            )
-        if len(moves) != 2 or not PLACES <= moves[0] <= moves[1]:
-            raise UserError(
-                f"tom: moves is a pair (smallest, largest) with {PLACES} <= smallest <= largest, "
-                f"got {tuple(moves)}; change config.task.moves_min or moves_max"
-            )
+        check_steps(self.name, steps, STEP_MODES)
         if not kinds or set(kinds) - set(KINDS):
             raise UserError(
                 f"tom: kinds are some of {', '.join(KINDS)}, got {tuple(kinds)}; "
                 "change config.task.kinds"
             )
-        check_mixture(self.name, mixture)
         self.mode = steps
-        self.people = (int(people[0]), int(people[1]))
-        self.moves = (int(moves[0]), int(moves[1]))
+        self.people = check_range(self.name, "people", people, 2, len(NAMES))
+        self.moves = check_range(self.name, "moves", moves, PLACES)
         self.kinds = tuple(kinds)
-        self.mixture = dict(mixture)
         self.seed = seed
         self._stories = _stories(seed, self.kinds, self.people, self.moves)
-
-    def size(self, split: Split) -> None:
-        check_split(split)
-        return None
 
     def problem(self, split: Split, index: int) -> Problem:
         story, question = self._stories.at(split, index)
@@ -127,7 +105,7 @@ class Tom(ChainTask):
         Drawn apart from the story, so that an index has the same story whatever `steps` is.
         """
         draw = Draw("tom steps", self.seed, split, index)
-        mode = draw.weighted(self.mixture) if self.mode == "mixed" else self.mode
+        mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
         if mode == "prescribed":
             mode = draw.choice(self.granularities)
         return (draw.choice((True, False)) if mode == "free" else mode == "fine"), mode
@@ -172,12 +150,8 @@ class Tom(ChainTask):
             people=problem.fields["people"],
             thing=problem.fields["thing"],
         )
-        possible = changes(lines, question, answer, problem.fields["places"], draw)
-        if not possible:
-            return None
-        change = draw.choice(possible)
-        prefix = "".join(lines[: change.index]) + change.line
-        return Corruption(prefix=prefix, answer=change.answer, step=change.index)
+        possible = corruptions(lines, question, answer, problem.fields["places"], draw)
+        return draw.choice(possible) if possible else None
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         """Another place of the story; no for yes and yes for no."""
@@ -217,9 +191,6 @@ def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> 
             "people": question.people,
             "thing": question.thing,
             "places": tuple(dict.fromkeys(e.place for e in story.events if e.place)),
-            "false_belief": question.of_places
-            and bool(question.people)
-            and is_false(question, world),
         },
     )
 

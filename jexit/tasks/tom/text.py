@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from jexit.tasks.tom.world import SPEECH, Event, World
 
@@ -23,10 +23,7 @@ UNKNOWN = "unknown"  # in a chain, before anything is believed
 YES, NO = "yes", "no"
 
 Kind = Literal["reality", "memory", "belief", "second_belief", "knowledge", "second_knowledge"]
-KINDS: tuple[Kind, ...] = (
-    *("reality", "memory", "belief", "second_belief"),
-    *("knowledge", "second_knowledge"),
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 OF_PLACES: tuple[Kind, ...] = KINDS[:4]
 PEOPLE_ASKED: Mapping[str, int] = dict(zip(KINDS, (0, 0, 1, 2, 1, 2), strict=True))
 
