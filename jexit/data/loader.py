@@ -79,7 +79,6 @@ def text_batch(
     step: int,
     batch_size: int,
     length: int,
-    split: Split = "train",
 ) -> TextBatch:
     """Reference text of a weighted mixture of tasks, for pretraining: as much as the rows hold.
 
@@ -100,7 +99,9 @@ def text_batch(
         for number in range(len(texts), len(texts) + batch_size):
             position = step * room + number  # more texts than tokens cannot be drawn
             tasks.append(int(Draw("mixture", seed, position).weighted(weights)))
-            problems.append(_problem_at(mixture[tasks[-1]][0], split, seed=seed, position=position))
+            problems.append(
+                _problem_at(mixture[tasks[-1]][0], "train", seed=seed, position=position)
+            )
         encoded = _encoded(tokenizer, problems, length)
         texts += [(*text, task) for text, task in zip(encoded, tasks, strict=True)]
     lengths = [len(ids) for ids, *_ in texts]
@@ -205,36 +206,24 @@ def prompt_batch(
     Raises UserError for a prompt over `max_prompt_tokens` (with `skip_long` such problems are left
     out instead, and counted) and for a split that is empty or has only such problems.
     """
-    positions = _positions(step, batch_size, rows)
-    if (size := task.size(split)) is not None:
+    rows = range(batch_size) if rows is None else rows
+    positions = [step * batch_size + int(row) for row in rows]
+    size, skipped = task.size(split), 0
+    if size is None or not skip_long:
+        problems = [_problem_at(task, split, seed=seed, position=p) for p in positions]
+    else:
         require_problems(task, split)
-        if skip_long:
-            kept = _short_enough(task, tokenizer, split, max_prompt_tokens)
-            if not kept:
-                raise UserError(
-                    f"every prompt of task {task.name!r}, split {split!r}, is over the limit of "
-                    f"{max_prompt_tokens} tokens; raise config.task.max_prompt_tokens"
-                )
-        else:
-            kept = tuple(range(size))
-        order = _shuffled(seed, len(kept))
+        kept = _short_enough(task, tokenizer, split, max_prompt_tokens)
+        order, skipped = _shuffled(seed, len(kept)), size - len(kept)
         problems = [task.problem(split, kept[order[p]]) for p in positions]
-        tokens = encode_problems(tokenizer, problems)
-        for problem, ids in zip(problems, tokens, strict=True):
-            check_prompt_length(problem, ids, max_prompt_tokens)
-        return PromptBatch(problems=problems, tokens=tokens, skipped=size - len(kept))
-
-    problems = [_problem_at(task, split, seed=seed, position=p) for p in positions]
     tokens = encode_problems(tokenizer, problems)
-    skipped = 0
     for row, position in enumerate(positions):
         for attempt in range(1, _MAX_RETRIES + 1):
             if len(tokens[row]) <= max_prompt_tokens or not skip_long:
                 break
             skipped += 1
-            problems[row] = _problem_at(
-                task, split, seed=seed, position=position + attempt * _RETRY
-            )
+            again = position + attempt * _RETRY
+            problems[row] = _problem_at(task, split, seed=seed, position=again)
             tokens[row] = tokenizer.encode_prompt(problems[row].prompt, problems[row].shots)
         check_prompt_length(problems[row], tokens[row], max_prompt_tokens)
     return PromptBatch(problems=problems, tokens=tokens, skipped=skipped)
@@ -282,16 +271,17 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
     return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 
 
-def _positions(step: int, batch_size: int, rows: Sequence[int] | None) -> list[int]:
-    return [step * batch_size + int(row) for row in (range(batch_size) if rows is None else rows)]
-
-
 @functools.lru_cache(maxsize=8)
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Indices of a finite split's problems whose prompt is within the limit."""
-    size = task.size(split) or 0
-    problems = [task.problem(split, index) for index in range(size)]
+    """Indices of a finite split's problems whose prompt is within the limit; UserError: none is."""
+    problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))
-    return tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)
+    kept = tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)
+    if not kept:
+        raise UserError(
+            f"every prompt of task {task.name!r}, split {split!r}, is over the limit of "
+            f"{max_prompt_tokens} tokens; raise config.task.max_prompt_tokens"
+        )
+    return kept

@@ -7,7 +7,7 @@ import os
 import pathlib
 import reprlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from jexit.data import chat_template
@@ -260,13 +260,8 @@ class Tokenizer:
         return [self._token(int(i)) for i in ids]
 
     @functools.cached_property
-    def _token(self) -> Any:
-        def token(i: int) -> str:
-            return self.backend.decode(
-                [i], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-
-        return functools.lru_cache(maxsize=65_536)(token)
+    def _token(self) -> Callable[[int], str]:
+        return functools.lru_cache(maxsize=65_536)(lambda i: self.decode([i], keep_special=True))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the tokenizer's files, chat template included, into a directory.

@@ -102,24 +102,19 @@ def test_a_text_begins_once_and_its_loss_ends_with_the_end_token():
     assert (batch.loss_mask_BT[batch.segment_BT == 0] == 0).all()
 
 
-def test_text_batches_are_pure_and_never_repeat():
-    np.testing.assert_array_equal(texts(step=3).tokens_BT, texts(step=3).tokens_BT)
-    assert not np.array_equal(texts(step=3).tokens_BT, texts(step=3, seed=1).tokens_BT)
-    seen = [tuple(ids) for step in range(4) for ids, _ in pieces(texts(step=step))]
-    assert len(set(seen)) > 0.95 * len(seen)  # two digits and a step of two: some must repeat
-
-
-def test_rows_are_filled_with_the_texts_that_come_first():
-    """Nothing is left out for its length: the texts are the first of the stream."""
-    batch = texts(batch_size=16, length=80)
-    wide = texts(batch_size=1, length=16 * 80)  # the same stream, in one row
+def test_texts_are_the_first_of_a_stream_of_their_own():
+    """Nothing is left out for its length, and nothing comes again."""
+    batch = texts(step=3)
+    np.testing.assert_array_equal(batch.tokens_BT, texts(step=3).tokens_BT)
+    assert not np.array_equal(batch.tokens_BT, texts(step=3, seed=1).tokens_BT)
+    wide = texts(step=3, batch_size=1, length=16 * 80)  # the same stream, in one row
     count = len(batch.lengths_N)
     assert batch.lengths_N.tolist() == wide.lengths_N.tolist()[:count]
     assert batch.lengths_N.sum() >= 0.93 * 16 * 80
     assert 0 <= len(wide.lengths_N) - count <= 3
-    found = list(pieces(texts(batch_size=200)))  # and follow the mixture
-    assert len(found) > 400
-    assert 0.74 < np.mean([TOKENIZER.decode(ids[1:2]) == "sum" for ids, _ in found]) < 0.86
+    seen = [tuple(ids) for step in range(6) for ids, _ in pieces(texts(step=step, batch_size=32))]
+    assert len(set(seen)) > 0.95 * len(seen)  # two digits and a step of two: some must repeat
+    assert 0.74 < np.mean([TOKENIZER.decode(ids[1:2]) == "sum" for ids in seen]) < 0.86
 
 
 def test_pack():
@@ -163,16 +158,20 @@ def test_prompt_batches_of_a_generated_task():
     batch = prompts(task, step=5)
     assert batch == prompts(task, step=5)
     assert batch.tokens == [TOKENIZER.encode_prompt(p.prompt) for p in batch.problems]
-    wide = prompts(task, step=0, batch_size=24)
-    assert wide.problems[20:] == batch.problems
+    assert prompts(task, step=0, batch_size=24).problems[20:] == batch.problems
     seeds = [prompts(task, seed=seed).problems for seed in (-1, 0, 2**63, 10**30)]
     assert len({tuple(p.prompt for p in each) for each in seeds}) == 4
+    for some in (task, Finite([f"sum {i}" for i in range(6)])):  # hosts' rows together
+        batch = prompts(some, step=3)
+        for rows in ([0, 1], [2, 3], [0, 3], []):
+            mine = prompts(some, step=3, rows=rows)
+            assert mine.problems == [batch.problems[row] for row in rows]
+            assert mine.tokens == [batch.tokens[row] for row in rows]
 
 
 def test_a_prompt_over_the_limit_names_the_length_the_limit_and_the_key():
-    with pytest.raises(
-        ValueError, match=r"has 6 tokens, over the limit of 5: 'sum 12'.*config\.ta"
-    ):
+    said = r"has 6 tokens, over the limit of 5: 'sum 12'.*config\.task\.max_prompt_tokens"
+    with pytest.raises(ValueError, match=said):
         prompts(Finite(["sum 12"]), max_prompt_tokens=5)
     assert prompts(Finite(["sum 12"]), max_prompt_tokens=6).skipped == 0
     with pytest.raises(ValueError, match=r"config\.task\.max_prompt_tokens"):
@@ -196,25 +195,26 @@ def test_long_prompts_can_be_skipped_and_are_counted():
     assert max(map(len, batch.tokens)) <= 8
 
 
-def test_an_empty_data_set_is_an_error(tmp_path):
-    (tmp_path / "train.jsonl").write_text("\n")
-    task = make_task("gsm8k", str(tmp_path))
-    message = r"task 'gsm8k' has no problem in its train split; point config.task.path"
-    with pytest.raises(ValueError, match=message):
-        prompts(task)
-    with pytest.raises(ValueError, match=message):
-        require_problems(task, "train")
-    with pytest.raises(ValueError, match=message):
-        text_batch([(task, 1.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
-
-
-def test_a_finite_data_set_as_training_text(tmp_path):
+def test_a_finite_data_set_as_training_text_and_an_empty_one(tmp_path):
+    file = tmp_path / "train.jsonl"
     rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(4)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"seed": 0, "step": 1, "batch_size": 4, "length": 20}
     task = make_task("gsm8k", str(tmp_path), instruction="")
-    batch = text_batch([(task, 1.0)], TOKENIZER, seed=0, step=1, batch_size=4, length=20)
-    decoded = {TOKENIZER.decode(ids) for ids, _ in pieces(batch)}
+    decoded = {
+        TOKENIZER.decode(ids) for ids, _ in pieces(text_batch([(task, 1.0)], TOKENIZER, **settings))
+    }
     assert decoded == {f"{i}?#### {i}" for i in range(3)}  # the last one is to validate with
+    file.write_text("\n")
+    task = make_task("gsm8k", str(tmp_path))
+    for ask in (
+        lambda: prompts(task),
+        lambda: require_problems(task, "train"),
+        lambda: text_batch([(task, 1.0)], TOKENIZER, **settings),
+    ):
+        said = r"task 'gsm8k' has no problem in its train split; point config.task.path"
+        with pytest.raises(ValueError, match=said):
+            ask()
 
 
 def test_batches_are_prepared_ahead_by_another_thread():
@@ -249,15 +249,6 @@ def test_prepared_batches_go_on_from_any_step_and_raise_at_theirs():
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(ValueError, match="a prompt has 99 tokens"):
         next(batches)
-
-
-def test_hosts_rows_together_are_the_batch():
-    for task in (make_task("sums"), Finite([f"sum {i}" for i in range(6)])):
-        batch = prompts(task, step=3)
-        for rows in ([0, 1], [2, 3], [0, 3], [0, 1, 2, 3], []):
-            mine = prompts(task, step=3, rows=rows)
-            assert mine.problems == [batch.problems[row] for row in rows]
-            assert mine.tokens == [batch.tokens[row] for row in rows]
 
 
 class Shown(Finite):

@@ -23,8 +23,9 @@ from jexit.errors import MissingFile, UserError
 from jexit.tasks import make_task
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
 TOKENIZER = Tokenizer.load(TINY)
+PROMPT = "<|user|>sum 37<|assistant|>"
+SHOT, TURNS = ("sum 12", "+3####3"), "<|user|>sum 12<|assistant|>+3####3<|end|>"
 
 
 @pytest.fixture
@@ -36,7 +37,6 @@ def directory(tmp_path):
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.text(alphabet="+# 019sum\n"))
-@example("sum by 3 37295184")
 @example("Zürich, 東京 \U0001f600 \x00\r\n\t  ++++++ ##### <|end|><|pad|>")
 def test_any_text_survives(text):
     ids = TOKENIZER.encode(text)
@@ -44,47 +44,29 @@ def test_any_text_survives(text):
     assert TOKENIZER.decode(ids, keep_special=True) == text
 
 
-def test_digits_and_signs_are_single_tokens():
-    assert TOKENIZER.tokens(TOKENIZER.encode("sum by 3 37295184")) == [
-        *("sum", " by", " ", "3", " "),
-        *"37295184",
-    ]
-    chain = "1+2++3+++4++++5####6"
-    assert TOKENIZER.tokens(TOKENIZER.encode(chain)) == [
-        *("1", "+", "2", "++", "3", "+++", "4", "++++", "5", "####", "6")
-    ]
-    assert TOKENIZER.tokens(TOKENIZER.encode("7\n#### 7")) == ["7", "\n", "####", " ", "7"]
+def test_digits_signs_and_marks_are_single_tokens():
+    for tokens in (
+        ["sum", " by", " ", "3", " ", *"37295184"],
+        ["1", "+", "2", "++", "3", "+++", "4", "++++", "5", "####", "6"],
+        ["7", "\n", "####", " ", "7"],
+    ):
+        assert TOKENIZER.tokens(TOKENIZER.encode("".join(tokens))) == tokens
+    assert TOKENIZER.tokens([0, 1, 2, 3]) == ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert (TOKENIZER.pad_id, TOKENIZER.eos_id, TOKENIZER.eos_ids) == (0, 3, {3})
+    assert TOKENIZER.vocab_size == 512
+    assert TOKENIZER.decode([*TOKENIZER.encode("####4"), 3, 0, 0]) == "####4"
 
 
-def test_examples_fit_56_tokens():
+def test_many_texts_are_encoded_as_each_is_and_fit_56_tokens():
+    texts = ["sum 123", "", "Tom has 3 apples.", "é+"]
+    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+    assert TOKENIZER.encode_batch([]) == []
     for task in (make_task("sums", steps="mixed"), make_task("word_problems")):
         problems = [task.problem("train", index) for index in range(1000)]
         prompts = TOKENIZER.encode_prompts([problem.prompt for problem in problems])
         completions = TOKENIZER.encode_batch([problem.completion for problem in problems])
         lengths = [len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True)]
         assert 40 < max(lengths) <= 56
-
-
-def test_vocabulary_and_special_tokens():
-    assert TOKENIZER.vocab_size == 512
-    assert TOKENIZER.tokens([0, 1, 2, 3]) == ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    assert (TOKENIZER.pad_id, TOKENIZER.eos_id, TOKENIZER.eos_ids) == (0, 3, {3})
-    assert TOKENIZER.decode([*TOKENIZER.encode("####4"), 3, 0, 0]) == "####4"
-    texts = ["sum 123", "", "Tom has 3 apples.", "é+"]
-    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
-    assert TOKENIZER.encode_batch([]) == []
-
-
-def test_chat_format():
-    ids = TOKENIZER.encode_prompt("sum 37")
-    assert TOKENIZER.decode(ids, keep_special=True) == "<|user|>sum 37<|assistant|>"
-    assert TOKENIZER.encode_prompts(["sum 37"]) == [ids]
-    conversation = [
-        {"role": "user", "content": "sum 37"},
-        {"role": "assistant", "content": "####0"},
-    ]
-    whole = TOKENIZER.backend.apply_chat_template(conversation, tokenize=False)
-    assert whole == "<|user|>sum 37<|assistant|>####0<|end|>"
 
 
 def test_the_library_loads_it_beside_a_qwen3_config(directory):
@@ -95,6 +77,8 @@ def test_the_library_loads_it_beside_a_qwen3_config(directory):
     text = "sum by 3 372+++1####1 Zürich"
     loaded = transformers.AutoTokenizer.from_pretrained(str(directory))
     assert loaded(text)["input_ids"] == TOKENIZER.encode(text)
+    messages = [{"role": "user", "content": "sum 37"}, {"role": "assistant", "content": "####0"}]
+    assert loaded.apply_chat_template(messages, tokenize=False) == PROMPT + "####0<|end|>"
 
 
 def test_end_tokens_are_a_set(directory):
@@ -145,26 +129,29 @@ def test_missing_and_broken_files(directory):
         Tokenizer.load(directory)
 
 
-SHOT = ("sum 12", "+3####3")
-
-
-def test_a_template_with_a_switch_thinks_as_it_is_told():
+def test_templates_think_as_they_are_told_or_have_no_switch():
     tokenizer = with_template(SWITCHED)
-    assert tokenizer.has_thinking_switch and tokenizer.thinking == "auto"
-    assert tokenizer.chat_text("sum 37") == "<|user|>sum 37<|assistant|>"
+    assert tokenizer.thinking == "auto" and tokenizer.chat_text("sum 37") == PROMPT
     tokenizer.thinking = "off"
-    assert tokenizer.chat_text("sum 37").endswith("<|assistant|><think>\n\n</think>\n\n")
+    assert tokenizer.chat_text("sum 37") == PROMPT + "<think>\n\n</think>\n\n"
     assert not tokenizer.opens_thinking
-    ids = tokenizer.encode_prompt("sum 37")
-    assert ids == tokenizer.encode(tokenizer.chat_text("sum 37"))
-    assert tokenizer.encode_prompts(["sum 37"]) == [ids]
+    ids = tokenizer.encode(tokenizer.chat_text("sum 37"))
+    assert [tokenizer.encode_prompt("sum 37")] == tokenizer.encode_prompts(["sum 37"]) == [ids]
     tokenizer.thinking = "on"
-    assert tokenizer.chat_text("sum 37") == "<|user|>sum 37<|assistant|>"
+    assert tokenizer.chat_text("sum 37") == PROMPT
+    with pytest.raises(UserError, match="thinking is 'yes'; choose one of auto, on, off"):
+        tokenizer.thinking = "yes"
+    for template, value in itertools.product([OPENED, DEFAULT_SYSTEM, None], ["on", "off"]):
+        tokenizer = with_template(template)
+        said = f"thinking is '{value}'.*has no switch.*thinking=auto"
+        with pytest.raises(UserError, match=said):
+            tokenizer.thinking = value
+        assert tokenizer.thinking == "auto"
 
 
 def test_a_template_that_opens_the_thought_itself():
     tokenizer = with_template(OPENED)
-    assert tokenizer.chat_text("sum 37") == "<|user|>sum 37<|assistant|><think>\n"
+    assert tokenizer.chat_text("sum 37") == PROMPT + "<think>\n"
     assert tokenizer.opens_thinking
     ids = [*tokenizer.encode("3+7\n</think>\n\n####0"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "3+7\n</think>\n\n####0"
@@ -173,99 +160,49 @@ def test_a_template_that_opens_the_thought_itself():
     assert other.completion_text(ids) == other.decode(ids)
 
 
-def test_a_default_system_prompt_is_the_templates_own():
-    tokenizer = with_template(DEFAULT_SYSTEM)
-    assert tokenizer.chat_text("sum 37") == "<|system|>Add well.<|user|>sum 37<|assistant|>"
-    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "sum 37"}]
-    assert tokenizer.render(messages) == "<|system|>Add.<|user|>sum 37<|assistant|>"
-
-
-def test_a_template_without_a_switch_refuses_one():
-    for template, value in itertools.product([OPENED, DEFAULT_SYSTEM, None], ["on", "off"]):
-        tokenizer = with_template(template)
-        assert not tokenizer.has_thinking_switch
-        said = f"thinking is '{value}'.*has no switch.*thinking=auto"
-        with pytest.raises(UserError, match=said):
-            tokenizer.thinking = value
-        assert tokenizer.thinking == "auto"
-        tokenizer.thinking = "auto"
-    with pytest.raises(UserError, match="thinking is 'yes'; choose one of auto, on, off"):
-        with_template(SWITCHED).thinking = "yes"
-
-
 def test_worked_examples_are_earlier_turns():
-    for template in (SWITCHED, OPENED, DEFAULT_SYSTEM):
+    for template, system in ((SWITCHED, ""), (DEFAULT_SYSTEM, "<|system|>Add well.")):
         tokenizer = with_template(template)
-        alone, text = tokenizer.chat_text("sum 37"), tokenizer.chat_text("sum 37", [SHOT])
-        first = alone.index("<|user|>")
-        turns = "<|user|>sum 12<|assistant|>+3####3<|end|>"
-        assert text == alone[:first] + turns + alone[first:]
+        assert tokenizer.chat_text("sum 37") == system + PROMPT
+        assert tokenizer.chat_text("sum 37", [SHOT]) == system + TURNS + PROMPT
         assert tokenizer.encode_prompts(["sum 37", "sum 4"], [[SHOT], []]) == [
             tokenizer.encode_prompt("sum 37", [SHOT]),
             tokenizer.encode_prompt("sum 4"),
         ]
+    assert with_template(None).chat_text("sum 37", [SHOT]) == "sum 12\n+3####3\n\nsum 37"
 
 
-def test_without_a_template_worked_examples_are_text():
-    tokenizer = with_template(None)
-    assert tokenizer.chat_text("sum 37", [SHOT, SHOT]) == (
-        "sum 12\n+3####3\n\nsum 12\n+3####3\n\nsum 37"
-    )
-
-
-@pytest.fixture(params=["made", "loaded"])
-def llama(request, tmp_path):
-    """A tokenizer that puts a begin token before texts, with a chat template that writes it."""
-    tokenizer = with_begin_token(BEGINNING)
-    begin = tokenizer.backend.bos_token_id
-    assert tokenizer.backend.encode("sum 37") == [begin, *tokenizer.encode("sum 37")]
-    if request.param == "loaded":
-        tokenizer.save(tmp_path)
-        tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.begin_id == begin
-    return tokenizer
-
-
-def test_a_prompt_from_a_template_begins_once(llama):
-    ids = llama.encode_prompt("sum 37", [SHOT])
-    text = f"{BEGIN}<|user|>sum 12<|assistant|>+3####3<|end|><|user|>sum 37<|assistant|>"
-    assert llama.decode(ids, keep_special=True) == llama.chat_text("sum 37", [SHOT]) == text
-    assert ids.count(llama.begin_id) == 1
-    assert llama.encode_prompts(["sum 37"], [[SHOT]]) == [ids]
-    # Also when a caller has rendered it.
-    assert llama.encode_texts([text]) == [ids]
-
-
-def test_an_answer_does_not_begin(llama):
-    for ids in (llama.encode("+3####3"), *llama.encode_batch(["+3####3", ""])):
-        assert llama.begin_id not in ids
-    assert llama.encode_texts(["+3####3", ""]) == [
-        [llama.begin_id, *llama.encode("+3####3")],
-        [llama.begin_id],
-    ]
-
-
-def test_a_prompt_without_a_template_begins_as_the_tokenizer_has_it():
-    llama = with_begin_token(None)
-    alone = llama.encode_prompt("sum 37")
-    assert alone == llama.backend.encode("sum 37") and alone[0] == llama.begin_id
-    assert llama.encode_prompt(f"{BEGIN}sum 37") == alone
-    assert llama.encode_prompt("sum 37", [SHOT]).count(llama.begin_id) == 1
-
-
-def test_a_template_without_a_begin_token_has_the_say():
-    llama = with_begin_token(SWITCHED)
-    assert llama.begin_id not in llama.encode_prompt("sum 37")
-
-
-def test_where_no_begin_token_is_put_before_texts_none_is():
-    assert TOKENIZER.begin_id is None
+def test_a_begin_token_comes_once_before_whole_texts(tmp_path):
+    made = with_begin_token(BEGINNING)
+    made.save(tmp_path)
+    for llama in (made, Tokenizer.load(tmp_path)):
+        assert llama.begin_id == llama.backend.bos_token_id
+        # From a template that writes it, also when a caller has rendered it.
+        ids = llama.encode_prompt("sum 37", [SHOT])
+        text = f"{BEGIN}{TURNS}{PROMPT}"
+        assert llama.decode(ids, keep_special=True) == llama.chat_text("sum 37", [SHOT]) == text
+        assert ids.count(llama.begin_id) == 1
+        assert llama.encode_texts([text]) == llama.encode_prompts(["sum 37"], [[SHOT]]) == [ids]
+        # An answer does not begin.
+        answer = llama.encode("+3####3")
+        assert llama.encode_batch(["+3####3", ""]) == [answer, []]
+        assert llama.encode_texts(["+3####3", ""]) == [[llama.begin_id, *answer], [llama.begin_id]]
+    # Without a template a prompt begins as the tokenizer has it.
+    plain = with_begin_token(None)
+    alone = plain.encode_prompt("sum 37")
+    assert alone == plain.backend.encode("sum 37") and alone[0] == plain.begin_id
+    assert plain.encode_prompt(f"{BEGIN}sum 37") == alone
+    assert plain.encode_prompt("sum 37", [SHOT]).count(plain.begin_id) == 1
+    # A template that writes none has the say.
+    other = with_begin_token(SWITCHED)
+    assert other.begin_id not in other.encode_prompt("sum 37")
     # SmolLM2's names one for its chat template and puts none before texts.
-    tokenizer = with_template(None)
-    tokenizer.backend.add_special_tokens({"bos_token": "<|user|>"})
-    assert tokenizer.begin_id is None
-    for made in (TOKENIZER, tokenizer):
-        assert made.encode_texts(["sum 37", ""]) == made.encode_batch(["sum 37", ""])
+    named = with_template(None)
+    named.backend.add_special_tokens({"bos_token": "<|user|>"})
+    for tokenizer in (TOKENIZER, named):
+        assert tokenizer.begin_id is None
+        texts = ["sum 37", ""]
+        assert tokenizer.encode_texts(texts) == tokenizer.encode_batch(texts)
 
 
 @pytest.mark.weights
