@@ -1,34 +1,21 @@
 """Random and hostile texts, through everything that a task reads completions with."""
 
 import csv
-import functools
 import json
 import random
+from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpu_time import assert_linear, cpu_seconds
-from jexit.tasks import ChainTask, Draw, make_task
-
-KINDS = ("strict", "lenient", "wrong", "none")
+from jexit.tasks import ChainTask, Draw, Problem, answers, make_task, phrases
 
 DIGITS = ["0", "7", "18", "1,000", ".5", "1/2", "9" * 70, "٣٤", "²", "½", "Ⅷ", "𝟛", "೧"]
 SIGNS = ["+", "++", "-", "\u2212", "*", "×", "÷", "=", "$", "%", "/", "(", ")"]
 MARKERS = ["####", "#### ", "\n#### ", "#", "Answer:", "<think>", "</think>", "<|im_end|>"]
-MARKUP = [
-    "\\boxed{",
-    "\\frac{1}{2}",
-    "{",
-    "}",
-    "\\[",
-    "**",
-    "_",
-    "<b>",
-    "</b>",
-    "```",
-    "\\",
-    "&lt;",
-]
+MARKUP = ["\\boxed{", "\\frac{1}{2}", "{", "}", "\\[", "**", "_", "<b>", "```", "\\", "&lt;"]
 SPACES = [" ", "\n", "\r\n", "\t", "\x00", "\x85", "\u2028", "\u200b", "\ufeff", "\u00a0"]
 WORDS = ["Tom", "Mia", "see", "leaves", "box", "jar", "hall", "oak chest", "unknown", "Yes", "no"]
 WORDS += ["not", "doesn’t", "knows about it", "that", "the", "İßﬁ", "e\u0301", "ffi\u0130", "é"]
@@ -52,61 +39,75 @@ def random_text(draw, answer):
     return "".join(parts)
 
 
-def make_exploretom(folder):
-    file = folder / "stories.csv"
-    with file.open("w", newline="", encoding="utf-8") as lines:
-        writer = csv.writer(lines)
-        writer.writerows([("story", "question", "answer")])
-        writer.writerows((STORY, "In which container is it?", answer) for answer in ANSWERS)
-    return make_task("exploretom", str(file), test_every=0)
-
-
-def make_gsm8k(folder):
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Every task, each with some problems; the last two read as the others do."""
+    folder = tmp_path_factory.mktemp("files")
+    with (folder / "stories.csv").open("w", newline="", encoding="utf-8") as lines:
+        rows = [(STORY, "In which container is it?", answer) for answer in ANSWERS]
+        csv.writer(lines).writerows([("story", "question", "answer"), *rows])
     rows = [{"question": f"{n}?", "answer": f"Well.\n1+{n}={n + 1}\n#### {n + 1}"} for n in (6, 17)]
-    file = folder / "train.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_task("gsm8k", str(folder))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = [
+        make_task("sums", steps="mixed"),
+        make_task("gsm8k", str(folder)),
+        make_task("tom", steps="mixed"),
+        make_task("exploretom", str(folder / "stories.csv"), test_every=0),
+        make_task("word_problems"),
+        make_task("blend", tasks=[make_task("sums"), make_task("tom")]),
+    ]
+    return [
+        (task, [task.problem("train", i) for i in range(task.size("train") or 12)]) for task in made
+    ]
 
 
-def make_blend(folder):
-    return make_task("blend", tasks=[make_task("sums"), make_task("tom")])
+def check_reading(task, problem, text, number=0):
+    """What holds of every text; returns the verdict and the text's totals."""
+    kind = task.verify(problem, text).kind
+    assert task.answerable(text, cut=True) in ("", text)
+    totals = task.text_totals([problem], [text])
+    assert all(total >= 0 and count >= 0 for total, count in totals.values())
+    if isinstance(task, ChainTask):
+        steps, found = task.steps(text), task.final_answer(text)
+        assert all(steps) and text.startswith("".join(steps))
+        assert found is None or found
+        assert task.cue_after(text).endswith(task.cue)
+        made = task.corrupted(problem, text, Draw("total", number))
+        if made is not None:
+            assert made.answer is None or made.answer != found
+            # Undone, it is the completion up to the very step that was changed.
+            undone = made.undone(steps)
+            assert text.startswith(undone) and undone != made.prefix
+            assert made.prefix.startswith("".join(steps[: made.step]))
+    return kind, totals
 
 
-MAKERS = {
-    "sums": lambda folder: make_task("sums", steps="mixed"),
-    "word_problems": lambda folder: make_task("word_problems"),
-    "tom": lambda folder: make_task("tom", steps="mixed"),
-    "exploretom": make_exploretom,
-    "gsm8k": make_gsm8k,
-    "blend": make_blend,
-}
+@pytest.mark.parametrize("texts", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_every_text_is_read(tasks, texts):
+    for task, problems in tasks:
+        draw, kinds, counts = random.Random(texts), [], {}
+        for number in range(texts):
+            problem = problems[number % len(problems)]
+            text = random_text(draw, problem.answer)
+            kind, totals = check_reading(task, problem, text, number)
+            kinds.append(kind)
+            for name, (_, count) in totals.items():
+                counts[name] = counts.get(name, 0) + count
+        assert set(kinds) == {"strict", "lenient", "wrong", "none"}, "texts reach every verdict"
+        assert all(counts.values())
 
 
-@pytest.mark.parametrize("texts", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MAKERS)
-def test_every_text_is_read(name, texts, tmp_path):
-    task, draw = MAKERS[name](tmp_path), random.Random(texts)
-    problems = [task.problem("train", i) for i in range(min(task.size("train") or 12, 12))]
-    kinds, whole = dict.fromkeys(KINDS, 0), {}
-    for number in range(texts):
-        problem = problems[number % len(problems)]
-        text = random_text(draw, problem.answer)
-        kinds[task.verify(problem, text).kind] += 1
-        for figure, (total, count) in task.text_totals([problem], [text]).items():
-            assert total >= 0 and count >= 0
-            before = whole.get(figure, (0, 0))
-            whole[figure] = (before[0] + total, before[1] + count)
-        if isinstance(task, ChainTask):
-            found = task.final_answer(text)
-            assert found is None or found
-            steps = task.steps(text)
-            assert all(steps) and text.startswith("".join(steps))
-            assert task.cue in task.cue_after(text)
-            made = task.corrupted(problem, text, Draw("total", number))
-            assert made is None or made.answer is None or made.answer != found
-    assert sum(kinds.values()) == texts
-    assert min(kinds.values()) > 10, "the texts reach every verdict"
-    assert all(count > 0 for _, count in whole.values())
+@settings(max_examples=60)
+@given(text=st.text() | st.lists(st.sampled_from(PIECES)).map("".join), other=st.text())
+def test_any_text_is_read(tasks, text, other):
+    for task, problems in tasks:
+        for problem in problems[:6]:
+            check_reading(task, problem, text)
+    for number in (answers.parse_number(text), answers.final_number(text)):
+        assert isinstance(number, Fraction | None)
+    candidates = phrases.themselves([text, other])
+    assert phrases.judge(text, other, candidates) in ("strict", "lenient", "wrong", "none")
+    assert set(phrases.mentions(text, candidates)) <= {text, other}
 
 
 # Repeated, they make searches start again and again that end far off, or nowhere.
@@ -116,7 +117,7 @@ REPEATED += ["+", "-", ".", "=", "= ", "=1,", "=1+1", "3+4=7\n"]
 REPEATED += [" ", "\n", "a\n", ". ", "(", ")", "[", "{", "}", "{}", "\u0130"]
 REPEATED += ["\\boxed", "\\boxed{", "\\boxed{1}", "\\boxed{a ", "\\frac{", "\\frac{1}", "\\text{"]
 REPEATED += ["<think>", "</think>", "answer ", "answer is ", "the answer is 1 + "]
-REPEATED += ["Answer: no box\n", "not box ", "Tom Mia see box: box\n", "Tom Mia: box\n"]
+REPEATED += ["Answer: no box\n", "not box ", "is ", "Tom Mia see box: box\n", "Tom Mia: box\n"]
 AROUND = [("", ""), ("#### 1\n", "x"), ("\\boxed{", "\n#### 1")]
 
 
@@ -130,7 +131,6 @@ def readings(task, problem):
     """Each way in which the task reads a completion of the problem."""
     yield lambda text: task.verify(problem, text)
     yield task.answer_mark
-    yield lambda text: task.answerable(text, cut=True)
     yield lambda text: task.text_totals([problem], [text])
     if isinstance(task, ChainTask):
         yield task.steps
@@ -141,21 +141,36 @@ def readings(task, problem):
         yield lambda text: task.corrupted(problem, text, Draw("linear"))
 
 
-@pytest.mark.parametrize(
-    ("short", "long"), [(10_000, 100_000), pytest.param(100_000, 1_000_000, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("name", MAKERS)
-def test_reading_takes_linear_time(name, short, long, tmp_path):
-    task = MAKERS[name](tmp_path)
-    for read in readings(task, task.problem("train", 0)):
-        for texts in zip(hostile_texts(short), hostile_texts(long), strict=True):
-            assert_linear(read, *texts)
+@pytest.mark.parametrize("length", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_reading_takes_linear_time(tasks, length):
+    for task, problems in tasks[:4]:
+        for read in readings(task, problems[0]):
+            for texts in zip(hostile_texts(length), hostile_texts(10 * length), strict=True):
+                assert_linear(read, *texts)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_hundred_thousand_characters_are_verified_in_50_ms(name, tmp_path):
-    task = MAKERS[name](tmp_path)
-    for index in range(0, min(task.size("train") or 6, 6), 2):
-        verify = functools.partial(task.verify, task.problem("train", index))
+def test_a_hundred_thousand_characters_are_verified_in_50_ms(tasks):
+    for task, problems in tasks[:4]:
         for text in hostile_texts(100_000):
-            assert cpu_seconds(verify, text, 0.05) <= 0.05, text[:40]
+            for problem in problems[:6:2] if task.name == "exploretom" else problems[:1]:
+                seconds = cpu_seconds(lambda t, p=problem, v=task.verify: v(p, t), text, 0.05)
+                assert seconds <= 0.05, (task.name, text[:40])
+
+
+def test_places_are_found_in_linear_time(tasks):
+    """A story may be as hostile as a completion."""
+    task, (problem, *_) = tasks[3]
+    for part in (
+        *("moved ", "moved it to ", "moved it to the yard, leaving the oak chest ", "entered "),
+        *("moved it to the yard, leaving ", "moved to to to to to to to to, leaving "),
+        *("left the yard, ", "located in ", "is in", "in its original location "),
+    ):
+
+        def read(story):
+            fields = {**problem.fields, "story": story}
+            asked = Problem(prompt="?", answer="oak chest", fields=fields)
+            task.verify(asked, "the oak chest")
+
+        short, medium, long = (part * (length // len(part)) for length in (1_000, 10_000, 100_000))
+        assert_linear(read, short, medium)
+        assert_linear(read, medium, long)
