@@ -5,9 +5,9 @@ import re
 
 from jexit.tasks import make_task
 from jexit.tasks.base import Draw
-from jexit.tasks.tom.chain import read_line
+from jexit.tasks.tom.chain import corruptions, read_line
 from jexit.tasks.tom.task import make_problem
-from jexit.tasks.tom.text import CONTAINERS, KINDS, OF_PLACES, TOPICS
+from jexit.tasks.tom.text import CONTAINERS, KINDS, OF_PLACES, TOPICS, Question
 
 WHAT = "|".join((*CONTAINERS, *TOPICS))
 SEE = re.compile(rf"(.+) see ({WHAT})(?:, (\w+) in secret)?: (\w+)")
@@ -54,16 +54,17 @@ def lines_of(problem):
     return problem.completion.rpartition("####")[0].splitlines()
 
 
-def test_every_line_states_what_it_comes_to_and_the_last_one_is_the_answer(stories):
+def test_every_line_states_what_it_comes_to_and_the_last_one_is_the_answer(wild_stories):
     forms, fewer = dict.fromkeys((SEE, TELLS, PUTS, PRESENT), 0), 0
-    for pair in stories:
+    pairs = [(story, question) for story, asked in wild_stories[:50] for question in asked]
+    for pair in pairs:
         fine = make_problem(*pair, mode="fine", fine=True)
         coarse = make_problem(*pair, mode="coarse", fine=False)
         lines, nothing = lines_of(fine), nothing_of(fine.fields["kind"])
         told = [line for line in lines if not PRESENT.fullmatch(line)]
         states = [nothing, *(line.rpartition(": ")[2] for line in told)]
         assert states == [nothing, *follow(told, fine.fields)]
-        assert len(states) > 1 and states[-1] == fine.answer == coarse.answer
+        assert states[-1] == fine.answer == coarse.answer
         for line in lines:
             (form,) = [form for form in forms if form.fullmatch(line)]
             forms[form] += 1
@@ -72,7 +73,7 @@ def test_every_line_states_what_it_comes_to_and_the_last_one_is_the_answer(stori
         assert [COARSE.fullmatch(line)[2] for line in lines_of(coarse)] == changes
         fewer += len(changes) < len(lines)
     assert all(forms.values())
-    assert fewer > len(stories) / 2
+    assert fewer > len(pairs) / 2
 
 
 def test_a_corrupted_line_leads_to_the_answer_that_is_said_to_follow(stories):
@@ -81,19 +82,26 @@ def test_a_corrupted_line_leads_to_the_answer_that_is_said_to_follow(stories):
         made = dict.fromkeys(KINDS, 0)
         for index, pair in enumerate(stories):
             problem = make_problem(*pair, mode=mode, fine=mode == "fine")
-            change = task.corrupted(problem, problem.completion, Draw("corrupt", index))
-            if change is None:
-                continue
-            made[problem.fields["kind"]] += 1
-            lines, before = change.prefix.splitlines(), lines_of(problem)
-            assert change.prefix.endswith("\n")
-            assert lines[:-1] == before[: len(lines) - 1] and lines[-1] != before[len(lines) - 1]
-            *_, end = follow([*lines, *before[len(lines) :]], problem.fields)
-            assert end == change.answer != problem.answer
-            assert lines[-1].endswith(f": {change.answer}")
-            if problem.fields["kind"] in OF_PLACES:
-                assert change.answer in problem.fields["places"]
+            kind, places = problem.fields["kind"], problem.fields["places"]
+            before, draw = lines_of(problem), Draw("corrupt", index)
+            chain = [f"{line}\n" for line in before]
+            changes = corruptions(chain, pair[1], problem.answer, places, draw)
+            assert (task.corrupted(problem, problem.completion, draw) is None) == (not changes)
+            for change in changes:
+                made[kind] += 1
+                lines = change.prefix.splitlines(keepends=True)
+                assert lines[:-1] == chain[: change.step] and lines[-1] != chain[change.step]
+                *_, end = follow(
+                    [*change.prefix.splitlines(), *before[len(lines) :]], problem.fields
+                )
+                assert end == change.answer != problem.answer
+                assert lines[-1].endswith(f": {change.answer}\n")
+                assert kind not in OF_PLACES or change.answer in places
         assert min(made.values()) > 4, made
+    heard = ["Tom tells Mia trip: yes\n", "Ben tells Mia trip: yes\n"]
+    asked = Question(kind="knowledge", people=("Mia",), thing="trip")
+    assert len(corruptions(heard[:1], asked, "yes", (), Draw("once"))) == 1
+    assert not corruptions(heard, asked, "yes", (), Draw("twice"))  # she hears it all the same
     at_once = make_problem(*stories[0], mode="at_once", fine=False)
     for completion in (at_once.completion, "no chain at all"):
         assert task.corrupted(at_once, completion, Draw("nothing")) is None
