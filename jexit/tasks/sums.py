@@ -44,8 +44,8 @@ class Sums(ChainTask):
 
     name = "sums"
     cue = "####"
-    granularities = tuple(str(step) for step in range(MIN_STEP, MAX_STEP + 1))
     begun_sizes = tuple(range(MIN_STEP, MAX_STEP + 1))
+    granularities = tuple(map(str, begun_sizes))
 
     def __init__(
         self,
@@ -67,16 +67,23 @@ class Sums(ChainTask):
     def problem(self, split: Split, index: int) -> Problem:
         digits = self._digits.at(split, index)
         draw = Draw("sums steps", self.seed, split, index)
-        mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
+        mode, step = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode, None
         if mode == "at_once":
-            return _problem(f"sum at once {digits}", digits, [], mode="at_once", step=None)
-        if mode == "free":
+            words, steps = "sum at once", []
+        elif mode == "free":
             largest = draw.integer(MIN_STEP, MAX_STEP)
-            steps = _draw_steps(draw, len(digits), largest)
-            return _problem(f"sum {digits}", digits, steps, mode="free", step=None)
-        step = draw.integer(MIN_STEP, MAX_STEP) if mode == "prescribed" else int(mode)
-        steps = prescribed_steps(len(digits), step)
-        return _problem(f"sum by {step} {digits}", digits, steps, mode="prescribed", step=step)
+            words, steps = "sum", _draw_steps(draw, len(digits), largest)
+        else:
+            step = draw.integer(MIN_STEP, MAX_STEP) if mode == "prescribed" else int(mode)
+            mode, words = "prescribed", f"sum by {step}"
+            steps = prescribed_steps(len(digits), step)
+        chain, answer = reduce_by(digits, steps)
+        return Problem(
+            prompt=f"{words} {digits}",
+            answer=answer,
+            completion=f"{chain}####{answer}",
+            fields={"operands": digits, "mode": mode, "step": step},
+        )
 
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
@@ -148,39 +155,19 @@ class Sums(ChainTask):
         What the changed list adds up to is the answer that follows.
         """
         steps, given = self.steps(completion), self.final_answer(completion)
-        places = [place for place, step in enumerate(steps) if _STEP.fullmatch(step)]
-        places = [place for place in places if steps[place][-1] != "+"]
+        places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]
         if not places:
             return None
         place = draw.choice(places)
         signs, wrote = _STEP.findall(steps[place])[0]
         # Neither what the step had, nor what makes the rest come out as the completion did.
-        others = [
-            digit
-            for digit in _DIGITS
-            if digit != wrote[0] and digit_sum(digit + wrote[1:]) != given
-        ]
-        changed = draw.choice(others) + wrote[1:]
-        return Corruption(
-            prefix="".join(steps[:place]) + signs + changed,
-            answer=digit_sum(changed),
-            step=place,
-        )
+        others = [digit + wrote[1:] for digit in _DIGITS if digit != wrote[0]]
+        changed = draw.choice([other for other in others if digit_sum(other) != given])
+        prefix = "".join(steps[:place]) + signs + changed
+        return Corruption(prefix=prefix, answer=digit_sum(changed), step=place)
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         return draw.choice([digit for digit in _DIGITS if digit != problem.answer])
-
-
-def _problem(
-    prompt: str, digits: str, steps: Sequence[int], *, mode: str, step: int | None
-) -> Problem:
-    chain, answer = reduce_by(digits, steps)
-    return Problem(
-        prompt=prompt,
-        answer=answer,
-        completion=f"{chain}####{answer}",
-        fields={"operands": digits, "mode": mode, "step": step},
-    )
 
 
 @functools.lru_cache(maxsize=8)  # shared by tasks that differ in `steps` only
