@@ -217,38 +217,29 @@ def test_a_finite_data_set_as_training_text_and_an_empty_one(tmp_path):
             ask()
 
 
-def test_batches_are_prepared_ahead_by_another_thread():
+def test_batches_are_prepared_ahead_by_another_thread_from_any_step():
     made, asked = [], threading.Event()
 
     def make(step):
         made.append((step, threading.current_thread()))
         if len(made) > PREPARED_AHEAD:
             asked.set()
+        if step == 9:
+            raise ValueError("a prompt has 99 tokens")
         return step * 10
 
-    batches = prepared(make, 0, 100)
-    assert next(batches) == 0
+    batches = prepared(make, 4, 100)
+    assert next(batches) == 40
     assert asked.wait(30)  # nobody has asked for these
-    assert [step for step, _ in made][: PREPARED_AHEAD + 1] == list(range(PREPARED_AHEAD + 1))
-    assert all(thread is not threading.main_thread() for _, thread in made)
+    steps, threads = zip(*made, strict=True)
+    assert steps[: PREPARED_AHEAD + 1] == tuple(range(4, 5 + PREPARED_AHEAD))
+    assert threading.main_thread() not in threads
     assert len(made) < 10  # ahead, but not far
-
-
-def test_prepared_batches_go_on_from_any_step_and_raise_at_theirs():
-    whole = list(prepared(lambda step: step * 10, 0, 7))
-    assert whole == [0, 10, 20, 30, 40, 50, 60]
-    assert list(prepared(lambda step: step * 10, 4, 7)) == whole[4:]
-    assert list(prepared(lambda step: step, 7, 7)) == []
-
-    def make(step):
-        if step == 2:
-            raise ValueError("a prompt has 99 tokens")
-        return step
-
-    batches = prepared(make, 0, 5)
-    assert [next(batches), next(batches)] == [0, 1]
+    assert [next(batches) for _ in range(4)] == [50, 60, 70, 80]
     with pytest.raises(ValueError, match="a prompt has 99 tokens"):
         next(batches)
+    assert list(prepared(lambda step: step, 5, 7)) == [5, 6]
+    assert list(prepared(lambda step: step, 7, 7)) == []
 
 
 class Shown(Finite):
