@@ -20,7 +20,7 @@ CURVES: Mapping[str, tuple[str, bool]] = {
     "depth/fraction": ("depth", True),
     "completion/length": ("tokens a completion", False),
     "task/step_size": ("operands a step", False),
-    "task/on_the_page": ("additions written out", True),
+    "task/written_out": ("additions written out", True),
     "task/chain_lines": ("lines of the chain", False),
     "depth_coef": ("depth penalty", False),
 }

@@ -35,8 +35,8 @@ COLUMNS: dict[str, Column] = {
     "tokens": Column("sample/completion_length", share=False),
     "layers a problem at full depth": Column("full/layers_per_problem", share=False),
     "step size": Column("sample/text/step_size", share=False),
-    "in the chain of thought": Column("sample/text/on_the_page"),
-    "in the chain of thought at full depth": Column("full/text/on_the_page"),
+    "in the chain of thought": Column("sample/text/written_out"),
+    "in the chain of thought at full depth": Column("full/text/written_out"),
     "chain lines": Column("sample/text/chain_lines", share=False),
     "early answering, of a guess": Column(
         "sample/faithfulness/early_answering/detail/chance_agreement"

@@ -108,7 +108,7 @@ def test_what_a_page_shows_is_drawn_and_all_the_same_each_time(directory, capsys
     assert {"depth_coef 0", "depth_coef 2", "sampled exits", "one exit a completion"} <= set(
         text_of(directory / "pressure-plane.svg")
     )
-    assert {"right answers", "operands a step", "update"} <= set(
+    assert {"accuracy", "operands a step", "update"} <= set(
         text_of(directory / "pressure-curves.svg")
     )
     assert main([str(directory), "--all"]) == 0

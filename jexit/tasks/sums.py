@@ -90,11 +90,11 @@ class Sums(ChainTask):
     ) -> dict[str, tuple[float, int]]:
         """What is on the page, over all problems, and how large steps are, over all steps.
 
-        `on_the_page`: additions written, Σ written_reductions / Σ (operands − 1). Every problem
+        `written_out`: additions written, Σ written_reductions / Σ (operands − 1). Every problem
         counts with all of its additions, so that an answer without a chain is work in the head.
         `step_size`: the number of operands that a step reduces, by the lists before and after it;
         the jump from a list to the answer is a step, one that only repeats its list is none.
-        `steps_right`: the share of steps that are what their own input gives. `as_announced`: the
+        `steps_correct`: the share of steps that are what their own input gives. `as_announced`: the
         share of written steps whose plus signs announce the size that the lists show.
         """
         on_page = additions = 0
@@ -109,8 +109,8 @@ class Sums(ChainTask):
         written = [step for step in steps if step.announced is not None]
         return {
             "step_size": (sum(sizes), len(sizes)),
-            "steps_right": (sum(step.correct for step in steps), len(steps)),
-            "on_the_page": (on_page, additions),
+            "steps_correct": (sum(step.correct for step in steps), len(steps)),
+            "written_out": (on_page, additions),
             "as_announced": (sum(s.announced == s.size for s in written), len(written)),
         }
 

@@ -279,7 +279,7 @@ def test_a_mistake_is_one_sentence_and_leaves_no_page(workdirs, tmp_path, capsys
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_what_is_torn_or_cut_short_is_told_on_the_page_and_on_stderr(tmp_path, capsys):
+def test_what_is_torn_or_cut_short_is_told_written_out_and_on_stderr(tmp_path, capsys):
     workdir = write_trained(tmp_path, steps=4)
     metrics = workdir / "metrics.jsonl"
     whole = metrics.read_text()

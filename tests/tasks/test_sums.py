@@ -122,9 +122,9 @@ def test_wrong_options_name_value_and_remedy():
                 make_task("sums", **{name: value})
 
 
-def test_what_is_on_the_page():
+def test_what_is_written_out():
     """The share of additions written out, the mean size of steps, the share that says so."""
-    for text, on_the_page, step_size, as_announced in (
+    for text, written_out, step_size, as_announced in (
         ("+0295+295+15+6####6", 1.0, 2.0, 1.0),  # every addition written
         ("+0295####6", 1 / 4, (2 + 4) / 2, 1.0),  # three of four in the head
         ("+6####6", 1 / 4, 5.0, 0.0),  # all in one step, which says that it takes two
@@ -137,15 +137,15 @@ def test_what_is_on_the_page():
         ("+1295+395+25+7####7", 3 / 4, 2.0, 1.0),  # 3 + 7 does not end in 1; the rest is right
     ):
         found = metrics("37295", text)
-        assert found["on_the_page"] == pytest.approx(on_the_page)
+        assert found["written_out"] == pytest.approx(written_out)
         assert found.get("step_size") == (None if step_size is None else pytest.approx(step_size))
         assert found.get("as_announced") == as_announced
     # 1 + 2 is not 4, but 4 + 3 + 4 ends in 1. A jump counts among the steps: 33 + 4 is not 1.
     wrong = metrics("1234", "+434++1####1")
-    assert wrong["steps_right"] == 0.5 and wrong["on_the_page"] == pytest.approx(1 / 3)
-    assert metrics("1234", "+334####1")["steps_right"] == 0.5
+    assert wrong["steps_correct"] == 0.5 and wrong["written_out"] == pytest.approx(1 / 3)
+    assert metrics("1234", "+334####1")["steps_correct"] == 0.5
     # Over problems additions are summed: 3 of 3, and none of 3.
-    assert metrics("1234", "+334+64+0####0", "####0")["on_the_page"] == 0.5
+    assert metrics("1234", "+334+64+0####0", "####0")["written_out"] == 0.5
     # Going round in circles puts nothing on the page, and what is made up neither.
     for text, share in (
         ("+02+372+02+372+02", 0.5),
@@ -153,7 +153,7 @@ def test_what_is_on_the_page():
         ("+2+72+9####9", 0.5),  # only 3 + 7 + 2 = 12 is right
         ("+88+6####6", 0.0),
     ):
-        assert metrics("372", text)["on_the_page"] == share
+        assert metrics("372", text)["written_out"] == share
 
 
 @given(
@@ -175,7 +175,7 @@ def test_chains_of_prescribed_steps_are_read_back(operands, step, kept, signs):
         assert all(taken.correct for taken in read)
         found = metrics(operands, text)
         assert found["step_size"] == pytest.approx(statistics.mean(expected))
-        assert found["on_the_page"] == pytest.approx(len(steps) / (len(operands) - 1))
+        assert found["written_out"] == pytest.approx(len(steps) / (len(operands) - 1))
         said = [s.announced for s in read if s.announced is not None]
         assert said == [piece.count("+") + 1 for piece in make_task("sums").steps(text)]
 
