@@ -1,5 +1,6 @@
 """Runs of every command on a random model that is small enough to train in seconds."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -18,7 +19,21 @@ from jexit.presets import Architecture
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# The only figures that two equal runs may differ in.
+ARCHITECTURE = Architecture(
+    family="qwen3",
+    vocab_size=64,
+    width=16,
+    layers=3,
+    query_heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tied=True,
+    max_positions=256,
+)
+# The only metrics that two equal runs may differ in.
 TIMES = {
     "step_seconds",
     "rollout_seconds",
@@ -36,29 +51,20 @@ def saved_small_model(path: pathlib.Path) -> pathlib.Path:
 
 
 def small_model(vocab_size: int) -> Transformer:
-    arch = Architecture(
-        family="qwen3",
-        vocab_size=vocab_size,
-        width=16,
-        layers=3,
-        query_heads=2,
-        kv_heads=1,
-        head_dim=8,
-        mlp_width=24,
-        rope_theta=1e4,
-        rms_norm_eps=1e-6,
-        tied=True,
-        max_positions=256,
-    )
-    head = ExitSettings(bias=-1.0)
-    model = Transformer(arch, exit_layers=(1, 2), exit_head=head, rngs=nnx.Rngs(0))
+    arch = dataclasses.replace(ARCHITECTURE, vocab_size=vocab_size)
+    # At its start a model predicts next to nothing: exits would have nothing to differ in.
+    return random_model(arch, 0.2, exit_layers=(1, 2), exit_head=ExitSettings(bias=-1.0))
 
-    def spread(path, value):
-        # At its start a model predicts next to nothing: exits would have nothing to differ in.
+
+def random_model(arch: Architecture, scale: float, **settings) -> Transformer:
+    """Every parameter moved at random from its start, whose zeros and ones hide what they do."""
+    model = Transformer(arch, rngs=nnx.Rngs(0), **settings)
+
+    def moved(path, value):
         seed = sum(map(ord, jax.tree_util.keystr(path)))
-        return value + 0.2 * jax.random.normal(jax.random.key(seed), value.shape)
+        return value + scale * jax.random.normal(jax.random.key(seed), value.shape, value.dtype)
 
-    nnx.update(model, jax.tree_util.tree_map_with_path(spread, nnx.state(model)))
+    nnx.update(model, jax.tree_util.tree_map_with_path(moved, nnx.state(model)))
     return model
 
 
@@ -102,7 +108,7 @@ def run(command: str, model_dir: pathlib.Path, workdir: pathlib.Path, **settings
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-    """The rows of metrics.jsonl without wall-clock figures."""
+    """The rows of metrics.jsonl without wall-clock metrics."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
@@ -112,6 +118,22 @@ def parameters(directory: pathlib.Path) -> dict[str, np.ndarray]:
     model, _ = load(directory)
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(path): np.asarray(jax.device_get(leaf[...])) for path, leaf in state}
+
+
+def assert_same_model(
+    one: pathlib.Path, other: pathlib.Path, relative: float = 0.0, least: float = 0.0
+) -> None:
+    """Parameters of two model directories are equal, to the bit unless tolerances are given."""
+    first, second = parameters(one), parameters(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, relative, least, err_msg=name)
+
+
+def measured(workdir: pathlib.Path) -> list[dict]:
+    """The results before and after a run, without wall-clock metrics."""
+    results = [json.loads((workdir / f"{name}.json").read_text()) for name in ("before", "after")]
+    return [{key: value for key, value in each.items() if key not in TIMES} for each in results]
 
 
 def stop_after(monkeypatch, step: int) -> None:

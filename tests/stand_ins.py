@@ -29,6 +29,15 @@ NAMES = (
 JOB_ID = 4711
 
 
+def write_executable(path: pathlib.Path, name: str, directory: str | pathlib.Path) -> None:
+    """One whose calls are played in the directory."""
+    path.write_text(
+        f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import stand_ins\nsys.exit(stand_ins.play({name!r}, {str(directory)!r}))\n"
+    )
+    path.chmod(0o755)
+
+
 class StandIns:
     """A cluster of `hosts` that plays what `plan` says.
 
@@ -43,15 +52,8 @@ class StandIns:
         self.bin = directory / "bin"
         self.bin.mkdir(parents=True)
         for name in NAMES:
-            self._executable(self.bin / name, name)
+            write_executable(self.bin / name, name, directory)
         self.plan(hosts=hosts, node="ABSENT", request="ABSENT")
-
-    def _executable(self, path: pathlib.Path, name: str) -> None:
-        path.write_text(
-            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-            f"import stand_ins\nsys.exit(stand_ins.play({name!r}, {str(self.directory)!r}))\n"
-        )
-        path.chmod(0o755)
 
     def plan(self, **plans: Any) -> None:
         with stage(self.directory) as now:
@@ -124,9 +126,7 @@ def play(name: str, directory: str) -> int:
         return _python(args, directory)
     if name == "sudo":
         return subprocess.call(args)
-    if name == "mountpoint":
-        return 1
-    if name == "nvidia-smi":
+    if name in ("mountpoint", "nvidia-smi"):  # not mounted yet; no GPU
         return 1
     players = {"gcloud": _gcloud, "sbatch": _sbatch, "srun": _srun, "scontrol": _scontrol}
     return players[name](args, directory, dict(env)) if name in players else 0
@@ -229,15 +229,10 @@ def _python(args: list[str], directory: str) -> int:
     if args[:2] == ["-m", "venv"]:
         target = pathlib.Path(args[2]) / "bin"
         target.mkdir(parents=True)
-        StandIns._executable(_Place(directory), target / "python", "python")  # type: ignore[arg-type]
+        write_executable(target / "python", "python", directory)
     if args[:2] == ["-m", "jexit.main"]:
         return _job(args[2:], directory)
     return 0
-
-
-class _Place:
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
 
 
 def _job(args: list[str], directory: str) -> int:

@@ -85,18 +85,15 @@ def test_the_workload_is_submitted_with_the_program_and_its_command(cluster):
     assert install[-1].endswith("/app[tpu]")
 
 
-@pytest.mark.parametrize(("jexit", "container"), [(0, 0), (1, 1), (3, 42), (4, 42), (137, 42)])
-def test_only_ends_that_can_be_continued_start_the_workload_again(cluster, jexit, container):
+def test_only_ends_that_can_be_continued_start_the_workload_again(cluster):
     assert launch(cluster).returncode == 0
-    cluster.plan(jobs={"0": [jexit]})
-    process = start_container(cluster)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == container
-    assert jexit == 0 or f"jexit ended with {jexit}, this host with {container}." in errors
-
-
-def test_a_container_that_is_told_to_end_saves_first(cluster):
-    assert launch(cluster).returncode == 0
+    for code, container in ((1, 1), (3, 42), (137, 42)):
+        cluster.plan(jobs={"0": [code]})
+        process = start_container(cluster)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == container
+        assert f"jexit ended with {code}, this host with {container}." in errors
+    # A container that is told to end has its run save first.
     cluster.plan(jobs={"0": ["wait"]})
     process = start_container(cluster)
     cluster.waits_for("waiting")
@@ -105,19 +102,6 @@ def test_a_container_that_is_told_to_end_saves_first(cluster):
     process.communicate(timeout=60)
     assert process.returncode == 42
     assert (cluster.directory / "hosts/0/signals").read_text() == "SIGTERM", "once"
-
-
-def test_waiting_ends_with_the_results(cluster):
-    results = cluster.directory / "results"
-    done = launch(cluster, "--wait", "--shared=gs://a-bucket", f"--results={results}")
-    assert done.returncode == 0, done.stderr
-    assert cluster.calls("xpk")[1] == [
-        *("workload", "list", "--cluster=ours", "--zone=us-east5-b"),
-        "--wait-for-job-completion=trial",
-    ]
-    (fetch,) = cluster.calls("gcloud")
-    run = "runs/sft-r1-distill-qwen-1.5b"
-    assert fetch[:4] == ["storage", "rsync", f"gs://a-bucket/{run}", f"{results}/{run}"]
 
 
 def test_fetch_and_delete_alone(cluster):
@@ -151,56 +135,49 @@ def test_a_dry_run_prints_what_a_run_does_and_runs_nothing(cluster):
     by_hand = cluster.calls("xpk") + cluster.calls("gcloud")
     (cluster.directory / "calls.jsonl").unlink()
     assert launch(cluster, *options).returncode == 0
-    assert cluster.calls("xpk") + cluster.calls("gcloud") == by_hand
+    (_, wait), (fetch,) = cluster.calls("xpk"), cluster.calls("gcloud")
+    assert cluster.calls("xpk") + [fetch] == by_hand
+    assert wait == [
+        *("workload", "list", "--cluster=ours", "--zone=us-east5-b"),
+        "--wait-for-job-completion=trial",
+    ]
+    run, results = "runs/sft-r1-distill-qwen-1.5b", cluster.directory / "results"
+    assert fetch[:4] == ["storage", "rsync", f"gs://a-bucket/{run}", f"{results}/{run}"]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ("--type=h100", "--type is 'h100'; give v5litepod-N or v6e-N"),
+def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster):
+    for wrong, job, said in [
+        ("--type=h100", JOB, "--type is 'h100'; give v5litepod-N or v6e-N"),
         (
             "--type=v6e-16",
+            JOB,
             "the mesh is data 1 × fsdp 8 × tensor 1 = 8 devices and v6e-16 has 16; make",
         ),
-        ("--storage=", "--storage has no value; write --storage=VALUE."),
-        ("--mount=~/x", "--mount is '~/x'; it is an absolute path"),
-        ("--shared=bucket", "--shared is 'bucket'; it is gs://BUCKET[/PATH], or left out."),
-        ("--restarts=some", "--restarts is 'some'; it is a whole number."),
-        ("--nodes=2", "unknown option '--nodes=2'; the options are --name, --cluster,"),
-        ("--name cluster=x", "unknown option '--name cluster=x'; the options are --name,"),
-        ("--type=v6e-8 16", "--type is 'v6e-8 16'; give v5litepod-N or v6e-N"),
-        ("--type=h100-", "--type is 'h100-'; give v5litepod-N or v6e-N"),
-    ],
-)
-def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster, wrong, said):
-    done = launch(cluster, wrong)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"jexit: {said}")
+        ("--shared=bucket", JOB, "--shared is 'bucket'; it is gs://BUCKET[/PATH], or left out."),
+        ("--nodes=2", JOB, "unknown option '--nodes=2'; the options are --name, --cluster,"),
+        ("--type=v6e-8 16", JOB, "--type is 'v6e-8 16'; give v5litepod-N or v6e-N"),
+        ("--wait", [*JOB, "--workdir", "/app/runs"], "--workdir is '/app/runs', outside of"),
+    ]:
+        done = launch(cluster, wrong, job=job)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"jexit: {said}")
     assert cluster.records() == []
 
 
-@pytest.mark.parametrize("home", [None, ""])
-def test_without_a_home_the_system_says_where_it_is(cluster, home):
+def test_without_a_home_the_system_says_where_it_is(cluster):
     """As in a container or a cron job."""
-    environment = cluster.environment(HOME=home or "")
-    if home is None:
-        del environment["HOME"]
     given = ["--name=trial", "--cluster=c", "--zone=z", "--type=v6e-8", "--storage=s", "--dry-run"]
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "gke.sh"), *given, "--mount=/mnt/jexit", *JOB],
-        cwd=cluster.directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    scratch = f"{pwd.getpwuid(os.getuid()).pw_dir}/.cache/jexit/trial"
-    assert done.stdout.startswith(f"mkdir -p {scratch}\n")
-
-
-def test_a_workdir_outside_of_the_storage_is_refused(cluster):
-    done = launch(cluster, job=[*JOB, "--workdir", "/app/runs"])
-    assert done.returncode == 2
-    assert "--workdir is '/app/runs', outside of" in done.stderr
-    assert cluster.records() == []
+    without = cluster.environment()
+    del without["HOME"]
+    for environment in (without, without | {"HOME": ""}):
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / "gke.sh"), *given, "--mount=/mnt/jexit", *JOB],
+            cwd=cluster.directory,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        scratch = f"{pwd.getpwuid(os.getuid()).pw_dir}/.cache/jexit/trial"
+        assert done.stdout.startswith(f"mkdir -p {scratch}\n")

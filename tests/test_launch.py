@@ -94,25 +94,21 @@ def make_venv(checkout, extras, python="printf '%s\\n' \"$@\"", **stamp):
     (checkout / ".venv" / ".jexit-stamp").write_text(text)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_parses(path):
-    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_commands_can_be_run_and_stop_at_errors(path):
-    text = path.read_text()
-    if path.name in SOURCED:
-        assert text.startswith("# shellcheck shell=bash\n")
-    else:
+def test_scripts_begin_with_what_they_do_and_commands_stop_at_errors():
+    assert COMMANDS | set(SOURCED) <= {path.name for path in SCRIPTS}
+    for path in SCRIPTS:
+        text = path.read_text()
+        lines = text.splitlines()
+        assert len(lines) <= LINES
+        head = [line for line in lines[1:8] if line.startswith("#")]
+        assert len(head) >= 4 and head[0].endswith(".")
+        if path.name in SOURCED:
+            assert text.startswith("# shellcheck shell=bash\n")
+            continue
         assert text.startswith("#!/usr/bin/env bash\n")
         assert "\nset -euo pipefail\n" in text
         assert os.access(path, os.X_OK)
-
-
-def test_the_scripts_exist():
-    assert COMMANDS | set(SOURCED) <= {path.name for path in SCRIPTS}
+        assert any(line.startswith("#   ") and "launch/" in line for line in head), "no usage"
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -128,16 +124,6 @@ def test_shellcheck_has_nothing_to_say():
         check=False,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_begins_with_what_it_does(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= LINES
-    head = [line for line in lines[1:8] if line.startswith("#")]
-    assert len(head) >= 4 and head[0].endswith(".")
-    if path.name not in SOURCED:
-        assert any("launch/" in line and line.startswith("#   ") for line in head), "no usage"
 
 
 def pack(tree, target):
@@ -190,54 +176,40 @@ def test_the_archive_holds_the_program_as_it_is_and_nothing_else(checkout, tmp_p
     assert refused.returncode == 2 and "there/ exists; name a directory" in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["run.sh", "test.sh"])
-def test_no_python_is_one_sentence(checkout, tools, name):
-    done = bash(checkout, tools, [f"launch/{name}"])
-    assert done.returncode == 1
-    assert done.stdout == ""
+def refusal(checkout, tools, **env):
+    """The one sentence with which nothing is made."""
+    done = bash(checkout, tools, ["launch/run.sh"], **env)
+    assert (done.returncode, done.stdout) == (1, "") and not (checkout / ".venv").exists()
     (line,) = done.stderr.splitlines()
-    assert line.startswith("jexit: jexit needs Python 3.11, 3.12 or 3.13, and none was found")
-    assert line.endswith("install one, or set JEXIT_PYTHON to its path.")
-    assert not (checkout / ".venv").exists()
+    return line
 
 
-def test_an_old_python_is_passed_over(checkout, tools):
+def test_without_a_python_that_will_do_it_is_one_sentence(checkout, tools):
+    none = "jexit: jexit needs Python 3.11, 3.12 or 3.13, and none was found"
+    assert refusal(checkout, tools).startswith(none)
+    assert bash(checkout, tools, ["launch/test.sh"]).stderr.startswith(none)
     for name in ("python3", "python3.13", "python3.12"):
         old_python(tools / name)
-    assert "none was found" in bash(checkout, tools, ["launch/run.sh"]).stderr
-    (tools / "python3.11").symlink_to(script(tools / "good", "exit 0"))
-    assert sourced(checkout, tools, "find_python").stdout == "python3.11\n"
-
-
-def test_the_newest_supported_python_is_taken(checkout, tools):
-    for name in ("python3", "python3.11", "python3.13", "python3.14"):
-        script(tools / name, "exit 0")
-    assert sourced(checkout, tools, "find_python").stdout == "python3.13\n"
-
-
-def test_a_python_that_cannot_make_environments_is_one_sentence(checkout, tools):
+    assert refusal(checkout, tools).startswith(none)
+    assert refusal(checkout, tools).endswith("install one, or set JEXIT_PYTHON to its path.")
+    old = tools / "python3.12"
+    named = refusal(checkout, tools, JEXIT_PYTHON=str(old))
+    assert named.startswith(f"jexit: JEXIT_PYTHON={old} is not a Python 3.11 to 3.13")
     script(tools / "python3", "[[ $2 != *ensurepip* ]]")
-    done = bash(checkout, tools, ["launch/run.sh"])
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    line = refusal(checkout, tools)
     assert "python3 cannot make environments because its ensurepip module is missing" in line
     assert "apt-get install python3-venv" in line
 
 
-def test_a_named_python_is_used_or_refused_but_never_replaced(checkout, tools):
-    script(tools / "python3", "exit 0")
-    old = old_python(tools / "old")
-    done = bash(checkout, tools, ["launch/run.sh"], JEXIT_PYTHON=str(old))
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"jexit: JEXIT_PYTHON={old} is not a Python 3.11 to 3.13")
-    assert not (checkout / ".venv").exists()
-    good = script(tools / "mine", "exit 0")
-    found = sourced(checkout, tools, "find_python", JEXIT_PYTHON=str(good))
-    assert found.stdout == f"{good}\n"
-
-
-def test_this_python_is_a_supported_one(checkout, tools):
+def test_the_newest_supported_python_is_taken_or_the_one_that_is_named(checkout, tools):
+    old_python(tools / "python3.12")
+    for name in ("python3", "python3.11", "python3.14", "mine"):
+        script(tools / name, "exit 0")
+    assert sourced(checkout, tools, "find_python").stdout == "python3.11\n"
+    script(tools / "python3.13", "exit 0")
+    assert sourced(checkout, tools, "find_python").stdout == "python3.13\n"
+    mine = str(tools / "mine")
+    assert sourced(checkout, tools, "find_python", JEXIT_PYTHON=mine).stdout == f"{mine}\n"
     done = sourced(checkout, tools, f"supported {sys.executable} && echo yes")
     assert done.stdout == "yes\n"
 
@@ -321,48 +293,33 @@ def test_a_config_of_the_checkout_is_found_from_anywhere(checkout, tools, tmp_pa
     assert config_argument("--config=configs/rl.py") == ["--config=configs/rl.py"]
 
 
-@pytest.mark.parametrize(
-    ("have", "stamp", "ask", "expected"),
-    [
-        ("", {}, "", True),
-        ("cuda,dev", {}, "dev", True),
-        ("cuda,dev", {}, "dev,cuda", True),
-        ("dev", {}, "cuda", False),
-        ("dev", {"pyproject": "0" * 64}, "dev", False),
-        ("dev", {"root": "/another/place"}, "dev", False),
-    ],
-)
-def test_what_is_installed_is_known(checkout, tools, have, stamp, ask, expected):
-    make_venv(checkout, have, **stamp)
-    done = sourced(checkout, tools, f"up_to_date {ask!r} && echo yes || echo no")
-    assert done.stdout == ("yes\n" if expected else "no\n")
-
-
-def test_an_unfinished_environment_is_not_up_to_date(checkout, tools):
-    make_venv(checkout, "")
-    (checkout / ".venv" / ".jexit-stamp").unlink()
+def test_what_is_installed_is_known(checkout, tools):
+    for have, stamp, ask, expected in [
+        ("", {}, "", "yes"),
+        ("cuda,dev", {}, "dev", "yes"),
+        ("cuda,dev", {}, "dev,cuda", "yes"),
+        ("dev", {}, "cuda", "no"),
+        ("dev", {"pyproject": "0" * 64}, "dev", "no"),
+        ("dev", {"root": "/another/place"}, "dev", "no"),
+    ]:
+        make_venv(checkout, have, **stamp)
+        done = sourced(checkout, tools, f"up_to_date {ask!r} && echo yes || echo no")
+        assert done.stdout == f"{expected}\n"
+    (checkout / ".venv" / ".jexit-stamp").unlink()  # an install that did not finish
     assert sourced(checkout, tools, "up_to_date '' || echo no").stdout == "no\n"
 
 
-def test_extras_are_merged_in_order(checkout, tools):
+def test_extras_are_merged_named_or_found_from_the_driver(checkout, tools):
     done = sourced(checkout, tools, "merge_extras 'dev, cuda' 'cuda,aot' ''; merge_extras ''")
     assert done.stdout == "aot,cuda,dev\n\n"
-
-
-def test_extras_can_be_named(checkout, tools):
     assert sourced(checkout, tools, "accelerator_extras", JEXIT_EXTRAS="tpu").stdout == "tpu\n"
-
-
-@pytest.mark.parametrize(
-    ("driver", "extra"), [("580.65.06", "cuda"), ("570.124.06", "cuda12"), ("[N/A]", "cuda")]
-)
-def test_the_driver_decides_between_the_cuda_versions(checkout, tools, driver, extra):
-    script(
-        tools / "nvidia-smi",
-        f'if [[ $1 == -L ]]; then echo "GPU 0: NVIDIA H100"; else echo "{driver}"; fi',
-    )
-    done = sourced(checkout, tools, "unset JEXIT_EXTRAS; accelerator_extras")
-    assert done.stdout == f"{extra}\n"
+    for driver, extra in (("580.65.06", "cuda"), ("570.124.06", "cuda12"), ("[N/A]", "cuda")):
+        script(
+            tools / "nvidia-smi",
+            f'if [[ $1 == -L ]]; then echo "GPU 0: NVIDIA H100"; else echo "{driver}"; fi',
+        )
+        done = sourced(checkout, tools, "unset JEXIT_EXTRAS; accelerator_extras")
+        assert done.stdout == f"{extra}\n"
 
 
 def test_an_install_that_fails_says_so_and_is_not_taken_for_finished(checkout, tools):
@@ -433,18 +390,19 @@ def test_the_tests_run_without_those_compilers_and_say_so(checkout, tools):
     assert not list((checkout / ".venv/aot").glob("*")), "the next run must try again"
 
 
-@pytest.mark.parametrize("topology", [*(f"{tpu}:2x2" for tpu in TPUS), *(f"{g}:8" for g in GPUS)])
-@pytest.mark.parametrize("joined", [True, False])
-def test_compiling_for_a_topology_installs_its_compiler_alone(topology, joined, checkout, tools):
-    make_venv(checkout, "", python=AOT_PYTHON.format(pip=""))
-    arguments = [f"--aot={topology}"] if joined else ["--aot", topology]
-    done = bash(checkout, tools, ["launch/run.sh", *arguments])
+def test_compiling_for_a_topology_installs_its_compiler_alone(checkout, tools):
     folder = checkout.resolve() / ".venv/aot"
-    tpu = topology.startswith("v")
-    variables = f"cpu,{folder}/tpu/libtpu/libtpu.so," if tpu else f"cpu,,{folder}/cuda"
-    assert done.stdout == f"{variables} -m jexit.main {' '.join(arguments)}\n"
-    (installed,) = (checkout / "pip.log").read_text().splitlines()
-    assert installed.endswith("tpu-compiler==1.*" if tpu else "cuda-compiler==1.*")
+    for topology in (*(f"{tpu}:2x2" for tpu in TPUS), *(f"{gpu}:8" for gpu in GPUS)):
+        tpu = topology.startswith("v")
+        variables = f"cpu,{folder}/tpu/libtpu/libtpu.so," if tpu else f"cpu,,{folder}/cuda"
+        for arguments in ([f"--aot={topology}"], ["--aot", topology]):
+            make_venv(checkout, "", python=AOT_PYTHON.format(pip=""))
+            done = bash(checkout, tools, ["launch/run.sh", *arguments])
+            assert done.stdout == f"{variables} -m jexit.main {' '.join(arguments)}\n"
+            (installed,) = (checkout / "pip.log").read_text().splitlines()
+            assert installed.endswith("tpu-compiler==1.*" if tpu else "cuda-compiler==1.*")
+            (checkout / "pip.log").unlink()
+            shutil.rmtree(checkout / ".venv")
 
 
 def test_a_compiler_that_cannot_be_installed_ends_the_command(checkout, tools):

@@ -74,42 +74,33 @@ def test_one_node_needs_no_coordinator(cluster, checkout):
     ]
 
 
-def test_before_the_time_limit_the_run_saves_and_the_job_queues_again(cluster, checkout):
-    cluster.plan(jobs={"0": ["wait"], "1": ["wait"]}, slurm_signal="SIGUSR1")
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 0), ("SIGTERM", 42)])
+def test_a_signal_has_the_run_save_and_the_time_limits_queues_it_again(
+    name, code, cluster, checkout
+):
+    """A job that is cancelled stays away."""
+    cluster.plan(jobs={"0": ["wait"], "1": ["wait"]}, slurm_signal=name)
     done = launch(cluster, checkout=checkout)
-    assert done.returncode == 0, done.stderr
-    assert cluster.calls("scontrol").count(["requeue", str(JOB_ID)]) == 1
-    assert len(cluster.calls("jexit")) == 4, "the second turn runs the same again"
+    assert done.returncode == code, done.stderr
+    again = int(name == "SIGUSR1")
+    assert cluster.calls("scontrol").count(["requeue", str(JOB_ID)]) == again
+    assert len(cluster.calls("jexit")) == 2 + 2 * again
     for host in "01":
         received = (cluster.directory / "hosts" / host / "signals").read_text()
         assert received == "SIGTERM"
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, checkout):
-    cluster.plan(jobs={"0": ["wait"], "1": ["wait"]}, slurm_signal="SIGTERM")
-    done = launch(cluster, checkout=checkout)
-    assert done.returncode == 42
-    assert ["requeue", str(JOB_ID)] not in cluster.calls("scontrol")
-    assert len(cluster.calls("jexit")) == 2
-    for host in "01":
-        received = (cluster.directory / "hosts" / host / "signals").read_text()
-        assert received == "SIGTERM"
-
-
-def test_a_lost_node_queues_again_and_a_fault_does_not(cluster, checkout):
+def test_a_lost_node_queues_again_up_to_a_limit_and_a_fault_does_not(cluster, checkout):
     cluster.plan(jobs={"0": [4, 4], "1": [137, 1]})
     done = launch(cluster, checkout=checkout)
     assert done.returncode == 1, "the node that failed of itself is the reason"
     assert cluster.calls("scontrol").count(["requeue", str(JOB_ID)]) == 1
     assert len(cluster.calls("jexit")) == 4
-
-
-def test_queueing_again_comes_to_an_end(cluster, checkout):
     cluster.plan(jobs={"0": [4] * 9})
-    done = launch(cluster, "--restarts=2", checkout=checkout)
+    done = launch(cluster, "--restarts=1", checkout=checkout)
     assert done.returncode == 42
-    assert len(cluster.calls("jexit")) == 6
-    assert "the job has been queued again 2 times; submit it again" in done.stderr
+    assert len(cluster.calls("jexit")) == 8
+    assert "the job has been queued again 1 times; submit it again" in done.stderr
 
 
 def test_a_dry_run_prints_everything_and_runs_nothing(cluster):
@@ -127,34 +118,22 @@ def test_a_dry_run_prints_everything_and_runs_nothing(cluster):
     assert list((cluster.directory / "shared").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ("--gpus=", "--gpus has no value; write --gpus=VALUE."),
-        ("--gpus=0", "--nodes is 2 and --gpus is 0; both are at least 1."),
-        ("--nodes=two", "--nodes is 'two'; it is a whole number."),
+def test_a_wrong_command_line_is_one_sentence_and_submits_nothing(cluster):
+    for wrong, job, said in [
+        ("--gpus=0", JOB, "--nodes is 2 and --gpus is 0; both are at least 1."),
         (
             "--nodes=4",
+            JOB,
             "the mesh is data 2 × fsdp 8 × tensor 1 = 16 devices and 4 × 8 GPUs has 32; make",
         ),
-        ("--shared=runs", "--shared is 'runs'; it is an absolute path"),
-        ("--shared=/not/there", "there is no directory /not/there; make it, on a file system"),
-        ("--zone=x", "unknown option '--zone=x'; the options are --name, --nodes, --gpus,"),
-        ("--name nodes=x", "unknown option '--name nodes=x'; the options are --name, --nodes,"),
-        ("--name zone=x", "unknown option '--name zone=x'; the options are --name, --nodes,"),
-        ("--wait dry-run", "unknown option '--wait dry-run'; the options are --name, --nodes,"),
-    ],
-)
-def test_a_wrong_command_line_is_one_sentence_and_submits_nothing(cluster, wrong, said):
-    done = launch(cluster, wrong)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"jexit: {said}")
-    assert cluster.records() == []
-
-
-def test_a_workdir_outside_of_what_the_nodes_share_is_refused(cluster):
-    done = launch(cluster, job=[*JOB, "--workdir=/tmp/runs"])
-    assert done.returncode == 2
-    assert "--workdir is '/tmp/runs', outside of" in done.stderr
+        ("--shared=runs", JOB, "--shared is 'runs'; it is an absolute path"),
+        ("--shared=/not/there", JOB, "there is no directory /not/there; make it, on a file system"),
+        ("--zone=x", JOB, "unknown option '--zone=x'; the options are --name, --nodes, --gpus,"),
+        ("--wait dry-run", JOB, "unknown option '--wait dry-run'; the options are --name,"),
+        ("--wait", [*JOB, "--workdir=/tmp/runs"], "--workdir is '/tmp/runs', outside of"),
+    ]:
+        done = launch(cluster, wrong, job=job)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"jexit: {said}")
     assert cluster.records() == []

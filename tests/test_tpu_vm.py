@@ -93,22 +93,16 @@ def test_a_slice_that_is_ready_is_used_and_one_of_another_type_is_not(cluster):
     assert changing(cluster) == []
 
 
-def test_a_preempted_run_goes_on_with_the_same_command_on_a_new_slice(cluster):
-    cluster.plan(jobs={"0": [3], "1": ["preempt"]})
+def test_a_slice_that_is_gone_is_made_again_and_the_run_goes_on_with_the_same_command(cluster):
+    """It is gone from the start, and once more when it is preempted."""
+    cluster.plan(node="TERMINATED v5litepod-16", jobs={"0": [3], "1": ["preempt"]})
     done = launch(cluster)
     assert done.returncode == 0, done.stderr
-    assert changing(cluster) == ["create", "delete", "create"]
+    assert changing(cluster) == ["delete", "create", "delete", "create"]
     runs = cluster.calls("jexit")
     assert sorted(runs[:2]) == sorted(runs[2:])
     assert "trial is gone; making it again" in done.stderr
     assert verbs(cluster).count("scp") == 2, "the new slice needs the code again"
-
-
-@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "FAILED"])
-def test_a_slice_that_is_gone_from_the_start_is_made_again(cluster, state):
-    cluster.plan(node=f"{state} v5litepod-16")
-    assert launch(cluster).returncode == 0
-    assert changing(cluster) == ["delete", "create"]
 
 
 def test_passing_states_are_waited_for_and_a_stopped_slice_is_started(cluster):
@@ -120,43 +114,34 @@ def test_passing_states_are_waited_for_and_a_stopped_slice_is_started(cluster):
 
 
 def test_a_queued_resource_is_requested_awaited_and_requested_again(cluster):
-    cluster.plan(requests=["ABSENT", "WAITING_FOR_RESOURCES"], states=["ABSENT", "ABSENT"])
+    """An earlier request came to nothing; of this one the slice is preempted."""
+    cluster.plan(requests=["SUSPENDED", "ABSENT", "WAITING_FOR_RESOURCES"], states=["ABSENT"] * 3)
     cluster.plan(jobs={"0": ["preempt"], "1": [4]})
     done = launch(cluster, "--queued", "--spot", "--delete")
     assert done.returncode == 0, done.stderr
-    changes = ["queue create", "queue delete", "queue create", "queue delete"]
-    assert changing(cluster) == changes
+    changes = ["delete", "create", "delete", "create", "delete"]
+    assert changing(cluster) == [f"queue {change}" for change in changes]
     (create, _) = (call for call in cluster.calls("gcloud") if call[3] == "create")
     assert {"--node-id=trial", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} <= set(create)
     assert "trial is WAITING_FOR_RESOURCES; waiting for it." in done.stderr
 
 
-@pytest.mark.parametrize("request_state", ["SUSPENDED", "FAILED"])
-def test_a_request_that_came_to_nothing_is_made_again(cluster, request_state):
-    cluster.plan(request=request_state)
-    assert launch(cluster, "--queued").returncode == 0
-    assert changing(cluster) == ["queue delete", "queue create"]
-
-
 def test_a_lost_host_starts_the_run_again_and_a_fault_does_not(cluster):
-    cluster.plan(node="READY v5litepod-16", jobs={"0": [4, 0], "1": [139, 0]})
-    assert launch(cluster).returncode == 0
-    assert len(cluster.calls("jexit")) == 4
-    cluster.plan(jobs={"0": [4], "1": [1]})
+    cluster.plan(node="READY v5litepod-16", jobs={"0": [4, 4], "1": [139, 1]})
     assert launch(cluster).returncode == 1, "the host that failed of itself is the reason"
-    assert len(cluster.calls("jexit")) == 6
-
-
-def test_restarts_come_to_an_end(cluster):
-    cluster.plan(node="READY v5litepod-16", jobs={"0": [4] * 9})
-    done = launch(cluster, "--restarts=2")
+    assert len(cluster.calls("jexit")) == 4
+    cluster.plan(jobs={"0": [4, 4]})
+    done = launch(cluster, "--restarts=1")
     assert done.returncode == 42
-    assert len(cluster.calls("jexit")) == 6
+    assert len(cluster.calls("jexit")) == 8
     assert "raise --restarts to go on" in done.stderr
 
 
-def test_a_broken_connection_does_not_end_the_run(cluster):
-    cluster.plan(node="READY v5litepod-16", jobs={"0": ["wait"], "1": ["wait"]}, broken=1)
+def test_connections_that_fail_or_break_do_not_end_the_run(cluster):
+    """And what an earlier run has left behind is not this one's end."""
+    cluster.plan(node="READY v5litepod-16")
+    assert launch(cluster).returncode == 0
+    cluster.plan(jobs={"0": ["wait"], "1": ["wait"]}, unreachable=1, broken=1)
     process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
     lines = []
     while not any(ALREADY in line for line in lines):
@@ -168,36 +153,12 @@ def test_a_broken_connection_does_not_end_the_run(cluster):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, "a run that was stopped is not started again"
     assert "a run on host 0" in output
-    assert len(cluster.calls("jexit")) == 2
+    assert len(cluster.calls("jexit")) == 4
     for host in "01":
         assert (cluster.directory / "hosts" / host / "signals").read_text() == "SIGTERM"
 
 
-def test_what_an_earlier_run_left_behind_is_not_this_ones_end(cluster):
-    cluster.plan(node="READY v5litepod-16")
-    assert launch(cluster).returncode == 0
-    cluster.plan(jobs={"0": ["wait"], "1": ["wait"]}, unreachable=1)
-    process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
-    cluster.waits_for("waiting")
-    cluster.run("tpu_vm.sh", "stop", "--name=trial", "--zone=us-west4-a")
-    process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert len(cluster.calls("jexit")) == 4
-
-
-def test_an_interrupt_here_leaves_the_run_alone(cluster):
-    cluster.plan(node="READY v5litepod-16", jobs={"0": ["wait"], "1": ["wait"]})
-    process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
-    cluster.waits_for("waiting")
-    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the script and what it waits for
-    assert process.wait(timeout=60) == 130
-    stopped = cluster.run("tpu_vm.sh", "stop", "--name=trial", "--zone=us-west4-a")
-    assert "no run is going" not in stopped.stderr, "the interrupt should have left it alone"
-    _, errors = process.communicate(timeout=60)
-    assert "the run goes on; the same command follows it again" in errors
-
-
-def test_another_job_on_the_same_slice_is_refused(cluster):
+def test_neither_another_job_nor_an_interrupt_here_disturbs_a_run(cluster):
     cluster.plan(node="READY v5litepod-16", jobs={"0": ["wait"], "1": ["wait"]})
     process = cluster.start("tpu_vm.sh", *options(cluster), *JOB)
     cluster.waits_for("waiting")
@@ -208,39 +169,35 @@ def test_another_job_on_the_same_slice_is_refused(cluster):
         "jexit: trial runs another job; stop it first, or choose another --name."
     )
     assert len(cluster.calls("jexit")) == 2
-    cluster.run("tpu_vm.sh", "stop", "--name=trial", "--zone=us-west4-a")
-    process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the script and what it waits for
+    assert process.wait(timeout=60) == 130
+    stopped = cluster.run("tpu_vm.sh", "stop", "--name=trial", "--zone=us-west4-a")
+    assert "no run is going" not in stopped.stderr, "the interrupt should have left it alone"
+    _, errors = process.communicate(timeout=60)
+    assert "the run goes on; the same command follows it again" in errors
 
 
 def test_what_lacks_capacity_is_tried_again_and_other_refusals_are_final(cluster):
     no_capacity = "There is no more capacity in the zone"
-    cluster.plan(create_errors=[no_capacity, no_capacity])
-    assert launch(cluster).returncode == 0
-    assert changing(cluster) == ["create"] * 3
-    cluster.plan(node="ABSENT", create_errors=["Permission denied"])
+    cluster.plan(create_errors=[no_capacity, no_capacity, "Permission denied"])
     done = launch(cluster)
-    assert done.returncode == 1
+    assert done.returncode == 1 and changing(cluster) == ["create"] * 3
     assert done.stderr.splitlines()[-2:] == [
         "ERROR: Permission denied",
         "jexit: gcloud could not create trial for the reason above; put that right and try again.",
     ]
 
 
-def test_a_state_that_cannot_be_read_creates_nothing(cluster):
-    cluster.plan(node="DENIED")
-    done = launch(cluster)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "jexit: gcloud could not tell the state of trial: ERROR: (gcloud) PERMISSION_DENIED: no"
-    )
+def test_a_state_that_cannot_be_read_or_does_not_pass_ends_the_launch(cluster):
+    for state, sentence in (
+        ("DENIED", "gcloud could not tell the state of trial: ERROR: (gcloud) PERMISSION_DENIED"),
+        ("CREATING x", "trial was not ready within 0 s (it is CREATING); try again, another"),
+    ):
+        cluster.plan(node=state)
+        done = launch(cluster, "--timeout=0")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(f"jexit: {sentence}")
     assert changing(cluster) == []
-
-
-def test_waiting_has_an_end(cluster):
-    cluster.plan(node="CREATING x")
-    done = launch(cluster, "--timeout=0")
-    assert done.returncode == 1
-    assert "trial was not ready within 0 s (it is CREATING); try again" in done.stderr
 
 
 def test_results_come_over_ssh_where_there_is_no_bucket(cluster):
@@ -265,11 +222,15 @@ def test_fetch_and_delete_alone(cluster):
     ]
 
 
-@pytest.mark.parametrize("queued", [[], ["--queued"]])
+@pytest.mark.parametrize("queued", [[], pytest.param(["--queued"], marks=pytest.mark.slow)])
 def test_a_dry_run_prints_what_a_run_does_and_runs_nothing(cluster, queued):
     before = sorted(cluster.directory.rglob("*"))
     printed = launch(cluster, "--dry-run", *queued)
     assert (printed.returncode, printed.stderr) == (0, "")
+    for action in ("stop", "fetch", "delete"):
+        done = cluster.run("tpu_vm.sh", action, *options(cluster, "--dry-run"), *JOB)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1].startswith("gcloud ")
     assert cluster.records() == []
     assert set(cluster.directory.rglob("*")) - set(before) == {cluster.directory / "home"}
     # A shell takes the lines back, and they do what the run does.
@@ -296,65 +257,42 @@ def test_a_dry_run_prints_what_a_run_does_and_runs_nothing(cluster, queued):
     ]
 
 
-@pytest.mark.parametrize("action", ["stop", "fetch", "delete"])
-def test_the_other_actions_have_dry_runs_too(cluster, action):
-    done = cluster.run("tpu_vm.sh", action, *options(cluster, "--dry-run"), *JOB)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("gcloud ")
-    assert cluster.records() == []
-
-
-WRONG = [
-    (["--zon=x"], "unknown option '--zon=x'; the options are --name, --zone,"),
-    (["--project"], "--project has no value; write --project=VALUE."),
-    (["--zone="], "--zone has no value; write --zone=VALUE."),
-    (["--type=v9-8"], "--type is 'v9-8'; give v5litepod-N or v6e-N"),
-    (["--type=v6e-7"], "--type is 'v6e-7'; give"),
-    (["--type=v5litepod-"], "--type is 'v5litepod-'; give"),
-    (
-        ["--type=v6e-8"],
-        "the mesh is data 1 × fsdp 16 × tensor 1 = 16 devices and v6e-8 has 8; make the product 8",
-    ),
-    (["--name=Trial"], "--name is 'Trial'; use up to 40 lower-case letters"),
-    (["--shared=/home/me"], "--shared is '/home/me'; it is gs://BUCKET[/PATH] or"),
-    (["--mount=here"], "--mount is 'here'; it is an absolute path"),
-    (["--restarts=08"], "--restarts is '08'; it is a whole number."),
-    (["--timeout=soon"], "--timeout is 'soon'; it is a whole number."),
-    (["--env=7=8"], "--env is '7=8'; it sets a variable"),
-    (["extra"], "unknown option 'extra'"),
-    (["--dry-run=no"], "unknown option '--dry-run=no'"),
-    (["--name zone=x"], "unknown option '--name zone=x'"),
-]
-
-
-@pytest.mark.parametrize(("wrong", "said"), WRONG, ids=[w[0] for w, _ in WRONG])
-def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster, wrong, said):
-    done = launch(cluster, *wrong)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"jexit: {said}")
-    assert cluster.records() == []
-
-
-@pytest.mark.parametrize(
-    ("job", "said"),
-    [
-        ([], "there is no config for jexit; end the command with -- --config="),
+def test_a_wrong_command_line_is_one_sentence_and_creates_nothing(cluster):
+    for wrong, job, said in [
+        ("--zon=x", JOB, "unknown option '--zon=x'; the options are --name, --zone,"),
+        ("--project", JOB, "--project has no value; write --project=VALUE."),
+        ("--zone=", JOB, "--zone has no value; write --zone=VALUE."),
+        ("--type=v9-8", JOB, "--type is 'v9-8'; give v5litepod-N or v6e-N"),
+        ("--type=v6e-7", JOB, "--type is 'v6e-7'; give"),
+        ("--type=v5litepod-", JOB, "--type is 'v5litepod-'; give"),
         (
+            "--type=v6e-8",
+            JOB,
+            "the mesh is data 1 × fsdp 16 × tensor 1 = 16 devices and v6e-8 has 8; make the "
+            "product 8",
+        ),
+        ("--name=Trial", JOB, "--name is 'Trial'; use up to 40 lower-case letters"),
+        ("--shared=/home/me", JOB, "--shared is '/home/me'; it is gs://BUCKET[/PATH] or"),
+        ("--mount=here", JOB, "--mount is 'here'; it is an absolute path"),
+        ("--restarts=08", JOB, "--restarts is '08'; it is a whole number."),
+        ("--env=7=8", JOB, "--env is '7=8'; it sets a variable"),
+        ("extra", JOB, "unknown option 'extra'"),
+        ("--dry-run=no", JOB, "unknown option '--dry-run=no'"),
+        ("--name zone=x", JOB, "unknown option '--name zone=x'"),
+        ("--spot", [], "there is no config for jexit; end the command with -- --config="),
+        (
+            "--spot",
             ["--", "--config=configs/nothing.py"],
             "the config 'configs/nothing.py' is not in the checkout",
         ),
-        ([*JOB, "--workdir=/tmp/elsewhere"], "--workdir is '/tmp/elsewhere', outside of "),
-        ([*JOB, "--workdir=runs/../../x"], "--workdir is 'runs/../../x', outside of "),
-        ([*JOB, "--workdir=../x"], "--workdir is '../x', outside of "),
-        (JOB[:2], "the mesh is data 1 × fsdp 1 × tensor 1 = 1 devices and v5litepod-16 has 16"),
-    ],
-)
-def test_a_job_that_cannot_be_right_is_one_sentence(cluster, job, said):
-    done = launch(cluster, job=job)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"jexit: {said}")
+        ("--spot", [*JOB, "--workdir=/tmp/x"], "--workdir is '/tmp/x', outside of "),
+        ("--spot", [*JOB, "--workdir=runs/../../x"], "--workdir is 'runs/../../x', outside of "),
+        ("--spot", JOB[:2], "the mesh is data 1 × fsdp 1 × tensor 1 = 1 devices and v5litepod-16"),
+    ]:
+        done = launch(cluster, wrong, job=job)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"jexit: {said}")
     assert cluster.records() == []
 
 
@@ -371,25 +309,19 @@ def test_missing_options_and_tools_are_named(cluster):
     assert done.returncode == 2
     assert "gcloud is not on the PATH; install it, or see with --dry-run" in done.stderr
     assert launch(cluster, "--dry-run").returncode == 0
-
-
-def test_help_is_the_head_of_the_script(cluster):
     done = cluster.run("tpu_vm.sh", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("Runs a job on a Cloud TPU slice")
     assert "--dry-run" in done.stdout and "shellcheck" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("type", "flag", "image", "mesh"),
-    [
+def test_types_have_their_images_and_numbers_of_chips(cluster):
+    for type, flag, image, mesh in [
         ("v5e-16", "v5litepod-16", "v2-alpha-tpuv5-lite", 16),
         ("v6e-8", "v6e-8", "v2-alpha-tpuv6e", 8),
         ("v5p-16", "v5p-16", "v2-alpha-tpuv5", 8),
         ("v4-32", "v4-32", "tpu-ubuntu2204-base", 16),
-    ],
-)
-def test_types_have_their_images_and_numbers_of_chips(cluster, type, flag, image, mesh):
-    job = ["--", f"--config={ROOT}/configs/sft.py", f"--config.mesh.fsdp={mesh}"]
-    done = launch(cluster, "--dry-run", type=type, job=job)
-    assert f"--accelerator-type={flag} --version={image}\n" in done.stdout
+    ]:
+        job = ["--", f"--config={ROOT}/configs/sft.py", f"--config.mesh.fsdp={mesh}"]
+        done = launch(cluster, "--dry-run", type=type, job=job)
+        assert f"--accelerator-type={flag} --version={image}\n" in done.stdout

@@ -37,16 +37,26 @@ def logged(machine):
     return (machine / "log").read_text().splitlines()
 
 
-def worker(machine, *arguments, **env):
+def bash(machine, *command, **env):
+    environment = {
+        "PATH": str(machine / "bin"),
+        "HOME": str(machine),
+        "JEXIT_EXTRAS": "tpu",
+        "CHMOD": shutil.which("chmod"),
+    }
     return subprocess.run(
-        ["bash", str(machine / "checkout" / "launch" / "worker.sh"), *arguments],
+        ["bash", *command],
         cwd=machine,
-        env={"PATH": str(machine / "bin"), "HOME": str(machine), "JEXIT_EXTRAS": "tpu"} | env,
+        env=environment | env,
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
+
+
+def worker(machine, *arguments):
+    return bash(machine, str(machine / "checkout" / "launch" / "worker.sh"), *arguments)
 
 
 # A Python that can make environments.
@@ -60,14 +70,13 @@ fi
 
 
 def test_an_image_with_an_old_python_gets_one_from_uv(machine):
-    chmod = shutil.which("chmod")
     good = stub(machine, "uv/python3.12", GOOD)
     stub(
         machine,
         "python3",
         f'case "$*" in -c*) exit 1 ;; *"uv python find"*) echo {good} ;; esac',
     )
-    done = worker(machine, "install", CHMOD=chmod)
+    done = worker(machine, "install")
     assert done.returncode == 0, done.stderr
     assert "there is no Python 3.11 to 3.13 on" in done.stderr
     calls = logged(machine)
@@ -79,7 +88,7 @@ def test_an_image_with_an_old_python_gets_one_from_uv(machine):
     assert len(installs) == 1 and installs[0].endswith("/checkout[tpu]")
     # What is there is used again.
     (machine / "log").unlink()
-    again = worker(machine, "install", CHMOD=chmod)
+    again = worker(machine, "install")
     assert again.returncode == 0 and not (machine / "log").exists()
 
 
@@ -97,7 +106,7 @@ def test_gcsfuse_is_installed_where_it_is_missing(machine):
     stub(machine, "apt-get", install)
     mount = machine / "shared"
     options = ("--source=gs://a-bucket", f"--mount={mount}")
-    done = worker(machine, "install", *options, CHMOD=shutil.which("chmod"))
+    done = worker(machine, "install", *options)
     assert done.returncode == 0, done.stderr
     calls = logged(machine)
     (repository,) = (call for call in calls if call.startswith("tee wrote deb"))
@@ -130,20 +139,7 @@ def test_a_signal_during_the_installation_can_be_continued(machine):
         'export WORKER=$$; exec bash checkout/launch/worker.sh run "--directory=$PWD/shared"'
         " --state=state -- --config=configs/rl.py"
     )
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=machine,
-        env={
-            "PATH": str(machine / "bin"),
-            "HOME": str(machine),
-            "JEXIT_EXTRAS": "",
-            "CHMOD": shutil.which("chmod"),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = bash(machine, "-c", script, JEXIT_EXTRAS="")
     assert done.returncode == 42, done.stderr
     assert (machine / "state" / "code").read_text() == "42\n"
     assert not any("jexit.main" in call for call in logged(machine))

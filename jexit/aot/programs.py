@@ -23,10 +23,7 @@ from jexit.evaluation.replay import batch_rows
 from jexit.io.model_source import open_model
 from jexit.loops.continuation import rows_at_a_time
 from jexit.loops.pretrain import GROUPS, new_model
-from jexit.loops.setup import (
-    execution_of,
-    sampling_law,
-)
+from jexit.loops.setup import execution_of, sample_policy
 from jexit.loops.sft import HEADS_TOKENS
 from jexit.loops.trajectories import rows_of_batch
 from jexit.model.attention import choose_attention
@@ -141,7 +138,7 @@ def _measurements(
             lower=lambda: decisions_and_targets.lower(
                 student[0], student[1:], teacher[0], teacher[1:], batch,
                 batch.completion_tokens_BC, jax.ShapeDtypeStruct((), jnp.float32),
-                sampling_law(config), target=config.sft.target,
+                sample_policy(config), target=config.sft.target,
             ),
             inputs=inputs,
             exit_share=exit_share(split),
@@ -159,7 +156,7 @@ def _labelled(
 
 def _policy(config: Config, name: str, layers: int) -> Policy:
     """A policy whose arrays have no values: nothing here may run on devices that are not there."""
-    return jax.eval_shape(lambda: make_policy(name, layers, sampling_law(config)))
+    return jax.eval_shape(lambda: make_policy(name, layers, sample_policy(config)))
 
 
 def _prompts(config: Config) -> int:

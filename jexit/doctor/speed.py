@@ -17,7 +17,7 @@ from jexit.doctor.agreement import PORTABLE, seconds
 from jexit.kernels import using
 from jexit.kernels.chips import chip
 from jexit.kernels.dispatch import AUTO, target
-from jexit.loops.flops import ModelFlops, Work, mfu
+from jexit.loops.flops import ModelFlops, PassSize, mfu
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
@@ -110,13 +110,13 @@ def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, fl
     rows, prompt, new = (4, 32, 32) if on_cpu else (8, 256, 256)
     batch = random_rollouts(model, rows=rows, prompt=prompt, new=new)
     flops = ModelFlops.of(model, full=False)
-    work = Work.of(np.full(rows, prompt + new))
+    size = PassSize.of(np.full(rows, prompt + new))
     sft = SFTConfig(samples=1)
     for stage, step, counted in (
         ("calibration", sft_step(model, split, sft, batch.rows),
-         flops.sft_step(work, rows * new, samples=1, target=sft.target)),
+         flops.sft_step(size, rows * new, samples=1, target=sft.target)),
         ("reinforcement", rl_step(model, split, RLConfig(rollouts=ROLLOUTS), batch),
-         flops.rl_step(work, rows * new, updates=1)),
+         flops.rl_step(size, rows * new, updates=1)),
     ):  # fmt: skip
         taken = seconds(step, 3)
         yield f"{stage} step", rows * (prompt + new) / taken, mfu(counted, taken, 1).get("mfu")

@@ -26,7 +26,7 @@ from jexit.steps.ridge import Sums, fit, make_sums_step
 from jexit.steps.state import Params
 
 HELD_BACK = 8  # one batch in so many chooses the strength of the ridge
-_PLACE = "the continuation's fit"
+_WHAT = "the continuation's fit"
 
 
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
@@ -42,7 +42,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
     kernel, bias = (*update, "kernel"), (*update, "bias")
     if kernel not in flat:
         return trainable
-    if any(np.any(whole(flat[name], _PLACE)) for name in (kernel, bias)):
+    if any(np.any(whole(flat[name], _WHAT)) for name in (kernel, bias)):
         return trainable
     sums, held_back = _sums(stage, trajectories, trainable)
     layers = stage.split.student(stage.split.trainable).arch.layers
@@ -87,10 +87,10 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
     def added(sums: Sums, step: int) -> Sums:
         batch, _ = trajectories.batch(step, here)
         batch = place_rows(batch, here)
-        with waiting(_PLACE):
+        with waiting(_WHAT):
             return add(sums, trainable, split.fixed, batch)
 
-    with Progress(batches, description=_PLACE, enabled=is_primary()) as progress:
+    with Progress(batches, description=_WHAT, enabled=is_primary()) as progress:
         held_back = list(range(0, batches, HELD_BACK))
         for step in range(batches):
             if step not in held_back:
@@ -100,4 +100,4 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
         for step in held_back:
             other = added(other, step)
         progress.update(batches)
-    return whole((sums, other), _PLACE)
+    return whole((sums, other), _WHAT)

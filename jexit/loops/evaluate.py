@@ -11,7 +11,6 @@ from jexit.dist import is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy
 from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.controls import compared, evaluate_control
-from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.measures import Measurer, check_measures
 from jexit.evaluation.tables import print_evaluation
 from jexit.io.files import write_json_atomic
@@ -19,7 +18,7 @@ from jexit.io.progress import Progress
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
 from jexit.loops.pictures import draw
-from jexit.loops.setup import load_model, load_task, sampling_law, with_trained_law
+from jexit.loops.setup import load_model, load_task, make_decoder, with_trained_exits
 from jexit.results import VERSION, Evaluation
 from jexit.steps.state import split_model
 
@@ -28,9 +27,9 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report.
 
     What the policies gave is on the disk before the measures start, with `complete` false. A run's
-    model is measured under the law of depths that it trained with, whatever the config says.
+    model is measured under the depth distribution that it trained with, whatever the config says.
     """
-    given, config = config, with_trained_law(config)
+    given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
     decoder, examination, attempts = measurer.decoder, measurer.examination, measurer.attempts
     start_run(workdir, given.to_dict())
@@ -90,16 +89,8 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
     positions = model.arch.max_positions
     check_room(examination.prompts, "eval", config.eval.max_new_tokens, positions)
     split = split_model(model, full=False)
-    decoder = Decoder(
-        parts=split.decodable(split.trainable),
-        layers=model.arch.layers,
-        tokenizer=tokenizer,
-        law=sampling_law(config),
-        size=config.engine,
-        temperature=config.eval.temperature,
-        max_new_tokens=config.eval.max_new_tokens,
-        seed=config.seed,
-    )
+    parts = split.decodable(split.trainable)
+    decoder = make_decoder(config, parts, model.arch.layers, tokenizer)
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
             decoder.policy(policy)  # refuse a wrong one before the first runs

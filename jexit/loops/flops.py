@@ -54,20 +54,22 @@ def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
     return {} if peak is None else {"mfu": flops / (seconds * peak * devices)}
 
 
-class Work(NamedTuple):
+class PassSize(NamedTuple):
     """Tokens that a pass computes, and the pairs of a query and a key among them."""
 
     tokens: int
     pairs: int
 
     @classmethod
-    def of(cls, lengths_B: np.ndarray) -> Work:
+    def of(cls, lengths_B: np.ndarray) -> PassSize:
         """Of whole rows with so many tokens each."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
     @classmethod
-    def of_branches(cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray) -> Work:
+    def of_branches(
+        cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray
+    ) -> PassSize:
         """Of branches that see a trunk and themselves; each trunk counts once, at `first_B`."""
         trunk_B, branch_B = np.asarray(trunk_B, np.int64), np.asarray(branch_B, np.int64)
         trunks, branches = cls.of(trunk_B[first_B]), cls.of(branch_B)
@@ -98,17 +100,17 @@ class ModelFlops:
             full=full,
         )
 
-    def forward(self, work: Work, *, adapters: bool = True, hazards: bool = False) -> float:
+    def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
         """One pass through all layers; with `hazards` through every exit's head too."""
         token = self._base() + (self._adapters() if adapters else 0.0)
-        layers = self.arch.layers * (token * work.tokens + self._pair() * work.pairs)
-        return layers + (len(self.exit_layers) * self._exit_head() * work.tokens if hazards else 0)
+        layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
+        return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
 
-    def backward(self, work: Work, *, hazards: bool = False) -> float:
+    def backward(self, size: PassSize, *, hazards: bool = False) -> float:
         """The gradients that `forward` of the same needs, to what trains."""
         token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
-        layers = self.arch.layers * (token * work.tokens + 2.0 * self._pair() * work.pairs)
-        heads = 2.0 * len(self.exit_layers) * self._exit_head() * work.tokens
+        layers = self.arch.layers * (token * size.tokens + 2.0 * self._pair() * size.pairs)
+        heads = 2.0 * len(self.exit_layers) * self._exit_head() * size.tokens
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
@@ -116,39 +118,41 @@ class ModelFlops:
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
-    def pretrain_step(self, work: Work, *, exit_loss: bool) -> float:
-        """`work` is of whole texts."""
+    def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
+        """`size` is of whole texts."""
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
-        passes = self.forward(work) + self.backward(work)
-        return passes + losses * self.logits(work.tokens, trained=True)
+        passes = self.forward(size) + self.backward(size)
+        return passes + losses * self.logits(size.tokens, trained=True)
 
-    def sft_step(self, work: Work, completion_tokens: int, *, samples: int, target: str) -> float:
-        """`work` is of prompts and completions; `target` is `sft.target`."""
-        measured = self.forward(work, adapters=False)
+    def sft_step(
+        self, size: PassSize, completion_tokens: int, *, samples: int, target: str
+    ) -> float:
+        """`size` is of prompts and completions; `target` is `sft.target`."""
+        measured = self.forward(size, adapters=False)
         if target == "student":
-            measured += self.forward(work)
+            measured += self.forward(size)
         measured += (1 + len(self.exit_layers)) * self.logits(completion_tokens)
-        return measured + samples * self._student(work, completion_tokens)
+        return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
         """Of the heads alone, on `tokens` at all exits."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
-    def finetune_step(self, work: Work, completion_tokens: int) -> float:
-        """`work` is of prompts and references, the tokens of the references alone."""
-        passes = self.forward(work) + self.backward(work)
+    def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
+        """`size` is of prompts and references, the tokens of the references alone."""
+        passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
 
-    def rl_step(self, work: Work, completion_tokens: int, *, updates: int) -> float:
+    def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
         """Scoring and updates, without the rollouts."""
-        scored = self.forward(work, adapters=False) + self.logits(completion_tokens)
-        return scored + updates * self._student(work, completion_tokens)
+        scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
+        return scored + updates * self._student(size, completion_tokens)
 
     def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
         """What ran for the rows that the mask `rows_B` picks; a prompt counts with its first."""
         length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
         first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)
-        flops = self.forward(Work.of(prompt_B[first_B])) + self.logits(int(first_B.sum()))
+        flops = self.forward(PassSize.of(prompt_B[first_B])) + self.logits(int(first_B.sum()))
         # The pass that produced token i stands at position prompt + i − 1 and sees itself.
         column_C = np.arange(1, rollouts.depths_BT.shape[1])
         pass_BC = rows_B[:, None] & (column_C < length_B[:, None])
@@ -175,8 +179,8 @@ class ModelFlops:
         skipped = self.skipped_layer() / (self._base() + self._adapters())
         return depth_fraction + (1.0 - depth_fraction) * skipped
 
-    def _student(self, work: Work, completion_tokens: int) -> float:
-        passes = self.forward(work, hazards=True) + self.backward(work, hazards=True)
+    def _student(self, size: PassSize, completion_tokens: int) -> float:
+        passes = self.forward(size, hazards=True) + self.backward(size, hazards=True)
         return passes + self.logits(completion_tokens, trained=True)
 
     def _projections(self) -> dict[str, tuple[int, int]]:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from jexit.config import Config
 from jexit.errors import UserError
 from jexit.evaluation.decoder import make_policy
-from jexit.loops.setup import (
-    load_model,
-    sampling_law,
-    with_trained_law,
-)
+from jexit.loops.setup import load_model, sample_policy, with_trained_exits
 from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
     """Completes `generate.prompts` and prints each text with its mean depth."""
-    config = with_trained_law(config)
+    config = with_trained_exits(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate
     if not g.prompts:
@@ -25,7 +21,7 @@ def print_generations(config: Config) -> None:
         model,
         tokenizer,
         g.prompts,
-        policy=make_policy(g.policy, layers, sampling_law(config)),
+        policy=make_policy(g.policy, layers, sample_policy(config)),
         max_new_tokens=g.max_new_tokens,
         temperature=g.temperature,
         top_p=g.top_p,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jexit.data.loader import pack
-from jexit.steps.completions import bucket_length
+from jexit.dist import host_rows, place_rows
+from jexit.steps.completions import Completions, bucket_length, pack_completions
 
 SLACK = 1.05  # rows of a new shape, of what its batch needs: the next batch is not the same
-DEARER = 1.12  # cost of a shape that is there already, of a new one's, up to which it is taken
+REUSE_COST = 1.12  # cost of a shape that is there already, of a new one's, up to which it is taken
 KEPT = 16  # shapes that a run remembers, the newest
 LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of a row, in its longest text
 
@@ -55,6 +56,32 @@ class Packed:
     def padding(self) -> float:
         """Share of the positions that hold no token."""
         return 1.0 - self.tokens / self.shape.positions
+
+    def placed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        pad_id: int,
+        *,
+        numbers: np.ndarray,
+        prompt_of: np.ndarray,
+    ) -> Completions:
+        """This host's rows, on the devices, from the completions that it has.
+
+        `numbers` are theirs in the whole batch, and `prompt_of` those of their prompts.
+        """
+        rows, row_of = host_rows(self.shape.rows), self.row_of_J[numbers]
+        here = np.flatnonzero(np.isin(row_of, rows.index_B))
+        made = pack_completions(
+            [prompts[index] for index in here],
+            [completions[index] for index in here],
+            pad_id,
+            row_of=rows.find(row_of[here]),
+            shape=(len(rows.index_B), self.shape.length, self.shape.width),
+            prompt_of=prompt_of[here] if self.shared else None,
+            numbers=numbers[here],
+        )
+        return place_rows(made, rows)
 
 
 class PackedShapes:
@@ -116,7 +143,7 @@ class PackedShapes:
         lengths = {min(bucket_length(int(longest * times)), most) for times in LENGTHS}
         shape = min((self._new(at(length).shape, count) for length in lengths), key=cost)
         known = min(filter(holds, self._known), key=cost, default=None)
-        if known is not None and cost(known) <= DEARER * cost(shape):
+        if known is not None and cost(known) <= REUSE_COST * cost(shape):
             shape = known
         else:
             self._known = [*self._known, shape][-KEPT:]
@@ -144,8 +171,8 @@ def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packe
         # What goes into a row together: a prompt and as many of its completions as there is room.
         chunks: list[int] = []
         chunk_of: list[int] = []
-        for place, (prompt, completion) in enumerate(zip(prompt_J, completion_J, strict=True)):
-            goes_on = shared and place > 0 and number_J[place] == number_J[place - 1]
+        for index, (prompt, completion) in enumerate(zip(prompt_J, completion_J, strict=True)):
+            goes_on = shared and index > 0 and number_J[index] == number_J[index - 1]
             if goes_on and chunks[-1] + completion <= length:
                 chunks[-1] += int(completion)
             else:

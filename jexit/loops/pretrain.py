@@ -16,7 +16,7 @@ from jexit.dist import host_rows, is_primary, place_parameters, place_rows, wait
 from jexit.errors import UserError
 from jexit.io.model_dir import load, save_model
 from jexit.io.workdir import start_run
-from jexit.loops.flops import ModelFlops, Work
+from jexit.loops.flops import ModelFlops, PassSize
 from jexit.loops.pictures import draw
 from jexit.loops.setup import execution_of
 from jexit.loops.trainer import Trainer
@@ -145,7 +145,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
             text.tokens_BT, text.loss_mask_BT, text.segment_BT, text.position_BT, group_BT
         )
         flops = counted.pretrain_step(
-            Work.of(text.lengths_N), exit_loss=config.pretrain.exit_loss > 0
+            PassSize.of(text.lengths_N), exit_loss=config.pretrain.exit_loss > 0
         )
         return jax.tree.map(lambda rows_BT: rows_BT[here.index_B], batch), flops
 

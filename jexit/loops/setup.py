@@ -12,6 +12,7 @@ from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
 from jexit.errors import UserError
+from jexit.evaluation.decoder import Decoder
 from jexit.io.model_dir import load
 from jexit.io.workdir import trained_law
 from jexit.model.attention import check_attention
@@ -55,20 +56,34 @@ def execution_of(config: Config) -> Execution:
     return config.model.execution
 
 
-def with_trained_law(config: Config) -> Config:
+def with_trained_exits(config: Config) -> Config:
     """The config with what the exits of its model were trained under, if that is a run's."""
-    law = {
+    trained = {
         section: dataclasses.replace(getattr(config, section), **values)
         for section, values in trained_law(config.model.path).items()
     }
-    return dataclasses.replace(config, **law)
+    return dataclasses.replace(config, **trained)
 
 
-def sampling_law(config: Config) -> Sample:
+def sample_policy(config: Config) -> Sample:
     """How tokens leave under `sample`: with the temperature and the floor of `config.rl`."""
     rl = config.rl
     # NumPy's: an array on a device could only be read after the step that it is busy with.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
+
+
+def make_decoder(
+    config: Config, parts: tuple[Any, ...], layers: int, tokenizer: Tokenizer, **changed: Any
+) -> Decoder:
+    """Decodes the split model as `config.eval` says, but for what is `changed`."""
+    settings = {
+        "law": sample_policy(config),
+        "size": config.engine,
+        "temperature": config.eval.temperature,
+        "max_new_tokens": config.eval.max_new_tokens,
+        "seed": config.seed,
+    }
+    return Decoder(parts=parts, layers=layers, tokenizer=tokenizer, **settings | changed)
 
 
 def load_task(config: TaskConfig, split: str) -> Task:

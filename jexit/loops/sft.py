@@ -20,7 +20,7 @@ from jexit.data.loader import prepared
 from jexit.dist import host_rows, is_primary, place_rows, waiting
 from jexit.io.progress import Progress
 from jexit.loops.continuation import fitted_continuation, rows_at_a_time
-from jexit.loops.flops import Work
+from jexit.loops.flops import PassSize
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.loops.trajectories import Trajectories, rows_of_batch, teacher_trajectories
@@ -68,13 +68,13 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
         prompt_J = [len(one.prompt) for row in rows for one in row]
         completion_J = [len(one.completion) for row in rows for one in row]
         first_J = [
-            place == 0 or not trajectories.shared for row in rows for place in range(len(row))
+            index == 0 or not trajectories.shared for row in rows for index in range(len(row))
         ]
-        work, completion = Work.of_branches(prompt_J, completion_J, first_J), sum(completion_J)
+        size = PassSize.of_branches(prompt_J, completion_J, first_J)
         flops = stage.flops.sft_step(
-            work, completion, samples=config.sft.samples, target=config.sft.target
+            size, sum(completion_J), samples=config.sft.samples, target=config.sft.target
         )
-        padding = 1.0 - work.tokens / (len(rows) * batch.tokens_BT.shape[1])
+        padding = 1.0 - size.tokens / (len(rows) * batch.tokens_BT.shape[1])
         return batch, {"data/padding": padding, "model_flops": flops}
 
     batches = prepared(batch_of, int(state.step), config.steps)

@@ -11,17 +11,19 @@ import optax
 from jexit.config import Config
 from jexit.data.loader import PromptBatch, prompt_batch
 from jexit.data.tokenizer import Tokenizer
-from jexit.dist import HostRows, from_primary, is_primary
+from jexit.dist import HostRows, data_shards, from_primary, is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy, held_out
-from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.decoder import Attempt
 from jexit.evaluation.tables import print_change
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
+from jexit.loops.packing import PackedShapes
 from jexit.loops.pictures import draw
 from jexit.loops.pressure import AccuracyFloor, penalised_reward
-from jexit.loops.setup import load_model, load_task, sampling_law
+from jexit.loops.setup import load_model, load_task, make_decoder
 from jexit.loops.trainer import Trainer, peak_memory
+from jexit.model.attention import choose_attention
 from jexit.model.lora import merge_adapters
 from jexit.results import REMEDY, PolicyResult, checked
 from jexit.steps.optim import make_optimizer, schedule
@@ -82,6 +84,17 @@ class Stage:
             max_prompt_tokens=self.config.task.max_prompt_tokens,
             skip_long=self.config.task.skip_long,
             rows=rows.index_B,
+        )
+
+    def packed_shapes(self, *, shared: bool) -> PackedShapes:
+        """Of training's batches; `shared`: completions of a prompt share it where attention can."""
+        config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
+        return PackedShapes(
+            data_shards(),
+            config.optim.accumulate,
+            self.flops.arch.width,
+            config.task.max_prompt_tokens + new,
+            lambda length: shared and choose_attention(config.model.attention, length) != "splash",
         )
 
     def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
@@ -149,20 +162,8 @@ class Stage:
     def _measured(
         self, trainable: Params, *, policy: str = "", **decoding: float
     ) -> tuple[PolicyResult, list[Attempt]]:
-        evaluation = self.config.eval
-        how = {
-            "temperature": evaluation.temperature,
-            "max_new_tokens": evaluation.max_new_tokens,
-        } | decoding
-        decoder = Decoder(
-            parts=self.split.decodable(trainable),
-            layers=self.layers,
-            tokenizer=self.tokenizer,
-            law=sampling_law(self.config),
-            size=self.config.engine,
-            seed=self.config.seed,
-            **how,
-        )
+        parts = self.split.decodable(trainable)
+        decoder = make_decoder(self.config, parts, self.layers, self.tokenizer, **decoding)
         examination = Examination.of(self.task, self.tokenizer, self.config)
         return evaluate_policy(decoder, examination, policy or self.policy)
 

@@ -9,8 +9,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -27,6 +27,14 @@ from jexit.steps.state import TrainState
 
 # (state, step) → (state after the step, metrics on device or host)
 OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
+
+
+class Kept(Protocol):
+    """A part of a loop that remembers something from step to step, under names of its own."""
+
+    def state(self) -> dict[str, np.ndarray]: ...
+
+    def load(self, values: dict[str, np.ndarray]) -> None: ...
 
 
 class Diverged(RunEnded):
@@ -50,16 +58,15 @@ class Trainer:
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
     the log. `tokens` and `model_flops` of a step's metrics become `tokens_per_second` and, where
     the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
-    `host_state` and `load_host_state` save and restore what a loop keeps on the host besides the
-    state. `measure` adds metrics of the state to those of a step whose checkpoint gets a score.
+    `kept` is what a loop keeps on the host besides the state, saved with it. `measure` adds metrics
+    of the state to those of a step whose checkpoint gets a score.
     """
 
     config: Config
     workdir: pathlib.Path
     description: str
     shown: dict[str, str]
-    host_state: Callable[[], dict[str, np.ndarray]] = dict
-    load_host_state: Callable[[dict[str, np.ndarray]], None] = lambda values: None
+    kept: Sequence[Kept] = ()
     measure: Callable[[TrainState], dict[str, float]] | None = None
     steps: int = 0  # 0: config.steps
 
@@ -76,7 +83,9 @@ class Trainer:
         state = place_parameters(state)
         restored = self.checkpoints.restore(self._saved(state))
         if restored is not None:
-            self.load_host_state(jax.tree.map(np.asarray, restored["host"]))
+            host = jax.tree.map(np.asarray, restored["host"])
+            for part in self.kept:
+                part.load(host)
             self._scores = np.array(restored["scores"])
             state = restored["state"]
         start = int(state.step)
@@ -179,7 +188,8 @@ class Trainer:
 
     def _saved(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"state": state, "host": self.host_state(), "scores": self._scores}
+        host = {name: value for part in self.kept for name, value in part.state().items()}
+        return {"state": state, "host": host, "scores": self._scores}
 
     def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
         """Without a score where only a signal asks for it: it must not change which is the best."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 
 from jexit.config import Config
 from jexit.data.buckets import LengthBuckets
@@ -57,7 +58,7 @@ class Trajectories:
         """This host's rows of a step's batch, and all of the batch."""
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
-        row_of = [place for place, row in enumerate(mine) for _ in row]
+        row_of = [index for index, row in enumerate(mine) for _ in row]
         batch = pack_completions(
             [one.prompt for row in mine for one in row],
             [one.completion for row in mine for one in row],
@@ -108,8 +109,8 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
             made, own = make(stage, step, stage.prompts(step, here), here)
             # One token has no action position: nothing to calibrate.
             rows = [one if len(one.completion) > 1 else None for one in made]
-            mine = [place for place, first in enumerate(own.first_B) if first]
-            store.append(step, own.index_B[mine], [rows[place] for place in mine])
+            mine = np.flatnonzero(own.first_B)
+            store.append(step, own.index_B[mine], [rows[index] for index in mine])
             progress.update(number)
     barrier("the teacher's trajectories")
     store.read()
@@ -153,6 +154,6 @@ def _generated(
         size=config.engine,
     )
     return [
-        Trajectory(made.prompts[place], made.completion(row))
-        for row, place in enumerate(made.prompt_B)
+        Trajectory(made.prompts[prompt], made.completion(row))
+        for row, prompt in enumerate(made.prompt_B)
     ], made.host_rows

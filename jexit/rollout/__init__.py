@@ -4,7 +4,7 @@ from jexit.config import EngineSize
 from jexit.rollout.arrivals import Arrivals, Grown
 from jexit.rollout.engine import Decoding, SplitModel, rollout
 from jexit.rollout.requests import Request
-from jexit.rollout.results import Efficiency, Rollouts, Sequences
+from jexit.rollout.results import Efficiency, Rollouts
 from jexit.rollout.texts import Generation, Piece, generate, stream
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Piece",
     "Request",
     "Rollouts",
-    "Sequences",
     "SplitModel",
     "generate",
     "rollout",

@@ -184,16 +184,8 @@ class Decoding:
             places=layout.places,
         )
         self._prefilled, self._positions = 0, 0
-        self._prefills = 0  # of prompts that exist, each time that one is
-        self._held = {int(index): place for place, index in enumerate(self._here.index_B)}
-        self._status = Status(
-            started=np.zeros(layout.shards, np.int32),
-            under_way=np.zeros(layout.shards, np.int32),
-            full=np.zeros(layout.shards, bool),
-            filled=np.zeros(layout.shards),
-            offered=np.zeros(layout.shards),
-            ticks=np.zeros(layout.shards, np.int32),
-        )
+        self._held = {int(number): index for index, number in enumerate(self._here.index_B)}
+        self._status = Status(*np.zeros((len(dataclasses.fields(Status)), layout.shards), np.int32))
 
     def turn(self, steps: int | None = None) -> bool:
         """Works until the host has something to do, or for so many ticks that draw tokens.
@@ -253,11 +245,8 @@ class Decoding:
         offered = float(status.offered.sum())
         return Rollouts(
             prompts=request.prompts,
-            forced=request.forced is not None,
             prompt_B=self._here.find(rows_here.index_B // layout.samples),
             host_rows=rows_here,
-            layers=self.engine.model.arch.layers,
-            pad_id=request.pad_id,
             tokens_BT=np.where(beyond_BT, np.int32(request.pad_id), records.tokens_JT),
             lengths_B=length_B,
             depths_BT=np.where(beyond_BT, 0, records.depths_JT),
@@ -270,10 +259,8 @@ class Decoding:
             shape=(layout.prompt_slots, self.engine.slots),
             seconds=time.perf_counter() - self._began - self.engine.compiling,
             efficiency=Efficiency(
-                prefills=self._prefills,
                 prompt_padding=1.0 - int(layout.length_SP.sum()) / self._positions,
                 idle=1.0 - float(status.filled.sum()) / offered if offered else 0.0,
-                ticks=int(status.ticks.max()),
             ),
         )
 
@@ -309,7 +296,6 @@ class Decoding:
             if index < layout.prompts and prompt is not None:  # another host's lie there
                 tokens_SBT[shard, row, : length_SB[shard, row]] = self.request.prompts[prompt]
         self._prefilled += group.prompts
-        self._prefills += int(np.sum(index_SB < layout.prompts))
         self._positions += tokens_SBT.size
         rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), index_SB.reshape(-1))
         forced = None if self.request.forced is None else self._forced(index_SB)

@@ -117,7 +117,6 @@ class Status:
     full: Bool[Array, "shards"]  # a row needs a larger cache
     filled: Float[Array, "shards"]
     offered: Float[Array, "shards"]
-    ticks: Int[Array, "shards"]
 
 
 @functools.partial(

@@ -38,11 +38,11 @@ class ForcedPrefix:
         self, jobs: Jobs, draws: Draws, length_B: Int[Array, "B"], length: int
     ) -> dict[str, Any]:
         """What `jexit.model.transformer.run` is told about prompts of these lengths."""
-        place_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
+        index_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
         # Column i of `Prescribed` is for the pass that produces token i of the completion.
-        policy = self.policy.at(self.job_B[:, None], jnp.maximum(place_BT + 1, 0))
+        policy = self.policy.at(self.job_B[:, None], jnp.maximum(index_BT + 1, 0))
         keys_B = draws.keys(jobs, self.job_B, jnp.zeros_like(self.job_B))
-        return {"policy": policy, "action_BT": place_BT >= 0, "key": fold_in(keys_B, DEPTH_DRAW)}
+        return {"policy": policy, "action_BT": index_BT >= 0, "key": fold_in(keys_B, DEPTH_DRAW)}
 
 
 @pytree

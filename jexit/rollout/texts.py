@@ -77,12 +77,11 @@ def generate(
     strings `stop`, which are left out of its text. Raises UserError as `jexit.rollout.rollout`
     does.
     """
-    request = _request(
-        tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens, seed=seed,
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, adapters=adapters,
-        hazards=hazards,
+    decoding, texts = _started(
+        model, tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens,
+        seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
+        adapters=adapters, hazards=hazards, size=size,
     )  # fmt: skip
-    decoding, texts = _decoding(model, tokenizer, request, stop, size)
     while not decoding.turn(STOP_EVERY if stop else None):
         if stop:
             _look(decoding, texts)
@@ -112,8 +111,6 @@ def stream(
     prompts: Sequence[str],
     *,
     every: int = 4,
-    stop: Sequence[str] = (),
-    size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> Iterator[Piece]:
     """The completions of `generate` as they grow: some tokens of some prompt at a time.
@@ -125,11 +122,11 @@ def stream(
     """
     if every < 1:
         raise UserError(f"every is {every}; it must be at least 1")
-    request = _request(tokenizer, prompts, **settings)
-    return _pieces(*_decoding(model, tokenizer, request, stop, size), every)
+    return _pieces(*_started(model, tokenizer, prompts, **settings), every)
 
 
-def _request(
+def _started(
+    model: Transformer | SplitModel,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
@@ -137,8 +134,11 @@ def _request(
     seed: int = 0,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    stop: Sequence[str] = (),
+    size: EngineSize = AUTOMATIC,
     **settings: Any,
-) -> Request:
+) -> tuple[Decoding, _Texts]:
+    """What `generate` is asked for, before its first tick."""
     if isinstance(prompts, str):
         raise UserError("prompts is one string and should be a list of them; put it in brackets")
     for index, prompt in enumerate(prompts):
@@ -149,7 +149,7 @@ def _request(
                 "format already with chat=False"
             )
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
-    return Request(
+    request = Request(
         prompts=encode(list(prompts)),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -158,15 +158,6 @@ def _request(
         key=seed,
         **settings,
     )
-
-
-def _decoding(
-    model: Transformer | SplitModel,
-    tokenizer: Any,
-    request: Request,
-    stop: Sequence[str],
-    size: EngineSize,
-) -> tuple[Decoding, _Texts]:
     texts = _Texts(tokenizer, len(request.prompts), stop)
     decoding = Decoding(model, request, size)
     warn_if_untrained(request.policy, decoding.engine.model)

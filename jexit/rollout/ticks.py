@@ -259,9 +259,9 @@ class Ticks:
 
         def copy(_: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, left_B = carry
-            place = jnp.argmax(left_B)
-            row, prompt = at.cache_rows_B[place], self.jobs.slot_J[job_B[place]]
-            return cache.with_row(row, self.prefixes, prompt), left_B.at[place].set(False)
+            begins = jnp.argmax(left_B)
+            row, slot = at.cache_rows_B[begins], self.jobs.slot_J[job_B[begins]]
+            return cache.with_row(row, self.prefixes, slot), left_B.at[begins].set(False)
 
         with jax.named_scope(COPY_SCOPE):
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
@@ -270,7 +270,7 @@ class Ticks:
         """The segment's layers, as far as anybody needs them, and the decision at its end."""
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
-        place_B = jnp.where(at.runs_B, slot_B, cache.slots)
+        written_B = jnp.where(at.runs_B, slot_B, cache.slots)
         length_B = jnp.where(at.runs_B, slot_B + 1, 1)
 
         def inputs(block: Block, h_BD: Array) -> tuple[Array, KeysValues]:
@@ -284,7 +284,7 @@ class Ticks:
         def layer_of(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             h_BD, cache = carry
             q_BNH, kv = at_layer(layer, self.model.blocks, self.layers, inputs, h_BD)
-            cache = cache.written(layer, at.cache_rows_B, place_B, kv)
+            cache = cache.written(layer, at.cache_rows_B, written_B, kv)
             mixed_BNH = cache.attend(layer, at.rows_B, q_BNH, length_B)
             new_BD = at_layer(layer, self.model.blocks, self.layers, output, h_BD, mixed_BNH)
             return jnp.where((layer < at.depth_B)[:, None], new_BD, h_BD), cache
@@ -389,7 +389,6 @@ def advance(
             full=ticks.full(pool)[None],
             filled=pool.filled,
             offered=pool.offered,
-            ticks=pool.tick,
         )
         return pool, records, status
 

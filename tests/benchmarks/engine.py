@@ -96,8 +96,7 @@ def compare(arguments: argparse.Namespace) -> bool:
         for start in range(0, arguments.batches * places, places):
             part = slice(start, start + places)
             policy = Full() if depths is None else Prescribed(depths[part])
-            made = plain(split, prompts[part], policy=policy, max_new_tokens=columns, **asked)
-            made_BT.append(made.tokens_BT)
+            made_BT.append(plain(split, prompts[part], policy=policy, max_new_tokens=columns))
         tokens[f"loop, {name}"] = np.concatenate(made_BT)
 
     means = {"L/2": arch.layers / 2, "L/4": arch.layers / 4}

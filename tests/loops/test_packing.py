@@ -1,7 +1,6 @@
 """Where completions of random lengths lie in packed rows, and how many shapes that takes."""
 
 import numpy as np
-import pytest
 
 from jexit.loops.packing import KEPT, Lengths, Packed, PackedShape, PackedShapes
 from jexit.model.attention import BRANCHES
@@ -33,31 +32,37 @@ def check(packed: Packed, asked: Lengths, parts=1):
     np.testing.assert_array_equal(packed.row_of_J // (rows // parts), part_J)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("shards", "micro_batches"), [(1, 1), (1, 4), (4, 1), (32, 3)])
-def test_a_row_has_room_for_what_lies_in_it(shards, micro_batches, shared):
-    rng = np.random.default_rng(0)
-    shapes = PackedShapes(shards, micro_batches, WIDTH, LONGEST, lambda length: shared)
-    for step in range(30):
-        asked = lengths(rng, mean=30.0 - 0.7 * step)
-        packed = shapes.fit(asked)
-        assert packed.shared == shared
-        check(packed, asked, shards)
-        assert packed.shape.rows % (shards * micro_batches) == 0
+def test_a_row_has_room_for_what_lies_in_it():
+    for shards, micro_batches, shared in (
+        (1, 1, True),
+        (1, 4, False),
+        (4, 1, True),
+        (32, 3, False),
+    ):
+        rng = np.random.default_rng(0)
+        shapes = PackedShapes(
+            shards, micro_batches, WIDTH, LONGEST, lambda _, shared=shared: shared
+        )
+        for step in range(0, 30, 2):
+            asked = lengths(rng, mean=30.0 - 0.7 * step)
+            packed = shapes.fit(asked)
+            assert packed.shared == shared
+            check(packed, asked, shards)
+            assert packed.shape.rows % (shards * micro_batches) == 0
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_little_padding_in_few_shapes(shared):
+def test_little_padding_in_few_shapes():
     """Over 200 steps in which completions become half as long, and vary with their problems."""
-    rng = np.random.default_rng(1)
-    shapes, seen, padding = PackedShapes(1, 1, WIDTH, LONGEST, lambda length: shared), set(), []
-    for step in range(200):
-        mean = (24.0 - 0.06 * step) * rng.uniform(0.9, 1.1)
-        packed = shapes.fit(lengths(rng, mean=mean))
-        seen.add(packed.shape)
-        padding.append(packed.padding)
-    assert np.mean(padding) < 0.15
-    assert len(seen) <= 10
+    for shared in (True, False):
+        shapes = PackedShapes(1, 1, WIDTH, LONGEST, lambda _, shared=shared: shared)
+        rng, seen, padding = np.random.default_rng(1), set(), []
+        for step in range(200):
+            mean = (24.0 - 0.06 * step) * rng.uniform(0.9, 1.1)
+            packed = shapes.fit(lengths(rng, mean=mean))
+            seen.add(packed.shape)
+            padding.append(packed.padding)
+        assert np.mean(padding) < 0.15
+        assert len(seen) <= 10
 
 
 def test_a_shared_prompt_saves_its_copies():
@@ -74,11 +79,10 @@ def test_completions_that_cannot_be_divided_lie_anywhere():
     packed = PackedShapes(8, 1, WIDTH, LONGEST).fit(asked)
     check(packed, asked)
     assert packed.shape.rows % 8 == 0
-
-
-def test_no_more_rows_than_completions():
-    asked = Lengths(np.full(6, 16), np.arange(6), np.full(6, 24))
-    packed = PackedShapes(1, 1, WIDTH, LONGEST).fit(asked)
+    # And no more rows than completions.
+    packed = PackedShapes(1, 1, WIDTH, LONGEST).fit(
+        Lengths(np.full(6, 16), np.arange(6), np.full(6, 24))
+    )
     assert packed.shape == PackedShape(6, 40, 24)
     assert sorted(packed.row_of_J) == list(range(6))
 
@@ -102,35 +106,26 @@ def test_no_row_is_longer_than_a_text_may_be():
     assert packed.shape.length <= 64
 
 
-def test_shapes_are_restored():
+def test_shapes_are_restored_and_those_of_another_mesh_are_taken_where_they_divide():
     rng = np.random.default_rng(3)
     batches = [lengths(rng, mean=mean) for mean in rng.uniform(6, 40, 60)]
     whole, first = PackedShapes(1, 2, WIDTH, LONGEST), PackedShapes(1, 2, WIDTH, LONGEST)
     made = [whole.fit(batch) for batch in batches]
     for batch in batches[:30]:
         first.fit(batch)
-    second = PackedShapes(1, 2, WIDTH, LONGEST)
-    second.load(first.state())
-    assert first.state()["packed_shapes"].shape == (KEPT, 3)
+    state = first.state()
+    assert state["packed_shapes"].shape == (KEPT, 3)
+    assert any(shape[0] % 8 for shape in state["packed_shapes"])
+    second, divided = PackedShapes(1, 2, WIDTH, LONGEST), PackedShapes(4, 2, WIDTH, LONGEST)
+    for shapes in (second, divided):
+        shapes.load(state)
     for packed, batch in zip(made[30:], batches[30:], strict=True):
         again = second.fit(batch)
         assert again.shape == packed.shape
         np.testing.assert_array_equal(again.row_of_J, packed.row_of_J)
-
-
-def test_shapes_of_another_mesh_are_not_taken_where_they_do_not_divide():
-    rng = np.random.default_rng(6)
-    before = PackedShapes(1, 2, WIDTH, LONGEST)
-    for _ in range(30):
-        before.fit(lengths(rng, mean=rng.uniform(6, 40)))
-    assert any(shape[0] % 8 for shape in before.state()["packed_shapes"])
-    after = PackedShapes(4, 2, WIDTH, LONGEST)
-    after.load(before.state())
-    for _ in range(30):
-        asked = lengths(rng, mean=rng.uniform(6, 40))
-        packed = after.fit(asked)
-        check(packed, asked, 4)
-        assert packed.shape.rows % 8 == 0
+        other = divided.fit(batch)
+        check(other, batch, 4)
+        assert other.shape.rows % 8 == 0
 
 
 def test_rows_hold_each_completion_behind_its_prompt():

@@ -1,35 +1,25 @@
 """What pretraining's text is made of, and what it starts from."""
 
-import numpy as np
 import pytest
 
 from jexit.config import Config
 from jexit.loops.pretrain import mixture
-from small_runs import metrics, parameters, run
+from small_runs import assert_same_model, metrics, run
 
 SMALL = {
     "pretrain__layers": 3, "pretrain__width": 16, "pretrain__mlp_width": 24, "steps": 1,
 }  # fmt: skip
 
 
-def shares(**settings):
-    found = mixture(Config.from_dict({"command": "pretrain", "pretrain": settings}))
-    return {task.name: share for task, share in found}
-
-
-SHARES_OF_THE_TEXT = [
-    ({}, {"sums": 0.8, "word_problems": 0.2}),
-    ({"tom": 0.3}, {"sums": 0.5, "word_problems": 0.2, "tom": 0.3}),
-    ({"word_problems": 0.0}, {"sums": 1.0}),
-    ({"tom": 0.75, "word_problems": 0.25}, {"word_problems": 0.25, "tom": 0.75}),
-    ({"tom": 1.0, "word_problems": 0.0}, {"tom": 1.0}),
-    ({"tom": 0.9, "word_problems": 0.1}, {"tom": 0.9, "word_problems": 0.1}),
-]
-
-
 def test_shares_of_the_text():
-    for settings, expected in SHARES_OF_THE_TEXT:
-        assert shares(**settings) == pytest.approx(expected)
+    for settings, expected in [
+        ({}, {"sums": 0.8, "word_problems": 0.2}),
+        ({"tom": 0.3}, {"sums": 0.5, "word_problems": 0.2, "tom": 0.3}),
+        ({"word_problems": 0.0}, {"sums": 1.0}),
+        ({"tom": 0.9, "word_problems": 0.1}, {"tom": 0.9, "word_problems": 0.1}),
+    ]:
+        found = mixture(Config.from_dict({"command": "pretrain", "pretrain": settings}))
+        assert {task.name: share for task, share in found} == pytest.approx(expected)
 
 
 def test_stories_have_prompts_of_every_granularity_and_the_configs_size():
@@ -50,22 +40,14 @@ def trunk(model_dir, tmp_path_factory):
     return workdir
 
 
-def test_the_probability_of_right_answers_is_logged_by_task(trunk):
+def test_training_goes_on_from_another_runs_trunk(trunk, model_dir, tmp_path):
     (row,) = metrics(trunk)
     for name in ("step_2", "story"):
         assert 0 < row[f"p_right/{name}"] < 0.1, name
-
-
-def test_training_goes_on_from_another_runs_trunk(trunk, model_dir, tmp_path):
     still = {"pretrain__start": str(trunk), "optim__full_lr": 0.0, "seed": 5}
     run("pretrain", model_dir, tmp_path / "on", **SMALL, **still)
-    before, after = parameters(trunk), parameters(tmp_path / "on")
-    assert before.keys() == after.keys()
-    for path, value in before.items():
-        np.testing.assert_array_equal(value, after[path], err_msg=path)
+    assert_same_model(trunk, tmp_path / "on")
 
-
-def test_a_trunk_of_another_size_is_no_start(trunk, model_dir, tmp_path):
     wide = SMALL | {"pretrain__width": 32, "pretrain__start": str(trunk)}
     message = r"pretrain.start=\S+ holds a model with width 16 and the config asks for 32; "
     with pytest.raises(ValueError, match=message):

@@ -9,10 +9,11 @@ import pytest
 
 from chat_templates import OPENED, SWITCHED, with_template
 from jexit.config import Config, TaskConfig
+from jexit.data.loader import PromptBatch
 from jexit.data.tokenizer import Tokenizer
 from jexit.evaluation.accuracy import held_out
 from jexit.io.model_dir import save_model
-from jexit.loops.rl import judge
+from jexit.loops.rl import Judged
 from jexit.loops.setup import load_model, load_task
 from jexit.loops.stage import Stage
 from jexit.tasks import ExploreToM, Gsm8k, Sums, Tom
@@ -37,21 +38,15 @@ def gsm8k(tmp_path):
     return tmp_path
 
 
-def test_the_config_switches_thinking(tmp_path):
+def test_the_config_switches_thinking(tmp_path, model_dir):
     path = model_with(tmp_path, SWITCHED)
-    for command in ("rl", "eval", "generate"):
-        _, tokenizer = load_model(
-            make_config(command, path, task__thinking="off"), trains=command == "rl"
-        )
-        assert tokenizer.chat_text("sum 12").endswith("</think>\n\n")
-    _, tokenizer = load_model(make_config("eval", path), trains=False)
-    assert tokenizer.thinking == "auto"
-    assert tokenizer.chat_text("sum 12").endswith("<|assistant|>")
-
-
-def test_a_template_without_a_switch_refuses_the_config(model_dir):
+    for thinking, end in (("off", "</think>\n\n"), ("auto", "<|assistant|>")):
+        config = make_config("eval", path, task__thinking=thinking)
+        _, tokenizer = load_model(config, trains=False)
+        assert tokenizer.thinking == thinking
+        assert tokenizer.chat_text("sum 12").endswith(end)
     with pytest.raises(ValueError, match=r"no switch .* set config\.task\.thinking=auto"):
-        load_model(make_config("eval", model_dir, task__thinking="on"), trains=False)
+        load_model(make_config("rl", model_dir, task__thinking="on"), trains=True)
 
 
 def test_shots_come_from_the_config(gsm8k, model_dir):
@@ -79,48 +74,31 @@ def test_tasks_without_shots_refuse_them():
         load_task(config.task, "train")
 
 
-JUDGED = [
-    (OPENED, "it is 7.\n#### 7", "none"),  # the prompt's thought goes on to the end
-    (OPENED, "it is 6\n</think>\n\n#### 7", "strict"),
-    (SWITCHED, "it is 7.\n#### 7", "strict"),
-    (SWITCHED, "<think>it is 7.\n#### 7", "none"),
-]
-
-
-def test_completions_are_judged_with_the_thought_that_the_prompt_opened(gsm8k):
-    for (
-        template,
-        completion,
-        kind,
-    ) in JUDGED:
-        (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
-        config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
-        task, tokenizer = load_task(config.task, "test"), with_template(template)
-        texts, verdicts = judged(task, tokenizer, completion, cut=False)
-        assert texts == [completion]
-        assert [verdict.kind for verdict in verdicts] == [kind]
-
-
-def judged(task, tokenizer, completion, *, cut):
-    ids = tokenizer.encode(completion) + ([] if cut else [tokenizer.eos_id])
-    rollouts = types.SimpleNamespace(
-        completion=lambda row: ids, rows=1, prompt_B=np.array([0]), truncated_B=np.array([cut])
-    )
-    prompts = types.SimpleNamespace(problems=[task.problem("test", 0)])
-    return judge(task, tokenizer, prompts, rollouts)
-
-
-def test_rewards_know_what_was_cut_off(gsm8k):
-    for completion, cut, kind in [
-        ("3 + 4 = 7", False, "lenient"),
-        ("3 + 4 = 7", True, "none"),
-        ("#### 7", True, "strict"),
+def test_completions_are_judged_with_the_prompts_thought_and_what_was_cut_off(gsm8k):
+    (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
+    config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
+    task = load_task(config.task, "test")
+    for template, completion, cut, kind in [
+        (OPENED, "it is 7.\n#### 7", False, "none"),  # the prompt's thought goes on to the end
+        (OPENED, "it is 6\n</think>\n\n#### 7", False, "strict"),
+        (SWITCHED, "it is 7.\n#### 7", False, "strict"),
+        (SWITCHED, "<think>it is 7.\n#### 7", False, "none"),
+        (SWITCHED, "3 + 4 = 7", False, "lenient"),
+        (SWITCHED, "3 + 4 = 7", True, "none"),
+        (SWITCHED, "#### 7", True, "strict"),
     ]:
-        (gsm8k / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 7"}) + "\n")
-        config = Config.from_dict({"command": "rl", "task": {"name": "gsm8k", "path": str(gsm8k)}})
-        task = load_task(config.task, "test")
-        _, (verdict,) = judged(task, with_template(SWITCHED), completion, cut=cut)
-        assert verdict.kind == kind
+        tokenizer = with_template(template)
+        ids = tokenizer.encode(completion) + ([] if cut else [tokenizer.eos_id])
+        rollouts = types.SimpleNamespace(
+            completion=lambda row, ids=ids: ids,
+            rows=1,
+            prompt_B=np.array([0]),
+            truncated_B=np.array([cut]),
+        )
+        prompts = PromptBatch(problems=[task.problem("test", 0)], tokens=[[]])
+        judged = Judged.of(task, tokenizer, prompts, rollouts)
+        assert judged.texts == [completion]
+        assert [verdict.kind for verdict in judged.verdicts] == [kind]
 
 
 STORY = "Ann entered the den. Ann moved the key to the tray, which is also located in the den."
@@ -140,41 +118,32 @@ def test_a_generated_task_has_the_configs_settings():
     assert isinstance(sums, Sums) and (sums.mode, sums.operands) == (3, (4, 8))
 
 
-@pytest.mark.parametrize("name", ["tom", "exploretom"])
-def test_stories_come_from_files_where_a_path_is_given(tmp_path, name):
+def test_stories_and_rows_come_from_files_where_a_path_is_given(tmp_path):
     file = tmp_path / "test.csv"
     file.write_text(f'story,question,answer\n"{STORY}",In which container is the key now?,tray\n')
-    task = load_task(TaskConfig(name=name, path=str(file)), "test")
-    assert isinstance(task, ExploreToM)
-    assert task.problem("test", 0).answer == "tray"
-    with pytest.raises(ValueError, match="no problem in its train split"):
-        load_task(TaskConfig(name=name, path=str(file)), "train")
-
-
-def test_a_task_of_files_takes_no_generators_settings(tmp_path):
-    file = tmp_path / "train.jsonl"
-    file.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    for name in ("tom", "exploretom"):
+        task = load_task(TaskConfig(name=name, path=str(file)), "test")
+        assert isinstance(task, ExploreToM)
+        assert task.problem("test", 0).answer == "tray"
+        with pytest.raises(ValueError, match="no problem in its train split"):
+            load_task(TaskConfig(name=name, path=str(file)), "train")
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     assert isinstance(load_task(TaskConfig(name="gsm8k", path=str(tmp_path)), "train"), Gsm8k)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
+def test_what_was_measured_before_is_read_as_it_was_written(tmp_path):
+    stage, path = types.SimpleNamespace(workdir=tmp_path), tmp_path / "before.json"
+    for text, words in [
         ('{"policy": "x", "accuracy": "high"}', r"before\.json: accuracy is 'high' where"),
         ("[]", r"before\.json is \[\] where an object belongs"),
         ("{", r"before\.json is not valid JSON .*; remove it, or run"),
-    ],
-)
-def test_what_was_measured_before_is_read_as_it_was_written(tmp_path, text, words):
-    (tmp_path / "before.json").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        Stage.measure_before(types.SimpleNamespace(workdir=tmp_path))
-
-
-def test_what_was_measured_before_there_were_layers_a_problem_has_them(tmp_path):
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Stage.measure_before(stage)
+    # A file of before there were layers a problem has them.
     figures = policy_figures("sample", random.Random(0))
     figures.pop("layers_per_problem", None)
-    (tmp_path / "before.json").write_text(json.dumps(figures))
-    before = Stage.measure_before(types.SimpleNamespace(workdir=tmp_path))
+    path.write_text(json.dumps(figures))
     layers = figures["depth_mean"] * figures["completion_length"]
-    assert before.layers_per_problem == pytest.approx(layers)
+    assert Stage.measure_before(stage).layers_per_problem == pytest.approx(layers)

@@ -21,42 +21,23 @@ def clock(monkeypatch):
 
 
 def test_an_echo_of_the_first_signal_is_the_same_request(clock):
-    with (stop := _StopSignals()):
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        clock[0] += 0.9
-        signal.raise_signal(signal.SIGTERM)
-        assert (stop.requested, stop.name) == (True, "SIGTERM")
-
-
-def test_a_later_second_signal_stops_at_once(clock):
-    for first in [signal.SIGTERM, signal.SIGINT]:
+    """A launcher signals a process and then its whole group."""
+    before = signal.getsignal(signal.SIGTERM)
+    for first in (signal.SIGTERM, signal.SIGINT):
         with (stop := _StopSignals()):
             signal.raise_signal(first)
-            clock[0] += 1.1
-            with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+            clock[0] += 0.9
+            signal.raise_signal(signal.SIGTERM)
+            assert (stop.requested, stop.name) == (True, first.name)
+            clock[0] += 0.2
+            with pytest.raises(KeyboardInterrupt):  # a later one stops at once
                 signal.raise_signal(signal.SIGTERM)
-            assert stop.name == first.name
-
-
-def test_a_group_that_gets_an_interrupt_and_then_a_termination_saves(clock):
-    with (stop := _StopSignals()):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.name == "SIGINT"
-        # Somebody at the keyboard who insists means it.
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_the_handlers_of_before_come_back():
-    before = signal.getsignal(signal.SIGTERM)
     with _StopSignals():
-        assert signal.getsignal(signal.SIGTERM) != before
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # somebody at the keyboard who insists means it
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-# Steps that are skipped
 
 
 STATE = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"mu": jnp.zeros(3)}, jnp.int32(0))
@@ -111,21 +92,19 @@ def test_checkpoints_go_on_when_steps_do(tmp_path, capsys):
     assert "Skipped 2 of 5 steps, which were not finite" in capsys.readouterr().out
 
 
-def test_a_run_that_skips_nothing_says_nothing_of_it(tmp_path, capsys):
-    train(tmp_path, [1.0, 1.0])
-    assert "kipped" not in capsys.readouterr().out
-
-
 def test_a_run_whose_every_step_is_skipped_is_no_success(tmp_path):
     with pytest.raises(Diverged, match=r"in all 3 steps; last good checkpoint: none was written"):
         train(tmp_path, [NAN, NAN, NAN], max_skipped=5)
     assert stored(tmp_path) == []
 
 
-def test_the_best_of_a_run_without_a_checkpoint_is_its_end(tmp_path):
-    state = train(tmp_path, [1.0, 1.0, NAN], every=0)
-    assert stored(tmp_path) == []
+def test_the_best_of_a_run_without_a_checkpoint_is_its_end(tmp_path, capsys):
+    state = train(tmp_path / "skips", [1.0, 1.0, NAN], every=0)
+    assert stored(tmp_path / "skips") == []
     assert float(state.trainable["w"][0]) == 3.0
+    capsys.readouterr()
+    train(tmp_path / "whole", [1.0, 1.0])
+    assert "kipped" not in capsys.readouterr().out
 
 
 def test_a_run_that_is_stopped_while_it_skips_goes_on_from_the_last_good_step(tmp_path, capsys):

@@ -1,15 +1,16 @@
 """Completions of one prompt that share a row: nothing changes but the work."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
-from jexit.config import Config, config_dict
 from jexit.data.teacher_store import Trajectory
 from jexit.dist import host_rows
 from jexit.loops.sft import exit_states
 from jexit.loops.trajectories import Trajectories
 from jexit.steps.state import split_model
-from small_runs import make_config, metrics, run, small_model
+from small_runs import make_config, small_model
 
 
 def made(prompts=5, completions=4, lacking=2):
@@ -69,31 +70,17 @@ def test_positions_are_those_whose_pass_could_leave(model_dir):
         assert batch.tokens_BT[place, : len(text)].tolist() == text
 
 
-def test_a_run_of_several_completions_a_prompt(model_dir, tmp_path):
-    settings = {"sft__completions": 3, "batch_size": 6, "sft__generate_batch": 12, "sft__pool": 24}
-    run("sft", model_dir, tmp_path, steps=2, sft__lens_steps=2, eval__problems=2, **settings)
-    assert [row["loss/exit"] > 0 for row in metrics(tmp_path)] == [True] * 4
-    lines = (next((tmp_path / "teacher").glob("*/host-0.jsonl"))).read_text().splitlines()
-    assert len(lines) == 3 and lines[1].count('"prompt"') == 12
-
-
-CONTRADICTIONS = [
-    ({"batch_size": 32, "sft.completions": 3}, "of prompts with sft.completions 3 each"),
-    (
-        {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
-        "generate_batch 64 does not divide into prompts with sft.completions 3",
-    ),
-    (
-        {"sft.completions": 2, "sft.trajectories": "dataset"},
-        "a data set has one of each prompt",
-    ),
-]
-
-
 def test_settings_that_contradict_are_refused():
-    for settings, message in CONTRADICTIONS:
-        config = config_dict("sft")
-        with config.unlocked():
-            config.update_from_flattened_dict(settings)
+    for settings, message in [
+        ({"batch_size": 32, "sft.completions": 3}, "of prompts with sft.completions 3 each"),
+        (
+            {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
+            "generate_batch 64 does not divide into prompts with sft.completions 3",
+        ),
+        (
+            {"sft.completions": 2, "sft.trajectories": "dataset"},
+            "a data set has one of each prompt",
+        ),
+    ]:
         with pytest.raises(ValueError, match=message):
-            Config.from_dict(config)
+            make_config("sft", pathlib.Path("model"), **settings)

@@ -1,14 +1,14 @@
 """Requests that join and leave a running pool: each as if it were alone."""
 
-import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 from jexit.model import cache
 from jexit.model.policies import Fixed, Full, Prescribed, Sample, Threshold
-from jexit.rollout import Arrivals, EngineSize, Request, rollout, ticks
-from tolerances import LOGPROBS
+from jexit.rollout import Arrivals, EngineSize, Request, ticks
+from teacher_forcing import assert_as_teacher_forced
 
 
 def request(*lengths: int, **settings) -> Request:
@@ -52,6 +52,23 @@ def drained(pool: Arrivals, requests: list[Request], steps: int = 2) -> dict[int
     return dict(sorted(whole.items()))
 
 
+def as_rollouts(request: Request, completions: list[tuple]) -> types.SimpleNamespace:
+    """A request's completions as `Rollouts` have them."""
+    tokens, depths, logprobs = zip(*completions, strict=True)
+
+    def padded(rows, fill):
+        return np.asarray([[*row, *[fill] * (request.max_new_tokens - len(row))] for row in rows])
+
+    return types.SimpleNamespace(
+        tokens_BT=padded(tokens, request.pad_id),
+        depths_BT=padded(depths, 0),
+        logprobs_BT=padded(logprobs, 0.0),
+        lengths_B=np.asarray(list(map(len, tokens))),
+        truncated_B=np.asarray([row[-1] not in request.eos_ids for row in tokens]),
+        completion=lambda row: tokens[row],
+    )
+
+
 def test_each_request_gets_what_it_gets_alone(model, pool):
     """More of them than rows, under policies, temperatures and limits of their own."""
     slots = pool._engine.slots
@@ -60,18 +77,11 @@ def test_each_request_gets_what_it_gets_alone(model, pool):
     once_more = drained(pool, REQUESTS[::-1], steps=3)
     assert ticks.advance._cache_size() == programs, "one program, whoever comes"
     assert pool._engine.slots > slots
-    assert sorted(len(tokens) for tokens, *_ in made.values())[0] == 1
+    assert min(len(tokens) for tokens, *_ in made.values()) == 1
     order = iter(made.values())
-    for asked in REQUESTS:
-        settings = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
-        alone = rollout(model, settings.pop("prompts"), **settings)
-        for row, length in enumerate(alone.lengths_B):
-            tokens, depths, logprobs = next(order)
-            assert tokens == alone.completion(row)
-            assert depths == alone.depths_BT[row, :length].tolist()
-            np.testing.assert_allclose(logprobs, alone.logprobs_BT[row, :length], atol=LOGPROBS)
-            if isinstance(asked.policy, Fixed):
-                assert set(depths[1:]) <= {2}
+    for request in REQUESTS:
+        rows = [next(order) for _ in request.prompts]
+        assert_as_teacher_forced(model, request, as_rollouts(request, rows))
     by_text = sorted(tokens for tokens, *_ in once_more.values())
     assert by_text == sorted(tokens for tokens, *_ in made.values())
 

@@ -1,4 +1,4 @@
-"""The engine against teacher forcing, the plain loop, Hugging Face, and itself in other sizes."""
+"""The engine against teacher forcing, Hugging Face, and itself in other sizes."""
 
 import dataclasses
 
@@ -9,28 +9,31 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_loop import Made, plain
 
 import jexit
 from jexit.dist import make_mesh
 from jexit.model import cache
-from jexit.model.exits import depth_log_prob
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
 from jexit.model.transformer import forward
-from jexit.rollout import EngineSize, Rollouts, engine, prefill, rollout, scheduling, ticks
+from jexit.rollout import (
+    Decoding,
+    EngineSize,
+    Request,
+    Rollouts,
+    engine,
+    prefill,
+    rollout,
+    scheduling,
+    ticks,
+)
 from jexit.rollout.prefill import prefill as prefill_program
-from jexit.rollout.sampling import Sampling
+from teacher_forcing import assert_as_teacher_forced
 from tolerances import LOGPROBS
 
 LAYERS, DEPTHS, PAD, COLUMNS = 5, (1, 2, 4, 5), 59, 14
 SMALL = EngineSize(rows=7, places=3)
 DEPTH_BT = np.random.default_rng(1).choice(DEPTHS, (20, COLUMNS))
-POLICIES = {
-    "full": Full(),
-    "sample": Sample(temperature=2.0, min_hazard=0.1),
-    "threshold": Threshold(0.55),
-    "prescribed": Prescribed(DEPTH_BT),
-}
+SAMPLE = Sample(temperature=2.0, min_hazard=0.1)
 ASKED = {
     "max_new_tokens": COLUMNS,
     "eos_ids": (60, 7, 12),
@@ -49,98 +52,56 @@ def ten_prompts() -> list[list[int]]:
     return [rng.integers(0, 60, length).tolist() for length in (3, 11, 6, 14, 1, 12, 2, 16, 9, 5)]
 
 
-@pytest.fixture(scope="module")
-def completed(model):
-    """Twenty completions of ten prompts in a pool of seven rows, under every policy."""
-    return {
-        name: rollout(model, ten_prompts(), policy=policy, size=SMALL, **ASKED)
-        for name, policy in POLICIES.items()
-    }
+def decoded(model, prompts, *, size=SMALL, **asked) -> Rollouts:
+    """Completions that are what teacher forcing says."""
+    made = rollout(model, prompts, size=size, **asked)
+    assert_as_teacher_forced(model, Request(prompts=prompts, **asked), made)
+    return made
 
 
-def assert_same(made: Rollouts, other: Rollouts | Made) -> None:
+def assert_same(made: Rollouts, other: Rollouts) -> None:
     for name in ("lengths_B", "tokens_BT", "depths_BT"):
         np.testing.assert_array_equal(getattr(made, name), getattr(other, name), name)
-    names = ["logprobs_BT", "depth_logprobs_BT"]
-    names += ["hazard_logits_BTE"] * (made.hazard_logits_BTE is not None)
-    for name in names:
+    for name in ("logprobs_BT", "depth_logprobs_BT", "hazard_logits_BTE"):
         found, wanted = getattr(made, name), getattr(other, name)
-        np.testing.assert_allclose(found, wanted, atol=LOGPROBS, equal_nan=True, err_msg=name)
+        np.testing.assert_allclose(found, wanted, 0, LOGPROBS, err_msg=name)
 
 
-def teacher_forced(model, made, *, temperature=1.0, top_p=1.0, adapters=True):
-    """(sequences, log-probabilities of the tokens, output) of `forward` at the recorded depths."""
-    sequences = made.sequences(30)
-    policy = Prescribed(sequences.depth_BT)
-    out = forward(model, sequences.tokens_BT, sequences.lengths_B, policy=policy, adapters=adapters)
-    logits_BTV = Sampling.of(temperature, top_p).distribution(out.logits_BTV)
-    following = sequences.tokens_BT[:, 1:, None]
-    logprobs = np.take_along_axis(
-        np.asarray(jax.nn.log_softmax(logits_BTV))[:, :-1], following, axis=-1
-    )[..., 0]
-    return sequences, np.pad(logprobs, ((0, 0), (0, 1))), out
+@pytest.fixture(scope="module")
+def sampled(model) -> Rollouts:
+    """Twenty completions of ten prompts in a pool of seven rows."""
+    return decoded(model, ten_prompts(), policy=SAMPLE, **ASKED)
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_equals_the_plain_loop(model, completed, name):
-    wanted = plain(model, ten_prompts(), policy=POLICIES[name], **ASKED)
-    assert len(set(wanted.lengths_B.tolist())) > 4, "completions should end at different times"
-    assert_same(completed[name], wanted)
-    assert completed[name].efficiency.prefills == 10
+def test_every_policy_decodes_as_teacher_forcing_says(model, sampled):
+    assert len(set(sampled.lengths_B.tolist())) > 4, "completions should end at different times"
+    assert 1 in sampled.lengths_B and sampled.truncated_B.any()
+    assert len(np.unique(sampled.depths_BT)) > 4
+    greedy = {"temperature": 0.0, "top_p": 1.0, "first_prompt": 3}
+    for policy, asked in (
+        (Full(), {}),
+        (Threshold(0.55), {}),
+        (Prescribed(DEPTH_BT), {}),
+        (SAMPLE, greedy),
+        (SAMPLE, greedy | {"adapters": False}),  # the teacher
+    ):
+        made = decoded(model, ten_prompts(), policy=policy, **ASKED | asked)
+        seen = set(made.depths_BT.flat) - {0}
+        assert seen == {LAYERS} if isinstance(policy, Full) else len(seen) > 2
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "greedy"])
-def test_records_equal_teacher_forcing(model, completed, name):
-    policy, drawn_from = POLICIES.get(name, POLICIES["sample"]), {"temperature": 0.9, "top_p": 0.95}
-    if name == "greedy":
-        made, drawn_from = rollout(model, ten_prompts(), policy=policy, size=SMALL,
-                                   **ASKED | {"temperature": 0.0}), {}  # fmt: skip
-    else:
-        made = completed[name]
-    sequences, logprobs_BT, out = teacher_forced(model, made, **drawn_from)
-    target, action = sequences.target_mask_BT, sequences.action_BT
-    np.testing.assert_allclose(sequences.logprobs_BT[target], logprobs_BT[target], atol=LOGPROBS)
-    assert not sequences.logprobs_BT[~target].any()
-    if name == "greedy":
-        best_BT = np.argmax(out.logits_BTV, -1)[:, :-1]
-        assert (best_BT == sequences.tokens_BT[:, 1:])[target[:, :-1]].all()
-
-    law = depth_log_prob(
-        sequences.depth_BT, out.hazard_logits_BTE, DEPTHS[:-1], LAYERS, temperature=2.0,
-        min_hazard=0.1,
-    )  # fmt: skip
-    expected_BT = np.where(action, law, 0.0) if policy.draws else np.zeros(action.shape)
-    np.testing.assert_allclose(sequences.depth_logprobs_BT, expected_BT, atol=LOGPROBS)
-    seen = set(sequences.depth_BT[action].tolist())
-    assert seen == {LAYERS} if name == "full" else len(seen) > 2
-
-    for row, start in enumerate(made.prompt_lengths_B):
-        assert made.depths_BT[row, 0] == LAYERS
-        assert np.isnan(made.hazard_logits_BTE[row, 0]).all()
-        for i in range(1, made.lengths_B[row]):
-            depth, z_E = made.depths_BT[row, i], made.hazard_logits_BTE[row, i]
-            reached = np.asarray(DEPTHS[:-1]) <= depth
-            assert np.isnan(z_E[~reached]).all()
-            forced_E = out.hazard_logits_BTE[row, start + i - 1]
-            np.testing.assert_allclose(z_E[reached], forced_E[reached], atol=LOGPROBS)
-            if name == "threshold":
-                over = 1 / (1 + np.exp(-z_E[reached])) > 0.55
-                assert not over[:-1].any() and (depth == LAYERS or over[-1])
-            if name == "prescribed":
-                assert depth == DEPTH_BT[row, i]
-
-
-def test_sizes_and_stacked_weights_change_nothing(model, completed, monkeypatch):
-    """As many rows as completions, and one; weights as accelerators have them."""
-    asked = ASKED | {"policy": POLICIES["sample"]}
-    for size in (EngineSize(rows=20, places=20), EngineSize(rows=1, places=1)):
-        assert_same(rollout(model, ten_prompts(), size=size, **asked), completed["sample"])
+def test_sizes_and_stacked_weights_change_nothing(model, sampled, monkeypatch):
+    """A row for each completion, one row for all; weights as accelerators have them."""
+    asked = ASKED | {"policy": SAMPLE}
+    one = EngineSize(rows=1, places=1)
+    assert_same(rollout(model, ten_prompts(), size=one, **asked), sampled)
     monkeypatch.setattr(engine, "on_cpu", lambda: False)
-    assert_same(rollout(model, ten_prompts(), size=SMALL, **asked), completed["sample"])
+    all_at_once = EngineSize(rows=20, places=20)
+    assert_same(rollout(model, ten_prompts(), size=all_at_once, **asked), sampled)
 
 
 # One shape of everything, so that the examples share two programs.
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_depths_and_ends(model, data):
     """Depths, prompts and end tokens at random: every token still comes out as it should."""
@@ -152,59 +113,43 @@ def test_any_depths_and_ends(model, data):
     ends = data.draw(st.lists(st.integers(0, 60), min_size=3, max_size=3))
     # A draw at random may fall within rounding of the border between two tokens.
     asked = GREEDY | {"policy": policy, "max_new_tokens": COLUMNS, "eos_ids": ends}
-    made = rollout(model, prompts, size=EngineSize(rows=5, places=2), **asked)
-    assert_same(made, plain(model, prompts, **asked))
+    decoded(model, prompts, size=EngineSize(rows=5, places=2), **asked)
 
 
-def test_a_ring_of_prompts_smaller_than_the_list(model, monkeypatch):
-    """Prompts are prefilled as others have begun, into their slots."""
+def test_a_small_prefix_cache_and_caches_that_grow(model, monkeypatch):
+    """Prompts are prefilled as others have begun, into their slots; rows outgrow their caches."""
     monkeypatch.setitem(scheduling.PREFILL_TOKENS, "cpu", 64)  # groups of 4, of 2 and of 1
-    asked = ASKED | {"policy": Sample(), "top_p": 1.0, "hazards": False, "max_new_tokens": 9}
-    prompts = 3 * ten_prompts()
-    made = rollout(model, prompts, size=EngineSize(rows=5, places=2), **asked)
-    assert_same(made, plain(model, prompts, **asked))
-    assert made.efficiency.prefills == 30
+    monkeypatch.setattr(cache, "SMALLEST_CACHE", 16)
+    asked = ASKED | {"policy": SAMPLE, "hazards": False, "max_new_tokens": 40}
+    made = decoded(model, 2 * ten_prompts(), size=EngineSize(rows=5, places=2), **asked)
+    assert made.shape == (16, 64) and made.lengths_B.max() > 20
 
 
 def test_finished_rows_make_room_at_once(model):
     """Completions of many lengths over two rows: each takes the row that is free first."""
     prompts = [[5, token] for token in range(24)]
     asked = {"max_new_tokens": 40, "eos_ids": (60, 7, 12, 33), "pad_id": PAD, "key": 0}
-    made = rollout(model, prompts, size=EngineSize(rows=2, places=2), **asked)
+    request = Request(prompts=prompts, **asked)
+    decoding = Decoding(model, request, EngineSize(rows=2, places=2))
+    while not decoding.turn():
+        pass
+    made = decoding.rollouts()
     assert made.lengths_B.min() < 4 and made.lengths_B.max() > 20
     busy = [0, 0]
     for length in made.lengths_B.tolist():
         # A tick a token, of which the prefill drew one; at least the tick that takes the row.
         busy[busy.index(min(busy))] += max(length - 1, 1)
     # And one for the last token of all, which nobody's next pass goes with.
-    assert made.efficiency.ticks == max(busy) + 1
-
-
-def test_depths_follow_their_law(model):
-    """Frequencies of the first free depth of many samples against the recorded probabilities."""
-    asked = GREEDY | {"max_new_tokens": 2, "samples_per_prompt": 4000}
-    made = rollout(model, [[5, 8]], policy=Sample(), **asked)
-    depths, logprobs, total = made.depths_BT[:, 1], made.depth_logprobs_BT[:, 1], 0.0
-    for depth in np.unique(depths):
-        (logprob,) = np.unique(np.round(logprobs[depths == depth], 5))
-        p = np.exp(logprob)
-        total += p
-        assert abs(np.mean(depths == depth) - p) < 5 * np.sqrt(p * (1 - p) / 4000)
-    assert total == pytest.approx(1.0, abs=1e-4)
-
-
-def test_without_adapters_it_is_the_teacher(model, prompts):
-    teacher = rollout(model, prompts, adapters=False, **GREEDY)
-    sequences, logprobs_BT, _ = teacher_forced(model, teacher, adapters=False)
-    target = sequences.target_mask_BT
-    np.testing.assert_allclose(sequences.logprobs_BT[target], logprobs_BT[target], atol=LOGPROBS)
-    student = rollout(model, prompts, **GREEDY)
-    assert not np.allclose(student.logprobs_BT, teacher.logprobs_BT, atol=0.01)
+    assert decoding.engine.pool.tick.tolist() == [max(busy) + 1]
 
 
 @pytest.mark.parametrize(
     ("family", "tied", "seed", "gain"),
-    [("qwen2", False, 9, 1.0), ("qwen3", True, 2, 6.0), ("llama", False, 8, 1.0)],
+    [
+        ("qwen3", True, 2, 6.0),
+        pytest.param("qwen2", False, 9, 1.0, marks=pytest.mark.slow),
+        pytest.param("llama", False, 8, 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_equals_hugging_face(tmp_path, family, tied, seed, gain):
     """Prompts of several lengths in one batch against each alone there, end token included."""
@@ -241,69 +186,6 @@ def test_greedy_equals_hugging_face(tmp_path, family, tied, seed, gain):
     assert [found.completion(row) for row in range(len(prompts))] == expected
 
 
-def test_larger_caches_on_the_way_change_nothing(model, prompts, monkeypatch):
-    def run():
-        asked = ASKED | {"max_new_tokens": 40, "hazards": False, "top_p": 1.0}
-        return rollout(model, prompts, policy=Sample(), **asked)
-
-    one = run()
-    monkeypatch.setattr(cache, "SMALLEST_CACHE", 16)  # caches of 32 and 64 slots in place of one
-    several = run()
-    assert one.shape != several.shape or one.lengths_B.max() < 16
-    assert_same(several, one)
-
-
-def test_rows_depend_on_key_prompt_and_sample_alone(model, prompts):
-    asked = ASKED | {"policy": Sample(), "samples_per_prompt": 3, "hazards": False, "top_p": 1.0}
-    together = rollout(model, prompts, **asked)
-    assert together.prompt_lengths_B.tolist() == [3] * 3 + [11] * 3 + [6] * 3
-    for group in together.tokens_BT.reshape(3, 3, -1):
-        assert len(np.unique(group, axis=0)) == 3, "samples of a prompt should differ"
-    for index, prompt in enumerate(prompts):
-        alone = rollout(model, [prompt], first_prompt=index, **asked)
-        rows = slice(3 * index, 3 * index + 3)
-        np.testing.assert_array_equal(alone.tokens_BT, together.tokens_BT[rows])
-        np.testing.assert_array_equal(alone.depths_BT, together.depths_BT[rows])
-        np.testing.assert_allclose(alone.logprobs_BT, together.logprobs_BT[rows], atol=LOGPROBS)
-    other = rollout(model, prompts, **asked | {"key": jax.random.key(1)})
-    assert (other.tokens_BT != together.tokens_BT).any()
-
-
-def test_any_end_token_stops_a_row_and_is_kept(model, prompts):
-    free = rollout(model, prompts, **GREEDY)
-    assert free.truncated_B.all() and free.lengths_B.tolist() == [12] * 3
-    ends = [int(free.tokens_BT[0, 4]), int(free.tokens_BT[1, 0])]
-    stopped = rollout(model, prompts, **GREEDY | {"eos_ids": ends})
-    for row in range(3):
-        tokens = free.tokens_BT[row].tolist()
-        stops = [tokens.index(end) + 1 for end in ends if end in tokens]
-        length = min(stops, default=12)
-        assert stopped.completion(row) == tokens[:length]
-        assert stopped.truncated_B[row] == (not stops)
-        assert (stopped.tokens_BT[row, length:] == PAD).all()
-        for record in (stopped.depths_BT, stopped.logprobs_BT, stopped.depth_logprobs_BT):
-            assert not record[row, length:].any()
-    assert stopped.lengths_B[1] == 1
-
-
-def test_sequences_line_up(completed):
-    made = completed["sample"]
-    sequences = made.sequences(40)
-    for row, prompt in enumerate(np.repeat(np.asarray(ten_prompts(), object), 2)):
-        start, new = len(prompt), int(made.lengths_B[row])
-        padding = [PAD] * (40 - start - new)
-        assert sequences.tokens_BT[row].tolist() == prompt + made.completion(row) + padding
-        assert sequences.lengths_B[row] == start + new
-        assert (sequences.depth_BT[row, :start] == LAYERS).all()
-        after = slice(start, start + new - 1)
-        np.testing.assert_array_equal(sequences.depth_BT[row, after], made.depths_BT[row, 1:new])
-        assert np.flatnonzero(sequences.action_BT[row]).tolist() == list(range(40))[after]
-        target = list(range(start - 1, start + new - 1))
-        assert np.flatnonzero(sequences.target_mask_BT[row]).tolist() == target
-    with pytest.raises(ValueError, match="cannot hold"):
-        made.sequences(10)
-
-
 def test_prompts_are_prefilled_once_and_with_those_of_like_length(model, monkeypatch):
     shapes, whole = [], prefill.run
 
@@ -315,7 +197,6 @@ def test_prompts_are_prefilled_once_and_with_those_of_like_length(model, monkeyp
     prompts = [[5] * length for length in (3, 11, 6)]
     made = rollout(model, prompts, samples_per_prompt=7, **GREEDY | {"max_new_tokens": 1})
     assert made.rows == 21 and shapes == [(3, 16)]
-    assert made.efficiency.prefills == 3
     assert made.efficiency.prompt_padding == pytest.approx(1 - 20 / 48)
 
     shapes.clear()
@@ -334,11 +215,10 @@ def test_programs_multiply_with_neither_prompt_lengths_nor_parameters(model, pro
         return np.asarray([prefill_program._cache_size(), ticks.advance._cache_size()])
 
     before, counts = programs(), []
-    for length in (1, 16, 17, 24):
+    for length in (1, 16, 17):
         rollout(model, [[3] * length], **GREEDY | {"max_new_tokens": 41})
-        counts.append(programs() - before)
-    expected = [1, 1, 2, 2]  # prompts in 16 and 32 slots; caches of 128
-    assert np.transpose(counts).tolist() == [expected, expected]
+        counts.append((programs() - before).tolist())
+    assert counts == [[1, 1], [1, 1], [2, 2]]  # prompts in 16 and 32 slots; caches of 128
 
     graphdef, trained, rest = nnx.split(model, nnx.filterlib.OfType(type(model.exits.b2)), ...)
     early = rollout((graphdef, trained, rest), prompts, policy=Sample(), **GREEDY)
@@ -459,7 +339,7 @@ def test_wrong_requests_get_one_sentence(model, prompts):
 FORCED = {"threshold": Threshold(0.8), "prescribed": Prescribed(DEPTH_BT[:3, :12])}
 
 
-@pytest.mark.parametrize("name", FORCED)
+@pytest.mark.parametrize("name", ["threshold", pytest.param("prescribed", marks=pytest.mark.slow)])
 def test_forced_prefixes_go_on_as_if_decoding_had_never_stopped(model, prompts, name):
     asked, cuts = GREEDY | {"policy": FORCED[name], "hazards": True}, (5, 0, 9)
     whole = rollout(model, prompts, **asked)
@@ -467,17 +347,11 @@ def test_forced_prefixes_go_on_as_if_decoding_had_never_stopped(model, prompts, 
     begun = [prompts[i] + whole.tokens_BT[i, :cut].tolist() for i, cut in enumerate(cuts)]
     asked |= {"max_new_tokens": 3, "size": EngineSize(rows=2, places=1)}
     made = rollout(model, begun, forced=cuts, **asked)
-    for row, cut in enumerate(cuts):
-        part = slice(cut, cut + 3)
-        np.testing.assert_array_equal(made.tokens_BT[row], whole.tokens_BT[row, part])
-        np.testing.assert_array_equal(made.depths_BT[row], whole.depths_BT[row, part])
-        for one, other in (
-            (made.logprobs_BT[row], whole.logprobs_BT[row, part]),
-            (made.hazard_logits_BTE[row], whole.hazard_logits_BTE[row, part]),
-        ):
-            np.testing.assert_allclose(one, other, atol=LOGPROBS, equal_nan=True)
-    with pytest.raises(ValueError, match="went on from forced prefixes"):
-        made.sequences()
+    row_B1 = np.arange(3)[:, None]
+    after_BC = np.asarray(cuts)[:, None] + np.arange(3)
+    for part in ("tokens_BT", "depths_BT", "logprobs_BT", "hazard_logits_BTE"):
+        found, wanted = getattr(made, part), getattr(whole, part)[row_B1, after_BC]
+        np.testing.assert_allclose(found, wanted, 0, LOGPROBS, err_msg=part)
     if name == "prescribed":  # and over data shards
         with jax.set_mesh(make_mesh(data=2)):
             divided = rollout(model, begun, forced=cuts, **asked)
@@ -491,7 +365,7 @@ def test_forced_prefixes_go_on_as_if_decoding_had_never_stopped(model, prompts, 
 
 def test_forced_tokens_leave_as_often_as_the_hazards_say(model):
     """At the first exit, which no earlier token's depth has touched."""
-    copies, begun = 400, [7, 3, 11, 30, 2]
+    copies, begun = 250, [7, 3, 11, 30, 2]
     asked = GREEDY | {"max_new_tokens": 1, "hazards": True}
     asked |= {"policy": Sample(temperature=1.5, min_hazard=0.1)}
     made = rollout(model, [begun] * copies, forced=[3] * copies, **asked)

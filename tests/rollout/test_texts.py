@@ -1,6 +1,5 @@
 """`generate` and `stream`: texts in and out, stop strings, and what lines up with what."""
 
-import numpy as np
 import pytest
 
 from jexit.loops.compilations import Compilations
@@ -38,7 +37,7 @@ def free(model):
     return generate(model, Letters(), PROMPTS, hazards=True, **SETTINGS)
 
 
-def test_lists_line_up(model, free):
+def test_lists_line_up_and_settings_count(model, free):
     for i in range(len(PROMPTS)):
         length = len(free.tokens[i])
         assert len(free.depths[i]) == len(free.logprobs[i]) == len(free.hazard_logits[i]) == length
@@ -47,44 +46,27 @@ def test_lists_line_up(model, free):
         assert free.truncated[i] == (free.tokens[i][-1] not in Letters.eos_ids)
         assert isinstance(free.tokens[i][0], int) and isinstance(free.logprobs[i][0], float)
 
-
-def test_sizes_change_nothing_and_settings_do(model, free):
     def made(**settings):
-        return generate(model, Letters(), PROMPTS, **SETTINGS | settings)
+        return generate(model, Letters(), PROMPTS, **SETTINGS | settings).texts
 
-    whole = made(size=EngineSize())
-    assert (whole.tokens, whole.depths) == (free.tokens, free.depths)
-    assert made(seed=6).texts != free.texts
-    assert made(chat=False).texts != free.texts
-    greedy = {"policy": Full(), "temperature": 0.0}
-    assert made(**greedy).texts == made(seed=1, **greedy).texts
-    assert made(**greedy).texts == generate(model, Letters(), PROMPTS, max_new_tokens=40).texts
-
-
-def compilations(model, *calls):
-    """What XLA compiles for calls, each a number of prompts and of new tokens."""
-    compiled = Compilations()
-    with compiled:
-        for prompts, new in calls:
-            made = generate(
-                model, Letters(), (PROMPTS * 9)[:prompts], policy=Sample(), stop=["no such text"],
-                max_new_tokens=new, temperature=1.0,
-            )  # fmt: skip
-            assert len(made.texts) == prompts
-            assert max(map(len, made.tokens)) <= new
-    return compiled.of_step()["compilations"]
+    assert made(seed=6) != free.texts
+    assert made(chat=False) != free.texts
+    greedy = generate(model, Letters(), PROMPTS, max_new_tokens=40, size=SMALL).texts
+    assert greedy == made(seed=6, policy=Full(), temperature=0.0)
 
 
 def test_calls_of_like_size_share_their_programs(model):
-    compilations(model, (5, 20), (8, 20))  # prompts are prefilled four at a time, or eight
-    assert compilations(model, (6, 20), (7, 2), (5, 21), (8, 90)) == 0
-
-
-@pytest.mark.slow
-def test_calls_of_all_sorts_compile_little(model):
-    """80 calls of up to 40 prompts and 120 new tokens: ten buckets of prompts, one of tokens."""
-    rng = np.random.default_rng(0)
-    assert compilations(model, *rng.integers((1, 2), (41, 121), (80, 2)).tolist()) < 80
+    compiled = Compilations()
+    # Prompts are prefilled four at a time, or eight.
+    for prompts, new in ((5, 20), (8, 20), (6, 20), (7, 2), (5, 21), (8, 90)):
+        with compiled:
+            made = generate(
+                model, Letters(), (PROMPTS * 2)[:prompts], policy=Sample(), stop=["no such text"],
+                max_new_tokens=new, temperature=1.0,
+            )  # fmt: skip
+        assert len(made.texts) == prompts and max(map(len, made.tokens)) <= new
+        found = compiled.of_step()["compilations"]
+        assert found == 0 or (prompts, new) in ((5, 20), (8, 20))
 
 
 def test_stop_strings_end_a_completion(model, free, monkeypatch):
@@ -147,18 +129,10 @@ def test_unfinished_characters_wait(model):
 def test_wrong_inputs_get_one_sentence(model):
     message = [{"role": "user", "content": "a"}]
     for prompts, settings, sentence in [
-        ([], {}, "no prompts to complete; give"),
         ("abc", {}, "put it in brackets"),
-        (
-            [message],
-            {},
-            r"prompt 0 is \[\{'role'.*, which is no string; give the text of the user's",
-        ),
-        (["a", message[0]], {}, "prompt 1 is {'role'"),
+        ([message], {}, "prompt 0 is .*'role'.*, which is no string; give the text"),
         (["a", ""], {"chat": False}, "prompt 1 is empty; a prompt needs"),
-        (["a" * 511], {}, "512 positions; shorten the prompt"),
         (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens .* at most 4"),
-        (["a"], {"policy": "sample"}, "policy is 'sample'; give a policy, such as jexit.Full"),
         (["a"], {"policy": Sample}, "policy is the class Sample; give an instance of it"),
         (["a"], {"policy": Threshold(2.0)}, r"Threshold has hazard 2\.0; .* from 0 .* to 1"),
         (["a"], {"policy": Prescribed(99)}, "Prescribed has depth 99; a token of this model"),
