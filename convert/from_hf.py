@@ -11,45 +11,31 @@ source has them.
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
+import jax
+
+from jexit.io import storage_errors
+from jexit.io.atomic import atomic_directory
+from jexit.io.model_dir import write_model
+from jexit.io.model_source import open_model
+from jexit.io.weights import base_part
 
 
 def convert(source: str, target: str) -> str:
     """Converts and returns a one-line summary; raises UserError or OSError with one sentence."""
-    from jexit.io.atomic import atomic_directory
-    from jexit.io.model_dir import write_model
-    from jexit.io.model_source import open_model
-
     model = open_model(source)
     model.find_tokenizer()
     weights = model.weights()
-    count = 0
-
-    def counted() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal count
-        for path, array in weights.parameters():
-            count += array.size
-            yield path, array
-            del array  # before the next one is read
-
     with atomic_directory(target) as partial:
-        write_model(
-            partial,
-            model.architecture,
-            weights=counted(),
-            adapters=model.adapters(),
-            exits=model.exits(),
-            exit_layers=model.exit_layers,
-            exit_head=model.exit_head,
-            lora=model.lora,
-            tokenizer=model.tokenizer,
-            source=model.source,
-        )
+        copy = dataclasses.replace(model, directory=partial)
+        parameters, adapters, exits = weights.parameters(), model.adapters(), model.exits()
+        write_model(copy, parameters, adapters, exits, model.tokenizer)
     arch = model.architecture
+    count = sum(map(math.prod, base_part(arch).shapes().values()))
     dtype = weights.dtypes()["embed.embedding"].name
     return (
         f"wrote {target}: {arch.family}, {arch.layers} layers × {arch.width}, "
@@ -68,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], str]) -> int:
     """Runs a conversion: its summary on stdout, or one sentence on stderr and exit code 1."""
-    from jexit.io import storage_errors
-
     storage_errors.say_once()
     try:
         print(command())
@@ -80,5 +64,5 @@ def run(command: Callable[[], str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"  # conversion needs no accelerator and should not hold one
+    jax.config.update("jax_platforms", "cpu")  # conversion should not hold an accelerator
     sys.exit(main())

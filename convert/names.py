@@ -43,6 +43,20 @@ MODULE_OF_TARGET = {name: module.split(".")[1] for name, (module, _, _) in PROJE
 TARGET_OF_MODULE = {module: name for name, module in MODULE_OF_TARGET.items()}
 
 
+_AXES = {
+    "V": "vocab_size",
+    "D": "width",
+    "O": "width",  # beside another D
+    "N": "query_heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "F": "mlp_width",
+    "R": "rank",
+    "W": "exit_width",
+    "C": "continuation_rank",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One kind of tensor in a file, one parameter of jexit, and how their axes correspond."""
@@ -85,32 +99,9 @@ class Rule:
         return ordered.reshape(self.file_shape(sizes))
 
 
-def axis_sizes(
-    *,
-    vocab_size: int,
-    width: int,
-    query_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    mlp_width: int,
-    rank: int = 0,
-    exit_width: int = 0,
-    continuation_rank: int = 0,
-    **_: Any,
-) -> dict[str, int]:
-    """Length of every axis letter, from an architecture's fields (`Architecture.to_dict()`)."""
-    return {
-        "V": vocab_size,
-        "D": width,
-        "O": width,  # beside another D
-        "N": query_heads,
-        "K": kv_heads,
-        "H": head_dim,
-        "F": mlp_width,
-        "R": rank,
-        "W": exit_width,
-        "C": continuation_rank,
-    }
+def axis_sizes(**sizes: Any) -> dict[str, int]:
+    """Length of every axis letter, from an architecture's fields and a part's own sizes."""
+    return {letter: sizes.get(name, 0) for letter, name in _AXES.items()}
 
 
 def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:

@@ -13,34 +13,36 @@ tokenizer with its chat template. --dtype is that of merged weights (auto: as th
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.from_hf import run
+from jexit.config import LoRA
+from jexit.data.tokenizer import Tokenizer
 from jexit.errors import UserError
-
-if TYPE_CHECKING:
-    from jexit.config import LoRA
-    from jexit.data.tokenizer import Tokenizer
-    from jexit.io.model_source import ModelSource
-    from jexit.io.weights import Part
+from jexit.io.atomic import atomic_directory
+from jexit.io.files import write_json
+from jexit.io.hf_config import (
+    ADAPTER_CONFIG,
+    EXIT_CONFIG,
+    adapter_config,
+    config_of_architecture,
+    exit_config,
+)
+from jexit.io.model_dir import write_eos_ids
+from jexit.io.model_source import MODEL_FILE, ModelSource, is_hub_id, open_model
+from jexit.io.weights import Part, adapter_part, base_part, exit_part, write_safetensors
 
 
 def export(
     source: str, target: str, *, adapter: str = "merge", dtype: str = "auto", base: str = ""
 ) -> str:
     """Exports and returns a one-line summary; raises UserError or OSError with one sentence."""
-    from jexit.io.atomic import atomic_directory
-    from jexit.io.files import write_json
-    from jexit.io.hf_config import ADAPTER_CONFIG, EXIT_CONFIG, adapter_config, exit_config
-    from jexit.io.model_source import open_model
-    from jexit.io.weights import adapter_part, exit_part
-
     model = open_model(source)
     arch = model.architecture
     model.find_tokenizer()
@@ -71,8 +73,6 @@ def export(
 
 def _published_base(model: ModelSource) -> str:
     """The Hugging Face directory or hub id that holds the base weights; empty if there is none."""
-    from jexit.io.model_source import MODEL_FILE, is_hub_id
-
     if not (model.base / MODEL_FILE).exists():
         return model.source or str(model.base.resolve())
     known = model.source
@@ -85,14 +85,10 @@ def _write_checkpoint(
     adapters: Mapping[str, np.ndarray],
     dtype: str,
 ) -> None:
-    from jexit.io.files import write_json
-    from jexit.io.hf_config import config_of_architecture
-    from jexit.io.weights import base_part, write_safetensors
-
     weights = model.weights()
     dtypes = weights.dtypes()
     if dtype != "auto":
-        dtypes = dict.fromkeys(dtypes, _dtype(dtype))
+        dtypes = dict.fromkeys(dtypes, jnp.dtype(dtype))
     merged = _merged(weights.parameters(), adapters, model.lora, dtypes)
     write_safetensors(directory, base_part(model.architecture), dtypes, merged)
     tokenizer = model.tokenizer()  # after the weights, which keeps memory low
@@ -108,8 +104,6 @@ def _write_checkpoint(
 
 
 def _write_part(directory: pathlib.Path, part: Part, parameters: dict[str, np.ndarray]) -> None:
-    from jexit.io.weights import write_safetensors
-
     dtypes = {path: array.dtype for path, array in parameters.items()}
     write_safetensors(directory, part, dtypes, parameters.items())
 
@@ -138,21 +132,8 @@ def _merged(
 
 
 def _write_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
-    from jexit.io.model_dir import write_eos_ids
-
     tokenizer.save(directory)
     write_eos_ids(directory, tokenizer)
-
-
-def _dtype(name: str) -> np.dtype:
-    import ml_dtypes
-
-    kinds: dict[str, Any] = {
-        "float32": np.float32,
-        "bfloat16": ml_dtypes.bfloat16,
-        "float16": np.float16,
-    }
-    return np.dtype(kinds[name])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,5 +159,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"  # conversion needs no accelerator and should not hold one
+    jax.config.update("jax_platforms", "cpu")  # conversion should not hold an accelerator
     sys.exit(main())

@@ -30,23 +30,3 @@ HazardLogitsBTE = Float[Array, "B T E"]
 LogitsBTV = Float[Array, "B T V"]
 CacheKLPSH = Float[Array, "K L P S H"]
 PRNGKey = Key[Array, ""]
-
-__all__ = [
-    "Array",
-    "Bool",
-    "CacheKLPSH",
-    "DepthBT",
-    "ExitHiddenEBTD",
-    "Float",
-    "HazardLogitsBTE",
-    "HiddenBTD",
-    "Int",
-    "Key",
-    "LengthsB",
-    "LogitsBTV",
-    "MaskBT",
-    "PRNGKey",
-    "PositionsBT",
-    "SegmentBT",
-    "TokensBT",
-]

@@ -57,7 +57,7 @@ class Llama3Rope:
 
 
 RopeScaling = Yarn | Llama3Rope
-_SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
+SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,9 @@ class Architecture:
             scaling = {"kind": "yarn", **yarn}
         if scaling is not None:
             kind = scaling.get("kind")
-            if kind not in _SCALINGS:
+            if kind not in SCALINGS:
                 raise UserError(f"rope_scaling is of kind {kind!r}; jexit computes yarn and llama3")
-            scaling = build(_SCALINGS[kind], scaling, "rope_scaling")
+            scaling = build(SCALINGS[kind], scaling, "rope_scaling")
         return build(cls, values | {"rope_scaling": scaling}, "architecture")
 
 

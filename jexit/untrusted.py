@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; {remedy}")
     return value
+
+
+def read_json_lines(path: str | os.PathLike[str], remedy: str) -> Iterator[Any]:
+    """The values of a file with a JSON text a line; none without a file.
+
+    Lines that hold none, or are torn, are passed over. Raises UserError as `read_bytes` does.
+    """
+    try:
+        lines = read_bytes(path, remedy).splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if line.endswith(b"\n"):
+                yield parse_json(line)
 
 
 def parse_json(data: bytes) -> Any:

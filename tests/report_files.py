@@ -269,7 +269,7 @@ def write_trained(
     with SamplesWriter(workdir) as writer:
         for step in (1, steps):
             for record in completions(seed, hazards=False, prompts=2):
-                writer.write(step, {**record, "reward": 0.5})
+                writer.write(step, [{**record, "reward": 0.5}])
     before, after = (policy_figures("sample", draw) for _ in range(2))
     write_json(workdir / "before.json", before | {"accuracy": 0.7344, "depth_fraction": 0.8})
     write_json(workdir / "after.json", after)

@@ -1,6 +1,7 @@
 """Every setting is explained, checked by name and type, and against the others, in one sentence."""
 
 import dataclasses
+import importlib
 import json
 import math
 import operator
@@ -13,7 +14,6 @@ import pytest
 from jexit import axes
 from jexit.config import (
     COMMANDS,
-    PROJECTIONS,
     STEPS,
     Config,
     EngineSize,
@@ -25,8 +25,8 @@ from jexit.config import (
     parse_policy,
 )
 from jexit.errors import UserError
-from jexit.presets import PRESETS, Architecture, Llama3Rope, Yarn
-from jexit.settings import Bounds, Length, annotations
+from jexit.presets import PRESETS, Architecture, Yarn
+from jexit.settings import Length, annotations
 from jexit.tasks import sums
 from jexit.tasks.tom import task as tom
 from jexit.tasks.word_problems import NAMES
@@ -64,23 +64,17 @@ def declared(cls=Config, prefix=""):
 SETTINGS = dict(declared())
 
 
-def test_every_preset_builds_for_every_command():
-    sizes = {
-        "qwen3": ("0.6b", "1.7b", "4b", "8b", "14b", "32b"),
-        "qwen2.5": ("0.5b", "1.5b", "3b", "7b"),
-        "r1-distill-qwen": ("1.5b", "7b", "14b", "32b"),
-        "smollm2": ("135m", "360m", "1.7b"),
-        "llama-3.2": ("1b",),
-        "layerskip-llama-3.2": ("1b",),
-    }
-    assert set(PRESETS) == {f"{family}-{size}" for family in sizes for size in sizes[family]}
+def test_every_config_file_builds_for_every_preset():
     for command in COMMANDS:
-        assert Config.from_dict(config_dict(command)).model.path == "jexit/assets/tiny"
-        for name, preset in PRESETS.items():
-            config = Config.from_dict(config_dict(command, name))
+        get_config = importlib.import_module(f"configs.{command}").get_config
+        for name in ("tiny", *PRESETS):
+            config = Config.from_dict(get_config(name))
             assert (config.command, config.preset) == (command, name)
-            assert config.exits.layers == tuple(range(5, preset.architecture.layers, 5))
-            assert config.lora.rank == preset.lora_rank
+            assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for name, preset in PRESETS.items():
+        config = config_dict("rl", name)
+        assert config.exits.layers == tuple(range(5, preset.architecture.layers, 5))
+        assert config.lora.rank == preset.lora_rank
     large = config_dict("sft", "qwen3-4b").lora
     assert (large.rank, large.alpha, large.dropout) == (16, 32.0, 0.05)  # as published
     optim = Config(command="rl").optim
@@ -88,45 +82,33 @@ def test_every_preset_builds_for_every_command():
 
 
 def test_presets_have_the_published_number_of_parameters():
-    billions = {  # totals of the published checkpoints' safetensors headers
-        "qwen2.5-0.5b": 0.494032768,
-        "qwen3-0.6b": 0.596049920,
-        "r1-distill-qwen-1.5b": 1.777088000,
-        "qwen3-4b": 4.022468096,
-        "qwen2.5-7b": 7.615616512,
-        "qwen3-32b": 32.762123264,
-        "smollm2-135m": 0.134515008,
-        "smollm2-360m": 0.361821120,
-        "smollm2-1.7b": 1.711376384,
-        "llama-3.2-1b": 1.235814400,
-        "layerskip-llama-3.2-1b": 1.235814400,
-    }
-    for preset, published in billions.items():
+    """Totals of the published checkpoints' safetensors headers, in billions."""
+    published = {
+        "qwen2.5-0.5b": 0.494032768, "qwen3-0.6b": 0.596049920, "r1-distill-qwen-1.5b": 1.777088000,
+        "qwen3-4b": 4.022468096, "qwen2.5-7b": 7.615616512, "qwen3-32b": 32.762123264,
+        "smollm2-135m": 0.134515008, "smollm2-360m": 0.361821120, "smollm2-1.7b": 1.711376384,
+        "llama-3.2-1b": 1.235814400, "layerskip-llama-3.2-1b": 1.235814400,
+    }  # fmt: skip
+    for preset, billions in published.items():
         a = PRESETS[preset].architecture
         heads, kv = a.query_heads * a.head_dim, a.kv_heads * a.head_dim
         block = a.width * (2 * heads + 2 * kv) + 3 * a.width * a.mlp_width + 2 * a.width
         block += (heads + 2 * kv) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
         embeddings = a.vocab_size * a.width * (1 if a.tied else 2)
-        assert a.layers * block + embeddings + a.width == round(published * 1e9), preset
+        assert a.layers * block + embeddings + a.width == round(billions * 1e9), preset
 
 
-def test_configs_and_architectures_survive_json():
-    config = build(exits__layers=(2, 4), eval__policies=("full", "fixed:3"))
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+def test_architectures_survive_json():
     arch = PRESETS["qwen3-4b"].architecture
     yarn = Yarn(factor=2.0, original_max_positions=64)
-    llama3 = Llama3Rope(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64
-    )
+    llama3 = PRESETS["llama-3.2-1b"].architecture.rope_scaling
     for scaling in (None, yarn, llama3):
         scaled = dataclasses.replace(arch, rope_scaling=scaling)
         assert Architecture.from_dict(json.loads(json.dumps(scaled.to_dict()))) == scaled
     # As the first model directories name it.
     values = {k: v for k, v in arch.to_dict().items() if k != "rope_scaling"}
-    named = Architecture.from_dict(
-        {**values, "yarn": {"factor": 2.0, "original_max_positions": 64}}
-    )
-    assert named == dataclasses.replace(arch, rope_scaling=yarn)
+    values["yarn"] = {"factor": 2.0, "original_max_positions": 64}
+    assert Architecture.from_dict(values) == dataclasses.replace(arch, rope_scaling=yarn)
 
 
 def test_the_page_of_settings_is_current():
@@ -158,16 +140,11 @@ def test_a_key_or_a_value_of_the_wrong_type_is_refused_by_name():
     for call in (lambda: config_dict("rl", "qwen9"), lambda: build(preset="qwen9")):
         with pytest.raises(UserError, match="preset 'qwen9' is not known; choose one of tiny, qw"):
             call()
-    locked = config_dict("rl")
     with pytest.raises(AttributeError):
-        locked.rl.rolouts = 3
-
-
-def test_what_means_the_same_is_taken():
-    config = build(optim__lora_lr=1, exits__layers=[2, 3], lora__targets="q")
-    assert config.optim.lora_lr == 1.0 and isinstance(config.optim.lora_lr, float)
-    assert config.exits.layers == (2, 3) and config.lora.targets == ("q",)
-    assert build(lora__targets=PROJECTIONS).lora.targets == PROJECTIONS
+        config_dict("rl").rl.rolouts = 3
+    config = build(optim__lora_lr=1, exits__layers=[2, 3], lora__targets="q")  # mean the same
+    assert isinstance(config.optim.lora_lr, float) and config.exits.layers == (2, 3)
+    assert config.lora.targets == ("q",)
 
 
 def test_every_setting_declares_what_it_takes_and_holds_to_it():
@@ -188,15 +165,6 @@ def test_every_setting_declares_what_it_takes_and_holds_to_it():
             if not (rule.or_zero and value == 0):
                 said = f"config.{key.replace('__', '.')} is {value}; it must be {rule}"
                 assert refusal(**{key: value}) == said
-    for rule, inside, outside in (
-        (Bounds(1, 3), (1, 2, 3), (0, 4, math.nan, math.inf)),
-        (Bounds(0.5, 1, or_zero=True), (0, 0.5, 1), (0.4, -1, 1.1, math.nan, -math.inf)),
-    ):
-        for value in inside:
-            rule.check(value, "x")
-        for value in outside:
-            with pytest.raises(UserError, match=r"^x is .*; it must be .*at least"):
-                rule.check(value, "x")
     assert typing.get_args(SETTINGS["task__people_max"])[1].at_most == len(NAMES)
     for positive in ("rl__temperature", "sft__sharpness", "optim__clip_norm", "optim__eps"):
         assert typing.get_args(SETTINGS[positive])[1].at_least > 0, positive  # divided by
@@ -230,11 +198,7 @@ CONTRADICTIONS = [
     ("rl", {"steps": 0, "sft__lens_steps": 5}, "it must be at least 1"),
     ("rl", {"task__steps": "fine"}, "task.steps is 'fine'; task 'sums' knows free, 2, 3, 4, 5"),
     ("rl", {"task__name": "tom", "task__steps": "3"}, "task 'tom' knows free, fine, coarse, at_on"),
-    (
-        "rl",
-        {"task__name": "tom", "task__path": "stories.csv", "task__steps": "fine"},
-        "task 'tom' with a path knows free",
-    ),
+    ("rl", {"task__name": "tom", "task__path": "x", "task__steps": "3"}, "with a path knows free"),
     ("rl", {"task__people_min": 2, "task__moves_max": 8}, "so few people rarely make so long"),
     ("rl", {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5}, "word_problems and tom add up"),
     ("rl", {"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
@@ -286,10 +250,7 @@ def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
 
 
 def test_exits_default_to_every_fifth_layer_below_the_last():
-    for exits, layers, expected in (
-        ((), 24, (5, 10, 15, 20)), ((), 6, (5,)), ((1, 3), 4, (1, 3)), ([2], 3, (2,)),
-    ):  # fmt: skip
-        assert check_exits(exits, layers) == expected
+    assert check_exits((), 24) == (5, 10, 15, 20) and check_exits((1, 3), 4) == (1, 3)
     with pytest.raises(UserError, match=r"exit 8 is not below the model's 8 layers; .* 1 to 7"):
         check_exits((4, 8), 8)
     with pytest.raises(UserError, match=r"5 layers has no exit at every 5th layer; set config\.e"):
@@ -304,19 +265,15 @@ def test_policies_have_a_name_and_sometimes_a_number():
     for text in f"{wrong}|fixed|fixed:0|fixed:-1|fixed:2.5|greedy".split("|"):
         with pytest.raises(UserError, match=r"policy '.*' is not known; use full, sample, thresh"):
             parse_policy(text)
-    controls = {
-        "shuffled": "sample",
-        "fixed:matched": "sample",
-        "shuffled:threshold:0.5": "threshold:0.5",
-        "fixed:matched:fixed:3": "fixed:3",
-        "fixed:4": None,
-        "sample": None,
-        "shuffledness": None,
-    }
-    assert {text: control_of(text) for text in controls} == controls
+    for text, of in (
+        ("shuffled", "sample"), ("fixed:matched", "sample"), ("fixed:4", None), ("sample", None),
+        ("shuffled:threshold:0.5", "threshold:0.5"), ("fixed:matched:fixed:3", "fixed:3"),
+        ("shuffledness", None),
+    ):  # fmt: skip
+        assert control_of(text) == of
 
 
 def test_the_suffix_of_every_array_type_says_its_axes():
-    for name in axes.__all__:
-        dims = getattr(getattr(axes, name), "dim_str", None)
+    for name, kind in vars(axes).items():
+        dims = getattr(kind, "dim_str", None)
         assert not dims or name.endswith(dims.replace(" ", "")), (name, dims)

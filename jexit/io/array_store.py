@@ -7,7 +7,6 @@ Names are the dotted paths of the parameter tree: `blocks.attn.q.kernel`.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -79,10 +78,6 @@ class ArrayStore:
                 "the model directory again, or take one whose training did not diverge"
             )
         return tree[_ITEM]
-
-    def items(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name in self.names():
-            yield name, self.read(name)
 
     def _damaged(self, name: str, error: Exception) -> str:
         return (

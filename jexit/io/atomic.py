@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 from jexit.errors import UserError
-from jexit.io.files import DISK_FULL, disk_errors, disk_message
+from jexit.io.files import DISK_FULL, disk_errors, disk_message, flush
 
 
 @contextlib.contextmanager
@@ -37,12 +37,12 @@ def atomic_directory(
         with disk_errors(target):
             partial.mkdir()
         yield partial
-        _flush(partial)
+        _flush_all(partial)
         shutil.rmtree(previous, ignore_errors=True)
         if target.exists():
             target.rename(previous)
         partial.rename(target)
-        _flush_one(target.parent)
+        flush(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,16 +68,6 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         )
 
 
-def _flush(directory: pathlib.Path) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            _flush_one(pathlib.Path(folder) / name)
-        _flush_one(pathlib.Path(folder))
-
-
-def _flush_one(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _flush_all(directory: pathlib.Path) -> None:
+    for path in (directory, *directory.rglob("*")):
+        flush(path)

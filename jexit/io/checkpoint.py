@@ -83,24 +83,18 @@ class Checkpoints:
                 f"{broken[0]} holds NaN or infinity after step {step}, so no checkpoint of it is "
                 f"written to {self.directory}; lower config.optim.*_lr"
             )
-        # The storage notices missing bytes, not altered ones.
-        metadata = {_CHECKSUMS: digests(named)}
         with self._write_errors():
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(named),
                 metrics=None if score is None else {_SCORE: score},
-                custom_metadata=metadata,
+                # The storage notices missing bytes, not altered ones.
+                custom_metadata={_CHECKSUMS: digests(named)},
             )
 
     def best_step(self) -> int | None:
-        """The stored checkpoint with the highest score; None when none has one."""
-        scores = {}
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics is not None:
-                scores[step] = _score(metrics)
-        return max(scores, key=lambda step: (scores[step], step), default=None)
+        """The checkpoint with the highest score, of equals the later; None if none has one."""
+        return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:
         """The newest readable checkpoint, placed and shaped as `like`; None when there is none.
@@ -110,13 +104,13 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []
+        to_shape = ocp.utils.to_shape_dtype_struct
+        wanted = {name: to_shape(leaf) for name, leaf in _named(like).items()}
         for step in steps:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-            self._check_same_parameters(step, abstract)
-            named, failure = {}, ""
+            self._check_same_parameters(step, wanted)
+            failure = ""
             try:
-                args = ocp.args.StandardRestore(abstract)
-                named = self._manager.restore(step, args=args)
+                named = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
                 self._check_bytes(step, named)
             except Exception as error:  # Orbax raises many kinds for damaged files
                 failure = str(error) or type(error).__name__
@@ -130,11 +124,9 @@ class Checkpoints:
                 continue
             if failures:
                 logging.warning("Resuming from the checkpoint before: step %d.", step)
-                self._delete(failures)
-            leaves, treedef = jax.tree.flatten(like)
-            restored = [named[name] for name in _names(like)]
-            assert len(leaves) == len(restored)
-            return jax.tree.unflatten(treedef, restored)
+            for failed in failures:
+                self._manager.delete(failed)
+            return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in wanted])
         if steps:
             raise UserError(
                 f"none of the checkpoints {steps} in {self.directory} can be read; remove the "
@@ -145,21 +137,17 @@ class Checkpoints:
     def _check_same_parameters(self, step: int, abstract: dict[str, Any]) -> None:
         try:
             stored = self._manager.item_metadata(step)
-            stored = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+            there = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         except Exception:  # damaged metadata: restore reports it
             return
-        wanted = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-        if stored and stored != wanted:
-            differing = sorted(
-                name
-                for name in stored.keys() | wanted.keys()
-                if stored.get(name) != wanted.get(name)
-            )
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} holds other parameters than this config "
-                f"({differing[0]} is {stored.get(differing[0])} there and "
-                f"{wanted.get(differing[0])} here); use the same config or another --workdir"
-            )
+        here = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+        for name in sorted(there | here) if there else ():
+            if there.get(name) != here.get(name):
+                raise UserError(
+                    f"checkpoint {self.directory / str(step)} holds other parameters than this "
+                    f"config ({name} is {there.get(name)} there and {here.get(name)} here); use "
+                    "the same config or another --workdir"
+                )
 
     def _check_bytes(self, step: int, named: dict[str, Any]) -> None:
         try:
@@ -181,10 +169,6 @@ class Checkpoints:
                 "before are whole"
             ) from error
 
-    def _delete(self, steps: list[int]) -> None:
-        for step in steps:
-            self._manager.delete(step)
-
     def wait(self) -> None:
         """Blocks until every started save is on disk."""
         with self._write_errors():
@@ -199,18 +183,15 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics[_SCORE]
 
 
-def _names(tree: Any) -> list[str]:
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-
-
 def _named(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree.leaves(tree)
-    names = _names(tree)
-    assert len(set(names)) == len(names)
-    return {
-        name: leaf
-        if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    """The arrays of a tree by their paths, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        if isinstance(leaf, arrays)
         else np.asarray(leaf)
-        for name, leaf in zip(names, leaves, strict=True)
+        for path, leaf in leaves
     }
+    assert len(named) == len(leaves)
+    return named

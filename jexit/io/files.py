@@ -17,9 +17,9 @@ from jexit.errors import UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes a file of a directory that itself appears whole or not at all."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    path.write_bytes(json_line(value, indent=2))
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
@@ -28,8 +28,7 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
     Raises UserError when the disk refuses the write (the old file is then untouched) or when the
     value holds something that is no JSON.
     """
-    text = json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes_atomic(path, f"{text}\n".encode(errors="replace"))
+    write_bytes_atomic(path, json_line(value, indent=2))
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -49,11 +48,16 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the new name, too, survives a power cut
-        finally:
-            os.close(directory)
+        flush(path.parent)  # the new name, too, survives a power cut
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's contents, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -85,6 +89,12 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
     except OSError as error:  # of some shared file systems
         raise UserError(f"{file.name} cannot be locked ({error}); {remedy}") from error
     return True
+
+
+def json_line(value: Any, indent: int | None = None) -> bytes:
+    """`value` as JSON that ends a line; raises UserError when it holds what is no JSON."""
+    text = json.dumps(to_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode(errors="replace")
 
 
 def to_jsonable(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from convert import names
 from jexit.config import PROJECTIONS, ExitSettings, LoRA
 from jexit.errors import MissingFile, UserError
-from jexit.presets import Architecture, Count, Llama3Rope, Number, RopeScaling, Yarn
+from jexit.presets import FAMILIES, SCALINGS, Architecture, Count, Number, RopeScaling
 from jexit.settings import build, checked
 from jexit.untrusted import read_object
 
@@ -32,13 +32,20 @@ _BEYOND_LORA = (
     *("megatron_config", "modules_to_save", "rank_pattern", "target_parameters"),
     *("trainable_token_indices", "use_dora", "use_qalora", "use_rslora"),
 )
-ARCHITECTURE_NAMES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
 # Biases that a family's config.json can ask for, on projections that have none in jexit.
 _BIASES = {"qwen2": (), "qwen3": ("attention_bias",), "llama": ("attention_bias", "mlp_bias")}
+# A number of config.json, and the field of `Architecture` that it is.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "query_heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_width",
+    "max_position_embeddings": "max_positions",
+    "rms_norm_eps": "rms_norm_eps",
+}
 _QWEN3_HEAD_DIM = 128  # the format's own meaning of a Qwen3 config.json without head_dim
 
 
@@ -59,33 +66,26 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
 def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
     """`read_architecture` for a config that has been parsed; `where` names it in messages."""
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in ARCHITECTURE_NAMES:
+    if family not in FAMILIES:
         raise UserError(
             f"{where} describes a {family!r} model; jexit reads model_type qwen2, qwen3 and llama "
             "(Qwen2, Qwen2.5, R1-Distill-Qwen, dense Qwen3, Llama 3, SmolLM2): use one of these"
         )
     _refuse_unsupported(config, family, where)
 
-    def count(key: str, default: int | None = None) -> int:
-        return positive(config, key, where, default, whole=True)
+    def number(key: str, default: Any = None) -> Any:
+        return positive(config, key, where, default, whole=key != "rms_norm_eps")
 
-    width, heads = count("hidden_size"), count("num_attention_heads")
-    head_dim = count("head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else width // heads)
+    heads = number("num_attention_heads")
+    head_dim = _QWEN3_HEAD_DIM if family == "qwen3" else number("hidden_size") // heads
+    defaults = {"num_key_value_heads": heads, "head_dim": head_dim}
     rope_theta, rope_scaling = _rope(config, where)
     return Architecture(
         family=family,
-        vocab_size=count("vocab_size"),
-        width=width,
-        layers=count("num_hidden_layers"),
-        query_heads=heads,
-        kv_heads=count("num_key_value_heads", heads),
-        head_dim=head_dim,
-        mlp_width=count("intermediate_size"),
         rope_theta=rope_theta,
-        rms_norm_eps=positive(config, "rms_norm_eps", where),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=count("max_position_embeddings"),
         rope_scaling=rope_scaling,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        **{field: number(key, defaults.get(key)) for key, field in _FIELDS.items()},
     )
 
 
@@ -100,24 +100,13 @@ def config_of_architecture(
     """A config.json that transformers 4 and 5 load; `dtype` is the weights' on disk."""
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURE_NAMES[arch.family]],
+        "architectures": [f"{arch.family.title()}ForCausalLM"],
         "model_type": arch.family,
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.width,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.query_heads,
-        "num_key_value_heads": arch.kv_heads,
-        "head_dim": arch.head_dim,
-        "intermediate_size": arch.mlp_width,
+        **{key: getattr(arch, field) for key, field in _FIELDS.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": arch.max_positions,
-        "rms_norm_eps": arch.rms_norm_eps,
         "rope_theta": arch.rope_theta,
         "rope_scaling": arch.rope_scaling and _scaling_config(arch.rope_scaling),
         "tie_word_embeddings": arch.tied,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         "bos_token_id": bos_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad_id,
@@ -194,41 +183,28 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     theta = positive(
         {"rope_theta": given.get("rope_theta", config.get("rope_theta"))}, "rope_theta", where
     )
-    if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (
-        None,
-        1,
-        1.0,
-    ):
+    rotated = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rotated not in (None, 1, 1.0):
         raise UserError(f"{where} rotates a part of each head only; jexit rotates all of it")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in ("yarn", "llama3"):
+    if kind not in [*SCALINGS]:  # a list: what is looked up may not be hashable
         raise UserError(
             f"{where} scales rope by {kind!r}; jexit knows default, llama3 and yarn: use a "
             "checkpoint with one of them"
         )
     positions = positive(config, "max_position_embeddings", where, whole=True)
     name = "original_max_position_embeddings"
-    original = positive(
-        {name: config.get(name) or given.get(name)}, name, where, positions, whole=True
-    )
-    if kind == "llama3":
-        return theta, Llama3Rope(
-            factor=positive(given, "factor", where),
-            low_freq_factor=positive(given, "low_freq_factor", where),
-            high_freq_factor=positive(given, "high_freq_factor", where),
-            original_max_positions=original,
-        )
-    factor = positive(given, "factor", where, positions / original)
-    return theta, Yarn(
-        factor=factor,
-        original_max_positions=original,
-        beta_fast=positive(given, "beta_fast", where, 32.0),
-        beta_slow=positive(given, "beta_slow", where, 1.0),
-        attention_factor=_attention_factor(given, factor, where),
-        truncate=bool(given.get("truncate", True)),
-    )
+    found = {name: config.get(name) or given.get(name)}
+    original = positive(found, name, where, positions, whole=True)
+    fields = [field.name for field in dataclasses.fields(SCALINGS[kind])]
+    values = {key: given[key] for key in fields if given.get(key) is not None}
+    values |= {"kind": kind, "original_max_positions": original}
+    if kind == "yarn":
+        values["factor"] = positive(given, "factor", where, positions / original)
+        values["attention_factor"] = _attention_factor(given, values["factor"], where)
+    return theta, build(SCALINGS[kind], values, f"{where}: rope_scaling")
 
 
 def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float | None:

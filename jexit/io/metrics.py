@@ -12,17 +12,16 @@ drops every line with a step above n: what it writes next is what an uninterrupt
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jexit.errors import UserError
-from jexit.io.files import disk_errors, to_jsonable, write_bytes_atomic
+from jexit.io.files import disk_errors, json_line, write_bytes_atomic
 from jexit.presets import LARGEST_COUNT
-from jexit.untrusted import parse_json, read_bytes
+from jexit.untrusted import read_json_lines
 
 if TYPE_CHECKING:
     from jexit.io.tensorboard import EventFile
@@ -35,143 +34,40 @@ TENSORBOARD_DIR = "tensorboard"
 MetricValue = Any
 
 
-class MetricsWriter(contextlib.AbstractContextManager):
-    """Appends scalars to `metrics.jsonl`, and to TensorBoard and Weights & Biases where asked.
+class _LineWriter(contextlib.AbstractContextManager):
+    """A JSON-lines file of a run that only ever grows by whole lines.
 
     Args:
       workdir: The run's directory; made when missing.
       resume_step: Steps that the run had finished when its checkpoint was saved. Lines after it are
         dropped. None starts a new file: a run without a checkpoint starts from nothing.
-      tensorboard: Whether to write event files to `workdir/tensorboard` as well.
-      wandb: A W&B project, or arguments of `wandb.init`; None for no W&B.
       enabled: False makes every method do nothing, for all processes but the first.
 
-    Raises:
-      ValueError: When the disk refuses a write, or W&B is asked for and not installed.
+    Raises UserError when the disk refuses a write.
     """
+
+    file_name: ClassVar[str]
 
     def __init__(
         self,
         workdir: str | os.PathLike[str],
         resume_step: int | None = None,
-        tensorboard: bool = True,
-        wandb: str | Mapping[str, Any] | None = None,
+        *,
         enabled: bool = True,
     ) -> None:
-        self._lines: _LineFile | None = None
-        self._tensorboard: EventFile | None = None
-        self._wandb: Any = None
-        if not enabled:
-            return
-        workdir = Path(workdir)
-        if wandb is not None:  # first: a missing package must stop the run before it writes
-            self._wandb = _start_wandb(workdir, wandb)
-        self._lines = _LineFile(workdir / METRICS_FILE, resume_step)
-        if tensorboard:
-            # Imported here: tensorboardX loads PyTorch where there is one; readers need neither.
-            from jexit.io.tensorboard import EventFile
+        self._workdir = Path(workdir)
+        self._path = self._workdir / self.file_name
+        self._file = None
+        if enabled:
+            before = () if resume_step is None else _read_records(self._path)
+            kept = [json_line(record) for record in before if record["step"] <= resume_step]
+            write_bytes_atomic(self._path, b"".join(kept))
+            with disk_errors(self._path):
+                self._file = self._path.open("ab", buffering=0)
 
-            first_step = 0 if resume_step is None else resume_step + 1
-            with disk_errors(workdir / TENSORBOARD_DIR):
-                self._tensorboard = EventFile(workdir / TENSORBOARD_DIR, first_step)
-
-    def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Appends one line; a value that is a sequence (a histogram) becomes a JSON list."""
-        if self._lines is None:
-            return
-        step = int(step)
-        values = {name: _to_floats(name, value) for name, value in metrics.items()}
-        self._lines.append([{"step": step, **values}])
-        flat = dict(_flatten(values))
-        if self._tensorboard is not None:
-            with disk_errors(self._lines.path.parent / TENSORBOARD_DIR):
-                self._tensorboard.write(step, flat)
-        if self._wandb is not None:
-            self._wandb.log(flat, step=step)
-
-    def close(self) -> None:
-        """Closes every file; harmless when called twice."""
-        if self._lines is not None:
-            self._lines.close()
-        if self._tensorboard is not None:
-            # Every event has been flushed: an error here can only repeat an earlier one.
-            with contextlib.suppress(OSError):
-                self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._lines = self._tensorboard = self._wandb = None
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class SamplesWriter(contextlib.AbstractContextManager):
-    """Appends sample completions to `samples.jsonl`; see MetricsWriter for the arguments.
-
-    A record holds what a reader wants to see of one completion: `prompt`, `completion`, `tokens`,
-    `depths` (layers run for each token), `reward`, and whatever else the caller gives.
-    """
-
-    def __init__(
-        self,
-        workdir: str | os.PathLike[str],
-        resume_step: int | None = None,
-        enabled: bool = True,
-    ) -> None:
-        path = Path(workdir) / SAMPLES_FILE
-        self._lines = _LineFile(path, resume_step) if enabled else None
-
-    def write(self, step: int, records: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
-        """Appends one record, or several in one go, each with `step` put first."""
-        if self._lines is None:
-            return
-        if isinstance(records, Mapping):
-            records = [records]
-        self._lines.append([{"step": int(step), **record} for record in records])
-
-    def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` in order, with `null` as NaN; empty when there is no file."""
-    return [
-        {name: _null_to_nan(value) for name, value in record.items()}
-        for record in _read_lines(Path(workdir) / METRICS_FILE)
-    ]
-
-
-def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of `samples.jsonl` in order; empty when there is no file."""
-    return list(_read_lines(Path(workdir) / SAMPLES_FILE))
-
-
-class _LineFile:
-    """A JSON-lines file that only ever grows by whole lines."""
-
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        self.path = path
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            before = _contents(path)
-        kept = b"" if resume_step is None else _lines_up_to(before, resume_step)
-        if kept != before:
-            write_bytes_atomic(path, kept)
-        with disk_errors(path):
-            self._file = path.open("ab", buffering=0)
-
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        lines = [
-            json.dumps(to_jsonable(record), ensure_ascii=False, allow_nan=False)
-            for record in records
-        ]
-        data = "".join(f"{line}\n" for line in lines).encode(errors="replace")
-        with disk_errors(self.path):
+    def _append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        data = b"".join(map(json_line, records))
+        with disk_errors(self._path):
             end = self._file.seek(0, os.SEEK_END)
             try:
                 written = 0
@@ -184,49 +80,109 @@ class _LineFile:
                 raise
 
     def close(self) -> None:
-        self._file.close()
+        """Closes what is open; harmless when called twice."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _lines_up_to(data: bytes, step: int) -> bytes:
-    """The whole lines of `data` that parse and whose step is at most `step`."""
-    kept = []
-    for line in data.splitlines(keepends=True):
-        record = _parse(line)
-        if record is not None and record["step"] <= step:
-            kept.append(line)
-    return b"".join(kept)
+class MetricsWriter(_LineWriter):
+    """Appends scalars to `metrics.jsonl`, and to TensorBoard and Weights & Biases where asked.
+
+    Args, besides those of every writer:
+      tensorboard: Whether to write event files to `workdir/tensorboard` as well.
+      wandb: A project of W&B; None for no W&B. Raises UserError when it is not installed.
+    """
+
+    file_name = METRICS_FILE
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self._tensorboard: EventFile | None = None
+        self._wandb: Any = None
+        if enabled and wandb:  # first: a missing package must stop the run before it writes
+            self._wandb = _start_wandb(Path(workdir), wandb)
+        super().__init__(workdir, resume_step, enabled=enabled)
+        if enabled and tensorboard:
+            # Imported here: tensorboardX loads PyTorch where there is one; readers need neither.
+            from jexit.io.tensorboard import EventFile
+
+            first_step = 0 if resume_step is None else resume_step + 1
+            with disk_errors(self._workdir / TENSORBOARD_DIR):
+                self._tensorboard = EventFile(self._workdir / TENSORBOARD_DIR, first_step)
+
+    def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+        """Appends one line; a value that is a sequence (a histogram) becomes a JSON list."""
+        if self._file is None:
+            return
+        step = int(step)
+        values = {name: _to_floats(name, value) for name, value in metrics.items()}
+        self._append([{"step": step, **values}])
+        flat = dict(_flatten(values))
+        if self._tensorboard is not None:
+            with disk_errors(self._workdir / TENSORBOARD_DIR):
+                self._tensorboard.write(step, flat)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
+
+    def close(self) -> None:
+        super().close()
+        if self._tensorboard is not None:
+            # Every event has been flushed: an error here can only repeat an earlier one.
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._tensorboard = self._wandb = None
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _contents(path).splitlines(keepends=True):
-        record = _parse(line)
-        if record is not None:
+class SamplesWriter(_LineWriter):
+    """Appends sample completions to `samples.jsonl`.
+
+    A record holds what a reader wants to see of one completion: `prompt`, `completion`, `tokens`,
+    `depths` (layers run for each token), `reward`, and whatever else the caller gives.
+    """
+
+    file_name = SAMPLES_FILE
+
+    def write(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Appends records in one go, each with `step` put first."""
+        if self._file is not None:
+            self._append({"step": int(step), **record} for record in records)
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in order, with `null` as NaN; empty when there is no file."""
+    return [
+        {name: _null_to_nan(value) for name, value in record.items()}
+        for record in _read_records(Path(workdir) / METRICS_FILE)
+    ]
+
+
+def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of `samples.jsonl` in order; empty when there is no file."""
+    return list(_read_records(Path(workdir) / SAMPLES_FILE))
+
+
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, without lines in which a crash or a disk fault left none."""
+    for record in read_json_lines(path, "remove it, or run what writes it again"):
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is int and 0 <= step <= LARGEST_COUNT:
             yield record
 
 
-def _contents(path: Path) -> bytes:
-    """Empty when there is no file; ValueError for what is none."""
-    try:
-        return read_bytes(path, "remove it, or run what writes it again")
-    except FileNotFoundError:
-        return b""
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None where a crash or a disk fault left no whole one."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if type(step) is int and 0 <= step <= LARGEST_COUNT else None
-
-
-def _start_wandb(workdir: Path, arguments: str | Mapping[str, Any]) -> Any:
-    if isinstance(arguments, str):
-        arguments = {"project": arguments}
+def _start_wandb(workdir: Path, project: str) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -236,7 +192,7 @@ def _start_wandb(workdir: Path, arguments: str | Mapping[str, Any]) -> Any:
         ) from error
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    return wandb.init(**{"dir": str(workdir), "resume": "allow", **arguments})
+    return wandb.init(project=project, dir=str(workdir), resume="allow")
 
 
 def _to_floats(name: str, value: MetricValue) -> float | list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 import jexit
 from jexit.axes import Array
@@ -23,11 +23,16 @@ from jexit.io.array_store import ArrayStore
 from jexit.io.atomic import atomic_directory
 from jexit.io.files import write_json
 from jexit.io.finite import all_finite
-from jexit.io.model_source import FORMAT_VERSION, MODEL_FILE, ModelSource, open_model
+from jexit.io.model_source import (
+    FORMAT_VERSION,
+    MODEL_FILE,
+    ModelSource,
+    check_rising,
+    open_model,
+)
 from jexit.model.exits import ExitParam
 from jexit.model.lora import LoRAParam
 from jexit.model.transformer import Transformer
-from jexit.presets import Architecture
 from jexit.untrusted import read_object
 
 Place = Callable[[str, np.ndarray], Array]
@@ -42,7 +47,7 @@ def load(
     lora: LoRA | None = None,
     execution: Execution = Execution(),
     seed: int = 0,
-    place: Place | None = None,
+    place: Place = lambda path, array: jnp.asarray(array),
 ) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a model directory (see `jexit.io.model_source` for the kinds).
 
@@ -57,44 +62,17 @@ def load(
     files are damaged; MissingFile when there is no model or no tokenizer.
     """
     source = open_model(directory)
-    settings = {"dtype": dtype, "exit_layers": exit_layers, "exit_head": exit_head, "lora": lora}
-    settings |= {"execution": execution, "seed": seed, "place": place}
-    return load_source(source, **settings), source.tokenizer()
-
-
-def load_source(
-    source: ModelSource,
-    *,
-    dtype: str | jnp.dtype = "auto",
-    exit_layers: tuple[int, ...] = (),
-    exit_head: ExitSettings | None = None,
-    lora: LoRA | None = None,
-    execution: Execution = Execution(),
-    seed: int = 0,
-    place: Place | None = None,
-) -> Transformer:
-    """`load` for a directory that is open already, without its tokenizer."""
-    place = place or (lambda path, array: jnp.asarray(array))
-    base_dtype = _base_dtype(dtype)
     # Before anything of their size is made: what is described must be there.
     weights, adapters, exits = source.weights(), source.adapters(), source.exits()
-    arch = source.architecture
     layers, head = _exits_to_use(source, tuple(exit_layers), exit_head)
-    adapter = _lora_to_use(source, lora)
+    settings: dict[str, Any] = {"exit_layers": layers, "exit_head": head}
+    settings |= {"lora": _lora_to_use(source, lora), "dtype": _base_dtype(dtype)}
 
     def build() -> Transformer:
-        return Transformer(
-            arch,
-            exit_layers=layers,
-            exit_head=head,
-            lora=adapter,
-            dtype=base_dtype,
-            execution=execution,
-            rngs=nnx.Rngs(seed),
-        )
+        rngs = nnx.Rngs(seed)
+        return Transformer(source.architecture, **settings, execution=execution, rngs=rngs)
 
-    abstract = nnx.eval_shape(build)
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(nnx.eval_shape(build))
     shapes = {".".join(path): leaf for path, leaf in nnx.to_flat_state(state)}
     values: dict[str, Array] = {}
 
@@ -112,12 +90,11 @@ def load_source(
     put(weights.parameters())
     put(adapters.items())
     put(exits.items())
-    if fresh := sorted(set(shapes) - set(values)):
-        assert all(_is_fresh(path, source) for path in fresh), fresh
+    if fresh := sorted(shapes.keys() - values.keys()):
         drawn = _fresh_trainables(build)
         put((path, np.asarray(drawn[path])) for path in fresh)
-    nnx.replace_by_pure_dict(state, _nested(values))
-    return nnx.merge(graphdef, state)
+    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(values, sep="."))
+    return nnx.merge(graphdef, state), source.tokenizer()
 
 
 def save_model(
@@ -151,95 +128,77 @@ def save_model(
     flat = {".".join(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     adapters = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, LoRAParam)}
     exits = {path: leaf[...] for path, leaf in flat.items() if isinstance(leaf, ExitParam)}
-    weights = {p: leaf[...] for p, leaf in flat.items() if p not in adapters and p not in exits}
-    exits = exits if with_exits else {}
-    adapters, exits = whole((adapters, exits), f"writing {directory}")
-    stored_weights = (
-        (path, whole(leaf, f"writing {directory}"))
-        for path, leaf in weights.items()
-        if not reference
+    stored = [path for path in flat if path not in adapters and path not in exits]
+    adapters, exits = whole((adapters, exits if with_exits else {}), f"writing {directory}")
+    weights = (
+        (path, whole(flat[path][...], f"writing {directory}"))
+        for path in (() if reference else stored)
     )
     if not is_primary():
-        for _ in stored_weights:  # takes part in bringing the pieces together
+        for _ in weights:  # takes part in bringing the pieces together
             pass
         return
     with atomic_directory(directory, overwrite=overwrite) as partial:
-        write_model(
-            partial,
-            model.arch,
-            weights=stored_weights,
-            adapters=adapters,
-            exits=exits,
+        description = ModelSource(
+            directory=partial,
+            base=partial,
+            architecture=model.arch,
             exit_layers=model.exit_layers,
             exit_head=model.exit_head,
             lora=model.lora,
-            tokenizer=tokenizer,
-            base=reference,
             source=source,
         )
+        write_model(description, weights, adapters, exits, lambda: tokenizer, base=reference)
 
 
 def write_model(
-    directory: pathlib.Path,
-    arch: Architecture,
-    *,
+    model: ModelSource,
     weights: Iterable[tuple[str, Array | np.ndarray]],
     adapters: Mapping[str, Array | np.ndarray],
     exits: Mapping[str, Array | np.ndarray],
-    exit_layers: tuple[int, ...],
-    exit_head: ExitSettings,
-    lora: LoRA | None,
-    tokenizer: Tokenizer | Callable[[], Tokenizer],
+    tokenizer: Callable[[], Tokenizer],
+    *,
     base: str = "",
-    source: str = "",
 ) -> None:
-    """Writes the files of a model directory into an existing one; `weights` come one at a time.
+    """Writes the files of a model directory, `model.directory`, which exists; `base` is another.
 
-    A tokenizer to be called for is read after the weights are done, which keeps memory low.
+    Weights come one at a time. The tokenizer is read after them, which keeps memory low.
     """
-    dtype = ""
-    store = ArrayStore(directory / "base")
-    for path, array in weights:
-        store.write(path, np.asarray(array))
-        dtype = dtype or np.asarray(array).dtype.name
-        del array  # before the next one is read
-    for part, arrays in (("adapters", adapters), ("exits", exits)):
-        store = ArrayStore(directory / part)
-        for path, array in arrays.items():
+    dtypes: dict[str, str] = {}
+    parts = {"base": weights, "adapters": adapters.items(), "exits": exits.items()}
+    for part, arrays in parts.items():
+        store = ArrayStore(model.directory / part)
+        for path, array in arrays:
             store.write(path, np.asarray(array))
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = tokenizer()
-    tokenizer.save(directory)
-    write_eos_ids(directory, tokenizer)
-    values: dict[str, Any] = {
+            dtypes.setdefault(part, np.asarray(array).dtype.name)
+            del array  # before the next one is read
+    words = tokenizer()
+    words.save(model.directory)
+    write_eos_ids(model.directory, words)
+    values = {
         "format_version": FORMAT_VERSION,
         "jexit_version": jexit.__version__,
-        "architecture": arch.to_dict(),
-        "dtype": dtype,
-        "exit_layers": list(exit_layers) if exits else [],
-        "exit_head": dataclasses.asdict(exit_head) if exits else None,
-        "lora": dataclasses.asdict(lora) if lora and adapters else None,
+        "architecture": model.architecture.to_dict(),
+        "dtype": dtypes.get("base", ""),
+        "exit_layers": model.exit_layers if exits else (),
+        "exit_head": dataclasses.asdict(model.exit_head) if exits else None,
+        "lora": dataclasses.asdict(model.lora) if model.lora and adapters else None,
         "base": base,
-        "source": source,
-        "eos_ids": sorted(tokenizer.eos_ids),
+        "source": model.source,
+        "eos_ids": sorted(words.eos_ids),
     }
-    write_json(directory / MODEL_FILE, values)
+    write_json(model.directory / MODEL_FILE, values)
 
 
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Makes generation_config.json name every end token, where it does not already."""
     file = directory / "generation_config.json"
-    values = read_object(file, "copy it again from the checkpoint") if file.exists() else {}
-    named = set(token_ids(values.get("eos_token_id")))
-    if not tokenizer.eos_ids <= named | {tokenizer.eos_id}:
-        ends = sorted(tokenizer.eos_ids)
-        values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    if not file.exists():
-        values.setdefault("eos_token_id", tokenizer.eos_id)
-        values["pad_token_id"] = tokenizer.pad_id
-        write_json(file, values)
-    elif not tokenizer.eos_ids <= named | {tokenizer.eos_id}:
-        write_json(file, values)
+    values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if file.exists():
+        values = read_object(file, "copy it again from the checkpoint")
+    if not tokenizer.eos_ids <= {*token_ids(values.get("eos_token_id")), tokenizer.eos_id}:
+        values["eos_token_id"] = sorted(tokenizer.eos_ids)
+    write_json(file, values)
 
 
 def _reference(base: pathlib.Path) -> str:
@@ -266,75 +225,43 @@ def _base_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
 def _exits_to_use(
     source: ModelSource, wanted: tuple[int, ...], head: ExitSettings | None
 ) -> tuple[tuple[int, ...], ExitSettings]:
-    stored, layers = source.exit_layers, source.architecture.layers
-    if list(wanted) != sorted(set(wanted)) or (wanted and wanted[0] < 1):
-        raise UserError(
-            f"exit_layers is {wanted}; exits are distinct layer numbers from 1 upwards in rising "
-            "order, such as (5, 10, 15)"
-        )
+    stored, kept, layers = source.exit_layers, source.exit_head, source.architecture.layers
+    check_rising(wanted, layers, "config.exits.layers is")
+    if not stored:
+        if not wanted and 1 < layers <= 5:
+            wanted = (layers // 2,)
+        return check_exits(wanted, layers), head or ExitSettings()
     if wanted:
-        check_exits(wanted, layers)
-    if stored:
-        if wanted and wanted != stored:
-            raise UserError(
-                f"{source.directory} has exit heads at {stored}, not at {wanted}; leave "
-                "exits.layers empty to use them, or start from the base model"
-            )
-        kept = source.exit_head
-        if head is not None and (head.kind, head.norm) != (kept.kind, kept.norm):
-            raise UserError(
-                f"{source.directory} has exit heads of kind {kept.kind} with norm {kept.norm}, not "
-                f"{head.kind} with {head.norm}; set exit_head to the stored ones, or start from "
-                "the base model"
-            )
-        if head is None:
-            return stored, kept
-        taken = _continuation_to_use(source, head) | {"detached": head.detached}
-        return stored, dataclasses.replace(kept, **taken)
-    if not wanted and 1 < layers <= 5:
-        wanted = (layers // 2,)
-    return check_exits(wanted, layers), head or ExitSettings()
-
-
-def _continuation_to_use(source: ModelSource, wanted: ExitSettings) -> dict[str, Any]:
-    """A frozen continuation may become a linear one, which begins as the same; no other change."""
-    kept = source.exit_head
-    names = ("continuation", "continuation_rank")
-    if kept.continuation == "linear" and any(getattr(wanted, n) != getattr(kept, n) for n in names):
-        raise UserError(
-            f"{source.directory} has a linear continuation of rank {kept.continuation_rank} and "
-            f"not {wanted.continuation} of rank {wanted.continuation_rank}; set "
-            f"exits.continuation=linear and exits.continuation_rank={kept.continuation_rank}, or "
-            "start from the base model"
-        )
-    return {name: getattr(wanted, name) for name in names}
+        _check_same(source, {"exits.layers": (stored, wanted)})
+    if head is None:
+        return stored, kept
+    # A frozen continuation may become a linear one, which begins as the same; no other change.
+    same = {"exit_head": ("kind", "norm")}
+    same["exits"] = ("continuation", "continuation_rank") if kept.continuation == "linear" else ()
+    for section, names in same.items():
+        pairs = {f"{section}.{n}": (getattr(kept, n), getattr(head, n)) for n in names}
+        _check_same(source, pairs)
+    return stored, dataclasses.replace(head, bias=kept.bias)
 
 
 def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
     stored = source.lora
     if stored is None or wanted is None:
         return stored or wanted
-    same = (
-        stored.rank == wanted.rank
-        and stored.alpha == wanted.alpha
-        and set(stored.targets) == set(wanted.targets)
-    )
-    if not same:
-        raise UserError(
-            f"{source.directory} has adapters of rank {stored.rank} and alpha {stored.alpha:g} on "
-            f"{', '.join(stored.targets)}, not rank {wanted.rank} and alpha {wanted.alpha:g} on "
-            f"{', '.join(wanted.targets)}; set lora to the stored, or start from the base model"
-        )
+    pairs = {f"lora.{n}": (getattr(stored, n), getattr(wanted, n)) for n in ("rank", "alpha")}
+    pairs["lora.targets"] = tuple(tuple(sorted(each.targets)) for each in (stored, wanted))
+    _check_same(source, pairs)
     return dataclasses.replace(stored, dropout=wanted.dropout)
 
 
-def _is_fresh(path: str, source: ModelSource) -> bool:
-    """Whether a parameter that the directory lacks may be drawn anew."""
-    if path.startswith("exits."):
-        return not source.exit_layers
-    if path.startswith("blocks.continuation."):
-        return not source.exit_layers or source.exit_head.continuation == "frozen"
-    return path.endswith((".lora_a", ".lora_b")) and source.lora is None
+def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises UserError where a setting that the directory has differs from the one asked for."""
+    for key, (stored, wanted) in pairs.items():
+        if stored != wanted:
+            raise UserError(
+                f"{source.directory} has {key}={stored}, not {wanted}; set config.{key} to what it "
+                "has, or start from the base model"
+            )
 
 
 def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
@@ -345,14 +272,3 @@ def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
         return nnx.state(build(), nnx.Any(LoRAParam, ExitParam))
 
     return {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(trainables())}
-
-
-def _nested(values: Mapping[str, Array]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

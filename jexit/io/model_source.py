@@ -41,7 +41,7 @@ from jexit.io.weights import (
     exit_part,
 )
 from jexit.presets import PRESETS, Architecture
-from jexit.settings import build
+from jexit.settings import build, checked
 from jexit.untrusted import check_files, read_object
 
 MODEL_FILE = "jexit.json"
@@ -148,7 +148,7 @@ def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> Mode
     if not _is_own(directory) and (directory / EXIT_CONFIG).exists():
         layers, head = read_exit_config(directory)
         source = dataclasses.replace(source, exit_layers=layers, exit_head=head)
-    _check_exit_layers(source)
+    check_rising(source.exit_layers, source.architecture.layers, f"{directory} has exit heads at")
     return source
 
 
@@ -161,8 +161,8 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
             f"{file} has format version {version!r}; this jexit reads {FORMAT_VERSION}: make the "
             "model again, or use the jexit that wrote it"
         )
+    lora = values.get("lora")
     try:
-        lora = values.get("lora")
         source = ModelSource(
             directory=directory,
             base=directory,
@@ -170,10 +170,10 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
             exit_layers=tuple(values.get("exit_layers") or ()),
             exit_head=build(ExitSettings, values.get("exit_head") or {}, "exit_head"),
             lora=build(LoRA, lora, "lora") if lora else None,
-            source=_text(values, "source"),
+            source=checked(str, values.get("source") or "", "source"),
             eos_ids=token_ids(values.get("eos_ids")),
         )
-        reference = _text(values, "base")
+        reference = checked(str, values.get("base") or "", "base")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is incomplete or altered ({error}); convert it again") from error
     if not reference:
@@ -221,21 +221,13 @@ def _difference(stored: Architecture, found: Architecture) -> str:
     return f"{key} {theirs[key]} in place of {ours[key]}"
 
 
-def _check_exit_layers(source: ModelSource) -> None:
-    exits, layers = source.exit_layers, source.architecture.layers
+def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
+    """Raises UserError, which begins with `what`, unless exits are those of so many layers."""
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(
-            f"{source.directory} has exit heads at {reprlib.repr(exits)}; exits are rising layer "
-            f"numbers from 1 to {layers - 1}"
+            f"{what} {reprlib.repr(exits)}; exits are rising layer numbers from 1 to {layers - 1}"
         )
-
-
-def _text(values: dict[str, Any], key: str) -> str:
-    value = values.get(key) or ""
-    if not isinstance(value, str):
-        raise UserError(f"{key} is no text")
-    return value
 
 
 def find_model(path: str | os.PathLike[str]) -> pathlib.Path:

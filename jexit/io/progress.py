@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
-# A step's duration counts this much in the running mean that the ETA is made of.
-ETA_WEIGHT = 0.1
+# The ETA is made of the steps of this many seconds; the first one, which compiles, never counts.
+ETA_SECONDS = 3600.0
 LOG_WIDTH = 120
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows how far a run has come and how its metrics stand.
 
     In a terminal that can redraw it this is one live line. Anywhere else (a log, `TERM=dumb`), a
@@ -48,116 +49,74 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total = total
-        self._step = start
-        self._description = description
-        self._interval = interval
-        self._enabled = enabled
         self._console = console or _default_console()
+        self._enabled = enabled
+        self._live = enabled and self._console.is_interactive
+        self._interval = interval
         self._clock = clock
-        self._last_update: float | None = None
-        self._last_line: float | None = None
-        self._seconds_per_step: float | None = None
-        self._timings = 0
         self._shown: dict[str, Any] = {}
-        self._printed_step: int | None = None
-        self._bar: RichProgress | None = None
-        if enabled and self._console.is_interactive:
-            self._bar = RichProgress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=16),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[eta]}"),
-                # Only the metrics give way where the terminal is narrow.
-                TextColumn(
-                    "[cyan]{task.fields[shown]}",
-                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
-                ),
-                expand=True,
-                console=self._console,
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task(
-                description, total=total, completed=start, eta="", shown=""
-            )
-
-    @property
-    def eta_seconds(self) -> float | None:
-        """Seconds until the last step, or None before two steps have been timed."""
-        if self._seconds_per_step is None:
-            return None
-        return max(self._total - self._step, 0) * self._seconds_per_step
+        self._printed: tuple[int, float] | None = None  # the last line's step and time
+        self._bar = RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}"),
+            # Only the metrics give way where the terminal is narrow.
+            TextColumn(
+                "[cyan]{task.fields[shown]}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
+            expand=True,
+            console=self._console,
+            refresh_per_second=4,
+            speed_estimate_period=ETA_SECONDS,
+            get_time=clock,
+        )
+        self._bar.add_task(description, total=total, completed=start, eta="", shown="")
+        (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
         """Says that `step` steps are done, and shows the metrics given (numbers or text)."""
         if not self._enabled:
             return
-        now = self._clock()
-        self._time_step(step, now)
-        self._step = step
-        self._shown.update(shown)
-        if self._bar is not None:
-            self._bar.update(
-                self._task, completed=step, eta=self._eta_text(), shown=self._shown_text()
-            )
-        elif (
-            self._last_line is None
-            or now - self._last_line >= self._interval
-            or step >= self._total
-        ):
-            self._print_line(now)
+        self._shown |= shown
+        self._bar.update(self._task.id, completed=step)
+        left = self._task.time_remaining
+        self._bar.update(
+            self._task.id,
+            eta="" if left is None else f"ETA {format_duration(left)}",
+            shown="  ".join(f"{name} {format_value(name, v)}" for name, v in self._shown.items()),
+        )
+        if self._live:
+            return
+        due = self._printed is None or self._clock() - self._printed[1] >= self._interval
+        if due or self._task.finished:
+            self._print_line()
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
+        if self._live:
             self._bar.start()
-        self._last_update = self._clock()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
+        if self._live:
             self._bar.stop()
-        elif self._last_line is not None and self._printed_step != self._step:
-            self._print_line(self._clock())  # a run that stops early still says where
+        elif self._printed and self._printed[0] != self._task.completed:
+            self._print_line()  # a run that stops early still says where
 
-    def _time_step(self, step: int, now: float) -> None:
-        """Keeps a running mean of the seconds a step takes."""
-        steps = step - self._step
-        if steps <= 0 or self._last_update is None:
-            self._last_update = now
-            return
-        seconds = (now - self._last_update) / steps
-        self._last_update = now
-        if self._seconds_per_step is None or self._timings == 1:
-            self._seconds_per_step = seconds  # the first step compiles: the second replaces it
-        else:
-            weight = 1.0 - (1.0 - ETA_WEIGHT) ** steps
-            self._seconds_per_step += weight * (seconds - self._seconds_per_step)
-        self._timings += 1
-
-    def _eta_text(self) -> str:
-        eta = self.eta_seconds
-        return "" if eta is None else f"ETA {format_duration(eta)}"
-
-    def _shown_text(self) -> str:
-        return "  ".join(f"{name} {format_value(name, v)}" for name, v in self._shown.items())
-
-    def _print_line(self, now: float) -> None:
-        width = len(str(self._total))
-        parts = (
-            f"{self._description} {self._step:>{width}}/{self._total}".strip(),
-            self._eta_text() if self._step < self._total else "",
-            self._shown_text(),
-        )
+    def _print_line(self) -> None:
+        task = self._task
+        done = f"{task.completed:>{len(str(task.total))}}/{task.total}"
+        eta = "" if task.finished else task.fields["eta"]
+        parts = (f"{task.description} {done}".strip(), eta, task.fields["shown"])
         self._console.print("  ".join(part for part in parts if part), **_PLAIN)
-        self._last_line = now
-        self._printed_step = self._step
+        self._printed = (task.completed, self._clock())
 
 
 def closing_table(
     rows: Sequence[tuple[str, Any, Any]],
     title: str = "",
     *,
-    columns: tuple[str, str] = ("before", "after"),
     console: Console | None = None,
 ) -> None:
     """Prints what a run changed: one row a metric, `(name, before, after)`, and the difference.
@@ -174,7 +133,7 @@ def closing_table(
         box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2,
     )
     table.add_column("", no_wrap=True)
-    for column in (*columns, "change"):
+    for column in ("before", "after", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, before, after in rows:
         table.add_row(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import subprocess
 from pathlib import Path
 
 import jexit
-from jexit.io.files import disk_errors
-from jexit.untrusted import parse_json, read_bytes
+from jexit.io.files import disk_errors, json_line
+from jexit.untrusted import read_json_lines
 
 STARTS_FILE = "starts.jsonl"
 
@@ -29,8 +28,8 @@ def record_start(workdir: Path) -> None:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
     start = Start(time=now, version=jexit.__version__, commit=_commit())
     path = workdir / STARTS_FILE
-    with disk_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(start)) + "\n")
+    with disk_errors(path), path.open("ab") as file:
+        file.write(json_line(dataclasses.asdict(start)))
 
 
 def read_starts(workdir: Path) -> tuple[Start, ...]:
@@ -38,22 +37,12 @@ def read_starts(workdir: Path) -> tuple[Start, ...]:
 
     Raises UserError when the file cannot be read.
     """
-    try:
-        lines = read_bytes(workdir / STARTS_FILE, "remove it").splitlines()
-    except FileNotFoundError:
-        return ()
-    return tuple(start for start in map(_start, lines) if start is not None)
-
-
-def _start(line: bytes) -> Start | None:
-    try:
-        value = parse_json(line)
-    except ValueError:  # torn
-        return None
     names = [field.name for field in dataclasses.fields(Start)]
-    if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in names):
-        return None
-    return Start(**{name: value[name] for name in names})
+    return tuple(
+        Start(**{name: line[name] for name in names})
+        for line in read_json_lines(workdir / STARTS_FILE, "remove it")
+        if isinstance(line, dict) and all(isinstance(line.get(name), str) for name in names)
+    )
 
 
 def _commit() -> str:

@@ -8,11 +8,12 @@ headers, and checked name by name against what the model's configuration describ
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from convert import names
@@ -166,10 +167,10 @@ class Safetensors:
             self._check_tied_head()
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Each parameter's dtype in the files; the wider one where layers differ."""
+        """Each parameter's dtype in the files; where layers differ, one that holds them all."""
         specs = self._reader.specs
         return {
-            rule.path: _common_dtype(specs[name].dtype for name in tensors)
+            rule.path: functools.reduce(jnp.promote_types, (specs[n].dtype for n in tensors))
             for rule, tensors in self._part.rules()
         }
 
@@ -201,7 +202,6 @@ def write_safetensors(
     part: Part,
     dtypes: Mapping[str, np.dtype],
     parameters: Iterable[tuple[str, np.ndarray]],
-    **options: Any,
 ) -> None:
     """Writes a part as safetensors; `parameters` come one at a time, in `dtypes`."""
     rules = {rule.path: (rule, tensors) for rule, tensors in part.rules()}
@@ -210,7 +210,7 @@ def write_safetensors(
         for path, (rule, tensors) in rules.items()
         for name in tensors
     }
-    with TensorWriter(directory, specs, stem=part.stem, **options) as writer:
+    with TensorWriter(directory, specs, stem=part.stem) as writer:
         for path, array in parameters:
             rule, tensors = rules[path]
             for name, tensor in zip(tensors, array if rule.stacked else [array], strict=True):
@@ -227,23 +227,9 @@ def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> N
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    parts = [
-        f"{kind} {', '.join(entries)}"
-        for kind, entries in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
-        if entries
-    ]
-    if parts:
+    differing = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
+    if parts := [f"{kind} {', '.join(names)}" for kind, names in differing.items() if names]:
         raise UserError(
             f"the tensors in {directory} are not those its configuration describes: "
             f"{'; '.join(parts)}; use the configuration and the weights of one checkpoint"
         )
-
-
-def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    kinds = set(dtypes)
-    if len(kinds) == 1:
-        return kinds.pop()
-    halves = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
-    if kinds <= halves:  # neither holds the other
-        return np.dtype(np.float32)
-    return max(kinds - halves, key=lambda kind: kind.itemsize)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 import socket
 from collections.abc import Iterator
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from jexit.config import Config
 from jexit.dist import barrier, from_primary, gather, is_primary
 from jexit.errors import UserError
-from jexit.io.files import disk_errors, take_lock, write_json_atomic
+from jexit.io.files import disk_errors, take_lock, to_jsonable, write_json_atomic
 from jexit.io.provenance import record_start
 from jexit.untrusted import read_object
 
@@ -88,9 +89,10 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     if not path.exists():
         return
     stored = read_object(path, f"remove {workdir} to start over, or choose another --workdir")
-    new = _flat(json.loads(json.dumps(config)))
     # A setting that came with a later version had what is its default now; one that went is none.
-    old = _flat(json.loads(json.dumps(Config(command="rl").to_dict()))) | _flat(stored)
+    defaults = Config(command="rl").to_dict()
+    new, old = (flatten_dict(to_jsonable(each), sep=".") for each in (config, defaults))
+    old |= flatten_dict(stored, sep=".")
     for key in sorted(new):
         if old[key] != new[key] and key.split(".")[0] not in CONTINUABLE:
             raise UserError(
@@ -126,12 +128,12 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     is no run's. Raises UserError when it is one whose config.json cannot be
     read, or lacks them.
     """
+    without = "give the path of the run's model/ to do without"
     law: dict[str, dict[str, Any]] = {}
     seen: set[pathlib.Path] = set()
     path = pathlib.Path(directory) / "config.json"
     while path.exists() and path.resolve() not in seen:
         seen.add(path.resolve())
-        without = "give the path of the run's model/ to do without"
         config = read_object(path, f"it says what the model was trained under; {without}")
         if (command := config.get("command")) not in [*LAWS]:
             break
@@ -154,11 +156,3 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
             break
         path = start / "config.json"
     return law
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat

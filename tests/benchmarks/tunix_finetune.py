@@ -79,15 +79,14 @@ def with_jexit(
     import optax
 
     from jexit.config import LoRA
-    from jexit.io.model_dir import load_source
-    from jexit.io.model_source import open_model
+    from jexit.io.model_dir import load
     from jexit.loops.packing import Lengths, PackedShapes
     from jexit.steps.completions import pack_completions
     from jexit.steps.finetune import make_finetune_step
     from jexit.steps.state import new_state, split_model, step_key
 
     lora = None if full else LoRA(rank=8, alpha=16.0, dropout=0.0, targets=TARGETS)
-    model = load_source(open_model(folder), dtype="float32", lora=lora)
+    model, _ = load(folder, dtype="float32", lora=lora)
     split = split_model(model, full=full, keep_teacher=False)
     optimizer = optax.adamw(1e-4)
     step = make_finetune_step(split, optimizer)

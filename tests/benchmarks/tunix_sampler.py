@@ -80,8 +80,11 @@ def write_random(folder: pathlib.Path, arch: object) -> None:
     """A checkpoint as transformers writes it."""
     from flax import nnx
 
+    from jexit.config import TINY_PATH
+    from jexit.data.tokenizer import Tokenizer
     from jexit.io.files import write_json
     from jexit.io.hf_config import config_of_architecture
+    from jexit.io.model_source import find_model
     from jexit.io.weights import base_part, write_safetensors
     from jexit.model.transformer import Transformer
 
@@ -93,16 +96,16 @@ def write_random(folder: pathlib.Path, arch: object) -> None:
     dtypes = {name: array.dtype for name, array in base.items()}
     write_safetensors(folder, base_part(arch), dtypes, base.items())
     write_json(folder / "config.json", config_of_architecture(arch, dtype="float32"))
+    Tokenizer.load(find_model(TINY_PATH)).save(folder)  # never used
 
 
 def with_jexit(folder: str, prompts: list[list[int]], new: int) -> Callable[[], np.ndarray]:
     from flax import nnx
 
-    from jexit.io.model_dir import load_source
-    from jexit.io.model_source import open_model
+    from jexit.io.model_dir import load
     from jexit.rollout import rollout
 
-    split = nnx.split(load_source(open_model(folder), dtype="float32"))
+    split = nnx.split(load(folder, dtype="float32")[0])
     settings = {"max_new_tokens": new, "temperature": 0.0, "eos_ids": (), "pad_id": 0, "key": 0}
     return lambda: rollout(split, prompts, **settings).tokens_BT
 

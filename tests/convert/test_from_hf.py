@@ -32,25 +32,18 @@ def edit_weights(directory, change):
 
 
 def test_as_a_command_it_prints_one_line(checkpoints, tmp_path):
+    target = tmp_path / "target"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("JAX_PLATFORMS", None)  # the command sets its own
-
-    def command(source):
-        arguments = [f"--source={source}", f"--target={tmp_path / 'target'}"]
-        return subprocess.run(
-            [sys.executable, "-m", "convert.from_hf", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-
-    (tmp_path / "empty").mkdir()
-    failed = command(tmp_path / "empty")
-    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (1, "", 1)
-    assert failed.stderr.startswith(f"error: {tmp_path / 'empty'} holds no model")
-    done = command(checkpoints("qwen2"))
-    words = f"wrote {tmp_path / 'target'}: qwen2, 4 layers × 32, 0.0 M parameters, float32\n"
+    arguments = [f"--source={checkpoints('qwen2')}", f"--target={target}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "convert.from_hf", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    words = f"wrote {target}: qwen2, 4 layers × 32, 0.0 M parameters, float32\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, words, "")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty", "target"]
-    source = open_model(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == [target]
+    source = open_model(target)
     assert source.source == str(checkpoints("qwen2"))
     assert source.exit_layers == () and source.lora is None
 
@@ -91,47 +84,32 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named_at_once(broken, ref
         del tensors["model.layers.2.mlp.up_proj.weight"]
         del tensors["model.norm.weight"]
         tensors["model.layers.4.mlp.up_proj.weight"] = np.ones((48, 32), np.float32)
-        tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
         tensors["model.layers.1.self_attn.k_proj.bias"] = np.ones(17, np.float32)
-        tensors["model.embed_tokens.weight"] = np.ones((66, 32), np.float32)
 
     edit_weights(broken, change)
     missing, surplus, misshapen = refuses(from_hf.main, broken).split("; ")[:3]
-    assert "missing model.layers.2.mlp.up_proj.weight, model.norm.weight" in missing
-    assert surplus.startswith("surplus ") and surplus.count(", ") == 1
-    assert "model.layers.4.mlp.up_proj.weight" in surplus
-    assert "model.layers.0.self_attn.q_norm.weight" in surplus
-    assert "model.layers.1.self_attn.k_proj.bias [17] in place of [16]" in misshapen
-    assert "model.embed_tokens.weight [66, 32] in place of [67, 32]" in misshapen
+    assert missing.endswith("missing model.layers.2.mlp.up_proj.weight, model.norm.weight")
+    assert surplus == "surplus model.layers.4.mlp.up_proj.weight"
+    assert misshapen == "misshapen model.layers.1.self_attn.k_proj.bias [17] in place of [16]"
 
 
 def test_what_cannot_be_converted_is_one_sentence_and_nothing_written(broken, tmp_path, refuses):
     """How each is refused in detail is tested with the reading of models, in tests/io."""
-    config, tokenizer = ((broken / name).read_bytes() for name in ("config.json", "tokenizer.json"))
-    weights = (broken / WEIGHTS).read_bytes()
-    for name, contents, words in (
-        ("config.json", b"{", "is not valid JSON"),
-        ("config.json", config.replace(b'"qwen2"', b'"mistral"'), "describes a 'mistral' model"),
-        ("tokenizer.json", b'{"version": "1.0", "model"', "the tokenizer in"),
-        ("tokenizer.json", None, "holds no tokenizer"),
-        (WEIGHTS, weights[: len(weights) // 2], "is damaged or not a safetensors file"),
-        (WEIGHTS, None, f"holds no {WEIGHTS}"),
-    ):
-        (broken / name).write_bytes(contents) if contents else (broken / name).unlink()
-        assert words in refuses(from_hf.main, broken)
-        originals = {"config.json": config, "tokenizer.json": tokenizer, WEIGHTS: weights}
-        (broken / name).write_bytes(originals[name])
-    for source, words in (
-        (broken / "config.json", "is a file"),
-        (tmp_path / "nowhere", "no model directory at"),
-        ("nobody/no-such-model", "local cache"),
-    ):
-        assert words in refuses(from_hf.main, source)
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "precious").write_text("data")
-    assert "exists and is not empty" in refuses(from_hf.main, broken, target=tmp_path / "there")
-    target = tmp_path / "there" / "precious"
-    assert "is a file" in refuses(from_hf.main, broken, target=target)
+    precious = tmp_path / "there" / "precious"
+    precious.write_text("data")
+    for source, target, words in (
+        (broken / "config.json", None, "is a file"),
+        (tmp_path / "nowhere", None, "no model directory at"),
+        ("nobody/no-such-model", None, "local cache"),
+        (broken, tmp_path / "there", "exists and is not empty"),
+        (broken, precious, "is a file"),
+    ):
+        assert words in refuses(from_hf.main, source, target=target)
+    for name, words in (("tokenizer.json", "holds no tokenizer"), (WEIGHTS, f"no {WEIGHTS}")):
+        (broken / name).rename(tmp_path / name)
+        assert words in refuses(from_hf.main, broken)
+        (tmp_path / name).rename(broken / name)
 
 
 def test_a_write_that_fails_leaves_nothing_behind(broken, refuses, tmp_path, monkeypatch):

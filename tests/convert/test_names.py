@@ -40,6 +40,10 @@ def test_every_layout_is_its_own_inverse_and_moves_every_entry():
             parameter = rule.to_jexit(tensor, part.sizes)
             assert parameter.shape == rule.shape(part.sizes)
             np.testing.assert_array_equal(rule.to_hf(parameter, part.sizes), tensor)
+    # The query projection of Qwen3-4B is 4096 × 2560 in the file (its model card's figures).
+    part = base_part(PRESETS["qwen3-4b"].architecture)
+    assert tensors_of(part)["model.layers.35.self_attn.q_proj.weight"] == (4096, 2560)
+    assert part.shapes()["blocks.attn.q.kernel"] == (36, 2560, 32, 128)
 
 
 def test_names_and_shapes_are_hugging_faces_and_pefts():
@@ -74,10 +78,3 @@ def test_paths_and_shapes_are_the_models():
             parts = (base_part(arch), adapter_part(arch, LORA), exit_part(arch, (1, 3), head))
             ours = {path: shape for part in parts for path, shape in part.shapes().items()}
             assert ours == {".".join(path): leaf.shape for path, leaf in state}
-
-
-def test_published_shapes():
-    """The query projection of Qwen3-4B is 4096 × 2560 in the file (its model card's figures)."""
-    part = base_part(PRESETS["qwen3-4b"].architecture)
-    assert tensors_of(part)["model.layers.35.self_attn.q_proj.weight"] == (4096, 2560)
-    assert part.shapes()["blocks.attn.q.kernel"] == (36, 2560, 32, 128)

@@ -2,15 +2,13 @@
 
 import copy
 import json
-import pathlib
-import shutil
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
+from saved_models import same_model
 
 import jexit
 from convert import from_hf, to_hf
@@ -48,74 +46,67 @@ def tensors_of(directory):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "sharded"),
-    [
-        ("qwen2", torch.bfloat16, True),
-        ("qwen3", torch.float16, False),
-        ("llama", torch.float32, True),
-    ],
-)
-def test_there_and_back_every_tensor_is_bit_equal(tmp_path, family, dtype, sharded):
-    scaling = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
-    if family == "llama":
-        scaling |= {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": 128}
-    theirs = hf_models.make_model(
-        family, tie_word_embeddings=family == "qwen3", rope_parameters=scaling
-    )
-    options = {"max_shard_size": "20KB"} if sharded else {}
-    hf_models.save(tmp_path / "hf", theirs.to(dtype), **options)
-    assert from_hf.main([f"--source={tmp_path / 'hf'}", f"--target={tmp_path / 'jexit'}"]) == 0
-    export(tmp_path / "jexit", tmp_path / "again")
-    assert not list((tmp_path / "again").glob("exit_heads*"))
-    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype and tensor.tobytes() == after[name].tobytes(), name
-    again = load(tmp_path / "again")
-    assert again.dtype == dtype
-    np.testing.assert_array_equal(logits(again), logits(load(tmp_path / "hf")))
-    assert theirs.config.rope_parameters.items() <= again.config.rope_parameters.items()
-    for key in ("tie_word_embeddings", "rms_norm_eps", "max_position_embeddings", "vocab_size"):
-        assert getattr(again.config, key) == getattr(theirs.config, key)
+def test_there_and_back_every_tensor_is_bit_equal(tmp_path):
+    for family, dtype, options in (
+        ("qwen2", torch.bfloat16, {"max_shard_size": "20KB"}),
+        ("qwen3", torch.float16, {}),
+        ("llama", torch.float32, {"max_shard_size": "20KB"}),
+    ):
+        hf, ours, back = (tmp_path / f"{family}-{part}" for part in ("hf", "jexit", "again"))
+        scaling = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+        if family == "llama":
+            scaling |= {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        scaling |= {"original_max_position_embeddings": 128}
+        tied = family == "qwen3"
+        theirs = hf_models.make_model(family, tie_word_embeddings=tied, rope_parameters=scaling)
+        hf_models.save(hf, theirs.to(dtype), **options)
+        assert from_hf.main([f"--source={hf}", f"--target={ours}"]) == 0
+        again = load(export(ours, back))
+        assert not list(back.glob("exit_heads*")) and again.dtype == dtype
+        before, after = tensors_of(hf), tensors_of(back)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert tensor.dtype == after[name].dtype, name
+            assert tensor.tobytes() == after[name].tobytes(), name
+        np.testing.assert_array_equal(logits(again), logits(load(hf)))
+        assert theirs.config.rope_parameters.items() <= again.config.rope_parameters.items()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_student_in_transformers_equals_jexits(students, checkpoints, tmp_path, family):
-    model, directory = students(family)
-    target = export(directory, tmp_path / "merged")
-    theirs = load(target)
-    student = jexit.forward(model, TOKENS_BT)
-    teacher = jexit.forward(model, TOKENS_BT, adapters=False)
-    assert np.abs(logits(theirs) - student.logits_BTV).max() <= LOGITS
-    assert np.abs(logits(theirs) - teacher.logits_BTV).max() > 0.5
+def test_a_merged_student_in_transformers_equals_jexits(students, tmp_path):
+    for family in FAMILIES:
+        model, directory = students(family)
+        target = export(directory, tmp_path / family)
+        theirs = load(target)
+        student = jexit.forward(model, TOKENS_BT)
+        teacher = jexit.forward(model, TOKENS_BT, adapters=False)
+        assert np.abs(logits(theirs) - student.logits_BTV).max() <= LOGITS
+        assert np.abs(logits(theirs) - teacher.logits_BTV).max() > 0.5
+        hazard_BTE = hazards_in_torch(theirs, target)
+        assert np.abs(hazard_BTE - student.hazard_logits_BTE).max() <= LOGITS
+        # Merged weights and the heads beside them are a model directory of jexit, too.
+        merged, _ = jexit.load(target)
+        assert merged.lora is None and merged.exit_layers == EXITS
+        policy = jexit.Prescribed(np.random.default_rng(0).choice([*EXITS, 4], TOKENS_BT.shape))
+        found, truth = (jexit.forward(each, TOKENS_BT, policy=policy) for each in (merged, model))
+        assert np.abs(found.logits_BTV - truth.logits_BTV).max() <= LOGITS
+        assert np.abs(found.hazard_logits_BTE - truth.hazard_logits_BTE).max() <= LOGITS
 
-    # The exit heads beside it, read as their description says, with torch.
-    config = json.loads((target / "exit_heads.json").read_text())
+
+def hazards_in_torch(model, directory):
+    """Hazard logits of the exit heads in a directory, read as their description says."""
+    config = json.loads((directory / "exit_heads.json").read_text())
     assert config["exit_layers"] == list(EXITS) and config["kind"] == "mlp"
-    heads = load_file(target / "exit_heads.safetensors")
-    functions = torch.nn.functional
+    heads = {k: torch.tensor(v) for k, v in load_file(directory / "exit_heads.safetensors").items()}
+    functions, found = torch.nn.functional, []
     with torch.no_grad():
-        residuals = hf_models.residuals_by_hand(theirs, TOKENS_BT, np.full(TOKENS_BT.shape, 4))
-        for index, layer in enumerate(EXITS):
-            prefix = f"exit_heads.{layer}."
-            head = {name: torch.tensor(heads[name]) for name in heads if name.startswith(prefix)}
-            head = {name.removeprefix(prefix): tensor for name, tensor in head.items()}
-            eps = config["rms_norm_eps"]
-            x = functions.rms_norm(residuals[layer], (32,), head["norm.weight"], eps)
-            x = functions.linear(x, head["hidden.weight"], head["hidden.bias"]).relu()
-            z = functions.linear(x, head["out.weight"], head["out.bias"])[..., 0]
-            hazard_BT = np.asarray(student.hazard_logits_BTE[..., index])
-            assert np.abs(z.numpy() - hazard_BT).max() <= LOGITS
-
-    # Merged weights and the heads beside them are a model directory of jexit, too.
-    merged, _ = jexit.load(target)
-    assert merged.lora is None and merged.exit_layers == EXITS
-    policy = jexit.Prescribed(np.random.default_rng(0).choice([*EXITS, 4], TOKENS_BT.shape))
-    found, truth = (jexit.forward(each, TOKENS_BT, policy=policy) for each in (merged, model))
-    assert np.abs(found.logits_BTV - truth.logits_BTV).max() <= LOGITS
-    assert np.abs(found.hazard_logits_BTE - truth.hazard_logits_BTE).max() <= LOGITS
+        residuals = hf_models.residuals_by_hand(model, TOKENS_BT, np.full(TOKENS_BT.shape, 4))
+        for layer in EXITS:
+            at = f"exit_heads.{layer}"
+            norm = heads[f"{at}.norm.weight"]
+            x = functions.rms_norm(residuals[layer], (32,), norm, config["rms_norm_eps"])
+            x = functions.linear(x, heads[f"{at}.hidden.weight"], heads[f"{at}.hidden.bias"]).relu()
+            found.append(functions.linear(x, heads[f"{at}.out.weight"], heads[f"{at}.out.bias"]))
+    return torch.cat(found, dim=-1).numpy()
 
 
 def test_merged_weights_take_the_dtype_asked_for(students, tmp_path):
@@ -132,34 +123,25 @@ def test_merged_weights_take_the_dtype_asked_for(students, tmp_path):
             np.testing.assert_array_equal(tensor, exact[name].astype(kind), name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_peft_adapter_on_its_base_equals_jexits_student(students, checkpoints, tmp_path, family):
+def test_a_peft_adapter_on_its_base_equals_jexits_student(students, checkpoints, tmp_path):
     peft = pytest.importorskip("peft")
-    model, directory = students(family)
-    target = export(directory, tmp_path / "adapter", "--adapter=peft")
-    assert not list(target.rglob("model*.safetensors"))
-    adapted = peft.PeftModel.from_pretrained(load(checkpoints(family)), target).eval()
-    student = np.asarray(jexit.forward(model, TOKENS_BT).logits_BTV)
-    assert np.abs(logits(adapted) - student).max() <= LOGITS
-    with adapted.disable_adapter():
-        teacher = np.asarray(jexit.forward(model, TOKENS_BT, adapters=False).logits_BTV)
-        assert np.abs(logits(adapted) - teacher).max() <= LOGITS
-    # It names its base itself, and carries its settings.
-    alone = peft.AutoPeftModelForCausalLM.from_pretrained(target).eval()
-    assert np.abs(logits(alone) - student).max() <= LOGITS
-    config = json.loads((target / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
-    # And comes back bit for bit.
-    again, tokenizer = jexit.load(target)
-    assert again.lora == model.lora and again.exit_layers == model.exit_layers
-    before, after = (dict(nnx.to_flat_state(nnx.state(each, nnx.Param))) for each in (model, again))
-    assert before.keys() == after.keys() and tokenizer.has_chat_template
-    for path, leaf in before.items():
-        np.testing.assert_array_equal(leaf[...], after[path][...], ".".join(path))
-
-
-def test_a_peft_export_brings_a_base_that_nobody_has_published_or_names_another(students, tmp_path):
-    peft = pytest.importorskip("peft")
+    for family in FAMILIES:
+        model, directory = students(family)
+        target = export(directory, tmp_path / family, "--adapter=peft")
+        assert not list(target.rglob("model*.safetensors"))
+        # It names its base itself, and carries its settings.
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(target).eval()
+        student = np.asarray(jexit.forward(model, TOKENS_BT).logits_BTV)
+        assert np.abs(logits(adapted) - student).max() <= LOGITS
+        with adapted.disable_adapter():
+            teacher = np.asarray(jexit.forward(model, TOKENS_BT, adapters=False).logits_BTV)
+            assert np.abs(logits(adapted) - teacher).max() <= LOGITS
+        config = json.loads((target / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
+        # And comes back bit for bit.
+        again, tokenizer = jexit.load(target)
+        assert same_model(again, model) and tokenizer.has_chat_template
+    # It brings a base that nobody has published, or names another.
     model, directory = students("qwen2")
     save_model(tmp_path / "own", model, jexit.load(directory)[1])
     target = export(tmp_path / "own", tmp_path / "adapter", "--adapter=peft")
@@ -171,20 +153,15 @@ def test_a_peft_export_brings_a_base_that_nobody_has_published_or_names_another(
     assert config["base_model_name_or_path"] == "owner/model"
 
 
-def test_tokenizer_and_chat_template_come_along(students, checkpoints, tmp_path):
-    for adapter in ("merge", "peft"):
-        target = export(students("qwen2")[1], tmp_path / adapter, f"--adapter={adapter}")
+def test_transformers_generates_from_it_and_stops_at_the_end_token(students, tmp_path):
+    model, directory = students("qwen2")
+    for adapter in ("peft", "merge"):
+        target = export(directory, tmp_path / adapter, f"--adapter={adapter}")
         tokenizer = AutoTokenizer.from_pretrained(target)
         messages = [{"role": "user", "content": "a 1"}]
         assert tokenizer.apply_chat_template(messages, tokenize=False) == "<user>a 1"
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
-        published = checkpoints("qwen2") / "tokenizer.json"
-        assert (target / "tokenizer.json").read_bytes() == published.read_bytes()
-
-
-def test_transformers_generates_from_it_and_stops_at_the_end_token(students, tmp_path):
-    model, directory = students("qwen2")
-    theirs = load(export(directory, tmp_path / "merged"))
+    theirs = load(target)
     assert theirs.generation_config.eos_token_id in (0, [0])
     _, tokenizer = jexit.load(directory)
     prompts = ["count 1 2", "a", "why not"]
@@ -213,51 +190,32 @@ def test_linear_heads_without_norm_survive_the_round_trip(checkpoints, tmp_path)
 
 def test_what_cannot_be_exported_is_one_sentence(students, checkpoints, tmp_path, refuses):
     _, directory = students("qwen2")
-    message = refuses(to_hf.main, checkpoints("qwen2"), "--adapter=peft")
-    assert "has no adapter to write; use --adapter=merge" in message
-    assert "--base names the base" in refuses(to_hf.main, directory, "--base=x/y")
-    assert "no model directory at" in refuses(to_hf.main, tmp_path / "nowhere")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").write_text("data")
-    assert "is not empty" in refuses(to_hf.main, directory, target=tmp_path / "there")
-    source = pathlib.Path(shutil.copytree(directory, tmp_path / "source"))
-    shutil.rmtree(source / "exits")
-    assert "lacks its exits (exits/)" in refuses(to_hf.main, source)
-    values = json.loads((source / "jexit.json").read_text()) | {"base": str(tmp_path / "moved")}
-    (source / "jexit.json").write_text(json.dumps(values))
-    assert f"needs its base model at {tmp_path / 'moved'}" in refuses(to_hf.main, source)
+    for source, options, target, words in (
+        (checkpoints("qwen2"), ["--adapter=peft"], None, "no adapter to write; use --adap"),
+        (directory, ["--base=x/y"], None, "--base names the base"),
+        (tmp_path / "nowhere", [], None, "no model directory at"),
+        (directory, [], tmp_path / "there", "is not empty"),
+    ):
+        assert words in refuses(to_hf.main, source, *options, target=target)
 
 
 def test_altered_adapters_and_heads_are_refused(students, tmp_path, refuses):
     source = export(students("qwen2")[1], tmp_path / "adapter", "--adapter=peft")
-    for name, changes in (
-        ("adapter_config.json", {"r": None}),
-        ("adapter_config.json", {"r": "three"}),
-        ("adapter_config.json", {"lora_alpha": -1.0}),
-        ("adapter_config.json", {"lora_dropout": 1.5}),
-        ("adapter_config.json", {"target_modules": [["q_proj"]]}),
-        ("adapter_config.json", {"target_modules": []}),
-        ("adapter_config.json", {"target_modules": ["q_proj", "lm_head"]}),
-        ("adapter_config.json", {"use_dora": True}),
-        ("adapter_config.json", {"peft_type": "IA3"}),
-        ("exit_heads.json", {"kind": "cubic"}),
-        ("exit_heads.json", {"norm": None}),
-        ("exit_heads.json", {"exit_layers": 3}),
-        ("exit_heads.json", {"exit_layers": [3, 1]}),
-        ("exit_heads.json", {"exit_layers": ["1"]}),
-        ("exit_heads.json", {"exit_layers": [1, 4]}),
-        ("exit_heads.json", {"exit_layers": [1, 2]}),
-        ("exit_heads.json", {"format_version": 2}),
-    ):
+    adapter = {"r": "three", "lora_alpha": -1.0, "lora_dropout": 1.5, "use_dora": True}
+    adapter |= {"peft_type": "IA3", "target_modules": ["q_proj", "lm_head"]}
+    heads = {"kind": "cubic", "norm": None, "exit_layers": ["1"], "format_version": 2}
+    for name, changes in (("adapter_config.json", adapter), ("exit_heads.json", heads)):
         before = (source / name).read_text()
-        (source / name).write_text(json.dumps(json.loads(before) | changes))
-        assert "; " in refuses(to_hf.main, source), changes
+        for key, value in changes.items():
+            (source / name).write_text(json.dumps(json.loads(before) | {key: value}))
+            assert "; " in refuses(to_hf.main, source), key
         (source / name).write_text(before)
     for file in ("adapter_model.safetensors", "exit_heads.safetensors"):
         before = load_file(source / file)
         name = sorted(before)[-1]
-        broken = before | {name: np.full_like(before[name], np.nan)}
-        save_file(broken, source / file)
+        save_file(before | {name: np.full_like(before[name], np.nan)}, source / file)
         words = f"{name} in {source / file} holds NaN or infinity"
         assert words in refuses(from_hf.main, source)
         save_file(before, source / file)

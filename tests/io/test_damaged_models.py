@@ -58,24 +58,17 @@ def refusal(directory, read=read):
 
 
 def test_json_that_is_none_is_named(hf, peft, models):
-    """The library reads the tokenizer's own two; jexit refuses what it cannot, or takes them."""
-    texts = (
-        b'{"a": ' * 100_000, b"[" * 100_000, b'{"format_version": 1e999}',
-        b'{"r": 1%s}' % (b"0" * 400), b'{"r": NaN}', b'{"r": 1, "r": 2}', b"[3]", b"\xff\xfe\x00",
-    )  # fmt: skip
     for directory, names in (
-        (hf, ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")),
+        (hf, ("config.json", "generation_config.json", "tokenizer.json")),
         (peft, ("adapter_config.json", "exit_heads.json")),
         (models / "whole", ("jexit.json",)),
     ):
         for name in names:
             before = (directory / name).read_bytes()
-            for text in texts if name.endswith("g.json") or name != "tokenizer.json" else texts[:3]:
+            for text in (b'{"a": ' * 100_000, b"[3]", b'{"r": 1e999}', b"\xff\xfe\x00"):
                 (directory / name).write_bytes(text)
-                if name != "chat_template.jinja":
-                    assert str(directory) in refusal(directory)
+                assert str(directory) in refusal(directory)
             (directory / name).write_bytes(before)
-        read(directory)
 
 
 def test_what_is_no_file_of_its_own_is_not_read(hf, peft, models, tmp_path, deadline):
@@ -110,25 +103,23 @@ def test_what_is_no_file_of_its_own_is_not_read(hf, peft, models, tmp_path, dead
     assert f"{pipe} is a named pipe" in refusal(models / "whole")
 
 
-def test_an_index_names_files_beside_it(hf, tmp_path):
-    (hf / "sub").mkdir()
-    tensors = load_file(hf / WEIGHTS)
+def test_an_index_names_files_beside_it_and_a_tensor_is_there_once(hf, tmp_path):
+    data, tensors = (hf / WEIGHTS).read_bytes(), load_file(hf / WEIGHTS)
+    end = 8 + int.from_bytes(data[:8], "little")
+    entry = json.dumps({"model.norm.weight": json.loads(data[8:end])["model.norm.weight"]})
+    header = f"{entry[:-1]},".encode() + data[9:end]
+    (hf / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    said = refusal(hf)
+    assert f"{hf / WEIGHTS} is damaged" in said and "duplicate key 'model.norm.weight'" in said
     (hf / WEIGHTS).rename(tmp_path / "outside.safetensors")
-    shutil.copy(tmp_path / "outside.safetensors", hf / "sub" / "a.safetensors")
 
     def refused(weight_map):
         (hf / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         return refusal(hf)
 
     for name in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", "sub/a.safetensors"):
-        start = re.escape(f"names {name[:8]!r}"[:-1])  # a long name is shortened in its middle
-        said = refused({"model.norm.weight": name})
-        assert re.search(f"{start}.*', which is no .safetensors file beside it", said)
+        assert "which is no .safetensors file beside it" in refused({"model.norm.weight": name})
     shards = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
-    (hf / shards[0]).symlink_to("../outside.safetensors")
-    said = refused({"model.norm.weight": shards[0]})
-    assert f"{shards[0]} is a link to {tmp_path}/outside.safetensors" in said
-    (hf / shards[0]).unlink()
     save_file(tensors, hf / shards[0])
     shared = dict.fromkeys(tensors, shards[0]) | {"model.norm.weight": shards[1]}
     assert f"lacks {shards[1]}" in refused(shared)
@@ -136,29 +127,13 @@ def test_an_index_names_files_beside_it(hf, tmp_path):
     assert f"{shards[1]} and {shards[0]} both hold model.norm.weight" in refused(shared)
 
 
-def test_a_tensor_that_is_there_twice_is_refused(hf):
-    data = (hf / WEIGHTS).read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    entry = json.dumps({"model.norm.weight": json.loads(data[8:end])["model.norm.weight"]})
-    header = f"{entry[:-1]},".encode() + data[9:end]
-    (hf / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-    said = refusal(hf)
-    assert f"{hf / WEIGHTS} is damaged" in said and "duplicate key 'model.norm.weight'" in said
-
-
 def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, models, deadline):
     for path, changes, words in (
         (hf / "config.json", {"num_hidden_layers": 30_000_000}, "describes 30000000 layers, and"),
-        (hf / "config.json", {"num_hidden_layers": 10**200}, "at least 1 and at most 2147483647"),
         (hf / "config.json", {"num_hidden_layers": 9}, "missing model.layers.8."),
-        (
-            hf / "config.json",
-            {"vocab_size": 10**9},
-            "misshapen model.embed_tokens.weight [512, 96]",
-        ),
+        (hf / "config.json", {"vocab_size": 10**9}, "misshapen model.embed_tokens.weight [512, 9"),
         (hf / "config.json", {"eos_token_id": 2**70}, "sets eos_token_id to 118059162071741130342"),
         (peft / "adapter_config.json", {"r": 9_999}, "misshapen base_model.model.model.layers.0."),
-        (peft / "adapter_config.json", {"r": 10**30}, "r in "),
         (peft / "adapter_config.json", {"base_model_name_or_path": [1]}, "names [1] as its base"),
         (peft / "adapter_config.json", {"base_model_name_or_path": "."}, "base; correct the path"),
         (peft / "exit_heads.json", {"exit_layers": [1, 7]}, "missing exit_heads.7."),
@@ -171,28 +146,17 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
             assert words in refusal(make_config("rl", hf), programs.architecture)
         path.write_text(before)
     architecture = json.loads((models / "whole" / "jexit.json").read_text())["architecture"]
-    yarn = {"kind": "yarn", "factor": 0.0, "original_max_positions": 32}
     for changes, words in (
         ({"format_version": 2}, "format version 2; this jexit reads 1: make the model again"),
         ({"architecture": "gone"}, "is incomplete or altered ('architecture'); convert it"),
         ({"architecture": {"layers": 3}}, "architecture.family is missing; choose one of qwen2"),
-        ({"architecture": [1]}, "is incomplete or altered"),
-        ({"lora": {"rank": 2.5}}, "lora.rank is 2.5; it must be of type int"),
-        ({"lora": {"targets": ["head"]}}, "lora.targets is 'head'; choose one of q, k, v"),
         ({"exit_head": {"colour": "red"}}, "exit_head.colour does not exist"),
-        ({"exit_head": {"kind": "big"}}, "exit_head.kind is 'big'; choose one of mlp, linear"),
         ({"eos_ids": ["a"]}, "is incomplete or altered ('a', which is no token's number)"),
-        ({"base": 5}, "is incomplete or altered (base is no text)"),
+        ({"base": 5}, "is incomplete or altered (base is 5; it must be of type str)"),
         ({"exit_layers": [2, 1]}, "exit heads at (2, 1); exits are rising layer numbers"),
-        ({"exit_layers": [1, 3]}, "exit heads at (1, 3); exits are rising"),
         ({"layers": 30_000_000}, "blocks.attn.q.kernel [3, 8, 2, 4] in place of"),
-        ({"layers": 2**31}, "architecture.layers is 2147483648; it must be at least 1 and at"),
         ({"kv_heads": 0}, "architecture.kv_heads is 0; it must be at least 1"),
-        ({"rope_theta": -1.0}, "architecture.rope_theta is -1.0; it must be at least"),
-        ({"tied": "no"}, "architecture.tied is 'no'; it must be of type bool"),
         ({"family": "mistral"}, "family is 'mistral'; choose one of qwen2, qwen3, llama"),
-        ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "original_max_positions is missing"),
-        ({"rope_scaling": yarn}, "rope_scaling.factor is 0.0; it must be at least"),
         ({"rope_scaling": {"kind": "linear"}}, "of kind 'linear'; jexit computes yarn and llama3"),
     ):
         before = (models / "whole" / "jexit.json").read_text()
@@ -203,37 +167,43 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
         (models / "whole" / "jexit.json").write_text(before)
 
 
+def spoil(store, how):
+    """Damages a part's arrays; the first two by name, where single ones are meant."""
+    first, second = store.names()[:2]
+    array, small = store.read(first).copy(), np.zeros((2, 2), np.float32)
+    if how == "damaged":
+        for path in (store.directory / first).rglob("d/*"):
+            path.write_bytes(b"")
+        return
+    shutil.rmtree(store.directory / ("." if how == "gone" else first))
+    if how == "not finite":
+        array.reshape(-1)[-1] = np.nan
+        store.write(first, array)
+    if how == "others":
+        shutil.rmtree(store.directory / second)
+        store.write(second, small)
+        store.write("extra", small)
+
+
 def test_wrong_arrays_are_one_sentence(models, monkeypatch):
     for part in PARTS:
-        folder, kept = models / "whole" / part, models / "kept"
-        store, name = ArrayStore(folder), ArrayStore(folder).names()[0]
-        for how in ("missing", "misshapen", "surplus", "damaged", "no_folder", "nan"):
-            shutil.copytree(folder, kept)
-            words = f"{part} are not those its configuration describes: {how} {name}"
-            array = store.read(name).copy()
-            if how == "surplus":
-                store.write("blocks.extra", np.zeros((2, 2), np.float32))
-                words = words.replace(name, "blocks.extra")
-            elif how == "damaged":
-                for path in (folder / name).rglob("d/*"):
-                    path.write_bytes(b"")
-                words = f"the parameter {name} in {folder} cannot be read"
-            elif how == "no_folder":
-                shutil.rmtree(folder)
-                words = f"({part}/); convert or copy the model again"
-            else:
-                shutil.rmtree(folder / name)
-            if how == "misshapen":
-                store.write(name, np.zeros((2, 2), np.float32))
-            if how == "nan":
-                array.reshape(-1)[-1] = np.nan
-                with monkeypatch.context() as patched:
-                    patched.setattr(array_store, "all_finite", lambda array: True)
-                    store.write(name, array)
-                words = f"the parameter {name} in {folder} holds NaN or infinity; copy or convert"
-            assert words in refusal(models / "whole"), how
+        folder = models / "whole" / part
+        store = ArrayStore(folder)
+        first, second = store.names()[:2]
+        lists = rf"missing {first}; surplus extra; misshapen {second} \[2, 2\] in place of"
+        for how, words in (
+            ("others", f"{part} are not those its configuration describes: {lists}"),
+            ("damaged", f"the parameter {first} in {folder} cannot be read"),
+            ("gone", rf"\({part}/\); convert or copy the model again"),
+            ("not finite", f"{first} in {folder} holds NaN or infinity; copy or convert"),
+        ):
+            shutil.copytree(folder, models / "kept")
+            with monkeypatch.context() as patched:
+                patched.setattr(array_store, "all_finite", lambda array: True)
+                spoil(store, how)
+            assert re.search(words, refusal(models / "whole")), how
             shutil.rmtree(folder, ignore_errors=True)
-            kept.rename(folder)
+            (models / "kept").rename(folder)
 
 
 def test_a_tokenizer_is_there_and_fits(models, tokenizer):

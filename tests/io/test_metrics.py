@@ -1,15 +1,17 @@
-"""metrics.jsonl and samples.jsonl grow by whole lines and resume at a step."""
+"""metrics.jsonl and samples.jsonl grow by whole lines and resume at a step; TensorBoard follows."""
 
-import json
 import math
+import struct
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jexit.errors import UserError
 from jexit.io.metrics import MetricsWriter, SamplesWriter, read_metrics, read_samples
+from jexit.io.tensorboard import EventFile
 
 
 def log(workdir, steps, resume_step=None, value=0.0):
@@ -24,7 +26,10 @@ def steps_of(records):
 
 def test_each_step_is_one_line_at_once(tmp_path):
     workdir = tmp_path / "new"
-    assert read_metrics(workdir) == [] and read_samples(workdir) == []
+    with MetricsWriter(workdir, enabled=False) as first, SamplesWriter(workdir, enabled=False) as s:
+        first.write(1, {"loss": 1.0})  # of a process that is not the first
+        s.write(1, [{"prompt": "x"}])
+    assert not workdir.exists() and read_metrics(workdir) == [] and read_samples(workdir) == []
     with MetricsWriter(workdir, tensorboard=False) as writer:
         writer.write(1, {"loss": jnp.float32(0.5), "accuracy": np.float64(0.25), "n": 3})
         assert steps_of(read_metrics(workdir)) == [1]
@@ -32,12 +37,12 @@ def test_each_step_is_one_line_at_once(tmp_path):
         for value in ("right", np.zeros((2, 2))):
             with pytest.raises(ValueError, match=r"metric 'verdict' is .*; metrics are numbers"):
                 writer.write(3, {"verdict": value})
-    writer.write(4, {"loss": 1.0})  # closed: nothing happens
     assert (workdir / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 1, "loss": 0.5, "accuracy": 0.25, "n": 3.0}',
         '{"step": 2, "histogram": [0.25, null]}',
     ]
     assert math.isnan(read_metrics(workdir)[1]["histogram"][1])
+    assert not (workdir / "tensorboard").exists()
 
 
 def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path):
@@ -48,13 +53,12 @@ def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path):
     assert steps_of(read_metrics(tmp_path)) == [1]
     record = {"prompt": "2+2 \n ist – 四", "depths": np.asarray([8, 2]), "reward": np.float32(1)}
     with SamplesWriter(tmp_path) as writer:
-        writer.write(1, record)
+        writer.write(1, [record])
         writer.write(5, [record, record])
     expected = {"prompt": record["prompt"], "depths": [8, 2], "reward": 1.0}
     assert read_samples(tmp_path) == [{"step": step, **expected} for step in (1, 5, 5)]
-    with SamplesWriter(tmp_path, resume_step=3) as writer:
-        writer.write(4, {"prompt": "later"})
-    assert steps_of(read_samples(tmp_path)) == [1, 4]
+    with SamplesWriter(tmp_path, resume_step=3):
+        assert steps_of(read_samples(tmp_path)) == [1]
 
 
 def test_torn_and_spoiled_lines_are_skipped_and_then_removed(tmp_path):
@@ -64,33 +68,54 @@ def test_torn_and_spoiled_lines_are_skipped_and_then_removed(tmp_path):
     for cut in range(1, len(whole.splitlines(keepends=True)[-1])):
         path.write_bytes(whole[:-cut])
         assert steps_of(read_metrics(tmp_path)) == [1, 2]
-        log(tmp_path, [3], resume_step=2)
-        assert path.read_bytes() == whole
-    spoiled = b'\0\0\0\0\n[1, 2]\n{"loss": 3.0}\n{"step": "two"}\n\xff\xfe\n'
-    path.write_bytes(spoiled + whole)
+    log(tmp_path, [3], resume_step=2)
+    assert path.read_bytes() == whole
+    path.write_bytes(b'\0\0\0\0\n[1, 2]\n{"loss": 3.0}\n{"step": "two"}\n\xff\xfe\n' + whole)
     assert steps_of(read_metrics(tmp_path)) == [1, 2, 3]
     log(tmp_path, [], resume_step=3)
     assert path.read_bytes() == whole
 
 
-def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path, full_disk):
-    full_disk(70)
-    writer = MetricsWriter(tmp_path, tensorboard=False)
-    writer.write(1, {"loss": 1.0})
-    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space.*free some"):
-        for step in range(2, 10):
-            writer.write(step, {"loss": float(step)})
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert text.endswith("}\n")
-    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
+def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path, full_disk, monkeypatch):
+    words = r"cannot write .*metrics\.jsonl: File too large; free some"
+    with full_disk(70), pytest.raises(UserError, match=words):
+        log(tmp_path, range(1, 10))
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+    assert steps_of(read_metrics(tmp_path)) == [1, 2]
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with MetricsWriter(tmp_path) as writer:
+        monkeypatch.setattr(EventFile, "_write", no_space)
+        with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space left"):
+            writer.write(1, {"loss": 1.0})
 
 
-def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
-    with MetricsWriter(tmp_path / "run", enabled=False) as writer:
-        writer.write(1, {"loss": 1.0})
-    with SamplesWriter(tmp_path / "run", enabled=False) as writer:
-        writer.write(1, {"prompt": "x"})
-    assert not (tmp_path / "run").exists()
+def events_in(directory):
+    """The events of every file, in order, from their TFRecord framing."""
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            yield Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+
+def test_metrics_reach_tensorboard_at_their_steps(tmp_path):
+    def scalars():
+        events = events_in(tmp_path / "tensorboard")
+        return [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+
+    expected = [(1, "loss", 0.5), (1, "share/0", 0.25), (1, "share/1", 0.75)]
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5, "share": [0.25, 0.75]})
+        assert scalars() == expected  # flushed line by line: a killed run loses nothing
+    with MetricsWriter(tmp_path, resume_step=3):
+        pass
+    # A reader drops what it holds of steps from a START event's on.
+    sessions = [e for e in events_in(tmp_path / "tensorboard") if e.HasField("session_log")]
+    assert [e.step for e in sessions if e.session_log.status == SessionLog.START] == [0, 4]
 
 
 def test_wandb_gets_flat_values_under_their_step(tmp_path, monkeypatch):

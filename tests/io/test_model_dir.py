@@ -1,7 +1,7 @@
 """Model directories: found where they are, and what is saved is what is loaded."""
 
+import dataclasses
 import json
-import resource
 import shutil
 
 import jax.numpy as jnp
@@ -40,13 +40,10 @@ def test_models_come_back_bit_for_bit(saved_once, model, tokenizer, tmp_path):
     assert same_model(whole, model)
     assert found.eos_ids == tokenizer.eos_ids and found.vocab_size == tokenizer.vocab_size
     assert found.encode("sum 3729518") == tokenizer.encode("sum 3729518")
-    # One that refers to its base stores no weights, and computes the same.
+    # One that refers to its base stores no weights.
     refers = jexit.load(saved_once / "refers")[0]
     assert same_model(refers, model) and not (saved_once / "refers" / "base").exists()
     assert open_model(saved_once / "refers").source == "org/small"
-    ours, theirs = (jexit.forward(each, jnp.asarray([[5, 9, 2, 7]])) for each in (refers, model))
-    assert np.array_equal(ours.logits_BTV, theirs.logits_BTV)
-    assert np.array_equal(ours.hazard_logits_BTE, theirs.hazard_logits_BTE)
     # Other heads, untied, without adapters, with one more end token.
     head = ExitSettings(kind="linear", norm="none")
     wanted = make_model(tokenizer.vocab_size, exits=(2,), head=head, lora=None, tied=False)
@@ -131,9 +128,6 @@ def test_a_directory_is_replaced_only_when_asked(models, model, tokenizer):
     with pytest.raises(UserError, match="exists and is not empty; give another target"):
         save_model(models / "whole", model, tokenizer)
     assert tree(models / "whole") == before
-    other = make_model(tokenizer.vocab_size, exits=(1,), lora=None)
-    save_model(models / "whole", other, tokenizer, overwrite=True)
-    assert same_model(load(models / "whole")[0], other)
     # Replacing the base itself keeps the weights.
     save_model(models / "base", model, tokenizer, base=models / "base", overwrite=True)
     assert same_model(load(models / "base")[0], model)
@@ -144,10 +138,9 @@ def test_a_directory_is_replaced_only_when_asked(models, model, tokenizer):
     assert not (models / "new").exists()
 
 
-@pytest.mark.parametrize("fails", ["interrupt", "disk", "not finite"])
-def test_a_failed_write_leaves_the_old_directory_or_none(models, tokenizer, monkeypatch, fails):
-    model, before, write, calls = make_model(tokenizer.vocab_size), tree(models), [], []
-    write = ArrayStore.write
+def test_a_failed_write_leaves_the_old_directory_or_none(models, tokenizer, monkeypatch, full_disk):
+    model, before = make_model(tokenizer.vocab_size), tree(models)
+    write, calls = ArrayStore.write, []
 
     def interrupted(self, name, array):
         calls.append(name)
@@ -155,24 +148,19 @@ def test_a_failed_write_leaves_the_old_directory_or_none(models, tokenizer, monk
             raise KeyboardInterrupt
         write(self, name, array)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    error, words = UserError, r"cannot be written to .*; free some space"
-    if fails == "interrupt":
-        monkeypatch.setattr(ArrayStore, "write", interrupted)
-        error, words = KeyboardInterrupt, ""
-    elif fails == "disk":
-        # No file may pass this size: writes fail inside the storage library, as on a full disk.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
-    else:
-        model.exits.b2[...] = jnp.full_like(model.exits.b2[...], jnp.nan)
-        words = r"the parameter exits\.b2 holds NaN or infinity, so it is not written"
-    try:
+    def save(error, words):
         for target in ("whole", "new"):
             with pytest.raises(error, match=words):
                 save_model(models / target, model, tokenizer, overwrite=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert tree(models) == before
+        assert tree(models) == before
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ArrayStore, "write", interrupted)
+        save(KeyboardInterrupt, None)
+    with full_disk(2_000):
+        save(UserError, r"cannot be written to .*; free some space")
+    model.exits.b2[...] = jnp.full_like(model.exits.b2[...], jnp.nan)
+    save(UserError, r"the parameter exits\.b2 holds NaN or infinity, so it is not written")
 
 
 # Loading
@@ -188,9 +176,8 @@ def test_dtypes_are_the_ones_asked_for(models, model, tokenizer):
             return jnp.asarray(array)
 
         half = load(models / "refers", dtype=dtype, place=place)[0]
-        assert placed == {path: array.dtype.name for path, array in parameters(half).items()}
-        for path, kind in placed.items():
-            assert kind == ("float32" if is_trainable(path) else expected), path
+        kinds = {p: "float32" if is_trainable(p) else expected for p in parameters(half)}
+        assert placed == kinds == {p: array.dtype.name for p, array in parameters(half).items()}
     save_model(models / "half", half, tokenizer)
     assert description(models / "half")["dtype"] == "bfloat16"
     stored, wanted = parameters(load(models / "half")[0]), parameters(model)
@@ -199,13 +186,11 @@ def test_dtypes_are_the_ones_asked_for(models, model, tokenizer):
         assert array.dtype == np.float32 and np.array_equal(array, kept), path
     with pytest.raises(UserError, match="dtype is 'float16'; choose auto, float32 or bfloat16"):
         load(models / "whole", dtype="float16")
-    scale = model.final_norm.scale
-    kept, scale[...] = scale[...], jnp.full_like(scale[...], 3.4e38)
-    save_model(models / "large", model, tokenizer)
-    scale[...] = kept
-    words = r"final_norm\.scale of .*large is too large for bfloat16; load it in a wider dtype"
+    shutil.rmtree(models / "whole" / "base" / "final_norm.scale")
+    ArrayStore(models / "whole" / "base").write("final_norm.scale", np.full(8, 3.4e38, np.float32))
+    words = r"final_norm\.scale of .*whole is too large for bfloat16; load it in a wider dtype"
     with pytest.raises(UserError, match=words):
-        load(models / "large", dtype="bfloat16")
+        load(models / "whole", dtype="bfloat16")
 
 
 def test_a_base_gets_fresh_exits_and_adapters(saved_once):
@@ -227,17 +212,19 @@ def test_settings_agree_with_the_directory_or_are_refused(saved_once):
     found = load(saved_once / "refers", **options)[0]
     assert found.lora.dropout == 0.0 and found.lora.targets == ADAPTER.targets
     for options, words in (
-        ({"exit_layers": (1,)}, r"has exit heads at \(1, 2\), not at \(1,\); leave exits\.layers"),
-        ({"exit_head": ExitSettings(kind="linear")}, "kind mlp with norm rms, not linear with rms"),
         (
-            {"lora": LoRA(rank=4, alpha=6.0, targets=("q", "down"))},
-            "adapters of rank 2 and alpha 6 on q, down, not rank 4 and alpha 6",
+            {"exit_layers": (1,)},
+            r"has exits\.layers=\(1, 2\), not \(1,\); set config\.exits",
         ),
-        ({"lora": LoRA(rank=2, alpha=6.0, targets=("q",))}, "on q, down, not .* on q; set lora"),
-        ({"exit_layers": (2, 1)}, "distinct layer numbers from 1 upwards"),
-        ({"exit_layers": (0, 1)}, "distinct layer numbers from 1 upwards"),
+        ({"exit_head": ExitSettings(kind="linear")}, "has exit_head.kind=mlp, not linear; set"),
+        ({"lora": dataclasses.replace(lora, rank=4)}, "has lora.rank=2, not 4; set config.lora.ra"),
+        (
+            {"lora": dataclasses.replace(lora, targets=("q",))},
+            r"targets=\('down', 'q'\), not",
+        ),
+        ({"exit_layers": (2, 1)}, r"config\.exits\.layers is \(2, 1\); exits are rising layer num"),
+        ({"exit_layers": (0, 1)}, "exits are rising layer numbers from 1 to 2"),
+        ({"exit_layers": (1, 7)}, "exits are rising layer numbers from 1 to 2"),
     ):
         with pytest.raises(UserError, match=words):
             load(saved_once / "refers", **options)
-    with pytest.raises(UserError, match="exit 7 is not below the model's 3 layers"):
-        load(saved_once / "base", exit_layers=(1, 7))

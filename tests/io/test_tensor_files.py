@@ -1,13 +1,12 @@
 """Safetensors files, single and sharded, against the safetensors library."""
 
-import itertools
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jexit.errors import MissingFile, UserError
 from jexit.io.tensor_files import Spec, TensorReader, TensorWriter
@@ -20,18 +19,13 @@ TENSORS = {
     "double": RNG.normal(size=()).astype(np.float64),
     "empty": np.zeros((0, 4), np.float32),
 }
-SPECS = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in TENSORS.items()}
 
 
-def write_tensors(directory, stem, tensors):
-    specs = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    with TensorWriter(directory, specs, stem=stem) as writer:
+def write_tensors(directory, tensors, **options):
+    specs = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in TENSORS.items()}
+    with TensorWriter(directory, specs, **options) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-
-
-def read_all(reader):
-    return {name: reader.read(name) for name in reader.specs}
 
 
 def same(found, wanted):
@@ -40,17 +34,23 @@ def same(found, wanted):
     )
 
 
+def read_all(directory):
+    reader = TensorReader(directory)
+    tensors = {name: reader.read(name) for name in reader.specs}
+    assert {name: Spec(t.shape, t.dtype) for name, t in tensors.items()} == reader.specs
+    return tensors
+
+
 def test_the_library_reads_what_is_written_and_the_other_way_round(tmp_path):
     wide = TENSORS | {"b.weight": np.asfortranarray(TENSORS["b.weight"])}
-    write_tensors(tmp_path, "model", dict(reversed(wide.items())))
+    write_tensors(tmp_path, dict(reversed(wide.items())))
     path = tmp_path / "model.safetensors"
+    assert same(load_file(path), TENSORS)
     with safe_open(path, framework="numpy") as file:
-        assert same({name: file.get_tensor(name) for name in file.keys()}, TENSORS)  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
     save_file(TENSORS, path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")  # beside it, left alone
-    reader = TensorReader(tmp_path)
-    assert reader.specs == SPECS and same(read_all(reader), TENSORS)
+    assert same(read_all(tmp_path), TENSORS)
     whole = path.read_bytes()
     for kept in (0, 4, 100, -1):
         path.write_bytes(whole[:kept])
@@ -59,21 +59,14 @@ def test_the_library_reads_what_is_written_and_the_other_way_round(tmp_path):
 
 
 def test_large_checkpoints_are_sharded_with_an_index(tmp_path):
-    with TensorWriter(tmp_path, SPECS, shard_bytes=70) as writer:
-        for name, tensor in TENSORS.items():
-            writer.write(name, tensor)
+    write_tensors(tmp_path, TENSORS, shard_bytes=70)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in TENSORS.values())
-    assert set(index["weight_map"]) == set(TENSORS)
-    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in (1, 2)]
-    for name, shard in index["weight_map"].items():
-        with safe_open(tmp_path / shard, framework="numpy") as file:
-            assert np.array_equal(file.get_tensor(name), TENSORS[name])
-    assert same(read_all(TensorReader(tmp_path)), TENSORS)
-    (tmp_path / shards[1]).unlink()
-    with pytest.raises(MissingFile, match=rf"lacks {shards[1]}, which"):
-        TensorReader(tmp_path)
+    shards = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == shards
+    loaded = {shard: load_file(tmp_path / shard) for shard in shards}
+    assert same({k: loaded[shard][k] for k, shard in index["weight_map"].items()}, TENSORS)
+    assert same(read_all(tmp_path), TENSORS)
     for text in ("{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(UserError, match=r"index\.json has no weight_map"):
@@ -93,28 +86,13 @@ def test_other_weights_are_refused_unread(tmp_path):
         TensorReader(tmp_path)
 
 
-def test_a_tensor_that_is_not_finite_is_neither_read_nor_written(tmp_path):
-    for name, value in itertools.product(TENSORS.keys() - {"empty"}, (np.nan, np.inf)):
+def test_what_cannot_be_written_is_noticed(tmp_path, full_disk):
+    for name in TENSORS.keys() - {"empty"}:
         broken = {key: tensor.copy() for key, tensor in TENSORS.items()}
-        broken[name].reshape(-1)[-1] = value
-        save_file(broken, tmp_path / "model.safetensors")
-        reader = TensorReader(tmp_path)
-        for other in TENSORS.keys() - {name}:
-            reader.read(other)
-        words = f"^{name} in {tmp_path / 'model.safetensors'} holds NaN or infinity; copy it again"
-        with pytest.raises(UserError, match=words):
-            reader.read(name)
+        broken[name].reshape(-1)[-1] = np.inf
         with pytest.raises(UserError, match=f"^{name} holds NaN or infinity as \\w+, so it is not"):
-            write_tensors(tmp_path, "other", broken)
-
-
-def test_a_write_that_fails_is_noticed(tmp_path, full_disk):
-    with (
-        pytest.raises(AssertionError, match=r"not written: .*half"),
-        TensorWriter(tmp_path, SPECS) as writer,
-    ):
-        for name in TENSORS.keys() - {"half"}:
-            writer.write(name, TENSORS[name])
-    full_disk(100)
-    with pytest.raises(OSError, match="No space left"):
-        write_tensors(tmp_path, "model", TENSORS)
+            write_tensors(tmp_path, broken)
+    with pytest.raises(AssertionError, match=r"not written: .*half"):
+        write_tensors(tmp_path, {key: TENSORS[key] for key in TENSORS.keys() - {"half"}})
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        write_tensors(tmp_path, TENSORS)
