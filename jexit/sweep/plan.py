@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jexit import untrusted
+from pydantic import ValidationError
+
 from jexit.errors import UserError
-from jexit.io.files import write_bytes_atomic
 from jexit.main import parse
-from jexit.results import REMEDY, Evaluation, PolicyResult, numbers
+from jexit.results import REMEDY, Evaluation, PolicyResult, Record, numbers
+from jexit.untrusted import read_json, read_object
 
 FINISHED = "after.json"  # the last file of a training run that is measured
 EVALUATED = "eval.json"  # that of an evaluation
@@ -24,6 +24,14 @@ MACHINE = re.compile(r"seconds|per_second|memory/|compilations|mfu")  # how fast
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
 _SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
+
+
+class Asked(Record):
+    """What a combination was begun with, in a file beside its directory: arguments by process."""
+
+    settings: dict[str, str]
+    run: tuple[str, ...] | None = None
+    eval: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,24 +86,19 @@ class Cell:
             found |= Evaluation.read(self.evaluation).numbers()
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
-    def _kept(self) -> dict[str, Any]:
-        return (_record(self.asked) if self.asked.exists() else None) or {}
-
     def begin(self, part: str, arguments: Sequence[str]) -> None:
         """Keeps what the cell's run or evaluation is asked for."""
-        kept = self._kept() | {"settings": dict(self.settings), part: list(arguments)}
-        text = json.dumps(kept, indent=1) + "\n"
-        write_bytes_atomic(self.asked, text.encode())
+        asked = _asked(self.asked) or Asked(settings=dict(self.settings))
+        asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
         """Raises UserError if it was begun with other arguments and has left something behind."""
-        differing = sorted(set(self._kept().get(part, arguments)) ^ set(arguments))
-        if not differing:
-            return
-        raise UserError(
-            f"{self.name} was begun by another command, which differs in {differing[0]}; another "
-            f"--into is needed, or delete {self.workdir} and {self.asked}"
-        )
+        asked = getattr(_asked(self.asked), part, None)
+        if differing := sorted(set(asked or arguments) ^ set(arguments)):
+            raise UserError(
+                f"{self.name} was begun by another command, which differs in {differing[0]}; "
+                f"another --into is needed, or delete {self.workdir} and {self.asked}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,8 +235,8 @@ class Sweep:
 
 def begun_in(into: pathlib.Path) -> list[Cell]:
     """The combinations that sweeps have begun in a directory, ordered by their values."""
-    records = ((path, _record(path)) for path in sorted(into.glob("*.json")))
-    cells = [Cell(kept["settings"], into / path.stem) for path, kept in records if kept]
+    records = ((path, _asked(path)) for path in sorted(into.glob("*.json")))
+    cells = [Cell(asked.settings, into / path.stem) for path, asked in records if asked]
     return sorted(cells, key=lambda cell: [*map(_rank, cell.settings.values())])
 
 
@@ -242,39 +245,28 @@ def _whole(path: pathlib.Path) -> bool:
     return path.exists() and Evaluation.read(path).complete
 
 
-def _read_json(path: pathlib.Path) -> Any:
-    """A JSON file; ValueError in a sentence that names it where there is none."""
-    try:
-        return untrusted.read_json(path, REMEDY)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; delete {path.parent} and run it again") from None
-
-
-def _record(path: pathlib.Path) -> dict[str, Any] | None:
-    """What `Cell.begin` has kept; None for a file of something else.
+def _asked(path: pathlib.Path) -> Asked | None:
+    """What `Cell.begin` has kept; None without a file, and for one of something else.
 
     Raises UserError for a record that is damaged, or of a sweep that kept no settings.
     """
-    record = _read_json(path)
-    if not isinstance(record, dict) or not record.keys() & {"settings", "run", "eval"}:
+    record = read_json(path, REMEDY) if path.exists() else None
+    if not isinstance(record, dict) or not record.keys() & Asked.model_fields.keys():
         return None
-    settings, parts = record.get("settings"), [record.get(part, []) for part in ("run", "eval")]
-    texts = [*settings.values()] if isinstance(settings, dict) else [None]
-    for part in parts:
-        texts += part if isinstance(part, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    try:
+        return Asked.model_validate(record)
+    except ValidationError:
         raise UserError(
             f"{path} does not say what its run was asked for; another --into is needed, or delete "
             f"it and {path.parent / path.stem}"
-        )
-    return record
+        ) from None
 
 
 def _task(path: pathlib.Path) -> Mapping[str, Any]:
-    config = _read_json(path)
-    task = config.get("task") if isinstance(config, dict) else None
+    remedy = f"delete {path.parent}, to run it anew"
+    task = read_object(path, remedy).get("task")
     if not isinstance(task, dict):
-        raise UserError(f"{path} is no run's config; delete {path.parent}, to run it anew")
+        raise UserError(f"{path} is no run's config; {remedy}")
     return task
 
 
