@@ -84,15 +84,9 @@ def parse(argv: Sequence[str]) -> Arguments:
         file = given["config"].config_filename
         raise UserError(f"the config file {file} cannot be read; give one such as configs/rl.py")
     config = Config.from_dict(given.config)
-    return Arguments(
-        config=config,
-        workdir=pathlib.Path(given.workdir or f"runs/{config.command}-{config.preset}"),
-        aot=given.aot,
-        coordinator=given.coordinator,
-        processes=given.processes,
-        process=given.process,
-        host_timeout=given.host_timeout,
-    )
+    others = {field.name: given[field.name].value for field in dataclasses.fields(Arguments)}
+    workdir = pathlib.Path(given.workdir or f"runs/{config.command}-{config.preset}")
+    return Arguments(**others | {"config": config, "workdir": workdir})
 
 
 def _with_own_config(argv: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import random
 import subprocess
 import sys
@@ -16,9 +15,8 @@ import pytest
 from jexit.config import COMMANDS, Config
 from jexit.errors import UserError
 from jexit.main import main, parse
-from small_runs import parameters, saved_small_model
+from small_runs import ROOT, parameters, saved_small_model, small_settings
 
-ROOT = pathlib.Path(__file__).parent.parent
 CASES = 500
 
 NUMBERS = [
@@ -36,22 +34,6 @@ LISTS = [
     *["[1,2]", "{}", "{1:2}", "(", ")", "1,2", "(nan,)", "(1e9,)", "('full','sample')", "((1,),)"],
     *["(" * 300, "(1," * 2000 + ")" * 2000, f"({'1,' * 5000})", f"('{'x' * 5000}',)", "('',)"],
     *["(None,)", "(True,)", "('shuffled',)", "lambda: 1", "__import__('os')", "9**9**9"],
-]
-CONTRADICTIONS = [
-    ("rl.dual_ascent=True", "rl.warmup_steps=3", "rl.accuracy_floor=0.5"),
-    ("rl.dual_ascent=True",),
-    ("rl.updates_per_batch=2", "rl.importance_cap=2.0"),
-    ("checkpoint.final=best", "checkpoint.keep_best=0"),
-    ("batch_size=7", "optim.accumulate=2"),
-    ("mesh.data=3", "batch_size=4"),
-    ("lora.rank=0", "sft.target=student"),
-    ("pretrain.tom=0.7", "pretrain.word_problems=0.7"),
-    ("task.name=gsm8k", "task.steps=3"),
-    ("task.people_min=2", "task.moves_max=8"),
-    ("batch_size=100000", "rl.rollouts=10000"),
-    ("eval.problems=100000", "eval.max_new_tokens=1000000"),
-    ("pretrain.width=1000000", "pretrain.mlp_width=1000000"),
-    ("eval.policies=('shuffled','sample')",),
 ]
 
 
@@ -89,8 +71,6 @@ def random_settings(number):
     keys = list(SETTINGS)
     chosen = [keys[number % len(keys)], *draw.sample(keys, draw.choice([0, 0, 1, 2]))]
     given = [one_setting(draw, key) for key in chosen]
-    if draw.random() < 0.2:
-        given += draw.choice(CONTRADICTIONS)
     return draw.choice(COMMANDS), given
 
 
@@ -124,28 +104,16 @@ RUNS = 40
 AS_COMMANDS = 5  # of them through an interpreter of their own
 CPU_SECONDS = 30  # of processor time, which does not depend on what else the machine does
 SMALL = {
-    "batch_size": 4,
     "checkpoint.every": 1,
-    "eval.max_new_tokens": 6,
     "eval.measures": (),
-    "eval.problems": 3,
-    "exit_head.bias": -1.0,
-    "exits.layers": (1, 2),
     "generate.max_new_tokens": 6,
     "log.tensorboard": False,
-    "lora.rank": 2,
     "model.scan_unroll": 1,
     "pretrain.layers": 3,
     "pretrain.mlp_width": 24,
     "pretrain.width": 16,
-    "rl.max_new_tokens": 6,
-    "rl.rollouts": 2,
-    "sft.generate_batch": 4,
-    "sft.max_new_tokens": 6,
-    "sft.pool": 4,
     "sft.samples": 1,
     "steps": 3,
-    "task.operands_max": 4,
 }
 SECTIONS = {
     "pretrain": ("pretrain", "optim", "task", "checkpoint", "model"),
@@ -179,16 +147,15 @@ def extreme(draw, key):
 def random_run(number, model_dir):
     """The arguments of a small run with a few of its settings at an extreme."""
     draw = random.Random(f"run {number}")
-    command = COMMANDS[number % len(COMMANDS)]
+    command, small = COMMANDS[number % len(COMMANDS)], small_settings(model_dir) | SMALL
     keys = [key for key in SETTINGS if key.partition(".")[0] in SECTIONS[command]]
-    keys = [key for key in keys if key not in ("model.path", *SMALL)]
+    keys = [key for key in keys if key not in small]
     optim = [key for key in keys if key.startswith("optim.") and SETTINGS[key] is float]
     chosen = ["seed", *draw.sample(optim, min(3, len(optim))), *draw.sample(keys, 3)]
     chosen = [extreme(draw, key) for key in chosen]
     if draw.random() < 0.2:
         chosen.append(one_setting(draw, draw.choice(keys)))
-    small = [f"{key}={value}" for key, value in SMALL.items()]
-    return arguments(command, [*small, f"model.path={model_dir}", *chosen])
+    return arguments(command, [*(f"{key}={value}" for key, value in small.items()), *chosen])
 
 
 @pytest.fixture(scope="module")
