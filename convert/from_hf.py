@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], str]) -> int:
     """Runs a conversion: its summary on stdout, or one sentence on stderr and exit code 1."""
+    jax.config.update("jax_platforms", "cpu")  # conversion should not hold an accelerator
     storage_errors.say_once()
     try:
         print(command())
@@ -64,5 +65,4 @@ def run(command: Callable[[], str]) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # conversion should not hold an accelerator
     sys.exit(main())

@@ -17,7 +17,6 @@ import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -159,5 +158,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # conversion should not hold an accelerator
     sys.exit(main())

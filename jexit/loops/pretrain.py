@@ -15,6 +15,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import host_rows, is_primary, place_parameters, place_rows, waiting
 from jexit.errors import UserError
 from jexit.io.model_dir import load, save_model
+from jexit.io.model_source import find_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops, PassSize
 from jexit.loops.pictures import draw
@@ -115,7 +116,7 @@ def mixture(config: Config) -> list[tuple[Task, float]]:
 
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
     """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
-    tokenizer = Tokenizer.load(config.model.path)
+    tokenizer = Tokenizer.load(find_model(config.model.path))
     tokenizer.thinking = config.task.thinking
     model = first_model(config, tokenizer)
     tasks = mixture(config)
