@@ -190,6 +190,19 @@ def test_causal_credit_charges_for_what_is_to_come():
     np.testing.assert_allclose(cost_BC, to_go_BC, rtol=1e-6)
 
 
+def test_causal_credit_takes_off_what_was_spent_over_the_others_number_of_actions():
+    """The own number depends on what comes later; one token costs full depth, as without credit."""
+    depth_BC = jnp.asarray([[1.0, 0.5, 0.25, 0.0], [1.0, 1.0, 0.5, 0.25]])
+    action_BC = jnp.asarray([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+    before_BC = np.array([[0.0, 0.0, 0.5, 0.75], [0.0, 0.0, 1.0, 1.5]])
+    for action, expected in (
+        (action_BC, np.array([[0.375], [1.75 / 3]]) - before_BC / np.array([[3.0], [2.0]])),
+        (action_BC.at[1].set(0.0), [[0.375] * 4, [1.0] * 4]),  # nothing to compare with
+    ):
+        cost_BC = rloo.causal_depth_cost(depth_BC, action, action, 2, norm="mean", length_ref=1.0)
+        np.testing.assert_allclose(cost_BC, expected, rtol=1e-6)
+
+
 def test_total_causal_credit_is_the_compute_to_come():
     depth_BC = jnp.asarray([[1.0, 0.5, 0.25, 0.0], [1.0, 1.0, 0.5, 0.25]])
     token_BC = jnp.asarray([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])

@@ -198,7 +198,7 @@ def update(config, *, micro_batches=1):
     return lambda batch: toy.taken_off(step, split, batch, Penalties(0.5, 0.1), jax.random.key(0))
 
 
-MASKED = dataclasses.replace(BASE, mask_truncated=True, kl_coef=0.0)
+MASKED = dataclasses.replace(BASE, mask_truncated=True, kl_coef=0.0, depth_entropy_coef=0.1)
 
 
 def test_the_sampler_and_the_trainer_agree():
@@ -210,8 +210,12 @@ def test_the_sampler_and_the_trainer_agree():
 def test_masked_truncated_rows_teach_nothing():
     batch = rolled_batch()
     assert bool(batch.truncated_J.any()) and not bool(batch.truncated_J.all())
-    verifier_J = jnp.where(batch.truncated_J, 1e3, batch.verifier_J)
-    wild, _ = update(MASKED)(dataclasses.replace(batch, verifier_J=verifier_J))
+    other = dataclasses.replace(
+        batch,
+        verifier_J=jnp.where(batch.truncated_J, 1e3, batch.verifier_J),
+        depth_JW=jnp.where(batch.truncated_J[:, None], LAYERS, batch.depth_JW),
+    )
+    wild, _ = update(MASKED)(other)
     toy.assert_close(wild, update(MASKED)(batch)[0], rtol=1e-5, atol=1e-7)
 
 
