@@ -14,6 +14,7 @@ import pytest
 
 from jexit.aot import preflight as preflight_module
 from jexit.aot.preflight import DoesNotFit, preflight
+from jexit.aot.program import device_bytes
 from jexit.aot.programs import architecture, programs
 from jexit.aot.topologies import Topology, get_topology
 from jexit.config import Config, config_dict
@@ -108,32 +109,46 @@ def test_every_jitted_step_of_a_command_can_be_lowered():
         found = list(programs(config, make_mesh(*sizes)))
         assert [program.name for program in found] == steps
         for program in found:
+            assert device_bytes(program.inputs) > 0
             text = program.lower().as_text()
             for line in re.findall(r"stablehlo\.dot_general .*", text):
                 if re.search(rf"[<x]{vocabulary}x", line):
                     assert "precision = [HIGHEST, HIGHEST]" in line, (program.name, line)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["pretrain", *(pytest.param(c, marks=pytest.mark.slow) for c in STEPS if c[0] != "p")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in STEPS if command != "pretrain"])
 def test_every_jitted_step_of_a_command_has_its_row(command, eight_cpus, capsys):
     reports = preflight(config_of(command), "cpu:8")
     assert [report.step for report in reports] == STEPS[command]
     for report in reports:
         assert report.arguments > 0 and report.peak >= report.arguments + report.beside
-        assert report.seconds > 0 and (
-            report.cost.flops > 0 or "cache" in report.step or "weights" in report.step
-        )
+        assert report.cost.flops > 0 or "cache" in report.step or "weights" in report.step
     out = capsys.readouterr().out
-    assert all(name in out for name in ("arguments", "temporaries", "peak", "TFLOP", "compile"))
     if command == "sft":
         assert "teacher scoring (final distribution, exits' KL) is part of the calibration" in out
     if command == "rl":
         assert "teacher scoring (log-probabilities of the rollouts' tokens) is part of" in out
-    if command != "pretrain":
-        assert "loops that end by themselves count once (jit(advance)" in out
+    assert "loops that end by themselves count once (jit(advance)" in out
+
+
+def test_the_row_of_pretraining_has_the_flops_of_its_products(eight_cpus, capsys):
+    """Forward and twice that backward, over 8 devices, with whole attention squares."""
+    config = config_of("pretrain", mesh__fsdp=8)
+    (report,) = preflight(config, "cpu:8")
+    assert report.step == "pretraining step" and report.seconds > 0
+    assert report.arguments > 0 and report.peak >= report.arguments + report.beside
+    p, rows, length = config.pretrain, config.batch_size, config.pretrain.length - 1
+    width, inner = p.width, p.query_heads * p.head_dim
+    assert p.kv_heads == p.query_heads
+    layer = 4 * width * inner + 3 * width * p.mlp_width + 2 * length * inner
+    head = 512 * width
+    products = 2 * rows * length * (p.layers * layer)
+    # The head's chunked op computes the logits again for the gradients: once more than thrice.
+    expected = (3 * products + 4 * 2 * rows * length * head) / 8
+    assert report.cost.flops == pytest.approx(expected, rel=0.03)
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("arguments", "temporaries", "peak", "TFLOP", "compile"))
 
 
 def test_rows_divide_over_the_mesh_that_is_filled_in():
@@ -148,21 +163,6 @@ def test_rows_divide_over_the_mesh_that_is_filled_in():
         assert f"a run asks for it: {said}" in note
     with pytest.raises(UserError, match=r"data 1 × fsdp 3 × tensor 1 devices and cpu:8 has 8; "):
         preflight_module._on_mesh(config_of("eval", mesh__fsdp=3), topology)
-
-
-def test_flops_of_pretraining_are_those_of_its_products(eight_cpus, capsys):
-    """Forward and twice that backward, over 8 devices, with whole attention squares."""
-    config = config_of("pretrain", mesh__fsdp=8)
-    (report,) = preflight(config, "cpu:8")
-    p, rows, length = config.pretrain, config.batch_size, config.pretrain.length - 1
-    width, inner = p.width, p.query_heads * p.head_dim
-    assert p.kv_heads == p.query_heads
-    layer = 4 * width * inner + 3 * width * p.mlp_width + 2 * length * inner
-    head = 512 * width
-    products = 2 * rows * length * (p.layers * layer)
-    # The head's chunked op computes the logits again for the gradients: once more than thrice.
-    expected = (3 * products + 4 * 2 * rows * length * head) / 8
-    assert report.cost.flops == pytest.approx(expected, rel=0.03)
 
 
 def test_what_does_not_fit_names_the_step_and_what_in_it(eight_cpus, monkeypatch, capsys):
@@ -194,7 +194,7 @@ def test_parameters_that_do_not_fit_are_named(eight_cpus, monkeypatch):
     assert gathered.arguments > 0
     # The student, two moments of every weight, and the teacher's copy as the rules divide it.
     assert prefill.beside > 3.9 * gathered.arguments
-    assert decode.part == "arguments"
+    assert decode.held > decode.made
     assert "blocks.mlp.up.kernel" in " ".join(decode.largest)
     sentence = preflight_module._refusal(decode, Topology("cpu:8", "cpu", jax.devices()), 2**10)
     assert "its arguments take" in sentence and "config.mesh.fsdp or tensor" in sentence
@@ -209,23 +209,15 @@ def test_what_the_compiler_refuses_is_a_row_and_a_sentence(eight_cpus, monkeypat
     def refuse(*_, **__):
         raise jax.errors.JaxRuntimeError(said)
 
-    printed, reports = preflight_module._print, []
-
-    def keep(*args):
-        reports.extend(args[4])
-        printed(*args)
-
-    monkeypatch.setattr(preflight_module, "_print", keep)
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     with pytest.raises(DoesNotFit) as refused:
         preflight(config_of("pretrain"), "cpu:8")
     assert "refused" in capsys.readouterr().out
-    worst = max(reports, key=lambda report: report.peak)
-    assert 0 < worst.arguments + worst.beside < 2**27
-    needed = 54.38 + (worst.arguments + worst.beside) / 2**30
-    assert f"{worst.step} needs {needed:.2f} GiB on cpu:8" in str(refused.value)
-    assert "exceeds available HBM (15.75G).); its temporaries take 54.38" in str(refused.value)
-    assert "over 8 devices" in str(refused.value)
+    sentence = str(refused.value)
+    needed = float(re.match(r"pretraining step needs ([\d.]+) GiB on cpu:8", sentence)[1])
+    assert 54.38 <= needed < 54.51  # with what it is given
+    assert "exceeds available HBM (15.75G).); its temporaries take 54.38" in sentence
+    assert "over 8 devices" in sentence
 
 
 def test_a_topology_that_there_is_not_is_one_sentence():

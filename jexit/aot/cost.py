@@ -259,27 +259,24 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     for axis, settings in enumerate(window):
         at = str(axis)
         sizes = (left[labels[0].index(at)], right[labels[1].index(at)], out[labels[2].index(at)])
-        products *= _meetings(*sizes, **settings)
+        products *= _meetings(*sizes, *settings)
     return 2.0 * products
 
 
-def _window(attributes: str, axes: int) -> list[dict[str, int]]:
+def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
     """Stride, padding and dilations of each spatial axis of a convolution."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
-    def of(key: str, axis: int, default: int) -> int:
-        return int(parts[key].split("x")[axis]) if key in parts else default
+    def of(key: str, default: int) -> list[int]:
+        """A padding's first number is that in front."""
+        if key not in parts:
+            return [default] * axes
+        return [int(number.split("_")[0]) for number in parts[key].split("x")]
 
-    return [
-        {
-            "stride": of("stride", axis, 1),
-            "padding": int(parts["pad"].split("x")[axis].split("_")[0]) if "pad" in parts else 0,
-            "left_dilation": of("lhs_dilate", axis, 1),
-            "right_dilation": of("rhs_dilate", axis, 1),
-        }
-        for axis in range(axes)
-    ]
+    return list(
+        zip(of("stride", 1), of("pad", 0), of("lhs_dilate", 1), of("rhs_dilate", 1), strict=True)
+    )
 
 
 @functools.cache
@@ -287,7 +284,6 @@ def _meetings(
     left: int,
     right: int,
     out: int,
-    *,
     stride: int,
     padding: int,
     left_dilation: int,

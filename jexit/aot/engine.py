@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jexit.aot.program import (
-    Program,
-    abstract_key,
-    exit_share,
-    placed,
-    placed_parameters,
-    rows,
-)
+from jexit.aot.program import Program, abstract_key, placed, placed_parameters, rows
 from jexit.config import Config
 from jexit.dist import gathered_width
 from jexit.model.cache import Cache, cache_bucket, token_bytes
@@ -77,9 +70,8 @@ class EnginePrograms:
                 self._gathered.add(own_teacher)
                 yield Program(
                     name=f"{name} weights, gathered over fsdp",
-                    lower=lambda: gathered_width.lower(held),
-                    inputs={"states": held},
-                    exit_share=exit_share(split),
+                    function=gathered_width,
+                    arguments=(held,),
                     beside=self._beside,
                 )
         sizes = {
@@ -108,20 +100,9 @@ class EnginePrograms:
             begun = ForcedPrefix(rows(mesh, group), rows(mesh, group), placed_policies[0][1])
         yield Program(
             name=f"{name} prefill",
-            lower=lambda: prefill.lower(
-                split.graphdef,
-                states,
-                store,
-                records,
-                work,
-                *batch,
-                draws,
-                begun,
-                samples=samples,
-                adapters=adapters,
-            ),
-            inputs={"states": states, "store": store, "records": records, "prompts": batch},
-            exit_share=exit_share(split),
+            function=prefill,
+            arguments=(split.graphdef, states, store, records, work, *batch, draws, begun),
+            options={"samples": samples, "adapters": adapters},
             beside=beside | {"pool": pool},
         )
         if new == 1:  # the prefill has drawn it
@@ -130,13 +111,12 @@ class EnginePrograms:
         for label, policy in placed_policies:
             yield Program(
                 name=f"{name} decode{label}, a token",
-                lower=lambda policy=policy: advance.lower(
+                function=advance,
+                arguments=(
                     split.graphdef, states, None, pool, records, store, work, ready, more,
-                    np.int32(1), policy, draws, places=layout.places, adapters=adapters,
-                    hazards=False,
+                    np.int32(1), policy, draws,
                 ),
-                inputs={"states": states, "pool": pool, "records": records, "store": store},
-                exit_share=exit_share(split),
+                options={"places": layout.places, "adapters": adapters, "hazards": False},
                 loops={LAYERS_SCOPE: layers, FILL_SCOPE: 0, COPY_SCOPE: 0},
                 beside=beside,
                 note=f"{name} decode: {layout.rows} completions under way, {layout.places} of them "
@@ -176,8 +156,8 @@ class EnginePrograms:
         before = jax.tree.map(with_slots, cache)
         yield Program(
             name=f"{name} cache, {smaller} → {slots} slots",
-            lower=lambda: grown.lower(before, slots=slots),
-            inputs={"cache": before},
-            exit_share=exit_share(self._split),
+            function=grown,
+            arguments=(before,),
+            options={"slots": slots},
             beside=beside,
         )

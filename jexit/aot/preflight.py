@@ -15,8 +15,8 @@ from rich.table import Table
 
 from jexit.aot.cost import Cost, cost_of, largest_arrays
 from jexit.aot.hlo import Array, parse
-from jexit.aot.program import Program, device_bytes
-from jexit.aot.programs import architecture, programs, rows_of
+from jexit.aot.program import Program, device_bytes, on_devices
+from jexit.aot.programs import architecture, exit_share, programs, rows_of
 from jexit.aot.topologies import Topology, get_topology
 from jexit.config import Config
 from jexit.dist import make_mesh
@@ -39,17 +39,23 @@ class Report:
     arguments: int
     beside: int  # of the run's state, and no argument of this step
     temporaries: int | None
-    peak: int  # arguments, temporaries, outputs that share no memory with arguments, and `beside`
-    cost: Cost | None
+    outputs: int = 0  # those that share no memory with arguments
+    cost: Cost | None = None
     seconds: float  # to compile
-    largest: list[str]  # arrays, with where they come from
+    largest: list[str] = dataclasses.field(default_factory=list)  # arrays, and where from
     refused: str = ""  # what the compiler said instead of compiling
 
     @property
-    def part(self) -> str:
-        """What takes most of it."""
-        held = self.arguments + self.beside
-        return "arguments" if held > self.peak - held else "temporaries"
+    def held(self) -> int:
+        return self.arguments + self.beside
+
+    @property
+    def made(self) -> int:
+        return (self.temporaries or 0) + self.outputs
+
+    @property
+    def peak(self) -> int:
+        return self.held + self.made
 
 
 def preflight(config: Config, topology_name: str) -> list[Report]:
@@ -62,10 +68,10 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
     config, notes = _on_mesh(config, topology)
     mesh = make_mesh(*dataclasses.astuple(config.mesh), devices=topology.devices)
     capacity = chip(topology.device_kind).memory_gib * 2**30
-    reports = []
+    reports, share = [], exit_share(config)
     with topology.compiling(), jax.set_mesh(mesh):
         for program in programs(config, mesh):
-            reports.append(_compile(program, mesh))
+            reports.append(_compile(program, mesh, share))
             if program.note:
                 notes.append(program.note)
     _print(config, topology, mesh, capacity, reports, notes)
@@ -107,7 +113,7 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     return config, [f"the mesh was left to this table, a run asks for it: {said}{why}"]
 
 
-def _compile(program: Program, mesh: Mesh) -> Report:
+def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
     # A compiler that crashes takes the process along; this line is what tells where.
     print(f"compiling {program.name}", file=sys.stderr, flush=True)
     begin = time.perf_counter()
@@ -119,30 +125,25 @@ def _compile(program: Program, mesh: Mesh) -> Report:
             raise
         return _refused(program, lowered, mesh, str(error), time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    module = parse(compiled.as_text())
-    beside = _beside(program, memory.argument_size_in_bytes)
-    held = memory.argument_size_in_bytes + beside
-    made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if held > made:
-        largest = _largest_inputs(program)
-    else:
-        largest = [_named(*pair) for pair in largest_arrays(module, _LARGEST)]
-    return Report(
+    memory, module = compiled.memory_analysis(), parse(compiled.as_text())
+    report = Report(
         step=program.name,
         arguments=memory.argument_size_in_bytes,
-        beside=beside,
+        beside=_beside(program, memory.argument_size_in_bytes),
         temporaries=memory.temp_size_in_bytes,
-        peak=held + made,
-        cost=cost_of(module, branch_share=program.exit_share, loops=program.loops),
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        cost=cost_of(module, branch_share=exit_share, loops=program.loops),
         seconds=seconds,
-        largest=largest,
     )
+    if report.held > report.made:
+        return dataclasses.replace(report, largest=_largest_inputs(program))
+    largest = [_named(*pair) for pair in largest_arrays(module, _LARGEST)]
+    return dataclasses.replace(report, largest=largest)
 
 
 def _beside(program: Program, arguments: int) -> int:
     """Bytes of the run's state that lie there too; what both hold is one array, counted once."""
-    together = {id(leaf): leaf for leaf in jax.tree.leaves((program.inputs, program.beside))}
+    together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.beside))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
 
@@ -151,7 +152,6 @@ def _refused(
 ) -> Report:
     """What is known of a step that the compiler itself found too large."""
     arguments = device_bytes(program.inputs)
-    beside = _beside(program, arguments)
     used = [
         float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
         for number, unit in re.findall(r"(?:Used |temporaries \()([\d.]+)([KMGT])", error)
@@ -159,44 +159,32 @@ def _refused(
     temporaries = int(used[0]) if used else None
     if "Used" in error and temporaries is not None:  # the whole program, arguments too
         temporaries = max(0, temporaries - arguments)
-    held = arguments + beside
-    if held > (temporaries or 0):
-        largest = _largest_inputs(program)
-    else:
-        # Nothing is partitioned yet: sizes over all devices.
-        largest = [
-            f"{array} over {mesh.size} devices" for array in _largest_types(program, lowered)
-        ]
-    return Report(
+    report = Report(
         step=program.name,
         arguments=arguments,
-        beside=beside,
+        beside=_beside(program, arguments),
         temporaries=temporaries,
-        peak=held + (temporaries or 0),
-        cost=None,
         seconds=seconds,
-        largest=largest,
         refused=error.strip().splitlines()[0],
     )
+    if report.held > report.made:
+        return dataclasses.replace(report, largest=_largest_inputs(program))
+    # Nothing is partitioned yet: sizes over all devices.
+    largest = [f"{array} over {mesh.size} devices" for array in _largest_types(program, lowered)]
+    return dataclasses.replace(report, largest=largest)
 
 
 def _largest_inputs(program: Program) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path((program.inputs, program.beside))
-    sized = {
-        id(leaf): (
-            _array(leaf, leaf.sharding.shard_shape(leaf.shape)),
-            ".".join(
-                name for name in names_of(path)[1:] if name not in ("states", "fixed", "state")
-            ),
-        )
-        for path, leaf in reversed(leaves)
-        if getattr(leaf, "sharding", None) is not None
-    }
-    return [
-        _named(*pair) for pair in sorted(sized.values(), key=lambda pair: -pair[0].bytes)[:_LARGEST]
-    ]
+    """The largest of what the program is given and of what lies beside, each once."""
+    sized = {}
+    for path, leaf in reversed(on_devices((program.inputs, program.beside))):
+        names = [name for name in names_of(path) if name not in _UNSAID and name[0] != "["]
+        sized[id(leaf)] = _array(leaf, leaf.sharding.shard_shape(leaf.shape)), ".".join(names)
+    largest = sorted(sized.values(), key=lambda pair: -pair[0].bytes)[:_LARGEST]
+    return [_named(*pair) for pair in largest]
 
 
+_UNSAID = ("states", "fixed", "state")
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "bool": "pred", "float16": "f16"}
 _STABLEHLO = {"i1": "pred", "i8": "s8", "i32": "s32", "ui32": "u32", "i64": "s64"}
 
@@ -211,7 +199,7 @@ def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
     }
-    found -= {_array(leaf, leaf.shape) for leaf in jax.tree.leaves(program.inputs)}
+    found -= {_array(leaf, leaf.shape) for _, leaf in on_devices(program.inputs)}
     return sorted(found, key=lambda array: -array.bytes)[:_LARGEST]
 
 
@@ -221,26 +209,28 @@ def _named(array: Array, name: str) -> str:
 
 def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
     """The sentence of a step that does not fit: how much, what in it, and what to do."""
-    remedies = {
-        "arguments": "divide the parameters over more devices with config.mesh.fsdp or tensor, or "
-        "take a larger topology",
-        "temporaries": "raise config.optim.accumulate, set config.model.remat=block, or divide "
-        "over more devices",
-    }
-    remedy = remedies[worst.part]
-    if worst.part == "temporaries" and "step" not in worst.step and "update" not in worst.step:
-        remedy = (
-            "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
-            "config.engine.rows), lower max_new_tokens, or divide over more devices"
+    part, size, remedy = (
+        "arguments",
+        worst.held,
+        "divide the parameters over more devices with config.mesh.fsdp or tensor, or take a larger "
+        "topology",
+    )
+    if worst.held <= worst.made:
+        part, size, remedy = (
+            "temporaries",
+            worst.made,
+            "raise config.optim.accumulate, set config.model.remat=block, or divide over more "
+            "devices",
         )
-    parts = {
-        "arguments": worst.arguments + worst.beside,
-        "temporaries": worst.peak - worst.arguments - worst.beside,
-    }
+        if "step" not in worst.step and "update" not in worst.step:
+            remedy = (
+                "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
+                "config.engine.rows), lower max_new_tokens, or divide over more devices"
+            )
     said = f" ({worst.refused})" if worst.refused else ""
     return (
         f"{worst.step} needs {_gib(worst.peak)} GiB on {topology.name}, whose devices have "
-        f"{_gib(capacity)}{said}; its {worst.part} take {_gib(parts[worst.part])}, the largest "
+        f"{_gib(capacity)}{said}; its {part} take {_gib(size)}, the largest "
         f"{'; '.join(worst.largest)}: {remedy}"
     )
 
@@ -301,25 +291,20 @@ def _footnotes(reports: list[Report]) -> list[str]:
         "bytes that they produce",
     ]
     for report in reports:
-        if report.cost is None:
-            continue
-        cost = report.cost
-        if report.step.endswith("a token"):
+        cost = report.cost or Cost()
+        unknown, at_most = (", ".join(sorted(loops)) for loops in (cost.unknown, cost.at_most))
+        if report.cost and report.step.endswith("a token"):
             # Where the layers' loop has a bound it counts as often; else it is among the others.
-            layers = (
-                "through all layers" if cost.at_most else "a loop over layers among those below"
-            )
+            layers = "through all layers" if at_most else "a loop over layers among those below"
             notes.append(
                 f"{report.step}: of every row, {layers}; loops that end by themselves count once "
-                f"({', '.join(sorted(cost.unknown)) or 'none'})"
+                f"({unknown or 'none'})"
             )
-        elif cost.unknown:
-            notes.append(
-                f"{report.step}: loops of unknown length count once: "
-                f"{', '.join(sorted(cost.unknown))}"
-            )
-        if cost.at_most and not report.step.endswith("a token"):
-            notes.append(f"{report.step}: at most, for {', '.join(sorted(cost.at_most))}")
+        else:
+            if unknown:
+                notes.append(f"{report.step}: loops of unknown length count once: {unknown}")
+            if at_most:
+                notes.append(f"{report.step}: at most, for {at_most}")
         if cost.kernels:
             notes.append(
                 f"{report.step}: TFLOP without {len(cost.kernels)} kernels that give no account"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,33 +13,45 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jexit.dist.rules import names_of, parameter_axes, spec
-from jexit.steps.state import SplitModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One jitted step: how to lower it, and what lies on the devices while it runs.
+    """One jitted step: what it is called with, and what lies on the devices while it runs.
 
-    `inputs` are its arguments by name; `beside` is what the run keeps there that is none of them;
-    `exit_share` is the share of the layers that have an exit before them; `loops` has the rounds of
+    `beside` is what the run keeps there that is none of its arguments; `loops` has the rounds of
     loops that the compiled module does not tell, by their scope.
     """
 
     name: str
-    lower: Callable[[], jax.stages.Lowered]
-    inputs: dict[str, Any]
-    exit_share: float
+    function: Any
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loops: Mapping[str, int] = dataclasses.field(default_factory=dict)
     beside: Any = None
     note: str = ""
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.function.lower(*self.arguments, **self.options)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Its arguments by name."""
+        bound = inspect.signature(self.function).bind(*self.arguments, **self.options)
+        return bound.arguments
+
+
+def on_devices(tree: Any) -> list[tuple[tuple, Any]]:
+    """The arrays without values that have a place on devices, with their paths in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(path, leaf) for path, leaf in leaves if getattr(leaf, "sharding", None) is not None]
 
 
 def device_bytes(tree: Any) -> int:
     """Bytes that arrays without values would take on each device, by their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if getattr(leaf, "sharding", None) is not None
+        for _, leaf in on_devices(tree)
     )
 
 
@@ -67,9 +80,3 @@ def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruc
 
 def abstract_key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def exit_share(split: SplitModel) -> float:
-    """The share of the layers that have an exit before them."""
-    model = split.student(split.trainable)
-    return len(model.exit_layers) / model.arch.layers

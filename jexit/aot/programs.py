@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jexit.aot.engine import EnginePrograms
-from jexit.aot.program import Program, abstract_key, exit_share, placed, placed_parameters, rows
+from jexit.aot.program import Program, abstract_key, placed, placed_parameters, rows
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
@@ -45,6 +45,12 @@ def rows_of(config: Config) -> int:
     """Rows of a training step's micro-batch, which must divide over the data axes."""
     samples = config.rl.rollouts if config.command == "rl" else 1
     return config.batch_size * samples // config.optim.accumulate
+
+
+def exit_share(config: Config) -> float:
+    """The share of the layers that have an exit before them."""
+    layers = config.pretrain.layers if config.command == "pretrain" else architecture(config).layers
+    return len(check_exits(config.exits.layers, layers)) / layers
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
@@ -123,25 +129,24 @@ def _measurements(
         count = batch_rows(prompts, length)
     batch = _completions(config, mesh, count, new)
     student = split.decodable(split.trainable)
-    inputs = {"trainable": split.trainable, "fixed": split.fixed, "batch": batch}
     if "exits" in config.eval.measures:
         yield Program(
             name="exits against the last layer",
-            lower=lambda: compare_exits.lower(student[0], student[1:], batch),
-            inputs=inputs,
-            exit_share=exit_share(split),
+            function=compare_exits,
+            arguments=(student[0], student[1:], batch),
+            beside=split.fixed,
         )
     if "hazards" in config.eval.measures:
         teacher = split.decodable_teacher(split.trainable)
+        sharpness = jax.ShapeDtypeStruct((), jnp.float32)
         yield Program(
             name="hazards and their targets",
-            lower=lambda: decisions_and_targets.lower(
+            function=decisions_and_targets,
+            arguments=(
                 student[0], student[1:], teacher[0], teacher[1:], batch,
-                batch.completion_tokens_BC, jax.ShapeDtypeStruct((), jnp.float32),
-                sample_policy(config), target=config.sft.target,
+                batch.completion_tokens_BC, sharpness, sample_policy(config),
             ),
-            inputs=inputs,
-            exit_share=exit_share(split),
+            options={"target": config.sft.target},
         )  # fmt: skip
 
 
@@ -217,12 +222,7 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
     shape = (config.batch_size, config.pretrain.length)
     ids_BT, weight_BT = rows(mesh, *shape), rows(mesh, *shape, dtype=jnp.float32)
     batch = PretrainBatch(ids_BT, weight_BT, ids_BT, ids_BT, ids_BT)
-    return Program(
-        name="pretraining step",
-        lower=lambda: step.lower(state, batch, abstract_key()),
-        inputs={"state": state, "batch": batch},
-        exit_share=exit_share(split),
-    )
+    return Program(name="pretraining step", function=step, arguments=(state, batch, abstract_key()))
 
 
 def _completions(
@@ -256,9 +256,9 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
     batch = _trajectories(config, mesh, size)
     return Program(
         name="fit of the continuation",
-        lower=lambda: step.lower(sums, state.trainable, split.fixed, batch),
-        inputs={"sums": sums, "state": state, "fixed": split.fixed, "batch": batch},
-        exit_share=exit_share(split),
+        function=step,
+        arguments=(sums, state.trainable, split.fixed, batch),
+        beside=state,
     )
 
 
@@ -272,9 +272,9 @@ def _heads(
     observe = make_exit_states(split)
     yield Program(
         name="states at the exits",
-        lower=lambda: observe.lower(state.trainable, split.fixed, batch),
-        inputs={"state": state, "fixed": split.fixed, "batch": batch},
-        exit_share=exit_share(split),
+        function=observe,
+        arguments=(state.trainable, split.fixed, batch),
+        beside=state,
     )
     step = make_lens_step(split, optimizer, config.sft)
     with jax.set_mesh(mesh):
@@ -284,9 +284,8 @@ def _heads(
     position_M = jax.ShapeDtypeStruct((HEADS_TOKENS,), jnp.int32)
     yield Program(
         name="calibration step of the heads",
-        lower=lambda: step.lower(state, split.fixed, states, position_M),
-        inputs={"state": state, "fixed": split.fixed, "states": states},
-        exit_share=exit_share(split),
+        function=step,
+        arguments=(state, split.fixed, states, position_M),
     )
 
 
@@ -297,9 +296,8 @@ def _calibration(
     batch = _trajectories(config, mesh, rows_of_batch(config))
     return Program(
         name="calibration step",
-        lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),
-        inputs={"state": state, "fixed": split.fixed, "batch": batch},
-        exit_share=exit_share(split),
+        function=step,
+        arguments=(state, split.fixed, batch, abstract_key()),
         note="teacher scoring (final distribution, exits' KL) is part of the calibration step: one "
         f"pass a micro-batch serves its {config.sft.samples} students",
     )
@@ -323,9 +321,8 @@ def _finetuning(
     batch = _packed(config, mesh, config.batch_size, new, shared=False)
     return Program(
         name="fine-tuning step",
-        lower=lambda: step.lower(state, split.fixed, batch, abstract_key()),
-        inputs={"state": state, "fixed": split.fixed, "batch": batch},
-        exit_share=exit_share(split),
+        function=step,
+        arguments=(state, split.fixed, batch, abstract_key()),
     )
 
 
@@ -345,8 +342,7 @@ def _update(config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer
     )
     return Program(
         name="RL update",
-        lower=lambda: step.lower(state, split.fixed, batch, Penalties(0.5, 0.0), abstract_key()),
-        inputs={"state": state, "fixed": split.fixed, "batch": batch},
-        exit_share=exit_share(split),
+        function=step,
+        arguments=(state, split.fixed, batch, Penalties(0.5, 0.0), abstract_key()),
         note="teacher scoring (log-probabilities of the rollouts' tokens) is part of the RL update",
     )

@@ -4,7 +4,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,19 +11,15 @@ from jexit.aot.cost import cost_of, largest_arrays
 from jexit.aot.hlo import parse
 
 L, B, D, F = 6, 16, 32, 64
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+def array(*shape, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def shapes(mesh, *arrays):
-    """Arguments without values: (shape, partition) each."""
-    return [
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*parts)))
-        for shape, parts in arrays
-    ]
+def text_of(function, *arguments, **options):
+    return jax.jit(function, **options).lower(*arguments).compile().as_text()
 
 
 def stack(up_LDF, down_LFD, h_BD):
@@ -35,44 +30,37 @@ def stack(up_LDF, down_LFD, h_BD):
     return jax.lax.scan(layer, h_BD, (up_LDF, down_LFD))[0]
 
 
-@pytest.fixture(scope="module")
-def tensor_parallel(mesh):
-    """A scanned stack whose every layer ends in one all-reduce of [B, D] over eight devices."""
-    arguments = shapes(
-        mesh,
-        ((L, D, F), (None, None, "x")),
-        ((L, F, D), (None, "x", None)),
-        ((B, D), (None, None)),
-    )
-    out = NamedSharding(mesh, P(None, None))
-    return jax.jit(stack, out_shardings=out).lower(*arguments).compile().as_text()
+def divided(*parts):
+    """The arguments of `stack` over eight devices, and the sharding of what it returns."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    places = [NamedSharding(mesh, P(*axes)) for axes in parts]
+    shapes = ((L, D, F), (L, F, D), (B, D))
+    arguments = [array(*s, sharding=place) for s, place in zip(shapes, places, strict=True)]
+    return arguments, NamedSharding(mesh, P(None, None))
 
 
-def test_a_sharded_scan_counts_every_layer(tensor_parallel):
-    cost = cost_of(parse(tensor_parallel))
+def test_a_sharded_scan_counts_every_layer():
+    """Every layer ends in one all-reduce of [B, D]."""
+    arguments, whole = divided((None, None, "x"), (None, "x"), ())
+    text = text_of(stack, *arguments, out_shardings=whole)
+    cost = cost_of(parse(text))
     assert cost.flops == L * 2 * (2 * B * D * F) / 8
     assert cost.collectives == {"all-reduce": (L, L * B * D * 4)}
     assert not cost.unknown and not cost.at_most and not cost.kernels
+    # Trips follow from the counter where XLA does not say them.
+    text, said = re.subn(r'"known_trip_count":\{"n":"\d+"\},?', "", text)
+    assert said == 1 and cost_of(parse(text)) == cost
 
 
-def test_trips_follow_from_the_counter_where_xla_does_not_say_them(tensor_parallel):
-    text, said = re.subn(r'"known_trip_count":\{"n":"\d+"\},?', "", tensor_parallel)
-    assert said == 1
-    assert cost_of(parse(text)) == cost_of(parse(tensor_parallel))
-
-
-def test_parameters_divided_over_fsdp_are_gathered_a_layer_at_a_time(mesh):
-    arguments = shapes(
-        mesh, ((L, D, F), (None, "x")), ((L, F, D), (None, None, "x")), ((B, D), ("x",))
-    )
-    text = jax.jit(stack).lower(*arguments).compile().as_text()
-    cost = cost_of(parse(text))
+def test_parameters_divided_over_fsdp_are_gathered_a_layer_at_a_time():
+    arguments, _ = divided((None, "x"), (None, None, "x"), ("x",))
+    cost = cost_of(parse(text_of(stack, *arguments)))
     assert cost.flops == L * 2 * (2 * B * D * F) / 8
     # Two matrices a layer, whole on every device after the gathering.
     assert cost.collectives["all-gather"] == (2 * L, 2 * L * D * F * 4)
 
 
-def test_gradients_and_accumulation_multiply(mesh):
+def test_gradients_and_accumulation_multiply():
     """A loop in a loop: micro-batches of a stack, forward and backward."""
 
     def loss(weights, h_MBD):
@@ -82,19 +70,19 @@ def test_gradients_and_accumulation_multiply(mesh):
 
         return jax.lax.scan(one, jax.tree.map(jnp.zeros_like, weights), h_MBD)[0]
 
-    weights = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((L, D, F), (L, F, D))]
-    h_MBD = jax.ShapeDtypeStruct((3, B, D), jnp.float32)
-    cost = cost_of(parse(jax.jit(loss).lower(weights, h_MBD).compile().as_text()))
-    products = 2 * B * D * F
+    text = text_of(loss, [array(L, D, F), array(L, F, D)], array(3, B, D))
     # Forward two products a layer; backward two for each, one of them the gradient to the input.
-    assert cost.flops == 3 * L * 6 * products
+    assert cost_of(parse(text)).flops == 3 * L * 6 * (2 * B * D * F)
 
 
-def test_a_loop_that_ends_by_itself_counts_once_and_one_with_a_bound_at_most(mesh):
+def test_a_loop_that_ends_by_itself_counts_once_or_by_a_bound():
+    """Of its own, or one that the caller knows by its scope."""
+
     def until_small(h_BB, limit):
-        return jax.lax.while_loop(
-            lambda h_BB: jnp.max(h_BB) > limit, lambda h_BB: h_BB @ h_BB, h_BB
-        )
+        with jax.named_scope("layers"):
+            return jax.lax.while_loop(
+                lambda h_BB: jnp.max(h_BB) > limit, lambda h_BB: h_BB @ h_BB, h_BB
+            )
 
     def at_most_five(h_BB, limit):
         def goes_on(carry):
@@ -102,28 +90,17 @@ def test_a_loop_that_ends_by_itself_counts_once_and_one_with_a_bound_at_most(mes
 
         return jax.lax.while_loop(goes_on, lambda c: (c[0] + 1, c[1] @ c[1]), (0, h_BB))[1]
 
-    arguments = (jax.ShapeDtypeStruct((B, B), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
-    cost = cost_of(parse(jax.jit(until_small).lower(*arguments).compile().as_text()))
-    assert cost.flops == 2 * B**3
-    assert len(cost.unknown) == 1 and "while" in next(iter(cost.unknown))
-    cost = cost_of(parse(jax.jit(at_most_five).lower(*arguments).compile().as_text()))
-    assert cost.flops == 5 * 2 * B**3
-    assert len(cost.at_most) == 1 and not cost.unknown
-
-
-def test_a_loop_that_the_caller_knows_counts_by_its_scope():
-    def until_small(h_BB, limit):
-        with jax.named_scope("layers"):
-            return jax.lax.while_loop(
-                lambda h_BB: jnp.max(h_BB) > limit, lambda h_BB: h_BB @ h_BB, h_BB
-            )
-
-    arguments = (jax.ShapeDtypeStruct((B, B), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
-    module = parse(jax.jit(until_small).lower(*arguments).compile().as_text())
-    cost = cost_of(module, loops={"layers": 7, "fill": 0})
-    assert cost.flops == 7 * 2 * B**3
-    assert len(cost.at_most) == 1 and not cost.unknown
-    assert cost_of(module, loops={"fill": 0}).flops == 2 * B**3
+    module = parse(text_of(until_small, array(B, B), SCALAR))
+    bounded = parse(text_of(at_most_five, array(B, B), SCALAR))
+    for cost, rounds, known in (
+        (cost_of(module), 1, False),
+        (cost_of(module, loops={"fill": 0}), 1, False),
+        (cost_of(module, loops={"layers": 7, "fill": 0}), 7, True),
+        (cost_of(bounded), 5, True),
+    ):
+        assert cost.flops == rounds * 2 * B**3
+        assert len(cost.at_most) == known and len(cost.unknown) == (not known)
+        assert all("while" in where for where in cost.unknown)
 
 
 def test_a_conditional_counts_by_the_share_of_its_dearest_branch():
@@ -133,21 +110,9 @@ def test_a_conditional_counts_by_the_share_of_its_dearest_branch():
 
         return jax.lax.scan(layer, h_BB, exits_L)[0]
 
-    arguments = (jax.ShapeDtypeStruct((B, B), jnp.float32), jax.ShapeDtypeStruct((8,), bool))
-    module = parse(jax.jit(at_exits).lower(*arguments).compile().as_text())
+    module = parse(text_of(at_exits, array(B, B), array(8, dtype=bool)))
     assert cost_of(module).flops == 8 * 2 * B**3
     assert cost_of(module, branch_share=0.25).flops == 2 * 2 * B**3
-
-
-def test_the_largest_arrays_are_named_with_where_they_come_from(mesh):
-    def outer(x_N):
-        return jnp.sort(x_N[:, None] * x_N, axis=0).sum()
-
-    argument = jax.ShapeDtypeStruct((300,), jnp.float32)
-    module = parse(jax.jit(outer).lower(argument).compile().as_text())
-    array, name = largest_arrays(module, 1)[0]
-    assert str(array) == "f32[300,300]" and array.bytes == 360_000
-    assert "jit(outer)" in name
 
 
 PRELUDE = """HloModule m
@@ -163,7 +128,15 @@ def module_of(*lines, more=""):
     return parse(PRELUDE.format(more=more, lines="\n".join(f"  {line}" for line in lines)))
 
 
-def test_of_arrays_alike_the_one_with_a_name_is_named():
+def test_the_largest_arrays_are_named_with_where_they_come_from():
+    """Of arrays alike the one with a name."""
+
+    def outer(x_N):
+        return jnp.sort(x_N[:, None] * x_N, axis=0).sum()
+
+    largest, name = largest_arrays(parse(text_of(outer, array(300))), 1)[0]
+    assert str(largest) == "f32[300,300]" and largest.bytes == 360_000
+    assert "jit(outer)" in name
     made = [
         "%a = f32[9,9]{1,0} broadcast(%c)",
         '%b = f32[9,9]{1,0} add(%a, %a), metadata={op_name="jit(f)/add"}',

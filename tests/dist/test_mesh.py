@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import Mesh
 
 from jexit.dist import (
-    HostRows,
     fetch_rows,
     host_rows,
     make_mesh,
@@ -32,19 +31,17 @@ class Device:
     device_kind: str = "cpu"
 
 
-def test_a_mesh_takes_the_devices_that_there_are(monkeypatch):
+def test_a_mesh_takes_the_devices_that_there_are(monkeypatch, caplog):
     assert make_mesh(2, 2, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(UserError, match="= 16 devices and there are 8; lower the sizes"):
         make_mesh(4, 2, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)  # several hosts leave no device idle
     with pytest.raises(UserError, match="the 2 hosts have 8; make the product 8, such as config"):
         make_mesh(2, 2, 1)
-
-
-def test_idle_accelerators_are_warned_of(caplog):
+    monkeypatch.undo()
     chips = [Device(number, 0, platform="tpu") for number in range(4)]
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING", logger="absl"):
-        patch.setattr(jax, "make_mesh", lambda sizes, *_, devices, **__: (sizes, len(devices)))
+    monkeypatch.setattr(jax, "make_mesh", lambda sizes, *_, devices, **__: (sizes, len(devices)))
+    with caplog.at_level("WARNING", logger="absl"):
         assert make_mesh(1, 2, 1, devices=chips) == ((1, 2, 1), 2)
     assert "2 of this machine's 4 devices; the others stay idle" in caplog.text
 
@@ -93,13 +90,9 @@ def test_hosts_hold_the_rows_of_their_devices(monkeypatch):
         found = hosts_of(shape, owners, total, monkeypatch)
         assert [host.index_B.tolist() for host in found] == rows
         assert [host.first_B.astype(int).tolist() for host in found] == first
+        assert all(host.find(host.index_B[1:3]).tolist() == [1, 2] for host in found)
         counted = np.concatenate([host.index_B[host.first_B] for host in found])
         assert sorted(counted) == list(range(total))  # nothing twice, nothing left out
-
-
-def test_rows_are_found_by_their_numbers():
-    rows = HostRows(8, np.array([2, 3, 6, 7]), np.ones(4, bool))
-    assert rows.find(np.array([3, 6])).tolist() == [1, 2]
 
 
 def test_rows_come_back_as_they_went():

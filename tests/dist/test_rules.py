@@ -16,7 +16,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 SCALES = ("attn_norm", "mlp_norm", "q_norm", "k_norm", "final_norm", "exits")
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "r1-distill-qwen-1.5b", "smollm2-135m"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "r1-distill-qwen-1.5b"])
 def test_every_parameter_has_a_rule_that_fits_its_shape(name):
     arch = PRESETS[name].architecture
     model = nnx.eval_shape(
@@ -61,9 +61,6 @@ def test_a_parameter_is_never_whole_on_one_device():
         assert len(rows.sharding.device_set) == 8
         pinned = jax.jit(lambda x: constrain(x * 2, "B"))(rows)
         assert pinned.sharding.spec == P(("fsdp",))
-
-
-def test_one_device_is_left_alone():
-    with use_mesh(make_mesh(1, 1, 1)):
+    with use_mesh(make_mesh(1, 1, 1)):  # one device is left alone
         assert len(place_rows(np.arange(4)).sharding.device_set) == 1
         assert constrain(np.ones(3), "B").shape == (3,)

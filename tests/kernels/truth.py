@@ -1,15 +1,41 @@
 """The vocabulary ops in float64 numpy, gradients by hand, and inputs to try them on."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jexit.kernels import gpu, tpu
+from jexit.kernels.dispatch import ONLY_BY_NAME, Operation
 from tolerances import KERNEL, relative_error
 
-DTYPES = ("float32", "bfloat16")
 LARGE_VOCAB = 151_936
+CHIP_TILES = ("xla", "pallas_tpu", "pallas_gpu")  # the last two are interpreted
+SMALL_TILES = tuple(f"{name}, small tiles" for name in CHIP_TILES)
+
+STREAMING = [*SMALL_TILES, *(pytest.param(name, marks=pytest.mark.slow) for name in CHIP_TILES)]
+
+with_chip_tiles = pytest.mark.parametrize("implementation", CHIP_TILES)
+beyond_a_tile = pytest.mark.parametrize(
+    ("tokens", "vocab"), [(3, LARGE_VOCAB), pytest.param(700, 2_500, marks=pytest.mark.slow)]
+)
+streaming = pytest.mark.parametrize("implementation", STREAMING)
+every = pytest.mark.parametrize("implementation", ["reference", *STREAMING])
+
+
+def register_small_tiles(operation: Operation, xla: Any, pallas_tpu: Any, pallas_gpu: Any) -> None:
+    """Gives an op its implementations once more, with tiles too small for any case to fit one."""
+    functions: tuple[Callable[..., Any], ...] = (
+        partial(xla, chunk_tokens=4, chunk_vocab=32),
+        partial(pallas_tpu, tile=tpu.Tile(tokens=4, vocab=32)),
+        partial(pallas_gpu, tile=gpu.Tile(tokens=16, vocab=32, width=16)),
+    )
+    for name, function in zip(SMALL_TILES, functions, strict=True):
+        operation.register(name, function, platforms=ONLY_BY_NAME)
 
 
 def float64(array: Any) -> np.ndarray:
@@ -56,7 +82,7 @@ class Extreme(NamedTuple):
     head_VD: jax.Array
 
 
-def extreme(dtype: str, tokens: int = 10, vocab: int = 70) -> Extreme:
+def extreme(dtype: str = "float32", tokens: int = 10, vocab: int = 70) -> Extreme:
     rng = np.random.default_rng(5)
     student_ND = rng.integers(-50, 51, (tokens, 5))
     teacher_ND = rng.integers(-50, 51, (tokens, 5))

@@ -67,16 +67,14 @@ def test_heads_are_repeated_where_devices_are_more():
         assert cache_heads(6, 2) == 2, "six queries do not divide over four devices"
 
 
-def test_prompt_buckets_hold_the_prompt_with_little_padding_in_few_sizes():
+def test_buckets_hold_every_length_with_little_padding_in_few_sizes():
+    """A cache's at least double until the last."""
     sizes = set()
     for length in range(1, 4097):
         bucket = prompt_bucket(length)
         sizes.add(bucket)
         assert bucket >= length and (bucket <= 16 or bucket - length < max(16, bucket / 4))
     assert len(sizes) <= 32
-
-
-def test_cache_buckets_at_least_double_until_the_last():
     most = 3000
     slots = [cache_bucket(1, most)]
     while slots[-1] < most:

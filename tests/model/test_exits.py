@@ -42,12 +42,13 @@ def enumerated(hazard_E):
 
 
 def test_law_is_the_sum_over_every_leave_stay_sequence():
-    for temperature, min_hazard in LAWS:
-        for exits in [1, 2, 5]:
+    law_of = jax.jit(lambda z, law: depth_log_law(z, temperature=law[0], min_hazard=law[1]))
+    for law in LAWS:
+        for exits in (1, 2, 5):
             z_AE = np.random.default_rng(exits).normal(0.0, 2.0, (6, exits))
-            law = depth_log_law(jnp.asarray(z_AE), temperature=temperature, min_hazard=min_hazard)
-            truth = [enumerated(hazards_of(z_E, temperature, min_hazard)) for z_E in z_AE]
-            np.testing.assert_allclose(np.exp(law), truth, rtol=2e-5, atol=1e-7)
+            truth = [enumerated(hazards_of(z_E, *law)) for z_E in z_AE]
+            found = np.exp(law_of(jnp.asarray(z_AE), law))
+            np.testing.assert_allclose(found, truth, rtol=2e-5, atol=1e-7)
 
 
 @settings(max_examples=100)
@@ -68,51 +69,42 @@ def test_extreme_logits_keep_their_exact_log_probabilities():
     np.testing.assert_allclose(law[1], [0.0, -1e30, -1e30, -1e30], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("temperature", "min_hazard"), LAWS)
-def test_gradient_is_finite_at_extreme_logits_and_right_at_ordinary_ones(temperature, min_hazard):
-    def log_prob(z_E, depth):
-        return depth_log_prob(
-            depth, z_E, EXIT_LAYERS, LAYERS, temperature=temperature, min_hazard=min_hazard
-        )
+def log_prob(z_E, depth, temperature=1.0, min_hazard=0.0):
+    return depth_log_prob(
+        depth, z_E, EXIT_LAYERS, LAYERS, temperature=temperature, min_hazard=min_hazard
+    )
 
-    gradient = jax.vmap(jax.grad(log_prob), (0, None))
-    extreme_AE = jnp.asarray([[1e4, -1e4, 80.0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4], [0.0] * 3])
-    for depth in (*EXIT_LAYERS, LAYERS):
-        assert jnp.isfinite(gradient(extreme_AE, jnp.asarray(depth))).all()
 
+def test_gradient_is_finite_at_extreme_logits_and_right_at_ordinary_ones():
     z_E = np.asarray([0.3, -1.2, 0.8])
-    for index, depth in enumerate((*EXIT_LAYERS, LAYERS)):
-        truth = []
-        for step in 1e-5 * np.eye(3):
-            up, down = (
-                np.log(enumerated(hazards_of(z_E + sign * step, temperature, min_hazard))[index])
-                for sign in (1, -1)
-            )
-            truth.append((up - down) / 2e-5)
-        found = gradient(jnp.asarray(z_E)[None], jnp.asarray(depth))[0]
-        assert relative_error(found, truth) <= GRADIENT
-
-
-def test_hazard_near_one_still_passes_a_gradient():
-    """log σ(−z) of a stay that was all but impossible has slope −1, where log(p + ε) has none."""
+    extreme_AE = jnp.asarray([[1e4, -1e4, 80.0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4], z_E])
+    gradient = jax.jit(jax.vmap(jax.grad(log_prob), (0, None, None, None)))
+    for law in LAWS:
+        for index, depth in enumerate((*EXIT_LAYERS, LAYERS)):
+            found_AE = gradient(extreme_AE, jnp.asarray(depth), *law)
+            assert jnp.isfinite(found_AE).all()
+            truth = []
+            for step in 1e-5 * np.eye(3):
+                up, down = (
+                    np.log(enumerated(hazards_of(z_E + sign * step, *law))[index])
+                    for sign in (1, -1)
+                )
+                truth.append((up - down) / 2e-5)
+            assert relative_error(found_AE[-1], truth) <= GRADIENT
+    # log σ(−z) of a stay that was all but impossible has slope −1, where log(p + ε) has none.
     slope = jax.grad(lambda z: depth_log_prob(jnp.asarray(9), z, (2,), 9))(jnp.asarray([60.0]))
     np.testing.assert_allclose(slope, [-1.0])
 
 
-def test_depths_and_exit_indices_are_each_others_inverse():
-    depth_A = jnp.asarray([2, 3, 7, 9])
-    np.testing.assert_array_equal(exit_index_of_depth(depth_A, EXIT_LAYERS, LAYERS), range(4))
-    index_A = jnp.arange(4)
-    np.testing.assert_array_equal(depth_of_exit_index(index_A, EXIT_LAYERS, LAYERS), depth_A)
-
-
 def test_log_prob_picks_the_depths_entry_of_the_law():
+    index_AB = np.asarray([[0, 1, 2, 3], [3, 3, 0, 1]])
+    depth_AB = np.asarray([*EXIT_LAYERS, LAYERS])[index_AB]
+    np.testing.assert_array_equal(exit_index_of_depth(depth_AB, EXIT_LAYERS, LAYERS), index_AB)
+    np.testing.assert_array_equal(depth_of_exit_index(index_AB, EXIT_LAYERS, LAYERS), depth_AB)
     z_ABE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
-    depth_AB = jnp.asarray([[2, 3, 7, 9], [9, 9, 2, 3]])
     law_ABE1 = np.asarray(depth_log_law(z_ABE, temperature=0.7, min_hazard=0.05))
-    truth = np.take_along_axis(law_ABE1, np.asarray([[0, 1, 2, 3], [3, 3, 0, 1]])[..., None], -1)
-    found = depth_log_prob(depth_AB, z_ABE, EXIT_LAYERS, LAYERS, temperature=0.7, min_hazard=0.05)
-    np.testing.assert_array_equal(found, truth[..., 0])
+    truth = np.take_along_axis(law_ABE1, index_AB[..., None], -1)
+    np.testing.assert_array_equal(log_prob(z_ABE, depth_AB, 0.7, 0.05), truth[..., 0])
 
 
 def test_law_of_target_hazards_that_are_no_logits():
@@ -134,52 +126,25 @@ def head_by_hand(parameters, index, h, eps):
     return x @ w2 + b2
 
 
-@pytest.mark.parametrize("norm", ["rms", "none"])
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
-def test_head_and_its_gradient_are_the_formula_in_float32(kind, norm):
-    """Whatever the residual's dtype; the gradient against central differences in float64."""
-    heads = ExitHeads(3, 8, kind=kind, norm=norm, bias=-2.0, eps=1e-3, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    graphdef, state = nnx.split(heads)
-    state = jax.tree.map(lambda leaf: leaf + rng.normal(0.0, 0.5, leaf.shape), state)
-    heads = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state))
-    h = jnp.asarray(rng.normal(0.0, 2.0, (4, 5, 8)), jnp.bfloat16)
-    names = ("scale", "w1", "b1", "w2", "b2")
-    parameters = [
-        None if getattr(heads, name) is None else np.asarray(getattr(heads, name)[...], np.float64)
-        for name in names
-    ]
-
-    @jax.jit
-    def of_index(state, index):
-        def total(state):
-            z = nnx.merge(graphdef, state)(h, index)
-            return z.sum(), z
-
-        return jax.value_and_grad(total, has_aux=True)(state)
-
-    for index in range(3):
-        (_, z), gradient = of_index(nnx.state(heads), index)
-        assert z.dtype == jnp.float32
-        np.testing.assert_allclose(
-            z, head_by_hand(parameters, index, h, 1e-3), rtol=2e-5, atol=2e-5
+def test_head_is_the_formula_in_float32():
+    """Whatever the residual's dtype."""
+    for kind, norm in (("mlp", "rms"), ("linear", "none")):
+        heads = ExitHeads(3, 8, kind=kind, norm=norm, bias=-2.0, eps=1e-3, rngs=nnx.Rngs(0))
+        rng = np.random.default_rng(0)
+        graphdef, state = nnx.split(heads)
+        state = jax.tree.map(
+            lambda leaf, rng=rng: leaf + rng.normal(0.0, 0.5, leaf.shape).astype(np.float32), state
         )
-        for place, name in enumerate(names):
-            if parameters[place] is None:
-                continue
-            step = np.zeros(parameters[place].shape)
-            step[index] = rng.normal(size=step[index].shape)
-            up, down = (
-                head_by_hand(
-                    [p if i != place else p + sign * 1e-6 * step for i, p in enumerate(parameters)],
-                    index,
-                    h,
-                    1e-3,
-                ).sum()
-                for sign in (1, -1)
-            )
-            found = float(np.vdot(gradient[name][...], step))
-            assert found == pytest.approx((up - down) / 2e-6, rel=GRADIENT, abs=1e-4), name
+        heads = nnx.merge(graphdef, state)
+        h = jnp.asarray(rng.normal(0.0, 2.0, (4, 5, 8)), jnp.bfloat16)
+        parameters = [
+            None if part is None else np.asarray(part[...], np.float64)
+            for part in (heads.scale, heads.w1, heads.b1, heads.w2, heads.b2)
+        ]
+        for index in range(3):
+            z, truth = heads(h, index), head_by_hand(parameters, index, h, 1e-3)
+            assert z.dtype == jnp.float32
+            np.testing.assert_allclose(z, truth, rtol=2e-5, atol=2e-5)
 
 
 def test_fresh_head_almost_never_leaves():

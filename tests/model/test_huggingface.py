@@ -1,54 +1,46 @@
 """The model against Hugging Face transformers, float32 on CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved_models
 from flax import nnx
 
 import jexit
 from convert import from_hf, names
-from jexit.config import ExitSettings
-from jexit.model.transformer import Transformer, exit_hidden_states, logits_of, run
+from jexit.model.transformer import exit_hidden_states, logits_of, run
 from tolerances import GRADIENT, LOGITS, LOGITS_REAL, relative_error
 
 torch = pytest.importorskip("torch")
 hf_models = pytest.importorskip("hf_models")
 
-DEFAULT = {"rope_type": "default"}
+# One file of weights, or several, in turn.
 CASES = {
-    "qwen2-untied": ("qwen2", {}, "single"),
-    "qwen2-tied-theta1e6": (
-        "qwen2",
-        {"tie_word_embeddings": True, "rope_parameters": {**DEFAULT, "rope_theta": 1e6}},
-        "sharded",
-    ),
-    "qwen2-own-head-dim-no-groups": ("qwen2", {"head_dim": 20, "num_key_value_heads": 4}, "single"),
-    "qwen2-yarn": (
+    "qwen2-untied-own-head-dim-no-groups": ("qwen2", {"head_dim": 20, "num_key_value_heads": 4}),
+    "qwen2-tied-yarn": (
         "qwen2",
         {
+            "tie_word_embeddings": True,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 1e6,
                 "factor": 4.0,
                 "original_max_position_embeddings": 16,
-            }
+            },
         },
-        "single",
-    ),
-    "qwen3-tied-one-kv-head": (
-        "qwen3",
-        {"tie_word_embeddings": True, "num_key_value_heads": 1},
-        "sharded",
     ),
     "qwen3-untied-theta5e6": (
         "qwen3",
-        {"head_dim": 20, "rope_parameters": {**DEFAULT, "rope_theta": 5e6}},
-        "single",
+        {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
     ),
-    "qwen3-yarn": (
+    "qwen3-tied-one-kv-head-yarn": (
         "qwen3",
         {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 1e4,
@@ -58,16 +50,13 @@ CASES = {
                 "beta_slow": 0.5,
                 "attention_factor": 1.3,
                 "truncate": False,
-            }
+            },
         },
-        "single",
     ),
     "llama-untied-theta5e5": (
         "llama",
-        {"rope_parameters": {**DEFAULT, "rope_theta": 5e5}},
-        "sharded",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     ),
-    "llama-tied-own-head-dim": ("llama", {"tie_word_embeddings": True, "head_dim": 20}, "single"),
     "llama-tied-llama3": (
         "llama",
         {
@@ -83,7 +72,6 @@ CASES = {
                 "original_max_position_embeddings": 24,
             },
         },
-        "single",
     ),
 }
 LENGTHS = (48, 1, 29)  # right-padded rows; the original contexts of scaled rope end at 16 and 24
@@ -93,12 +81,12 @@ EXITS = (1, 3)
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """Hugging Face's model, and jexit's from the converted directory; random exit heads."""
-    family, overrides, layout = CASES[request.param]
+    family, overrides = CASES[request.param]
     theirs = hf_models.make_model(family, seed=len(request.param), **overrides)
     root = tmp_path_factory.mktemp("pair")
-    options = {"max_shard_size": "20KB"} if layout == "sharded" else {}
-    hf_models.save(root / "hf", theirs, **options)
-    assert len(list((root / "hf").glob("model-*.safetensors"))) > 2 or layout == "single"
+    sharded = [*CASES].index(request.param) % 2 == 1
+    hf_models.save(root / "hf", theirs, **({"max_shard_size": "20KB"} if sharded else {}))
+    assert (len(list((root / "hf").glob("model-*.safetensors"))) > 2) == sharded
     assert from_hf.main([f"--source={root / 'hf'}", f"--target={root / 'jexit'}"]) == 0
     ours, _ = jexit.load(root / "jexit", exit_layers=EXITS)
     noise = np.random.default_rng(0)
@@ -112,47 +100,32 @@ def pair(request, tmp_path_factory):
     return theirs, ours, root / "hf"
 
 
-@pytest.fixture(scope="module")
-def tokens_BT():
-    """Padding is filled with ordinary tokens: it must not be looked at."""
-    return hf_models.random_tokens(len(LENGTHS), max(LENGTHS))
-
-
 def valid(array):
     return np.concatenate(
         [np.asarray(row)[:length] for row, length in zip(array, LENGTHS, strict=True)]
     )
 
 
-def random_depths(*depths):
-    return np.random.default_rng(0).choice(depths, (len(LENGTHS), max(LENGTHS)))
-
-
-def test_logits_of_padded_batches_equal_hugging_faces(pair, tokens_BT):
+def test_full_and_prescribed_depths_equal_hugging_faces(pair):
+    """Of padded batches, whose padding is ordinary tokens: it must not be looked at."""
     theirs, ours, _ = pair
+    tokens_BT = hf_models.random_tokens(len(LENGTHS), max(LENGTHS))
+    depth_BT = np.random.default_rng(0).choice((*EXITS, 4), tokens_BT.shape)
     with torch.no_grad():
         mask_BT = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
         tokens = torch.tensor(tokens_BT, dtype=torch.long)
-        truth = theirs(tokens, attention_mask=mask_BT.long()).logits
-        # The hand-made loop over layers, used below, is Hugging Face's own at full depth.
-        by_hand = hf_models.freeze_by_hand(theirs, tokens, random_depths(4), LENGTHS)
-    found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS))
-    assert np.abs(valid(found.logits_BTV) - valid(truth)).max() <= LOGITS
-    assert np.abs(valid(by_hand) - valid(truth)).max() <= LOGITS
-    assert valid(truth).std() > 1.0
-
-
-def test_prescribed_depths_equal_freezing_by_hand(pair, tokens_BT):
-    theirs, ours, _ = pair
-    depth_BT = random_depths(*EXITS, 4)
-    with torch.no_grad():
+        full = theirs(tokens, attention_mask=mask_BT.long()).logits
+        # The hand-made loop over layers is Hugging Face's own at full depth.
+        by_hand = hf_models.freeze_by_hand(theirs, tokens, depth_BT * 0 + 4, LENGTHS)
         residuals = hf_models.residuals_by_hand(theirs, tokens_BT, depth_BT, LENGTHS)
-        truth = theirs.lm_head(theirs.model.norm(residuals[-1]))
-        full = hf_models.freeze_by_hand(theirs, tokens_BT, depth_BT * 0 + 4, LENGTHS)
+        frozen = theirs.lm_head(theirs.model.norm(residuals[-1]))
+    assert np.abs(valid(by_hand) - valid(full)).max() <= LOGITS
+    assert valid(full).std() > 1.0 and np.abs(valid(full) - valid(frozen)).mean() > 0.1
+    found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS))
+    assert np.abs(valid(found.logits_BTV) - valid(full)).max() <= LOGITS
     policy = jexit.Prescribed(depth_BT)
     found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS), policy=policy)
-    assert np.abs(valid(found.logits_BTV) - valid(truth)).max() <= LOGITS
-    assert np.abs(valid(full) - valid(truth)).mean() > 0.1
+    assert np.abs(valid(found.logits_BTV) - valid(frozen)).max() <= LOGITS
     # Hazards: each head on the residual that enters its layer, where the token is still alive.
     for index, layer in enumerate(EXITS):
         z = ours.exits(jnp.asarray(residuals[layer].numpy()), jnp.asarray(index))
@@ -163,38 +136,11 @@ def test_straight_from_the_hugging_face_directory_it_is_the_same_model(pair):
     _, ours, directory = pair
     straight, _ = jexit.load(directory, exit_layers=EXITS)
     assert straight.arch == ours.arch
-    base = [
-        {
-            path: leaf[...]
-            for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
-            if path[0] != "exits"
-        }
-        for model in (straight, ours)
-    ]
-    assert base[0].keys() == base[1].keys()
-    for path, array in base[0].items():
-        np.testing.assert_array_equal(array, base[1][path], err_msg=".".join(path))
-
-
-@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
-def small_pair(request):
-    """Three layers, tied for Qwen3, without a directory in between."""
-    theirs = hf_models.make_model(
-        request.param, num_hidden_layers=3, tie_word_embeddings=request.param == "qwen3"
-    )
-    from jexit.io.hf_config import architecture_of_config
-
-    arch = architecture_of_config(theirs.config.to_dict())
-    ours = Transformer(arch, exit_layers=(1, 2), exit_head=ExitSettings(), rngs=nnx.Rngs(0))
-    values = stacked(arch, dict(theirs.named_parameters()))
-    state = nnx.state(ours)
-    flat = dict(nnx.to_flat_state(state))
-    for path, array in values.items():
-        leaf = flat[tuple(path.split("."))]
-        assert leaf.shape == array.shape
-        leaf[...] = jnp.asarray(array)
-    nnx.update(ours, state)
-    return theirs, ours
+    found, wanted = (saved_models.parameters(model) for model in (straight, ours))
+    assert found.keys() == wanted.keys()
+    for name, array in found.items():
+        if not name.startswith("exits."):
+            np.testing.assert_array_equal(array, wanted[name], err_msg=name)
 
 
 def stacked(arch, tensors):
@@ -210,11 +156,14 @@ def stacked(arch, tensors):
     return values
 
 
-def test_gradients_under_prescribed_depths_equal_torchs(small_pair):
-    """Through frozen keys and values too; a scan with masks against torch.autograd."""
-    theirs, ours = small_pair
+@pytest.mark.parametrize(
+    "pair", ["qwen2-tied-yarn", "qwen3-untied-theta5e6"], indirect=True
+)  # Llama has neither the one's bias nor the other's norms
+def test_gradients_and_logit_lens_equal_torchs(pair):
+    """Under prescribed depths, through frozen keys and values too; lens: head on what enters ℓ."""
+    theirs, ours, _ = pair
     tokens_BT = hf_models.random_tokens(2, 10, seed=3)
-    depth_BT = np.random.default_rng(4).integers(1, 4, tokens_BT.shape)
+    depth_BT = np.random.default_rng(4).integers(1, 5, tokens_BT.shape)
     weights_BTV = np.random.default_rng(5).normal(size=(*tokens_BT.shape, hf_models.VOCABULARY))
     weights_BTV = weights_BTV.astype(np.float32)
 
@@ -222,33 +171,28 @@ def test_gradients_under_prescribed_depths_equal_torchs(small_pair):
     logits = hf_models.freeze_by_hand(theirs, tokens_BT, depth_BT)
     (logits * torch.tensor(weights_BTV)).sum().backward()
     truth = stacked(ours.arch, {name: p.grad for name, p in theirs.named_parameters()})
+    with torch.no_grad():
+        residuals = hf_models.residuals_by_hand(theirs, tokens_BT, np.full(tokens_BT.shape, 4))
+        lens = [theirs.lm_head(theirs.model.norm(residuals[layer])).numpy() for layer in EXITS]
 
     graphdef, state = nnx.split(ours)
 
     @jax.jit
-    @jax.grad
+    @functools.partial(jax.grad, has_aux=True)
     def gradient(state):
         model = nnx.merge(graphdef, state)
         out = run(model, jnp.asarray(tokens_BT), policy=jexit.Prescribed(jnp.asarray(depth_BT)))
-        return (logits_of(out.hidden_BTD, model.head_VD) * weights_BTV).sum()
+        full = run(model, jnp.asarray(tokens_BT), exit_residual=True)
+        hidden_EBTD = exit_hidden_states(model, full.exit_residual_EBTD, None)
+        loss = (logits_of(out.hidden_BTD, model.head_VD) * weights_BTV).sum()
+        return loss, logits_of(hidden_EBTD, model.head_VD)
 
-    found = {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(gradient(state))}
+    gradients, lens_EBTV = gradient(state)
+    assert np.abs(np.asarray(lens_EBTV) - np.stack(lens)).max() <= LOGITS
+    found = {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
     for path, array in truth.items():
         assert relative_error(found[path], array) <= GRADIENT, path
         assert np.abs(array).max() > 1e-2, path
-
-
-def test_logit_lens_at_the_exits_equals_hugging_faces(small_pair):
-    """`exit_hidden_states` times the head: final norm and head on the residual entering ℓ."""
-    theirs, ours = small_pair
-    tokens_BT = hf_models.random_tokens(2, 10, seed=6)
-    with torch.no_grad():
-        residuals = hf_models.residuals_by_hand(theirs, tokens_BT, np.full(tokens_BT.shape, 3))
-        truth = [theirs.lm_head(theirs.model.norm(residuals[layer])).numpy() for layer in (1, 2)]
-    out = run(ours, jnp.asarray(tokens_BT), exit_residual=True)
-    hidden_EBTD = exit_hidden_states(ours, out.exit_residual_EBTD, None)
-    lens_EBTV = logits_of(hidden_EBTD, ours.head_VD)
-    assert np.abs(np.asarray(lens_EBTV) - np.stack(truth)).max() <= LOGITS
 
 
 @pytest.mark.weights

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from random_models import random_model
+from steps import toy
 
-from jexit.config import EngineSize, ExitSettings, LoRA, RLConfig, SFTConfig
+from jexit.config import EngineSize, LoRA, RLConfig, SFTConfig
 from jexit.dist import make_mesh, place_parameters, place_rows, use_mesh
 from jexit.loops.packing import Lengths, PackedShapes
 from jexit.model.policies import Sample
-from jexit.model.transformer import Transformer
-from jexit.presets import Architecture
 from jexit.rollout import rollout
 from jexit.steps.completions import pack_completions, pad_completions
 from jexit.steps.optim import apply_gradients
@@ -24,35 +23,15 @@ from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Fixed, new_state, split_model
 from tolerances import GRADIENT, relative_error
 
-# As in Qwen3-4B, key/value heads are fewer than the largest tensor axis.
-ARCH = Architecture(
-    family="qwen3",
-    vocab_size=48,
-    width=32,
-    layers=3,
-    query_heads=8,
-    kv_heads=4,
-    head_dim=8,
-    mlp_width=64,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tied=True,
-    max_positions=64,
-)
-MESHES = {
-    "data": (8, 1, 1),
-    "fsdp": (1, 8, 1),
-    "tensor, beyond the key heads": (1, 1, 8),
-    "all": (2, 2, 2),
-}
-
-
 SLOW = pytest.mark.slow
+WIDTH = 32
 ON_MESHES = pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param(sizes, id=name, marks=() if name == "all" else SLOW)
-        for name, sizes in MESHES.items()
+        pytest.param((2, 2, 2), id="all"),
+        pytest.param((8, 1, 1), id="data", marks=SLOW),
+        pytest.param((1, 8, 1), id="fsdp", marks=SLOW),
+        pytest.param((1, 1, 8), id="tensor, beyond the key heads", marks=SLOW),
     ],
 )
 
@@ -61,20 +40,19 @@ ON_MESHES = pytest.mark.parametrize(
     scope="module", params=[False, pytest.param(True, marks=SLOW)], ids=["lora", "full"]
 )
 def split(request):
-    model = Transformer(
-        ARCH,
+    """As in Qwen3-4B, key/value heads are fewer than the largest tensor axis."""
+    model = random_model(
         exit_layers=(1, 2),
-        exit_head=ExitSettings(bias=-0.5),
         lora=None if request.param else LoRA(rank=2, alpha=4.0, targets=("q", "k", "o", "down")),
-        rngs=nnx.Rngs(0),
+        vocab_size=48,
+        width=WIDTH,
+        layers=3,
+        query_heads=8,
+        kv_heads=4,
+        head_dim=8,
+        mlp_width=64,
     )
-    split = split_model(model, full=request.param)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return split._replace(
-        trainable=jax.tree.map(
-            lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), split.trainable
-        )
-    )
+    return split_model(model, full=request.param)
 
 
 def texts(rows):
@@ -88,8 +66,7 @@ def sft_update(split, micro_batches):
     config = SFTConfig(samples=2, explore=0.3, target="teacher")
     optimizer = optax.adam(1e-2)
     step = make_sft_step(split, optimizer, config, micro_batches=micro_batches)
-    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
-    return step(state, split.fixed, batch, jax.random.key(0))
+    return step(toy.start(split, optimizer), split.fixed, batch, jax.random.key(0))
 
 
 def rl_update(split, micro_batches):
@@ -100,7 +77,7 @@ def rl_update(split, micro_batches):
     length_J = np.array([len(ids) for ids in made])
     number_J = np.arange(16) // 4
     lengths = Lengths(np.array([len(ids) for ids in asked]), number_J, length_J)
-    packed = PackedShapes(8, micro_batches, ARCH.width, 20).fit(lengths)
+    packed = PackedShapes(8, micro_batches, WIDTH, 20).fit(lengths)
     size = dataclasses.astuple(packed.shape)
     rows = pack_completions(asked, made, 0, row_of=packed.row_of_J, shape=size, prompt_of=number_J)
     arrays = (
@@ -114,7 +91,7 @@ def rl_update(split, micro_batches):
     batch = place_rows(RLBatch(rows, *arrays))
     optimizer = optax.adam(1e-2)
     step = make_rl_step(split, optimizer, config, micro_batches=micro_batches)
-    state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
+    state = toy.start(split, optimizer)
     return step(state, split.fixed, batch, Penalties(0.5, 0.1), jax.random.key(0))
 
 
@@ -130,14 +107,19 @@ def placed(split):
 def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_batches):
     alone, metrics_alone = update(split, micro_batches)
     with use_mesh(make_mesh(*sizes)):
-        spread, metrics_spread = update(placed(split), micro_batches)
+        before = placed(split)
+        spread, metrics_spread = update(before, micro_batches)
     for name, value in metrics_alone.items():
         assert float(metrics_spread[name]) == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
-    for one, many in zip(
-        jax.tree.leaves(alone.trainable), jax.tree.leaves(spread.trainable), strict=True
+    for one, many, old in zip(
+        *map(jax.tree.leaves, (alone.trainable, spread.trainable, before.trainable)), strict=True
     ):
         assert relative_error(np.asarray(many), np.asarray(one)) < GRADIENT
         assert len(many.sharding.device_set) == 8
+        assert many.sharding.is_equivalent_to(old.sharding, many.ndim)
+    if sizes[1] * sizes[2] > 1:
+        for tree in (spread.trainable, spread.opt_state):
+            assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree))
 
 
 @ON_MESHES
@@ -158,22 +140,7 @@ def test_all_devices_skip_an_update_that_one_of_them_cannot_take(split, sizes):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 
-def test_a_step_leaves_every_parameter_where_it_was(split):
-    with use_mesh(make_mesh(2, 2, 2)):
-        before = placed(split)
-        after, _ = sft_update(before, 1)
-        divided = 0
-        for old, new in zip(
-            jax.tree.leaves(before.trainable), jax.tree.leaves(after.trainable), strict=True
-        ):
-            assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
-            divided += not new.sharding.is_fully_replicated
-        assert divided >= 4
-        moments = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim > 1]
-        assert any(not leaf.sharding.is_fully_replicated for leaf in moments)
-
-
-@pytest.mark.parametrize("count", [8, 7])
+@pytest.mark.parametrize("count", [pytest.param(8, marks=SLOW), 7])
 @ON_MESHES
 def test_rollouts_on_a_mesh_are_those_of_one_device(split, sizes, count):
     """Also with more rows than a shard's pool takes, and prompts that do not divide over shards."""
@@ -208,7 +175,7 @@ def test_no_weight_is_gathered_whole_by_fsdp(split):
         batch = pad_completions(*texts(16), 0)
         optimizer = optax.sgd(1e-2)
         step = make_sft_step(ready, optimizer, SFTConfig(samples=1))
-        state = new_state(ready.trainable, optimizer)
+        state = toy.start(ready, optimizer)
         text = step.lower(state, ready.fixed, batch, jax.random.key(0)).compile().as_text()
     for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text):
         shape = tuple(map(int, dims.split(",")))

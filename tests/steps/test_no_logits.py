@@ -5,12 +5,12 @@ import re
 import jax
 import optax
 import pytest
+from steps import toy
 
 from jexit.config import RLConfig, SFTConfig
 from jexit.steps.completions import Completions
 from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
-from jexit.steps.state import new_state
 
 VOCAB, WIDTH, ROWS, LENGTH, COMPLETION = 8_209, 16, 6, 24, 16
 
@@ -23,29 +23,21 @@ def completions() -> Completions:
     return Completions(*[shape(ROWS, LENGTH)] * 3, *[shape(ROWS, COMPLETION)] * 4)
 
 
-def sft_text(make_split, config, **options) -> str:
-    split, optimizer = make_split(vocab_size=VOCAB, **options), optax.adam(1e-3)
-    step = make_sft_step(split, optimizer, config)
-    state = new_state(split.trainable, optimizer)
-    return step.lower(state, split.fixed, completions(), jax.random.key(0)).compile().as_text()
-
-
-def rl_text(make_split, config, **options) -> str:
-    split, optimizer = make_split(vocab_size=VOCAB, **options), optax.adam(1e-3)
-    step = make_rl_step(split, optimizer, config)
-    state = new_state(split.trainable, optimizer)
-    floats = shape(ROWS, COMPLETION, dtype="float32")
-    batch = RLBatch(
+def rl_batch() -> RLBatch:
+    return RLBatch(
         completions(),
         shape(ROWS),
         shape(ROWS, COMPLETION),
-        floats,
-        floats,
+        *[shape(ROWS, COMPLETION, dtype="float32")] * 2,
         shape(ROWS, dtype="float32"),
         shape(ROWS, dtype="bool"),
     )
-    lowered = step.lower(state, split.fixed, batch, Penalties(0.5, 0.0), jax.random.key(0))
-    return lowered.compile().as_text()
+
+
+def text_of(make_step, full, config, *arguments) -> str:
+    split, optimizer = toy.make_split(vocab_size=VOCAB, full=full), optax.adam(1e-3)
+    step, state = make_step(split, optimizer, config), toy.start(split, optimizer)
+    return step.lower(state, split.fixed, *arguments, jax.random.key(0)).compile().as_text()
 
 
 def assert_no_logits(text: str) -> None:
@@ -60,25 +52,19 @@ def assert_no_logits(text: str) -> None:
     assert not wrong, f"buffers {sorted(wrong)}"
 
 
-def test_calibration(make_split):
-    for direction in ["student_teacher", "jeffreys"]:
-        for target in ["teacher", "student"]:
-            config = SFTConfig(samples=2, target=target, direction=direction)
-            assert_no_logits(sft_text(make_split, config))
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_calibration(full):
+    config = SFTConfig(samples=2)
+    if not full:
+        config = SFTConfig(samples=2, target="student", direction="jeffreys")
+    assert_no_logits(text_of(make_sft_step, full, config, completions()))
 
 
-def test_calibration_of_the_whole_model(make_split):
-    assert_no_logits(sft_text(make_split, SFTConfig(samples=2), full=True))
-
-
-def test_reinforcement(make_split):
-    for kl_loss in ["exact", "k2"]:
-        config = RLConfig(rollouts=3, max_new_tokens=COMPLETION, kl_loss_coef=0.1, kl_loss=kl_loss)
-        assert_no_logits(rl_text(make_split, config))
-
-
-def test_reinforcement_of_the_whole_model(make_split):
-    assert_no_logits(rl_text(make_split, RLConfig(rollouts=3, max_new_tokens=16), full=True))
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_reinforcement(full):
+    kl_loss = "k2" if full else "exact"
+    config = RLConfig(rollouts=3, max_new_tokens=COMPLETION, kl_loss_coef=0.1, kl_loss=kl_loss)
+    assert_no_logits(text_of(make_rl_step, full, config, rl_batch(), Penalties(0.5, 0.0)))
 
 
 def test_the_check_sees_logits_where_they_are():

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from steps import toy
 
 from jexit.model.policies import Full
 from jexit.model.transformer import run
@@ -21,7 +22,7 @@ from jexit.steps.ridge import (
     together,
 )
 
-LAYERS, WIDTH, EXITS = 3, 16, (1, 2)
+LAYERS, EXITS, WIDTH = toy.LAYERS, toy.EXITS, 16
 
 
 def batch_of(seed, rows=6):
@@ -31,35 +32,45 @@ def batch_of(seed, rows=6):
     return pad_completions(prompts, completions, 0, (24, 16))
 
 
-@pytest.fixture(scope="module")
-def split(make_split):
-    return make_split(continuation="linear")
+SPLIT = toy.make_split(continuation="linear")
 
 
-@pytest.fixture(scope="module")
-def tokens(split):
-    return lambda batch: tokens_of(split, batch)
-
-
-def tokens_of(split, batch):
-    """Residuals [L, N, D] after every layer, of every action position, adapters and all."""
-    seen = run(
-        split.student(split.trainable),
+@jax.jit
+def observed(trainable, frozen, batch):
+    """Residuals [L, B, T, D] after every layer."""
+    student = SPLIT.student(trainable, SPLIT.fixed._replace(frozen=frozen))
+    return run(
+        student,
         batch.tokens_BT,
         policy=Full(),
         **batch.layout,
         observe=lambda h_BTD, new_BTD, _: new_BTD,
     ).observed
-    acts = np.asarray(batch.action_BC)
-    return np.stack([np.asarray(batch.window(part))[acts] for part in seen]).astype(np.float64)
 
 
-def summed(split, *batches, beside=None):
-    add = make_sums_step(split)
+def tokens(*batches, split=SPLIT):
+    """Residuals [L, N, D] after every layer, of every action position, adapters and all."""
+    found = []
+    for batch in batches:
+        seen = observed(split.trainable, split.fixed.frozen, batch)
+        acts = np.asarray(batch.action_BC)
+        found.append(np.stack([np.asarray(batch.window(part))[acts] for part in seen]))
+    return np.concatenate(found, 1).astype(np.float64)
+
+
+add = make_sums_step(SPLIT)
+
+
+def summed(*batches, beside=None, split=SPLIT):
     sums = Sums.zero(EXITS, LAYERS, WIDTH) if beside is None else beside.beside()
     for batch in batches:
         sums = add(sums, split.trainable, split.fixed, batch)
     return sums
+
+
+def close(found, truth, share=2e-3):
+    """Within a share of the largest entry."""
+    np.testing.assert_allclose(found, truth, atol=share * np.abs(truth).max())
 
 
 def least_squares(x_ND, u_ND, strength):
@@ -93,48 +104,52 @@ def share_left(x_ND, u_ND, a_DD, b_D):
     return np.mean(error / u_ND.var(0))
 
 
-@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
-def test_ridge_is_least_squares_on_the_chains_states(split, tokens, strength):
+def test_ridge_is_least_squares_on_the_chains_states():
     """Every layer's map is fitted on where the maps before it have taken each exit's tokens."""
     batches = [batch_of(seed) for seed in range(3)]
-    h_LND = np.concatenate([tokens(batch) for batch in batches], 1)
-    sums = jax.device_get(summed(split, *batches))
-    assert int(sums.count) == h_LND.shape[1]
-    chain, skipped = Chain(len(EXITS), WIDTH), pairs(EXITS, LAYERS)
-    assert skipped == [(0, 1), (0, 2), (1, 2)]
+    h_LND = tokens(*batches)
+    sums, skipped = jax.device_get(summed(*batches)), pairs(EXITS, LAYERS)
+    assert int(sums.count) == h_LND.shape[1] and skipped == [(0, 1), (0, 2), (1, 2)]
+    for strength in (1e-3, 0.1, 10.0):
+        chain = Chain(len(EXITS), WIDTH)
 
-    def compare(layer, x_ND, u_ND):
-        here = [e for e, first in enumerate(EXITS) if first <= layer]
-        moments = Moments.mixed([chain.moments(sums, e, skipped.index((e, layer))) for e in here])
-        a_DD, b_D = moments.ridge(strength)
-        truth_DD, truth_D = least_squares(x_ND, u_ND, strength)
-        np.testing.assert_allclose(a_DD, truth_DD, atol=1e-3 * np.abs(truth_DD).max())
-        np.testing.assert_allclose(b_D, truth_D, atol=1e-3 * np.abs(truth_D).max())
-        share = share_left(x_ND, u_ND, a_DD, b_D)
-        assert moments.unexplained(a_DD, b_D) == pytest.approx(share, rel=1e-3)
-        chain.goes_on(here, truth_DD, truth_D)
-        return truth_DD, truth_D
+        def compare(layer, x_ND, u_ND, strength=strength, chain=chain):
+            here = [e for e, first in enumerate(EXITS) if first <= layer]
+            parts = [chain.moments(sums, e, skipped.index((e, layer))) for e in here]
+            moments = Moments.mixed(parts)
+            a_DD, b_D = moments.ridge(strength)
+            truth_DD, truth_D = least_squares(x_ND, u_ND, strength)
+            close(a_DD, truth_DD, 1e-3)
+            close(b_D, truth_D, 1e-3)
+            share = share_left(x_ND, u_ND, a_DD, b_D)
+            assert moments.unexplained(a_DD, b_D) == pytest.approx(share, rel=1e-3)
+            chain.goes_on(here, truth_DD, truth_D)
+            return truth_DD, truth_D
 
-    chain_by_hand(h_LND, compare)
+        chain_by_hand(h_LND, compare)
 
 
-def test_held_back_tokens_choose_the_strength(split, tokens):
-    seen, held = batch_of(0, rows=8), batch_of(1, rows=8)
-    sums = summed(split, seen)
-    found = fit(*jax.device_get((sums, summed(split, held, beside=sums))), EXITS, LAYERS)
+@pytest.fixture(scope="module")
+def parts():
+    """Two batches, and the sums of each: those to fit on, those held back."""
+    batches = batch_of(0, rows=8), batch_of(1, rows=8)
+    sums = summed(batches[0])
+    return *batches, *jax.device_get((sums, summed(batches[1], beside=sums)))
+
+
+def test_held_back_tokens_choose_the_strength_of_what_is_fitted_on_all(parts):
+    """Each map on what the ones before lead to; with a rank, factored ones."""
+    seen, held, *sums = parts
+    found, factored = (fit(*sums, EXITS, LAYERS, **rank) for rank in ({}, {"rank": 2}))
     chosen = dict(zip(range(EXITS[0], LAYERS), found.strength_L, strict=True))
-    of_seen, of_both = {}, {}
+    of_seen = {}
 
-    def keep(maps):
-        def fitted(layer, x_ND, u_ND):
-            maps[layer] = least_squares(x_ND, u_ND, chosen[layer])
-            return maps[layer]
+    def of_those_seen(layer, x_ND, u_ND):
+        of_seen[layer] = least_squares(x_ND, u_ND, chosen[layer])
+        return of_seen[layer]
 
-        return fitted
-
-    inputs = chain_by_hand(tokens(seen), keep(of_seen))
+    inputs = chain_by_hand(tokens(seen), of_those_seen)
     unseen = chain_by_hand(tokens(held), lambda layer, x, u: of_seen[layer])
-    chain_by_hand(np.concatenate([tokens(seen), tokens(held)], 1), keep(of_both))
     for index, layer in enumerate(chosen):
 
         def unexplained(strength, layer=layer):
@@ -142,21 +157,43 @@ def test_held_back_tokens_choose_the_strength(split, tokens):
 
         assert chosen[layer] == min(STRENGTHS, key=unexplained)
         assert found.unexplained_L[index] == pytest.approx(unexplained(chosen[layer]), rel=1e-3)
-        truth_DD, truth_D = of_both[layer]
-        found_DD = found.maps[0][layer]
-        np.testing.assert_allclose(found_DD, truth_DD, atol=2e-3 * np.abs(truth_DD).max())
-        np.testing.assert_allclose(found.b_LD[layer], truth_D, atol=2e-3 * np.abs(truth_D).max())
+
+    def whole(layer, x_ND, u_ND):
+        truth_DD, truth_D = least_squares(x_ND, u_ND, chosen[layer])
+        close(found.maps[0][layer], truth_DD)
+        close(found.b_LD[layer], truth_D)
+        return truth_DD, truth_D
+
+    def of_rank_two(layer, x_ND, u_ND):
+        strength = factored.strength_L[layer - EXITS[0]]
+        left, right = factors(least_squares(x_ND, u_ND, strength)[0], np.cov(x_ND.T, bias=True), 2)
+        truth_DD = left @ right
+        truth_D = u_ND.mean(0) - x_ND.mean(0) @ truth_DD
+        close(factored.maps[0][layer] @ factored.maps[1][layer], truth_DD, 5e-3)
+        close(factored.b_LD[layer], truth_D, 5e-3)
+        return truth_DD, truth_D
+
+    for compare in (whole, of_rank_two):
+        chain_by_hand(tokens(seen, held), compare)
     assert not np.any(found.maps[0][: EXITS[0]])
 
 
-def test_large_means_cost_no_precision(split):
+def test_sums_add_up(parts):
+    seen, held, *sums = parts
+    whole, both = jax.device_get(summed(seen, held)), together(*sums)
+    for field in dataclasses.fields(Sums):
+        found, truth = getattr(both, field.name), getattr(whole, field.name)
+        np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-3)
+
+
+def test_large_means_cost_no_precision():
     """Residuals with a mean of thousands in some dimensions, as real models have them."""
-    embedding = split.fixed.frozen["embed"]["embedding"]
-    far = split.fixed.frozen | {"embed": {"embedding": embedding.at[:, 3].add(3e3)}}
-    split = split._replace(fixed=split.fixed._replace(frozen=far))
+    embedding = SPLIT.fixed.frozen["embed"]["embedding"]
+    far = SPLIT.fixed.frozen | {"embed": {"embedding": embedding.at[:, 3].add(3e3)}}
+    split = SPLIT._replace(fixed=SPLIT.fixed._replace(frozen=far))
     batches = [batch_of(0), batch_of(1)]
-    sums = jax.device_get(summed(split, *batches))
-    h_LND = np.concatenate([tokens_of(split, batch) for batch in batches], 1)
+    sums = jax.device_get(summed(*batches, split=split))
+    h_LND = tokens(*batches, split=split)
     for pair, (exit_index, layer) in enumerate(pairs(EXITS, LAYERS)):
         moments = Chain(len(EXITS), WIDTH).moments(sums, exit_index, pair)
         x_ND = h_LND[EXITS[exit_index] - 1]
@@ -168,26 +205,6 @@ def test_large_means_cost_no_precision(split):
             (moments.x_D, x_ND.mean(0)),
         ):
             np.testing.assert_allclose(found, truth, atol=2e-3 * np.median(np.abs(truth)) + 1e-4)
-
-
-def test_factored_maps_are_fitted_on_what_the_ones_before_lead_to(split, tokens):
-    batches = [batch_of(0, rows=8), batch_of(1, rows=8)]
-    sums = summed(split, batches[0])
-    parts = jax.device_get((sums, summed(split, batches[1], beside=sums)))
-    found = fit(*parts, EXITS, LAYERS, rank=2)
-    chosen = dict(zip(range(EXITS[0], LAYERS), found.strength_L, strict=True))
-
-    def compare(layer, x_ND, u_ND):
-        whole_DD, _ = least_squares(x_ND, u_ND, chosen[layer])
-        left, right = factors(whole_DD, np.cov(x_ND.T, bias=True), 2)
-        truth_DD = left @ right
-        truth_D = u_ND.mean(0) - x_ND.mean(0) @ truth_DD
-        found_DD = found.maps[0][layer] @ found.maps[1][layer]
-        np.testing.assert_allclose(found_DD, truth_DD, atol=5e-3 * np.abs(truth_DD).max())
-        np.testing.assert_allclose(found.b_LD[layer], truth_D, atol=5e-3 * np.abs(truth_D).max())
-        return truth_DD, truth_D
-
-    chain_by_hand(np.concatenate([tokens(batch) for batch in batches], 1), compare)
 
 
 def test_factors_are_the_best_of_their_rank():
@@ -211,13 +228,3 @@ def test_factors_are_the_best_of_their_rank():
             right + 0.05 * rng.normal(size=right.shape)
         )
         assert best <= error(other) + 1e-9
-
-
-def test_sums_add_up(split):
-    one, other = batch_of(0), batch_of(1)
-    first = summed(split, one)
-    parts = jax.device_get((first, summed(split, other, beside=first)))
-    whole = jax.device_get(summed(split, one, other))
-    for field in dataclasses.fields(Sums):
-        found, truth = getattr(together(*parts), field.name), getattr(whole, field.name)
-        np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-3)
