@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jexit.io import storage_errors
-from jexit.io.atomic import atomic_directory
+from jexit.io.atomic_directory import atomic_directory
 from jexit.io.model_dir import write_model
 from jexit.io.model_source import open_model
 from jexit.io.weights import base_part

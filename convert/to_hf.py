@@ -24,7 +24,7 @@ from convert.from_hf import run
 from jexit.config import LoRA
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import UserError
-from jexit.io.atomic import atomic_directory
+from jexit.io.atomic_directory import atomic_directory
 from jexit.io.files import write_json
 from jexit.io.hf_config import (
     ADAPTER_CONFIG,

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 
-import aot
+import compilers
 import jax
 import pytest
 
@@ -243,9 +243,9 @@ except ValueError as error:
 
 
 @pytest.mark.tpu_aot
-@aot.needs_libtpu
+@compilers.needs_libtpu
 def test_a_slice_has_a_device_a_chip_and_one_that_there_is_not_is_one_sentence():
-    *found, error = (line["found"] for line in aot.run_compiler(["-c", SLICES]))
+    *found, error = (line["found"] for line in compilers.run_compiler(["-c", SLICES]))
     assert found == [["v5e:1x1", 1], ["v6e:2x4", 8], ["v4:2x2x1", 4]]
     assert error.startswith("libtpu has no slice v5e:3x5 (") and error.endswith("such as 2x2")
 
@@ -254,9 +254,9 @@ def run(argv: list[str], before: str = "") -> subprocess.CompletedProcess:
     """The command in a process of its own, with libtpu."""
     code = f"import sys; from jexit import main; sys.argv = {argv!r}; {before}"
     code += "sys.exit(main.main(sys.argv))"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_LIBRARY_PATH": str(aot.LIBTPU)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_LIBRARY_PATH": str(compilers.LIBTPU)}
     return subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=aot.ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", code], env=env, cwd=compilers.ROOT, capture_output=True, text=True,
         timeout=900, check=False,
     )  # fmt: skip
 
@@ -273,7 +273,7 @@ SHORT = [
 
 
 @pytest.mark.tpu_aot
-@aot.needs_libtpu
+@compilers.needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "rl"])
 def test_every_step_of_a_stage_is_compiled_for_a_tpu(command):
@@ -288,7 +288,7 @@ def test_every_step_of_a_stage_is_compiled_for_a_tpu(command):
 
 
 @pytest.mark.tpu_aot
-@aot.needs_libtpu
+@compilers.needs_libtpu
 def test_what_does_not_fit_a_tpu_ends_the_command_with_one_sentence():
     small = "from jexit.kernels import chips; chips.CHIPS['v5 lite'] = chips.Chip(0.0001); "
     done = run(["jexit", "--config=configs/generate.py", "--aot=v5e:2x2"], small)

@@ -31,8 +31,8 @@ from jexit.model.policies import Full, Policy, Prescribed
 from jexit.model.transformer import Transformer
 from jexit.presets import PRESETS, Architecture
 from jexit.steps.completions import Completions, bucket_length
+from jexit.steps.exit_heads import make_exit_states, make_lens_step
 from jexit.steps.finetune import make_finetune_step
-from jexit.steps.lens import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.ridge import Sums, make_sums_step

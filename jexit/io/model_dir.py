@@ -20,7 +20,7 @@ from jexit.data.tokenizer import Tokenizer, token_ids
 from jexit.dist import is_primary, whole
 from jexit.errors import UserError
 from jexit.io.array_store import ArrayStore
-from jexit.io.atomic import atomic_directory
+from jexit.io.atomic_directory import atomic_directory
 from jexit.io.files import write_json
 from jexit.io.finite import all_finite
 from jexit.io.model_source import (

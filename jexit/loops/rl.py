@@ -15,7 +15,7 @@ from jexit.dist import gather, host_rows, place_rows, waiting
 from jexit.evaluation.accuracy import text_means
 from jexit.loops.flops import PassSize
 from jexit.loops.packing import Lengths, Packed
-from jexit.loops.pressure import AccuracyFloor, FailureWatch, Pressure
+from jexit.loops.penalties import AccuracyFloor, FailureWatch, PenaltySchedule
 from jexit.loops.setup import sample_policy
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Collapsed, Trainer
@@ -34,8 +34,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     tokenizer, split, layers = stage.tokenizer, stage.split, stage.layers
     before = stage.measure_before()
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
-    pressure = Pressure(rl, AccuracyFloor.absolute(rl))
-    watch = FailureWatch(stage.exit_layers[0] / layers, pressure, rl.stop_on_collapse)
+    schedule = PenaltySchedule(rl, AccuracyFloor.absolute(rl))
+    watch = FailureWatch(stage.exit_layers[0] / layers, schedule, rl.stop_on_collapse)
     shapes = stage.packed_shapes(shared=True)
     trainer = Trainer(
         config,
@@ -46,16 +46,16 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "depth/fraction": "depth/fraction",
             "reward/mean": "reward",
         },
-        kept=(pressure, watch, shapes),
+        kept=(schedule, watch, shapes),
         measure=(
-            (lambda state: stage.validation(state, pressure.floor.held_out))
+            (lambda state: stage.validation(state, schedule.floor.held_out))
             if config.checkpoint.keep_best
             else None
         ),
     )
     state = trainer.restore(new_state(split.trainable, stage.optimizer))
     if int(state.step) == 0 and rl.floor_of == "initial":
-        pressure.floor = stage.initial_floor()
+        schedule.floor = stage.initial_floor()
 
     here, policy = host_rows(config.batch_size), sample_policy(config)
     batches = prepared(lambda step: stage.prompts(step, here), int(state.step), config.steps)
@@ -92,12 +92,12 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         packed = shapes.fit(totals.lengths)
         batch = rl_batch(judged, tokenizer.pad_id, packed)
         trainer.shapes((packed.shape, rollouts.shape))
-        penalties = pressure.penalties(step)
+        penalties = schedule.penalties(step)
         with waiting(f"step {step + 1}"):
             state, metrics = step_fn(
                 state, split.fixed, batch, penalties, step_key(config.seed, step)
             )
-        pressure.observe(totals.accuracy)
+        schedule.observe(totals.accuracy)
         failure = watch.observe(step + 1, totals.mean_depth(layers) / layers, totals.mean_length)
         if step % config.log.samples_every == 0:
             count = min(config.log.samples, rollouts.rows)

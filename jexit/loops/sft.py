@@ -25,7 +25,7 @@ from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
 from jexit.loops.trajectories import Trajectories, rows_of_batch, teacher_trajectories
 from jexit.steps.completions import Completions
-from jexit.steps.lens import ExitStates, make_exit_states, make_lens_step
+from jexit.steps.exit_heads import ExitStates, make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Params, TrainState, new_state, step_key

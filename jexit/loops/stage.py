@@ -19,8 +19,8 @@ from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
 from jexit.loops.packing import PackedShapes
+from jexit.loops.penalties import AccuracyFloor, penalised_reward
 from jexit.loops.pictures import draw
-from jexit.loops.pressure import AccuracyFloor, penalised_reward
 from jexit.loops.setup import load_model, load_task, make_decoder
 from jexit.loops.trainer import Trainer, peak_memory
 from jexit.model.attention import choose_attention

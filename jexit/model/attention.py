@@ -13,9 +13,9 @@ from jexit.axes import Array, Float, HiddenBTD, MaskBT, PRNGKey, SegmentBT
 from jexit.config import LoRA
 from jexit.errors import UserError
 from jexit.kernels.dispatch import target
-from jexit.model.heads import over_mesh
 from jexit.model.layers import RMSNorm, apply_rope
 from jexit.model.lora import StackedLinear
+from jexit.model.sharded_attention import over_mesh
 from jexit.model.splash import splash_attention
 from jexit.presets import Architecture
 

@@ -11,7 +11,7 @@ from jexit.axes import Array, CacheKLPSH, Float, Int
 from jexit.dist import constrain
 from jexit.kernels import decode_attention
 from jexit.model.attention import KeysValues
-from jexit.model.heads import cache_heads, decode_over_mesh, over_heads
+from jexit.model.sharded_attention import cache_heads, decode_over_mesh, over_heads
 from jexit.presets import Architecture
 
 SMALLEST_CACHE = 128  # slots, as many as XLA's attention reads at once

@@ -1,9 +1,12 @@
 """The kernels and the engine through the real compilers, at the size of Qwen3-4B in bfloat16."""
 
-import aot
+import compilers
 import pytest
 
-TPU, GPU = [pytest.mark.tpu_aot, aot.needs_libtpu], [pytest.mark.gpu_aot, aot.needs_cuda_plugin]
+TPU, GPU = (
+    [pytest.mark.tpu_aot, compilers.needs_libtpu],
+    [pytest.mark.gpu_aot, compilers.needs_cuda_plugin],
+)
 TOPOLOGIES = {"v5e:2x2": TPU, "h100:1": GPU, "v5p:2x2x1": TPU, "v6e:2x2": TPU}
 SLOW = pytest.mark.slow
 on_every_chip = pytest.mark.parametrize(
@@ -18,7 +21,7 @@ on_every_chip = pytest.mark.parametrize(
 def rows_of(script: str, topology: str, *options: str) -> list[dict]:
     """What a script in tests/benchmarks/ says of its cases, in a process of its own."""
     command = [f"tests/benchmarks/{script}.py", f"--topologies={topology}", "--json", *options]
-    return aot.run_compiler(command)
+    return compilers.run_compiler(command)
 
 
 def assert_no_logits(rows: list[dict]) -> None:
@@ -93,6 +96,6 @@ for report in preflight.preflight(Config.from_dict(config), {topology!r}):
 def test_the_engine_copies_neither_cache_nor_weights(topology, mesh):
     """Temporaries of prefill and ticks under a tenth of what they are given."""
     code = ENGINE.format(topology=topology, mesh=mesh)
-    reports = {row["found"][0]: row["found"][1:] for row in aot.run_compiler(["-c", code])}
+    reports = {row["found"][0]: row["found"][1:] for row in compilers.run_compiler(["-c", code])}
     temporaries, arguments = reports["evaluation decode (sample), a token"]
     assert arguments > 2 * 2**30 and temporaries < 0.1 * arguments

@@ -11,7 +11,7 @@ import jexit
 from jexit.config import BEST_METRICS
 from jexit.evaluation.accuracy import text_means
 from jexit.kernels.chips import CHIPS, Chip
-from jexit.loops.pressure import FailureWatch
+from jexit.loops.penalties import FailureWatch
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Collapsed, Diverged, Interrupted
 from jexit.main import dispatch

@@ -1,15 +1,18 @@
 """Flash attention through the real compilers, with the heads of Qwen3-4B at 4,096 positions."""
 
-import aot
+import compilers
 import pytest
 
-TPU, GPU = [pytest.mark.tpu_aot, aot.needs_libtpu], [pytest.mark.gpu_aot, aot.needs_cuda_plugin]
+TPU, GPU = (
+    [pytest.mark.tpu_aot, compilers.needs_libtpu],
+    [pytest.mark.gpu_aot, compilers.needs_cuda_plugin],
+)
 
 
 def compiled(topology, *options):
     """Forward and backward of one layer's attention, in a process of their own."""
     command = ["tests/benchmarks/compile_attention.py", f"--topologies={topology}", "--json"]
-    (row,) = aot.run_compiler([*command, *options])
+    (row,) = compilers.run_compiler([*command, *options])
     return row
 
 
@@ -38,7 +41,7 @@ def test_splash_attention_holds_no_scores(topology):
 
 @pytest.mark.slow
 @pytest.mark.tpu_aot
-@aot.needs_libtpu
+@compilers.needs_libtpu
 def test_other_heads_and_lengths_compile():
     for options in (
         ("--shape=2,4,4,24", "--lengths=96"),  # the tiny preset
@@ -50,7 +53,7 @@ def test_other_heads_and_lengths_compile():
 
 
 @pytest.mark.gpu_aot
-@aot.needs_cuda_plugin
+@compilers.needs_cuda_plugin
 def test_cudnn_is_called_and_nothing_holds_scores():
     """As far as one gets without a GPU: XLA emits the two calls and plans their memory.
 
@@ -80,9 +83,9 @@ for attention, topology in (("cudnn", "v5e:2x2"), ("splash", "h100:1")):
 
 @pytest.mark.tpu_aot
 @pytest.mark.gpu_aot
-@aot.needs_libtpu
-@aot.needs_cuda_plugin
+@compilers.needs_libtpu
+@compilers.needs_cuda_plugin
 def test_preflight_refuses_what_the_topology_cannot_run():
-    on_tpu, on_gpu = (row["error"] for row in aot.run_compiler(["-c", PREFLIGHT]))
+    on_tpu, on_gpu = (row["error"] for row in compilers.run_compiler(["-c", PREFLIGHT]))
     assert "config.model.attention=cudnn needs a GPU, found tpu; set " in on_tpu
     assert "config.model.attention=splash needs a TPU, found gpu; set " in on_gpu

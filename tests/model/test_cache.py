@@ -10,7 +10,7 @@ import numpy as np
 from jexit.dist import make_mesh, use_mesh
 from jexit.model.attention import KeysValues
 from jexit.model.cache import SMALLEST_CACHE, Cache, cache_bucket, prompt_bucket
-from jexit.model.heads import cache_heads
+from jexit.model.sharded_attention import cache_heads
 from jexit.presets import PRESETS
 
 ARCH = PRESETS["qwen3-0.6b"].architecture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jexit.errors import UserError
-from jexit.io.atomic import atomic_directory
+from jexit.io.atomic_directory import atomic_directory
 from jexit.io.files import to_jsonable, write_bytes_atomic, write_json_atomic
 
 
@@ -68,7 +68,7 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path, monkeypatch):
 
     for place, fails in (
         ("pathlib.Path.write_text", full),
-        ("jexit.io.atomic.flush", full),
+        ("jexit.io.atomic_directory.flush", full),
         ("pathlib.Path.rename", rename),
     ):
         words = r"cannot write .*model: No space left.*free some space"

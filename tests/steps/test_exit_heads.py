@@ -8,7 +8,7 @@ from steps import toy
 
 from jexit.config import OptimConfig, SFTConfig
 from jexit.model.policies import Full, Prescribed
-from jexit.steps.lens import make_exit_states, make_lens_step
+from jexit.steps.exit_heads import make_exit_states, make_lens_step
 from jexit.steps.optim import make_optimizer
 from jexit.steps.state import parameter_labels
 

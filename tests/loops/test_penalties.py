@@ -7,17 +7,23 @@ import pytest
 
 from jexit.config import RLConfig
 from jexit.evaluation.decoder import Attempt
-from jexit.loops.pressure import PATIENCE, AccuracyFloor, FailureWatch, Pressure, penalised_reward
+from jexit.loops.penalties import (
+    PATIENCE,
+    AccuracyFloor,
+    FailureWatch,
+    PenaltySchedule,
+    penalised_reward,
+)
 from jexit.tasks import Rewards
 
 
-def pressure_of(rl):
-    return Pressure(rl, AccuracyFloor.absolute(rl))
+def schedule_of(rl):
+    return PenaltySchedule(rl, AccuracyFloor.absolute(rl))
 
 
 def test_penalties_rise_linearly_over_the_warm_up():
-    pressure = pressure_of(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
-    penalties = [pressure.penalties(step) for step in range(6)]
+    schedule = schedule_of(RLConfig(depth_coef=0.8, length_coef=0.4, warmup_steps=4))
+    penalties = [schedule.penalties(step) for step in range(6)]
     assert [float(p.depth_coef) for p in penalties] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     assert [float(p.length_coef) for p in penalties] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
@@ -25,47 +31,47 @@ def test_penalties_rise_linearly_over_the_warm_up():
 
 
 def test_penalties_are_withheld_while_average_accuracy_is_under_the_floor():
-    pressure = pressure_of(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
-    assert pressure.share(0) == 0.0  # nothing is known yet
+    schedule = schedule_of(RLConfig(depth_coef=1.0, accuracy_floor=0.5))
+    assert schedule.share(0) == 0.0  # nothing is known yet
     for accuracy in (1.0, 0.0):
-        pressure.observe(accuracy)
-    assert pressure.accuracy == pytest.approx(0.8)
-    assert pressure.share(2) == 1.0  # one bad batch does not lift the pressure
+        schedule.observe(accuracy)
+    assert schedule.accuracy == pytest.approx(0.8)
+    assert schedule.share(2) == 1.0  # one bad batch does not lift the pressure
     for _ in range(10):
-        pressure.observe(0.1)
-    assert pressure.share(12) == 0.0
+        schedule.observe(0.1)
+    assert schedule.share(12) == 0.0
 
 
 def test_dual_ascent_climbs_over_the_floor_and_falls_under_it():
     config = RLConfig(depth_coef=2.0, dual_ascent=True, dual_rate=0.25, accuracy_floor=0.6)
-    pressure = pressure_of(config)
+    schedule = schedule_of(config)
     shares = []
     for accuracy in (0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0):
-        pressure.observe(accuracy)
-        shares.append(pressure.share(0))
+        schedule.observe(accuracy)
+        shares.append(schedule.share(0))
     # Moving average: .9 .9 .9 .72 .576 .461 .369 .295
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0])
-    assert float(pressure.penalties(0).depth_coef) == 0.0
+    assert float(schedule.penalties(0).depth_coef) == 0.0
 
 
 def test_its_state_survives_a_checkpoint_with_the_floor_of_the_initial_model():
     config = RLConfig(dual_ascent=True, accuracy_floor=0.9, floor_of="initial")
-    pressure, restored = Pressure(config, AccuracyFloor(0.3, 0.6)), pressure_of(config)
+    schedule, restored = PenaltySchedule(config, AccuracyFloor(0.3, 0.6)), schedule_of(config)
     for accuracy in (0.7, 0.8):
-        pressure.observe(accuracy)
-    restored.load(pressure.state())
-    assert restored == pressure and restored.floor == AccuracyFloor(0.3, 0.6)
+        schedule.observe(accuracy)
+    restored.load(schedule.state())
+    assert restored == schedule and restored.floor == AccuracyFloor(0.3, 0.6)
 
 
 def watch_of(stops=False, floor=None):
     rl = RLConfig()
-    return FailureWatch(0.25, Pressure(rl, floor or AccuracyFloor.absolute(rl)), stops)
+    return FailureWatch(0.25, PenaltySchedule(rl, floor or AccuracyFloor.absolute(rl)), stops)
 
 
 def updates(watch, *, start, number, accuracy, **values):
     """The last answer to so many equal updates from step `start` on."""
     for index in range(number):
-        watch.pressure.observe(accuracy)
+        watch.schedule.observe(accuracy)
         answer = watch.observe(start + index, **values)
     return answer
 
@@ -119,7 +125,7 @@ def test_the_watch_goes_on_where_it_was():
     watch, resumed = watch_of(stops=True), watch_of(stops=True)
     updates(watch, start=1, number=3, **GOOD)
     updates(watch, start=4, number=6, **SHALLOW)
-    for ours, theirs in ((resumed, watch), (resumed.pressure, watch.pressure)):
+    for ours, theirs in ((resumed, watch), (resumed.schedule, watch.schedule)):
         ours.load({name: np.array(value) for name, value in theirs.state().items()})
     for step in range(10, 20):
         said = [updates(one, start=step, number=1, **SHALLOW) for one in (watch, resumed)]

@@ -36,7 +36,7 @@ class AccuracyFloor:
 
 
 @dataclasses.dataclass
-class Pressure:
+class PenaltySchedule:
     """λ and μ of the next update: warmed up, and withheld while accuracy is under the floor.
 
     With `dual_ascent` one multiplier in [0, 1] climbs by `dual_rate` an update while the moving
@@ -74,10 +74,10 @@ class Pressure:
 
     def state(self) -> dict[str, np.ndarray]:
         values = [self.accuracy, self.multiplier, *dataclasses.astuple(self.floor)]
-        return {"pressure": np.asarray(values, np.float64)}
+        return {"penalties": np.asarray(values, np.float64)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.accuracy, self.multiplier, *floor = (float(value) for value in state["pressure"])
+        self.accuracy, self.multiplier, *floor = (float(value) for value in state["penalties"])
         self.floor = AccuracyFloor(*floor)
 
 
@@ -130,7 +130,7 @@ class FailureWatch:
     """
 
     first_exit_fraction: float
-    pressure: Pressure  # which takes in an update before this does
+    schedule: PenaltySchedule  # which takes in an update before this does
     stops: bool = False
     best_accuracy: float = 0.0
     length: float = float("nan")
@@ -150,7 +150,7 @@ class FailureWatch:
 
     def observe(self, step: int, depth_fraction: float, length: float) -> str:
         """Takes in an update's rollouts; returns why the run should stop, or nothing."""
-        accuracy, floor = self.pressure.accuracy, self.pressure.floor
+        accuracy, floor = self.schedule.accuracy, self.schedule.floor
         self.length = _moved(self.length, length)
         self.best_accuracy = max(self.best_accuracy, accuracy)
         self.first_length = self.first_length or length
