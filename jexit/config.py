@@ -279,12 +279,12 @@ class OptimConfig:
     exit_lr: LearningRate = 1e-5
     """Peak learning rate of the exit heads, as published."""
     exit_hidden: Share = 1.0
-    """Learning rate of the heads' hidden layers, in exit_lr. At 0 what they have learnt to see
-    stays, and their outputs alone learn: Adam would move each of their many parameters by its rate
-    under the noise of a policy gradient."""
+    """Learning rate of the heads' hidden layers, as a fraction of exit_lr. At 0 their features stay
+    fixed and only the output layers train: otherwise Adam would move each of the many hidden
+    parameters by about its learning rate, driven by the noise of the policy gradient."""
     continuation_lr: LearningRate = 0.0
-    """Peak learning rate of the linear continuation; 0: it stays at its fit. It reads residuals as
-    they are, some hundreds large: even 1e-5 takes a real model away from itself in ten updates."""
+    """Peak learning rate of the linear continuation; 0: it keeps its fit. It reads unnormalised
+    residuals, some hundreds in size: even 1e-5 spoils a real model within ten updates."""
     full_lr: LearningRate = 1e-5
     """Peak learning rate of base weights: in pretraining, and where lora.rank is 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -598,7 +598,7 @@ class Config:
 
     @property
     def best_metric(self) -> str:
-        """The metric that the best checkpoint has most of; of "-NAME", least."""
+        """The metric that the best checkpoint maximises; with "-" before the name, minimises."""
         return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
@@ -806,8 +806,9 @@ def check_key(key: str) -> type:
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             meant = f"did you mean {where}.{near[0]}? " if near else ""
-            has = f"{where} has {', '.join(sorted(hints))}" if hints else f"{where} is one value"
-            raise UserError(f"{where}.{name} does not exist; {meant}{has}")
+            keys = f"use one of the keys {', '.join(sorted(hints))}"
+            rest = keys if hints else f"{where} is a single value"
+            raise UserError(f"{where}.{name} does not exist; {meant}{rest}")
         owner, where = hints[name], f"{where}.{name}"
     return owner
 
@@ -843,8 +844,8 @@ def parse_policy(text: str) -> tuple[str, float | int | None]:
     except ValueError:
         pass
     raise UserError(
-        f"policy {text!r} is not known; use full, sample, threshold:X with 0 < X < 1, or fixed:N "
-        "with N layers"
+        f"policy {text!r} is not known; use full, sample, threshold:X (0 < X < 1) or fixed:N "
+        "(N layers, at least 1)"
     )
 
 

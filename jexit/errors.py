@@ -1,10 +1,10 @@
-"""How a run ends that is no fault of jexit's: `jexit.main` says why in a sentence and exits."""
+"""Errors that are not bugs in jexit: `jexit.main` prints each as one sentence and exits."""
 
 INTERRUPTED, HOST_LOST = 3, 4  # exit codes of what the same command continues
 
 
 class UserError(ValueError):
-    """What the user can mend, as one sentence: the value, the rule and the remedy."""
+    """An error that the user can fix; its one sentence gives the value, the rule and the remedy."""
 
     exit_code = 1
 

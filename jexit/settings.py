@@ -31,7 +31,7 @@ class Bounds:
         )
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError for a number outside, and for NaN."""
+        """Raises UserError if `value` is out of bounds or NaN."""
         if not (self.at_least <= value <= self.at_most or (self.or_zero and value == 0)):
             raise UserError(f"{where} is {shown(value)}; it must be {self}")
 
@@ -89,10 +89,10 @@ def annotations(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """The dataclass of plain values, such as a parsed file holds; `where` names it in messages.
+    """Builds the dataclass from plain values, such as parsed JSON; `where` names it in messages.
 
-    Integers are taken for floats, lists and single values for tuples. Raises UserError, which
-    names the key, for anything else that an annotation does not allow.
+    Integers are accepted for floats, and lists or single values for tuples. Raises UserError,
+    naming the key, for any other value that the annotation does not allow.
     """
     hints = annotations(cls)
     if not isinstance(values, Mapping):
@@ -100,7 +100,9 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
     built = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{where}.{key} does not exist; {where} has {', '.join(sorted(hints))}")
+            raise UserError(
+                f"{where}.{key} does not exist; use one of the keys {', '.join(sorted(hints))}"
+            )
         hint, place = hints[key], f"{where}.{key}"
         read = build if dataclasses.is_dataclass(hint) else checked
         built[key] = read(hint, value, place)
@@ -143,7 +145,9 @@ def checked(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
     if hint is str and ("\0" in value or not _is_unicode(value)):
-        raise UserError(f"{where} is {shown(value)}; it must be text, in UTF-8 and without NUL")
+        raise UserError(
+            f"{where} is {shown(value)}; it must be valid Unicode text without NUL characters"
+        )
     return value
 
 

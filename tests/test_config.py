@@ -125,7 +125,7 @@ def test_the_page_of_settings_is_current():
 def test_a_key_or_a_value_of_the_wrong_type_is_refused_by_name():
     for key, where in (("rolouts", "config"), ("rl__rolouts", "config.rl")):
         said = refusal(**{key: 1})
-        assert said.startswith(f"{where}.rolouts does not exist; {where} has ")
+        assert said.startswith(f"{where}.rolouts does not exist; use one of the keys ")
     for key, hint in SETTINGS.items():
         name = f"config.{key.replace('__', '.')} is "
         said = refusal(**{key: {"a": 1}})
@@ -221,8 +221,16 @@ CONTRADICTIONS = [
     ("rl", {"seed": 10**5000}, "config.seed is a number of thousands of digits; it must be at"),
     ("rl", {"optim__lora_lr": 10**400}, "…; it is too large"),
     ("rl", {"model__path": "x" * 5000}, "… with 5000 characters; it must have at most 1000"),
-    ("rl", {"model__path": "a\0b"}, r"'a\x00b'; it must be text, in UTF-8 and without NUL"),
-    ("rl", {"generate__prompts": ("\ud800",)}, "it must be text, in UTF-8 and without NUL"),
+    (
+        "rl",
+        {"model__path": "a\0b"},
+        r"'a\x00b'; it must be valid Unicode text without NUL characters",
+    ),
+    (
+        "rl",
+        {"generate__prompts": ("\ud800",)},
+        "it must be valid Unicode text without NUL characters",
+    ),
     ("rl", {"exits__layers": (1,) * 2000}, "with 2000 values; it must have at most 1000"),
     ("rl", {"eval__measured": ["x" * 500]}, "…; it must be of type str"),
 ]

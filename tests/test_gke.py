@@ -77,8 +77,7 @@ def test_the_workload_is_submitted_with_the_program_and_its_command(cluster):
     container.communicate(timeout=60)
     assert container.returncode == 0
     (run,) = (record for record in cluster.records() if record["name"] == "jexit")
-    app = cluster.directory / "hosts" / "0" / "app"
-    assert run["args"] == [f"--config={app}/{JOB[1].partition('=')[2]}", JOB[2]]
+    assert run["args"] == JOB[1:]
     assert run["cwd"] == str(cluster.directory / "shared")
     assert run["env"] == {"TEST_WORD": "it's"}
     (install,) = (c for c in cluster.calls("python") if c[:3] == ["-m", "pip", "install"])

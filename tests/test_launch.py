@@ -272,27 +272,6 @@ def test_another_environment_may_lie_beside_it(checkout, tools):
         assert refused.returncode == 1 and line.startswith(f"jexit: JEXIT_VENV={name} is no name")
 
 
-def test_a_config_of_the_checkout_is_found_from_anywhere(checkout, tools, tmp_path):
-    make_venv(checkout, "")
-    shutil.copytree(ROOT / "configs", checkout / "configs")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-
-    def config_argument(*arguments):
-        command = [str(checkout / "launch" / "run.sh"), *arguments]
-        return bash(elsewhere, tools, command).stdout.splitlines()[2:]
-
-    whole = f"{checkout}/configs/rl.py"
-    assert config_argument("--config=configs/rl.py") == [f"--config={whole}"]
-    assert config_argument("--config=configs/rl.py:qwen3-4b") == [f"--config={whole}:qwen3-4b"]
-    assert config_argument("--config", "configs/rl.py") == ["--config", whole]
-    assert config_argument("--config") == ["--config"]
-    assert config_argument("--config=/x/y.py") == ["--config=/x/y.py"]
-    (elsewhere / "configs").mkdir()
-    (elsewhere / "configs" / "rl.py").write_text("")
-    assert config_argument("--config=configs/rl.py") == ["--config=configs/rl.py"]
-
-
 def test_what_is_installed_is_known(checkout, tools):
     for have, stamp, ask, expected in [
         ("", {}, "", "yes"),

@@ -42,8 +42,8 @@ def assert_refused(result, *words: str) -> None:
 
 WRONG = [
     ("--config.rl.rolouts=4", "rl.rolouts does not exist; did you mean config.rl.rollouts?"),
-    ("--config.nope=1", "config.nope does not exist; config has batch_size"),
-    ("--config.seed.x=1", "config.seed.x does not exist; config.seed is one value"),
+    ("--config.nope=1", "config.nope does not exist; use one of the keys batch_size"),
+    ("--config.seed.x=1", "config.seed.x does not exist; config.seed is a single value"),
     ("--config.exits.layers=(2,8)", "(2, 8); exits are rising layer numbers from 1 to 7"),
     ("--config.steps=many", "config.steps is 'many'; it must be of type int"),
     ("--config.steps=1.5", "config.steps is '1.5'; it must be of type int"),
@@ -137,6 +137,23 @@ def test_an_empty_data_set_is_refused_whichever_split_it_is(call, tmp_path_facto
         # One row cannot be held out to validate with.
         empty = "val" if full == ("train",) else "train"
         assert_refused(call(*arguments), "gsm8k", f"no problem in its {empty} split")
+
+
+def test_a_config_is_the_folders_own_or_jexits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = f"{ROOT}/configs/rl.py"
+    for given, found in (
+        (["--config=configs/rl.py:qwen3-4b"], [f"--config={own}:qwen3-4b"]),
+        (["--config", "configs/rl.py"], ["--config", own]),
+        (["--config"], ["--config"]),
+        (["--config=/x/y.py"], ["--config=/x/y.py"]),
+    ):
+        assert main._with_own_config(["jexit", *given]) == ["jexit", *found]
+    assert main.parse(["jexit", "--config=configs/rl.py:qwen3-4b"]).config.preset == "qwen3-4b"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "rl.py").write_text("")
+    given = ["jexit", "--config=configs/rl.py"]
+    assert main._with_own_config(given) == given
 
 
 def test_as_a_command_it_exits_with_one_line_and_no_traceback(tmp_path):

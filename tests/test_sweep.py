@@ -120,7 +120,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path, capsys):
     begun.begun([cell])
     assert main([*given, "--config.steps=999"]) == 1
     error = capsys.readouterr().err
-    assert "which differs in --config.steps=10; another --into is needed" in error
+    assert "which differs in --config.steps=10; choose another --into" in error
     cell.begin("run", [*reversed(begun.training(cell))])
     begun.begun([cell])  # the same settings in another order
     write_json(cell.workdir / "config.json", {"task": {}})
@@ -173,10 +173,10 @@ def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch
         ([*GIVEN, "--steps=3"], "'--steps=3' is no argument of a sweep"),
         ([*GIVEN, "seed=1,1"], "seed has the values '1', '1'"),
         ([*GIVEN, "seed=1,2", "--config.seed=3"], "seed is both in the grid and in --config.seed"),
-        ([*GIVEN, "--eval.seed=3"], "--eval.KEY is for --eval=FILE, which is missing"),
+        ([*GIVEN, "--eval.seed=3"], "--eval.KEY=VALUE is given without --eval=FILE"),
         ([*GIVEN, "--jobs=none"], "--jobs is 'none'"),
         ([*GIVEN, "--table_only"], "none of the 1 runs in runs/x has finished"),
-        ([*GIVEN, "--jobs=10000"], "--jobs is 10000 and there are"),
+        ([*GIVEN, "--jobs=10000"], "--jobs is 10000, but there are only"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
         ([*GIVEN, "seed=0", "seed=1"], "seed is given 2 times; give it once"),
         (GIVEN, "run cannot run: the config file a.py is not there"),
@@ -246,7 +246,7 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys, monkey
     assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
     for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
         assert main([*given, *other]) == 1
-        assert "of a study over other keys or in another order than" in capsys.readouterr().err
+        assert "from another sweep; this one varies" in capsys.readouterr().err
     # What another command began meanwhile is in the table.
     arguments = [RL, f"--into={tmp_path / 'new'}"]
 

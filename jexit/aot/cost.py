@@ -71,10 +71,10 @@ class Cost:
 def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
     """The cost of a module's run.
 
-    `loops` has the most rounds of loops whose number the module itself does not give, by the
-    `jax.named_scope` around them. A conditional takes its dearest branch in `branch_share` of the
-    cases and its cheapest in the rest: what is conditional in the stack is the exits' heads, at E
-    of L layers.
+    `loops` maps a `jax.named_scope` to the largest trip count of loops inside it whose trip count
+    the module does not give. A conditional costs `branch_share` times its most expensive branch
+    plus 1 − `branch_share` times its cheapest: in the stack, only the exit heads are conditional,
+    and they run at E of L layers.
     """
 
     @functools.cache

@@ -68,10 +68,10 @@ class Topology:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """What is traced inside picks its implementations and tiles for these devices.
+        """Makes code traced inside pick implementations and tile sizes for these devices.
 
-        So does JAX where no mesh of theirs says so: it lowers Pallas kernels for the chip that the
-        mesh names, and has no chip of this machine's to ask.
+        Where the code sets no mesh of these devices, JAX lowers Pallas kernels for the chip that
+        the abstract mesh set here names, as this machine has no such chip to ask.
         """
         device = AbstractDevice(self.device_kind, None, self.platform)
         mesh = AbstractMesh((), (), abstract_device=device)
@@ -120,8 +120,8 @@ def get_topology(name: str) -> Topology:
 def _tpu(name: str) -> Topology:
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"compiling for {name} needs libtpu, which is not installed; start it with "
-            "launch/run.sh, which sets it up, or name libtpu.so in TPU_LIBRARY_PATH"
+            f"compiling for {name} needs libtpu, which is not installed; run the command through "
+            "launch/run.sh, which installs it, or set TPU_LIBRARY_PATH to the path of libtpu.so"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

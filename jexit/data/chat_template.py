@@ -33,14 +33,14 @@ _REASON = 200  # characters that a reason may have
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
-    """The text of messages (`role`, `content`) in the template's format.
+    """Renders messages (`role`, `content`) with a chat template.
 
-    `variables` are the template's others, as JSON has them. Templates find what transformers'
-    `apply_chat_template` gives them.
+    `variables` are the template's other variables, which must be JSON values. A template sees what
+    transformers' `apply_chat_template` would give it.
 
     Raises:
-      ValueError: When the template is broken, refuses the messages or exceeds a limit; the message
-        is the reason alone.
+      ValueError: When the template is broken, rejects the messages or exceeds a limit; the message
+        gives only the reason.
     """
     request = {"template": template, "messages": list(messages), "variables": variables}
     reply = _child.ask(request | {"seconds": SECONDS})

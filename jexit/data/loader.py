@@ -80,16 +80,16 @@ def text_batch(
     batch_size: int,
     length: int,
 ) -> TextBatch:
-    """Reference text of a weighted mixture of tasks, for pretraining: as much as the rows hold.
+    """A pretraining batch of reference texts from a weighted mixture of tasks, packed into rows.
 
-    The texts are the first n of the step's own stream, with the largest n that `pack` puts into
-    `batch_size` rows of `length` tokens. Raises UserError when a text, its end token
-    included, does not fit `length`, or when a task has no reference completions.
+    Takes the first n texts of the step's own stream, with the largest n that `pack` fits into
+    `batch_size` rows of `length` tokens. Raises UserError when a text with its end token is longer
+    than `length`, or when a task has no reference completions.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise UserError(
-            f"a text mixture needs tasks with weights >= 0, one of them positive, "
+            "a text mixture needs tasks with weights of at least 0, one of them above 0, "
             f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
         )
     room = batch_size * length

@@ -126,7 +126,7 @@ class Tokenizer:
             raise UserError(f"thinking is {value!r}; choose one of {', '.join(get_args(Thinking))}")
         if value != "auto" and not self.has_thinking_switch:
             raise UserError(
-                f"thinking is {value!r} and the chat template of {self.directory} has no switch "
+                f"thinking is {value!r}, but the chat template of {self.directory} has no switch "
                 "for it; set config.task.thinking=auto"
             )
         self._thinking = value
@@ -177,7 +177,7 @@ class Tokenizer:
         if isinstance(found, dict):  # several by name
             found = found.get("default")
         if not isinstance(found, str):
-            raise UserError("it is no text, and none of several is named default")
+            raise UserError("it is not a string, and no template is named 'default'")
         return found
 
     @property

@@ -116,7 +116,7 @@ def initialize(
             raise
         if _task_of_several():
             raise UserError(
-                "this is one of several tasks and JAX cannot tell where they meet "
+                "this is one of several tasks, but JAX cannot find their coordinator "
                 f"({_first_line(error)}); give --coordinator, --processes and --process"
             ) from error
         # A TPU that is no part of a slice: JAX found no other host.
@@ -140,7 +140,10 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
         told = _report(coordinator, processes, process, timeout)
     if set(told.values()) != {processes}:
         said = ", ".join(f"{count} on process {one}" for one, count in sorted(told.items()))
-        raise UserError(f"--processes is {said}; give each the same number, that of all processes")
+        raise UserError(
+            f"--processes is {said}; give every process the same value, the total number of "
+            "processes"
+        )
     if missing := set(range(processes)) - told.keys():
         raise HostLost(
             f"process {process} of {processes} waited {timeout:g} s and the others have not all "

@@ -64,7 +64,7 @@ PARAMETERS: dict[tuple[str, ...], str] = {
 
 
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
-    """How an array with these logical axes lies on the mesh (by default the one that is set)."""
+    """Partition spec of an array with these logical axes (default mesh: the one in context)."""
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
     for letter, size in zip(axes, shape, strict=True):

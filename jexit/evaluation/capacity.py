@@ -25,10 +25,10 @@ def prescribed(
     examination: Examination,
     by_policy: Mapping[str, tuple[PolicyResult, Sequence[Attempt]]],
 ) -> list[Capacity]:
-    """Accuracy where the prompt prescribes how much a step does, under each policy.
+    """Accuracy under each policy when the prompt prescribes the step size.
 
-    With the share of completions that obey, the accuracy of those, and the difference from full
-    depth on the same problems.
+    Also reports the share of completions that use that size, the accuracy of those, and the
+    difference from full depth on the same problems.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -96,14 +96,14 @@ class BegunSteps:
 def begun_steps(
     task: ChainTask, problems: Sequence[Problem], completer: Completer
 ) -> list[BegunSteps]:
-    """Results of first steps of every size of `task.begun_sizes` that any problem has room for.
+    """Results of first steps, for each size in `task.begun_sizes` that some problem allows.
 
-    Capacity without obedience: whatever size the model's own steps have, this one has that size.
-    What was begun counts as the model's own, so that its passes leave as the policy says. A problem
-    counts for the sizes that it has operands for, so that different sizes are of different
-    problems; and a model that has long stopped writing steps of a size may have forgotten how they
-    look, which is a loss of capacity too, but not one that depth explains: full depth shows which.
-    All in one decode.
+    Measures capacity without relying on obedience: the step has the given size, whatever size the
+    model would choose. The forced beginning counts as the model's own text, so its passes leave as
+    the policy says. A problem counts only for sizes that it has enough operands for, so different
+    sizes cover different problems. A model that stopped writing steps of some size long ago may
+    have forgotten their format. That is a loss of capacity too, but not one caused by depth;
+    comparison with full depth tells the two apart. All steps are decoded together.
     """
     rows = [
         (size, number, completer.opening + begun)

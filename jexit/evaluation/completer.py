@@ -69,11 +69,11 @@ class ModelCompleter:
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Reply | None]:
-        """What follows, as long as the positions that are left allow.
+        """What the model writes after each prefix, as far as its positions allow.
 
-        What leaves less than an answer's room gets None. The others share a decode, but for those
-        that have less room than the rest need: a decode of their own cuts them off where the
-        fullest of them ends.
+        A prefix that leaves too few positions for an answer gets None. The others are decoded
+        together, except those with fewer positions than a reply may take: they are decoded in a
+        second batch, limited to what the prefix with the least room allows.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         least = min(ANSWER_TOKENS, decoder.max_new_tokens)
@@ -105,7 +105,7 @@ class ModelCompleter:
         apart = [mark for mark in FILLERS if len(encode(mark * 8)) == 8]
         if not apart:
             raise UserError(
-                f"the tokenizer joins repetitions of each of {FILLERS}, so that the length of "
-                "filler is not known; leave filler out of config.eval.measures"
+                f"the tokenizer merges repetitions of each of {FILLERS}, so no filler of a given "
+                "number of tokens can be made; leave filler out of config.eval.measures"
             )
         return apart[0] * len(encode(text))

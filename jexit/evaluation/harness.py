@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a number from 0 on is wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
 
 
@@ -149,7 +149,7 @@ def _count(text: str) -> int | float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"a number of questions, or below 1 a share of them, is wanted, got {text!r}"
+            f"expected a number of questions, or a fraction of them below 1, got {text!r}"
         )
     return int(value) if value >= 1 else value
 

@@ -306,9 +306,9 @@ def _refuse(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
-        only = f" but as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
+        only = f" except as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
         raise UserError(
-            f"a task asks for {name!r} in generation, as {value!r}, which jexit does not have"
+            f"a task sets {name!r} to {value!r} for generation, which jexit does not support"
             f"{only}; override the task's generation_kwargs without it"
         )
 

@@ -44,19 +44,19 @@ class Score:
 
 
 class Scorer:
-    """Scores continuations with one model under one policy, in batches of like length.
+    """Scores continuations with one model under one policy, in batches of similar length.
 
-    Context positions, the last one included, run every layer, as a prompt does; each continuation
-    position but the last (whose pass would produce a token that is not there) leaves as the policy
-    says given the text so far. Under `Full`, `Threshold` and `Prescribed` (a row a pair, column i
-    for the pass that produces token i, as in `generate`) this is what decoding would have recorded
-    had it drawn that text.
+    As in decoding, context positions (the last one included) run every layer, and continuation
+    positions leave as the policy says given the text so far; the last of them needs no pass, since
+    no token follows it. Under `Full`, `Threshold` and `Prescribed` (one row per pair, column i for
+    the pass that produces token i, as in `generate`) the scores are what decoding would have
+    recorded if it had drawn that text.
 
-    Under `Sample` depths d are drawn, and a score is log π(y | d). Its mean over draws is a lower
-    bound of the log-likelihood with the depths summed out, E_d log π(y | d) ≤ log E_d π(y | d)
-    (Jensen). Draws depend on the seed and on the pair's own tokens, never on its batch.
+    Under `Sample`, depths d are drawn and a score is log π(y | d). Its mean over draws is a lower
+    bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log E_d π(y | d)
+    (Jensen). Draws depend on the seed and the pair's own tokens, never on the batch.
 
-    Logits [tokens, vocabulary] are never in memory.
+    The full logits [tokens, vocabulary] are never held in memory.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Scorer:
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens is over the limit of "
-                f"{self.max_length} positions; shorten it, or score it in windows"
+                f"{self.max_length} positions; shorten it, or split it and score the parts"
             )
         room = self.max_length + 1 - len(continuation)
         return [int(i) for i in context[-room:]], [int(i) for i in continuation]

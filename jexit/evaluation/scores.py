@@ -23,7 +23,7 @@ Kind = Literal["share", "difference", "lost"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Two numbers in 0 … 1 of each problem, and what becomes of them.
+    """Two numbers from 0 to 1 per problem, and the statistic computed from them.
 
     `share`: the mean of `first`, each 0 or 1. `difference`: the mean of `first` less the mean of
     `second`. `lost`: 1 − Σ first / Σ second, NaN where `second` is 0 for all problems. `numbers`

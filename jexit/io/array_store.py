@@ -38,7 +38,7 @@ class ArrayStore:
         if not all_finite(array):
             raise UserError(
                 f"the parameter {name} holds NaN or infinity, so it is not written to "
-                f"{self.directory}; go back to a model without"
+                f"{self.directory}; save a model whose parameters are all finite"
             )
         path = (self.directory / name).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ class Checkpoints:
         """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone.
 
         `score` ranks the checkpoint among those that are kept for being the best. Raises UserError
-        when an array on the devices is not finite: checkpoints that are would make way for it.
+        when an array on the devices is not finite, since saving it could delete a good checkpoint.
         """
         if step in self._manager.all_steps():
             return
@@ -93,7 +93,7 @@ class Checkpoints:
             )
 
     def best_step(self) -> int | None:
-        """The checkpoint with the highest score, of equals the later; None if none has one."""
+        """Step of the best-scored checkpoint, the later one on ties; None if none has a score."""
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:

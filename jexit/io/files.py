@@ -111,4 +111,7 @@ def to_jsonable(value: Any) -> Any:
         return os.fspath(value)
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    raise UserError(f"{value!r} of type {type(value).__name__} has no form in JSON")
+    raise UserError(
+        f"{value!r} of type {type(value).__name__} cannot be written as JSON; convert it to "
+        "numbers, text, lists or dictionaries"
+    )

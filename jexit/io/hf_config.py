@@ -179,13 +179,19 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
             )
         given |= part
     if any(isinstance(value, dict) for value in given.values()):
-        raise UserError(f"{where} gives rope parameters by layer type; jexit uses one set for all")
+        raise UserError(
+            f"{where} gives rope parameters by layer type; jexit supports one set for all layers: "
+            "use a checkpoint with one set"
+        )
     theta = positive(
         {"rope_theta": given.get("rope_theta", config.get("rope_theta"))}, "rope_theta", where
     )
     rotated = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotated not in (None, 1, 1.0):
-        raise UserError(f"{where} rotates a part of each head only; jexit rotates all of it")
+        raise UserError(
+            f"{where} rotates a part of each head only (partial_rotary_factor {rotated!r}); jexit "
+            "rotates whole heads: use a checkpoint with partial_rotary_factor 1"
+        )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -244,7 +250,10 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
     modules = config.get("target_modules")
     modules = known if modules == "all-linear" else modules
     if not isinstance(modules, list) or not modules or any(m not in known for m in modules):
-        raise UserError(f"{file} adapts {modules!r}; jexit knows {', '.join(known)}")
+        raise UserError(
+            f"{file} has target_modules {modules!r}; jexit supports {', '.join(known)}: use an "
+            "adapter with only these"
+        )
     targets = {names.TARGET_OF_MODULE[module] for module in modules}
     lora = build(
         LoRA,

@@ -49,16 +49,16 @@ def load(
     seed: int = 0,
     place: Place = lambda path, array: jnp.asarray(array),
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a model directory (see `jexit.io.model_source` for the kinds).
+    """Loads the model and tokenizer of a model directory (kinds: see `jexit.io.model_source`).
 
-    `dtype` is that of the base weights: "auto" means float32 on CPU and bfloat16 on accelerators;
-    adapters and exit heads are float32. Without `exit_layers`, `exit_head` and `lora` the model is
-    what the directory holds; a directory without heads gets fresh ones (at every 5th layer, or half
-    way up a model of at most 5) and, when `lora` is given, one without adapters gets fresh
-    adapters, drawn from `seed`. `place` puts a parameter (dotted path, array in its final dtype) on
-    devices; by default the first one.
+    `dtype` is that of the base weights: "auto" means float32 on CPUs and bfloat16 on accelerators;
+    adapters and exit heads are always float32. Without `exit_layers`, `exit_head` and `lora`, the
+    model is what the directory holds. A directory without exit heads gets new ones (at every 5th
+    layer, or in the middle of a model of at most 5 layers). With `lora`, a directory without
+    adapters gets new ones, drawn from `seed`. `place` puts a parameter (dotted path, array in its
+    final dtype) on devices; by default the first one.
 
-    Raises UserError when the directory's heads or adapters are not the ones asked for, or when its
+    Raises UserError when the directory's heads or adapters differ from those asked for, or when its
     files are damaged; MissingFile when there is no model or no tokenizer.
     """
     source = open_model(directory)

@@ -119,8 +119,8 @@ def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> Mode
     directory = find_model(path)
     if directory.resolve() in above:
         raise UserError(
-            f"{above[-1]} names {directory}, which is made of it, as its base; correct the path in "
-            f"{_naming_file(above[-1])}"
+            f"{above[-1]} names {directory} as its base, which makes a cycle of bases; correct the "
+            f"path in {_naming_file(above[-1])}"
         )
     above = (*above, directory.resolve())
     check_files(directory, FOLDERS)

@@ -102,7 +102,7 @@ def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Writes `config.json` and when this was; called when nothing can be refused any more.
+    """Writes `config.json` and records the start time; call it once all checks have passed.
 
     Raises UserError as `check_same_run` does, and on a host that does not see what the primary
     host wrote.

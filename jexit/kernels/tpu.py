@@ -130,7 +130,9 @@ def check_covers(operands: Operands) -> None:
     for array in (*operands.hidden, *operands.heads):
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
             width = array.shape[-1]
-            raise NotImplementedError(f"XLA copies a head whose width {width} is no {LANES}-fold")
+            raise NotImplementedError(
+                f"XLA copies a head whose width is not a multiple of {LANES}, got {width}"
+            )
     choose_tile(operands, token_sums=1)
     choose_tile(operands, vocab_sums=1)
 

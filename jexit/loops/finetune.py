@@ -20,7 +20,7 @@ from jexit.steps.state import TrainState, new_state, step_key
 
 
 def finetune(config: Config, workdir: pathlib.Path) -> None:
-    """Trains for `config.steps` and writes `WORKDIR/model`: a trunk, with its adapters merged."""
+    """Trains for `config.steps` steps and writes the trunk, adapters merged, to `WORKDIR/model`."""
     stage = Stage.open(config, workdir, updates=config.steps)
     before = stage.measure_before()
     step_fn = make_finetune_step(

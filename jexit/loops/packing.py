@@ -85,14 +85,14 @@ class Packed:
 
 
 class PackedShapes:
-    """Shapes that a run's batches have had; a new one only where it saves a tenth of the work.
+    """Batch shapes that a run has used; adds one only where it saves a tenth of the work.
 
-    `shards` is the number of parts that the mesh divides rows into: a completion stays in its part,
-    unless they cannot be divided equally and lie whole everywhere. Rows are a multiple of `unit`.
-    `longest` is the length that no text exceeds, nor a row: what memory has to hold, since scores
-    of attention grow with the square of it. `shares` says for a length of row whether attention
-    knows completions that share a prompt.
-    The shapes follow from the batches before, so that a resumed run has to restore them.
+    `shards` is the number of parts that the mesh divides rows into. A completion stays in its part,
+    unless the completions do not divide equally: then every device holds all of them. Row counts
+    are multiples of `unit`. No text and no row is longer than `longest`, which bounds the memory:
+    attention scores grow with its square. `shares(length)` says whether attention over rows of that
+    length supports completions that share a prompt.
+    The shapes depend on earlier batches, so a resumed run must restore them.
     """
 
     def __init__(

@@ -87,8 +87,8 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
         what = f"{other[0]} {getattr(theirs, other[0])}" if other else "adapters"
         rule = f"{getattr(ours, other[0])}" if other else "a trunk alone"
         raise UserError(
-            f"config.pretrain.start={config.pretrain.start} holds a model with {what} and the "
-            f"config asks for {rule}; start from a trunk of the config's own size and tokenizer"
+            f"config.pretrain.start={config.pretrain.start} holds a model with {what}, but the "
+            f"config asks for {rule}; start from a trunk with the config's size and tokenizer"
         )
     return model
 

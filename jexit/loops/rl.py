@@ -127,8 +127,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         if good is None:
             trainer.close()
             raise Collapsed(
-                f"{collapse}; no checkpoint from before is kept, for which set "
-                "config.checkpoint.every and keep_best"
+                f"{collapse}; no checkpoint from before is kept; to keep one, set "
+                "config.checkpoint.every and config.checkpoint.keep_best"
             ) from None
         stage.finish(trainer, good, before)
         raise Collapsed(
@@ -251,7 +251,7 @@ class Totals:
         return self.tokens / self.rows
 
     def mean_depth(self, layers: int) -> float:
-        """Over action positions: every generated token but a row's first."""
+        """Mean depth over action positions, which are all generated tokens but a row's first."""
         return self.layers_run / self.passes if self.passes else float(layers)
 
 

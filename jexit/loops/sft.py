@@ -1,8 +1,8 @@
-"""Calibration: teacher trajectories once, then steps that shape the exits.
+"""Calibration: collects the teacher's trajectories once, then trains the exits on them.
 
-A linear continuation is fitted by ridge regression. In the first `steps` adapters learn to live
-with it, and the heads with them. Then for `sft.lens_steps` the heads alone learn what exits are
-worth.
+A linear continuation is fitted by ridge regression. For the first `steps` steps the adapters learn
+to work with it, and the exit heads train with them. Then, for `sft.lens_steps` steps, only the
+heads train.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(rows_of_batch(config))
 
     def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
-        """This host's rows of a step, and the whole batch's padding and model FLOPs."""
+        """This host's rows of a step's batch, and padding and model FLOPs of the whole batch."""
         batch, rows = trajectories.batch(step, here)
         prompt_J = [len(one.prompt) for row in rows for one in row]
         completion_J = [len(one.completion) for row in rows for one in row]
@@ -112,9 +112,9 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """What the heads learn from, and the numbers V of its positions whose pass could leave.
+    """The heads' training data, and the indices V of its positions whose pass could leave.
 
-    One pass over trajectories with `sft.lens_tokens` of them, or over all if they have fewer.
+    Runs once over trajectories with `sft.lens_tokens` such positions, or all if they have fewer.
     """
     config, states_of = stage.config, make_exit_states(stage.split)
     size = rows_at_a_time(config, len(trajectories))

@@ -98,7 +98,7 @@ class Stage:
         )
 
     def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
-        """At one step, or of a phase that has so many `updates` of its own."""
+        """Learning rates at `step`; `updates` is the length of a phase with its own schedule."""
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
         peaks = trunk | {"exit": optim.exit_lr}
@@ -169,7 +169,7 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """What the run is measured under: exits that are not calibrated yet say nothing."""
+        """The policy that measures the run: full depth where exits are not calibrated yet."""
         return "full" if self.config.command == "finetune" else "sample"
 
     def chosen(self, trainer: Trainer, state: TrainState) -> TrainState:

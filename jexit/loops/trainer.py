@@ -105,9 +105,9 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def best(self, state: TrainState) -> TrainState:
-        """The state of the best checkpoint, of which `state` has the shapes; `state` without one.
+        """The best checkpoint's state, in the shapes of `state`; `state` itself if there is none.
 
-        Without one only if every step at which one was due has been skipped.
+        There is none only if every step at which a checkpoint was due was skipped.
         """
         step = self.checkpoints.best_step()
         if step is None:

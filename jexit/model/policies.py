@@ -1,9 +1,9 @@
-"""Halting policies: the rule by which a token leaves, as data that the model is given.
+"""Halting policies: rules that decide when a token leaves, passed to the model as data.
 
-A policy says everything that its callers ask. Before any layer has run, `start` gives each token's
-depth (L where the exits decide); at an exit, `leaves` tells from the hazard logits who leaves now;
-afterwards `log_prob` says how probable that was. Numbers hold for all tokens, arrays have a row for
-each completion: `at` takes those of single tokens, `map_rows` lays them out anew.
+Before any layer runs, `start` gives each token's depth (L where the exits decide). At an exit,
+`leaves` decides from the hazard logits which tokens leave. Afterwards, `log_prob` gives the
+log-probability of the depths. A policy's scalars apply to all tokens, and its arrays have one row
+per completion: `at` selects the entries of single tokens, `map_rows` transforms the arrays.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Policy:
         return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
 
     def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
-        """The policy of single tokens: of each one's completion, and its place in that."""
+        """The policy for single tokens, each given by its completion and its position there."""
         return self
 
     def map_rows(self, function: Callable[[Any], Any]) -> Self:
-        """With `function` of the arrays that have a row for each completion."""
+        """A copy with `function` applied to the arrays that have one row per completion."""
         return jax.tree.map(lambda leaf: function(leaf) if np.ndim(leaf) else leaf, self)
 
     def leaves_by_row(
@@ -158,8 +158,8 @@ class Prescribed(Policy):
     @property
     def setting(self) -> dict[str, Any]:
         raise UserError(
-            "Prescribed has a depth for each token of a batch, and a request that joins a running "
-            "pool has one policy for all of its tokens; decode it by itself"
+            "Prescribed sets a depth for each token, but a request that joins a running pool has "
+            "one policy for all of its tokens; decode this request with rollout"
         )
 
 
@@ -181,7 +181,7 @@ class Sample(Policy):
         if temperature is not None and not 0.0 < temperature < math.inf:
             raise UserError(
                 f"Sample has temperature {float(temperature)}; hazards are σ(z / temperature), so "
-                "give a number above 0, such as 1"
+                "give a finite number above 0, such as 1"
             )
         if floor is not None and not 0.0 <= floor <= 1.0:
             raise UserError(
@@ -279,7 +279,7 @@ def policy_of(text: str, sample: Sample = Sample()) -> Policy:
 
 
 def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
-    """Raises UserError for what is no policy, or none for a model with such depths."""
+    """Raises UserError unless `policy` is a policy and valid for a model with these depths."""
     if isinstance(policy, type) and issubclass(policy, Policy):
         raise UserError(
             f"policy is the class {policy.__name__}; give an instance of it, such as "
@@ -294,7 +294,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns when exits decide whose heads are as they were made, which hardly ever leave."""
+    """Warns when the policy relies on untrained exit heads, which hardly ever leave early."""
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(

@@ -43,7 +43,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """The whole page; `templates/page.html` has its sections and their prose."""
+    """Renders the whole page; `templates/page.html` holds its sections and their text."""
     return render(
         "page.html",
         runs=runs,

@@ -162,8 +162,8 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
     metrics = workdir / METRICS_FILE
     if evaluation is None and not metrics.exists():
         raise UserError(
-            f"{workdir} holds neither {METRICS_FILE} nor eval.json; give the --workdir of a run "
-            "that has trained or evaluated"
+            f"{workdir} holds neither {METRICS_FILE} nor eval.json; give the --workdir of a "
+            "training or evaluation run"
         )
     records, notes = _read_lines(metrics, read_metrics)
     if evaluation is None and not records:

@@ -65,9 +65,9 @@ BEFORE, AFTER = "before training", "after training"
 def table(
     caption: str, entries: Sequence[Any], columns: Columns, *, texts: int = 1, aside: bool = False
 ) -> Markup:
-    """A row an entry; the first column heads it, and after `texts` columns come numbers.
+    """A table with a row per entry: `texts` columns of text, the first as row header, then numbers.
 
-    A cell is its text, or a pair of it and a style class or a title; with `aside` the last column
+    A cell is text, or a pair of text and a style class or a title. With `aside` the last column
     holds remarks.
     """
     classes = ["" if place < texts else "figure" for place in range(len(columns))]

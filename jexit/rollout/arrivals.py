@@ -72,8 +72,8 @@ class Arrivals:
     ) -> None:
         if data_axes():
             raise UserError(
-                "requests join the pool of one data shard and this mesh divides data; run a "
-                "process for each device, or a mesh that divides tensor alone"
+                "a running pool works on one data shard, but this mesh has several; run one "
+                "process per device, or use a mesh that divides only tensor"
             )
         self._engine = engine = Engine(model, adapters=adapters, hazards=False)
         self._eos_N, self._pad_id = np.asarray(sorted(eos_ids), np.int32), pad_id
@@ -140,9 +140,9 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills who has joined, and ticks until so many ticks have drawn tokens, or fewer.
+        """Prefills requests that have joined, then runs up to `steps` ticks that draw tokens.
 
-        Returns what completions have grown by; nothing when nobody is under way.
+        Returns what was added to each completion; an empty list when none is being decoded.
         """
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit(self._queue.popleft())
@@ -172,8 +172,8 @@ class Arrivals:
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(
                 f"a prompt of {longest} tokens with {request.max_new_tokens} new ones does not fit "
-                f"this pool, which takes {most_prompt} and {most_new}; shorten it, or open a "
-                "larger pool"
+                f"this pool, which allows at most {most_prompt} and {most_new}; shorten the "
+                "prompt, lower max_new_tokens, or open a larger pool"
             )
         asked = (
             sorted(request.eos_ids), request.adapters, request.hazards, request.samples_per_prompt,
@@ -181,8 +181,9 @@ class Arrivals:
         )  # fmt: skip
         if asked != (self._eos_N.tolist(), self._engine.adapters, False, 1, None, None):
             raise UserError(
-                "requests that join a running pool have its end tokens and adapters, one sample a "
-                "prompt, no forced prefix and no recorded hazards; decode others by themselves"
+                "a request that joins a running pool must use the pool's end tokens and adapters, "
+                "one sample per prompt, no forced prefix and no recorded hazards; decode any other "
+                "request with rollout"
             )
 
     def _admit(self, completion: _Completion) -> None:

@@ -76,7 +76,10 @@ class Engine:
         self.model: Transformer = nnx.merge(self.graphdef, *self.states)
 
     def open(self, *, rows: int, slots: int, most: int, places: int, **sizes: int) -> None:
-        """Free rows with caches of `slots`, which grow up to `most`; `pool.empty` has the rest."""
+        """Creates an empty pool whose caches have `slots` per row and grow up to `most`.
+
+        `sizes` are the other arguments of `pool.empty`.
+        """
         self.slots, self._most, self._places, self._compiled_slots = slots, most, places, 0
         sizes |= {"rows": rows, "slots": slots, "hazards": self.hazards}
         self.pool, self.records, self.prefixes = self._timed(
@@ -123,7 +126,7 @@ class Engine:
         self.pool = dataclasses.replace(self.pool, cache=cache)
 
     def cut(self, length_J: Any) -> None:
-        """Ends completions after so many of the tokens that they have; 0 leaves one alone."""
+        """Ends each completion after `length_J` of its tokens; 0 leaves it unchanged."""
         self.pool, self.records = self._timed(
             pool.cut, lambda: pool.cut(self.pool, self.records, length_J)
         )
@@ -188,7 +191,7 @@ class Decoding:
         self._status = Status(*np.zeros((len(dataclasses.fields(Status)), layout.shards), np.int32))
 
     def turn(self, steps: int | None = None) -> bool:
-        """Works until the host has something to do, or for so many ticks that draw tokens.
+        """Decodes until the host has to act, or for at most `steps` ticks that draw tokens.
 
         Returns whether all completions have ended.
         """
@@ -230,9 +233,9 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends completions after so many of the tokens that they have; 0 leaves one alone.
+        """Ends each completion after `length_B` of its tokens; 0 leaves it unchanged.
 
-        For all rows of the batch, as a call on every host.
+        Every host must call it, with the lengths of all rows of the batch.
         """
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 

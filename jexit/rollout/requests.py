@@ -66,7 +66,7 @@ class Request:
         return [0] * len(self.prompts) if self.forced is None else [int(n) for n in self.forced]
 
     def check(self, model: Transformer) -> None:
-        """Raises UserError for what such a model cannot do, or nobody."""
+        """Raises UserError if the request is invalid, or if this model cannot serve it."""
         arch = model.arch
         if not self.prompts:
             raise UserError("there are no prompts to complete; give at least one")
@@ -87,8 +87,9 @@ class Request:
         _check_forced(self.prompts, self.forced_B)
         if self.forced is not None and self.samples_per_prompt > 1 and self.policy.by_row:
             raise UserError(
-                f"{self.samples_per_prompt} samples share one prefill and Prescribed gives each "
-                "its own depths, those of the forced prefix too; repeat the prompts instead"
+                f"{self.samples_per_prompt} samples share one prefill, so Prescribed cannot give "
+                "each its own depths in the forced prefix; repeat the prompts instead, with "
+                "samples_per_prompt=1"
             )
 
 
@@ -122,6 +123,6 @@ def _check_forced(prompts: Sequence[Sequence[int]], forced: list[int]) -> None:
     for index, (prompt, tokens) in enumerate(zip(prompts, forced, strict=True)):
         if not 0 <= tokens < len(prompt):
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens, of which {tokens} are said to be a "
-                f"forced completion prefix; that is a number from 0 to {len(prompt) - 1}"
+                f"prompt {index} has {len(prompt)} tokens, but forced says that {tokens} of them "
+                f"are a forced prefix; give a number from 0 to {len(prompt) - 1}"
             )

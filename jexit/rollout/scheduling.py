@@ -48,7 +48,7 @@ AUTOMATIC = EngineSize()
 
 
 def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
-    """(rows, places) for so many completions a shard, of which each takes so much memory.
+    """(rows, places) of a shard for `jobs` completions, each with `row_bytes` of cache.
 
     A tick with few places takes as long as one with more (`PLACES`), so few completions are best
     run all at once. On CPUs, `size.rows` alone limits the pool's memory.
@@ -214,7 +214,7 @@ class Layout:
         return prompt_bucket(int(self.length_SP.max()))
 
     def first_slots(self, most: int) -> int:
-        """Of the cache to begin with: the longest prompt and a little, of `most` at the end."""
+        """Slots of the initial cache: the longest prompt and some room, within the final `most`."""
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
@@ -303,8 +303,9 @@ def choose(
 ) -> Int[Array, ""]:
     """The segment to run for so many `places`, among the rows that wait.
 
-    A tick with n of W places filled wastes cost · (W − n) / n for each of its n. The least waste
-    goes first, the deepest of several; but a row that has waited for too long goes before.
+    A tick with n of W places filled wastes cost · (W − n) / n per filled place. The segment with
+    the least waste runs first (on ties the deepest), unless a row has waited for too long: then
+    the segment of the row that has waited longest does.
     """
     count = segments.count
     if count == 1:

@@ -115,9 +115,9 @@ def stream(
 ) -> Iterator[Piece]:
     """The completions of `generate` as they grow: some tokens of some prompt at a time.
 
-    Settings are those of `generate`. Joined, the pieces of a prompt are its text, tokens, depths
-    and log-probabilities. `every` is how many ticks that draw tokens pass between two looks at what
-    there is: one shows every token at once, and more cost less. Raises UserError before the first
+    Takes the settings of `generate`. The pieces of a prompt, joined, give its text, tokens, depths
+    and log-probabilities. `every` is the number of token-drawing ticks between updates: 1 yields
+    each token as soon as it is drawn, larger values cost less. Raises UserError before the first
     piece.
     """
     if every < 1:
@@ -201,7 +201,7 @@ class _Texts:
     def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
         if isinstance(stop, str) or not all(stop):
             raise UserError(
-                f"stop is {stop!r}; give a list of strings, none of them empty, such as ['\\n\\n']"
+                f"stop is {stop!r}; give a list of non-empty strings, such as ['\\n\\n']"
             )
         self._decode, self._stop = tokenizer.decode, tuple(stop)
         self.whole = [""] * rows

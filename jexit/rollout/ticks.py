@@ -91,7 +91,7 @@ class Ticks:
         return self.hazards or self.policy.reads_hazards
 
     def full(self, pool: Pool) -> Array:
-        """Whether a row's next token but one may need a slot that the cache does not have."""
+        """Whether any row's pass after the current one may need a slot beyond the cache."""
         goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < self.draws.limit_at(pool.job_P))
         slot_P = self.jobs.prompt_length_J[pool.job_P] + pool.index_P
         return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))

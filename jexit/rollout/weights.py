@@ -1,11 +1,11 @@
-"""Weights as a step of decoding wants them: a few rows, and layers whose number is data.
+"""Layer weights in the form that decoding needs: few rows, and a layer index that is data.
 
-On accelerators steps take a layer's part of the stacked weights. Compiled for TPUs, that is part of
-the products; compiled for Hopper GPUs, XLA copies the part out before cuBLAS multiplies with it. On
-CPUs such copies take longer than the products. There every layer's weights become
-arrays of their own, in the order that suits a few rows, and a branch a layer reads them. That copy
-serves all batches of a model and goes when the model's arrays do. XLA copies what a branch returns:
-activations of a few rows, never caches.
+On accelerators, a step slices one layer out of the stacked weights. On TPUs the slice is fused into
+the matrix products; on Hopper GPUs XLA copies it out before cuBLAS reads it. On CPUs such a copy
+takes longer than the product. There each layer's weights become separate arrays, laid out for few
+rows, and a switch with one branch per layer selects them. This copy serves all batches of a model
+and is freed with the model's arrays. XLA copies what a branch returns, so branches return
+activations of a few rows and never caches.
 """
 
 from __future__ import annotations

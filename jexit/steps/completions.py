@@ -61,7 +61,7 @@ class Completions:
         return self.place_BC > 0
 
     def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
-        """Picks, for every completion position, the value at the input position producing it."""
+        """Picks, for each completion position, the value at the input position that produced it."""
         index = self.source_BC.reshape(*self.source_BC.shape, *([1] * (values.ndim - 2)))
         return jnp.take_along_axis(values, index, axis=1)
 

@@ -1,10 +1,10 @@
-"""The last phase of calibration: the hazard heads learn, the trunk stays.
+"""The last phase of calibration: only the hazard heads train; the trunk stays fixed.
 
-The model runs over the trajectories once, at full depth and without a backward pass. What the heads
-read of it and what their targets follow from is kept, and they take as many steps as they need on
-that: one of them is a thousandth of a pass. Nothing that a token at full depth runs can change. The
-continuation stays as it was fitted: trained by the KL of its end alone, its middle drifts from the
-residuals that the keys and values of skipped layers need.
+The model runs over the trajectories once, at full depth and without a backward pass. The heads'
+inputs and the KLs behind their targets are stored, and the heads train on them for as many steps as
+they need: one such step costs a thousandth of a pass. What a token computes at full depth cannot
+change. The continuation keeps its fit: if it were trained on the KL at its end alone, the residuals
+in between would drift away from those that the keys and values of skipped layers need.
 """
 
 from __future__ import annotations

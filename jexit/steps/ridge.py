@@ -76,7 +76,7 @@ class Sums:
         )
 
     def beside(self) -> Sums:
-        """Sums of nothing, with the same origins."""
+        """Empty sums with the same origins as these."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))

@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begun = sweep.begun(cells)  # also what another command began meanwhile
         finished = [cell for cell in begun if cell.finished]
         if sweep.table_only and not finished:
-            raise UserError(f"none of the {len(begun)} runs in {sweep.into} has finished; run them")
+            raise UserError(
+                f"none of the {len(begun)} runs in {sweep.into} has finished, so there is no table "
+                "yet; run the command without --table_only"
+            )
         if finished:
             rows = [(cell.settings, cell.numbers()) for cell in finished]
             write_csv(sweep.into / TABLE, rows)

@@ -96,8 +96,8 @@ class Cell:
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
             raise UserError(
-                f"{self.name} was begun by another command, which differs in {differing[0]}; "
-                f"another --into is needed, or delete {self.workdir} and {self.asked}"
+                f"{self.name} was started by another command, which differs in {differing[0]}; "
+                f"choose another --into, or delete {self.workdir} and {self.asked}"
             )
 
 
@@ -144,13 +144,13 @@ class Sweep:
         for key, values in grid.items():
             if "" in values or len(set(values)) < len(values):
                 raise UserError(
-                    f"{key} has the values {', '.join(map(repr, values))}; give different ones, "
-                    "none empty"
+                    f"{key} has the values {', '.join(map(repr, values))}; give distinct values, "
+                    "none of them empty"
                 )
             if key in settings["config"]:
                 raise UserError(f"{key} is both in the grid and in --config.{key}; give it once")
         if settings["eval"] and "--eval" not in given:
-            raise UserError("--eval.KEY is for --eval=FILE, which is missing; add it")
+            raise UserError("--eval.KEY=VALUE is given without --eval=FILE; add --eval=FILE")
         jobs = given.get("--jobs", "1")
         if not jobs.isdecimal() or int(jobs) < 1:
             raise UserError(f"--jobs is {jobs!r}; give a number of runs at once, at least 1")
@@ -190,8 +190,8 @@ class Sweep:
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
                 raise UserError(
-                    f"{self.into} holds {cell.name}, of a study over other keys or in "
-                    f"another order than {', '.join(self.grid) or 'none'}; another --into is needed"
+                    f"{self.into} already holds {cell.name} from another sweep; this one varies "
+                    f"{', '.join(self.grid) or 'no keys'}, in this order: choose another --into"
                 )
         begun = [*cells, *others]
         for cell in begun:

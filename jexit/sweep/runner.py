@@ -107,5 +107,7 @@ def shares(jobs: int) -> list[Sequence[int]]:
         return [()] * jobs
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < jobs:
-        raise UserError(f"--jobs is {jobs} and there are {len(cores)} cores; give at most those")
+        raise UserError(
+            f"--jobs is {jobs}, but there are only {len(cores)} cores; give at most {len(cores)}"
+        )
     return [cores[share::jobs] for share in range(jobs)]

@@ -152,7 +152,7 @@ def strict_number(text: str) -> Fraction | None:
 
 
 def lenient_number(text: str) -> Fraction | None:
-    """The answer wherever it stands, by the rule at the head of this module."""
+    """The answer wherever it stands, by the lenient rules in this module's docstring."""
     answer = _boxed(text)
     if answer is None and (place := marker_place(text)) >= 0:
         answer = _marked(text, place)

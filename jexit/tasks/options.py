@@ -27,7 +27,7 @@ def check_range(
     if len(pair) != 2 or not least <= pair[0] <= pair[1] <= most:
         bound = f" <= {most}" if most < math.inf else ""
         raise UserError(
-            f"{task}: {name} is a pair (smallest, largest) with {least} <= smallest <= largest"
+            f"{task}: {name} must be (smallest, largest) with {least} <= smallest <= largest"
             f"{bound}, got {tuple(pair)}; change config.task.{name}_min or {name}_max"
         )
     return int(pair[0]), int(pair[1])

@@ -57,7 +57,6 @@ class Stream(Generic[T]):
                 seen.add(key)
             return drawn
         raise NoMoreProblems(
-            f"the {split} split of {self.name!r} has hardly more than {index} distinct "
-            "problems with these settings; ask for fewer (config.eval.problems) or give the task "
-            "wider ones"
+            f"the {split} split of {self.name!r} has only about {index} distinct problems with "
+            "these settings; lower config.eval.problems or widen the ranges in config.task"
         )

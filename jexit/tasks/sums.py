@@ -253,9 +253,9 @@ def step_sizes(operands: str, completion: str) -> list[int]:
 def chain_steps(operands: str, completion: str) -> list[ChainStep]:
     """Reads a completion's steps and checks each against the list written just before it.
 
-    A step after a mistaken one is judged by its own input, so one slip counts once. Plus signs
-    without a list are no step. An answer given while the list has more than one digit is a last
-    step, done in the head.
+    A step after a wrong one is judged by its own input, so one mistake counts once. Plus signs
+    with no list after them are not a step. An answer given while the list has more than one digit
+    counts as a last step, whose additions are not written out.
     """
     steps, given = [], operands
     for signs, wrote in _STEP.findall(completion.partition("####")[0]):

@@ -74,8 +74,8 @@ BROKEN = [
     ("{% set ns = namespace(_x=1) %}", "holds no '_x'"),
     ("{% set ns = namespace() %}{% set ns._x = 1 %}", "holds no '_x'"),
     ("{{ messages.append(1) }}", "of .list. object is unsafe"),
-    (5, "it is no text"),
-    ({"other": "a"}, "none of several is named default"),
+    (5, "it is not a string"),
+    ({"other": "a"}, "no template is named 'default'"),
     # Without end, or larger than the memory.
     ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),

@@ -134,7 +134,7 @@ def test_text_batch_refuses_what_it_cannot_train_on():
         texts(length=16)
     with pytest.raises(ValueError, match="no reference completion"):
         text_batch([(Finite(["1"]), 1.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
-    with pytest.raises(ValueError, match="weights >= 0, one of them positive"):
+    with pytest.raises(ValueError, match="weights of at least 0, one of them above 0"):
         text_batch([(MIXTURE[0][0], 0.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
     with pytest.raises(ValueError, match="weights"):
         text_batch([], TOKENIZER, seed=0, step=0, batch_size=1, length=56)

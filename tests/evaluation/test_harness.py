@@ -94,8 +94,8 @@ def test_a_built_in_task_of_generation(here):
 
 def test_mistakes_are_one_sentence(here, capsys):
     for option, sentence in (
-        ("--num_fewshot=-1", "a number from 0 on is wanted, got '-1'"),
-        ("--limit=-3", "a number of questions, or below 1 a share of them, is wanted, got '-3'"),
+        ("--num_fewshot=-1", "expected a whole number of at least 0, got '-1'"),
+        ("--limit=-3", "expected a number of questions, or a fraction of them below 1, got '-3'"),
         ("--limit=many", "got 'many'"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -230,9 +230,9 @@ def test_what_cannot_be_done_is_refused(small):
             JexitLM(small[0], **{"tokenizer": small[1]} | settings)
     for settings, sentence in (
         ({"max_gen_toks": 256}, "no room for a context; lower it to at most 255"),
-        ({"num_beams": 4}, "asks for 'num_beams' in generation, as 4, .* but as 1; override"),
-        ({"bad_words_ids": [[3]]}, r"'bad_words_ids' in generation, as \[\[3\]\], which jexit"),
-        ({"use_cache": True, "early_stopping": True}, "'early_stopping' in generation"),
+        ({"num_beams": 4}, "sets 'num_beams' to 4 for generation, .* except as 1; override"),
+        ({"bad_words_ids": [[3]]}, r"'bad_words_ids' to \[\[3\]\] for generation, which jexit"),
+        ({"use_cache": True, "early_stopping": True}, "'early_stopping' to True for generation"),
     ):
         with pytest.raises(ValueError, match=sentence):
             texts(small, settings)

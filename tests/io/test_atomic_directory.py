@@ -106,6 +106,6 @@ def test_json_holds_no_nan_and_no_arrays(tmp_path):
     value = {"array": array, "scalar": np.float32(0.5), 1: (True, None, tmp_path, np.nan)}
     expected = {"array": [[1.0, None], [2.0, 3.0]], "scalar": 0.5}
     assert to_jsonable(value) == expected | {"1": [True, None, str(tmp_path), None]}
-    with pytest.raises(UserError, match="of type set has no form in JSON"):
+    with pytest.raises(UserError, match="of type set cannot be written as JSON"):
         write_json_atomic(tmp_path / "x.json", {"a": {1, 2}})
     assert not (tmp_path / "x.json").exists()

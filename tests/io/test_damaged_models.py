@@ -135,7 +135,11 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
         (hf / "config.json", {"eos_token_id": 2**70}, "sets eos_token_id to 118059162071741130342"),
         (peft / "adapter_config.json", {"r": 9_999}, "misshapen base_model.model.model.layers.0."),
         (peft / "adapter_config.json", {"base_model_name_or_path": [1]}, "names [1] as its base"),
-        (peft / "adapter_config.json", {"base_model_name_or_path": "."}, "base; correct the path"),
+        (
+            peft / "adapter_config.json",
+            {"base_model_name_or_path": "."},
+            "cycle of bases; correct the path",
+        ),
         (peft / "exit_heads.json", {"exit_layers": [1, 7]}, "missing exit_heads.7."),
         (peft / "exit_heads.json", {"exit_layers": [*range(90_000)]}, "heads at (0, 1, 2, 3, 4, 5"),
     ):
@@ -222,10 +226,10 @@ def test_a_base_that_is_none_is_named_with_the_remedy(models):
     edit(models / "refers", base="../whole")
     assert "has adapters itself; merge them first" in refusal(models / "refers")
     edit(models / "refers", base=".")
-    assert "refers, which is made of it, as its base; correct" in refusal(models / "refers")
+    assert "refers as its base, which makes a cycle of bases; correct" in refusal(models / "refers")
     edit(models / "base", base="../refers", architecture=values)
     edit(models / "refers", base="../base")
-    assert re.search("names .*refers, which is made of it, as its b", refusal(models / "refers"))
+    assert re.search("names .*refers as its base, which makes a cycle", refusal(models / "refers"))
     shutil.rmtree(models / "base")
     assert "needs its base model at ../base, which is gone" in refusal(models / "refers")
     (models / "base").mkdir()

@@ -121,7 +121,10 @@ def test_what_does_not_fit_is_refused() -> None:
         "lengths_B": jnp.ones(4, jnp.int32),
     }
     for changes, message in (
-        ({"q_BNH": jnp.zeros((4, 5, 16))}, "5 query heads of 16 do not go with 2 key/value heads"),
+        (
+            {"q_BNH": jnp.zeros((4, 5, 16))},
+            "5 query heads of width 16 do not match 2 key/value heads",
+        ),
         ({"q_BNH": jnp.zeros((4, 6, 16), jnp.int32)}, "q_BNH is int32"),
         ({"values_KLPSH": jnp.zeros((2, 3, 5, 32, 16))}, r"values_KLPSH has shape \[2, 3, 5, 32"),
         ({"rows_B": None}, r"q_BNH has shape \[4\] but \[5\]"),

@@ -317,7 +317,7 @@ def test_wrong_requests_get_one_sentence(model, prompts):
         ([[1]], {"policy": Sample(temperature=-1.0)}, r"temperature -1\.0; .* above 0"),
         ([[1]], {"policy": "sample"}, "policy is 'sample'; give a policy, such as"),
         ([[1]], {"forced": [0, 1]}, "forced has 2 numbers for 1 prompts"),
-        ([[1, 2]], {"forced": [2]}, "prompt 0 has 2 tokens, of which 2 are said"),
+        ([[1, 2]], {"forced": [2]}, "prompt 0 has 2 tokens, but forced says that 2 of them"),
         ([[1, 2]], {"forced": [-1]}, "a number from 0 to 1"),
         ([[1, 2]], {"forced": [1], "policy": Prescribed(np.ones((1, 12)))}, "up to 13 tokens"),
         (

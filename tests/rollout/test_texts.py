@@ -136,8 +136,8 @@ def test_wrong_inputs_get_one_sentence(model):
         (["a"], {"policy": Sample}, "policy is the class Sample; give an instance of it"),
         (["a"], {"policy": Threshold(2.0)}, r"Threshold has hazard 2\.0; .* from 0 .* to 1"),
         (["a"], {"policy": Prescribed(99)}, "Prescribed has depth 99; a token of this model"),
-        (["a"], {"stop": "ab"}, "stop is 'ab'; give a list of strings"),
-        (["a"], {"stop": ["a", ""]}, "give a list of strings, none of them empty"),
+        (["a"], {"stop": "ab"}, "stop is 'ab'; give a list of non-empty strings"),
+        (["a"], {"stop": ["a", ""]}, "give a list of non-empty strings"),
     ]:
         with pytest.raises(ValueError, match=sentence) as error:
             generate(model, Letters(), prompts, **{"max_new_tokens": 10} | settings)

@@ -21,7 +21,7 @@ def test_held_out_draws_are_all_there_is_once():
         last = len(there) - 1
         assert stream.at(split, last) == stream.at(split, last)
         assert sorted(stream.at(split, index) for index in range(len(there))) == there
-        said = rf"{split} split of 'numbers' .* than {len(there)} "
+        said = rf"{split} split of 'numbers' has only about {len(there)} "
         with pytest.raises(NoMoreProblems, match=said):
             stream.at(split, len(there))
 

@@ -59,8 +59,9 @@ def decode_attention(
     kv_heads, _, rows, _, kv_width = keys_KLPSH.shape
     if width != kv_width or heads % kv_heads:
         raise UserError(
-            f"{name}: {heads} query heads of {width} do not go with {kv_heads} key/value heads of "
-            f"{kv_width}; the widths must agree and the number divide"
+            f"{name}: {heads} query heads of width {width} do not match {kv_heads} key/value heads "
+            f"of width {kv_width}; the widths must be equal, and the number of query heads a "
+            "multiple of the number of key/value heads"
         )
     expected = (rows if rows_B is None else batch,)
     shapes.check_same(name, "q_BNH", q_BNH.shape[:1], expected)

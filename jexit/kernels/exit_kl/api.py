@@ -21,7 +21,7 @@ def exit_kl(
     *,
     implementation: str | None = None,
 ) -> ExitKL:
-    """KL of every exit's logit lens to the final distribution.
+    """KL(final ‖ exit) in nats between the final distribution and every exit's logit lens.
 
     `KL_e = Σ_v p_v (log p_v − log p_e,v)`, p = softmax(head · h_final), p_e = softmax(head · h_e).
     The output never carries a gradient.

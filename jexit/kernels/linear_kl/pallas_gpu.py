@@ -41,7 +41,7 @@ def _operands(
 
 
 def _neutral(direction: str) -> Statistics:
-    """Of no vocabulary at all."""
+    """Statistics of an empty vocabulary, which leave others unchanged when merged."""
     of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
     of_teacher = 0.0 if direction in (TEACHER_STUDENT, JEFFREYS) else None
     return Statistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
