@@ -105,8 +105,8 @@ def _own_config(value: str) -> str:
     """`configs/rl.py:PRESET` where it is: here, or in the installed package or the checkout."""
     file, colon, preset = value.partition(":")
     package = pathlib.Path(jexit.__file__).parent
-    places = (pathlib.Path(), package, package.parent)
-    found = next((place / file for place in places if (place / file).is_file()), file)
+    folders = (pathlib.Path(), package, package.parent)
+    found = next((folder / file for folder in folders if (folder / file).is_file()), file)
     return f"{found}{colon}{preset}"
 
 

@@ -66,11 +66,11 @@ def parameters(arch: Architecture) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def timings(arch: Architecture) -> Iterator[Timing]:
-    """Decoding and both stages' steps with what the platform picks, and with XLA alone."""
+def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
+    """Decoding and both stages' steps with XLA alone and, if `kernels`, with the platform's."""
     on_cpu = target().platform == "cpu"
     model = random_model(arch, jnp.float32 if on_cpu else jnp.bfloat16)
-    for implementation in (AUTO,) if on_cpu else (AUTO, PORTABLE):
+    for implementation in (AUTO, PORTABLE) if kernels and not on_cpu else (PORTABLE,):
         jax.clear_caches()
         with using(implementation):
             for work, tokens_per_second, share in _measured(model, on_cpu):
