@@ -50,6 +50,7 @@ TINY_PATH = "jexit/assets/tiny"
 TINY_CALIBRATED_PATH = "jexit/assets/tiny-calibrated"
 
 Layer = Annotated[int, Bounds(1, 1_000)]
+Message = Annotated[str, Length(1_000_000)]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Measure = Literal[
@@ -232,6 +233,8 @@ class TaskConfig:
     """gsm8k: worked examples of the training split before every problem."""
     shots_seed: Seed = 0
     """gsm8k: which examples these are."""
+    system: Message = ""
+    """The system message before every prompt; empty: none, or the chat template's own."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """What prompts tell a chat template that can switch thinking (Qwen3's can); auto: nothing."""
     kinds: Names = ()
@@ -502,7 +505,7 @@ class EvalConfig:
 class GenerateConfig:
     """What configs/generate.py completes and prints."""
 
-    prompts: Annotated[tuple[Annotated[str, Length(1_000_000)], ...], Length(10_000)] = ()
+    prompts: Annotated[tuple[Message, ...], Length(10_000)] = ()
     """What the user says, each a conversation of its own."""
     policy: Name = "sample"
     """full, sample, threshold:X or fixed:LAYERS."""

@@ -27,6 +27,7 @@ def get_config(variant: str = "measure"):
         raise ValueError(f"smollm2 has no stage {variant!r}; choose {', '.join(STAGES)}")
     config = STAGES[variant].get_config(PRESET)
     config.task.name = "word_problems"
+    config.task.system = "Solve."  # the chat template's own is as long as a problem
     config.eval.max_new_tokens = 48
     config.eval.problems = 128  # before and after training
     config.optim.accumulate = 1

@@ -48,6 +48,7 @@ class Tokenizer:
         self.backend = backend
         self.directory = directory
         self._thinking: Thinking = "auto"
+        self._system = ""
         own = () if backend.eos_token_id is None else (backend.eos_token_id,)
         self.eos_ids: frozenset[int] = frozenset((*own, *eos_ids))
         if not self.eos_ids:
@@ -132,6 +133,32 @@ class Tokenizer:
         self._thinking = value
         vars(self).pop("opens_thinking", None)
 
+    @property
+    def system(self) -> str:
+        """The system message before every prompt; empty: none, or the chat template's own.
+
+        Setting it raises UserError where no chat template is there to hold it, and where the
+        template refuses it or leaves it out.
+        """
+        return self._system
+
+    @system.setter
+    def system(self, value: str) -> None:
+        if value and not self._shows_system(value):
+            raise UserError(
+                f"the system message {reprlib.repr(value)} has no place in the prompts of "
+                f"{self.directory}, whose chat template knows none; set config.task.system=''"
+            )
+        self._system = value
+        vars(self).pop("opens_thinking", None)
+
+    def _shows_system(self, value: str) -> bool:
+        messages = [{"role": "system", "content": value}, {"role": "user", "content": "?"}]
+        try:
+            return self.has_chat_template and value.strip() in self.render(messages)
+        except UserError:  # the template's own refusal
+            return False
+
     @functools.cached_property
     def has_thinking_switch(self) -> bool:
         """Whether prompts with and without thinking differ."""
@@ -189,7 +216,7 @@ class Tokenizer:
         return str(file if file.exists() else self.directory / "tokenizer_config.json")
 
     def chat_text(self, user_message: str, earlier: Turns = ()) -> str:
-        """The prompt's text: earlier turns, the user's turn and the opening of the assistant's.
+        """The prompt's text: `system`, earlier turns, the user's turn, the assistant's opening.
 
         Without a chat template it is the message itself, after the earlier turns with a blank line
         between one and the next.
@@ -197,7 +224,7 @@ class Tokenizer:
         if not self.has_chat_template:
             before = "".join(f"{user}\n{assistant}\n\n" for user, assistant in earlier)
             return before + user_message
-        messages = []
+        messages = [{"role": "system", "content": self._system}] if self._system else []
         for user, assistant in earlier:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": assistant})

@@ -365,10 +365,29 @@ def ended(error: BaseException) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends a host of several at once: a common goodbye would wait for those that are gone."""
+    """Ends a host of several without a common goodbye, which would wait for those that are gone.
+
+    After an error that all hosts share, the primary host goes last: JAX's coordinator ends with it,
+    and a host that finds no coordinator is aborted before it can say why it stops.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    if code != HOST_LOST:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # some host never says goodbye
+            _say_goodbye()
     os._exit(code)
+
+
+def _say_goodbye() -> None:
+    """Other hosts say that they leave; the primary host waits up to CLIENT_SECONDS for them."""
+    client = ocp.multihost.get_jax_distributed_client()
+    if not is_primary():
+        client.key_value_set(f"jexit/left/{jax.process_index()}", "")
+        return
+    end = time.monotonic() + CLIENT_SECONDS
+    for other in range(1, jax.process_count()):
+        left = max(end - time.monotonic(), 0.001)
+        client.blocking_key_value_get(f"jexit/left/{other}", int(1000 * left))
 
 
 def _lost(place: str, error: BaseException) -> HostLost:

@@ -19,7 +19,7 @@ from jexit.io.model_source import find_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops, PassSize
 from jexit.loops.pictures import draw
-from jexit.loops.setup import execution_of
+from jexit.loops.setup import execution_of, set_chat_format
 from jexit.loops.trainer import Trainer
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
@@ -117,7 +117,7 @@ def mixture(config: Config) -> list[tuple[Task, float]]:
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
     """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
     tokenizer = Tokenizer.load(find_model(config.model.path))
-    tokenizer.thinking = config.task.thinking
+    set_chat_format(tokenizer, config.task)
     model = first_model(config, tokenizer)
     tasks = mixture(config)
     names = [task.name for task, _ in tasks]

@@ -25,7 +25,7 @@ from jexit.tasks.base import Rewards
 def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
     """The config's model; when it will be trained, with the config's adapters and exits.
 
-    The tokenizer writes prompts as `config.task.thinking` says.
+    The tokenizer writes prompts as `config.task.system` and `config.task.thinking` say.
     """
     settings: dict[str, Any] = {}
     if trains:
@@ -46,8 +46,13 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
             "trains the trunk itself; merge them first (python -m convert.to_hf --adapter=merge) "
             f"or set config.lora.rank={loaded.lora.rank}"
         )
-    tokenizer.thinking = config.task.thinking
+    set_chat_format(tokenizer, config.task)
     return loaded, tokenizer
+
+
+def set_chat_format(tokenizer: Tokenizer, config: TaskConfig) -> None:
+    """Has the tokenizer write prompts as the config says; UserError where its template cannot."""
+    tokenizer.system, tokenizer.thinking = config.system, config.thinking
 
 
 def execution_of(config: Config) -> Execution:

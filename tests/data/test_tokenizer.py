@@ -160,6 +160,21 @@ def test_a_template_that_opens_the_thought_itself():
     assert other.completion_text(ids) == other.decode(ids)
 
 
+def test_a_system_message_needs_a_template_that_shows_it():
+    leaves_out = "{% for turn in messages if turn.role != 'system' %}{{ turn.content }}{% endfor %}"
+    refuses = "{{ raise_exception('System role not supported') }}"
+    for template in (
+        None,
+        leaves_out,
+        "{% if messages[0].role == 'system' %}" + refuses + "{% endif %}",
+    ):
+        tokenizer = with_template(template)
+        with pytest.raises(UserError, match=r"'Add\.' has no place .* set config\.task\.system=''"):
+            tokenizer.system = "Add."
+        tokenizer.system = ""
+        assert tokenizer.system == ""
+
+
 def test_worked_examples_are_earlier_turns():
     for template, system in ((SWITCHED, ""), (DEFAULT_SYSTEM, "<|system|>Add well.")):
         tokenizer = with_template(template)

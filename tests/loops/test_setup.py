@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from chat_templates import OPENED, SWITCHED, with_template
+from chat_templates import DEFAULT_SYSTEM, OPENED, SWITCHED, with_template
 from jexit.config import Config, TaskConfig
 from jexit.data.loader import PromptBatch
 from jexit.data.tokenizer import Tokenizer
@@ -47,6 +47,17 @@ def test_the_config_switches_thinking(tmp_path, model_dir):
         assert tokenizer.chat_text("sum 12").endswith(end)
     with pytest.raises(ValueError, match=r"no switch .* set config\.task\.thinking=auto"):
         load_model(make_config("rl", model_dir, task__thinking="on"), trains=True)
+
+
+def test_the_config_gives_a_system_message(tmp_path):
+    path = model_with(tmp_path, DEFAULT_SYSTEM)
+    for system, shown in (("", "Add well."), ("Solve.", "Solve.")):
+        _, tokenizer = load_model(make_config("eval", path, task__system=system), trains=False)
+        text = tokenizer.chat_text("sum 12", [("sum 3", "3")])
+        assert text == (
+            f"<|system|>{shown}<|user|>sum 3<|assistant|>3<|end|><|user|>sum 12<|assistant|>"
+        )
+        assert tokenizer.encode_prompt("sum 12", [("sum 3", "3")]) == tokenizer.encode(text)
 
 
 def test_shots_come_from_the_config(gsm8k, model_dir):
