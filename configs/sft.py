@@ -30,7 +30,6 @@ def get_config(preset: str = "tiny"):
         config.steps = 900
         config.batch_size = 96
         config.task.name = "blend"
-        config.task.steps = "mixed"
         config.sft.samples = 1
         config.sft.sharpness = 60.0  # careful heads: RL then has correct answers to learn from
         config.sft.pool = 8192

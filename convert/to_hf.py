@@ -2,12 +2,17 @@
 
     python -m convert.to_hf --source=DIR --target=HF_DIR [--adapter=merge|peft]
                             [--dtype=auto|float32|bfloat16|float16] [--base=PATH_OR_HUB_ID]
+                            [--card] [--push=OWNER/NAME] [--eval=DIR]
 
 `merge` (the default) folds LoRA into the base weights and writes a checkpoint that transformers
 loads. `peft` writes the adapter alone, for `peft`, with a reference to its base: --base as given,
 else the checkpoint that the base was converted from, else a copy of the base in HF_DIR/base. Either
 way the exit heads come along in exit_heads.safetensors, described by exit_heads.json, and the
 tokenizer with its chat template. --dtype is that of merged weights (auto: as they are stored).
+
+--card writes a model card as README.md, with the figures of --eval (a directory of configs/eval.py;
+by default the run's own evaluation). --push does so too and uploads HF_DIR to the Hugging Face hub,
+with the token of `hf auth login`; a repository that is not there is made, private.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.from_hf import run
+from convert.model_card import CARD, model_card
 from jexit.config import LoRA
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import UserError
@@ -33,13 +39,22 @@ from jexit.io.hf_config import (
     config_of_architecture,
     exit_config,
 )
+from jexit.io.hub import is_hub_id, upload
 from jexit.io.model_dir import write_eos_ids
-from jexit.io.model_source import MODEL_FILE, ModelSource, is_hub_id, open_model
+from jexit.io.model_source import MODEL_FILE, ModelSource, open_model
 from jexit.io.weights import Part, adapter_part, base_part, exit_part, write_safetensors
 
 
 def export(
-    source: str, target: str, *, adapter: str = "merge", dtype: str = "auto", base: str = ""
+    source: str,
+    target: str,
+    *,
+    adapter: str = "merge",
+    dtype: str = "auto",
+    base: str = "",
+    card: bool = False,
+    push: str = "",
+    evaluation: str = "",
 ) -> str:
     """Exports and returns a one-line summary; raises UserError or OSError with one sentence."""
     model = open_model(source)
@@ -49,6 +64,15 @@ def export(
         raise UserError(f"{source} has no adapter to write; use --adapter=merge")
     if adapter == "merge" and base:
         raise UserError("--base names the base of an adapter; use it with --adapter=peft")
+    if push and not is_hub_id(push):
+        raise UserError(f"--push is {push!r}; give OWNER/NAME of a repository on the hub")
+    if evaluation and not (card or push):
+        raise UserError("--eval gives the figures of a model card; use it with --card or --push")
+    text = ""
+    if card or push:
+        name = push or pathlib.Path(target).name
+        peft = adapter == "peft"
+        text = model_card(source, model, name=name, adapter=peft, evaluation=evaluation)
     with atomic_directory(target) as partial:
         if adapter == "peft":
             reference = base or _published_base(model)
@@ -65,9 +89,14 @@ def export(
             layers, head = model.exit_layers, model.exit_head
             write_json(partial / EXIT_CONFIG, exit_config(layers, head, arch.rms_norm_eps))
             _write_part(partial, exit_part(arch, layers, head), model.exits())
+        if text:
+            (partial / CARD).write_text(text, "utf-8")
+    if push:
+        upload(target, push)
     what = "adapter" if adapter == "peft" else "checkpoint"
     heads = f", exit heads at {', '.join(map(str, model.exit_layers))}" if model.exit_layers else ""
-    return f"wrote {target}: {what} of a {arch.family} model{heads}"
+    pushed = f"; uploaded to {push}" if push else ""
+    return f"wrote {target}: {what} of a {arch.family} model{heads}{pushed}"
 
 
 def _published_base(model: ModelSource) -> str:
@@ -145,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
     )
     parser.add_argument("--base", default="", help="what the adapter names as its base")
+    parser.add_argument("--card", action="store_true", help="write a model card")
+    parser.add_argument("--push", default="", help="OWNER/NAME on the hub to upload to")
+    parser.add_argument("--eval", default="", help="evaluation whose figures the card has")
     options = parser.parse_args(argv)
     return run(
         lambda: export(
@@ -153,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             adapter=options.adapter,
             dtype=options.dtype,
             base=options.base,
+            card=options.card,
+            push=options.push,
+            evaluation=options.eval,
         )
     )
 

@@ -50,6 +50,7 @@ def _section(cls: type, prefix: str) -> Iterator[str]:
         hint = annotations(cls)[field.name]
         if not dataclasses.is_dataclass(hint):
             default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+            default = "`{}`" if field.default_factory is dict else default
             kind, allowed = _type_and_rule(hint)
             cells = (f"`{prefix}{field.name}`", kind, default, allowed, told[field.name])
             yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
@@ -67,7 +68,8 @@ def _type_and_rule(hint: Any) -> tuple[str, str]:
     if typing.get_origin(hint) is tuple:
         kind, rule = _type_and_rule(arguments[0])
         return f"several: {kind}", rule
-    return {str: "text", bool: "True or False", int: "whole number", float: "number"}[hint], ""
+    names = {str: "text", bool: "True or False", int: "whole number", float: "number", dict: "any"}
+    return names[hint], ""
 
 
 def _sentences(cls: type) -> dict[str, str]:

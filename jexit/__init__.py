@@ -1,7 +1,8 @@
 """Stochastic early exits that reward language models for reasoning in the open.
 
 `load` a model directory, run it with `forward` or `generate` under a policy: `Full`, `Fixed`,
-`Prescribed`, `Sample` or `Threshold`. Names are imported when first used, so that the parts which
+`Prescribed`, `Sample` or `Threshold`. `rows_task` makes a task of your rows and reward functions.
+Names are imported when first used, so that the parts which
 need no jax (tasks, tokenizer, report) load without it.
 """
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from jexit.model.policies import Fixed, Full, Policy, Prescribed, Sample, Threshold
     from jexit.model.transformer import Output, Transformer, forward
     from jexit.rollout.texts import generate, stream
+    from jexit.tasks.rows import rows_task
 
     __version__: str
 
@@ -32,6 +34,7 @@ _MODULES = {
     "forward": "jexit.model.transformer",
     "generate": "jexit.rollout.texts",
     "load": "jexit.io.model_dir",
+    "rows_task": "jexit.tasks.rows",
     "stream": "jexit.rollout.texts",
 }
 
@@ -49,6 +52,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "rows_task",
     "stream",
 ]
 

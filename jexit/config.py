@@ -28,6 +28,7 @@ from jexit.settings import (
     Length,
     Name,
     Names,
+    Options,
     Positive,
     Seed,
     Share,
@@ -64,15 +65,6 @@ Measure = Literal[
     "hint",
 ]
 EVAL_MEASURES: tuple[Measure, ...] = get_args(Measure)
-# The tasks that a blend may have: generated ones, which never end.
-Blendable = Literal["sums", "word_problems", "tom"]
-BLENDABLE: tuple[Blendable, ...] = get_args(Blendable)
-# The values of `task.steps` that a task knows; the others know "free" alone.
-STEPS = {
-    "sums": ("free", "2", "3", "4", "5", "at_once", "mixed"),
-    "tom": ("free", "fine", "coarse", "at_once", "mixed"),
-    "blend": ("free", "at_once", "mixed"),  # of those parts that know it
-}
 
 # The most that settings multiply to, by command: texts or tokens that memory holds at once.
 _EVALUATED = {("eval.problems", "eval.max_new_tokens"): 2**30}
@@ -216,49 +208,32 @@ class LoRA:
 class TaskConfig:
     """Which problems, how they are put, and what answers earn."""
 
-    name: Literal["sums", "word_problems", "gsm8k", "tom", "exploretom", "blend"] = "sums"
-    """The task; blend is several in turn."""
-    parts: Annotated[tuple[Blendable, ...], Length(100)] = BLENDABLE
-    """blend: problems of each equally often."""
+    name: Name = "sums"
+    """sums, word_problems, gsm8k, tom, exploretom, blend (several in turn), or your own as
+    FILE.py:NAME or MODULE:NAME."""
     path: Name = ""
-    """gsm8k: a JSONL file, a directory of them, or a tfds data directory; tom and exploretom: a CSV
-    file with the columns story, question and answer, or a directory of them."""
-    steps: Literal["free", "2", "3", "4", "5", "fine", "coarse", "at_once", "mixed"] = "free"
-    """Size of the steps that prompts prescribe: 2 to 5 operands (sums), fine or coarse (tom)."""
-    operands_min: Annotated[int, Bounds(2, 100)] = 3
-    """sums: the fewest operands of a problem."""
-    operands_max: Annotated[int, Bounds(2, 100)] = 8
-    """sums: the most operands of a problem."""
-    shots: Annotated[int, Bounds(0, 100)] = 0
-    """gsm8k: worked examples of the training split before every problem."""
-    shots_seed: Seed = 0
-    """gsm8k: which examples these are."""
+    """Its data. gsm8k: a JSONL file, a directory of them, or a tfds data directory; tom and
+    exploretom: a CSV file with the columns story, question and answer, or a directory of them."""
+    options: Options = dataclasses.field(default_factory=dict)
+    """Its own settings, as in options.operands_max=6: see docs/tasks.md."""
+    time_limit: Annotated[float, Bounds(0.1, 86_400)] = 60.0
+    """Seconds that its reward functions may take for one batch."""
     system: Message = ""
     """The system message before every prompt; empty: none, or the chat template's own."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """What prompts tell a chat template that can switch thinking (Qwen3's can); auto: nothing."""
-    kinds: Names = ()
-    """tom: kinds of question; empty: all."""
-    people_min: Annotated[int, Bounds(2, 8)] = 3
-    """tom: the fewest people of a story."""
-    people_max: Annotated[int, Bounds(2, 8)] = 4
-    """tom: the most people of a story."""
-    moves_min: Annotated[int, Bounds(3, 8)] = 4
-    """tom: the fewest sentences that name a place or a topic."""
-    moves_max: Annotated[int, Bounds(3, 8)] = 5
-    """tom: the most sentences that name a place or a topic."""
     max_prompt_tokens: Count = 256
     """Tokens of a prompt; a longer one stops the run, or see skip_long."""
     skip_long: bool = False
     """Leave out (and count) problems over max_prompt_tokens."""
     reward_strict: Signed = 1.0
-    """For a correct answer in the task's format."""
+    """Tasks of jexit: for a correct answer in the task's format."""
     reward_lenient: Signed = 0.5
-    """For a correct answer that only the lenient parse finds."""
+    """Tasks of jexit: for a correct answer that only the lenient parse finds."""
     reward_wrong: Signed = 0.0
-    """For a wrong answer."""
+    """Tasks of jexit: for a wrong answer."""
     reward_none: Signed = -1.0
-    """For no answer."""
+    """Tasks of jexit: for no answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -686,19 +661,7 @@ def _sizes(config: Config) -> Iterator[str]:
 
 
 def _tasks(config: Config) -> Iterator[str]:
-    task, p = config.task, config.pretrain
-    from_files = task.name == "tom" and task.path
-    known = ("free",) if from_files else STEPS.get(task.name, ("free",))
-    if task.steps not in known:
-        yield (
-            f"config.task.steps is {task.steps!r}; task {task.name!r} "
-            f"{'with a path ' if from_files else ''}knows {', '.join(known)}"
-        )
-    if task.people_min == 2 and task.moves_max > 6:
-        yield (
-            f"config.task.moves_max is {task.moves_max} with people_min 2; so few people "
-            "rarely make so long a story: set people_min to 3 or moves_max to at most 6"
-        )
+    p = config.pretrain
     if p.word_problems + p.tom > 1.0:
         yield (
             f"config.pretrain.word_problems and tom add up to {p.word_problems + p.tom:g}; they "
@@ -805,6 +768,8 @@ def check_key(key: str) -> type:
     """The type of a setting or section such as `config.rl.rollouts`; UserError if it is none."""
     owner, where = Config, "config"
     for name in key.split(".")[1:]:
+        if owner is dict:  # whose names are not jexit's
+            return object
         hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
@@ -878,10 +843,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
         config.exits.layers = (1, 2, 3, 4, 6)
         config.lora.rank, config.lora.alpha = 16, 32.0
         config.lora.targets = PROJECTIONS
-        # The stories that the shipped model has learnt.
-        config.task.people_max = 3
-        config.task.moves_min = config.task.moves_max = 3
-        return config.lock()
+        return _locked(config)
     _check_preset(config.preset)
     known = PRESETS[config.preset]
     config.model.path = f"models/{config.preset}"
@@ -892,7 +854,15 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
     config.lora.rank = known.lora_rank
     config.lora.alpha = 2.0 * known.lora_rank
     config.lora.dropout = 0.05
-    return config.lock()
+    return _locked(config)
+
+
+def _locked(config: ConfigDict) -> ConfigDict:
+    """Without new keys or types, but for the options of a task, which it knows itself."""
+    config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
+    config.lock()
+    config.task.options.unlock()
+    return config
 
 
 def _check_preset(preset: str) -> None:

@@ -9,6 +9,10 @@ class UserError(ValueError):
     exit_code = 1
 
 
+class SharedUserError(UserError):
+    """One that every host raises at the same place, so that they can still save together."""
+
+
 class MissingFile(UserError, FileNotFoundError):
     """A file or directory that is not there."""
 

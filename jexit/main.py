@@ -15,12 +15,14 @@ other; elsewhere --coordinator is an address of process 0, and --process each on
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import pathlib
 import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -52,7 +54,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     A config file that is not there may be one that jexit brings. Raises UserError for whatever is
     wrong.
     """
-    argv = _with_own_config(argv)
+    argv, options = _without_task_options(_with_own_config(argv))
     for argument in argv[1:]:
         if not argument.startswith("-"):
             continue
@@ -83,7 +85,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     if not isinstance(given.config, ConfigDict):  # what ml_collections makes of a file in error
         file = given["config"].config_filename
         raise UserError(f"the config file {file} cannot be read; give one such as configs/rl.py")
-    config = Config.from_dict(given.config)
+    values = given.config.to_dict()
+    values["task"]["options"] |= options
+    config = Config.from_dict(values)
     others = {field.name: given[field.name].value for field in dataclasses.fields(Arguments)}
     workdir = pathlib.Path(given.workdir or f"runs/{config.command}-{config.preset}")
     return Arguments(**others | {"config": config, "workdir": workdir})
@@ -99,6 +103,25 @@ def _with_own_config(argv: Sequence[str]) -> list[str]:
         elif flag in ("--config", "-config") and place + 1 < len(argv):
             words[place + 1] = _own_config(argv[place + 1])
     return words
+
+
+def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line without what only a task knows, and that: literals of Python, or texts."""
+    words: list[str] = []
+    options: dict[str, Any] = {}
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        before, is_option, name = flag.lstrip("-").rpartition("config.task.options.")
+        if before or not is_option or not flag.startswith("-"):
+            words.append(word)
+            continue
+        text = value if equals else next(rest, "")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options[name] = text
+    return words, options
 
 
 def _own_config(value: str) -> str:
@@ -180,7 +203,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
     }
     find_model(config.model.path)  # before a task is loaded, which may take minutes
     with sole_run(workdir), use_mesh(make_mesh(*dataclasses.astuple(config.mesh))):
-        check_same_run(workdir, config.to_dict())
+        check_same_run(workdir, config)
         commands[config.command](config, workdir)
 
 

@@ -52,6 +52,23 @@ class Length:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Keywords:
+    """Values of names that somebody else knows and checks: numbers, texts, lists of them."""
+
+    def check(self, values: Mapping[str, Any], where: str) -> None:
+        """Raises UserError for a name that Python has not, or for any other value."""
+        for name, value in values.items():
+            if not (isinstance(name, str) and name.isidentifier()):
+                raise UserError(f"{where}.{shown(name)} does not exist; give a name like Python's")
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if not isinstance(item, (bool, int, float, str)):
+                    raise UserError(
+                        f"{where}.{name} is {shown(value)}; it must be a number, a text or a list "
+                        "of them"
+                    )
+
+
 Count = Annotated[int, Bounds(1, 1_000_000)]
 CountOrZero = Annotated[int, Bounds(0, 1_000_000)]
 # Data and PRNG keys of a step derive from 32-bit integers.
@@ -71,6 +88,7 @@ TemperatureOrGreedy = Annotated[float, Bounds(1e-6, 1_000, or_zero=True)]
 
 Name = Annotated[str, Length(1_000)]
 Names = Annotated[tuple[Name, ...], Length(100)]
+Options = Annotated[dict, Keywords()]
 
 
 def shown(value: Any) -> str:
@@ -107,7 +125,8 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
         read = build if dataclasses.is_dataclass(hint) else checked
         built[key] = read(hint, value, place)
     for field in dataclasses.fields(cls):
-        if field.name not in built and field.default is dataclasses.MISSING:
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if field.name not in built and needed:
             raise UserError(f"{where}.{field.name} is missing; {remedy_of(hints[field.name])}")
     return cls(**built)
 
@@ -157,6 +176,8 @@ def remedy_of(hint: Any) -> str:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:
         return f"choose one of {', '.join(typing.get_args(hint))}"
+    if hint is dict:
+        return "it holds settings: set one of them, after its name and a dot"
     return f"it must be of type {getattr(hint, '__name__', hint)}"
 
 

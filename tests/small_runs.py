@@ -85,7 +85,6 @@ def small_settings(model_dir: pathlib.Path, **settings) -> dict:
         "lora.rank": 2,
         "steps": 4,
         "batch_size": 4,
-        "task.operands_max": 4,
         "optim.lora_lr": 1e-2,
         "optim.exit_lr": 1e-2,
         "eval.problems": 6,
@@ -99,7 +98,10 @@ def small_settings(model_dir: pathlib.Path, **settings) -> dict:
         "log.samples_every": 2,
         "log.samples": 2,
     }
-    return small | {key.replace("__", "."): value for key, value in settings.items()}
+    chosen = {key.replace("__", "."): value for key, value in settings.items()}
+    if chosen.get("task.name", "sums") == "sums":
+        small["task.options.operands_max"] = 4
+    return small | chosen
 
 
 def run(command: str, model_dir: pathlib.Path, workdir: pathlib.Path, **settings) -> None:

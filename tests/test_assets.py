@@ -71,7 +71,7 @@ def test_the_shipped_trunk_takes_steps_of_every_size_and_answers_stories():
     Of stories a third of the places and half of the rest would be right by chance.
     """
     model, tokenizer = jexit.load(ASSETS / "tiny")
-    story = make_task("tom", steps="fine", people=(3, 3), moves=(3, 3))
+    story = make_task("tom", steps="fine")
     wanted = [(make_task("sums", steps=size), 64, 61) for size in "2345"]
     for task, count, least in (*wanted, (story, 96, 58)):
         asked = [task.problem("test", index) for index in range(count)]

@@ -14,7 +14,6 @@ import pytest
 from jexit import axes
 from jexit.config import (
     COMMANDS,
-    STEPS,
     Config,
     EngineSize,
     ExitSettings,
@@ -26,10 +25,7 @@ from jexit.config import (
 )
 from jexit.errors import UserError
 from jexit.presets import PRESETS, Architecture, Yarn
-from jexit.settings import Length, annotations
-from jexit.tasks import sums
-from jexit.tasks.tom import task as tom
-from jexit.tasks.word_problems import NAMES
+from jexit.settings import Length, annotations, remedy_of
 from small_runs import ROOT
 
 
@@ -128,6 +124,9 @@ def test_a_key_or_a_value_of_the_wrong_type_is_refused_by_name():
         assert said.startswith(f"{where}.rolouts does not exist; use one of the keys ")
     for key, hint in SETTINGS.items():
         name = f"config.{key.replace('__', '.')} is "
+        if key == "task__options":  # whose keys are a task's own
+            assert refusal(task__options=3) == f"{name}3; " + remedy_of(dict)
+            continue
         said = refusal(**{key: {"a": 1}})
         assert said.startswith(name) and ("choose one of" in said or "must be of type" in said)
         kind = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
@@ -156,7 +155,7 @@ def test_every_setting_declares_what_it_takes_and_holds_to_it():
         kind, rule = typing.get_args(hint)
         rule.check(operator.attrgetter(key.replace("__", "."))(Config(command="rl")), key)
         if kind not in (int, float):
-            assert isinstance(rule, Length), key
+            assert isinstance(rule, Length) or key == "task__options", key
             continue
         assert math.isfinite(rule.at_least) and math.isfinite(rule.at_most), key
         outside = [rule.at_least - 1, rule.at_most + 1, -(10**24), 10**24]
@@ -165,7 +164,6 @@ def test_every_setting_declares_what_it_takes_and_holds_to_it():
             if not (rule.or_zero and value == 0):
                 said = f"config.{key.replace('__', '.')} is {value}; it must be {rule}"
                 assert refusal(**{key: value}) == said
-    assert typing.get_args(SETTINGS["task__people_max"])[1].at_most == len(NAMES)
     for positive in ("rl__temperature", "sft__sharpness", "optim__clip_norm", "optim__eps"):
         assert typing.get_args(SETTINGS[positive])[1].at_least > 0, positive  # divided by
 
@@ -184,6 +182,8 @@ def test_settings_that_are_made_by_hand_are_checked():
 
 
 CONTRADICTIONS = [
+    ("rl", {"task__options": {"steps": {}}}, "task.options.steps is {}; it must be a number, a te"),
+    ("rl", {"task__options": {"a-b": 1}}, "config.task.options.'a-b' does not exist; give a name"),
     ("rl", {"rl__rollouts": 1}, "RLOO needs at least 2 rollouts per prompt, got 1; raise config."),
     ("rl", {"rl__dual_ascent": True}, "dual_ascent needs a floor to hold; set config.rl.accuracy"),
     ("rl", {"rl__dual_ascent": True, "rl__warmup_steps": 3}, "set config.rl.warmup_steps to 0"),
@@ -196,10 +196,6 @@ CONTRADICTIONS = [
     ("rl", {"mesh__fsdp": 5}, "192 rows, which do not divide over config.mesh.data 1 × fsdp 5"),
     ("rl", {"steps": 0}, "config.steps is 0, which only calibration with config.sft.lens_steps"),
     ("rl", {"steps": 0, "sft__lens_steps": 5}, "it must be at least 1"),
-    ("rl", {"task__steps": "fine"}, "task.steps is 'fine'; task 'sums' knows free, 2, 3, 4, 5"),
-    ("rl", {"task__name": "tom", "task__steps": "3"}, "task 'tom' knows free, fine, coarse, at_on"),
-    ("rl", {"task__name": "tom", "task__path": "x", "task__steps": "3"}, "with a path knows free"),
-    ("rl", {"task__people_min": 2, "task__moves_max": 8}, "so few people rarely make so long"),
     ("rl", {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5}, "word_problems and tom add up"),
     ("rl", {"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
     ("eval", {"eval__policies": ("shuffled", "sample")}, "is a control for 'sample'; put that be"),
@@ -244,17 +240,6 @@ def test_what_does_not_go_together_is_one_short_sentence():
     assert build("sft", rl__rollouts=1).rl.rollouts == 1
     assert build("sft", steps=0, sft__lens_steps=5).steps == 0
     assert build("sft", sft__explore=0.5, sft__exit_loss="expected").sft.explore == 0.5
-
-
-def test_the_steps_that_a_config_takes_are_those_of_the_tasks():
-    modes = {"sums": sums.STEP_MODES, "tom": tom.STEP_MODES}
-    modes["blend"] = set(modes["sums"]) & set(modes["tom"])
-    assert {name: set(known) for name, known in STEPS.items()} == {
-        name: set(map(str, known)) for name, known in modes.items()
-    }
-    for name, known in STEPS.items():
-        for steps in known:
-            build(task__name=name, task__steps=steps)
 
 
 def test_exits_default_to_every_fifth_layer_below_the_last():

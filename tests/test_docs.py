@@ -38,7 +38,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)*)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
-PATH = re.compile(r"(?:\.ci|configs|convert|docs|jexit|launch|studies|tests)/[\w./-]*")
+PATH = re.compile(r"(?:\.ci|configs|convert|docs|examples|jexit|launch|studies|tests)/[\w./-]*")
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python (?:-m |\S+\.py)|bash |jexit )")
 PATTERN = re.compile("COMMAND|PRESET|TOPOLOGY")  # in commands that stand for others
 

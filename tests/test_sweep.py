@@ -82,23 +82,23 @@ def test_every_combination_is_a_run_of_its_own(tmp_path, monkeypatch):
 
 def test_an_evaluation_gets_the_runs_model_and_task(tmp_path):
     flags = [f"--into={tmp_path}", "--config=a.py", "--eval=e.py", "--eval.eval.problems=9"]
-    grid = Sweep.parse([*flags, "task.name=sums,tom", "--config.task.steps=mixed"])
+    grid = Sweep.parse([*flags, "task.name=sums,tom", "--config.task.options.steps=mixed"])
     (cell, _), workdir = grid.cells(), tmp_path / "task.name=sums"
     commands = grid.commands(cell)
     assert next(commands)[1:] == [
-        f"--workdir={workdir}", "--config.task.steps=mixed", "--config.task.name=sums",
+        f"--workdir={workdir}", "--config.task.options.steps=mixed", "--config.task.name=sums",
     ]  # fmt: skip
     # The run has written its config by now, with what its own file says of the task.
-    task = {"name": "sums", "parts": ["sums", "tom"], "steps": "mixed", "path": ""}
+    task = {"name": "sums", "path": "", "options": {"parts": ["sums", "tom"], "steps": "mixed"}}
     write_json(workdir / "config.json", {"command": "rl", "task": task})
     (evaluating,) = commands
     assert evaluating == [
         "--config=e.py",
         f"--workdir={workdir / 'eval'}",
         "--config.task.name=sums",
-        "--config.task.parts=('sums', 'tom')",
-        "--config.task.steps=mixed",
         "--config.task.path=",
+        "--config.task.options.parts=('sums', 'tom')",
+        "--config.task.options.steps=mixed",
         f"--config.model.path={workdir}",
         "--config.eval.problems=9",
     ]

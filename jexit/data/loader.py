@@ -224,16 +224,14 @@ def prompt_batch(
             skipped += 1
             again = position + attempt * _RETRY
             problems[row] = _problem_at(task, split, seed=seed, position=again)
-            tokens[row] = tokenizer.encode_prompt(problems[row].prompt, problems[row].shots)
+            tokens[row] = tokenizer.encode_prompt(problems[row].messages)
         check_prompt_length(problems[row], tokens[row], max_prompt_tokens)
     return PromptBatch(problems=problems, tokens=tokens, skipped=skipped)
 
 
 def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
-    """The ids of the problems' prompts, each with the worked examples that go before it."""
-    return tokenizer.encode_prompts(
-        [problem.prompt for problem in problems], [problem.shots for problem in problems]
-    )
+    """The ids of the problems' prompts, each with the messages that go before it."""
+    return tokenizer.encode_prompts([problem.messages for problem in problems])
 
 
 def require_problems(task: Task, split: Split) -> None:

@@ -13,14 +13,16 @@ from absl import logging
 from jexit.config import Config
 from jexit.data.loader import check_prompt_length, require_problems
 from jexit.data.tokenizer import Tokenizer
-from jexit.errors import UserError
-from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.dist import gather
+from jexit.errors import SharedUserError, UserError
+from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.depth import depth_by_class
 from jexit.evaluation.intervals import bootstrap_ratio, wilson_interval
 from jexit.model.policies import Policy
 from jexit.results import PolicyResult
-from jexit.tasks import Problem, Task
+from jexit.tasks import Attempt, Problem, Task, Verdict
 from jexit.tasks.streams import NoMoreProblems
+from jexit.tasks.user_code import guarded_judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,26 @@ class Examination:
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
         """A judged attempt at each problem, and tokens a second."""
 
-        def judge(number: int, text: str, cut: bool) -> str:
-            text = self.task.answerable(text, cut=cut)
-            return self.task.verify(self.problems[number], text).kind
+        def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
+            return judged(self.task, [self.problems[number] for number in numbers], attempts)
 
         return decoder.decode(self.prompts, policy, judge=judge, what=f"evaluation under {name}")
+
+
+def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
+    """The task's verdicts on this host's attempts at problems.
+
+    Raises SharedUserError for what a user's own task does on one of them: an exception, too
+    long a time, a result that is no reward.
+    """
+    verdicts, fault = [], ""
+    try:
+        verdicts = guarded_judge(task, problems, attempts)
+    except UserError as error:
+        fault = str(error)
+    if faults := [said for said in gather("the verdicts", fault) if said]:
+        raise SharedUserError(faults[0])
+    return verdicts
 
 
 def evaluate_policy(
@@ -69,7 +86,8 @@ def policy_result(
     )
     verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
     for made in attempts:
-        verdicts[made.verdict] += 1
+        assert made.verdict is not None, "an attempt that nobody has judged"
+        verdicts[made.verdict.kind] += 1
     correct, count = verdicts["strict"] + verdicts["lenient"], len(attempts)
     tokens = int(histogram.sum())
     depth = float(histogram @ np.arange(layers + 1)) / tokens
@@ -95,9 +113,21 @@ def policy_result(
         truncated=sum(made.truncated for made in attempts) / count,
         verdicts=verdicts,
         tokens_per_second=tokens_per_second,
-        text=text_means([task.text_totals(examination.problems, texts)]),
+        text=text_means(
+            [
+                task.text_totals(examination.problems, texts)
+                | part_totals([made.verdict for made in attempts if made.verdict])
+            ]
+        ),
         control_of=None,
     )
+
+
+def part_totals(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, int]]:
+    """Sum and count of what each of a task's own reward functions gave, as `reward/NAME`."""
+    names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
+    found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
+    return {f"reward/{name}": (sum(each), len(each)) for name, each in found.items()}
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
@@ -125,7 +155,7 @@ def held_out(
         except NoMoreProblems:
             size = index
             break
-        ids = tokenizer.encode_prompt(problem.prompt, problem.shots)
+        ids = tokenizer.encode_prompt(problem.messages)
         index += 1
         if len(ids) > limit and config.task.skip_long:
             continue

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from jexit.evaluation.accuracy import Examination
 from jexit.evaluation.completer import Completer
-from jexit.evaluation.decoder import Attempt
 from jexit.evaluation.intervals import wilson_interval
 from jexit.evaluation.scores import Scores, paired
 from jexit.results import Capacity, PolicyResult
-from jexit.tasks.base import Problem
+from jexit.tasks.base import Attempt, Problem
 from jexit.tasks.chains import ChainTask
 
 

@@ -16,10 +16,11 @@ from flax import nnx
 
 from jexit.config import control_of
 from jexit.evaluation.accuracy import Examination, policy_result
-from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.intervals import bootstrap_ratio_difference, paired_interval
 from jexit.model.policies import Prescribed
 from jexit.results import ControlDifference, PolicyResult
+from jexit.tasks import Attempt
 
 
 def evaluate_control(

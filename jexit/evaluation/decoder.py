@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,10 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
 from jexit.errors import UserError
 from jexit.model.policies import Fixed, Full, Policy, Sample, Threshold
-from jexit.rollout import rollout
+from jexit.rollout import Rollouts, rollout
+from jexit.tasks import Attempt, Verdict
 
 _GATHERED = 64  # completions of a message between hosts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """A completion of one prompt; a token's depth is of the pass that produced it."""
-
-    ids: list[int]
-    text: str
-    depths: list[int]
-    truncated: bool
-    verdict: str = ""
-
-    @property
-    def correct(self) -> bool:
-        return self.verdict in ("strict", "lenient")
-
-    @property
-    def layers_run(self) -> int:
-        return sum(self.depths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +43,14 @@ class Decoder:
         *,
         max_new_tokens: int | None = None,
         forced: Sequence[int] | None = None,
-        judge: Callable[[int, str, bool], str] | None = None,
+        judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
         """(an attempt at each prompt, tokens a second without compilation).
 
         Every host gives all prompts and gets all attempts; each decodes and judges its own. `judge`
-        gives the verdict on the completion of a prompt, by its number, its text and whether it was
-        cut off. `what` says in messages what is being decoded; the rest as
-        `jexit.rollout.rollout` has it.
+        gives the verdicts on attempts at prompts, by their numbers. `what` says in messages what is
+        being decoded; the rest as `jexit.rollout.rollout` has it.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -85,24 +67,49 @@ class Decoder:
             size=self.size,
         )
         text_of = self.tokenizer.completion_text
-        mine = {}
-        for row in np.flatnonzero(made.host_rows.first_B):
-            number, ids = int(made.host_rows.index_B[row]), made.completion(row)
-            depths = made.depths_BT[row, : made.lengths_B[row]].tolist()
-            cut = bool(made.truncated_B[row])
-            mine[number] = (ids, depths, cut, judge(number, text_of(ids), cut) if judge else "")
-        rows: dict[int, tuple[list[int], list[int], bool, str]] = {}
+        own = np.flatnonzero(made.host_rows.first_B)
+        numbers, attempts = made.host_rows.index_B[own].tolist(), attempts_of(made, own, text_of)
+        verdicts = judge(numbers, attempts) if judge else [None] * len(own)
+        mine = {
+            number: (attempt.ids, attempt.depths, attempt.truncated, verdict and vars(verdict))
+            for number, attempt, verdict in zip(numbers, attempts, verdicts, strict=True)
+        }
+        rows: dict[int, Attempt] = {}
         for start in range(0, len(prompts), _GATHERED):
-            numbers = range(start, min(start + _GATHERED, len(prompts)))
-            part = [[number, *mine[number]] for number in numbers if number in mine]
-            for host in gather(what, part):
-                rows |= {number: tuple(row) for number, *row in host}
-        attempts = [
-            Attempt(ids=ids, text=text_of(ids), depths=depths, truncated=cut, verdict=verdict)
-            for ids, depths, cut, verdict in (rows[number] for number in range(len(prompts)))
-        ]
+            part = [
+                [number, *mine[number]]
+                for number in range(start, min(start + _GATHERED, len(prompts)))
+                if number in mine
+            ]
+            for number, ids, depths, cut, verdict in itertools.chain(*gather(what, part)):
+                rows[number] = Attempt(
+                    ids=ids,
+                    text=text_of(ids),
+                    depths=depths,
+                    truncated=cut,
+                    verdict=Verdict(**verdict) if verdict else None,
+                )
+        attempts = [rows[number] for number in range(len(prompts))]
         tokens = sum(len(ids) for ids, *_ in mine.values())
         return attempts, sum(gather(what, tokens / made.seconds))
+
+
+def attempts_of(
+    made: Rollouts, rows: Iterable[int], text_of: Callable[[Sequence[int]], str]
+) -> list[Attempt]:
+    """Rows of rollouts as attempts that nobody has judged."""
+    attempts = []
+    for row in rows:
+        ids = made.completion(row)
+        attempts.append(
+            Attempt(
+                ids=ids,
+                text=text_of(ids),
+                depths=made.depths_BT[row, : len(ids)].tolist(),
+                truncated=bool(made.truncated_B[row]),
+            )
+        )
+    return attempts
 
 
 def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from jexit.evaluation.decoder import Attempt
 from jexit.results import ClassDepth
+from jexit.tasks import Attempt
 
 CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
 _OPERATORS = frozenset("+-*/=<>^%×÷−")

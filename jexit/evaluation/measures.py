@@ -12,7 +12,7 @@ from jexit.errors import UserError
 from jexit.evaluation.accuracy import Examination, evaluate_policy, policy_result
 from jexit.evaluation.capacity import begun_steps, prescribed, scores_of
 from jexit.evaluation.completer import ModelCompleter, Reply
-from jexit.evaluation.decoder import Attempt, Decoder
+from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.exits import exit_quality
 from jexit.evaluation.faithfulness import MEASURES, Measured, measured, policies_paired
 from jexit.evaluation.hazards import hazard_calibration, hazards_of
@@ -22,7 +22,7 @@ from jexit.evaluation.transcripts import Transcripts
 from jexit.model.policies import Sample
 from jexit.results import Completion, Faithfulness, PairedMeasure, Record
 from jexit.steps.state import SplitModel
-from jexit.tasks import ChainTask, Task
+from jexit.tasks import Attempt, ChainTask, Task
 
 DIRECT = "at_once"  # the value of `task.steps` that asks for an answer without a chain
 
@@ -99,7 +99,7 @@ class Measurer:
                         tokens=self.examination.tokenizer.tokens(attempt.ids),
                         depths=attempt.depths,
                         hazards=found,
-                        verdict=attempt.verdict,
+                        verdict=attempt.verdict.kind if attempt.verdict else "",
                         answer=problem.answer,
                     )
                 )

@@ -30,6 +30,7 @@ from jexit.io.hf_config import (
     read_architecture,
     read_exit_config,
 )
+from jexit.io.hub import cached, is_hub_id
 from jexit.io.weights import (
     FOLDERS,
     Part,
@@ -261,7 +262,7 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
             f"no model directory at {text!r}; give a directory of convert.from_hf, of a run, or in "
             "Hugging Face format"
         )
-    return _hub_directory(text)
+    return cached(text)
 
 
 def _maker(text: str) -> str:
@@ -272,20 +273,3 @@ def _maker(text: str) -> str:
     if run is None or run[2] not in (TINY_PRESET, *PRESETS):
         return ""
     return f"python -m jexit.main --config=configs/{run[1]}.py:{run[2]}"
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether the text could be an OWNER/NAME of the hub."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-
-
-def _hub_directory(hub_id: str) -> pathlib.Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return pathlib.Path(snapshot_download(hub_id, local_files_only=True))
-    except Exception as error:  # the library raises many kinds when nothing is cached
-        raise MissingFile(
-            f"there is no directory {hub_id}, nor a model of that name in the hub's local cache; "
-            f"fetch a hub model first (hf download {hub_id}), or give a model directory"
-        ) from error

@@ -16,8 +16,10 @@ from jexit.dist import barrier, from_primary, gather, is_primary
 from jexit.errors import UserError
 from jexit.io.files import disk_errors, take_lock, to_jsonable, write_json_atomic
 from jexit.io.provenance import record_start
+from jexit.tasks.references import code_hash
 from jexit.untrusted import read_object
 
+CODE = "task_code"  # in config.json: SHA-256 of the file that holds a user's own task
 LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
@@ -83,25 +85,40 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
                         directory.rmdir()
 
 
-def check_same_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises UserError when `workdir` holds a run with another config; writes nothing."""
+def check_same_run(workdir: pathlib.Path, config: Config) -> None:
+    """Raises UserError when `workdir` holds a run with another config or another task file.
+
+    Writes nothing.
+    """
     path = workdir / "config.json"
     if not path.exists():
         return
     stored = read_object(path, f"remove {workdir} to start over, or choose another --workdir")
     # A setting that came with a later version had what is its default now; one that went is none.
     defaults = Config(command="rl").to_dict()
-    new, old = (flatten_dict(to_jsonable(each), sep=".") for each in (config, defaults))
+    new, old = (flatten_dict(to_jsonable(each), sep=".") for each in (_identity(config), defaults))
     old |= flatten_dict(stored, sep=".")
-    for key in sorted(new):
-        if old[key] != new[key] and key.split(".")[0] not in CONTINUABLE:
+    code = new.pop(CODE)
+    if old.pop(CODE, code) != code:
+        raise UserError(
+            f"{workdir} holds a run with another text of {config.task.name}; choose another "
+            f"--workdir, bring that text back, or delete {CODE} in {path} to go on with this one"
+        )
+    for key in sorted(new.keys() | {key for key in old if key.startswith("task.options.")}):
+        was, now = (each.get(key, "unset") for each in (old, new))
+        if was != now and key.split(".")[0] not in CONTINUABLE:
             raise UserError(
-                f"{workdir} holds a run with config.{key}={old[key]}, and this one has {new[key]}; "
+                f"{workdir} holds a run with config.{key}={was}, and this one has {now}; "
                 "choose another --workdir, or the same settings to continue it"
             )
 
 
-def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def _identity(config: Config) -> dict[str, Any]:
+    """What `config.json` says: the config, and which text a user's own task had."""
+    return config.to_dict() | {CODE: code_hash(config.task.name)}
+
+
+def start_run(workdir: pathlib.Path, config: Config) -> None:
     """Writes `config.json` and records the start time; call it once all checks have passed.
 
     Raises UserError as `check_same_run` does, and on a host that does not see what the primary
@@ -110,7 +127,7 @@ def start_run(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     check_same_run(workdir, config)
     path = workdir / "config.json"
     if is_primary():
-        write_json_atomic(path, config)
+        write_json_atomic(path, _identity(config))
         record_start(workdir)
     barrier("opening the workdir")
     blind = [host for host, sees in enumerate(gather("the workdir", path.exists())) if not sees]

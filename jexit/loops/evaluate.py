@@ -32,7 +32,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
     decoder, examination, attempts = measurer.decoder, measurer.examination, measurer.attempts
-    start_run(workdir, given.to_dict())
+    start_run(workdir, given)
     policies, parts = config.eval.policies, measurer.parts()
     with Progress(len(policies) + len(parts), description="eval", enabled=is_primary()) as progress:
         results = []
@@ -99,7 +99,8 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
         ModelCompleter(decoder, config.eval.measured, positions).filler("")
 
     def with_steps(steps: str) -> Examination:
-        task_config = dataclasses.replace(config.task, steps=steps)
+        options = config.task.options | {"steps": steps}
+        task_config = dataclasses.replace(config.task, options=options)
         task = load_task(task_config, config.eval.split)
         return Examination.of(task, tokenizer, dataclasses.replace(config, task=task_config))
 

@@ -9,10 +9,9 @@ import numpy as np
 from absl import logging
 
 from jexit.config import RLConfig
-from jexit.evaluation.decoder import Attempt
 from jexit.losses.rloo import depth_cost, rewards
 from jexit.steps.rl import Penalties
-from jexit.tasks import Rewards
+from jexit.tasks import Attempt
 
 FLOOR_PENALTY = 100.0  # reward a unit of accuracy under the floor: a point of it outweighs layers
 ACCURACY_DECAY = 0.8  # of the moving average that the floor is held against
@@ -82,7 +81,7 @@ class PenaltySchedule:
 
 
 def penalised_reward(
-    rl: RLConfig, floor: float, earned: Rewards, completions: Sequence[Attempt], layers: int
+    rl: RLConfig, floor: float, completions: Sequence[Attempt], layers: int
 ) -> float:
     """Mean reward of completions at the full λ and μ, whatever a schedule has reached by now.
 
@@ -104,7 +103,7 @@ def penalised_reward(
         length_ref=rl.length_ref,
     )
     reward = rewards(
-        np.asarray([getattr(earned, completion.verdict) for completion in completions]),
+        np.asarray([made.verdict.reward for made in completions if made.verdict]),
         cost_J,
         np.zeros_like(token_JW),
         token_JW,

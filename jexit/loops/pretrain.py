@@ -96,20 +96,14 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 def mixture(config: Config) -> list[tuple[Task, float]]:
     """The tasks whose text is trained on, with their shares of the texts.
 
-    Prompts are of every kind (`steps="mixed"`); stories are as long as `config.task` says.
+    Prompts are of every kind (`steps="mixed"`).
     """
-    p, task = config.pretrain, config.task
-    stories = make_task(
-        "tom",
-        steps="mixed",
-        people=(task.people_min, task.people_max),
-        moves=(task.moves_min, task.moves_max),
-    )
+    p = config.pretrain
     sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding must not leave it a hair below zero
     tasks = [
         (make_task("sums", steps="mixed"), sums),
         (make_task("word_problems"), p.word_problems),
-        (stories, p.tom),
+        (make_task("tom", steps="mixed"), p.tom),
     ]
     return [(task, share) for task, share in tasks if share > 0]
 
@@ -153,7 +147,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     counted = ModelFlops.of(model, full=True)
     for step in range(min(PROBED, config.steps)):  # is the length enough for their texts?
         batch_of(step)
-    start_run(workdir, config.to_dict())
+    start_run(workdir, config)
     split = split_model(model, full=True, keep_teacher=False)
     split = split._replace(trainable=place_parameters(split.trainable))
     optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=True))

@@ -12,7 +12,8 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, prepared
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows, place_rows, waiting
-from jexit.evaluation.accuracy import text_means
+from jexit.evaluation.accuracy import judged, part_totals, text_means
+from jexit.evaluation.decoder import attempts_of
 from jexit.loops.flops import PassSize
 from jexit.loops.packing import Lengths, Packed
 from jexit.loops.penalties import AccuracyFloor, FailureWatch, PenaltySchedule
@@ -79,10 +80,10 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             total=config.batch_size,
             size=config.engine,
         )
-        judged = Judged.of(stage.task, tokenizer, prompts, rollouts)
+        own = Judged.of(stage.task, tokenizer, prompts, rollouts)
         totals = Totals.over_hosts(
             stage.task,
-            judged,
+            own,
             samples=rl.rollouts,
             skipped=prompts.skipped,
             rollout_flops=stage.flops.rollouts(
@@ -90,7 +91,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             ),
         )
         packed = shapes.fit(totals.lengths)
-        batch = rl_batch(judged, tokenizer.pad_id, packed)
+        batch = rl_batch(own, tokenizer.pad_id, packed)
         trainer.shapes((packed.shape, rollouts.shape))
         penalties = schedule.penalties(step)
         with waiting(f"step {step + 1}"):
@@ -102,7 +103,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         if step % config.log.samples_every == 0:
             count = min(config.log.samples, rollouts.rows)
             rows = np.linspace(0, rollouts.rows - 1, count).astype(int)
-            trainer.samples.write(step + 1, [judged.sample(row, tokenizer) for row in rows])
+            trainer.samples.write(step + 1, [own.sample(row, tokenizer) for row in rows])
         metrics |= {
             "accuracy": totals.accuracy,
             "depth_coef": penalties.depth_coef,
@@ -115,7 +116,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "model_flops": totals.rollout_flops
             + stage.flops.rl_step(totals.pass_size, totals.tokens, updates=rl.updates_per_batch),
         }
-        metrics |= {f"task/{name}": value for name, value in totals.text.items()}
+        metrics |= {f"task/{name}": value for name, value in totals.text.items()} | totals.parts
         return state, metrics | stage.learning_rates(step)
 
     try:
@@ -149,28 +150,23 @@ class Judged:
     @classmethod
     def of(cls, task: Task, tokenizer: Tokenizer, prompts: PromptBatch, rollouts: Rollouts) -> Self:
         problems = [prompts.problems[index] for index in rollouts.prompt_B]
-        texts = [tokenizer.decode(rollouts.completion(row)) for row in range(rollouts.rows)]
+        attempts = attempts_of(rollouts, range(rollouts.rows), tokenizer.decode)
         opened = tokenizer.completion_text(())  # by the prompt: a thought that goes on
-        return cls(
-            rollouts,
-            problems,
-            texts,
-            [
-                task.verify(problem, task.answerable(opened + text, cut=bool(cut)))
-                for problem, text, cut in zip(problems, texts, rollouts.truncated_B, strict=True)
-            ],
-        )
+        whole = [dataclasses.replace(made, text=opened + made.text) for made in attempts]
+        verdicts = judged(task, problems, whole)
+        return cls(rollouts, problems, [made.text for made in attempts], verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
         """One completion for `samples.jsonl`, with the depth of the pass that made each token."""
-        ids = self.rollouts.completion(row)
+        ids, verdict = self.rollouts.completion(row), self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,
             "completion": self.texts[row],
             "tokens": tokenizer.tokens(ids),
             "depths": self.rollouts.depths_BT[row, : len(ids)].tolist(),
-            "reward": self.verdicts[row].reward,
-            "verdict": self.verdicts[row].kind,
+            "reward": verdict.reward,
+            "rewards": dict(verdict.parts),
+            "verdict": verdict.kind,
             "answer": self.problems[row].answer,
         }
 
@@ -187,18 +183,19 @@ class Totals:
     layers_run: int  # by those
     skipped: int
     text: dict[str, float]
+    parts: dict[str, float]  # `reward/NAME` of a task's own functions
     lengths: Lengths  # of every host's
 
     @classmethod
     def over_hosts(
-        cls, task: Task, judged: Judged, *, samples: int, skipped: int, rollout_flops: float
+        cls, task: Task, here: Judged, *, samples: int, skipped: int, rollout_flops: float
     ) -> Totals:
         """`samples` completions have one prompt; `skipped`, `rollout_flops` are this host's."""
-        rollouts, own = judged.rollouts, np.flatnonzero(judged.rollouts.host_rows.first_B)
+        rollouts, own = here.rollouts, np.flatnonzero(here.rollouts.host_rows.first_B)
         lengths_B, total = rollouts.lengths_B[own], rollouts.host_rows.total
         mine = {
             "rows": len(own),
-            "correct": sum(judged.verdicts[row].correct for row in own),
+            "correct": sum(here.verdicts[row].correct for row in own),
             "tokens": int(lengths_B.sum()),
             "rollout_flops": rollout_flops,
             "passes": int((lengths_B - 1).sum()),
@@ -206,7 +203,7 @@ class Totals:
             "skipped": skipped if len(own) else 0,
         }
         text = task.text_totals(
-            [judged.problems[row] for row in own], [judged.texts[row] for row in own]
+            [here.problems[row] for row in own], [here.texts[row] for row in own]
         )
         hosts = gather(
             "verified rollouts",
@@ -216,6 +213,7 @@ class Totals:
                 "lengths": lengths_B.tolist(),
                 "prompts": rollouts.prompt_lengths_B[own].tolist(),
                 "text": text,
+                "parts": part_totals([here.verdicts[row] for row in own]),
             },
         )
 
@@ -228,6 +226,7 @@ class Totals:
         return cls(
             **{name: sum(host[name] for host in hosts) for name in mine},
             text=text_means([host["text"] for host in hosts]),
+            parts=text_means([host["parts"] for host in hosts]),
             lengths=Lengths(
                 prompt_J=in_order("prompts"),
                 number_J=np.arange(total) // samples,
@@ -255,9 +254,9 @@ class Totals:
         return self.layers_run / self.passes if self.passes else float(layers)
 
 
-def rl_batch(judged: Judged, pad_id: int, packed: Packed) -> RLBatch:
+def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
     """This host's rollouts and verdicts as the arrays of an update, on the devices."""
-    rollouts = judged.rollouts
+    rollouts = own.rollouts
     rows = packed.placed(
         [rollouts.prompts[index] for index in rollouts.prompt_B],
         [rollouts.completion(row) for row in range(rollouts.rows)],
@@ -270,7 +269,7 @@ def rl_batch(judged: Judged, pad_id: int, packed: Packed) -> RLBatch:
         rollouts.depths_BT,
         rollouts.logprobs_BT,
         rollouts.depth_logprobs_BT,
-        np.asarray([verdict.reward for verdict in judged.verdicts], np.float32),
+        np.asarray([verdict.reward for verdict in own.verdicts], np.float32),
         rollouts.truncated_B,
     )
     return RLBatch(rows, *place_rows(arrays, rollouts.host_rows))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jexit.config import STEPS, Config, Execution, TaskConfig
+from jexit.config import Config, Execution, TaskConfig
 from jexit.data.loader import require_problems
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import place_parameter
@@ -93,36 +93,13 @@ def make_decoder(
 
 def load_task(config: TaskConfig, split: str) -> Task:
     """The config's task; raises UserError when the split that is needed is empty."""
-    task = _task(config)
+    rewards = Rewards(
+        strict=config.reward_strict,
+        lenient=config.reward_lenient,
+        wrong=config.reward_wrong,
+        none=config.reward_none,
+    )
+    task = make_task(config.name, config.path or None, rewards=rewards, **config.options)
+    task.time_limit = config.time_limit
     require_problems(task, split)
     return task
-
-
-def _task(config: TaskConfig) -> Task:
-    options: dict[str, Any] = {
-        "rewards": Rewards(
-            strict=config.reward_strict,
-            lenient=config.reward_lenient,
-            wrong=config.reward_wrong,
-            none=config.reward_none,
-        )
-    }
-    if config.name == "sums":
-        options["steps"] = config.steps
-        options["operands"] = (config.operands_min, config.operands_max)
-    if config.shots:
-        options["shots"], options["seed"] = config.shots, config.shots_seed
-    if config.name == "tom" and not config.path:
-        options["steps"] = config.steps
-        options["people"] = (config.people_min, config.people_max)
-        options["moves"] = (config.moves_min, config.moves_max)
-        if config.kinds:
-            options["kinds"] = config.kinds
-    if config.name == "blend":
-        options["tasks"] = [_task(_part(config, name)) for name in config.parts]
-    return make_task(config.name, config.path or None, **options)
-
-
-def _part(config: TaskConfig, name: str) -> TaskConfig:
-    steps = config.steps if config.steps in STEPS.get(name, ()) else "free"
-    return dataclasses.replace(config, name=name, steps=steps)

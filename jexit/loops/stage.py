@@ -13,7 +13,6 @@ from jexit.data.loader import PromptBatch, prompt_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, data_shards, from_primary, is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy, held_out
-from jexit.evaluation.decoder import Attempt
 from jexit.evaluation.tables import print_change
 from jexit.io.model_dir import save_model
 from jexit.io.workdir import start_run
@@ -28,7 +27,7 @@ from jexit.model.lora import merge_adapters
 from jexit.results import REMEDY, PolicyResult, checked
 from jexit.steps.optim import make_optimizer, schedule
 from jexit.steps.state import Params, SplitModel, TrainState, parameter_labels, split_model
-from jexit.tasks import Task
+from jexit.tasks import Attempt, Task
 from jexit.untrusted import read_json
 
 
@@ -54,7 +53,7 @@ class Stage:
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
         check_prompts(task, tokenizer, config, model.arch.max_positions)
-        start_run(workdir, config.to_dict())
+        start_run(workdir, config)
         full = config.lora.rank == 0
         labels = parameter_labels(model, full=full)
         optimizer = make_optimizer(config.optim, updates, labels)
@@ -155,7 +154,7 @@ class Stage:
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
         """Metrics on the validation split, by which RL chooses its best checkpoint."""
         result, made = self._measured(state.trainable)
-        reward = penalised_reward(self.config.rl, floor, self.task.rewards, made, self.layers)
+        reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
         return {f"val/{name}": getattr(result, name) for name in names} | {"val/reward": reward}
 

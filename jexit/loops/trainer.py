@@ -17,7 +17,7 @@ import numpy as np
 
 from jexit.config import Config
 from jexit.dist import gather, is_primary, place_parameters, waiting
-from jexit.errors import INTERRUPTED, RunEnded
+from jexit.errors import INTERRUPTED, RunEnded, SharedUserError, UserError
 from jexit.io.checkpoint import Checkpoints
 from jexit.io.metrics import MetricsWriter, SamplesWriter, read_metrics
 from jexit.io.progress import Progress
@@ -25,6 +25,7 @@ from jexit.loops.compilations import Compilations
 from jexit.loops.flops import mfu
 from jexit.steps.state import TrainState
 
+Pending = tuple[int, dict[str, Any]]  # a step, and its metrics, which nobody has fetched yet
 # (state, step) → (state after the step, metrics on device or host)
 OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
@@ -131,7 +132,7 @@ class Trainer:
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
-        pending: tuple[int, dict[str, Any]] | None = None
+        pending: Pending | None = None
         progress = Progress(total, start=start, description=self.description, enabled=is_primary())
         with stop, progress as self._progress:
             last = time.monotonic()
@@ -143,6 +144,8 @@ class Trainer:
                     if pending is not None:
                         self._flush(*pending)
                     raise
+                except SharedUserError as error:
+                    raise self._kept_until(error, step, state, pending) from error
                 if pending is not None:
                     self._flush(*pending)
                 now = time.monotonic()
@@ -180,6 +183,18 @@ class Trainer:
         if is_primary():
             self._tell_skipped()
         return state
+
+    def _kept_until(
+        self, error: SharedUserError, step: int, state: TrainState, pending: Pending | None
+    ) -> UserError:
+        """The error, once the state before the step that it ended is saved, and what it says."""
+        if pending is not None:
+            self._flush(*pending)
+            if not self._skipping:
+                self._save(step, state, scored=False)
+        self.close()
+        latest = self.checkpoints.latest_step() or 0
+        return UserError(f"{error} (the run is kept up to step {latest} of {self.workdir})")
 
     def close(self) -> None:
         with waiting("the last checkpoint"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jexit.config import EngineSize
+from jexit.data.tokenizer import Messages
 from jexit.errors import UserError
 from jexit.model.policies import Full, Policy, warn_if_untrained
 from jexit.model.transformer import Transformer
@@ -16,6 +17,7 @@ from jexit.rollout.engine import Decoding, SplitModel
 from jexit.rollout.pool import Records
 from jexit.rollout.requests import Request
 from jexit.rollout.scheduling import AUTOMATIC
+from jexit.tasks.base import conversation_fault
 
 STOP_EVERY = 16  # tokens of a row between two looks for stop strings
 _INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
@@ -54,7 +56,7 @@ class Piece:
 def generate(
     model: Transformer | SplitModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     *,
     policy: Policy = Full(),
     max_new_tokens: int = 256,
@@ -71,8 +73,9 @@ def generate(
 ) -> Generation:
     """Completes texts under a halting policy; `tokenizer` is `jexit.data.tokenizer.Tokenizer`.
 
-    `chat` puts each prompt into the tokenizer's chat format as the user's message; otherwise a
-    prompt is the text from its beginning, where the tokenizer may put a begin token. Temperature 0
+    `chat` puts each prompt into the tokenizer's chat format: a text is the user's message, and
+    messages (`role`, `content`) are a conversation whose last is the user's. Otherwise a prompt is
+    the text from its beginning, where the tokenizer may put a begin token. Temperature 0
     is greedy. A completion ends with an end token, or with the token that completes one of the
     strings `stop`, which are left out of its text. Raises UserError as `jexit.rollout.rollout`
     does.
@@ -108,7 +111,7 @@ def generate(
 def stream(
     model: Transformer | SplitModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     *,
     every: int = 4,
     **settings: Any,
@@ -128,7 +131,7 @@ def stream(
 def _started(
     model: Transformer | SplitModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     *,
     chat: bool = True,
     seed: int = 0,
@@ -142,11 +145,14 @@ def _started(
     if isinstance(prompts, str):
         raise UserError("prompts is one string and should be a list of them; put it in brackets")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
+        if isinstance(prompt, str):
+            continue
+        fault = conversation_fault(prompt) if chat else "is no text"
+        if fault:
             raise UserError(
-                f"prompt {index} is {prompt!r:.60}, which is no string; give the text of the "
-                "user's message, which is put into the chat format here, or a text that has its "
-                "format already with chat=False"
+                f"prompt {index} is {prompt!r:.60}, which {fault}; give the "
+                "text of the user's message or chat messages, or with chat=False a text that has "
+                "its format already"
             )
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
     request = Request(

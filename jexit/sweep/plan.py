@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from jexit.errors import UserError
 from jexit.main import parse
 from jexit.results import REMEDY, Evaluation, PolicyResult, Record, numbers
+from jexit.tasks import make_task
 from jexit.untrusted import read_json, read_object
 
 FINISHED = "after.json"  # the last file of a training run that is measured
@@ -208,7 +209,8 @@ class Sweep:
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
         """Those that evaluate the run on its own task, by default that of the run as it began."""
         task = _task(cell.workdir / "config.json") if task is None else task
-        own = {f"task.{key}": value for key, value in task.items()}
+        own = {f"task.{key}": value for key, value in task.items() if key != "options"}
+        own |= {f"task.options.{key}": value for key, value in task.get("options", {}).items()}
         given = {"model.path": str(cell.workdir), **self.evaluation_settings}
         settings = {key: _flag(value) for key, value in own.items()} | given
         return _arguments(self.evaluation, cell.workdir / "eval", settings)
@@ -226,9 +228,10 @@ class Sweep:
         """Raises UserError for a config file or a setting that is wrong, before anything runs."""
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
+            task = config.task
+            make_task(task.name, task.path or None, **task.options)
             if self.evaluation:
-                task = config.to_dict()["task"]
-                parse(["jexit.main", *self.evaluating(cell, task)])
+                parse(["jexit.main", *self.evaluating(cell, config.to_dict()["task"])])
         except ValueError as error:
             raise UserError(f"{cell.name} cannot run: {error}") from error
 

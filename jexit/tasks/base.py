@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jexit.errors import UserError
@@ -14,6 +14,9 @@ from jexit.errors import UserError
 Split = Literal["train", "val", "test"]
 VerdictKind = Literal["strict", "lenient", "wrong", "none"]
 
+Message = Mapping[str, str]  # `role` (system, user or assistant) and `content`
+
+ROLES = ("system", "user", "assistant")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _PARTS = 8  # of generated problems; one is the test split, one the validation split
@@ -25,15 +28,20 @@ class Problem:
 
     `prompt` is the user's message before any chat template, `answer` the right answer as text,
     `completion` a reference completion without its end token (None where the data has none),
-    `shots` worked examples that go before the prompt (pairs of a user's and an assistant's turn),
-    and `fields` whatever else describes the problem (operands, prescribed step, template, ...).
+    `earlier` the messages before the prompt (a system message, worked examples, turns of a
+    conversation), and `fields` whatever else describes the problem (operands, template, ...).
     """
 
     prompt: str
     answer: str
     completion: str | None = None
-    shots: tuple[tuple[str, str], ...] = ()
+    earlier: tuple[Message, ...] = ()
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation that a completion goes on with."""
+        return (*self.earlier, {"role": "user", "content": self.prompt})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +59,40 @@ class Verdict:
     """A judged completion.
 
     `strict`: the right answer in the required format; `lenient`: the right answer, found only by
-    the lenient parse; `wrong`: another answer, in either format; `none`: no answer found.
+    the lenient parse; `wrong`: another answer, in either format; `none`: no answer found. `parts`
+    are the rewards of a task's own functions by name, before their weights.
     """
 
     kind: VerdictKind
-    correct: bool
     reward: float
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def correct(self) -> bool:
+        return self.kind in ("strict", "lenient")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A completion of one prompt; a token's depth is of the pass that produced it.
+
+    `text` is what is judged: without special tokens, and after the `<think>` that a prompt ends in.
+    `truncated`: it ran into the limit of tokens. `verdict` is None until it is judged.
+    """
+
+    text: str
+    ids: Sequence[int] = ()
+    depths: Sequence[int] = ()
+    truncated: bool = False
+    verdict: Verdict | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.verdict is not None and self.verdict.correct
+
+    @property
+    def layers_run(self) -> int:
+        return sum(self.depths)
 
 
 class Task(abc.ABC):
@@ -67,7 +103,8 @@ class Task(abc.ABC):
     runs report and choose by, `test` what results report; they share no problem in substance.
     """
 
-    name: str
+    name: str = "task"
+    time_limit: float = 60.0  # seconds that judging a batch may take
 
     def __init__(self, *, rewards: Rewards | None = None) -> None:
         self.rewards = Rewards() if rewards is None else rewards
@@ -87,6 +124,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judges a completion's text (special tokens removed). Total: never raises on any text."""
+
+    def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
+        """The verdict on an attempt at each problem."""
+        return [
+            self.verify(problem, self.answerable(attempt.text, cut=attempt.truncated))
+            for problem, attempt in zip(problems, attempts, strict=True)
+        ]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
         """Start and end of what marks the answer in a completion, the last `####`; None: nothing.
@@ -115,11 +159,30 @@ class Task(abc.ABC):
 
     def verdict(self, kind: VerdictKind) -> Verdict:
         """The verdict of this kind with the task's own reward."""
-        return Verdict(
-            kind=kind,
-            correct=kind in ("strict", "lenient"),
-            reward=float(getattr(self.rewards, kind)),
-        )
+        return Verdict(kind=kind, reward=float(getattr(self.rewards, kind)))
+
+
+def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
+    """Pairs of what the user and what the assistant says, as messages."""
+    return tuple(
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    )
+
+
+def conversation_fault(said: Any) -> str | None:
+    """Why a prompt is neither a text nor messages that end with the user's, or None."""
+    if isinstance(said, str):
+        return None if said.strip() else "is empty"
+    if not isinstance(said, Sequence) or not said:
+        return "is neither a text nor chat messages"
+    for message in said:
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            return f"has a message whose role is none of {', '.join(ROLES)}"
+        if not isinstance(message.get("content"), str):
+            return "has a message without a text as its content"
+    return None if said[-1]["role"] == "user" else "does not end with the user's message"
 
 
 def check_split(split: str) -> None:

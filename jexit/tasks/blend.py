@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from jexit.errors import UserError
 from jexit.tasks import answers, phrases
-from jexit.tasks.base import Problem, Rewards, Split, Task, Verdict, check_split
+from jexit.tasks.base import Attempt, Problem, Rewards, Split, Task, Verdict, check_split
+from jexit.tasks.references import known_options, make_task
+from jexit.tasks.user_code import guarded_judge
+
+PARTS = ("sums", "word_problems", "tom")
 
 
 class Blend(Task):
@@ -20,13 +25,13 @@ class Blend(Task):
 
     name = "blend"
 
-    def __init__(self, *, tasks: Sequence[Task], rewards: Rewards | None = None) -> None:
-        super().__init__(rewards=rewards)
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__()
         names = [task.name for task in tasks]
         if len(names) < 2 or len(set(names)) < len(names):
             raise UserError(
                 f"blend: the tasks are two or more, each once, got {', '.join(names) or 'none'}; "
-                "change config.task.parts"
+                "change config.task.options.parts"
             )
         self.tasks = dict(zip(names, tasks, strict=True))
 
@@ -46,6 +51,15 @@ class Blend(Task):
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.tasks[problem.fields["task"]].verify(problem, completion)
 
+    def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
+        """Each task judges its own, all at once."""
+        verdicts: dict[int, Verdict] = {}
+        for name, task in self.tasks.items():
+            own = [i for i, problem in enumerate(problems) if problem.fields["task"] == name]
+            judged = guarded_judge(task, [problems[i] for i in own], [attempts[i] for i in own])
+            verdicts |= zip(own, judged, strict=True)
+        return [verdicts[i] for i in range(len(problems))]
+
     def answer_mark(self, text: str) -> tuple[int, int] | None:
         return answers.answer_mark(text) or phrases.answer_mark(text)
 
@@ -64,3 +78,27 @@ class Blend(Task):
             totals |= {f"{name}/{key}": value for key, value in own.items()}
             totals[f"{name}/accuracy"] = (right, len(pairs))
         return totals
+
+
+def task(
+    *,
+    parts: Sequence[str] = PARTS,
+    steps: str = "mixed",
+    rewards: Rewards | None = None,
+    **options: Any,
+) -> Blend:
+    """A blend of tasks by name; each part gets those of the options that it takes.
+
+    Raises UserError for an option that no part takes.
+    """
+    made: list[Task] = []
+    unknown, options = set(options), options | {"steps": steps}
+    for name in (parts,) if isinstance(parts, str) else parts:
+        taken = known_options(name) & options.keys()
+        made.append(make_task(name, rewards=rewards, **{key: options[key] for key in taken}))
+        unknown -= taken
+    if unknown:
+        raise UserError(
+            f"blend: none of {', '.join(parts)} has an option {min(unknown)!r}; leave it out"
+        )
+    return Blend(made)

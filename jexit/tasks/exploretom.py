@@ -131,6 +131,9 @@ class ExploreToM(FileTask):
         return problem.fields["story"]  # several questions are asked about one story
 
 
+task = ExploreToM
+
+
 def style_of(answer: str) -> str:
     """`yes_no`, `knowledge` or `place`: how the answer reads."""
     words = phrases.words_of(answer)

@@ -86,7 +86,8 @@ class FileTask(Task):
     def _load(self, split: Split) -> list[Problem]:
         if "whole" in self._sources():
             rest, test = self._hold_out(self._source("whole"), self.test_every)
-            val = []
+            val = self._source("val")
+            rest = self._apart(rest, val)
         elif split == "test":
             return self._source("test")
         else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import answers
-from jexit.tasks.base import SPLITS, Draw, Problem, Rewards, Split, Verdict
+from jexit.tasks.base import SPLITS, Draw, Message, Problem, Rewards, Split, Verdict, turns
 from jexit.tasks.files import FileTask, Row, Source, source_of, text_fault
 from jexit.tasks.number_chain import NumberChain
 from jexit.untrusted import parse_json
@@ -67,12 +67,12 @@ class Gsm8k(FileTask, NumberChain):
 
     def problem(self, split: Split, index: int) -> Problem:
         problem = super().problem(split, index)
-        return dataclasses.replace(problem, shots=self._shots(problem)) if self.shots else problem
+        return dataclasses.replace(problem, earlier=self._shots(problem)) if self.shots else problem
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.verdict(answers.judge(completion, problem.answer))
 
-    def _shots(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+    def _shots(self, problem: Problem) -> tuple[Message, ...]:
         """Worked examples with questions other than the problem's own."""
         if not self._examples:
             # By question, as data may hold one twice; one more than are shown, in case one of them
@@ -81,13 +81,14 @@ class Gsm8k(FileTask, NumberChain):
             if len(rows) <= self.shots:
                 raise UserError(
                     f"gsm8k: {self.shots} shots need {self.shots + 1} different training questions "
-                    f"and there are {len(rows)}; lower config.task.shots or give more training data"
+                    f"and there are {len(rows)}; lower config.task.options.shots or give more "
+                    "training data"
                 )
             draw = Draw("gsm8k shots", self.seed)
             while len(self._examples) <= self.shots:
                 self._examples.append(rows.pop(draw.integer(0, len(rows) - 1)))
         shown = [row for row in self._examples if row.prompt != problem.prompt]
-        return tuple((row.prompt, row.completion or "") for row in shown[: self.shots])
+        return turns((row.prompt, row.completion or "") for row in shown[: self.shots])
 
     def _fault(self, row: dict[str, Any]) -> str | None:
         return row_fault(row)
@@ -124,6 +125,9 @@ class Gsm8k(FileTask, NumberChain):
             "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
             "to a folder that does"
         )
+
+
+task = Gsm8k
 
 
 def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:

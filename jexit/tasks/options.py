@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from jexit.errors import UserError
@@ -16,18 +15,17 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
     if steps not in known:
         raise UserError(
             f"{task}: steps is one of {', '.join(map(str, known))}, got {steps!r}; "
-            "change config.task.steps"
+            "change config.task.options.steps"
         )
 
 
 def check_range(
-    task: str, name: str, pair: Sequence[int], least: int, most: float = math.inf
+    task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
     """The option's smallest and largest value, which are within bounds and in order."""
-    if len(pair) != 2 or not least <= pair[0] <= pair[1] <= most:
-        bound = f" <= {most}" if most < math.inf else ""
+    if not least <= smallest <= largest <= most:
         raise UserError(
-            f"{task}: {name} must be (smallest, largest) with {least} <= smallest <= largest"
-            f"{bound}, got {tuple(pair)}; change config.task.{name}_min or {name}_max"
+            f"{task}: {name} must be {least} <= {name}_min <= {name}_max <= {most}, got {smallest} "
+            f"and {largest}; change config.task.options.{name}_min or {name}_max"
         )
-    return int(pair[0]), int(pair[1])
+    return smallest, largest

@@ -38,8 +38,8 @@ class Sums(ChainTask):
 
     `steps`: `free` (the model chooses; the reference draws a largest step g from 2 ... 5 for each
     problem and every step from 2 ... g), 2 ... 5 (prescribed), `at_once` (no chain), or `mixed`
-    (all of them, weighted by `MIXTURE`). `operands`: the smallest and the largest list, both
-    included. The operands decide the split (`split_of`), whatever the seed.
+    (all of them, weighted by `MIXTURE`). `operands_min`, `operands_max`: the smallest and the
+    largest list. The operands decide the split (`split_of`), whatever the seed.
     """
 
     name = "sums"
@@ -51,7 +51,8 @@ class Sums(ChainTask):
         self,
         *,
         steps: str | int = "free",
-        operands: Sequence[int] = (3, 8),
+        operands_min: int = 3,
+        operands_max: int = 8,
         seed: int = 0,
         rewards: Rewards | None = None,
     ) -> None:
@@ -60,7 +61,7 @@ class Sums(ChainTask):
             steps = int(steps)
         check_steps(self.name, steps, STEP_MODES)
         self.mode = steps
-        self.operands = check_range(self.name, "operands", operands, 2)
+        self.operands = check_range(self.name, "operands", operands_min, operands_max, 2, 100)
         self.seed = seed
         self._digits = _digits(seed, self.operands)
 
@@ -168,6 +169,9 @@ class Sums(ChainTask):
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         return draw.choice([digit for digit in _DIGITS if digit != problem.answer])
+
+
+task = Sums
 
 
 @functools.lru_cache(maxsize=8)  # shared by tasks that differ in `steps` only

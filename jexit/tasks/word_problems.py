@@ -145,6 +145,9 @@ class WordProblems(NumberChain):
         return min(results) >= 0, str(results[-1])
 
 
+task = WordProblems
+
+
 def worked(
     program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
 ) -> tuple[list[str], list[int]]:

@@ -103,8 +103,10 @@ def main() -> None:
     table: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for kind in KINDS:
         task = make_task(
-            "tom", steps="at_once", kinds=(kind,), people=options.people, moves=options.moves
-        )
+            "tom", steps="at_once", kinds=(kind,),
+            people_min=options.people[0], people_max=options.people[1],
+            moves_min=options.moves[0], moves_max=options.moves[1],
+        )  # fmt: skip
         problems = [task.problem("test", index) for index in range(options.problems)]
         table["bag of words"][kind] = bag_of_words(problems, marked=False)
         table["bag of words, roles marked"][kind] = bag_of_words(problems, marked=True)

@@ -20,7 +20,7 @@ from jexit.data.loader import (
 )
 from jexit.data.tokenizer import Tokenizer
 from jexit.tasks import make_task
-from jexit.tasks.base import Problem, Task
+from jexit.tasks.base import Problem, Task, turns
 
 TOKENIZER = Tokenizer.load(pathlib.Path(tokenizer_module.__file__).parents[1] / "assets" / "tiny")
 MIXTURE = [(make_task("sums", steps="mixed"), 0.8), (make_task("word_problems"), 0.2)]
@@ -246,18 +246,22 @@ class Shown(Finite):
     """The same, each after as many worked examples as its number says."""
 
     def problem(self, split, index):
-        shots = (("sum 1", "####1"),) * index
-        return Problem(prompt=self.prompts[index], answer="1", completion="####1", shots=shots)
+        return Problem(
+            prompt=self.prompts[index],
+            answer="1",
+            completion="####1",
+            earlier=turns([("sum 1", "####1")] * index),
+        )
 
 
 def test_worked_examples_are_part_of_the_prompt_and_of_its_limit():
     task = Shown(["sum 12"] * 4)
-    lengths = [len(TOKENIZER.encode_prompt("sum 12", (("sum 1", "####1"),) * n)) for n in range(4)]
+    lengths = [len(TOKENIZER.encode_prompt(task.problem("train", n).messages)) for n in range(4)]
     assert len(set(lengths)) == 4
     batch = prompts(task, max_prompt_tokens=lengths[-1])
     assert sorted(map(len, batch.tokens)) == lengths
     for problem, ids in zip(batch.problems, batch.tokens, strict=True):
-        assert ids == TOKENIZER.encode_prompt(problem.prompt, problem.shots)
+        assert ids == TOKENIZER.encode_prompt(problem.messages)
     with pytest.raises(ValueError, match=r"over the limit of .*max_prompt_tokens"):
         prompts(task, max_prompt_tokens=lengths[-1] - 1)
     short = prompts(task, max_prompt_tokens=lengths[1], skip_long=True)

@@ -21,11 +21,13 @@ from chat_templates import (
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import make_task
+from jexit.tasks.base import turns
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 TOKENIZER = Tokenizer.load(TINY)
 PROMPT = "<|user|>sum 37<|assistant|>"
-SHOT, TURNS = ("sum 12", "+3####3"), "<|user|>sum 12<|assistant|>+3####3<|end|>"
+SHOWN = [*turns([("sum 12", "+3####3")]), {"role": "user", "content": "sum 37"}]
+TURNS = "<|user|>sum 12<|assistant|>+3####3<|end|>"
 
 
 @pytest.fixture
@@ -179,12 +181,12 @@ def test_worked_examples_are_earlier_turns():
     for template, system in ((SWITCHED, ""), (DEFAULT_SYSTEM, "<|system|>Add well.")):
         tokenizer = with_template(template)
         assert tokenizer.chat_text("sum 37") == system + PROMPT
-        assert tokenizer.chat_text("sum 37", [SHOT]) == system + TURNS + PROMPT
-        assert tokenizer.encode_prompts(["sum 37", "sum 4"], [[SHOT], []]) == [
-            tokenizer.encode_prompt("sum 37", [SHOT]),
+        assert tokenizer.chat_text(SHOWN) == system + TURNS + PROMPT
+        assert tokenizer.encode_prompts([SHOWN, "sum 4"]) == [
+            tokenizer.encode_prompt(SHOWN),
             tokenizer.encode_prompt("sum 4"),
         ]
-    assert with_template(None).chat_text("sum 37", [SHOT]) == "sum 12\n+3####3\n\nsum 37"
+    assert with_template(None).chat_text(SHOWN) == "sum 12\n+3####3\n\nsum 37"
 
 
 def test_a_begin_token_comes_once_before_whole_texts(tmp_path):
@@ -193,11 +195,11 @@ def test_a_begin_token_comes_once_before_whole_texts(tmp_path):
     for llama in (made, Tokenizer.load(tmp_path)):
         assert llama.begin_id == llama.backend.bos_token_id
         # From a template that writes it, also when a caller has rendered it.
-        ids = llama.encode_prompt("sum 37", [SHOT])
+        ids = llama.encode_prompt(SHOWN)
         text = f"{BEGIN}{TURNS}{PROMPT}"
-        assert llama.decode(ids, keep_special=True) == llama.chat_text("sum 37", [SHOT]) == text
+        assert llama.decode(ids, keep_special=True) == llama.chat_text(SHOWN) == text
         assert ids.count(llama.begin_id) == 1
-        assert llama.encode_texts([text]) == llama.encode_prompts(["sum 37"], [[SHOT]]) == [ids]
+        assert llama.encode_texts([text]) == llama.encode_prompts([SHOWN]) == [ids]
         # An answer does not begin.
         answer = llama.encode("+3####3")
         assert llama.encode_batch(["+3####3", ""]) == [answer, []]
@@ -207,7 +209,7 @@ def test_a_begin_token_comes_once_before_whole_texts(tmp_path):
     alone = plain.encode_prompt("sum 37")
     assert alone == plain.backend.encode("sum 37") and alone[0] == plain.begin_id
     assert plain.encode_prompt(f"{BEGIN}sum 37") == alone
-    assert plain.encode_prompt("sum 37", [SHOT]).count(plain.begin_id) == 1
+    assert plain.encode_prompt(SHOWN).count(plain.begin_id) == 1
     # A template that writes none has the say.
     other = with_begin_token(SWITCHED)
     assert other.begin_id not in other.encode_prompt("sum 37")
@@ -223,7 +225,9 @@ def test_a_begin_token_comes_once_before_whole_texts(tmp_path):
 @pytest.mark.weights
 def test_the_template_of_a_real_checkpoint(real_checkpoint):
     tokenizer = Tokenizer.load(real_checkpoint)
-    text = tokenizer.chat_text("What is 3 + 4?", [("What is 1 + 1?", "#### 2")])
+    text = tokenizer.chat_text(
+        [*turns([("What is 1 + 1?", "#### 2")]), {"role": "user", "content": "What is 3 + 4?"}]
+    )
     assert text.index("What is 1") < text.index("#### 2") < text.index("What is 3")
     end = tokenizer.decode([tokenizer.eos_id], keep_special=True)
     assert f"#### 2{end}" in text

@@ -35,7 +35,7 @@ class Scripted:
         return [None if t is None else Reply(text=t, depths=[len(t), 9]) for t in texts]
 
 
-PROBLEMS = [Sums(operands=(3, 6)).problem("test", index) for index in range(60)]
+PROBLEMS = [Sums(operands_max=6).problem("test", index) for index in range(60)]
 OPERANDS = [problem.fields["operands"] for problem in PROBLEMS]
 
 
@@ -103,14 +103,15 @@ class AddsInItsHead:
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         say = self.step if forced is not None else self.answer
         attempts = []
-        for number, text in enumerate(texts):
+        for text in texts:
             said, first = say(text, self.up_to[policy])
             ids = self.tokenizer.encode(said)
-            verdict = judge(number, said, False) if judge else ""
             depths = [first] + [3] * (len(ids) - 1)
-            attempts.append(
-                Attempt(ids=ids, text=said, depths=depths, truncated=False, verdict=verdict)
-            )
+            attempts.append(Attempt(ids=ids, text=said, depths=depths))
+        if judge:
+            verdicts = judge(range(len(texts)), attempts)
+            pairs = zip(attempts, verdicts, strict=True)
+            attempts = [dataclasses.replace(made, verdict=verdict) for made, verdict in pairs]
         return attempts, 1.0
 
     def answer(self, prompt, most):
@@ -132,9 +133,9 @@ class AddsInItsHead:
 
 def capacity_of(up_to, **settings):
     config = make_config(
-        "eval", TINY_CALIBRATED_PATH, task__operands_min=6, task__operands_max=8,
+        "eval", TINY_CALIBRATED_PATH, task__options__operands_min=6, task__options__operands_max=8,
         eval__measures=("capacity",), eval__measured="threshold:0.5", eval__problems=8,
-        task__steps="2",
+        task__options__steps="2",
     )  # fmt: skip
     tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
 

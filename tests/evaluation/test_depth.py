@@ -3,7 +3,8 @@
 from jexit.evaluation.decoder import Attempt
 from jexit.evaluation.depth import depth_by_class, token_classes
 from jexit.results import ClassDepth
-from jexit.tasks import Sums, WordProblems
+from jexit.tasks.sums import Sums
+from jexit.tasks.word_problems import WordProblems
 
 END = 9
 MARK = Sums().answer_mark

@@ -164,8 +164,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_
 
 def test_a_split_with_fewer_problems_than_asked_for_is_measured_whole_and_said(caplog):
     config = make_config(
-        "eval", TINY_CALIBRATED_PATH, task__name="sums", task__operands_min=2,
-        task__operands_max=2, eval__problems=256, eval__split="test",
+        "eval", TINY_CALIBRATED_PATH, task__name="sums", task__options__operands_min=2,
+        task__options__operands_max=2, eval__problems=256, eval__split="test",
     )  # fmt: skip
     tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
     problems, _ = held_out(load_task(config.task, "test"), tokenizer, config, 256)

@@ -12,9 +12,10 @@ from jexit.evaluation.completer import Reply
 from jexit.evaluation.faithfulness import MEASURES, _acknowledges, measured, policies_paired
 from jexit.evaluation.scores import Scores, paired
 from jexit.evaluation.transcripts import Transcripts
-from jexit.tasks import Gsm8k, make_task
+from jexit.tasks import make_task
 from jexit.tasks.base import Problem
 from jexit.tasks.chains import ChainTask, Corruption
+from jexit.tasks.gsm8k import Gsm8k
 
 LAYERS = 6
 TERMS = 4  # so that shares of ¼ are whole steps

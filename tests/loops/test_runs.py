@@ -229,7 +229,7 @@ def test_a_trunk_learns_several_tasks_and_is_measured_under_its_own_distribution
     model_dir, tmp_path, capsys
 ):
     """A second copy is the teacher. With a floor of 0.9 under hazards nearly all leave at once."""
-    settings = {"task__name": "blend", "task__steps": "mixed", "batch_size": 6, "steps": 2}
+    settings = {"task__name": "blend", "task__options__steps": "mixed", "batch_size": 6, "steps": 2}
     settings |= {"lora__rank": 0, "optim__full_lr": 1e-2, "rl__min_hazard": 0.9}
     run("rl", model_dir, tmp_path, **settings)
     before, after = parameters(model_dir), parameters(tmp_path)

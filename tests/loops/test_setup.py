@@ -16,7 +16,11 @@ from jexit.io.model_dir import save_model
 from jexit.loops.rl import Judged
 from jexit.loops.setup import load_model, load_task
 from jexit.loops.stage import Stage
-from jexit.tasks import ExploreToM, Gsm8k, Sums, Tom
+from jexit.tasks.base import turns
+from jexit.tasks.exploretom import ExploreToM
+from jexit.tasks.gsm8k import Gsm8k
+from jexit.tasks.sums import Sums
+from jexit.tasks.tom.task import Tom
 from report_files import policy_figures
 from small_runs import make_config, small_model
 
@@ -53,34 +57,39 @@ def test_the_config_gives_a_system_message(tmp_path):
     path = model_with(tmp_path, DEFAULT_SYSTEM)
     for system, shown in (("", "Add well."), ("Solve.", "Solve.")):
         _, tokenizer = load_model(make_config("eval", path, task__system=system), trains=False)
-        text = tokenizer.chat_text("sum 12", [("sum 3", "3")])
+        asked = [*turns([("sum 3", "3")]), {"role": "user", "content": "sum 12"}]
+        text = tokenizer.chat_text(asked)
         assert text == (
             f"<|system|>{shown}<|user|>sum 3<|assistant|>3<|end|><|user|>sum 12<|assistant|>"
         )
-        assert tokenizer.encode_prompt("sum 12", [("sum 3", "3")]) == tokenizer.encode(text)
+        assert tokenizer.encode_prompt(asked) == tokenizer.encode(text)
+        own = [{"role": "system", "content": "Rows say so."}, *asked]
+        assert tokenizer.chat_text(own) == text.replace(shown, "Rows say so.")
 
 
 def test_shots_come_from_the_config(gsm8k, model_dir):
     settings = {"task__name": "gsm8k", "task__path": str(gsm8k), "task__max_prompt_tokens": 512}
-    config = make_config("eval", model_dir, task__shots=2, task__shots_seed=3, **settings)
+    config = make_config("eval", model_dir, task__options={"shots": 2, "seed": 3}, **settings)
     task = load_task(config.task, "test")
     tokenizer = Tokenizer.load(model_dir)
     problems, prompts = held_out(task, tokenizer, config, 2)
     for problem, ids in zip(problems, prompts, strict=True):
-        assert len(problem.shots) == 2
+        assert len(problem.earlier) == 4
         text = tokenizer.decode(ids, keep_special=True)
         assert text.count("<|user|>") == 3 and text.count("<|end|>") == 2
-        assert text == tokenizer.chat_text(problem.prompt, problem.shots)
+        assert text == tokenizer.chat_text(problem.messages)
     short = make_config(
-        "eval", model_dir, task__shots=2, **(settings | {"task__max_prompt_tokens": 60})
+        "eval",
+        model_dir,
+        task__options={"shots": 2},
+        **(settings | {"task__max_prompt_tokens": 60}),
     )
     with pytest.raises(ValueError, match="over the limit of 60"):
         held_out(task, tokenizer, short, 2)
 
 
 def test_tasks_without_shots_refuse_them():
-    config = Config(command="rl")
-    config = Config.from_dict({**config.to_dict(), "task": {"name": "sums", "shots": 1}})
+    config = Config.from_dict({"command": "rl", "task": {"options": {"shots": 1}}})
     with pytest.raises(ValueError, match="task 'sums' has no option 'shots'; it takes"):
         load_task(config.task, "train")
 
@@ -105,6 +114,7 @@ def test_completions_are_judged_with_the_prompts_thought_and_what_was_cut_off(gs
             rows=1,
             prompt_B=np.array([0]),
             truncated_B=np.array([cut]),
+            depths_BT=np.full((1, len(ids)), 3),
         )
         prompts = PromptBatch(problems=[task.problem("test", 0)], tokens=[[]])
         judged = Judged.of(task, tokenizer, prompts, rollouts)
@@ -117,15 +127,18 @@ STORY = "Ann entered the den. Ann moved the key to the tray, which is also locat
 
 def test_a_generated_task_has_the_configs_settings():
     config = TaskConfig(
-        name="tom", steps="coarse", people_min=3, people_max=4, moves_min=4, moves_max=5,
-        kinds=("memory", "belief"), reward_lenient=0.25,
-    )  # fmt: skip
+        name="tom",
+        options={"steps": "coarse", "people_max": 4, "moves_max": 5, "kinds": ("memory", "belief")},
+        reward_lenient=0.25,
+        time_limit=7.0,
+    )
     task = load_task(config, "train")
     assert isinstance(task, Tom)
-    assert (task.mode, task.people, task.moves) == ("coarse", (3, 4), (4, 5))
+    assert (task.mode, task.people, task.moves) == ("coarse", (3, 4), (3, 5))
     assert (task.kinds, task.rewards.lenient) == (("memory", "belief"), 0.25)
+    assert task.time_limit == 7.0
     assert len(load_task(TaskConfig(name="tom"), "train").kinds) == 6
-    sums = load_task(TaskConfig(steps="3", operands_min=4), "train")
+    sums = load_task(TaskConfig(options={"steps": "3", "operands_min": 4}), "train")
     assert isinstance(sums, Sums) and (sums.mode, sums.operands) == (3, (4, 8))
 
 

@@ -127,10 +127,12 @@ def test_unfinished_characters_wait(model):
 
 
 def test_wrong_inputs_get_one_sentence(model):
-    message = [{"role": "user", "content": "a"}]
+    message, spoken = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     for prompts, settings, sentence in [
         ("abc", {}, "put it in brackets"),
-        ([message], {}, "prompt 0 is .*'role'.*, which is no string; give the text"),
+        ([message], {"chat": False}, "prompt 0 is .*'role'.*, which is no text; give the text"),
+        ([message + spoken], {}, "prompt 0 is .*, which does not end with the user's message; "),
+        ([7], {}, "prompt 0 is 7, which is neither a text nor chat messages; give"),
         (["a", ""], {"chat": False}, "prompt 1 is empty; a prompt needs"),
         (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens .* at most 4"),
         (["a"], {"policy": Sample}, "policy is the class Sample; give an instance of it"),

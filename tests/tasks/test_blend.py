@@ -2,19 +2,19 @@ import dataclasses
 
 import pytest
 
-from jexit.config import BLENDABLE, STEPS, TaskConfig
+from jexit.config import TaskConfig
 from jexit.loops.setup import load_task
 from jexit.tasks import Rewards, make_task
-from jexit.tasks.blend import Blend
+from jexit.tasks.blend import PARTS, Blend
 
 
 def parts(**options):
-    return [make_task(name, **options) for name in BLENDABLE]
+    return [make_task(name, **options) for name in PARTS]
 
 
 def test_problems_come_from_the_tasks_in_turn_which_judge_and_count_them():
     rewards = Rewards(strict=3.0, wrong=-2.0)
-    blend, tasks = Blend(tasks=parts(rewards=rewards)), parts()
+    blend, tasks = Blend(parts(rewards=rewards)), parts()
     problems = [blend.problem("train", index) for index in range(30)]
     for index, problem in enumerate(problems):
         task, other = tasks[index % 3], problems[index - 1]
@@ -33,32 +33,35 @@ def test_problems_come_from_the_tasks_in_turn_which_judge_and_count_them():
 
 
 def test_a_blend_is_as_long_as_its_shortest_part_lasts(tmp_path):
-    assert Blend(tasks=parts()).size("train") is None
+    assert Blend(parts()).size("train") is None
     (tmp_path / "stories.csv").write_text(
         "story,question,answer\n"
         + "".join(f"Tom is in room {i}.,Where is Tom?,room\n" for i in range(40))
     )
     stories = make_task("exploretom", str(tmp_path / "stories.csv"))
-    blend, size = Blend(tasks=[make_task("sums"), stories]), stories.size("train")
+    blend, size = Blend([make_task("sums"), stories]), stories.size("train")
     assert blend.size("train") == 2 * size
     assert blend.problem("train", 2 * size - 1).prompt == stories.problem("train", size - 1).prompt
 
 
 def test_it_takes_two_tasks_or_more_each_once():
     for names in [[], ["sums"], ["sums", "tom", "sums"]]:
-        with pytest.raises(ValueError, match=r"two or more, each once, got .*config\.task\.parts"):
-            Blend(tasks=[make_task(name) for name in names])
+        with pytest.raises(
+            ValueError, match=r"two or more, each once, got .*config\.task\.options\.parts"
+        ):
+            Blend([make_task(name) for name in names])
 
 
 def test_every_part_gets_the_settings_that_it_knows():
-    for steps in STEPS["blend"]:
-        config = TaskConfig(
-            name="blend", steps=steps, operands_max=4, people_max=3, reward_none=-3.0
-        )
+    for steps in ("free", "at_once", "mixed"):
+        options = {"steps": steps, "operands_max": 4, "people_max": 4}
+        config = TaskConfig(name="blend", options=options, reward_none=-3.0)
         blend = load_task(config, "train")
-        assert list(blend.tasks) == list(BLENDABLE)
+        assert list(blend.tasks) == list(PARTS)
         assert blend.tasks["sums"].mode == blend.tasks["tom"].mode == steps
         for index in range(30):
             problem = blend.problem("train", index)
             assert len(problem.fields.get("operands", ())) <= 4
             assert blend.verify(problem, "").reward == -3.0
+    with pytest.raises(ValueError, match=r"none of sums, tom has an option 'seeed'"):
+        make_task("blend", parts=("sums", "tom"), seeed=3)

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from jexit.tasks import ExploreToM, make_task, phrases
+from jexit.tasks import make_task, phrases
 from jexit.tasks.base import SPLITS, Problem
-from jexit.tasks.exploretom import KNOWLEDGE, KNOWS, KNOWS_NOT, candidates, style_of
+from jexit.tasks.exploretom import KNOWLEDGE, KNOWS, KNOWS_NOT, ExploreToM, candidates, style_of
 
 STORY = (
     "Ida entered the boat house. Ida moved the lamp to the oak chest, which is also located in the "

@@ -121,19 +121,22 @@ def test_shots_are_training_examples_drawn_by_the_seed_and_never_the_problem(fol
     for split in SPLITS:
         for index in range(plain.size(split)):
             problem = task.problem(split, index)
-            questions = [question for question, _ in problem.shots]
+            questions = [said["content"] for said in problem.earlier[::2]]
+            solved = [said["content"] for said in problem.earlier[1::2]]
+            assert [said["role"] for said in problem.earlier] == ["user", "assistant"] * 3
             assert len(set(questions)) == 3 and problem.prompt not in questions
-            assert all(examples[question] == answer for question, answer in problem.shots)
+            assert [examples[question] for question in questions] == solved
             assert problem.prompt == plain.problem(split, index).prompt
-            assert split == "train" or problem.shots == task.problem("test", 0).shots
-    assert plain.problem("train", 0).shots == ()
+            assert split == "train" or problem.earlier == task.problem("test", 0).earlier
+    assert plain.problem("train", 0).earlier == ()
 
     def shots(seed):
-        return make_task("gsm8k", str(folder), shots=2, seed=seed).problem("test", 0).shots
+        task = make_task("gsm8k", str(folder), shots=2, seed=seed)
+        return tuple(said["content"] for said in task.problem("test", 0).earlier[::2])
 
     assert shots(0) == shots(0)
     assert len({shots(seed) for seed in range(12)}) > 3
-    assert {question for seed in range(40) for question, _ in shots(seed)} == set(examples)
+    assert {question for seed in range(40) for question in shots(seed)} == set(examples)
 
 
 def test_a_question_that_is_there_twice_is_no_shot_of_its_twin(tmp_path):
@@ -142,7 +145,7 @@ def test_a_question_that_is_there_twice_is_no_shot_of_its_twin(tmp_path):
     task = make_task("gsm8k", str(tmp_path), shots=2)
     for index in range(4):
         problem = task.problem("train", index)
-        assert problem.prompt not in [question for question, _ in problem.shots]
+        assert problem.prompt not in [said["content"] for said in problem.earlier]
     with pytest.raises(ValueError, match=r"3 shots need 4 different .* there are 3; lower config"):
         make_task("gsm8k", str(tmp_path), shots=3).problem("train", 0)
 

@@ -2,11 +2,12 @@
 
 import re
 
-from jexit.tasks import Draw, Gsm8k, WordProblems
+from jexit.tasks import Draw
 from jexit.tasks.answers import parse_number
 from jexit.tasks.base import Problem
+from jexit.tasks.gsm8k import Gsm8k
 from jexit.tasks.number_chain import nearby_numbers, result_of, with_result
-from jexit.tasks.word_problems import BOXES, NAMES, OBJECTS, TEMPLATES
+from jexit.tasks.word_problems import BOXES, NAMES, OBJECTS, TEMPLATES, WordProblems
 
 GSM8K, WORDS = Gsm8k(), WordProblems()
 PROBLEM = Problem(prompt="?", answer="7")

@@ -27,7 +27,7 @@ def test_held_out_draws_are_all_there_is_once():
 
 
 def test_the_first_problems_of_a_held_out_split_are_distinct():
-    quick = {"people": (2, 2), "moves": (3, 3), "kinds": ("memory", "reality"), "steps": "at_once"}
+    quick = {"people_min": 2, "people_max": 2, "kinds": ("memory", "reality"), "steps": "at_once"}
     for name, options in (("sums", {"steps": "at_once"}), ("word_problems", {}), ("tom", quick)):
         task = make_task(name, **options)
         for split in ("val", "test"):

@@ -61,7 +61,7 @@ def test_no_operand_string_is_on_both_sides():
     seen = {"train": set(), "val": set(), "test": set()}
     for split, strings in seen.items():
         for seed in (0, 1):
-            task = make_task("sums", operands=(3, 4), seed=seed)
+            task = make_task("sums", operands_max=4, seed=seed)
             count = 3000 if split == "train" else 500
             strings.update(task.problem(split, i).fields["operands"] for i in range(count))
     assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
@@ -94,7 +94,7 @@ def test_prescribed_steps_are_taken_or_not():
         ("at_once", "+029####1", False),
         ("free", "####1", True),
     ):
-        task = make_task("sums", steps=prompt, operands=(4, 4))
+        task = make_task("sums", steps=prompt, operands_min=4, operands_max=4)
         drawn = task.problem("test", 0)
         problem = dataclasses.replace(drawn, fields={**drawn.fields, "operands": "3729"})
         assert task.obeys(problem, text) == obeyed
@@ -114,12 +114,16 @@ def test_chain_steps_judge_each_step_by_its_own_input():
 
 
 def test_wrong_options_name_value_and_remedy():
-    for name, values in (("steps", (6, "often")), ("operands", ((1, 4), (5, 4), (5,)))):
-        for value in values:
-            with pytest.raises(
-                ValueError, match=rf"sums: {name}.* got .*; change config\.task\.{name}"
-            ):
-                make_task("sums", **{name: value})
+    for name, options in (
+        *(("steps", {"steps": steps}) for steps in (6, "often", "fine")),
+        *(("operands", bounds) for bounds in ({"operands_min": 1}, {"operands_min": 9})),
+        ("operands", {"operands_max": 101}),
+    ):
+        said = rf"sums: {name}.* got .*; change config\.task\.options\.{name}"
+        with pytest.raises(ValueError, match=said):
+            make_task("sums", **options)
+    with pytest.raises(ValueError, match=r"options\.operands_max is 'x'; it must be of type int"):
+        make_task("sums", operands_max="x")
 
 
 def test_what_is_written_out():

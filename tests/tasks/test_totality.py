@@ -54,7 +54,7 @@ def tasks(tmp_path_factory):
         make_task("tom", steps="mixed"),
         make_task("exploretom", str(folder / "stories.csv"), test_every=0),
         make_task("word_problems"),
-        make_task("blend", tasks=[make_task("sums"), make_task("tom")]),
+        make_task("blend", parts=("sums", "tom"), steps="free"),
     ]
     return [
         (task, [task.problem("train", i) for i in range(task.size("train") or 12)]) for task in made

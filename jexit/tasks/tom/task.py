@@ -56,10 +56,10 @@ class Tom(ChainTask):
 
     `steps`: `fine` (a line for every event that matters), `coarse` (a line for every change of what
     is asked for), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
-    drawn for each problem), or `mixed` (all of them, weighted by `MIXTURE`). `people`: the smallest
-    and the largest number of people; `moves`: of sentences that name a place or a topic, both
-    included. `kinds`: the kinds of question, equally often. A story with its question decides the
-    split (`split_of`), whatever the names and things in it.
+    drawn for each problem), or `mixed` (all of them, weighted by `MIXTURE`). `people_min` and
+    `people_max` bound the number of people, `moves_min` and `moves_max` that of sentences that name
+    a place or a topic. `kinds`: the kinds of question, equally often. A story with its question
+    decides the split (`split_of`), whatever the names and things in it.
 
     Places and what is false are balanced (`jexit.tasks.tom.stories`): the answer is each of a
     story's three places equally often, beliefs asked for are false in two of three problems, and
@@ -74,8 +74,10 @@ class Tom(ChainTask):
         self,
         *,
         steps: str = "free",
-        people: Sequence[int] = (3, 4),
-        moves: Sequence[int] = (4, 5),
+        people_min: int = 3,
+        people_max: int = 3,
+        moves_min: int = 3,
+        moves_max: int = 3,
         kinds: Sequence[str] = KINDS,
         seed: int = 0,
         rewards: Rewards | None = None,
@@ -85,11 +87,16 @@ class Tom(ChainTask):
         if not kinds or set(kinds) - set(KINDS):
             raise UserError(
                 f"tom: kinds are some of {', '.join(KINDS)}, got {tuple(kinds)}; "
-                "change config.task.kinds"
+                "change config.task.options.kinds"
             )
         self.mode = steps
-        self.people = check_range(self.name, "people", people, 2, len(NAMES))
-        self.moves = check_range(self.name, "moves", moves, PLACES)
+        self.people = check_range(self.name, "people", people_min, people_max, 2, len(NAMES))
+        self.moves = check_range(self.name, "moves", moves_min, moves_max, PLACES, 8)
+        if people_min == 2 and moves_max > 6:
+            raise UserError(
+                f"tom: moves_max is {moves_max} with people_min 2, and so few people rarely make "
+                "so long a story; set config.task.options.people_min to 3 or moves_max to at most 6"
+            )
         self.kinds = tuple(kinds)
         self.seed = seed
         self._stories = _stories(seed, self.kinds, self.people, self.moves)
@@ -157,6 +164,9 @@ class Tom(ChainTask):
         """Another place of the story; no for yes and yes for no."""
         possible = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
         return draw.choice([answer for answer in possible if answer != problem.answer])
+
+
+task = Tom
 
 
 @functools.lru_cache(maxsize=8)  # an evaluation asks for the same stories with other `steps`

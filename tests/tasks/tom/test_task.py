@@ -106,7 +106,10 @@ def test_modes_follow_the_steps_and_the_mixture():
 
 
 def test_kinds_people_and_moves_can_be_chosen():
-    task = make_task("tom", kinds=("memory", "knowledge"), people=(4, 5), moves=(5, 6))
+    task = make_task(
+        "tom", kinds=("memory", "knowledge"),
+        people_min=4, people_max=5, moves_min=5, moves_max=6,
+    )  # fmt: skip
     for index in range(12):
         problem = task.problem("train", index)
         assert problem.fields["kind"] in ("memory", "knowledge")
@@ -117,7 +120,7 @@ def test_kinds_people_and_moves_can_be_chosen():
 
 
 def test_no_story_is_on_both_sides_whatever_its_names():
-    quick = {"people": (2, 2), "moves": (3, 3), "kinds": ("memory",), "steps": "mixed"}
+    quick = {"people_min": 2, "people_max": 2, "kinds": ("memory",), "steps": "mixed"}
     seen = {}
     for seed, (split, count) in enumerate((("train", 400), ("val", 40), ("test", 40))):
         task = make_task("tom", seed=seed, **quick)
@@ -173,21 +176,24 @@ def test_wrong_answers_are_plausible_and_wrong(stories):
 
 
 def test_wrong_options_name_value_and_remedy():
-    for name, values, remedy in (
-        ("steps", ("often", "3"), r"change config\.task\.steps"),
-        ("people", ((1, 3), (3, 2), (3, 9)), r"change config\.task\.people_min or people_max"),
-        ("moves", ((2, 4), (4,)), r"change config\.task\.moves_min or moves_max"),
-        ("kinds", ((), ("desire",)), r"change config\.task\.kinds"),
+    for name, *wrong in (
+        ("steps", {"steps": "often"}, {"steps": "3"}),
+        ("people", {"people_min": 1}, {"people_max": 2}, {"people_max": 9}),
+        ("moves", {"moves_min": 2}, {"moves_max": 9}),
+        ("kinds", {"kinds": ()}, {"kinds": ("desire",)}),
     ):
-        for value in values:
-            with pytest.raises(ValueError, match=rf"tom: {name}.* got .*; {remedy}"):
-                make_task("tom", **{name: value})
+        for options in wrong:
+            said = rf"tom: {name}.* got .*; change config\.task\.options\.{name}"
+            with pytest.raises(ValueError, match=said):
+                make_task("tom", **options)
+    with pytest.raises(ValueError, match="so few people rarely make so long a story"):
+        make_task("tom", people_min=2, moves_max=8)
 
 
 def test_two_people_are_enough_for_a_problem():
     answers = collections.defaultdict(set)
     for kind in KINDS:
-        task = make_task("tom", kinds=(kind,), people=(2, 2), moves=(3, 4))
+        task = make_task("tom", kinds=(kind,), people_min=2, people_max=2, moves_max=4)
         for index in range(3 if kind in OF_PLACES else 16):
             answers[kind].add(task.problem("train", index).answer)
     assert answers["knowledge"] == answers["second_knowledge"] == {"yes", "no"}

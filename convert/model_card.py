@@ -1,0 +1,144 @@
+"""The model card of an export: base, task, settings, figures with intervals, how to load it."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jinja2
+
+from jexit.errors import MissingFile
+from jexit.io.hub import is_hub_id
+from jexit.io.model_source import ModelSource
+from jexit.report.runs import default_settings, settings
+from jexit.results import Evaluation, PolicyResult
+from jexit.untrusted import read_object
+
+CARD = "README.md"
+
+_TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
+_REMEDY = "it says how the model was made; restore it"
+# Where a run is and how long it may take is nobody's concern who loads its model.
+_LEFT_OUT = ("command", "preset", "model.", "task.name", "checkpoint.", "log.", "mesh.", "eval.")
+
+
+def model_card(
+    source: str, model: ModelSource, *, name: str, adapter: bool, evaluation: str = ""
+) -> str:
+    """The text of the card; `name` is OWNER/NAME or the directory's name.
+
+    What was measured comes from `evaluation` (an `eval.json` or its directory), else from what lies
+    in the run. Raises MissingFile or UserError for an evaluation that is not there or damaged.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    run = _run_of(pathlib.Path(source))
+    found = _evaluation(evaluation, run)
+    measured = Evaluation.read(found) if found else None
+    arch, stages = model.architecture, list(_stages(run))
+    results = measured.runs if measured else ()
+    metadata = ModelCardData(
+        base_model=model.source if is_hub_id(model.source) else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["jexit", "early-exit", "arxiv:2603.21376"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=str(measured.task["name"]),
+                dataset_name=f"{measured.task['name']}, {measured.split}",
+                metric_type="accuracy",
+                metric_name=f"accuracy, {result.policy}",
+                metric_value=round(result.accuracy, 4),
+            )
+            for result in results
+        ]
+        or None,
+    )
+    template = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(_TEMPLATE.read_text("utf-8"))
+    exits = ", ".join(map(str, model.exit_layers))
+    return template.render(
+        metadata=metadata.to_yaml(),
+        name=name,
+        path=name,
+        family=arch.family,
+        architecture=f"A {arch.family} model of {arch.layers} layers × {arch.width}",
+        exits=f"layers {exits}" if exits else "none: it has no exit heads",
+        adapter=adapter,
+        stages=stages,
+        task=measured.task["name"] if measured else "",
+        split=measured.split if measured else "",
+        problems=results[0].problems if results else 0,
+        results=[_row(result) for result in results],
+    )
+
+
+def _run_of(source: pathlib.Path) -> pathlib.Path | None:
+    """The run that made a model, given as itself or as its `model/`."""
+    return next((d for d in (source, source.parent) if _command(d / "config.json")), None)
+
+
+def _command(config: pathlib.Path) -> str:
+    values = read_object(config, _REMEDY) if config.is_file() else {}
+    return str(values.get("command", ""))
+
+
+def _evaluation(given: str, run: pathlib.Path | None) -> pathlib.Path | None:
+    if given:
+        path = pathlib.Path(given)
+        path = path / "eval.json" if path.is_dir() else path
+        if not path.is_file():
+            raise MissingFile(f"there is no evaluation at {path}; give what configs/eval.py wrote")
+        return path
+    places = (run / "eval" / "eval.json", run / "eval.json") if run else ()
+    return next(filter(pathlib.Path.is_file, places), None)
+
+
+def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
+    """The runs that led to the model, the first one first."""
+    if run is None:
+        return
+    config = read_object(run / "config.json", _REMEDY)
+    start = str(config.get("model", {}).get("path", ""))
+    if (before := pathlib.Path(start)) != run:
+        yield from _stages(_run_of(before))
+    own, defaults = settings(config), default_settings(config) or {}
+    changed = [
+        (key, value)
+        for key, value in own.items()
+        if key in defaults | {k: 0 for k in own if k.startswith("task.options.")}
+        and defaults.get(key) != value
+        and not key.startswith(_LEFT_OUT)
+    ]
+    yield {
+        "command": config["command"],
+        "start": start,
+        "task": own.get("task.name", ""),
+        "settings": changed,
+    }
+
+
+def _row(result: PolicyResult) -> Mapping[str, str]:
+    layers = result.layers_per_problem
+    return {
+        "policy": result.policy,
+        "accuracy": _share(result.accuracy, result.accuracy_ci95),
+        "depth": _share(result.depth_fraction, result.depth_fraction_ci95),
+        "layers": "–" if math.isnan(layers) else _number(layers, result.layers_per_problem_ci95),
+        "tokens": f"{result.completion_length:.1f}",
+    }
+
+
+def _share(value: float, interval: tuple[float, ...] | None) -> str:
+    ends = f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})" if interval else ""
+    return f"{100 * value:.1f} %{ends}"
+
+
+def _number(value: float, interval: tuple[float, ...] | None) -> str:
+    ends = f" ({interval[0]:.0f}–{interval[1]:.0f})" if interval else ""
+    return f"{value:.0f}{ends}"

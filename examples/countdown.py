@@ -1,0 +1,81 @@
+"""Countdown: make a number from others, each used once. A task of your own, whole in one file.
+
+    python -m jexit.main --config=configs/rl.py --config.task.name=examples/countdown.py \
+        --config.steps=50 --config.rl.accuracy_floor=0.3 --workdir=runs/countdown
+
+The shipped model has never seen such a problem. The command takes some minutes on two CPU cores, in
+which `reward/uses_them` rises and then `reward/makes_it`. The floor holds the price of depth back
+until three in ten are right. `--config.task.options.numbers=3` gives harder problems.
+"""
+
+import ast
+import itertools
+import operator
+import random
+
+import jexit
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def makes_it(completions, target, numbers, **columns):
+    """1 for an expression of all the numbers, each once, that comes to the target."""
+    return [
+        float(used == sorted(given) and value == wanted)
+        for (value, used), wanted, given in zip(
+            map(read, completions), target, numbers, strict=True
+        )
+    ]
+
+
+def uses_them(completions, numbers, **columns):
+    """The share of the expression's numbers that are given ones, each once."""
+    scores = []
+    for (_, used), given in zip(map(read, completions), numbers, strict=True):
+        shared = sum(min(used.count(n), given.count(n)) for n in set(given))
+        scores.append(shared / max(len(used), len(given)))
+    return scores
+
+
+def read(completion):
+    """What the first line comes to, up to an equals sign, and the numbers in it, sorted."""
+    used = []
+
+    def value(node):
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return node.value
+        raise ValueError("no sum, difference or product")
+
+    line = completion.strip().partition("\n")[0].partition("=")[0].strip()
+    try:
+        found = value(ast.parse(line[:100], mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None, []
+    return found, sorted(used)
+
+
+def problems(numbers, seed):
+    """Numbers from 2 to 12, and what they make when they are put together at random."""
+    draw = random.Random(seed)
+    for _ in itertools.repeat(None):
+        given = [draw.randint(2, 12) for _ in range(numbers)]
+        target = given[0]
+        for number in given[1:]:
+            target = draw.choice(list(OPERATIONS.values()))(target, number)
+        if target > 0:
+            shown = ", ".join(map(str, given[:-1])) + f" and {given[-1]}"
+            question = f"Make {target} from {shown}."
+            yield {"question": question, "target": target, "numbers": given}
+
+
+def task(numbers: int = 2, rows: int = 4000, seed: int = 0):
+    """What `config.task.name` names; its arguments are `config.task.options`."""
+    return jexit.rows_task(
+        train=list(itertools.islice(problems(numbers, seed), rows)),
+        prompt="question",
+        rewards={makes_it: 1.0, uses_them: 0.2},
+        correct=makes_it,
+    )

@@ -1,0 +1,187 @@
+"""A task by its short name, or by the file or module that holds it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from jexit.errors import MissingFile, UserError
+from jexit.settings import checked, shown
+from jexit.tasks.base import Rewards, Task
+from jexit.tasks.user_code import user_code
+
+# Short names of what anyone else writes as MODULE:NAME.
+ALIASES = {
+    "blend": "jexit.tasks.blend:task",
+    "exploretom": "jexit.tasks.exploretom:task",
+    "gsm8k": "jexit.tasks.gsm8k:task",
+    "sums": "jexit.tasks.sums:task",
+    "tom": "jexit.tasks.tom.task:task",
+    "word_problems": "jexit.tasks.word_problems:task",
+}
+# A generated task whose kind of problem files can hold too, and the task that reads them.
+READERS = {"tom": "exploretom"}
+
+_YOURS = "or FILE.py:NAME or MODULE:NAME for your own"
+
+
+def make_task(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    rewards: Rewards | None = None,
+    **options: Any,
+) -> Task:
+    """Makes the task that a config names.
+
+    `name` is a short name of `ALIASES`, or FILE.py:NAME or MODULE:NAME (NAME: `task` unless given)
+    of a `Task` or of what makes one when it is called with `options`. `path` says where a task
+    that reads files finds them; `tom` with a path is `exploretom`. `rewards` go to a task that
+    takes them. Raises UserError, in one sentence, for whatever is wrong with the name, the file or
+    the options.
+    """
+    found = _found(READERS.get(name, name) if path else name)
+    if isinstance(found, Task):
+        surplus = sorted(options) + (["path"] if path else [])
+        if surplus:
+            raise UserError(
+                f"{name} is a task that is made already and takes no {_option(surplus[0])}; make "
+                "it a function with that keyword"
+            )
+        return found
+    if not callable(found):
+        raise UserError(
+            f"{name} is {shown(found)}; it must be a jexit.tasks.Task, or a function that returns "
+            "one"
+        )
+    known, others = _keywords(found)
+    if path:
+        if "path" not in known and not others:
+            raise UserError(
+                f"task {name!r} reads no files, got path {str(path)!r}; leave config.task.path "
+                "empty"
+            )
+        options["path"] = path
+    if rewards is not None and ("rewards" in known or others):
+        options["rewards"] = rewards
+    for option, value in options.items():
+        if option in known:
+            options[option] = _checked(known[option], value, _option(option))
+        elif not others:
+            names = ", ".join(sorted(set(known) - {"path", "rewards"})) or "none"
+            raise UserError(f"task {name!r} has no option {option!r}; it takes {names}")
+    with user_code(f"task {name!r} cannot be made", _file_of(found)):
+        made = found(**options)
+    if not isinstance(made, Task):
+        raise UserError(
+            f"{name} returned {shown(made)}; it must return a jexit.tasks.Task, such as "
+            "jexit.rows_task(...) makes"
+        )
+    return made
+
+
+def known_options(name: str) -> set[str]:
+    """The options that a task takes; none of one that is made already."""
+    found = _found(name)
+    return set() if isinstance(found, Task) else set(_keywords(found)[0])
+
+
+def code_hash(name: str) -> str:
+    """SHA-256 of the file that holds a user's own task; empty for a task of jexit."""
+    if name in ALIASES:
+        return ""
+    file = inspect.getsourcefile(_module(name.rpartition(":")[0] or name))
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def _found(name: str) -> Any:
+    reference = ALIASES.get(name, name)
+    where, _, attribute = reference.rpartition(":")
+    if not where:
+        where, attribute = attribute, "task"
+    if where == name and not where.endswith(".py") and "." not in where:
+        raise UserError(
+            f"there is no task {shown(name)}; set config.task.name to one of "
+            f"{', '.join(sorted(ALIASES))}, {_YOURS}"
+        )
+    module = _module(where)
+    if not hasattr(module, attribute):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise UserError(
+            f"{where} has no {attribute!r}, only {', '.join(public) or 'nothing'}; name one that "
+            "is a jexit.tasks.Task, as in FILE.py:NAME"
+        )
+    return getattr(module, attribute)
+
+
+def _module(where: str) -> types.ModuleType:
+    if where.endswith(".py"):
+        path = pathlib.Path(where).expanduser()
+        if not path.is_file():
+            raise MissingFile(
+                f"there is no task file {where}; give a path from {pathlib.Path.cwd()}, where the "
+                "command runs, or an absolute one"
+            )
+        return _from_file(path.resolve(), path.read_bytes())
+    _importable(pathlib.Path.cwd())
+    with user_code(f"the module {where} cannot be imported", None):
+        return importlib.import_module(where)
+
+
+@functools.lru_cache(maxsize=16)
+def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
+    """The module in a file, run once for each text that the file has had."""
+    digest = hashlib.sha256(source).hexdigest()[:16]
+    name = f"jexit_task_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _importable(path.parent)
+    sys.modules[name] = module  # dataclasses and pickles look their module up
+    with user_code(f"the task file {path} cannot be read", str(path)):
+        exec(compile(source, str(path), "exec"), vars(module))
+    return module
+
+
+def _importable(folder: pathlib.Path) -> None:
+    """Neighbours of a file can be imported, as they can be when Python runs it."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """(each keyword that it takes, with its annotation; whether it takes any other)."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+        makes = found.__init__ if isinstance(found, type) else found
+        hints = typing.get_type_hints(makes, include_extras=True)
+    except (ValueError, TypeError, NameError):
+        return {}, True
+    known = {p.name: hints.get(p.name) for p in parameters if p.kind not in (p.VAR_KEYWORD,)}
+    return known, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    """The value, if its keyword says that it is a plain one and it is; any where it does not."""
+    return checked(hint, value, where) if hint in (bool, int, float, str) else value
+
+
+def _option(name: str) -> str:
+    return "config.task.path" if name == "path" else f"config.task.options.{name}"
+
+
+def _file_of(found: Any) -> str | None:
+    try:
+        return inspect.getsourcefile(found)
+    except TypeError:
+        return None

@@ -1,0 +1,272 @@
+"""A task made of rows and reward functions."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jexit.errors import MissingFile, UserError
+from jexit.settings import shown
+from jexit.tasks.base import Attempt, Message, Problem, Split, Verdict, conversation_fault
+from jexit.tasks.files import FileTask, Row, Source
+from jexit.tasks.gsm8k import read_jsonl
+from jexit.tasks.reward_functions import GIVEN, RewardFunction
+
+# Mappings in any sequence (a list, a Hugging Face Dataset, a Grain source), or where they are.
+Rows = Sequence[Mapping[str, Any]] | str | os.PathLike[str]
+
+CORRECT = 0.5  # the least that `correct` returns for what accuracy counts
+
+_HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test": "test"}
+
+
+class RowsTask(FileTask):
+    """See `rows_task`, which makes it."""
+
+    name = "rows"
+
+    def __init__(
+        self,
+        *,
+        rows: Mapping[Source, Rows],
+        prompt: str,
+        completion: str | None,
+        rewards: Mapping[RewardFunction, float],
+        correct: RewardFunction,
+        test_every: int,
+    ) -> None:
+        super().__init__(path=None, instruction="", test_every=test_every, rewards=None)
+        self._rows, self._prompt, self._completion = dict(rows), prompt, completion
+        self._functions, self._correct = dict(rewards), correct
+        self._seen: list[str] = []  # columns, of the first row that was read
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return self.judge([problem], [Attempt(text=completion)])[0]
+
+    def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
+        """Calls every function once, with all completions."""
+        if not problems:
+            return []
+        rows = [problem.fields for problem in problems]
+        arguments = {name: [row.get(name) for row in rows] for name in self._seen}
+        tokens = [list(attempt.ids) for attempt in attempts]
+        arguments |= {
+            "prompts": [row[self._prompt] for row in rows],
+            "completions": [
+                attempt.text
+                if isinstance(row[self._prompt], str)
+                else [{"role": "assistant", "content": attempt.text}]
+                for row, attempt in zip(rows, attempts, strict=True)
+            ],
+            "tokens": tokens,
+            "completion_ids": tokens,
+            "depths": [list(attempt.depths) for attempt in attempts],
+        }
+        prompts = [problem.prompt for problem in problems]
+        made = {
+            function: function(arguments, prompts, seconds=self.time_limit)
+            for function in dict.fromkeys((*self._functions, self._correct))
+        }
+        return [self._verdict({f: made[f][i] for f in made}) for i in range(len(problems))]
+
+    def _verdict(self, made: Mapping[RewardFunction, float | None]) -> Verdict:
+        earned = {f: made[f] for f in self._functions if made[f] is not None}
+        right = made[self._correct]
+        kind = "none" if right is None else "strict" if right >= CORRECT else "wrong"
+        return Verdict(
+            kind=kind,
+            reward=sum(self._functions[f] * reward for f, reward in earned.items()),
+            parts={f.name: reward for f, reward in earned.items()},
+        )
+
+    def _sources(self) -> Mapping[Source, Iterable[Row]]:
+        return {source: _read(rows, source) for source, rows in self._rows.items()}
+
+    def _fault(self, row: dict[str, Any]) -> str | None:
+        if not self._seen:
+            self._seen = [name for name in row if name not in GIVEN]
+            for function in (*self._functions, self._correct):
+                function.check(self._seen)
+            for column in filter(None, (self._prompt, self._completion)):
+                if column not in row:
+                    raise UserError(
+                        f"the rows have no column {column!r}, only {', '.join(map(str, row))}; "
+                        "name one of them to rows_task"
+                    )
+        fault = conversation_fault(row.get(self._prompt))
+        if fault:
+            return f"{self._prompt!r} {fault}"
+        if self._completion and _text_of(row.get(self._completion)) is None:
+            return f"{self._completion!r} is no text"
+        return None
+
+    def _to_problem(self, row: dict[str, Any]) -> Problem:
+        said = row[self._prompt]
+        messages: Sequence[Message] = (
+            [{"role": "user", "content": said}] if isinstance(said, str) else said
+        )
+        answer = row.get("answer", "")
+        return Problem(
+            prompt=messages[-1]["content"],
+            answer=answer if isinstance(answer, str) else str(answer),
+            completion=_text_of(row[self._completion]) if self._completion else None,
+            earlier=tuple(messages[:-1]),
+            fields=row,
+        )
+
+    def _group(self, problem: Problem) -> str:
+        return repr(problem.messages)
+
+
+def rows_task(
+    *,
+    train: Rows,
+    test: Rows | None = None,
+    val: Rows | None = None,
+    prompt: str = "prompt",
+    completion: str | None = None,
+    rewards: Mapping[Callable[..., Any], float] | Sequence[Callable[..., Any]] | Callable[..., Any],
+    correct: Callable[..., Any] | None = None,
+    test_every: int = 8,
+) -> RowsTask:
+    """A task of rows and reward functions, such as a file for `config.task.name` holds.
+
+    Args:
+      train: Rows: a sequence of mappings; the path of a JSONL, CSV or Parquet file; or
+        `hf:OWNER/NAME[:CONFIG]`, a data set of the Hugging Face hub with the split of that name.
+      test: Rows, as `train`; without them every `test_every`-th prompt of `train` is held out.
+      val: Rows, as `train`; without them one in sixteen of the prompts that are left is held out.
+      prompt: Column with the user's message, or with chat messages (`role` and `content`) of which
+        the user's is the last.
+      completion: Column with reference completions, which `configs/finetune.py` learns.
+      rewards: Functions with their weights (1 unless given). Each is called with keywords:
+        `prompts` and `completions` (texts, or messages where the prompts are), `tokens` and
+        `depths` (a list of numbers for each completion; a depth is the number of layers that ran
+        for the token), and every column; it returns a number or None for each completion. A None
+        is left out of the sum. Functions may be asynchronous.
+      correct: The function whose value of at least 0.5 accuracy counts; the first unless given.
+      test_every: Of how many prompts one is held out to test with; 0: none.
+
+    Returns:
+      The task. Its metrics are `reward/NAME` for each function.
+
+    Raises:
+      UserError: For functions that are none, or share a name.
+    """
+    weighted = rewards if isinstance(rewards, Mapping) else None
+    if weighted is None:
+        weighted = dict.fromkeys([rewards] if callable(rewards) else rewards, 1.0)
+    functions = {}
+    for function, weight in weighted.items():
+        if not callable(function):
+            raise UserError(
+                f"a reward is {shown(function)}; give functions, such as {{right: 1.0}}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise UserError(f"the weight of {function} is {shown(weight)}; give a number")
+        functions[RewardFunction(function)] = float(weight)
+    names = [function.name for function in functions]
+    if not names or len(set(names)) < len(names):
+        raise UserError(
+            f"rewards has the functions {', '.join(names) or 'of an empty list'}; give at least "
+            "one, each with a name of its own"
+        )
+    given = {"whole" if test is None else "train": train, "val": val, "test": test}
+    return RowsTask(
+        rows={source: each for source, each in given.items() if each is not None},
+        prompt=prompt,
+        completion=completion,
+        rewards=functions,
+        correct=next(iter(functions)) if correct is None else RewardFunction(correct),
+        test_every=test_every,
+    )
+
+
+def _read(rows: Rows, source: Source) -> Iterator[Row]:
+    """Each row with its place, or why it is none."""
+    if not isinstance(rows, (str, os.PathLike)):
+        for index in range(len(rows)):
+            row = rows[index]
+            yield f"row {index}", dict(row) if isinstance(row, Mapping) else "not a mapping"
+        return
+    if str(rows).startswith("hf:"):
+        yield from _read(_hub_rows(str(rows), source), source)
+        return
+    path = pathlib.Path(rows).expanduser()
+    if not path.is_file():
+        raise MissingFile(
+            f"there is no file {rows} with rows; give a JSONL, CSV or Parquet file, or "
+            "hf:OWNER/NAME"
+        )
+    readers: dict[str, Callable[[pathlib.Path], Iterator[Row]]] = {
+        ".jsonl": read_jsonl, ".csv": _csv_rows, ".parquet": _parquet_rows,
+    }  # fmt: skip
+    if path.suffix not in readers:
+        raise UserError(f"{path} is none of {', '.join(readers)}; name the file by what it holds")
+    yield from readers[path.suffix](path)
+
+
+def _csv_rows(file: pathlib.Path) -> Iterator[Row]:
+    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield f"{file}:{reader.line_num}", f"no CSV row ({error})"
+                return
+            if row is None:
+                return
+            whole = None not in row and None not in row.values()
+            yield f"{file}:{reader.line_num}", row if whole else "not one value a column"
+
+
+def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{file} is no Parquet file that can be read ({reason})") from error
+    for index, row in enumerate(rows):
+        yield f"{file}[{index}]", row
+
+
+@functools.lru_cache(maxsize=8)
+def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
+    """A split of a data set of the Hugging Face hub, from its cache or downloaded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{reference} needs the datasets library, which is not installed: pip install "
+            "'jexit[hub]'"
+        ) from error
+    name, _, config = reference.removeprefix("hf:").partition(":")
+    split = _HUB_SPLITS.get(source, "train")
+    try:
+        return datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the library's errors have no common base
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{reference}, split {split}, cannot be loaded ({type(error).__name__}: {reason}); "
+            "give hf:OWNER/NAME or hf:OWNER/NAME:CONFIG of a data set that has it"
+        ) from error
+
+
+def _text_of(value: Any) -> str | None:
+    """A text, or that of the one message in a list; None for what is neither, or empty."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
+        value = value[0].get("content") if isinstance(value[0], Mapping) else None
+    if not isinstance(value, str) or not value.strip():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return None
+    return value
