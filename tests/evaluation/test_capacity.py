@@ -140,7 +140,8 @@ def capacity_of(up_to, **settings):
     tokenizer = Tokenizer.load(TINY_CALIBRATED_PATH)
 
     def with_steps(steps):
-        task = load_task(dataclasses.replace(config.task, steps=steps), "test")
+        options = config.task.options | {"steps": steps}
+        task = load_task(dataclasses.replace(config.task, options=options), "test")
         return Examination.of(task, tokenizer, config)
 
     measurer = Measurer(
