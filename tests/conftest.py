@@ -14,9 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before JAX first looks for devices, and in this process only: commands that tests start see one.
 jax.config.update("jax_num_cpu_devices", 8)
-# Optimising what tests compile for a CPU takes longer than running it; the variable has its say.
+# Optimising what tests compile for a CPU takes longer than running it, here and in the commands
+# that tests start; the variable has its say.
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

@@ -52,7 +52,7 @@ WRONG = [
     ("--config.rl=3", "config.rl is '3'; it holds settings: set config.rl.KEY instead"),
     ("--config.mesh.data=16", "data 16 × fsdp 1 × tensor 1 = 16 devices and there are 8; lower"),
     ("--config.task.max_prompt_tokens=3", "over the limit of 3: "),
-    ("--config.task.name=chess", "'chess'; choose one of sums"),
+    ("--config.task.name=chess", "there is no task 'chess'; set config.task.name to one of"),
     ("--config.model.path=nowhere", "no model directory at 'nowhere'"),
     ("--config.model.path=runs/sft-qwen3-4b", "make it with python -m jexit.main --config"),
     ("--steps=3", "--steps is no option; it is a setting: use --config.steps"),

@@ -14,12 +14,18 @@ from flax.traverse_util import flatten_dict
 from jexit.config import Config
 from jexit.dist import barrier, from_primary, gather, is_primary
 from jexit.errors import UserError
-from jexit.io.files import disk_errors, take_lock, to_jsonable, write_json_atomic
+from jexit.io.files import (
+    disk_errors,
+    take_lock,
+    to_jsonable,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from jexit.io.provenance import record_start
 from jexit.tasks.references import code_hash
 from jexit.untrusted import read_object
 
-CODE = "task_code"  # in config.json: SHA-256 of the file that holds a user's own task
+CODE = "task.sha256"  # of the file with a user's own task
 LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued: they do not alter what was computed before.
@@ -96,14 +102,8 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
     stored = read_object(path, f"remove {workdir} to start over, or choose another --workdir")
     # A setting that came with a later version had what is its default now; one that went is none.
     defaults = Config(command="rl").to_dict()
-    new, old = (flatten_dict(to_jsonable(each), sep=".") for each in (_identity(config), defaults))
+    new, old = (flatten_dict(to_jsonable(each), sep=".") for each in (config.to_dict(), defaults))
     old |= flatten_dict(stored, sep=".")
-    code = new.pop(CODE)
-    if old.pop(CODE, code) != code:
-        raise UserError(
-            f"{workdir} holds a run with another text of {config.task.name}; choose another "
-            f"--workdir, bring that text back, or delete {CODE} in {path} to go on with this one"
-        )
     for key in sorted(new.keys() | {key for key in old if key.startswith("task.options.")}):
         was, now = (each.get(key, "unset") for each in (old, new))
         if was != now and key.split(".")[0] not in CONTINUABLE:
@@ -111,11 +111,13 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
                 f"{workdir} holds a run with config.{key}={was}, and this one has {now}; "
                 "choose another --workdir, or the same settings to continue it"
             )
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """What `config.json` says: the config, and which text a user's own task had."""
-    return config.to_dict() | {CODE: code_hash(config.task.name)}
+    code = workdir / CODE
+    if code.exists() and code.read_text().strip() != code_hash(config.task.name):
+        raise UserError(
+            f"{workdir} was started with another version of the task file {config.task.name}; "
+            f"choose another --workdir, restore that version, or delete {code} to continue with "
+            "this one"
+        )
 
 
 def start_run(workdir: pathlib.Path, config: Config) -> None:
@@ -127,7 +129,9 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
     check_same_run(workdir, config)
     path = workdir / "config.json"
     if is_primary():
-        write_json_atomic(path, _identity(config))
+        write_json_atomic(path, config.to_dict())
+        if code := code_hash(config.task.name):
+            write_bytes_atomic(workdir / CODE, code.encode())
         record_start(workdir)
     barrier("opening the workdir")
     blind = [host for host, sees in enumerate(gather("the workdir", path.exists())) if not sees]

@@ -25,7 +25,7 @@ def config(**changes):
     for key, value in changes.items():
         section, _, name = key.partition("__")
         values[section] = values[section] | {name: value} if name else value
-    return values
+    return Config.from_dict(values)
 
 
 def test_a_run_continues_with_the_same_config(tmp_path):
@@ -34,7 +34,7 @@ def test_a_run_continues_with_the_same_config(tmp_path):
     assert not workdir.exists()
     start_run(workdir, config())
     stored = json.loads((workdir / "config.json").read_text())
-    assert Config.from_dict(stored) == Config.from_dict(config())
+    assert Config.from_dict(stored) == config()
     # What does not alter the past may change.
     start_run(workdir, config(steps=500, checkpoint__every=7, log__samples=2, mesh__fsdp=2))
     assert json.loads((workdir / "config.json").read_text())["steps"] == 500
@@ -60,6 +60,7 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
     for changes, words in (
         ({"rl__depth_coef": 0.9}, "config.rl.depth_coef=0.5, and this one has 0.9"),
         ({"exits__layers": (2, 4)}, "config.exits.layers=[], and this one has [2, 4]"),
+        ({"task__options": {"steps": 3}}, "config.task.options.steps=unset, and this one has 3"),
         ({"seed": 1, "batch_size": 4}, "config.batch_size=32, and this one has 4"),
     ):
         words = f"{tmp_path} holds a run with {re.escape(words)}; choose another --workdir, or the"

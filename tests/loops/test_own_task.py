@@ -97,20 +97,6 @@ def test_a_mistake_in_the_third_batch_loses_nothing(model_dir, tmp_path, task_fi
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_another_text_of_the_task_does_not_go_on_by_itself(model_dir, tmp_path, task_file):
-    own, workdir = {"task__name": str(task_file), "steps": 2}, tmp_path / "run"
-    task_file.write_text(ROWS + REWARDS + TASK)
-    run("rl", model_dir, workdir, **own)
-    task_file.write_text(ROWS + REWARDS + TASK.replace("0.5", "0.6"))
-    with pytest.raises(UserError, match=r"another text of .*mine.py; .* or delete task_code in"):
-        run("rl", model_dir, workdir, **own | {"steps": 3})
-    config = json.loads((workdir / "config.json").read_text())
-    assert len(config.pop("task_code")) == 64
-    (workdir / "config.json").write_text(json.dumps(config))
-    run("rl", model_dir, workdir, **own | {"steps": 3})
-    assert metrics(workdir)[-1]["step"] == 3
-
-
 def test_on_the_command_line_it_is_a_sentence_and_an_exit_code(
     model_dir, tmp_path, task_file, capsys
 ):

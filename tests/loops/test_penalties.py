@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jexit.config import RLConfig
-from jexit.evaluation.decoder import Attempt
 from jexit.loops.penalties import (
     PATIENCE,
     AccuracyFloor,
@@ -14,7 +13,7 @@ from jexit.loops.penalties import (
     PenaltySchedule,
     penalised_reward,
 )
-from jexit.tasks import Rewards
+from jexit.tasks import Attempt, Verdict
 
 
 def schedule_of(rl):
@@ -133,6 +132,9 @@ def test_the_watch_goes_on_where_it_was():
     assert said[0] and resumed.state()["watch"].tolist() == watch.state()["watch"].tolist()
 
 
+VERDICTS = (Verdict(kind="wrong", reward=0.0), Verdict(kind="strict", reward=1.0))
+
+
 def score(rl, *, correct, depths, of=10):
     """The reward of ten completions with these depths, `correct` of which are correct."""
     made = [
@@ -140,12 +142,11 @@ def score(rl, *, correct, depths, of=10):
             ids=[0] * len(depths),
             text="",
             depths=depths,
-            verdict="strict" if number < correct else "wrong",
-            truncated=False,
+            verdict=VERDICTS[number < correct],
         )
         for number in range(of)
     ]
-    return penalised_reward(rl, rl.accuracy_floor, Rewards(), made, 8)
+    return penalised_reward(rl, rl.accuracy_floor, made, 8)
 
 
 def test_the_best_checkpoint_is_scored_at_the_full_penalties():
