@@ -22,7 +22,7 @@ def cached(hub_id: str) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return pathlib.Path(snapshot_download(hub_id, local_files_only=True))
+        return pathlib.Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=FILES))
     except Exception as error:  # the library raises many kinds when nothing is cached
         raise MissingFile(
             f"there is no directory {hub_id}, nor a model of that name in the hub's local cache; "

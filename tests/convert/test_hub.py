@@ -31,7 +31,7 @@ def convert(module, *options, **environment):
     done = subprocess.run(
         [sys.executable, "-m", f"convert.{module}", *options],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         | {name: str(value) for name, value in environment.items()},
     )  # fmt: skip
     assert "Traceback" not in done.stderr
@@ -94,7 +94,7 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path):
             "to_hf", f"--source={trained}", f"--target={out}", "--push=me/exits", **here,
             HF_TOKEN=TOKEN,
         )  # fmt: skip
-        assert code == 0 and "; uploaded to me/exits" in said
+        assert code == 0 and "; uploaded to me/exits" in said, said
         assert server.private == {"me/exits": True}
         files = {path.name: path.read_bytes() for path in out.iterdir()}
         assert hub["me/exits"].items() >= files.items()
@@ -105,7 +105,8 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path):
         code, said = convert("from_hf", *asked, **here)
         assert code == 1 and "convert.from_hf --download" in said and server.fetched == []
         code, said = convert("from_hf", *asked, "--download", **here)
-        assert code == 0 and "pytorch_model.bin" not in server.fetched
+        assert code == 0, said
+        assert "pytorch_model.bin" not in server.fetched
         for options, words in (
             (["--source=me/nothing"], "me/nothing cannot be fetched"),
             (

@@ -78,6 +78,20 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
             check_same_run(tmp_path, config())
 
 
+def test_another_version_of_the_users_task_does_not_continue_by_itself(tmp_path):
+    file, run = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text("task = None")
+    start_run(run, config(task__name=f"{file}:task"))
+    start_run(run, config(task__name=f"{file}:task", steps=500))
+    file.write_text("task = 1")
+    for refuse in (check_same_run, start_run):
+        with pytest.raises(UserError, match=r"another version of the task file .* or delete .*task"):
+            refuse(run, config(task__name=f"{file}:task"))
+    (run / "task.sha256").unlink()
+    start_run(run, config(task__name=f"{file}:task"))
+    assert (run / "task.sha256").exists()
+
+
 def test_the_law_of_depths_is_that_of_the_run(tmp_path):
     changed = {"rl__min_hazard": 0.02, "rl__hazard_temperature": 1.5}
     aim = {"sharpness": 7.0, "target": "student"}

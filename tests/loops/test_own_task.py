@@ -47,19 +47,10 @@ def task_file(tmp_path, monkeypatch):
     return tmp_path / "mine.py"
 
 
-def test_every_command_takes_a_users_file(model_dir, tmp_path, task_file):
+def test_training_and_evaluation_take_a_users_file(model_dir, tmp_path, task_file):
     task_file.write_text(ROWS + REWARDS + TASK)
     own = {"task__name": f"{task_file}:task", "steps": 2}
-    run(
-        "finetune",
-        model_dir,
-        tmp_path / "finetune",
-        **own,
-        lora__rank=0,
-        finetune__max_new_tokens=8,
-    )
-    run("sft", model_dir, tmp_path / "sft", **own)
-    run("rl", tmp_path / "sft", tmp_path / "rl", **own)
+    run("rl", model_dir, tmp_path / "rl", **own)
     run("eval", tmp_path / "rl", tmp_path / "eval", **own, eval__measures=("exits",))
     for row in metrics(tmp_path / "rl"):
         assert 0 <= row["reward/has"] <= 1 and row["reward/shallow"] < 0
@@ -78,7 +69,6 @@ def test_every_command_takes_a_users_file(model_dir, tmp_path, task_file):
     ("fault", "said"),
     [
         ("return [0.0]", "'broken' returned 1 values for 8 completions"),
-        ("return [float('nan')] * 8", r"'broken' returned nan for completion 0"),
         ("open('/nowhere')", r"'broken' failed \(.*mine.py, line \d+: FileNotFoundError"),
         ("\n        while True: pass", "'broken' took longer than 0.5 s"),
     ],
@@ -124,7 +114,7 @@ def test_the_example_of_the_docs_runs_as_it_stands(model_dir, tmp_path, task_fil
     assert {"reward/right", "reward/brief"} < metrics(tmp_path / "run")[0].keys()
 
 
-def test_countdown_judges_expressions(model_dir, tmp_path):
+def test_countdown_judges_expressions():
     reference = f"{ROOT / 'examples' / 'countdown.py'}:task"
     task = make_task(reference, numbers=3, rows=200)
     for index in range(40):
@@ -143,7 +133,6 @@ def test_countdown_judges_expressions(model_dir, tmp_path):
         for text, uses in ((f"{numbers[0]}", 1 / 3), (f"{solved[0]}+1", 3 / 4), ("", 0), ("a", 0)):
             assert task.verify(problem, text).parts == {"makes_it": 0.0, "uses_them": uses}
         assert not task.verify(problem, "(" * 90 + "1").correct
-    run("rl", model_dir, tmp_path / "run", task__name=reference, steps=1)
 
 
 @pytest.mark.slow
