@@ -134,7 +134,7 @@ def test_wrong_inputs_get_one_sentence(model):
         ([message + spoken], {}, "prompt 0 is .*, which does not end with the user's message; "),
         ([7], {}, "prompt 0 is 7, which is neither a text nor chat messages; give"),
         (["a", ""], {"chat": False}, "prompt 1 is empty, but a prompt needs"),
-        (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens .* at most 4"),
+        (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens, .* at most 4"),
         (["a"], {"policy": Sample}, "policy is the class Sample, but it must be an instance"),
         (["a"], {"policy": Threshold(2.0)}, r"Threshold has hazard 2\.0, .* from 0 .* to 1"),
         (["a"], {"policy": Prescribed(99)}, "Prescribed has depth 99, but a token of this model"),
