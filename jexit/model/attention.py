@@ -1,4 +1,4 @@
-"""Grouped-query attention with the projections of every layer stacked, computed by name."""
+"""Grouped-query attention, with stacked projections of all layers and named implementations."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ Padding = Literal["right", "left"]
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Positions from which `auto` takes splash attention on a TPU.
 SPLASH_FROM = 2048
-# Segments n · BRANCHES + b that share a trunk: b = 0, which all others see beside themselves.
+# Segments n · BRANCHES + b share the trunk n · BRANCHES, which each of them sees beside itself.
 BRANCHES = 1 << 12
 
 
 class KeysValues(NamedTuple):
-    """Keys (rotated) and values of one layer, each [B, S, K, H]."""
+    """The rotated keys and the values of one layer, each [B, S, K, H]."""
 
     keys: Float[Array, "B S K H"]
     values: Float[Array, "B S K H"]
 
 
 class Attention(nnx.Module):
-    """Projections q, k, v, o; QKV bias in Qwen2, query and key norms in Qwen3, neither in Llama."""
+    """The attention projections q, k, v and o of all layers.
+
+    Qwen2 has biases on q, k and v, Qwen3 has query and key norms, and Llama has neither.
+    """
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         query = (arch.query_heads, arch.head_dim)
@@ -69,7 +72,7 @@ class Attention(nnx.Module):
     def queries(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> Float[Array, "B T N H"]:
-        """Normed and rotated queries of the block's normed input."""
+        """Returns the queries of the block's normed input, after the optional norm and rotation."""
         q_BTNH = self.q(x_BTD, adapters=adapters, dropout_key=key)
         if self.q_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
@@ -78,7 +81,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Normed and rotated keys, and values, of the block's normed input."""
+        """Returns keys, after the optional norm and rotation, and values of the normed input."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])
@@ -88,22 +91,22 @@ class Attention(nnx.Module):
 
 
 def check_attention(name: str) -> None:
-    """Raises UserError when the platform at hand cannot run the implementation of that name."""
+    """Raises UserError if the current platform cannot run the named implementation."""
     needs, found = PLATFORMS.get(name), target().platform
     if needs is not None and needs != found:
         raise UserError(
-            f"config.model.attention={name} needs a {needs.upper()}, found {found}; set "
-            "config.model.attention=auto, which picks what runs there"
+            f"config.model.attention={name} needs a {needs.upper()}, but the platform is {found}; "
+            "set config.model.attention=auto, which picks an implementation that runs there"
         )
 
 
 def choose_attention(name: str, length: int) -> str:
-    """The implementation that `name` means for sequences of `length` on the platform at hand.
+    """Returns the implementation that `name` means for this length on the current platform.
 
-    `auto` is `splash` on a TPU for 2,048 positions and more, where `xla` holds scores of over
-    4·N·T² bytes a row (0.8 GB for Qwen3-4B, and 3.2 GB at 4,096); everywhere else it is `xla`. No
-    chip has timed the two: the length comes from what the compiler says of memory, which at 1,024
-    positions is no reason to change.
+    `auto` means `splash` on a TPU from 2,048 positions on, and `xla` everywhere else. At 2,048
+    positions `xla` would need over 4·N·T² bytes per row for its scores (0.8 GB for Qwen3-4B, and
+    3.2 GB at 4,096). The two have not been timed on a chip. The limit comes from the compiler's
+    figures for memory, which are no reason to change at 1,024 positions.
     """
     if name != "auto":
         return name
@@ -121,16 +124,16 @@ def attend(
     implementation: str = "xla",
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q·k / sqrt(H)) · v over the valid keys at or before each query.
+    """Returns softmax(q·k / sqrt(H)) · v over the valid keys at or before each query.
 
-    For whole sequences, whose keys are the queries' own positions (one query a row over a cache is
-    `Cache.attend`). `valid_BT` is False at padding, which lies on the side that `padding` says;
-    queries there get finite values that nobody reads. With `branches`, segment n · BRANCHES is a
-    trunk that the segments n · BRANCHES + b see as well, in rows in which it comes before them.
+    Queries and keys are whole sequences with the same positions; `Cache.attend` serves one query
+    per row over a cache. `valid_BT` is False at padding, which is on the side that `padding` names;
+    the results there are finite but have no meaning. With `branches`, segment n · BRANCHES is a
+    trunk, and the segments n · BRANCHES + b that come after it in its row see it too.
 
-    The named implementation runs or raises UserError: `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats),
-    `splash` (TPUs, no branches), or `auto` for one of them. `interpret` runs splash attention on
-    any platform, very slowly.
+    `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches),
+    or `auto`, which picks `xla` or `splash`. Raises UserError if the implementation cannot run
+    here. `interpret` runs splash attention on any platform, very slowly.
     """
     chosen = choose_attention(implementation, q_BTNH.shape[1])
     if chosen == "xla":
@@ -145,8 +148,9 @@ def attend(
     if chosen == "splash":
         if branches:
             raise UserError(
-                f"splash attention (config.model.attention={implementation}) has no mask for texts "
-                "that share a trunk; give each its own, or set config.model.attention=xla"
+                f"splash attention (config.model.attention={implementation}) does not support "
+                "texts that share a trunk; give each text its own trunk, or set "
+                "config.model.attention=xla"
             )
         if not interpret:
             check_attention(chosen)
@@ -163,7 +167,7 @@ def attend(
 
 
 def _visible(segment_BT: Array, branches: bool) -> Array:
-    """[B, 1, T, S]: whether query and key are of one text, or the key of its trunk."""
+    """Returns a mask [B, 1, T, S]: True if the key is in the query's text or, if any, its trunk."""
     query_BNTS, key_BNTS = segment_BT[:, None, :, None], segment_BT[:, None, None, :]
     same_BNTS = query_BNTS == key_BNTS
     if not branches:
@@ -180,11 +184,11 @@ def _cudnn(
     padding: Padding,
     branches: bool,
 ) -> Array:
-    """cuDNN's flash attention; segments and padding on the left cost it a mask [B, 1, T, T]."""
+    """Runs cuDNN's flash attention; segments and left padding need a mask [B, 1, T, T]."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
-            f"config.model.attention=cudnn takes bfloat16 or float16, found {q_BTNH.dtype}; set "
-            "config.model.dtype=bfloat16 or config.model.attention=xla"
+            "config.model.attention=cudnn supports only bfloat16 and float16, but the dtype is "
+            f"{q_BTNH.dtype}; set config.model.dtype=bfloat16 or config.model.attention=xla"
         )
     mask_BNTS = length_B = None
     if seen_BT is not None and seen_BT.dtype != jnp.bool_:

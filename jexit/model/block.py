@@ -1,4 +1,4 @@
-"""One transformer block; the module holds every layer's parameters on a leading axis."""
+"""The transformer block, whose module contains the parameters of all layers on a leading axis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from jexit.presets import Architecture
 
 
 class Block(nnx.Module):
-    """h += o(attention(norm(h))); h += mlp(norm(h)); `skipped` for tokens that have left."""
+    """A transformer block: h += o(attention(norm(h))), then h += mlp(norm(h)).
+
+    For tokens that have left, `skipped` updates the residual instead.
+    """
 
     def __init__(
         self,
@@ -50,10 +53,10 @@ class Block(nnx.Module):
         adapters: bool = True,
         dropout_key: PRNGKey | None = None,
     ) -> tuple[HiddenBTD, KeysValues]:
-        """One layer over whole sequences; returns the new residual and this layer's keys/values.
+        """Runs one layer over whole sequences; returns the new residual and the keys and values.
 
-        `attend` mixes the values by queries [B, T, N, H] and keys: `jexit.model.attention.attend`
-        with its settings.
+        `attend` is a function of queries [B, T, N, H] and `KeysValues`, such as
+        `jexit.model.attention.attend` with its other arguments set.
         """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)
@@ -63,7 +66,7 @@ class Block(nnx.Module):
         return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
 
     def skipped(self, h: Array) -> Array:
-        """The residual [..., D] of a token that has left, after this layer that it does not run."""
+        """Returns the residual [..., D] of a token that has left, after it skips this layer."""
         return h if self.continuation is None else self.continuation(h)
 
     def finish(
@@ -74,6 +77,6 @@ class Block(nnx.Module):
         adapters: bool = True,
         keys: tuple[PRNGKey | None, PRNGKey | None] = (None, None),
     ) -> HiddenBTD:
-        """The block after attention: output projection, residual, MLP, residual."""
+        """Runs the block's steps after attention: output projection, residual, MLP, residual."""
         h_BTD = h_BTD + self.attn.o(mixed_BTNH, adapters=adapters, dropout_key=keys[0])
         return h_BTD + self.mlp(self.mlp_norm(h_BTD), adapters=adapters, dropout_key=keys[1])

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, for decoding one token of a row at a time."""
+"""The KV cache: keys and values of the tokens so far, for decoding one token per row at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jexit.model.attention import KeysValues
 from jexit.model.sharded_attention import cache_heads, decode_over_mesh, over_heads
 from jexit.presets import Architecture
 
-SMALLEST_CACHE = 128  # slots, as many as XLA's attention reads at once
+SMALLEST_CACHE = 128  # slots: one block of XLA's decode attention
 SMALLEST_PROMPT = 16
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Rotated keys and values [K, L, P, S, H] of P rows, each of which fills its slots from 0 on.
+    """The rotated keys and the values [K, L, P, S, H] of P rows; a row fills its slots from 0 on.
 
-    The slots lie inside the heads, so that attention is a plain batched product for each head.
+    The slot axis comes after the head axis, so that attention is a plain batched product per head.
     """
 
     keys_KLPSH: CacheKLPSH
@@ -40,7 +40,7 @@ class Cache:
         return cls(*(constrain(jnp.zeros(shape, dtype), "K.B..") for _ in range(2)))
 
     def grown(self, slots: int) -> Cache:
-        """The cache with room for `slots` tokens a row; the new slots hold zeros."""
+        """Returns the cache with room for `slots` tokens per row; the new slots contain zeros."""
         room = [(0, 0), (0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
         return jax.tree.map(lambda part: jnp.pad(part, room), self)
 
@@ -51,9 +51,9 @@ class Cache:
         slot_B: Int[Array, "B"],
         kv: KeysValues,
     ) -> Cache:
-        """The cache with one layer's keys and values [B, 1, K, H] of a token in each of B rows.
+        """Returns the cache after one layer's keys and values [B, 1, K, H] of B tokens are written.
 
-        The rows differ. Slots outside of the cache write nothing.
+        Each token belongs to a different row. A token whose slot is outside the cache is dropped.
         """
 
         def write(part_KLPSH: Array, new_B1KH: Array) -> Array:
@@ -63,9 +63,10 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_prompts(self, places_B: Int[Array, "B"], kv: KeysValues) -> Cache:
-        """The cache whose rows `places` begin with the keys and values [L, B, T, K, H] of prompts.
+        """Returns the cache after the keys and values [L, B, T, K, H] of B prompts are written.
 
-        Places outside of the cache write nothing.
+        Prompt b starts at slot 0 of row `places_B[b]`. A prompt whose row is outside the cache is
+        dropped.
         """
 
         def write(part_KLPSH: Array, new_LBTKH: Array) -> Array:
@@ -76,7 +77,7 @@ class Cache:
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
     def with_row(self, row: Int[Array, ""], prompts: Cache, place: Int[Array, ""]) -> Cache:
-        """The cache whose row `row` begins with row `place` of `prompts`."""
+        """Returns the cache after row `place` of `prompts` is copied to the start of row `row`."""
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
             prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, place, 1, axis=2)
@@ -92,9 +93,9 @@ class Cache:
         q_BNH: Float[Array, "B N H"],
         length_B: Int[Array, "B"],
     ) -> Float[Array, "B N H"]:
-        """softmax(q·k / sqrt(H)) · v of one query a row over the row's first `length` slots.
+        """Returns softmax(q·k / sqrt(H)) · v of one query per row over its first `length_B` slots.
 
-        `rows_B` None: the queries are those of all rows, in order. Lengths are at least 1.
+        If `rows_B` is None, the queries are those of all rows, in order. Lengths are at least 1.
         """
         return decode_over_mesh(
             decode_attention,
@@ -108,7 +109,7 @@ class Cache:
 
 
 def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
-    """Of a token's keys and values in all layers, on each device of the mesh that is set."""
+    """Returns the bytes of one token's keys and values in all layers on each device of the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     heads = cache_heads(arch.query_heads, arch.kv_heads)
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
@@ -117,9 +118,10 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 
 
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
-    """One token's numbers in each of B rows; by lines of one head, the cache's own order.
+    """Returns the array after one token is written to each of B rows, head by head.
 
-    A window over the heads would have TPUs lay the whole cache out anew, in each layer.
+    This follows the cache's memory order. A single write across heads would make TPUs change the
+    layout of the whole cache, in each layer.
     """
     heads, layers, rows, slots, width = part_KLPSH.shape
     row_KB = (jnp.arange(heads)[:, None] * layers + layer) * rows + rows_B
@@ -134,25 +136,26 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Heads [K, …] as often as the cache has them, in its dtype."""
+    """Repeats heads [K, …] to the cache's number of heads and converts them to its dtype."""
     return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
 def bucket(size: int, least: int) -> int:
-    """Padded to one of four sizes an octave, or a multiple of `least`."""
+    """Rounds `size` up to one of four sizes per doubling; the sizes are at least `least` apart."""
     quantum = max(least, (1 << size.bit_length()) >> 3)
     return -(-size // quantum) * quantum
 
 
 def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt."""
+    """Returns the padded length of a prompt."""
     return bucket(length, SMALLEST_PROMPT)
 
 
 def cache_bucket(used: int, most: int) -> int:
-    """Slots of a cache that must hold `used` tokens now and may come to hold `most`.
+    """Returns the slots of a cache that needs room for `used` tokens now and `most` at the end.
 
-    Sizes double from one bucket to the next, at few compilations, so that the cache takes at most
-    about twice the memory of its longest row; the last bucket is what is needed at all.
+    Sizes double from one bucket to the next. Compilations are then few, and the cache takes at most
+    about twice the memory that its longest row needs. The largest bucket is `most`, padded like a
+    prompt.
     """
     return max(SMALLEST_CACHE, min(1 << (used - 1).bit_length(), prompt_bucket(most)))

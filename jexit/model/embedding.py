@@ -1,4 +1,4 @@
-"""Token embeddings, and their lookup where the table is divided over a mesh."""
+"""Token embeddings, and their lookup in a table that is divided over a mesh."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jexit.presets import Architecture
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D]; the output head too when the checkpoint ties them."""
+    """The token embeddings [V, D], which are also the output head if the checkpoint ties them."""
 
     def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (arch.vocab_size, arch.width)
@@ -24,12 +24,12 @@ class Embedding(nnx.Module):
 
 
 def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
-    """`table_VD[tokens]`, divided over the mesh that is set as `jexit.dist.rules` has its rows.
+    """Returns `table_VD[tokens]`; under a mesh, its rows are divided as in `jexit.dist.rules`.
 
-    The table lies in pieces of vocabulary (over `tensor`) and width (over `fsdp`), from which the
-    compiler by itself makes the whole result on every device. Here each device looks up, for the
-    rows of all its neighbours along `fsdp`, what its piece holds; a sum over `tensor` completes the
-    vocabulary, and neighbours exchange pieces of the width for rows.
+    The table is divided by vocabulary (over `tensor`) and by width (over `fsdp`). Without help, the
+    compiler would compute the whole result on every device. Here each device looks up the tokens of
+    all its neighbours along `fsdp` in its own piece of the table. A sum over `tensor` completes the
+    vocabulary, and then the neighbours exchange pieces of the width for rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
@@ -49,7 +49,7 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
             place = tokens - jax.lax.axis_index(vocab_axes) * table_VD.shape[0]
             here = (place >= 0) & (place < table_VD.shape[0])
             found = jnp.where(here[..., None], jnp.take(table_VD, place, axis=0, mode="clip"), 0)
-            found = jax.lax.psum(found, vocab_axes)  # of one number and zeros: exact
+            found = jax.lax.psum(found, vocab_axes)  # exact: one number plus zeros
         if exchanges:
             return jax.lax.all_to_all(found, width_axes, 0, last, tiled=True)
         if width_axes is not None:
@@ -68,5 +68,5 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
 
 
 def _names(entry: str | tuple[str, ...] | None) -> set[str]:
-    """Mesh axes of a partition's entry, which writes a single one without its tuple."""
+    """Returns the mesh axes of an entry of a partition spec: a name, a tuple of names or None."""
     return {entry} if isinstance(entry, str) else set(entry or ())

@@ -1,6 +1,6 @@
-"""Exit heads, linear continuation, and the depth law: what happens at an exit and after it.
+"""Exit heads, the linear continuation after an exit, and the depth law.
 
-`depth_log_law` is the one place that turns hazards into a distribution of depths.
+`law_of_log_hazards` is the one place that turns hazards into a distribution of depths.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ContinuationParam(ExitParam):
 
 
 class Continuation(nnx.Module):
-    """What a token that has left does in a layer m that it skips: h ← h · S_m + b_m.
+    """The linear map h ← h · S_m + b_m of a token that has left, in each layer m that it skips.
 
-    S_m = I + A_m; A and b start at zero, where the residual stays as it was at the exit. The
-    parameters are those of every layer, stacked: A [L, D, D], or its factors [L, D, R] and
-    [L, R, D], and b [L, D]; float32. Sources of linear maps between layers: arXiv:2303.08112,
+    S_m = I + A_m. A and b start at zero, so at first the residual stays as it was at the exit. The
+    float32 parameters of all layers are stacked: A [L, D, D], or its factors [L, D, R] and
+    [L, R, D], and b [L, D]. Sources of linear maps between layers: arXiv:2303.08112,
     arXiv:2303.09435.
     """
 
@@ -43,15 +43,19 @@ class Continuation(nnx.Module):
         self.update.kernel[...] = jnp.zeros_like(self.update.kernel[...])
 
     def __call__(self, h: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-        """The residual after one layer (this module's slice of the parameters), as `h`'s dtype."""
+        """Returns the residual after one skipped layer, in the dtype of `h`.
+
+        The module must contain one layer's slice of the parameters.
+        """
         return h + self.update(h if self.reduce is None else self.reduce(h))
 
     def after(
         self, next_DD: Float[Array, "D D"], next_D: Float[Array, "D"]
     ) -> tuple[Float[Array, "D D"], Float[Array, "D"]]:
-        """One layer's map followed by h ↦ h · (I + next_DD) + next_D, in the same form.
+        """Composes one layer's map with a following map h ↦ h · (I + next_DD) + next_D.
 
-        (I + A)(I + Q) = I + (A + Q + A·Q);  b·(I + Q) + c.
+        Returns the matrix and the bias of the composed map in the form of the following map. With
+        Q = `next_DD` and c = `next_D`, these are A + Q + A·Q and b·(I + Q) + c.
         """
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         b_D, a = self.update.bias[...], self.update.kernel[...]
@@ -64,9 +68,9 @@ class Continuation(nnx.Module):
 def maps_to_end(
     continuation: Continuation, exit_layers: tuple[int, ...], layers: int
 ) -> tuple[Float[Array, "E D D"], Float[Array, "E D"]]:
-    """(Q, c) of every exit: h ↦ h · (I + Q_e) + c_e is the whole chain from exit e to the end."""
+    """Returns (Q, c) of all exits: h ↦ h · (I + Q_e) + c_e continues exit e to the last layer."""
     graphdef, stacked = nnx.split(continuation)
-    index_L = np.full(layers, len(exit_layers), np.int32)  # outside: dropped
+    index_L = np.full(layers, len(exit_layers), np.int32)  # without an exit: outside, so dropped
     index_L[list(exit_layers)] = np.arange(len(exit_layers))
     width = continuation.update.bias[...].shape[-1]
 
@@ -93,11 +97,12 @@ def maps_to_end(
 
 
 class ExitHeads(nnx.Module):
-    """The heads of all E exits: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear; float32.
+    """The heads of all E exits, in float32: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear.
 
-    `norm` is an RMS norm with its own scale, or the identity. The bias b2 starts low so that a
-    fresh head almost never leaves. If they are `detached`, what hazards learn leaves the trunk
-    alone. Source: arXiv:2603.21376, exit heads.
+    A linear head is z = w2 · norm(h) + b2. `norm` is an RMS norm with its own scale, or the
+    identity. The bias b2 starts low, so that tokens almost never leave at an untrained head. If the
+    heads are `detached`, their gradients do not reach the trunk. Source: arXiv:2603.21376, exit
+    heads.
     """
 
     def __init__(
@@ -125,7 +130,7 @@ class ExitHeads(nnx.Module):
         self.b2 = ExitParam(jnp.full((exits,), bias))
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Hazard logits z [...] (float32) of exit `exit_index` on the residuals h [..., D]."""
+        """Returns float32 hazard logits z [...] of exit `exit_index` for residuals h [..., D]."""
 
         def pick(parameter: ExitParam) -> Array:
             return jax.lax.dynamic_index_in_dim(parameter[...], exit_index, 0, keepdims=False)
@@ -146,10 +151,10 @@ def log_hazards(
     temperature: Float[Array, ""] | float = 1.0,
     min_hazard: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
-    """(log hazard, log(1 − hazard)) with hazard = m + (1 − m)·σ(z / temperature), m = min_hazard.
+    """Returns (log hazard, log(1 − hazard)), with hazard = m + (1 − m)·σ(z / temperature).
 
-    The floor m keeps every exit explored; m = 0 and temperature 1 give the plain σ(z). All in log
-    space and differentiable everywhere.
+    The floor m = `min_hazard` keeps every exit explored. With m = 0 and temperature 1 the hazard is
+    σ(z). The computation is in log space and differentiable everywhere.
     """
     z = hazard_logits.astype(jnp.float32) / temperature
     log_rest = jnp.log1p(-jnp.asarray(min_hazard, jnp.float32))
@@ -164,10 +169,10 @@ def depth_log_law(
     temperature: Float[Array, ""] | float = 1.0,
     min_hazard: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "*A E1"]:
-    """Log-probability of each exit and, last, of never leaving: [..., E + 1].
+    """Returns log-probabilities [..., E + 1] of leaving at each exit and, last, of never leaving.
 
     log P(e) = log hazard_e + Σ_{j<e} log(1 − hazard_j);  log P(E) = Σ_j log(1 − hazard_j).
-    Teacher targets, student loss, sampler and RL all use this function.
+    The student's loss, the sampler and RL use this function through `depth_log_prob`.
     """
     leave, stay = log_hazards(hazard_logits, temperature=temperature, min_hazard=min_hazard)
     return law_of_log_hazards(leave, stay)
@@ -176,7 +181,10 @@ def depth_log_law(
 def law_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """The depth law from log hazards and log complements, when they do not come from logits."""
+    """Returns the depth law of `depth_log_law` from log hazards and log(1 − hazard).
+
+    Calibration uses it for target hazards, which do not come from hazard logits.
+    """
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
     return jnp.concatenate([leave + before, stayed[..., -1:]], axis=-1)
@@ -185,14 +193,17 @@ def law_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Exit index e of each depth (E for the full depth); depths must be an exit or `layers`."""
+    """Returns the exit index e of each depth, or E for full depth.
+
+    Each depth must be one of `exit_layers` or equal to `layers`.
+    """
     return jnp.searchsorted(jnp.asarray((*exit_layers, layers)), depth).astype(jnp.int32)
 
 
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Depth (layer count) of each exit index; index E is the full depth."""
+    """Returns the depth (layer count) of each exit index; index E is the full depth."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 
@@ -205,7 +216,7 @@ def depth_log_prob(
     temperature: Float[Array, ""] | float = 1.0,
     min_hazard: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "*A"]:
-    """log P(depth) under the depth law of the hazards."""
+    """Returns log P(depth) under the depth law of the hazards. See `depth_log_law`."""
     law = depth_log_law(hazard_logits, temperature=temperature, min_hazard=min_hazard)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(law, index[..., None], axis=-1)[..., 0]

@@ -16,7 +16,7 @@ from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
-    """Scales of one or more RMS norms (arXiv:1910.07467); shape [..., width]."""
+    """One or more RMS norms (arXiv:1910.07467), with scales of shape [..., width]."""
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones(shape, dtype))
@@ -27,14 +27,14 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / sqrt(mean(x²) + eps) · scale over the last axis, the statistics in float32."""
+    """Returns x / sqrt(mean(x²) + eps) · scale over the last axis, with statistics in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return scale * normed.astype(x.dtype)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) · up(x)), stacked over layers."""
+    """A SwiGLU MLP (arXiv:2002.05202), down(silu(gate(x)) · up(x)), stacked over layers."""
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, hidden = (arch.width,), (arch.mlp_width,)
@@ -57,13 +57,14 @@ class MLP(nnx.Module):
 
 
 def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
-    """Inverse frequencies [H/2] and the factor on cos and sin (1 unless YaRN scales attention).
+    """Returns inverse frequencies [H/2] and the factor on cos and sin (1 unless YaRN changes it).
 
-    Plain rope: θ^(−2i/H) (arXiv:2104.09864). Scaled rope divides frequencies that turn seldom over
-    the original context by `factor` and leaves those that turn often; a linear ramp lies between.
-    YaRN (arXiv:2309.00071, section 3.2): from beta_slow to beta_fast turns, linear in the index;
-    attention factor 0.1·ln(factor) + 1 unless the checkpoint gives one. llama3 (`apply_scaling` of
-    meta-llama/llama-models): from low_freq_factor to high_freq_factor turns, linear in the turns.
+    Plain rope uses θ^(−2i/H) (arXiv:2104.09864). Scaled rope divides the frequencies that make few
+    turns over the original context by `factor` and keeps those that make many. A linear ramp lies
+    between the two. In YaRN (arXiv:2309.00071, section 3.2) the ramp runs from beta_slow to
+    beta_fast turns and is linear in the index. YaRN's attention factor is 0.1·ln(factor) + 1,
+    unless the checkpoint contains one. In llama3 (`apply_scaling` of meta-llama/llama-models) the
+    ramp runs from low_freq_factor to high_freq_factor turns and is linear in the turns.
     """
     half = arch.head_dim // 2
     plain = arch.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -79,14 +80,14 @@ def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
 
 
 def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
-    """How far [H/2] each frequency is divided, from 0 (it stays) to 1 (by the whole factor)."""
+    """Returns how far [H/2] each frequency is scaled, from 0 (kept) to 1 (divided by `factor`)."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_max_positions * plain / (2.0 * math.pi)
     return np.clip((high - turns) / (high - low), 0.0, 1.0)
 
 
 def _yarn_ramp(arch: Architecture, yarn: Yarn) -> np.ndarray:
-    """As `_llama3_ramp`, for YaRN."""
+    """Returns YaRN's ramp [H/2] from 0 to 1. See `_llama3_ramp`."""
     low, high = (_turns_dimension(arch, yarn, beta) for beta in (yarn.beta_fast, yarn.beta_slow))
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -101,7 +102,10 @@ def _yarn_attention(yarn: Yarn) -> float:
 
 
 def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:
-    """The (fractional) frequency index that turns `turns` times over the original context."""
+    """Returns the fractional index of the frequency that makes `turns` turns over the context.
+
+    The context is the original one, before scaling.
+    """
     ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
     return arch.head_dim * math.log(ratio) / (2.0 * math.log(arch.rope_theta))
 
@@ -109,14 +113,14 @@ def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:
 def rope_table(
     arch: Architecture, positions_BT: PositionsBT
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosines and sines [B, T, H/2] in float32 for the given positions."""
+    """Returns float32 cosines and sines [B, T, H/2] for the given positions."""
     frequencies, factor = rope_inverse_frequencies(arch)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the two halves of the head dimension; x [B, T, heads, H], cos and sin [B, T, H/2]."""
+    """Rotates the two halves of the head axis of x [B, T, heads, H] by cos and sin [B, T, H/2]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,4 +1,4 @@
-"""Linear projections of a stack of layers, with an optional low-rank adapter (arXiv:2106.09685)."""
+"""Linear projections stacked over layers, with optional low-rank adapters (arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from jexit.config import LoRA
 
 
 class LoRAParam(nnx.Param):
-    """An adapter's parameter: float32 and trained while the base weights stay."""
+    """A float32 parameter of an adapter, which is trained while the base weights stay fixed."""
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Folds each adapter into its kernel, W + (alpha / rank) · A · B in float32, and removes it."""
+    """Merges all adapters into their kernels and removes them.
+
+    A kernel becomes W + (alpha / rank) · A · B, computed in float32.
+    """
     for _, part in nnx.iter_modules(model):
         if isinstance(part, StackedLinear) and part.lora_a is not None:
             product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
@@ -29,10 +32,11 @@ def merge_adapters(model: nnx.Module) -> None:
 
 
 class StackedLinear(nnx.Module):
-    """One projection of every layer: kernel [L, *inputs, *outputs], optional bias [L, *outputs].
+    """A linear projection with parameters for all layers, stacked on a leading axis.
 
-    `__call__` works on one layer's slice of the parameters (no leading L), as the scan over layers
-    hands it out. `param` is the class of kernel and bias.
+    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]; both have the class
+    `param`. `__call__` uses one layer's slice of the parameters, which has no axis L and comes from
+    the scan over layers.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class StackedLinear(nnx.Module):
     def __call__(
         self, x: Array, *, adapters: bool = True, dropout_key: PRNGKey | None = None
     ) -> Array:
-        """x [..., *inputs] → [..., *outputs]; `adapters=False` is the base projection alone."""
+        """Projects x [..., *inputs] to [..., *outputs]; `adapters=False` omits the adapter."""
         axes = len(self.inputs)
         kernel = self.kernel[...].astype(x.dtype)
         y = self._turned_product(x, kernel) if self.turned else jnp.tensordot(x, kernel, axes)
@@ -82,7 +86,7 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Turns one layer's kernel to [*outputs, *inputs]: CPUs project few rows faster with it."""
+        """Transposes one layer's kernel to [*outputs, *inputs], so CPUs project few rows faster."""
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
         self.kernel = type(self.kernel)(turned)
@@ -91,5 +95,5 @@ class StackedLinear(nnx.Module):
     def _turned_product(self, x: Array, kernel: Array) -> Array:
         inputs, outputs = (tuple(range(-len(axes), 0)) for axes in (self.inputs, self.outputs))
         y = jnp.tensordot(kernel, x, (inputs, inputs))
-        y = jax.lax.optimization_barrier(y)  # XLA would turn the product round again
+        y = jax.lax.optimization_barrier(y)  # XLA would transpose the product back
         return jnp.moveaxis(y, tuple(range(len(outputs))), outputs)

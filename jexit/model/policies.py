@@ -1,9 +1,9 @@
 """Halting policies: rules that decide when a token leaves, passed to the model as data.
 
-Before any layer runs, `start` gives each token's depth (L where the exits decide). At an exit,
-`leaves` decides from the hazard logits which tokens leave. Afterwards, `log_prob` gives the
+Before any layer runs, `start` returns each token's depth (L where the exits decide). At an exit,
+`leaves` decides from the hazard logits which tokens leave. Afterwards, `log_prob` returns the
 log-probability of the depths. A policy's scalars apply to all tokens, and its arrays have one row
-per completion: `at` selects the entries of single tokens, `map_rows` transforms the arrays.
+per completion. `at` selects the entries of single tokens, and `map_rows` transforms the arrays.
 """
 
 from __future__ import annotations
@@ -25,63 +25,64 @@ from jexit.model.exits import depth_log_prob, log_hazards
 
 
 class Policy:
-    """What the model and the decoder ask; shapes are [B, T] or [B]. The defaults never leave.
+    """The base class of halting policies; with its defaults, no token leaves early.
 
-    `depths` are those that a token of the model can have: its exits and, last, all layers.
+    Shapes are [B, T] or [B]. `depths` are the depths that a token of the model can have: its exits
+    and, last, the number of its layers.
     """
 
-    reads_hazards: ClassVar[bool] = False  # decides at the exits
+    reads_hazards: ClassVar[bool] = False  # True: decides at the exits
     leaves_early: ClassVar[bool] = True  # False: every token runs all layers
-    draws: ClassVar[bool] = False  # decides at random
+    draws: ClassVar[bool] = False  # True: decides at random
 
     @property
     def name(self) -> str:
-        """As configs write it, such as `threshold:0.5`."""
+        """The policy's name in configs, such as `threshold:0.5`."""
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError for numbers that mean nothing on the model; not for traced ones."""
+        """Raises UserError if a number is not valid for the model; ignores traced numbers."""
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless there is a row for each completion, with so many columns."""
+        """Raises UserError unless its arrays have `rows` rows and at least `columns` columns."""
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
-        """The depth of each token, as far as it is known before any layer has run."""
+        """Returns each token's depth before any layer runs: `layers` where the exits decide."""
         return jnp.full(shape, layers, jnp.int32)
 
     def leaves(self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None) -> Bool[Array, "*A"]:
-        """Whether each token leaves at the exit that has these hazard logits."""
+        """Returns whether each token leaves at the exit with these hazard logits."""
         return jnp.zeros(hazard_logits.shape, bool)
 
     def log_prob(
         self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
     ) -> Float[Array, "*A"]:
-        """log P(depth) of what this policy chose; 0 where nothing was drawn."""
+        """Returns log P(depth) of depths that this policy chose; 0 if it does not draw depths."""
         return jnp.zeros(depth.shape)
 
     @property
     def by_row(self) -> bool:
-        """Whether completions have rows of their own in it."""
+        """Whether the policy has arrays with one row per completion."""
         return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
 
     def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
-        """The policy for single tokens, each given by its completion and its position there."""
+        """Returns the policy for single tokens, each given by its completion and position."""
         return self
 
     def map_rows(self, function: Callable[[Any], Any]) -> Self:
-        """A copy with `function` applied to the arrays that have one row per completion."""
+        """Returns a copy with `function` applied to the arrays with one row per completion."""
         return jax.tree.map(lambda leaf: function(leaf) if np.ndim(leaf) else leaf, self)
 
     def leaves_by_row(
         self, hazard_logits_B: Float[Array, "B"], keys_B: Key[Array, "B"]
     ) -> Bool[Array, "B"]:
-        """`leaves` of one token a row, each with its own key."""
+        """Returns whether each row's token leaves, with a key per row. See `leaves`."""
         axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, self)
         return jax.vmap(type(self).leaves, in_axes=(axes, 0, 0))(self, hazard_logits_B, keys_B)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What a row of `Mixed` has to know of it."""
+        """The values that a row of `Mixed` needs to act like this policy."""
         return {}
 
 
@@ -91,7 +92,7 @@ def _pytree(cls: type) -> type:
 
 @_pytree
 class Full(Policy):
-    """Every token runs every layer."""
+    """Every token runs all layers."""
 
     leaves_early: ClassVar[bool] = False
 
@@ -121,14 +122,15 @@ class Fixed(Policy):
 class Prescribed(Policy):
     """Each token runs the given number of layers: up to an exit, or all of them.
 
-    In `forward` one column an input position; in `generate` column i is for the pass that produces
-    generated token i, and column 0 is ignored because the last prompt position runs full depth.
+    In `forward`, there is one column per input position. In `generate`, column i is for the pass
+    that produces generated token i; column 0 is ignored, because the last prompt position runs at
+    full depth.
     """
 
     depth_BT: Int[Array, "B T"]
 
     def __post_init__(self) -> None:
-        if isinstance(self.depth_BT, list | tuple):  # whose numbers would be leaves of the pytree
+        if isinstance(self.depth_BT, list | tuple):  # else its numbers would be pytree leaves
             object.__setattr__(self, "depth_BT", np.asarray(self.depth_BT, np.int32))
 
     def check(self, depths: tuple[int, ...]) -> None:
@@ -138,17 +140,17 @@ class Prescribed(Policy):
         shape = np.shape(self.depth_BT)
         if len(shape) != 2 or shape[0] != rows or shape[1] < columns:
             raise UserError(
-                f"Prescribed has depths of shape {shape} for {rows} rows of up to {columns} "
-                "tokens; give a row for each completion and a column for each of its tokens, or "
-                "Fixed(depth) to have the same depth everywhere"
+                f"Prescribed has depths of shape {shape}, but the shape must be ({rows}, {columns} "
+                "or more); give one row per completion and one column per token, or use "
+                "Fixed(depth) for the same depth everywhere"
             )
 
     def start(self, shape: tuple[int, ...], layers: int) -> Array:
         depth = jnp.asarray(self.depth_BT, jnp.int32)
         if depth.shape != shape:
             raise UserError(
-                f"Prescribed has depths of shape {depth.shape} for tokens of shape {shape}; give "
-                "one depth a token, or Fixed(depth) to have the same depth everywhere"
+                f"Prescribed has depths of shape {depth.shape}, but the tokens have shape {shape}; "
+                "give one depth per token, or use Fixed(depth) for the same depth everywhere"
             )
         return jnp.clip(depth, 1, layers)
 
@@ -165,9 +167,10 @@ class Prescribed(Policy):
 
 @_pytree
 class Sample(Policy):
-    """Leaves with the probability that the exit's hazard gives, as the depth law has it.
+    """A token leaves at each exit that it reaches with the probability of the exit's hazard.
 
-    hazard = min_hazard + (1 − min_hazard)·σ(z / temperature).
+    The hazard is min_hazard + (1 − min_hazard)·σ(z / temperature). Depths follow the depth law of
+    `jexit.model.exits.depth_log_law`.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -180,17 +183,21 @@ class Sample(Policy):
         temperature, floor = _known(self.temperature), _known(self.min_hazard)
         if temperature is not None and not 0.0 < temperature < math.inf:
             raise UserError(
-                f"Sample has temperature {float(temperature)}; hazards are σ(z / temperature), so "
-                "give a finite number above 0, such as 1"
+                f"Sample has temperature {float(temperature)}, but hazards are σ(z / temperature) "
+                "and need a finite number above 0; give one such as 1"
             )
         if floor is not None and not 0.0 <= floor <= 1.0:
             raise UserError(
-                f"Sample has min_hazard {float(floor)}; it is a probability, from 0 (no floor) to 1"
+                f"Sample has min_hazard {float(floor)}, but it must be a probability from 0 to 1; "
+                "give 0 for no floor"
             )
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
         if key is None:
-            raise UserError("Sample draws depths at random and needs a PRNG key; pass key=")
+            raise UserError(
+                "Sample draws depths at random, so it needs a PRNG key; pass key=, such as "
+                "key=jax.random.key(0)"
+            )
         log_leave, _ = log_hazards(hazard_logits, **self.setting)
         uniform = jax.random.uniform(key, hazard_logits.shape, minval=1e-12)
         return jnp.log(uniform) < log_leave
@@ -205,7 +212,7 @@ class Sample(Policy):
 
 @_pytree
 class Threshold(Policy):
-    """Leaves at the first exit whose hazard σ(z) exceeds `hazard`."""
+    """A token leaves at the first exit whose hazard σ(z) exceeds `hazard`."""
 
     reads_hazards: ClassVar[bool] = True
 
@@ -219,8 +226,8 @@ class Threshold(Policy):
         hazard = _known(self.hazard)
         if hazard is not None and not 0.0 <= hazard <= 1.0:
             raise UserError(
-                f"Threshold has hazard {float(hazard)}; give the probability above which a token "
-                "leaves, from 0 (at the first exit) to 1 (never)"
+                f"Threshold has hazard {float(hazard)}, but it must be from 0 (tokens leave at the "
+                "first exit) to 1 (they never leave); give the probability above which they leave"
             )
 
     def leaves(self, hazard_logits: Array, key: PRNGKey | None) -> Array:
@@ -233,13 +240,13 @@ class Threshold(Policy):
 
 @_pytree
 class Mixed(Policy):
-    """Another policy for each completion; one program decodes them all."""
+    """A separate policy for each completion; one compiled program decodes all of them."""
 
     reads_hazards: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
-    depth_B: Int[Array, "B"]  # where no exit decides
-    hazard_B: Float[Array, "B"]  # over which those leave that do not draw; none exceeds 1
+    depth_B: Int[Array, "B"]  # the depth where no exit decides
+    hazard_B: Float[Array, "B"]  # the threshold of rows that do not draw; at 1 they never leave
     temperature_B: Float[Array, "B"]
     min_hazard_B: Float[Array, "B"]
     draws_B: Bool[Array, "B"]
@@ -271,7 +278,10 @@ class Mixed(Policy):
 
 
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
-    """The policy of a name: `full`, `threshold:0.5`, `fixed:6`, or `sample`, which is `sample`."""
+    """Returns the policy with the name `text`, such as `full`, `threshold:0.5` or `fixed:6`.
+
+    The name `sample` stands for the argument `sample`.
+    """
     kind, argument = parse_policy(text)
     if argument is None:
         return sample if kind == "sample" else Full()
@@ -279,33 +289,33 @@ def policy_of(text: str, sample: Sample = Sample()) -> Policy:
 
 
 def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
-    """Raises UserError unless `policy` is a policy and valid for a model with these depths."""
+    """Raises UserError unless `policy` is a policy that is valid for a model with these depths."""
     if isinstance(policy, type) and issubclass(policy, Policy):
         raise UserError(
-            f"policy is the class {policy.__name__}; give an instance of it, such as "
+            f"policy is the class {policy.__name__}, but it must be an instance; give one such as "
             "jexit.Sample() or jexit.Threshold(0.5)"
         )
     if not isinstance(policy, Policy):
         raise UserError(
-            f"policy is {policy!r}; give a policy, such as jexit.Full(), jexit.Sample(), "
-            "jexit.Threshold(0.5) or jexit.Fixed(6)"
+            f"policy is {policy!r}, but it must be a policy; give one such as jexit.Full(), "
+            "jexit.Sample(), jexit.Threshold(0.5) or jexit.Fixed(6)"
         )
     policy.check(depths)
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns when the policy relies on untrained exit heads, which hardly ever leave early."""
+    """Warns if the policy reads untrained exit heads, at which tokens hardly ever leave."""
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(
             f"the exit heads of this model are untrained, so {policy.name} hardly ever leaves "
-            "early; calibrate them (configs/sft.py) or load a model that has trained ones",
+            "early; calibrate the heads (configs/sft.py) or load a model with trained exit heads",
             stacklevel=3,
         )
 
 
 def _known(value: Any) -> np.ndarray | None:
-    """The numbers, unless they are traced."""
+    """Returns the value as a NumPy array, or None if it is traced."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
@@ -314,6 +324,6 @@ def _check_depths(name: str, depth: Any, depths: tuple[int, ...]) -> None:
     wrong = [] if known is None else np.setdiff1d(known, depths)
     if len(wrong):
         raise UserError(
-            f"{name} has depth {wrong[0]}; a token of this model leaves at one of its exits "
-            f"{depths[:-1]} or runs all {depths[-1]} layers, so give one of these"
+            f"{name} has depth {wrong[0]}, but a token of this model leaves at one of the exits "
+            f"{depths[:-1]} or runs all {depths[-1]} layers; give one of these depths"
         )

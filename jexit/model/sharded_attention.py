@@ -22,11 +22,12 @@ def over_mesh(
     v_BSKH: Float[Array, "B S K H"],
     segment_BS: MaskBT | SegmentBT | None,
 ) -> Float[Array, "B T N H"]:
-    """`attend` on each device of the mesh that is set, with that device's rows and heads.
+    """Runs `attend` on each device of the mesh that is set, with that device's rows and heads.
 
-    For kernels that the compiler cannot divide by itself. Arrays lie as `jexit.dist.rules` has
-    them: key/value heads that do not divide over `tensor` are whole on every device, which then
-    picks those of its own query heads. Nothing travels, except the sum of their gradients.
+    This serves kernels that the compiler cannot divide by itself. Arrays are divided as in
+    `jexit.dist.rules`. If the key/value heads do not divide over `tensor`, every device has all of
+    them and picks the heads of its own query heads. Devices exchange no data, except to sum the
+    gradients of such heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
@@ -57,9 +58,10 @@ def over_mesh(
 def own_heads(
     part_BSKH: Float[Array, "B S K H"], first: Array, count: int, group: int
 ) -> Float[Array, "B S J H"]:
-    """Key/value heads of the query heads first … first + count − 1, of which `group` share one.
+    """Returns the key/value heads of the query heads first … first + count − 1.
 
-    One head where all of them share it; otherwise one for each query head.
+    Each key/value head serves `group` query heads. Returns one head if all these query heads share
+    it, and otherwise one head per query head.
     """
     if group % count == 0:
         return jax.lax.dynamic_slice_in_dim(part_BSKH, first // group, 1, axis=2)
@@ -67,11 +69,12 @@ def own_heads(
 
 
 def cache_heads(query_heads: int, kv_heads: int) -> int:
-    """Key/value heads of a cache under the mesh that is set: each repeated where there are too few.
+    """Returns the number of key/value heads in a cache under the mesh that is set.
 
-    The least multiple of `kv_heads` that divides over `tensor` and whose heads the query heads
-    share evenly, so that a device holds the heads of its own queries and no others; `kv_heads`
-    itself when there is none, for then the query heads do not divide either.
+    Each head is repeated if there are too few for the mesh. The number is the least multiple of
+    `kv_heads` that divides over `tensor` and divides `query_heads`, so each device has exactly the
+    heads of its own queries. If no such number exists, the query heads do not divide over `tensor`
+    either, and the number is `kv_heads`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -90,7 +93,10 @@ def decode_over_mesh(
     values_KLPSH: CacheKLPSH,
     *rest: Array | None,
 ) -> Float[Array, "B N H"]:
-    """`jexit.kernels.decode_attention` on each device with that device's heads; nothing travels."""
+    """Runs `attend` on each device with that device's heads; the devices exchange no data.
+
+    `attend` is `jexit.kernels.decode_attention`, and `rest` contains its other arguments.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
@@ -112,7 +118,7 @@ def over_heads(
     new_KBH: Float[Array, "K B H"],
     *rest: Array,
 ) -> CacheKLPSH:
-    """`write` on each device for that device's heads of a cache; nothing travels."""
+    """Runs `write` on each device for that device's cache heads; the devices exchange no data."""
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
         return write(part_KLPSH, new_KBH, *rest)

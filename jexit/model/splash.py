@@ -1,8 +1,8 @@
-"""Flash attention on TPUs: JAX's own splash attention kernel (arXiv:2205.14135), wrapped.
+"""Flash attention on TPUs: a wrapper of JAX's splash attention kernel (arXiv:2205.14135).
 
-The scores never leave the chip's vector memory, neither forward nor backward; blocks that the
-causal mask rules out are not computed. The kernel wants lengths that its blocks divide, one row at
-a time, heads first, and scaled queries; this gives it them.
+The scores never leave the chip's vector memory, neither in the forward nor in the backward pass.
+Blocks that the causal mask excludes are not computed. The kernel takes one row at a time, with a
+length that is a multiple of its blocks, heads first, and scaled queries; the wrapper provides this.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BLOCKS = (512, 384, 256)
 
 
 def block_size(length: int) -> int:
-    """Queries and keys of a block; sequences are padded to a multiple of it.
+    """Returns the queries and keys per block; sequences are padded to a multiple of this number.
 
-    The size with the least padding, under 256 positions; the larger of two that pad alike. Up to
-    512 positions are one block, padded to whole lanes.
+    Up to 512 positions are one block, padded to whole lanes. Longer sequences have the block size
+    with the least padding, which is under 256 positions; of two with equal padding, the larger.
     """
     whole_lanes = -(-length // LANES) * LANES
     if whole_lanes <= BLOCKS[0]:
@@ -45,10 +45,10 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q·k / sqrt(H)) · v over the keys at or before a query in the query's own segment.
+    """Returns softmax(q·k / sqrt(H)) · v over the keys at or before a query in its own segment.
 
-    Segments are texts that share a row, by number, or valid positions and padding, on either side.
-    `interpret` runs the kernel's code on any platform, very slowly.
+    `segment_BT` numbers the texts that share a row, or is a mask that is False at padding on either
+    side. `interpret` runs the kernel's code on any platform, very slowly.
     """
     length, heads, width = q_BTNH.shape[1:]
     block = block_size(length)
@@ -58,7 +58,7 @@ def splash_attention(
         room = [(0, 0), (0, padded - length), (0, 0), (0, 0)]
         return jnp.swapaxes(jnp.pad(part_BTNH, room), 1, 2)
 
-    # Made anew in each trace: it holds arrays, which a cache would leak from one to another.
+    # Made anew in each trace, because it contains arrays, which a cache would leak to other traces.
     kernel = make_splash_mha_single_device(
         mask=MultiHeadMask([CausalMask((padded, padded))] * heads),
         block_sizes=BlockSizes(

@@ -1,4 +1,4 @@
-"""The decoder: one stack of parameters run by `lax.scan`, with halting by a policy."""
+"""The decoder: `lax.scan` runs its stacked layers, and a policy decides where tokens halt."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REMAT_POLICIES = {
 
 
 class Head(nnx.Module):
-    """Untied output head [V, D]."""
+    """An output head [V, D] that is not tied to the embeddings."""
 
     def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (arch.vocab_size, arch.width)
@@ -57,8 +57,8 @@ class Head(nnx.Module):
 class Transformer(nnx.Module):
     """A Qwen-family or Llama decoder with exit heads and, optionally, LoRA adapters.
 
-    Owns the parameters; `run` and `forward` compute with them. `exit_layers` are layer numbers,
-    sorted: exit ℓ leaves before layer ℓ runs.
+    It contains the parameters; `run` and `forward` compute with them. `exit_layers` are sorted
+    layer numbers: a token that leaves at exit ℓ leaves before layer ℓ runs.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the base weights, the residual, and keys and values."""
+        """The dtype of the base weights, the residual, and the keys and values."""
         return self.embed.embedding.get_value().dtype
 
     @property
     def exit_index_of_layer(self) -> np.ndarray:
-        """[L] int32: the exit index at each layer, −1 where there is no exit."""
+        """The int32 exit index [L] at each layer, −1 at a layer without an exit."""
         index_L = np.full(self.arch.layers, -1, np.int32)
         index_L[list(self.exit_layers)] = np.arange(len(self.exit_layers))
         return index_L
@@ -113,12 +113,12 @@ class Transformer(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What `run` returns; the parts that were not asked for are None.
+    """The results of `run`; results that were not requested are None.
 
-    hidden_BTD has been through the final norm: times the head it is logits. exit_residual_EBTD are
-    the residuals that enter the exits' layers; `exit_hidden_states` makes hidden states of them.
-    Hazard logits of exits beyond a token's depth are computed from what its residual has become
-    after the exit; the depth law does not read them.
+    hidden_BTD is the output of the final norm, so its product with the head is the logits.
+    exit_residual_EBTD contains the residuals that enter the exits' layers; `exit_hidden_states`
+    turns them into hidden states. Hazard logits of exits beyond a token's depth are computed from
+    the token's residual after it has left; the depth law does not read them.
     """
 
     hidden_BTD: HiddenBTD
@@ -126,7 +126,7 @@ class Run:
     hazard_logits_BTE: HazardLogitsBTE | None
     exit_residual_EBTD: ExitHiddenEBTD | None
     keys_values: KeysValues | None  # [L, B, T, K, H] each
-    observed: Any  # of `observe`
+    observed: Any  # the results of `observe`
 
 
 def run(
@@ -149,21 +149,23 @@ def run(
     observed: Any = None,
     keys_values: bool = False,
 ) -> Run:
-    """Runs the stack over whole sequences, each token through as many layers as the policy says.
+    """Runs the stack over whole sequences, each token through the layers that the policy allows.
 
-    `valid_BT` is False at padding, which lies on the side that `padding` says; `segment_BT` numbers
-    texts that share a row, none of which sees another, and takes its place (`positions_BT` then
-    begin anew with each; with `branches` some go on from a common trunk, as `attend` has it).
-    `action_BT` limits who may leave (None: everybody). With a `key` for each row a row's draws
-    depend on nothing but that key. `adapters=False` leaves LoRA out: the teacher.
-    Later layers still compute keys and values of a token that has left, from its residual, which
-    stays as it was or goes on linearly: h = where(layer < depth, block(h), continuation(h)).
+    `valid_BT` is False at padding, which is on the side that `padding` names. `segment_BT` replaces
+    `valid_BT` if several texts share a row: it numbers the texts, which do not see each other, and
+    `positions_BT` must begin anew with each text. With `branches`, some texts continue from a
+    common trunk (see `attend`). `action_BT` is True at positions that may leave (None: all of
+    them). If `key` has one key per row, a row's draws depend only on its key. `adapters=False`
+    omits LoRA, as for the teacher.
 
-    `observe` is given each layer's input, its output and the layer's part of `observed` [L, …], and
-    returns the new part of it.
+    Later layers still compute keys and values of a token that has left, from its residual. This
+    stays as it was or continues linearly: h = where(layer < depth, block(h), continuation(h)).
 
-    Attention here is `model.execution.attention`, by name; decoding, which has one query a row over
-    a cache, has kernels of its own (`jexit.kernels.decode_attention`) whatever that says.
+    `observe` takes each layer's input, its output and the layer's part of `observed` [L, …], and
+    returns the new part.
+
+    Attention here is the implementation that `model.execution.attention` names. Decoding, which has
+    one query per row over a cache, always uses `jexit.kernels.decode_attention` instead.
     """
     arch, execution = model.arch, model.execution
     batch, length = tokens_BT.shape
@@ -258,10 +260,11 @@ def run(
 def exit_hidden_states(
     model: Transformer, residual_EBTD: ExitHiddenEBTD, continuation: Continuation | None
 ) -> ExitHiddenEBTD:
-    """Hidden states of leaving at each exit: the final norm of where the continuation ends.
+    """Returns the final hidden states of tokens that leave at each exit.
 
-    `continuation` is the model's own (`model.blocks.continuation`), or that of a student on its
-    teacher's residuals. Without one they are the logit lens.
+    They are the final norm of the residuals after the continuation. `continuation` is the model's
+    own (`model.blocks.continuation`), or the student's if the residuals are the teacher's. If it is
+    None, the hidden states are the logit lens.
     """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
@@ -274,7 +277,7 @@ def exit_hidden_states(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Of `forward`: logits (float32), depth (layer counts, int32), hazard logits (float32)."""
+    """The results of `forward`: float32 logits and hazard logits, and int32 depths in layers."""
 
     logits_BTV: LogitsBTV
     depth_BT: DepthBT
@@ -290,21 +293,21 @@ def forward(
     adapters: bool = True,
     key: PRNGKey | None = None,
 ) -> Output:
-    """Logits, depths and hazards of right-padded sequences under a halting policy.
+    """Returns the logits, depths and hazard logits of right-padded sequences under a policy.
 
-    Shapes: tokens [B, T]; lengths [B] (None: all of T). Column t of `depth_BT` is the pass at input
-    position t, which produces token t + 1. `adapters=False` is the teacher's trunk. `Sample` needs
-    a PRNG `key`. Logits at padding mean nothing. For long sequences over a large vocabulary use
-    `run` with the ops of `jexit.kernels`, which never hold the logits.
+    Shapes: tokens [B, T]; lengths [B] (None: all are T). Column t of `depth_BT` is for the pass at
+    input position t, which produces token t + 1. `adapters=False` runs the teacher's trunk.
+    `Sample` needs a PRNG `key`. Logits at padding have no meaning. For long sequences and a large
+    vocabulary, use `run` with the ops of `jexit.kernels`, which never store all logits.
 
-    Here every position may leave, while prompts of `generate` always run all layers. To score a
-    prompt with its completion as `generate` made it, prescribe L on the prompt and the recorded
+    Here every position may leave early, but in `generate` prompts always run all layers. To score a
+    prompt and its completion as `generate` ran them, prescribe L on the prompt and the recorded
     depths after it: `depth_BT[:] = L`, then `depth_BT[i, len(prompt) + t] = gen.depths[i][t + 1]`,
-    and `policy=Prescribed(depth_BT)`. To let a policy decide anew on given completions, keep the
-    prompts out of it with `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
+    and `policy=Prescribed(depth_BT)`. To let a policy decide anew on given completions, exclude the
+    prompts from it with `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
 
     Raises UserError for tokens outside the vocabulary, more positions than the model has, lengths
-    that do not fit, and a policy that means nothing on this model.
+    that do not fit, and a policy that is not valid for this model.
     """
     tokens_BT = jnp.asarray(tokens_BT)
     lengths_B = None if lengths_B is None else jnp.asarray(lengths_B)
@@ -317,31 +320,33 @@ def forward(
 def _check_input(arch: Architecture, tokens_BT: TokensBT, lengths_B: LengthsB | None) -> None:
     if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
         raise UserError(
-            f"tokens have shape {tokens_BT.shape}; forward takes [batch, length], neither of them 0"
+            f"tokens have shape {tokens_BT.shape}, but forward needs [batch, length], both at "
+            "least 1; give one row per sequence, each with at least one token"
         )
     batch, length = tokens_BT.shape
     if length > arch.max_positions:
         raise UserError(
-            f"tokens are {length} long and the model takes {arch.max_positions} positions; "
+            f"tokens have length {length}, but the model has only {arch.max_positions} positions; "
             "shorten the sequences"
         )
     if lengths_B is not None and lengths_B.shape != (batch,):
         raise UserError(
-            f"lengths have shape {lengths_B.shape} for {batch} sequences; give one a sequence"
+            f"lengths have shape {lengths_B.shape}, but they must have shape ({batch},); give one "
+            "length per sequence"
         )
     if not isinstance(tokens_BT, jax.core.Tracer):
         low, high = int(tokens_BT.min()), int(tokens_BT.max())
         if low < 0 or high >= arch.vocab_size:
             raise UserError(
-                f"tokens hold {low if low < 0 else high} and the model's vocabulary has "
-                f"{arch.vocab_size}; use the tokenizer that belongs to the model"
+                f"tokens contain {low if low < 0 else high}, but the model's tokens are 0 to "
+                f"{arch.vocab_size - 1}; use the tokenizer that belongs to the model"
             )
     if lengths_B is not None and not isinstance(lengths_B, jax.core.Tracer):
         low, high = int(lengths_B.min()), int(lengths_B.max())
         if low < 1 or high > length:
             raise UserError(
-                f"lengths hold {low if low < 1 else high} for tokens of length {length}; they go "
-                f"from 1 to {length}"
+                f"lengths contain {low if low < 1 else high}, but the tokens have length {length}; "
+                f"give lengths from 1 to {length}"
             )
 
 
@@ -364,5 +369,5 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters):
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:
-    """hidden · headᵀ in float32, [..., V], at the precision of the kernels that score tokens."""
+    """Returns float32 logits hidden · headᵀ [..., V], at the precision of the scoring kernels."""
     return tiles.logits(hidden, head_VD)

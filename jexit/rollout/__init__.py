@@ -1,4 +1,4 @@
-"""Generation: prefill, decoding with early exits, sampling."""
+"""Generation of completions: prefill, decoding with early exits, and sampling."""
 
 from jexit.config import EngineSize
 from jexit.rollout.arrivals import Arrivals, Grown

@@ -1,4 +1,4 @@
-"""A running pool that requests join and leave, each with its own policy, sampling and limit."""
+"""A running decoding pool that requests can join and leave, each with its own settings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from jexit.rollout.requests import Request
 from jexit.rollout.sampling import TRUNCATIONS, Draws, MixedSampling, Sampling
 from jexit.rollout.scheduling import AUTOMATIC, columns_bucket, fitted
 
-AT_ONCE = 64  # completions under way, where `EngineSize` leaves that open
-PREFIXES = 8  # prompts that have been prefilled and wait for a row
+AT_ONCE = 64  # most completions under way at a time; `EngineSize` can only lower it
+PREFIXES = 8  # most prefilled prompts that wait for a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grown:
-    """What one completion has grown by; lists have an entry a token."""
+    """The tokens added to one completion since the last turn; lists have one entry per token."""
 
     ticket: int
     tokens: list[int]
@@ -39,7 +39,7 @@ class Grown:
 
 @dataclasses.dataclass(kw_only=True)
 class _Completion:
-    """One prompt of a request; `sent` of its tokens have been reported."""
+    """One prompt of a request; the first `sent` tokens of its completion have been reported."""
 
     ticket: int
     prompt: list[int]
@@ -52,11 +52,12 @@ class _Completion:
 
 
 class Arrivals:
-    """A pool that ticks for whoever has joined it; one program serves all policies.
+    """A decoding pool that requests can join and leave; one compiled program serves all policies.
 
-    Tokens, depths and log-probabilities are those of `rollout` with a request alone. As many
-    completions as the pool has rows (`size.rows`) are under way at a time; the others wait. The
-    pool is of one data shard and takes neither forced prefixes nor several samples of a prompt.
+    Each request gets the tokens, depths and log-probabilities that `rollout` returns for that
+    request alone. The pool decodes at most `size.rows` completions at a time, and never more than
+    `AT_ONCE`; the others wait. The pool works on one data shard and supports neither forced
+    prefixes nor several samples per prompt.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class Arrivals:
     ) -> None:
         if data_axes():
             raise UserError(
-                "a running pool works on one data shard, but this mesh has several; run one "
-                "process per device, or use a mesh that divides only tensor"
+                "a running pool supports only one data shard, but this mesh has several; run one "
+                "process per device, or use a mesh that divides only the tensor axis"
             )
         self._engine = engine = Engine(model, adapters=adapters, hazards=False)
         self._eos_N, self._pad_id = np.asarray(sorted(eos_ids), np.int32), pad_id
@@ -100,17 +101,17 @@ class Arrivals:
         self._slot_J = np.zeros(len(self._jobs), np.int32)
         self._free_slots = list(range(PREFIXES))
         self._queue: collections.deque[_Completion] = collections.deque()
-        self._ready: list[int] = []  # jobs that have been prefilled, in the order of their coming
+        self._ready: list[int] = []  # prefilled jobs that wait for a row, in order of arrival
         self._truncations: set[str] = set()
         self._tickets, self._full = 0, False
 
     def join(self, request: Request) -> list[int]:
-        """Takes a request in; a ticket for each of its prompts.
+        """Adds a request to the pool and returns one ticket for each of its prompts.
 
-        Raises UserError as `Request.check` does, and for what this pool cannot do.
+        Raises UserError if `Request.check` does, or if this pool cannot serve the request.
         """
         request.check(self._engine.model)
-        _ = request.policy.setting  # refuses what has no one setting for all tokens
+        _ = request.policy.setting  # raises UserError for a policy that differs between tokens
         self._check(request)
         self._truncations |= set(request.sampling.truncations)
         tickets = range(self._tickets, self._tickets + len(request.prompts))
@@ -130,7 +131,7 @@ class Arrivals:
         return list(tickets)
 
     def leave(self, ticket: int) -> None:
-        """Ends a completion, of which nothing more is reported; one that has ended stays so."""
+        """Ends a completion, so that no more of it is reported; does nothing if it has ended."""
         self._queue = collections.deque(c for c in self._queue if c.ticket != ticket)
         for job, completion in enumerate(self._jobs):
             if completion.ticket == ticket:
@@ -140,9 +141,10 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills requests that have joined, then runs up to `steps` ticks that draw tokens.
+        """Prefills waiting prompts while there is room, then runs up to `steps` drawing ticks.
 
-        Returns what was added to each completion; an empty list when none is being decoded.
+        A drawing tick is a tick that draws tokens. Returns the additions to each completion that
+        grew or ended, or an empty list if no completion is being decoded.
         """
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit(self._queue.popleft())
@@ -150,7 +152,7 @@ class Arrivals:
             return []
         if self._full:
             self._engine.grow()
-        # Those that are ready begin in their order, counted anew in each turn.
+        # `started` counts the ready jobs that begin in this turn, so it is reset here.
         started = jnp.zeros_like(self._engine.pool.started)
         self._engine.pool = dataclasses.replace(self._engine.pool, started=started)
         status = self._engine.advance(
@@ -171,9 +173,10 @@ class Arrivals:
         longest, (most_prompt, most_new) = max(map(len, request.prompts)), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(
-                f"a prompt of {longest} tokens with {request.max_new_tokens} new ones does not fit "
-                f"this pool, which allows at most {most_prompt} and {most_new}; shorten the "
-                "prompt, lower max_new_tokens, or open a larger pool"
+                f"a prompt of {longest} tokens with max_new_tokens={request.max_new_tokens} does "
+                f"not fit this pool, which allows at most {most_prompt} prompt tokens and "
+                f"{most_new} new tokens; shorten the prompt, lower max_new_tokens, or open a "
+                "larger pool"
             )
         asked = (
             sorted(request.eos_ids), request.adapters, request.hazards, request.samples_per_prompt,
@@ -181,13 +184,13 @@ class Arrivals:
         )  # fmt: skip
         if asked != (self._eos_N.tolist(), self._engine.adapters, False, 1, None, None):
             raise UserError(
-                "a request that joins a running pool must use the pool's end tokens and adapters, "
-                "one sample per prompt, no forced prefix and no recorded hazards; decode any other "
-                "request with rollout"
+                "a request that joins a running pool must use the pool's end tokens and its "
+                "adapters setting, one sample per prompt, no recorded hazards, no forced prefix "
+                "and no total; decode any other request with rollout"
             )
 
     def _admit(self, completion: _Completion) -> None:
-        """Prefills a prompt, which draws its first token."""
+        """Prefills a prompt, draws its first token and makes it wait for a row."""
         job = self._jobs.index(self._idle)
         self._jobs[job], self._slot_J[job] = completion, self._free_slots.pop()
         self._ready.append(job)
@@ -198,7 +201,7 @@ class Arrivals:
         self._engine.prefill(self._placed_jobs(), prompts, self._draws(), None, 1)
 
     def _release(self, job: int) -> None:
-        """Frees what a completion that has ended still holds."""
+        """Frees the job of an ended completion, and its prefix slot if it never got a row."""
         self._jobs[job] = self._idle
         if job in self._ready:  # it ended before it had a row
             self._ready.remove(job)

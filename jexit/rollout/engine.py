@@ -1,4 +1,4 @@
-"""The decoding engine's host side: rollouts, evaluation and `generate` all run through it."""
+"""The host side of the decoding engine, which serves rollouts, evaluation and `generate`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def rollout(
     size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> Rollouts:
-    """Completes prompts as `Request(prompts=prompts, **settings)` says; one prefill for each.
+    """Completes the prompts of `Request(prompts=prompts, **settings)`, with one prefill per prompt.
 
-    `model` is a `Transformer` or what `nnx.split(model, ...)` returned, which saves the splitting
-    in a training loop; new parameter values never recompile. Raises UserError for what the model
-    cannot do (`Request.check`), or when `Prescribed` has another number of rows or too few columns.
+    `model` is a `Transformer` or the result of `nnx.split(model, ...)`; a training loop passes the
+    second to save the splitting. New parameter values never cause a recompilation. Raises UserError
+    if the model cannot serve the request (`Request.check`), or if `Prescribed` has the wrong number
+    of rows or too few columns.
     """
     decoding = Decoding(model, Request(prompts=prompts, **settings), size)
     while not decoding.turn():
@@ -59,26 +60,27 @@ def rollout(
 
 
 class Engine:
-    """A model, and a pool of its completions on the device.
+    """A model and the pool of completions that it decodes on the device.
 
-    The pool, its records and the prefix cache are made by `open`. `compiling` is how many seconds
-    went by for compilations.
+    `open` creates the pool, its records and the prefix cache. `compiling` is the time spent on
+    compilations, in seconds.
     """
 
     def __init__(self, model: Transformer | SplitModel, *, adapters: bool, hazards: bool) -> None:
         self.compiling = 0.0
         self.graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
         self.states, self.adapters, self.hazards = tuple(states), adapters, hazards
-        self._layers: LayerWeights | None = None  # taken apart when there is a first tick
+        self._layers: LayerWeights | None = None  # made before the first tick, on CPUs only
         mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.empty and mesh.shape["fsdp"] > 1:  # weights whole along the model width
+        if not mesh.empty and mesh.shape["fsdp"] > 1:  # gather the weights along the model width
             self.states = self._timed(gathered_width, lambda: gathered_width(self.states))
         self.model: Transformer = nnx.merge(self.graphdef, *self.states)
 
     def open(self, *, rows: int, slots: int, most: int, places: int, **sizes: int) -> None:
-        """Creates an empty pool whose caches have `slots` per row and grow up to `most`.
+        """Creates an empty pool whose cache has `slots` per row and can grow to `most`.
 
-        `sizes` are the other arguments of `pool.empty`.
+        A tick runs up to `places` rows per data shard. `sizes` contains the other arguments of
+        `pool.empty`.
         """
         self.slots, self._most, self._places, self._compiled_slots = slots, most, places, 0
         sizes |= {"rows": rows, "slots": slots, "hazards": self.hazards}
@@ -89,7 +91,11 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None, samples: int
     ) -> None:
-        """Runs prompts, given as (tokens, lengths, numbers) of `jexit.rollout.prefill.prefill`."""
+        """Prefills prompts and draws the first token of each completion.
+
+        `prompts` are the arguments (tokens_BT, length_B, index_B) of
+        `jexit.rollout.prefill.prefill`.
+        """
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
@@ -101,7 +107,10 @@ class Engine:
     def advance(
         self, jobs: Jobs, ready: Any, more: Any, steps: int | None, policy: Policy, draws: Draws
     ) -> Status:
-        """Ticks until the host has something to do, or for so many steps that draw tokens."""
+        """Runs ticks until the host has to act or `steps` ticks have drawn tokens (None: no limit).
+
+        See `jexit.rollout.ticks.advance`.
+        """
         if self._layers is None and on_cpu():
             self._layers = self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
 
@@ -113,26 +122,26 @@ class Engine:
             )  # fmt: skip
             return status
 
-        if self.slots != self._compiled_slots:  # no ticks: what it takes is the compilation
+        if self.slots != self._compiled_slots:  # with 0 steps, the call only compiles
             self._timed(ticks.advance, lambda: run(np.int32(0)))
             self._compiled_slots = self.slots
         with waiting("the rollouts"):
             return jax.device_get(run(NO_LIMIT if steps is None else np.int32(steps)))
 
     def grow(self) -> None:
-        """Gives the rows larger caches."""
+        """Enlarges the cache of every row to the next bucket of slots."""
         self.slots = cache_bucket(self.slots + 1, self._most)
         cache = self._timed(pool.grown, lambda: pool.grown(self.pool.cache, slots=self.slots))
         self.pool = dataclasses.replace(self.pool, cache=cache)
 
     def cut(self, length_J: Any) -> None:
-        """Ends each completion after `length_J` of its tokens; 0 leaves it unchanged."""
+        """Ends each completion after its first `length_J` tokens; 0 leaves it unchanged."""
         self.pool, self.records = self._timed(
             pool.cut, lambda: pool.cut(self.pool, self.records, length_J)
         )
 
     def _timed(self, program: Any, run: Callable[[], T]) -> T:
-        """Runs it; if that compiled the program, its time counts as compilation."""
+        """Calls `run` and, if the call compiled `program`, adds its time to `compiling`."""
         known, began = program._cache_size(), time.perf_counter()
         with waiting("the rollouts"):
             result = run()
@@ -142,10 +151,10 @@ class Engine:
 
 
 class Decoding:
-    """One request on its way: prefills prompts as slots for them come free, and lets the pool tick.
+    """The decoding of one request: prefills prompts as slots become free and runs the ticks.
 
-    Every data shard of the mesh has its own prompts, completions and pool; the host does the same
-    for all of them, so that several hosts stay in step.
+    Each data shard of the mesh has its own prompts, completions and pool. The host calls the same
+    programs for all shards at once, so several hosts stay synchronised.
     """
 
     def __init__(
@@ -191,12 +200,13 @@ class Decoding:
         self._status = Status(*np.zeros((len(dataclasses.fields(Status)), layout.shards), np.int32))
 
     def turn(self, steps: int | None = None) -> bool:
-        """Decodes until the host has to act, or for at most `steps` ticks that draw tokens.
+        """Prefills prompts while there is room, then decodes until the host has to act again.
 
-        Returns whether all completions have ended.
+        Stops after `steps` ticks that draw tokens, unless `steps` is None. Returns whether all
+        completions have ended.
         """
         layout = self._layout
-        # Which the prefill draws; nothing of a prompt stays in use.
+        # The prefill draws it, so no tick runs and the prompts' slots are free again at once.
         one_token = self.request.max_new_tokens == 1
         while self._prefilled < layout.most_prompts and (
             one_token or layout.has_room(self._prefilled, self._status.started)
@@ -216,9 +226,9 @@ class Decoding:
         return bool(np.all(begun & (self._status.under_way == 0)))
 
     def so_far(self) -> Records:
-        """What there is of this host's completions; those without a prefill have length 0.
+        """Returns the records of this host's completions so far.
 
-        Records have as many columns as completions may have tokens.
+        A completion has length 0 before its prefill. The records have `max_new_tokens` columns.
         """
         layout, columns = self._layout, self.request.max_new_tokens
         job_B = layout.job_B[host_rows(self._total * layout.samples).index_B]
@@ -226,21 +236,21 @@ class Decoding:
             if layout.shards * layout.most_prompts == self._total:
                 records = fetch_rows(self.engine.records)
                 job_B = host_rows(layout.shards * layout.jobs).find(job_B)
-            else:  # prompts that do not divide over the shards: all hosts have all completions
+            else:  # the prompts do not divide over the shards, so every host has all completions
                 records = whole(self.engine.records, "the rollouts")
         return jax.tree.map(
             lambda part: part[job_B, :columns] if part.ndim > 1 else part[job_B], records
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends each completion after `length_B` of its tokens; 0 leaves it unchanged.
+        """Ends each completion after its first `length_B` tokens; 0 leaves it unchanged.
 
-        Every host must call it, with the lengths of all rows of the batch.
+        Every host must call this with the lengths of all rows of the batch.
         """
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:
-        """The completions, when all have ended."""
+        """Returns the results of this host's completions, after all of them have ended."""
         records, request, layout, status = self.so_far(), self.request, self._layout, self._status
         length_B, z_BTE = records.length_J, records.hazard_logits_JTE
         beyond_BT = np.arange(request.max_new_tokens) >= length_B[:, None]
@@ -268,7 +278,7 @@ class Decoding:
         )
 
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
-        """A number of every prompt, from those of the prompts that are here."""
+        """Gathers one number per prompt of the whole batch from each host's own prompts."""
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)
         for index_B, here_B in gather("the prompts' lengths", mine):
@@ -276,7 +286,7 @@ class Decoding:
         return number_B
 
     def _placed(self, policy: Policy, columns: int) -> Policy:
-        """With a row for each job, where the policy has rows."""
+        """Returns the policy with its rows, if any, in the order of the jobs and on the mesh."""
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))
 
@@ -287,7 +297,7 @@ class Decoding:
         return policy.map_rows(by_job)
 
     def _prefill(self) -> None:
-        """The next group of prompts, of every shard."""
+        """Prefills the next group of prompts of every shard."""
         layout = self._layout
         group = layout.groups[self._prefilled]
         index_SB, length_SB = layout.group(self._prefilled)
@@ -296,7 +306,7 @@ class Decoding:
         for shard, row in np.ndindex(index_SB.shape):
             index = index_SB[shard, row]
             prompt = self._held.get(int(shard * layout.most_prompts + index))
-            if index < layout.prompts and prompt is not None:  # another host's lie there
+            if index < layout.prompts and prompt is not None:  # None: on another host
                 tokens_SBT[shard, row, : length_SB[shard, row]] = self.request.prompts[prompt]
         self._prefilled += group.prompts
         self._positions += tokens_SBT.size
@@ -305,7 +315,7 @@ class Decoding:
         self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced, layout.samples)
 
     def _forced(self, index_SB: np.ndarray) -> ForcedPrefix:
-        """Of a group's prompts; none where one only fills the batch."""
+        """Returns the forced prefixes of a group's prompts; rows of padding have none."""
         layout = self._layout
         known_SB = np.minimum(index_SB, layout.prompts - 1)
         tokens_SB = np.take_along_axis(layout.forced_SP, known_SB, axis=1)

@@ -1,8 +1,8 @@
-"""What decoding carries: completions to make, their records, and the pool of those under way.
+"""The state of decoding: the jobs (completions to make), their records, and the pool of rows.
 
-Arrays have their rows first, so that each data shard of a mesh holds its own: J completions (jobs),
-P rows of the pool, one number a shard. Shards decode by themselves; heads, MLP and vocabulary are
-divided over `tensor` inside them.
+The first axis of each array (of a cache, its row axis) is divided over the data shards of the mesh:
+J jobs, P rows of the pool, or one number per shard. Each shard decodes independently. Within a
+shard, heads, MLP and vocabulary are divided over `tensor`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def pytree(cls: type) -> type:
 
 @pytree
 class Jobs:
-    """The completions to make; those of one prompt are adjacent."""
+    """The completions to make; the completions of one prompt are adjacent."""
 
-    number_J: Int[Array, "J"]  # of the prompt in the caller's whole list
+    number_J: Int[Array, "J"]  # the prompt's number in the caller's whole list
     sample_J: Int[Array, "J"]
-    prompt_length_J: Int[Array, "J"]  # with its forced prefix
-    forced_J: Int[Array, "J"]  # tokens of that prefix
-    slot_J: Int[Array, "J"]  # of the prompt in the prefix cache
+    prompt_length_J: Int[Array, "J"]  # including the forced prefix
+    forced_J: Int[Array, "J"]  # the length of the forced prefix
+    slot_J: Int[Array, "J"]  # the prompt's slot in the prefix cache
     order_J: Int[Array, "J"]  # completions in the order in which they start
 
 
 @pytree
 class Records:
-    """What is kept of every completion; T is no less than `max_new_tokens`."""
+    """The recorded tokens of every completion; T is at least `max_new_tokens`."""
 
     tokens_JT: Int[Array, "J T"]
     depths_JT: Int[Array, "J T"]
@@ -56,7 +56,7 @@ class Records:
 
     @classmethod
     def empty(cls, rows: int, columns: int, exits: int | None) -> Records:
-        """`exits` None: hazards are not kept."""
+        """Returns records without tokens; if `exits` is None, they have no hazards."""
         integers_JT = jnp.zeros((rows, columns), jnp.int32)
         floats_JT = jnp.zeros((rows, columns), jnp.float32)
         z_JTE = None if exits is None else jnp.full((rows, columns, exits), jnp.nan, jnp.float32)
@@ -73,24 +73,24 @@ class Records:
 
 @pytree
 class Pool:
-    """Completions under way, each with its last token somewhere on its way through the layers."""
+    """The completions being decoded; a row has the state of its completion's current token."""
 
     job_P: Int[Array, "P"]  # the completion, or FREE
-    index_P: Int[Array, "P"]  # tokens that are out
+    index_P: Int[Array, "P"]  # tokens drawn so far
     depth_P: Int[Array, "P"]
-    segment_P: Int[Array, "P"]  # that the row waits for; at 0 it draws a token
-    since_P: Int[Array, "P"]  # tick from which it waits
+    segment_P: Int[Array, "P"]  # the segment that the row waits for; at segment 0 it draws a token
+    since_P: Int[Array, "P"]  # the tick since which the row waits
     h_PD: Float[Array, "P D"]
     hazard_logits_PE: Float[Array, "P E"]  # zeros at exits that were not reached
     cache: Cache
     tick: Int[Array, "1"]
-    started: Int[Array, "1"]  # completions that have begun, of `Jobs.order_J`
-    filled: Float[Array, "1"]  # places that ran, weighted by what a place costs, in layers
-    offered: Float[Array, "1"]  # likewise, that there were
+    started: Int[Array, "1"]  # how many completions of `Jobs.order_J` have begun
+    filled: Float[Array, "1"]  # places of all ticks that ran a row, weighted by cost in layers
+    offered: Float[Array, "1"]  # all places of all ticks, weighted likewise
 
     @classmethod
     def empty(cls, rows: int, width: int, exits: int, cache: Cache, shards: int) -> Pool:
-        """Of all shards together, with free rows."""
+        """Returns the pool of all shards together, with every row free."""
         integers_P, one = jnp.zeros(rows, jnp.int32), jnp.zeros(shards, jnp.int32)
         return cls(
             job_P=integers_P + FREE,
@@ -110,10 +110,10 @@ class Pool:
 
 @pytree
 class Status:
-    """What the host decides by, of every shard."""
+    """The state of every shard that the host needs in order to decide what to do next."""
 
     started: Int[Array, "shards"]
-    under_way: Int[Array, "shards"]  # completions
+    under_way: Int[Array, "shards"]  # completions being decoded
     full: Bool[Array, "shards"]  # a row needs a larger cache
     filled: Float[Array, "shards"]
     offered: Float[Array, "shards"]
@@ -137,7 +137,7 @@ def empty(
     slots: int,
     hazards: bool,
 ) -> tuple[Pool, Records, Cache]:
-    """(pool, records, prefix cache), of all shards together."""
+    """Returns an empty (pool, records, prefix cache) for all shards together."""
     model: Transformer = nnx.merge(graphdef, *states)
     arch, exits = model.arch, len(model.exit_layers)
     cache = Cache.empty(arch, rows, slots, model.dtype)
@@ -149,7 +149,7 @@ def empty(
 
 @functools.partial(jax.jit, donate_argnames=("pool", "records"))
 def cut(pool: Pool, records: Records, length_J: Int[Array, "J"]) -> tuple[Pool, Records]:
-    """Ends completions after `length_J` of their tokens; 0 leaves one alone."""
+    """Ends each completion after its first `length_J` tokens; 0 leaves it unchanged."""
 
     def local(pool: Pool, records: Records, length_J: Array) -> tuple[Pool, Records]:
         over_J = length_J > 0
@@ -175,11 +175,11 @@ def cut(pool: Pool, records: Records, length_J: Int[Array, "J"]) -> tuple[Pool, 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def grown(cache: Cache, *, slots: int) -> Cache:
-    return cache.grown(slots)  # another size: nothing that a donated buffer could serve for
+    return cache.grown(slots)  # a donated buffer could not be reused, because the size differs
 
 
 def _pinned(tree: Any) -> Any:
-    """With the rows of every array where their shard is; caches are there already."""
+    """Pins the rows of every array to their shards; caches are on their shards already."""
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))
@@ -194,7 +194,10 @@ def rows_spec() -> P:
 
 
 def specs(tree: Any) -> Any:
-    """How arrays with their rows first, keys and values, and caches lie on the mesh."""
+    """Returns the partition specs of a tree, which divide rows over the data axes.
+
+    Rows are the first axis of an array, the second of `KeysValues` and the third of a `Cache`.
+    """
     rows = rows_spec()
     inside = {Cache: P(None, None, *rows), KeysValues: P(None, *rows)}
     return jax.tree.map(
@@ -205,11 +208,12 @@ def specs(tree: Any) -> Any:
 
 
 def by_shard(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each data shard by itself; what is divided over `tensor` stays so."""
+    """Returns `function` applied to each data shard separately; `tensor` still divides arrays."""
     axes, mesh = data_axes(), jax.sharding.get_abstract_mesh()
     if not axes:
         return function
-    # With axes of size 1: kernels want no axis left to the compiler where there is none to divide.
+    # Axes of size 1 are included, because kernels accept an axis that is left to the compiler only
+    # if something is divided over it.
     single = {name for name, size in mesh.shape.items() if size == 1}
     return jax.shard_map(
         function,

@@ -1,4 +1,4 @@
-"""The program that runs prompts and draws the first token of each completion."""
+"""The compiled program that prefills prompts and draws the first token of each completion."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jexit.model.transformer import Transformer, logits_of, run
 from jexit.rollout.pool import Jobs, Records, by_shard, pytree, specs
 from jexit.rollout.sampling import TOKEN_DRAW, Draws, fold_in
 
-DEPTH_DRAW = 1  # of a forced token; the number 0 is the draw of the first new one
+DEPTH_DRAW = 1  # number of the forced tokens' depth draws; 0 is the draw of the first new token
 
 
 @pytree
 class ForcedPrefix:
-    """How many of each prompt's last tokens are forced on its completion, and which that is.
+    """The number of forced tokens at the end of each prompt, and the prompt's first completion.
 
-    A completion's tokens exit under `policy` wherever they come from. The prompt before them runs
-    at full depth, its last position included.
+    A completion's tokens exit under `policy`, whether they were forced or drawn. The prompt before
+    them runs at full depth, including its last position.
     """
 
     tokens_B: Int[Array, "B"]
@@ -37,7 +37,10 @@ class ForcedPrefix:
     def exits(
         self, jobs: Jobs, draws: Draws, length_B: Int[Array, "B"], length: int
     ) -> dict[str, Any]:
-        """What `jexit.model.transformer.run` is told about prompts of these lengths."""
+        """Returns the arguments of `jexit.model.transformer.run` that let forced tokens leave.
+
+        `length_B` are the lengths of the prompts, which are padded to `length`.
+        """
         index_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
         # Column i of `Prescribed` is for the pass that produces token i of the completion.
         policy = self.policy.at(self.job_B[:, None], jnp.maximum(index_BT + 1, 0))
@@ -47,7 +50,7 @@ class ForcedPrefix:
 
 @pytree
 class _Prefilled:
-    """Prompts that have run: their keys and values, and what their last pass gave."""
+    """Prefilled prompts: their keys and values, and the results at their last positions."""
 
     keys_values: KeysValues
     index_B: Int[Array, "B"]
@@ -79,9 +82,9 @@ def prefill(
 ) -> tuple[Cache, Records]:
     """Runs right-padded prompts and draws the first token of each completion.
 
-    `index_B` are the prompts' numbers in their shard's list; outside of it for rows that only fill
-    the batch. Prompts run at full depth, but for a forced prefix of a completion. Returns the
-    prefix cache with these, and the records.
+    `index_B` are the prompts' numbers in their shard's list; a number beyond the list marks a row
+    that only fills up the batch. Prompts run at full depth, except for forced prefixes. Returns the
+    prefix cache with the keys and values of these prompts, and the records with the first tokens.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     length = tokens_BT.shape[1]

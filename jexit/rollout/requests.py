@@ -1,4 +1,4 @@
-"""What decoding is asked for, and what it refuses before anything is compiled."""
+"""A request to the decoder, and the checks that it must pass before anything is compiled."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jexit.rollout.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Prompts, and how to complete them.
+    """Prompts and the settings for completing them.
 
-    Temperature 0 is greedy. A row's draws depend on the key, `first_prompt` plus its prompt's
-    index, the sample's index and the token's, not on other rows nor on the engine's size. With
-    several hosts `prompts` are this host's of `total` (`jexit.dist.host_rows`), and `Prescribed`
-    holds the depths of all.
+    Temperature 0 is greedy. A row's draws depend only on the key, on `first_prompt` plus the index
+    of its prompt, and on the indices of the sample and the token. They do not depend on other rows
+    or on the engine's size. With several hosts, `prompts` contains only this host's share of the
+    `total` prompts (`jexit.dist.host_rows`), but `Prescribed` contains the depths of all prompts.
 
-    `forced` says of each prompt how many of its last tokens are a forced completion prefix: these
-    exit under the policy, as if they had been decoded, and columns of `Prescribed` count from the
-    first of them. Completions hold new tokens only. Samples of one prompt share the depths that its
-    prefix drew.
+    `forced` is the number of tokens at the end of each prompt that form a forced completion prefix.
+    These tokens exit under the policy as if they had been decoded, and the columns of `Prescribed`
+    are counted from the first of them. Completions contain only the new tokens. All samples of a
+    prompt share the depths drawn for its forced prefix.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -62,24 +62,28 @@ class Request:
 
     @property
     def forced_B(self) -> list[int]:
-        """Of each prompt's tokens, those of a forced prefix."""
+        """The number of forced tokens of each prompt; 0 if `forced` is not set."""
         return [0] * len(self.prompts) if self.forced is None else [int(n) for n in self.forced]
 
     def check(self, model: Transformer) -> None:
         """Raises UserError if the request is invalid, or if this model cannot serve it."""
         arch = model.arch
         if not self.prompts:
-            raise UserError("there are no prompts to complete; give at least one")
+            raise UserError("prompts is empty; give at least one prompt")
         new = self.max_new_tokens
         if not isinstance(new, int | np.integer) or new < 1:
-            raise UserError(f"max_new_tokens is {new!r}; it must be a whole number of at least 1")
+            raise UserError(
+                f"max_new_tokens is {new!r}, but it must be a whole number of at least 1; give one "
+                "such as 256"
+            )
         if self.samples_per_prompt < 1:
             raise UserError(
-                f"samples_per_prompt is {self.samples_per_prompt}; it must be at least 1"
+                f"samples_per_prompt is {self.samples_per_prompt}, but it must be at least 1; set "
+                "samples_per_prompt=1 for one completion per prompt"
             )
         for index, prompt in enumerate(self.prompts):
             _check_prompt(index, prompt, new, arch)
-        # The first pass runs all layers, whatever is prescribed for it.
+        # The first pass runs all layers, so the depth prescribed for it is not checked.
         free = self.policy
         if isinstance(free, Policy) and free.by_row:
             free = free.map_rows(lambda depth_BT: np.asarray(depth_BT)[..., 1:])
@@ -87,42 +91,47 @@ class Request:
         _check_forced(self.prompts, self.forced_B)
         if self.forced is not None and self.samples_per_prompt > 1 and self.policy.by_row:
             raise UserError(
-                f"{self.samples_per_prompt} samples share one prefill, so Prescribed cannot give "
-                "each its own depths in the forced prefix; repeat the prompts instead, with "
-                "samples_per_prompt=1"
+                f"samples_per_prompt is {self.samples_per_prompt}, but the samples of a prompt "
+                "share one prefill, so Prescribed cannot give each sample its own depths in the "
+                "forced prefix; set samples_per_prompt=1 and repeat the prompts instead"
             )
 
 
 def _check_prompt(index: int, prompt: Sequence[int], new: int, arch: Architecture) -> None:
     most = arch.max_positions
     if not prompt:
-        raise UserError(f"prompt {index} is empty; a prompt needs at least one token")
+        raise UserError(
+            f"prompt {index} is empty, but a prompt needs at least one token; add one or remove "
+            "the prompt"
+        )
     if len(prompt) >= most:
         raise UserError(
-            f"prompt {index} has {len(prompt)} tokens and the model takes {most} positions; "
-            "shorten the prompt"
+            f"prompt {index} has {len(prompt)} tokens, but the model has {most} positions and at "
+            f"least one is needed for a new token; shorten the prompt to at most {most - 1} tokens"
         )
     if len(prompt) + new > most:
         raise UserError(
-            f"prompt {index} has {len(prompt)} tokens and with {new} new ones exceeds the model's "
-            f"{most} positions; lower max_new_tokens to at most {most - len(prompt)}"
+            f"prompt {index} has {len(prompt)} tokens, but with max_new_tokens={new} it may exceed "
+            f"the model's {most} positions; lower max_new_tokens to at most {most - len(prompt)}"
         )
     if not 0 <= min(prompt) <= max(prompt) < arch.vocab_size:
         outside = next(token for token in prompt if not 0 <= token < arch.vocab_size)
         raise UserError(
-            f"prompt {index} holds token {outside} and the model's vocabulary has "
-            f"{arch.vocab_size}; use the tokenizer that belongs to the model"
+            f"prompt {index} contains token {outside}, but the model's tokens are 0 to "
+            f"{arch.vocab_size - 1}; use the tokenizer that belongs to the model"
         )
 
 
 def _check_forced(prompts: Sequence[Sequence[int]], forced: list[int]) -> None:
     if len(forced) != len(prompts):
         raise UserError(
-            f"forced has {len(forced)} numbers for {len(prompts)} prompts; give one a prompt"
+            f"forced has length {len(forced)}, but prompts has length {len(prompts)}; give one "
+            "number per prompt"
         )
     for index, (prompt, tokens) in enumerate(zip(prompts, forced, strict=True)):
         if not 0 <= tokens < len(prompt):
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens, but forced says that {tokens} of them "
-                f"are a forced prefix; give a number from 0 to {len(prompt) - 1}"
+                f"forced[{index}] is {tokens}, but prompt {index} has {len(prompt)} tokens and at "
+                "least one must come before the forced prefix; give a number from 0 to "
+                f"{len(prompt) - 1}"
             )

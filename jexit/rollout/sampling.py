@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, with the log-probability of what was drawn."""
+"""Sampling of tokens from logits, with the log-probabilities of the drawn tokens."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
 from jexit.errors import UserError
 from jexit.rollout.pool import Jobs
 
-TOKEN_DRAW = 0  # of a pass: the draw of its token; 1 + e are the draws at the exits
-SHARPEST = 1e-6  # the lowest temperature but 0; logits divided by less may overflow
+TOKEN_DRAW = 0  # number of a pass's token draw; 1 + e are the numbers of its draws at the exits
+SHARPEST = 1e-6  # the lowest temperature above 0; logits divided by less may overflow
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the flags are static, so an unused feature costs nothing.
+    """The settings for drawing tokens; the flags are static, so an unused feature costs nothing.
 
-    First the temperature, then truncation to the `top_k` most likely tokens, to the nucleus `top_p`
-    of what is left, and to what has `min_p` of the most likely one's probability, as Hugging Face's
-    `generate` does it.
+    As in Hugging Face's `generate`, the temperature comes first. Then tokens are truncated to the
+    `top_k` most likely ones, to the nucleus `top_p` of the remaining ones, and to those with at
+    least `min_p` times the probability of the most likely token.
     """
 
     temperature: Float[Array, ""] | float
@@ -39,22 +39,29 @@ class Sampling:
     def of(
         cls, temperature: float, top_p: float = 1.0, *, top_k: int = 0, min_p: float = 0.0
     ) -> Sampling:
-        """Checks the settings; temperature 0 is greedy, and then nothing is truncated."""
+        """Returns checked settings; temperature 0 is greedy and turns truncation off.
+
+        Raises UserError if a setting is out of its range.
+        """
         if not (temperature == 0.0 or SHARPEST <= temperature < float("inf")):
             raise UserError(
-                f"temperature is {temperature}; give 0 (greedy) or at least {SHARPEST:g}, such as "
-                "0.7"
+                f"temperature is {temperature}, but it must be 0 (greedy) or a finite number of at "
+                f"least {SHARPEST:g}; give one such as 0.7"
             )
         if not 0.0 < top_p <= 1.0:
             raise UserError(
-                f"top_p is {top_p}; it is the probability mass to keep, above 0 and at most 1"
+                f"top_p is {top_p}, but the probability mass to keep must be above 0 and at most "
+                "1; set top_p=1 to keep every token"
             )
         if top_k != int(top_k) or top_k < 0:
-            raise UserError(f"top_k is {top_k}; it is how many tokens to keep, or 0 for all")
+            raise UserError(
+                f"top_k is {top_k}, but the number of tokens to keep must be a whole number of at "
+                "least 0; set top_k=0 to keep every token"
+            )
         if not 0.0 <= min_p <= 1.0:
             raise UserError(
-                f"min_p is {min_p}; it is a share of the most likely token's probability, from 0 "
-                "to 1"
+                f"min_p is {min_p}, but a share of the most likely token's probability must be "
+                "from 0 to 1; set min_p=0 to keep every token"
             )
         greedy = temperature == 0.0
         used = {"top_k": top_k > 0, "top_p": top_p < 1.0, "min_p": min_p > 0.0}
@@ -68,11 +75,11 @@ class Sampling:
         )
 
     def at(self, row_B: Int[Array, "B"]) -> Sampling:
-        """How those completions draw: like all others."""
+        """Returns the settings of these completions; all completions share one setting."""
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-        """Logits of what is drawn from, −inf where it has been truncated."""
+        """Returns the logits of the sampling distribution; truncated tokens have −inf."""
         logits = logits.astype(jnp.float32)
         if not self.greedy:
             logits = logits / self.temperature
@@ -83,9 +90,10 @@ class Sampling:
     def draw(
         self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """(tokens, log-probabilities) [B] under the distribution.
+        """Draws tokens from the distribution and returns (tokens, log-probabilities), each [B].
 
-        Greedy takes the first of the largest logits and reports the untempered log-probability.
+        Greedy decoding takes the first of the largest logits and returns its untempered
+        log-probability.
         """
         return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
 
@@ -93,14 +101,17 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MixedSampling:
-    """Another way of drawing for each completion; one program serves them all."""
+    """Separate sampling settings for each completion; one compiled program serves all of them."""
 
-    rows: Sampling  # its numbers have a row each
+    rows: Sampling  # its numbers are arrays with one entry per completion
     greedy_B: Bool[Array, "B"]
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], truncations: tuple[str, ...]) -> MixedSampling:
-        """With these truncations in the program; a row that has not asked for one keeps all."""
+        """Combines the settings of all rows for a program that contains these truncations.
+
+        A truncation that a row does not use keeps every token of the row.
+        """
         all_kept = {"top_k": np.int32(2**31 - 1), "top_p": np.float32(2.0), "min_p": np.float32(0)}
         limits = {
             name: np.asarray(
@@ -118,14 +129,17 @@ class MixedSampling:
     def draw(
         self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """As `Sampling.draw` for each row."""
+        """Draws each row's token with the row's settings. See `Sampling.draw`."""
         logits_BV = jax.vmap(Sampling.distribution)(self.rows, logits_BV)
         best, drawn = (_drawn(logits_BV, keys_B, greedy) for greedy in (True, False))
         return jax.tree.map(lambda a_B, b_B: jnp.where(self.greedy_B, a_B, b_B), best, drawn)
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """(tokens, log-probabilities) [B] of the soft-max."""
+    """Draws from the soft-max of the logits and returns (tokens, log-probabilities), each [B].
+
+    If `greedy` is true, takes the most likely tokens instead.
+    """
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
         token_B = _first(logits_BV == top_B1)
@@ -140,15 +154,21 @@ def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """How completions draw, and where they end; a key and a limit for all, or one a completion."""
+    """The settings by which completions draw their tokens and end.
+
+    The key and the limit are either shared by all completions or have one entry per completion.
+    """
 
     key: PRNGKey | Key[Array, "J"]
     eos_N: Int[Array, "N"]
-    limit: Int[Array, ""] | Int[Array, "J"]  # tokens of a completion
+    limit: Int[Array, ""] | Int[Array, "J"]  # most tokens per completion
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """A key for each token: of the seed, the prompt's number, the sample's and the token's."""
+        """Returns a PRNG key per token, derived from `key` and three numbers.
+
+        These are the numbers of the prompt, of the sample and of the token.
+        """
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
             return jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, self.key))(
@@ -168,11 +188,11 @@ def fold_in(keys_B: Key[Array, "B"], number: Array | int) -> Key[Array, "B"]:
 
 
 def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> Int[Array, "B"]:
-    """Draws an index a row with probability weight / Σ weight; each row has its own key.
+    """Draws one index per row with probability weight / Σ weight; each row has its own key.
 
-    By inverting the cumulative sum in two levels (a block of about √V entries, then an entry of
-    it) with two uniform numbers a row; Gumbel noise would cost a random number and two logarithms
-    for every entry of the vocabulary. Entries of weight 0 are never drawn.
+    The cumulative sum is inverted in two levels (a block of about √V entries, then an entry of the
+    block), which takes two uniform numbers per row. Gumbel noise would take a random number and two
+    logarithms per entry of the vocabulary. Entries of weight 0 are never drawn.
     """
     batch, vocab = weights_BV.shape
     width = 1 << ((vocab - 1).bit_length() + 1) // 2
@@ -183,17 +203,17 @@ def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> 
     block_B = _invert(jnp.sum(weights_BCW, axis=-1), uniform_B2[:, 0])
     chosen_BW = jnp.take_along_axis(weights_BCW, block_B[:, None, None], axis=1)[:, 0]
     token_B = block_B * width + _invert(chosen_BW, uniform_B2[:, 1])
-    return jnp.minimum(token_B, vocab - 1)  # weights that are no numbers end in the padding
+    return jnp.minimum(token_B, vocab - 1)  # NaN weights would select an index in the padding
 
 
 def _invert(weights_BC: Array, uniform_B: Array) -> Array:
-    """The first index of positive weight whose cumulative weight exceeds uniform · total."""
+    """Returns the first index of positive weight whose cumulative sum exceeds uniform · total."""
     entries = weights_BC.shape[-1]
-    # A product with a triangle is one operation where a scan is a dozen.
+    # A product with a triangular matrix is one operation; a scan is a dozen.
     triangle_CC = jnp.triu(jnp.ones((entries, entries), weights_BC.dtype))
     sums_BC = jnp.dot(weights_BC, triangle_CC, precision=jax.lax.Precision.HIGHEST)
     # Rounding may leave the sums not quite monotonic. The two guards make sure that some entry
-    # exceeds the target and that an entry of weight 0 is never the one.
+    # exceeds the target and that the first such entry never has weight 0.
     sums_BC = jnp.where(weights_BC > 0, sums_BC, 0.0)
     total_B1 = jnp.max(sums_BC, axis=-1, keepdims=True)
     target_B1 = jnp.minimum(uniform_B[:, None] * total_B1, total_B1 * (1.0 - 2.0**-23))
@@ -201,30 +221,33 @@ def _invert(weights_BC: Array, uniform_B: Array) -> Array:
 
 
 def _first(true_BC: Array) -> Array:
-    """The first true index of each row: two plain reductions, faster than one of pairs."""
+    """Returns the first true index of each row, or the last index if none is true.
+
+    Two plain reductions, a maximum and then this minimum, are faster than an `argmax` over pairs.
+    """
     entries = true_BC.shape[-1]
     return jnp.min(jnp.where(true_BC, jnp.arange(entries), entries - 1), axis=-1).astype(jnp.int32)
 
 
 def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
-    """Logits with −inf outside the `top_k` most likely tokens; those that tie with the last stay.
+    """Returns logits with −inf outside the `top_k` most likely tokens and ties with the last one.
 
-    Tokens whose probability rounds to 0 may stay too: they are never drawn.
+    Tokens whose probability rounds to 0 may be kept too, but they are never drawn.
     """
     return _truncate(logits, lambda kept, probs: jnp.sum(kept, axis=-1) >= top_k)
 
 
 def truncate_top_p(logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float) -> Array:
-    """Logits with −inf outside the nucleus (arXiv:1904.09751).
+    """Returns logits with −inf outside the nucleus (arXiv:1904.09751).
 
-    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p; tokens that tie at τ
-    all stay.
+    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p. It contains all tokens
+    that tie at τ.
     """
     return _truncate(logits, lambda kept, p: jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= top_p)
 
 
 def truncate_min_p(logits: Float[Array, "*A V"], min_p: Float[Array, ""] | float) -> Array:
-    """Logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
+    """Returns logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -234,14 +257,15 @@ TRUNCATIONS = {"top_k": truncate_top_k, "top_p": truncate_top_p, "min_p": trunca
 
 
 def _truncate(logits: Array, enough: Callable[[Array, Array], Array]) -> Array:
-    """Keeps {p ≥ τ} with the largest τ that is `enough` (kept [..., V], p [..., V] → [...]).
+    """Returns logits with −inf outside {p ≥ τ}, with the largest τ that satisfies `enough`.
 
-    τ is found by bisection over the bits of the probabilities, which order as they do: 31 sums over
-    the vocabulary instead of a sort.
+    `enough` maps the kept tokens [..., V] and the probabilities [..., V] to booleans [...]. τ is
+    found by bisection over the bit patterns of the probabilities, which sort like the numbers. This
+    takes 31 sums over the vocabulary instead of a sort.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-    # Nothing may be enough, such as a mass that rounds to below 1: the bound 0 keeps everything.
+    # If no τ is enough (the whole mass may round to below top_p), the bound 0 keeps all tokens.
     low = jnp.zeros(logits.shape[:-1], jnp.int32)
     high = jnp.max(bits, axis=-1) + 1
 

@@ -1,10 +1,10 @@
-"""In what order work is done: prompts by their shards, and the rows of a pool by their segments.
+"""The order of work: the prompts that each shard prefills, and the segment that each tick runs.
 
-Prompts are prefilled in groups of like length, the shortest first. The exits cut the stack into
-segments. A tick runs one segment for as many sequences as it has places for; the weights of its
-layers are read once for all of them. Segment 0 begins with the drawing of tokens: a sequence that
-has left, or has run the last segment, draws its token and goes on with that through segment 0 in
-the same tick, for nobody leaves before the first exit.
+Prompts are prefilled in groups of similar length, the shortest first. The exits cut the stack into
+segments. A tick runs one segment for a limited number of sequences (its places) and reads the
+weights of the segment's layers once for all of them. Segment 0 begins by drawing tokens: a sequence
+that has left, or has run the last segment, draws its token. In the same tick the new token runs
+through segment 0, because no token can leave before the first exit.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from jexit.model.policies import Policy
 from jexit.presets import Architecture
 from jexit.rollout.pool import Jobs
 
-# Places of a tick. With fewer than the first, a layer's products take no less time: reading its
-# weights is what they wait for (peak FLOP/s over bandwidth). More than the second gain nothing.
+# The (least, most) places of a tick. With fewer than the least, a layer's products take no less
+# time, because they wait for its weights (peak FLOP/s over bandwidth). More than the most gain
+# nothing.
 PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
-ROWS_A_PLACE = 3  # of the pool: what waits at other segments while a tick's places fill
-# Positions of one prefill, of each data shard. More of them read weights less often, and pad more.
+ROWS_A_PLACE = 3  # rows of the pool per place: some wait at other segments while the places fill
+# Positions of one prefill on each data shard. More positions read the weights less often, but add
+# more padding.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
-GROUP_PARTS = (1, 2, 4)  # of the rows that so many positions hold, what a prefill may have
-CALL_SHARE = 1 / 16  # of these positions: what a call costs, which reads all weights
-# Of an accelerator's memory, for a pool's keys and values; the prompts' take up to as much again.
+GROUP_PARTS = (1, 2, 4)  # a prefill has the rows that fit these positions, divided by one of these
+CALL_SHARE = 1 / 16  # cost of a call, which reads all weights, as a share of these positions
+# Share of an accelerator's memory for the pool's keys and values. Those of the prompts take up to
+# the same amount again.
 CACHE_SHARE = 0.3
-LEAST_COLUMNS = 128  # tokens that a completion's records have room for: four numbers each
-# A sequence that has waited for more ticks than this times the segments is overdue: the oldest of
-# these goes next, however few wait with it.
+LEAST_COLUMNS = 128  # least tokens per completion in the records, which have four numbers per token
+# A sequence is overdue if it has waited for more than PATIENCE ticks per segment. The segment of
+# the oldest overdue sequence runs next, even if few other sequences wait there.
 PATIENCE = 4
 
 
@@ -48,10 +51,10 @@ AUTOMATIC = EngineSize()
 
 
 def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
-    """(rows, places) of a shard for `jobs` completions, each with `row_bytes` of cache.
+    """Returns (rows, places) of one shard for `jobs` completions with `row_bytes` of cache each.
 
-    A tick with few places takes as long as one with more (`PLACES`), so few completions are best
-    run all at once. On CPUs, `size.rows` alone limits the pool's memory.
+    A tick with few places takes as long as one with the lower number of `PLACES`, so a few
+    completions are best run all at once. On CPUs, only `size.rows` limits the pool's memory.
     """
     platform = target().platform
     least, most = PLACES[platform]
@@ -64,10 +67,10 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
-    """The number of a shard's prompts, rounded up to one that programs are compiled for.
+    """Rounds a shard's number of prompts up to one that programs are compiled for.
 
-    Twice as many from one bucket to the next as long as a tick takes no longer for their
-    completions (`PLACES`), then four sizes an octave.
+    The numbers double while the added completions do not make a tick slower (`PLACES`). Beyond
+    that, there are four numbers per doubling.
     """
     doubled = 1 << (prompts - 1).bit_length()
     free = doubled * samples <= PLACES[target().platform][0]
@@ -75,13 +78,13 @@ def prompts_bucket(prompts: int, samples: int) -> int:
 
 
 def columns_bucket(tokens: int) -> int:
-    """The tokens of a completion that programs are compiled for."""
+    """Rounds the tokens per completion up to a number that programs are compiled for."""
     return bucket(tokens, LEAST_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A prefill of each shard: prompts, rows of the program for them, slots of each."""
+    """One prefill of each shard: its prompts, the rows of its program, and the slots per row."""
 
     prompts: int
     rows: int
@@ -90,15 +93,15 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which shard has which prompts, and in what order they begin: the shortest first.
+    """The division of the prompts over shards, and the order in which they begin: shortest first.
 
-    Prompts lie in their shard in the caller's order, n to a shard; the last shards may have fewer.
-    Programs are compiled for a bucket of n, whose last prompts no shard has. A shard's prompts are
-    prefilled in groups of like length, and lie in a ring of `prefixes` slots.
+    Each shard has n prompts, in the caller's order; the last shards may have fewer. Programs are
+    compiled for n rounded up to a bucket, so the last prompts of a program may not exist. A shard's
+    prompts are prefilled in groups of similar length, into a ring of `prefixes` cache slots.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
-    forced_SP: np.ndarray  # of these lengths, the forced prefixes
+    forced_SP: np.ndarray  # lengths of the forced prefixes, which are part of length_SP
     samples: int
     rows: int
     places: int
@@ -114,7 +117,10 @@ class Layout:
         new: int,
         forced_B: np.ndarray | None = None,
     ) -> Layout:
-        """For up to `new` tokens a completion, each of which takes so much of a device's cache."""
+        """Lays out prompts of these lengths for up to `new` tokens per completion.
+
+        `token_bytes` is the size of one token's keys and values on a device.
+        """
         shards = data_shards()
         most_prompts = -(-len(length_B) // shards)
         beyond = prompts_bucket(most_prompts, samples) - most_prompts
@@ -135,12 +141,12 @@ class Layout:
 
     @property
     def prompts(self) -> int:
-        """That programs are compiled for, a shard."""
+        """The number of prompts per shard that programs are compiled for."""
         return self.length_SP.shape[1]
 
     @property
     def most_prompts(self) -> int:
-        """Of the shard with the most."""
+        """The number of prompts of the shard that has the most."""
         return int(self.prompts_S.max())
 
     @property
@@ -157,35 +163,36 @@ class Layout:
 
     @property
     def job_B(self) -> np.ndarray:
-        """The jobs, counted over all shards, that are the caller's completions, in their order."""
+        """The job of each of the caller's completions, counted over all shards."""
         return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
-        """A value of each of the caller's completions as one of each job; 0 for the others."""
+        """Turns values of the caller's completions into values of all jobs; other jobs get 0."""
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
         return values_JX
 
     @functools.cached_property
     def order_SP(self) -> np.ndarray:
-        """Prompts of each shard in the order in which they begin; those that it lacks are last."""
+        """The prompts of each shard in the order in which they begin; missing ones are last."""
         length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
         return np.argsort(length_SP, axis=1, kind="stable")
 
     @functools.cached_property
     def groups(self) -> dict[int, Group]:
-        """The prefills, by the turn of their first prompt: the cheapest of few sizes.
+        """The cheapest prefill groups, keyed by the position of their first prompt in `order_SP`.
 
-        A group runs as many slots as its longest prompt needs, and rows of `GROUP_PARTS` of what
-        fits a prefill, so that a bucket of lengths has as many programs as there are parts,
-        whatever batch comes. Left over rows and slots are paid for, and so is every call.
+        A group has the slots that its longest prompt needs. Its number of rows is the number that
+        fits a prefill, divided by one of `GROUP_PARTS`, so each bucket of lengths has only one
+        program per part, for any batch. The cost counts all rows and slots, used or not, and every
+        call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
-        # The last prompt of one shard may be shorter than that before it of one that has fewer.
+        # The last prompt of one shard may be shorter than an earlier prompt of a shard with fewer.
         longest_T = np.maximum.accumulate(length_ST.max(axis=0))
         slots_T = [prompt_bucket(int(length)) for length in longest_T]
-        cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts, and the group they end with
+        cost, last = [0.0], [Group(0, 0, 0)]  # of the first n prompts: least cost and last group
         for stop, slots in enumerate(slots_T, start=1):
             most = min(max(tokens // slots, 1), self.prompts)
             options = []
@@ -205,7 +212,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """Slots of the prefix cache: prompts that begin at once, and a group to go on with."""
+        """The slots of the prefix cache: the prompts that begin at once, and one more group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -214,19 +221,25 @@ class Layout:
         return prompt_bucket(int(self.length_SP.max()))
 
     def first_slots(self, most: int) -> int:
-        """Slots of the initial cache: the longest prompt and some room, within the final `most`."""
+        """Returns the slots of the initial cache: the longest prompt and some room, rounded up.
+
+        `most` is the number of slots that the final cache needs.
+        """
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
-        """Whether the ring holds another group: prompts all of whose completions have begun go."""
+        """Returns whether the ring has room for the group that begins at `prefilled`.
+
+        A prompt's slot is free once all completions of the prompt have begun.
+        """
         begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """(prompts, their lengths) of the group that begins at `first`, of every shard.
+        """Returns the prompts' numbers and lengths in every shard's group that begins at `first`.
 
-        A prompt that does not exist has the number `prompts` and length 1.
+        A prompt that does not exist gets the number `prompts` and the length 1.
         """
         group = self.groups[first]
         turn = first + np.arange(group.rows)
@@ -237,7 +250,7 @@ class Layout:
         return index_SB, np.where(exists_SB, length_SB, 1).astype(np.int32)
 
     def jobs_from(self, first_prompt: int) -> Jobs:
-        """The completions of all shards."""
+        """Returns the jobs of all shards; `first_prompt` is the number of the first prompt."""
         shards, samples = self.shards, self.samples
         turn_SP = np.argsort(self.order_SP, axis=1)
         first_S1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts
@@ -259,16 +272,19 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Layers `bounds[s]` … `bounds[s + 1]` − 1 are segment s."""
+    """The segments of the stack: segment s has layers `bounds[s]` … `bounds[s + 1]` − 1."""
 
     bounds: tuple[int, ...]
-    head: float  # what drawing a token costs, in layers
+    head: float  # the cost of drawing a token, in layers
 
     @classmethod
     def of(
         cls, arch: Architecture, exit_layers: tuple[int, ...], policy: Policy, *, hazards: bool
     ) -> Segments:
-        """Of the exits; one segment of all layers where nobody leaves and nobody reads hazards."""
+        """Cuts the stack at its exits, or makes one segment of all layers if no exit is used.
+
+        No exit is used if no token leaves early and hazards are not recorded.
+        """
         inner = exit_layers if hazards or policy.leaves_early else ()
         heads = 2 * arch.head_dim * (arch.query_heads + arch.kv_heads)
         layer = arch.width * (heads + 3 * arch.mlp_width)
@@ -288,7 +304,7 @@ class Segments:
 
     @property
     def costs_S(self) -> np.ndarray:
-        """Of a tick at each segment, in layers."""
+        """The cost per place of a tick at each segment, in layers."""
         layers = [end - start for start, end in pairwise(self.bounds)]
         return np.asarray([layers[0] + self.head, *layers[1:]], np.float32)
 
@@ -301,11 +317,11 @@ def choose(
     tick: Int[Array, ""],
     places: int,
 ) -> Int[Array, ""]:
-    """The segment to run for so many `places`, among the rows that wait.
+    """Returns the segment that the next tick runs, chosen by the rows that wait for each segment.
 
     A tick with n of W places filled wastes cost · (W − n) / n per filled place. The segment with
-    the least waste runs first (on ties the deepest), unless a row has waited for too long: then
-    the segment of the row that has waited longest does.
+    the least waste is chosen (on ties the deepest). If a row has waited for too long, the segment
+    of the row that has waited longest is chosen instead.
     """
     count = segments.count
     if count == 1:
@@ -324,9 +340,10 @@ def choose(
 def pick(
     here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """(the rows that take the places, which of them belong there), those that waited longest first.
+    """Returns the rows that take the places, longest-waiting first, and a mask of the rows to run.
 
-    None instead of rows when there is a place for each.
+    The mask is False for rows outside `here_P`, which only fill up the places. If every row of the
+    pool has a place, returns None and `here_P`.
     """
     if places == here_P.shape[0]:
         return None, here_P

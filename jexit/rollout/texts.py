@@ -1,4 +1,4 @@
-"""Completions of text prompts, whole or as they grow."""
+"""Completion of text prompts, returned whole or streamed in pieces."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from jexit.rollout.requests import Request
 from jexit.rollout.scheduling import AUTOMATIC
 from jexit.tasks.base import conversation_fault
 
-STOP_EVERY = 16  # tokens of a row between two looks for stop strings
-_INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
+STOP_EVERY = 16  # token-drawing ticks between two searches for stop strings
+_INCOMPLETE = "\ufffd"  # the first bytes of a character are decoded to this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Completions of text prompts, one entry a prompt; tokens end with the end token if it came."""
+    """The completions of text prompts, with one entry per prompt.
+
+    Tokens include the end token if the completion drew one.
+    """
 
     texts: list[str]
     tokens: list[list[int]]
     depths: list[list[int]]  # of the pass that produced each token; the first is L
     logprobs: list[list[float]]
     depth_logprobs: list[list[float]]
-    hazard_logits: list[list[list[float]]] | None  # an entry an exit, NaN where not reached
+    hazard_logits: list[list[list[float]]] | None  # one entry per exit, NaN at exits not reached
     truncated: list[bool]
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one completion has grown by; lists have an entry a token.
+    """The text and tokens added to one completion; lists have one entry per token.
 
-    `text` may lag behind the tokens: the first bytes of a character and the first letters of a stop
-    string wait.
+    `text` may lag behind the tokens, because an incomplete character and a possible beginning of a
+    stop string are held back.
     """
 
-    index: int  # of the prompt
+    index: int  # the prompt's index
     text: str
     tokens: list[int]
     depths: list[int]
@@ -71,14 +74,15 @@ def generate(
     hazards: bool = False,
     size: EngineSize = AUTOMATIC,
 ) -> Generation:
-    """Completes texts under a halting policy; `tokenizer` is `jexit.data.tokenizer.Tokenizer`.
+    """Completes text prompts under a halting policy.
 
-    `chat` puts each prompt into the tokenizer's chat format: a text is the user's message, and
-    messages (`role`, `content`) are a conversation whose last is the user's. Otherwise a prompt is
-    the text from its beginning, where the tokenizer may put a begin token. Temperature 0
-    is greedy. A completion ends with an end token, or with the token that completes one of the
-    strings `stop`, which are left out of its text. Raises UserError as `jexit.rollout.rollout`
-    does.
+    `tokenizer` is a `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the
+    tokenizer's chat format: a string is the user's message, and a list of messages (`role`,
+    `content`) is a conversation that ends with the user's message. Without `chat`, a prompt is
+    plain text, before which the tokenizer may put a begin token. Temperature 0 is greedy. A
+    completion ends with an end token, or with the token that completes one of the `stop` strings;
+    its text ends before that string. Raises UserError if an argument is not valid, or if
+    `jexit.rollout.rollout` raises it.
     """
     decoding, texts = _started(
         model, tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens,
@@ -116,15 +120,18 @@ def stream(
     every: int = 4,
     **settings: Any,
 ) -> Iterator[Piece]:
-    """The completions of `generate` as they grow: some tokens of some prompt at a time.
+    """Returns an iterator over pieces of the completions of `generate`, as they grow.
 
-    Takes the settings of `generate`. The pieces of a prompt, joined, give its text, tokens, depths
-    and log-probabilities. `every` is the number of token-drawing ticks between updates: 1 yields
-    each token as soon as it is drawn, larger values cost less. Raises UserError before the first
+    Takes the settings of `generate`. The joined pieces of a prompt are its text, tokens, depths and
+    log-probabilities. `every` is the number of token-drawing ticks between updates: 1 yields each
+    token as soon as it is drawn, and larger values cost less. Raises UserError before the first
     piece.
     """
     if every < 1:
-        raise UserError(f"every is {every}; it must be at least 1")
+        raise UserError(
+            f"every is {every}, but it must be at least 1; set every=1 to get each token as soon "
+            "as it is drawn"
+        )
     return _pieces(*_started(model, tokenizer, prompts, **settings), every)
 
 
@@ -141,18 +148,20 @@ def _started(
     size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> tuple[Decoding, _Texts]:
-    """What `generate` is asked for, before its first tick."""
+    """Checks the arguments of `generate` and prepares its decoding and texts."""
     if isinstance(prompts, str):
-        raise UserError("prompts is one string and should be a list of them; put it in brackets")
+        raise UserError(
+            "prompts is one string, but it must be a list of prompts; put the string in brackets"
+        )
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             continue
-        fault = conversation_fault(prompt) if chat else "is no text"
+        fault = conversation_fault(prompt) if chat else "is not a string"
         if fault:
             raise UserError(
                 f"prompt {index} is {prompt!r:.60}, which {fault}; give the "
-                "text of the user's message or chat messages, or with chat=False a text that has "
-                "its format already"
+                "text of the user's message or a list of chat messages, or with chat=False a "
+                "string that is already formatted"
             )
     encode = tokenizer.encode_prompts if chat else tokenizer.encode_texts
     request = Request(
@@ -189,7 +198,7 @@ def _pieces(decoding: Decoding, texts: _Texts, every: int) -> Iterator[Piece]:
 
 
 def _look(decoding: Decoding, texts: _Texts) -> Records:
-    """Decodes what is new, and ends completions in which a stop string has come."""
+    """Updates the texts, ends completions that contain a stop string, and returns the records."""
     records = decoding.so_far()
     full_B = records.length_J >= records.tokens_JT.shape[1]
     length_B = texts.grow(records.tokens_JT, records.length_J, records.ended_J | full_B)
@@ -202,12 +211,13 @@ def _look(decoding: Decoding, texts: _Texts) -> Records:
 
 
 class _Texts:
-    """The texts of completions that grow, each up to the first stop string."""
+    """The texts of growing completions, each of which ends before its first stop string."""
 
     def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
         if isinstance(stop, str) or not all(stop):
             raise UserError(
-                f"stop is {stop!r}; give a list of non-empty strings, such as ['\\n\\n']"
+                f"stop is {stop!r}, but it must be a list of non-empty strings; give one such as "
+                "['\\n\\n']"
             )
         self._decode, self._stop = tokenizer.decode, tuple(stop)
         self.whole = [""] * rows
@@ -215,7 +225,10 @@ class _Texts:
         self._over = [False] * rows
 
     def grow(self, tokens_BT: np.ndarray, length_B: np.ndarray, over_B: np.ndarray) -> np.ndarray:
-        """Takes the tokens so far; the lengths to which stop strings cut rows, 0 for the others."""
+        """Updates the texts and returns the length at which a stop string ends each row, or 0.
+
+        `over_B` is True for rows that have ended.
+        """
         cut_B = np.zeros(len(length_B), np.int32)
         for row, length in enumerate(length_B.tolist()):
             if self._over[row] or length == self._known[row]:
@@ -224,7 +237,7 @@ class _Texts:
             ids = tokens_BT[row, :length].tolist()
             text = self._decode(ids)
             if self._first_stop(text) >= 0:
-                # Which token completed it? An earlier look found none in those known before.
+                # Find the token that completed it: the tokens known before contain no stop string.
                 while self._first_stop(text := self._decode(ids[: self._known[row] + 1])) < 0:
                     self._known[row] += 1
                 cut_B[row] = length = self._known[row] + 1
@@ -234,7 +247,7 @@ class _Texts:
         return cut_B
 
     def news(self) -> Iterator[tuple[int, str, bool]]:
-        """(row, text, finished) of rows that have new tokens, without what may still change."""
+        """Yields (row, text, finished) of rows with new tokens, without text that may change."""
         for row, text in enumerate(self.whole):
             if self._known[row] == self._told[row]:
                 continue
@@ -248,7 +261,7 @@ class _Texts:
         return min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
 
     def _settled(self, text: str) -> int:
-        """How much of a text stays as it is whatever follows."""
+        """Returns the length of the part of a text that later tokens cannot change."""
         end = len(text.rstrip(_INCOMPLETE))
         settled = end
         for stop in self._stop:

@@ -1,9 +1,9 @@
-"""A tick of the decoding engine: one segment of the stack for the rows that wait for it.
+"""A tick of the decoding engine, which runs one segment of the stack for rows that wait for it.
 
-Which layers those are is data: one body, with loops over layers whose bounds are not known before,
-serves all segments and the drawing of tokens (`jexit.rollout.scheduling`), and a layer's weights
-are taken inside the loops (`jexit.rollout.weights`): one that nobody needs is not read. The caches
-are carried through these loops and never through `lax.cond`, which copies what it returns.
+The layers of the segment are data: one loop body serves all segments and the drawing of tokens
+(`jexit.rollout.scheduling`), because the bounds of the loops over layers are dynamic. A layer's
+weights are taken inside these loops (`jexit.rollout.weights`), so weights that no row needs are not
+read. The caches are carried through the loops, never through `lax.cond`, which copies its results.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ LAYERS_SCOPE, FILL_SCOPE, COPY_SCOPE = "layers", "fill", "copy"
 
 @pytree
 class Rows:
-    """The rows that a tick has in its places."""
+    """The rows of the pool that take the places of a tick."""
 
     job_B: Int[Array, "B"]
     index_B: Int[Array, "B"]
     depth_B: Int[Array, "B"]
     h_BD: Float[Array, "B D"]
     hazard_logits_BE: Float[Array, "B E"]
-    here_B: Bool[Array, "B"]  # a place may hold a row that has no business in this tick
+    here_B: Bool[Array, "B"]  # False for a row that only fills up a place
     rows_B: Int[Array, "B"] | None  # None: all rows of the pool, in order
 
     @property
@@ -63,7 +63,7 @@ def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """One shard's ticks, with what stays as it is during them."""
+    """The ticks of one shard, with the values that stay constant during them."""
 
     graphdef: nnx.GraphDef
     states: tuple[nnx.State, ...]
@@ -91,16 +91,16 @@ class Ticks:
         return self.hazards or self.policy.reads_hazards
 
     def full(self, pool: Pool) -> Array:
-        """Whether any row's pass after the current one may need a slot beyond the cache."""
+        """Returns whether a row's pass after the current one may need a slot beyond the cache."""
         goes_on_P = (pool.job_P != FREE) & (pool.index_P + 1 < self.draws.limit_at(pool.job_P))
         slot_P = self.jobs.prompt_length_J[pool.job_P] + pool.index_P
         return jnp.any(goes_on_P & (slot_P >= pool.cache.slots))
 
     def tick(self, pool: Pool, records: Records) -> tuple[Pool, Records, Array]:
-        """Runs one segment; the last result counts one that drew tokens."""
+        """Runs one segment; returns the pool, the records, and 1 if tokens were drawn, else 0."""
         segments, tick = self.segments, pool.tick[0]
         free_P = pool.job_P == FREE
-        # Free rows wait for segment 0 too, as many as there are completions to begin.
+        # Free rows wait for segment 0 too, up to the number of completions that can begin.
         opens_P = free_P & (jnp.cumsum(free_P) <= self.ready[0] - pool.started[0])
         waits_P = ~free_P | opens_P
         segment = choose(segments, pool.segment_P, waits_P, pool.since_P, tick, self.places)
@@ -154,11 +154,12 @@ class Ticks:
     def _next(
         self, at: Rows, records: Records, pool: Pool, draws: Array
     ) -> tuple[Rows, Records, Cache, Array]:
-        """At segment 0: the tokens of passes that have ended, and the passes that come next."""
+        """Draws the tokens of finished passes and prepares the next passes; only at segment 0."""
         model, layers = self.model, self.model.arch.layers
         jobs = records.length_J.shape[0]
         draws_B = at.runs_B & draws
-        # Before tokens are drawn: what a token that has left says is where its continuation ends.
+        # This comes before the draw, because the logits of a token that has left are computed from
+        # the end of its continuation.
         at, cache = self._fill(at, pool.cache, draws_B)
         token_B, logprob_B, depth_logprob_B = jax.lax.cond(
             jnp.any(draws_B), self._draw, lambda at: _nothing_drawn(at), at
@@ -198,7 +199,7 @@ class Ticks:
         return after, records, cache, started
 
     def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
-        """Tokens, their log-probabilities and those of their depths."""
+        """Draws tokens and returns them with the log-probabilities of the tokens and depths."""
         model = self.model
         logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
         sampling = self.draws.sampling.at(jnp.maximum(at.job_B, 0))
@@ -211,7 +212,7 @@ class Ticks:
         self, records: Records, at: Rows, job_B: Array, token_B: Array, logprob_B: Array,
         depth_logprob_B: Array, ends_B: Array,
     ) -> Records:  # fmt: skip
-        """The records with one more token of each completion that exists."""
+        """Returns the records with one more token per row; drops rows with an invalid `job_B`."""
 
         def kept(record: Array, new: Array) -> Array:
             return record.at[job_B, at.index_B].set(new, mode="drop")
@@ -231,7 +232,7 @@ class Ticks:
         )
 
     def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
-        """Takes tokens that have left to the end: keys and values at the layers that they skip."""
+        """Continues tokens that have left to the end; caches keys and values at skipped layers."""
         layers = self.model.arch.layers
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
@@ -255,7 +256,7 @@ class Ticks:
         return dataclasses.replace(at, h_BD=h_BD), cache
 
     def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
-        """The prompts' keys and values into the rows of completions that begin."""
+        """Copies the prompts' keys and values into the cache rows of completions that begin."""
 
         def copy(_: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, left_B = carry
@@ -267,7 +268,7 @@ class Ticks:
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
 
     def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
-        """The segment's layers, as far as anybody needs them, and the decision at its end."""
+        """Runs the segment's layers that any row needs, then decides which rows leave after it."""
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
         written_B = jnp.where(at.runs_B, slot_B, cache.slots)
@@ -320,11 +321,11 @@ class Ticks:
         return block.attn.keys_values(x_B1D, *rope, adapters=self.adapters, key=None)
 
     def _slot(self, at: Rows) -> Int[Array, "B"]:
-        """Of the token on its way: its position in the sequence."""
+        """Returns the cache slot of each row's current token: its position in the sequence."""
         return self.jobs.prompt_length_J[jnp.maximum(at.job_B, 0)] + at.index_B - 1
 
     def _policy(self, at: Rows) -> Policy:
-        """Of the tokens on their way."""
+        """Returns the policy for each row's current token."""
         known_B = jnp.maximum(at.job_B, 0)
         return self.policy.at(known_B, at.index_B + self.jobs.forced_J[known_B])
 
@@ -355,11 +356,11 @@ def advance(
     adapters: bool,
     hazards: bool,
 ) -> tuple[Pool, Records, Status]:
-    """Ticks until all completions have ended, or the host has to do something.
+    """Runs ticks until all completions have ended or the host has to act.
 
-    That is: a row is free, all of its shard's `ready` completions have begun and `more` are to
-    come; or a row needs a larger cache; or there were so many `steps` (ticks that draw tokens).
-    `places` are the rows that a tick of a shard takes.
+    The host has to act if a row is free, all `ready` completions of its shard have begun and `more`
+    are to come, or if a row needs a larger cache. The ticks also stop when `steps` of them have
+    drawn tokens. `places` is the number of rows that one tick of a shard runs.
     """
 
     def local(

@@ -1,10 +1,10 @@
-"""Layer weights in the form that decoding needs: few rows, and a layer index that is data.
+"""Layer weights in the form that decoding needs, for few rows and a dynamic layer index.
 
 On accelerators, a step slices one layer out of the stacked weights. On TPUs the slice is fused into
-the matrix products; on Hopper GPUs XLA copies it out before cuBLAS reads it. On CPUs such a copy
-takes longer than the product. There each layer's weights become separate arrays, laid out for few
-rows, and a switch with one branch per layer selects them. This copy serves all batches of a model
-and is freed with the model's arrays. XLA copies what a branch returns, so branches return
+the matrix products; on Hopper GPUs XLA copies the slice before cuBLAS reads it. On CPUs such a copy
+takes longer than the product, so each layer's weights become separate arrays, laid out for few
+rows, and a switch with one branch per layer selects them. These arrays serve all batches of a model
+and are freed with the model's arrays. XLA copies the results of a branch, so branches return
 activations of a few rows and never caches.
 """
 
@@ -26,12 +26,12 @@ from jexit.model.block import Block
 from jexit.model.lora import StackedLinear
 from jexit.model.transformer import Transformer, logits_of
 
-LayerWeights: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # a block each, split
+LayerWeights: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # one split block per layer
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-    """A block for each layer, with kernels that lie as few rows want them."""
+    """Returns one block per layer, with kernels laid out for products with few rows."""
     model: Transformer = nnx.merge(graphdef, *states)
     blocks_def, stacked = nnx.split(model.blocks)
 
@@ -46,9 +46,9 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights
 
 
 class Copy:
-    """`apart` of the newest model, kept for as long as every array of that model lives.
+    """A cache of the result of `apart` for the newest model, kept while all its arrays exist.
 
-    Whoever trains a model has another one after every step, and a new copy when that decodes.
+    Every training step makes new arrays, so decoding after the step makes a new copy.
     """
 
     def __init__(self) -> None:
@@ -56,22 +56,22 @@ class Copy:
         self._kept: tuple[nnx.GraphDef, list[weakref.ref], LayerWeights] | None = None
 
     def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-        """What was kept if these are the same arrays, else a new copy instead of it."""
+        """Returns the kept copy if it is of these arrays, else makes and keeps a new one."""
         arrays = jax.tree.leaves(states)
         with self._lock:
             kept = self._kept
             if kept is not None and kept[0] == graphdef and _are(kept[1], arrays):
                 return kept[2]
-            kept = self._kept = None  # nothing holds the old copy: two need not fit
+            kept = self._kept = None  # free the old copy first: memory need not fit both
             layers = apart(graphdef, states)
-            # Arrays that can change in place would change without their copy.
+            # The copy of arrays that can change in place is not kept: it would not change.
             if all(isinstance(array, jax.Array) for array in arrays):
                 refs = [weakref.ref(array, self._forget) for array in arrays]
                 self._kept = graphdef, refs, layers
             return layers
 
     def _forget(self, ref: weakref.ref) -> None:
-        """When an array has gone; only of the model that it belonged to."""
+        """Drops the kept copy when an array of its model is freed; ignores other arrays."""
         kept = self._kept
         if kept is not None and any(ref is other for other in kept[1]):
             self._kept = None
@@ -91,7 +91,10 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """`function(block, *operands)` with one layer of `blocks`; of `layers` if there are any."""
+    """Calls `function(block, *operands)` with the block of one layer and returns the result.
+
+    The block comes from `layers` or, if `layers` is None, from the stacked `blocks`.
+    """
     if layers is None:
         graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(
@@ -104,9 +107,10 @@ def at_layer(
 
 
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
-    """`logits_of` a few rows.
+    """Returns the logits of a few rows. See `logits_of`.
 
-    CPUs take half the time for head · hᵀ, which XLA would turn round.
+    On CPUs the product is head · hᵀ, which takes half the time; a barrier stops XLA from reversing
+    it.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)
@@ -115,5 +119,5 @@ def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Floa
 
 
 def on_cpu() -> bool:
-    """Whether XLA compiles for CPUs, which want weights apart."""
+    """Returns whether XLA compiles for a CPU, where decoding needs separate weights per layer."""
     return target().platform == "cpu"

@@ -119,7 +119,7 @@ def test_branches_see_their_trunk_and_not_each_other():
     segment_BT = jnp.array([segments + [0] * (45 - len(segments))] * 3)
     found = attend(q, KeysValues(k, v), segment_BT=segment_BT, branches=True)
     check_by_hand(found, texts, q, k, v)
-    with pytest.raises(ValueError, match="no mask for texts that share a trunk; give each its own"):
+    with pytest.raises(ValueError, match="not support texts that share a trunk; give each text"):
         attend(
             q, KeysValues(k, v), segment_BT=segment_BT, branches=True, implementation="splash",
             interpret=True,
@@ -189,19 +189,19 @@ def test_a_model_computes_the_same_with_it(monkeypatch):
 def test_what_a_platform_cannot_compute_is_refused_in_one_sentence():
     for name, needs in (("splash", "TPU"), ("cudnn", "GPU")):
         message = (
-            f"config.model.attention={name} needs a {needs}, found cpu; set config.model.attent"
+            f"config.model.attention={name} needs a {needs}, but the platform is cpu; set config.mo"
         )
         with pytest.raises(ValueError, match=message):
             jexit.forward(random_model(execution=Execution(attention=name)), jnp.ones((1, 4), int))
         other = {"TPU": "gpu", "GPU": "tpu"}[needs]
-        with compiling_for(other, "a chip"), pytest.raises(ValueError, match=f"found {other}"):
+        with compiling_for(other, "a chip"), pytest.raises(ValueError, match=f"form is {other}"):
             check_attention(name)
         with compiling_for(needs.lower(), "a chip"):
             check_attention(name)
     (q, k, v), _ = inputs(4, 2, 2, 8)
     with pytest.raises(ValueError, match="no implementation 'flash'; use auto, xla, cudnn or spl"):
         attend(q, KeysValues(k, v), implementation="flash")
-    with compiling_for("gpu", "a chip"), pytest.raises(ValueError, match="found float32; set"):
+    with compiling_for("gpu", "a chip"), pytest.raises(ValueError, match="is float32; set"):
         attend(q, KeysValues(k, v), implementation="cudnn")
 
 

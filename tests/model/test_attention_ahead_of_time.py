@@ -87,5 +87,5 @@ for attention, topology in (("cudnn", "v5e:2x2"), ("splash", "h100:1")):
 @compilers.needs_cuda_plugin
 def test_preflight_refuses_what_the_topology_cannot_run():
     on_tpu, on_gpu = (row["error"] for row in compilers.run_compiler(["-c", PREFLIGHT]))
-    assert "config.model.attention=cudnn needs a GPU, found tpu; set " in on_tpu
-    assert "config.model.attention=splash needs a TPU, found gpu; set " in on_gpu
+    assert "config.model.attention=cudnn needs a GPU, but the platform is tpu; set " in on_tpu
+    assert "config.model.attention=splash needs a TPU, but the platform is gpu; set " in on_gpu

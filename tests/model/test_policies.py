@@ -76,19 +76,19 @@ def test_given_depths_are_run(model, tokens_BT):
 
 def test_what_means_nothing_is_refused(model, tokens_BT):
     for policy, sentence in [
-        (Prescribed(np.ones((4, 3))), r"shape \(4, 3\) for tokens of shape \(4, 11\)"),
-        (Prescribed(np.full((4, 11), 99)), r"depth 99; .* exits \(1, 2, 4\) or runs all 5"),
+        (Prescribed(np.ones((4, 3))), r"shape \(4, 3\), but the tokens have shape \(4, 11\)"),
+        (Prescribed(np.full((4, 11), 99)), r"depth 99, .* exits \(1, 2, 4\) or runs all 5"),
         (Prescribed(np.full((4, 11), 3)), "Prescribed has depth 3"),
         (Prescribed(99), "Prescribed has depth 99"),
         (Prescribed(0), "Prescribed has depth 0"),
         (Fixed(3), "Fixed has depth 3"),
         (Threshold(2.0), r"Threshold has hazard 2\.0"),
-        (Threshold(float("nan")), "Threshold has hazard nan; give the probability"),
-        (Sample(0.0), r"Sample has temperature 0\.0; .* above 0"),
-        (Sample(1.0, 2.0), r"min_hazard 2\.0; it is a probability"),
+        (Threshold(float("nan")), "Threshold has hazard nan, .*; give the probability"),
+        (Sample(0.0), r"Sample has temperature 0\.0, .* above 0"),
+        (Sample(1.0, 2.0), r"min_hazard 2\.0, but it must be a probability"),
         (Sample(), "needs a PRNG key; pass key="),
-        (Sample, r"policy is the class Sample; give an instance"),
-        ("sample", "policy is 'sample'; give a policy, such as"),
+        (Sample, "policy is the class Sample, but it must be an instance"),
+        ("sample", "policy is 'sample', but it must be a policy; give"),
     ]:
         with pytest.raises(ValueError, match=sentence) as error:
             jexit.forward(model, tokens_BT, policy=policy)

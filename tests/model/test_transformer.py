@@ -147,14 +147,14 @@ def test_forward_takes_ragged_lengths_and_refuses_what_the_model_cannot_take(mod
     alone = jexit.forward(model, np.asarray([[5, 6]]))
     np.testing.assert_allclose(out.logits_BTV[1, :2], alone.logits_BTV[0], atol=1e-5)
     for tokens, lengths, message in (
-        ([[1, 31]], None, "tokens hold 31 and the model's vocabulary has 31"),
-        ([[-1, 2]], None, "tokens hold -1"),
+        ([[1, 31]], None, "tokens contain 31, but the model's tokens are 0 to 30"),
+        ([[-1, 2]], None, "tokens contain -1"),
         ([1, 2], None, r"tokens have shape \(2,\)"),
         ([[]], None, r"tokens have shape \(1, 0\)"),
-        (np.zeros((1, 129), int), None, "tokens are 129 long and the model takes 128"),
-        ([[1, 2]], [3], "lengths hold 3 for tokens of length 2"),
-        ([[1, 2]], [0], "lengths hold 0"),
-        ([[1, 2]], [1, 2], r"lengths have shape \(2,\) for 1 sequences"),
+        (np.zeros((1, 129), int), None, "tokens have length 129, but the model has only 128"),
+        ([[1, 2]], [3], "lengths contain 3, but the tokens have length 2"),
+        ([[1, 2]], [0], "lengths contain 0"),
+        ([[1, 2]], [1, 2], r"lengths have shape \(2,\), but they must have shape \(1,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             jexit.forward(model, tokens, lengths)

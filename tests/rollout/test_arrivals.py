@@ -109,10 +109,10 @@ def test_what_a_pool_cannot_do_is_refused(pool):
     for asked, sentence in [
         (request(3, policy=Prescribed(np.ones((1, 20))), key=0), "joins a running pool has one"),
         (request(3, policy=Fixed(3), key=0), "Fixed has depth 3"),
-        (request(17, key=0), "a prompt of 17 tokens with 20 new ones does not fit"),
+        (request(17, key=0), "a prompt of 17 tokens with max_new_tokens=20 does not fit"),
         (
             request(3, max_new_tokens=21, key=0),
-            "which allows at most 16 and 20; shorten the prompt",
+            "which allows at most 16 prompt tokens and 20 new tokens; shorten the prompt",
         ),
         (request(3, samples_per_prompt=2, key=0), "one sample per prompt"),
         (request(3, eos_ids=(1,), key=0), "must use the pool's end tokens"),

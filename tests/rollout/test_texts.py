@@ -129,17 +129,17 @@ def test_unfinished_characters_wait(model):
 def test_wrong_inputs_get_one_sentence(model):
     message, spoken = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     for prompts, settings, sentence in [
-        ("abc", {}, "put it in brackets"),
-        ([message], {"chat": False}, "prompt 0 is .*'role'.*, which is no text; give the text"),
+        ("abc", {}, "put the string in brackets"),
+        ([message], {"chat": False}, "prompt 0 is .*'role'.*, which is not a string; give"),
         ([message + spoken], {}, "prompt 0 is .*, which does not end with the user's message; "),
         ([7], {}, "prompt 0 is 7, which is neither a text nor chat messages; give"),
-        (["a", ""], {"chat": False}, "prompt 1 is empty; a prompt needs"),
-        (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens .* at most 4"),
-        (["a"], {"policy": Sample}, "policy is the class Sample; give an instance of it"),
-        (["a"], {"policy": Threshold(2.0)}, r"Threshold has hazard 2\.0; .* from 0 .* to 1"),
-        (["a"], {"policy": Prescribed(99)}, "Prescribed has depth 99; a token of this model"),
-        (["a"], {"stop": "ab"}, "stop is 'ab'; give a list of non-empty strings"),
-        (["a"], {"stop": ["a", ""]}, "give a list of non-empty strings"),
+        (["a", ""], {"chat": False}, "prompt 1 is empty, but a prompt needs"),
+        (["a", "b", "c" * 506], {}, "prompt 2 has 508 tokens, .* at most 4"),
+        (["a"], {"policy": Sample}, "policy is the class Sample, but it must be an instance"),
+        (["a"], {"policy": Threshold(2.0)}, r"Threshold has hazard 2\.0, .* from 0 .* to 1"),
+        (["a"], {"policy": Prescribed(99)}, "Prescribed has depth 99, but a token of this model"),
+        (["a"], {"stop": "ab"}, "stop is 'ab', but it must be a list of non-empty strings"),
+        (["a"], {"stop": ["a", ""]}, "must be a list of non-empty strings"),
     ]:
         with pytest.raises(ValueError, match=sentence) as error:
             generate(model, Letters(), prompts, **{"max_new_tokens": 10} | settings)
