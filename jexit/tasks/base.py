@@ -103,7 +103,7 @@ class Task(abc.ABC):
     runs report and choose by, `test` what results report; they share no problem in substance.
     """
 
-    name: str = "task"
+    name: str = ""  # make_task gives one that has none the name that config.task.name has
     time_limit: float = 60.0  # seconds that judging a batch may take
 
     def __init__(self, *, rewards: Rewards | None = None) -> None:

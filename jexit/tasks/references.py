@@ -58,6 +58,7 @@ def make_task(
                 f"{name} is a task that is made already and takes no {_option(surplus[0])}; make "
                 "it a function with that keyword"
             )
+        found.name = found.name or name
         return found
     if not callable(found):
         raise UserError(
@@ -87,6 +88,7 @@ def make_task(
             f"{name} returned {shown(made)}; it must return a jexit.tasks.Task, such as "
             "jexit.rows_task(...) makes"
         )
+    made.name = made.name or name
     return made
 
 

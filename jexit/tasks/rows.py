@@ -27,8 +27,6 @@ _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test
 class RowsTask(FileTask):
     """See `rows_task`, which makes it."""
 
-    name = "rows"
-
     def __init__(
         self,
         *,

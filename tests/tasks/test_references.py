@@ -56,7 +56,7 @@ def test_a_file_or_a_module_holds_a_task_or_what_makes_one(write):
     write("from jexit.tasks.sums import Sums\nclass Mine(Sums):\n    pass\n", "classes.py")
     task = make_task("classes.py:Mine", rewards=Rewards(strict=3.0), operands_max=4)
     assert (task.rewards.strict, task.operands) == (3.0, (3, 4))
-    assert make_task("mine.py", rewards=Rewards(strict=3.0)).name == "rows"  # has its own
+    assert make_task("mine.py", rewards=Rewards(strict=3.0)).name == "mine.py"  # has its own
 
 
 def test_a_file_is_read_again_when_its_text_changes(write):
