@@ -1,41 +1,48 @@
 """Models to and from the Hugging Face hub, and the cards that they have there."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from stand_in_hub import TOKEN, stand_in_hub
 
-from convert import to_hf
-from small_runs import ROOT, run, saved_small_model
+from convert import from_hf, to_hf
+from jexit.config import LoRA
+from jexit.io.model_dir import load, save_model
+from report_files import evaluation, write_json
+from small_runs import make_config, saved_small_model
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of rl with its evaluation, on the hub id that its base names."""
+    """The directory of a run of rl with its evaluation, on a base from the hub."""
     folder = tmp_path_factory.mktemp("hub")
     base = saved_small_model(folder / "base")
     named = json.loads((base / "jexit.json").read_text()) | {"source": "somebody/small-base"}
     (base / "jexit.json").write_text(json.dumps(named))
-    settings = {"steps": 1, "rl__depth_coef": 0.25, "task__options__operands_max": 5}
-    run("rl", base, folder / "run", **settings)
-    settings = {"eval__policies": ("full", "sample"), "eval__measures": ()}
-    run("eval", folder / "run", folder / "run" / "eval", **settings)
+    model, tokenizer = load(base, exit_layers=(1, 2), lora=LoRA(rank=2))
+    save_model(folder / "run" / "model", model, tokenizer, base=str(base))
+    settings = {"rl__depth_coef": 0.25, "task__options__operands_max": 5}
+    write_json(folder / "run" / "config.json", make_config("rl", base, **settings).to_dict())
+    write_json(folder / "run" / "eval" / "eval.json", evaluation())
     return folder / "run"
 
 
-def convert(module, *options, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", f"convert.{module}", *options],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        | {name: str(value) for name, value in environment.items()},
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub, which its library takes for the real one."""
+    with stand_in_hub({}) as server:
+        patched = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in patched.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
 
 
 def test_a_card_says_what_the_run_and_its_evaluation_say(trained, tmp_path):
@@ -44,11 +51,11 @@ def test_a_card_says_what_the_run_and_its_evaluation_say(trained, tmp_path):
     text, card = (target / "README.md").read_text(), ModelCard.load(target / "README.md")
     assert card.data.base_model == "somebody/small-base"
     assert card.data.library_name == "transformers" and "jexit" in card.data.tags
-    evaluation = json.loads((trained / "eval" / "eval.json").read_text())
+    results = evaluation()["runs"]
     assert [found.metric_value for found in card.data.eval_results] == [
-        round(result["accuracy"], 4) for result in evaluation["runs"]
+        round(result["accuracy"], 4) for result in results
     ]
-    for result in evaluation["runs"]:
+    for result in results:
         low, high = result["accuracy_ci95"]
         assert (
             f"| `{result['policy']}` | {100 * result['accuracy']:.1f} % ({100 * low:.1f}–"
@@ -57,7 +64,7 @@ def test_a_card_says_what_the_run_and_its_evaluation_say(trained, tmp_path):
     for line in (
         "**rl** of", "on `sums`", "| `rl.depth_coef` | `0.25` |",
         "| `task.options.operands_max` | `5` |",
-        "`sums`, test split, 6 problems", 'jexit.load("out")', "at layers 1, 2;",
+        "`sums`, test split, 256 problems", 'jexit.load("out")', "at layers 1, 2;",
         'AutoModelForCausalLM.from_pretrained("out")',
     ):  # fmt: skip
         assert line in text, line
@@ -86,43 +93,39 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
         assert not (tmp_path / "no").exists()
 
 
-def test_up_to_the_hub_and_down_from_it(trained, tmp_path):
-    out, hub = tmp_path / "out", {}
-    with stand_in_hub(hub) as server:
-        here = {"HF_ENDPOINT": server.url, "HF_HOME": tmp_path / "cache"}
-        code, said = convert(
-            "to_hf", f"--source={trained}", f"--target={out}", "--push=me/exits", **here,
-            HF_TOKEN=TOKEN,
-        )  # fmt: skip
-        assert code == 0 and "; uploaded to me/exits" in said, said
-        assert server.private == {"me/exits": True}
-        files = {path.name: path.read_bytes() for path in out.iterdir()}
-        assert hub["me/exits"].items() >= files.items()
-        assert {"README.md", "model.safetensors", "exit_heads.safetensors"} < files.keys()
+def test_up_to_the_hub_and_down_from_it(trained, tmp_path, hub, capsys, monkeypatch):
+    def run(module, *options):
+        code, said = module.main(options), capsys.readouterr()
+        return code, said.out + said.err
 
-        hub["me/exits"]["pytorch_model.bin"] = b"a pickle"
-        asked = ["--source=me/exits", f"--target={tmp_path / 'again'}"]
-        code, said = convert("from_hf", *asked, **here)
-        assert code == 1 and "convert.from_hf --download" in said and server.fetched == []
-        code, said = convert("from_hf", *asked, "--download", **here)
-        assert code == 0, said
-        assert "pytorch_model.bin" not in server.fetched
-        for options, words in (
-            (["--source=me/nothing"], "me/nothing cannot be fetched"),
-            (
-                [f"--source={out}"],
-                f"--download fetches OWNER/NAME of the hub, and --source is {out}",
-            ),
-        ):
-            code, said = convert("from_hf", *options, "--target=no", "--download", **here)
-            assert code == 1 and words in said
-        code, said = convert(
-            "to_hf", f"--source={trained}", f"--target={tmp_path / 'kept'}", "--push=me/exits",
-            **here, HF_TOKEN="wrong",
-        )  # fmt: skip
-        assert code == 1 and "kept is written, and cannot be uploaded to me/exits (" in said
-        assert (tmp_path / "kept" / "model.safetensors").exists()
+    out, again = tmp_path / "out", tmp_path / "again"
+    code, said = run(to_hf, f"--source={trained}", f"--target={out}", "--push=me/exits")
+    assert code == 0 and "; uploaded to me/exits" in said, said
+    assert hub.private == {"me/exits": True}
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert hub.repositories["me/exits"].items() >= files.items()
+    assert {"README.md", "model.safetensors", "exit_heads.safetensors"} < files.keys()
+
+    hub.repositories["me/exits"]["pytorch_model.bin"] = b"a pickle"
+    asked = ["--source=me/exits", f"--target={again}"]
+    code, said = run(from_hf, *asked)
+    assert code == 1 and "convert.from_hf --download" in said and hub.fetched == []
+    code, said = run(from_hf, *asked, "--download")
+    assert code == 0, said
+    assert "pytorch_model.bin" not in hub.fetched
     # The export and what came back are one model.
-    assert to_hf.main([f"--source={tmp_path / 'again'}", f"--target={tmp_path / 'third'}"]) == 0
+    assert run(to_hf, f"--source={again}", f"--target={tmp_path / 'third'}")[0] == 0
     for name in ("model.safetensors", "exit_heads.safetensors"):
         assert (tmp_path / "third" / name).read_bytes() == files[name]
+
+    for source, words in (
+        ("me/nothing", "me/nothing cannot be fetched ("),
+        (out, f"--download fetches OWNER/NAME of the hub, and --source is {out}"),
+    ):
+        code, said = run(from_hf, f"--source={source}", "--target=no", "--download")
+        assert code == 1 and words in said
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    kept = tmp_path / "kept"
+    code, said = run(to_hf, f"--source={trained}", f"--target={kept}", "--push=me/exits")
+    assert code == 1 and "kept is written, and cannot be uploaded to me/exits (" in said
+    assert (kept / "model.safetensors").exists()
