@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -43,6 +44,13 @@ from jexit.io.hub import is_hub_id, upload
 from jexit.io.model_dir import write_eos_ids
 from jexit.io.model_source import MODEL_FILE, ModelSource, open_model
 from jexit.io.weights import Part, adapter_part, base_part, exit_part, write_safetensors
+
+MODELING = pathlib.Path(__file__).with_name("modeling_jexit.py")
+CLASSES = {
+    "llama": "JexitLlamaForCausalLM",
+    "qwen2": "JexitQwen2ForCausalLM",
+    "qwen3": "JexitQwen3ForCausalLM",
+}
 
 
 def export(
@@ -84,7 +92,7 @@ def export(
             _write_part(partial, adapter_part(arch, model.lora), model.adapters())
             _write_tokenizer(partial, model.tokenizer())
         else:
-            _write_checkpoint(partial, model, model.adapters(), dtype)
+            _write_checkpoint(partial, model, model.adapters(), dtype, exits=True)
         if model.exit_layers:
             layers, head = model.exit_layers, model.exit_head
             write_json(partial / EXIT_CONFIG, exit_config(layers, head, arch.rms_norm_eps))
@@ -112,6 +120,8 @@ def _write_checkpoint(
     model: ModelSource,
     adapters: Mapping[str, np.ndarray],
     dtype: str,
+    *,
+    exits: bool = False,
 ) -> None:
     weights = model.weights()
     dtypes = weights.dtypes()
@@ -127,6 +137,11 @@ def _write_checkpoint(
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.backend.bos_token_id,
     )
+    if exits and model.exit_layers:  # code that transformers runs where it is trusted
+        shutil.copyfile(MODELING, directory / MODELING.name)
+        config["auto_map"] = {
+            "AutoModelForCausalLM": f"{MODELING.stem}.{CLASSES[model.architecture.family]}"
+        }
     write_json(directory / "config.json", config)
     _write_tokenizer(directory, tokenizer)
 

@@ -20,7 +20,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jexit.dist.rules import AXES, constrain, data_axes, names_of, parameter_axes, spec
 from jexit.errors import UserError
 
-
 THREADS_A_DEVICE = 8
 
 

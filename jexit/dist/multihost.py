@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+
 from jexit.errors import HOST_LOST, RunEnded, UserError
 
 TIMEOUT_SECONDS = 600

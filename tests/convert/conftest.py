@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.config import PROJECTIONS, LoRA
+from jexit.config import PROJECTIONS, ExitSettings, LoRA
 from jexit.io.model_dir import save_model
 
 EXITS = (1, 3)
@@ -40,26 +40,34 @@ def broken(checkpoints, tmp_path):
 
 @pytest.fixture(scope="session")
 def students(checkpoints, tmp_path_factory):
-    """`students(family)`: a model with trained adapters and heads, and the directory of it."""
+    """`students(family, rank)`: a model with trained adapters and heads, and its directory.
+
+    With a rank it has a linear continuation, too (0: full matrices).
+    """
     made = {}
 
-    def of(family: str):
-        if family not in made:
+    def of(family: str, rank: int | None = None):
+        if (family, rank) not in made:
+            linear = {"continuation": "linear", "continuation_rank": rank}
+            head = ExitSettings() if rank is None else ExitSettings(**linear)
             base = checkpoints(family)
             lora = LoRA(rank=3, alpha=5.0, dropout=0.1, targets=PROJECTIONS)
-            model, tokenizer = jexit.load(base, exit_layers=EXITS, lora=lora)
+            model, tokenizer = jexit.load(base, exit_layers=EXITS, exit_head=head, lora=lora)
             rng = np.random.default_rng(0)
 
             def spread(path, value):
-                trained = path[0].key == "exits" or str(path[-2].key).startswith("lora")
+                names = [str(getattr(key, "key", key)) for key in path]
+                trained = names[0] == "exits" or names[-2].startswith("lora")
                 noise = rng.normal(0.0, 0.3, value.shape).astype(np.float32)
+                if "continuation" in names:
+                    return value + 0.3 * noise
                 return value + noise if trained else value
 
             nnx.update(model, jax.tree_util.tree_map_with_path(spread, nnx.state(model)))
-            directory = tmp_path_factory.mktemp("student") / family
+            directory = tmp_path_factory.mktemp("student") / f"{family}-{rank}"
             save_model(directory, model, tokenizer, base=base)
-            made[family] = model, directory
-        return made[family]
+            made[family, rank] = model, directory
+        return made[family, rank]
 
     return of
 

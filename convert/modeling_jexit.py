@@ -1,0 +1,267 @@
+"""Early exits of a jexit model in transformers; this file lies beside the weights.
+
+    model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+    model.exit_policy = "threshold:0.5"  # or "sample", "fixed:12", "full"
+    tokens = model.generate(**inputs)
+    model.last_depths  # the number of layers that ran for each generated token
+
+Without `trust_remote_code` the same directory loads as a plain model, which runs all layers.
+
+A token that leaves at an exit skips the layers above it. There its residual stays as it is, or goes
+through a linear map per layer, and each skipped layer still computes the token's key and value from
+that residual. A layer that no row of the batch needs computes nothing else. Prompts never leave:
+exits decide in steps that continue a cache by one token. `forward(..., depths=...)` prescribes the
+depth of every position instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
+
+
+@dataclasses.dataclass
+class ExitOutput(CausalLMOutputWithPast):
+    """A causal language model's output, with depths [B, T] and hazard logits [B, T, E].
+
+    Hazard logits are NaN at exits that a position did not reach.
+    """
+
+    depths: torch.LongTensor | None = None
+    hazard_logits: torch.FloatTensor | None = None
+
+
+class ExitHead(nn.Module):
+    """z = w2 · relu(W1 · norm(h) + b1) + b2, or without the hidden layer, in float32."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        x = h.float()
+        if hasattr(self, "norm_weight"):
+            x = nn.functional.rms_norm(x, x.shape[-1:], self.norm_weight, self.eps)
+        if hasattr(self, "hidden_weight"):
+            x = nn.functional.linear(x, self.hidden_weight, self.hidden_bias).relu()
+        return nn.functional.linear(x, self.out_weight, self.out_bias)[..., 0]
+
+
+class Continuation(nn.Module):
+    """h ← h + update(h) of a token that skips one layer; `reduce` makes the update low-rank."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        x = h.float()
+        x = nn.functional.linear(x, self.reduce_weight) if hasattr(self, "reduce_weight") else x
+        return h + nn.functional.linear(x, self.update_weight, self.update_bias).to(h.dtype)
+
+
+class Exits(nn.Module):
+    """The exit heads and the continuation of one model, and the state of the pass at hand."""
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor], layers: int):
+        super().__init__()
+        self.exit_layers, self.layers = tuple(config["exit_layers"]), layers
+        self.policy, self.temperature, self.min_hazard = "full", 1.0, 0.0
+        eps = config["rms_norm_eps"]
+        self.heads = nn.ModuleDict(
+            {f"{n}": ExitHead(_under(tensors, f"exit_heads.{n}."), eps) for n in self.exit_layers}
+        )
+        linear = config["continuation"] == "linear"
+        self.continuation = nn.ModuleDict(
+            {f"{n}": Continuation(_under(tensors, f"continuation.{n}.")) for n in range(layers)}
+            if linear
+            else {}
+        )
+
+    def begin(self, shape: torch.Size, device: torch.device, *, decides: bool, depths: Any) -> None:
+        """Starts a pass over [B, T] positions: exits decide, or depths are prescribed."""
+        kind, _, argument = self.policy.partition(":")
+        self._decides = decides and kind in ("threshold", "sample")
+        if depths is None and decides and kind == "fixed":
+            depths = torch.full(shape, int(argument))
+        given = torch.full(shape, self.layers) if depths is None else torch.as_tensor(depths)
+        self.depth_BT = given.to(device, torch.long).expand(shape).clone()
+        self.hazard_BTE = torch.full(
+            (*shape, len(self.exit_layers)), torch.nan, dtype=torch.float32, device=device
+        )
+
+    def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
+        """The residual after a layer: computed, or continued where tokens have left."""
+        alive_BT = self.depth_BT > number
+        if number in self.exit_layers:
+            z_BT = self.heads[f"{number}"](h)
+            e = self.exit_layers.index(number)
+            reached_BT = self.depth_BT >= number
+            self.hazard_BTE[..., e] = torch.where(reached_BT, z_BT, torch.nan)
+            if self._decides:
+                leaves_BT = alive_BT & self._leaves(z_BT)
+                self.depth_BT = torch.where(leaves_BT, number, self.depth_BT)
+                alive_BT = alive_BT & ~leaves_BT
+        if alive_BT.all():
+            return run(h, **kwargs)
+        skipped = self.continuation[f"{number}"](h) if self.continuation else h
+        if not alive_BT.any():
+            _keys_and_values(layer, h, kwargs)
+            return skipped
+        return torch.where(alive_BT[..., None], run(h, **kwargs), skipped)
+
+    def _leaves(self, z_BT: torch.Tensor) -> torch.Tensor:
+        kind, _, argument = self.policy.partition(":")
+        if kind == "threshold":
+            return torch.sigmoid(z_BT) > float(argument)
+        hazard_BT = torch.sigmoid(z_BT / self.temperature)
+        hazard_BT = self.min_hazard + (1.0 - self.min_hazard) * hazard_BT
+        return torch.rand_like(hazard_BT) < hazard_BT
+
+    def check(self, policy: str) -> str:
+        """The policy, if it is one; raises ValueError for another text."""
+        kind, _, argument = policy.partition(":")
+        depths = (*self.exit_layers, self.layers)
+        if policy in ("full", "sample"):
+            return policy
+        if kind == "fixed" and argument.isdecimal() and int(argument) in depths:
+            return policy
+        try:
+            if kind == "threshold" and 0.0 < float(argument) < 1.0:
+                return policy
+        except ValueError:
+            pass
+        raise ValueError(
+            f"exit_policy is {policy!r}; use full, sample, threshold:X with 0 < X < 1, or fixed:N "
+            f"with N one of {', '.join(map(str, depths))}"
+        )
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _keys_and_values(layer: nn.Module, h: torch.Tensor, kwargs: Any) -> None:
+    """Writes the keys and values of positions that skip a layer into the cache."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    if cache is None:
+        return
+    attention = layer.self_attn
+    x = layer.input_layernorm(h)
+    shape = (*x.shape[:-1], -1, attention.head_dim)
+    keys, values = attention.k_proj(x).view(shape), attention.v_proj(x).view(shape)
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    rotate = sys.modules[type(layer).__mro__[1].__module__].apply_rotary_pos_emb
+    _, keys = rotate(keys, keys, *kwargs["position_embeddings"])
+    cache.update(keys, values, attention.layer_idx)
+
+
+@functools.cache
+def _layer_with_exits(layer_class: type) -> type:
+    """A decoder layer's class whose forward pass asks the exits first."""
+
+    class LayerWithExits(layer_class):
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            number = self.self_attn.layer_idx
+            return self.exits[0].layer(super().forward, self, number, hidden_states, kwargs)
+
+    return LayerWithExits
+
+
+class WithExits:
+    """A causal language model of transformers whose tokens may leave early."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder") if k in kwargs}
+        with open(cached_file(path, "exit_heads.json", **hub)) as file:
+            config = json.load(file)
+        tensors = load_file(cached_file(path, "exit_heads.safetensors", **hub))
+        model.add_exits(config, tensors)
+        return loaded
+
+    def add_exits(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Puts exits into the layers: what exit_heads.json and exit_heads.safetensors contain."""
+        self.exits = Exits(config, tensors, self.config.num_hidden_layers).to(self.device)
+        self.last_depths, self._passes = None, None
+        for layer in self.model.layers:
+            layer.__class__ = _layer_with_exits(type(layer))
+            layer.exits = [self.exits]  # in a list, so that it is not a part of the layer
+
+    @property
+    def exit_policy(self) -> str:
+        """How tokens leave: `full`, `sample`, `threshold:X` or `fixed:N`."""
+        return self.exits.policy
+
+    @exit_policy.setter
+    def exit_policy(self, policy: str) -> None:
+        self.exits.policy = self.exits.check(policy)
+
+    def forward(
+        self, input_ids: Any = None, *args: Any, depths: Any = None, **kwargs: Any
+    ) -> ExitOutput:
+        """As the library's, with `depths` [B, T] or one number, and `return_dict` always."""
+        inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        continues = cache is not None and cache.get_seq_length() > 0
+        decides = depths is None and inputs.shape[1] == 1 and continues
+        self.exits.begin(inputs.shape[:2], inputs.device, decides=decides, depths=depths)
+        out = super().forward(input_ids, *args, **kwargs | {"return_dict": True})
+        if self._passes is not None:
+            self._passes.append(self.exits.depth_BT[:, -1])
+        return ExitOutput(**out, depths=self.exits.depth_BT, hazard_logits=self.exits.hazard_BTE)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; afterwards `last_depths` [B, N] has each generated token's depth.
+
+        Rows that ended before others have depth 0 behind their end. Raises ValueError for beams,
+        of which a row would have several.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+            raise ValueError("exits follow one continuation per row; set num_beams=1")
+        self._passes = []
+        try:
+            made = super().generate(*args, **kwargs)
+            depths = torch.stack(self._passes, dim=1)
+        finally:
+            self._passes = None
+        sequences = made if isinstance(made, torch.Tensor) else made.sequences
+        tokens = sequences[:, -depths.shape[1] :]
+        ends = kwargs.get("eos_token_id", config.eos_token_id)
+        if ends is not None:
+            is_end = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device))
+            over = torch.cumsum(is_end, dim=1) - is_end.long() > 0
+            depths = torch.where(over, 0, depths)
+        self.last_depths = depths
+        return made
+
+
+class JexitLlamaForCausalLM(WithExits, LlamaForCausalLM):
+    """Llama with exits."""
+
+
+class JexitQwen2ForCausalLM(WithExits, Qwen2ForCausalLM):
+    """Qwen2 with exits."""
+
+
+class JexitQwen3ForCausalLM(WithExits, Qwen3ForCausalLM):
+    """Qwen3 with exits."""

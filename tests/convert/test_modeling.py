@@ -1,0 +1,142 @@
+"""Exits of an export in transformers, against jexit: tokens, depths, logits, layers not run."""
+
+import numpy as np
+import pytest
+
+import jexit
+from convert import to_hf
+from jexit.config import TINY_CALIBRATED_PATH
+from jexit.presets import FAMILIES
+from tolerances import LOGITS
+
+torch = pytest.importorskip("torch")
+hf_models = pytest.importorskip("hf_models")
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+EXITS, LAYERS = (1, 3), 4
+TOKENS_BT = hf_models.random_tokens(2, 14, seed=8)
+
+
+def loaded(source, target, **options):
+    assert to_hf.main([f"--source={source}", f"--target={target}"]) == 0
+    options = {"trust_remote_code": True, "dtype": "auto"} | options
+    return AutoModelForCausalLM.from_pretrained(target, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The shipped model in transformers and in jexit, with its tokenizer."""
+    target = tmp_path_factory.mktemp("shipped") / "out"
+    return loaded(TINY_CALIBRATED_PATH, target), *jexit.load(TINY_CALIBRATED_PATH)
+
+
+def padded(tokenizer, prompts):
+    """Prompts with their padding on the left, as `generate` wants a batch."""
+    ids = tokenizer.encode_prompts(prompts)
+    longest = max(map(len, ids))
+    pad = [[tokenizer.pad_id] * (longest - len(row)) for row in ids]
+    mask = [[0] * len(p) + [1] * len(row) for p, row in zip(pad, ids, strict=True)]
+    rows = [p + row for p, row in zip(pad, ids, strict=True)]
+    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+
+
+def completed(model, tokenizer, prompts, new=64):
+    """(tokens, depths) of each prompt's greedy completion in transformers, up to its end."""
+    inputs = padded(tokenizer, prompts)
+    made = model.generate(
+        **inputs, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_id,
+        eos_token_id=sorted(tokenizer.eos_ids),
+    )  # fmt: skip
+    tokens = made[:, inputs["input_ids"].shape[1] :].tolist()
+    lengths = (model.last_depths > 0).sum(dim=1).tolist()
+    depths = model.last_depths.tolist()
+    return [
+        (row[:length], at[:length]) for row, at, length in zip(tokens, depths, lengths, strict=True)
+    ]
+
+
+def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped):
+    theirs, ours, tokenizer = shipped
+    draw = np.random.default_rng(3)
+    prompts = [
+        "sum " + "".join(map(str, draw.integers(0, 10, draw.integers(3, 9)))) for _ in range(20)
+    ]
+    for name, policy in (
+        ("threshold:0.5", jexit.Threshold(0.5)),
+        ("fixed:4", jexit.Fixed(4)),
+        ("full", jexit.Full()),
+    ):
+        theirs.exit_policy = name
+        made = jexit.generate(ours, tokenizer, prompts, policy=policy, max_new_tokens=64)
+        expected = [(list(t), list(d)) for t, d in zip(made.tokens, made.depths, strict=True)]
+        if name == "threshold:0.5":
+            assert [completed(theirs, tokenizer, [prompt])[0] for prompt in prompts] == expected
+        assert completed(theirs, tokenizer, prompts[:8]) == expected[:8]
+    assert len({depth for _, depths in expected for depth in depths}) == 1  # of `full`
+
+
+def test_sampled_exits_leave_as_often_as_jexits(shipped):
+    theirs, ours, tokenizer = shipped
+    theirs.exit_policy = "sample"
+    torch.manual_seed(0)
+    prompts = ["sum 37295184"] * 40
+    made = jexit.generate(ours, tokenizer, prompts, policy=jexit.Sample(), max_new_tokens=40)
+    both = [
+        [depth for depths in rows for depth in depths[1:]]
+        for rows in (made.depths, [d for _, d in completed(theirs, tokenizer, prompts, 40)])
+    ]
+    shares = [np.bincount(depths, minlength=9) / len(depths) for depths in both]
+    assert np.abs(shares[0] - shares[1]).max() < 0.06 and shares[0][8] < 0.7
+
+
+@pytest.mark.parametrize("rank", [None, 0, 2])
+def test_prescribed_depths_give_jexits_logits(students, tmp_path, rank):
+    """Without a continuation, with full matrices, and with two factors."""
+    for family in FAMILIES:
+        model, directory = students(family, rank)
+        theirs = loaded(directory, tmp_path / family)
+        depth_BT = np.random.default_rng(0).choice([*EXITS, LAYERS], TOKENS_BT.shape)
+        ours = jexit.forward(model, TOKENS_BT, policy=jexit.Prescribed(depth_BT))
+        with torch.no_grad():
+            out = theirs(torch.tensor(TOKENS_BT), depths=depth_BT, output_hidden_states=True)
+        assert np.abs(out.logits.numpy() - ours.logits_BTV).max() <= LOGITS
+        assert (out.depths.numpy() == depth_BT).all()
+        reached_BTE = depth_BT[..., None] >= np.array(EXITS)
+        hazard_BTE = out.hazard_logits.numpy()
+        assert (np.isnan(hazard_BTE) == ~reached_BTE).all()
+        gap = np.abs(hazard_BTE - ours.hazard_logits_BTE)[reached_BTE]
+        assert gap.max() <= LOGITS
+        # What hooks and `output_hidden_states` see is what was computed: a frozen residual stays.
+        states, left = out.hidden_states, depth_BT == EXITS[0]
+        frozen = all(torch.equal(states[1][left], state[left]) for state in states[2:LAYERS])
+        assert frozen == (rank is None)
+        # Without trust the same directory is the plain model.
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype="auto")
+        assert type(plain).__name__ == type(theirs).__mro__[2].__name__
+        with torch.no_grad():
+            found = plain(torch.tensor(TOKENS_BT)).logits - theirs(torch.tensor(TOKENS_BT)).logits
+        assert found.abs().max() == 0
+
+
+def test_a_layer_that_no_row_needs_is_not_run(shipped):
+    theirs, _, tokenizer = shipped
+    runs = np.zeros(8, int)
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, n=n: runs.__setitem__(n, runs[n] + 1))
+        for n, layer in enumerate(theirs.model.layers)
+    ]
+    theirs.exit_policy = "threshold:0.5"
+    ((_, depths),) = completed(theirs, tokenizer, ["sum 37295184"])
+    for hook in hooks:
+        hook.remove()
+    assert runs.tolist() == [sum(depth > layer for depth in depths) for layer in range(8)]
+    assert runs[7] < len(depths)
+
+
+def test_wrong_policies_and_beams_are_one_sentence(shipped):
+    theirs, _, tokenizer = shipped
+    for policy in ("often", "fixed:5", "fixed:x", "threshold:2", "threshold:nan"):
+        with pytest.raises(ValueError, match=f"exit_policy is '{policy}'; use full, sample, "):
+            theirs.exit_policy = policy
+    with pytest.raises(ValueError, match="one continuation per row; set num_beams=1"):
+        theirs.generate(**padded(tokenizer, ["sum 1"]), num_beams=2)
