@@ -1,4 +1,4 @@
-"""Counts the FLOPs and collectives of a compiled module on one device, with loops repeated.
+"""Counts a compiled module's FLOPs and collectives on one device, each loop as often as it runs.
 
 FLOPs are twice the multiplications in matrix products and convolutions, plus the FLOPs that Pallas
 kernels declare. As usual for model FLOPs, additions, exponentials and other elementwise operations
@@ -139,7 +139,7 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Checks whether the instruction's name is from the traced program and so contains a slash."""
+    """Checks whether the name is from the traced program; names from the compiler have no slash."""
     return "/" in instruction.op_name
 
 
@@ -179,7 +179,10 @@ _MAKES_NOTHING = (
 
 
 def _scheduled(module: Module) -> list[str]:
-    """Returns the computations whose instructions have memory of their own, unlike in fusions."""
+    """Returns the computations whose instructions have memory of their own.
+
+    The computations inside fusions are left out.
+    """
     found, waiting = [], [module.entry]
     while waiting:
         name = waiting.pop()

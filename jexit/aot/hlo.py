@@ -30,7 +30,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array that an instruction makes; `in_hbm` is false in a TPU's on-chip memory."""
+    """An array that an instruction makes; `in_hbm` is false for a TPU's on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -69,7 +69,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The place in the traced program, such as `jit(step)/while/body/dot_general`."""
+        """The origin in the traced program, such as `jit(step)/while/body/dot_general`."""
         found = _OP_NAME.search(self.attributes)
         return found.group(1) if found else ""
 

@@ -28,7 +28,7 @@ _LARGEST = 3  # arrays that the message names for a step that does not fit
 
 
 class DoesNotFit(RunEnded):
-    """A step needs more memory than the chip has; the message names its largest arrays."""
+    """Raised if a step needs more memory than the chip has; the message names its largest arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,11 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
 def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     """Returns the config with a mesh of all the topology's devices, and notes to print about it.
 
-    A mesh left at 1 × 1 × 1 is filled in. For training, `fsdp` takes as many devices as divide the
-    rows of a step, and `tensor` takes the rest. For decoding alone, `tensor` takes as many devices
-    as divide the heads, and `data` takes the rest, because decoding gathers over `fsdp` the weights
-    that `fsdp` divides. Raises UserError if a mesh that is set has another number of devices.
+    A mesh left at 1 × 1 × 1 is filled in. For training, `fsdp` is the greatest common divisor of
+    the number of devices and a step's rows, and `tensor` is the rest. For decoding alone, `tensor`
+    is the greatest common divisor of the number of devices and the query heads, and `data` is the
+    rest, because decoding gathers over `fsdp` the weights that `fsdp` divides. Raises UserError if
+    a mesh that is set has another number of devices.
     """
     count, mesh = len(topology.devices), config.mesh
     if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
@@ -149,7 +150,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _beside(program: Program, arguments: int) -> int:
-    """Returns the bytes of the run's state besides the arguments; shared arrays count once."""
+    """Returns the bytes of the run's state besides the arguments; arrays in both count once."""
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.beside))}
     return max(0, device_bytes(list(together.values())) - arguments)
 

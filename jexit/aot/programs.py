@@ -184,7 +184,7 @@ def architecture(config: Config) -> Architecture:
 
 
 def _abstract_model(config: Config) -> Transformer:
-    """Returns the config's model without values, its base weights as on an accelerator."""
+    """Returns the config's model without values, with base weights in an accelerator's dtype."""
     arch = architecture(config)
     dtype = jnp.bfloat16 if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
 
@@ -268,7 +268,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the programs that train only the heads: the pass that keeps states, and the step."""
+    """Yields the programs that train only the heads: one keeps the states, one trains on them."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)

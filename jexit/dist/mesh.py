@@ -96,7 +96,7 @@ class HostRows:
     first_B: np.ndarray
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the positions among this host's rows of rows given by index in the batch."""
+        """Returns where rows, given by index in the whole batch, stand among this host's rows."""
         return np.searchsorted(self.index_B, rows)
 
 

@@ -2,7 +2,7 @@
 
 A *host* is one process of JAX's distributed runtime. Every host runs the same program. Each host
 prepares, verifies and records its own rows, and the primary host (number 0) writes the files that
-are written once. Every wait for other hosts has a timeout, and its message names the place.
+are written once. Every wait for other hosts has a timeout, and the error message names the place.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _numbers = itertools.count()
 
 
 class HostLost(RunEnded):
-    """Another host did not arrive or was lost; the message names both hosts and the place."""
+    """Raised if another host did not arrive or was lost; the message names the hosts and the place."""
 
     exit_code = HOST_LOST
 
@@ -156,7 +156,7 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
 
 
 def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
-    """Collects on process 0 the `--processes` of every process, and sends all of them to each.
+    """Collects every process's `--processes` on process 0, and sends all the values to every process.
 
     It stops when all have reported, when one reports a different number, or when the time is over.
     """
@@ -182,7 +182,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's `--processes` to process 0, and returns those of all processes."""
+    """Sends this process's `--processes` to process 0, and returns the values of all processes."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -267,7 +267,7 @@ def is_primary() -> bool:
 
 
 def gather(place: str, value: Any) -> list[Any]:
-    """Returns every host's JSON value, in the order of the hosts; messages call the wait `place`.
+    """Returns every host's JSON value, in the order of the hosts; `place` names the call in messages.
 
     The values go through the coordinator and not through the devices, so this does not wait for a
     step to finish. Raises HostLost if a host does not arrive within the timeout.

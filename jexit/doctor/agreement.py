@@ -32,7 +32,7 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of the inputs, which no tile divides in tokens or vocabulary."""
+    """The sizes of the inputs; no tile divides the number of tokens or the vocabulary."""
 
     tokens: int
     width: int
@@ -229,7 +229,7 @@ def _decode_attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _texts(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns queries, keys and values of whole texts, which may be padded on the right."""
+    """Returns queries, keys and values of whole texts; `_attention` masks padding on the right."""
     heads, width = 2, 64
     keys = (2, sizes.slots, heads, width)
     return {

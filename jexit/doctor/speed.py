@@ -72,7 +72,7 @@ def parameters(arch: Architecture) -> int:
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
     """Yields the timings of decoding and of both stages' training steps.
 
-    They use XLA alone and, on an accelerator with `kernels`, also the platform's kernels.
+    They are measured with XLA alone and, if `kernels`, also with an accelerator's own kernels.
     """
     on_cpu = target().platform == "cpu"
     model = random_model(arch, jnp.float32 if on_cpu else jnp.bfloat16)

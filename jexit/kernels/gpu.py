@@ -220,7 +220,7 @@ class _Layout(NamedTuple):
         vocab_tile: jax.Array,
         start: jax.Array | int = 0,
     ) -> Blocks:
-        """Loads, inside a kernel, the tile at a token and a tile of the vocabulary.
+        """Returns, inside a kernel, the blocks at `token` and `vocab_tile`.
 
         `start` is the index of the vocabulary's first entry.
         """
@@ -379,5 +379,5 @@ def _dtype(number: float) -> jnp.dtype:
 
 
 def _power(size: int) -> int:
-    """Returns the least power of two that is at least `size` and `SMALLEST`."""
+    """Returns the least power of two that is at least `size` and at least `SMALLEST`."""
     return max(SMALLEST, 1 << (size - 1).bit_length())

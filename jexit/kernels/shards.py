@@ -34,7 +34,7 @@ class Shards(NamedTuple):
     def current(cls, vocab: int) -> "Shards":
         """Returns the division over the mesh that `jax.set_mesh` has set, without its manual axes.
 
-        A vocabulary whose size does not divide stays whole on every device. Axes with other names
+        A vocabulary whose size is not divisible stays whole on every device. Axes with other names
         divide nothing, so the devices along them repeat the computation. Raises UserError for
         `Explicit` axes.
         """

@@ -34,7 +34,7 @@ def decode_attention(
     q_KBGH = (q_KBGH.astype(jnp.float32) * width**-0.5).astype(keys_KLPSH.dtype)
 
     def slots_from(part_KLPSH: jax.Array, start: jax.Array) -> jax.Array:
-        """Returns [K, B, block, H], with a slice for all rows or a gather for some rows."""
+        """Returns slots [K, B, block, H], by a slice for all rows or a gather for some."""
         if rows_B is None:
             sizes = (kv_heads, 1, batch, block, width)
             return jax.lax.dynamic_slice(part_KLPSH, (0, layer, 0, start, 0), sizes)[:, 0]

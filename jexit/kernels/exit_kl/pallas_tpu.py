@@ -1,4 +1,4 @@
-"""The TPU kernel, which multiplies a tile of the head in VMEM with the final and all exits' states."""
+"""The TPU kernel, which multiplies a head tile in VMEM with the final and all exits' states."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Online statistics of the final and the exits' distributions, for implementations by tiles.
+"""Online statistics of the final and the exits' distributions, for tile-by-tile implementations.
 
 Let m be the largest logit, x = z − m and S = Σ exp(x). The KL is computed from
 `C = Σ exp(x_final) (x_final − x_exit)` as KL = C / S_final − log S_final + log S_exit. Because this

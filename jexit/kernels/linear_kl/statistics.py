@@ -3,11 +3,12 @@
 Let z be a logit, m the largest logit, x = z − m and gap = x_student − x_teacher. Let p be the
 student's and q the teacher's distribution. In sums with the student's weights the gap is centred:
 it is measured from its value at the student's arg-max, where most of the weight is. The reason is
-rounding: the gradient with respect to a student's logit is a difference from the mean gap,
+rounding. The gradient with respect to a student's logit is a difference from the mean gap,
 `p (gap − Σ p gap)` for KL(p ‖ q), and a distance of hundreds of nats between the two maxima would
-drown it. For KL(q ‖ p) the gradient is `p − q`, and for Jeffreys it is the sum of both.
+bury it in rounding errors. For KL(q ‖ p) the gradient is `p − q`, and for Jeffreys it is the sum of
+both.
 
-Everything here is elementwise over the tokens, whose axis may be a vector or a row of lanes.
+Everything here is elementwise over the tokens, whether they form a vector or a row of lanes.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over a part of the vocabulary; None if the direction needs none."""
+    """Statistics per token over a part of the vocabulary; those that are not needed are None."""
 
     max_student: jax.Array
     max_teacher: jax.Array
@@ -102,7 +103,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
         pivot = jnp.where(left.max_student > right.max_student, left.pivot, pivot)
 
     def rescaled(part: Statistics) -> tuple[Statistics, Rescale]:
-        """Rescales a part: if a maximum rises by δ, exp(x) shrinks by exp(−δ) and the gaps shift."""
+        """Rescales a part: a maximum that rises by δ shrinks exp(x) by exp(−δ) and shifts gaps."""
         shift_student = part.max_student - max_student
         shift_teacher = part.max_teacher - max_teacher
         scale_student, scale_teacher = jnp.exp(shift_student), jnp.exp(shift_teacher)

@@ -32,7 +32,7 @@ class _Static(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Sums over the head's rows [N, D]; None if the direction does not need them."""
+    """Weighted sums of the head's rows [N, D]; those that are not needed are None."""
 
     student: jax.Array  # Σ exp(x_student) row
     student_gap: jax.Array | None  # Σ exp(x_student) centred gap row

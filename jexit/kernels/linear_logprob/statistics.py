@@ -1,10 +1,10 @@
-"""Online statistics of a distribution and a target, for every implementation that works by tiles.
+"""Online statistics of a distribution and a target, for every implementation that works tile by tile.
 
 Let p = softmax(z), H its entropy and t the target. The gradients with respect to a logit are
 `[v = t] − p` for the log-probability, `p` for the log-sum-exp and `−p (log p + H)` for the entropy.
 x is a logit minus the largest logit.
 
-Everything here is elementwise over the tokens, whose axis may be a vector or a row of lanes.
+Everything here is elementwise over the tokens, whether they form a vector or a row of lanes.
 """
 
 from typing import NamedTuple
