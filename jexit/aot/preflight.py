@@ -28,7 +28,7 @@ _LARGEST = 3  # arrays that the message names for a step that does not fit
 
 
 class DoesNotFit(RunEnded):
-    """Raised if a step needs more memory than the chip has; the message names its largest arrays."""
+    """Raised if a step does not fit the chip's memory; the message names its largest arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

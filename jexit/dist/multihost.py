@@ -45,7 +45,7 @@ _numbers = itertools.count()
 
 
 class HostLost(RunEnded):
-    """Raised if another host did not arrive or was lost; the message names the hosts and the place."""
+    """Raised if another host did not arrive or was lost; the message names hosts and place."""
 
     exit_code = HOST_LOST
 
@@ -156,7 +156,7 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
 
 
 def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
-    """Collects every process's `--processes` on process 0, and sends all the values to every process.
+    """Collects every process's `--processes` on process 0, and sends all the values to the others.
 
     It stops when all have reported, when one reports a different number, or when the time is over.
     """
@@ -267,7 +267,7 @@ def is_primary() -> bool:
 
 
 def gather(place: str, value: Any) -> list[Any]:
-    """Returns every host's JSON value, in the order of the hosts; `place` names the call in messages.
+    """Returns every host's JSON value, in the order of the hosts; messages name the wait `place`.
 
     The values go through the coordinator and not through the devices, so this does not wait for a
     step to finish. Raises HostLost if a host does not arrive within the timeout.

@@ -1,4 +1,4 @@
-"""Online statistics of two distributions, for every implementation that works tile by tile.
+"""Online statistics of two distributions, for every tile-by-tile implementation.
 
 Let z be a logit, m the largest logit, x = z − m and gap = x_student − x_teacher. Let p be the
 student's and q the teacher's distribution. In sums with the student's weights the gap is centred:

@@ -1,4 +1,4 @@
-"""Online statistics of a distribution and a target, for every implementation that works tile by tile.
+"""Online statistics of a distribution and a target, for every tile-by-tile implementation.
 
 Let p = softmax(z), H its entropy and t the target. The gradients with respect to a logit are
 `[v = t] − p` for the log-probability, `p` for the log-sum-exp and `−p (log p + H)` for the entropy.
