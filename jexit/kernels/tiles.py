@@ -80,7 +80,7 @@ def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
 
 
 def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Returns a matrix product in float32 accumulation over the axes `contract[0]` and `contract[1]`.
+    """Multiplies matrices with float32 accumulation over axes `contract[0]` and `contract[1]`.
 
     Operands of two dtypes are converted to the wider one. Float32 operands are multiplied in full
     precision, because accelerators would otherwise round them to bfloat16 or TF32.
