@@ -170,7 +170,7 @@ def test_what_does_not_fit_names_the_step_and_what_in_it(eight_cpus, monkeypatch
     with pytest.raises(DoesNotFit) as refused:
         preflight(config_of("pretrain"), "cpu:8")
     said = str(refused.value)
-    assert "GiB per device, but cpu:8 has 0.00 GiB; its temporaries take" in said
+    assert "but each cpu:8 device has 0.00 GiB; its temporaries take" in said
     assert "the largest arrays are " in said and "jit(" in said and "f32[" in said
     assert said.startswith("pretraining step needs") and "config.optim.accumulate" in said
     assert "arguments" in capsys.readouterr().out  # the table comes first
@@ -294,5 +294,5 @@ def test_what_does_not_fit_a_tpu_ends_the_command_with_one_sentence():
     done = run(["jexit", "--config=configs/generate.py", "--aot=v5e:2x2"], small)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("jexit: generation ") and "but v5e:2x2 has" in last
+    assert last.startswith("jexit: generation ") and "but each v5e:2x2 device has" in last
     assert "the largest arrays are bf16[" in last or "the largest arrays are f32[" in last

@@ -237,9 +237,9 @@ def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
             )
     said = f" (compiler: {worst.refused})" if worst.refused else ""
     return (
-        f"{worst.step} needs {_gib(worst.peak)} GiB per device, but {topology.name} has "
-        f"{_gib(capacity)} GiB{said}; its {part} take {_gib(size)} GiB, and the largest arrays are "
-        f"{', '.join(worst.largest)}; {remedy}"
+        f"{worst.step} needs {_gib(worst.peak)} GiB per device, but each {topology.name} device "
+        f"has {_gib(capacity)} GiB{said}; its {part} take {_gib(size)} GiB, and the largest arrays "
+        f"are {', '.join(worst.largest)}; {remedy}"
     )
 
 
