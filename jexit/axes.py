@@ -12,7 +12,7 @@
 | J | completions, several to a row | W | tokens of one completion |
 | C | tokens of a row's completions | | |
 
-A name such as `hazard_logits_BTE` has one axis a letter, in that order. Depths are int32 layer
+A name such as `hazard_logits_BTE` has one axis per letter, in that order. Depths are int32 layer
 counts (1 … L), never indices into the exits.
 """
 

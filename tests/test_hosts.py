@@ -243,11 +243,11 @@ def test_hosts_that_cannot_meet_are_one_sentence(model_dir, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases = [
-            ("15999", 2, 0, 3, LOST, "process 0 of 2 waited 3 s and the others have not all come"),
+            ("15999", 2, 0, 3, LOST, "process 0 of 2 waited 3 s, but not all others arrived"),
             ("9", 2, 1, 1, LOST, "found no coordinator at 127.0.0.1:9 within 1 s"),
-            ("9", 2, 0, "inf", 1, "jexit: --host_timeout is inf; give seconds from 1 to 86400"),
-            ("9", 2, 0, "nan", 1, "jexit: --host_timeout is nan; give seconds from 1 to 86400"),
-            ("9", 0, 0, 60, 1, "jexit: --processes is 0; it is at least 2"),
+            ("9", 2, 0, "inf", 1, "--host_timeout is inf; set it to a number of seconds from 1 to"),
+            ("9", 2, 0, "nan", 1, "--host_timeout is nan; set it to a number of seconds from 1 to"),
+            ("9", 0, 0, 60, 1, "jexit: --processes is 0, but it must be at least 2"),
             (port, 2, 0, 60, 1, f"jexit: --coordinator names port {port}, which process 0 cannot"),
         ]
         started = []

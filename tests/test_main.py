@@ -50,7 +50,7 @@ WRONG = [
     ("--config.optim.b1=a: b", "config.optim.b1 is 'a: b'; it must be of type float"),
     ("--config.rl.dual_ascent=2", "config.rl.dual_ascent is '2'; it must be of type bool"),
     ("--config.rl=3", "config.rl is '3'; it holds settings: set config.rl.KEY instead"),
-    ("--config.mesh.data=16", "data 16 × fsdp 1 × tensor 1 = 16 devices and there are 8; lower"),
+    ("--config.mesh.data=16", "requests 16 devices (data=16 × fsdp=1 × tensor=1), but this"),
     ("--config.task.max_prompt_tokens=3", "over the limit of 3: "),
     ("--config.task.name=chess", "there is no task 'chess'; set config.task.name to one of"),
     ("--config.model.path=nowhere", "no model directory at 'nowhere'"),
@@ -59,8 +59,8 @@ WRONG = [
     ("--stps=3", "Unknown command line flag 'stps'"),
     ("extra", "argument 'extra' is not a flag"),
     ("--coordinator=127.0.0.1:1", "--coordinator, --processes and --process belong together"),
-    ("--coordinator=h --processes=2 --process=0", "'h'; it is HOST:PORT of process 0"),
-    ("--coordinator=h:1 --processes=2 --process=2", "--process is 2 of --processes 2; it counts"),
+    ("--coordinator=h --processes=2 --process=0", "'h', but it must be HOST:PORT of process 0"),
+    ("--coordinator=h:1 --processes=2 --process=2", "--process is 2, but with --processes=2 it"),
     ("--host_timeout=0", "--host_timeout is 0"),
 ]
 

@@ -129,7 +129,7 @@ def test_every_jitted_step_of_a_command_has_its_row(command, eight_cpus, capsys)
         assert "teacher scoring (final distribution, exits' KL) is part of the calibration" in out
     if command == "rl":
         assert "teacher scoring (log-probabilities of the rollouts' tokens) is part of" in out
-    assert "loops that end by themselves count once (jit(advance)" in out
+    assert "loops of unknown length count once: jit(advance)" in out
 
 
 def test_the_row_of_pretraining_has_the_flops_of_its_products(eight_cpus, capsys):
@@ -156,12 +156,12 @@ def test_rows_divide_over_the_mesh_that_is_filled_in():
     generation = config_of("generate", generate__prompts=("a", "b"))
     for config, said in (
         (generation, "--config.mesh.data=2 --config.mesh.tensor=4"),
-        (config_of("pretrain", batch_size=2), "--config.mesh.fsdp=2 --config.mesh.tensor=4; fsdp"),
+        (config_of("pretrain", batch_size=2), "--config.mesh.fsdp=2 --config.mesh.tensor=4 (fsdp"),
     ):
         filled, (note,) = preflight_module._on_mesh(config, topology)
         assert math.prod(dataclasses.astuple(filled.mesh)) == 8
-        assert f"a run asks for it: {said}" in note
-    with pytest.raises(UserError, match=r"data 1 × fsdp 3 × tensor 1 devices and cpu:8 has 8; "):
+        assert f"to use it in a run, set {said}" in note
+    with pytest.raises(UserError, match=r"fsdp=3 × tensor=1\), but cpu:8 has 8; choose sizes"):
         preflight_module._on_mesh(config_of("eval", mesh__fsdp=3), topology)
 
 
@@ -170,8 +170,8 @@ def test_what_does_not_fit_names_the_step_and_what_in_it(eight_cpus, monkeypatch
     with pytest.raises(DoesNotFit) as refused:
         preflight(config_of("pretrain"), "cpu:8")
     said = str(refused.value)
-    assert "GiB on cpu:8, whose devices have 0.00; its temporaries take" in said
-    assert "the largest " in said and "jit(" in said and "f32[" in said
+    assert "but each cpu:8 device has 0.00 GiB; its temporaries take" in said
+    assert "the largest arrays are " in said and "jit(" in said and "f32[" in said
     assert said.startswith("pretraining step needs") and "config.optim.accumulate" in said
     assert "arguments" in capsys.readouterr().out  # the table comes first
 
@@ -197,7 +197,7 @@ def test_parameters_that_do_not_fit_are_named(eight_cpus, monkeypatch):
     assert decode.held > decode.made
     assert "blocks.mlp.up.kernel" in " ".join(decode.largest)
     sentence = preflight_module._refusal(decode, Topology("cpu:8", "cpu", jax.devices()), 2**10)
-    assert "its arguments take" in sentence and "config.mesh.fsdp or tensor" in sentence
+    assert "its arguments take" in sentence and "config.mesh.fsdp or config.mesh.tensor" in sentence
 
 
 def test_what_the_compiler_refuses_is_a_row_and_a_sentence(eight_cpus, monkeypatch, capsys):
@@ -214,14 +214,14 @@ def test_what_the_compiler_refuses_is_a_row_and_a_sentence(eight_cpus, monkeypat
         preflight(config_of("pretrain"), "cpu:8")
     assert "refused" in capsys.readouterr().out
     sentence = str(refused.value)
-    needed = float(re.match(r"pretraining step needs ([\d.]+) GiB on cpu:8", sentence)[1])
+    needed = float(re.match(r"pretraining step needs ([\d.]+) GiB per device, but", sentence)[1])
     assert 54.38 <= needed < 54.51  # with what it is given
     assert "exceeds available HBM (15.75G).); its temporaries take 54.38" in sentence
     assert "over 8 devices" in sentence
 
 
 def test_a_topology_that_there_is_not_is_one_sentence():
-    with pytest.raises(UserError, match="slice v5e:64x64 has an axis over 16, which libtpu"):
+    with pytest.raises(UserError, match="slice v5e:64x64 has an axis of more than 16 chips"):
         get_topology("v5e:64x64")
     for name in ("v9:2x2", "v5e:2x2x2", "h100", "h100:0", "v5p:4x4"):
         with pytest.raises(UserError, match="is not known; use one like"):
@@ -294,5 +294,5 @@ def test_what_does_not_fit_a_tpu_ends_the_command_with_one_sentence():
     done = run(["jexit", "--config=configs/generate.py", "--aot=v5e:2x2"], small)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("jexit: generation ") and "GiB on v5e:2x2" in last
-    assert "the largest bf16[" in last or "the largest f32[" in last
+    assert last.startswith("jexit: generation ") and "but each v5e:2x2 device has" in last
+    assert "the largest arrays are bf16[" in last or "the largest arrays are f32[" in last

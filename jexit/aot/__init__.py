@@ -1,1 +1,1 @@
-"""Compiling for accelerators that this machine does not have."""
+"""Compilation for accelerators that this machine does not have."""

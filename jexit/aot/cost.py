@@ -1,9 +1,10 @@
-"""What a compiled module does on one device: FLOPs and collectives, each loop as often as it runs.
+"""Counts a compiled module's FLOPs and collectives on one device, each loop as often as it runs.
 
-FLOPs are 2 · multiplications of every matrix product and convolution, plus what Pallas kernels say
-of themselves; additions, exponentials and the like between them are left out, as usual for model
-FLOPs. Recomputation (rematerialised layers) and what devices do twice count, for they run it.
-A product with a single row, which TPUs compute as multiplications and a sum, is left out with them.
+FLOPs are twice the multiplications in matrix products and convolutions, plus the FLOPs that Pallas
+kernels declare. As usual for model FLOPs, additions, exponentials and other elementwise operations
+are left out. Recomputed work (rematerialised layers) and work that devices duplicate are counted,
+because the devices run both. A product with a single row is left out, because TPUs compute it as
+elementwise multiplications and a sum.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of a computation by one device.
+    """The cost of one run of a computation on one device.
 
-    `collectives` maps a kind to how many are started and the bytes that they produce. The rest says
-    where the figures are not exact: loops that may end earlier, loops counted once as nobody knows
-    how often they run, and kernels whose FLOPs are not known.
+    `collectives` maps each kind to the number of operations started and the bytes that they
+    produce. The other fields record where the figures are not exact: `at_most` lists loops that
+    may end earlier, `unknown` lists loops that are counted once because their trip count is not
+    known, and `kernels` lists kernels whose FLOPs are not known.
     """
 
     flops: float = 0.0
@@ -69,12 +71,12 @@ class Cost:
 
 
 def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
-    """The cost of a module's run.
+    """Returns the cost of one run of the module.
 
-    `loops` maps a `jax.named_scope` to the largest trip count of loops inside it whose trip count
-    the module does not give. A conditional costs `branch_share` times its most expensive branch
-    plus 1 − `branch_share` times its cheapest: in the stack, only the exit heads are conditional,
-    and they run at E of L layers.
+    `loops` maps a `jax.named_scope` to the largest trip count of the loops inside it, for loops
+    whose trip count the module does not give. A conditional costs `branch_share` times its most
+    expensive branch plus 1 − `branch_share` times its cheapest branch. In the layer stack, only the
+    exit heads are conditional, and they run in E of the L layers.
     """
 
     @functools.cache
@@ -117,10 +119,11 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 
 
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
-    """The largest arrays that the module makes beside its arguments, and where each comes from.
+    """Returns the `count` largest arrays that the module makes besides its arguments, with origins.
 
-    Of several alike the first that the program names. What the compiler adds has no such name, and
-    comes under that of what it goes into.
+    Arrays of equal type and shape are listed once, with the first origin that the traced program
+    names. An array that the compiler added has no such name, so it is listed under the name of the
+    operation that uses it.
     """
     found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
@@ -136,14 +139,18 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Whether it has a name of the program's; the compiler's own have no slash."""
+    """Checks whether the name is from the traced program; names from the compiler have no slash."""
     return "/" in instruction.op_name
 
 
 def _origin(module: Module, name: str, instruction: Instruction) -> str:
-    """The program's name for an instruction, else for the nearest one that takes its result."""
+    """Returns the traced program's name for an instruction.
+
+    If it has none, returns the name of the nearest instruction that uses its result, or else the
+    compiler's own name.
+    """
     reached = [(name, instruction)]
-    for place, one in reached:  # which grows
+    for place, one in reached:  # the body extends this list
         if _traced(one):
             return one.op_name
         here = module.computations[place].values()
@@ -172,7 +179,10 @@ _MAKES_NOTHING = (
 
 
 def _scheduled(module: Module) -> list[str]:
-    """Computations whose instructions each have memory of their own: none inside a fusion."""
+    """Returns the computations whose instructions have memory of their own.
+
+    The computations inside fusions are left out.
+    """
     found, waiting = [], [module.entry]
     while waiting:
         name = waiting.pop()
@@ -195,19 +205,19 @@ def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | No
         return None
     arrays: Sequence[Array] = instruction.arrays
     if instruction.opcode != kind and kind != "all-reduce":
-        # What is started returns its operands too, then its results, then flags without a size.
+        # A started collective returns its operands, then its results, then flags without a size.
         arrays = [array for array in arrays if array.dims]
         arrays = arrays[len(instruction.operands) :][: len(instruction.operands)] or arrays
     return {kind: (1.0, float(sum(array.bytes for array in arrays)))}
 
 
 def _is_reduce_scatter(instruction: Instruction) -> bool:
-    """A TPU's fusion of an all-reduce with the slice that a device keeps of it."""
+    """Checks for a TPU fusion of an all-reduce with the slice that a device keeps of it."""
     return any(name.startswith("all-reduce-scatter") for name in instruction.called)
 
 
 def _products(instruction: Instruction, computation: Computation) -> Cost:
-    """FLOPs of a matrix product, a convolution or a kernel."""
+    """Returns the cost of a matrix product, a convolution or a kernel; others cost nothing."""
     if instruction.opcode == "dot":
         contracted = _integers(instruction.attributes, "lhs_contracting_dims")
         return Cost(_dot_flops(instruction, computation, contracted))
@@ -227,7 +237,7 @@ def _dot_flops(
 
 def _custom_call_cost(instruction: Instruction, computation: Computation) -> Cost:
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes).group(1)
-    if "gemm" in target or "matmul" in target:  # of cuBLAS
+    if "gemm" in target or "matmul" in target:  # a cuBLAS call
         found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
         contracted = [int(index) for index in re.findall(r"\d+", found.group(1))]
         return Cost(_dot_flops(instruction, computation, contracted))
@@ -245,10 +255,10 @@ def _integers(text: str, key: str) -> list[int]:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """2 · products of an output with a kernel element that meet an input rather than padding.
+    """Returns twice the number of products of a kernel element with an input element.
 
-    TPUs compute matrix products as convolutions, whose batch axes are windows over padding: what
-    falls there is no multiplication.
+    TPUs compute matrix products as convolutions whose batch axes are windows over padding.
+    Products with padding are not multiplications, so they are not counted.
     """
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
@@ -264,12 +274,12 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
-    """Stride, padding and dilations of each spatial axis of a convolution."""
+    """Returns the stride, padding and dilations of each spatial axis of a convolution."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
     def of(key: str, default: int) -> list[int]:
-        """A padding's first number is that in front."""
+        """Returns a setting for each axis; of a padding's two numbers, the leading one."""
         if key not in parts:
             return [default] * axes
         return [int(number.split("_")[0]) for number in parts[key].split("x")]
@@ -289,7 +299,7 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Pairs of an output and a kernel position that meet an input position, on one axis."""
+    """Counts the pairs of output and kernel positions on one axis that meet an input position."""
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

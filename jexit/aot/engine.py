@@ -24,14 +24,14 @@ from jexit.steps.state import SplitModel
 
 
 class EnginePrograms:
-    """Gathering of the weights, prefill, ticks, and copies into larger caches."""
+    """The programs that gather the weights, prefill, run ticks, and copy into larger caches."""
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
         self._mesh, self._split = mesh, split
         self._size = config.engine
         self._longest = config.task.max_prompt_tokens
         self._beside = {"state": state, "fixed": split.fixed}
-        self._gathered: set[bool] = set()  # of the teacher's own weights, of the student's
+        self._gathered: set[bool] = set()  # True: the teacher's own weights; False: the student's
 
     def programs(
         self,
@@ -44,10 +44,11 @@ class EnginePrograms:
         adapters: bool = True,
         written: int = 0,
     ) -> Iterator[Program]:
-        """One prefill, and ticks over the largest cache for each policy.
+        """Yields one prefill, and for each policy a tick over the largest cache.
 
-        Prompts end in up to `written` tokens of their completions, which leave as the first policy
-        says.
+        Prompts end in up to `written` tokens of their completions, and those tokens exit under the
+        first policy. The gathering of the weights and the last copy into a larger cache are yielded
+        too, if a run needs them.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -105,7 +106,7 @@ class EnginePrograms:
             options={"samples": samples, "adapters": adapters},
             beside=beside | {"pool": pool},
         )
-        if new == 1:  # the prefill has drawn it
+        if new == 1:  # the prefill draws this token, so no tick runs
             return
         ready, more = rows(mesh, shards), rows(mesh, shards, dtype=jnp.bool)
         for label, policy in placed_policies:
@@ -119,18 +120,18 @@ class EnginePrograms:
                 options={"places": layout.places, "adapters": adapters, "hazards": False},
                 loops={LAYERS_SCOPE: layers, FILL_SCOPE: 0, COPY_SCOPE: 0},
                 beside=beside,
-                note=f"{name} decode: {layout.rows} completions under way, {layout.places} of them "
-                "in a tick, of each data shard",
+                note=f"{name} decode: each data shard has up to {layout.rows} completions in "
+                f"progress and runs {layout.places} of them per tick",
             )  # fmt: skip
         held = beside | {"states": states, "records": records, "store": store}
         yield from self._growth(name, layout, most, pool.cache, held)
 
     def _of_jobs(self, policy: Policy, jobs: int, columns: int) -> Policy:
-        """A policy whose depths, if it has any, lie as the engine places them."""
+        """Returns the policy with its depths, if it has any, spread over the jobs."""
         return policy.map_rows(lambda _: rows(self._mesh, jobs, columns))
 
     def _by_rows(self, tree: Any) -> Any:
-        """Shapes with each data shard's rows in their place."""
+        """Returns the shapes with their rows spread over the data shards."""
 
         def place(part: Any) -> Any:
             if isinstance(part, Cache):
@@ -142,7 +143,7 @@ class EnginePrograms:
     def _growth(
         self, name: str, layout: Layout, most: int, cache: Cache, beside: Any
     ) -> Iterator[Program]:
-        """The last of the copies into a larger cache, if decoding starts with a smaller one."""
+        """Yields the last copy into a larger cache, if decoding starts with a smaller one."""
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:
             return

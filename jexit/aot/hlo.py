@@ -1,7 +1,7 @@
-"""Reads the text of a compiled module: its computations, and how often each loop goes round.
+"""Parses the text of a compiled module: its computations and its loops' trip counts.
 
-XLA's own cost analysis counts the body of a loop once, and a stack of layers is a loop. Everything
-here is of one device: after partitioning the module is what each of them runs.
+XLA's own cost analysis counts the body of a loop once, but a stack of layers is a loop. Everything
+here describes one device, because every device runs the module as it is after partitioning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array that an instruction makes; `in_hbm` is false for a TPU's on-chip memory."""
+    """An array that an instruction makes; `in_hbm` is false for a TPU's on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -47,16 +47,16 @@ class Array:
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
-    shape: str  # as XLA prints it, a tuple's in brackets
+    shape: str  # as XLA prints it, with brackets around a tuple
     opcode: str
     operands: tuple[str, ...]  # names
-    literal: str  # what stands in the brackets after the opcode
+    literal: str  # the text in the brackets after the opcode
     attributes: str
     is_root: bool
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """What it makes; several for a tuple."""
+        """The arrays that the instruction makes; a tuple has several."""
         return tuple(
             Array(
                 dtype,
@@ -69,13 +69,13 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from, such as `jit(step)/while/body/dot_general`."""
+        """The origin in the traced program, such as `jit(step)/while/body/dot_general`."""
         found = _OP_NAME.search(self.attributes)
         return found.group(1) if found else ""
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Computations that it runs, a loop's condition left out."""
+        """The names of the computations that the instruction runs, except a loop's condition."""
         branches = _BRANCHES.search(self.attributes)
         names = _CALLED.findall(self.attributes)
         return (*names, *(_NAME.findall(branches.group(1)) if branches else ()))
@@ -87,7 +87,10 @@ Source = Instruction | None
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-    """How often a loop's body runs: exactly, at most, or (unknown) counted once."""
+    """The number of times that a loop's body runs.
+
+    `kind` says whether `count` is exact, an upper bound, or 1 because the number is not known.
+    """
 
     count: int
     kind: Literal["exact", "at most", "unknown"]
@@ -95,17 +98,17 @@ class Trips:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The computations of a module by name."""
+    """The computations of a module by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
 
     def trips(self, loop: Instruction, computation: Computation) -> Trips:
-        """How often a `while` of this computation goes round.
+        """Returns how many times a `while` loop of this computation runs its body.
 
-        XLA says so for GPUs and CPUs (`known_trip_count`). Elsewhere it follows from a counter that
-        starts at a constant, grows by a constant and is compared with one; where the comparison is
-        one of several conditions, it gives the most that the loop may come to.
+        XLA gives the number for GPUs and CPUs (`known_trip_count`). Otherwise it is derived from a
+        counter that starts at a constant, grows by a constant and is compared with a constant. If
+        that comparison is one of several conditions, the number is an upper bound.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -128,7 +131,7 @@ class Module:
         return Trips(min(counts), "at most" if joined or len(comparisons) > 1 else "exact")
 
     def _seen(self, computation: Computation) -> Iterator[tuple[Instruction, list[Source]]]:
-        """Instructions with what their operands come from, those in fusions too."""
+        """Yields each instruction, also those in fusions, with the sources of its operands."""
         for outer in computation.values():
             yield outer, [_source(name, computation) for name in outer.operands]
             if outer.opcode != "fusion":
@@ -149,7 +152,10 @@ class Module:
     def _count(
         self, sources: list[Source], body: Computation, loop: Instruction, computation: Computation
     ) -> int | None:
-        """Trips while a counter is below a limit; None where one of them is not constant enough."""
+        """Returns the number of trips for which a counter stays below a limit.
+
+        Returns None if the counter's start, its step or the limit is not a constant.
+        """
         counter, limit = sources
         index = _tuple_index(counter)
         first = _constant(_element(loop, index, computation))
@@ -162,7 +168,7 @@ class Module:
         return max(0, -(-(end - first) // step))
 
     def _step(self, body: Computation, index: int | None) -> int | None:
-        """The constant that a loop's body adds to the value at an index of what it carries."""
+        """Returns the constant that a loop's body adds to its carried value at `index`, or None."""
         root = next((i for i in body.values() if i.is_root), None)
         if root is None or root.opcode != "tuple" or index is None:
             return None
@@ -183,7 +189,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module of an `as_text()`."""
+    """Parses the text that a compiled module's `as_text()` returns."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -213,7 +219,7 @@ def parse(text: str) -> Module:
 
 
 def _closing(text: str, start: int) -> int:
-    """Just after the bracket that closes the one at `start`."""
+    """Returns the position just after the bracket that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1
@@ -226,7 +232,7 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """The instruction that makes a value, seen through copies of it."""
+    """Returns the instruction that makes a value, looking through copies and conversions."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -246,7 +252,7 @@ def _tuple_index(instruction: Instruction | None) -> int | None:
 
 
 def _element(loop: Instruction, index: int | None, computation: Computation) -> Instruction | None:
-    """What a loop starts with at an index of what it carries."""
+    """Returns the instruction that makes a loop's initial carried value at `index`, or None."""
     if index is None:
         return None
     carried = _source(loop.operands[0], computation)

@@ -1,4 +1,4 @@
-"""Every jitted step of a config, compiled for devices that are not there, and what it needs."""
+"""Compiles every jitted step of a config for absent devices and reports what each step needs."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ from jexit.dist.rules import names_of
 from jexit.errors import RunEnded, UserError
 from jexit.kernels.chips import chip
 
-_LARGEST = 3  # arrays named of a step that does not fit
+_LARGEST = 3  # arrays that the message names for a step that does not fit
 
 
 class DoesNotFit(RunEnded):
-    """A step needs more memory than the chip has; the message names what takes most of it."""
+    """Raised if a step does not fit the chip's memory; the message names its largest arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One call of one step on one device, in bytes; figures that are not known are None."""
+    """The needs of one call of one step on one device.
+
+    Sizes are in bytes, and figures that are not known are None.
+    """
 
     step: str
     arguments: int
-    beside: int  # of the run's state, and no argument of this step
+    beside: int  # the run's state that is not an argument of this step
     temporaries: int | None
-    outputs: int = 0  # those that share no memory with arguments
+    outputs: int = 0  # outputs that do not share memory with arguments
     cost: Cost | None = None
     seconds: float  # to compile
-    largest: list[str] = dataclasses.field(default_factory=list)  # arrays, and where from
-    refused: str = ""  # what the compiler said instead of compiling
+    largest: list[str] = dataclasses.field(default_factory=list)  # arrays, with their origins
+    refused: str = ""  # the compiler's message if it refused the step
 
     @property
     def held(self) -> int:
@@ -59,10 +62,10 @@ class Report:
 
 
 def preflight(config: Config, topology_name: str) -> list[Report]:
-    """Compiles the config's steps for a topology and prints a table.
+    """Compiles the config's steps for a topology, prints a table and returns its rows.
 
-    Raises UserError for a topology that does not exist or a mesh that the config does not divide
-    over, DoesNotFit when a step needs more than the chip's memory.
+    Raises UserError if the topology does not exist or the config does not divide over its mesh, and
+    DoesNotFit if a step needs more than the chip's memory.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -84,18 +87,21 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
 
 
 def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
-    """The config with a mesh of all the topology's devices, checked, and what to say about it.
+    """Returns the config with a mesh of all the topology's devices, and notes to print about it.
 
-    A mesh left at 1 × 1 × 1 becomes, for training, `fsdp` as far as a step's rows divide and
-    `tensor` beyond; for decoding alone, which would gather over `fsdp` what that divides, `tensor`
-    as far as the heads divide and `data` beyond.
+    A mesh left at 1 × 1 × 1 is filled in. For training, `fsdp` is the greatest common divisor of
+    the number of devices and a step's rows, and `tensor` is the rest. For decoding alone, `tensor`
+    is the greatest common divisor of the number of devices and the query heads, and `data` is the
+    rest, because decoding gathers over `fsdp` the weights that `fsdp` divides. Raises UserError if
+    a mesh that is set has another number of devices.
     """
     count, mesh = len(topology.devices), config.mesh
     if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
         if math.prod(dataclasses.astuple(mesh)) != count:
             raise UserError(
-                f"config.mesh asks for data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} "
-                f"devices and {topology.name} has {count}; make the product {count}"
+                f"config.mesh requests {math.prod(dataclasses.astuple(mesh))} devices "
+                f"(data={mesh.data} × fsdp={mesh.fsdp} × tensor={mesh.tensor}), but "
+                f"{topology.name} has {count}; choose sizes whose product is {count}"
             )
         return config, []
     if config.command in ("eval", "generate"):
@@ -105,16 +111,18 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
         rows = rows_of(config)
         fsdp = math.gcd(rows, count)
         mesh = dataclasses.replace(mesh, fsdp=fsdp, tensor=count // fsdp)
-        why = f"; fsdp divides the {rows} rows that a step takes at once" if mesh.tensor > 1 else ""
+        why = f" (fsdp divides the {rows} rows of a micro-batch)" if mesh.tensor > 1 else ""
     config = dataclasses.replace(config, mesh=mesh)
     config.validate()
     sizes = dataclasses.asdict(mesh).items()
     said = " ".join(f"--config.mesh.{name}={size}" for name, size in sizes if size > 1)
-    return config, [f"the mesh was left to this table, a run asks for it: {said}{why}"]
+    return config, [
+        f"config.mesh is 1 × 1 × 1, so preflight chose a mesh; to use it in a run, set {said}{why}"
+    ]
 
 
 def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
-    # A compiler that crashes takes the process along; this line is what tells where.
+    # If the compiler crashes, this process ends with it, and this line names the step.
     print(f"compiling {program.name}", file=sys.stderr, flush=True)
     begin = time.perf_counter()
     lowered = program.lower()
@@ -142,7 +150,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _beside(program: Program, arguments: int) -> int:
-    """Bytes of the run's state that lie there too; what both hold is one array, counted once."""
+    """Returns the bytes of the run's state besides the arguments; arrays in both count once."""
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.beside))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
@@ -150,14 +158,14 @@ def _beside(program: Program, arguments: int) -> int:
 def _refused(
     program: Program, lowered: jax.stages.Lowered, mesh: Mesh, error: str, seconds: float
 ) -> Report:
-    """What is known of a step that the compiler itself found too large."""
+    """Returns what is known of a step that the compiler itself found too large."""
     arguments = device_bytes(program.inputs)
     used = [
         float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
         for number, unit in re.findall(r"(?:Used |temporaries \()([\d.]+)([KMGT])", error)
     ]
     temporaries = int(used[0]) if used else None
-    if "Used" in error and temporaries is not None:  # the whole program, arguments too
+    if "Used" in error and temporaries is not None:  # with the arguments
         temporaries = max(0, temporaries - arguments)
     report = Report(
         step=program.name,
@@ -169,13 +177,13 @@ def _refused(
     )
     if report.held > report.made:
         return dataclasses.replace(report, largest=_largest_inputs(program))
-    # Nothing is partitioned yet: sizes over all devices.
+    # The lowered program is not partitioned yet, so these sizes are totals over all devices.
     largest = [f"{array} over {mesh.size} devices" for array in _largest_types(program, lowered)]
     return dataclasses.replace(report, largest=largest)
 
 
 def _largest_inputs(program: Program) -> list[str]:
-    """The largest of what the program is given and of what lies beside, each once."""
+    """Returns the largest arrays of the step's arguments and of the state besides, each once."""
     sized = {}
     for path, leaf in reversed(on_devices((program.inputs, program.beside))):
         names = [name for name in names_of(path) if name not in _UNSAID and name[0] != "["]
@@ -194,7 +202,7 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """The largest arrays that a step makes, before anything is divided; arguments left out."""
+    """Returns the largest arrays that a step makes besides its arguments, before partitioning."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -204,16 +212,16 @@ def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]
 
 
 def _named(array: Array, name: str) -> str:
-    return f"{array} ({_gib(array.bytes)}) {name}"
+    return f"{array} ({_gib(array.bytes)} GiB) {name}"
 
 
 def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
-    """The sentence of a step that does not fit: how much, what in it, and what to do."""
+    """Returns the message for a step that does not fit: its size, its largest arrays, a remedy."""
     part, size, remedy = (
         "arguments",
         worst.held,
-        "divide the parameters over more devices with config.mesh.fsdp or tensor, or take a larger "
-        "topology",
+        "divide the parameters over more devices with config.mesh.fsdp or config.mesh.tensor, or "
+        "choose a larger topology",
     )
     if worst.held <= worst.made:
         part, size, remedy = (
@@ -227,11 +235,11 @@ def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
                 "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
                 "config.engine.rows), lower max_new_tokens, or divide over more devices"
             )
-    said = f" ({worst.refused})" if worst.refused else ""
+    said = f" (compiler: {worst.refused})" if worst.refused else ""
     return (
-        f"{worst.step} needs {_gib(worst.peak)} GiB on {topology.name}, whose devices have "
-        f"{_gib(capacity)}{said}; its {part} take {_gib(size)}, the largest "
-        f"{'; '.join(worst.largest)}: {remedy}"
+        f"{worst.step} needs {_gib(worst.peak)} GiB per device, but each {topology.name} device "
+        f"has {_gib(capacity)} GiB{said}; its {part} take {_gib(size)} GiB, and the largest arrays "
+        f"are {', '.join(worst.largest)}; {remedy}"
     )
 
 
@@ -246,13 +254,13 @@ def _print(
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     table = Table(
         title=f"{config.command} {config.preset} on {topology.name} ({topology.device_kind}), "
-        f"{sizes}; GiB and TFLOP a device",
+        f"{sizes}; GiB and TFLOP per device",
         title_justify="left",
     )
-    for column in ("step", "arguments", "beside", "temporaries", "peak", f"of {_gib(capacity)}"):
+    for column in ("step", "arguments", "resident", "temporaries", "peak", f"of {_gib(capacity)}"):
         table.add_column(column, justify="left" if column == "step" else "right")
     table.add_column("TFLOP", justify="right")
-    table.add_column("collectives: how many, MiB")
+    table.add_column("collectives: count, MiB")
     table.add_column("compile s", justify="right")
     for report in reports:
         table.add_row(
@@ -282,32 +290,37 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """What the figures mean, and where they are no more than bounds."""
+    """Returns notes that explain the figures and name those that are only bounds."""
     notes = [
-        "beside: what the run keeps on a device and this step does not take; peak: all of it with "
-        "arguments, temporaries and new outputs",
-        "TFLOP: 2 · multiplications of matrix products (Pallas kernels by their own account), "
-        "loops as often as they run, an exit's head at its exits; collectives likewise, with the "
-        "bytes that they produce",
+        "resident: the run's state on a device that is not an argument of this step; peak: the sum "
+        "of arguments, resident state, temporaries and new outputs",
+        "TFLOP: twice the multiplications of matrix products, plus the FLOPs that Pallas kernels "
+        "declare; a loop counts as often as it runs, and exit heads only in layers with an exit; "
+        "collectives are counted in the same way, with the MiB that they produce",
     ]
     for report in reports:
         cost = report.cost or Cost()
         unknown, at_most = (", ".join(sorted(loops)) for loops in (cost.unknown, cost.at_most))
         if report.cost and report.step.endswith("a token"):
-            # Where the layers' loop has a bound it counts as often; else it is among the others.
-            layers = "through all layers" if at_most else "a loop over layers among those below"
+            # If the loop over layers has a bound, it counts that many times, otherwise once.
+            layers = "every row passes through all layers"
+            if not at_most:
+                layers = "the loop over layers is among the following"
             notes.append(
-                f"{report.step}: of every row, {layers}; loops that end by themselves count once "
-                f"({unknown or 'none'})"
+                f"{report.step}: {layers}; loops of unknown length count once: {unknown or 'none'}"
             )
         else:
             if unknown:
                 notes.append(f"{report.step}: loops of unknown length count once: {unknown}")
             if at_most:
-                notes.append(f"{report.step}: at most, for {at_most}")
+                notes.append(
+                    f"{report.step}: the figures are upper bounds, because these loops may end "
+                    f"earlier: {at_most}"
+                )
         if cost.kernels:
             notes.append(
-                f"{report.step}: TFLOP without {len(cost.kernels)} kernels that give no account"
+                f"{report.step}: TFLOP leaves out {len(cost.kernels)} kernels that do not declare "
+                "their FLOPs"
             )
     return notes
 

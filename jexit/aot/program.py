@@ -1,4 +1,4 @@
-"""One jitted step of a run, with abstract arguments, and where its arrays would lie."""
+"""One jitted step of a run, with abstract arguments and the shardings of its arrays."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from jexit.dist.rules import names_of, parameter_axes, spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One jitted step: what it is called with, and what lies on the devices while it runs.
+    """One jitted step: its arguments, and the arrays that lie on the devices while it runs.
 
-    `beside` is what the run keeps there that is none of its arguments; `loops` has the rounds of
-    loops that the compiled module does not tell, by their scope.
+    `beside` is the state that the run keeps on the devices besides this step's arguments. `loops`
+    maps a named scope to the trip count of loops inside it, for loops whose trip count the compiled
+    module does not give.
     """
 
     name: str
@@ -36,19 +37,19 @@ class Program:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Its arguments by name."""
+        """The step's arguments by name."""
         bound = inspect.signature(self.function).bind(*self.arguments, **self.options)
         return bound.arguments
 
 
 def on_devices(tree: Any) -> list[tuple[tuple, Any]]:
-    """The arrays without values that have a place on devices, with their paths in the tree."""
+    """Returns the tree's abstract arrays that have shardings, each with its path in the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(path, leaf) for path, leaf in leaves if getattr(leaf, "sharding", None) is not None]
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that arrays without values would take on each device, by their shardings."""
+    """Returns the bytes that the tree's abstract arrays take on each device, by their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for _, leaf in on_devices(tree)
@@ -56,9 +57,9 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Shapes with the shardings that the rules give parameters, moments and counters.
+    """Returns shapes with the shardings that the rules give to parameters, moments and counters.
 
-    `whole_width`: as `jexit.dist.gathered_width` leaves them.
+    If `whole_width`, the shardings are those that `jexit.dist.gathered_width` returns.
     """
 
     def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -74,7 +75,7 @@ def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:
 
 
 def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """An array with rows on its first axis, spread over the data axes."""
+    """Returns an abstract array whose first axis consists of rows, spread over the data axes."""
     return placed(jax.ShapeDtypeStruct(shape, dtype), mesh, "B" + "." * (len(shape) - 1))
 
 

@@ -42,19 +42,19 @@ from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, sp
 
 
 def rows_of(config: Config) -> int:
-    """Rows of a training step's micro-batch, which must divide over the data axes."""
+    """Returns the rows of a training step's micro-batch, which must divide over the data axes."""
     samples = config.rl.rollouts if config.command == "rl" else 1
     return config.batch_size * samples // config.optim.accumulate
 
 
 def exit_share(config: Config) -> float:
-    """The share of the layers that have an exit before them."""
+    """Returns the share of the layers that have an exit before them."""
     layers = config.pretrain.layers if config.command == "pretrain" else architecture(config).layers
     return len(check_exits(config.exits.layers, layers)) / layers
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
-    """The programs of the config's command, in the order in which a run reaches them."""
+    """Yields the programs of the config's command, in the order in which a run reaches them."""
     if config.command == "pretrain":
         yield _pretraining(config, mesh)
         return
@@ -112,7 +112,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 def _measurements(
     config: Config, mesh: Mesh, split: SplitModel, rollouts: EnginePrograms
 ) -> Iterator[Program]:
-    """What `eval.measures` runs beside the policies' own decoding."""
+    """Yields the programs that `eval.measures` runs besides the decoding of the policies."""
     prompts, new = config.eval.problems, config.eval.max_new_tokens
     layers = split.student(split.trainable).arch.layers
     if set(config.eval.measures) & set(MEASURES):
@@ -153,35 +153,38 @@ def _measurements(
 def _labelled(
     config: Config, name: str, rows: int, columns: int, layers: int
 ) -> tuple[str, Policy]:
-    """A policy with the name that its program has; controls prescribe depths."""
+    """Returns a policy and the label that its program's name gets; controls prescribe depths."""
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
     return f" ({name.partition(':')[0]})", _policy(config, name, layers)
 
 
 def _policy(config: Config, name: str, layers: int) -> Policy:
-    """A policy whose arrays have no values: nothing here may run on devices that are not there."""
+    """Returns a policy with abstract arrays, because nothing can run on devices that are absent."""
     return jax.eval_shape(lambda: make_policy(name, layers, sample_policy(config)))
 
 
 def _prompts(config: Config) -> int:
-    """Prompts of the evaluation, or those that `generate` is given."""
+    """Returns the number of prompts of the evaluation, or of `generate`."""
     if config.command == "generate":
         return max(1, len(config.generate.prompts))
     return config.eval.problems
 
 
 def architecture(config: Config) -> Architecture:
-    """Of the preset; the shipped model's comes from its files, which are always there."""
+    """Returns the architecture of the config's preset.
+
+    For the tiny preset it comes from the shipped model's files, which are always there.
+    """
     if config.preset in PRESETS:
         return PRESETS[config.preset].architecture
     source = open_model(config.model.path)
-    source.weights()  # raises for an architecture that is not theirs
+    source.weights()  # raises if the weights do not fit the architecture
     return source.architecture
 
 
 def _abstract_model(config: Config) -> Transformer:
-    """The config's model without values; the base weights as an accelerator would hold them."""
+    """Returns the config's model without values, with base weights in an accelerator's dtype."""
     arch = architecture(config)
     dtype = jnp.bfloat16 if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
 
@@ -228,9 +231,9 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
 def _completions(
     config: Config, mesh: Mesh, count: int, new: int, *, shared: bool = False
 ) -> Completions:
-    """Rows as long as a prompt at the limit with `new` tokens of completions makes them.
+    """Returns abstract rows that fit a prompt at the length limit and `new` tokens of completions.
 
-    `shared`: a row's completions share a copy of their prompt, where attention knows how.
+    If `shared`, a row's completions share one copy of their prompt where the attention supports it.
     """
     length = bucket_length(config.task.max_prompt_tokens + new)
     branches = shared and choose_attention(config.model.attention, length) != "splash"
@@ -265,7 +268,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """The phase of the heads alone: one pass, whose states are kept, and steps on those."""
+    """Yields the programs that train only the heads: one keeps the states, one trains on them."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
@@ -299,14 +302,15 @@ def _calibration(
         function=step,
         arguments=(state, split.fixed, batch, abstract_key()),
         note="teacher scoring (final distribution, exits' KL) is part of the calibration step: one "
-        f"pass a micro-batch serves its {config.sft.samples} students",
+        f"pass per micro-batch serves its {config.sft.samples} students",
     )
 
 
 def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
-    """Rows that hold as many completions of `new` tokens at most as there is room for.
+    """Returns abstract rows for `count` completions of at most `new` tokens, packed as in a run.
 
-    With prompts and completions at their limits a row holds one, and no batch has more positions.
+    With prompts and completions at their limits, a row contains one completion; no other batch has
+    more positions.
     """
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate

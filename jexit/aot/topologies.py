@@ -1,7 +1,8 @@
 """Descriptions of accelerators by name, for compiling without one.
 
-`v5e:2x2`, `v5p:2x2x1`, `v6e:4x4` (a TPU generation and its slice) need libtpu; `h100:8` (GPUs of
-one node) needs JAX's CUDA plugin, without CUDA itself. `launch/run.sh --aot=…` sets up either.
+`v5e:2x2`, `v5p:2x2x1` and `v6e:4x4` name a TPU generation and a slice of it, and need libtpu.
+`h100:8` names the GPUs of one node, and needs JAX's CUDA plugin but not CUDA itself.
+`launch/run.sh --aot=…` sets up either.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from jexit.errors import UserError
 from jexit.kernels.dispatch import compiling_for
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # axes of a slice
-MAX_AXIS = 16  # chips; libtpu aborts the process beyond
+MAX_AXIS = 16  # chips; libtpu aborts the process for a longer axis
 
-# Of the H100 SXM5 80 GB, in the words of XLA's description of a GPU.
+# The H100 SXM5 80 GB, in the format of XLA's description of a GPU.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -56,7 +57,7 @@ CUDNN = 90_800  # version 9.8, as described above
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices that can be compiled for, not run on."""
+    """Devices that programs can be compiled for, but not run on."""
 
     name: str
     platform: str  # "tpu" or "gpu"
@@ -68,10 +69,10 @@ class Topology:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Makes code traced inside pick implementations and tile sizes for these devices.
+        """Makes code traced inside choose implementations and tile sizes for these devices.
 
-        Where the code sets no mesh of these devices, JAX lowers Pallas kernels for the chip that
-        the abstract mesh set here names, as this machine has no such chip to ask.
+        It also sets an abstract mesh that names the chip. Where the code sets no mesh of these
+        devices, JAX lowers Pallas kernels for that chip, because this machine has none to ask.
         """
         device = AbstractDevice(self.device_kind, None, self.platform)
         mesh = AbstractMesh((), (), abstract_device=device)
@@ -85,10 +86,11 @@ class Topology:
 
 @contextlib.contextmanager
 def _described_cudnn() -> Iterator[None]:
-    """Lets cuDNN's attention be traced where there is no cuDNN.
+    """Lets cuDNN's attention be traced where cuDNN is not installed.
 
-    JAX asks this machine's library for its version, to record it and to refuse what an old one
-    lacks; here the described chip's answers. The graph itself goes to cuDNN when the program runs.
+    JAX asks the installed library for its version, records the version and refuses what an old one
+    lacks. Here it gets the described chip's version instead. The graph itself goes to cuDNN only
+    when the program runs.
     """
     asked = cudnn.check_cudnn_version
     cudnn.check_cudnn_version = lambda: CUDNN
@@ -99,16 +101,16 @@ def _described_cudnn() -> Iterator[None]:
 
 
 def get_topology(name: str) -> Topology:
-    """The devices of a name such as `v5e:4x4` or `h100:8`.
+    """Returns the devices for a name such as `v5e:4x4` or `h100:8`.
 
-    Raises UserError for a name that is not known or a compiler that is not installed.
+    Raises UserError if the name is not known or the compiler is not installed.
     """
     kind, _, size = name.partition(":")
     if kind in TPUS and re.fullmatch(rf"\d+(x\d+){{{TPUS[kind] - 1}}}", size):
         if max(map(int, size.split("x"))) > MAX_AXIS:
             raise UserError(
-                f"slice {name} has an axis over {MAX_AXIS}, which libtpu does not compile for; "
-                "take a smaller one: what a device needs hardly changes beyond"
+                f"slice {name} has an axis of more than {MAX_AXIS} chips, but libtpu supports at "
+                f"most {MAX_AXIS}; use a smaller slice, whose devices need almost the same memory"
             )
         return _tpu(name)
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
@@ -125,7 +127,7 @@ def _tpu(name: str) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # A v4 chip's two cores are one device, as JAX has them on real ones; libtpu's default is two.
+    # On real chips JAX treats a v4 chip's two cores as one device; libtpu's default is two devices.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     if name.endswith(":1x1"):  # by itself libtpu looks for whole hosts of several chips
         options["chips_per_host_bounds"] = [1, 1, 1]
@@ -134,7 +136,7 @@ def _tpu(name: str) -> Topology:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"libtpu has no slice {name} ({reason}); take one that Cloud TPU offers, such as 2x2"
+            f"libtpu has no slice {name} ({reason}); use one that Cloud TPU offers, such as 2x2"
         ) from error
     return Topology(name, "tpu", list(described.devices))
 
@@ -143,8 +145,8 @@ def _gpu(name: str, description: str, count: int) -> Topology:
     plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
     if not any(_installed(plugin) for plugin in plugins):
         raise UserError(
-            f"compiling for {name} needs JAX's CUDA plugin, which is not installed; start it with "
-            "launch/run.sh, which sets it up"
+            f"compiling for {name} needs JAX's CUDA plugin, which is not installed; run the "
+            "command through launch/run.sh, which installs it"
         )
     # Without a GPU nothing can be timed; left on, auto-tuning fails. Untuned Triton products refuse
     # some widths, such as the 112 columns of a layer of the tiny model and its adapter.
@@ -158,7 +160,7 @@ def _gpu(name: str, description: str, count: int) -> Topology:
         )
     except NotImplementedError as error:  # JAX has looked for a GPU already, and found none
         raise UserError(
-            f"compiling for {name} needs JAX_PLATFORMS=cpu; set it and try again"
+            f"compiling for {name} needs JAX_PLATFORMS=cpu; set it and run the command again"
         ) from error
     return Topology(name, "gpu", list(described.devices))
 

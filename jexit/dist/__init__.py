@@ -1,4 +1,4 @@
-"""Where arrays lie on many devices and hosts: the mesh, its rules, and the hosts' exchange."""
+"""The mesh of devices, the rules that divide arrays over it, and the exchange between hosts."""
 
 from jexit.dist.mesh import (
     HostRows,

@@ -1,4 +1,4 @@
-"""The mesh of devices, and batches spread over it."""
+"""The mesh of devices, and the placement of batches and parameters on it."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ THREADS_A_DEVICE = 8
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`, neighbours along `tensor` the closest.
+    """Makes a mesh with the axes `data`, `fsdp` and `tensor`, with close devices along `tensor`.
 
-    Takes as many of the devices as the sizes ask for; of several hosts it must take all. Raises
-    ValueError when there are fewer, or some would be left over.
+    The mesh uses data × fsdp × tensor of the devices; on several hosts it must use all of them.
+    Raises UserError if there are too few devices, or if several hosts would have some left over.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
     wanted = math.prod(sizes)
     if wanted > len(devices):
         raise UserError(
-            f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
-            f"and there are {len(devices)}; lower the sizes"
+            f"config.mesh requests {wanted} devices (data={data} × fsdp={fsdp} × tensor={tensor}), "
+            f"but this run has {len(devices)}; lower the sizes"
         )
     if jax.process_count() > 1 and wanted < len(devices):
         raise UserError(
-            f"config.mesh asks for data {data} × fsdp {fsdp} × tensor {tensor} = {wanted} devices "
-            f"and the {jax.process_count()} hosts have {len(devices)}; make the product "
-            f"{len(devices)}, such as config.mesh.fsdp={len(devices)}"
+            f"config.mesh requests {wanted} devices (data={data} × fsdp={fsdp} × tensor={tensor}), "
+            f"but the {jax.process_count()} hosts have {len(devices)} and must use all of them; "
+            f"choose sizes whose product is {len(devices)}, such as config.mesh.fsdp={len(devices)}"
         )
     if wanted < len(devices) and devices[0].platform != "cpu":
         logging.warning(
-            "config.mesh asks for %d of this machine's %d devices; the others stay idle, unless "
-            "the product of its sizes is %d.",
+            "config.mesh uses %d of this machine's %d devices, so the others stay idle; to use all "
+            "of them, choose sizes whose product is %d.",
             wanted,
             len(devices),
             len(devices),
@@ -58,10 +58,11 @@ def make_mesh(
 
 
 def provide_threads() -> None:
-    """Gives the CPU devices that XLA_FLAGS pretends enough threads; before JAX looks for devices.
+    """Gives the CPU devices that XLA_FLAGS simulates enough threads; call it before JAX starts.
 
-    XLA runs independent collectives at once, and each of them holds a thread of every device until
-    all have joined: with one thread a device they can wait for each other for ever.
+    XLA runs independent collectives at the same time, and each occupies one thread of every device
+    until all devices have joined. With one thread per device, collectives can wait for each other
+    for ever.
     """
     pretended = re.search(
         r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
@@ -72,7 +73,7 @@ def provide_threads() -> None:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Everything traced inside is divided over the mesh; one device needs no dividing."""
+    """Divides everything traced inside over the mesh; a mesh of one device changes nothing."""
     if mesh.size == 1:
         yield
         return
@@ -82,11 +83,11 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class HostRows:
-    """Which of a batch's rows this host holds.
+    """The rows of a batch that this host has.
 
-    `index_B` are their numbers in the whole batch, rising; `first_B` says for each whether this is
-    the first host that holds it, so that a sum over hosts counts no row twice. A batch that does
-    not divide over the data axes lies whole on every host.
+    `index_B` contains their indices in the whole batch, in ascending order. `first_B` is true for
+    the rows for which this is the first host that has them, so that a sum over hosts counts no row
+    twice. If a batch does not divide over the data axes, every host has all of its rows.
     """
 
     total: int
@@ -94,12 +95,12 @@ class HostRows:
     first_B: np.ndarray
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Where rows, by their numbers in the whole batch, stand among this host's."""
+        """Returns where rows, given by index in the whole batch, stand among this host's rows."""
         return np.searchsorted(self.index_B, rows)
 
 
 def host_rows(total: int) -> HostRows:
-    """The rows of a batch of `total` that this host prepares, and gets back."""
+    """Returns the rows, of a batch of `total`, that this host prepares and gets back."""
     if jax.process_count() == 1:
         return HostRows(total, np.arange(total), np.ones(total, bool))
     return _host_rows(jax.sharding.get_mesh(), total)
@@ -118,9 +119,9 @@ def _host_rows(mesh: Mesh, total: int) -> HostRows:
 
 
 def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
-    """This host's arrays, rows on their first axis, as device arrays spread over the data axes.
+    """Spreads this host's arrays, whose first axis is the rows, over the data axes of the mesh.
 
-    `rows` says which rows of the whole batch they are; None: all of them.
+    `rows` says which rows of the whole batch the arrays contain; None means all of them.
     """
 
     def place(array: np.ndarray) -> jax.Array:
@@ -140,7 +141,7 @@ def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
 
 
 def fetch_rows(tree: Any, axis: int = 0) -> Any:
-    """This host's rows of device arrays, as NumPy arrays; `axis` is the one with the rows."""
+    """Returns this host's rows of device arrays as NumPy arrays; `axis` is the axis of the rows."""
 
     def fetch(array: jax.Array) -> np.ndarray:
         if array.is_fully_addressable or array.is_fully_replicated:
@@ -156,28 +157,31 @@ def fetch_rows(tree: Any, axis: int = 0) -> Any:
 
 
 def place_parameter(path: str, array: np.ndarray) -> jax.Array:
-    """A parameter, named by its dotted path, as the rules have it; never whole on one device."""
+    """Places a parameter, named by its dotted path, on the mesh as the rules divide it.
+
+    Each device gets only its own shard, so a divided parameter is never whole on one device.
+    """
     return _place(array, parameter_axes(path.split("."), np.ndim(array)))
 
 
 def place_parameters(tree: Any) -> Any:
-    """The same of a whole tree, whose arrays may lie on this host's devices already."""
+    """Places a tree of parameters by the same rules; its arrays may already be on devices."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
     )
 
 
 def data_shards() -> int:
-    """Parts that the mesh that is set divides rows into."""
+    """Returns the number of parts into which the current mesh divides rows."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in data_axes())
 
 
 @jax.jit
 def gathered_width(tree: Any) -> Any:
-    """Parameters that lie over `fsdp` along the model width, whole along it on every device.
+    """Gathers parameters over `fsdp`, so that every device has the whole model width.
 
-    Once for many uses, such as the tokens of a rollout.
+    Gathering once serves many uses, such as all tokens of a rollout.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: constrain(

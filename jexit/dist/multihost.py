@@ -1,8 +1,8 @@
-"""Several processes as one run: starting them, exchanging small values, and never waiting for ever.
+"""Several processes as one run: startup, exchange of small values, and waits with a timeout.
 
-A *host* is one process of JAX's distributed runtime. Every host runs the same program; each
-prepares, verifies and writes down its own rows, and the primary host (number 0) writes the files
-that are written once. Whatever waits for other hosts does so under a timeout and says where.
+A *host* is one process of JAX's distributed runtime. Every host runs the same program. Each host
+prepares, verifies and records its own rows, and the primary host (number 0) writes the files that
+are written once. Every wait for other hosts has a timeout, and the error message names the place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jexit.errors import HOST_LOST, RunEnded, UserError
 TIMEOUT_SECONDS = 600
 MAX_TIMEOUT_SECONDS = 86_400
 POLL_SECONDS = 1.0
-# JAX's own checks end a process without a word about the run, so they come after ours.
+# JAX's own checks end a process without a message about the run, so they come after ours.
 MARGIN_SECONDS = 60
 CLIENT_SECONDS = 5.0
 # Where JAX's own code is while it traces, lowers or compiles.
@@ -38,15 +38,15 @@ _COMPILING = tuple(
     os.path.join("jax", "_src", *path)
     for path in (("compiler.py",), ("interpreters", "mlir.py"), ("interpreters", "partial_eval.py"))
 )
-_LINE_BYTES = 2**20  # of a message before JAX's own runtime is there
-_REACHABLE = "start every host, and let them reach each other's ports"
+_LINE_BYTES = 2**20  # the limit of a message that is sent before JAX's own runtime starts
+_REACHABLE = "start every host, and make sure that they can reach each other's ports"
 
 _settings = {"timeout": float(TIMEOUT_SECONDS), "place": "the start of the run"}
 _numbers = itertools.count()
 
 
 class HostLost(RunEnded):
-    """Another host did not come, or is gone; the message names both hosts and the place."""
+    """Raised if another host did not arrive or was lost; the message names hosts and place."""
 
     exit_code = HOST_LOST
 
@@ -58,18 +58,20 @@ def initialize(
     *,
     timeout: float = TIMEOUT_SECONDS,
 ) -> None:
-    """Joins the hosts of this run; alone it does nothing.
+    """Joins the hosts of this run; does nothing for a process that runs alone.
 
     On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts by
     itself. Elsewhere all three arguments are needed: HOST:PORT of process 0, the number of
-    processes and this one's number. Must come before the first computation. `timeout` in seconds
-    holds for this and every later wait. Raises UserError for arguments that do not fit together,
-    here or with those of another host, and for a port that cannot be opened; HostLost when others
-    do not come.
+    processes, and the number of this process. Call this before the first computation. `timeout`,
+    in seconds, applies to this wait and to every later one.
+
+    Raises UserError if the arguments contradict each other or those of another host, or if the port
+    cannot be opened. Raises HostLost if other hosts do not arrive in time.
     """
     if not 1 <= timeout <= MAX_TIMEOUT_SECONDS:
         raise UserError(
-            f"--host_timeout is {timeout:g}; give seconds from 1 to {MAX_TIMEOUT_SECONDS}"
+            f"--host_timeout is {timeout:g}; set it to a number of seconds from 1 to "
+            f"{MAX_TIMEOUT_SECONDS}"
         )
     _settings["timeout"] = timeout
     given = (coordinator, processes, process)
@@ -78,26 +80,27 @@ def initialize(
             return
     elif None in given:
         raise UserError(
-            "--coordinator, --processes and --process belong together; give all three or none"
+            "--coordinator, --processes and --process belong together; set all three or none"
         )
     elif not (found := re.fullmatch(r".+:(\d{1,5})", coordinator)) or not 0 < int(found[1]) < 2**16:
         raise UserError(
-            f"--coordinator is {coordinator!r}; it is HOST:PORT of process 0, with a port from 1 to "
-            "65535"
+            f"--coordinator is {coordinator!r}, but it must be HOST:PORT of process 0, with a port "
+            "from 1 to 65535"
         )
     elif processes < 2:
         raise UserError(
-            f"--processes is {processes}; it is at least 2, and one process takes no --coordinator"
+            f"--processes is {processes}, but it must be at least 2; to run one process, leave out "
+            "--coordinator, --processes and --process"
         )
     elif not 0 <= process < processes:
         raise UserError(
-            f"--process is {process} of --processes {processes}; it counts from 0 to "
+            f"--process is {process}, but with --processes={processes} it must be from 0 to "
             f"{processes - 1}"
         )
     if coordinator:
         _call_roll(coordinator, processes, process, timeout)
-    # It would take SIGTERM for itself; here signals of all hosts are exchanged after each step, and
-    # before the first step one ends the process, as it does alone.
+    # JAX's service would handle SIGTERM itself. Here the hosts exchange their signals after each
+    # step; before the first step a signal ends the process, as it does on a single host.
     jax.config.update("jax_enable_preemption_service", False)
     patience = int(timeout) + MARGIN_SECONDS
     timer = _after(timeout + 5, _nobody_came, process, processes)
@@ -106,7 +109,8 @@ def initialize(
             coordinator,
             processes,
             process,
-            # With an address the caller knows best; SLURM's one device a task is then not assumed.
+            # With a given address JAX must not detect a cluster: under SLURM it would assume one
+            # device per task.
             cluster_detection_method="deactivate" if coordinator else None,
             initialization_timeout=patience,
             heartbeat_timeout_seconds=patience,
@@ -118,22 +122,22 @@ def initialize(
         if _task_of_several():
             raise UserError(
                 "this is one of several tasks, but JAX cannot find their coordinator "
-                f"({_first_line(error)}); give --coordinator, --processes and --process"
+                f"({_first_line(error)}); set --coordinator, --processes and --process"
             ) from error
-        # A TPU that is no part of a slice: JAX found no other host.
+        # This TPU is not part of a slice: JAX found no other host.
     except RuntimeError as error:
-        place = coordinator or "the place that the cluster names"
+        place = coordinator or "the address that the cluster names"
         raise _no_coordinator(process, place, timeout, error) from error
     finally:
         timer.cancel()
 
 
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
-    """All processes meet at the coordinator's port and compare how many they were told to be.
+    """Lets all processes meet at the coordinator's port and compare their numbers of processes.
 
-    JAX believes each of them, ends a process when that port never opens, and crashes on process 0
-    when it is taken. Raises HostLost when not all have come within the timeout, ValueError when
-    their numbers differ or process 0 cannot open the port.
+    JAX does not compare them. It ends a process if the port never opens, and crashes on process 0
+    if the port is taken. Raises HostLost if a process does not arrive within the timeout, and
+    UserError if the numbers differ or process 0 cannot open the port.
     """
     if process == 0:
         told = _hear_all(coordinator, processes, timeout)
@@ -147,15 +151,15 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
         )
     if missing := set(range(processes)) - told.keys():
         raise HostLost(
-            f"process {process} of {processes} waited {timeout:g} s and the others have not all "
-            f"come (missing: {', '.join(map(str, sorted(missing)))}); {_REACHABLE}"
+            f"process {process} of {processes} waited {timeout:g} s, but not all others arrived "
+            f"(missing: {', '.join(map(str, sorted(missing)))}); {_REACHABLE}"
         )
 
 
 def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
-    """On process 0: how many each process was told that there are, itself too; all hear of it.
+    """Collects every process's `--processes` on process 0, and sends all the values to the others.
 
-    It waits for all, for one that was told another number, or until the time is over.
+    It stops when all have reported, when one reports a different number, or when the time is over.
     """
     told, others = {0: processes}, []
     end = time.monotonic() + timeout
@@ -167,7 +171,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
                 other = opened.enter_context(server.accept()[0])
             except OSError:  # the time is over
                 break
-            with contextlib.suppress(OSError, ValueError, TypeError):  # of who is no such process
+            with contextlib.suppress(OSError, ValueError, TypeError):  # not one of the processes
                 other.settimeout(CLIENT_SECONDS)
                 one, count = _receive(other)
                 told[int(one)] = int(count)
@@ -179,7 +183,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """On the other processes: what process 0 has heard."""
+    """Sends this process's `--processes` to process 0, and returns the values of all processes."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -187,16 +191,16 @@ def _report(coordinator: str, processes: int, process: int, timeout: float) -> d
         try:
             with socket.create_connection((host.strip("[]"), int(port)), left) as connection:
                 _send(connection, [process, processes])
-                connection.settimeout(left + CLIENT_SECONDS)  # its own time may end a little later
+                connection.settimeout(left + CLIENT_SECONDS)  # process 0 may end a little later
                 return dict(_receive(connection))
-        except (OSError, ValueError, TypeError) as error:  # nobody there, or somebody else
+        except (OSError, ValueError, TypeError) as error:  # no server, or another one
             if time.monotonic() + POLL_SECONDS > end:
                 raise _no_coordinator(process, coordinator, timeout, error) from error
         time.sleep(POLL_SECONDS)
 
 
 def _listening(port: int) -> socket.socket:
-    """As JAX's coordinator will be, on every address."""
+    """Opens a port on every address of this machine, as JAX's coordinator does later."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -204,7 +208,7 @@ def _listening(port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"--coordinator names port {port}, which process 0 cannot open "
-            f"({os.strerror(error.errno)}); give one that is free on its host"
+            f"({os.strerror(error.errno)}); choose a port that is free on its host"
         ) from error
 
 
@@ -229,29 +233,28 @@ def _no_coordinator(
 def _nobody_came(process: int | None, processes: int | None) -> None:
     who = "a process" if process is None else f"process {process} of {processes}"
     print(
-        f"jexit: {who} waited {_settings['timeout']:g} s and the others have not all come; "
-        f"{_REACHABLE}",
+        f"jexit: {who} waited {_settings['timeout']:g} s, but not all others arrived; {_REACHABLE}",
         file=sys.stderr,
     )
     leave(HOST_LOST)
 
 
 def _task_of_several() -> bool:
-    """Whether SLURM or Open MPI says that there are others."""
+    """Checks whether SLURM or Open MPI started this process as one of several tasks."""
     if "OMPI_MCA_orte_hnp_uri" in os.environ:
         return True
-    # Of the step that srun started; the batch script itself is one process of no step.
+    # srun sets this for the step that it starts; the batch script itself is not part of a step.
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def _cluster_present() -> bool:
-    """Whether this process was started as one of several in a way that JAX knows."""
+    """Checks whether this process is one of several that JAX can find by itself."""
     environment = os.environ
     if _task_of_several():
         return True
     if environment.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
         return False
-    # On a slice the environment (GKE) or the machine's metadata, which JAX reads, name the others.
+    # On a slice JAX finds the others in the environment (GKE) or in the machine's metadata.
     return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
 
 
@@ -260,15 +263,15 @@ def several_hosts() -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this host writes what is written once."""
+    """Returns whether this host is the one that writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def gather(place: str, value: Any) -> list[Any]:
-    """Every host's JSON value, in the order of the hosts; `place` says in messages what this is.
+    """Returns every host's JSON value, in the order of the hosts; messages name the wait `place`.
 
-    Goes through the coordinator and not through the devices, so it waits for no step to finish.
-    Raises HostLost when a host has not come within the timeout.
+    The values go through the coordinator and not through the devices, so this does not wait for a
+    step to finish. Raises HostLost if a host does not arrive within the timeout.
     """
     if not several_hosts():
         return [value]
@@ -282,7 +285,7 @@ def gather(place: str, value: Any) -> list[Any]:
             pairs = client.key_value_dir_get(folder)
         except jax.errors.JaxRuntimeError as error:
             raise _lost(place, error) from error
-        # Whoever is here has read the values of the time before.
+        # Every host that is past this barrier has read the values of the previous call.
         if number > 0 and index == 0:
             client.key_value_delete(f"jexit/gather/{number - 1}/")
     values = {int(key.rpartition("/")[2]): text for key, text in pairs}
@@ -291,22 +294,22 @@ def gather(place: str, value: Any) -> list[Any]:
 
 
 def from_primary(place: str, value: Any) -> Any:
-    """The primary host's JSON value, on every host."""
+    """Returns the primary host's JSON value on every host."""
     return gather(place, value if is_primary() else None)[0]
 
 
 def barrier(place: str) -> None:
-    """Goes on when every host is here."""
+    """Waits until every host has reached this call."""
     gather(place, None)
 
 
 @contextlib.contextmanager
 def waiting(place: str) -> Iterator[None]:
-    """Ends the process, saying where it was, when the block takes longer than the timeout.
+    """Ends the process with a message that names the place if the block exceeds the timeout.
 
-    For waits that nobody else limits: a collective with a host that hangs never returns, nor does
-    a jitted call that the runtime holds back until the collectives before it are done. While JAX
-    compiles, which may take long and waits for nobody, the time begins anew.
+    This is for waits without any other limit: a collective with a host that hangs never returns,
+    and neither does a jitted call that the runtime delays until earlier collectives are done.
+    While JAX compiles, which may take long and involves no other host, the time starts anew.
     """
     if not several_hosts():
         yield
@@ -318,11 +321,11 @@ def waiting(place: str) -> Iterator[None]:
         yield
     finally:
         over.set()
-    _settings["place"] = before  # an error keeps its place, for `ended`
+    _settings["place"] = before  # after an error the place stays set, for `ended`
 
 
 def _watch(place: str, over: threading.Event) -> None:
-    # The client's own timeout comes first where there is one: it knows who is missing.
+    # A client's own timeout comes first, because its error names the missing hosts.
     while not over.wait(_settings["timeout"] + CLIENT_SECONDS):
         if not any(frame.filename.endswith(_COMPILING) for frame in _main_stack()):
             _give_up(place)
@@ -341,7 +344,7 @@ def _after(seconds: float, function: Callable[..., None], *arguments: Any) -> th
 
 
 def whole(tree: Any, place: str) -> Any:
-    """Arrays that lie over all hosts, as NumPy arrays on every host; for what is small."""
+    """Returns arrays that are spread over all hosts as NumPy arrays; only for small arrays."""
     with waiting(place):
         return jax.tree.map(_whole, tree)
 
@@ -353,7 +356,7 @@ def _whole(array: jax.Array) -> Any:
 
 
 def ended(error: BaseException) -> str | None:
-    """One sentence when an error comes from the loss of another host, else None."""
+    """Returns one sentence if an error comes from the loss of another host, or None otherwise."""
     if isinstance(error, HostLost):
         return str(error)
     lost = re.search(
@@ -366,21 +369,21 @@ def ended(error: BaseException) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends a host of several without a common goodbye, which would wait for those that are gone.
+    """Ends this host without JAX's shutdown barrier, which would wait for hosts that are gone.
 
-    After an error that all hosts share, the primary host goes last: JAX's coordinator ends with it,
-    and a host that finds no coordinator is aborted before it can say why it stops.
+    After an error that all hosts share, the primary host ends last. JAX's coordinator ends with it,
+    and a host that finds no coordinator is aborted before it can print why it stops.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if code != HOST_LOST:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # some host never says goodbye
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a host may leave without a report
             _say_goodbye()
     os._exit(code)
 
 
 def _say_goodbye() -> None:
-    """Other hosts say that they leave; the primary host waits up to CLIENT_SECONDS for them."""
+    """Reports that this host leaves; the primary host waits up to CLIENT_SECONDS for the others."""
     client = ocp.multihost.get_jax_distributed_client()
     if not is_primary():
         client.key_value_set(f"jexit/left/{jax.process_index()}", "")
@@ -395,19 +398,19 @@ def _lost(place: str, error: BaseException) -> HostLost:
     text = str(error)
     missing = re.search(r"Some timed out task names:\s*((?:\d+\s*)+)", text)
     who = f"host {', '.join(missing.group(1).split())}" if missing else "another host"
-    late = "did not come within" if missing else "was lost while this one waited up to"
+    late = "did not arrive within" if missing else "was lost while this host waited up to"
     return HostLost(
         f"host {jax.process_index()} of {jax.process_count()} stops at {place}: {who} {late} "
-        f"{_settings['timeout']:g} s ({_first_line(error)}); run the same command on every host: "
-        "it continues from the newest checkpoint"
+        f"{_settings['timeout']:g} s ({_first_line(error)}); run the same command on every host "
+        "to continue from the newest checkpoint"
     )
 
 
 def _give_up(place: str) -> None:
     message = (
-        f"jexit: host {jax.process_index()} of {jax.process_count()} stops at {place}: nothing "
-        f"came from the other hosts in {_settings['timeout']:g} s; run the same command on every "
-        "host: it continues from the newest checkpoint"
+        f"jexit: host {jax.process_index()} of {jax.process_count()} stops at {place}: the other "
+        f"hosts did not respond within {_settings['timeout']:g} s; run the same command on every "
+        "host to continue from the newest checkpoint"
     )
     print(message, file=sys.stderr)
     sys.stderr.writelines(reversed(_main_stack().format()))

@@ -1,7 +1,7 @@
-"""Logical axes of every array, and the mesh axes that each of them is divided over.
+"""The logical axes of every array, and the mesh axes that each of them is divided over.
 
-An axis is divided only where its size divides: Qwen3's 8 key/value heads on `tensor=16` stay whole
-on every device, and so does everything on a mesh of one device.
+An axis is divided only if the mesh axes divide its size. Qwen3's 8 key/value heads stay whole on
+every device with `tensor=16`, and so does every array on a mesh of one device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
-# By the letters of jexit.axes; a letter that is missing here, or a dot, is divided over nothing.
+# Keys are letters of jexit.axes; an axis with a dot, or a letter missing here, is not divided.
 # Rows lie over both data axes. Weights lie over fsdp along the model width and over tensor along
 # what the width is projected to, so that one all-reduce follows each pair of projections.
 RULES: dict[str, tuple[str, ...]] = {
@@ -64,7 +64,10 @@ PARAMETERS: dict[tuple[str, ...], str] = {
 
 
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
-    """Partition spec of an array with these logical axes (default mesh: the one in context)."""
+    """Returns the partition spec of an array with these logical axes.
+
+    `mesh` defaults to the mesh that is set.
+    """
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
     for letter, size in zip(axes, shape, strict=True):
@@ -75,37 +78,37 @@ def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
 
 
 def free_axes(mesh: Any) -> dict[str, int]:
-    """Sizes of the axes that arrays can still be divided over: not those of a `shard_map` around."""
+    """Returns the sizes of the mesh axes, except those that a surrounding `shard_map` has taken."""
     return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def divides(mesh: Any) -> bool:
-    """Whether there is anything to divide over."""
+    """Checks whether the mesh has several devices that arrays can still be divided over."""
     return not mesh.empty and math.prod(free_axes(mesh).values()) > 1
 
 
 def data_axes() -> tuple[str, ...]:
-    """The axes that divide rows on the mesh that is set, as far as they do."""
+    """Returns the axes of the current mesh that divide rows, without those of size 1."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else free_axes(mesh)
     return tuple(name for name in RULES["B"] if sizes.get(name, 1) > 1)
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
-    """Logical axes of a parameter, or of an optimiser's moment of it, by the end of its path."""
+    """Returns the logical axes of a parameter or its optimiser moment, by the end of its path."""
     axes = PARAMETERS.get(tuple(path[-2:]), "." * ndim)
     return axes if len(axes) == ndim else "." * ndim
 
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:
-    """Pins an intermediate array with these logical axes to the mesh that is set, if any."""
+    """Pins an intermediate array with these logical axes to the current mesh, if there is one."""
     if not divides(jax.sharding.get_abstract_mesh()):
         return array
     return jax.lax.with_sharding_constraint(array, spec(axes, array.shape))
 
 
 def constrain_parameters(tree: Any) -> Any:
-    """Pins parameters, moments and gradients, so that a step returns them where it found them."""
+    """Pins parameters, moments and gradients, so that a step does not move them between devices."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
 
@@ -115,5 +118,5 @@ def constrain_parameters(tree: Any) -> Any:
 
 
 def names_of(path: tuple) -> list[str]:
-    """A tree path's keys and attributes."""
+    """Returns the keys and attribute names of a tree path."""
     return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]

@@ -1,1 +1,1 @@
-"""What this machine is, whether it computes what it should, and how fast."""
+"""A check of this machine: what it is, whether its results are correct, and how fast it is."""

@@ -1,11 +1,12 @@
-"""Says what this machine is, whether it computes what it should, and how fast.
+"""Reports what this machine is, whether its results are correct, and how fast it is.
 
     python -m jexit.doctor
 
-Compares every kernel and attention implementation that jexit may pick on the first device with its
-definition in float32: outputs and gradients, in float32 and bfloat16. Says in a sentence what is
-wrong and which setting avoids it, and exits 1. Then times decoding and the training steps of a
-random model, without the kernels where one is wrong. Takes one to ten minutes.
+Compares every kernel and attention implementation that jexit may choose on the first device with
+its definition in float32: outputs and gradients, in float32 and bfloat16. For each failure, prints
+a sentence with the fault and the setting that avoids it. Then times decoding and the training steps
+of a random model, without the kernels if any check failed. Exits with code 1 if any check failed.
+Takes one to ten minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.parse_args(argv)
     print("\n".join(machine()), flush=True)
     print(f"\n{'operation':<18}{'implementation':<16}{'precision':<10}{'error':>9}{'':>4}"
-          f"{'ms':>9}{'of xla':>8}")  # fmt: skip
+          f"{'ms':>9}{'vs xla':>8}")  # fmt: skip
     found: list[Check] = []
     for check in agreement.checks():
         found.append(check)
@@ -38,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     for check in wrong:
         print(
-            f"jexit: {check.operation} by {check.implementation} in {check.dtype}: "
-            f"{check.failure}; set --{check.setting}",
+            f"jexit: the {check.implementation} implementation of {check.operation} fails in "
+            f"{check.dtype}: {check.failure}; set --{check.setting}",
             file=sys.stderr,
         )
     if not wrong:
         print("Every implementation agrees with its definition.")
     name, arch = speed.fitting()
-    print(f"\n{name}: {arch.layers} layers of width {arch.width}, random weights")
+    print(f"\n{name}: {arch.layers} layers of width {arch.width}, with random weights")
     print(f"{'work':<28}{'kernels':<10}{'tokens/s':>12}{'MFU':>8}", flush=True)
-    for timing in speed.timings(arch, kernels=not wrong):  # a kernel that fails would end them
+    for timing in speed.timings(arch, kernels=not wrong):  # a failing kernel would end the timings
         share = "" if timing.mfu is None else f"{timing.mfu:.1%}"
         print(
             f"{timing.work:<28}{timing.implementation:<10}{timing.tokens_per_second:>12,.0f}"
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def machine() -> list[str]:
-    """What computes here, a line each."""
+    """Returns lines that describe the software, the devices and the host."""
     import jax
     import jaxlib
 
@@ -70,7 +71,7 @@ def machine() -> list[str]:
     known = chip()
     peak = ""
     if devices[0].platform != "cpu":
-        peak = ", a chip that jexit knows nothing of"
+        peak = ", a chip that is not in jexit's table"
         if known is not UNKNOWN:
             flops = known.peak_flops
             peak = f", {known.memory_gib:g} GiB" + (f", {flops / 1e12:g} TFLOP/s" if flops else "")

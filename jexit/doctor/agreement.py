@@ -1,4 +1,4 @@
-"""Every implementation that may run on a device, against its definition in float32."""
+"""Compares every implementation that may run on a device with its definition in float32."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from jexit.kernels.linear_kl.reference import DIRECTIONS
 from jexit.kernels.linear_logprob.api import OPERATION as LINEAR_LOGPROB
 from jexit.model.attention import PLATFORMS, KeysValues, attend
 
-# Of the largest entry of an output: rounding, with room for another order of summation.
+# Relative to the largest entry of an output: rounding, with room for another order of summation.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-HALF_ONLY = ("cudnn",)  # implementations that take no float32
+HALF_ONLY = ("cudnn",)  # implementations that do not support float32
 PORTABLE = "xla"
 REPEATS = 5
 
@@ -32,13 +32,13 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes of the inputs; no tile divides the tokens and the vocabulary."""
+    """The sizes of the inputs; no tile divides the number of tokens or the vocabulary."""
 
     tokens: int
     width: int
     vocab: int
     exits: int
-    slots: int  # of a cache, and positions of a text
+    slots: int  # slots of a cache, and positions of a text
 
 
 SIZES = {"cpu": Sizes(67, 64, 2_049, 3, 192)}
@@ -47,33 +47,36 @@ ACCELERATOR = Sizes(531, 1_024, 50_257, 4, 1_024)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One implementation in one precision; `failure` is empty if it is as it should be."""
+    """The result for one implementation in one precision; `failure` is empty if it is correct."""
 
     operation: str
     implementation: str
     dtype: str
-    setting: str  # that avoids it
-    error: float | None  # the largest, relative to the largest entry of the output
+    setting: str  # the setting that avoids this implementation
+    error: float | None  # the largest error, relative to the largest entry of the output
     seconds: float | None
     failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`function(implementation, inputs)` gives outputs and gradients by name."""
+    """One operation to check.
+
+    `function(implementation, inputs)` returns its outputs and gradients by name.
+    """
 
     operation: str
     implementations: tuple[str, ...]
     setting: str
     function: Callable[[str, Any], Outputs]
-    inputs: Callable[[str], Any]  # of a dtype
+    inputs: Callable[[str], Any]  # takes a dtype
 
 
 def checks() -> Iterator[Check]:
-    """Compares what may be picked on the first device, one operation after another.
+    """Compares the implementations that may be chosen on the first device, one operation at a time.
 
-    Products of float32 are computed in full: an accelerator's faster default rounds more than an
-    implementation may be off.
+    Float32 products are computed in full precision, because an accelerator's faster default has
+    larger rounding errors than the tolerance allows.
     """
     for case in cases():
         for dtype in TOLERANCE:
@@ -96,22 +99,22 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
         found = jax.block_until_ready(compiled(inputs))
     except Exception as error:  # compilers and drivers raise many kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return check(None, None, f"does not run: {first[:200]}")
+        return check(None, None, f"it does not run ({first[:200]})")
     errors = {key: relative_error(found[key], wanted[key]) for key in wanted}
     worst = max(errors, key=lambda key: errors[key])
     failure = ""
     if np.isinf(errors[worst]):
-        failure = f"{worst} is not finite where the reference is"
+        failure = f"{worst} is not finite at the entries where the reference is finite"
     elif errors[worst] > TOLERANCE[dtype]:
         failure = (
-            f"{worst} is {errors[worst]:.1e} from the reference, at most {TOLERANCE[dtype]:.0e} is "
-            "rounding"
+            f"{worst} differs from the reference by {errors[worst]:.1e}, but rounding explains at "
+            f"most {TOLERANCE[dtype]:.0e}"
         )
     return check(errors[worst], seconds(lambda: compiled(inputs)), failure)
 
 
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The median time of a call whose outputs are waited for."""
+    """Returns the median time in seconds of a call, including the wait for its outputs."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -121,7 +124,10 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """max |found − wanted| / max |wanted|; infinite where one alone is finite."""
+    """Returns max |found − wanted| / max |wanted|.
+
+    It is infinity if an entry is finite in only one of the two.
+    """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
         return float("inf")
@@ -130,7 +136,7 @@ def relative_error(found: Any, wanted: Any) -> float:
 
 
 def cases() -> list[Case]:
-    """The operations with what may be picked for them here."""
+    """Returns the operations with the implementations that may be chosen on this platform."""
     platform = target().platform
     sizes = SIZES.get(platform, ACCELERATOR)
     states, kernels = functools.partial(_states, sizes), "config.model.kernels=xla"
@@ -152,7 +158,7 @@ def cases() -> list[Case]:
 
 
 def _states(sizes: Sizes, dtype: str) -> Outputs:
-    """Hidden states with logits of order 1 to 10, and a head."""
+    """Returns random hidden states, a head that gives logits of order 1 to 10, and targets."""
     shapes = {
         "h_ND": (sizes.tokens, sizes.width),
         "h_END": (sizes.exits, sizes.tokens, sizes.width),
@@ -200,7 +206,10 @@ def _linear_logprob(name: str, inputs: Outputs) -> Outputs:
 
 
 def _cache(sizes: Sizes, dtype: str) -> Outputs:
-    """Rows of a pool that are filled to lengths of their own; three queries to a key's head."""
+    """Returns queries and the cache of a pool, whose rows are filled to different lengths.
+
+    Three query heads share each key head.
+    """
     rows, heads, width = 7, 2, 64
     shape = (heads, 2, rows, sizes.slots, width)
     return {
@@ -220,7 +229,7 @@ def _decode_attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _texts(sizes: Sizes, dtype: str) -> Outputs:
-    """Whole texts, padded on the right."""
+    """Returns queries, keys and values of whole texts; `_attention` masks padding on the right."""
     heads, width = 2, 64
     keys = (2, sizes.slots, heads, width)
     return {
@@ -251,7 +260,10 @@ def _attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array:
-    """softmax(q·k / sqrt(H)) · v over the positions up to the query's: valid ones come first."""
+    """Computes softmax(q·k / sqrt(H)) · v over all positions up to the query's.
+
+    Padding needs no mask, because the valid positions come first.
+    """
     share = q_BTNH.shape[2] // k_BTKH.shape[2]
     k_BTNH, v_BTNH = (jnp.repeat(part, share, axis=2) for part in (k_BTKH, v_BTKH))
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) * q_BTNH.shape[-1] ** -0.5
@@ -261,7 +273,7 @@ def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array
 
 
 def _weighted(values: jax.Array) -> jax.Array:
-    """A sum in which every entry has its own weight, so that gradients tell entries apart."""
+    """Returns a sum with a random weight per entry, so that its gradient tells entries apart."""
     return jnp.vdot(_normal("weights", values.shape, "float32"), values.astype(jnp.float32))
 
 

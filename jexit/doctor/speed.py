@@ -1,4 +1,4 @@
-"""How fast a random model decodes and trains on a device."""
+"""Measures how fast a random model decodes and trains on a device."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from jexit.steps.rl import Penalties, RLBatch, make_rl_step
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import SplitModel, new_state, parameter_labels, split_model
 
-# For processors: what a preset takes there says little of the machine, and minutes.
+# For CPUs, where a preset would take minutes and say little about the machine.
 SMALL = dataclasses.replace(
     PRESETS["smollm2-135m"].architecture, width=192, layers=10, query_heads=6, kv_heads=2,
     head_dim=32, mlp_width=512, vocab_size=8_192,
 )  # fmt: skip
 FITTING = ("qwen3-1.7b", "qwen3-0.6b", "smollm2-135m")  # the first whose work fits
-BYTES = 16  # of memory that a parameter may take here: weights, gradients' activations, caches
-ROLLOUTS = 4  # of a prompt
+BYTES = 16  # of memory per parameter: weights, activations for the gradients, caches
+ROLLOUTS = 4  # per prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Tokens a second of one kind of work, and what share of the chip's peak that is."""
+    """The tokens per second of one kind of work, and the share of the chip's peak FLOP/s (MFU)."""
 
     work: str
     implementation: str
@@ -49,7 +49,10 @@ class Timing:
 
 
 def fitting() -> tuple[str, Architecture]:
-    """The largest of `FITTING` that the first device has room for, and its name."""
+    """Returns the largest model in `FITTING` that fits the first device, as name and architecture.
+
+    CPUs get `SMALL`. If no model fits, the smallest one is returned.
+    """
     if target().platform == "cpu":
         return "a small model", SMALL
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -61,13 +64,16 @@ def fitting() -> tuple[str, Architecture]:
 
 
 def parameters(arch: Architecture) -> int:
-    """Of the trunk and the embedding."""
+    """Returns the number of parameters of the trunk and the embedding."""
     model = nnx.eval_shape(lambda: Transformer(arch, exit_layers=(1,), rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
-    """Decoding and both stages' steps with XLA alone and, if `kernels`, with the platform's."""
+    """Yields the timings of decoding and of both stages' training steps.
+
+    They are measured with XLA alone and, if `kernels`, also with an accelerator's own kernels.
+    """
     on_cpu = target().platform == "cpu"
     model = random_model(arch, jnp.float32 if on_cpu else jnp.bfloat16)
     for implementation in (AUTO, PORTABLE) if kernels and not on_cpu else (PORTABLE,):
@@ -123,7 +129,7 @@ def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, fl
 
 
 def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> RLBatch:
-    """Rollouts that nobody drew, each with a copy of its prompt; rewards are 0 and 1."""
+    """Returns rollouts of random tokens, each with a copy of its prompt; rewards are 0 and 1."""
     random = np.random.default_rng(0)
     vocab = model.arch.vocab_size
     completions = pad_completions(
@@ -145,12 +151,15 @@ def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> 
 
 
 def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
-    """A compiled step of calibration without arguments, which starts from the same state."""
+    """Returns a compiled calibration step that takes no arguments.
+
+    It has run once already, and each call continues from the state that the previous one left.
+    """
     return _step(model, split, functools.partial(make_sft_step, config=config), rows)
 
 
 def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
-    """The same of reinforcement."""
+    """Returns a compiled reinforcement step without arguments; see `sft_step`."""
     make = functools.partial(make_rl_step, config=config)
     return _step(model, split, make, batch, Penalties(0.5, 0.0))
 
@@ -158,7 +167,7 @@ def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBa
 def _step(model: Transformer, split: SplitModel, make: Any, *batch: Any) -> Any:
     optimizer = make_optimizer(OptimConfig(), 100, parameter_labels(model, full=False))
     step = make(split, optimizer)
-    # A step takes its state's memory.
+    # A step reuses the memory of its state, so the state is a copy of the model's parameters.
     state = new_state(jax.tree.map(jnp.copy, split.trainable), optimizer)
     held = {"state": state}
     key = jax.random.key(0)

@@ -1,4 +1,4 @@
-"""What accelerators hold and compute: public figures, by part of JAX's name of them."""
+"""Public figures of accelerators' memory and speed, looked up by a part of JAX's device name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from jexit.kernels.dispatch import target
 
 
 class Chip(NamedTuple):
-    """One device: its memory in GiB and its dense bfloat16 FLOP/s, None where that is not known.
+    """One device: its memory in GiB and its dense bfloat16 FLOP/s, or None if that is not known.
 
-    Of TPUs also the VMEM of a core in MiB, and the hidden states (tokens × sets) that a tile of the
-    head should meet: the least number for which the products take as long as reading the head, peak
-    FLOP/s over bandwidth in bytes/s, rounded up to a power of two.
+    For TPUs, `vmem_mib` is the VMEM of a core in MiB. `rows` is the number of hidden states
+    (tokens × sets) that a tile of the head should meet. It is the least number for which the
+    products take as long as reading the head: peak FLOP/s divided by bandwidth in bytes/s, rounded
+    up to a power of two.
     """
 
     memory_gib: float
@@ -21,8 +22,8 @@ class Chip(NamedTuple):
     rows: int = 256
 
 
-# The first whose key is in JAX's name. Bandwidths behind `rows`, in TB/s: 1.2, 0.82, 2.77, 1.64
-# and 7.4. FLOP/s of GPUs are half of those "with sparsity".
+# The first entry whose key is in JAX's device name applies. The bandwidths behind `rows` are 1.2,
+# 0.82, 2.77, 1.64 and 7.4 TB/s. FLOP/s of GPUs are half of those "with sparsity".
 CHIPS = {
     "v4": Chip(32, 275e12, 16, 256),
     "v5 lite": Chip(16, 197e12, 128, 256),  # v5e
@@ -47,10 +48,10 @@ CHIPS = {
     "l40": Chip(44),
     "l4": Chip(22),
 }
-UNKNOWN = Chip(16)  # counts as having the least
+UNKNOWN = Chip(16)  # an unknown chip is treated as the smallest
 
 
 def chip(device_kind: str | None = None) -> Chip:
-    """The chip of a name, by default of the one that is compiled for."""
+    """Returns the chip with this device name, by default the one that programs are compiled for."""
     kind = (target().device_kind if device_kind is None else device_kind).lower()
     return next((found for part, found in CHIPS.items() if part in kind), UNKNOWN)

@@ -1,9 +1,10 @@
-"""Choice of an implementation: by name, or by the platform that the computation is for.
+"""Choice of an op's implementation, by name or by the platform that the computation is for.
 
 Each op owns one `Operation`. An implementation registers under a name and, if it is written for
-some platforms only, with those. No name picks for the platform at hand: what was registered for it
-first, then what runs anywhere, and one that raises `NotImplementedError` (a shape or a chip that it
-does not cover) hands over to the next. A name runs that implementation or raises.
+some platforms only, with those platforms. A call without a name tries the implementations for the
+current platform: first those for the fewest platforms, then those that run anywhere. If one raises
+`NotImplementedError`, for a shape or a chip that it does not support, the next one is tried. A call
+with a name runs that implementation or raises its error.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ ONLY_BY_NAME = ()
 
 
 class Target(NamedTuple):
-    """What is compiled for: a platform and JAX's name of the chip, such as `TPU v5 lite`."""
+    """The compilation target: a platform and JAX's name of the chip, such as `TPU v5 lite`."""
 
     platform: str
     device_kind: str
@@ -30,7 +31,7 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 def target() -> Target:
-    """The chip of `compiling_for`, else the first device that this process has."""
+    """Returns the chip that `compiling_for` has set, or else this process's first device."""
     chosen = _TARGET.get()
     if chosen is not None:
         return chosen
@@ -39,10 +40,10 @@ def target() -> Target:
 
 @contextlib.contextmanager
 def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
-    """Picks implementations and tile sizes for a chip that this process need not have.
+    """Chooses implementations and tile sizes for a chip that this process need not have.
 
-    For compiling ahead of time: what is traced inside is for that chip. JAX remembers traces by
-    function and shapes, not by chip: a function that was traced outside needs
+    Use it to compile ahead of time: whatever is traced inside is for that chip. JAX caches traces
+    by function and shapes, not by chip, so a function that was traced outside needs
     `jax.clear_caches()` first.
     """
     token = _TARGET.set(Target(platform, device_kind))
@@ -58,7 +59,7 @@ _PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", de
 
 @contextlib.contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Runs that implementation in calls that name none: `xla` where a kernel fails on a chip.
+    """Makes calls without a name run this implementation, such as `xla` where a kernel fails.
 
     `auto` leaves the choice to the platform. As with `compiling_for`, a function that was traced
     before needs `jax.clear_caches()`.
@@ -71,7 +72,7 @@ def using(implementation: str) -> Iterator[None]:
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op, and the platforms on which it may be picked unnamed."""
+    """One way to compute an op, and the platforms on which calls without a name may choose it."""
 
     function: Callable[..., Any]
     platforms: tuple[str, ...]
@@ -86,7 +87,7 @@ class Operation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that `implementation=` may take, in order of registration."""
+        """The names that `implementation=` accepts, in order of registration."""
         return tuple(self._implementations)
 
     def register(
@@ -95,17 +96,17 @@ class Operation:
         """Adds an implementation.
 
         Args:
-          name: what `implementation=` calls it.
-          function: takes the op's arguments; raises `NotImplementedError` for what it does not
-            cover.
-          platforms: where it may be picked unnamed; fewer platforms mean a more special
-            implementation, which goes first.
+          name: its name for `implementation=`.
+          function: takes the op's arguments, and raises `NotImplementedError` for arguments that it
+            does not support.
+          platforms: the platforms on which a call without a name may choose it. An implementation
+            for fewer platforms is more specialised and is tried first.
         """
         assert name not in self._implementations, f"{self.name} already has {name}"
         self._implementations[name] = Implementation(function, platforms)
 
     def candidates(self, platform: str) -> tuple[str, ...]:
-        """Names that an unnamed call tries on `platform`, the most special first."""
+        """Returns the names that a call without a name tries, the most specialised first."""
         fitting = [
             (len(implementation.platforms), name)
             for name, implementation in self._implementations.items()
@@ -117,8 +118,8 @@ class Operation:
         """Runs the op.
 
         Raises:
-          ValueError: for a name that was never registered.
-          NotImplementedError: from the named implementation, or when none covers the call.
+          UserError: if no implementation with this name is registered.
+          NotImplementedError: if the named implementation does not support the call, or none does.
         """
         implementation = implementation or _PREFERRED.get()
         if implementation != AUTO:
@@ -135,6 +136,6 @@ class Operation:
             except NotImplementedError as error:
                 refusals.append(f"{name}: {error}")
         raise NotImplementedError(
-            f"No implementation of {self.name} covers this call on {platform} "
-            f"({'; '.join(refusals) or 'none is registered for it'})"
+            f"No implementation of {self.name} supports this call on {platform} "
+            f"({'; '.join(refusals) or 'none is registered for this platform'})"
         )

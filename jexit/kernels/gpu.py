@@ -1,13 +1,14 @@
-"""What the GPU kernels share: the walk over tiles, their sizes on Hopper, products, masks.
+"""Code that the GPU kernels share: the loop over tiles, tile sizes for Hopper, products and masks.
 
-Written in Triton. A tile of logits is held as [tokens, vocabulary], so that reductions over the
-vocabulary stay within a few threads. All sets of hidden states of a tile of tokens meet a piece of
-the head together: it is read once for all of them.
+The kernels are written in Triton. A tile of logits has the shape [tokens, vocabulary], so that
+reductions over the vocabulary stay within a few threads. A piece of the head is read once and
+multiplied with all sets of hidden states of a tile of tokens.
 
-Statistics go over the vocabulary inside each program; few tokens are spread over the chip by
-splitting the vocabulary, and the splits are merged afterwards. Gradients go over the vocabulary in
-chunks: a kernel recomputes a chunk's logits and writes the gradient to them, the products with head
-and hidden states are XLA's. Nothing is summed atomically, so results repeat to the last digit.
+To compute statistics, each program loops over the vocabulary. If the tokens are too few to fill the
+chip, the vocabulary is split over several programs and the splits are merged afterwards. To compute
+gradients, the vocabulary is cut into chunks. A kernel recomputes a chunk's logits and writes the
+gradient with respect to these, and XLA multiplies this gradient with the head and the hidden
+states. No sum is atomic, so repeated runs give identical results.
 """
 
 from collections.abc import Callable
@@ -21,30 +22,30 @@ from jax.experimental.pallas import triton as plgpu
 
 from jexit.kernels import dispatch, tiles
 
-# Logits beyond the vocabulary: finite, so that 0 · (difference of two) is 0.
+# The value of logits beyond the vocabulary: finite, so that 0 · (difference of two) is 0.
 MASKED = -1e30
-SMALLEST = 16  # of every axis of a matrix product on tensor cores
+SMALLEST = 16  # size of an axis of a matrix product on tensor cores
 MULTIPROCESSORS = 132  # of an H100 or H200
 VOCAB_CHUNK = 2048  # columns of logits whose gradient is held at a time
 
 
 class Tile(NamedTuple):
-    """Sizes of a tile of logits, all powers of two; None leaves the choice to the chip."""
+    """The sizes of a tile of logits, all powers of two. None leaves the choice to the chip."""
 
     tokens: int | None = None
     vocab: int | None = None
-    width: int | None = None  # of a step of the matrix product
+    width: int | None = None  # per step of the matrix product
     warps: int | None = None
     stages: int | None = None  # of the pipeline of loads
 
 
 BY_CHIP = Tile()
 
-# By bytes of a number: up to how many sets of hidden states, and the tile. The sums of all sets,
-# the statistics and one set's temporaries share a multiprocessor's 65,536 registers; in these
-# tiles the compiler spills nothing, or few bytes outside of the innermost loop (8 sets, ragged
-# widths). Bfloat16 keeps 64 tokens, the fewest that Hopper's matrix product takes. Float32 products
-# go without tensor cores, which would round their operands.
+# For each size of a number in bytes: the largest number of sets, and the tile for it. The sums of
+# all sets, the statistics and one set's temporaries share a multiprocessor's 65,536 registers. With
+# these tiles the compiler spills nothing, or few bytes outside of the innermost loop (for 8 sets or
+# ragged widths). Bfloat16 keeps 64 tokens, the fewest for Hopper's matrix product. Float32 products
+# do not use tensor cores, which would round their operands.
 TILES = {
     2: (
         (2, Tile(128, 128, 64, 8, 3)),
@@ -61,7 +62,7 @@ MAX_SETS = 8
 
 
 class Set(NamedTuple):
-    """Which hidden states and which head make logits, by their places in `Operands`."""
+    """The hidden states and the head that make one set of logits, by their places in `Operands`."""
 
     hidden: int
     head: int = 0
@@ -69,13 +70,13 @@ class Set(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What an op reads.
+    """The arrays that an op reads.
 
     Attributes:
       hidden: hidden states, [N, D] or [E, N, D].
-      heads: output heads [V, D]; all have one vocabulary.
-      sets: the logits that a tile holds.
-      rows: pytree of arrays [N].
+      heads: output heads [V, D], which all have the same vocabulary.
+      sets: the sets of logits in a tile.
+      rows: a pytree of arrays [N].
     """
 
     hidden: tuple[jax.Array, ...]
@@ -85,12 +86,12 @@ class Operands(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A tile inside of a kernel.
+    """A tile inside a kernel.
 
     Attributes:
-      logits: [T, C] float32 of each set; columns beyond the vocabulary are masked.
-      rows: as in `Operands`, [T, 1] each.
-      index: number of the vocabulary entry at each place [T, C].
+      logits: [T, C] float32 for each set; columns beyond the vocabulary are masked.
+      rows: the rows of `Operands`, as arrays [T, 1].
+      index: the index of the vocabulary entry at each place [T, C].
     """
 
     logits: tuple[jax.Array, ...]
@@ -105,9 +106,10 @@ def statistics(
     operands: Operands,
     tile: Tile,
 ) -> Any:
-    """Merges `of_tile` over the vocabulary: a pytree of arrays [T, 1] there, [N] here.
+    """Computes `of_tile` on every tile and merges the results over the vocabulary.
 
-    `neutral` holds the numbers, as a pytree, that leave another part alone when merged.
+    `of_tile` returns a pytree of arrays [T, 1], and the merged arrays are [N]. `neutral` is a
+    pytree of numbers that leave any other part unchanged when they are merged with it.
     """
     layout = _Layout.of(operands, tile)
     tokens, vocab_tiles = layout.tile.tokens, layout.grid[1]
@@ -144,10 +146,10 @@ def gradients(
     tile: Tile,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients to the first hidden states, float32, and the first head, in `head_dtype`.
+    """Returns the gradients with respect to the first hidden states and the first head.
 
-    `dlogits` gives the gradient to the logits of a tile [T, C], and zeros for tokens that are
-    masked out.
+    The first is in float32, the second in `head_dtype` or None if that is None. `dlogits` returns
+    the gradient with respect to a tile's logits [T, C], with zeros for tokens that are masked out.
     """
     tokens, vocab = operands.hidden[0].shape[0], operands.heads[0].shape[0]
 
@@ -165,7 +167,10 @@ def gradients(
 def _dlogits(
     dlogits: Callable[[Blocks], jax.Array], operands: Operands, start: jax.Array | int, tile: Tile
 ) -> jax.Array:
-    """Gradient to the logits of a chunk of the vocabulary, in the type of its products."""
+    """Returns the gradient with respect to the logits of a chunk of the vocabulary.
+
+    Its dtype is that of its products with the hidden states and the head.
+    """
     layout = _Layout.of(operands, tile)
 
     def gradient_kernel(*refs: Any) -> None:
@@ -182,7 +187,7 @@ def _dlogits(
 
 
 class _Layout(NamedTuple):
-    """How an op's operands are cut into tiles."""
+    """The division of an op's operands into tiles."""
 
     tile: Tile
     tokens: int
@@ -201,7 +206,7 @@ class _Layout(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tiles of the tokens and of the vocabulary."""
+        """The number of tiles along the tokens and along the vocabulary."""
         return pl.cdiv(self.tokens, self.tile.tokens), pl.cdiv(self.vocab, self.tile.vocab)
 
     @property
@@ -215,7 +220,10 @@ class _Layout(NamedTuple):
         vocab_tile: jax.Array,
         start: jax.Array | int = 0,
     ) -> Blocks:
-        """Inside a kernel: the tile at a token, of a vocabulary that begins at `start`."""
+        """Returns, inside a kernel, the blocks at `token` and `vocab_tile`.
+
+        `start` is the index of the vocabulary's first entry.
+        """
         rows = [
             _load(ref, (token,), (self.tile.tokens,))[:, None]
             for ref in refs[len(self.sets) + self.heads : self.inputs]
@@ -231,7 +239,7 @@ class _Layout(NamedTuple):
     def _logits(
         self, refs: tuple[Any, ...], token: jax.Array, column: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """Of all sets, head by head."""
+        """Computes the logits of all sets, one head after another."""
         tokens, vocab, width = self.tile[:3]
         logits: dict[int, jax.Array] = {}
         for head, head_ref in enumerate(refs[len(self.sets) :][: self.heads]):
@@ -258,10 +266,10 @@ class _Layout(NamedTuple):
         out_shape: Any,
         *more: jax.Array,
     ) -> Any:
-        """Runs the kernel over a grid of programs, each of which sees all of every array.
+        """Runs the kernel over a grid of programs, each of which can read every array in full.
 
-        On a CPU the kernel is interpreted, which is for tests. Raises NotImplementedError on any
-        other platform that is not a Hopper GPU.
+        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on any other
+        platform that is not a Hopper GPU.
         """
         hidden = [operands.hidden[set_.hidden] for set_ in self.sets]
         arrays = (*operands.heads, *jax.tree.leaves(operands.rows), *more)
@@ -291,18 +299,20 @@ def _interpreted() -> bool:
     if platform not in ("gpu", "cuda"):
         raise NotImplementedError(f"the kernel is written for GPUs, not for {platform}")
     if not any(name in kind for name in ("H100", "H200", "H800", "H20")):
-        raise NotImplementedError(f"the kernel's tiles are those of Hopper, not of {kind}")
+        raise NotImplementedError(f"the kernel's tile sizes are for Hopper GPUs, not for {kind}")
     return False
 
 
 def choose_tile(operands: Operands) -> Tile:
-    """By the table, and no larger than the arrays.
+    """Returns the tile from the table, no larger than the arrays.
 
-    Raises NotImplementedError for more sets than the registers hold.
+    Raises NotImplementedError if there are more sets than the registers can hold.
     """
     sets = len(operands.sets)
     if sets > MAX_SETS:
-        raise NotImplementedError(f"{sets} sets of hidden states do not fit the registers")
+        raise NotImplementedError(
+            f"{sets} sets of hidden states do not fit the registers, which hold {MAX_SETS}"
+        )
     table = TILES[4 if jnp.result_type(*operands.hidden, *operands.heads).itemsize == 4 else 2]
     tile = next(tile for most, tile in table if sets <= most)
     width = max(h.shape[-1] for h in operands.hidden)
@@ -315,7 +325,7 @@ def choose_tile(operands: Operands) -> Tile:
 
 
 def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """A tile, zero beyond the array; `starts` are multiples of `sizes`."""
+    """Loads a tile, with zeros beyond the array; `starts` are multiples of `sizes`."""
     mask = _mask(ref.shape, starts, sizes)
     index = (*map(pl.ds, starts, sizes),)
     return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
@@ -324,7 +334,7 @@ def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> ja
 def _store(
     ref: Any, array: jax.Array, starts: tuple[jax.Array, ...], at: tuple[jax.Array, ...] = ()
 ) -> None:
-    """What of the tile lies in the array."""
+    """Stores the part of the tile that lies inside the array."""
     index = (*at, *map(pl.ds, starts, array.shape))
     plgpu.store(ref.at[index], array, mask=_mask(ref.shape[len(at) :], starts, array.shape))
 
@@ -332,7 +342,7 @@ def _store(
 def _mask(
     shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
 ) -> jax.Array | None:
-    """Where a tile lies in the array; None for everywhere."""
+    """Returns a mask of the entries of a tile that lie inside the array, or None for all."""
     mask = None
     for axis, (end, start, size) in enumerate(zip(shape, starts, sizes, strict=True)):
         if end % size:
@@ -342,7 +352,7 @@ def _mask(
 
 
 def _splits(token_tiles: int, vocab_tiles: int) -> int:
-    """Parts of the vocabulary with which the chip's last wave of programs ends soonest."""
+    """Returns the number of vocabulary parts for which the last wave of programs ends soonest."""
 
     def time(splits: int) -> int:
         waves = pl.cdiv(token_tiles * splits, MULTIPROCESSORS)
@@ -352,7 +362,7 @@ def _splits(token_tiles: int, vocab_tiles: int) -> int:
 
 
 def _merge_all(parts: Any, merge: Callable[[Any, Any], Any], count: int) -> Any:
-    """Merges along the first axis, neighbours first: few steps, in the vocabulary's order."""
+    """Merges along the first axis in order, neighbours in pairs, so that few steps are needed."""
     while count > 1:
         left, right, rest = (
             jax.tree.map(lambda array, part=part: array[part], parts)
@@ -369,5 +379,5 @@ def _dtype(number: float) -> jnp.dtype:
 
 
 def _power(size: int) -> int:
-    """The least power of two that is no smaller, and fits a matrix product."""
+    """Returns the least power of two that is at least `size` and at least `SMALLEST`."""
     return max(SMALLEST, 1 << (size - 1).bit_length())

@@ -1,4 +1,4 @@
-"""Checks of what callers hand to the vocabulary ops."""
+"""Checks of the arrays that callers pass to the ops."""
 
 from typing import NoReturn
 
@@ -15,7 +15,10 @@ def _fail(op: str, message: str) -> NoReturn:
 def check_hidden(
     op: str, name: str, h_ND: jax.Array, head_VD: jax.Array, head_name: str = "head_VD"
 ) -> None:
-    """Raises `ValueError` unless `h_ND` and `head_VD` are floating matrices of one width."""
+    """Raises UserError unless `h_ND` and `head_VD` are floating-point matrices of the same width.
+
+    The head must also have at least one row.
+    """
     for label, array in ((name, h_ND), (head_name, head_VD)):
         if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
             _fail(
@@ -34,12 +37,12 @@ def check_hidden(
 
 
 def check_floats(op: str, name: str, array: jax.Array) -> None:
-    """Raises `ValueError` unless the array is one of floats."""
+    """Raises UserError unless the array has a floating-point dtype."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        _fail(op, f"{name} is {array.dtype} but must be floats; cast it")
+        _fail(op, f"{name} is {array.dtype} but must be floating-point; cast it")
 
 
 def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises `ValueError` unless the two shapes agree."""
+    """Raises UserError unless the two shapes are equal."""
     if tuple(shape) != tuple(expected):
-        _fail(op, f"{name} has shape {list(shape)} but {list(expected)} is needed; align the rows")
+        _fail(op, f"{name} has shape {list(shape)} but {list(expected)} is required; match them")

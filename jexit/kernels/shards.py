@@ -1,9 +1,9 @@
-"""The vocabulary ops under a mesh: tokens over the data axes, vocabulary over the tensor axis.
+"""Division of the vocabulary ops over a mesh: tokens over the data axes, vocabulary over `tensor`.
 
-Each device computes the statistics of its tokens over its part of the vocabulary; the parts are a
-few numbers a token, gathered over the tensor axis and merged. In the backward pass each device
-recomputes its own tiles; the gradient to the hidden states is summed over the tensor axis, that to
-the head over the data axes.
+Each device computes the statistics of its tokens over its part of the vocabulary. These are a few
+numbers per token, which are gathered over the tensor axis and merged. In the backward pass each
+device recomputes its own tiles. The gradient with respect to the hidden states is summed over the
+tensor axis, and the gradient with respect to the head over the data axes.
 """
 
 import functools
@@ -24,7 +24,7 @@ Partial = TypeVar("Partial")
 
 
 class Shards(NamedTuple):
-    """How the mesh at hand divides an op; no axes mean one device, or a mesh that does not."""
+    """The division of an op over the current mesh; without axes, the op is not divided."""
 
     mesh: AbstractMesh | None = None
     token_axes: tuple[str, ...] = ()
@@ -32,10 +32,11 @@ class Shards(NamedTuple):
 
     @classmethod
     def current(cls, vocab: int) -> "Shards":
-        """From the mesh that `jax.set_mesh` has set; axes that are manual already are left out.
+        """Returns the division over the mesh that `jax.set_mesh` has set, without its manual axes.
 
-        A vocabulary that does not divide stays whole on every device. On axes of other names
-        nothing is divided: every device computes all of it. Raises UserError for `Explicit` axes.
+        A vocabulary whose size is not divisible stays whole on every device. Axes with other names
+        divide nothing, so the devices along them repeat the computation. Raises UserError for
+        `Explicit` axes.
         """
         mesh = jax.sharding.get_abstract_mesh()
         divides = {
@@ -52,7 +53,7 @@ class Shards(NamedTuple):
         ]
         if explicit:
             raise UserError(
-                f"the mesh axis {explicit[0]!r} is Explicit and the vocabulary ops divide over "
+                f"the mesh axis {explicit[0]!r} is Explicit, but the vocabulary ops support only "
                 "Auto axes; make the mesh with jexit.dist.make_mesh or axis_types=AxisType.Auto"
             )
         tokens = tuple(name for name in TOKEN_AXES if name in divides)
@@ -66,16 +67,16 @@ class Shards(NamedTuple):
 
     @property
     def tokens(self) -> P:
-        """Sharding of arrays whose first axis is the tokens."""
+        """The partition spec of arrays whose first axis is the tokens."""
         return P(self.token_axes or None)
 
     @property
     def vocab(self) -> P:
-        """Sharding of the head and of its gradient."""
+        """The partition spec of the head and of its gradient."""
         return P(self.vocab_axis)
 
     def pad_tokens(self, array: jax.Array) -> jax.Array:
-        """With zero rows until the devices' shares are equal."""
+        """Pads the array with zero rows until all devices' shares are equal."""
         if not self.divides:
             return array
         parts = 1
@@ -85,7 +86,7 @@ class Shards(NamedTuple):
         return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
     def run(self, function: Callable[..., Any], arguments: tuple, specs: tuple, out: Any) -> Any:
-        """`function(*arguments)`, on each device with its part where the mesh divides."""
+        """Calls `function(*arguments)`, on each device's shards if the mesh divides the op."""
         if not self.divides:
             return function(*arguments)
         mapped = jax.shard_map(
@@ -94,11 +95,11 @@ class Shards(NamedTuple):
         return mapped(*arguments)
 
     def vocab_start(self, rows: int) -> jax.Array | int:
-        """First vocabulary entry of this device's part of the head, which has `rows`."""
+        """Returns the vocabulary index at which this device's `rows` rows of the head start."""
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
-        """Merges the devices' statistics, in the order of the vocabulary."""
+        """Merges the statistics of all devices, in the order of the vocabulary."""
         if self.vocab_axis is None:
             return part
         parts = jax.lax.all_gather(part, self.vocab_axis)
@@ -112,6 +113,6 @@ class Shards(NamedTuple):
 
 
 def fold(parts: Partial, merge: Callable[[Partial, Partial], Partial], count: int) -> Partial:
-    """Merges along the first axis of `parts`' arrays, which has `count` entries, in order."""
+    """Merges, in order, the `count` entries along the first axis of the arrays in `parts`."""
     singles = [jax.tree.map(lambda array, i=i: array[i], parts) for i in range(count)]
     return functools.reduce(merge, singles)

@@ -1,4 +1,4 @@
-"""Walks over chunks of tokens and tiles of the vocabulary, for the chunked XLA implementations.
+"""Loops over chunks of tokens and tiles of the vocabulary, in plain XLA.
 
 The vocabulary is cut into equal tiles and one smaller last tile, so that the head is neither padded
 nor masked.
@@ -17,14 +17,14 @@ Partial = TypeVar("Partial")
 
 
 class Chunks(NamedTuple):
-    """Size of one tile of logits: tokens × vocabulary."""
+    """The size of one tile of logits: tokens × vocabulary."""
 
     tokens: int
     vocab: int
 
 
 class Tile(NamedTuple):
-    """Float32 logits in a tile, and how many tokens of the vocabulary they span at most."""
+    """The number of float32 logits in a tile, and the most vocabulary entries that it spans."""
 
     size: int
     vocab: int
@@ -42,7 +42,10 @@ def _tile() -> Tile:
 
 
 def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
-    """Tile for `sets` hidden states a token: few chunks of tokens, each of which reads the head."""
+    """Returns the tile size for `sets` hidden states per token.
+
+    Every chunk of tokens reads the whole head, so chunks are large and few.
+    """
     chunk_vocab = min(vocab, _tile().vocab)
     return _with_tokens(chunk_vocab, tokens, sets)
 
@@ -53,31 +56,34 @@ def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
 
 
 def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
-    """`chunks` with the sizes that a caller has fixed."""
+    """Returns `chunks` with the sizes that a caller has fixed."""
     return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 
 def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Rows `start … start + size − 1` of the head.
+    """Returns the rows `start … start + size − 1` of the head.
 
-    XLA:CPU slices bfloat16 by way of float32. The barrier makes the head depend on `start`, or else
-    the conversion of all of it would be hoisted out of the loop, and held.
+    XLA:CPU converts bfloat16 to float32 to slice it. The barrier makes the head depend on `start`;
+    otherwise XLA would convert the whole head before the loop and keep the result in memory.
     """
     head_VD, start = lax.optimization_barrier((head_VD, jnp.asarray(start)))
     return lax.dynamic_slice_in_dim(head_VD, start, size)
 
 
 def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
-    """Rows of the head by number, clipped to those there are; the barrier as in `slice_head`."""
+    """Returns rows of the head by index, clipped to valid indices.
+
+    The barrier has the same purpose as in `slice_head`.
+    """
     head_VD, rows_N = lax.optimization_barrier((head_VD, rows_N))
     return jnp.take(head_VD, rows_N, axis=0, mode="clip")
 
 
 def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Matrix product in float32 accumulation over axis `contract[0]` and `contract[1]`.
+    """Multiplies matrices with float32 accumulation over axes `contract[0]` and `contract[1]`.
 
-    Operands of two types meet in the wider one. Float32 operands are multiplied as
-    such: accelerators would otherwise round them to bfloat16 or TF32 on the way.
+    Operands of two dtypes are converted to the wider one. Float32 operands are multiplied in full
+    precision, because accelerators would otherwise round them to bfloat16 or TF32.
     """
     dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(
@@ -90,14 +96,14 @@ def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax
 
 
 def logits(h: jax.Array, head_CD: jax.Array) -> jax.Array:
-    """Float32 logits [..., C] of hidden states [..., D]."""
+    """Returns the float32 logits [..., C] of hidden states [..., D]."""
     return product(h, head_CD, (h.ndim - 1, 1))
 
 
 def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk: int) -> Any:
-    """Applies `function` to chunks of `arguments` (pytrees with the tokens as first axis).
+    """Applies `function` to chunks of `arguments`, which are pytrees with tokens as the first axis.
 
-    Returns what it returns, joined again along the first axis.
+    Returns the function's results, joined along the first axis.
     """
     tokens = _tokens(arguments)
     if tokens <= chunk:
@@ -113,7 +119,7 @@ def _tokens(arguments: tuple[Any, ...]) -> int:
 
 
 def _split(tree: Any, tokens: int, chunk: int) -> Any:
-    """Arrays [N, …] as [steps, rows, …]: as few padded rows as that number of steps allows."""
+    """Splits arrays [N, …] into [steps, rows, …], with as few padded rows as `steps` allows."""
     steps = -(-tokens // chunk)
     rows = -(-tokens // steps)
 
@@ -126,7 +132,7 @@ def _split(tree: Any, tokens: int, chunk: int) -> Any:
 
 
 def _pick(tree: Any, step: jax.Array) -> Any:
-    """One chunk of what `_split` gives; the barrier as in `slice_head`."""
+    """Returns one chunk of the arrays that `_split` returned; see `slice_head` for the barrier."""
     tree, step = lax.optimization_barrier((tree, step))
     return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, step, keepdims=False), tree)
 
@@ -141,7 +147,7 @@ def over_vocab(
     vocab: int,
     chunk: int,
 ) -> Partial:
-    """Merges `tile(start, size)` over the vocabulary, in order."""
+    """Computes `tile(start, size)` over the vocabulary and merges the results in order."""
     chunk = min(chunk, vocab)
     full, rest = divmod(vocab, chunk)
     total = tile(0, chunk)
@@ -155,7 +161,7 @@ def over_vocab(
 
 
 def add(left: Partial, right: Partial) -> Partial:
-    """Sum of two pytrees."""
+    """Adds two pytrees."""
     return jax.tree.map(jnp.add, left, right)
 
 
@@ -166,19 +172,19 @@ def gradients(
     chunks: Chunks,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients to hidden states and, unless `head_dtype` is None, to the head.
+    """Returns the gradients with respect to the hidden states and the head.
 
     Args:
-      dlogits: `(start, size, *arguments of a chunk of tokens)` → gradient of the loss to a tile's
-        logits dz_NC, and the tile of the head.
-      arguments: pytrees with the tokens as first axis; the first is the hidden states.
+      dlogits: takes `(start, size, *arguments of a chunk of tokens)` and returns the gradient of
+        the loss with respect to a tile's logits, dz_NC, and the tile of the head.
+      arguments: pytrees with tokens as the first axis; the first one is the hidden states.
       head_VD: the head.
-      chunks: size of a tile.
-      head_dtype: type of the head's gradient. A tile of it is summed over all tokens in float32
-        before it is written.
+      chunks: the size of a tile.
+      head_dtype: the dtype of the head's gradient, or None to leave it out. Each tile of this
+        gradient is summed over all tokens in float32 before it is written.
 
     Returns:
-      dh_ND in float32, dhead_VD in `head_dtype` or None.
+      dh_ND in float32, and dhead_VD in `head_dtype` or None.
     """
     tokens, vocab = _tokens(arguments), head_VD.shape[0]
     parts = _split(arguments, tokens, chunks.tokens)

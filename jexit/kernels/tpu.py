@@ -1,11 +1,11 @@
-"""What the TPU kernels share: the walk over tiles, their sizes by chip, products, masks.
+"""Code that the TPU kernels share: the loop over tiles, tile sizes by chip, products and masks.
 
-A tile of logits is held as [vocabulary, tokens]: the vocabulary lies along the sublanes, so that
-reductions over it are plain vector operations, and a statistic of the tokens is a row of lanes.
+A tile of logits has the shape [vocabulary, tokens]. The vocabulary lies along the sublanes, so that
+reductions over it are plain vector operations and a statistic of the tokens is a row of lanes.
 
-Statistics and the gradient to the hidden states go over the vocabulary inside each tile of tokens,
-so that a tile of tokens reads the head once; the gradient to the head goes over the tokens inside
-each tile of the vocabulary.
+The kernels for the statistics and for the gradient with respect to the hidden states loop over the
+vocabulary inside each tile of tokens, so that a tile of tokens reads the head once. The kernel for
+the gradient with respect to the head loops over the tokens inside each tile of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ LANES = 128
 MASKED = -1e30
 
 
-VMEM_SHARE = 0.75  # of a core's, for blocks and temporaries; the rest is the compiler's
+VMEM_SHARE = 0.75  # of a core's VMEM, for blocks and temporaries; the compiler uses the rest
 VOCAB_TILES = (512, 256, 128)
 TOKEN_TILES = (1024, 512, 256, 128)
 
 
 class Tile(NamedTuple):
-    """Tokens and vocabulary entries of a tile of logits; None leaves the choice to the chip."""
+    """The tokens and vocabulary entries of a tile of logits; None leaves the choice to the chip."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary
@@ -42,14 +42,14 @@ BY_CHIP = Tile()
 
 
 class Operands(NamedTuple):
-    """What an op reads: arrays outside of a kernel, blocks of them inside.
+    """The arrays that an op reads; inside a kernel, blocks of these arrays.
 
     Attributes:
-      hidden: sets of hidden states, [N, D] or [E, N, D]; references inside.
-      heads: output heads [V, D]; all have one vocabulary; references inside.
-      rows: pytree of arrays [N]; rows of lanes [1, T] inside.
-      start: number of the first vocabulary entry of the block.
-      vocab: size of the whole vocabulary.
+      hidden: sets of hidden states, [N, D] or [E, N, D]; references inside a kernel.
+      heads: output heads [V, D], which all have the same vocabulary; references inside a kernel.
+      rows: a pytree of arrays [N]; rows of lanes [1, T] inside a kernel.
+      start: the index of the first vocabulary entry of the block.
+      vocab: the size of the whole vocabulary.
     """
 
     hidden: tuple[Any, ...]
@@ -59,12 +59,15 @@ class Operands(NamedTuple):
     vocab: int = 0
 
     def logits(self, h_TD: jax.Array, head: int = 0) -> jax.Array:
-        """Logits [C, T]; rows beyond the vocabulary, whatever the head holds there, are masked."""
+        """Returns logits [C, T] with the rows beyond the vocabulary masked.
+
+        The head may contain anything in those rows.
+        """
         z_CT = product(self.heads[head][...], h_TD, (1, 1))
         return jnp.where(self.index(z_CT.shape) < self.vocab, z_CT, MASKED)
 
     def index(self, shape: tuple[int, ...]) -> jax.Array:
-        """Number of the vocabulary entry at each place of a tile [C, …]."""
+        """Returns the index of the vocabulary entry at each place of a tile [C, …]."""
         return self.start + lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
@@ -74,7 +77,10 @@ def statistics(
     operands: Operands,
     tile: Tile,
 ) -> Any:
-    """Merges `of_tile` over the vocabulary: a pytree of arrays [k, T] there, [k, N] here."""
+    """Computes `of_tile` on every tile and merges the results over the vocabulary.
+
+    `of_tile` returns a pytree of arrays [k, T], and the merged arrays are [k, N].
+    """
     layout = _Layout.of(operands, tile)
     shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: of_tile(layout.example(operands))))
 
@@ -116,22 +122,23 @@ def gradients(
     tile: Tile,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients to the first hidden states, float32, and the first head, in `head_dtype`.
+    """Returns the gradients with respect to the first hidden states and the first head.
 
-    `dlogits` gives the gradient to a tile's logits [C, T] and zeros for tokens that are masked out;
-    entries beyond the vocabulary are masked here.
+    The first is in float32, the second in `head_dtype` or None if that is None. `dlogits` returns
+    the gradient with respect to a tile's logits [C, T], with zeros for tokens that are masked out.
+    Entries beyond the vocabulary are masked here.
     """
     dh_ND = _to_hidden(dlogits, operands, tile)
     return dh_ND, None if head_dtype is None else _to_head(dlogits, operands, tile, head_dtype)
 
 
 def check_covers(operands: Operands) -> None:
-    """Raises NotImplementedError for what the kernels, those of the gradients too, do not hold."""
+    """Raises NotImplementedError for operands that a kernel or its gradient does not support."""
     for array in (*operands.hidden, *operands.heads):
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
             width = array.shape[-1]
             raise NotImplementedError(
-                f"XLA copies a head whose width is not a multiple of {LANES}, got {width}"
+                f"the width is {width}, but must be a multiple of {LANES}, or XLA copies the head"
             )
     choose_tile(operands, token_sums=1)
     choose_tile(operands, vocab_sums=1)
@@ -214,7 +221,7 @@ def _to_head(
 
 
 class _Layout(NamedTuple):
-    """How an op's operands are cut into blocks."""
+    """The division of an op's operands into blocks."""
 
     tile: Tile
     tokens: int
@@ -235,11 +242,11 @@ class _Layout(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """Tokens, with zeros up to whole tiles."""
+        """The number of tokens, rounded up to whole tiles."""
         return _round_up(self.tokens, self.tile.tokens)
 
     def example(self, operands: Operands) -> Operands:
-        """Blocks of zeros, for shapes."""
+        """Returns blocks of zeros, from which the shapes of a kernel's outputs are derived."""
         return operands._replace(
             hidden=tuple(
                 jnp.zeros((*h.shape[:-2], self.tile.tokens, h.shape[-1]), h.dtype)
@@ -255,7 +262,7 @@ class _Layout(NamedTuple):
         )
 
     def blocks(self, refs: tuple[Any, ...], vocab_tile: jax.Array) -> tuple[Operands, tuple]:
-        """Inside a kernel: the operands, and the references that come after theirs."""
+        """Returns, inside a kernel, the operands' blocks and the references that follow them."""
         heads, rows = self.hidden, self.hidden + self.heads
         end = rows + self.rows.num_leaves
         blocks = Operands(
@@ -280,9 +287,9 @@ class _Layout(NamedTuple):
     ) -> Any:
         """Runs the kernel over a parallel and an accumulating grid axis.
 
-        `products` counts its matrix products beyond those for the logits.
-        On a CPU the kernel is interpreted, which is for tests. Raises NotImplementedError on any
-        other platform that is not a TPU.
+        `products` is the number of its matrix products besides those for the logits. On a CPU the
+        kernel is interpreted, for tests. Raises NotImplementedError on any other platform that is
+        not a TPU.
         """
         platform = dispatch.target().platform
         if platform not in ("tpu", "cpu"):
@@ -325,7 +332,11 @@ class _Layout(NamedTuple):
         )
 
     def _cost(self, operands: Operands, products: int, vocab_first: bool) -> pl.CostEstimate:
-        """For XLA's scheduler: the head is read once a tile of tokens, or the tokens a tile."""
+        """Returns an estimate for XLA's scheduler.
+
+        If `vocab_first`, the hidden states are read once per vocabulary tile; otherwise the head is
+        read once per tile of tokens.
+        """
         hidden = sum(h.size * h.dtype.itemsize for h in operands.hidden)
         heads = sum(head.size * head.dtype.itemsize for head in operands.heads)
         token_tiles, vocab_tiles = (
@@ -343,17 +354,18 @@ class _Layout(NamedTuple):
 
 
 def vmem_limit_bytes() -> int:
-    """What a kernel may use of the chip's VMEM."""
+    """Returns the number of bytes of the chip's VMEM that a kernel may use."""
     return int(VMEM_SHARE * chip().vmem_mib * 2**20)
 
 
 def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0) -> Tile:
-    """The largest tile that the chip's VMEM holds, with no more rows than the chip needs.
+    """Returns the largest tile that fits the chip's VMEM, with no more rows than the chip needs.
 
-    `token_sums` and `vocab_sums` count the float32 sums [tokens, width] and [vocab, width] that are
-    held beside. Raises NotImplementedError when not even the smallest tile fits.
+    `token_sums` and `vocab_sums` are the numbers of float32 sums [tokens, width] and [vocab, width]
+    that the kernel holds besides the tile. Raises NotImplementedError if even the smallest tile
+    does not fit.
     """
-    # Operands of two types meet in the wider one, which is then held of both.
+    # Operands of two dtypes are converted to the wider one, and both are then held in it.
     size = jnp.result_type(*operands.hidden, *operands.heads).itemsize
     copies = 4 if size == 4 else 2
     sets = sum(h.size // (h.shape[-1] * h.shape[-2]) for h in operands.hidden)
@@ -366,14 +378,14 @@ def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0)
         for token_tile in TOKEN_TILES:
             if token_tile > min(enough, _round_up(tokens, LANES)):
                 continue
-            # One of two buffers is being filled; float32 products hold their parts beside.
+            # Each block has two buffers, one being filled; float32 products also hold their parts.
             held = copies * size * (width * token_tile + head_width * vocab_tile)
             held += 3 * 4 * own * (token_sums * token_tile + vocab_sums * vocab_tile)
             held += 4 * (2 * sets + 6) * vocab_tile * token_tile
             if held <= vmem_limit_bytes():
                 return Tile(token_tile, min(vocab_tile, vocab))
     raise NotImplementedError(
-        f"{sets} hidden states of {width // sets} numbers a token do not fit "
+        f"{sets} hidden states per token, each of width {width // sets}, do not fit "
         f"{chip().vmem_mib} MiB of VMEM in tiles of {TOKEN_TILES[-1]} tokens"
     )
 
@@ -383,7 +395,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _pad(array: jax.Array, tile: int, axis: int) -> jax.Array:
-    """With zeros up to a multiple of the tile."""
+    """Pads an axis with zeros up to a multiple of the tile."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, -array.shape[axis] % tile)
     return jnp.pad(array, widths) if any(widths[axis]) else array

@@ -33,17 +33,17 @@ class Device:
 
 def test_a_mesh_takes_the_devices_that_there_are(monkeypatch, caplog):
     assert make_mesh(2, 2, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
-    with pytest.raises(UserError, match="= 16 devices and there are 8; lower the sizes"):
+    with pytest.raises(UserError, match="16 devices .*, but this run has 8; lower the sizes"):
         make_mesh(4, 2, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)  # several hosts leave no device idle
-    with pytest.raises(UserError, match="the 2 hosts have 8; make the product 8, such as config"):
+    with pytest.raises(UserError, match="the 2 hosts have 8 and must use all of them; choose "):
         make_mesh(2, 2, 1)
     monkeypatch.undo()
     chips = [Device(number, 0, platform="tpu") for number in range(4)]
     monkeypatch.setattr(jax, "make_mesh", lambda sizes, *_, devices, **__: (sizes, len(devices)))
     with caplog.at_level("WARNING", logger="absl"):
         assert make_mesh(1, 2, 1, devices=chips) == ((1, 2, 1), 2)
-    assert "2 of this machine's 4 devices; the others stay idle" in caplog.text
+    assert "2 of this machine's 4 devices, so the others stay idle" in caplog.text
 
 
 def test_pretended_devices_have_threads(monkeypatch):

@@ -85,7 +85,7 @@ def test_those_that_have_not_come_are_named_on_all_that_have(address, joined):
     for process, error in zip((0, 2), errors, strict=True):
         assert isinstance(error, multihost.HostLost)
         assert str(error).startswith(
-            f"process {process} of 4 waited 1 s and the others have not all come (missing: 1, 3); "
+            f"process {process} of 4 waited 1 s, but not all others arrived (missing: 1, 3); "
         )
     assert joined == []
 
@@ -97,16 +97,16 @@ def test_a_port_that_is_taken_is_one_sentence(joined):
     assert isinstance(error, ValueError) and joined == []
     assert str(error) == (
         f"--coordinator names port {port}, which process 0 cannot open (Address already in use); "
-        "give one that is free on its host"
+        "choose a port that is free on its host"
     )
 
 
 def test_what_is_no_meeting_place_is_one_sentence(address, joined):
     for place in ("h", "h:", ":80", "h:0", "h:65536", "h:1000000", "h:-1", "h:http"):
-        with pytest.raises(UserError, match="it is HOST:PORT of process 0, with a port from 1 to"):
+        with pytest.raises(UserError, match="must be HOST:PORT of process 0, with a port from 1"):
             multihost.initialize(place, 2, 1, timeout=1)
     (error,) = meet(address, (1, 0))
-    assert "--processes is 1; it is at least 2" in str(error) and joined == []
+    assert "--processes is 1, but it must be at least 2" in str(error) and joined == []
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_wait_that_is_too_long_ends_the_process_and_says_where(left, capsys):
         time.sleep(0.5)
     text = capsys.readouterr().err
     assert left == [HOST_LOST]
-    assert "stops at the test: nothing came from the other hosts in 0.2 s" in text
+    assert "stops at the test: the other hosts did not respond within 0.2 s" in text
     assert text.rstrip().endswith("time.sleep(0.5)")  # where it stood
 
 

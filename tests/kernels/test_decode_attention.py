@@ -135,9 +135,9 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=f"^decode_attention:? .*{message}|{message}"):
             decode_attention(**usual | changes)
     for implementation, shape, message in (
-        ("pallas_tpu", (2, 3, 5, 64, 64), "heads of 64 are not whole lanes"),
-        ("pallas_tpu", (2, 3, 5, 64, 128), "the kernel rounds float32 to bfloat16"),
-        ("pallas_gpu", (2, 3, 5, 64, 24), "heads of 24 are not a power of two"),
+        ("pallas_tpu", (2, 3, 5, 64, 64), "heads have width 64, but it must be a multiple of 128"),
+        ("pallas_tpu", (2, 3, 5, 64, 128), "the cache is float32, but it must be bfloat16"),
+        ("pallas_gpu", (2, 3, 5, 64, 24), "heads have width 24, but it must be a power of two"),
         ("pallas_gpu", (2, 3, 5, 72, 16), "72 slots do not divide into pages"),
     ):
         kv = jnp.zeros(shape)

@@ -1,4 +1,4 @@
-"""Attention of one query a row over the keys that the row has."""
+"""Attention of one query per row over the keys in that row's cache."""
 
 from jexit.kernels.decode_attention.api import decode_attention
 

@@ -1,4 +1,4 @@
-"""`decode_attention`, whatever implements it."""
+"""The public op `decode_attention`, which chooses an implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -25,35 +25,35 @@ def decode_attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """softmax(q·k / sqrt(H)) · v of one query a row, over the first `lengths` slots of its row.
+    """Computes softmax(q·k / sqrt(H)) · v for one query per row, over the filled slots of its row.
 
-    No implementation reads more of the cache than the longest of these rows holds, in whole blocks,
-    whatever is allocated; the soft-max is in float32.
+    No implementation except the reference reads more of the cache than the longest of these rows
+    has filled, in whole blocks, however much is allocated. The soft-max is in float32.
 
     Args:
       q_BNH: rotated queries; query heads that share a key/value head are adjacent.
       keys_KLPSH: rotated keys of every layer and of the P rows of a pool, in S slots.
-      values_KLPSH: values, likewise.
+      values_KLPSH: values, in the same layout.
       layer: the layer to attend to.
-      rows_B: each query's row in the pool; None when the queries are of all rows, in order.
-      lengths_B: slots that each of these rows has filled, at least 1.
+      rows_B: each query's row in the pool; None if the queries are those of all rows, in order.
+      lengths_B: the number of slots that each of these rows has filled, at least 1.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
         `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
     Returns:
-      Mixed values [B, N, H], of the queries' dtype.
+      Mixed values [B, N, H], in the queries' dtype.
 
     Raises:
-      ValueError: for shapes that do not fit or an implementation that does not exist.
-      NotImplementedError: when the named implementation does not cover these shapes.
+      UserError: if shapes do not match or the implementation does not exist.
+      NotImplementedError: if the named implementation does not support these shapes.
     """
     name = "decode_attention"
     shapes.check_floats(name, "q_BNH", q_BNH)
     shapes.check_same(name, "values_KLPSH", values_KLPSH.shape, keys_KLPSH.shape)
     if q_BNH.ndim != 3 or keys_KLPSH.ndim != 5:
         raise UserError(
-            f"{name}: q_BNH has shape {list(q_BNH.shape)} and keys_KLPSH {list(keys_KLPSH.shape)}; "
-            "give [rows, heads, width] and [heads, layers, rows, slots, width]"
+            f"{name}: q_BNH has shape {list(q_BNH.shape)} and keys_KLPSH {list(keys_KLPSH.shape)}, "
+            "but they must be [rows, heads, width] and [heads, layers, rows, slots, width]"
         )
     batch, heads, width = q_BNH.shape
     kv_heads, _, rows, _, kv_width = keys_KLPSH.shape

@@ -1,16 +1,19 @@
-"""The cache as the pages that JAX's own paged attention kernels read."""
+"""A view of the cache as the pages that JAX's own paged attention kernels read."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-PAGE = 128  # slots; the largest that a cache is made of
-LEAST_PAGE = 16
+PAGE = 128  # slots of the largest page
+LEAST_PAGE = 16  # slots of the smallest page
 
 
 class Pages(NamedTuple):
-    """Slots in pages, those of all rows and layers in one row, and where each query's are."""
+    """The cache's slots in pages, and the pages of each query.
+
+    All rows and layers of the cache follow one another along the page axis.
+    """
 
     keys: jax.Array  # [K, pages, slots of a page, H]
     values: jax.Array
@@ -18,20 +21,22 @@ class Pages(NamedTuple):
 
 
 def page_size(slots: int) -> int:
-    """The largest power of two up to `PAGE` that divides the cache's slots.
+    """Returns the largest power of two up to `PAGE` that divides the cache's slots.
 
-    Raises NotImplementedError where that is less than a kernel's least product.
+    Raises NotImplementedError if it is smaller than a kernel's smallest product.
     """
     size = min(PAGE, slots & -slots)
     if size < LEAST_PAGE:
-        raise NotImplementedError(f"{slots} slots do not divide into pages of {LEAST_PAGE}")
+        raise NotImplementedError(
+            f"the cache's {slots} slots do not divide into pages of {LEAST_PAGE}"
+        )
     return size
 
 
 def pages_of(
     keys_KLPSH: jax.Array, values_KLPSH: jax.Array, layer: jax.Array, rows_B: jax.Array
 ) -> Pages:
-    """Another view of the same memory: nothing is copied."""
+    """Returns the cache as pages; they are a view of the same memory, so nothing is copied."""
     kv_heads, _, rows, slots, width = keys_KLPSH.shape
     size = page_size(slots)
     of_row = slots // size
@@ -45,5 +50,5 @@ def pages_of(
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`."""
+    """Returns the largest divisor of `number` that is at most `most`."""
     return next(d for d in range(min(number, most), 0, -1) if number % d == 0)

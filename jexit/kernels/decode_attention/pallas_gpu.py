@@ -1,4 +1,4 @@
-"""GPU kernel: JAX's paged attention in Triton (arXiv:2309.06180), over the cache seen as pages."""
+"""The GPU kernel: JAX's paged attention in Triton (arXiv:2309.06180) on a cache viewed as pages."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jexit.kernels import dispatch
 from jexit.kernels.decode_attention.paged import largest_divisor, page_size, pages_of
 
-BLOCK_SLOTS = 128  # that a program multiplies at a time
-SPLITS = 16  # of a row's slots over programs, merged afterwards: few rows fill the chip
+BLOCK_SLOTS = 128  # slots that a program multiplies at a time
+SPLITS = 16  # programs per row, whose results are merged, so that few rows fill the chip
 
 
 def decode_attention(
@@ -25,7 +25,9 @@ def decode_attention(
         raise NotImplementedError(f"the kernel is for GPUs, not for a {platform.upper()}")
     width, slots = q_BNH.shape[-1], keys_KLPSH.shape[3]
     if width < 16 or width & (width - 1):
-        raise NotImplementedError(f"heads of {width} are not a power of two from 16 on")
+        raise NotImplementedError(
+            f"heads have width {width}, but it must be a power of two from 16"
+        )
     rows_B = jnp.arange(keys_KLPSH.shape[2]) if rows_B is None else rows_B
     pages = pages_of(keys_KLPSH, values_KLPSH, layer, rows_B)
     of_row = pages.table.shape[1]

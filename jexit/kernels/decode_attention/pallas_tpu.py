@@ -1,4 +1,4 @@
-"""TPU kernel: JAX's paged attention (arXiv:2309.06180), over the cache seen as pages."""
+"""The TPU kernel: JAX's paged attention (arXiv:2309.06180) on a cache viewed as pages."""
 
 import contextlib
 
@@ -30,9 +30,9 @@ def decode_attention(
         raise NotImplementedError(f"the kernel is for TPUs, not for a {platform.upper()}")
     width, slots = q_BNH.shape[-1], keys_KLPSH.shape[3]
     if width % LANES:
-        raise NotImplementedError(f"heads of {width} are not whole lanes of {LANES}")
+        raise NotImplementedError(f"heads have width {width}, but it must be a multiple of {LANES}")
     if keys_KLPSH.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"the kernel rounds {keys_KLPSH.dtype} to bfloat16")
+        raise NotImplementedError(f"the cache is {keys_KLPSH.dtype}, but it must be bfloat16")
     rows_B = jnp.arange(keys_KLPSH.shape[2]) if rows_B is None else rows_B
     pages = pages_of(keys_KLPSH, values_KLPSH, layer, rows_B)
     at_once = largest_divisor(pages.table.shape[1], BLOCK_SLOTS // page_size(slots))

@@ -1,4 +1,4 @@
-"""`decode_attention` the obvious way."""
+"""The reference implementation of `decode_attention`, which follows its definition."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Portable version: blocks of slots up to the longest row's end, with an online soft-max."""
+"""The portable implementation: an online soft-max over blocks of slots, up to the longest row."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ BLOCK = 128  # slots
 
 
 class _Mix(NamedTuple):
-    """Soft-max statistics of the slots so far; heads first, as the cache has them."""
+    """Soft-max statistics of the slots so far; the heads come first, as in the cache."""
 
     mixed_KBGH: jax.Array  # Σ exp(score − top) · value
     top_KBG: jax.Array
@@ -34,7 +34,7 @@ def decode_attention(
     q_KBGH = (q_KBGH.astype(jnp.float32) * width**-0.5).astype(keys_KLPSH.dtype)
 
     def slots_from(part_KLPSH: jax.Array, start: jax.Array) -> jax.Array:
-        """[K, B, block, H]: of all rows a slice, of some a gather."""
+        """Returns slots [K, B, block, H], by a slice for all rows or a gather for some."""
         if rows_B is None:
             sizes = (kv_heads, 1, batch, block, width)
             return jax.lax.dynamic_slice(part_KLPSH, (0, layer, 0, start, 0), sizes)[:, 0]
@@ -46,7 +46,10 @@ def decode_attention(
         return jax.vmap(of_row, out_axes=1)(rows_B)
 
     def scores(first: jax.Array, start: jax.Array) -> jax.Array:
-        """Of the slots `first` … `start` + block − 1 that exist; −∞ elsewhere."""
+        """Returns the scores of the slots `first` … `start` + block − 1 that a row has filled.
+
+        The other scores are −∞.
+        """
         scores_KBGS = jnp.einsum(
             "KBGH,KBSH->KBGS",
             q_KBGH,
@@ -81,7 +84,7 @@ def decode_attention(
         jnp.full(q_KBGH.shape[:-1], -jnp.inf),
         jnp.zeros(q_KBGH.shape[:-1], jnp.float32),
     )
-    # The first block holds a key of every row, so that `top` is finite from there on.
+    # The first block contains a key of every row, so that `top` is finite from there on.
     if block == slots:
         mix = step(jnp.zeros((), jnp.int32), nothing)
     else:

@@ -1,4 +1,4 @@
-"""KL of every exit's logit lens to the final distribution."""
+"""The KL divergence of every exit's logit lens from the final distribution."""
 
 from jexit.kernels.exit_kl.api import exit_kl
 from jexit.kernels.exit_kl.reference import ExitKL

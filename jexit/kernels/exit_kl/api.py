@@ -1,4 +1,4 @@
-"""`exit_kl`, whatever implements it."""
+"""The public op `exit_kl`, which chooses an implementation."""
 
 import jax
 
@@ -21,24 +21,24 @@ def exit_kl(
     *,
     implementation: str | None = None,
 ) -> ExitKL:
-    """KL(final ‖ exit) in nats between the final distribution and every exit's logit lens.
+    """Computes KL(final ‖ exit) in nats between the final distribution and every exit's logit lens.
 
-    `KL_e = Σ_v p_v (log p_v − log p_e,v)`, p = softmax(head · h_final), p_e = softmax(head · h_e).
-    The output never carries a gradient.
+    `KL_e = Σ_v p_v (log p_v − log p_e,v)`, with p = softmax(head · h_final) and
+    p_e = softmax(head · h_e). The output never carries a gradient.
 
     Args:
-      h_final_ND: final hidden states, after the final norm.
-      h_exits_END: hidden states at the exits, after the final norm.
-      head_VD: output head.
+      h_final_ND: the final hidden states, after the final norm.
+      h_exits_END: the hidden states at the exits, after the final norm.
+      head_VD: the output head.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
         `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
     Returns:
-      `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], arg-max
-      agreement [E, N].
+      `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], and
+      arg-max agreement [E, N].
 
     Raises:
-      ValueError: for shapes that do not fit or an implementation that does not exist.
+      UserError: if shapes do not match or the implementation does not exist.
 
     Source: arXiv:2603.21376, calibration targets.
     """

@@ -1,4 +1,4 @@
-"""GPU kernel: a tile of the head meets the final and several exits' hidden states in registers."""
+"""The GPU kernel, which keeps a tile's logits of the final state and several exits in registers."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from jexit.kernels.exit_kl.statistics import Exit, Final
 from jexit.kernels.exit_kl.tiled import Statistics
 from jexit.kernels.gpu import BY_CHIP, MASKED, MAX_SETS, Blocks, Operands, Set, Tile
 
-NEUTRAL = Final(MASKED, 0.0, 0.0, 0), Exit(MASKED, 0.0, 0.0, 0)  # of no vocabulary at all
+NEUTRAL = Final(MASKED, 0.0, 0.0, 0), Exit(MASKED, 0.0, 0.0, 0)  # for an empty vocabulary
 
 
 def exit_kl(
@@ -33,20 +33,26 @@ def exit_kl(
 def _statistics(
     tile: Tile, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
 ) -> Statistics:
-    """Exits in groups as large as the registers allow; each recomputes the final logits."""
+    """Computes the statistics for groups of exits, which are as large as the registers allow.
+
+    Each group recomputes the final logits.
+    """
     exits = range(h_exits_END.shape[0])
     groups = -(-len(exits) // (MAX_SETS - 1))
     parts = [
         _of_group(exits[group::groups], tile, h_final_ND, h_exits_END, head_VD)
         for group in range(groups)
     ]
-    # Group g has the exits g, g + groups, …
+    # Group g contains the exits g, g + groups, …
     ordered = [parts[e % groups].exits[e // groups] for e in exits]
     return Statistics(parts[0].final, jax.tree.map(lambda *rows: jnp.stack(rows), *ordered))
 
 
 def _of_group(exits: range, tile: Tile, *arrays: jax.Array) -> Statistics:
-    """Arrays [N], the exits' in a tuple: arrays in Triton have powers of two as sizes."""
+    """Returns statistics [N] for the final distribution and, in a tuple, for each exit.
+
+    The exits are not stacked, because the sizes of arrays in Triton must be powers of two.
+    """
     h_final_ND, h_exits_END, head_VD = arrays
 
     def of_tile(blocks: Blocks) -> Statistics:

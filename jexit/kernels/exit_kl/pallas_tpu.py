@@ -1,4 +1,4 @@
-"""TPU kernel: a tile of the head meets the final and all exits' hidden states in VMEM."""
+"""The TPU kernel, which multiplies a head tile in VMEM with the final and all exits' states."""
 
 from functools import partial
 

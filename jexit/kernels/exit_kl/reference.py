@@ -1,4 +1,4 @@
-"""The definition, written out: every logit of every exit in memory at once."""
+"""The reference implementation: the definition, with all exits' logits in memory at once."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ class ExitKL(NamedTuple):
       kl_EN: KL(final ‖ exit e) in nats, float32.
       entropy_N: entropy of the final distribution in nats, float32.
       logsumexp_N: log-sum-exp of the final logits, float32.
-      agree_EN: whether exit and final distribution have the same arg-max (the first of equals).
+      agree_EN: whether the exit and the final distribution have the same arg-max, which is the
+        first index if several logits are equal.
     """
 
     kl_EN: jax.Array

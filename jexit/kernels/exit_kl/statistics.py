@@ -1,11 +1,12 @@
-"""Online statistics of the final distribution and the exits', for every implementation by tiles.
+"""Online statistics of the final and the exits' distributions, for tile-by-tile implementations.
 
-With m the largest logit, x = z − m and S = Σ exp(x), the KL needs
-`C = Σ exp(x_final) (x_final − x_exit)`: KL = C / S_final − log S_final + log S_exit. Written in x
-and not in z it is exact to rounding at any scale of the logits, and 0 for equal hidden states.
+Let m be the largest logit, x = z − m and S = Σ exp(x). The KL is computed from
+`C = Σ exp(x_final) (x_final − x_exit)` as KL = C / S_final − log S_final + log S_exit. Because this
+uses x instead of z, it is exact to rounding at any scale of the logits, and 0 for equal hidden
+states.
 
-Everything here is elementwise over tokens and exits, whatever their axes, as long as those of the
-final distribution broadcast against those of the exits.
+Everything here is elementwise over tokens and exits. Their axes may lie anywhere, as long as arrays
+of the final distribution broadcast against those of the exits.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 
 class Final(NamedTuple):
-    """Of the final distribution over a part of the vocabulary."""
+    """Statistics of the final distribution over a part of the vocabulary."""
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
@@ -24,7 +25,7 @@ class Final(NamedTuple):
 
 
 class Exit(NamedTuple):
-    """Of an exit's distribution over a part of the vocabulary."""
+    """Statistics of an exit's distribution over a part of the vocabulary."""
 
     max: jax.Array
     sum: jax.Array
@@ -40,9 +41,10 @@ class FinalTile(NamedTuple):
 
 
 def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTile]:
-    """Of logits with the vocabulary along `axis`, which the statistics keep with length 1.
+    """Returns the final distribution's statistics and `FinalTile` for a tile of its logits.
 
-    `index` int32 numbers the vocabulary along that axis.
+    The vocabulary lies along `axis`, which the statistics keep with length 1. `index` contains the
+    int32 indices of the vocabulary entries along that axis.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -57,7 +59,7 @@ def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTil
 
 
 def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit:
-    """The same of an exit's logits."""
+    """Returns an exit's statistics for a tile of its logits; see `of_final`."""
     top = z.max(axis, keepdims=True)
     x = z - top
     return Exit(
@@ -69,12 +71,12 @@ def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit
 
 
 def first_index(z: jax.Array, top: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """Smallest index whose logit is the largest (vectorises, which arg-max does not)."""
+    """Returns the smallest index of a largest logit; unlike arg-max, this vectorises."""
     return jnp.where(z == top, index, jnp.iinfo(jnp.int32).max).min(axis, keepdims=True)
 
 
 def merge_final(left: Final, right: Final) -> Final:
-    """Of both parts, the left one first in the vocabulary."""
+    """Merges the statistics of two parts; the left part comes first in the vocabulary."""
     top = jnp.maximum(left.max, right.max)
 
     def rescaled(part: Final) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +90,10 @@ def merge_final(left: Final, right: Final) -> Final:
 
 
 def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -> Exit:
-    """Of both parts. When the maxima rise, the difference x_final − x_exit moves."""
+    """Merges an exit's statistics of two parts; see `merge_final`.
+
+    When a maximum rises, the difference x_final − x_exit shifts.
+    """
     top = jnp.maximum(left.max, right.max)
     final_top = jnp.maximum(final_left.max, final_right.max)
 
@@ -106,7 +111,7 @@ def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -
 
 
 def finish(final: Final, exits: Exit) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """KL, entropy, log-sum-exp and agreement of the whole vocabulary."""
+    """Returns KL, entropy, log-sum-exp and agreement from statistics of the whole vocabulary."""
     log_sum = jnp.log(final.sum)
     kl = exits.cross / final.sum - log_sum + jnp.log(exits.sum)
     return (

@@ -1,4 +1,4 @@
-"""The op by tiles: statistics of each device's part of the vocabulary, merged and finished."""
+"""The op by tiles: statistics of each device's part of the vocabulary are merged and finished."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jexit.kernels.shards import Shards
 
 
 class Statistics(NamedTuple):
-    """Of a part of the vocabulary: [N] of the final distribution, [E, N] of the exits'."""
+    """Statistics of a part of the vocabulary: [N] for the final distribution, [E, N] for exits."""
 
     final: Final
     exits: Exit
@@ -54,7 +54,7 @@ def exit_kl(
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
-    """Of both parts, the left one first in the vocabulary."""
+    """Merges the statistics of two parts; the left part comes first in the vocabulary."""
     return Statistics(
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),

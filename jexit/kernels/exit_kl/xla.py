@@ -1,4 +1,4 @@
-"""Tiles of the vocabulary with online soft-max statistics, in plain XLA."""
+"""The plain XLA implementation: tiles of the vocabulary with online soft-max statistics."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""`linear_kl`, whatever implements it."""
+"""The public op `linear_kl`, which chooses an implementation."""
 
 import jax
 
@@ -24,27 +24,30 @@ def linear_kl(
     head_teacher_VD: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """KL between the student's and the teacher's next-token distributions, in nats [N], float32.
+    """Computes the KL between the student's and the teacher's next-token distributions, in nats.
 
-    With p = softmax(head · h_student) and q = softmax(head_teacher · h_teacher):
-    `student_teacher` is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is `KL(q ‖ p)`
-    and `jeffreys` their sum. A temperature is the caller's: scale the hidden states.
+    With p = softmax(head · h_student) and q = softmax(head_teacher · h_teacher), `student_teacher`
+    is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is `KL(q ‖ p)`, and `jeffreys`
+    is their sum. To apply a temperature, scale the hidden states.
 
-    The gradient reaches `h_student_ND` and, as the student's head, `head_VD`; the teacher carries
-    none, also where the two share the head. The head's gradient is only computed where the head
+    The gradient reaches `h_student_ND` and, as the student's head, `head_VD`. The teacher carries
+    no gradient, even if both share the head. The head's gradient is computed only if the head
     itself is differentiated.
 
     Args:
-      h_student_ND: student's final hidden states, after the final norm.
-      h_teacher_ND: teacher's, likewise.
-      head_VD: output head.
+      h_student_ND: the student's final hidden states, after the final norm.
+      h_teacher_ND: the teacher's final hidden states, after the final norm.
+      head_VD: the output head.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
-      head_teacher_VD: the teacher's own head, where it is not `head_VD`.
+      head_teacher_VD: the teacher's own head, if it differs from `head_VD`.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
         `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
+    Returns:
+      The KL of each token in nats, float32 [N].
+
     Raises:
-      ValueError: for shapes that do not fit, an unknown direction or implementation.
+      UserError: if shapes do not match, or the direction or implementation does not exist.
 
     Source: arXiv:2603.21376, calibration loss.
     """

@@ -1,4 +1,4 @@
-"""GPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in registers."""
+"""The GPU kernels, which go over tiles of tokens and vocabulary with statistics in registers."""
 
 from functools import partial
 
@@ -35,20 +35,23 @@ def _operands(
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
 ) -> Operands:
-    """Logits of student and teacher, whose head is the last one."""
+    """Returns the operands of the student's and the teacher's logits.
+
+    The teacher's head is the last one.
+    """
     heads = (head_VD,) if head_teacher_VD is None else (head_VD, head_teacher_VD)
     return Operands((h_student_ND, h_teacher_ND), heads, (Set(0), Set(1, head=len(heads) - 1)))
 
 
 def _neutral(direction: str) -> Statistics:
-    """Statistics of an empty vocabulary, which leave others unchanged when merged."""
+    """Returns statistics of an empty vocabulary, which leave others unchanged when merged."""
     of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
     of_teacher = 0.0 if direction in (TEACHER_STUDENT, JEFFREYS) else None
     return Statistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """As `tiled.Tiled.statistics` has it."""
+    """See `tiled.Tiled.statistics`."""
     return gpu.statistics(
         lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -69,7 +72,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tiled.Tiled.gradients` has it."""
+    """See `tiled.Tiled.gradients`."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows

@@ -1,4 +1,4 @@
-"""TPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in VMEM."""
+"""The TPU kernels, which go over tiles of tokens and vocabulary with statistics in VMEM."""
 
 from functools import partial
 
@@ -41,13 +41,13 @@ def _operands(
 
 
 def _logits(blocks: Operands) -> tuple[jax.Array, jax.Array]:
-    """Of student and teacher, whose head is the last one."""
+    """Returns the student's and the teacher's logits; the teacher's head is the last one."""
     student, teacher = blocks.hidden
     return blocks.logits(student[...]), blocks.logits(teacher[...], head=len(blocks.heads) - 1)
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """As `tiled.Tiled.statistics` has it."""
+    """See `tiled.Tiled.statistics`."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks), direction, axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -68,7 +68,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tiled.Tiled.gradients` has it."""
+    """See `tiled.Tiled.gradients`."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         g_1T, finished = blocks.rows

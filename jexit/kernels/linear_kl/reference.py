@@ -1,4 +1,4 @@
-"""The definition, written out: all logits in memory at once, gradients by JAX."""
+"""The reference implementation: the definition, with all logits in memory and gradients by JAX."""
 
 import jax
 import jax.numpy as jnp

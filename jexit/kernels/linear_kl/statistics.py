@@ -1,12 +1,14 @@
-"""Online statistics of two distributions, for every implementation that goes tile by tile.
+"""Online statistics of two distributions, for every tile-by-tile implementation.
 
-With z a logit, m the largest, x = z − m and gap = x_student − x_teacher; p the student's and q the
-teacher's distribution. Under the student's weights the gap is centred: it counts from the student's
-arg-max, where most of the weight is. The gradient to a student's logit is a difference to the mean
-gap, `p (gap − Σ p gap)` for KL(p ‖ q), and a distance between the two maxima of hundreds of nats
-would drown it. For KL(q ‖ p) the gradient is `p − q`, for Jeffreys the sum.
+Let z be a logit, m the largest logit, x = z − m and gap = x_student − x_teacher. Let p be the
+student's and q the teacher's distribution. In sums with the student's weights the gap is centred:
+it is measured from its value at the student's arg-max, where most of the weight is. The reason is
+rounding. The gradient with respect to a student's logit is a difference from the mean gap,
+`p (gap − Σ p gap)` for KL(p ‖ q), and a distance of hundreds of nats between the two maxima would
+bury it in rounding errors. For KL(q ‖ p) the gradient is `p − q`, and for Jeffreys it is the sum of
+both.
 
-Everything here is elementwise over the tokens, whatever their axis: a vector, a row of lanes.
+Everything here is elementwise over the tokens, whether they form a vector or a row of lanes.
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER
 
 
 class Statistics(NamedTuple):
-    """Of a part of the vocabulary, per token. What the direction does not ask for is None."""
+    """Statistics per token over a part of the vocabulary; those that are not needed are None."""
 
     max_student: jax.Array
     max_teacher: jax.Array
@@ -30,7 +32,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What multiplies the head's rows in the gradient, per token and vocabulary entry."""
+    """The factors of the head's rows in the gradient, per token and vocabulary entry."""
 
     student: jax.Array  # exp(x_student)
     student_gap: jax.Array | None  # exp(x_student) centred gap
@@ -38,7 +40,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """How a part's sums change when the maxima and the pivot become those of the whole."""
+    """The change of a part's sums when the maxima and the pivot become those of the whole."""
 
     student: jax.Array
     teacher: jax.Array
@@ -46,7 +48,7 @@ class Rescale(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The KL in nats, and what its gradient needs."""
+    """The KL in nats, and the statistics that its gradient needs."""
 
     kl: jax.Array
     max_student: jax.Array
@@ -60,7 +62,10 @@ class Finished(NamedTuple):
 def of_tile(
     z_student: jax.Array, z_teacher: jax.Array, direction: str, axis: int
 ) -> tuple[Statistics, Weights]:
-    """Of logits with the vocabulary along `axis`; the statistics keep that axis with length 1."""
+    """Returns the statistics and the weights for a tile of logits.
+
+    The vocabulary lies along `axis`, which the statistics keep with length 1.
+    """
     max_student = z_student.max(axis, keepdims=True)
     max_teacher = z_teacher.max(axis, keepdims=True)
     x_student, x_teacher = z_student - max_student, z_teacher - max_teacher
@@ -85,7 +90,10 @@ def of_tile(
 
 
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
-    """Statistics of both parts, and how sums over the left and the right one rescale."""
+    """Merges the statistics of two parts.
+
+    Also returns how sums over the left and the right part rescale.
+    """
     max_student = jnp.maximum(left.max_student, right.max_student)
     max_teacher = jnp.maximum(left.max_teacher, right.max_teacher)
     pivot = None
@@ -95,7 +103,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
         pivot = jnp.where(left.max_student > right.max_student, left.pivot, pivot)
 
     def rescaled(part: Statistics) -> tuple[Statistics, Rescale]:
-        """When a maximum rises by δ, exp(x) shrinks by exp(−δ) and the gaps move."""
+        """Rescales a part: a maximum that rises by δ shrinks exp(x) by exp(−δ) and shifts gaps."""
         shift_student = part.max_student - max_student
         shift_teacher = part.max_teacher - max_teacher
         scale_student, scale_teacher = jnp.exp(shift_student), jnp.exp(shift_teacher)
@@ -131,9 +139,9 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Statistics of the whole vocabulary, finished."""
+    """Returns the KL and what its gradient needs, from the whole vocabulary's statistics."""
     log_sum_student, log_sum_teacher = jnp.log(total.sum_student), jnp.log(total.sum_teacher)
-    # log p − log q is the gap less this, and the centred gap less this and the pivot's distance.
+    # log p − log q is gap − offset; gap is the centred gap + max_teacher − pivot.
     offset = log_sum_student - log_sum_teacher
     kl, mean_gap = jnp.zeros_like(offset), None
     if total.pivot is not None:
@@ -155,7 +163,7 @@ def finish(total: Statistics) -> Finished:
 def dlogits(
     z_student: jax.Array, z_teacher: jax.Array, finished: Finished, direction: str
 ) -> jax.Array:
-    """∂kl/∂z_student; the statistics must broadcast against the logits."""
+    """Returns ∂kl/∂z_student; the statistics must broadcast against the logits."""
     x_student = z_student - finished.max_student
     p = jnp.exp(x_student - finished.log_sum_student)
     dz = jnp.zeros_like(p)

@@ -1,4 +1,4 @@
-"""Forward and backward by tiles: statistics going forward, the same tiles recomputed going back."""
+"""Forward and backward passes by tiles; the backward pass recomputes the logits of each tile."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,14 +13,14 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """An implementation by tiles, of one device's tokens and vocabulary.
+    """An implementation by tiles, for one device's part of the tokens and the vocabulary.
 
     Attributes:
       statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` →
         `Statistics` [N].
       gradients: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, finished, g_N,
-        head_dtype)` → dh_ND in float32 and dhead_VD in `head_dtype`, or None where that is None.
-        Rows with g = 0 must give zeros.
+        head_dtype)` → dh_ND in float32, and dhead_VD in `head_dtype`, or None if that is None.
+        Rows with g = 0 must have zero gradients.
     """
 
     statistics: Callable[..., statistics.Statistics]
@@ -65,7 +65,10 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Arguments are pairs of value and `perturbed`: whether that argument is differentiated."""
+    """Computes the outputs and the residuals of the backward pass.
+
+    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)
     finished = _finished(static, *values)

@@ -1,11 +1,12 @@
-"""Tiles of the vocabulary with online soft-max statistics and gradient, in plain XLA.
+"""The plain XLA implementation: vocabulary tiles with online soft-max statistics and gradient.
 
-Each token's KL depends on its own hidden state alone, so the derivative `u_ND = ∂kl_N/∂h_ND` can be
-taken while the logits are at hand: the rows of the head, weighted by exp(x), by exp(x) · gap and by
-the teacher's exp(x), are summed online like the normalisers, and the backward pass is `g_N · u_ND`.
-This happens when only the hidden states are differentiated (`symbolic_zeros` tells) and then the
-head's gradient costs nothing. When the head is differentiated too, or a mesh divides the op, the
-forward pass keeps its statistics and the backward pass recomputes the logits tile by tile.
+Each token's KL depends only on its own hidden state, so the derivative `u_ND = ∂kl_N/∂h_ND` can be
+computed while the logits are in memory. The rows of the head, weighted by exp(x), by exp(x) · gap
+and by the teacher's exp(x), are summed online like the normalisers, and the backward pass is
+`g_N · u_ND`. This happens if only the hidden states are differentiated, which `symbolic_zeros`
+reveals; the head's gradient then costs nothing. If the head is differentiated too, or if a mesh
+divides the op, the forward pass keeps its statistics and the backward pass recomputes the logits
+tile by tile.
 """
 
 from functools import partial
@@ -31,7 +32,7 @@ class _Static(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Sums of the head's rows [N, D]; None where the direction does not ask."""
+    """Weighted sums of the head's rows [N, D]; those that are not needed are None."""
 
     student: jax.Array  # Σ exp(x_student) row
     student_gap: jax.Array | None  # Σ exp(x_student) centred gap row
@@ -40,7 +41,7 @@ class _Rows(NamedTuple):
 
 class _Total(NamedTuple):
     statistics: Statistics  # [N, 1] each
-    rows: _Rows | None  # with gradient only
+    rows: _Rows | None  # None without gradients
 
 
 def linear_kl(
@@ -73,7 +74,10 @@ def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Arguments are pairs of value and `perturbed`: whether that argument is differentiated."""
+    """Computes the outputs and the residuals of the backward pass.
+
+    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)
     h_student_ND, h_teacher_ND, *heads = values
@@ -81,7 +85,7 @@ def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ..
         finished = statistics.finish(_of_all(static, static.direction, *values))
         return finished.kl, (None, values, finished)
 
-    # Weights of the head's rows lie beside the logits: a third tile as large as each of the two.
+    # The weights of the head's rows are a third tile, as large as each of the two tiles of logits.
     chunks = static.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 3))
 
     def of_chunk(*hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +128,7 @@ def _of_all(
     h_teacher_ND: jax.Array,
     *heads: jax.Array | None,
 ) -> Statistics:
-    """Statistics [N] of all tokens."""
+    """Returns the statistics [N] of all tokens."""
     chunks = static.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 2))
 
     def of_chunk(*hidden: jax.Array) -> Statistics:
@@ -145,7 +149,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tiled.Tiled.gradients` has it."""
+    """See `tiled.Tiled.gradients`."""
 
     def dlogits(
         start: jax.Array | int,
@@ -177,7 +181,7 @@ def _logits(
     start: jax.Array | int,
     size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits of both [N, C], and the student's tile of the head."""
+    """Returns the logits [N, C] of student and teacher, and the student's tile of the head."""
     head_CD = tiles.slice_head(heads[0], start, size)
     if heads[1] is None:  # one product for both: the tile is read once
         z_2NC = tiles.logits(jnp.stack([h_student_ND, h_teacher_ND]), head_CD)
@@ -230,7 +234,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _unit(total: _Total) -> jax.Array:
-    """∂kl_N/∂h_student_ND, float32."""
+    """Returns ∂kl_N/∂h_student_ND in float32."""
     sums, rows = total.statistics, total.rows
     row_ND = rows.student / sums.sum_student
     unit_ND = jnp.zeros_like(row_ND)

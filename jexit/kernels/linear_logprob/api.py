@@ -1,4 +1,4 @@
-"""`linear_logprob`, whatever implements it."""
+"""The public op `linear_logprob`, which chooses an implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,16 @@ def linear_logprob(
     *,
     implementation: str | None = None,
 ) -> LinearLogprob:
-    """Log-probability of each token's target under softmax(head · h), with entropy and normaliser.
+    """Computes each target's log-probability under softmax(head · h), with entropy and normaliser.
 
-    `log p_t = z_t − log Σ_v exp z_v`, `H = −Σ_v p_v log p_v`, z = head · h. A temperature is the
-    caller's: scale the hidden states. All three outputs carry gradients to `h_ND` and `head_VD`;
-    the head's is only computed where the head itself is differentiated.
+    `log p_t = z_t − log Σ_v exp z_v` and `H = −Σ_v p_v log p_v`, with z = head · h. To apply a
+    temperature, scale the hidden states. All three outputs carry gradients to `h_ND` and
+    `head_VD`. The head's gradient is computed only if the head itself is differentiated.
 
     Args:
-      h_ND: final hidden states, after the final norm.
-      head_VD: output head.
-      targets_N: token ids. One that the vocabulary does not have gets log-probability −∞.
+      h_ND: the final hidden states, after the final norm.
+      head_VD: the output head.
+      targets_N: token ids. An id that is not in the vocabulary gets log-probability −∞.
       implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
         `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
 
@@ -40,7 +40,7 @@ def linear_logprob(
       `LinearLogprob`: log-probability, entropy and log-sum-exp in nats, float32 [N].
 
     Raises:
-      ValueError: for shapes that do not fit or an implementation that does not exist.
+      UserError: if shapes do not match or the implementation does not exist.
     """
     shapes.check_hidden("linear_logprob", "h_ND", h_ND, head_VD)
     shapes.check_same("linear_logprob", "targets_N", targets_N.shape, h_ND.shape[:1])

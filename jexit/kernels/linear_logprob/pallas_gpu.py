@@ -1,4 +1,4 @@
-"""GPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in registers."""
+"""The GPU kernels, which go over tiles of tokens and vocabulary with statistics in registers."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from jexit.kernels.linear_logprob import reference, statistics, tiled
 from jexit.kernels.linear_logprob.reference import LinearLogprob
 from jexit.kernels.linear_logprob.statistics import Finished, Statistics
 
-NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # of no vocabulary at all
+NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
 
 
 def linear_logprob(
@@ -27,7 +27,7 @@ def linear_logprob(
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """As `tiled.Tiled.statistics` has it."""
+    """See `tiled.Tiled.statistics`."""
 
     def of_tile(blocks: Blocks) -> Statistics:
         return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
@@ -52,7 +52,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tiled.Tiled.gradients` has it."""
+    """See `tiled.Tiled.gradients`."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         targets_T1, finished, g = blocks.rows

@@ -1,4 +1,4 @@
-"""TPU kernels: tiles of the vocabulary against tiles of tokens, statistics kept in VMEM."""
+"""The TPU kernels, which go over tiles of tokens and vocabulary with statistics in VMEM."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def linear_logprob(
 
 
 def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits, and where they are the targets'."""
+    """Returns the logits, and a mask of those that belong to the targets."""
     z_CT = blocks.logits(blocks.hidden[0][...])
     # A target beyond the vocabulary must not meet the last block's masked rows.
     targets_1T = jnp.where(targets_1T < blocks.vocab, targets_1T, -1)
@@ -34,7 +34,7 @@ def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Arr
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """As `tiled.Tiled.statistics` has it."""
+    """See `tiled.Tiled.statistics`."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks, blocks.rows), axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -53,7 +53,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tiled.Tiled.gradients` has it."""
+    """See `tiled.Tiled.gradients`."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         targets_1T, finished, g = blocks.rows

@@ -1,4 +1,4 @@
-"""The definition, written out: all logits in memory at once, gradients by JAX."""
+"""The reference implementation: the definition, with all logits in memory and gradients by JAX."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class LinearLogprob(NamedTuple):
     """Statistics of softmax(head · h) per token, float32, in nats.
 
     Attributes:
-      logprob_N: log-probability of the target; −∞ where the vocabulary has no such token.
+      logprob_N: log-probability of the target; −∞ if the token is not in the vocabulary.
       entropy_N: entropy of the distribution.
       logsumexp_N: log-sum-exp of the logits.
     """

@@ -1,9 +1,10 @@
-"""Online statistics of a distribution and a target, for every implementation that goes by tiles.
+"""Online statistics of a distribution and a target, for every tile-by-tile implementation.
 
-With p = softmax(z), H its entropy and t the target, the gradients to a logit are `[v = t] − p`
-(log-probability), `p` (log-sum-exp) and `−p (log p + H)` (entropy). x is a logit less the largest.
+Let p = softmax(z), H its entropy and t the target. The gradients with respect to a logit are
+`[v = t] − p` for the log-probability, `p` for the log-sum-exp and `−p (log p + H)` for the entropy.
+x is a logit minus the largest logit.
 
-Everything here is elementwise over the tokens, whatever their axis: a vector, a row of lanes.
+Everything here is elementwise over the tokens, whether they form a vector or a row of lanes.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 
 class Statistics(NamedTuple):
-    """Of a part of the vocabulary, per token."""
+    """Statistics per token over a part of the vocabulary."""
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
@@ -24,21 +25,21 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What multiplies the head's rows in the gradient, per token and vocabulary entry."""
+    """The factors of the head's rows in the gradient, per token and vocabulary entry."""
 
     weight: jax.Array  # exp(x)
     spread: jax.Array  # exp(x) x
 
 
 class Rescale(NamedTuple):
-    """How a part's sums change when the maximum becomes that of the whole."""
+    """The change of a part's sums when the maximum becomes that of the whole."""
 
     scale: jax.Array
     shift: jax.Array  # of x
 
 
 class Finished(NamedTuple):
-    """The outputs, and what their gradients need."""
+    """The outputs, and the statistics that their gradients need."""
 
     out: LinearLogprob
     max: jax.Array
@@ -47,9 +48,9 @@ class Finished(NamedTuple):
 
 
 def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weights]:
-    """Of logits with the vocabulary along `axis`, which the statistics keep with length 1.
+    """Returns the statistics and the weights for a tile of logits; `hit` is true at the target.
 
-    `hit` is true at the target.
+    The vocabulary lies along `axis`, which the statistics keep with length 1.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -65,7 +66,10 @@ def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weight
 
 
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
-    """Statistics of both parts, and how sums over the left and the right one rescale."""
+    """Merges the statistics of two parts.
+
+    Also returns how sums over the left and the right part rescale.
+    """
     top = jnp.maximum(left.max, right.max)
 
     def rescale(part: Statistics) -> Rescale:
@@ -83,7 +87,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Statistics of the whole vocabulary, finished."""
+    """Returns the outputs and what their gradients need, from the whole vocabulary's statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(
@@ -95,9 +99,10 @@ def finish(total: Statistics) -> Finished:
 
 
 def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: Finished) -> jax.Array:
-    """Gradient of the loss to logits; all else must broadcast against them.
+    """Returns the gradient of the loss with respect to logits.
 
-    `g` holds the loss's derivative by each output, None where the loss does not use it.
+    All other arrays must broadcast against the logits. `g` contains the loss's derivative with
+    respect to each output, or None if the loss does not use that output.
     """
     x = z - finished.max
     p = jnp.exp(x - finished.log_sum)

@@ -1,4 +1,4 @@
-"""Forward and backward by tiles: statistics going forward, the same tiles recomputed going back."""
+"""Forward and backward passes by tiles; the backward pass recomputes the logits of each tile."""
 
 import functools
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """An implementation by tiles, of one device's tokens and vocabulary.
+    """An implementation by tiles, for one device's part of the tokens and the vocabulary.
 
     Attributes:
       statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Targets count from the first row
         of this head and may lie outside of it.
-      gradients: `(h_ND, head_VD, targets_N, finished, g, head_dtype)` → dh_ND in float32 and
-        dhead_VD in `head_dtype`, or None where that is None. `g` is None where the loss does not
-        use an output. Rows whose g are all 0 must give zeros.
+      gradients: `(h_ND, head_VD, targets_N, finished, g, head_dtype)` → dh_ND in float32, and
+        dhead_VD in `head_dtype`, or None if that is None. `g` is None for an output that the loss
+        does not use. Rows whose g are all 0 must have zero gradients.
     """
 
     statistics: Callable[..., statistics.Statistics]
@@ -68,7 +68,10 @@ def _finished(
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
-    """Arguments are pairs of value and `perturbed`: whether that argument is differentiated."""
+    """Computes the outputs and the residuals of the backward pass.
+
+    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)
     return finished.out, (values, finished, arguments[1].perturbed)
@@ -110,11 +113,14 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def used(g: LinearLogprob) -> tuple[LinearLogprob, jax.Array]:
-    """Cotangents with None for outputs that the loss does not use, and which rows have any."""
+    """Returns the cotangents, with None for outputs that the loss does not use, and a mask.
+
+    The mask is that of `live`.
+    """
     g = LinearLogprob(*(None if isinstance(g_N, SymbolicZero) else g_N for g_N in g))
     return g, live(g)
 
 
 def live(g: LinearLogprob) -> jax.Array:
-    """Tokens of which the loss uses any output."""
+    """Returns a mask of the tokens for which the loss uses any output."""
     return functools.reduce(jnp.logical_or, [g_N != 0 for g_N in g if g_N is not None])

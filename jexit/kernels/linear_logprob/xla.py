@@ -1,10 +1,10 @@
-"""Tiles of the vocabulary with online soft-max statistics and gradient, in plain XLA.
+"""The plain XLA implementation: vocabulary tiles with online soft-max statistics and gradient.
 
-As in `linear_kl`: when only the hidden states are differentiated, the derivatives of each token's
-outputs are summed online while the logits are at hand, and the head's gradient costs nothing (those
-of outputs that the loss does not use are dead code, which XLA removes with their matrix product).
-When the head is differentiated too, or a mesh divides the op, the backward pass recomputes the
-logits tile by tile.
+It works like that of `linear_kl`. If only the hidden states are differentiated, the derivatives of
+each token's outputs are summed online while the logits are in memory, and the head's gradient costs
+nothing. Derivatives of outputs that the loss does not use are dead code, which XLA removes together
+with their matrix product. If the head is differentiated too, or if a mesh divides the op, the
+backward pass recomputes the logits tile by tile.
 """
 
 from functools import partial
@@ -30,11 +30,14 @@ class _Static(NamedTuple):
 
 class _Total(NamedTuple):
     statistics: Statistics  # [N, 1] each
-    rows: Weights | None  # Σ weight · row of the head [N, D], with gradient only
+    rows: Weights | None  # Σ weight · row of the head [N, D]; None without gradients
 
 
 class _Units(NamedTuple):
-    """∂(output)/∂h of a token; that of the log-probability is the target's row less the mean's."""
+    """The derivatives ∂(output)/∂h of each token.
+
+    The log-probability's derivative is the target's row of the head minus the mean row.
+    """
 
     entropy_ND: jax.Array
     logsumexp_ND: jax.Array  # the mean row
@@ -69,13 +72,16 @@ def _linear_logprob(
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
-    """Arguments are pairs of value and `perturbed`: whether that argument is differentiated."""
+    """Computes the outputs and the residuals of the backward pass.
+
+    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
         finished = statistics.finish(_of_all(static, *values))
         return finished.out, (None, values, finished)
 
-    # The sums over rows of the head lie beside the logits.
+    # The sums over rows of the head take memory besides the logits.
     chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 2))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> tuple[LinearLogprob, _Units]:
@@ -117,7 +123,7 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 def _of_all(
     static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Statistics [N] of all tokens."""
+    """Returns the statistics [N] of all tokens."""
     chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> Statistics:
@@ -136,7 +142,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tiled.Tiled.gradients` has it."""
+    """See `tiled.Tiled.gradients`."""
 
     def dlogits(
         start: jax.Array | int,
@@ -189,7 +195,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _units(total: _Total) -> _Units:
-    """Derivatives, float32."""
+    """Returns the derivatives of the outputs in float32."""
     sums, rows = total.statistics, total.rows
     mean_ND = rows.weight / sums.sum
     # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
@@ -197,5 +203,5 @@ def _units(total: _Total) -> _Units:
 
 
 def _hits(targets_N: jax.Array, size: int) -> jax.Array:
-    """Where a tile of `size` columns holds the targets, counted from its start."""
+    """Returns a mask of the targets, counted from its start, in a tile of `size` columns."""
     return targets_N[:, None] == jnp.arange(size, dtype=targets_N.dtype)
