@@ -1,4 +1,4 @@
-"""An evaluation as tables on the terminal: a line a policy, a control, a measure."""
+"""Prints an evaluation on the terminal, with one line per policy, control and measure."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
-    """The closing table of a training run."""
+    """Prints a training run's closing table: its results before and after training."""
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",
@@ -82,7 +82,10 @@ def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
 
 
 def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
-    """A line a record, `row` formatted with it; texts to the left and numbers to the right."""
+    """Prints a table with one line per record, made by formatting `row` with the record.
+
+    Text is aligned to the left and numbers to the right.
+    """
     if not records:
         return
     lines = [text.split(" | ") for text in (head, *(row.format(record) for record in records))]

@@ -274,7 +274,7 @@ def test_a_mistake_is_one_sentence_and_leaves_no_page(workdirs, tmp_path, capsys
         if kept is not None:
             (tmp_path / name).write_bytes(kept)
     write_json(tmp_path / "config.json", {"command": 3})
-    assert "config.json: command is 3 where a text belongs" in said(tmp_path)
+    assert "config.json: command is 3, but it must be a string" in said(tmp_path)
     assert "is given twice" in said(tmp_path, tmp_path / "." / "..", tmp_path)
     assert not list(tmp_path.glob("*.html"))
 
