@@ -82,13 +82,13 @@ def mixed(
     """Returns an attempt at each problem, from one of two exits, with `mean` as the mean depth.
 
     Problems get their deeper attempt in a random order, until `mean_depth` is as close as possible
-    to `mean`. If `mean` does not lie between the mean depths of the two exits, none or all of the
-    problems do.
+    to `mean`. If `mean` does not lie between the mean depths of the two exits, either no problem or
+    every problem gets its deeper attempt.
     """
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Returns the sum of `of` over all problems when the first 0, 1, … of them go deeper."""
+        """Returns the sums of `of` if 0, 1, 2, … problems take their deeper attempt."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 

@@ -120,7 +120,7 @@ def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
     """Returns the policy that a config names, for a model with `layers` layers.
 
     `law` is the policy that `sample` stands for, with the hazards' temperature and lower bound.
-    Raises UserError if `fixed:N` has more layers than the model.
+    Raises UserError if `fixed:N` requests more layers than the model has.
     """
     kind, argument = parse_policy(text)
     if kind == "fixed":

@@ -29,7 +29,8 @@ def token_classes(
     """Returns the class of each token of a completion, from its ids and their texts.
 
     A token whose id is in `end_ids` is `end`. `mark` finds the marker before the answer. Its tokens
-    are `marker`, and the tokens after it are `answer`, like a token that contains parts of both.
+    are `marker`, and the tokens after it are `answer`. A token that contains parts of both is
+    `answer`, too.
     The other tokens are classified by `token_class`.
     """
     text = "".join(tokens)

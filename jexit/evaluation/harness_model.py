@@ -88,7 +88,7 @@ class JexitLM(TemplateLM):
         super().__init__()
         if device is not None:
             raise UserError(
-                f"device is {device!r}, but JAX chooses its devices itself; omit it, or set "
+                f"device is {device!r}, but JAX chooses its devices itself; omit device, or set "
                 "JAX_PLATFORMS"
             )
         if isinstance(pretrained, Transformer):
@@ -147,7 +147,7 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a context: the begin token or, without one, the end."""
+        """The token before a text without a context: the begin token, or else the end token."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 

@@ -24,10 +24,11 @@ VERDICTS = {
 
 
 def heat_maps(run: Run) -> Markup | None:
-    """Renders a run's completions, grouped by prompt, or returns None if the run has none.
+    """Renders a run's completions, grouped by prompt.
 
     The first prompts are unfolded. Prompts that would make the page too large for a browser are
-    left out, and the page says how many.
+    left out, and the page shows how many. Returns None if the run has no completions or an unknown
+    number of layers.
     """
     completions, steps = _completions(run)
     if not completions or run.layers is None:

@@ -152,8 +152,8 @@ class Sweep:
         for key, values in grid.items():
             if "" in values or len(set(values)) < len(values):
                 raise UserError(
-                    f"{key} has the values {', '.join(map(repr, values))}, but values must be "
-                    "distinct and not empty; change them"
+                    f"{key} has the values {', '.join(map(repr, values))}, but they must be "
+                    "distinct and not empty; remove the repeated or empty values"
                 )
             if key in settings["config"]:
                 raise UserError(f"{key} is both in the grid and in --config.{key}; give it once")
@@ -289,7 +289,7 @@ def _task(path: pathlib.Path) -> Mapping[str, Any]:
     remedy = f"delete {path.parent} to run it again"
     task = read_object(path, remedy).get("task")
     if not isinstance(task, dict):
-        raise UserError(f"{path} is not the config of a run, which contains a task; {remedy}")
+        raise UserError(f"{path} lacks the section 'task' of a run's config; {remedy}")
     return task
 
 
