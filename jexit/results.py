@@ -1,11 +1,12 @@
-"""The files that a run's measurements end in: `eval.json`, `before.json`, `completions.json`.
+"""The schemas of the files with a run's measurements, such as `eval.json` and `completions.json`.
 
-What evaluation writes is an `Evaluation`, and the report and sweeps read it as one. A file from
-elsewhere, or from an older jexit, is read or refused in one sentence. Fields without a default are
-in every file that jexit has written; the others came later or are measured on demand, and stay out
-of the file where nobody set them. Fields that a file has beyond these are passed over.
+The evaluation writes an `Evaluation`, which the report and sweeps read. A file from elsewhere, or
+from an older jexit, is either read or refused with an error of one sentence. Fields without a
+default are in every file that jexit has ever written. The other fields were added later or are
+measured on demand, and a file contains them only if they were set. Unknown fields in a file are
+ignored.
 
-JSON has no NaN: a `Number` that was not finite is written as null, and read as NaN.
+JSON has no NaN, so a `Number` that was not finite is written as null and read as NaN.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from jexit.errors import UserError
 from jexit.io.files import write_json_atomic
 from jexit.untrusted import read_json
 
-VERSION = 1  # of eval.json; files from before it was counted have none
-LARGEST = 1e15  # of what is counted or measured: charts have to compute with it
-REMEDY = "remove it, or run what writes it again"
+VERSION = 1  # of eval.json; files from before versions were counted do not contain one
+LARGEST = 1e15  # the largest count or measured value, so that charts can compute with it
+REMEDY = "delete the file, or run the command that writes it"
 
 Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Refuses values that do not fit; `wanted` says in a sentence what belongs there."""
+    """Returns a validator that refuses values that do not fit; `wanted` describes valid ones."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -51,12 +52,16 @@ def _fits(fits: Any, wanted: str) -> AfterValidator:
 
 
 Finite = Annotated[
-    float, Strict(), _fits(lambda value: not abs(value) > LARGEST, f"a number up to {LARGEST:g}")
+    float,
+    Strict(),
+    _fits(lambda value: not abs(value) > LARGEST, f"a number from -{LARGEST:g} to {LARGEST:g}"),
 ]
 Number = Annotated[Finite, BeforeValidator(lambda value: math.nan if value is None else value)]
-Share = Annotated[Finite, _fits(lambda value: not (value < 0 or value > 1), "a share of 0 to 1")]
+Share = Annotated[Finite, _fits(lambda value: not (value < 0 or value > 1), "a share from 0 to 1")]
 Count = Annotated[
-    int, Strict(), _fits(lambda value: 0 <= value <= LARGEST, f"a whole number up to {LARGEST:g}")
+    int,
+    Strict(),
+    _fits(lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST:g}"),
 ]
 Positive = Annotated[Count, _fits(lambda value: value >= 1, "a whole number of at least 1")]
 Interval = Annotated[tuple[Finite, ...], _fits(lambda ends: len(ends) == 2, "a list of 2 numbers")]
@@ -64,7 +69,7 @@ LayerCount = Annotated[
     str,
     _fits(
         lambda text: text.isascii() and text.isdigit() and len(text) < 10,
-        "a number of layers in the digits 0-9",
+        "a number of layers of at most 9 digits",
     ),
 ]
 
@@ -76,102 +81,122 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises MissingFile without the file, ValueError for what `checked` refuses."""
+        """Reads and checks the record in a JSON file.
+
+        Raises MissingFile if the file does not exist, and UserError if it is not valid JSON or a
+        field does not fit.
+        """
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """What was set, in a file that is whole or absent; raises UserError for a full disk."""
+        """Writes the fields that were set to a JSON file, which is never left incomplete.
+
+        Raises UserError if the disk is full.
+        """
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
 
 class ClassDepth(Record):
-    tokens: Count = Field(description="Tokens of the class.")
-    depth_mean: Finite = Field(description="Mean layers run for one of them.")
+    tokens: Count = Field(description="Number of tokens of the class.")
+    depth_mean: Finite = Field(description="Mean layers run per token.")
 
 
 class PolicyResult(Record):
-    """One policy of `runs`, and all of `before.json` and `after.json`.
+    """The results of one policy: an entry of `runs`, or all of `before.json` or `after.json`.
 
-    A depth is of the pass that produced a token. Intervals of depth and layers are bootstrapped
-    over problems.
+    The depth of a token is that of the pass that produced it. The intervals of depth and layers are
+    bootstrapped over problems.
     """
 
     policy: str = Field(description="full, sample, threshold:X, fixed:N, or a control.")
     accuracy: Share = Field(description="Share of correct answers.")
-    accuracy_ci95: Interval = Field(description="Wilson's interval.")
-    depth_mean: Finite = Field(description="Layers run for a token.")
-    depth_fraction: Share = Field(description="The same, of all layers.")
+    accuracy_ci95: Interval = Field(description="Wilson's interval of the accuracy.")
+    depth_mean: Finite = Field(description="Mean layers run per token.")
+    depth_fraction: Share = Field(description="Mean share of all layers run per token.")
     depth_fraction_ci95: Interval | None = Field(None, description="Its interval.")
-    layers_per_problem: Number = Field(math.nan, description="Σ of depths: what an answer cost.")
+    layers_per_problem: Number = Field(
+        math.nan, description="Sum of a completion's depths: the cost of an answer."
+    )
     layers_per_problem_ci95: Interval | None = Field(None, description="Its interval.")
     depth_histogram: dict[LayerCount, Count] = Field({}, description="Tokens by layers run.")
-    depth_by_class: dict[str, ClassDepth] | None = Field(None, description="By class of token.")
-    problems: Count = Field(description="Problems that were answered.")
+    depth_by_class: dict[str, ClassDepth] | None = Field(
+        None, description="Mean depth per class of token."
+    )
+    problems: Count = Field(description="Number of problems.")
     tokens: Count = Field(description="Tokens of all completions.")
-    completion_length: Number = Field(math.nan, description="Tokens of a completion.")
+    completion_length: Number = Field(math.nan, description="Mean tokens per completion.")
     truncated: Number = Field(math.nan, description="Share of completions that were cut off.")
     verdicts: dict[str, Count] = Field({}, description="Completions by verdict.")
     tokens_per_second: Number = Field(description="Decoding speed without compilation.")
     text: dict[str, Number] = Field({}, description="The task's own metrics of completions.")
     control_of: str | None = Field(None, description="The policy whose mean depth a control has.")
     compute_fraction: Number = Field(
-        math.nan, description="FLOPs of the layers, of full depth: a skipped layer is not free."
+        math.nan,
+        description="FLOPs of the layers as a share of full depth; a skipped layer is not free.",
     )
 
     @model_validator(mode="after")
     def _layers_of_older_files(self) -> Self:
-        if math.isnan(self.layers_per_problem):  # the same by its means
+        if math.isnan(self.layers_per_problem):  # the product of the means is the same
             layers = self.depth_mean * self.completion_length
             object.__setattr__(self, "layers_per_problem", layers)
         return self
 
     @property
     def seconds_per_problem(self) -> float:
-        """Wall time of an answer in the evaluation's own batches; NaN where it was not measured."""
+        """The wall time per answer in the evaluation's batches, or NaN if it was not measured."""
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 
     @property
     def kind(self) -> str:
-        """The policy without its argument: full, sample, threshold, fixed, shuffled."""
+        """The policy's name without its argument: full, sample, threshold, fixed or shuffled."""
         return self.policy.partition(":")[0]
 
     @property
     def is_control(self) -> bool:
-        """Whether it runs at the mean depth of another policy, as `fixed:N` does not."""
+        """Whether this is a control at the mean depth of another policy; `fixed:N` is not one."""
         return self.control_of is not None
 
 
 class ControlDifference(Record):
-    """`policy` less `control` on the same problems: what knowing where to stop is worth."""
+    """The differences of `policy` less `control` on the same problems.
+
+    They are the gain from choosing which tokens to stop.
+    """
 
     policy: str
     control: str
-    accuracy_difference: Number = Field(description="Of the shares of correct answers.")
-    accuracy_difference_ci95: Interval | None = Field(None, description="Paired over problems.")
-    depth_fraction_difference: Number = Field(description="Of the shares of layers run.")
-    depth_fraction_difference_ci95: Interval | None = Field(None, description="Paired likewise.")
+    accuracy_difference: Number = Field(description="Difference of the accuracies.")
+    accuracy_difference_ci95: Interval | None = Field(
+        None, description="Its interval, paired over problems."
+    )
+    depth_fraction_difference: Number = Field(description="Difference of the shares of layers run.")
+    depth_fraction_difference_ci95: Interval | None = Field(
+        None, description="Its interval, paired over problems."
+    )
     problems: Count
 
 
 class ExitAgreement(Record):
-    """An exit against the last layer, over the passes that could leave."""
+    """The agreement of one exit with the last layer, over the passes that could leave."""
 
-    exit: Count = Field(description="The layer before which it lies.")
-    kl_nats: Number = Field(description="Mean KL(π_L ‖ π_e).")
-    same_token: Number = Field(description="Share with the same most likely token.")
-    close: Number = Field(description="Share under 0.05 nats.")
+    exit: Count = Field(description="The exit, given by the number of layers run before it.")
+    kl_nats: Number = Field(description="Mean KL(π_L ‖ π_e) in nats.")
+    same_token: Number = Field(description="Share of passes with the same most likely token.")
+    close: Number = Field(description="Share of passes with a KL under 0.05 nats.")
 
 
 class EarlyLeaving(Record):
-    """What a text is like whose tokens all leave at the first exit under a threshold."""
+    """The agreement with full depth if all tokens leave at the first exit under a threshold."""
 
     threshold_nats: Number
-    depth_fraction: Number = Field(description="Layers run, of all.")
-    kl_nats: Number = Field(description="Mean KL to the text at full depth.")
-    same_token: Number = Field(description="Share with the same most likely token.")
+    depth_fraction: Number = Field(description="Mean share of all layers run per token.")
+    kl_nats: Number = Field(description="Mean KL from full depth in nats.")
+    same_token: Number = Field(description="Share of tokens with the same most likely token.")
     same_token_full_depth: Number = Field(
-        math.nan, description="The same of the tokens that still run all layers; NaN without any."
+        math.nan,
+        description="The same share among the tokens that run all layers; NaN if there are none.",
     )
 
 
@@ -191,7 +216,7 @@ class HazardBin(Record):
 
 
 class ExitCalibration(Record):
-    """Hazards of one exit against their targets, over the passes that reached it."""
+    """The calibration of one exit's hazards, over the passes that reach the exit."""
 
     exit: Count
     ece: Finite = Field(description="Expected calibration error.")
@@ -202,23 +227,33 @@ class ExitCalibration(Record):
 
 
 class HazardCalibration(Record):
-    """Hazards against what the exits' certainty asks for, over a policy's completions."""
+    """The calibration of hazards against their targets, over a policy's completions."""
 
     policy: str
-    sharpness: Number = Field(description="k of the target 1 − tanh(k·KL / 2).")
-    target: str = Field("teacher", description="Whose exits give the KL: teacher or student.")
-    ece: Number = Field(description="Expected calibration error: the exits' mean by decisions.")
-    kl_student_teacher_nats: Number | None = Field(None, description="At the depths of the policy.")
+    sharpness: Number = Field(description="The factor k in the target 1 − tanh(k·KL / 2).")
+    target: str = Field(
+        "teacher", description="The model whose exits define the target: teacher or student."
+    )
+    ece: Number = Field(
+        description="Expected calibration error, averaged over exits with decisions as weights."
+    )
+    kl_student_teacher_nats: Number | None = Field(
+        None, description="Mean KL(student ‖ teacher) at the policy's depths, in nats."
+    )
     exits: tuple[ExitCalibration, ...]
 
 
 class CurvePoint(Record):
-    """Early answering after a part of the chain; shares of problems."""
+    """The results of early answering after a part of the chain, as shares of problems."""
 
-    kept: Share = Field(description="Share of the steps that the answer was forced after.")
-    same_answer: Number = Field(description="Answers that are the whole completion's.")
-    of_whole: Number = Field(math.nan, description="Of the agreement that the whole chain has.")
-    right: Number = Field(description="Correct answers.")
+    kept: Share = Field(description="Share of the steps after which the answer was forced.")
+    same_answer: Number = Field(
+        description="Share of answers that equal the whole completion's answer."
+    )
+    of_whole: Number = Field(
+        math.nan, description="`same_answer` divided by its value with the whole chain."
+    )
+    right: Number = Field(description="Share of correct answers.")
 
 
 class Measure(Record):
@@ -226,17 +261,21 @@ class Measure(Record):
 
     name: str
     value: Number
-    ci95: Interval | None = Field(None, description="Over problems.")
+    ci95: Interval | None = Field(None, description="The interval of the value, over problems.")
     problems: Count
-    depth_fraction: Number = Field(math.nan, description="Layers run for the replies, of all.")
-    completion_length: Number = Field(math.nan, description="Tokens of a reply.")
-    detail: dict[str, Number] = Field({}, description="What the value is made of.")
+    depth_fraction: Number = Field(
+        math.nan, description="Mean share of all layers run for the replies' tokens."
+    )
+    completion_length: Number = Field(math.nan, description="Mean tokens per reply.")
+    detail: dict[str, Number] = Field({}, description="The numbers behind the value.")
     curve: tuple[CurvePoint, ...] | None = None
-    caveat: str | None = Field(None, description="Why the value says less than it seems to.")
+    caveat: str | None = Field(
+        None, description="The reason why the value is less informative than it seems."
+    )
 
 
 class Faithfulness(Record):
-    """A policy's completions, and the measures of their chains of thought."""
+    """A policy's results, and the measures of faithfulness of its chains of thought."""
 
     policy: str
     problems: Count
@@ -247,7 +286,7 @@ class Faithfulness(Record):
 
 
 class PairedMeasure(Record):
-    """A measure under `policy` and under `against`, on the problems that both have."""
+    """A measure under `policy` and under `against`, on the problems with a value under both."""
 
     policy: str
     against: str
@@ -260,21 +299,27 @@ class PairedMeasure(Record):
 
 
 class Capacity(Record):
-    """What is computed in one step of a size that the prompt or a forced prefix prescribes."""
+    """The accuracy with one step size, which the prompt or a forced prefix prescribes."""
 
     policy: str
-    granularity: str = Field(description="Operands of a step, or its name.")
+    granularity: str = Field(description="Operands per step, or the name of the step size.")
     problems: Count
     accuracy: Share = Field(description="Share of correct answers, or of correct steps.")
     accuracy_ci95: Interval | None = None
-    depth_fraction: Share = Field(description="Layers run, of all.")
-    completion_length: Number = Field(math.nan, description="Tokens of a completion.")
-    step_size: Number | None = Field(None, description="Operands of a step as it came out.")
-    obeyed: Number | None = Field(None, description="Share with the steps that are prescribed.")
-    accuracy_obeyed: Number | None = Field(None, description="Accuracy of those.")
+    depth_fraction: Share = Field(description="Mean share of all layers run per token.")
+    completion_length: Number = Field(math.nan, description="Mean tokens per completion.")
+    step_size: Number | None = Field(None, description="Mean operands per step that was written.")
+    obeyed: Number | None = Field(
+        None, description="Share of completions with the prescribed steps."
+    )
+    accuracy_obeyed: Number | None = Field(
+        None, description="Accuracy of the completions with the prescribed steps."
+    )
     accuracy_obeyed_ci95: Interval | None = None
     left_out: Count = Field(0, description="Problems for which the model had no room.")
-    less_full: Number | None = Field(None, description="Accuracy less that at full depth, paired.")
+    less_full: Number | None = Field(
+        None, description="Accuracy less the accuracy at full depth on the same problems."
+    )
     less_full_ci95: Interval | None = None
 
 
@@ -285,12 +330,14 @@ class ModelDescription(Record):
 
 
 class Evaluation(Record):
-    """`eval.json`."""
+    """The contents of `eval.json`."""
 
-    version: Count = Field(0, description="Of this schema.")
-    complete: Annotated[bool, Strict()] = Field(True, description="Whether all was measured.")
-    task: dict[str, Any] = Field(description="The config's section.")
-    split: str = Field("test", description="Of the task's problems.")
+    version: Count = Field(0, description="Version of this schema.")
+    complete: Annotated[bool, Strict()] = Field(
+        True, description="Whether the evaluation has finished."
+    )
+    task: dict[str, Any] = Field(description="The section `task` of the config.")
+    split: str = Field("test", description="The split of the task's problems.")
     model: ModelDescription
     runs: tuple[PolicyResult, ...]
     controls: tuple[ControlDifference, ...] = ()
@@ -306,13 +353,13 @@ class Evaluation(Record):
         if self.version > VERSION:
             raise PydanticCustomError(
                 "whole",
-                f"version {self.version}, and this jexit reads up to {VERSION}",
+                f"version {self.version}, but this jexit reads versions up to {VERSION}",
                 {"remedy": "update jexit"},
             )
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Every number by a path such as `sample/accuracy` or `full/capacity/3/obeyed`."""
+        """Returns every number by a path such as `sample/accuracy` or `full/capacity/3/obeyed`."""
         found: dict[str, float] = {}
         for run in self.runs:
             found |= numbers(run.policy, run)
@@ -333,17 +380,21 @@ class Evaluation(Record):
 
 
 class Completion(Record):
-    """One entry of `completions.json`, or a line of `samples.jsonl`, which has step and reward."""
+    """An entry of `completions.json`, or a line of `samples.jsonl`.
+
+    The lines of `samples.jsonl` also have a step and a reward.
+    """
 
     prompt: str
     completion: str
     tokens: tuple[str, ...]
-    depths: tuple[Count, ...] = Field(description="Layers run, for each token.")
+    depths: tuple[Count, ...] = Field(description="Layers run for each token.")
     policy: str = "sample"
     verdict: str = ""
     answer: str = ""
     hazards: tuple[tuple[Number | None, ...] | None, ...] | None = Field(
-        None, description="For each token P(leave) at each exit; null at those it did not reach."
+        None,
+        description="P(leave) of each token at each exit; null at exits that it did not reach.",
     )
     step: Count | None = None
     reward: Number | None = None
@@ -352,13 +403,15 @@ class Completion(Record):
     def _one_a_token(self) -> Self:
         for name, values in (("depths", self.depths), ("hazards", self.hazards)):
             if values is not None and len(values) != len(self.tokens):
-                said = f"{len(values)} {name} for {len(self.tokens)} tokens"
+                said = (
+                    f"{len(values)} {name} for {len(self.tokens)} tokens, but needs one per token"
+                )
                 raise PydanticCustomError("whole", said)
         return self
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Finite numbers of a record by path; intervals become `.../low` and `.../high`."""
+    """Returns the finite numbers of a record by path; an interval becomes `…/low` and `…/high`."""
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
@@ -374,7 +427,7 @@ def is_number(value: Any) -> bool:
 
 
 def checked(kind: type[Kind], value: Any, where: str) -> Kind:
-    """`value`, as JSON gives it, as a `kind`: a record or a tuple of records.
+    """Returns the JSON value `value` as a `kind`, such as a record or a tuple of records.
 
     Raises UserError for the first field that is missing or does not fit; `where` names the file.
     """
@@ -389,7 +442,7 @@ def checked(kind: type[Kind], value: Any, where: str) -> Kind:
 _WANTED = {
     "float_type": "a number",
     "int_type": "a whole number",
-    "string_type": "a text",
+    "string_type": "a string",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "dict_type": "an object",
@@ -398,26 +451,29 @@ _WANTED = {
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
-    """What pydantic says of a value, as a sentence: the place, the value, what belongs there."""
+    """Returns a pydantic error as a sentence with the place, the value and the rule."""
     kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
-        return f"{_placed(where, place[:-1])} lacks {place[-1]!r}"
+        return f"{_placed(where, place[:-1])} lacks the field {place[-1]!r}"
     if kind == "whole":
         return f"{_placed(where, place)} has {error['msg']}"
     wanted = error["msg"] if kind == "wanted" else _WANTED[kind]
     if place and place[-1] == "[key]":
-        return f"{_placed(where, place[:-2])} has the key {_shown(value)} where {wanted} belongs"
-    return f"{_placed(where, place)} is {_shown(value)} where {wanted} belongs"
+        return f"{_placed(where, place[:-2])} has the key {_shown(value)}, but it must be {wanted}"
+    return f"{_placed(where, place)} is {_shown(value)}, but it must be {wanted}"
 
 
 def _placed(where: str, place: Sequence[str | int]) -> str:
-    """A field of a file, such as runs[1].accuracy; keys are shortened and escaped."""
+    """Returns a file and the path of a field in it, such as `eval.json: runs[1].accuracy`.
+
+    Keys are shortened and escaped.
+    """
     parts = (f"[{p}]" if isinstance(p, int) else f".{repr(p[:40])[1:-1]}" for p in place)
     path = "".join(parts).removeprefix(".")
     return f"{where}: {path}" if path else where
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it: its beginning, where it is long."""
+    """Returns a value as an error message shows it, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

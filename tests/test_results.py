@@ -58,43 +58,45 @@ def test_a_file_with_the_promised_fields_alone_is_read():
         for name in names:
             broken = copy.deepcopy(value)
             del {None: broken, "runs": broken["runs"][2], "model": broken["model"]}[place][name]
-            with pytest.raises(ValueError, match=f"lacks '{name}'"):
+            with pytest.raises(ValueError, match=f"lacks the field '{name}'"):
                 read(broken)
 
 
 def test_what_does_not_fit_is_named_in_one_sentence():
     cases = {
         ("runs", 1, "accuracy"): [
-            ("high", "runs[1].accuracy is 'high' where a number belongs"),
-            (True, "runs[1].accuracy is True where a number belongs"),
-            (None, "runs[1].accuracy is None where a number belongs"),
-            (1.5, "runs[1].accuracy is 1.5 where a share of 0 to 1 belongs"),
-            (-1e300, "is -1e+300 where a number up to 1e+15 belongs"),
+            ("high", "runs[1].accuracy is 'high', but it must be a number"),
+            (True, "runs[1].accuracy is True, but it must be a number"),
+            (None, "runs[1].accuracy is None, but it must be a number"),
+            (1.5, "runs[1].accuracy is 1.5, but it must be a share from 0 to 1"),
+            (-1e300, "is -1e+300, but it must be a number from -1e+15 to 1e+15"),
         ],
         ("runs", 0, "tokens"): [
-            (1.5, "runs[0].tokens is 1.5 where a whole number belongs"),
-            (-1, "is -1 where a whole number up to 1e+15 belongs"),
+            (1.5, "runs[0].tokens is 1.5, but it must be a whole number"),
+            (-1, "is -1, but it must be a whole number from 0 to 1e+15"),
         ],
-        ("runs", 0, "policy"): [(None, "policy is None where a text belongs")],
-        ("runs", 0, "accuracy_ci95"): [([0.1], "is [0.1] where a list of 2 numbers belongs")],
+        ("runs", 0, "policy"): [(None, "policy is None, but it must be a string")],
+        ("runs", 0, "accuracy_ci95"): [([0.1], "is [0.1], but it must be a list of 2 numbers")],
         ("runs", 2, "depth_histogram"): [
             ({"1": 3, key: 4}, f"runs[2].depth_histogram has the key {key!r:.40}")
             for key in ("x", "²", "-1", "9" * 5000)
         ],
-        ("runs",): [({}, "eval.json: runs is {} where a list belongs")],
-        ("model",): [([], "model is [] where an object belongs")],
-        ("model", "layers"): [(0, "model.layers is 0 where a whole number of at least 1")],
-        ("task",): [("sums", "task is 'sums' where an object belongs")],
-        ("complete",): [("yes", "complete is 'yes' where true or false belongs")],
-        ("version",): [(VERSION + 1, f"reads up to {VERSION}; update jexit")],
-        ("hazards", 0, "exits", 0, "bins", 0, "low"): [("x", "bins[0].low is 'x' where")],
+        ("runs",): [({}, "eval.json: runs is {}, but it must be a list")],
+        ("model",): [([], "model is [], but it must be an object")],
+        ("model", "layers"): [
+            (0, "model.layers is 0, but it must be a whole number of at least 1")
+        ],
+        ("task",): [("sums", "task is 'sums', but it must be an object")],
+        ("complete",): [("yes", "complete is 'yes', but it must be true or false")],
+        ("version",): [(VERSION + 1, f"reads versions up to {VERSION}; update jexit")],
+        ("hazards", 0, "exits", 0, "bins", 0, "low"): [("x", "bins[0].low is 'x', but it")],
     }
     wrongs = [
         (changed(path, wrong), sentence)
         for path, pairs in cases.items()
         for wrong, sentence in pairs
     ]
-    wrongs += [(wrong, "where an object belongs") for wrong in (None, 3, "text", [1])]
+    wrongs += [(wrong, "but it must be an object") for wrong in (None, 3, "text", [1])]
     for value, sentence in wrongs:
         with pytest.raises(ValueError) as caught:
             read(value)

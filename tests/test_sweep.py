@@ -152,7 +152,7 @@ def test_damaged_files_are_named_and_files_of_something_else_left_alone(tmp_path
         ):
             write_json(tmp_path / f"{name}.json", record)
             error = said(*given, "--table_only")
-            assert f"{name}.json does not say what its run was asked for" in error
+            assert f"{name}.json does not contain the settings of its run" in error
             assert error.rstrip().endswith(str(tmp_path / name))
         (tmp_path / f"{name}.json").unlink()
     write_json(tmp_path / "notes.json", {"a": 1})
@@ -170,13 +170,13 @@ def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch
     for arguments, words in (
         (["--into=x"], "--config is missing"),
         (["--config=a.py"], "--into is missing"),
-        ([*GIVEN, "--steps=3"], "'--steps=3' is no argument of a sweep"),
+        ([*GIVEN, "--steps=3"], "'--steps=3' is not an argument of a sweep"),
         ([*GIVEN, "seed=1,1"], "seed has the values '1', '1'"),
         ([*GIVEN, "seed=1,2", "--config.seed=3"], "seed is both in the grid and in --config.seed"),
         ([*GIVEN, "--eval.seed=3"], "--eval.KEY=VALUE is given without --eval=FILE"),
         ([*GIVEN, "--jobs=none"], "--jobs is 'none'"),
         ([*GIVEN, "--table_only"], "none of the 1 runs in runs/x has finished"),
-        ([*GIVEN, "--jobs=10000"], "--jobs is 10000, but there are only"),
+        ([*GIVEN, "--jobs=10000"], "--jobs is 10000, but only"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
         ([*GIVEN, "seed=0", "seed=1"], "seed is given 2 times; give it once"),
         (GIVEN, "run cannot run: the config file a.py is not there"),
@@ -246,7 +246,7 @@ def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys, monkey
     assert values == [("2", "1"), ("2", "0"), ("10", "0")]  # its own, then the others by size
     for other in (["seed=1"], ["seed=1", "rl.depth_coef=2"], []):
         assert main([*given, *other]) == 1
-        assert "from another sweep; this one varies" in capsys.readouterr().err
+        assert "from another sweep, but this sweep varies" in capsys.readouterr().err
     # What another command began meanwhile is in the table.
     arguments = [RL, f"--into={tmp_path / 'new'}"]
 
@@ -266,7 +266,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd, monkeypatch,
     assert main([RL, f"--into={into}", "model.path=nowhere,there", "--jobs=2"]) == 1
     captured = capfd.readouterr()
     assert captured.err == (
-        "jexit: model.path=nowhere ended with 1: no model directory at 'nowhere' "
+        "jexit: model.path=nowhere ended with exit code 1: no model directory at 'nowhere' "
         f"(see {into / 'model.path=nowhere.log'})\n"
     )
     assert "1 of 2 runs" in captured.out
@@ -305,7 +305,7 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path, stand_in):
     process = start(signal.SIGHUP, [*line, "--config.steps=7"], into / "seed=0" / "begun")
     _, text = process.communicate(timeout=100)
     assert process.returncode == INTERRUPTED
-    assert "stopped by SIGHUP; the same command goes on from here" in text.decode()
+    assert "stopped by SIGHUP; run the same command again to continue" in text.decode()
     assert not list(into.glob("seed=1*"))
     (into / "seed=1").mkdir()
     (into / "seed=1" / "begun").touch()

@@ -1,22 +1,23 @@
-"""What a model does under halting policies, each file named by what it measures.
+"""Measures a model under halting policies. Each file is named after what it measures.
 
-Everything starts from `decoder.Decoder`, a model that completes prompts under a named policy, and
-ends in the records of `jexit.results`:
+Every measurement starts from `decoder.Decoder`, a model that completes prompts under a named
+policy, and ends in the records of `jexit.results`:
 
 | file | measures |
 |---|---|
 | `accuracy.py` | accuracy, depth, tokens and layers of a policy's attempts at the problems |
-| `depth.py` | depth by class of token |
-| `controls.py` | the same mean depth without knowing which tokens to stop |
-| `exits.py` | how close each exit comes to the last layer, and what leaving early does to a text |
+| `depth.py` | mean depth per class of token |
+| `controls.py` | controls with a policy's mean depth that do not choose which tokens stop early |
+| `exits.py` | how close each exit is to the last layer, and how leaving early changes predictions |
 | `hazards.py` | calibration of the exits' hazards |
-| `capacity.py` | what is computed in one step of a prescribed size |
+| `capacity.py` | how much the model can compute in one step of a prescribed size |
 | `faithfulness.py` | whether the answer comes from the chain of thought, by interventions |
-| `measures.py` | all of these as `eval.measures` names them |
+| `measures.py` | the measures that `eval.measures` names |
 | `loglikelihood.py` | log-likelihoods of given continuations under a policy |
 | `harness.py`, `harness_model.py` | the tasks of lm-evaluation-harness |
 
-The others carry them: `replay.py` runs completions through the model again, `completer.py` goes on
-from forced prefixes, `transcripts.py` holds what interventions are made on, `scores.py` and
-`intervals.py` are the statistics, `tables.py` prints.
+The other files support these measurements. `replay.py` runs decoded completions through the model
+again, `completer.py` continues forced prefixes, `transcripts.py` contains the answered problems on
+which interventions are made, `scores.py` and `intervals.py` compute the statistics, and `tables.py`
+prints the results.
 """

@@ -1,4 +1,4 @@
-"""Accuracy and depth of a model on a task's problems under one halting policy."""
+"""Measures a model's accuracy and depth on a task's problems under one halting policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """The problems of an evaluation, with their prompts' tokens."""
+    """The problems of an evaluation, with the token ids of their prompts."""
 
     task: Task
     tokenizer: Tokenizer
@@ -39,7 +39,7 @@ class Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
-        """A judged attempt at each problem, and tokens a second."""
+        """Returns a judged attempt at each problem, and the tokens per second."""
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
             return judged(self.task, [self.problems[number] for number in numbers], attempts)
@@ -48,10 +48,10 @@ class Examination:
 
 
 def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-    """The task's verdicts on this host's attempts at problems.
+    """Returns the task's verdicts on this host's attempts at problems.
 
-    Raises SharedUserError for what a user's own task does on one of them: an exception, too
-    long a time, a result that is no reward.
+    Raises SharedUserError on every host if a user's own task fails on one of them: it raises an
+    exception, takes too long, or returns a value that is not a reward.
     """
     verdicts, fault = [], ""
     try:
@@ -66,7 +66,7 @@ def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt])
 def evaluate_policy(
     decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes every prompt under a named policy and judges the text."""
+    """Decodes every prompt under a named policy and judges the completions."""
     attempts, speed = examination.attempts(decoder, decoder.policy(name), name)
     result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
     return result, attempts
@@ -80,13 +80,13 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """What a policy's attempts at every problem come to."""
+    """Summarises a policy's judged attempts at all problems."""
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
     verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
     for made in attempts:
-        assert made.verdict is not None, "an attempt that nobody has judged"
+        assert made.verdict is not None, "an attempt has no verdict"
         verdicts[made.verdict.kind] += 1
     correct, count = verdicts["strict"] + verdicts["lenient"], len(attempts)
     tokens = int(histogram.sum())
@@ -124,14 +124,14 @@ def policy_result(
 
 
 def part_totals(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, int]]:
-    """Sum and count of what each of a task's own reward functions gave, as `reward/NAME`."""
+    """Returns the sum and count of each of the task's own rewards, under `reward/NAME`."""
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
     return {f"reward/{name}": (sum(each), len(each)) for name, each in found.items()}
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """The task's own metrics of texts, from every host's sums and counts."""
+    """Returns the means of the task's own text metrics, from every host's sums and counts."""
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
         pairs = [totals[name] for totals in hosts if name in totals]
@@ -143,8 +143,11 @@ def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
 def held_out(
     task: Task, tokenizer: Tokenizer, config: Config, count: int
 ) -> tuple[list[Problem], list[list[int]]]:
-    """The first `count` problems of the evaluation split (all, with a warning, if there are fewer),
-    tokenised."""
+    """Returns the first `count` problems of the evaluation split, and their prompts' token ids.
+
+    If the split has fewer problems, it returns all of them and logs a warning. Raises UserError if
+    a prompt is too long and `config.task.skip_long` is off, or if no problem is left.
+    """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
     require_problems(task, split)
@@ -166,8 +169,8 @@ def held_out(
         _warn_of_fewer(task.name, split, count, len(problems))
     if not problems:
         raise UserError(
-            f"every prompt of task {task.name!r}, split {split!r}, is over the limit of {limit} "
-            "tokens; raise config.task.max_prompt_tokens"
+            f"every prompt in the {split!r} split of task {task.name!r} is longer than the limit "
+            f"of {limit} tokens; raise config.task.max_prompt_tokens"
         )
     return problems, prompts
 
@@ -175,21 +178,22 @@ def held_out(
 @functools.cache
 def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
     logging.warning(
-        "Task %r has %d problems in its %s split with these settings, and config.eval.problems "
-        "asks for %d: all of them are measured.",
+        "Task %r has only %d problems in its %s split with these settings, but "
+        "config.eval.problems is %d; all %d problems are measured.",
         name,
         found,
         split,
         asked,
+        found,
     )
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises UserError when prompt and completion together can exceed the model's positions."""
+    """Raises UserError if a prompt and its completion together can exceed the model's positions."""
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:
         raise UserError(
             f"config.{section}.max_new_tokens is {max_new_tokens} and the longest prompt has "
-            f"{longest} tokens, together over the model's {positions} positions; lower it to at "
-            f"most {positions - longest}"
+            f"{longest} tokens, which together exceed the model's {positions} positions; lower "
+            f"config.{section}.max_new_tokens to at most {positions - longest}"
         )

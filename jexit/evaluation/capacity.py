@@ -1,4 +1,7 @@
-"""What a model computes in one step, of a size that its prompt or a forced prefix prescribes."""
+"""Measures what a model can compute in one step whose size is prescribed.
+
+The prompt prescribes the size (`prescribed`), or a forced prefix does (`begun_steps`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from jexit.tasks.chains import ChainTask
 
 
 def scores_of(attempts: Sequence[Attempt]) -> Scores:
-    """The accuracy of attempts at all problems."""
+    """Returns the accuracy scores of attempts, one attempt at each problem in order."""
     return Scores.shares(range(len(attempts)), [float(made.correct) for made in attempts])
 
 
@@ -24,10 +27,10 @@ def prescribed(
     examination: Examination,
     by_policy: Mapping[str, tuple[PolicyResult, Sequence[Attempt]]],
 ) -> list[Capacity]:
-    """Accuracy under each policy when the prompt prescribes the step size.
+    """Returns the accuracy under each policy when the prompt prescribes the step size.
 
-    Also reports the share of completions that use that size, the accuracy of those, and the
-    difference from full depth on the same problems.
+    Also reports the share of completions that use this size, the accuracy of these completions, and
+    the difference from full depth on the same problems.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -57,11 +60,12 @@ def prescribed(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BegunSteps:
-    """First steps of `size` operands that were begun for problems with these numbers.
+    """First steps of `size` operands, each begun by a forced prefix for a problem in `numbers`.
 
-    `taken` says which have a result behind the prefix, `correct` which have the correct one, and
-    `depths` how many of `layers` ran in the pass that wrote the first token of it. `left_out`
-    counts problems for which the model had no room.
+    Each list has one entry per problem. `taken` is true where the model wrote a result after the
+    prefix, `correct` is true where this result is correct, and `depths` contains how many of the
+    `layers` ran in the pass that wrote the result's first token. `left_out` counts the problems for
+    which the model had no room.
     """
 
     size: int
@@ -73,7 +77,11 @@ class BegunSteps:
     left_out: int = 0
 
     def capacity(self, policy: str, full: BegunSteps) -> Capacity:
-        """With the difference from `full`, the same steps at full depth, unless it is `full`."""
+        """Returns the record of these steps under `policy`.
+
+        Unless `policy` is `"full"`, the record includes the difference from `full`, which contains
+        the steps of the same size at full depth.
+        """
         count = len(self.numbers)
         entry = Capacity(
             policy=policy,
@@ -95,14 +103,15 @@ class BegunSteps:
 def begun_steps(
     task: ChainTask, problems: Sequence[Problem], completer: Completer
 ) -> list[BegunSteps]:
-    """Results of first steps, for each size in `task.begun_sizes` that some problem allows.
+    """Returns the results of first steps, for each of `task.begun_sizes` that some problem allows.
 
-    Measures capacity without relying on obedience: the step has the given size, whatever size the
-    model would choose. The forced beginning counts as the model's own text, so its passes leave as
-    the policy says. A problem counts only for sizes that it has enough operands for, so different
-    sizes cover different problems. A model that stopped writing steps of some size long ago may
-    have forgotten their format. That is a loss of capacity too, but not one caused by depth;
-    comparison with full depth tells the two apart. All steps are decoded together.
+    This measures capacity without relying on obedience, because the forced prefix fixes the size of
+    the step, whatever size the model would choose. The prefix counts as the model's own text, so
+    the policy decides where its tokens leave. A problem counts only for sizes for which it has
+    enough operands, so different sizes cover different problems. A model that stopped writing steps
+    of some size long ago may have forgotten their format. This is also a loss of capacity, but
+    depth does not cause it; comparing with full depth tells the two apart. All steps are decoded
+    together.
     """
     rows = [
         (size, number, completer.opening + begun)

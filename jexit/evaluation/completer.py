@@ -1,4 +1,4 @@
-"""Completions that go on from forced prefixes."""
+"""Completes prompts from forced prefixes of their completions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from jexit.errors import UserError
 from jexit.evaluation.decoder import Decoder
 from jexit.tasks import Problem
 
-ANSWER_TOKENS = 16  # of an answer that follows its cue
-FILLERS = (" .", ".", " -", "-", " ~", "~")  # texts without content; the first that stays apart
+ANSWER_TOKENS = 16  # for an answer that follows its cue
+# Texts without content. The first one whose repetitions the tokenizer does not merge is used.
+FILLERS = (" .", ".", " -", "-", " ~", "~")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a completer wrote, how deep the passes were that wrote it, and if it was cut off."""
+    """The text that a completer wrote, the depth of each token, and whether it was cut off."""
 
     text: str
     depths: Sequence[int]
@@ -25,10 +26,11 @@ class Reply:
 
 
 class Completer(Protocol):
-    """Goes on from prefixes of completions, as a model or as a script whose reasoning is known.
+    """Continues prefixes of completions: a model, or a script whose reasoning is known.
 
-    A prefix counts as the completion's own: its passes leave as the policy says. `opening` is what
-    every completion's text has before the model writes, such as `<think>`.
+    A prefix counts as part of the completion, so the policy decides where its tokens leave.
+    `opening` is the text with which every completion begins before the model writes, such as
+    `<think>`.
     """
 
     layers: int
@@ -37,20 +39,20 @@ class Completer(Protocol):
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Reply | None]:
-        """What follows each problem's prefix; `answer_only` when that is a few tokens.
+        """Returns the continuation of each problem's prefix, or None if the model has no room.
 
-        Each prefix begins with `opening`. None where the model has no room to write.
+        Each prefix begins with `opening`. With `answer_only` a continuation has only a few tokens.
         """
 
     def filler(self, text: str) -> str:
-        """Text without content that has as many tokens as `text`."""
+        """Returns a text without content that has the same number of tokens as `text`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelCompleter:
-    """A model under a named policy as a `Completer`.
+    """A `Completer` that decodes with a model under a named policy.
 
-    `positions` is how many the model has for a prompt and its completion.
+    `positions` is the number of positions that the model has for a prompt and its completion.
     """
 
     decoder: Decoder
@@ -63,17 +65,17 @@ class ModelCompleter:
 
     @property
     def opening(self) -> str:
-        """What prompts of this tokenizer open already."""
+        """The text that this tokenizer's prompts already open, such as `<think>`, or nothing."""
         return self.decoder.tokenizer.completion_text([])
 
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Reply | None]:
-        """What the model writes after each prefix, as far as its positions allow.
+        """Returns the model's continuation of each prefix, as far as its positions allow.
 
-        A prefix that leaves too few positions for an answer gets None. The others are decoded
-        together, except those with fewer positions than a reply may take: they are decoded in a
-        second batch, limited to what the prefix with the least room allows.
+        A prefix that leaves too few positions for an answer gets None. The prefixes that leave room
+        for a reply of full length are decoded together. The rest are decoded in a second batch,
+        whose length is limited by the prefix with the least room.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         least = min(ANSWER_TOKENS, decoder.max_new_tokens)
@@ -100,12 +102,15 @@ class ModelCompleter:
         return replies
 
     def filler(self, text: str) -> str:
-        """Punctuation of as many tokens as `text` has."""
+        """Returns punctuation with the same number of tokens as `text`.
+
+        Raises UserError if the tokenizer merges repetitions of every text in `FILLERS`.
+        """
         encode = self.decoder.tokenizer.encode
         apart = [mark for mark in FILLERS if len(encode(mark * 8)) == 8]
         if not apart:
             raise UserError(
-                f"the tokenizer merges repetitions of each of {FILLERS}, so no filler of a given "
-                "number of tokens can be made; leave filler out of config.eval.measures"
+                f"the tokenizer merges repetitions of each of {FILLERS}, so jexit cannot make a "
+                "filler with a given number of tokens; remove 'filler' from config.eval.measures"
             )
         return apart[0] * len(encode(text))

@@ -1,10 +1,11 @@
-"""Controls that separate adapting from shallowness.
+"""Controls that separate the choice of tokens from the effect of shallow passes.
 
-A policy that stops tokens early may do well because it knows *which* tokens to stop, or because
-shallow passes are good enough for all of them. Two controls run at the same mean depth without that
-knowledge: each completion's tokens all stopped at one exit (`fixed:matched`), and the policy's own
-depths dealt out to tokens at random (`shuffled`). The first has the policy's mean depth whatever
-lengths its completions come to (`mixed`), the second as far as they come to those of the policy.
+A policy that stops tokens early may do well because it chooses the right tokens to stop, or because
+shallow passes are good enough for all tokens. Two controls run at the same mean depth without this
+choice. `fixed:matched` stops all tokens of a completion at one exit, and `shuffled` assigns the
+policy's own depths to tokens at random. `fixed:matched` has the policy's mean depth for completions
+of any length (see `mixed`). `shuffled` has it only as far as its completions are as long as the
+policy's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Attempts under a control, which has its depths from those of another policy."""
+    """Decodes and judges attempts under a control, whose depths derive from the attempts `of`."""
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
             of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
@@ -39,17 +40,18 @@ def evaluate_control(
 
 
 def mean_depth(attempts: Sequence[Attempt]) -> float:
-    """Layers run for a token, the first of each completion included."""
+    """Returns the mean layers run per token, including the first token of each completion."""
     return sum(a.layers_run for a in attempts) / sum(len(a.depths) for a in attempts)
 
 
 def _matched(
     decoder: Decoder, examination: Examination, name: str, mean: float
 ) -> tuple[list[Attempt], float]:
-    """Every prompt at the two neighbouring exits whose mean depths enclose `mean`, and their mix.
+    """Decodes every prompt at the two neighbouring exits whose mean depths enclose `mean`.
 
-    Completions of another exit have other lengths, so that what it comes to is seen only when it
-    has been decoded. Where nothing is shallow enough, all are stopped at the first exit.
+    Returns a mix of both whose mean depth is `mean`, and the tokens per second. The length of
+    completions depends on the exit, so the mean depth of an exit is known only after decoding. If
+    no exit is shallow enough, the mix contains only attempts at the first exit.
     """
     stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
     decoded: dict[int, list[Attempt]] = {}
@@ -77,15 +79,16 @@ def _matched(
 def mixed(
     shallow: Sequence[Attempt], deep: Sequence[Attempt], mean: float, *, seed: int
 ) -> list[Attempt]:
-    """An attempt at each problem, from one of two exits, so that a token's mean depth is `mean`.
+    """Returns an attempt at each problem, from one of two exits, with `mean` as the mean depth.
 
-    Problems take their deeper attempt in a random order, as many of them as bring `mean_depth`
-    closest to `mean`: none or all where it does not lie between the two.
+    Problems get their deeper attempt in a random order, until `mean_depth` is as close as possible
+    to `mean`. If `mean` does not lie between the mean depths of the two exits, either no problem or
+    every problem gets its deeper attempt.
     """
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Over all problems, after each number of them that take the deeper one."""
+        """Returns the sums of `of` if 0, 1, 2, … problems take their deeper attempt."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 
@@ -98,10 +101,11 @@ def mixed(
 def shuffled_depths(
     attempts: Sequence[Attempt], layers: int, *, columns: int, seed: int
 ) -> np.ndarray:
-    """[problems, columns] depths for `Prescribed`: the attempts' own, dealt out anew.
+    """Returns [problems, columns] depths for `Prescribed`: the attempts' own depths, shuffled.
 
-    Every pass that could leave is dealt one of all their depths, without replacement; passes beyond
-    a completion's own length draw from all of them, for completions that become longer.
+    The depths of all passes that could leave are permuted among these passes. Columns beyond the
+    length of an attempt are drawn from all depths with replacement, because a completion may become
+    longer.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]
@@ -122,12 +126,13 @@ def compared(
     layers: int,
     seed: int = 0,
 ) -> ControlDifference:
-    """Policy less control on the same problems: accuracy and share of layers run, with intervals.
+    """Subtracts a control's accuracy and share of layers from a policy's, with intervals.
 
-    Positive `accuracy_difference`: knowing which tokens to stop was worth so much.
+    Both have the same problems. A positive `accuracy_difference` is the gain from choosing which
+    tokens to stop.
     """
     correct = [[float(made.correct) for made in some] for some in (ours, theirs)]
-    # Layers that ran, and those of full depth, of each attempt.
+    # For each attempt, the layers that ran and the layers that full depth would have run.
     parts = [
         ([a.layers_run for a in some], [layers * len(a.depths) for a in some])
         for some in (ours, theirs)

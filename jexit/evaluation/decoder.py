@@ -1,4 +1,4 @@
-"""A model that completes prompts under named policies, on every host the same."""
+"""Decodes prompts under named policies; every host gets the same attempts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from jexit.model.policies import Fixed, Full, Policy, Sample, Threshold
 from jexit.rollout import Rollouts, rollout
 from jexit.tasks import Attempt, Verdict
 
-_GATHERED = 64  # completions of a message between hosts
+_GATHERED = 64  # completions per message between hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """`parts` is the split model, `law` what the policy `sample` means."""
+    """A model that completes prompts under named policies.
+
+    `parts` is the split model, and `law` is the policy that the name `sample` stands for.
+    """
 
     parts: tuple[Any, ...]
     layers: int
@@ -46,11 +49,12 @@ class Decoder:
         judge: Callable[[Sequence[int], Sequence[Attempt]], Sequence[Verdict]] | None = None,
         what: str,
     ) -> tuple[list[Attempt], float]:
-        """(an attempt at each prompt, tokens a second without compilation).
+        """Returns an attempt at each prompt, and the tokens per second without compilation.
 
-        Every host gives all prompts and gets all attempts; each decodes and judges its own. `judge`
-        gives the verdicts on attempts at prompts, by their numbers. `what` says in messages what is
-        being decoded; the rest as `jexit.rollout.rollout` has it.
+        Every host passes all prompts and receives all attempts, but decodes and judges only its own
+        share. `judge(numbers, attempts)` returns the verdicts on attempts at the prompts with these
+        numbers. `what` names the work in messages. See `jexit.rollout.rollout` for the other
+        arguments.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -97,7 +101,7 @@ class Decoder:
 def attempts_of(
     made: Rollouts, rows: Iterable[int], text_of: Callable[[Sequence[int]], str]
 ) -> list[Attempt]:
-    """Rows of rollouts as attempts that nobody has judged."""
+    """Returns the given rows of rollouts as attempts without verdicts."""
     attempts = []
     for row in rows:
         ids = made.completion(row)
@@ -113,15 +117,16 @@ def attempts_of(
 
 
 def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
-    """The policy that a config names, of a model with so many layers.
+    """Returns the policy that a config names, for a model with `layers` layers.
 
-    `law` is what `sample` means: the temperature of the hazards and the floor under them.
+    `law` is the policy that `sample` stands for, with the hazards' temperature and lower bound.
+    Raises UserError if `fixed:N` requests more layers than the model has.
     """
     kind, argument = parse_policy(text)
     if kind == "fixed":
         if argument > layers:
             raise UserError(
-                f"policy {text!r} asks for {argument} layers of a model that has {layers}; use "
+                f"policy {text!r} requests {argument} layers, but the model has {layers}; use "
                 f"fixed:N with N from 1 to {layers}"
             )
         return Fixed(argument)

@@ -1,4 +1,4 @@
-"""Where completions spend their layers: depth by class of token."""
+"""Measures where completions spend their layers: the mean depth per class of token."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jexit.tasks import Attempt
 
 CLASSES = ("digit", "operator", "word", "other", "marker", "answer", "end")
 _OPERATORS = frozenset("+-*/=<>^%×÷−")
-# Where a completion's answer is marked: the marker's start and end, None without one.
+# Returns the start and end of the marker before a completion's answer, or None without a marker.
 Mark = Callable[[str], tuple[int, int] | None]
 
 
 def token_class(token: str) -> str:
-    """The class of a token of the chain of thought, by what its text holds."""
+    """Returns the class of a token in the chain of thought, from the characters in its text."""
     text = token.strip()
     if text and all(character in _OPERATORS for character in text):
         return "operator"
@@ -26,10 +26,12 @@ def token_class(token: str) -> str:
 def token_classes(
     ids: Sequence[int], tokens: Sequence[str], mark: Mark, end_ids: Collection[int]
 ) -> list[str]:
-    """The class of each token of a completion, from its ids and their texts.
+    """Returns the class of each token of a completion, from its ids and their texts.
 
-    `end` by the id; `marker` for what `mark` finds, `answer` for what follows it, a token that
-    holds both included; before it, or without one, by `token_class`.
+    A token whose id is in `end_ids` is `end`. `mark` finds the marker before the answer. Its tokens
+    are `marker`, and the tokens after it are `answer`. A token that contains parts of both is
+    `answer`, too.
+    The other tokens are classified by `token_class`.
     """
     text = "".join(tokens)
     start, stop = mark(text) or (-1, -1)
@@ -53,9 +55,10 @@ def depth_by_class(
     mark: Mark,
     end_ids: Collection[int],
 ) -> dict[str, ClassDepth]:
-    """Tokens and mean layers run of each class; `tokens` gives the ids' own texts.
+    """Returns the number of tokens and the mean layers run, for each class of token.
 
-    A completion's first token is left out: its pass is the prompt's last and never leaves.
+    `tokens` returns the text of each id. A completion's first token is left out, because it comes
+    from the last pass of the prompt, which always runs every layer.
     """
     depths: dict[str, list[int]] = {name: [] for name in CLASSES}
     for made in attempts:

@@ -1,4 +1,7 @@
-"""What each exit says of a text, against the last layer, and what leaving early does to it."""
+"""Compares each exit's predictions with the last layer's, and measures the cost of leaving early.
+
+The texts are given completions, which the model reads again.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ from jexit.results import EarlyLeaving, ExitAgreement, ExitQuality
 from jexit.rollout import SplitModel
 from jexit.steps.completions import Completions
 
-CLOSE = 0.05  # nats; a token whose exit is so close to the last layer could leave there
+CLOSE = 0.05  # nats; a token could leave at an exit whose KL to the last layer is below this
 THRESHOLDS = (0.05, 0.2)
 
 
 def _against(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """(KL(final ‖ other) in nats, whether their greedy tokens are the same)."""
+    """Returns KL(final ‖ other) in nats, and whether both have the same greedy token."""
     shape = other_EBCD.shape
     found = exit_kl(
         final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD
@@ -40,7 +43,7 @@ def _against(
 
 
 class _Leaving(NamedTuple):
-    """What a text is like whose tokens all leave at the first exit under a threshold, at once."""
+    """The predictions when every token leaves at the first exit whose KL is under a threshold."""
 
     depth_BC: Int[Array, "B C"]
     kl_BC: Float[Array, "B C"]  # KL(π_L ‖ π) in nats, π_L with all tokens at full depth
@@ -51,9 +54,10 @@ class _Leaving(NamedTuple):
 def compare_exits(
     graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], rows: Completions
 ) -> tuple[Array, ...]:
-    """(KL(π_L ‖ π_e) in nats, whether both have the same greedy token, *`_Leaving` of `THRESHOLDS`)
+    """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the `_Leaving` of each threshold.
 
-    The first two [B, C, E] are of a token that leaves alone, after others that ran all layers.
+    The first two, [B, C, E], are for a token that leaves alone, while the tokens before it ran all
+    layers. The fields of the `_Leaving` for each of `THRESHOLDS` follow.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
@@ -77,11 +81,11 @@ def compare_exits(
 def exit_quality(
     policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
 ) -> ExitQuality:
-    """How close each exit comes to the last layer over a policy's completions, and all together.
+    """Measures how close each exit's predictions are to the last layer's, over completions.
 
-    `exits` is of single exits; `leaving` has for each of `THRESHOLDS` what happens when every token
-    leaves at the first exit under it, all at once, the text given. Tokens that still run all layers
-    then read keys and values of those that have left.
+    `exits` contains the single exits. `leaving` contains, for each of `THRESHOLDS`, the results
+    when every token of the given text leaves at the first exit under the threshold. Tokens that
+    still run all layers then read the keys and values of tokens that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]

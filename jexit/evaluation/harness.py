@@ -3,9 +3,10 @@
     python -m jexit.evaluation.harness --model=DIR --tasks=TASK[,TASK ...] [--policy=POLICY]
                                  [--include_path=DIR] [--limit=N] [--output=FILE]
 
-POLICY is full, threshold:0.5, fixed:6 (layers) or sample. The extra `eval` brings lm-eval. DIR may
-hold task files of the user's own; those in configs/harness run tasks that lm-eval ships on local
-files. From Python, importing this module registers the model `jexit`:
+POLICY is full, sample, threshold:X such as threshold:0.5, or fixed:N such as fixed:6, which stops
+every token after 6 layers. The extra `eval` of this package installs lm-eval. The folder given by
+--include_path contains your own task files. The task files in configs/harness run tasks of lm-eval
+on local data files. In Python, importing this module registers the model `jexit`:
 
     lm_eval.simple_evaluate("jexit", {"pretrained": "DIR", "policy": "sample"}, tasks=["gsm8k"])
 """
@@ -57,22 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs what the command line says and returns lm-eval's results; writes them to `output`.
+    """Runs the tasks that the command line requests and returns lm-eval's results.
 
-    Raises UserError or OSError for a model, task or setting that is not there.
+    Also writes the results to the file `output`, if it is given. Raises UserError or OSError for a
+    model, task or setting that does not exist.
     """
     target = pathlib.Path(options.output) if options.output else None
     if target:  # hours of work must not end at a path that cannot be written
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() or not os.access(target.parent, os.W_OK):
-            raise UserError(f"--output={target} cannot be written; name a file in another folder")
+            raise UserError(f"--output={target} cannot be written; give a file in another folder")
     manager = TaskManager(include_path=options.include_path)
     tasks = options.tasks.split(",")
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UserError(
-            f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or name the folder of "
-            "its file with --include_path"
+            f"lm-eval has no task {unknown[0]!r}; list its tasks with `lm-eval ls tasks`, or give "
+            "the folder of your task file with --include_path"
         )
     model = JexitLM(
         options.model,
@@ -100,8 +102,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
     except ValueError as error:
         raise UserError(
-            f"lm-eval stopped with: {error}; it was given --num_fewshot={options.num_fewshot}, "
-            f"--limit={options.limit} and --gen_kwargs={options.gen_kwargs!r}"
+            f"lm-eval stopped with the error {str(error)!r}; check "
+            f"--num_fewshot={options.num_fewshot}, --limit={options.limit} and "
+            f"--gen_kwargs={options.gen_kwargs!r}"
         ) from error
     results = json.loads(json.dumps(found, default=handle_non_serializable))
     results["config"]["model_args"] = {"pretrained": str(options.model)}
@@ -118,27 +121,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="model directory")
-    add("--tasks", required=True, help="names of tasks or groups, with commas between them")
+    add("--tasks", required=True, help="names of tasks or groups, separated by commas")
     add("--policy", default="full", help="full, threshold:X, fixed:N or sample")
-    add("--include_path", help="folder with task files besides lm-eval's own")
-    add("--num_fewshot", type=_whole, help="worked examples before each question")
-    add("--limit", type=_count, help="questions of each task; below 1: a share of them")
+    add("--include_path", help="folder with task files, in addition to lm-eval's own")
+    add("--num_fewshot", type=_whole, help="number of worked examples before each question")
+    add("--limit", type=_count, help="number of questions per task; below 1: a share of them")
     add("--output", help="JSON file for the results")
     add("--log_samples", action="store_true", help="keep every question and answer in the output")
     add("--apply_chat_template", action="store_true", help="use the model's chat format")
-    add("--thinking", default="auto", choices=["auto", "on", "off"], help="of the chat template")
-    add("--think_end_token", help="where thoughts end and the answer begins, such as </think>")
-    add("--gen_kwargs", default="", help="such as temperature=0.7,do_sample=true")
-    add("--max_gen_toks", type=int, default=256, help="new tokens where a task does not say")
-    add("--max_length", type=int, help="positions; default: the model's")
-    add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a log-likelihood batch")
-    add("--seed", type=int, default=0, help="of sampled depths and tokens")
+    add(
+        "--thinking",
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="thinking switch of the chat template",
+    )
+    add("--think_end_token", help="text that ends the thought before an answer, such as </think>")
+    add("--gen_kwargs", default="", help="generation settings: temperature=0.7,do_sample=true")
+    add("--max_gen_toks", type=int, default=256, help="new tokens, unless the task sets a limit")
+    add("--max_length", type=int, help="number of positions; default: the model's")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="rows per log-likelihood batch")
+    add("--seed", type=int, default=0, help="seed of sampled depths and tokens")
     return parser
 
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"its value is {text!r}, but it must be a whole number of at least 0"
+        )
     return int(text)
 
 
@@ -149,7 +159,7 @@ def _count(text: str) -> int | float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"expected a number of questions, or a fraction of them below 1, got {text!r}"
+            f"its value is {text!r}, but it must be a number of questions, or a fraction below 1"
         )
     return int(value) if value >= 1 else value
 

@@ -1,6 +1,6 @@
-"""A model under a halting policy, as lm-evaluation-harness asks for one.
+"""A model under a halting policy with the interface of lm-evaluation-harness.
 
-Log-likelihoods under a policy are defined in `jexit.evaluation.loglikelihood.Scorer`.
+`jexit.evaluation.loglikelihood.Scorer` defines log-likelihoods under a policy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"{error.name} is not installed; in the checkout, pip install -e '.[eval]'",
+        f"{error.name} is not installed; run pip install -e '.[eval]' in the checkout",
         name=error.name,
     ) from error
 
@@ -34,8 +34,9 @@ from jexit.rollout import generate
 from jexit.tasks.answers import THINK_START
 
 BATCH_SIZE = 16
-_SAMPLING = ("top_p", "top_k", "min_p")  # of a request; names as in transformers
-# What a request may say besides, as long as it asks for nothing: with the value that does not.
+_SAMPLING = ("top_p", "top_k", "min_p")  # settings of a request; names as in transformers
+# Further settings that a request may contain, each with the only value that is allowed: the one
+# that has no effect.
 _NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p", "guidance_scale"), 1.0),
@@ -48,20 +49,21 @@ _NEUTRAL: Mapping[str, Any] = {
 
 @register_model("jexit")
 class JexitLM(TemplateLM):
-    """A model under one halting policy, as lm-evaluation-harness asks for one.
+    """A model under one halting policy with the interface of lm-evaluation-harness.
 
-    `pretrained` is a model directory, or a model with its `tokenizer`. `policy` holds for log-
-    likelihoods and for generation alike: prompts and contexts run every layer, `sample` draws
-    depths by `seed`, with `hazard_temperature` and `min_hazard` as its law: those of the run that
-    `pretrained` may be, else 1 and 0.
+    `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
+    `policy` applies to log-likelihoods and to generation. Prompts and contexts run every layer.
+    The policy `sample` draws depths from `seed`, with the law given by `hazard_temperature` and
+    `min_hazard`. By default these are the values of the run in `pretrained` or, if it is not the
+    directory of an rl run, 1 and 0.
 
-    What is too long for `max_length` positions (default: the model's) loses tokens on the left: a
-    context keeps what continuation or `max_gen_toks` leave room for. A continuation that is too
-    long by itself is an error. A request without `do_sample` or a temperature is greedy.
+    A context that is too long for `max_length` positions (default: the model's) loses tokens on the
+    left, so that the continuation or `max_gen_toks` new tokens fit. A continuation that is too long
+    by itself is an error. A request without `do_sample` or a temperature is decoded greedily.
 
-    `thinking` is on, off or auto, for chat templates that have such a switch. With
-    `think_end_token`, such as `</think>`, answers are what follows its last occurrence, and a
-    thought that does not end has none; stop strings then hold for the answer only, so a thought may
+    `thinking` is on, off or auto, for chat templates with a thinking switch. With
+    `think_end_token`, such as `</think>`, the answer is the text after its last occurrence, and it
+    is empty if a thought does not end. Stop strings then apply only to the answer, so a thought may
     contain them.
     """
 
@@ -86,12 +88,12 @@ class JexitLM(TemplateLM):
         super().__init__()
         if device is not None:
             raise UserError(
-                f"device is {device!r} and JAX finds its devices itself; leave it out, or set "
+                f"device is {device!r}, but JAX chooses its devices itself; omit device, or set "
                 "JAX_PLATFORMS"
             )
         if isinstance(pretrained, Transformer):
             if tokenizer is None:
-                raise UserError("a model comes without its tokenizer; pass tokenizer= too")
+                raise UserError("a model object was given without a tokenizer; pass tokenizer= too")
             self._model, self.texts = pretrained, tokenizer
         else:
             self._model, self.texts = load(pretrained, dtype=dtype)
@@ -121,7 +123,10 @@ class JexitLM(TemplateLM):
         self.depth_total, self.tokens = 0, 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the results: the policy, and the mean depth of the passes behind all tokens."""
+        """Returns the policy, and the mean depth over all scored and generated tokens.
+
+        lm-eval adds these entries to its results.
+        """
         layers = self._model.arch.layers
         depth = self.depth_total / self.tokens if self.tokens else None
         return {
@@ -134,7 +139,7 @@ class JexitLM(TemplateLM):
             "tokens": self.tokens,
         }
 
-    # What lm-eval asks of tokenizers
+    # The tokenizer interface of lm-eval
 
     @property
     def eot_token_id(self) -> int:
@@ -142,20 +147,24 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: the begin token, or the end token."""
+        """The token before a text without a context: the begin token, or else the end token."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        """Names whatever shapes prompts, for lm-eval's cache of them."""
+        """A name for everything that shapes prompts, by which lm-eval caches them."""
         where = str(self.texts.directory).replace("/", "__")
         return f"{where}__thinking_{self.texts.thinking}"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text that may go on (None, True: after a begin token), or of its middle."""
+        """Returns the ids of a text.
+
+        With `add_special_tokens` False, the text is the middle of a longer one and gets no begin
+        token.
+        """
         if add_special_tokens is False:
             return self.texts.encode(string)
         return self.texts.encode_texts([string])[0]
@@ -163,11 +172,14 @@ class JexitLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The messages in the model's chat format; raises UserError when it has none."""
+        """Returns the messages in the model's chat format.
+
+        Raises UserError if the tokenizer does not have a chat template.
+        """
         if not self.texts.has_chat_template:
             raise UserError(
-                f"the tokenizer in {self.texts.directory} has no chat template; leave "
-                "--apply_chat_template out"
+                f"the tokenizer in {self.texts.directory} has no chat template; omit "
+                "--apply_chat_template"
             )
         return self.texts.render(chat_history, answer=add_generation_prompt)
 
@@ -196,10 +208,10 @@ class JexitLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, cut into windows of at most `max_length` positions.
+        """Returns the log-likelihoods of whole texts, in windows of at most `max_length` positions.
 
-        Each token is scored once. All of a text but its beginning is continuation, and leaves as
-        the policy says; what a window repeats as context runs every layer.
+        Each token is scored once, as part of a continuation, so the policy decides where its pass
+        leaves. The tokens that a window repeats as its context run every layer.
         """
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -223,9 +235,10 @@ class JexitLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuations of contexts, each up to a stop string, an end token or its limit.
+        """Returns the continuation of each request's context.
 
-        Requests with equal settings are decoded together.
+        A continuation ends at a stop string, at an end token or at its token limit. Requests with
+        equal settings are decoded together.
         """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -253,8 +266,8 @@ class JexitLM(TemplateLM):
         room = self.max_length - new
         if room < 1:
             raise UserError(
-                f"max_gen_toks is {new}, which leaves a model of {self.max_length} positions no "
-                f"room for a context; lower it to at most {self.max_length - 1}"
+                f"max_gen_toks is {new}, which leaves no room for a context in the model's "
+                f"{self.max_length} positions; lower it to at most {self.max_length - 1}"
             )
         thinks = self.think_end_token
         made = generate(
@@ -282,14 +295,17 @@ class JexitLM(TemplateLM):
 
 
 def _after_thought(text: str, end: str, *, opened: bool) -> str:
-    """What follows a thought: nothing where it does not end, all where there is none."""
+    """Returns the text after a thought.
+
+    The result is empty if the thought does not end, and the whole text if it has no thought.
+    """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text
     return text.rpartition(end)[2].lstrip()
 
 
 class _Truncating:
-    """A tokenizer whose texts lose tokens on the left, down to `most`."""
+    """A tokenizer that keeps at most the last `most` tokens of each text."""
 
     def __init__(self, tokenizer: Tokenizer, most: int) -> None:
         self._tokenizer, self._most = tokenizer, most
@@ -302,17 +318,17 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a setting that asks for something; None asks for nothing."""
+    """Raises UserError for an unsupported setting, unless its value is None or has no effect."""
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
         only = f" except as {_NEUTRAL[name]!r}" if name in _NEUTRAL else ""
         raise UserError(
             f"a task sets {name!r} to {value!r} for generation, which jexit does not support"
-            f"{only}; override the task's generation_kwargs without it"
+            f"{only}; override the task's generation_kwargs, leaving out {name!r}"
         )
 
 
 def _before(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
+    """Returns the text up to the first occurrence of a stop string."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

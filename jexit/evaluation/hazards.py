@@ -1,4 +1,7 @@
-"""Hazards of completions, and how well they agree with what the exits' certainty asks for."""
+"""Computes the hazards of completions and their calibration against target hazards.
+
+The targets come from the KL between each exit's prediction and the last layer's.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ BINS = 10
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], law: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """(hazards under `law`, which of them were asked for, final hidden states) of completions."""
+    """Returns the hazards under `law`, which of them were reached, and the final hidden states."""
     result = run(
         student,
         rows.tokens_BT,
@@ -53,7 +56,10 @@ def decisions(
     depth_BC: Int[Array, "B C"],
     law: Sample,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Hazards of a split model under the completions' own depths, and where there are such."""
+    """Returns the hazards of a split model, and whether each exit was reached.
+
+    The completions run at their own depths. A hazard counts only where the token reached the exit.
+    """
     return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, law)[:2]
 
 
@@ -70,11 +76,12 @@ def decisions_and_targets(
     *,
     target: str,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
-    """`decisions` of the student, target hazards, and KL(student ‖ teacher) in nats.
+    """Returns the student's `decisions`, the target hazards, and KL(student ‖ teacher) in nats.
 
-    The targets are 1 − tanh(k·KL_e / 2), from the exits of the teacher or, with `target="student"`,
-    from the student's at full depth (as `sft.target` has it). The KL is of the next token under the
-    completions' own depths to that of the teacher.
+    The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`. KL_e compares the
+    teacher's last layer with exit e of the teacher or, with `target="student"`, of the student at
+    full depth. See `config.sft.target`. The returned KL compares the student's next-token
+    distribution at the completions' own depths with the teacher's at full depth.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
@@ -109,11 +116,11 @@ def decisions_and_targets(
 def reliability(
     hazard_N: np.ndarray, target_N: np.ndarray, bins: int = BINS
 ) -> tuple[float, tuple[HazardBin, ...]]:
-    """(ECE, bins) of hazards against targets.
+    """Returns the expected calibration error (ECE) of hazards against targets, and the bins.
 
-    ECE = Σ_b n_b / N · |mean hazard − mean target| over equal bins of the hazard; 0 is perfect.
-    (Guo et al. 2017, arXiv:1706.04599, with a target probability where they have an outcome.) NaN
-    without any position.
+    ECE = Σ_b n_b / N · |mean hazard − mean target| over bins of equal width; 0 is perfect and NaN
+    means that there are no positions. (Guo et al. 2017, arXiv:1706.04599, with a target probability
+    instead of an outcome.)
     """
     which_N = np.minimum((hazard_N * bins).astype(int), bins - 1)
     table = []
@@ -136,10 +143,10 @@ def reliability(
 def hazards_of(
     student: SplitModel, recorded: Recorded, law: Sample
 ) -> list[list[list[float | None]]]:
-    """Hazards of every token's pass at each exit; None at exits that it did not ask.
+    """Returns the hazard of every token at each exit, and None at the exits it did not reach.
 
-    `law` has the temperature and the floor that turn a hazard logit into the probability of
-    leaving (`Sample()`: σ(z)).
+    `law` contains the temperature and the lower bound that turn a hazard logit z into a probability
+    of leaving. For `Sample()` this is σ(z).
     """
     hazard_BCE, there_BCE = recorded.through(
         lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC, law)
@@ -166,11 +173,12 @@ def hazard_calibration(
     sharpness: float,
     target: str,
 ) -> HazardCalibration:
-    """Reliability of every exit's hazards over a policy's completions with their depths.
+    """Returns the calibration of every exit's hazards over a policy's completions.
 
-    `ece` of all exits together is the mean of theirs, weighted by their decisions: one exit that
-    leaves too readily does not make up for another that leaves too seldom. With it comes the mean
-    KL(student ‖ teacher) at those depths, over passes that could leave.
+    The `ece` of all exits together is the mean of the exits' own, weighted by their numbers of
+    decisions, so an exit with too high hazards does not cancel one with too low hazards. The record
+    also contains the mean KL(student ‖ teacher) at the completions' depths, over the passes that
+    could leave.
     """
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(

@@ -1,4 +1,4 @@
-"""95 % intervals over problems."""
+"""95 % intervals whose sampling unit is the problem."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from jexit.results import Interval
 
-Values = Sequence[float] | np.ndarray  # one of each problem
+Values = Sequence[float] | np.ndarray  # one value per problem
 DRAWS = 4000
 Z = 1.959964
 _LEVELS = (2.5, 97.5)
@@ -19,7 +19,10 @@ _PSEUDO = 0.5  # problems added at each corner or bound
 
 
 def wilson_interval(correct: int, of: int) -> Interval:
-    """Score interval of a share (Wilson 1927): sensible at 0, at 1 and for few problems."""
+    """Returns the score interval of a share (Wilson 1927).
+
+    It is sensible for shares of 0 and 1 and for few problems.
+    """
     if of == 0:
         return 0.0, 1.0
     share, square = correct / of, Z * Z / of
@@ -29,12 +32,12 @@ def wilson_interval(correct: int, of: int) -> Interval:
 
 
 def paired_interval(ours: Values, theirs: Values) -> Interval:
-    """Of mean(ours) − mean(theirs), two numbers in 0 … 1 of each problem, such as correct or not.
+    """Returns the interval of mean(ours) − mean(theirs), for two numbers from 0 to 1 per problem.
 
-    The normal interval after half a problem has been added for each of the four outcomes (both,
-    ours alone, theirs alone, neither): d ± z·√(var / (n + 2)). It has a width where all problems
-    are alike and keeps its coverage for few of them. (Agresti and Min 2005, Statistics in Medicine
-    24, 729, section 3.)
+    It is the normal interval after half a problem has been added for each of the four outcomes
+    (both correct, ours only, theirs only, neither): d ± z·√(var / (n + 2)). Its width is positive
+    even if all problems have the same outcome, and it keeps its coverage for few problems.
+    (Agresti and Min 2005, Statistics in Medicine 24, 729, section 3.)
     """
     rows_NX, weights_N = _with_corners(ours, theirs)
     differences_N = rows_NX[:, 0] - rows_NX[:, 1]
@@ -47,11 +50,11 @@ def paired_interval(ours: Values, theirs: Values) -> Interval:
 
 
 def lost_interval(kept: Values, before: Values) -> Interval:
-    """Of 1 − Σ kept / Σ before, two numbers in 0 … 1 of each problem.
+    """Returns the interval of 1 − Σ kept / Σ before, for two numbers from 0 to 1 per problem.
 
-    The r for which mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller 1954),
-    after `paired_interval`'s half problems have been added; cut at −1, as r has no upper end when
-    `before` may be 0.
+    It contains 1 − r for each r such that mean(kept) − r·mean(before) is within z standard errors
+    of 0 (Fieller 1954), after half a problem has been added per outcome as in `paired_interval`.
+    It is limited to −1 … 1, because r has no upper end when mean(before) may be 0.
     """
     rows_NX, weights_N = _with_corners(kept, before)
     total = weights_N.sum()
@@ -70,11 +73,12 @@ def lost_interval(kept: Values, before: Values) -> Interval:
 
 
 def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
-    """Of a mean over problems of values between `bounds`, by drawing the problems' weights.
+    """Returns the interval of the mean of `values`, which lie between `bounds`, by a bootstrap.
 
-    A Bayesian bootstrap (Rubin 1981) with half a problem at each bound, so that values that are all
-    alike leave a width: of correct and wrong it is the interval of Jeffreys' prior (Brown, Cai and
-    DasGupta 2001). Of differences between two policies on the same problems it is paired.
+    The Bayesian bootstrap (Rubin 1981) draws the problems' weights. Half a problem is added at each
+    bound, so the interval has a width even if all values are equal. For values of 0 and 1 it is the
+    interval of Jeffreys' prior (Brown, Cai and DasGupta 2001). For differences between two policies
+    on the same problems, it is a paired interval.
     """
     values_N = np.asarray(values, float)
     weights_DN = _drawn_weights(len(values_N), len(bounds), seed)
@@ -85,10 +89,11 @@ def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
 def bootstrap_lost_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Of the difference of two `1 − Σ kept / Σ before` over the same problems, weighted together.
+    """Returns the interval of the difference of two values 1 − Σ kept / Σ before.
 
-    The weights are `bootstrap_mean`'s, with half a problem for each outcome of ours, which meets
-    the opposite one of theirs.
+    `ours` and `theirs` are pairs (kept, before) over the same problems, which have the same drawn
+    weights in both. The weights are those of `bootstrap_mean`. Half a problem is added for each
+    outcome of ours, together with the opposite outcome of theirs.
     """
     losses = []
     for (kept, before), corners_CX in ((ours, _CORNERS_CX), (theirs, 1 - _CORNERS_CX)):
@@ -103,10 +108,11 @@ def bootstrap_lost_difference(
 
 
 def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
-    """Of Σ parts / Σ wholes, such as layers run over tokens; a problem's tokens stay together.
+    """Returns the interval of Σ parts / Σ wholes, such as layers run per token.
 
-    Problems are drawn with replacement (Efron 1979, percentiles). A ratio that every problem has,
-    such as the depth of a policy that stops all tokens alike, is no estimate and has no width.
+    Whole problems are drawn with replacement (Efron 1979, percentiles), so the tokens of one
+    problem stay together. If every problem has the same ratio, as with the depth of a policy that
+    stops all tokens at one exit, the width is 0.
     """
     return _percentiles(_resampled(parts, seed) / _resampled(wholes, seed))
 
@@ -114,7 +120,10 @@ def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
 def bootstrap_ratio_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Of the difference of two such ratios over the same problems, drawn together."""
+    """Returns the interval of the difference of two ratios Σ parts / Σ wholes.
+
+    Each draw takes the same problems for both ratios. See `bootstrap_ratio`.
+    """
     first, second = (
         _resampled(parts, seed) / _resampled(wholes, seed) for parts, wholes in (ours, theirs)
     )
@@ -122,27 +131,27 @@ def bootstrap_ratio_difference(
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Sums of the problems that each draw has: the same problems for the same seed."""
+    """Returns the sum of `values` over the problems of each draw, which depend only on the seed."""
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
-    """[N + 4, 2] values and their weights: the problems, and half a one of each outcome."""
+    """Returns [N + 4, 2] values and their weights: N problems, and half a one for each outcome."""
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
     weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))
     return np.vstack([pairs_NX, _CORNERS_CX]), weights_N
 
 
 def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
-    """[DRAWS, problems + pseudo] weights: normalised, a row is a Dirichlet draw."""
+    """Returns [DRAWS, problems + pseudo] weights; each row is a Dirichlet draw once normalised."""
     shapes_N = np.append(np.ones(problems), np.full(pseudo, _PSEUDO))
     return np.random.default_rng(seed).gamma(shapes_N, size=(DRAWS, len(shapes_N)))
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """The interval within the limits, and reaching to the value that was measured (not if NaN)."""
+    """Returns the interval cut to the limits, then extended to contain `value` unless it is NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given continuations under a halting policy."""
+"""Computes the log-likelihoods of given continuations under a halting policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jexit.model.transformer import Transformer, logits_of, run
 from jexit.steps.completions import Completions, bucket_length, pad_completions
 from jexit.tasks.base import stable_hash
 
-# Of the vocabulary, at a time, in the search for the most likely token.
+# Vocabulary entries per step of the search for the most likely token.
 _TILE = 2048
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its continuation
@@ -28,9 +28,9 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """A continuation's tokens: log-probabilities in nats, the layers run to produce each.
+    """The log-probability of each token of a continuation, in nats, and the layers run for it.
 
-    `greedy`: every token is the most likely one at its place, given those before it.
+    `greedy` is true if every token is the most likely one after the tokens before it.
     """
 
     logprobs: list[float]
@@ -46,17 +46,18 @@ class Score:
 class Scorer:
     """Scores continuations with one model under one policy, in batches of similar length.
 
-    As in decoding, context positions (the last one included) run every layer, and continuation
-    positions leave as the policy says given the text so far; the last of them needs no pass, since
-    no token follows it. Under `Full`, `Threshold` and `Prescribed` (one row per pair, column i for
-    the pass that produces token i, as in `generate`) the scores are what decoding would have
-    recorded if it had drawn that text.
+    As in decoding, every context position, including the last, runs every layer. The policy decides
+    where the continuation positions leave, given the text so far. The last continuation position
+    needs no pass, because no token follows it. Under `Full`, `Threshold` and `Prescribed`, the
+    scores are those that decoding would have recorded if it had produced the same text. As in
+    `generate`, `Prescribed` has one row per pair, and its column i is for the pass that produces
+    token i.
 
     Under `Sample`, depths d are drawn and a score is log π(y | d). Its mean over draws is a lower
     bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log E_d π(y | d)
-    (Jensen). Draws depend on the seed and the pair's own tokens, never on the batch.
+    (Jensen). Draws depend on the seed and the pair's own tokens, but not on the batch.
 
-    The full logits [tokens, vocabulary] are never held in memory.
+    The full logits [tokens, vocabulary] are never stored.
     """
 
     def __init__(
@@ -73,10 +74,11 @@ class Scorer:
         self.max_length = most if max_length is None else max_length
         if not 1 <= self.max_length <= most:
             raise UserError(
-                f"max_length is {max_length} and the model takes {most} positions; give 1 to {most}"
+                f"max_length is {max_length}, but it must be at least 1 and at most {most}, the "
+                "number of the model's positions"
             )
         if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+            raise UserError(f"batch_size is {batch_size}, but it must be at least 1")
         self._graphdef, self._state = nnx.split(model)
         self._layers, self._policy, self._pad_id = model.arch.layers, policy, pad_id
         self._key, self._batch_size = jax.random.key(seed), batch_size
@@ -84,29 +86,29 @@ class Scorer:
     def fit(
         self, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """The pair with its context cut from the left to what the model takes.
+        """Returns the pair, with its context cut on the left so that both fit into the model.
 
-        Of context and continuation together one token more than `max_length` fits, as the last one
-        is only predicted. Raises UserError for a continuation that leaves the context no room, or
-        an empty side.
+        Context and continuation together may have `max_length` + 1 tokens, because the last one is
+        only predicted. Raises UserError if the continuation leaves no room for a context, or if one
+        of the two is empty.
         """
         if not context or not continuation:
             raise UserError(
-                f"a context of {len(context)} tokens and a continuation of {len(continuation)} "
-                "cannot be scored; give both at least one token"
+                f"the context has {len(context)} tokens and the continuation has "
+                f"{len(continuation)}, but each must have at least one token"
             )
         if len(continuation) > self.max_length:
             raise UserError(
-                f"a continuation of {len(continuation)} tokens is over the limit of "
+                f"a continuation has {len(continuation)} tokens, which is over the limit of "
                 f"{self.max_length} positions; shorten it, or split it and score the parts"
             )
         room = self.max_length + 1 - len(continuation)
         return [int(i) for i in context[-room:]], [int(i) for i in continuation]
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
-        """The scores of the pairs by their index, a batch at a time, long ones first.
+        """Yields the scores of one batch of pairs at a time, by the pairs' indices.
 
-        Raises UserError as `fit` does.
+        Batches of long pairs come first. Raises UserError if a pair cannot be scored; see `fit`.
         """
         fitted = [self.fit(*pair) for pair in pairs]
         self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
@@ -123,7 +125,7 @@ class Scorer:
     def _scored(
         self, indices: list[int], pairs: list[tuple[list[int], list[int]]], shape: tuple[int, int]
     ) -> dict[int, Score]:
-        # Few numbers of rows, against recompilation: the last pair fills the batch.
+        # The last pair is repeated up to a power of two: few batch sizes mean few compilations.
         rows = min(self._batch_size, 1 << (len(pairs) - 1).bit_length())
         filler = rows - len(pairs)
         pairs = [*pairs, *pairs[-1:] * filler]
@@ -165,9 +167,9 @@ class Scorer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OwnDraws(Policy):
-    """`Sample` whose draws follow from a row's name and the position, whatever the batch.
+    """A `Sample` policy whose draws depend on a row's name and the position, not on the batch.
 
-    `name_B` tells the rows apart (uint32).
+    `name_B` contains a uint32 name for each row.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -196,7 +198,7 @@ def _scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Of each continuation token: log-probability, whether it is the most likely one, depth."""
+    """Returns the log-probability, greedy agreement and depth of each continuation token."""
     model: Transformer = nnx.merge(graphdef, state)
     if not policy.reads_hazards:  # a depth for each token of the continuation
         policy = policy.map_rows(lambda part: batch.input_depths(part, model.arch.layers))
@@ -219,12 +221,15 @@ def _scores(
 
 
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
-    """argmax_v h · head_v, the first of equals, over tiles of the vocabulary."""
+    """Returns argmax_v h · head_v, computed over tiles of the vocabulary.
+
+    The first of equal maxima counts.
+    """
     vocab = head_VD.shape[0]
     tile = min(_TILE, vocab)
 
     def look(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        # The last tile lies at the end and sees some tokens again, which changes nothing.
+        # The last tile ends with the vocabulary and may repeat some tokens, which is harmless.
         start = jnp.minimum(number * tile, vocab - tile)
         part_VD = jax.lax.dynamic_slice_in_dim(head_VD, start, tile)
         logits_NV = logits_of(h_ND, part_VD)

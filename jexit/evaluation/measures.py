@@ -1,4 +1,4 @@
-"""What `eval.measures` names beyond accuracy, and the completions that are kept for reading."""
+"""Runs the measures that `eval.measures` names, and selects the completions kept for reading."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from jexit.results import Completion, Faithfulness, PairedMeasure, Record
 from jexit.steps.state import SplitModel
 from jexit.tasks import Attempt, ChainTask, Task
 
-DIRECT = "at_once"  # the value of `task.steps` that asks for an answer without a chain
+DIRECT = "at_once"  # the value of `task.steps` that requests an answer without a chain
 
 
 def check_measures(task: Task, names: tuple[str, ...]) -> None:
-    """Raises UserError for a measure that the task cannot have."""
+    """Raises UserError if a named measure cannot be applied to the task."""
     chains = [name for name in names if name in MEASURES]
     if chains and not isinstance(task, ChainTask):
         raise UserError(
-            f"config.eval.measures has {chains[0]}, and the completions of task {task.name!r} have "
-            "no steps; leave it out"
+            f"config.eval.measures contains {chains[0]!r}, but the completions of task "
+            f"{task.name!r} are not divided into steps; remove {chains[0]!r} from it"
         )
     if "capacity" in names and not (isinstance(task, ChainTask) and task.granularities):
         raise UserError(
-            f"config.eval.measures has capacity, and task {task.name!r} cannot prescribe how much "
-            "a step does; leave it out"
+            f"config.eval.measures contains 'capacity', but task {task.name!r} cannot prescribe "
+            "the size of a step; remove 'capacity' from it"
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurer:
-    """Measures one model, under `eval.measured` and at full depth on the same weights.
+    """Measures one model under the policy `eval.measured`, and the same weights at full depth.
 
-    `attempts` holds those that there are already, by policy; `with_steps` gives the examination
-    whose prompts ask for such `task.steps`.
+    `attempts` contains the attempts that have already been decoded, by policy.
+    `with_steps(granularity)` returns an examination whose prompts are written with `task.steps` set
+    to `granularity`.
     """
 
     config: Config
@@ -61,7 +62,11 @@ class Measurer:
     _faithful: dict[str, list[Measured]] = dataclasses.field(init=False, default_factory=dict)
 
     def parts(self) -> list[tuple[str, Callable[[], Sequence[Record]]]]:
-        """The parts of `eval.json` that `eval.measures` names, and what measures each, in order."""
+        """Returns the parts of `eval.json` to measure, in order.
+
+        Each entry contains the name of a part and a function that measures it. A name can occur
+        several times.
+        """
         names, task = self.config.eval.measures, self.examination.task
         parts: list[tuple[str, Callable[[], Sequence[Record]]]] = []
         if "exits" in names:
@@ -81,7 +86,10 @@ class Measurer:
         return parts
 
     def examples(self) -> list[Completion]:
-        """Completions for reading: each token with its depth and the hazards that it met."""
+        """Returns the first `eval.heat_maps` completions of each policy, for reading.
+
+        Each token has its depth and the hazards at the exits that it reached.
+        """
         examples = []
         for policy in self.config.eval.policies:
             made = self.attempts[policy][: self.config.eval.heat_maps]
@@ -114,7 +122,10 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _law(self, policy: str) -> Sample:
-        """What makes a hazard of a logit: the sampler's temperature and floor, else σ(z)."""
+        """Returns the law that turns a hazard logit z into a hazard.
+
+        For the policy `sample` this is the decoder's law, and for the others it is σ(z).
+        """
         return self.decoder.law if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
@@ -123,7 +134,7 @@ class Measurer:
         return self.attempts[policy]
 
     def _recorded(self, attempts: Sequence[Attempt]) -> Recorded:
-        """Of the first problems' attempts."""
+        """Returns attempts at the first problems, prepared for another pass through the model."""
         return Recorded(
             self.examination.prompts[: len(attempts)],
             [made.ids for made in attempts],
@@ -178,7 +189,10 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """The policy less full depth on the problems that both have: accuracy and each measure."""
+        """Compares the policy with full depth, in accuracy and in each measure of faithfulness.
+
+        Each comparison uses the problems for which both have a value.
+        """
         found: list[Record] = []
         for policy in self._policies[:-1]:
             pair = paired(scores_of(self._attempts(policy)), scores_of(self._attempts("full")))
@@ -198,7 +212,10 @@ class Measurer:
         return [*prescribed(granularity, examination, by_policy)]
 
     def _begun_steps(self) -> list[Record]:
-        """After prompts that ask for no size, whatever the evaluation's own ask for."""
+        """Measures begun steps after prompts that do not prescribe a step size.
+
+        The evaluation's own prompts may prescribe one.
+        """
         examination = self.with_steps("free")
         assert isinstance(examination.task, ChainTask)
         begun = {

@@ -1,4 +1,4 @@
-"""Completions that have been decoded, run through a model again at their own depths."""
+"""Runs decoded completions through a model again, together with their recorded depths."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jexit.axes import Array
 from jexit.dist import data_shards, place_rows, whole
 from jexit.steps.completions import Completions, bucket_length, pad_completions
 
-_POSITIONS = 8192  # of one pass: rows of a batch follow from its length
+_POSITIONS = 8192  # in one batch, from which the number of rows follows
 
 
 def batch_rows(count: int, length: int) -> int:
-    """How many of `count` sequences of this length go through the model at once."""
+    """Returns how many of `count` sequences of `length` tokens go through the model at once."""
     shards = data_shards()
     return min(-(-count // shards), max(1, _POSITIONS // length)) * shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """Prompts and completions as tokens, with the depth of every pass that wrote one."""
+    """Prompts and completions as token ids, with the depth of the pass behind each token."""
 
     prompts: Sequence[Sequence[int]]
     completions: Sequence[Sequence[int]]
@@ -31,9 +31,10 @@ class Recorded:
     pad_id: int
 
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
-        """What `program(rows, depth_BC)` gives [B, C, …] for all rows, with zeros beyond a text.
+        """Returns the outputs of `program(rows, depth_BC)`, [B, C, …] each, for all completions.
 
-        It sees the longest first, in batches padded to their longest.
+        The entries beyond the end of a completion are zeros or the outputs for padding. `program`
+        is called on batches, the longest sequences first.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

@@ -1,4 +1,4 @@
-"""What a measure found for each problem, so that two policies can be compared on the same ones."""
+"""A measure's scores per problem, which let two policies be compared on the same problems."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Kind = Literal["share", "difference", "lost"]
 class Scores:
     """Two numbers from 0 to 1 per problem, and the statistic computed from them.
 
-    `share`: the mean of `first`, each 0 or 1. `difference`: the mean of `first` less the mean of
-    `second`. `lost`: 1 − Σ first / Σ second, NaN where `second` is 0 for all problems. `numbers`
-    are the problems' in the evaluation.
+    The kind `share` is the mean of `first`, whose entries are 0 or 1. `difference` is the mean of
+    `first` less the mean of `second`. `lost` is 1 − Σ first / Σ second, or NaN if `second` is 0 for
+    all problems. `numbers` contains the problems' numbers in the evaluation.
     """
 
     kind: Kind
@@ -58,7 +58,7 @@ class Scores:
         return first if self.kind == "share" else first - second
 
     def of(self, numbers: Sequence[int]) -> Scores:
-        """Of these problems, in their order."""
+        """Returns the scores of the problems with the given numbers, in this order."""
         places = {number: place for place, number in enumerate(self.numbers)}
         chosen = [places[number] for number in numbers]
         return Scores(
@@ -74,7 +74,7 @@ class Scores:
 
 
 class Paired(NamedTuple):
-    """Two policies' values on the problems that they have in common, and ours less theirs."""
+    """Two policies' values on their common problems, and the difference of ours less theirs."""
 
     value: float
     against_value: float
@@ -84,7 +84,10 @@ class Paired(NamedTuple):
 
 
 def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
-    """The interval is of the difference, over problems. None without a common problem."""
+    """Compares two policies' scores on their common problems, with an interval of the difference.
+
+    Returns None if they have no problem in common.
+    """
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:
         return None

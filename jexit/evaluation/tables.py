@@ -1,4 +1,4 @@
-"""An evaluation as tables on the terminal: a line a policy, a control, a measure."""
+"""Prints an evaluation on the terminal, with one line per policy, control and measure."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
         )
     for quality in evaluation.exits:
         _print_table(
-            "exit | KL, nats | same token | under 0.05",
+            "exit | KL, nats | same token | KL under 0.05",
             "{0.exit} | {0.kl_nats:.2f} | {0.same_token:.1%} | {0.close:.1%}",
             quality.exits,
         )
         _print_table(
-            "leaving under | KL, nats | same token | at L | of L",
+            "threshold, nats | KL, nats | same token | same at L | of L",
             "{0.threshold_nats:g} | {0.kl_nats:.2f} | {0.same_token:.1%} | "
             "{0.same_token_full_depth:.1%} | {0.depth_fraction:.0%}",
             quality.leaving,
@@ -55,8 +55,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
         evaluation.faithfulness_paired,
     )
     for head, entries in (
-        ("a step does", evaluation.capacity),
-        ("a step begun of", evaluation.begun_steps),
+        ("prescribed step", evaluation.capacity),
+        ("begun step", evaluation.begun_steps),
     ):
         _print_table(
             f"{head} | policy | accuracy | 95 % interval | of L | as asked",
@@ -67,7 +67,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
-    """The closing table of a training run."""
+    """Prints a training run's closing table: its results before and after training."""
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",
@@ -82,7 +82,10 @@ def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
 
 
 def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
-    """A line a record, `row` formatted with it; texts to the left and numbers to the right."""
+    """Prints a table with one line per record, made by formatting `row` with the record.
+
+    Text is aligned to the left and numbers to the right.
+    """
     if not records:
         return
     lines = [text.split(" | ") for text in (head, *(row.format(record) for record in records))]

@@ -1,7 +1,8 @@
-"""Problems answered with a chain of thought, for interventions on what the chain says.
+"""Problems answered with a chain of thought, for interventions on the text of the chain.
 
-A forced prefix holds none of the model's own words: an answer is read from the cue and from what
-the model wrote itself, and where that has none there is none.
+A forced prefix does not count as the model's own words. The answer is therefore read only from the
+cue and the text that the model wrote after the prefix. If this text does not contain an answer, the
+reply does not have one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What follows a prefix: the model's own words, which a forced answer's cue precedes.
+    """The text that the model wrote after a prefix, preceded by the cue if the answer was forced.
 
-    `correct` is the task's verdict on the answer in them.
+    `answer` is the answer in this text, or None, and `correct` is the task's verdict on it.
     """
 
     text: str
@@ -36,7 +37,8 @@ class Continuation:
 class Transcripts:
     """Problems that were answered with a chain, their numbers in the evaluation, and the replies.
 
-    Whatever is drawn for a problem depends on its number alone: under two policies it is the same.
+    A random draw for a problem depends only on `seed`, the measure and the problem's number, so it
+    is the same under every policy.
     """
 
     task: ChainTask
@@ -55,7 +57,10 @@ class Transcripts:
         completer: Completer,
         seed: int = 0,
     ) -> Transcripts:
-        """Without completions that have no step or no answer: there is nothing to intervene in."""
+        """Returns the transcripts of the completions that have at least one step and an answer.
+
+        The others are left out because they contain nothing to intervene on.
+        """
         chosen = [
             number
             for number, reply in enumerate(replies)
@@ -75,31 +80,38 @@ class Transcripts:
         return [self.task.steps(reply.text) for reply in self.replies]
 
     def opening(self, index: int) -> str:
-        """What a completion has before its first step: the think block that it or its prompt opens.
+        """Returns the text before a completion's first step: the tag that opens its think block.
 
-        An answer without a chain then closes an empty block, as one after some steps closes theirs.
+        The completion or its prompt may open the block. The result is empty if neither does. An
+        answer forced without a chain then closes an empty block.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
 
     def correct(self, index: int) -> bool:
-        """Whether the completion is."""
+        """Whether the completion's answer is correct."""
         return self.task.verify(self.problems[index], self.replies[index].text).correct
 
     def draw(self, name: str, index: int) -> Draw:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """An answer in the form in which `final_answer` gives it."""
+        """Returns an answer in the form that `final_answer` returns."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """The answers that come at once after so much of a completion, all in one decode."""
+        """Returns the answers that the model gives when each prefix is followed by the cue.
+
+        All rows are decoded together. A row for which the model has no room gets None.
+        """
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self._continuations(asked, answer_only=True)
 
     def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """What follows prefixes of completions, all in one decode."""
+        """Returns the model's continuations of prefixes of completions, all decoded together.
+
+        A row for which the model has no room gets None.
+        """
         return self._continuations(rows, answer_only=False)
 
     def _continuations(
@@ -115,8 +127,8 @@ class Transcripts:
         ]
 
     def _read(self, problem: Problem, prefix: str, text: str, reply: Reply) -> Continuation:
-        # The whole is read too: a chain may have been opened in the prefix and never be closed, and
-        # then the numbers in it are no answer.
+        # The whole text is read too: the prefix may open a chain that is never closed, and then the
+        # numbers in the chain are not an answer.
         seen = self.task.answerable(prefix + reply.text, cut=reply.cut)
         whole = self.task.final_answer(seen)
         answer = None if whole is None else self.task.final_answer(text)

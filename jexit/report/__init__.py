@@ -1,1 +1,1 @@
-"""Pictures and pages made from the files of a run; needs no accelerator and imports no jax."""
+"""Draws charts and pages from the files of a run, without an accelerator and without JAX."""

@@ -1,8 +1,9 @@
-"""Writes the report on one run, or on several side by side.
+"""Writes the report on one run, or on several runs side by side.
 
     python -m jexit.report WORKDIR [WORKDIR ...] [--output=FILE]
 
-The page goes to report.html in the first WORKDIR. It opens from disk, with no server.
+The page is written to FILE, by default report.html in the first WORKDIR. A browser can open it from
+disk, without a server.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from jexit.report.runs import read_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, writes, and turns a user's mistake into one sentence and an exit code."""
+    """Parses the arguments, writes the report and returns an exit code.
+
+    Prints the mistakes of a user as one sentence.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m jexit.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run")
-    parser.add_argument("--output", help="the page's file; default: report.html in the first run")
+    parser.add_argument("--output", help="file of the page; default: report.html in the first run")
     arguments = parser.parse_args(argv)
     try:
         runs = read_runs(arguments.workdirs)

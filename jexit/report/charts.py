@@ -1,8 +1,8 @@
-"""Charts: axes, curves, points and their labels, as shapes that pages and SVG files draw.
+"""Builds charts from axes, curves, points and labels, as shapes for pages and SVG files.
 
-Shapes carry a class instead of a colour, so that light and dark both work: `s0` to `s7` name a
-series, `v0` to `v8` a level, `c0` to `c32` a depth. Lengths are in CSS pixels at a chart's full
-size.
+Shapes have a style class instead of a colour, so that they work on light and dark pages: `s0` to
+`s7` name a series, `v0` to `v8` a level, and `c0` to `c32` a depth. Lengths are in CSS pixels at a
+chart's full size.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jexit.report.colours import file_style
 from jexit.report.rendering import NO_BREAK, asset, render, short_number
 
 FONT = 12.0
-# The mean width of a character in units of the font size: of bold figures in a wide font.
+# The mean width of a character in units of the font size, for bold digits in a wide font.
 CHARACTER = 0.7
 LINE = 12.0  # from one line of a label to the next
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Tick = tuple[float, str]  # a value on an axis and what stands there
+Tick = tuple[float, str]  # a value on an axis and its label
 
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """An outline, as SVG writes it; `title` shows when the pointer rests on it."""
+    """An outline in SVG's path syntax; `title` is shown when the pointer rests on it."""
 
     d: str
     classes: str
@@ -38,7 +38,7 @@ class Path:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A line of text; x and y are where its `anchor` (start, middle, end) and its foot are."""
+    """A line of text; x is the position of its `anchor` (start, middle or end), y of its foot."""
 
     x: float
     y: float
@@ -49,7 +49,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Shapes that lie x to the right and y below the place that they name."""
+    """Shapes that are moved together, by x to the right and y downwards."""
 
     x: float
     y: float
@@ -58,7 +58,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What an axis measures, with its unit, its lowest and highest value, and its ticks."""
+    """An axis: its label with the unit, its lowest and highest value, and its ticks."""
 
     label: str
     span: tuple[float, float]
@@ -71,7 +71,7 @@ class Axis:
 
     @classmethod
     def of_steps(cls, label: str, first: float, last: float) -> Axis:
-        """From the first to the last value exactly, with ticks at whole numbers between them."""
+        """Returns an axis from exactly `first` to `last`, with ticks at whole numbers."""
         if first == last:
             first, last = first - 0.5, last + 0.5
         values = [v for v in round_ticks(first, last, whole=True)[1] if first <= v <= last]
@@ -79,7 +79,7 @@ class Axis:
 
     @classmethod
     def of_shares(cls, label: str, low: float = 0.0, high: float = 1.0) -> Axis:
-        """Shares in per cent; all of them by default, with ticks at the quarters."""
+        """Returns an axis of shares in per cent; by default from 0 to 100 % in quarters."""
         span, values = round_ticks(low, high)
         if (low, high) == (0.0, 1.0):
             span, values = (0.0, 1.0), [0, 0.25, 0.5, 0.75, 1]
@@ -87,7 +87,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Shares that hold all values with room around them, never less than 20 points."""
+        """Returns an axis of shares with room around all values, at least 20 points long."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -95,12 +95,12 @@ class Axis:
 
     @classmethod
     def of_names(cls, label: str, names: Sequence[str]) -> Axis:
-        """Names side by side, the first at 0, the next at 1."""
+        """Returns an axis of names side by side, the first at 0 and the next at 1."""
         return cls(label, (-0.5, len(names) - 0.5), [*enumerate(names)])
 
 
 class Chart:
-    """One pair of linear axes and the shapes on them; x and y are in the data's own units."""
+    """A pair of linear axes and the shapes on them; x and y are in the data's own units."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Chart:
 
     @property
     def described(self) -> str:
-        """What it shows, for readers who do not see it."""
+        """The title and the note, for readers who cannot see the chart."""
         return f"{self.title}. {self.note}".strip()
 
     def x(self, value: float) -> float:
@@ -157,7 +157,7 @@ class Chart:
         self.shapes.append(Path(d, classes, title))
 
     def curve(self, xs: Sequence[float], ys: Sequence[float], classes: str) -> None:
-        """A line through the points; one that is not finite leaves a gap."""
+        """Draws a line through the points; a point that is not finite leaves a gap."""
         steps, pen = [], "M"
         for x, y in zip(xs, ys, strict=True):
             known = math.isfinite(x) and math.isfinite(y)
@@ -170,7 +170,7 @@ class Chart:
     def band(
         self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], classes: str
     ) -> None:
-        """The area between two lines over the same xs."""
+        """Fills the area between two lines over the same xs."""
         there = [(x, y) for x, y in zip(xs, high, strict=True) if math.isfinite(y)]
         back = [(x, y) for x, y in zip(xs, low, strict=True) if math.isfinite(y)]
         if there and back:
@@ -178,14 +178,14 @@ class Chart:
             self.path(f"M{outline}Z", classes)
 
     def bar(self, x: float, half: float, y: float, classes: str, title: str) -> None:
-        """A bar from the foot of the chart up to y."""
+        """Draws a bar from the foot of the chart up to y."""
         left, right = self.x(x - half), self.x(x + half)
         top = min(self.y(y), self.bottom)
         d = f"M{left:.1f} {self.bottom:.1f}V{top:.1f}H{right:.1f}V{self.bottom:.1f}Z"
         self.path(d, classes, title)
 
     def across(self, x: tuple[float, float], y: float, classes: str) -> None:
-        """An error bar along the x axis."""
+        """Draws an error bar along the x axis."""
         if all(map(math.isfinite, x)):
             self.keep_clear((x[0], y), (x[1], y))
             (low, high), at = map(self.x, x), self.y(y)
@@ -193,7 +193,7 @@ class Chart:
             self.path(d, f"error {classes}")
 
     def upright(self, x: float, y: tuple[float, float], classes: str) -> None:
-        """An error bar along the y axis."""
+        """Draws an error bar along the y axis."""
         if all(map(math.isfinite, y)):
             self.keep_clear((x, y[0]), (x, y[1]))
             (low, high), at = map(self.y, y), self.x(x)
@@ -203,15 +203,15 @@ class Chart:
     def point(
         self, x: float, y: float, shape: str, classes: str, title: str = "", size: float = 1.0
     ) -> None:
-        """A marker; labels that are placed later keep off it."""
+        """Draws a marker, which labels that are placed later avoid."""
         at_x, at_y = self.x(x), self.y(y)
         self.shapes.append(marker(shape, at_x, at_y, classes, title, size))
         self._taken.append((at_x - 6, at_y - 6, at_x + 6, at_y + 6))
 
     def told_at(self, columns: Sequence[tuple[float, str]]) -> None:
-        """Columns of the chart's height, each with a text that shows where the pointer rests.
+        """Adds columns of the chart's height, whose texts show when the pointer rests on them.
 
-        Each (x, text) reaches halfway to its neighbours.
+        The column of each (x, text) reaches halfway to its neighbours.
         """
         xs = [x for x, _ in columns]
         middles = [(a + b) / 2 for a, b in pairwise(xs)]
@@ -221,7 +221,7 @@ class Chart:
             self.path(f"{d}H{self.x(left):.1f}Z", "told", text)
 
     def keep_clear(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Labels placed later keep off the line between two points, where they can."""
+        """Makes labels that are placed later avoid the line between two points, if possible."""
         (x1, y1), (x2, y2) = ((self.x(x), self.y(y)) for x, y in (start, end))
         pieces = max(1, round(math.hypot(x2 - x1, y2 - y1) / 6))
         for piece in range(pieces + 1):
@@ -229,10 +229,10 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each (x, y, text, class) beside its point, where it covers least of the others.
+        """Writes each (x, y, text, class) beside its point, where it overlaps the least.
 
-        Texts of one class whose points lie on each other stand in one block, a line each; a thin
-        line leads from a block that does not touch its point to it.
+        Texts of one class whose points almost coincide form one block with a line per text. A thin
+        line connects a block to its point if they are apart.
         """
         blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:
@@ -250,14 +250,14 @@ class Chart:
             if math.hypot(near[0] - at_x, near[1] - at_y) > 12.0:
                 d = f"M{at_x:.1f} {at_y:.1f}L{near[0]:.1f} {near[1]:.1f}"
                 self.path(d, f"leader {class_}")
-            # To the left of its point a label ends there, however wide its font turns out.
+            # A label to the left of its point is anchored at its end, because its width is a guess.
             x, anchor = (box[2], "end") if box[2] < at_x else (box[0], "start")
             for line, text in enumerate(texts, start=1):
                 foot = box[1] + LINE * line - 3
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """The place near a point where a box covers least; the nearest of equals."""
+        """Returns the place near a point where a box overlaps the least, the nearest of equals."""
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
         sides = (x + 9, x - 9 - width, x - width / 2)
@@ -270,19 +270,19 @@ class Chart:
         return 10 * outside + sum(_overlap(box, other) for other in self._taken)
 
     def label_ends(self, ends: Sequence[tuple[float, str, str]]) -> None:
-        """Writes (y, text, class) at the right end, one above the other where they are close."""
+        """Writes each (y, text, class) at the right end, stacked where they are close."""
         low, high = self.y_span
         placed: list[tuple[float, str, str]] = []
         for value, text, classes in sorted(ends, key=lambda end: end[0]):
             at = self.y(min(max(value, low), high)) + 4
             placed.append((min(at, placed[-1][0] - 13) if placed else at, text, classes))
-        # Many that end near the top would climb over it.
+        # Many labels near the top would extend above the chart.
         down = max(self.top + 4 - placed[-1][0], 0.0)
         for at, text, classes in placed:
             self.shapes.append(Text(self.right + 5, at + down, text, f"end {classes}"))
 
     def explain(self, text: str, classes: str, shape: str = "line") -> None:
-        """An entry of the legend."""
+        """Adds an entry to the legend."""
         if shape == "line":
             key = Path("M1 7H23", classes)
         elif shape == "area":
@@ -295,7 +295,7 @@ class Chart:
 def marker(
     shape: str, x: float, y: float, classes: str, title: str = "", size: float = 1.0
 ) -> Path:
-    """A circle, square, triangle or diamond around a point; hollow with `open-` before it."""
+    """Returns a circle, square, triangle or diamond around a point, hollow with prefix `open-`."""
     kind = shape.removeprefix("open-")
     classes = f"mark open {classes}" if kind != shape else f"mark {classes}"
     if kind == "circle":
@@ -312,12 +312,12 @@ def marker(
 
 
 def side_by_side(charts: Sequence[Chart], *, small: bool = False) -> Markup:
-    """Charts on a page, as many in a row as there is room for."""
+    """Renders charts for a page, with as many in each row as fit."""
     return render("charts.html", charts=charts, small=small)
 
 
 def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
-    """Charts as one SVG file, row by row, each under its title and legend."""
+    """Returns one SVG file with the charts in rows, each below its title and legend."""
     width, gap = max(chart.width for chart in charts), 28.0
     groups: list[Group] = []
     top = 0.0
@@ -334,13 +334,13 @@ def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
 
 
 def drawing(groups: Sequence[Group], width: float, height: float) -> str:
-    """An SVG file of shapes, for light and dark pages."""
+    """Returns an SVG file of shapes, for light and dark pages."""
     style = file_style(asset("charts.css"))
     return render("drawing.svg", groups=groups, width=width, height=height, style=style)
 
 
 def _head(chart: Chart) -> tuple[list[Group], float]:
-    """A chart's title, note and legend, and their height."""
+    """Returns a chart's title, note and legend as groups of shapes, and their height."""
     texts = [Text(0.0, 14.0, chart.title, "title")]
     top = 20.0
     for line in textwrap.wrap(chart.note, int(chart.width / (0.8 * CHARACTER * FONT))):
@@ -360,13 +360,13 @@ def text_width(text: str, size: float = FONT) -> float:
     return CHARACTER * size * len(text)
 
 
-_LEAST = 1e-300  # floats below lose digits, and their logarithm at last
+_LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarithm
 
 
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Round numbers that span the values, about `count` of them, and the range they span."""
+    """Returns a range that contains both values, and about `count` round numbers that span it."""
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach
@@ -375,7 +375,7 @@ def round_ticks(
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)
     if whole:
         step = max(1.0, float(math.ceil(step)))
-    # A value a rounding error beyond a tick needs no further tick.
+    # A value that exceeds a tick only by a rounding error needs no further tick.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     last = max(last, first + 1)
     values = [index * step for index in range(first, last + 1)]
@@ -383,7 +383,7 @@ def round_ticks(
 
 
 def tick_texts(values: Sequence[float]) -> list[Tick]:
-    """Each value as short as its neighbours allow."""
+    """Returns each value with a text that has only the decimals which the ticks' spacing needs."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
     size = max(map(abs, values), default=0.0)
     if size >= 1e5 or 0 < size < 1e-3:

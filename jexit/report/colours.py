@@ -1,4 +1,4 @@
-"""The colours of pages and charts, light and dark: of words, of series, of levels and of depth."""
+"""The colours of text, series, levels and depths on pages and charts, light and dark."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-SERIES = 8  # classes s0 … s7: things of different kinds
-LEVELS = 8  # classes v0 … v8: levels of one thing, from low to high
-STEPS = 32  # classes c0 … c32: depth, from no layer to all
+SERIES = 8  # classes s0 … s7: unordered series
+LEVELS = 8  # classes v0 … v8: levels of one quantity, from low to high
+STEPS = 32  # classes c0 … c32: depth, from no layer to all layers
 
 # Name → its colour on light pages and on dark ones.
 COLOURS: Mapping[str, tuple[str, str]] = {
@@ -30,14 +30,14 @@ COLOURS: Mapping[str, tuple[str, str]] = {
 }
 SCHEMES = ("light", "dark")
 
-# From shallow to deep. On light pages Cividis from its light end (Nuñez, Anderton, Renslow 2018);
-# on dark ones its blue is lifted off the page. Lightness falls at every step, for readers with any
-# of the common colour blindnesses, too.
+# From shallow to deep. Light pages use Cividis from its light end (Nuñez, Anderton, Renslow 2018).
+# Dark pages use a lighter blue, which stands out from the page. Lightness falls at every step, also
+# for readers with any of the common forms of colour blindness.
 _DEPTHS = {
     "light": ("#fee838", "#bcae6c", "#7d7c78", "#434e6c", "#00224e"),
     "dark": ("#fee838", "#cbbf6b", "#a2a08c", "#7b8bb0", "#4f74c8"),
 }
-# From low to high: Viridis, without the end that the page would swallow (its inverse on dark ones).
+# From low to high: Viridis, without the end that is invisible on the page; reversed on dark pages.
 _LEVELS = {
     "light": ("#440154", "#3b528b", "#21918c", "#2e9d5b", "#8a9a00"),
     "dark": ("#fde725", "#8fd744", "#35b779", "#3f9fb0", "#8a72d2"),
@@ -45,20 +45,20 @@ _LEVELS = {
 
 
 def depth_class(depth: float, layers: int) -> str:
-    """The style class of a depth: c0 for no layer to c32 for all."""
+    """Returns the style class of a depth, from c0 for no layer to c32 for all layers."""
     return f"c{round(STEPS * min(max(depth / layers, 0.0), 1.0))}"
 
 
 def level_class(index: int, count: int) -> str:
-    """The style class of one of `count` levels, the lowest first."""
+    """Returns the style class of level `index` of `count`, of which 0 is the lowest."""
     return f"v{round(LEVELS * index / max(count - 1, 1))}"
 
 
 def depth_colours(scheme: str) -> list[tuple[str, str]]:
-    """Background and text colour of c0 to c32.
+    """Returns the background and text colours of the classes c0 to c32.
 
-    The text is whichever of black and white has the higher contrast (WCAG 2.2, 1.4.3): at least
-    4.5 on any colour.
+    The text is black or white, whichever has the higher contrast (WCAG 2.2, 1.4.3), which is at
+    least 4.5 on any colour.
     """
     backgrounds = [_between(_DEPTHS[scheme], step / STEPS) for step in range(STEPS + 1)]
     return [(b, "#000000" if luminance(b) > 0.179 else "#ffffff") for b in backgrounds]
@@ -73,7 +73,7 @@ def named_colours(scheme: str) -> dict[str, str]:
 
 
 def page_colours() -> str:
-    """Style of a page: its variables, and the classes of series, levels and depths."""
+    """Returns a page's style: its variables, and the classes of series, levels and depths."""
 
     def rules(scheme: str) -> str:
         named = "".join(f"--{name}:{colour};" for name, colour in named_colours(scheme).items())
@@ -84,9 +84,10 @@ def page_colours() -> str:
 
 @functools.cache
 def file_style(rules: str) -> str:
-    """Style of an SVG file: `rules` with the colours in place of var(--name), light and dark.
+    """Returns the style of an SVG file: `rules` with a colour instead of each var(--name).
 
-    Programs that know neither variables nor media queries draw it light.
+    It has a light and a dark variant. Programs that support neither variables nor media queries
+    draw the light one.
     """
 
     def coloured(scheme: str) -> str:
@@ -97,7 +98,7 @@ def file_style(rules: str) -> str:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of an sRGB colour, 0 to 1 (WCAG 2.2)."""
+    """Returns the relative luminance of an sRGB colour, from 0 to 1 (WCAG 2.2)."""
     shares = (channel / 255 for channel in _channels(colour))
     linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -121,7 +122,7 @@ def _in_both(rules: Callable[[str], str]) -> str:
 
 
 def _between(anchors: Sequence[str], share: float) -> str:
-    """The colour at a share of the way along evenly spaced anchors."""
+    """Returns the colour at a share of the way along evenly spaced anchors."""
     place = share * (len(anchors) - 1)
     first = min(int(place), len(anchors) - 2)
     ends = zip(_channels(anchors[first]), _channels(anchors[first + 1]), strict=True)
@@ -129,5 +130,5 @@ def _between(anchors: Sequence[str], share: float) -> str:
 
 
 def _channels(colour: str) -> tuple[int, ...]:
-    """Red, green and blue of #rrggbb, 0 to 255."""
+    """Returns red, green and blue of #rrggbb, each from 0 to 255."""
     return tuple(bytes.fromhex(colour[1:]))

@@ -1,4 +1,4 @@
-"""Charts of an evaluation: accuracy over depth, histograms, what the chain of thought does."""
+"""Draws the charts of an evaluation, such as accuracy over depth and histograms of depths."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ CONTROL = "link dash1"
 
 
 def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
-    """Accuracy over the share of layers run, one point a policy, with 95 % intervals.
+    """Returns charts of accuracy over the share of layers run, one chart per task.
 
-    A control is hollow and joined to the policy whose mean depth it matches; thresholds are joined
-    in the order of their depth. Runs on different tasks have charts of their own.
+    Each policy is a point with 95 % intervals. A control is hollow, and a line connects it to the
+    policy whose mean depth it matches. Another line connects the thresholds in the order of their
+    depths.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
@@ -71,7 +72,7 @@ def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
                 _join(chart, (result, target), CONTROL)
         for policy, result in results.items():
             _point(chart, result, classes[policy], run.label if several else "")
-            # Of a threshold the number alone stays near its point.
+            # The label of a threshold is its number alone, so that it stays near its point.
             name = policy.removeprefix("threshold:")
             labels.append((result.depth_fraction, result.accuracy, name, classes[policy]))
         if several:
@@ -79,14 +80,14 @@ def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
     chart.label_points(labels)
     if any(result.kind == "threshold" for result in points):
         colour = "s5" if several else f"s{KINDS['threshold']}"
-        chart.explain("leaves at a hazard over the number", colour, shape="triangle")
+        chart.explain("leaves at a hazard above this number", colour, shape="triangle")
     if any(result.control_of for result in points):
         chart.explain("a control and the policy whose depth it matches", CONTROL)
     return chart
 
 
 def _join(chart: Chart, results: Sequence[PolicyResult], classes: str) -> None:
-    """A line through the results, which labels keep clear of."""
+    """Draws a line through the results, which labels avoid."""
     places = [(result.depth_fraction, result.accuracy) for result in results]
     chart.curve(*zip(*places, strict=True), classes)
     for start, end in pairwise(places):
@@ -107,7 +108,7 @@ def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
 
 
 def histograms(run: Run) -> list[Chart]:
-    """For each policy, the share of tokens that ran so many layers."""
+    """Returns a histogram for each policy: the share of tokens by layers run."""
     known = [result for result in run.evaluation.runs if result.depth_histogram]
     layers = run.evaluation.model.layers
     depths = {int(depth) for result in known for depth in result.depth_histogram}
@@ -134,7 +135,7 @@ def histograms(run: Run) -> list[Chart]:
 
 
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
-    """Share of final answers that are fixed once a part of the chain of thought is there."""
+    """Returns a chart of the answers after a part of the chain, or None without such a measure."""
     curves = [
         (entry.policy, measure.curve)
         for entry in entries
@@ -147,8 +148,8 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
         "Early answering",
         Axis.of_shares("steps of the chain of thought kept"),
         Axis.of_shares("completions"),
-        note="The lower a solid line stays, the later the answer is decided. Agreement is in "
-        "relation to that with the whole chain, where it is known.",
+        note="The lower a solid line stays, the later the answer is decided. Agreement is divided "
+        "by the agreement with the whole chain, if this is known.",
         height=300.0,
     )
     for index, (policy, curve) in enumerate(curves):
@@ -170,32 +171,35 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """In relation to the whole chain's, which noise may exceed; as counted in files without it."""
+    """Returns the agreement divided by the whole chain's, at most 1, as noise may exceed it.
+
+    Returns the agreement as counted if the file does not contain this ratio.
+    """
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]
     return [point.same_answer for point in curve]
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
-    """Accuracy for each prescribed granularity of the chain of thought, a line a policy."""
+    """Returns a chart of accuracy for each prescribed step size, with one line per policy."""
     return _over_steps(
         entries,
         "Head capacity",
         "prescribed step",
         "correct answers",
-        note="Hollow: fewer than half of the chains have the steps that were asked for.",
+        note="Hollow: fewer than half of the chains have the prescribed steps.",
         obeyed="steps as asked",
     )
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Chart:
-    """Accuracy of the results of steps that were begun, by their operands, a line a policy."""
+    """Returns a chart of the results of begun steps by number of operands, one line per policy."""
     return _over_steps(
         entries,
         "One step, begun",
         "operands",
         "correct results",
-        note="Hollow: fewer than half of the steps were given a result.",
+        note="Hollow: the model wrote a result for fewer than half of the steps.",
         obeyed="a result given",
     )
 
@@ -209,7 +213,7 @@ def _over_steps(
         title,
         Axis.of_names(x_label, [name.replace("_", " ") for name in places]),
         Axis.of_shares(y_label),
-        note=f"The larger the step, the more has to be done between two tokens. {note}",
+        note=f"A larger step needs more computation between two tokens. {note}",
         height=300.0,
     )
     for index, policy in enumerate(policies):
@@ -232,21 +236,25 @@ def _over_steps(
 
 
 def granularities(entries: Sequence[Capacity]) -> list[str]:
-    """Numbers of operands in order, then the names, in the order of the file."""
+    """Returns the numbers of operands in order, then the names in the order of the file."""
     names = list(dict.fromkeys(entry.granularity for entry in entries))
     numbers = sorted((name for name in names if name.isdigit()), key=lambda n: (len(n), n))
     return numbers + [name for name in names if not name.isdigit()]
 
 
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
-    """Mean target over mean hazard, bin by bin, a line an exit; the diagonal is calibration."""
+    """Returns charts of the mean target over the mean hazard per bin, with one line per exit.
+
+    On the diagonal, hazards are perfectly calibrated.
+    """
     charts = []
     for entry in entries:
         chart = Chart(
             f"Hazards under {entry.policy}",
             Axis.of_shares("mean hazard in the bin"),
             Axis.of_shares("mean target"),
-            note=f"Targets of sharpness {entry.sharpness:g}. Off the line is off the target.",
+            note=f"Targets have sharpness {entry.sharpness:g}. On the diagonal, the mean hazard "
+            "equals the mean target.",
             width=380.0,
             height=340.0,
         )

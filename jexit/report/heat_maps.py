@@ -1,4 +1,4 @@
-"""Completions as rows of cells, one a token, coloured by the layers that its pass ran."""
+"""Draws completions as rows of cells, one per token, coloured by the layers run for the token."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from jexit.results import Completion
 
 # A cell takes about 150 bytes: this many keep the page within a few megabytes.
 MAX_CELLS = 40_000
-# Prompts are unfolded until so many cells can be seen.
+# Prompts are unfolded until this number of cells is visible.
 OPEN_CELLS = 100
 VERDICTS = {
     "strict": "correct",
-    "lenient": "correct, not in the asked form",
+    "lenient": "correct, but not in the requested form",
     "wrong": "wrong",
     "none": "no answer",
 }
 
 
 def heat_maps(run: Run) -> Markup | None:
-    """A run's completions, those of one prompt together; None for a run without any.
+    """Renders a run's completions, grouped by prompt.
 
-    The first prompts are open. What would make the page larger than a browser likes is left out,
-    and said to be.
+    The first prompts are unfolded. Prompts that would make the page too large for a browser are
+    left out, and the page shows how many. Returns None if the run has no completions or an unknown
+    number of layers.
     """
     completions, steps = _completions(run)
     if not completions or run.layers is None:
@@ -58,7 +59,10 @@ def heat_maps(run: Run) -> Markup | None:
 
 
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
-    """Those of an evaluation; else of training the last and the first step that wrote some."""
+    """Returns the completions of an evaluation, or rollouts of training and their steps.
+
+    The rollouts are those of the last and of the first step that wrote any.
+    """
     if run.completions or not run.samples:
         return run.completions, []
     steps = sorted({sample.step for sample in run.samples if sample.step is not None})
@@ -70,7 +74,7 @@ def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
 def heat_map(
     completion: Completion, layers: int, exits: Sequence[int]
 ) -> Iterator[tuple[str, int, str, str, bool]]:
-    """Each token as text, depth, style class, what is said of it, and whether a line ends there."""
+    """Yields each token's text, depth, style class, tooltip, and whether a line ends after it."""
     for place, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
         hazards = None if completion.hazards is None else completion.hazards[place]
         following = completion.tokens[place + 1] if place + 1 < len(completion.tokens) else ""
@@ -82,7 +86,7 @@ def heat_map(
 def detail(
     depth: int, layers: int, hazards: Sequence[float | None] | None, exits: Sequence[int]
 ) -> str:
-    """What is said of one token: its depth, and the hazard at every exit that was reached."""
+    """Returns a token's tooltip: its depth, and the hazard at every exit that it reached."""
     lines = [f"depth {depth} of {layers}"]
     if hazards is not None:
         names = [str(layer) for layer in exits]
@@ -93,12 +97,12 @@ def detail(
             if hazard is not None
         ]
         if len(lines) == 1:
-            lines.append("no exit was asked")
+            lines.append("no exit was reached")
     return "\n".join(lines)
 
 
 def visible(token: str) -> str:
-    """A token's text with line breaks, tabs and lone spaces made visible."""
+    """Returns a token's text with line breaks, tabs, lone spaces and empty text made visible."""
     if token and not token.strip(" "):
         return "␣" * len(token)
     if not token:
@@ -107,7 +111,7 @@ def visible(token: str) -> str:
 
 
 def facts(completion: Completion, layers: int) -> list[str]:
-    """What is known of a completion: where it comes from, then how it did."""
+    """Returns facts about a completion: its policy or step, its verdict, its length and depth."""
     told = [completion.policy if completion.step is None else f"step {completion.step}"]
     if completion.verdict:
         told.append(VERDICTS.get(completion.verdict, completion.verdict))

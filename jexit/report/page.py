@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs no network, no server and no scripts to be read."""
+"""The report: one HTML page that can be read without a network, a server or scripts."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ REPORT_FILE = "report.html"
 def write_report(
     workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Writes the report on one run, or on several side by side, and returns its path.
+    """Writes the report on one run, or on several runs side by side, and returns its path.
 
-    Without `output` that is `report.html` in the first run's directory. The same files give the
-    same bytes. Raises UserError when a directory holds nothing to report or a file that no run
-    writes, or the disk refuses the page; nothing is written then.
+    The default `output` is `report.html` in the first run's directory. The page depends only on the
+    files, byte for byte. Raises UserError, without writing anything, if a directory contains
+    nothing to report, if a file in it is invalid, or if the page cannot be written.
     """
     return write_page(read_runs(workdirs), output)
 
 
 def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have been read; see `write_report`."""
+    """Writes the report on runs that have already been read; see `write_report`."""
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
-        raise UserError(f"{path} is a directory; give --output a file name, such as {REPORT_FILE}")
+        raise UserError(
+            f"{path} is a directory, but --output must be a file; give a file name, such as "
+            f"{REPORT_FILE}"
+        )
     write_bytes_atomic(path, page(runs).encode())
     return path
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole page; `templates/page.html` holds its sections and their text."""
+    """Renders the whole page; `templates/page.html` contains its sections and their text."""
     return render(
         "page.html",
         runs=runs,
@@ -60,15 +63,15 @@ def page(runs: Sequence[Run]) -> Markup:
 
 
 def drawn(*charts: Chart | None, small: bool = False) -> Markup:
-    """Those of the charts that there are, side by side; nothing for none."""
+    """Draws the charts that are not None side by side, and returns nothing if all are None."""
     there = [chart for chart in charts if chart is not None]
     return side_by_side(there, small=small) if there else Markup()
 
 
 def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
-    """Of each command: the names of its runs, their charts, and those of all other metrics.
+    """Returns for each command a heading with its runs, their charts, and charts of other metrics.
 
-    What two commands log under one name, such as their loss, is not the same.
+    Commands are kept apart because they may log different quantities under one name, such as loss.
     """
     by_command: dict[str, list[Run]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""Templates as text, with what is not markup escaped; and numbers as readers see them."""
+"""Renders templates, with everything escaped that is not markup, and formats numbers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from markupsafe import Markup
 
 NO_BREAK = "\u00a0"
 
-# What HTML and XML cannot hold: control characters but for tab and newline, halves of surrogate
-# pairs, and two code points that are no characters.
+# Characters that HTML and XML cannot contain: control characters other than tab and newline, halves
+# of surrogate pairs, and two code points that are not characters.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template of `jexit/report/templates`; what `values` hold is escaped unless it is markup.
+    """Renders a template of `jexit/report/templates`; `values` are escaped unless they are markup.
 
-    Control characters are written as in Python (`\\x1b`), other characters that a page cannot hold
-    as U+FFFD, so that whatever a model wrote can be seen and nothing breaks the page.
+    Control characters are written as in Python (`\\x1b`), and other characters that a page cannot
+    contain become U+FFFD. A model's text is therefore visible and cannot break the page.
     """
     return Markup(printable(_environment().get_template(template).render(values)))
 
 
 def asset(name: str) -> Markup:
-    """A file of the templates as it is."""
+    """Returns a file of the templates unchanged."""
     environment = _environment()
     return Markup(environment.loader.get_source(environment, name)[0])
 
@@ -56,26 +56,26 @@ def _environment() -> jinja2.Environment:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number with thousands apart; a dash for what is not known."""
+    """Formats a number with its thousands separated, or as a dash if it is not known."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
 
 
 def short_number(value: float, digits: int = 3) -> str:
-    """So many significant digits; a power of ten where it is far from 1."""
+    """Formats a number with `digits` significant digits, and a power of ten if it is far from 1."""
     mantissa, _, power = f"{value:.{digits}g}".partition("e")
     return f"{mantissa}{f'e{int(power)}' if power else ''}".replace("-", "−")
 
 
 def per_cent(value: float | None, digits: int = 1) -> str:
-    """A share of 1 in per cent."""
+    """Formats a share from 0 to 1 in per cent, or as a dash if it is not known."""
     known = value is not None and math.isfinite(value)
     return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
 
 
 def interval(bounds: tuple[float, float] | None, digits: int = 1) -> str:
-    """An interval of shares in per cent; nothing for one that is not known."""
+    """Formats an interval of shares in per cent, or as an empty string if it is not known."""
     if bounds is None or not all(map(math.isfinite, bounds)):
         return ""
     low, high = (number(100 * bound, digits) for bound in bounds)
@@ -87,7 +87,7 @@ def number_interval(bounds: tuple[float, float] | None, digits: int = 3) -> str:
 
 
 def points(value: float | None) -> str:
-    """A difference of two shares in percentage points, with its sign."""
+    """Formats a difference of two shares in percentage points, with its sign."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{'+' if value > 0 else ''}{number(100 * value, 1)}"

@@ -1,4 +1,4 @@
-"""A run as the report sees it: everything that its files say, read and checked."""
+"""Reads and checks the files of a run for the report."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Kind = TypeVar("Kind")
 
 
 class CommandName(Record):
-    """What is looked up of a `config.json`; the rest is shown."""
+    """The fields of `config.json` that the report interprets; it only displays the others."""
 
     command: str = ""
     preset: str = ""
 
 
 class Curves:
-    """Steps and values of every metric that has a finite value somewhere, `LARGEST` at most."""
+    """The steps and values of every metric with at least one finite value of at most `LARGEST`."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         points: dict[str, list[tuple[int, float]]] = {}
@@ -59,12 +59,12 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values; one that is not finite, or too large to draw, leaves a gap."""
+        """Returns steps and values; a value that is not finite or is too large becomes NaN."""
         steps, values = self._points[name].T
         return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
     def last(self, name: str) -> float | None:
-        """The last finite value; None for a metric without one."""
+        """Returns the last finite value of a metric, or None if there is none."""
         if name not in self:
             return None
         values = self[name][1]
@@ -73,9 +73,10 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run's directory; `notes` are sentences about parts of its files that were left out.
+    """The contents of one run's directory.
 
-    `place` is its number among the runs of a page, by which it has its colour.
+    `notes` contains sentences about parts of its files that were left out. `place` is the run's
+    number on the page, which determines its colour.
     """
 
     workdir: Path
@@ -101,7 +102,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """What its training steps took, or decoding in its evaluation; None where no file says."""
+        """The duration of the training steps, or of decoding in an evaluation; None if unknown."""
         if self.evaluation is None:
             if "step_seconds" not in self.curves:
                 return None
@@ -111,7 +112,7 @@ class Run:
 
     @property
     def layers(self) -> int | None:
-        """The model's layer count, or None when no file of the run says or implies it."""
+        """The model's number of layers, or None if it does not follow from the run's files."""
         if self.evaluation is not None:
             return self.evaluation.model.layers
         for result in (self.after, self.before):
@@ -122,7 +123,7 @@ class Run:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The exits, as far as a file names them."""
+        """The exits that a file of the run names, or an empty tuple."""
         if self.evaluation is not None and self.evaluation.model.exits:
             return self.evaluation.model.exits
         exits = self.config.get("exits")
@@ -131,9 +132,9 @@ class Run:
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Every run, each under the shortest end of its path that tells it from the others.
+    """Reads every run and labels it with the shortest end of its path that is unique.
 
-    Raises UserError as `read_run` does, and when a directory is given twice.
+    Raises UserError if a directory is given twice, or if `read_run` cannot read it.
     """
     paths = [Path(workdir) for workdir in workdirs]
     resolved = [path.resolve() for path in paths]
@@ -151,28 +152,30 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
-    """Reads whatever a run has written so far.
+    """Reads everything that a run has written so far.
 
-    Raises UserError when there is nothing to report, or a file holds what no run writes.
+    Raises UserError if there is nothing to report, or if a file is invalid.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise UserError(f"{workdir} is no directory; give the --workdir of a run")
+        raise UserError(f"{workdir} is not a directory; give the --workdir of a run")
     evaluation = _read(Evaluation, workdir / "eval.json")
     metrics = workdir / METRICS_FILE
     if evaluation is None and not metrics.exists():
         raise UserError(
-            f"{workdir} holds neither {METRICS_FILE} nor eval.json; give the --workdir of a "
+            f"{workdir} contains neither {METRICS_FILE} nor eval.json; give the --workdir of a "
             "training or evaluation run"
         )
     records, notes = _read_lines(metrics, read_metrics)
     if evaluation is None and not records:
-        raise UserError(f"{metrics} holds no whole line yet; wait for the run's first step")
+        raise UserError(
+            f"{metrics} does not contain a complete line yet; wait for the run's first step"
+        )
     samples, more = _read_lines(workdir / SAMPLES_FILE, read_samples)
     if evaluation is not None and not evaluation.complete:
         more.append(
-            f"The evaluation in {workdir} ended before all of its measures were done; the command "
-            "that began it does it anew."
+            f"The evaluation in {workdir} ended before all of its measures were done; run its "
+            "command again to repeat it."
         )
     config = _read(dict[str, Any], workdir / "config.json") or {}
     checked(CommandName, config, str(workdir / "config.json"))
@@ -193,7 +196,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
 
 
 def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every setting of a config under its dotted name."""
+    """Returns every setting of a nested config under its dotted name."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -202,7 +205,7 @@ def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The defaults of the config's command and preset; None when this jexit knows no such."""
+    """Returns the default settings of the config's command and preset, or None if unknown."""
     try:
         defaults = config_dict(config.get("command", ""), config.get("preset", ""))
     except ValueError:
@@ -212,7 +215,7 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(kind: type[Kind], path: Path) -> Kind | None:
-    """What a JSON file holds, None without the file."""
+    """Returns the checked contents of a JSON file, or None if the file does not exist."""
     try:
         value = read_json(path, REMEDY)
     except FileNotFoundError:
@@ -221,7 +224,7 @@ def _read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records of a file of JSON lines, and a sentence when some of its lines are none."""
+    """Returns the records of a file of JSON lines, and a sentence if lines were left out."""
     try:
         lines = read_bytes(path, REMEDY).splitlines(keepends=True)
     except FileNotFoundError:
@@ -231,5 +234,6 @@ def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]
     if not broken:
         return records, []
     if broken == 1 and not lines[-1].endswith(b"\n"):
-        return records, [f"The last line of {path} is not whole and is left out."]
-    return records, [f"{broken} of the {len(lines)} lines of {path} are no records of a step."]
+        return records, [f"The last line of {path} is incomplete and is left out."]
+    said = f"{broken} of the {len(lines)} lines of {path} are not records of a step"
+    return records, [f"{said} and are left out."]

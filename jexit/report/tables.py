@@ -1,4 +1,4 @@
-"""Tables of the report, each with a caption, inside a box that scrolls where the page is narrow."""
+"""Builds the report's tables, each with a caption and in a box that scrolls on a narrow page."""
 
 from __future__ import annotations
 
@@ -31,32 +31,34 @@ from jexit.results import (
     PolicyResult,
 )
 
-# A column: its name, and what stands there for an entry.
+# A column: its name, and a function that returns the cell of an entry.
 Column = tuple[str, Callable[[Any], object]]
 Columns = Sequence[Column]
 
 MEASURES: Mapping[str, str] = {
-    "early_answering": "The answer is asked for after a part of the chain's steps. The value is "
-    "the share of the agreement with the final answer that is lost, on average over 0, ¼, ½ and ¾ "
-    "of the steps; whole chain: the agreement when all of them are given, to which the others are "
-    "set in relation. 0 when the chain changes nothing, 1 when only the whole of it gives the "
-    "answer; guessing among m answers takes 1/m off.",
-    "no_chain": "The answer is forced with no chain of thought before it, after a prompt that asks "
-    "for one. The value is the share of correct answers. A model may never have seen such a text: "
-    "what it can do without a chain where the prompt asks for that is the accuracy at once, among "
-    "the prescribed steps.",
-    "filler": "As many tokens of punctuation stand in place of the chain of thought. The value is "
-    "the share of correct answers; what it gains over no chain is computed without words.",
-    "corrupted_step": "One step of a correct chain gets another result and the model goes on from "
-    "there; anyway: from the same step unchanged. The value is 1 − kept / kept anyway, the shares "
-    "of answers that stay as they were: 0 when the step was not needed, 1 when no answer outlives "
-    "the change. Changed: the share of other answers; followed: of what the changed step leads to. "
-    "In stories every step ends in the answer so far, which a model may copy; in sums the rest has "
-    "to be worked out.",
-    "hint": "A line of the prompt suggests a wrong answer. The value is the rate at which answers "
-    "become it (hinted) less the rate under a line of the same form without a suggestion "
-    "(neutral), of those that were another; acknowledged: the share of the switched whose chain "
-    "speaks of a hint; acknowledged anyway: of the chains without one.",
+    "early_answering": "The answer is forced after a part of the chain's steps. The value is the "
+    "share of the agreement with the final answer that is lost, averaged over 0, ¼, ½ and ¾ of the "
+    "steps. The agreement is divided by that after the whole chain (whole chain). The value is 0 "
+    "if the chain changes nothing, and 1 if only the whole chain leads to the answer; guessing "
+    "among m answers lowers it by 1/m.",
+    "no_chain": "The answer is forced without a chain of thought, after a prompt that requests "
+    "one. The value is the share of correct answers. A model may never have seen such a text. Its "
+    "accuracy without a chain after a prompt that requests none is listed as at once, among the "
+    "prescribed steps.",
+    "filler": "The chain of thought is replaced by the same number of punctuation tokens. The "
+    "value is the share of correct answers; a gain over no chain is computed without words.",
+    "corrupted_step": "One step of a correct chain gets another result, and the model continues "
+    "from there; in the null arm (anyway), it continues from the same step unchanged. The value is "
+    "1 − kept / kept anyway, where kept is the share of answers that stay the same. It is 0 if the "
+    "step was not needed, and 1 if no answer survives the change. Changed is the share of "
+    "different answers, and followed the share of answers to which the changed step leads. In "
+    "stories, every step ends in the answer so far, which a model may copy; in sums, the model has "
+    "to work out the rest.",
+    "hint": "A line of the prompt suggests a wrong answer. The value is the rate of answers that "
+    "become the suggestion (hinted) less the rate with a line of the same form without a "
+    "suggestion (neutral), over problems whose answer was different before. Acknowledged is the "
+    "share of the switched completions whose chain mentions a hint, and acknowledged anyway the "
+    "same share of the chains without a hint.",
 }
 
 BEFORE, AFTER = "before training", "after training"
@@ -65,10 +67,11 @@ BEFORE, AFTER = "before training", "after training"
 def table(
     caption: str, entries: Sequence[Any], columns: Columns, *, texts: int = 1, aside: bool = False
 ) -> Markup:
-    """A table with a row per entry: `texts` columns of text, the first as row header, then numbers.
+    """Renders a table with one row per entry.
 
-    A cell is text, or a pair of text and a style class or a title. With `aside` the last column
-    holds remarks.
+    The first `texts` columns contain text, of which the first is the row header, and the others
+    contain numbers. A cell is a text, or a mapping with `text`, `class` and `title`. With `aside`
+    the last column contains remarks.
     """
     classes = ["" if place < texts else "figure" for place in range(len(columns))]
     if aside:
@@ -79,12 +82,12 @@ def table(
 
 
 def _ready(heads: Sequence[str]) -> Columns:
-    """Columns of rows whose cells are ready."""
+    """Returns columns for rows that already are sequences of cells."""
     return [(head, operator.itemgetter(place)) for place, head in enumerate(heads)]
 
 
 def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
-    """Columns of a part of each entry."""
+    """Returns the columns applied to a part of each entry."""
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
 
@@ -95,7 +98,7 @@ def _estimate(
     bounds: Callable[..., str] = interval,
     **digits: int,
 ) -> Columns:
-    """Two columns: of a field, and of the interval that goes with it."""
+    """Returns two columns: a field, and its 95 % interval."""
     return (
         (head, lambda entry: value(getattr(entry, name), **digits)),
         ("95 % interval", lambda entry: bounds(getattr(entry, f"{name}_ci95"), **digits)),
@@ -106,7 +109,7 @@ _problems: Column = ("problems", lambda entry: number(entry.problems, 0))
 
 
 def about(runs: Sequence[Run]) -> Markup:
-    """What was run, when, and by what: a column a run."""
+    """Renders what was run, when, and by which version, with one column per run."""
     known = {run.label: _about(run) for run in runs}
     rows = [name for name in next(iter(known.values())) if any(of[name] for of in known.values())]
     columns: list[Column] = [("", lambda name: name)]
@@ -138,7 +141,7 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
-    """λ as it was set, and what it was in the last step, where a schedule has moved it."""
+    """Returns λ as it was set, and its value in the last step if a schedule changed it."""
     if run.command != "rl" or "rl.depth_coef" not in flat:
         return ""
     last, given = run.curves.last("depth_coef"), flat["rl.depth_coef"]
@@ -148,7 +151,7 @@ def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time span in its two largest units."""
+    """Formats a duration in its two largest units."""
     if seconds is None or not math.isfinite(seconds):
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -159,7 +162,10 @@ def duration(seconds: float | None) -> str:
 
 
 def main_results(runs: Sequence[Run]) -> Markup | None:
-    """Accuracy, depth and tokens of every run's main policy, and of what it is measured against."""
+    """Renders the key figures of every run's main policy and of its baseline.
+
+    The baseline is full depth, or the model before training.
+    """
     named = [
         (run.label, name, result)
         for run in runs
@@ -175,15 +181,15 @@ def main_results(runs: Sequence[Run]) -> Markup | None:
         _problems,
     )
     caption = (
-        "Key figures: share of correct answers, share of all layers run for a token, tokens of a "
-        "completion, layers run for all of them"
+        "Key figures: share of correct answers, share of all layers run per token, tokens per "
+        "completion, and layers run per completion"
     )
     columns = [*_ready(("run", "measured")), *results]
     return table(caption, named, columns, texts=2) if named else None
 
 
 def headline(run: Run) -> list[tuple[str, PolicyResult]]:
-    """The results that a run comes down to, the most telling one first, under short names."""
+    """Returns a run's main results under short names, the most important one first."""
     if run.evaluation is not None:
         by_name = {result.policy: result for result in run.evaluation.runs}
         others = [result for result in by_name.values() if not result.is_control]
@@ -196,7 +202,7 @@ def headline(run: Run) -> list[tuple[str, PolicyResult]]:
 
 
 def policies(run: Run) -> Markup:
-    """Everything that was measured under each policy."""
+    """Renders everything that was measured under each policy."""
     results = run.evaluation.runs
     texts = sorted({name for result in results for name in result.text})
     columns = (
@@ -230,7 +236,7 @@ def _verdicts(result: PolicyResult) -> str:
 
 
 def differences(run: Run) -> Markup:
-    """Each policy against the controls at its mean depth."""
+    """Renders the differences between each policy and the controls at its mean depth."""
     columns = (
         ("policy", lambda e: e.policy),
         ("control", lambda e: e.control),
@@ -243,7 +249,7 @@ def differences(run: Run) -> Markup:
 
 
 def token_classes(run: Run) -> Markup | None:
-    """Mean depth of each class of tokens under each policy, coloured as in the heat maps."""
+    """Renders the mean depth per class of token and policy, coloured as in the heat maps."""
     results = [result for result in run.evaluation.runs if result.depth_by_class]
     if not results:
         return None
@@ -268,7 +274,7 @@ def token_classes(run: Run) -> Markup | None:
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
-    """Accuracy with its interval for every policy and prescribed granularity."""
+    """Renders the accuracy with its interval for every policy and prescribed step size."""
     columns = (
         ("policy", lambda e: e.policy),
         ("step", lambda e: e.granularity.replace("_", " ")),
@@ -287,7 +293,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Markup:
-    """Accuracy with its interval for every policy and number of operands."""
+    """Renders the accuracy of begun steps for every policy and number of operands."""
     columns = (
         ("policy", lambda e: e.policy),
         ("operands", lambda e: e.granularity),
@@ -301,13 +307,13 @@ def begun_steps(entries: Sequence[Capacity]) -> Markup:
 
 
 def measures(entries: Sequence[Faithfulness]) -> list[tuple[str, str]]:
-    """The measures of faithfulness that there are, each with what was done."""
+    """Returns the names of the measured interventions, each with its explanation."""
     there = {measure.name for entry in entries for measure in entry.measures}
     return [(name.replace("_", " "), told) for name, told in MEASURES.items() if name in there]
 
 
 def faithfulness(entries: Sequence[Faithfulness]) -> Markup:
-    """Every measure under every policy, and what else was counted."""
+    """Renders every measure of faithfulness under every policy, with its details."""
     found = [(entry.policy, measure) for entry in entries for measure in entry.measures]
     names = [*MEASURES, *(measure.name for _, measure in found)]
     columns = (
@@ -335,7 +341,7 @@ def _also(measure: Measure) -> str:
 
 
 def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
-    """Each measure under a policy less the same under another, on the problems of both."""
+    """Renders the difference of each measure between two policies, on the problems of both."""
     columns = (
         ("measure", lambda e: e.measure.replace("_", " ")),
         ("policy", lambda e: e.policy),
@@ -350,7 +356,7 @@ def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
 
 
 def hazards(entries: Sequence[HazardCalibration]) -> Markup:
-    """Expected calibration error of every exit's hazards, and the KL that leaving costs."""
+    """Renders the calibration error of every exit's hazards, and the KL to the teacher."""
     rows: list[tuple[object, ...]] = []
     for entry in entries:
         kl = number(entry.kl_student_teacher_nats, 3)
@@ -366,7 +372,11 @@ def hazards(entries: Sequence[HazardCalibration]) -> Markup:
 
 
 def setting_differences(runs: Sequence[Run]) -> Markup | None:
-    """What sets the runs apart; of one run, what sets it apart from its command's defaults."""
+    """Renders the settings that differ between the runs.
+
+    For a single run, renders the settings that differ from its command's defaults. Returns None if
+    no run has a config.
+    """
     known = [run for run in runs if run.config]
     if not known:
         return None

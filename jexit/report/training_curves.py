@@ -1,4 +1,4 @@
-"""Training curves: one chart a measure with every run on it, for the page and as SVG files."""
+"""Draws training curves, one chart per measure with every run, for the page and as SVG files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from jexit.report.runs import Run
 
 # The share of the curve that one point of the running mean averages over.
 MEAN_SPAN = 0.05
-# Up to here the measured points are few enough to be marked one by one, without a mean.
+# Up to this number, measured points are marked one by one and no running mean is drawn.
 MARKED_POINTS = 25
 # A line of more points than this is thinned: the page would grow with the length of the run.
 POINTS = 400
-# Stretches of steps whose values the pointer shows, of a full chart and a small one.
+# Number of intervals of steps whose values the pointer shows, on a full chart and on a small one.
 TOLD, TOLD_SMALL = 60, 30
 SHARES = ("accuracy", "depth/fraction", "completion/truncated", "groups/zero_std")
 # Drawn as a band around the depth, in layers.
 DEPTHS = ("depth/mean", "depth/p10", "depth/p90")
 MEAN_DEPTH = "mean depth of a token, share of all layers"
-OTHER = "other"  # the charts of metrics that no panel knows
+OTHER = "other"  # the charts of metrics without a panel
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A chart to be: what it measures, and its metrics, each under its label."""
+    """The description of a chart: its title, its unit, and its metrics with their labels."""
 
     title: str
     unit: str
@@ -42,13 +42,13 @@ class Panel:
 
     @property
     def shares(self) -> bool:
-        """Whether its values are shares of 1, shown in per cent."""
+        """Whether the values are shares from 0 to 1, which are shown in per cent."""
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[Run]) -> bool:
-        """Whether it has something to say: what it measures is there, and means something."""
+        """Returns whether some run has a metric of the panel whose values are informative."""
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
-        if "loss" in self.metrics:  # of a policy gradient, whose height means nothing
+        if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing
             return any("loss/policy" not in metrics for metrics in curves)
         if "completion/truncated" in self.metrics:
             return any(np.nanmax(metrics["completion/truncated"][1]) > 0 for metrics in curves)
@@ -84,7 +84,7 @@ PANELS: Mapping[str, Sequence[Panel]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One metric of one run: what was measured, its running mean, and how it is drawn."""
+    """One metric of one run: its measured values, their running mean, and their style."""
 
     run: Run
     name: str
@@ -109,10 +109,10 @@ class Line:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Charts of all metrics of runs, by the name of their file; accuracy and depth come first.
+    """Returns charts of all metrics of runs, by file name; accuracy and depth come first.
 
-    A thin line is what was measured, the thick one a running mean. What no panel knows, or says
-    nothing at a glance, is a small chart under `other`.
+    A thin line shows the measured values, and a thick one their running mean. Metrics without a
+    panel, or with an uninformative one, get a small chart under `other`.
     """
     trained = [run for run in runs if run.curves.names]
     charts: dict[str, list[Chart]] = {}
@@ -134,9 +134,9 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def write_charts(run: Run) -> list[Path]:
-    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the files, main one first.
+    """Draws every metric of a run to `WORKDIR/plots/*.svg` and returns the files, main one first.
 
-    Raises UserError when the disk refuses one.
+    Raises UserError if a file cannot be written.
     """
     paths = []
     for name, charts in training_charts([run]).items():
@@ -147,9 +147,9 @@ def write_charts(run: Run) -> list[Path]:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a window around each point, cut off at the two ends.
+    """Returns the mean over a window around each point; the window is cut off at the two ends.
 
-    Gaps (NaN) are left out of the mean and stay gaps where nothing is near.
+    The mean skips gaps (NaN). It is NaN if the window contains only gaps.
     """
     count = len(values)
     span = max(3, round(MEAN_SPAN * count))
@@ -163,7 +163,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `POINTS` points that keep the highest and the lowest value of every stretch."""
+    """Returns at most `POINTS` points with the highest and the lowest value of each interval."""
     if len(values) <= POINTS:
         return steps, values
     kept = []
@@ -177,7 +177,11 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
-    """The lines of a panel; runs differ by colour, the metrics of one run by dash."""
+    """Returns the lines of a panel.
+
+    Several runs differ in colour and the metrics of each run in dash; the metrics of a single run
+    differ in colour.
+    """
     lines = []
     for run in runs:
         for order, (name, label) in enumerate(panel.metrics.items()):
@@ -217,7 +221,7 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
 
 
 def _draw(chart: Chart, line: Line) -> None:
-    """The running mean thick; the measured values thin, or as points where they are few."""
+    """Draws the running mean as a thick line, and the values as a thin line or a few points."""
     values, mean = (np.clip(v, *chart.y_span) for v in (line.values, line.mean))
     if line.few:
         for step, value in zip(line.steps, values, strict=True):
@@ -243,7 +247,7 @@ def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
 
 
 def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
-    """The values of all lines at each step, or their means over stretches of steps."""
+    """Returns texts with the values of all lines at each step, or their means over intervals."""
     steps = np.unique(np.concatenate([line.steps for line in lines]))
     stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))
     columns = []
@@ -262,7 +266,7 @@ def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
 
 
 def _depth_band(chart: Chart, line: Line) -> None:
-    """The middle 80 % of the depths, which are logged in layers, as shares of all layers."""
+    """Draws the middle 80 % of the depths, converted from layers to shares of all layers."""
     curves, layers = line.run.curves, line.run.layers
     if layers is None or any(name not in curves for name in ("depth/p10", "depth/p90")):
         return
@@ -276,7 +280,7 @@ def _depth_band(chart: Chart, line: Line) -> None:
 
 
 def _exits(run: Run) -> list[str]:
-    """The metrics `exit/LAYER` in the order of their layers; none where they make no histogram."""
+    """Returns the metrics `exit/LAYER` in the order of their layers, if there are at least two."""
     names = [n for n in run.curves.names if n.startswith("exit/") and _layer(n).isdecimal()]
     return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
 
@@ -286,7 +290,7 @@ def _layer(name: str) -> str:
 
 
 def _leaving(run: Run, several: bool) -> Chart:
-    """Which share of the tokens ran how many layers, stacked from the shallowest up."""
+    """Returns a chart of the shares of tokens by layers run, stacked from the shallowest up."""
     names = _exits(run)
     steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
     rows = []
@@ -300,7 +304,7 @@ def _leaving(run: Run, several: bool) -> Chart:
         f"Where tokens leave, {run.label}" if several else "Where tokens leave",
         Axis.of_steps("training step", steps[0], steps[-1]),
         Axis.of_shares("generated tokens"),
-        note="From the shallowest exit up, by layers run.",
+        note="Shares of tokens by layers run, stacked from the shallowest exit up.",
         height=260.0,
     )
     if len(steps) == 1:

@@ -1,1 +1,1 @@
-"""Grids of runs, and what came out of them."""
+"""Runs grids of settings and collects their results."""

@@ -1,4 +1,4 @@
-"""Runs a config for every combination of some settings, and collects how the runs ended.
+"""Runs a config for every combination of some settings, and collects the results of the runs.
 
     python -m jexit.sweep --config=FILE[:PRESET] --into=DIR KEY=VALUE,VALUE,... [KEY=...]
                           [--config.KEY=VALUE ...] [--eval=FILE[:PRESET] [--eval.KEY=VALUE ...]]
@@ -7,23 +7,25 @@
     python -m jexit.sweep --config=configs/rl.py --into=runs/pressure \\
         --eval=configs/eval.py rl.depth_coef=0,0.4,0.8 seed=0,1
 
-Each combination is a run in a directory of its own, DIR/rl.depth_coef=0.4,seed=1, with what it
-prints in a .log file beside it. Values with commas in them are separated by `|`, as in
-`exits.layers=(2,4)|(4,)`. --config.KEY holds for all runs. With --eval the model of each finished
-run is evaluated, in its directory's `eval`, on the run's own task, with
-the settings that --eval.KEY gives. FILE may also be an evaluation's, over models for example.
+Each combination is a run in its own directory, such as DIR/rl.depth_coef=0.4,seed=1. The output of
+the run is written to a .log file beside this directory. Values that contain commas are separated by
+`|`, as in `exits.layers=(2,4)|(4,)`. --config.KEY sets KEY for all runs. With --eval, the model of
+each finished run is evaluated on the run's own task, with the settings of --eval.KEY, and the
+results are written to `eval` in the run's directory. --config may also name the config of an
+evaluation, for example to evaluate several models.
 
-Config files and settings are checked before the first run. The same command again goes on where it
-was stopped: finished runs are left alone, the one under way continues from its newest checkpoint.
-What each was asked for is kept in a .json file beside it, and a command that asks for something
-else there is refused; one with other values of the same keys adds to the study. A run that fails
-does not stop the others, nor does one that another command is running; the exit code is then 1.
---jobs runs several at once, each on its share of the CPU's cores; accelerators run one.
+Config files and settings are checked before the first run. Running the same command again continues
+where it was stopped: finished runs are skipped, and an unfinished run continues from its newest
+checkpoint. A .json file beside each run's directory records the arguments of the run. A command
+whose arguments differ from these is refused, but a command with other values of the same keys adds
+to the study. If a run fails, or another command is already running it, the other runs continue and
+the exit code is 1. --jobs sets the number of simultaneous runs, each on its share of the CPU's
+cores; on an accelerator, use one.
 
-Ends by printing how accuracy and depth came out, in per cent, means over seeds. DIR/table.csv has a
-line for each finished run in DIR: its settings, then the numbers of before.json, after.json and
-eval.json but for how fast the machine was: the same runs give the same file. --table_only writes it
-from what there is.
+At the end, the command prints accuracy and depth in per cent, as means over seeds. DIR/table.csv
+has one line per finished run in DIR, with its settings and the numbers of before.json, after.json
+and eval.json. It leaves out measurements of speed, so the same runs always give the same file.
+With --table_only, the command only tabulates the runs that have finished.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ TABLE = "table.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
+    """Parses the arguments, runs the sweep and returns an exit code.
+
+    Prints the mistakes of a user as one sentence.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__.strip())
@@ -60,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finished = [cell for cell in begun if cell.finished]
         if sweep.table_only and not finished:
             raise UserError(
-                f"none of the {len(begun)} runs in {sweep.into} has finished, so there is no table "
-                "yet; run the command without --table_only"
+                f"none of the {len(begun)} runs in {sweep.into} has finished, so a table cannot be "
+                "made; run the command without --table_only"
             )
         if finished:
             rows = [(cell.settings, cell.numbers()) for cell in finished]
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jexit: {line}", file=sys.stderr)
     if runner and runner.stopped:
         print(
-            f"jexit: stopped by {runner.stopped}; the same command goes on from here",
+            f"jexit: stopped by {runner.stopped}; run the same command again to continue",
             file=sys.stderr,
         )
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""What a sweep is asked for: its combinations, their directories, and the commands of each."""
+"""Plans a sweep: its combinations of settings, their directories, and their commands."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from jexit.results import REMEDY, Evaluation, PolicyResult, Record, numbers
 from jexit.tasks import make_task
 from jexit.untrusted import read_json, read_object
 
-FINISHED = "after.json"  # the last file of a training run that is measured
-EVALUATED = "eval.json"  # that of an evaluation
-MACHINE = re.compile(r"seconds|per_second|memory/|compilations|mfu")  # how fast it was
+FINISHED = "after.json"  # the last measurement of a training run
+EVALUATED = "eval.json"  # the measurements of an evaluation
+MACHINE = re.compile(r"seconds|per_second|memory/|compilations|mfu")  # depend on the machine
 
 _GRID = re.compile(r"(?P<key>[a-z_0-9]+(?:\.[a-z_0-9]+)*)=(?P<values>.*)", re.DOTALL)
 _SETTING = re.compile(r"--(?P<of>config|eval)\.(?P<key>[a-z_0-9.]+)=(?P<value>.*)", re.DOTALL)
@@ -28,7 +28,10 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
 class Asked(Record):
-    """What a combination was begun with, in a file beside its directory: arguments by process."""
+    """The record of a combination's settings and arguments, in a file beside its directory.
+
+    `run` and `eval` contain the arguments of the two processes.
+    """
 
     settings: dict[str, str]
     run: tuple[str, ...] | None = None
@@ -52,14 +55,14 @@ class Cell:
 
     @property
     def last_word(self) -> str:
-        """What its processes said last, and where the rest is."""
+        """The last line that its processes printed, and the path of the log."""
         lines = self.log.read_text("utf-8", errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was said")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         return f"{said.removeprefix('jexit: ')} (see {self.log})"
 
     @property
     def asked(self) -> pathlib.Path:
-        """The file with the arguments of the runs that have begun."""
+        """The file with the arguments with which the combination was started."""
         return self.workdir.parent / f"{self.name}.json"
 
     @property
@@ -72,12 +75,12 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """That after the finished run, or that it is."""
+        """The finished evaluation of this run, or this run's own file if it is an evaluation."""
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
     def numbers(self) -> dict[str, float]:
-        """Those of the finished run and its evaluation, but for how fast the machine was."""
+        """Returns the numbers of the finished run and its evaluation, without those of speed."""
         found: dict[str, float] = {}
         for stage in ("before", "after"):
             path = self.workdir / f"{stage}.json"
@@ -88,12 +91,12 @@ class Cell:
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
-        """Keeps what the cell's run or evaluation is asked for."""
+        """Records the arguments of the run or of the evaluation, as `part` says."""
         asked = _asked(self.asked) or Asked(settings=dict(self.settings))
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
-        """Raises UserError if it was begun with other arguments and has left something behind."""
+        """Raises UserError if the recorded arguments of `part` differ from `arguments`."""
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
             raise UserError(
@@ -104,7 +107,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a command line asks for."""
+    """The settings of a sweep, as its command line gives them."""
 
     config: str
     into: pathlib.Path
@@ -117,7 +120,10 @@ class Sweep:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Sweep:
-        """Raises UserError, in one sentence, for arguments that are none or contradict others."""
+        """Parses the arguments of a command line.
+
+        Raises UserError if an argument is unknown, missing, invalid or in conflict with another.
+        """
         names = [argument.partition("=")[0] for argument in arguments]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{twice[0]} is given {names.count(twice[0])} times; give it once")
@@ -137,16 +143,17 @@ class Sweep:
                 grid[found["key"]] = tuple(map(str.strip, found["values"].split(separator)))
             else:
                 raise UserError(
-                    f"{argument!r} is no argument of a sweep; give KEY=VALUE,VALUE, "
-                    "--config.KEY=VALUE or one of --config, --into, --eval, --jobs"
+                    f"{argument!r} is not an argument of a sweep; give KEY=VALUE,VALUE, "
+                    "--config.KEY=VALUE, --eval.KEY=VALUE, --config=FILE, --into=DIR, --eval=FILE, "
+                    "--jobs=N or --table_only"
                 )
         if missing := [name for name in ("--config", "--into") if name not in given]:
             raise UserError(f"{missing[0]} is missing; a sweep needs --config=FILE and --into=DIR")
         for key, values in grid.items():
             if "" in values or len(set(values)) < len(values):
                 raise UserError(
-                    f"{key} has the values {', '.join(map(repr, values))}; give distinct values, "
-                    "none of them empty"
+                    f"{key} has the values {', '.join(map(repr, values))}, but they must be "
+                    "distinct and not empty; remove the repeated or empty values"
                 )
             if key in settings["config"]:
                 raise UserError(f"{key} is both in the grid and in --config.{key}; give it once")
@@ -154,7 +161,10 @@ class Sweep:
             raise UserError("--eval.KEY=VALUE is given without --eval=FILE; add --eval=FILE")
         jobs = given.get("--jobs", "1")
         if not jobs.isdecimal() or int(jobs) < 1:
-            raise UserError(f"--jobs is {jobs!r}; give a number of runs at once, at least 1")
+            raise UserError(
+                f"--jobs is {jobs!r}, but it must be a whole number of at least 1; give the number "
+                "of simultaneous runs"
+            )
         return cls(
             config=given["--config"],
             into=pathlib.Path(given["--into"]),
@@ -167,7 +177,10 @@ class Sweep:
         )
 
     def cells(self) -> list[Cell]:
-        """Every combination; the last key changes fastest."""
+        """Returns every combination; the last key changes fastest.
+
+        Raises UserError if two combinations would share a directory.
+        """
         cells = []
         for values in itertools.product(*self.grid.values()):
             settings = dict(zip(self.grid, values, strict=True))
@@ -181,18 +194,19 @@ class Sweep:
         return cells
 
     def begun(self, cells: Sequence[Cell]) -> list[Cell]:
-        """The command's combinations, then those of the same study that others began here.
+        """Returns this command's combinations, then those that other commands of the study began.
 
-        Raises UserError if there are runs of another study: of other keys, or with another config
-        or other fixed settings.
+        Raises UserError if the directory contains runs of another study, with other keys, another
+        config or other fixed settings.
         """
         found = {cell.name for cell in cells}
         others = [cell for cell in begun_in(self.into) if cell.name not in found]
         for cell in others:
             if tuple(cell.settings) != tuple(self.grid):
                 raise UserError(
-                    f"{self.into} already holds {cell.name} from another sweep; this one varies "
-                    f"{', '.join(self.grid) or 'no keys'}, in this order: choose another --into"
+                    f"{self.into} already contains {cell.name} from another sweep, but this sweep "
+                    f"varies {', '.join(self.grid) or 'no keys'}, in this order; choose another "
+                    "--into"
                 )
         begun = [*cells, *others]
         for cell in begun:
@@ -203,11 +217,14 @@ class Sweep:
         return begun
 
     def training(self, cell: Cell) -> list[str]:
-        """The arguments of `jexit.main` that make a combination's run."""
+        """Returns the arguments of `jexit.main` for a combination's run."""
         return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
 
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
-        """Those that evaluate the run on its own task, by default that of the run as it began."""
+        """Returns the arguments of `jexit.main` that evaluate the run on `task`.
+
+        The default is the task in the config that the run has written.
+        """
         task = _task(cell.workdir / "config.json") if task is None else task
         own = {f"task.{key}": value for key, value in task.items() if key != "options"}
         own |= {f"task.options.{key}": value for key, value in task.get("options", {}).items()}
@@ -216,7 +233,10 @@ class Sweep:
         return _arguments(self.evaluation, cell.workdir / "eval", settings)
 
     def commands(self, cell: Cell) -> Iterator[list[str]]:
-        """The arguments of `jexit.main` that are left to run for a combination."""
+        """Yields the arguments of each process of `jexit.main` that a combination still needs.
+
+        Records the arguments of each process before it yields them.
+        """
         if not cell.finished:
             cell.begin("run", self.training(cell))
             yield self.training(cell)
@@ -225,7 +245,7 @@ class Sweep:
             yield self.evaluating(cell)
 
     def check_settings(self, cell: Cell) -> None:
-        """Raises UserError for a config file or a setting that is wrong, before anything runs."""
+        """Raises UserError, before anything runs, if a config file or a setting is invalid."""
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
             task = config.task
@@ -237,21 +257,21 @@ class Sweep:
 
 
 def begun_in(into: pathlib.Path) -> list[Cell]:
-    """The combinations that sweeps have begun in a directory, ordered by their values."""
+    """Returns the combinations that sweeps have begun in a directory, ordered by their values."""
     records = ((path, _asked(path)) for path in sorted(into.glob("*.json")))
     cells = [Cell(asked.settings, into / path.stem) for path, asked in records if asked]
     return sorted(cells, key=lambda cell: [*map(_rank, cell.settings.values())])
 
 
 def _whole(path: pathlib.Path) -> bool:
-    """Whether there is an evaluation, and it has been measured to its end."""
+    """Returns whether the file exists and contains a complete evaluation."""
     return path.exists() and Evaluation.read(path).complete
 
 
 def _asked(path: pathlib.Path) -> Asked | None:
-    """What `Cell.begin` has kept; None without a file, and for one of something else.
+    """Returns the record of `Cell.begin`, or None if the file does not exist or is not a record.
 
-    Raises UserError for a record that is damaged, or of a sweep that kept no settings.
+    Raises UserError if the record is damaged or does not contain settings.
     """
     record = read_json(path, REMEDY) if path.exists() else None
     if not isinstance(record, dict) or not record.keys() & Asked.model_fields.keys():
@@ -260,21 +280,21 @@ def _asked(path: pathlib.Path) -> Asked | None:
         return Asked.model_validate(record)
     except ValidationError:
         raise UserError(
-            f"{path} does not say what its run was asked for; another --into is needed, or delete "
+            f"{path} does not contain the settings of its run; choose another --into, or delete "
             f"it and {path.parent / path.stem}"
         ) from None
 
 
 def _task(path: pathlib.Path) -> Mapping[str, Any]:
-    remedy = f"delete {path.parent}, to run it anew"
+    remedy = f"delete {path.parent} to run it again"
     task = read_object(path, remedy).get("task")
     if not isinstance(task, dict):
-        raise UserError(f"{path} is no run's config; {remedy}")
+        raise UserError(f"{path} lacks the section 'task' of a run's config; {remedy}")
     return task
 
 
 def _rank(value: str) -> tuple[float, str]:
-    """Orders numbers by size, then the rest by letter."""
+    """Returns a sort key that orders numbers by size, then other values alphabetically."""
     try:
         return float(value), value
     except ValueError:
@@ -282,7 +302,7 @@ def _rank(value: str) -> tuple[float, str]:
 
 
 def _flag(value: Any) -> str:
-    """A setting of config.json as a flag takes it."""
+    """Returns a setting of config.json as the text of a flag."""
     return str(tuple(value)) if isinstance(value, list) else str(value)
 
 

@@ -19,9 +19,9 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Runner:
-    """Runs combinations as processes, and hands signals on to them.
+    """Runs combinations as processes, and passes signals on to them.
 
-    Raises UserError for more jobs at once than there are cores.
+    Raises UserError if `jobs` is larger than the number of cores.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -32,7 +32,7 @@ class Runner:
         self.stopped = ""
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
-        """Runs what is left; returns a line for each combination that did not end well."""
+        """Runs the commands that are left, and returns a line for each combination that failed."""
 
         def one(cell: Cell) -> str | None:
             if self.stopped:
@@ -47,7 +47,7 @@ class Runner:
 
         before = {number: signal.getsignal(number) for number in HANDED_ON}
         for number, handler in before.items():
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # as nohup leaves it
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._stop)
         try:
             with concurrent.futures.ThreadPoolExecutor(self.sweep.jobs) as pool:
@@ -65,9 +65,9 @@ class Runner:
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         with open(cell.log, "a") as log:
             try:
-                # The runs inherit the lock with the log: it is held while one lives, whatever has
-                # become of the sweep.
-                if not take_lock(log, "give an --into elsewhere"):
+                # The runs inherit the lock with the log file, so the lock is held as long as one of
+                # them lives, even if the sweep has ended.
+                if not take_lock(log, "choose an --into on another file system"):
                     return f"{cell.name} is being run by another command; wait for it, or stop it"
             except ValueError as error:
                 return str(error)
@@ -77,11 +77,11 @@ class Runner:
                     print(f"{cell.name}: {arguments[0]}", flush=True)
                 code = self._process(arguments, log, cores)
                 if code and not self.stopped:
-                    return f"{cell.name} ended with {code}: {cell.last_word}"
+                    return f"{cell.name} ended with exit code {code}: {cell.last_word}"
         return None
 
     def _process(self, arguments: Sequence[str], log: IO[str], cores: Sequence[int]) -> int:
-        # In a group of its own: a Ctrl-C reaches it once, from here.
+        # In its own process group, so that it gets a Ctrl-C only once, from here.
         process = subprocess.Popen(
             [sys.executable, "-m", "jexit.main", *arguments],
             stdout=log,
@@ -92,7 +92,7 @@ class Runner:
             os.sched_setaffinity(process.pid, cores)
         with self._lock:
             self._running.add(process)
-        if self.stopped:  # before there was a process to hand the signal on to
+        if self.stopped:  # the signal came before the process started
             process.send_signal(signal.SIGTERM)
         try:
             return process.wait()
@@ -102,12 +102,17 @@ class Runner:
 
 
 def shares(jobs: int) -> list[Sequence[int]]:
-    """Disjoint cores for each of several jobs; nothing for one, or where they cannot be told."""
+    """Returns disjoint sets of cores for several jobs.
+
+    The sets are empty for a single job, or on a system that does not list its cores. Raises
+    UserError if there are fewer cores than jobs.
+    """
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):
         return [()] * jobs
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < jobs:
         raise UserError(
-            f"--jobs is {jobs}, but there are only {len(cores)} cores; give at most {len(cores)}"
+            f"--jobs is {jobs}, but only {len(cores)} cores are available; give at most "
+            f"{len(cores)}"
         )
     return [cores[share::jobs] for share in range(jobs)]

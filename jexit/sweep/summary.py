@@ -1,4 +1,4 @@
-"""The numbers of a sweep that it prints: means over seeds, with their range."""
+"""Formats the summary that a sweep prints: means over seeds, with their range."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A number of a run: its column of table.csv, and how it reads."""
+    """A number of a run: its column in table.csv, and its format in the summary."""
 
     source: str
     share: bool = True  # shown in per cent
     upper: str | None = None  # of an interval, whose lower end is `source`
 
     def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
-        """The mean over seeds, and the smallest and largest where they differ.
+        """Returns the mean over seeds and, if the values differ, the smallest and the largest.
 
-        Of an interval: from the smallest lower to the largest upper end. Where some seeds have no
-        number, it says how many have.
+        For an interval, returns the smallest lower end and the largest upper end. If some seeds do
+        not have the number, the text ends with the number of seeds that do.
         """
         ends = zip(values, upper or values, strict=True)
         whole = [pair for pair in ends if all(map(math.isfinite, pair))]
@@ -56,9 +56,10 @@ COLUMNS: Mapping[str, Column] = {
 
 
 def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> str:
-    """A line for each setting but the seed, with those of `COLUMNS` that any run has.
+    """Returns a table with one line per combination of settings other than the seed.
 
-    `rows` are the settings and the numbers of each run.
+    Its columns are those of `COLUMNS` that any run has. `rows` contains the settings and the
+    numbers of each run.
     """
     settings = [key for key in rows[0][0] if key != SEED]
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}

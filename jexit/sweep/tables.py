@@ -1,4 +1,4 @@
-"""What a sweep's finished runs came to, as CSV."""
+"""Writes the results of a sweep's finished runs as CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numb
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes a line a row: its settings, then a column for every number that any row has."""
+    """Writes one line per row: its settings, then a column for every number that any row has."""
     columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

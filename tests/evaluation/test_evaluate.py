@@ -144,17 +144,17 @@ def test_hazards_are_those_that_were_sampled_and_outlive_a_measure_that_fails(
 def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("jexit.evaluation.completer.FILLERS", ("sum ",))
     for settings, says in (
-        ({"eval__measures": ("filler",)}, r"leave filler out of config\.eval\.measures"),
-        ({"eval__policies": ("fixed:4",)}, "asks for 4 layers of a model that has 3"),
+        ({"eval__measures": ("filler",)}, r"remove 'filler' from config\.eval\.measures"),
+        ({"eval__policies": ("fixed:4",)}, "requests 4 layers, but the model has 3"),
         ({"eval__policies": ("full", "shuffled")}, "'shuffled' is a control for 'sample'"),
         ({"eval__policies": ("shuffled:full", "full")}, "put that before it"),
         ({"eval__policies": ("fixed:matched:deep",)}, "policy 'deep' is not known"),
         ({"eval__measures": ("chain",)}, "measures is 'chain'; choose one of exits, hazards"),
         ({"eval__measured": "shuffled"}, "policy 'shuffled' is not known"),
-        ({"eval__max_new_tokens": 250}, "together over the model's 256 positions; lower it to"),
+        ({"eval__max_new_tokens": 250}, "together exceed the model's 256 positions; lower config"),
         (
             {"eval__measures": ("capacity",), "task__name": "word_problems"},
-            "task 'word_problems' cannot prescribe how much a step does; leave it out",
+            "task 'word_problems' cannot prescribe the size of a step; remove 'capacity' from it",
         ),
     ):
         with pytest.raises(ValueError, match=says):
@@ -171,5 +171,5 @@ def test_a_split_with_fewer_problems_than_asked_for_is_measured_whole_and_said(c
     problems, _ = held_out(load_task(config.task, "test"), tokenizer, config, 256)
     assert 3 <= len(problems) < 30
     assert len({problem.prompt for problem in problems}) == len(problems)
-    said = f"'sums' has {len(problems)} problems in its test split with these settings, and"
-    assert said in caplog.text and "eval.problems asks for 256" in caplog.text
+    said = f"'sums' has only {len(problems)} problems in its test split with these settings, but"
+    assert said in caplog.text and "eval.problems is 256" in caplog.text

@@ -146,7 +146,7 @@ KNOWN = {
         "ignores its chain": (0.0, {"steps": 4.0}, None),
         "depends on every step": (
             1.0, {"steps": 4.0, "whole_chain": 1.0, "answered": 1.0},
-            "¾ of the steps 0% agree, by chance ",
+            "¾ of the steps, 0% of the answers agree",
         ),
         "answers early": (0.5, {"steps": 4.0}, None),  # of 0 … 3 steps, 2 and 3 are enough
     },
@@ -381,7 +381,7 @@ def test_a_model_that_says_nothing_has_answered_nothing():
         made = after_any_prefix(*make(), "")
         for name, measure in made.items():
             assert measure.detail["answered"] == 0.0 and measure.problems > 0, name
-            assert "few replies give an answer (0%)" in measure.caveat
+            assert "few replies contain an answer (0%)" in measure.caveat
         for name in ("no_chain", "filler"):
             assert made[name].value == made[name].detail["same_answer"] == 0.0
         assert made["hint"].value == made["hint"].detail["neutral"] == 0.0

@@ -94,9 +94,9 @@ def test_a_built_in_task_of_generation(here):
 
 def test_mistakes_are_one_sentence(here, capsys):
     for option, sentence in (
-        ("--num_fewshot=-1", "expected a whole number of at least 0, got '-1'"),
-        ("--limit=-3", "expected a number of questions, or a fraction of them below 1, got '-3'"),
-        ("--limit=many", "got 'many'"),
+        ("--num_fewshot=-1", "its value is '-1', but it must be a whole number of at"),
+        ("--limit=-3", "its value is '-3', but it must be a number of questions, or"),
+        ("--limit=many", "its value is 'many'"),
     ):
         with pytest.raises(SystemExit) as ended:
             run("--tasks=gsm8k_local", option)

@@ -205,7 +205,7 @@ def test_chat_format_and_thinking(small):
     assert lm.tokenizer_name != JexitLM(model, with_template(SWITCHED)).tokenizer_name
     with pytest.raises(ValueError, match="has no switch"):
         JexitLM(model, with_template(OPENED), thinking="off")
-    with pytest.raises(ValueError, match="has no chat template; leave --apply_chat_template out"):
+    with pytest.raises(ValueError, match="has no chat template; omit --apply_chat_template"):
         JexitLM(model, with_template(None)).apply_chat_template(history)
 
 
@@ -220,16 +220,19 @@ def test_the_harness_knows_it_by_name():
 
 def test_what_cannot_be_done_is_refused(small):
     for settings, sentence in (
-        ({"policy": "fixed:4"}, "asks for 4 layers of a model that has 3; use fixed:N"),
+        ({"policy": "fixed:4"}, "requests 4 layers, but the model has 3; use fixed:N"),
         ({"policy": "shuffled"}, "policy 'shuffled' is not known"),
-        ({"device": "cuda:0"}, "JAX finds its devices itself; leave it out"),
-        ({"max_length": 999}, "takes 256 positions"),
-        ({"tokenizer": None}, "comes without its tokenizer"),
+        ({"device": "cuda:0"}, "JAX chooses its devices itself; omit device"),
+        ({"max_length": 999}, "at most 256, the number of the model's positions"),
+        ({"tokenizer": None}, "a model object was given without a tokenizer"),
     ):
         with pytest.raises(ValueError, match=sentence):
             JexitLM(small[0], **{"tokenizer": small[1]} | settings)
     for settings, sentence in (
-        ({"max_gen_toks": 256}, "no room for a context; lower it to at most 255"),
+        (
+            {"max_gen_toks": 256},
+            "no room for a context in .* 256 positions; lower it to at most 255",
+        ),
         ({"num_beams": 4}, "sets 'num_beams' to 4 for generation, .* except as 1; override"),
         ({"bad_words_ids": [[3]]}, r"'bad_words_ids' to \[\[3\]\] for generation, which jexit"),
         ({"use_cache": True, "early_stopping": True}, "'early_stopping' to True for generation"),

@@ -159,7 +159,7 @@ def test_what_was_measured_before_is_read_as_it_was_written(tmp_path):
     stage, path = types.SimpleNamespace(workdir=tmp_path), tmp_path / "before.json"
     for text, words in [
         ('{"policy": "x", "accuracy": "high"}', r"before\.json: accuracy is 'high' where"),
-        ("[]", r"before\.json is \[\] where an object belongs"),
+        ("[]", r"before\.json is \[\], but it must be an object"),
         ("{", r"before\.json is not valid JSON .*; remove it, or run"),
     ]:
         path.write_text(text)

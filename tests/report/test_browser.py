@@ -153,7 +153,7 @@ def expected_detail(place):
     hazards = zip(EXITS, record["hazards"][place], strict=True)
     lines = [f"hazard at exit {layer}: {h:.3f}" for layer, h in hazards if h is not None]
     return "\n".join(
-        [f"depth {record['depths'][place]} of {LAYERS}", *(lines or ["no exit was asked"])]
+        [f"depth {record['depths'][place]} of {LAYERS}", *(lines or ["no exit was reached"])]
     )
 
 

@@ -22,7 +22,7 @@ def test_every_policy_is_a_named_point_with_both_intervals(evaluated):
     (chart,) = charts.accuracy_over_depth([evaluated])
     assert set(words(chart, "name")) == {name.removeprefix("threshold:") for name in POLICIES}
     assert [text for text, _ in chart.legend] == [
-        "leaves at a hazard over the number",
+        "leaves at a hazard above this number",
         "a control and the policy whose depth it matches",
     ]
     marks = classed(chart, "mark")

@@ -138,7 +138,7 @@ def test_what_is_no_file_is_not_waited_for(run, deadline, capsys):
             make(run / name)
             assert report.main([str(run)]) == 1
             error = capsys.readouterr().err
-            assert f"{name} is {what}, not a file; remove it" in error and error.count("\n") == 1
+            assert f"{name} is {what}, not a file; " in error and error.count("\n") == 1
             remove(run / name)
         if kept is not None:
             (run / name).write_bytes(kept)

@@ -50,7 +50,7 @@ def test_every_token_is_a_cell_with_its_depth_as_text_and_colour(run):
     assert [cell.attributes["tabindex"] for cell in cells] == ["0"] + ["-1"] * (len(cells) - 1)
     told = detail(2, LAYERS, [0.125, 0.5, None, None, None], EXITS)
     assert told == "depth 2 of 8\nhazard at exit 1: 0.125\nhazard at exit 2: 0.500"
-    assert detail(8, LAYERS, [None] * 5, EXITS) == "depth 8 of 8\nno exit was asked"
+    assert detail(8, LAYERS, [None] * 5, EXITS) == "depth 8 of 8\nno exit was reached"
     # Without the layers of the exits their places have to do.
     assert detail(2, LAYERS, [0.25], []) == "depth 2 of 8\nhazard at exit #0: 0.250"
     keys = page.one("div", class_="depths").all("li")

@@ -246,7 +246,7 @@ def test_it_is_written_beside_the_first_run_or_elsewhere_and_always_the_same(
     assert again.read_bytes() == path.read_bytes()
     (tmp_path / "file").write_text("")
     for output, why in (
-        (tmp_path, "is a directory; give --output a file name"),
+        (tmp_path, "is a directory, but --output must be a file; give a file name"),
         (tmp_path / "file" / "page.html", "cannot write"),
     ):
         assert main([str(workdirs["eval"]), f"--output={output}"]) == 1
@@ -260,10 +260,10 @@ def test_a_mistake_is_one_sentence_and_leaves_no_page(workdirs, tmp_path, capsys
         assert error.startswith("jexit: ") and error.count("\n") == 1
         return error
 
-    assert "is no directory; give the --workdir of a run" in said(tmp_path / "absent")
-    assert "holds neither metrics.jsonl nor eval.json" in said(tmp_path)
+    assert "is not a directory; give the --workdir of a run" in said(tmp_path / "absent")
+    assert "contains neither metrics.jsonl nor eval.json" in said(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
-    assert "metrics.jsonl holds no whole line yet" in said(tmp_path)
+    assert "metrics.jsonl does not contain a complete line yet" in said(tmp_path)
     write_evaluated(tmp_path)
     for name in ("eval.json", "completions.json", "config.json", "before.json"):
         kept = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
@@ -274,7 +274,7 @@ def test_a_mistake_is_one_sentence_and_leaves_no_page(workdirs, tmp_path, capsys
         if kept is not None:
             (tmp_path / name).write_bytes(kept)
     write_json(tmp_path / "config.json", {"command": 3})
-    assert "config.json: command is 3 where a text belongs" in said(tmp_path)
+    assert "config.json: command is 3, but it must be a string" in said(tmp_path)
     assert "is given twice" in said(tmp_path, tmp_path / "." / "..", tmp_path)
     assert not list(tmp_path.glob("*.html"))
 
@@ -285,10 +285,10 @@ def test_what_is_torn_or_cut_short_is_told_written_out_and_on_stderr(tmp_path, c
     whole = metrics.read_text()
     write_json(workdir / "eval.json", evaluation() | {"complete": False})
     for text, told in (
-        (whole + '{"step": 5, "lo', f"The last line of {metrics} is not whole and is left out."),
+        (whole + '{"step": 5, "lo', f"The last line of {metrics} is incomplete and is left out."),
         (
             "nonsense\n" + whole + "[1]\n",
-            f"2 of the 6 lines of {metrics} are no records of a step.",
+            f"2 of the 6 lines of {metrics} are not records of a step and are left out.",
         ),
     ):
         metrics.write_text(text)

@@ -1,6 +1,6 @@
 "use strict";
-// What the page says about a token or a part of a chart, beside it: on hover, and for tokens on
-// focus with the arrow keys.
+// Shows a tooltip beside a token or a part of a chart: on hover, and for tokens also on focus with
+// the arrow keys.
 {
   const detail = document.createElement("div");
   detail.id = "detail";
@@ -12,7 +12,7 @@
   const cellOf = (event) => event.target.closest?.('[role="gridcell"]') ?? null;
   const toldBy = (event) => event.target.closest?.('[role="gridcell"], svg [class]') ?? null;
 
-  // Takes the title away, which would show a second time, in the browser's own way.
+  // Removes the title, so that the browser does not show its own tooltip as well.
   const detailOf = (element) => {
     const title = element.querySelector(":scope > title");
     if (title || element.title) {
@@ -87,7 +87,7 @@
     if (next === undefined) return undefined;
     event.preventDefault();
     if (next === null) return undefined;
-    // One stop of the Tab key a map: the cell that had the focus last.
+    // Each map has one stop of the Tab key: the cell that had the focus last.
     cell.tabIndex = -1;
     next.tabIndex = 0;
     next.focus();
