@@ -1,4 +1,4 @@
-"""Functions that find and compare answers in free text. All accept any text and take linear time.
+"""Functions that find and compare answers in free text, for any text and in linear time.
 
 These rules decide which answer a completion gives. Its thoughts do not count (see `visible_text`).
 
@@ -18,7 +18,7 @@ text contains:
    reads as a title and numbers follow in the lines after it ("#### 2. Find the price", "#### Cost
    of 3 apples");
 3. the last "the answer is" or "answer:" that a number or an expression follows;
-4. the whole text, whose answer is its last number.
+4. the whole text, where the last number is the answer.
 
 In places 1 to 3, remarks in parentheses are left out and each side of an equals sign is read
 separately. The last side that gives a number decides, so "9 * 2 = 18" and "18 = 9 * 2" both give

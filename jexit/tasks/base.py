@@ -213,7 +213,7 @@ def stable_hash(*parts: object) -> int:
 
 
 def split_of(key: str) -> Split:
-    """Returns the split of a problem, given the text that identifies the problem.
+    """Returns the split of the problem that `key` identifies.
 
     One problem in eight is in `val`, and one in eight is in `test`. The split depends on the
     problem itself and not on how it was drawn, so no problem can occur in two splits, whatever the

@@ -34,11 +34,11 @@ class ChainTask(Task):
 
     `cue` is the text that requests the answer at once, after any number of steps. `granularities`
     are the values of the option `steps` that prescribe how much a step does, from small to large.
-    It is empty if prompts cannot prescribe this. `begun_sizes` are the numbers of operands with
-    which a step can be begun. It is empty if the text of a step does not state this number before
-    the result. `prose` is whether chains are free text, in which a model may mention its prompt. If
-    a completion has a think block, the chain is the text inside it. Every method accepts any text
-    as a completion.
+    The tuple is empty if prompts cannot prescribe this. `begun_sizes` are the numbers of operands
+    with which a step can be begun. The tuple is empty if the text of a step does not state this
+    number before the result. `prose` is whether chains are free text, in which a model may mention
+    its prompt. If a completion has a think block, the chain is the text inside it. Every method
+    accepts any text as a completion.
     """
 
     cue: ClassVar[str]

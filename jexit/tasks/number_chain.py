@@ -63,10 +63,10 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns what follows from these steps if the result of the last one is `number`.
+        """Returns whether the problem can continue after these steps, and the answer that follows.
 
-        The first value is whether the problem can continue from there. The second is the answer, or
-        None if the answer cannot be known without understanding the text.
+        `number` is the new result of the last step. The answer is None if it cannot be known
+        without understanding the text.
         """
         return True, None
 

@@ -133,11 +133,11 @@ class WordProblems(NumberChain):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns what follows if the result of the last of these steps is `number`.
+        """Returns whether the story can continue after these steps, and the answer that follows.
 
-        The story's own remaining steps give the answer. It is unknown (None) if a step is not the
-        story's own. No result of a story is below 0, so a number that leads to such a result is not
-        possible.
+        `number` is the new result of the last step. The story's own remaining steps give the
+        answer, which is None if one of `steps` is not the story's own. No result of a story is
+        below 0, so the story cannot continue with a number that leads to such a result.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1

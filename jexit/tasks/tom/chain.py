@@ -75,11 +75,11 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainLine:
-    """A line that gives a state.
+    """A line of the chain that gives a state, in its parts.
 
     `head` contains the words before the place, `what` the place or the topic, `secret` the secret
-    witness, and `state` the state. In a coarse line, `head` contains only names and `what` is
-    empty.
+    witness, and `state` the answer after the line. In a coarse line, `head` contains only names and
+    `what` is empty.
     """
 
     head: tuple[str, ...]
@@ -137,7 +137,7 @@ def read_line(line: str) -> ChainLine | None:
 def corruptions(
     lines: Sequence[str], question: Question, answer: str, places: Sequence[str], draw: Draw
 ) -> list[Corruption]:
-    """Returns a change of each line whose change leads from `answer` to another answer.
+    """Returns one corruption for each line that can be changed so that the answer is not `answer`.
 
     A place becomes another one of `places`. For a topic, the people who heard about it change, so
     that the knowledge asked for is gained or lost.

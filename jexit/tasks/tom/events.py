@@ -20,7 +20,7 @@ _PROPOSALS = 12
 Kinds: TypeAlias = tuple[EventKind, ...]
 _LATER_MENTIONS: Kinds = (*("moves",) * 3, "takes", *("claims",) * 3)
 _EXTRA_PERCENT = 30  # percentage of events that may get a secret witness or a distracted person
-_WHISPER_PERCENT = 60  # percentage of speech
+_WHISPER_PERCENT = 60  # percentage of speech that is whispered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
