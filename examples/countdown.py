@@ -1,11 +1,12 @@
-"""Countdown: make a number from others, each used once. A task of your own, whole in one file.
+"""Countdown, an example of your own task in one file: make a number from others, each used once.
 
     python -m jexit.main --config=configs/rl.py --config.task.name=examples/countdown.py \
         --config.steps=50 --config.rl.accuracy_floor=0.3 --workdir=runs/countdown
 
-The shipped model has never seen such a problem. The command takes some minutes on two CPU cores, in
-which `reward/uses_them` rises and then `reward/makes_it`. The floor holds the price of depth back
-until three in ten are right. `--config.task.options.numbers=3` gives harder problems.
+The shipped model has never seen such a problem. The command takes some minutes on two CPU cores. In
+the course of the run `reward/uses_them` rises first, and then `reward/makes_it`. The accuracy floor
+withholds the price of depth until three in ten answers are right. Set
+`--config.task.options.numbers=3` for harder problems.
 """
 
 import ast
@@ -19,7 +20,7 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def makes_it(completions, target, numbers, **columns):
-    """1 for an expression of all the numbers, each once, that comes to the target."""
+    """Returns 1 for an expression that uses each number once and equals the target, and else 0."""
     return [
         float(used == sorted(given) and value == wanted)
         for (value, used), wanted, given in zip(
@@ -29,7 +30,7 @@ def makes_it(completions, target, numbers, **columns):
 
 
 def uses_them(completions, numbers, **columns):
-    """The share of the expression's numbers that are given ones, each once."""
+    """Returns the overlap of the expression's numbers with the given ones, from 0 to 1."""
     scores = []
     for (_, used), given in zip(map(read, completions), numbers, strict=True):
         shared = sum(min(used.count(n), given.count(n)) for n in set(given))
@@ -38,7 +39,7 @@ def uses_them(completions, numbers, **columns):
 
 
 def read(completion):
-    """What the first line comes to, up to an equals sign, and the numbers in it, sorted."""
+    """Returns the value of the first line up to an equals sign, and its sorted numbers."""
     used = []
 
     def value(node):
@@ -47,7 +48,7 @@ def read(completion):
         if isinstance(node, ast.Constant) and type(node.value) is int:
             used.append(node.value)
             return node.value
-        raise ValueError("no sum, difference or product")
+        raise ValueError("not a sum, a difference or a product")
 
     line = completion.strip().partition("\n")[0].partition("=")[0].strip()
     try:
@@ -58,7 +59,7 @@ def read(completion):
 
 
 def problems(numbers, seed):
-    """Numbers from 2 to 12, and what they make when they are put together at random."""
+    """Yields problems with numbers from 2 to 12 and a target that is made from them at random."""
     draw = random.Random(seed)
     for _ in itertools.repeat(None):
         given = [draw.randint(2, 12) for _ in range(numbers)]
@@ -72,7 +73,7 @@ def problems(numbers, seed):
 
 
 def task(numbers: int = 2, rows: int = 4000, seed: int = 0):
-    """What `config.task.name` names; its arguments are `config.task.options`."""
+    """Makes the task that `config.task.name` names. Its arguments are `config.task.options`."""
     return jexit.rows_task(
         train=list(itertools.islice(problems(numbers, seed), rows)),
         prompt="question",

@@ -1,30 +1,33 @@
-"""Finding and comparing answers in free text. Every function here is total, in linear time.
+"""Functions that find and compare answers in free text, for any text and in linear time.
 
-Which answer a completion gives, its thoughts aside (`visible_text`):
+These rules decide which answer a completion gives. Its thoughts do not count (see `visible_text`).
 
-A number has a sign, a dollar sign, thousands in groups of three and decimals, or is a fraction in
-lowest terms, after a whole number or not: `-3`, `$1,000.00`, `.5`, `3/4`, `\\frac{3}{4}`, `2 1/2`.
-Numbers compare by value. Nothing is worked out: an expression such as `36/2`, `9 times 2`,
-`18-20`, `12:30`, `2^3`, `2³` or `sqrt(9)` is no number, and neither are its parts. An exclamation
-mark is punctuation, not a factorial.
+A number may have a sign, a dollar sign, commas between groups of three digits, and decimals. It may
+also be a fraction in lowest terms, with or without a whole number before it: `-3`, `$1,000.00`,
+`.5`, `3/4`, `\\frac{3}{4}`, `2 1/2`. Numbers are compared by value. Nothing is calculated: an
+expression such as `36/2`, `9 times 2`, `18-20`, `12:30`, `2^3`, `2³` or `sqrt(9)` is not a number,
+and neither are its parts. An exclamation mark is punctuation, not a factorial.
 
-Strict: the text ends in a line that is `#### `, one number and at most a full stop.
+Strict: the last line of the text is `#### `, one number and at most a full stop.
 
-Lenient: the text ends in no such line. Its answer is in the first of these that it has:
-1. the last `\\boxed{}`, if it holds a number or an expression;
-2. the last line with a `####` and a number after it that is no heading; where it says only
-   "Answer:", the next line. A heading names a step ("#### Step 2"), or reads as a title and numbers
-   follow in the lines after it ("#### 2. Find the price", "#### Cost of 3 apples");
-3. the last "the answer is" or "answer:" that goes on with a number or an expression;
-4. all of it, whose answer is its last number.
+Lenient: the last line does not have this form. The answer is in the first of these places that the
+text contains:
+1. the last `\\boxed{}`, if it contains a number or an expression;
+2. the last line with a `####` and a number after it that is not a heading. If the line has only
+   "Answer:" after the `####`, the next line counts. A heading names a step ("#### Step 2"), or it
+   reads as a title and numbers follow in the lines after it ("#### 2. Find the price", "#### Cost
+   of 3 apples");
+3. the last "the answer is" or "answer:" that a number or an expression follows;
+4. the whole text, where the last number is the answer.
 
-In 1 to 3, each side of an equals sign is read separately, remarks in parentheses left out. The last
-side that gives a number decides, so "9 * 2 = 18" and "18 = 9 * 2" give 18. A side gives what it
-starts with ("18 dollars for 9 eggs"), else what comes last in it ("the 3 friends pay 18 dollars"),
-and as an item of a list what its sentence states ("3. The total is 18."). If that is an expression
-there is no answer. Here several numbers make an expression too: a list or a range ("18 or 20",
-"18; 20", "18~20"), numbers with nothing between them ("18 20"), and a quantity in two units
-("18 hours 30 minutes", "12h30"); and so do other commands of LaTeX ("2\\pi").
+In places 1 to 3, remarks in parentheses are left out and each side of an equals sign is read
+separately. The last side that gives a number decides, so "9 * 2 = 18" and "18 = 9 * 2" both give
+18. A side gives the number with which it starts ("18 dollars for 9 eggs"), or else its last number
+("the 3 friends pay 18 dollars"). If the side is an item of a list, it gives the number that its
+sentence states ("3. The total is 18."). If an expression stands in that position, the side gives no
+number. In these places, several numbers also form an expression: a list or a range ("18 or 20",
+"18; 20", "18~20"), numbers with nothing between them ("18 20"), and a quantity in two units ("18
+hours 30 minutes", "12h30"). Other LaTeX commands also form an expression ("2\\pi").
 """
 
 from __future__ import annotations
@@ -37,13 +40,13 @@ from fractions import Fraction
 
 from jexit.tasks.base import VerdictKind
 
-# Longer digit strings are no sensible answer, and converting huge ones is quadratic (and refused
+# Longer digit strings are not sensible answers, and converting huge ones is quadratic (and refused
 # by Python above 4,300 digits).
 _MAX_DIGITS = 60
-_SPAN = 400  # characters of a line, a box or a clause that are read, and of what follows a heading
-_LAST = 32  # markers and announcements that are looked at, from the end: before them is no answer
+_SPAN = 400  # characters that are read of a line, a box, a clause, or the text after a heading
+_LAST = 32  # markers and announcements that are read, counted from the end of the text
 
-# A sign touches its number ("- 3 apples" is a list item) and no operand before it ("10-3").
+# A sign touches its number ("- 3 apples" is a list item) but not an operand before it ("10-3").
 _NUMBER = (
     r"(?:(?<![\w)])[-\u2212]\$?|\$ ?[-\u2212]?)?"
     r"(?:(?:[0-9]++ )?[0-9]++ ?/ ?[0-9]++"
@@ -65,11 +68,11 @@ _UNIT = (
 
 
 def _expressions(operators: str) -> str:
-    """A number (group `number`) with all that operators join to it (group `more`).
+    """Returns a pattern that matches a number (`number`) and all operands joined to it (`more`).
 
-    An operand may have a unit of two words. Points, commas, colons and exponents join what they
-    touch on both sides; an exponent of something else (`x^2`) is none, nor is what a function is
-    applied to.
+    An operand may have a unit of up to two words. Points, commas, colons and exponents join the
+    numbers that they touch on both sides. The exponent of anything else (`x^2`) does not match. The
+    argument of a function matches with the group `function`, and it does not count as a number.
     """
     join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
     joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}|[\u00b2\u00b3\u00b9]"
@@ -85,7 +88,7 @@ _IN_ANSWER = re.compile(
     + r"|\\[A-Za-z]"
 )
 
-# What LaTeX writes around numbers, and what it is in plain text.
+# LaTeX markup around numbers, and its equivalent in plain text.
 _LATEX = (
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9])"), ","),
@@ -120,9 +123,9 @@ THINK_START, THINK_END = "<think>", "</think>"
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that a text starts with or has first; None where that is an expression.
+    """Returns the first number of a text, or None if it has none or an expression comes first.
 
-    Reads "1,000", "$18.00", "18.", "-3", "-$3", "1/2", "18 dollars", "\\boxed{18}" and
+    It reads "1,000", "$18.00", "18.", "-3", "-$3", "1/2", "18 dollars", "\\boxed{18}" and
     "\\frac{1}{2}".
     """
     match = _IN_TEXT.search(_plain(text))
@@ -130,9 +133,9 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, expressions and their parts passed over; None: there is none.
+    """Returns the last number in a text that is not part of an expression, or None.
 
-    It is looked for up to `_SPAN` characters before the text's last digit.
+    The search starts `_SPAN` characters before the text's last digit.
     """
     end = 1 + max(map(text.rfind, "0123456789"))
     start = max(end - _SPAN, 0)
@@ -143,7 +146,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def strict_number(text: str) -> Fraction | None:
-    """The number of a final line `#### n`, or None when the text does not end in exactly that."""
+    """Returns the number of a final line `#### n`, or None if the text does not end in one."""
     line = text.rstrip().rpartition("\n")[2]
     if not line.startswith(_MARKER + " "):
         return None
@@ -152,7 +155,7 @@ def strict_number(text: str) -> Fraction | None:
 
 
 def lenient_number(text: str) -> Fraction | None:
-    """The answer wherever it stands, by the lenient rules in this module's docstring."""
+    """Returns the answer by the lenient rules in this module's docstring, or None."""
     answer = _boxed(text)
     if answer is None and (place := marker_place(text)) >= 0:
         answer = _marked(text, place)
@@ -162,15 +165,16 @@ def lenient_number(text: str) -> Fraction | None:
 
 
 def marker_place(text: str) -> int:
-    """Where the last `####` is that an answer follows, and that is no heading; −1: none."""
+    """Returns the position of the last `####` that marks an answer and not a heading, or −1."""
     places = (marker.start() for marker in _last(_MARKED, text))
     return next((place for place in places if _marked(text, place) is not None), -1)
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Start and end of what marks the answer: the last `\\boxed{`, else the `####` of its line.
+    """Returns the start and end of the answer's mark: the last `\\boxed{`, or the last `####`.
 
-    None where nothing does, or while a think block is open.
+    A `####` counts only if the text has no `\\boxed{}`. It must mark an answer and not a heading.
+    Returns None if there is no mark, or while a think block is open.
     """
     text = visible_text(completion)
     if text is None:
@@ -193,9 +197,9 @@ def _boxed(text: str) -> str | None:
 
 
 def _marked(text: str, place: int) -> str | None:
-    """What the line of the `####` at `place` gives as the answer; None: nothing, or a heading.
+    """Returns the answer on the line of the `####` at `place`, or None for a heading or no answer.
 
-    Where the line says nothing but "Answer:" that is the next line, if it starts with a number.
+    If only "Answer:" follows the `####`, the answer is the next line, if that starts with a number.
     """
     start = place + len(_MARKER)
     if _STEP.match(text, start):
@@ -210,7 +214,7 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """The clause that follows the last "the answer is" that goes on with a number."""
+    """Returns the clause after the last "the answer is" that a number follows, or None."""
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])
         end = _CLAUSE_END.search(clause)
@@ -221,7 +225,7 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """What an answer comes to: the last of its equal sides that gives a number."""
+    """Returns the number of the last side of an equals sign that gives one, or None."""
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
@@ -239,20 +243,20 @@ def _side(side: str) -> Fraction | None:
 
 
 def visible_text(completion: str) -> str | None:
-    """What a completion says when it has done thinking: all of it, or what follows `</think>`.
+    """Returns the text after the last `</think>`, or the whole completion if it has none.
 
-    None while a think block is open: a thought that was cut short is no answer, whatever numbers
-    are in it. After several blocks the last one counts.
+    Returns None while a think block is open. An unfinished thought is not an answer, whatever
+    numbers it contains.
     """
     after = completion.rpartition(THINK_END)[2]
     return None if THINK_START in after else after
 
 
 def chain_of_thought(completion: str) -> str:
-    """A completion up to its answer, without white space at the end.
+    """Returns a completion up to its answer, without white space at the end.
 
-    With a think block that is up to `</think>`; otherwise up to the last `####` that is no heading,
-    or all of it.
+    The chain ends at the last `</think>` if the completion has a think block. Otherwise it ends at
+    the last `####` that is not a heading, or includes the whole completion.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:
@@ -262,14 +266,17 @@ def chain_of_thought(completion: str) -> str:
 
 
 def with_think_start(steps: Sequence[str]) -> list[str]:
-    """The steps of a chain of thought, the line that opens a think block with the one after it."""
+    """Returns the steps of a chain of thought and joins a first line `<think>` to the next step."""
     if steps and steps[0].strip() == THINK_START:
         return ["".join(steps[:2]), *steps[2:]]
     return list(steps)
 
 
 def final_number(completion: str) -> Fraction | None:
-    """The answer that a completion gives: `strict_number` of its visible text, else the lenient."""
+    """Returns the answer of a completion, or None if it gives none.
+
+    This is the `strict_number` of its visible text, or else the `lenient_number`.
+    """
     text = visible_text(completion)
     if text is None:
         return None
@@ -278,10 +285,11 @@ def final_number(completion: str) -> Fraction | None:
 
 
 def judge(completion: str, answer: str) -> VerdictKind:
-    """How a completion compares with the right answer, numbers as numbers.
+    """Compares a completion with the right answer by value, and returns the kind of verdict.
 
-    The format decides first: when the text ends in a line `#### n`, n is the answer, whatever else
-    the text says. Thoughts do not count, and an unfinished one leaves no answer (`visible_text`).
+    The format decides first: if the text ends in a line `#### n`, n is the answer, whatever else
+    the text contains. Thoughts do not count, and an unfinished thought leaves no answer (see
+    `visible_text`).
     """
     found = final_number(completion)
     if found is None:
@@ -292,7 +300,7 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    """The text without LaTeX's marks around numbers."""
+    """Returns the text without LaTeX markup around numbers."""
     if "\\" in text or "{" in text:
         for pattern, plain in _LATEX:
             text = pattern.sub(plain, text)
@@ -300,7 +308,7 @@ def _plain(text: str) -> str:
 
 
 def _value(expression: re.Match[str]) -> Fraction | None:
-    """The number that an expression is; None where it is several."""
+    """Returns the number of a match, or None if the match is an expression and not one number."""
     several = expression["more"] or expression["function"]
     return None if several else _to_fraction(expression["number"])
 

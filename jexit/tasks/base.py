@@ -1,4 +1,4 @@
-"""What a task is: prompts by index, and a checker that judges any text without raising."""
+"""The interface of a task, which provides problems by index and judges any text without raising."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ Message = Mapping[str, str]  # `role` (system, user or assistant) and `content`
 ROLES = ("system", "user", "assistant")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_PARTS = 8  # of generated problems; one is the test split, one the validation split
+_PARTS = 8  # of all generated problems: one part is the test split, one the validation split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question.
+    """One question with its right answer.
 
-    `prompt` is the user's message before any chat template, `answer` the right answer as text,
-    `completion` a reference completion without its end token (None where the data has none),
-    `earlier` the messages before the prompt (a system message, worked examples, turns of a
-    conversation), and `fields` whatever else describes the problem (operands, template, ...).
+    `prompt` is the user's message before any chat template is applied. `answer` is the right answer
+    as text. `completion` is a reference completion without its end token, or None if the data has
+    none. `earlier` contains the messages before the prompt: a system message, worked examples or
+    earlier turns of a conversation. `fields` contains everything else that describes the problem,
+    such as its operands or its template.
     """
 
     prompt: str
@@ -40,13 +41,16 @@ class Problem:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The conversation that a completion goes on with."""
+        """The conversation to complete: the earlier messages and then the prompt."""
         return (*self.earlier, {"role": "user", "content": self.prompt})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """What each kind of verdict earns (defaults: arXiv:2603.21376, as far as published)."""
+    """The reward for each kind of verdict.
+
+    The defaults follow arXiv:2603.21376, as far as they are published there.
+    """
 
     strict: float = 1.0
     lenient: float = 0.5
@@ -56,11 +60,12 @@ class Rewards:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A judged completion.
+    """The judgement of one completion.
 
-    `strict`: the right answer in the required format; `lenient`: the right answer, found only by
-    the lenient parse; `wrong`: another answer, in either format; `none`: no answer found. `parts`
-    are the rewards of a task's own functions by name, before their weights.
+    `kind` is `strict` for the right answer in the required format, `lenient` for the right answer
+    if only the lenient parse found it, `wrong` for another answer in either format, and `none` if
+    no answer was found. `parts` maps the names of a task's own reward functions to their rewards
+    before weighting.
     """
 
     kind: VerdictKind
@@ -74,10 +79,11 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A completion of one prompt; a token's depth is of the pass that produced it.
+    """One completion of a prompt, with the depth of the pass that produced each token.
 
-    `text` is what is judged: without special tokens, and after the `<think>` that a prompt ends in.
-    `truncated`: it ran into the limit of tokens. `verdict` is None until it is judged.
+    `text` is the text to judge. It has no special tokens, and it starts with `<think>` if the
+    prompt ends in `<think>`. `truncated` is whether the completion reached the token limit.
+    `verdict` is None until the attempt is judged.
     """
 
     text: str
@@ -96,11 +102,12 @@ class Attempt:
 
 
 class Task(abc.ABC):
-    """A source of problems with random access, and the judge of their completions.
+    """A source of problems that are accessed by index, and the judge of their completions.
 
-    `problem(split, index)` depends on the task's own settings, the split and the index only, so a
-    data cursor is a number and resuming is exact. `train` is learnt from, `val` is what training
-    runs report and choose by, `test` what results report; they share no problem in substance.
+    `problem(split, index)` depends only on the task's own settings, the split and the index. A data
+    cursor is therefore a single number, and resuming is exact. The model learns from `train`.
+    Training runs report on `val` and make their choices by it. Results are reported on `test`. The
+    splits share no problem in substance.
     """
 
     name: str = ""  # make_task gives one that has none the name that config.task.name has
@@ -111,59 +118,61 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at `index` (from 0; below `size(split)` where that is not None).
+        """Returns the problem at `index`, which counts from 0.
 
-        A generated task raises NoMoreProblems where its val or test split has no further one.
+        `index` must be below `size(split)`, unless that is None. A generated task raises
+        NoMoreProblems if its `val` or `test` split has no further problem.
         """
 
     def size(self, split: Split) -> int | None:
-        """How many problems the split has; None, unless overridden, for a generated one."""
+        """Returns the number of problems in the split, or None (the default) for generated ones."""
         check_split(split)
         return None
 
     @abc.abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judges a completion's text (special tokens removed). Total: never raises on any text."""
+        """Judges a completion's text, without special tokens. Must not raise on any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """The verdict on an attempt at each problem."""
+        """Judges one attempt at each problem and returns the verdicts in the same order."""
         return [
             self.verify(problem, self.answerable(attempt.text, cut=attempt.truncated))
             for problem, attempt in zip(problems, attempts, strict=True)
         ]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
-        """Start and end of what marks the answer in a completion, the last `####`; None: nothing.
+        """Returns the start and the end of the text that marks a completion's answer, or None.
 
-        Total.
+        The default is the last `####`. None means that no text marks an answer. Never raises.
         """
         start = text.rfind("####")
         return None if start < 0 else (start, start + len("####"))
 
     def answerable(self, completion: str, *, cut: bool) -> str:
-        """What a completion is judged by: all of it, or nothing where it was cut off too early.
+        """Returns the text by which to judge a completion: all of it, or nothing if cut too early.
 
-        `cut`: it ran into the limit of tokens. Then the last number or place in it is on the way to
-        an answer, and only one that is marked has been given.
+        `cut` is whether the completion reached the token limit. In that case its last number or
+        place may be an intermediate result, so only a marked answer counts.
         """
         return "" if cut and self.answer_mark(completion) is None else completion
 
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """Metrics of the chains of thought, beyond accuracy: sum and count of each.
+        """Returns metrics of the chains of thought besides accuracy, each as a sum and a count.
 
-        Totals of parts add up to those of the whole. None unless overridden.
+        The totals of parts of a batch add up to those of the whole batch. By default, there are no
+        metrics.
         """
         return {}
 
     def verdict(self, kind: VerdictKind) -> Verdict:
-        """The verdict of this kind with the task's own reward."""
+        """Returns the verdict of this kind with the task's own reward for it."""
         return Verdict(kind=kind, reward=float(getattr(self.rewards, kind)))
 
 
 def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
-    """Pairs of what the user and what the assistant says, as messages."""
+    """Converts pairs of a user's text and an assistant's text into messages."""
     return tuple(
         {"role": role, "content": content}
         for pair in pairs
@@ -172,66 +181,73 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
 
 
 def conversation_fault(said: Any) -> str | None:
-    """Why a prompt is neither a text nor messages that end with the user's, or None."""
+    """Returns the reason why a prompt is invalid, or None if it is valid.
+
+    A valid prompt is a text that is not blank, or a list of chat messages that ends with the
+    user's.
+    """
     if isinstance(said, str):
         return None if said.strip() else "is empty"
     if not isinstance(said, Sequence) or not said:
         return "is neither a text nor chat messages"
     for message in said:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            return f"has a message whose role is none of {', '.join(ROLES)}"
+            return f"has a message whose role is not one of {', '.join(ROLES)}"
         if not isinstance(message.get("content"), str):
-            return "has a message without a text as its content"
+            return "has a message whose content is not a text"
     return None if said[-1]["role"] == "user" else "does not end with the user's message"
 
 
 def check_split(split: str) -> None:
     """Raises UserError unless `split` is one of SPLITS."""
     if split not in SPLITS:
-        raise UserError(f"a split is 'train', 'val' or 'test', got {split!r}; name one of them")
+        raise UserError(
+            f"split is {split!r}, but it must be 'train', 'val' or 'test'; name one of them"
+        )
 
 
 def stable_hash(*parts: object) -> int:
-    """A 64-bit hash of the parts' text, equal in every process and Python version."""
+    """Returns a 64-bit hash of the parts' text, equal in every process and Python version."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(key: str) -> Split:
-    """The split of the problem that `key` identifies: one in eight is `val`, one in eight `test`.
+    """Returns the split of the problem that `key` identifies.
 
-    Membership depends on the problem itself, not on how it was drawn, so no problem can occur on
-    two sides whatever the seeds.
+    One problem in eight is in `val`, and one in eight is in `test`. The split depends on the
+    problem itself and not on how it was drawn, so no problem can occur in two splits, whatever the
+    seeds.
     """
     part = stable_hash("held out", key) % _PARTS
     return "test" if part == 0 else "val" if part == 1 else "train"
 
 
 class Draw:
-    """Random choices that are the same on every Python version.
+    """A source of random choices that are the same on every Python version.
 
-    Only `random.Random.random` is promised to keep its sequence across versions; everything here
-    is derived from it.
+    Python guarantees a stable sequence across versions only for `random.Random.random`, so every
+    method here is derived from it.
     """
 
     def __init__(self, *key: object) -> None:
         self._random = random.Random(stable_hash(*key)).random
 
     def integer(self, low: int, high: int) -> int:
-        """Uniform over low ... high, both included."""
+        """Returns an integer that is uniform between `low` and `high`, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def choice(self, options: Any) -> Any:
-        """Uniform over a sequence."""
+        """Returns an element of a sequence, drawn uniformly."""
         return options[int(self._random() * len(options))]
 
     def sample(self, options: Sequence[Any], count: int) -> tuple[Any, ...]:
-        """`count` different places of a sequence, in random order."""
+        """Returns the elements at `count` different places of a sequence, in random order."""
         left = list(options)
         return tuple(left.pop(self.integer(0, len(left) - 1)) for _ in range(count))
 
     def weighted(self, weights: Mapping[str, float]) -> str:
-        """A key drawn in proportion to its weight."""
+        """Returns a key, drawn with a probability proportional to its weight."""
         point = self._random() * sum(weights.values())
         for key, weight in weights.items():
             point -= weight

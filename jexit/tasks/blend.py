@@ -1,4 +1,4 @@
-"""Several tasks as one: their problems in turn, each judged by the task that it comes from."""
+"""A task that takes problems from several tasks in turn. Each task judges its own problems."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ PARTS = ("sums", "word_problems", "tom")
 
 
 class Blend(Task):
-    """Problems of each of `tasks` equally often: index i is number i // n of task i mod n.
+    """A task that takes problems from each of `tasks` equally often.
 
-    `fields["task"]` of a problem names its task. Verdicts, and so rewards, are that task's; the
-    totals about the text are each task's own under its name (`sums/step_size`), with its
-    `accuracy` (`sums/accuracy`). Raises UserError for fewer than two tasks or one given twice.
+    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks.
+    `fields["task"]` of a problem is the name of its task. This task determines the verdict, and so
+    the reward. Each task reports its own totals about the text under its name (`sums/step_size`),
+    together with its accuracy (`sums/accuracy`). Raises UserError if there are fewer than two tasks
+    or if a task is given twice.
     """
 
     name = "blend"
@@ -30,8 +32,8 @@ class Blend(Task):
         names = [task.name for task in tasks]
         if len(names) < 2 or len(set(names)) < len(names):
             raise UserError(
-                f"blend: the tasks are two or more, each once, got {', '.join(names) or 'none'}; "
-                "change config.task.options.parts"
+                f"blend: parts is {', '.join(names) or 'empty'}, but it must name at least two "
+                "different tasks; change config.task.options.parts"
             )
         self.tasks = dict(zip(names, tasks, strict=True))
 
@@ -52,7 +54,7 @@ class Blend(Task):
         return self.tasks[problem.fields["task"]].verify(problem, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Each task judges its own, all at once."""
+        """Lets each task judge all attempts at its own problems in one call."""
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             own = [i for i, problem in enumerate(problems) if problem.fields["task"] == name]
@@ -87,7 +89,7 @@ def task(
     rewards: Rewards | None = None,
     **options: Any,
 ) -> Blend:
-    """A blend of tasks by name; each part gets those of the options that it takes.
+    """Makes a blend of tasks, given their names. Each part gets the options that it takes.
 
     Raises UserError for an option that no part takes.
     """
@@ -99,6 +101,6 @@ def task(
         unknown -= taken
     if unknown:
         raise UserError(
-            f"blend: none of {', '.join(parts)} has an option {min(unknown)!r}; leave it out"
+            f"blend: the tasks {', '.join(parts)} have no option {min(unknown)!r}; leave it out"
         )
     return Blend(made)

@@ -1,4 +1,4 @@
-"""What the measurements of faithfulness ask of a task: to read and to edit a chain of thought."""
+"""The interface of tasks whose chains of thought can be read and edited to measure faithfulness."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jexit.tasks.base import Draw, Problem, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """A chain with one step changed.
+    """A chain of thought with one changed step.
 
-    `prefix` is the completion up to and including the changed step; `answer` what the rest comes to
-    when it is worked out rightly from there, None where the task cannot know; `step` the number of
-    the changed step, from 0.
+    `prefix` is the completion up to and including the changed step. `answer` is the answer that
+    follows if the rest is worked out correctly from there, or None if the task cannot know it.
+    `step` is the index of the changed step, from 0.
     """
 
     prefix: str
@@ -25,19 +25,20 @@ class Corruption:
     step: int
 
     def undone(self, steps: Sequence[str]) -> str:
-        """The completion up to and including the same step, as it was; `steps` are all of them."""
+        """Returns the original completion up to and including this step, given all its `steps`."""
         return "".join(steps[: self.step + 1])
 
 
 class ChainTask(Task):
-    """A task whose completions are steps that can be told apart, then an answer.
+    """A task whose completions consist of separate steps and then an answer.
 
-    `cue` is the text that, after any number of steps, asks for the answer at once. `granularities`
-    are the values of the setting `task.steps` that prescribe how much a step does, from small to
-    large; empty where prompts cannot. `begun_sizes` are the numbers of operands that a step can be
-    begun with; empty where its text does not say beforehand how many it takes. `prose` says that
-    chains are free text, in which a model may speak of its prompt. In a completion with a think
-    block the chain is what is inside. Every method is total: any text may come in.
+    `cue` is the text that requests the answer at once, after any number of steps. `granularities`
+    are the values of the option `steps` that prescribe how much a step does, from small to large.
+    The tuple is empty if prompts cannot prescribe this. `begun_sizes` are the numbers of operands
+    with which a step can be begun. The tuple is empty if the text of a step does not state this
+    number before the result. `prose` is whether chains are free text, in which a model may mention
+    its prompt. If a completion has a think block, the chain is the text inside it. Every method
+    accepts any text as a completion.
     """
 
     cue: ClassVar[str]
@@ -47,20 +48,21 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def steps(self, completion: str) -> list[str]:
-        """The chain's steps in order; joined, they are the completion up to its answer's cue."""
+        """Returns the steps in order. Joined, they are the completion up to its answer's cue."""
 
     def cue_after(self, prefix: str) -> str:
-        """The text that asks for the answer after so much of a completion.
+        """Returns the text that requests the answer after the beginning `prefix` of a completion.
 
-        `cue`, after `</think>` where the prefix leaves a think block open.
+        This is `cue`, with `</think>` before it if the prefix leaves a think block open.
         """
         thinks = answers.visible_text(prefix) is None
         return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Whether the chain has the steps that the prompt prescribes.
+        """Returns whether the chain has the steps that the prompt prescribes.
 
-        As many as the problem's own completion; a problem without one cannot tell, and is obeyed.
+        By default, the chain must have the same number of steps as the problem's reference
+        completion. Without a reference completion, the result is True.
         """
         if problem.completion is None:
             return True
@@ -68,26 +70,32 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """The answer that a completion gives, in a form in which equal answers are equal texts."""
+        """Returns the answer that a completion gives, or None if it gives none.
+
+        Equal answers are returned as equal texts.
+        """
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """The beginning of a completion whose first step has `size` operands, up to its result.
+        """Returns the start of a completion whose first step has `size` operands, up to its result.
 
-        None where the problem has fewer operands, or steps cannot be begun.
+        Returns None if the problem has fewer operands or if steps cannot be begun.
         """
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """The operands of a completion's first step, 0 without a result, and if that is right."""
+        """Returns the number of operands of the first step, and whether its result is right.
+
+        The number is 0 if there is no result.
+        """
         return 0, False
 
     @abc.abstractmethod
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """The completion up to one changed step, drawn at random; None if no step can be changed.
+        """Returns the completion up to one changed step, or None if no step can be changed.
 
-        The changed step leads to another answer than the completion's.
+        The step is drawn at random. Its change leads to another answer than the completion's.
         """
 
     @abc.abstractmethod
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
-        """A plausible answer that is not the right one, in the form of `problem.answer`."""
+        """Returns a plausible wrong answer, in the form of `problem.answer`."""

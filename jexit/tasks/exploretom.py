@@ -1,6 +1,6 @@
 """Theory-of-mind stories from CSV files with the columns `story`, `question` and `answer`.
 
-The columns and styles of answer are those of ExploreToM (Sclar et al., "Explore Theory of Mind:
+The columns and the styles of answer are those of ExploreToM (Sclar et al., "Explore Theory of Mind:
 Program-guided adversarial data generation for theory of mind reasoning", arXiv:2412.12175).
 """
 
@@ -54,16 +54,18 @@ _ROOM = re.compile(
 
 
 class ExploreToM(FileTask):
-    """Questions about a container, a room, yes or no, or whether somebody knows.
+    """Questions about a container, a room, yes or no, or whether somebody knows something.
 
-    `path` names a CSV file, or a folder of them: `train*.csv`, `val*.csv` and `test*.csv`, or any,
-    of which every `test_every`-th story is held out for the test split.
+    `path` is a CSV file or a folder of CSV files. In a folder, the files `train*.csv`, `val*.csv`
+    and `test*.csv` are the splits. If none of them exists, all CSV files are read, and every
+    `test_every`-th story is held out for the test split.
 
-    A final line `#### answer` is judged whatever its case, articles and punctuation. In a sentence
-    there or after "Answer:" the first place of the story counts, the first yes or no, or the first
-    phrase about knowing, elsewhere the last; what is denied ("not in the box") is no answer, and
-    "does not really know" is not knowing. Where a container or a room is asked for, places of the
-    other sort count only if there is none of it ("the bag in the hall").
+    The comparison of a final line `#### answer` ignores case, articles and punctuation. In a
+    sentence on that line or after "Answer:", the first candidate counts: a place of the story, yes
+    or no, or a phrase about knowing. Elsewhere, the last candidate counts. A negated place ("not in
+    the box") is not an answer, and "does not really know" counts as not knowing. If the question
+    asks for a container or a room, places of the other sort count only if there is none of the
+    requested sort ("the bag in the hall").
     """
 
     name = "exploretom"
@@ -79,7 +81,7 @@ class ExploreToM(FileTask):
     ) -> None:
         if not path:
             raise UserError(
-                f"task {self.name!r} reads stories from files and got no path; "
+                f"task {self.name!r} reads stories from files, but no path was given; "
                 f"set config.task.path to {self.wanted}"
             )
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
@@ -105,7 +107,7 @@ class ExploreToM(FileTask):
             files = {"whole": sorted(self.path.glob("*.csv"))}
         if not any(files.values()):
             raise MissingFile(
-                f"{self.path} holds no CSV file; set config.task.path to {self.wanted}"
+                f"{self.path} contains no CSV file; set config.task.path to {self.wanted}"
             )
         return {
             source: itertools.chain.from_iterable(map(read_csv, some))
@@ -113,11 +115,11 @@ class ExploreToM(FileTask):
         }
 
     def _fault(self, row: dict[str, Any]) -> str | None:
-        if None in row:  # csv's name for what no column is left for
-            return "more values than columns (a comma outside quotes?)"
+        if None in row:  # csv's key for the values beyond the last column
+            return "more values than columns (perhaps a comma outside quotes)"
         if fault := text_fault(row, COLUMNS):
             return fault
-        return None if phrases.words_of(row["answer"]) else "'answer' has no word"
+        return None if phrases.words_of(row["answer"]) else "'answer' contains no word"
 
     def _to_problem(self, row: dict[str, Any]) -> Problem:
         story, question, answer = (row[column].strip() for column in COLUMNS)
@@ -135,7 +137,7 @@ task = ExploreToM
 
 
 def style_of(answer: str) -> str:
-    """`yes_no`, `knowledge` or `place`: how the answer reads."""
+    """Returns the style of an answer: `yes_no`, `knowledge` or `place`."""
     words = phrases.words_of(answer)
     if words in (("yes",), ("no",)):
         return "yes_no"
@@ -143,7 +145,7 @@ def style_of(answer: str) -> str:
 
 
 def candidates(problem: Problem) -> phrases.Candidates:
-    """The phrases that count as answers to a problem, with what each stands for."""
+    """Returns the phrases that count as answers to a problem, with the answer each stands for."""
     style = problem.fields["style"]
     if style == "yes_no":
         return phrases.YES_NO
@@ -156,7 +158,10 @@ def candidates(problem: Problem) -> phrases.Candidates:
 
 
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
-    """Those of the candidates that the question names: only containers, or only rooms."""
+    """Returns the candidates of the sort that the question names: only containers, or only rooms.
+
+    If the question names no sort, all candidates are returned.
+    """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":
         return known
@@ -173,10 +178,10 @@ def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates
 
 
 def read_csv(file: pathlib.Path) -> Iterator[Row]:
-    """Each row after the header: its place, and the row or the reason why it is none.
+    """Yields the place of each row after the header, and the row or why it cannot be used.
 
-    Bytes that are no UTF-8 spoil only the row that they are in. Raises UserError for a file
-    without the three columns.
+    Bytes that are not UTF-8 spoil only the row that contains them. Raises UserError if the file
+    lacks one of the three columns.
     """
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.DictReader(lines)
@@ -193,7 +198,7 @@ def read_csv(file: pathlib.Path) -> Iterator[Row]:
             try:
                 row: dict[str, Any] | str | None = next(reader, None)
             except csv.Error as error:
-                row = f"no CSV row ({error})"
+                row = f"not a CSV row ({error})"
             if row is None:
                 return
             yield f"{file}:{reader.line_num}", row

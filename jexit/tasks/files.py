@@ -1,4 +1,4 @@
-"""Tasks whose problems come from files: rows that cannot be used are left out and counted."""
+"""Tasks that read their problems from files. Rows that cannot be used are left out and counted."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from jexit.errors import MissingFile
 from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
 
 _REASONS_SHOWN = 5
-_VAL_EVERY = 16  # a group of the training rows in so many is held out to validate with
+_VAL_EVERY = 16  # one in this number of groups of training rows is held out for validation
 
 _log = logging.getLogger(__name__)
 
-# A split that the data has itself, or "whole": rows without splits.
+# A split that the data itself has, or "whole" for rows without splits.
 Source = Literal["train", "val", "test", "whole"]
 
-# A row that is fit for use, or the reason why it is not; with the place it came from.
+# The place that a row came from, and the row or the reason why it cannot be used.
 Row = tuple[str, dict[str, Any] | str]
 
 
 class FileTask(Task):
-    """A task that reads rows once, when their split is first asked for.
+    """A task that reads its rows once, when their split is first requested.
 
-    `path` names files of each split in a folder, or one file: a test split if its name starts with
-    `test`. `instruction` ends every prompt, and of rows that have no split of their own every
-    `test_every`-th group is held out for the test split (0: none; see `_group`). Training rows of a
-    group that the data holds out as well are left out. Where the data has no validation split,
-    every sixteenth group of the training rows is held out for it, of fewer groups the last one.
-    Rows that cannot be used are left out, with one warning per source that counts them and names
-    the first. Raises MissingFile when there is nothing at `path`.
+    `path` is a folder with files for each split, or one file. A single file is a test split if its
+    name starts with `test`. Every prompt ends with `instruction`.
+
+    If rows have no splits of their own, every `test_every`-th group (see `_group`) is held out for
+    the test split (0: none). If the data itself holds out a group, training rows of the same group
+    are left out. If the data has no validation split, every sixteenth group of the training rows is
+    held out for it. With two to fifteen groups, only the last one is held out.
+
+    Rows that cannot be used are left out. One warning per source counts these rows and names the
+    first. Raises MissingFile if `path` does not exist.
     """
 
-    wanted: ClassVar[str]  # what `path` may name, for the error message
+    wanted: ClassVar[str]  # what `path` may be, for error messages
 
     def __init__(
         self,
@@ -51,7 +54,9 @@ class FileTask(Task):
         self.instruction = instruction
         self.test_every = test_every
         if self.path is not None and not self.path.exists():
-            raise MissingFile(f"no data set at {self.path}; set config.task.path to {self.wanted}")
+            raise MissingFile(
+                f"there is no data set at {self.path}; set config.task.path to {self.wanted}"
+            )
         self._read: dict[Source, list[Problem]] = {}
         self._problems: dict[Split, list[Problem]] = {}
 
@@ -63,18 +68,21 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """The rows by the split that they are, or all as "whole", of which a part is held out."""
+        """Returns the rows of each split that the data has.
+
+        Rows under "whole" have no split, and a part of them is held out.
+        """
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
-        """Why a row cannot be used, or None."""
+        """Returns the reason why a row cannot be used, or None if it can."""
 
     @abc.abstractmethod
     def _to_problem(self, row: dict[str, Any]) -> Problem:
-        """The problem in a row without fault."""
+        """Returns the problem in a row that can be used."""
 
     def _group(self, problem: Problem) -> str:
-        """What problems share that must be on the same side."""
+        """Returns the key of a problem's group. Problems of one group are in the same split."""
         return problem.prompt
 
     def _split(self, split: Split) -> list[Problem]:
@@ -99,12 +107,12 @@ class FileTask(Task):
         return {"train": rest, "val": val, "test": test}[split]
 
     def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
-        """The training problems without the groups that the data itself holds out as well."""
+        """Returns the training problems without the groups that the data itself also holds out."""
         taken = {self._group(problem) for problem in held_out}
         rest = [problem for problem in train if self._group(problem) not in taken]
         if len(rest) < len(train):
             _log.warning(
-                "left out %d of %d training rows, which are in the val or test split too",
+                "left out %d of %d training rows because they are also in the val or test split",
                 len(train) - len(rest),
                 len(train),
             )
@@ -135,7 +143,10 @@ class FileTask(Task):
         return problems
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
-        """The problems without every `every`-th group (0: none is held out), and those groups."""
+        """Returns the problems without every `every`-th group, and the problems of those groups.
+
+        If `every` is 0, no group is held out.
+        """
         ranks: dict[str, int] = {}
         for problem in problems:
             ranks.setdefault(self._group(problem), len(ranks))
@@ -148,19 +159,19 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """What one file is: a test split if its name starts with `test`."""
+    """Returns the source of a single file: a test split if its name starts with `test`."""
     return "test" if file.name.startswith("test") else "whole"
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Why one of a row's values is no text that can be used, or None."""
+    """Returns the reason why one of a row's values is not a usable text, or None."""
     for key in keys:
         if key not in row:
             return f"no {key!r}"
         if not isinstance(row[key], str) or not row[key].strip():
-            return f"{key!r} is not a text"
+            return f"{key!r} is empty or not a text"
         try:
             row[key].encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are no UTF-8
-            return f"{key!r} holds half a character"
+        except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are not UTF-8
+            return f"{key!r} is not valid Unicode"
     return None

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems, from JSONL files or through tensorflow-datasets.
+"""GSM8K, a data set of grade-school word problems, from JSONL files or tensorflow-datasets.
 
 Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168.
 """
@@ -30,18 +30,19 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 class Gsm8k(FileTask, NumberChain):
-    """Questions with a number for an answer.
+    """Questions whose answers are numbers.
 
-    `path` names one of
+    `path` is one of
     - a folder with `train.jsonl`, `test*.jsonl` and perhaps `val*.jsonl`, or one JSONL file;
     - a tensorflow-datasets folder, either the data directory or a data set's version directory;
-    - nothing: the tensorflow-datasets data directory, downloading GSM8K if it is not there yet.
+    - empty, for the tensorflow-datasets data directory. GSM8K is downloaded if it is not there yet.
 
-    `shots` worked examples of the training split, drawn by `seed` and the same for all problems, go
-    before every prompt; a problem is never among its own.
+    Every prompt is preceded by `shots` worked examples of the training split. They are drawn by
+    `seed` and are the same for all problems, but a problem is never among its own examples.
 
-    A row needs the texts `question` and `answer`, the latter ending in `#### n`. What a number is,
-    and which one a completion answers, is the rule at the head of `jexit.tasks.answers`.
+    A row must contain the texts `question` and `answer`, and `answer` must end in `#### n`. The
+    docstring of `jexit.tasks.answers` defines what a number is and which number a completion
+    answers.
     """
 
     name = "gsm8k"
@@ -73,16 +74,16 @@ class Gsm8k(FileTask, NumberChain):
         return self.verdict(answers.judge(completion, problem.answer))
 
     def _shots(self, problem: Problem) -> tuple[Message, ...]:
-        """Worked examples with questions other than the problem's own."""
+        """Returns worked examples whose questions differ from the problem's own."""
         if not self._examples:
-            # By question, as data may hold one twice; one more than are shown, in case one of them
-            # is the problem itself.
+            # Keyed by question, because the data may contain one twice. One more than are shown is
+            # drawn, in case one of them is the problem itself.
             rows = list({row.prompt: row for row in self._split("train")}.values())
             if len(rows) <= self.shots:
                 raise UserError(
-                    f"gsm8k: {self.shots} shots need {self.shots + 1} different training questions "
-                    f"and there are {len(rows)}; lower config.task.options.shots or give more "
-                    "training data"
+                    f"gsm8k: {self.shots} shots need {self.shots + 1} different training "
+                    f"questions, but there are only {len(rows)}; lower config.task.options.shots "
+                    "or give more training data"
                 )
             draw = Draw("gsm8k shots", self.seed)
             while len(self._examples) <= self.shots:
@@ -113,7 +114,7 @@ class Gsm8k(FileTask, NumberChain):
                 split: itertools.chain.from_iterable(map(read_jsonl, some))
                 for split, some in files.items()
             }
-        # A folder that tensorflow-datasets has not finished is "incomplete.…".
+        # The names of folders that tensorflow-datasets has not finished start with "incomplete.".
         versions = sorted(self.path.glob("gsm8k/[0-9]*/dataset_info.json"))
         for info in (self.path / "dataset_info.json", *reversed(versions)):
             if info.exists():
@@ -121,9 +122,9 @@ class Gsm8k(FileTask, NumberChain):
 
                 return _tfds_rows(tfds.builder_from_directory(str(info.parent)))
         raise MissingFile(
-            f"{self.path} holds no GSM8K data: neither train.jsonl, test*.jsonl nor a prepared "
-            "tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set config.task.path "
-            "to a folder that does"
+            f"{self.path} contains no GSM8K data: it must contain train.jsonl, test*.jsonl or a "
+            "prepared tensorflow-datasets folder (gsm8k/VERSION/dataset_info.json); set "
+            "config.task.path to such a folder"
         )
 
 
@@ -131,16 +132,16 @@ task = Gsm8k
 
 
 def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
-    """`train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`: the split may come in parts.
+    """Returns a split's files: `train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`.
 
-    Not the "socratic" files, which hold the same questions again with other answers.
+    The "socratic" files are left out, because they contain the same questions with other answers.
     """
     pattern = "train.jsonl" if split == "train" else f"{split}*.jsonl"
     return [file for file in sorted(folder.glob(pattern)) if "socratic" not in file.name]
 
 
 def row_fault(row: dict[str, Any]) -> str | None:
-    """Why a row cannot be used, or None."""
+    """Returns the reason why a row cannot be used, or None if it can."""
     if fault := text_fault(row, ("question", "answer")):
         return fault
     _, marker, answer = row["answer"].rpartition("####")
@@ -150,7 +151,7 @@ def row_fault(row: dict[str, Any]) -> str | None:
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Each line that is not blank: its place, and the row or the reason why it is none."""
+    """Yields the place of each line that is not blank, and its row or why it cannot be used."""
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -192,7 +193,7 @@ def _downloaded_builder() -> Any:
     if not builder.is_prepared():
         try:
             builder.download_and_prepare()
-        except Exception as error:  # network, disk, checksums: all of the library's own
+        except Exception as error:  # network, disk, checksums: the library's own errors
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"GSM8K is not in {builder.data_path} and could not be downloaded ({reason}); set "

@@ -1,4 +1,4 @@
-"""Chains of thought in lines or sentences that end in a number: how to read and to edit them."""
+"""Reads and edits chains of thought that consist of lines or sentences and end in a number."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from jexit.tasks import answers
 from jexit.tasks.base import Draw, Problem
 from jexit.tasks.chains import ChainTask, Corruption
 
-# Before the line break, which then belongs to the next step: any prefix of steps can go on with the
-# cue, which brings its own.
+# The end is before the line break, which then belongs to the next step. Any prefix of steps can
+# therefore continue with the cue, which starts with its own line break.
 _LINE_END = re.compile(r"(?<=\S)(?=[ \t]*\n)")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s+\S)")
 
 # Short enough for whole numbers to be exact and quick.
 _DIGITS = r"[0-9]{1,15}(?:,[0-9]{3}){0,5}(?:\.[0-9]{1,15})?"
 _LITERAL = re.compile(_DIGITS)
-# What stands behind the equals sign is a result unless it goes on as an operand does.
+# The number after an equals sign is a result, unless an operator and another operand follow.
 _RESULT = re.compile(rf"= ?\$?-?({_DIGITS})(?![0-9/]|[.,][0-9])(?! ?[-+*/×÷=] ?[$(0-9])")
 
 _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task whose chains are lines, or sentences of one line, and whose answers are numbers."""
+    """A task whose answers are numbers and whose steps are lines, or sentences of a single line."""
 
     cue = "\n#### "
 
@@ -43,7 +43,7 @@ class NumberChain(ChainTask):
         return answers.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """One step's result (the number behind its last `=`) replaced by a number near it."""
+        """Replaces the result of one step, the number after its last `=`, by a number near it."""
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [place for place, step in enumerate(steps) if result_of(step) is not None]
         while places:
@@ -63,9 +63,9 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """What follows from these steps when the last one's result is `number`.
+        """Returns whether the problem can continue after these steps, and the answer that follows.
 
-        Whether the problem can go on from there, and the answer, None where nobody can know it
+        `number` is the new result of the last step. The answer is None if it cannot be known
         without understanding the text.
         """
         return True, None
@@ -74,17 +74,17 @@ class NumberChain(ChainTask):
         match = _LITERAL.search(problem.answer)
         if match is None:
             raise UserError(
-                f"the answer {problem.answer!r} holds no number to change; give problems whose "
-                "answers are numbers"
+                f"the answer {problem.answer!r} does not contain a number that could be changed; "
+                "give problems whose answers are numbers"
             )
         before, after = problem.answer[: match.start()], problem.answer[match.end() :]
         others = (before + number + after for number in nearby_numbers(match.group(), draw))
-        # Of the fractions near 1/2, 2/2 is no answer.
+        # Some are not answers, such as 2/2 near the fraction 1/2.
         return next((other for other in others if answers.parse_number(other) is not None), "0")
 
 
 def result_of(step: str) -> str | None:
-    """The number behind a step's last `=`, as it is written; None where there is none.
+    """Returns the number after a step's last `=`, as it is written, or None if there is none.
 
     >>> result_of("He has 3+4 = 7 pens.")
     '7'
@@ -94,7 +94,7 @@ def result_of(step: str) -> str | None:
 
 
 def with_result(step: str, number: str) -> str:
-    """The step with another result, also where the step repeats it later on.
+    """Returns the step with another result, which also replaces later repetitions in the step.
 
     >>> with_result("3+4 = 7, so 7 pens.", "8")
     '3+4 = 8, so 8 pens.'
@@ -105,7 +105,10 @@ def with_result(step: str, number: str) -> str:
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
-    """Other numbers written as `literal` is, at most 10 away and not below 0, in random order."""
+    """Yields other numbers in the format of `literal`, in random order.
+
+    They differ from it by at most 10 and are not below 0.
+    """
     whole, point, decimals = literal.partition(".")
     value, separator = int(whole.replace(",", "")), "," if "," in whole else ""
     offsets = list(_OFFSETS)

@@ -1,4 +1,4 @@
-"""The options that generated tasks share, and their checks, which raise UserError."""
+"""The options that generated tasks share, and the functions that check them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from jexit.errors import UserError
 
-# How often prompts of `steps="mixed"` leave a step's size free, prescribe it, or want no steps.
+# With `steps="mixed"`, the shares of prompts that leave a step's size free, that prescribe it, and
+# that request the answer without steps.
 MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.15}
 
 
 def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
-    """One of the task's own modes."""
+    """Raises UserError unless `steps` is one of the task's `known` modes."""
     if steps not in known:
         raise UserError(
-            f"{task}: steps is one of {', '.join(map(str, known))}, got {steps!r}; "
+            f"{task}: steps is {steps!r}, but it must be one of {', '.join(map(str, known))}; "
             "change config.task.options.steps"
         )
 
@@ -22,10 +23,11 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
 def check_range(
     task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
-    """The option's smallest and largest value, which are within bounds and in order."""
+    """Returns both values. Raises UserError if they are out of bounds or in the wrong order."""
     if not least <= smallest <= largest <= most:
         raise UserError(
-            f"{task}: {name} must be {least} <= {name}_min <= {name}_max <= {most}, got {smallest} "
-            f"and {largest}; change config.task.options.{name}_min or {name}_max"
+            f"{task}: {name}_min is {smallest} and {name}_max is {largest}, but they must satisfy "
+            f"{least} <= {name}_min <= {name}_max <= {most}; change config.task.options.{name}_min "
+            f"or config.task.options.{name}_max"
         )
     return smallest, largest

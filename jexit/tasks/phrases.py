@@ -1,6 +1,6 @@
-"""Finding and comparing answers that are words: places, yes and no.
+"""Functions that find and compare answers that are words: places, yes and no.
 
-Every function is total, and its time is linear in the text.
+Every function accepts any text, and its time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jexit.tasks.base import VerdictKind
 
 MARKER = "####"
 ARTICLES = frozenset(("the", "a", "an"))
-# "no" here is no answer.
+# The phrases with None contain a "no" that is not an answer.
 YES_NO: Mapping[str, str | None] = {
     "yes": "yes",
     "no": "no",
@@ -47,16 +47,16 @@ _BETWEEN = _BEFORE_SUBJECTS.union(
 # "The answer is the box.", "**Answer:** the box", and what may follow it.
 _ANNOUNCED = re.compile(r"\banswer(?: is\b|[*_ ]{0,4}:)", re.IGNORECASE)
 _SPAN = 400  # characters of a line or an announcement in which the answer is
-_LAST = 64  # announcements and mentions that are looked at, from the end: before them is no answer
-_LONGEST = 32  # words of a candidate that is looked for in a text
+_LAST = 64  # announcements and mentions that are read, counted from the end of the text
+_LONGEST = 32  # the largest number of words of a candidate; longer ones are ignored
 _SUBORDINATE = re.compile(
     r"\W*(?:(?:even )?though|although|while|since|because|as|after|before|when|if)\b", re.IGNORECASE
 )
-_REACH = 12  # words before a phrase in which its negation may stand
+_REACH = 12  # the number of words before a phrase that may contain its negation
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """The words in lower case, without articles, punctuation and typographic apostrophes.
+    """Returns the words in lower case, without articles and punctuation, with plain apostrophes.
 
     >>> words_of("In the bookstore’s **Back Room**.")
     ('in', "bookstore's", 'back', 'room')
@@ -64,7 +64,7 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(word for word in _WORD.findall(_folded(text)) if word not in ARTICLES)
 
 
-# A task asks for the same few phrases in every text.
+# A task looks for the same few phrases in every text.
 _candidate_words = functools.lru_cache(maxsize=4096)(words_of)
 
 
@@ -73,7 +73,7 @@ def _folded(text: str) -> str:
 
 
 def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
-    """`words_of(text)`, and the places in it before which a sentence or clause ends."""
+    """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause."""
     words: list[str] = []
     starts: set[int] = set()
     for token in _TOKEN.findall(_folded(text)):
@@ -85,7 +85,7 @@ def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
 
 
 def strict_phrase(text: str) -> str | None:
-    """What stands on a final line `#### ...`; None when the text does not end in such a line."""
+    """Returns the text of a final line `#### ...`, or None if the text does not end in one."""
     line = text.rstrip().rpartition("\n")[2]
     phrase = line[len(MARKER) + 1 :].strip()
     return phrase if line.startswith(MARKER + " ") and _says_something(phrase) else None
@@ -96,13 +96,14 @@ def _says_something(text: str) -> bool:
 
 
 def mentions(text: str, candidates: Candidates) -> list[str]:
-    """What the candidate phrases in a text stand for, in order.
+    """Returns the answers that the candidate phrases in a text stand for, in order.
 
-    `candidates` maps phrases to the answer that each stands for, None for phrases to pass over.
-    Phrases match whole words, whatever the case and the articles, and the longest wins, so that
-    "does not know" holds no "know" and "metal box" no "box". One that is denied from further off
-    ("does not really know") stands for what the candidate "not know" does, if there is one, and for
-    nothing otherwise ("not in the box"); denied twice it stands.
+    `candidates` maps each phrase to the answer that it stands for, or to None if the phrase must be
+    ignored. Phrases match whole words, whatever their case and articles. The longest phrase wins,
+    so that "does not know" does not count as "know", and "metal box" does not count as "box". If a
+    phrase is negated from further away ("does not really know"), it stands for the answer of the
+    candidate "not know". If there is no such candidate ("not in the box"), it stands for nothing. A
+    phrase that is negated twice counts as if it were not negated.
     """
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
@@ -111,7 +112,7 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
 
 
 def last_mention(text: str, candidates: Candidates) -> str | None:
-    """The last of `mentions`, None without any."""
+    """Returns the last of `mentions`, or None if there is none."""
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
     places = reversed(collections.deque(_places(words, spelled), maxlen=_LAST))
@@ -125,7 +126,7 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Where candidates stand, the longest of those that start at a word."""
+    """Yields the places of candidates. At each word, only the longest candidate counts."""
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
@@ -144,7 +145,7 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """What the candidate at a place stands for, denied or not."""
+    """Returns the answer that the candidate at a place stands for, whether or not it is negated."""
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -153,10 +154,10 @@ def _meaning(
 
 
 def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
-    """Whether an odd number of negations stands before the phrase at `index`, in its sentence.
+    """Returns whether an odd number of negations precedes the phrase at `index` in its sentence.
 
-    Between them and the phrase are only words that carry a negation on, and the subjects of what is
-    thought ("does not think that Bob knows").
+    Only two kinds of words may stand between a negation and the phrase: words that continue the
+    negation, and the subjects of thoughts ("does not think that Bob knows").
     """
     negations, place = 0, index
     while place > max(index - _REACH, 0) and place not in starts:
@@ -175,11 +176,13 @@ def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
 
 
 def lenient_phrase(text: str, candidates: Candidates) -> str | None:
-    """The answer wherever it stands.
+    """Returns the answer wherever it stands, or None.
 
-    What the line of the last `####` states, else the last candidate after it, else what the text
-    announces last ("**Answer:** the box"), else the last candidate before it. A last line that
-    opens with yes or no is answered by that word ("No, she left when they said yes.").
+    These are tried in order: the answer that the line of the last `####` states, the last candidate
+    after this `####`, the last answer that the text announces ("**Answer:** the box"), and the last
+    candidate before the `####` (without a `####`, in the whole text). If the last candidate would
+    decide but the last line starts with yes or no, that word is the answer ("No, she left when they
+    said yes.").
     """
     before, marker, after = text.rpartition(MARKER)
     if marker:
@@ -196,10 +199,11 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
 
 
 def stated(line: str, candidates: Candidates) -> str | None:
-    """The answer that a line gives: its first candidate, for what comes after explains.
+    """Returns the answer that a line gives: its first candidate, because the rest explains it.
 
-    "The box, because she did not see it moved to the jar." What comes before the main clause does
-    so too: "Though it is in the jar, the box." Of a long line the first `_SPAN` characters count.
+    An example is "The box, because she did not see it moved to the jar." A clause before the main
+    clause is also an explanation: "Though it is in the jar, the box." Only the first `_SPAN`
+    characters of a line count.
     """
     line = line[:_SPAN]
     main = line.partition(",")[2] if _SUBORDINATE.match(line) else ""
@@ -210,9 +214,9 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Start and end of the last `####` on whose line something is said; None: there is none.
+    """Returns the start and the end of the last `####` with a word after it on its line, or None.
 
-    None also while a think block is open, whose thoughts are no answer.
+    Also returns None while a think block is open, because thoughts are not answers.
     """
     text = visible_text(completion)
     if text is None:
@@ -229,17 +233,17 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
 
 
 def _last_word(line: str) -> int:
-    """Where the last word of a line starts that is no article; −1: there is none."""
+    """Returns the position of a line's last word that is not an article, or −1 if it has none."""
     words = (word.start() for word in _WORD.finditer(line) if word[0].casefold() not in ARTICLES)
     return max(words, default=-1)
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
-    """The yes or no that the text's last line opens with."""
+    """Returns the yes or no with which the text's last line starts, or None."""
     line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None
-    found = mentions(" ".join(line[:2]), candidates)  # "no one" is no "no"
+    found = mentions(" ".join(line[:2]), candidates)  # "no one" is not "no"
     return line[0] if found[:1] == [line[0]] else None
 
 
@@ -249,18 +253,21 @@ def _line_end(text: str, place: int) -> int:
 
 
 def final_phrase(text: str, candidates: Candidates) -> str | None:
-    """The answer of a text: what a final line `#### ...` states, else `lenient_phrase`."""
+    """Returns the answer that a final line `#### ...` states.
+
+    Without such a line, returns the `lenient_phrase`.
+    """
     strict = strict_phrase(text)
     return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 
 
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
-    """How a completion compares with the right answer.
+    """Compares a completion with the right answer and returns the kind of verdict.
 
-    A final line `#### ...` is the answer, whatever else the text says: `strict` if it is the answer
-    alone, `lenient` if it is the answer in a sentence. `candidates` are the phrases that count as
-    answers elsewhere. Thoughts do not count, and an unfinished one leaves no answer
-    (`jexit.tasks.answers.visible_text`).
+    A final line `#### ...` is the answer, whatever else the text contains. The verdict is `strict`
+    if the line contains only the right answer, and `lenient` if it gives the right answer in a
+    sentence. `candidates` are the phrases that count as answers elsewhere. Thoughts do not count,
+    and an unfinished thought leaves no answer (see `jexit.tasks.answers.visible_text`).
     """
     text = visible_text(completion)
     if text is None:
@@ -275,5 +282,5 @@ def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
 
 
 def themselves(phrases: Sequence[str]) -> dict[str, str | None]:
-    """Candidates that each stand for themselves."""
+    """Returns candidates that each stand for themselves."""
     return {phrase: phrase for phrase in phrases}

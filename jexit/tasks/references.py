@@ -1,4 +1,4 @@
-"""A task by its short name, or by the file or module that holds it."""
+"""Finds and makes a task by its short name, or by the file or module that contains it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jexit.settings import checked, shown
 from jexit.tasks.base import Rewards, Task
 from jexit.tasks.user_code import user_code
 
-# Short names of what anyone else writes as MODULE:NAME.
+# Short names of jexit's own tasks, in place of MODULE:NAME.
 ALIASES = {
     "blend": "jexit.tasks.blend:task",
     "exploretom": "jexit.tasks.exploretom:task",
@@ -29,10 +29,10 @@ ALIASES = {
     "tom": "jexit.tasks.tom.task:task",
     "word_problems": "jexit.tasks.word_problems:task",
 }
-# A generated task whose kind of problem files can hold too, and the task that reads them.
+# Generated tasks, and the task that reads the same kind of problem from files.
 READERS = {"tom": "exploretom"}
 
-_YOURS = "or FILE.py:NAME or MODULE:NAME for your own"
+_YOURS = "or to FILE.py:NAME or MODULE:NAME for your own task"
 
 
 def make_task(
@@ -44,33 +44,33 @@ def make_task(
 ) -> Task:
     """Makes the task that a config names.
 
-    `name` is a short name of `ALIASES`, or FILE.py:NAME or MODULE:NAME (NAME: `task` unless given)
-    of a `Task` or of what makes one when it is called with `options`. `path` says where a task
-    that reads files finds them; `tom` with a path is `exploretom`. `rewards` go to a task that
-    takes them. Raises UserError, in one sentence, for whatever is wrong with the name, the file or
-    the options.
+    `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME (NAME is `task` by default).
+    NAME is a `Task`, or a callable that returns one when it is called with `options`. `path` is
+    where a task that reads files finds them. `tom` with a path is `exploretom`. `rewards` are
+    passed to a task that takes them. Raises UserError, with a message of one sentence, if the name,
+    the file or an option is wrong.
     """
     found = _found(READERS.get(name, name) if path else name)
     if isinstance(found, Task):
         surplus = sorted(options) + (["path"] if path else [])
         if surplus:
             raise UserError(
-                f"{name} is a task that is made already and takes no {_option(surplus[0])}; make "
-                "it a function with that keyword"
+                f"{name} is already a Task, so it does not take {_option(surplus[0])}; make it a "
+                "function with that keyword"
             )
         found.name = found.name or name
         return found
     if not callable(found):
         raise UserError(
-            f"{name} is {shown(found)}; it must be a jexit.tasks.Task, or a function that returns "
-            "one"
+            f"{name} is {shown(found)}, but it must be a jexit.tasks.Task or a function that "
+            "returns one"
         )
     known, others = _keywords(found)
     if path:
         if "path" not in known and not others:
             raise UserError(
-                f"task {name!r} reads no files, got path {str(path)!r}; leave config.task.path "
-                "empty"
+                f"config.task.path is {str(path)!r}, but task {name!r} does not read files; leave "
+                "config.task.path empty"
             )
         options["path"] = path
     if rewards is not None and ("rewards" in known or others):
@@ -85,21 +85,21 @@ def make_task(
         made = found(**options)
     if not isinstance(made, Task):
         raise UserError(
-            f"{name} returned {shown(made)}; it must return a jexit.tasks.Task, such as "
-            "jexit.rows_task(...) makes"
+            f"{name} returned {shown(made)}, but it must return a jexit.tasks.Task, such as the "
+            "result of jexit.rows_task(...)"
         )
     made.name = made.name or name
     return made
 
 
 def known_options(name: str) -> set[str]:
-    """The options that a task takes; none of one that is made already."""
+    """Returns the options that a task takes. An object that is already a Task takes none."""
     found = _found(name)
     return set() if isinstance(found, Task) else set(_keywords(found)[0])
 
 
 def code_hash(name: str) -> str:
-    """SHA-256 of the file that holds a user's own task; empty for a task of jexit."""
+    """Returns the SHA-256 of the file with a user's own task. It is empty for a task of jexit."""
     if name in ALIASES:
         return ""
     file = inspect.getsourcefile(_module(name.rpartition(":")[0] or name))
@@ -120,8 +120,8 @@ def _found(name: str) -> Any:
     if not hasattr(module, attribute):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise UserError(
-            f"{where} has no {attribute!r}, only {', '.join(public) or 'nothing'}; name one that "
-            "is a jexit.tasks.Task, as in FILE.py:NAME"
+            f"{where} has no {attribute!r}, only {', '.join(public) or 'nothing'}; name a "
+            "jexit.tasks.Task that it contains, as in FILE.py:NAME"
         )
     return getattr(module, attribute)
 
@@ -131,8 +131,8 @@ def _module(where: str) -> types.ModuleType:
         path = pathlib.Path(where).expanduser()
         if not path.is_file():
             raise MissingFile(
-                f"there is no task file {where}; give a path from {pathlib.Path.cwd()}, where the "
-                "command runs, or an absolute one"
+                f"the task file {where} does not exist; give an absolute path, or one relative to "
+                f"{pathlib.Path.cwd()}, where the command runs"
             )
         return _from_file(path.resolve(), path.read_bytes())
     _importable(pathlib.Path.cwd())
@@ -142,7 +142,7 @@ def _module(where: str) -> types.ModuleType:
 
 @functools.lru_cache(maxsize=16)
 def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
-    """The module in a file, run once for each text that the file has had."""
+    """Returns the module in a file. A file runs only once for each version of its text."""
     digest = hashlib.sha256(source).hexdigest()[:16]
     name = f"jexit_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -156,13 +156,13 @@ def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
 
 
 def _importable(folder: pathlib.Path) -> None:
-    """Neighbours of a file can be imported, as they can be when Python runs it."""
+    """Makes the modules in a folder importable, as Python does for a script's own folder."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """(each keyword that it takes, with its annotation; whether it takes any other)."""
+    """Returns a callable's keywords with their annotations, and whether it takes any others."""
     try:
         parameters = inspect.signature(found).parameters.values()
         makes = found.__init__ if isinstance(found, type) else found
@@ -174,7 +174,10 @@ def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
-    """The value, if its keyword says that it is a plain one and it is; any where it does not."""
+    """Returns the value, checked against its annotation if that is a plain type.
+
+    Any value is allowed for other annotations.
+    """
     return checked(hint, value, where) if hint in (bool, int, float, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Reward functions, called as TRL and tunix call them, with whole batches and by keyword."""
+"""Reward functions, which are called as in TRL and tunix: with whole batches and by keyword."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from jexit.errors import UserError
 from jexit.settings import shown
 from jexit.tasks.user_code import time_limit, user_code
 
-# What every function may take besides the columns of the rows; `completion_ids` is TRL's name.
+# The arguments that every function may take besides the columns of the rows. `completion_ids` is
+# TRL's name for `tokens`.
 GIVEN = ("prompts", "completions", "tokens", "completion_ids", "depths")
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
-    """One function: a reward, or None, for each completion of a batch.
+    """A function that returns a reward, or None, for each completion of a batch.
 
-    It is called with keywords only. Each of `GIVEN` and of the rows' columns is a list with an
-    entry a completion, and one that does not take `**columns` gets those that it names.
+    It is called with keyword arguments only. Each one of `GIVEN` and each column of the rows is a
+    list with one entry per completion. A function without `**columns` gets only the arguments that
+    it names.
     """
 
     function: Callable[..., Any]
@@ -33,23 +35,25 @@ class RewardFunction:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises UserError if the function needs an argument that is not there."""
+        """Raises UserError if the function needs an argument that is not available."""
         for parameter in self._parameters:
             plain = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             needed = parameter.default is parameter.empty
             if plain and needed and parameter.name not in (*GIVEN, *columns):
                 raise UserError(
-                    f"reward function {self.name!r} needs {parameter.name!r}, and the rows have "
-                    f"the columns {', '.join(columns)}; name one of them, or give it a default"
+                    f"reward function {self.name!r} needs {parameter.name!r}, but the rows have "
+                    f"only the columns {', '.join(columns)}; name one of them, or give "
+                    f"{parameter.name!r} a default"
                 )
 
     def __call__(
         self, arguments: Mapping[str, list[Any]], prompts: Sequence[str], *, seconds: float
     ) -> list[float | None]:
-        """The reward of each completion, within so many seconds; `prompts` are for messages.
+        """Returns the reward of each completion. `prompts` are quoted in error messages.
 
-        Raises UserError, which names the function, the completion and the rule, for an exception,
-        for another number of results, and for what is no finite number nor None.
+        Raises UserError if the function takes longer than `seconds`, raises an exception, returns a
+        wrong number of results, or returns a value that is neither a finite number nor None. The
+        message names the function, the completion and the rule.
         """
         if not any(p.kind is p.VAR_KEYWORD for p in self._parameters):
             named = {p.name for p in self._parameters}
@@ -61,13 +65,13 @@ class RewardFunction:
                 made = asyncio.run(_awaited(made))
         if isinstance(made, (str, bytes, Mapping)) or not hasattr(made, "__len__"):
             raise UserError(
-                f"reward function {self.name!r} returned {shown(made)}; it must return a list with "
-                "a number or None for each completion"
+                f"reward function {self.name!r} returned {shown(made)}, but it must return a list "
+                "with a number or None for each completion"
             )
         if len(made) != len(prompts):
             raise UserError(
                 f"reward function {self.name!r} returned {len(made)} values for {len(prompts)} "
-                "completions; it must return one for each"
+                "completions, but it must return one value for each"
             )
         return [
             self._number(value, place, prompt)
@@ -82,7 +86,7 @@ class RewardFunction:
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise UserError(
                 f"reward function {self.name!r} returned {shown(value)} for completion {place} "
-                f"(prompt {shown(prompt)}); a reward is a finite number or None"
+                f"(prompt {shown(prompt)}), but a reward must be a finite number or None"
             )
         return float(value)
 

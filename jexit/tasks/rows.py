@@ -1,4 +1,4 @@
-"""A task made of rows and reward functions."""
+"""A task that consists of rows of data and reward functions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jexit.tasks.files import FileTask, Row, Source
 from jexit.tasks.gsm8k import read_jsonl
 from jexit.tasks.reward_functions import GIVEN, RewardFunction
 
-# Mappings in any sequence (a list, a Hugging Face Dataset, a Grain source), or where they are.
+# A sequence of mappings (a list, a Hugging Face Dataset, a Grain source), or where to read it from.
 Rows = Sequence[Mapping[str, Any]] | str | os.PathLike[str]
 
-CORRECT = 0.5  # the least that `correct` returns for what accuracy counts
+CORRECT = 0.5  # the smallest value of `correct` for which a completion counts as correct
 
 _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test": "test"}
 
 
 class RowsTask(FileTask):
-    """See `rows_task`, which makes it."""
+    """A task that consists of rows of data and reward functions. It is made by `rows_task`."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class RowsTask(FileTask):
         super().__init__(path=None, instruction="", test_every=test_every, rewards=None)
         self._rows, self._prompt, self._completion = dict(rows), prompt, completion
         self._functions, self._correct = dict(rewards), correct
-        self._seen: list[str] = []  # columns, of the first row that was read
+        self._seen: list[str] = []  # the columns of the first row that was read
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.judge([problem], [Attempt(text=completion)])[0]
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Calls every function once, with all completions."""
+        """Calls every reward function once, with all completions."""
         if not problems:
             return []
         rows = [problem.fields for problem in problems]
@@ -93,13 +93,13 @@ class RowsTask(FileTask):
                 if column not in row:
                     raise UserError(
                         f"the rows have no column {column!r}, only {', '.join(map(str, row))}; "
-                        "name one of them to rows_task"
+                        "name one of them in the call of rows_task"
                     )
         fault = conversation_fault(row.get(self._prompt))
         if fault:
             return f"{self._prompt!r} {fault}"
         if self._completion and _text_of(row.get(self._completion)) is None:
-            return f"{self._completion!r} is no text"
+            return f"{self._completion!r} is empty or not a text"
         return None
 
     def _to_problem(self, row: dict[str, Any]) -> Problem:
@@ -131,29 +131,36 @@ def rows_task(
     correct: Callable[..., Any] | None = None,
     test_every: int = 8,
 ) -> RowsTask:
-    """A task of rows and reward functions, such as a file for `config.task.name` holds.
+    """Makes a task from rows and reward functions, for use in a file that `config.task.name` names.
 
     Args:
       train: Rows: a sequence of mappings; the path of a JSONL, CSV or Parquet file; or
-        `hf:OWNER/NAME[:CONFIG]`, a data set of the Hugging Face hub with the split of that name.
-      test: Rows, as `train`; without them every `test_every`-th prompt of `train` is held out.
-      val: Rows, as `train`; without them one in sixteen of the prompts that are left is held out.
-      prompt: Column with the user's message, or with chat messages (`role` and `content`) of which
-        the user's is the last.
-      completion: Column with reference completions, which `configs/finetune.py` learns.
-      rewards: Functions with their weights (1 unless given). Each is called with keywords:
-        `prompts` and `completions` (texts, or messages where the prompts are), `tokens` and
-        `depths` (a list of numbers for each completion; a depth is the number of layers that ran
-        for the token), and every column; it returns a number or None for each completion. A None
-        is left out of the sum. Functions may be asynchronous.
-      correct: The function whose value of at least 0.5 accuracy counts; the first unless given.
-      test_every: Of how many prompts one is held out to test with; 0: none.
+        `hf:OWNER/NAME[:CONFIG]`, a data set of the Hugging Face hub, of which the
+        corresponding split is used.
+      test: Rows in the same forms as `train`. Without them, every `test_every`-th prompt of `train`
+        is held out for testing.
+      val: Rows in the same forms as `train`. Without them, one in sixteen of the remaining prompts
+        is held out for validation.
+      prompt: The column with the user's message, or with chat messages (`role` and `content`) of
+        which the last is the user's.
+      completion: The column with reference completions, from which `configs/finetune.py` learns.
+      rewards: Functions with their weights (1 if no weights are given). Each function is called
+        with keyword arguments: `prompts` and `completions` (texts, or messages if the prompts are
+        messages), `tokens` and `depths` (a list of numbers for each completion; a depth is the
+        number of layers that ran for the token), and every column. It returns a number or None
+        for each completion. The sum of the rewards leaves out None. Functions may be
+        asynchronous.
+      correct: The function that decides accuracy: a completion is correct if its value is at least
+        0.5. The default is the first function of `rewards`.
+      test_every: Without `test`, one of every `test_every` prompts is held out for testing. 0
+        holds out none.
 
     Returns:
-      The task. Its metrics are `reward/NAME` for each function.
+      The task. It reports a metric `reward/NAME` for each function.
 
     Raises:
-      UserError: For functions that are none, or share a name.
+      UserError: If a reward is not a function, a weight is not a number, two functions have the
+        same name, or `rewards` is empty.
     """
     weighted = rewards if isinstance(rewards, Mapping) else None
     if weighted is None:
@@ -162,16 +169,20 @@ def rows_task(
     for function, weight in weighted.items():
         if not callable(function):
             raise UserError(
-                f"a reward is {shown(function)}; give functions, such as {{right: 1.0}}"
+                f"a reward is {shown(function)}, but it must be a function; give functions with "
+                "their weights, such as {right: 1.0}"
             )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise UserError(f"the weight of {function} is {shown(weight)}; give a number")
+            raise UserError(
+                f"the weight of {function} is {shown(weight)}, but it must be a number; "
+                "change it in rewards"
+            )
         functions[RewardFunction(function)] = float(weight)
     names = [function.name for function in functions]
     if not names or len(set(names)) < len(names):
         raise UserError(
-            f"rewards has the functions {', '.join(names) or 'of an empty list'}; give at least "
-            "one, each with a name of its own"
+            f"rewards contains {', '.join(names) or 'no functions'}, but it must contain at least "
+            "one function, each with a different name; add or rename functions"
         )
     given = {"whole" if test is None else "train": train, "val": val, "test": test}
     return RowsTask(
@@ -185,7 +196,7 @@ def rows_task(
 
 
 def _read(rows: Rows, source: Source) -> Iterator[Row]:
-    """Each row with its place, or why it is none."""
+    """Yields the place of each row, and the row or the reason why it cannot be used."""
     if not isinstance(rows, (str, os.PathLike)):
         for index in range(len(rows)):
             row = rows[index]
@@ -197,14 +208,17 @@ def _read(rows: Rows, source: Source) -> Iterator[Row]:
     path = pathlib.Path(rows).expanduser()
     if not path.is_file():
         raise MissingFile(
-            f"there is no file {rows} with rows; give a JSONL, CSV or Parquet file, or "
+            f"the rows file {rows} does not exist; give a JSONL, CSV or Parquet file, or "
             "hf:OWNER/NAME"
         )
     readers: dict[str, Callable[[pathlib.Path], Iterator[Row]]] = {
         ".jsonl": read_jsonl, ".csv": _csv_rows, ".parquet": _parquet_rows,
     }  # fmt: skip
     if path.suffix not in readers:
-        raise UserError(f"{path} is none of {', '.join(readers)}; name the file by what it holds")
+        raise UserError(
+            f"the name of {path} ends in {path.suffix!r}, but it must end in one of "
+            f"{', '.join(readers)}; rename the file to match its contents"
+        )
     yield from readers[path.suffix](path)
 
 
@@ -215,12 +229,12 @@ def _csv_rows(file: pathlib.Path) -> Iterator[Row]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield f"{file}:{reader.line_num}", f"no CSV row ({error})"
+                yield f"{file}:{reader.line_num}", f"not a CSV row ({error})"
                 return
             if row is None:
                 return
             whole = None not in row and None not in row.values()
-            yield f"{file}:{reader.line_num}", row if whole else "not one value a column"
+            yield f"{file}:{reader.line_num}", row if whole else "not one value per column"
 
 
 def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
@@ -230,19 +244,21 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{file} is no Parquet file that can be read ({reason})") from error
+        raise UserError(
+            f"{file} cannot be read as a Parquet file ({reason}); give a valid Parquet file"
+        ) from error
     for index, row in enumerate(rows):
         yield f"{file}[{index}]", row
 
 
 @functools.lru_cache(maxsize=8)
 def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
-    """A split of a data set of the Hugging Face hub, from its cache or downloaded."""
+    """Returns a split of a data set of the Hugging Face hub, from its cache or after a download."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"{reference} needs the datasets library, which is not installed: pip install "
+            f"{reference} needs the datasets library, which is not installed; run pip install "
             "'jexit[hub]'"
         ) from error
     name, _, config = reference.removeprefix("hf:").partition(":")
@@ -252,13 +268,16 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
     except Exception as error:  # the library's errors have no common base
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{reference}, split {split}, cannot be loaded ({type(error).__name__}: {reason}); "
-            "give hf:OWNER/NAME or hf:OWNER/NAME:CONFIG of a data set that has it"
+            f"the {split} split of {reference} cannot be loaded ({type(error).__name__}: "
+            f"{reason}); give hf:OWNER/NAME or hf:OWNER/NAME:CONFIG with this split"
         ) from error
 
 
 def _text_of(value: Any) -> str | None:
-    """A text, or that of the one message in a list; None for what is neither, or empty."""
+    """Returns a text, or the text of the one message in a list.
+
+    Returns None for any other value, and for a text that is blank or not valid Unicode.
+    """
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None
     if not isinstance(value, str) or not value.strip():

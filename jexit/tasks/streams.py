@@ -1,4 +1,4 @@
-"""Generated problems by split and index: assignment to splits; `val` and `test` have no repeats."""
+"""Streams of generated problems by split and index. `val` and `test` contain no problem twice."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from jexit.tasks.base import Draw, Split, check_split, split_of
 
 T = TypeVar("T")
 
-ATTEMPTS = 1_000  # draws in a row that all repeat: there is hardly another problem to be had
+ATTEMPTS = 1_000  # unsuitable draws in a row after which a split counts as exhausted
 
 
 class NoMoreProblems(ValueError):
-    """A split has fewer distinct problems than the index asks for."""
+    """Raised if a split has fewer distinct problems than the index requires."""
 
 
 class Stream(Generic[T]):
-    """What problems are about, drawn from a seed.
+    """A stream of items drawn from a seed, such as the contents of generated problems.
 
-    `draw_one` makes one from a `Draw`; `key_of` says in text what it *is*, whatever its wording.
-    The key alone decides the split (`split_of`). Training draws are independent, so what is rare is
-    as rare as `draw_one` makes it. The first n of `val` and of `test` are distinct for any n: each
-    differs from all those before it, which are therefore drawn first and kept.
+    `draw_one` makes one item from a `Draw`. `key_of` returns a text that identifies an item,
+    whatever its wording, and this key alone decides the split (see `split_of`). Items of `train`
+    are drawn independently, so rare items are as rare as `draw_one` makes them. The first n items
+    of `val` and of `test` are distinct for any n. Each of these items must differ from all those
+    before it, so the earlier ones are drawn first and kept.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Stream(Generic[T]):
         self._keys: dict[Split, set[str]] = {"val": set(), "test": set()}
 
     def at(self, split: Split, index: int) -> T:
-        """The one at `index`, from 0; raises NoMoreProblems where all have come up before."""
+        """Returns the item at `index`, from 0. Raises NoMoreProblems if no further item exists."""
         check_split(split)
         if split == "train":
             return self._draw(split, index)
@@ -46,7 +47,10 @@ class Stream(Generic[T]):
         return listed[index]
 
     def _draw(self, split: Split, index: int, seen: set[str] | None = None) -> T:
-        """The first draw of the index that is on the split's side and, given `seen`, not in it."""
+        """Returns the first draw for the index that is in the split and whose key is not in `seen`.
+
+        Adds the key to `seen`, if that is given.
+        """
         draw = Draw(self.name, self.seed, split, index)
         for _ in range(ATTEMPTS):
             drawn = self._draw_one(draw)

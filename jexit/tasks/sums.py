@@ -1,13 +1,14 @@
-"""Digits added modulo 10, a few operands at a time: the instrument for externalised reasoning.
+"""Sums of digits modulo 10, which measure how much of its reasoning a model writes out.
 
-A completion reduces the leading k operands of the list to one digit, again and again, and prints
-each new list. Small steps put the work on the page, large steps do it in the hidden layers:
+A completion replaces the first k operands of the list by the last digit of their sum, again and
+again, and prints each new list. Small steps put the work on the page. Large steps do it in the
+hidden layers:
 
     sum 37295184   ->  +0295184++15184+6184+784++9####9
 
-A step that adds k operands is announced by k-1 plus signs; the list that follows starts with the
-result. At one digit left, `####` and the digit. `sum by 3 ...` prescribes k = 3, `sum at once ...`
-asks for the answer without a chain.
+A step that adds k operands starts with k-1 plus signs. The new list follows, and its first digit is
+the result. When one digit is left, `####` and the digit follow. The prompt `sum by 3 ...`
+prescribes k = 3, and `sum at once ...` requests the answer without a chain.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ _DIGITS = "0123456789"
 
 
 class Sums(ChainTask):
-    """Single digits summed modulo 10.
+    """A task of summing single digits modulo 10.
 
-    `steps`: `free` (the model chooses; the reference draws a largest step g from 2 ... 5 for each
-    problem and every step from 2 ... g), 2 ... 5 (prescribed), `at_once` (no chain), or `mixed`
-    (all of them, weighted by `MIXTURE`). `operands_min`, `operands_max`: the smallest and the
-    largest list. The operands decide the split (`split_of`), whatever the seed.
+    `steps` is 2 ... 5 (the prescribed size of a step), `at_once` (no chain), `free`, or `mixed`
+    (all of them, weighted by `MIXTURE`). With `free`, the model chooses the sizes. The reference
+    draws a largest size g from 2 ... 5 for each problem, and the size of every step from 2 ... g.
+    `operands_min` and `operands_max` are the numbers of operands in the smallest and the largest
+    list. The operands decide the split (see `split_of`), whatever the seed.
     """
 
     name = "sums"
@@ -89,14 +91,15 @@ class Sums(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """What is on the page, over all problems, and how large steps are, over all steps.
+        """Returns how much of the work is written out over all problems, and how large steps are.
 
-        `written_out`: additions written, Σ written_reductions / Σ (operands − 1). Every problem
-        counts with all of its additions, so that an answer without a chain is work in the head.
-        `step_size`: the number of operands that a step reduces, by the lists before and after it;
-        the jump from a list to the answer is a step, one that only repeats its list is none.
-        `steps_correct`: the share of steps that are what their own input gives. `as_announced`: the
-        share of written steps whose plus signs announce the size that the lists show.
+        `written_out` is the share of additions that are written out, Σ written_reductions / Σ
+        (operands − 1). Every problem counts with all of its additions, so an answer without a chain
+        counts as work in the hidden layers. `step_size` is the number of operands that a step
+        reduces, according to the lists before and after it. The jump from a list to the answer is a
+        step, but a step that only repeats its list is not. `steps_correct` is the share of steps
+        whose result follows from their own input. `as_announced` is the share of written steps
+        whose plus signs announce the size that the lists show.
         """
         on_page = additions = 0
         steps = []
@@ -124,11 +127,14 @@ class Sums(ChainTask):
         return self.verdict("strict" if _STRICT.search(completion) else "lenient")
 
     def steps(self, completion: str) -> list[str]:
-        """Plus signs and the list after them, one step each."""
+        """Returns the steps, each of which consists of plus signs and the list after them."""
         return _PIECE.findall(completion.partition(self.cue)[0])
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Whether every step takes the size that is prescribed, right or wrong; free ones do."""
+        """Returns whether every step has the prescribed size, even if its result is wrong.
+
+        If the prompt leaves the size free, the result is True.
+        """
         operands, mode = problem.fields["operands"], problem.fields["mode"]
         if mode == "free":
             return True
@@ -151,9 +157,9 @@ class Sums(ChainTask):
         return _given_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """One step's result, the first digit of its list, replaced by another digit.
+        """Replaces one step's result, the first digit of its list, by another digit.
 
-        What the changed list adds up to is the answer that follows.
+        The answer that follows is the sum of the changed list modulo 10.
         """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]
@@ -161,7 +167,7 @@ class Sums(ChainTask):
             return None
         place = draw.choice(places)
         signs, wrote = _STEP.findall(steps[place])[0]
-        # Neither what the step had, nor what makes the rest come out as the completion did.
+        # Neither the step's own digit, nor one that leads to the completion's answer.
         others = [digit + wrote[1:] for digit in _DIGITS if digit != wrote[0]]
         changed = draw.choice([other for other in others if digit_sum(other) != given])
         prefix = "".join(steps[:place]) + signs + changed
@@ -191,7 +197,10 @@ def _draw_steps(draw: Draw, count: int, largest: int) -> list[int]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """The step sizes that reduce `count` operands `step` at a time; the last takes what is left."""
+    """Returns the step sizes that reduce `count` operands, `step` operands at a time.
+
+    The last step takes the remaining operands.
+    """
     steps = []
     while count > 1:
         steps.append(min(step, count))
@@ -200,12 +209,12 @@ def prescribed_steps(count: int, step: int) -> list[int]:
 
 
 def digit_sum(digits: str) -> str:
-    """The last digit of the sum of the digits."""
+    """Returns the last digit of the sum of the digits."""
     return str(sum(map(int, digits)) % 10)
 
 
 def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
-    """The chain that these step sizes write, and the answer.
+    """Returns the chain of steps with these sizes, and the answer.
 
     >>> reduce_by("372", [2, 2])
     ('+02+2', '2')
@@ -219,13 +228,13 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainStep:
-    """One step read from a completion.
+    """One step that was read from a completion.
 
-    `given`: the list it started from, as the completion itself had it; `wrote`: the list it
-    printed, or the answer; `size`: operands reduced, len(given) − len(wrote) + 1, which is below 2
-    for a step that reduces nothing; `announced`: the size by its plus signs, None for the jump from
-    a list to the answer, which nothing announces; `correct`: whether `wrote` is what reducing
-    `size` operands of `given` gives.
+    `given` is the list before the step, as the completion itself wrote it. `wrote` is the list
+    after the step, or the answer. `size` is the number of operands reduced, len(given) − len(wrote)
+    + 1. It is below 2 for a step that reduces nothing. `announced` is the size according to the
+    plus signs. It is None for the jump from a list to the answer, which has no plus signs.
+    `correct` is whether reducing the first `size` operands of `given` results in `wrote`.
     """
 
     given: str
@@ -244,7 +253,7 @@ class ChainStep:
 
 
 def step_sizes(operands: str, completion: str) -> list[int]:
-    """How many operands each step of a completion reduces, in order, the jump to the answer too.
+    """Returns the number of operands that each step reduces, including the jump to the answer.
 
     >>> step_sizes("37295184", "+0295184++15184+++1####1")
     [2, 3, 5]
@@ -255,11 +264,11 @@ def step_sizes(operands: str, completion: str) -> list[int]:
 
 
 def chain_steps(operands: str, completion: str) -> list[ChainStep]:
-    """Reads a completion's steps and checks each against the list written just before it.
+    """Reads a completion's steps, each together with the list that was written just before it.
 
-    A step after a wrong one is judged by its own input, so one mistake counts once. Plus signs
-    with no list after them are not a step. An answer given while the list has more than one digit
-    counts as a last step, whose additions are not written out.
+    A step after a wrong one is judged by its own input, so one mistake counts once. Plus signs with
+    no list after them are not a step. An answer that is given while the list has more than one
+    digit counts as a last step, whose additions are not written out.
     """
     steps, given = [], operands
     for signs, wrote in _STEP.findall(completion.partition("####")[0]):
@@ -273,11 +282,11 @@ def chain_steps(operands: str, completion: str) -> list[ChainStep]:
 
 
 def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
-    """How many results of additions a chain has on the page: at most operands − 1.
+    """Returns the number of additions whose results a chain writes out, at most operands − 1.
 
-    Counts the written steps that are right and leave a list shorter than every one before, so that
-    going round in circles earns nothing, until one leaves other operands over than it was given. A
-    slip in a sum costs its own step only.
+    A written step counts if it is right and leaves a list that is shorter than every earlier one. A
+    chain that goes round in circles therefore earns nothing. Counting stops at the first step that
+    changes the operands that it should leave as they are. A wrong sum costs only its own step.
     """
     count, shortest = 0, len(operands)
     for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):

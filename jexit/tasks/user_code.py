@@ -1,4 +1,4 @@
-"""Guards around code that is not jexit's: its exceptions are sentences, and it has to end."""
+"""Guards for a user's own code, which limit its time and turn its exceptions into UserErrors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from jexit.errors import UserError
 if TYPE_CHECKING:
     from jexit.tasks.base import Attempt, Problem, Task, Verdict
 
-_AGAIN_SECONDS = 1.0  # after which code that catches everything is stopped anew
+_AGAIN_SECONDS = 1.0  # interval at which code that catches everything is interrupted again
 
 
 @contextlib.contextmanager
 def user_code(what: str, file: str | None) -> Iterator[None]:
-    """Turns an exception of a user's code into a UserError: `what`, why, and the line in `file`."""
+    """Turns an exception in a user's code into a UserError.
+
+    The message consists of `what`, the line in `file`, and the reason.
+    """
     try:
         yield
     except UserError:
@@ -33,15 +36,17 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
             lines = [frame.lineno for frame in frames if frame.filename == file]
             place = f"{file}, line {lines[-1]}" if lines else ""
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-        raise UserError(f"{what} ({f'{place}: ' if place else ''}{reason}); mend it") from error
+        raise UserError(
+            f"{what} ({f'{place}: ' if place else ''}{reason}); fix this error"
+        ) from error
 
 
 def guarded_judge(
     task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]
 ) -> list[Verdict]:
-    """`task.judge`, under its time limit and with exceptions as sentences if it is a user's own.
+    """Calls `task.judge`, with a time limit and `user_code` if the task is a user's own.
 
-    Where it is jexit's, the functions that it calls are guarded one by one.
+    A task of jexit needs no guard here, because it guards each user function that it calls.
     """
     if type(task).__module__.startswith("jexit."):
         return task.judge(problems, attempts)
@@ -51,12 +56,16 @@ def guarded_judge(
 
 
 class _TimeUp(BaseException):
-    """No Exception, which a function may catch."""
+    """Raised when the time is up. It is not an Exception, because a user's code may catch those."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises UserError when the block takes longer; on the main thread: only that gets signals."""
+    """Raises UserError if the block takes longer than `seconds`.
+
+    This works only on the main thread, because other threads do not receive signals. On these
+    threads there is no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

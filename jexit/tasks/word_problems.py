@@ -25,10 +25,11 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """A story with holes and the steps that solve it.
+    """A story with placeholders, and the steps that solve it.
 
-    `ranges` gives each number's smallest and largest value. In a step such as "a+_" a side is a
-    number's name or `_` for the step before; its result is never negative.
+    `ranges` contains the smallest and the largest value of each number. In a step such as "a+_",
+    each side is the name of a number, or `_` for the result of the step before. The result of a
+    step is never negative.
     """
 
     text: str
@@ -111,9 +112,9 @@ TEMPLATES = (
 
 
 class WordProblems(NumberChain):
-    """Generated stories of one to three operations; strict answers end in a line `#### n`.
+    """Generated stories with one to three operations. Strict answers end in a line `#### n`.
 
-    Template and numbers decide the split (`split_of`), whatever the names and things.
+    The template and the numbers decide the split (see `split_of`), whatever the names and objects.
     """
 
     name = "word_problems"
@@ -132,9 +133,11 @@ class WordProblems(NumberChain):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """The story's own steps from the changed one on; unknown once a step is not the story's.
+        """Returns whether the story can continue after these steps, and the answer that follows.
 
-        No result of a story is below 0, so a number that leads there is not possible.
+        `number` is the new result of the last step. The story's own remaining steps give the
+        answer, which is None if one of `steps` is not the story's own. No result of a story is
+        below 0, so the story cannot continue with a number that leads to such a result.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
@@ -151,7 +154,7 @@ task = WordProblems
 def worked(
     program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
 ) -> tuple[list[str], list[int]]:
-    """The line and the result of each step; results that are `given` are taken as they are."""
+    """Returns the line and the result of each step. Results in `given` replace computed ones."""
     lines, results = [], [0]
     for place, (left, operator, right) in enumerate(program):
         x, y = (results[-1] if side == "_" else numbers[side] for side in (left, right))
@@ -167,7 +170,7 @@ def _problems(seed: int) -> Stream[Problem]:
 
 
 def substance(problem: Problem) -> str:
-    """Template and numbers: what the problem is, apart from who has which things."""
+    """Returns the template and the numbers, which identify a problem apart from its wording."""
     return f"{problem.fields['template']} {problem.fields['numbers']}"
 
 

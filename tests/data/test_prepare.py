@@ -184,7 +184,7 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_one_builds_it(source, tmp
     done = subprocess.run([sys.executable, "-c", dies], capture_output=True, check=False)
     assert done.returncode == 9, done.stderr
     assert list((tmp_path / "data/gsm8k").glob("*/dataset_info.json"))  # all but the name
-    with pytest.raises(FileNotFoundError, match="holds no GSM8K data"):
+    with pytest.raises(FileNotFoundError, match="contains no GSM8K data"):
         make_task("gsm8k", str(tmp_path / "data")).size("train")
     assert prepare.prepare_gsm8k(source, tmp_path / "data").startswith("wrote ")
     assert sizes(tmp_path / "data") == [38, 2, 7]

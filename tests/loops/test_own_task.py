@@ -95,7 +95,7 @@ def test_on_the_command_line_it_is_a_sentence_and_an_exit_code(
     flags += [f"--config.{key}={value}" for key, value in settings]
     for text, said in (
         ("def task(:", "mine.py, line 1: invalid syntax"),
-        ("tsk = 3", "mine.py has no 'task', only tsk; name one that is a jexit.tasks.Task"),
+        ("tsk = 3", "mine.py has no 'task', only tsk; name a jexit.tasks.Task that it"),
         (ROWS + "task = jexit.rows_task(train=[], rewards=len)", "no problem in its train split"),
     ):
         task_file.write_text(text)

@@ -93,17 +93,17 @@ def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
     assert [task.problem("train", i).answer for i in range(2)] == ["oak chest", "oak chest"]
     assert task.problem("val", 0).answer == "box"
     (warning,) = caplog.messages
-    assert warning.startswith(f"skipped 8 of 11 rows of the train split: {file}:3: 'answer' is not")
-    assert "'answer' has no word" in warning and "'story' is not a text" in warning
-    assert "holds half a character" in warning and "3 more" in warning
+    assert warning.startswith(f"skipped 8 of 11 rows of the train split: {file}:3: 'answer' is emp")
+    assert "'answer' contains no word" in warning and "'story' is empty or not" in warning
+    assert "is not valid Unicode" in warning and "3 more" in warning
 
 
 def test_missing_data_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"got no path; set config\.task\.path to a CSV file"):
+    with pytest.raises(ValueError, match=r"no path was given; set config\.task\.path to a CSV"):
         make_task("exploretom")
     with pytest.raises(FileNotFoundError, match=r"no data set at .*nowhere; set config.task.path"):
         make_task("exploretom", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"holds no CSV file; set config.task.path"):
+    with pytest.raises(FileNotFoundError, match=r"contains no CSV file; set config.task.path"):
         make_task("exploretom", str(tmp_path)).size("train")
     for text in ("story,answer\nx,y\n", ""):
         (tmp_path / "bad.csv").write_text(text)

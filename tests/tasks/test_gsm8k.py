@@ -53,7 +53,7 @@ def test_a_folder_of_jsonl(folder, caplog):
     write_rows(folder / "test_c.jsonl", map(row, range(3, 6)))
     task = make_task("gsm8k", str(folder))
     assert answers_of(task, "train") == ["0", "1", "2"]
-    assert "left out 2 of 5 training rows, which are in the val or test split too" in caplog.text
+    assert "left out 2 of 5 training rows because they are also in the val or test" in caplog.text
 
 
 def test_one_file_keeps_a_part_for_testing(tmp_path):
@@ -109,7 +109,7 @@ def test_corrupt_rows_are_counted_and_named(tmp_path, caplog):
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data set at .*nowhere; set config.task.path"):
         make_task("gsm8k", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"holds no GSM8K data.*config.task.path"):
+    with pytest.raises(FileNotFoundError, match=r"contains no GSM8K data.*config.task.path"):
         make_task("gsm8k", str(tmp_path)).size("train")
 
 
@@ -146,7 +146,7 @@ def test_a_question_that_is_there_twice_is_no_shot_of_its_twin(tmp_path):
     for index in range(4):
         problem = task.problem("train", index)
         assert problem.prompt not in [said["content"] for said in problem.earlier]
-    with pytest.raises(ValueError, match=r"3 shots need 4 different .* there are 3; lower config"):
+    with pytest.raises(ValueError, match=r"3 shots need 4 different .* there are only 3; lower"):
         make_task("gsm8k", str(tmp_path), shots=3).problem("train", 0)
 
 

@@ -72,16 +72,16 @@ def test_a_file_is_read_again_when_its_text_changes(write):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("def task(:\n", "cannot be read .*mine.py, line 1: invalid syntax.*; mend it"),
+        ("def task(:\n", "cannot be read .*mine.py, line 1: invalid syntax.*; fix this error"),
         (
             "x = 1\n\ny = x / 0\n",
             "cannot be read .*mine.py, line 3: ZeroDivisionError: division by",
         ),
         ("import sys\nsys.exit(3)\n", "cannot be read .*mine.py, line 2: SystemExit: 3"),
         ("import nowhere_to_be_found\n", "line 1: ModuleNotFoundError: No module named"),
-        ("tasks = 1\n", "mine.py has no 'task', only tasks; name one that is a jexit.tasks.Task"),
-        ("task = 1\n", "mine.py is 1; it must be a jexit.tasks.Task, or a function that returns"),
-        ("task = lambda: 3\n", "mine.py returned 3; it must return a jexit.tasks.Task, such as"),
+        ("tasks = 1\n", "mine.py has no 'task', only tasks; name a jexit.tasks.Task that it"),
+        ("task = 1\n", "mine.py is 1, but it must be a jexit.tasks.Task or a function that return"),
+        ("task = lambda: 3\n", "mine.py returned 3, but it must return a jexit.tasks.Task, such"),
         ("def task():\n    raise OSError('no disk')\n", "made .*mine.py, line 2: OSError: no disk"),
         ("def task(rows):\n    return None\n", "missing 1 required positional argument: 'rows'"),
     ],
@@ -95,10 +95,10 @@ def test_what_is_wrong_with_a_file_is_one_sentence(write, text, said):
 def test_wrong_names_and_options_are_one_sentence(write):
     name = write(ROWS + RIGHT + MADE)
     for reference, options, said in (
-        ("nowhere.py:task", {}, "there is no task file nowhere.py; give a path from /"),
+        ("nowhere.py:task", {}, "task file nowhere.py does not exist; .* relative to /"),
         ("no_such_module:task", {}, "no_such_module cannot be imported .*No module named"),
         ("summs", {}, r"no task 'summs'; set config.task.name to one of .*sums.*FILE.py:NAME"),
-        (name, {"rows": 3}, "made already and takes no config.task.options.rows; make it a func"),
+        (name, {"rows": 3}, "already a Task, so it does not take config.task.options.rows; make"),
         (f"{name}:right", {}, r"mine.py:right returned|mine.py:right' cannot be made"),
         ("sums", {"operands_max": "x"}, r"options.operands_max is 'x'; it must be of type int"),
         ("word_problems", {"steps": "mixed"}, "'word_problems' has no option 'steps'; it takes se"),

@@ -162,7 +162,7 @@ def test_a_hugging_face_data_set_is_a_sequence_and_a_name_is_its_split(tmp_path,
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     task = made(train=f"hf:{tmp_path}", test=f"hf:{tmp_path}")
     assert task.size("test") == 7 and task.size("train") + task.size("val") == 53
-    with pytest.raises(UserError, match=r"hf:.*, split validation, cannot be loaded \(ValueError"):
+    with pytest.raises(UserError, match=r"validation split of hf:.* cannot be loaded \(ValueError"):
         made(val=f"hf:{tmp_path}").size("val")
 
 
@@ -201,12 +201,12 @@ async def endless_too(completions, **columns):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (lambda completions: [1.0], "'<lambda>' returned 1 values for 2 completions; it must retu"),
-        (lambda completions: 1.0, "'<lambda>' returned 1.0; it must return a list with a number"),
-        (lambda completions: "ab", "'<lambda>' returned 'ab'; it must return a list"),
+        (lambda completions: [1.0], "'<lambda>' returned 1 values for 2 completions, but it must"),
+        (lambda completions: 1.0, "'<lambda>' returned 1.0, but it must return a list with a nu"),
+        (lambda completions: "ab", "'<lambda>' returned 'ab', but it must return a list"),
         (lambda completions: [1.0, math.nan], r"returned nan for completion 1 \(prompt 'What is"),
         (lambda completions: [math.inf, 0], r"returned inf for completion 0 \(prompt 'What is"),
-        (lambda completions: ["1", 0], "returned '1' for completion 0 .*; a reward is a finite nu"),
+        (lambda completions: ["1", 0], "returned '1' for completion 0 .*, but a reward must be a"),
         (raises, r"'raises' failed \(.*test_rows.py, line \d+: ZeroDivisionError: float division"),
         (endless, r"'endless' took longer than 0.2 s for one batch; .* config.task.time_limit"),
         (endless_too, "'endless_too' took longer than 0.2 s for one batch"),
@@ -227,17 +227,17 @@ def test_functions_and_columns_that_do_not_fit_are_refused_before_anything_runs(
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "a.parquet").write_text("no parquet")
     for given, said in (
-        ({"rewards": []}, "rewards has the functions of an empty list; give at least one, each"),
+        ({"rewards": []}, "rewards contains no functions, but it must contain at least one func"),
         ({"rewards": [right, right]}, None),
-        ({"rewards": {right: 1.0, lambda c: 1: 1, lambda c: 2: 1}}, "each with a name of its own"),
-        ({"rewards": [3]}, "a reward is 3; give functions, such as"),
-        ({"rewards": {right: "1"}}, "the weight of .* is '1'; give a number"),
+        ({"rewards": {right: 1.0, lambda c: 1: 1, lambda c: 2: 1}}, "each with a different name"),
+        ({"rewards": [3]}, "a reward is 3, but it must be a function; give"),
+        ({"rewards": {right: "1"}}, "the weight of .* is '1', but it must be a number"),
         ({"prompt": "text"}, "no column 'text', only question, answer, n; name one of them"),
         ({"completion": "text"}, "no column 'text', only question, answer, n; name one of them"),
-        ({"rewards": lambda completions, gold: 1}, "needs 'gold', and the rows have the columns q"),
-        ({"train": tmp_path / "none.jsonl"}, "there is no file .*none.jsonl with rows; give"),
-        ({"train": tmp_path / "a.txt"}, r"a.txt is none of \.jsonl, \.csv, \.parquet; name the f"),
-        ({"train": tmp_path / "a.parquet"}, "is no Parquet file that can be read"),
+        ({"rewards": lambda completions, gold: 1}, "needs 'gold', but the rows have only the col"),
+        ({"train": tmp_path / "none.jsonl"}, "rows file .*none.jsonl does not exist; give"),
+        ({"train": tmp_path / "a.txt"}, r"a.txt ends in '\.txt', but it must end in one of \.js"),
+        ({"train": tmp_path / "a.parquet"}, "cannot be read as a Parquet file"),
     ):
         if said is None:
             assert made(**given).size("train")

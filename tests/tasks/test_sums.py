@@ -119,7 +119,7 @@ def test_wrong_options_name_value_and_remedy():
         *(("operands", bounds) for bounds in ({"operands_min": 1}, {"operands_min": 9})),
         ("operands", {"operands_max": 101}),
     ):
-        said = rf"sums: {name}.* got .*; change config\.task\.options\.{name}"
+        said = rf"sums: {name}.* is .* must .*; change config\.task\.options\.{name}"
         with pytest.raises(ValueError, match=said):
             make_task("sums", **options)
     with pytest.raises(ValueError, match=r"options\.operands_max is 'x'; it must be of type int"):

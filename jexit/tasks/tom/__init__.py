@@ -1,6 +1,7 @@
 """Generated theory-of-mind stories.
 
-`task` is the task, made of a `world` in which `events` happen and people believe things, `stories`
-about it with questions (balanced against `rules` that need no understanding), their `text` and
-their `chain` of thought; `presence` tells who was there when.
+`task` contains the task. Its problems are `stories` with questions, which are balanced against
+`rules` that need no understanding. In a story, `events` happen in a `world` of people with beliefs.
+`text` and `chain` put a story and its chain of thought into words. `presence` makes stories whose
+answers depend only on who was there when.
 """

@@ -1,15 +1,16 @@
 """The chain of thought of a theory-of-mind problem: who saw what, line by line.
 
-A line of the fine chain is one of
+A line of the fine chain has one of these forms:
 
-    Mia leaves: Tom                    who is in that room now
-    Tom Mia see jar: jar               who sees it put there; after the colon, what is asked for
+    Mia leaves: Tom                    the people who are in that room now
+    Tom Mia see jar: jar               the people who see it put there; after the colon, the answer
     Tom Mia see jar, Ben in secret: jar
     Tom Mia and Tom Ben see jar: jar   two rooms, whose people do not see each other
     Tom tells Mia Ben tin: jar         the hearers, and the place or the topic
     Tom moves jar: jar                 questions about nobody's mind need no witnesses
 
-and of the coarse one `Mia: jar` or `Tom Mia: jar`: what Mia thinks, what Tom thinks she thinks.
+A line of the coarse chain is `Mia: jar` (what Mia thinks) or `Tom Mia: jar` (what Tom thinks that
+Mia thinks).
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ _LINE = re.compile(
 
 
 def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
-    """The lines that lead to the answer, each with its line break.
+    """Returns the lines that lead to the answer, each with its line break.
 
-    Fine: every event about the thing, with who learns of it and what is asked for after it; and,
-    for questions about people's minds, who is there after each coming and going before the last of
-    those. Coarse: what is asked for, each time that it changes.
+    The fine chain has a line for every event about the thing, with the people who learn of it and
+    the answer after it. For questions about people's minds, it also has a line for each coming and
+    going before the last of these events, with the people who are there afterwards. The coarse
+    chain has a line with the answer each time that it changes.
     """
     about = [event.thing == question.thing for event in story.events]
     last = max((index for index, concerns in enumerate(about) if concerns), default=-1)
@@ -73,9 +75,11 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainLine:
-    """A line that gives a state: the words before the place, place or topic, secret witness, state.
+    """A line of the chain that gives a state, in its parts.
 
-    In a coarse line the head is names alone and `what` is empty.
+    `head` contains the words before the place, `what` the place or the topic, `secret` the secret
+    witness, and `state` the answer after the line. In a coarse line, `head` contains only names and
+    `what` is empty.
     """
 
     head: tuple[str, ...]
@@ -88,7 +92,10 @@ class ChainLine:
         return " ".join([*self.head, self.what]).rstrip() + f"{secret}: {self.state}\n"
 
     def groups(self) -> list[list[str]]:
-        """The people named, in groups that see each other; the speaker of `tells` comes first."""
+        """Returns the people named, in groups whose members see each other.
+
+        The speaker of `tells` comes first.
+        """
         groups: list[list[str]] = [[]]
         for word in self.head:
             if word == "and":
@@ -98,7 +105,7 @@ class ChainLine:
         return groups
 
     def decides(self, question: Question) -> bool:
-        """Whether the state after the line is what the line says, whatever it was before."""
+        """Returns whether the line alone determines the state after it, whatever it was before."""
         if not self.what:
             return True
         if question.kind == "memory":
@@ -115,7 +122,7 @@ class ChainLine:
 
 
 def read_line(line: str) -> ChainLine | None:
-    """A line that gives a state; None for any other text."""
+    """Reads a line that gives a state. Returns None for any other text."""
     match = _LINE.match(line)
     if match is None:
         return None
@@ -130,10 +137,10 @@ def read_line(line: str) -> ChainLine | None:
 def corruptions(
     lines: Sequence[str], question: Question, answer: str, places: Sequence[str], draw: Draw
 ) -> list[Corruption]:
-    """Every line whose change leads from `answer` to another one, with a change of it.
+    """Returns one corruption for each line that can be changed so that the answer is not `answer`.
 
-    A place becomes another one of `places`; who heard about a topic changes so that the
-    knowledge asked for is won or lost.
+    A place becomes another one of `places`. For a topic, the people who heard about it change, so
+    that the knowledge asked for is gained or lost.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]
@@ -149,9 +156,9 @@ def corruptions(
         if changed is None or changed.state == answer:
             continue
         if changed.state == NO and (earlier or later):
-            continue  # heard once more
+            continue  # another line tells it as well
         if changed.what and changed.decides(question) == (changed.state == NO):
-            continue  # a line that no problem of this kind has
+            continue  # problems of this kind have no such line
         prefix = "".join(lines[:index]) + changed.text()
         found.append(Corruption(prefix=prefix, answer=changed.state, step=index))
     return found

@@ -1,7 +1,7 @@
-"""What can happen in a theory-of-mind story: people come and go, place things and talk.
+"""The events of a theory-of-mind story: people come and go, place things and talk.
 
-Each event is drawn among those that are possible in the world as it then is
-(`jexit.tasks.tom.world`).
+Each event is drawn from those that are possible in the world at that moment (see
+`jexit.tasks.tom.world`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from jexit.tasks.base import Draw
 from jexit.tasks.tom.text import PEOPLE_ASKED, Kind, Question, Story
 from jexit.tasks.tom.world import PLACINGS, Event, EventKind, World
 
-PLACES = 3  # that a story about things mentions
+PLACES = 3  # the number of places that a story about things mentions
 
 _PROPOSALS = 12
 Kinds: TypeAlias = tuple[EventKind, ...]
 _LATER_MENTIONS: Kinds = (*("moves",) * 3, "takes", *("claims",) * 3)
-_EXTRA_PERCENT = 30  # of events: a secret witness or a distracted person
-_WHISPER_PERCENT = 60  # of speech
+_EXTRA_PERCENT = 30  # percentage of events that may get a secret witness or a distracted person
+_WHISPER_PERCENT = 60  # percentage of speech that is whispered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-    """The words that one story uses, and how many sentences it may have after its opening."""
+    """The words that one story uses, and the largest number of sentences after its opening."""
 
     people: tuple[str, ...]
     rooms: tuple[str, ...]
@@ -37,7 +37,7 @@ class Cast:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """Of which kind an event may be, and whether speech is whispered (None: at times)."""
+    """The kinds that an event may have, and whether speech is whispered (None: sometimes)."""
 
     kinds: Kinds = (*PLACINGS, "claims")
     whispered: bool | None = None
@@ -54,7 +54,7 @@ VERBS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """What an event of a story shall name, and how."""
+    """The thing and the place that an event of a story must name, and how."""
 
     thing: str
     place: str
@@ -62,7 +62,11 @@ class Mention:
 
 
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
-    """Every place with the thing; the other thing's sentences, the last ones, anywhere between."""
+    """Plans mentions of the thing with every place, mixed with mentions of the other thing.
+
+    The first PLACES entries of `how` belong to the thing. The others belong to the other thing,
+    whose mentions keep their order and are put at random positions.
+    """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
     order = list(range(PLACES))
@@ -73,7 +77,7 @@ def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> 
 
 
 def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[Question]:
-    """Every question of a kind about these people and things."""
+    """Returns every question of a kind about these people and things."""
     asked: list[tuple[str, ...]] = [()]
     for _ in range(PEOPLE_ASKED[kind]):
         asked = [(*some, one) for some in asked for one in people if one not in some]
@@ -81,7 +85,10 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 
 
 def draw_stage(draw: Draw, cast: Cast) -> Story:
-    """Where people and places are before anything happens: mostly in one of the two rooms."""
+    """Draws the rooms of people and places before anything happens.
+
+    Each is in the first of the two rooms with a probability of three in four.
+    """
     main, other = cast.rooms
     return Story(
         room_of={person: other if draw.integer(0, 3) == 0 else main for person in cast.people},
@@ -93,7 +100,10 @@ def draw_stage(draw: Draw, cast: Cast) -> Story:
 def story_of_places(
     draw: Draw, cast: Cast, mentions: Sequence[Mention]
 ) -> tuple[Story, World] | None:
-    """A story and the world at its end; None if one of the mentions cannot be."""
+    """Returns a story with these mentions, and the world at its end.
+
+    Returns None if one of the mentions is impossible or the story is too long.
+    """
     stage = draw_stage(draw, cast)
     world, events = stage.start(), []
     for mention in mentions:
@@ -108,7 +118,10 @@ def story_of_places(
 
 
 def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
-    """A story with `count` mentions of a topic or, at times, of a thing; None if one cannot be."""
+    """Returns a story with `count` mentions of a topic or, sometimes, of a thing.
+
+    Returns None if one of the mentions is impossible or repeated, or if the story is too long.
+    """
     stage = draw_stage(draw, cast)
     world, events = stage.start(), []
     for _ in range(count):
@@ -129,19 +142,22 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 
 
 def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
-    """The story of these events; None if it has grown too long."""
+    """Returns the story with these events, or None if it is too long."""
     if sentences(events) > cast.longest:
         return None
     return dataclasses.replace(stage, events=tuple(events))
 
 
 def sentences(events: Sequence[Event]) -> int:
-    """How many sentences tell the events; secret witnesses and distracted people get their own."""
+    """Returns the number of sentences that tell the events.
+
+    Secret witnesses and distracted people get sentences of their own.
+    """
     return sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
 
 
 def happening(world: World, event: Event) -> Event:
-    """The event, which has happened in the world."""
+    """Makes the event happen in the world, and returns it."""
     world.happen(event)
     return event
 
@@ -157,7 +173,7 @@ def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
 
 
 def _joining(draw: Draw, world: World, cast: Cast) -> Event:
-    """Somebody enters the room where somebody else is, if anybody is in one."""
+    """Returns an event in which somebody enters the room of somebody else, if anybody is in one."""
     hosts = [person for person in cast.people if world.room_of[person]] or cast.people
     host = draw.choice(hosts)
     actor = draw.choice([person for person in cast.people if person != host])
@@ -165,7 +181,7 @@ def _joining(draw: Draw, world: World, cast: Cast) -> Event:
 
 
 def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | None:
-    """A possible event that names this thing and place; None if none is found quickly."""
+    """Returns a possible event with this thing and place, or None if it finds none quickly."""
     thing, place = mention.thing, mention.place
     home, now = world.homes[place], world.place_of.get(thing)
     possible = ("puts",) if now is None else _LATER_MENTIONS
@@ -190,7 +206,7 @@ def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | No
 
 
 def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
-    """Somebody tells about a topic; None if nobody is found quickly who can."""
+    """Returns an event in which somebody tells about a topic, or None if it finds none quickly."""
     for _ in range(_PROPOSALS):
         event = Event(
             kind="tells",
@@ -210,7 +226,7 @@ def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
 
 
 def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:
-    """The event, at times with a secret witness or a distracted person where one is possible."""
+    """Returns the event, sometimes with a secret witness or a distracted person if possible."""
     if draw.integer(1, 100) > _EXTRA_PERCENT:
         return event
     person = draw.choice(cast.people)

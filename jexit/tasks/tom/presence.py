@@ -1,15 +1,17 @@
-"""Stories about beliefs that only the comings and goings of a person asked about tell.
+"""Stories about beliefs that depend only on the comings and goings of one person asked about.
 
-Three stories are the same sentence by sentence but for where that person starts, and when they come
-and go, equally often; each has another answer. One of the three is drawn. So no rule beats one in
-three that looks at the other sentences in whatever way, but does not work out who was there.
+Three stories differ only in the room where this person starts, and in the times when this person
+comes and goes. All other sentences are the same, and so is the number of the person's moves. Each
+of the three stories has a different answer, and one of them is drawn. A rule that looks at the
+other sentences in any way, but does not work out who was there, therefore cannot be right more
+often than in one story of three.
 
-Of what A thinks that B thinks either A comes and goes or B does, while the other one knows where
-the thing is. So the answer is not always what A thinks, nor what B does. It still is, nearly
-always, what the less informed of the two thinks.
+If the question is what A thinks that B thinks, either A or B comes and goes, while the other one
+knows where the thing is. The answer is therefore not always what A thinks, and not always what B
+thinks. It is still nearly always what the less informed of the two thinks.
 
-The place that was named before the person last came or went is drawn to be right in one of three,
-and comes to be in some more, as it has to be for some answers.
+The place that was named before the person last came or went is drawn to be the answer in one of
+three stories. It is the answer in somewhat more of them, because some answers require it.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from jexit.tasks.tom.rules import before_last_move, is_named, others_know_place
 from jexit.tasks.tom.text import PEOPLE_ASKED, Kind, Question, Story
 from jexit.tasks.tom.world import Event, EventKind, World
 
-_STORIES = 60  # that are tried with a pair of verbs: some pairs cannot be in short stories
-# What the person does, in some order: the same in all three stories.
+_STORIES = 60  # stories tried with a pair of verbs: some pairs cannot occur in short stories
+# The person's moves, in any order. They are the same in all three stories.
 _MOVES: tuple[tuple[EventKind, ...], ...] = (
     ("enters",),
     ("leaves",),
@@ -47,11 +49,11 @@ _MOVES: tuple[tuple[EventKind, ...], ...] = (
 def story_of_presence(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int
 ) -> tuple[Story, Question] | None:
-    """A story with `count` mentions, and a question about a belief: the place numbered `rank`.
+    """Returns a story with `count` mentions, and a question answered by the place numbered `rank`.
 
-    One of the people asked about comes and goes; after the first mention none names them with the
-    thing, and the other one, if there is one, knows where it is. None if no three stories were
-    found.
+    The question is about a belief. One of the people asked about comes and goes. After the first
+    mention, no mention names this person with the thing. The other person asked about, if any,
+    knows where the thing is. Returns None if no three such stories were found.
     """
     thing, other = draw.sample(cast.things, 2)
     how = [ANYHOW] * count
@@ -89,9 +91,10 @@ def _by_answer(
     person: str,
     moves: tuple[EventKind, ...],
 ) -> dict[str, list[Story]] | None:
-    """The story with each of its places as the answer, in every way that the person's moves allow.
+    """Returns the story with each of its places as the answer.
 
-    None if one of the places cannot be the answer.
+    For each place, there is a version for every way of making the person's moves that leads to this
+    answer. Returns None if one of the places cannot be the answer.
     """
     others = [event for event in story.events if event.thing or event.actor != person]
     if sentences(others) + len(moves) > cast.longest:
@@ -122,9 +125,9 @@ def _with_moves(
     person: str,
     move_after: Mapping[int, EventKind],
 ) -> list[Event] | None:
-    """The others' events, after some of which the person enters or leaves; None if impossible.
+    """Returns the others' events with the person's moves inserted, or None if this is impossible.
 
-    They happen in `world`.
+    `move_after` maps the index of an event to the move after it. The events happen in `world`.
     """
     events = []
     for index, event in enumerate(others):

@@ -1,6 +1,7 @@
-"""Rules that answer a story's question without tracking what anybody knows, and what they see.
+"""Rules that answer a story's question from what they see, without tracking what anybody knows.
 
-Stories are drawn so that each is right as seldom as guessing is. `world` is the one at the end.
+Stories are drawn so that each rule is right no more often than a guess. `world` is always the world
+at the end of the story.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from jexit.tasks.tom.world import Event, World
 
 
 def is_named(person: str, event: Event) -> bool:
-    """Whether the sentence about the event names the person."""
+    """Returns whether the sentence about the event names the person."""
     return person in (event.actor, event.hearer, event.secret, event.distracted)
 
 
 def last_named(question: Question, story: Story) -> str:
-    """The last place that an event names together with the thing and the first person asked about.
+    """Returns the last place that an event names with the thing and the first person asked about.
 
-    Where none does, the last one named with the thing.
+    If there is no such event, returns the last place named with the thing.
     """
     person = question.people[0]
     events = [event for event in story.events if event.thing == question.thing]
@@ -29,9 +30,10 @@ def last_named(question: Question, story: Story) -> str:
 
 
 def before_last_move(person: str, thing: str, story: Story) -> str:
-    """The last place named with the thing before the person last came or went.
+    """Returns the last place named with the thing before the person last came or went.
 
-    The last one of all where the person stays throughout, the first where nobody has named any yet.
+    If the person stays throughout, returns the last place of all. If no place was named before the
+    person last came or went, returns the first.
     """
     moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
     until = story.events[: moves[-1]] if moves else story.events
@@ -40,30 +42,34 @@ def before_last_move(person: str, thing: str, story: Story) -> str:
 
 
 def others_know_place(question: Question, person: str, world: World) -> bool:
-    """Whether all people asked about but this one know where the thing is."""
+    """Returns whether all people asked about, except this one, know where the thing is."""
     place = world.place_of.get(question.thing)
     others = (other for other in question.people if other != person)
     return all(world.beliefs.get(((other,), question.thing)) == place for other in others)
 
 
 def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
-    """Whether all people asked about are named with the topic, and whether everybody is told."""
+    """Returns two facts about the sentences that tell about the topic.
+
+    The first is whether one of them names all people asked about. The second is whether one of them
+    tells everybody.
+    """
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
     return any(named), any(not event.hearer for event in tells)
 
 
 def who_knows(question: Question, world: World) -> tuple[bool, ...]:
-    """Of each person asked about, whether they know about the topic themselves."""
+    """Returns, for each person asked about, whether this person knows about the topic."""
     return tuple(((person,), question.thing) in world.beliefs for person in question.people)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surface:
-    """What a rule that tracks nobody sees of a story about a belief; places by their rank.
+    """The features of a story about a belief that a rule can see without tracking anybody.
 
-    `verbs` of the thing's second and third mention, after the first has put it somewhere;
-    `last_named` is what the rule of that name gives.
+    `verbs` are the verbs of the thing's second and third mention. The first mention puts the thing
+    somewhere. `last_named` is the rank of the place that the rule of that name returns.
     """
 
     verbs: tuple[str, str]
@@ -75,8 +81,8 @@ class Surface:
         )
 
 
-# Where the last mention may name the person: with others some answers cannot be, or hardly, since
-# nobody is talked out of what they saw.
+# The ranks that `last_named` may have for each pair of verbs. Other ranks make some answers
+# impossible or very rare, because nobody is talked out of what they saw.
 _LASTS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("moves", "moves"): (0, 2),
     ("moves", "tells"): (0, 2),

@@ -1,34 +1,34 @@
 """Theory-of-mind stories whose surface does not give the answer away.
 
-Where a place is asked for, the story names three, each once with the thing; other things lie or
-are moved between. Which of the three, in the order in which they come up with the thing, is the
-answer is drawn before the story.
+If the question asks for a place, the story names three places, each once with the thing. Between
+these mentions, other things lie somewhere or are moved. The rank of the answer is drawn before the
+story. Ranks number the three places in the order in which they come up with the thing.
 
-In three of four stories about beliefs only somebody's comings and goings tell the answer
-(`jexit.tasks.tom.presence`). In the fourth the person asked about may be named where they learn of
-a place: as who does it, to whom it is whispered, or as a secret witness. All that a rule could go
-by there that tracks nobody (`Surface`) is drawn before the story, independently of the answer:
-whether the thing is then moved, told about or whispered about, hence where it is, and the last
-place that an event names together with the person. Stories are drawn until one fits. So no rule on
-places, verbs or where the thing is beats one in three. One that knows in which roles the person is
-named gets the fourth story, and about 0.4 of all. There the other person of a belief about a belief
-knows where the thing is, as in the classic test (Perner and Wimmer 1985), and the question is
-whether the first one knows that.
+In three of four stories about beliefs, only somebody's comings and goings determine the answer (see
+`jexit.tasks.tom.presence`). In the fourth, the person asked about may be named where they learn of
+a place: as the actor, as the hearer of a whisper, or as a secret witness. A rule that tracks nobody
+could use some features of this story (see `Surface`). They are all drawn before the story,
+independently of the answer: whether the thing is then moved, told about or whispered about, which
+determines where it is, and the last place that an event names together with the person. Stories are
+drawn until one fits. So no rule on places, verbs or the thing's position is right more often than
+in one of three stories. A rule that knows in which roles the person is named answers the fourth
+story better, and is right in about 0.4 of all stories. In the fourth story, the other person of a
+belief about a belief knows where the thing is, as in the classic test (Perner and Wimmer 1985). The
+question is whether the first person knows that.
 
-For `reality` how often things are moved and talked about is the same for every answer. For
-`memory`, where the thing's first place is the answer, both things share a pattern of places such as
-first, second, first, third, and which of them is the answer, as they come up, is drawn. Only what
-defines a question answers it: the last placing, the first one, and for beliefs who saw what.
+For `reality`, things are moved and talked about equally often for every answer. For `memory`, the
+answer is the thing's first place. Both things share a pattern of places, such as first, second,
+first, third, and the rank of the answer in this pattern is drawn. Only the facts that define a
+question answer it: the last placing, the first placing, or, for beliefs, who saw what.
 
-Two people, or fewer than five sentences, are too few for some of these combinations, which then
-occur less often or never.
+With two people or fewer than five sentences, some of these combinations occur less often or never.
 
-Where the answer is yes or no, a story comes with a twin that has exactly the same words in another
-order and the opposite answer, and in which the topic is told to the same people by name, and to
-everybody, if it is in the story; one of the two is taken by a fair draw. So neither the words nor
-who is named with the topic beat one half. Of what one person thinks that another knows, the twin is
-one in which the same people know, where there is such a one. Names, things and places are drawn
-uniformly.
+If the answer is yes or no, a story has a twin with exactly the same words in another order and the
+opposite answer. The story and its twin agree on whether the topic is told to all people asked about
+by name, and on whether it is told to everybody. A fair draw takes one of the two. So neither the
+words nor the names of the people who are named with the topic answer more than half of the
+questions. For what one person thinks that another knows, the twin is one in which the same people
+know the topic, if there is such a twin. Names, things and places are drawn uniformly.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ from jexit.tasks.tom.text import (
 from jexit.tasks.tom.world import Event
 from jexit.tasks.word_problems import NAMES, OBJECTS
 
-_STORIES = 5_000  # that are tried: more than any combination needs with three people
-_NAMED_PERCENT = 25  # of beliefs: the person may be named where they learn of a place
-_MORE_SENTENCES = 2  # at most, than the largest number of moves: bounds the prompt
+_STORIES = 5_000  # stories tried: more than any combination needs with three people
+_NAMED_PERCENT = 25  # percentage of beliefs where the person may be named on learning of a place
+_MORE_SENTENCES = 2  # at most beyond the largest number of moves, to bound the prompt
 
 
 def draw_problem(
     draw: Draw, kind: Kind, *, people: Sequence[int], moves: Sequence[int]
 ) -> tuple[Story, Question]:
-    """A story with a question of this kind.
+    """Draws a story and a question of this kind.
 
-    `people` and `moves` bound how many people there are and how many sentences name a place (or,
-    where the answer is yes or no, a topic or a place).
+    `people` and `moves` are the bounds of the number of people and of the number of sentences that
+    name a place. If the answer is yes or no, a sentence that names a topic counts as well.
     """
     cast = Cast(
         people=draw.sample(NAMES, draw.integer(*people)),
@@ -104,7 +104,9 @@ def draw_problem(
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
-    """Which of the three places each mention names, numbered by first mention; all three occur.
+    """Draws which of the three places each mention names. All three occur.
+
+    Places are numbered by first mention.
 
     >>> draw_pattern(Draw("any"), 3)
     (0, 1, 2)
@@ -119,10 +121,10 @@ def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
 def _about_places(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, surface: Surface | None
 ) -> tuple[Story, Question] | None:
-    """A story with `count` mentions and a question answered by the place numbered `rank`.
+    """Returns a story with `count` mentions, and a question answered by the place numbered `rank`.
 
-    Of a belief `surface` says what else shows. Stories are drawn until one fits; None when so many
-    did not that none can.
+    For a belief, the story must also have this `surface`. Stories are drawn until one fits. Returns
+    None after `_STORIES` attempts, because then none is likely to fit.
     """
     thing, other = draw.sample(cast.things, 2)
     pattern = draw_pattern(draw, count)
@@ -152,9 +154,11 @@ def _about_places(
 
 
 def _how_of_reality(count: int, rank: int) -> list[How]:
-    """The thing is put down, moved and talked about, or talked about twice if it stays (rank 0).
+    """Returns how each mention is told if the place numbered `rank` is the answer.
 
-    The first sentences about the other thing, which come last, make up for the difference.
+    The thing is put down, and then moved once and talked about once, or talked about twice if it
+    stays (rank 0). The second sentence about the other thing, if there is one, makes up for the
+    difference.
     """
     how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
@@ -166,7 +170,10 @@ def _how_of_reality(count: int, rank: int) -> list[How]:
 def _plan_of_memory(
     draw: Draw, cast: Cast, pattern: Sequence[int], rank: int, thing: str, other: str
 ) -> list[Mention]:
-    """The pattern is both things'; how many of its sentences are the thing's knows no answer."""
+    """Divides the pattern between both things, so that the thing's first place is number `rank`.
+
+    The number of sentences about the thing does not depend on the answer.
+    """
     least = len(pattern) - pattern.index(PLACES - 1)
     count = draw.integer(1, least)
     first = draw.choice(
@@ -197,10 +204,11 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 
 
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
-    """The same words in another order, and a question of those that it answers otherwise.
+    """Returns a story of the same words in another order, and a question with another answer in it.
 
-    Two events change places, or two people or topics do; `told_by_name` is the same for both
-    stories, and `who_knows` where that can be. None if no such change is found.
+    In the twin, two events or one part of them (such as two people or topics) are exchanged.
+    `told_by_name` is the same for both stories, and so is `who_knows` if possible. Returns None if
+    no such exchange is found.
     """
     before = story.end()
     assert before is not None
@@ -241,7 +249,10 @@ def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, 
 def _exchanged(
     events: tuple[Event, ...], first: int, second: int, part: str
 ) -> tuple[Event, ...] | None:
-    """The events with two of them, or one part of the two, exchanged; None if nothing changes."""
+    """Returns the events after an exchange of two of them, or of one part of the two.
+
+    Returns None if nothing changes or the parts cannot be exchanged.
+    """
     one, other = events[first], events[second]
     if part == "order":
         one, other = other, one

@@ -1,4 +1,4 @@
-"""Generated theory-of-mind stories: who saw what, and where somebody thinks that a thing is.
+"""Generated theory-of-mind stories, about who saw what and where somebody thinks that a thing is.
 
     Tom and Mia are in the hall. Tom puts the coins in the box. Mia leaves the hall. Tom moves the
     coins to the jar. Where does Mia think the coins are? Answer in full.
@@ -8,8 +8,9 @@
     Tom see jar: box
     #### box
 
-`Answer in full.` prescribes a chain of thought with a line for every event that matters, `Answer in
-short.` one with a line for every change of what is asked for (`Mia: box`), `Answer at once.` none.
+`Answer in full.` prescribes a chain of thought with a line for every event that matters. `Answer in
+short.` prescribes a chain with a line for every change of the answer (`Mia: box`). `Answer at
+once.` prescribes no chain.
 """
 
 from __future__ import annotations
@@ -54,16 +55,17 @@ _CLASS_OF = {
 class Tom(ChainTask):
     """Stories with a question about a place, or about who knows of a topic (yes or no).
 
-    `steps`: `fine` (a line for every event that matters), `coarse` (a line for every change of what
-    is asked for), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
+    `steps` is `fine` (a line for every event that matters), `coarse` (a line for every change of
+    the answer), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
     drawn for each problem), or `mixed` (all of them, weighted by `MIXTURE`). `people_min` and
-    `people_max` bound the number of people, `moves_min` and `moves_max` that of sentences that name
-    a place or a topic. `kinds`: the kinds of question, equally often. A story with its question
-    decides the split (`split_of`), whatever the names and things in it.
+    `people_max` bound the number of people. `moves_min` and `moves_max` bound the number of
+    sentences that name a place or a topic. `kinds` are the kinds of question, which occur equally
+    often. The story and its question decide the split (see `split_of`), whatever the names and
+    things in them.
 
-    Places and what is false are balanced (`jexit.tasks.tom.stories`): the answer is each of a
-    story's three places equally often, beliefs asked for are false in two of three problems, and
-    yes is right in half.
+    Answers are balanced (see `jexit.tasks.tom.stories`). The answer is each of a story's three
+    places equally often, the beliefs asked for are false in two of three problems, and yes is right
+    in half of the problems.
     """
 
     name = "tom"
@@ -86,16 +88,17 @@ class Tom(ChainTask):
         check_steps(self.name, steps, STEP_MODES)
         if not kinds or set(kinds) - set(KINDS):
             raise UserError(
-                f"tom: kinds are some of {', '.join(KINDS)}, got {tuple(kinds)}; "
-                "change config.task.options.kinds"
+                f"tom: kinds is {tuple(kinds)}, but it must contain at least one kind, and "
+                f"only kinds from {', '.join(KINDS)}; change config.task.options.kinds"
             )
         self.mode = steps
         self.people = check_range(self.name, "people", people_min, people_max, 2, len(NAMES))
         self.moves = check_range(self.name, "moves", moves_min, moves_max, PLACES, 8)
         if people_min == 2 and moves_max > 6:
             raise UserError(
-                f"tom: moves_max is {moves_max} with people_min 2, and so few people rarely make "
-                "so long a story; set config.task.options.people_min to 3 or moves_max to at most 6"
+                f"tom: moves_max is {moves_max} with people_min=2, but two people rarely make a "
+                "story that long; set config.task.options.people_min to 3 or "
+                "config.task.options.moves_max to at most 6"
             )
         self.kinds = tuple(kinds)
         self.seed = seed
@@ -107,9 +110,10 @@ class Tom(ChainTask):
         return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
-        """Whether the reference is fine, and what the prompt prescribes.
+        """Returns whether the reference is fine, and what the prompt prescribes.
 
-        Drawn apart from the story, so that an index has the same story whatever `steps` is.
+        Both are drawn separately from the story, so an index has the same story whatever `steps`
+        is.
         """
         draw = Draw("tom steps", self.seed, split, index)
         mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
@@ -123,7 +127,7 @@ class Tom(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """The number of lines of the chain of thought (`chain_lines`) over all texts."""
+        """Returns the number of lines of the chain of thought (`chain_lines`) over all texts."""
         return {"chain_lines": (sum(len(self.steps(t)) for t in completions), len(completions))}
 
     def steps(self, completion: str) -> list[str]:
@@ -142,12 +146,12 @@ class Tom(ChainTask):
         return phrases.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """One line changed: another place, or who heard about the topic.
+        """Changes one line, so that it names another place or other hearers of the topic.
 
-        Only lines that the answer hangs on are changed, so what follows is known: what is asked for
-        stays as the changed line has it. A model that copies its chain's last word follows the
-        change as well as one that reasons: `sums`, where the rest has to be worked out, tells them
-        apart.
+        Only lines that determine the answer are changed, so the new answer is known: it is the
+        state of the changed line. A model that copies the last word of its chain follows the change
+        as well as one that reasons. The task `sums`, in which the rest must be worked out,
+        distinguishes the two.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:
@@ -161,7 +165,7 @@ class Tom(ChainTask):
         return draw.choice(possible) if possible else None
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
-        """Another place of the story; no for yes and yes for no."""
+        """Returns another place of the story, or no instead of yes and yes instead of no."""
         possible = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
         return draw.choice([answer for answer in possible if answer != problem.answer])
 
@@ -169,7 +173,7 @@ class Tom(ChainTask):
 task = Tom
 
 
-@functools.lru_cache(maxsize=8)  # an evaluation asks for the same stories with other `steps`
+@functools.lru_cache(maxsize=8)  # an evaluation uses the same stories with other `steps`
 def _stories(
     seed: int, kinds: tuple[str, ...], people: tuple[int, int], moves: tuple[int, int]
 ) -> Stream[tuple[Story, Question]]:
@@ -180,13 +184,16 @@ def _stories(
 
 
 def substance(drawn: tuple[Story, Question]) -> str:
-    """Story and question with names and things made canonical."""
+    """Returns the text of the story and the question with names and things made canonical."""
     story, question = drawn
     return canonical(f"{story.text()} {question.text()}")
 
 
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
-    """The problem with its reference completion; `fine` chooses the chain, if `mode` has one."""
+    """Returns the problem with its reference completion.
+
+    `fine` selects the fine or the coarse chain, if `mode` has a chain.
+    """
     world = story.end()
     assert world is not None, "the story cannot happen"
     answer = question.answer(world)
@@ -206,7 +213,10 @@ def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> 
 
 
 def canonical(text: str) -> str:
-    """The text with names, rooms, containers, objects and topics numbered by first mention."""
+    """Returns the text with names, rooms, containers, objects and topics replaced by codes.
+
+    The words of each class are numbered by first mention.
+    """
     numbers: dict[str, str] = {}
     counts = [0] * (1 + max(_CLASS_OF.values()))
 

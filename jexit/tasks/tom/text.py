@@ -1,4 +1,6 @@
-"""The words of the theory-of-mind stories: sentences, questions and the chain of thought.
+"""The words of the theory-of-mind stories and of their questions.
+
+This is an example of a prompt and its completion:
 
 Tom and Mia are in the hall. Tom puts the coins in the box. Mia leaves the hall. Tom moves the coins
 to the jar. Where does Mia think the coins are? Answer in full.
@@ -19,7 +21,7 @@ from jexit.tasks.tom.world import SPEECH, Event, World
 ROOMS = ("hall", "kitchen", "garden", "office")
 CONTAINERS = ("box", "bag", "jar", "tin", "chest", "basket")
 TOPICS = ("trip", "party", "game", "film")
-UNKNOWN = "unknown"  # in a chain, before anything is believed
+UNKNOWN = "unknown"  # in a chain, the state before anything is believed
 YES, NO = "yes", "no"
 
 Kind = Literal["reality", "memory", "belief", "second_belief", "knowledge", "second_knowledge"]
@@ -54,9 +56,10 @@ SENTENCES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked: its kind, the people whose mind it is about (none, A, or A and B), the thing.
+    """A question: its kind, the people whose mind it is about (none, A, or A and B), and the thing.
 
-    A: where A thinks the thing is; A and B: where A thinks that B thinks it is.
+    With A, it is about where A thinks the thing is. With A and B, it is about where A thinks that B
+    thinks it is.
     """
 
     kind: Kind
@@ -68,7 +71,7 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """The answer in the world as it is; UNKNOWN for a place that never came up."""
+        """Returns the answer in the current world. It is UNKNOWN for a place that never came up."""
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
@@ -82,7 +85,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
-    """Where everybody starts, which room each container is in, and what happens."""
+    """A story: the room in which each person starts, the room of each container, and the events."""
 
     room_of: Mapping[str, str]
     homes: Mapping[str, str]
@@ -92,7 +95,7 @@ class Story:
         return World(self.room_of, self.homes)
 
     def end(self) -> World | None:
-        """The world after all events; None when one of them cannot happen in its place."""
+        """Returns the world after all events, or None if an event is impossible when it is due."""
         world = self.start()
         for event in self.events:
             if not world.possible(event):
@@ -113,7 +116,10 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """An event in words, with what a secret witness or a distracted person adds."""
+    """Returns an event in words.
+
+    If there is a secret witness or a distracted person, another sentence says so.
+    """
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")

@@ -1,17 +1,19 @@
-"""A small world of people, rooms and containers, and who believes what about it.
+"""A small world of people, rooms and containers, and the people's beliefs about it.
 
-Who learns what from an event:
-- `enters`, `leaves`: nobody learns where an object is. Containers are closed.
+These rules decide who learns what from an event:
+- `enters`, `leaves`: nobody learns where an object is, because containers are closed.
 - `puts` (the object's first place), `moves` (to another container of the same room): everybody in
-  the room sees it, and sees that the others there see it.
-- `takes` (to a container of another room, where the actor then is): those in the room that is left
-  and those in the room that is entered, two groups; people see each other within a group only.
+  the room sees the event, and sees that the others there see it.
+- `takes` (to a container of another room, where the actor then is): the people in the room that is
+  left and those in the room that is entered see it. They are two groups, and people see each other
+  within a group only.
 - `claims` (where an object is, true or not), `tells` (about a topic): the speaker and the hearer
-  when whispered, else everybody in the room. Hearers believe what they hear and take the speaker at
-  their word; the speaker's own belief stays, but the speaker knows what the hearers now believe.
-- A `secret` witness is not in the room, learns what the open witnesses learn and knows that they
-  did; they do not know about the secret witness.
-- A `distracted` person is in the room and learns nothing, and the witnesses know it.
+  learn from a whisper, and otherwise everybody in the room learns. Hearers believe what they hear
+  and take the speaker at their word. The speaker's own belief stays, but the speaker knows what
+  the hearers now believe.
+- A `secret` witness is not in the room. This person learns what the open witnesses learn, and knows
+  that they did. The open witnesses do not know about the secret witness.
+- A `distracted` person is in the room but learns nothing, and the witnesses know this.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ from typing import Literal
 EventKind = Literal["enters", "leaves", "puts", "moves", "takes", "claims", "tells"]
 PLACINGS: tuple[EventKind, ...] = ("puts", "moves", "takes")
 SPEECH = ("claims", "tells")
-KNOWN = "yes"  # what is believed about a topic that somebody has heard about
+KNOWN = "yes"  # the belief about a topic that somebody has heard about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """One thing that happens.
+    """One event in the world.
 
-    `thing` is an object (a topic for `tells`), `place` the container it is put in or said to be in,
-    `room` the room entered, left or taken to, `hearer` whom it is whispered to (empty: everybody).
+    `thing` is an object, or a topic for `tells`. `place` is the container into which the object is
+    put, or in which it is said to be. `room` is the room that is entered or left, or to which the
+    object is taken. `hearer` is the person to whom the actor whispers. It is empty if everybody
+    hears the actor.
     """
 
     kind: EventKind
@@ -46,7 +50,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Witnesses:
-    """Who learns from an event: groups whose members see each other, and a secret witness."""
+    """Those who learn from an event: groups whose members see each other, and a secret witness."""
 
     groups: tuple[tuple[str, ...], ...]
     secret: str = ""
@@ -56,7 +60,7 @@ class Witnesses:
         return {person for group in self.groups for person in group} | {self.secret} - {""}
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Every (a, b) where a saw that b saw it; (a, a) where a saw it."""
+        """Yields every (a, b) such that a saw that b saw the event, and (a, a) if a saw it."""
         for group in self.groups:
             for a in group:
                 for b in group:
@@ -68,13 +72,14 @@ class Witnesses:
 
 
 class World:
-    """The state after the events so far.
+    """The state of the world after the events so far.
 
-    `room_of` gives each person's room (None: outside), `homes` each container's room, `place_of`
-    and `first_place_of` where each object is and where it was put first. `beliefs` maps a chain of
-    one or two people and a thing to what is believed: `beliefs[("Mia",), "coins"]` is where Mia
-    thinks that the coins are, `beliefs[("Tom", "Mia"), "coins"]` where Tom thinks that Mia thinks
-    they are; no entry means that it never came up. A topic that is known has the belief KNOWN.
+    `room_of` contains each person's room (None: outside), and `homes` each container's room.
+    `place_of` contains the place where each object is, and `first_place_of` the place where it was
+    put first. `beliefs` maps a chain of one or two people and a thing to a belief:
+    `beliefs[("Mia",), "coins"]` is where Mia thinks that the coins are, and `beliefs[("Tom",
+    "Mia"), "coins"]` is where Tom thinks that Mia thinks they are. If an entry is missing, the
+    subject never came up. The belief about a topic that is known is KNOWN.
     """
 
     def __init__(self, room_of: Mapping[str, str], homes: Mapping[str, str]) -> None:
@@ -86,16 +91,19 @@ class World:
         self._eyewitnesses: dict[str, set[str]] = {}  # of the object's last placing
 
     def inside(self, room: str | None) -> tuple[str, ...]:
-        """The people in a room, in the order in which the story introduced them."""
+        """Returns the people in a room, in the order in which the story introduced them."""
         return tuple([person for person, place in self.room_of.items() if place == room])
 
     def in_company(self) -> bool:
-        """Whether two people are in one room."""
+        """Returns whether at least two people are in the same room."""
         rooms = [room for room in self.room_of.values() if room is not None]
         return len(set(rooms)) < len(rooms)
 
     def witnesses(self, event: Event) -> Witnesses:
-        """Who would learn from the event if it happened now; nobody for entering and leaving."""
+        """Returns the people who would learn from the event if it happened now.
+
+        Nobody learns from entering and leaving.
+        """
         if event.kind in ("enters", "leaves"):
             return Witnesses(groups=())
         if event.hearer:
@@ -110,12 +118,12 @@ class World:
         return Witnesses(groups=tuple(groups), secret=event.secret)
 
     def possible(self, event: Event) -> bool:
-        """Whether the event can happen now.
+        """Returns whether the event can happen now.
 
-        People move only objects that are in their room. A speaker has a belief about the object and
-        a place is claimed only to those who did not see the object's last placing, so that nobody
-        hears against what is still so before their eyes. What they saw before that, and what they
-        heard, gives way to what they hear later.
+        People move only objects that are in their room. A speaker must have a belief about the
+        object. A place is claimed only to people who did not see the object's last placing, so
+        nobody hears a claim against something that they saw and that is still true. What they saw
+        before that placing, and what they heard, gives way to what they hear later.
         """
         room = self.room_of.get(event.actor)
         if event.kind == "enters":
@@ -152,11 +160,11 @@ class World:
         return home == event.room != room
 
     def _is_beside(self, person: str, actor: str) -> bool:
-        """Whether they are two people in one room."""
+        """Returns whether these are two different people in the same room."""
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Witnesses:
-        """Changes the world by an event that is possible; returns who learnt of it."""
+        """Changes the world by a possible event, and returns the people who learnt of it."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():

@@ -183,10 +183,10 @@ def test_wrong_options_name_value_and_remedy():
         ("kinds", {"kinds": ()}, {"kinds": ("desire",)}),
     ):
         for options in wrong:
-            said = rf"tom: {name}.* got .*; change config\.task\.options\.{name}"
+            said = rf"tom: {name}.* is .* must .*; change config\.task\.options\.{name}"
             with pytest.raises(ValueError, match=said):
                 make_task("tom", **options)
-    with pytest.raises(ValueError, match="so few people rarely make so long a story"):
+    with pytest.raises(ValueError, match="two people rarely make a story that long"):
         make_task("tom", people_min=2, moves_max=8)
 
 
