@@ -1,4 +1,4 @@
-"""Text for given prompts."""
+"""Completes given prompts and prints the texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def print_generations(config: Config) -> None:
     model, tokenizer = load_model(config, trains=False)
     g = config.generate
     if not g.prompts:
-        raise UserError("there are no prompts; set config.generate.prompts='(\"...\",)'")
+        raise UserError(
+            "config.generate.prompts is empty, but it must contain at least one prompt; set "
+            "config.generate.prompts='(\"...\",)'"
+        )
     layers = model.arch.layers
     generation = generate(
         model,
