@@ -58,7 +58,7 @@ def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
 
 
 class PassSize(NamedTuple):
-    """The number of tokens that a pass computes, and of query-key pairs among them."""
+    """The number of tokens in a pass, and the number of query-key pairs among them."""
 
     tokens: int
     pairs: int

@@ -10,7 +10,7 @@ from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
-    """Completes `generate.prompts` and prints each text with its mean depth."""
+    """Completes `generate.prompts` and prints each text with the depths of its tokens."""
     config = with_trained_exits(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate

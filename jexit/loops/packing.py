@@ -1,4 +1,4 @@
-"""Chooses shapes for packed batches: with little padding, and few, as each is compiled anew."""
+"""Chooses shapes of packed batches: with little padding, but few, because each is compiled."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def set_chat_format(tokenizer: Tokenizer, config: TaskConfig) -> None:
 
 
 def execution_of(config: Config) -> Execution:
-    """Returns the settings of how the model is computed.
+    """Returns the settings for computing the model.
 
     Raises UserError if its attention implementation cannot run on this platform.
     """

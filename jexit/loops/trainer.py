@@ -106,9 +106,10 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def best(self, state: TrainState) -> TrainState:
-        """Returns the best checkpoint's state, or `state`, whose shapes it has, if there is none.
+        """Returns the state of the best checkpoint, or `state` itself if none exists.
 
-        There is none only if every step at which a checkpoint was due was skipped.
+        `state` determines the shapes. No checkpoint exists only if every step at which one
+        was due was skipped.
         """
         step = self.checkpoints.best_step()
         if step is None:
@@ -125,7 +126,7 @@ class Trainer:
         return self.checkpoints.restore(self._saved(state), found)["state"], found
 
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
-        """Trains to the last step; raises Diverged or Interrupted once good states are saved.
+        """Trains to the last step; raises Diverged or Interrupted after saving the last good state.
 
         `one_step` may raise Collapsed at the beginning of a step, which is not caught. While steps
         are skipped, no checkpoint is written, so the newest one is always good.
@@ -260,7 +261,7 @@ class Trainer:
 
     @property
     def _last_good(self) -> str:
-        """The newest checkpoint as text; it is good, as none is written while steps are skipped."""
+        """The newest checkpoint as text; it is good, because skipped steps are not saved."""
         latest = self.checkpoints.latest_step()
         return f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
 

@@ -230,10 +230,10 @@ def reached_decision_entropy(
 def depth_entropy_bonus(
     reached_entropy: Float[Array, "*A"], depth_logprob: Float[Array, "*A"]
 ) -> Float[Array, "*A"]:
-    """Returns a term with the gradient of the depth law's entropy, on average over own depths.
+    """Returns a term whose gradient, on average over depths, is that of the depth law's entropy.
 
-    The average is over depths that the policy itself draws. With h = `reached_decision_entropy`,
-    ∇E_P[h] = E_P[∇h + h·∇log P(d)], a pathwise part plus a score-function part. The pathwise part
-    alone would pull every hazard to ½.
+    The depths must be the policy's own. With h = `reached_decision_entropy`, ∇E_P[h] =
+    E_P[∇h + h·∇log P(d)], a pathwise part plus a score-function part. The pathwise part alone would
+    pull every hazard to ½.
     """
     return reached_entropy + jax.lax.stop_gradient(reached_entropy) * depth_logprob

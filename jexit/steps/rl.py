@@ -149,7 +149,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Returns a batch with the teacher's log-probabilities and advantages, and reward metrics."""
+    """Scores a batch with the teacher; returns it with advantages and weights, and its metrics."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -305,7 +305,10 @@ def kl_terms(
     config: RLConfig,
     teacher_head_VD: Array | None,
 ) -> Float[Array, "B C"]:
-    """Returns the KL to the teacher at each token: exact, or `k2` or `k3` of the token alone."""
+    """Returns the KL to the teacher at each token: exact, or the estimate `k2` or `k3`.
+
+    The estimates use only the sampled token.
+    """
     if config.kl_loss not in EXACT_KL:
         return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
     return linear_kl(
