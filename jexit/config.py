@@ -1,8 +1,8 @@
-"""Every setting of jexit: its default, what it may be, what it means, and what goes together.
+"""All settings of jexit, with their defaults, allowed values, meanings and the rules between them.
 
-A file in `configs/` starts from `config_dict(command, preset)` and only says what differs. `main`
-turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_dict`, which checks.
-docs/configuration.md lists them all; `docs/configuration.py` makes it from what stands here.
+A file in `configs/` starts from `config_dict(command, preset)` and sets only what differs. `main`
+turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_dict`, which checks
+it. `docs/configuration.py` makes the list of settings in docs/configuration.md from this file.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ Measure = Literal[
 ]
 EVAL_MEASURES: tuple[Measure, ...] = get_args(Measure)
 
-# The most that settings multiply to, by command: texts or tokens that memory holds at once.
+# The largest products of settings, by command: texts or tokens that are in memory at once.
 _EVALUATED = {("eval.problems", "eval.max_new_tokens"): 2**30}
 MOST_TOGETHER = {
     "pretrain": {("batch_size", "pretrain.length"): 2**30},
@@ -84,11 +84,11 @@ MOST_TOGETHER = {
     "eval": _EVALUATED,
     "generate": {},
 }
-MOST_PARAMETERS = 10**10  # of a trunk that is trained from nothing
+MOST_PARAMETERS = 10**10  # in a trunk that is trained from random weights
 
-# Metrics by which a checkpoint can be the best, of each command that trains. In RL they are
-# measured on the validation split before a checkpoint is written: the training batches' own reward
-# falls while λ and μ rise, and so does what it ranks.
+# The metrics that can rank checkpoints, for each command that trains. In RL they are measured on
+# the validation split before a checkpoint is written, because the reward of the training batches
+# falls while λ and μ rise, whether or not the model becomes worse.
 BEST_METRICS = {
     "pretrain": ("loss", "loss/text"),
     "finetune": ("loss",),
@@ -99,30 +99,32 @@ BEST_METRICS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the stack is computed; no influence on the result beyond rounding."""
+    """How the layers are computed; this changes results only by rounding."""
 
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention over whole sequences (training, scoring, prefill): cudnn is for NVIDIA GPUs, splash
-    for TPUs; auto is splash on TPUs from 2,048 positions on, else xla."""
+    """The implementation of attention over whole sequences (training, scoring, prefill). cudnn is
+    for NVIDIA GPUs and splash for TPUs. auto selects splash on TPUs for sequences of 2,048
+    positions or more, and xla otherwise."""
     remat: Literal["none", "block", "dots"] = "none"
-    """What the backward pass computes again to save memory: nothing, each layer, or all but matrix
-    products."""
+    """What the backward pass recomputes to save memory: nothing (none), each layer (block), or
+    everything except matrix products (dots)."""
     scan_unroll: Annotated[int, Bounds(1, 1_000)] = 1
-    """Layers per iteration of the compiled loop; all of them is fastest on CPUs."""
+    """The number of layers per iteration of the compiled loop; on CPUs, all layers is fastest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Execution):
-    """Where the weights come from and how they are computed with."""
+    """Where the weights come from and how the model is computed."""
 
     path: Name = TINY_PATH
-    """A directory of convert.from_hf, of a run, or in Hugging Face format; or a hub id in the
-    local cache."""
+    """The model: a directory written by convert.from_hf or by a run, a directory in Hugging Face
+    format, or a hub id in the local cache."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base weights; auto is float32 on CPUs and bfloat16 on accelerators."""
+    """The type of the base weights; auto selects float32 on CPUs and bfloat16 on accelerators."""
     kernels: Literal["auto", "xla"] = "auto"
-    """What computes over the vocabulary and decodes attention: auto is Pallas kernels where the
-    chip has them. `jexit.doctor` tells where xla has to take their place."""
+    """The implementation of log-probabilities and KLs over the vocabulary, and of attention in
+    decoding. auto uses Pallas kernels if there are any for the chip. `jexit.doctor` reports where
+    xla has to replace them."""
 
     @property
     def execution(self) -> Execution:
@@ -131,68 +133,72 @@ class ModelConfig(Execution):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What a token does in the layers that it skips."""
+    """What happens to a token in the layers that it skips."""
 
     continuation: Literal["frozen", "linear"] = "frozen"
-    """frozen, as published: its residual stays as it was at the exit. linear: each skipped layer is
-    replaced by a linear map."""
+    """frozen, as published: the token's residual stays as it was at the exit. linear: a linear map
+    replaces each skipped layer."""
     continuation_rank: Annotated[int, Bounds(0, 1_000_000)] = 0
-    """Rank of factored linear maps; 0: full matrices."""
+    """The rank of factored linear maps; 0 means full matrices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitsConfig(Continuation):
-    """Where tokens may leave, and what they do after."""
+    """Where tokens may leave, and what happens to them afterwards."""
 
     layers: Annotated[tuple[Layer, ...], Length(1_000)] = ()
-    """Layers before which tokens may leave; empty: the checkpoint's own, else every 5th."""
+    """The exits, each given as the number of layers that a token has run when it leaves there. If
+    empty, the exits of the checkpoint are used, or every 5th layer if it has none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitHead:
-    """Shape and start of the heads that give each exit's hazard."""
+    """The shape and the initial values of the heads that compute each exit's hazard."""
 
     kind: Literal["mlp", "linear"] = "mlp"
-    """A hidden layer of twice the model's width, or none."""
+    """mlp: a head with one hidden layer of twice the model's width. linear: no hidden layer."""
     norm: Literal["rms", "none"] = "rms"
-    """What the residual goes through first."""
+    """The normalisation that a head applies to the residual."""
     bias: Signed = -4.0
-    """Initial output bias: a fresh head almost never leaves."""
+    """The initial output bias. With the default, tokens almost never leave at an untrained head."""
     detached: bool = False
-    """Hazards train the heads alone: their gradient stops at the residuals that they read."""
+    """Whether hazards train only the heads: their gradient then stops at the residuals that the
+    heads read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitSettings(ExitHead, Continuation):
-    """Exit heads and the continuation after them, as a model has them."""
+    """The settings of a model's exit heads and of the continuation after them."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.continuation_rank and self.continuation == "frozen":
             raise UserError(
-                f"continuation_rank is {self.continuation_rank} for a frozen continuation, which "
-                "has no matrices; set continuation=linear or continuation_rank=0"
+                f"continuation_rank is {self.continuation_rank}, but a frozen continuation has no "
+                "matrices; set continuation=linear or continuation_rank=0"
             )
 
     def check_width(self, width: int) -> None:
-        """Raises UserError for a continuation that has no lower rank than the model's width."""
+        """Raises UserError unless the rank of the continuation is below the model's width."""
         if self.continuation_rank >= width:
             raise UserError(
-                f"continuation_rank is {self.continuation_rank} for a model of width {width}; make "
-                "it smaller than the width, or 0 for full matrices"
+                f"continuation_rank is {self.continuation_rank}, but it must be smaller than the "
+                f"model's width {width}; lower it, or set it to 0 for full matrices"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Adapters: y += (alpha / rank) · dropout(x) · A · B (arXiv:2106.09685)."""
+    """LoRA adapters (arXiv:2106.09685): a projection y of x becomes
+    y + (alpha / rank) · dropout(x) · A · B."""
 
     rank: Annotated[int, Bounds(0, 10_000)] = 8
-    """0: full fine-tuning, with a second copy of the weights as the teacher."""
+    """The rank of the adapters. 0 means full fine-tuning, with a second copy of the weights as the
+    teacher."""
     alpha: Positive = 16.0
-    """Scale of the update, over the rank."""
+    """The scale of the adapters' update; it is divided by the rank."""
     dropout: ShareBelowOne = 0.0
-    """Share of an adapter's inputs that training drops; published: 0.05."""
+    """The share of an adapter's inputs that are dropped in training; published: 0.05."""
     targets: Annotated[tuple[Projection, ...], Length(100)] = ("q", "k", "v", "o")
     """The projections that have an adapter."""
 
@@ -206,46 +212,50 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Which problems, how they are put, and what answers earn."""
+    """The problems, the format of their prompts, and the rewards of answers."""
 
     name: Name = "sums"
-    """sums, word_problems, gsm8k, tom, exploretom, blend (several in turn), or your own as
-    FILE.py:NAME or MODULE:NAME."""
+    """The task: sums, word_problems, gsm8k, tom, exploretom, blend (several tasks in turn), or your
+    own as FILE.py:NAME or MODULE:NAME."""
     path: Name = ""
-    """Its data. gsm8k: a JSONL file, a directory of them, or a tfds data directory; tom and
-    exploretom: a CSV file with the columns story, question and answer, or a directory of them."""
+    """The task's data. For gsm8k: a JSONL file, a directory of such files, or a tfds data
+    directory. For tom and exploretom: a CSV file with the columns story, question and answer, or a
+    directory of such files."""
     options: Options = dataclasses.field(default_factory=dict)
-    """Its own settings, as in options.operands_max=6: see docs/tasks.md."""
+    """The task's own settings, such as options.operands_max=6; see docs/tasks.md."""
     time_limit: Annotated[float, Bounds(0.1, 86_400)] = 60.0
-    """Seconds that its reward functions may take for one batch."""
+    """The number of seconds that the task's reward functions may take per batch."""
     system: Message = ""
-    """The system message before every prompt; empty: none, or the chat template's own."""
+    """The system message before every prompt. If empty, there is none, or the chat template's
+    own."""
     thinking: Literal["auto", "on", "off"] = "auto"
-    """What prompts tell a chat template that can switch thinking (Qwen3's can); auto: nothing."""
+    """Whether prompts turn thinking on or off, if the chat template supports that (Qwen3's does).
+    auto leaves it to the template."""
     max_prompt_tokens: Count = 256
-    """Tokens of a prompt; a longer one stops the run, or see skip_long."""
+    """The largest number of tokens in a prompt. A longer prompt stops the run, unless skip_long is
+    set."""
     skip_long: bool = False
-    """Leave out (and count) problems over max_prompt_tokens."""
+    """Whether to skip, and count, problems whose prompt is longer than max_prompt_tokens."""
     reward_strict: Signed = 1.0
-    """Tasks of jexit: for a correct answer in the task's format."""
+    """The reward for a correct answer in the task's format, in the tasks of jexit."""
     reward_lenient: Signed = 0.5
-    """Tasks of jexit: for a correct answer that only the lenient parse finds."""
+    """The reward for a correct answer that only the lenient parser finds, in the tasks of jexit."""
     reward_wrong: Signed = 0.0
-    """Tasks of jexit: for a wrong answer."""
+    """The reward for a wrong answer, in the tasks of jexit."""
     reward_none: Signed = -1.0
-    """Tasks of jexit: for no answer."""
+    """The reward for a completion without an answer, in the tasks of jexit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; as many are used as the three multiply to."""
+    """The number of devices along each mesh axis; a run uses the product of the three."""
 
     data: Count = 1
-    """Rows divided, parameters repeated."""
+    """Devices that divide the rows and each have a copy of the parameters."""
     fsdp: Count = 1
-    """Rows divided, parameters divided too and gathered a layer at a time."""
+    """Devices that divide the rows and also the parameters, which are gathered layer by layer."""
     tensor: Count = 1
-    """Heads, MLP and vocabulary divided."""
+    """Devices that divide the attention heads, the MLP and the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,76 +263,80 @@ class OptimConfig:
     """AdamW (arXiv:1711.05101), its learning rates and its schedule."""
 
     lora_lr: LearningRate = 1e-4
-    """Peak learning rate of the adapters, as published."""
+    """The peak learning rate of the adapters; the default is the published value."""
     exit_lr: LearningRate = 1e-5
-    """Peak learning rate of the exit heads, as published."""
+    """The peak learning rate of the exit heads; the default is the published value."""
     exit_hidden: Share = 1.0
-    """Learning rate of the heads' hidden layers, as a fraction of exit_lr. At 0 their features stay
-    fixed and only the output layers train: otherwise Adam would move each of the many hidden
-    parameters by about its learning rate, driven by the noise of the policy gradient."""
+    """The learning rate of the heads' hidden layers, as a fraction of exit_lr. At 0, only the
+    output layers train, on fixed features. Otherwise, Adam moves each of the many hidden parameters
+    by about its learning rate, driven by the noise of the policy gradient."""
     continuation_lr: LearningRate = 0.0
-    """Peak learning rate of the linear continuation; 0: it keeps its fit. It reads unnormalised
-    residuals, some hundreds in size: even 1e-5 spoils a real model within ten updates."""
+    """The peak learning rate of the linear continuation. At 0, it keeps its ridge fit. It reads
+    unnormalised residuals with values of several hundred, so even 1e-5 spoils a real model within
+    ten updates."""
     full_lr: LearningRate = 1e-5
-    """Peak learning rate of base weights: in pretraining, and where lora.rank is 0."""
+    """The peak learning rate of the base weights, in pretraining and if lora.rank is 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rates fall after the warm-up."""
+    """The shape of the learning rates after the warm-up."""
     warmup_steps: StepsOrZero = 0
-    """Steps in which the learning rates rise linearly from 0."""
+    """The number of updates in which the learning rates rise linearly to their peaks."""
     final_fraction: Share = 0.0
-    """Of the peak learning rates, at the last step of a schedule that falls."""
+    """The fraction of the peak learning rates at the last step of a linear or cosine schedule."""
     b1: ShareBelowOne = 0.9
-    """Adam's decay of the first moment."""
+    """The decay of Adam's first moment."""
     b2: ShareBelowOne = 0.999
-    """Adam's decay of the second moment."""
+    """The decay of Adam's second moment."""
     eps: Annotated[float, Bounds(1e-16, 1)] = 1e-8
-    """Adam's addition to the root of the second moment."""
+    """The constant that Adam adds to the root of the second moment."""
     weight_decay: Coefficient = 0.0
-    """Decoupled, times the learning rate."""
+    """The coefficient of decoupled weight decay, which is multiplied by the learning rate."""
     clip_norm: Positive = 1.0
-    """Largest global norm of a step's gradient."""
+    """The largest global norm of a step's gradient; a larger gradient is scaled down to it."""
     accumulate: Count = 1
-    """Micro-batches of a step, summed by token weight."""
+    """The number of micro-batches per step. Every token has the same weight as without them."""
     max_skipped: Count = 5
-    """Steps in a row with a loss that is not finite before the run stops."""
+    """The number of consecutive steps, skipped because they were not finite, that stops the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """The shipped model's trunk, trained from nothing on the tasks' own text."""
+    """Training of the shipped model's trunk, from random weights, on the tasks' own text."""
 
     start: Name = ""
-    """A model directory whose trunk is trained further; empty: random weights."""
+    """A model directory whose trunk is trained further. If empty, training starts from random
+    weights."""
     length: Count = 144
-    """Tokens of a row, which holds several texts."""
+    """The number of tokens per row; a row contains several texts."""
     width: Count = 96
-    """Width of the residual."""
+    """The width of the residual."""
     layers: Layer = 8
-    """Number of layers."""
+    """The number of layers."""
     query_heads: Count = 4
-    """Query heads of a layer."""
+    """The number of query heads per layer."""
     kv_heads: Count = 4
-    """Key/value heads of a layer."""
+    """The number of key/value heads per layer."""
     head_dim: Count = 24
-    """Width of a head."""
+    """The width of an attention head."""
     mlp_width: Count = 256
-    """Width of the MLP's hidden layer."""
+    """The width of the MLP's hidden layer."""
     rope_theta: Annotated[float, Bounds(1, 1e9)] = 1e4
-    """Base of the rotary embeddings' wavelengths (arXiv:2104.09864)."""
+    """The base of the rotary embeddings' wavelengths (arXiv:2104.09864)."""
     word_problems: Share = 0.2
-    """Share of word problems in the text; what the shares leave is sums."""
+    """The share of word problems among the texts. Texts that are neither these nor tom are sums."""
     tom: Share = 0.0
-    """Share of theory-of-mind stories in the text."""
+    """The share of theory-of-mind stories among the texts."""
     exit_loss: Coefficient = 0.0
-    """Weight of cross-entropy at the exits' logit lens: deep supervision (arXiv:1409.5185)."""
+    """The weight of the cross-entropy at the exits' logit lens (deep supervision,
+    arXiv:1409.5185)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Cross-entropy on reference completions, in the model's chat format."""
+    """Training by cross-entropy on reference completions, in the model's chat format."""
 
     max_new_tokens: Count = 256
-    """Of a reference with its end token; a longer one is refused."""
+    """The largest number of tokens in a reference, including its end token. A longer reference
+    stops the run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,42 +344,48 @@ class SFTConfig:
     """Calibration of the exits by self-distillation (arXiv:2603.21376, stage 1)."""
 
     samples: Annotated[int, Bounds(1, 1_000)] = 4
-    """S: depth assignments that are drawn for each sequence."""
+    """S, the number of depth assignments that are drawn per sequence."""
     sharpness: Positive = 1.0
-    """k: target hazards are 1 − tanh(k · KL / 2) of an exit's KL to the last layer, in nats."""
+    """k in the target hazard 1 − tanh(k · KL / 2), where KL is that of an exit to the last layer,
+    in nats."""
     exit_coef: Coefficient = 1.0
-    """Weight of the heads' loss beside the KL of the student to the teacher."""
+    """The weight of the heads' loss. The KL between student and teacher has weight 1."""
     stay_weight: Annotated[float, Bounds(1, 1_000_000)] = 1.0
-    """How many times staying counts in the heads' cross-entropy: divides the odds of their hazards,
-    which add up over the exits when depths are sampled. Needs exit_loss=expected."""
+    """The weight of staying relative to leaving in the heads' cross-entropy. It divides the odds of
+    the hazards, which add up over the exits when depths are sampled. A value other than 1 requires
+    exit_loss=expected."""
     explore: Share = 0.0
-    """Probability that a depth is drawn uniformly, so that the student learns to finish early where
-    the teacher could not; published: 0. Needs exit_loss=expected."""
+    """The probability that a depth is drawn uniformly, so that the student also learns to finish at
+    exits where the teacher could not; published: 0. A value above 0 requires exit_loss=expected."""
     target: Literal["teacher", "student"] = "teacher"
-    """Whose exits the target hazards are measured at: the teacher's, as published, or the
-    student's, which improve."""
+    """The model at whose exits the target hazards are measured: the teacher, as published, or the
+    student, whose exits improve."""
     direction: Literal["student_teacher", "teacher_student", "jeffreys"] = "student_teacher"
-    """Of the KL between student and teacher; jeffreys: the sum of both."""
+    """The direction of the KL between student and teacher: KL(student ‖ teacher),
+    KL(teacher ‖ student), or the sum of both (jeffreys)."""
     exit_loss: Literal["sampled", "expected"] = "sampled"
-    """−log P(d) of the drawn depths, as published, or its expectation under the targets."""
+    """The heads' loss: −log P(d) of the drawn depths (sampled), as published, or its expectation
+    under the target hazards (expected)."""
     lens_steps: StepsOrZero = 0
-    """Steps after `steps` in which the hazard heads alone learn; with steps=0 the trunk stays as it
-    is."""
+    """The number of steps, after the first `steps`, in which only the hazard heads train. With
+    steps=0, the trunk does not change."""
     lens_tokens: Annotated[int, Bounds(1, 2**26)] = 65_536
-    """Tokens that the heads learn from in those, kept at all exits."""
+    """The number of tokens, stored at all exits, on which the heads train in the lens steps."""
     trajectories: Literal["generate", "dataset"] = "generate"
-    """Sequences are the teacher's own generations, or the task's references."""
+    """The source of the sequences: the teacher's own generations (generate), or the task's
+    references (dataset)."""
     pool: Count = 512
-    """Trajectories that are generated once and cached."""
+    """The number of trajectories, which are generated once and cached."""
     completions: Annotated[int, Bounds(1, 1_000)] = 1
-    """Of each prompt. They share a row, and a copy of the prompt: less work where prompts are
-    long. A model that is sure of itself repeats them, which teaches adapters and heads less."""
+    """The number of completions per prompt. They share a row and a copy of the prompt, which saves
+    work if prompts are long. A very certain model repeats its completions, and repetitions teach
+    the adapters and heads less."""
     temperature: TemperatureOrGreedy = 1.0
-    """At which trajectories are generated."""
+    """The sampling temperature of the trajectories; 0 means greedy decoding."""
     max_new_tokens: Count = 256
-    """Of a trajectory."""
+    """The largest number of tokens in a trajectory's completion."""
     generate_batch: Annotated[int, Bounds(1, 100_000)] = 64
-    """Trajectories that are generated at once."""
+    """The number of trajectories that are generated at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,81 +393,88 @@ class RLConfig:
     """RLOO over tokens and depths with a depth penalty (arXiv:2603.21376, stage 2)."""
 
     rollouts: Annotated[int, Bounds(1, 10_000)] = 6
-    """G: completions of each prompt; at least 2."""
+    """G, the number of completions per prompt; at least 2."""
     depth_coef: Coefficient = 0.5
-    """λ: the penalty on depth."""
+    """λ, the coefficient of the depth penalty."""
     depth_norm: Literal["mean", "total"] = "mean"
-    """What λ is charged on: the mean of depth / L over tokens, as published, which shallow filler
-    lowers; or its sum over length_ref, the compute of the answer."""
+    """The depth cost that λ multiplies. mean: the mean of depth / L over tokens, as published,
+    which shallow filler lowers. total: the sum of depth / L, divided by length_ref, which measures
+    the compute of the answer."""
     kl_coef: Coefficient = 0.1
-    """β: the penalty on the KL to the teacher, in the reward."""
+    """β, the coefficient of the penalty on the KL to the teacher in the reward."""
     length_coef: Coefficient = 0.0
-    """μ: the penalty on tokens, over length_ref."""
+    """μ, the coefficient of the penalty on the number of tokens divided by length_ref."""
     length_ref: Annotated[float, Bounds(1, 1_000_000)] = 256.0
-    """T_ref: the tokens that μ and depth_norm=total count in."""
+    """T_ref, the number of tokens by which the length penalty and depth_norm=total are divided."""
     advantage: Literal["rloo", "group_mean", "group_mean_std"] = "rloo"
-    """The reward less the mean of the prompt's other completions (arXiv:2402.14740), or of all, or
-    that over their standard deviation (arXiv:2402.03300)."""
+    """rloo: the reward minus the mean of the prompt's other completions (arXiv:2402.14740).
+    group_mean: the reward minus the mean of all of the prompt's completions. group_mean_std: the
+    latter, divided by their standard deviation (arXiv:2402.03300)."""
     temperature: Temperature = 1.0
-    """Of the rollouts' tokens."""
+    """The sampling temperature of the rollouts' tokens."""
     max_new_tokens: Count = 256
-    """Of a rollout."""
+    """The largest number of tokens in a rollout."""
     norm: Literal["constant", "sequence", "tokens"] = "constant"
-    """What a completion's loss is divided by. Only a constant gives the gradient of the mean
-    reward; by its own length (sequence) or the batch's (tokens) a token counts for more in shorter
-    texts."""
+    """The number that divides a completion's loss: a constant, the completion's own length
+    (sequence) or the number of tokens in the batch (tokens). Only the constant gives the gradient
+    of the mean reward. With the others, a token counts more in shorter texts."""
     updates_per_batch: Annotated[int, Bounds(1, 20)] = 1
-    """Optimiser steps on each batch; more than one: PPO's clipped ratio (arXiv:1707.06347)."""
+    """The number of optimiser steps per batch. More than one uses PPO's clipped ratio
+    (arXiv:1707.06347)."""
     clip: Positive = 0.2
-    """Largest change of PPO's ratio."""
+    """The largest change of PPO's ratio from 1."""
     kl_loss_coef: Coefficient = 0.0
-    """Weight of a KL to the teacher in the loss."""
+    """The weight of a KL to the teacher in the loss."""
     kl_loss: Literal["exact", "forward", "k2", "k3"] = "exact"
-    """exact: KL(student ‖ teacher) of every next token; forward: KL(teacher ‖ student), whose
-    gradient is bounded, where the other's grows with the teacher's certainty. On the sampled tokens
-    alone, k2 has the gradient of the first in the mean, k3 that of the second."""
+    """The KL in the loss. exact: KL(student ‖ teacher) over all next tokens. forward:
+    KL(teacher ‖ student), whose gradient is bounded, while that of exact grows with the teacher's
+    certainty. k2 and k3 use only the sampled tokens; on average, k2 has the gradient of exact and
+    k3 that of forward."""
     causal_depth: bool = False
-    """Charge a token for depths at and after it only."""
+    """Whether a token is charged only for the depths at and after it."""
     depth_entropy_coef: Coefficient = 0.0
-    """Weight of a bonus on the entropy of depths, against shut-down."""
+    """The weight of a bonus on the entropy of depths, which keeps exits from shutting."""
     min_hazard: ShareBelowOne = 0.0
-    """A floor under the hazards, and so under exploration; part of the distribution that is
+    """The smallest hazard, which keeps up exploration. It is part of the distribution that is
     scored."""
     hazard_temperature: Temperature = 1.0
-    """Divides the heads' logits wherever depths are sampled."""
+    """The temperature that divides the heads' logits wherever depths are sampled."""
     warmup_steps: StepsOrZero = 0
-    """Updates over which λ and μ rise linearly to their value."""
+    """The number of updates over which λ and μ rise linearly to their full values."""
     dual_ascent: bool = False
-    """λ and μ grow only while accuracy stays over the floor, by the sign of the violation."""
+    """Whether λ and μ rise by dual_rate per update while accuracy is at or above the floor, and
+    fall by it otherwise."""
     dual_rate: Share = 0.02
-    """What they grow by in an update of dual ascent, of their value."""
+    """The change of λ and μ per update of dual ascent, as a share of their full values."""
     accuracy_floor: Share = 0.0
-    """λ and μ are withheld while accuracy is below; 0: never."""
+    """The accuracy below which λ and μ are withheld; 0 means that they never are."""
     floor_of: Literal["absolute", "initial"] = "absolute"
-    """Whether the floor is an accuracy, or a share of the initial model's at full depth."""
+    """Whether accuracy_floor is an accuracy (absolute), or a share of the initial model's accuracy
+    at full depth (initial)."""
     stop_on_collapse: bool = True
-    """Stop when accuracy has halved at the first exit, or as the text shrinks away; the model is
-    the last checkpoint from before it."""
+    """Whether to stop the run when accuracy has halved while nearly all tokens leave at the first
+    exit or completions have become short. The run's model is then the last checkpoint before the
+    collapse."""
     importance_cap: Coefficient = 0.0
-    """Largest importance weight between sampler and trainer; 0: none."""
+    """The largest importance weight between sampler and trainer; 0 means no importance weights."""
     mask_truncated: bool = False
-    """Leave completions that ran into the limit out of loss and baseline, which also makes running
-    into it free."""
+    """Whether to leave completions that reached max_new_tokens out of the loss and the baseline. To
+    reach the limit then also costs nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSize:
-    """How much the decoding engine of each data shard does at once; 0 leaves a number to it.
+    """The size of each data shard's decoding engine; with 0, the engine chooses a number itself.
 
-    Depths save time when the pool has some three times as many rows as a tick has places: rows that
-    wait at other segments then fill the places of those that have left.
+    Early exits save time if the pool has about three times as many rows as a tick has places,
+    because rows that wait at other segments then fill the places of rows that have left.
     """
 
     rows: CountOrZero = 0
-    """Completions under way. By itself the pool's keys and values take at most a fixed share of an
-    accelerator's memory."""
+    """The number of completions in the pool. With 0, the pool's keys and values take at most a
+    fixed share of an accelerator's memory."""
     places: CountOrZero = 0
-    """Rows of a tick, which runs the layers between two exits."""
+    """The number of rows in a tick, which runs the layers between two exits."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -455,94 +482,99 @@ class EngineSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is measured, by configs/eval.py and before and after training."""
+    """The measurements of configs/eval.py, and those before and after training."""
 
     problems: Annotated[int, Bounds(1, 100_000)] = 256
-    """How many, from the beginning of the split."""
+    """The number of problems, from the beginning of the split."""
     policies: Names = ("full", "sample")
-    """full, sample, threshold:X, fixed:LAYERS; and the controls shuffled and fixed:matched, or
-    either with :POLICY, at the mean depth of a policy before them."""
+    """The policies to evaluate: full, sample, threshold:X, fixed:LAYERS, and the controls shuffled
+    and fixed:matched. A control has the mean depth of sample, or of POLICY if `:POLICY` is
+    appended; that policy must come before it."""
     measures: Annotated[tuple[Measure, ...], Length(100)] = ()
-    """Beyond accuracy and depth; docs/evaluation.md defines them."""
+    """The measures besides accuracy and depth; docs/evaluation.md defines them."""
     measured: Name = "sample"
-    """The policy that these measure, beside full depth."""
+    """The policy to which `measures` are applied, besides full depth."""
     temperature: TemperatureOrGreedy = 0.0
-    """Of the tokens; 0: greedy."""
+    """The sampling temperature of the tokens; 0 means greedy decoding."""
     max_new_tokens: Count = 256
-    """Of a completion."""
+    """The largest number of tokens in a completion."""
     split: Literal["train", "val", "test"] = "val"
-    """A run that trains reports and chooses by val; configs/eval.py, for results, has test."""
+    """The split to evaluate. Training reports and chooses checkpoints by val; configs/eval.py,
+    which measures results, sets test."""
     heat_maps: CountOrZero = 8
-    """Completions that are kept with each token's depth."""
+    """The number of completions that are stored with the depth of each token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """What configs/generate.py completes and prints."""
+    """The prompts that configs/generate.py completes, and how it decodes them."""
 
     prompts: Annotated[tuple[Message, ...], Length(10_000)] = ()
-    """What the user says, each a conversation of its own."""
+    """The user's messages, each in a conversation of its own."""
     policy: Name = "sample"
-    """full, sample, threshold:X or fixed:LAYERS."""
+    """The halting policy: full, sample, threshold:X or fixed:LAYERS."""
     temperature: TemperatureOrGreedy = 0.0
-    """Of the tokens; 0: greedy."""
+    """The sampling temperature of the tokens; 0 means greedy decoding."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 1.0
-    """Only the likeliest tokens that have this probability together (arXiv:1904.09751)."""
+    """Samples only from the likeliest tokens that together have this probability
+    (arXiv:1904.09751)."""
     top_k: CountOrZero = 0
-    """Only so many of the likeliest tokens; 0: all."""
+    """Samples only from this number of the likeliest tokens; 0 means all tokens."""
     min_p: Share = 0.0
-    """Only tokens with this share of the likeliest one's probability (arXiv:2407.01082)."""
+    """Samples only from tokens with at least this share of the likeliest token's probability
+    (arXiv:2407.01082)."""
     stop: Names = ()
     """Strings that end a completion."""
     max_new_tokens: Count = 256
-    """Of a completion."""
+    """The largest number of tokens in a completion."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What a run can continue from, and what its model is made of."""
+    """The checkpoints that a run keeps, and the one that becomes its model."""
 
     every: StepsOrZero = 0
-    """Steps between checkpoints; 0: at the end only."""
+    """The number of steps between checkpoints; 0 means one at the end only."""
     keep: Count = 2
-    """The newest ones that stay."""
+    """The number of newest checkpoints to keep."""
     keep_best: CountOrZero = 0
-    """And as many with the best metric, a mean since the checkpoint before."""
+    """The number of best checkpoints to keep as well. They are ranked by the mean of best_metric
+    since the checkpoint before."""
     best_metric: Name = ""
-    """Its name, with a "-" before one that is best when lowest; empty: val/reward in RL, else
-    -loss."""
+    """The metric that ranks checkpoints, with a "-" before its name if lower is better. If empty,
+    it is val/reward in RL and -loss otherwise."""
     final: Literal["last", "best"] = "last"
-    """The checkpoint that WORKDIR/model is made of."""
+    """The checkpoint from which WORKDIR/model is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written beside metrics.jsonl."""
+    """The logs of a run besides metrics.jsonl."""
 
     samples_every: Steps = 20
-    """Steps between sample completions in samples.jsonl."""
+    """The number of steps after which sample completions are written to samples.jsonl again."""
     samples: CountOrZero = 4
-    """Sample completions at a time."""
+    """The number of sample completions that are written each time."""
     tensorboard: bool = True
-    """Write the metrics for TensorBoard, too."""
+    """Whether to write the metrics for TensorBoard as well."""
     wandb_project: Name = ""
-    """A project of Weights & Biases that gets them, too; empty: none."""
+    """The Weights & Biases project to which the metrics are sent as well; empty means none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run."""
+    """All settings of one run."""
 
     command: Command
-    """What the run does; a file in configs/ sets it."""
+    """The command that the run executes; each file in configs/ sets it."""
     preset: Name = TINY_PRESET
-    """The model that defaults are for: what follows the colon of --config=FILE:PRESET."""
+    """The model whose defaults apply; it follows the colon in --config=FILE:PRESET."""
     seed: Seed = 0
-    """Of everything that is random."""
+    """The seed of all random numbers."""
     steps: StepsOrZero = 100
-    """Optimiser batches; 0: in sft with lens_steps, those alone."""
+    """The number of training steps. Only sft accepts 0, and then trains for lens_steps alone."""
     batch_size: Annotated[int, Bounds(1, 100_000)] = 32
-    """Sequences of a step; in rl prompts."""
+    """The number of sequences per step, or of prompts per step in rl."""
     model: ModelConfig = ModelConfig()
     exits: ExitsConfig = ExitsConfig()
     exit_head: ExitHead = ExitHead()
@@ -567,7 +599,7 @@ class Config:
 
     @property
     def exit_settings(self) -> ExitSettings:
-        """The heads and the continuation that a run trains."""
+        """The settings of the exit heads and the continuation that a run trains."""
         continuation = {
             field.name: getattr(self.exits, field.name)
             for field in dataclasses.fields(Continuation)
@@ -576,7 +608,7 @@ class Config:
 
     @property
     def best_metric(self) -> str:
-        """The metric that the best checkpoint maximises; with "-" before the name, minimises."""
+        """The metric that ranks checkpoints: higher is better, or lower after a "-"."""
         return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
@@ -592,7 +624,10 @@ class Config:
         return config
 
     def validate(self) -> None:
-        """Checks what can be known before the model is read (`check_exits` does the rest)."""
+        """Raises UserError if settings contradict each other.
+
+        Checks what does not depend on the model; `check_exits` does the rest.
+        """
         _check_preset(self.preset)
         for rules in (_exits, _sizes, _tasks, _calibration, _checkpoints, _reinforcement):
             for contradiction in rules(self):
@@ -600,63 +635,63 @@ class Config:
         _check_policies(self)
 
 
-# What does not go together, each rule a sentence with the values, the rule and the remedy.
+# Contradictions between settings. Each message is a sentence with values, rule and remedy.
 
 
 def _exits(config: Config) -> Iterator[str]:
     exits = config.exits
     if list(exits.layers) != sorted(set(exits.layers)):
         yield (
-            f"config.exits.layers is {shown(exits.layers)}; exits are distinct layer numbers in "
-            "rising order, such as (5,10,15)"
+            f"config.exits.layers is {shown(exits.layers)}, but exits must be distinct layer "
+            "numbers in rising order; set it to numbers such as (5,10,15)"
         )
     if exits.continuation_rank and exits.continuation == "frozen":
         yield (
-            f"config.exits.continuation_rank is {exits.continuation_rank} and "
+            f"config.exits.continuation_rank is {exits.continuation_rank}, but "
             "config.exits.continuation is frozen, which has no matrices; set "
-            "config.exits.continuation=linear or the rank to 0"
+            "config.exits.continuation=linear or config.exits.continuation_rank=0"
         )
 
 
 def _sizes(config: Config) -> Iterator[str]:
-    """Also what is too large only together: it would fill the memory before it began."""
+    """Yields contradictions of sizes, also of those whose product would not fit in memory."""
     accumulate, mesh = config.optim.accumulate, config.mesh
     together = config.sft.completions if config.command == "sft" else 1  # sequences of a row
     if config.batch_size % (accumulate * together):
         yield (
-            f"config.batch_size {config.batch_size} does not divide into optim.accumulate "
-            f"{accumulate} micro-batches"
-            + (f" of prompts with sft.completions {together} each" if together > 1 else "")
-            + "; make it a multiple"
+            f"config.batch_size is {config.batch_size}, but it must be a multiple of "
+            f"config.optim.accumulate={accumulate}"
+            + (f" × config.sft.completions={together}" if together > 1 else "")
+            + f"; set it to a multiple of {accumulate * together}"
         )
     shares = mesh.data * mesh.fsdp
     rows = config.batch_size * (config.rl.rollouts if config.command == "rl" else 1)
     rows //= together * accumulate
     if config.command in TRAINING and rows % shares:
         yield (
-            f"a micro-batch has {rows} rows, which do not divide over config.mesh.data {mesh.data} "
-            f"× fsdp {mesh.fsdp}; make config.batch_size a multiple of "
-            f"{shares * accumulate * together}"
+            f"a micro-batch has {rows} rows, but the number of rows must be a multiple of "
+            f"config.mesh.data={mesh.data} × config.mesh.fsdp={mesh.fsdp}; make config.batch_size "
+            f"a multiple of {shares * accumulate * together}"
         )
     if config.steps == 0 and not (config.command == "sft" and config.sft.lens_steps):
         yield (
-            "config.steps is 0, which only calibration with config.sft.lens_steps can have; it "
-            "must be at least 1"
+            "config.steps is 0, but only calibration with config.sft.lens_steps above 0 supports "
+            "that; set it to at least 1"
         )
     for keys, most in MOST_TOGETHER[config.command].items():
         sizes = [operator.attrgetter(key)(config) for key in keys]
         if math.prod(sizes) > most:
             yield (
                 f"config.{' × '.join(keys)} is {' × '.join(map(str, sizes))} = "
-                f"{math.prod(sizes)}; together it must be at most {most}: lower one of them"
+                f"{math.prod(sizes)}, but the product must be at most {most}; lower one of them"
             )
     p = config.pretrain
     heads = 2 * p.head_dim * (p.query_heads + p.kv_heads)
     parameters = p.layers * p.width * (heads + 3 * p.mlp_width)
     if config.command == "pretrain" and parameters > MOST_PARAMETERS:
         yield (
-            f"config.pretrain asks for {parameters} parameters in the blocks; it must be at "
-            f"most {MOST_PARAMETERS}: lower width, layers, mlp_width or the heads"
+            f"config.pretrain requests {parameters} parameters in the blocks, but at most "
+            f"{MOST_PARAMETERS} are allowed; lower width, layers, mlp_width or the heads"
         )
 
 
@@ -664,8 +699,9 @@ def _tasks(config: Config) -> Iterator[str]:
     p = config.pretrain
     if p.word_problems + p.tom > 1.0:
         yield (
-            f"config.pretrain.word_problems and tom add up to {p.word_problems + p.tom:g}; they "
-            "are shares of the text, together at most 1"
+            "config.pretrain.word_problems and config.pretrain.tom add up to "
+            f"{p.word_problems + p.tom:g}, but the shares of the text must add up to at most 1; "
+            "lower one of them"
         )
 
 
@@ -675,31 +711,32 @@ def _calibration(config: Config) -> Iterator[str]:
         return
     if sft.completions > 1 and sft.generate_batch % sft.completions:
         yield (
-            f"config.sft.generate_batch {sft.generate_batch} does not divide into prompts with "
-            f"sft.completions {sft.completions} each; make it a multiple"
+            f"config.sft.generate_batch is {sft.generate_batch}, but it must be a multiple of "
+            f"config.sft.completions={sft.completions}; change one of them"
         )
     if sft.completions > 1 and sft.trajectories == "dataset":
         yield (
-            f"config.sft.completions={sft.completions} is for completions that the teacher "
-            "generates, and a data set has one of each prompt; set it to 1, or "
-            "config.sft.trajectories=generate"
+            f"config.sft.completions is {sft.completions}, but with "
+            "config.sft.trajectories=dataset there is one completion per prompt; set "
+            "config.sft.completions=1 or config.sft.trajectories=generate"
         )
     if sft.explore > 0 and sft.exit_loss == "sampled":
         yield (
-            f"config.sft.explore is {sft.explore:g} and config.sft.exit_loss is sampled, "
-            "which would teach the heads the explored depths in place of the targets; set "
+            f"config.sft.explore is {sft.explore:g}, but config.sft.exit_loss=sampled would teach "
+            "the heads the explored depths instead of the targets; set "
             "config.sft.exit_loss=expected or config.sft.explore=0"
         )
     if sft.stay_weight != 1 and sft.exit_loss == "sampled":
         yield (
-            f"config.sft.stay_weight is {sft.stay_weight:g} and config.sft.exit_loss is "
-            "sampled, which scores the drawn depths and has no such weight; set "
+            f"config.sft.stay_weight is {sft.stay_weight:g}, but config.sft.exit_loss=sampled "
+            "scores the drawn depths and has no such weight; set "
             "config.sft.exit_loss=expected or config.sft.stay_weight=1"
         )
     if config.lora.rank == 0 and sft.target == "student":
         yield (
-            "config.sft.target=student measures exits with the teacher's output head, which "
-            "config.lora.rank=0 trains; set config.sft.target=teacher or a rank above 0"
+            "config.sft.target=student measures exits with the teacher's output head, but "
+            "config.lora.rank=0 trains that head; set config.sft.target=teacher or "
+            "config.lora.rank above 0"
         )
 
 
@@ -707,13 +744,14 @@ def _checkpoints(config: Config) -> Iterator[str]:
     measured = BEST_METRICS.get(config.command, ())
     if measured and config.best_metric.removeprefix("-") not in measured:
         yield (
-            f"config.checkpoint.best_metric is {config.checkpoint.best_metric!r}; choose among "
-            f"{', '.join(measured)}, with a '-' before what is best when lowest"
+            f"config.checkpoint.best_metric is {config.checkpoint.best_metric!r}, but "
+            f"{config.command} does not measure that; choose one of {', '.join(measured)}, with a "
+            "'-' before the name if lower is better"
         )
     if config.checkpoint.final == "best" and config.checkpoint.keep_best == 0:
         yield (
-            "config.checkpoint.final=best needs a checkpoint that is kept for being the best; "
-            "set config.checkpoint.keep_best=1"
+            "config.checkpoint.final is best, but config.checkpoint.keep_best=0 does not keep the "
+            "best checkpoint; set config.checkpoint.keep_best=1"
         )
 
 
@@ -728,79 +766,97 @@ def _reinforcement(config: Config) -> Iterator[str]:
         )
     if rl.updates_per_batch > 1 and rl.importance_cap > 0:
         yield (
-            "config.rl.importance_cap weights single updates, and config.rl.updates_per_batch "
-            f"is {rl.updates_per_batch}, which clips ratios instead; set one of the two"
+            f"config.rl.importance_cap is {rl.importance_cap:g}, but "
+            f"config.rl.updates_per_batch={rl.updates_per_batch} clips ratios instead of weighting "
+            "them; set config.rl.importance_cap=0 or config.rl.updates_per_batch=1"
         )
     if rl.dual_ascent and rl.warmup_steps > 0:
-        yield "config.rl.dual_ascent sets λ and μ itself; set config.rl.warmup_steps to 0"
+        yield (
+            f"config.rl.warmup_steps is {rl.warmup_steps}, but config.rl.dual_ascent sets λ and μ "
+            "itself; set config.rl.warmup_steps=0 or config.rl.dual_ascent=False"
+        )
     if rl.floor_of == "initial" and rl.accuracy_floor <= 0:
         yield (
             "config.rl.floor_of=initial makes the floor a share of the initial model's "
-            f"accuracy, and config.rl.accuracy_floor is {rl.accuracy_floor:g}; set it "
-            "above 0, 0.9 say"
+            f"accuracy, but config.rl.accuracy_floor is {rl.accuracy_floor:g}; set it above 0, "
+            "for example to 0.9"
         )
     if rl.dual_ascent and rl.accuracy_floor <= 0:
-        yield "config.rl.dual_ascent needs a floor to hold; set config.rl.accuracy_floor above 0"
+        yield (
+            "config.rl.dual_ascent needs a floor of accuracy, but config.rl.accuracy_floor is "
+            f"{rl.accuracy_floor:g}; set it above 0"
+        )
 
 
 def _check_policies(config: Config) -> None:
     policies = config.eval.policies
     if config.command in TRAINING and config.eval.split == "test":
         raise UserError(
-            "config.eval.split is 'test' in a run that trains, which no choice may see; set it "
-            "to val here and measure test with configs/eval.py"
+            "config.eval.split is 'test', but a training run must not choose anything by the test "
+            "split; set it to val here and measure test with configs/eval.py"
         )
     if config.command == "eval" and not policies:
-        raise UserError("config.eval.policies is empty; name at least one policy, such as full")
+        raise UserError(
+            "config.eval.policies is empty, but it must name at least one policy; add one, such as "
+            "full"
+        )
     for index, policy in enumerate(policies):
         of = control_of(policy)
         parse_policy(policy if of is None else of)
         if of is not None and of not in policies[:index]:
             raise UserError(
-                f"policy {policy!r} is a control for {of!r}; put that before it in "
-                "config.eval.policies"
+                f"policy {policy!r} is a control for {of!r}, but {of!r} does not come before it; "
+                f"put {of!r} before it in config.eval.policies"
             )
     parse_policy(config.generate.policy)
     parse_policy(config.eval.measured)
 
 
 def check_key(key: str) -> type:
-    """The type of a setting or section such as `config.rl.rollouts`; UserError if it is none."""
+    """Returns the type of a setting or section such as `config.rl.rollouts`.
+
+    Raises UserError if it does not exist.
+    """
     owner, where = Config, "config"
     for name in key.split(".")[1:]:
-        if owner is dict:  # whose names are not jexit's
+        if owner is dict:  # jexit does not define the names in it
             return object
         hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
             meant = f"did you mean {where}.{near[0]}? " if near else ""
             keys = f"use one of the keys {', '.join(sorted(hints))}"
-            rest = keys if hints else f"{where} is a single value"
+            rest = keys if hints else f"{where} is a single value, so set that instead"
             raise UserError(f"{where}.{name} does not exist; {meant}{rest}")
         owner, where = hints[name], f"{where}.{name}"
     return owner
 
 
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """The exits to use in a model of `layers` layers: those given, else every 5th.
+    """Returns the exits of a model of `layers` layers: the given ones, or else every 5th layer.
 
-    Raises UserError when an exit lies at or beyond the last layer, or none is left.
+    Raises UserError if an exit is not below the number of layers, or if there are no exits.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
         raise UserError(
-            f"a model of {layers} layers has no exit at every 5th layer; set config.exits.layers"
+            f"a model of {layers} layers is too shallow for the default exits at every 5th layer; "
+            "set config.exits.layers"
         )
     if exits[-1] >= layers:
         raise UserError(
-            f"exit {exits[-1]} is not below the model's {layers} layers; config.exits.layers takes "
-            f"layer numbers from 1 to {layers - 1}"
+            f"config.exits.layers contains exit {exits[-1]}, but the model has {layers} layers; "
+            f"use layer numbers from 1 to {layers - 1}"
         )
     return exits
 
 
 def parse_policy(text: str) -> tuple[str, float | int | None]:
-    """Parses `full`, `sample`, `threshold:X` (0 < X < 1) or `fixed:LAYERS`."""
+    """Parses the name of a policy into its kind and number.
+
+    The name is `full`, `sample`, `threshold:X` (0 < X < 1) or `fixed:LAYERS`. Raises UserError for
+    any other.
+    """
     kind, _, argument = text.partition(":")
     if kind in ("full", "sample") and not argument:
         return kind, None
@@ -818,11 +874,11 @@ def parse_policy(text: str) -> tuple[str, float | int | None]:
 
 
 def control_of(text: str) -> str | None:
-    """The policy at whose mean depth a control runs; None for a policy that is no control.
+    """Returns the policy at whose mean depth a control runs, or None if `text` is not a control.
 
-    `shuffled` deals out the depths of `sample` to tokens at random, `fixed:matched` stops each
-    completion at one of the two exits that enclose its mean depth; `shuffled:POLICY` and
-    `fixed:matched:POLICY` do so with another policy's.
+    `shuffled` assigns the depths of `sample` to tokens at random. `fixed:matched` stops each
+    completion at one of the two exits that enclose the mean depth of `sample`. `shuffled:POLICY`
+    and `fixed:matched:POLICY` do the same with another policy.
     """
     for control in ("shuffled", "fixed:matched"):
         if text == control:
@@ -833,9 +889,9 @@ def control_of(text: str) -> str | None:
 
 
 def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
-    """The defaults of a command for a preset, as a locked, type-checked ConfigDict."""
+    """Returns the defaults of a command for a preset, as a locked, type-checked ConfigDict."""
     if command not in COMMANDS:
-        raise UserError(f"command {command!r} is not one of {', '.join(COMMANDS)}")
+        raise UserError(f"command {command!r} is not known; choose one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
     if command == "eval":
         config.eval.split = "test"
@@ -858,7 +914,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Without new keys or types, but for the options of a task, which it knows itself."""
+    """Locks the config against new keys and types, except in the options, which a task checks."""
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

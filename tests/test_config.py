@@ -174,7 +174,7 @@ def test_settings_that_are_made_by_hand_are_checked():
         (lambda: LoRA(targets=("x",)), "targets is 'x'; choose one of q, k, v, o, gate, up, down"),
         (lambda: EngineSize(places=-1), "places is -1; it must be at least 0"),
         (lambda: ExitSettings(kind="cubic"), "kind is 'cubic'; choose one of mlp, linear"),
-        (lambda: ExitSettings(continuation_rank=2), "continuation_rank is 2 for a frozen"),
+        (lambda: ExitSettings(continuation_rank=2), "continuation_rank is 2, but a frozen"),
     ):
         with pytest.raises(UserError) as caught:
             make()
@@ -185,29 +185,29 @@ CONTRADICTIONS = [
     ("rl", {"task__options": {"steps": {}}}, "task.options.steps is {}; it must be a number, a te"),
     ("rl", {"task__options": {"a-b": 1}}, "config.task.options.'a-b' does not exist; give a name"),
     ("rl", {"rl__rollouts": 1}, "RLOO needs at least 2 rollouts per prompt, got 1; raise config."),
-    ("rl", {"rl__dual_ascent": True}, "dual_ascent needs a floor to hold; set config.rl.accuracy"),
-    ("rl", {"rl__dual_ascent": True, "rl__warmup_steps": 3}, "set config.rl.warmup_steps to 0"),
+    ("rl", {"rl__dual_ascent": True}, "dual_ascent needs a floor of accuracy, but config.rl.acc"),
+    ("rl", {"rl__dual_ascent": True, "rl__warmup_steps": 3}, "set config.rl.warmup_steps=0 or"),
     ("rl", {"rl__floor_of": "initial"}, "config.rl.accuracy_floor is 0; set it above 0"),
-    ("rl", {"rl__updates_per_batch": 2, "rl__importance_cap": 2.0}, "set one of the two"),
-    ("rl", {"batch_size": 10, "optim__accumulate": 4}, "batch_size 10 does not divide into opt"),
-    ("rl", {"exits__layers": (2, 2)}, "config.exits.layers is (2, 2); exits are distinct"),
+    ("rl", {"rl__updates_per_batch": 2, "rl__importance_cap": 2.0}, "importance_cap is 2, but"),
+    ("rl", {"batch_size": 10, "optim__accumulate": 4}, "batch_size is 10, but it must be a mult"),
+    ("rl", {"exits__layers": (2, 2)}, "config.exits.layers is (2, 2), but exits must be distinct"),
     ("rl", {"exits__layers": (4, 2)}, "in rising order"),
-    ("rl", {"exits__continuation_rank": 2}, "config.exits.continuation=linear or the rank to 0"),
-    ("rl", {"mesh__fsdp": 5}, "192 rows, which do not divide over config.mesh.data 1 × fsdp 5"),
-    ("rl", {"steps": 0}, "config.steps is 0, which only calibration with config.sft.lens_steps"),
-    ("rl", {"steps": 0, "sft__lens_steps": 5}, "it must be at least 1"),
-    ("rl", {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5}, "word_problems and tom add up"),
+    ("rl", {"exits__continuation_rank": 2}, "continuation=linear or config.exits.continuation_ra"),
+    ("rl", {"mesh__fsdp": 5}, "a multiple of config.mesh.data=1 × config.mesh.fsdp=5; make config"),
+    ("rl", {"steps": 0}, "config.steps is 0, but only calibration with config.sft.lens_steps"),
+    ("rl", {"steps": 0, "sft__lens_steps": 5}, "set it to at least 1"),
+    ("rl", {"pretrain__tom": 0.6, "pretrain__word_problems": 0.5}, "config.pretrain.tom add up to"),
     ("rl", {"eval__policies": ("full", "half")}, "policy 'half' is not known; use full, sample"),
-    ("eval", {"eval__policies": ("shuffled", "sample")}, "is a control for 'sample'; put that be"),
+    ("eval", {"eval__policies": ("shuffled", "sample")}, "is a control for 'sample', but 'sample'"),
     ("eval", {"eval__policies": ()}, "config.eval.policies is empty"),
     ("rl", {"generate__policy": "fixed:0"}, "policy 'fixed:0' is not known"),
-    ("rl", {"checkpoint__final": "best"}, "kept for being the best; set config.checkpoint.keep_b"),
-    ("rl", {"checkpoint__best_metric": "rewards"}, "choose among val/reward, "),
-    ("rl", {"eval__split": "test"}, "split is 'test' in a run that trains, "),
-    ("sft", {"sft__stay_weight": 9.0}, "stay_weight is 9 and config.sft.exit_loss is sampled"),
-    ("sft", {"sft__explore": 0.5}, "explore is 0.5 and config.sft.exit_loss is sampled"),
-    ("sft", {"lora__rank": 0, "sft__target": "student"}, "set config.sft.target=teacher or a rank"),
-    ("rl", {"batch_size": 100_000, "rl__rollouts": 11}, "is 100000 × 11 = 1100000; together"),
+    ("rl", {"checkpoint__final": "best"}, "the best checkpoint; set config.checkpoint.keep_best=1"),
+    ("rl", {"checkpoint__best_metric": "rewards"}, "choose one of val/reward, "),
+    ("rl", {"eval__split": "test"}, "split is 'test', but a training run "),
+    ("sft", {"sft__stay_weight": 9.0}, "stay_weight is 9, but config.sft.exit_loss=sampled"),
+    ("sft", {"sft__explore": 0.5}, "explore is 0.5, but config.sft.exit_loss=sampled"),
+    ("sft", {"lora__rank": 0, "sft__target": "student"}, "set config.sft.target=teacher or config"),
+    ("rl", {"batch_size": 100_000, "rl__rollouts": 11}, "is 100000 × 11 = 1100000, but the"),
     ("rl", {"rl__max_new_tokens": 10**6, "batch_size": 1000}, "× rl.max_new_tokens is 1000 ×"),
     ("eval", {"eval__problems": 10**5, "eval__max_new_tokens": 10**5}, "eval.problems × eval.ma"),
     ("sft", {"sft__generate_batch": 10**5, "sft__max_new_tokens": 10**6}, "sft.generate_batch × "),
@@ -244,9 +244,9 @@ def test_what_does_not_go_together_is_one_short_sentence():
 
 def test_exits_default_to_every_fifth_layer_below_the_last():
     assert check_exits((), 24) == (5, 10, 15, 20) and check_exits((1, 3), 4) == (1, 3)
-    with pytest.raises(UserError, match=r"exit 8 is not below the model's 8 layers; .* 1 to 7"):
+    with pytest.raises(UserError, match=r"exit 8, but the model has 8 layers; .* 1 to 7"):
         check_exits((4, 8), 8)
-    with pytest.raises(UserError, match=r"5 layers has no exit at every 5th layer; set config\.e"):
+    with pytest.raises(UserError, match=r"a model of 5 layers is too shallow .*; set config\.ex"):
         check_exits((), 5)
 
 

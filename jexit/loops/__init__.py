@@ -1,1 +1,1 @@
-"""Loops: they fetch data, call the jitted steps and write what came of it."""
+"""The loops of the commands: they fetch data, call the jitted steps and write the results."""

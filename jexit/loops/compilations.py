@@ -1,4 +1,4 @@
-"""Counts what XLA compiles while a run trains: a program that compiles twice costs minutes."""
+"""Counts XLA compilations during training, because compiling a program twice costs minutes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """While entered, counts compilations; a loop enters it for each step.
+    """A context manager that counts compilations; a loop enters it for each step.
 
-    New lengths are compiled once; a loop puts the shapes of each step into `shapes`. A compilation
-    in a step whose shapes were seen before is a recompilation: a fault.
+    The loop assigns the shapes of the current step to `shapes`. New shapes have to be compiled
+    once. A compilation in a step whose shapes occurred before is a recompilation, which is a fault.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,11 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def of_step(self) -> dict[str, int]:
-        """Metrics of the step that ends here: all compilations, and those of shapes seen before."""
+        """Returns the counts of the step that ends here as metrics, and starts counting anew.
+
+        `compilations` counts all of them, `recompilations` only those in a step whose shapes
+        occurred before.
+        """
         count, self._count = self._count, 0
         again = count if self.shapes in self._seen else 0
         self._seen.add(self.shapes)

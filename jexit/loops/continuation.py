@@ -1,4 +1,4 @@
-"""The ridge fit of the linear continuation over the teacher's trajectories."""
+"""Fits the linear continuation to the teacher's trajectories by ridge regression."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from jexit.loops.trajectories import Trajectories, rows_of_batch
 from jexit.steps.ridge import Sums, fit, make_sums_step
 from jexit.steps.state import Params
 
-HELD_BACK = 8  # one batch in so many chooses the strength of the ridge
+HELD_BACK = 8  # one batch in every 8 is held back to choose the strength of the ridge
 _WHAT = "the continuation's fit"
 
 
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
-    """`trainable` with the continuation, if there is one, fitted to the trunk as it is.
+    """Returns `trainable` with its continuation, if it has one, fitted to the current trunk.
 
-    Takes every trajectory once, but for a remainder. One that is no longer at its identity is left
-    alone: adapters may have learnt to live with it. Raises UserError for too few trajectories.
+    Uses every trajectory once, except for a remainder smaller than a batch. A continuation that is
+    no longer the identity stays unchanged, because adapters may have learnt to work with it. Raises
+    UserError if there are too few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -54,8 +55,8 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
         tokens, first = int(sums.count + held_back.count), stage.exit_layers[0]
         shares = ", ".join(f"{1 - share:.2f}" for share in found.unexplained_L)
         print(
-            f"Fitted a linear continuation on {tokens:,} tokens; share of the held-back updates' "
-            f"variance that it explains, from layer {first} on: {shares}"
+            f"Fitted a linear continuation on {tokens:,} tokens. The share of the held-back "
+            f"updates' variance that it explains, layer by layer from layer {first}, is: {shares}"
         )
 
     def chosen(path: tuple, leaf: Array) -> Array:
@@ -65,21 +66,24 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 
 
 def rows_at_a_time(config: Config, rows: int) -> int:
-    """Rows of a batch of the fit: a multiple of the data shards (of the mesh in use)."""
+    """Returns the number of rows per batch of the fit, a multiple of the mesh's data shards."""
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
 def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
-    """(sums, those of the trajectories that are held back), as NumPy arrays."""
+    """Returns the sums over the fitting batches and over the held-back batches, as NumPy arrays.
+
+    Raises UserError if the trajectories fill fewer than two batches.
+    """
     config, split = stage.config, stage.split
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size
     if batches < 2:
         raise UserError(
-            f"config.sft.pool gives trajectories for {len(trajectories)} prompts, of which the fit "
-            f"of the continuation takes {size} at a time and holds some back; raise it to at least "
-            f"{2 * size * config.sft.completions}"
+            f"config.sft.pool is {config.sft.pool} (prompts with trajectories: "
+            f"{len(trajectories)}), but the fit of the continuation needs at least 2 batches of "
+            f"{size} prompts; raise it to at least {2 * size * config.sft.completions}"
         )
     add, here = make_sums_step(split), host_rows(size)
     sums = Sums.zero(stage.exit_layers, arch.layers, arch.width)

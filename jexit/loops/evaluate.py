@@ -1,4 +1,4 @@
-"""What a model does on a task under halting policies, and what can be measured of it."""
+"""Evaluates a model on a task under halting policies, and runs the measures of `eval.measures`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from jexit.steps.state import split_model
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
     """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report.
 
-    What the policies gave is on the disk before the measures start, with `complete` false. A run's
-    model is measured under the depth distribution that it trained with, whatever the config says.
+    The results of the policies are written, with `complete` set to false, before the measures
+    start. The model of a training run is measured under the depth distribution that it was trained
+    with, whatever the config says.
     """
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
@@ -81,7 +82,10 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _open(config: Config) -> tuple[Measurer, ModelFlops]:
-    """Loads model and task; raises UserError for what cannot be measured, before any decoding."""
+    """Loads the model and the task, and checks the policies and measures of the config.
+
+    Raises UserError, before any decoding, if one of them cannot run.
+    """
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)
@@ -93,9 +97,9 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
     decoder = make_decoder(config, parts, model.arch.layers, tokenizer)
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
-            decoder.policy(policy)  # refuse a wrong one before the first runs
+            decoder.policy(policy)  # raises UserError for a wrong policy before the first one runs
     if "filler" in config.eval.measures:
-        # Refuse a tokenizer without.
+        # Raises UserError if the tokenizer cannot write filler.
         ModelCompleter(decoder, config.eval.measured, positions).filler("")
 
     def with_steps(steps: str) -> Examination:

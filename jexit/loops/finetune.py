@@ -1,4 +1,4 @@
-"""Fine-tuning on reference completions: what makes a model correct often enough to reinforce."""
+"""Fine-tunes a model on reference completions, so that it is correct often enough for RL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jexit.steps.state import TrainState, new_state, step_key
 
 
 def finetune(config: Config, workdir: pathlib.Path) -> None:
-    """Trains for `config.steps` steps and writes the trunk, adapters merged, to `WORKDIR/model`."""
+    """Trains for `config.steps` steps; writes the trunk with merged adapters to `WORKDIR/model`."""
     stage = Stage.open(config, workdir, updates=config.steps)
     before = stage.measure_before()
     step_fn = make_finetune_step(
@@ -34,14 +34,14 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
     )
 
     def batch_of(step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Prompts and references of a whole step: every host packs all of them alike."""
+        """Returns the prompts and references of a whole step; every host packs all of them."""
         prompts, limit = stage.prompts(step, every), config.finetune.max_new_tokens
         references = encode_references(stage.tokenizer, prompts.problems)
         for problem, ids in zip(prompts.problems, references, strict=True):
             if len(ids) > limit:
                 raise UserError(
-                    f"a reference completion has {len(ids)} tokens, over the limit of {limit}: "
-                    f"{problem.prompt[:60]!r}; raise config.finetune.max_new_tokens"
+                    f"the reference completion of {problem.prompt[:60]!r} has {len(ids)} tokens, "
+                    f"but the limit is {limit}; raise config.finetune.max_new_tokens"
                 )
         return prompts.tokens, references
 

@@ -1,36 +1,39 @@
-"""Model FLOPs of training steps, and `mfu`: what share they are of what the chips could do.
+"""Counts the model FLOPs of training steps, and computes the model FLOPs utilisation (`mfu`).
 
 mfu = model FLOPs of a step / (seconds of the step × peak bfloat16 FLOP/s of a device × devices).
 
-Model FLOPs are those of the matrix products that the method asks for (arXiv:2204.02311, appendix
-B), a multiply-add counting 2, over real tokens: padding, recomputation by `model.remat` or inside a
-kernel, element-wise work and the optimiser add seconds and no FLOPs. Attention counts the pairs of
-a query and a key at or before it. For a token, n tokens into its row, in one layer forward:
+Model FLOPs are those of the matrix products that the method requires (arXiv:2204.02311, appendix
+B), for real tokens only. A multiply-add counts as 2 FLOPs. Padding, recomputation (by `model.remat`
+or inside a kernel), element-wise work and the optimiser take time but count no FLOPs. Attention
+counts the pairs of a query and a key at or before it. In the forward pass of one layer, the n-th
+token of a row costs:
 
     4·D·H·(N + K) + 6·D·F                 projections q, k, v, o and the MLP
     + Σ over LoRA's targets 2·R·(in + out)
     + 4·N·H·n                             scores and the average of the values
 
-Backward: frozen weights cost their forward FLOPs once (the gradient to the activations), trained
-ones and attention twice. Logits cost 2·D·V a token, the same again for the gradient to the hidden
-state, and once more for that to a head that trains. An exit's head costs 4·D² + 4·D forward (2·D
-when linear) and twice that backward; the embedding costs nothing.
+In the backward pass, frozen weights cost their forward FLOPs once (for the gradient with respect to
+the activations); trained weights and attention cost theirs twice. Logits cost 2·D·V per token, the
+same again for the gradient with respect to the hidden state, and once more for the gradient of an
+output head that trains. An exit's head costs 4·D² + 4·D forward (2·D when linear) and twice that
+backward. The embedding costs nothing.
 
-A step of
-- pretraining is a forward and backward pass of the trunk and the logits of every position (each
-  exit's too, where they have a loss);
-- fine-tuning is a forward and backward pass, and the logits of the references' tokens;
-- the first phase of calibration is the teacher's pass with the logits of its final states, and for
-  every exit, or one a token, a forward and backward pass of its hazard head and its logits;
-- calibration is the teacher's pass, with `sft.target=student` one of the student, the logits of the
-  final states and of every exit at the completion's tokens, and for each of the S students a
+The count of a step contains, in
+- pretraining: a forward and backward pass of the trunk, and the logits of every position (those of
+  each exit too, if the exits have a loss);
+- fine-tuning: a forward and backward pass, and the logits of the references' tokens;
+- calibration: the teacher's pass, with `sft.target=student` also a pass of the student, the logits
+  of the final states and of every exit at the completions' tokens, and for each of the S students a
   forward and backward pass with the logits of its completion;
-- RL is the rollouts, the teacher's pass and its logits, and for each of `rl.updates_per_batch` a
-  forward and backward pass of the student with its logits, in both of which each prompt counts
-  once, for all of its completions. Training runs every layer for every
-  token, masked where the token has left, and so it is counted. Rollouts are counted by what ran:
-  each prompt once, each token the layers of its own depth and the keys and values of the rest. A
-  step's seconds hold the rollouts' too, so `mfu` here is mostly decoding's.
+- the last phase of calibration: a forward and backward pass of every exit's hazard head, on stored
+  states;
+- RL: the rollouts, the teacher's pass with its logits, and for each of `rl.updates_per_batch` a
+  forward and backward pass of the student with its logits. In the passes of teacher and student,
+  each prompt counts once for all of its completions. Training computes every layer for every token
+  and masks those that the token skips, so all layers count. Rollouts count only the work that was
+  done: each prompt once, and for each token the layers of its own depth and the keys and values of
+  the other layers. The seconds of a step include those of its rollouts, so `mfu` in RL mostly
+  measures decoding.
 """
 
 from __future__ import annotations
@@ -49,20 +52,20 @@ from jexit.rollout import Rollouts
 
 
 def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
-    """The metric `mfu` of a step, or nothing where the chip's peak is not known."""
+    """Returns the metric `mfu` of a step, or an empty dict if the chip's peak is not known."""
     peak = chip().peak_flops
     return {} if peak is None else {"mfu": flops / (seconds * peak * devices)}
 
 
 class PassSize(NamedTuple):
-    """Tokens that a pass computes, and the pairs of a query and a key among them."""
+    """The number of tokens in a pass, and the number of query-key pairs among them."""
 
     tokens: int
     pairs: int
 
     @classmethod
     def of(cls, lengths_B: np.ndarray) -> PassSize:
-        """Of whole rows with so many tokens each."""
+        """Returns the size of a pass over rows of `lengths_B` tokens."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
@@ -70,7 +73,10 @@ class PassSize(NamedTuple):
     def of_branches(
         cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray
     ) -> PassSize:
-        """Of branches that see a trunk and themselves; each trunk counts once, at `first_B`."""
+        """Returns the size of a pass over branches that attend to their trunk and themselves.
+
+        The mask `first_B` selects one branch per trunk, with which the trunk counts.
+        """
         trunk_B, branch_B = np.asarray(trunk_B, np.int64), np.asarray(branch_B, np.int64)
         trunks, branches = cls.of(trunk_B[first_B]), cls.of(branch_B)
         pairs = trunks.pairs + branches.pairs + int((trunk_B * branch_B).sum())
@@ -79,14 +85,14 @@ class PassSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """FLOPs of one model's passes and steps; the module has the formulas."""
+    """Computes the FLOPs of one model's passes and steps; see the module for the formulas."""
 
     arch: Architecture
     exit_layers: tuple[int, ...]
     exit_kind: str
-    rank: int | None  # of the linear continuation, 0 if it is whole; None: frozen
+    rank: int | None  # rank of the linear continuation (0: full matrices), or None if it is frozen
     lora: LoRA | None
-    full: bool  # the base weights train
+    full: bool  # whether the base weights train
 
     @classmethod
     def of(cls, model: Transformer, *, full: bool) -> ModelFlops:
@@ -101,25 +107,28 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """One pass through all layers; with `hazards` through every exit's head too."""
+        """Returns the FLOPs of a pass through all layers and, with `hazards`, every exit's head."""
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
 
     def backward(self, size: PassSize, *, hazards: bool = False) -> float:
-        """The gradients that `forward` of the same needs, to what trains."""
+        """Returns the FLOPs of the backward pass for `forward(size, hazards=hazards)`."""
         token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
         layers = self.arch.layers * (token * size.tokens + 2.0 * self._pair() * size.pairs)
         heads = 2.0 * len(self.exit_layers) * self._exit_head() * size.tokens
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """The output head at so many states; `trained`: with the gradients of a loss on them."""
+        """Returns the FLOPs of the output head at `tokens` states.
+
+        `trained` includes the gradients of a loss on the logits.
+        """
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
     def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
-        """`size` is of whole texts."""
+        """Returns the FLOPs of a pretraining step; `size` is that of its whole texts."""
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
         passes = self.forward(size) + self.backward(size)
         return passes + losses * self.logits(size.tokens, trained=True)
@@ -127,7 +136,10 @@ class ModelFlops:
     def sft_step(
         self, size: PassSize, completion_tokens: int, *, samples: int, target: str
     ) -> float:
-        """`size` is of prompts and completions; `target` is `sft.target`."""
+        """Returns the FLOPs of a calibration step; `target` is `sft.target`.
+
+        `size` is that of prompts and completions; `completion_tokens` counts completions alone.
+        """
         measured = self.forward(size, adapters=False)
         if target == "student":
             measured += self.forward(size)
@@ -135,21 +147,27 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Of the heads alone, on `tokens` at all exits."""
+        """Returns the FLOPs of a step that trains the heads alone, on `tokens` at all exits."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
-        """`size` is of prompts and references, the tokens of the references alone."""
+        """Returns the FLOPs of a fine-tuning step.
+
+        `size` is that of prompts and references; `completion_tokens` counts references alone.
+        """
         passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Scoring and updates, without the rollouts."""
+        """Returns the FLOPs of scoring and updates in an RL step, without its rollouts."""
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 
     def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
-        """What ran for the rows that the mask `rows_B` picks; a prompt counts with its first."""
+        """Returns the FLOPs of decoding the rows that the mask `rows_B` selects.
+
+        A prompt counts with the first of its `samples` completions.
+        """
         length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
         first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)
         flops = self.forward(PassSize.of(prompt_B[first_B])) + self.logits(int(first_B.sum()))
@@ -166,15 +184,19 @@ class ModelFlops:
         return flops + reached * self._exit_head() + self.logits(passes)
 
     def skipped_layer(self) -> float:
-        """A token in a layer that it skips: keys, values and the continuation's map."""
+        """Returns the FLOPs of a token in a layer that it skips.
+
+        These are the keys, the values and the continuation's map.
+        """
         width = self.arch.width
         maps = 0.0 if self.rank is None else 2.0 * width * (2 * self.rank or width)
         return self._base("k", "v") + self._adapters("k", "v") + maps
 
     def compute_fraction(self, depth_fraction: float) -> float:
-        """Share of a full pass's FLOPs in the layers that is left at a mean depth, of L.
+        """Returns the share of a full pass's layer FLOPs that remains at a mean depth.
 
-        A layer that is skipped still costs `skipped_layer`. Without scores of attention.
+        `depth_fraction` is the mean depth divided by L. A skipped layer still costs
+        `skipped_layer`. Attention scores are not counted.
         """
         skipped = self.skipped_layer() / (self._base() + self._adapters())
         return depth_fraction + (1.0 - depth_fraction) * skipped
@@ -184,7 +206,7 @@ class ModelFlops:
         return passes + self.logits(completion_tokens, trained=True)
 
     def _projections(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each projection."""
+        """Returns (inputs, outputs) of each projection by name."""
         arch = self.arch
         queries, keys = arch.query_heads * arch.head_dim, arch.kv_heads * arch.head_dim
         return {
@@ -198,7 +220,7 @@ class ModelFlops:
         }
 
     def _base(self, *names: str) -> float:
-        """A token in one layer's projections: those named, or all."""
+        """Returns the FLOPs of a token in one layer's projections: the named ones, or all."""
         projections = self._projections()
         return sum(2.0 * math.prod(projections[name]) for name in names or projections)
 
@@ -210,7 +232,7 @@ class ModelFlops:
         return sum(2.0 * lora.rank * sum(projections[name]) for name in targets)
 
     def _pair(self) -> float:
-        """A query and a key in one layer: the score, and the value's part."""
+        """Returns the FLOPs of a query-key pair in one layer: its score and weighted value."""
         return 4.0 * self.arch.query_heads * self.arch.head_dim
 
     def _exit_head(self) -> float:

@@ -1,4 +1,4 @@
-"""Text for given prompts."""
+"""Completes given prompts and prints the texts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
-    """Completes `generate.prompts` and prints each text with its mean depth."""
+    """Completes `generate.prompts` and prints each text with the depths of its tokens."""
     config = with_trained_exits(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate
     if not g.prompts:
-        raise UserError("there are no prompts; set config.generate.prompts='(\"...\",)'")
+        raise UserError(
+            "config.generate.prompts is empty, but it must contain at least one prompt; set "
+            "config.generate.prompts='(\"...\",)'"
+        )
     layers = model.arch.layers
     generation = generate(
         model,

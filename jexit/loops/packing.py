@@ -1,4 +1,4 @@
-"""The shapes of packed batches: little padding, and few of them, since each one compiles anew."""
+"""Chooses shapes of packed batches: with little padding, but few, because each is compiled."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from jexit.data.loader import pack
 from jexit.dist import host_rows, place_rows
 from jexit.steps.completions import Completions, bucket_length, pack_completions
 
-SLACK = 1.05  # rows of a new shape, of what its batch needs: the next batch is not the same
-REUSE_COST = 1.12  # cost of a shape that is there already, of a new one's, up to which it is taken
-KEPT = 16  # shapes that a run remembers, the newest
-LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of a row, in its longest text
+SLACK = 1.05  # rows of a new shape / rows that its batch needs: later batches may need more
+REUSE_COST = 1.12  # a known shape is reused up to this multiple of a new shape's cost
+KEPT = 16  # a run remembers this number of the newest shapes
+LENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # row lengths to try, as multiples of the longest text
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class PackedShape:
-    """Rows B, their tokens T and those of them that completions have, C."""
+    """The shape of a packed batch: rows B, tokens per row T and completion tokens per row C."""
 
     rows: int
     length: int
@@ -31,12 +31,18 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Of a pass, in positions: with T keys, attention adds 2·T·D to some 12·D² products."""
+        """Returns the cost of a pass, in units of one position without attention.
+
+        Attention over T keys adds 2·T·D to the approximately 12·D² products per position.
+        """
         return self.positions * (1.0 + self.length / (6.0 * model_width))
 
 
 class Lengths(NamedTuple):
-    """Of a batch's completions J, those of a prompt adjacent: prompt, its number, completion."""
+    """The lengths of a batch's completions J and of their prompts, and the prompts' numbers.
+
+    Completions of the same prompt are adjacent.
+    """
 
     prompt_J: np.ndarray
     number_J: np.ndarray
@@ -45,16 +51,19 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Where a batch's completions lie in rows of `shape`, which are divided as the batch is."""
+    """The placement of a batch's completions in rows of `shape`.
+
+    The rows are divided among the data shards in the same way as the completions.
+    """
 
     shape: PackedShape
     row_of_J: np.ndarray
-    shared: bool  # completions of one prompt that share a row share a copy of it
-    tokens: int  # that the rows hold
+    shared: bool  # whether completions of one prompt in the same row share one copy of the prompt
+    tokens: int  # number of tokens in the rows
 
     @property
     def padding(self) -> float:
-        """Share of the positions that hold no token."""
+        """The share of positions that do not contain a token."""
         return 1.0 - self.tokens / self.shape.positions
 
     def placed(
@@ -66,9 +75,10 @@ class Packed:
         numbers: np.ndarray,
         prompt_of: np.ndarray,
     ) -> Completions:
-        """This host's rows, on the devices, from the completions that it has.
+        """Packs this host's completions into its rows and places the rows on the devices.
 
-        `numbers` are theirs in the whole batch, and `prompt_of` those of their prompts.
+        `numbers` are the completions' indices in the whole batch, and `prompt_of` contains the
+        number of each completion's prompt.
         """
         rows, row_of = host_rows(self.shape.rows), self.row_of_J[numbers]
         here = np.flatnonzero(np.isin(row_of, rows.index_B))
@@ -85,13 +95,13 @@ class Packed:
 
 
 class PackedShapes:
-    """Batch shapes that a run has used; adds one only where it saves a tenth of the work.
+    """The batch shapes that a run has used; adds a new one only if it saves a tenth of the work.
 
     `shards` is the number of parts that the mesh divides rows into. A completion stays in its part,
-    unless the completions do not divide equally: then every device holds all of them. Row counts
-    are multiples of `unit`. No text and no row is longer than `longest`, which bounds the memory:
-    attention scores grow with its square. `shares(length)` says whether attention over rows of that
-    length supports completions that share a prompt.
+    unless the completions do not divide equally. In that case, every device has all completions.
+    Row counts are multiples of `unit`. Texts and rows are at most `longest` tokens long, which
+    bounds the memory because attention scores grow with the square of the length. `shares(length)`
+    returns whether attention over rows of that length supports completions that share a prompt.
     The shapes depend on earlier batches, so a resumed run must restore them.
     """
 
@@ -116,14 +126,14 @@ class PackedShapes:
         self._known = [PackedShape(*row) for row in rows if row[0]]
 
     def fit(self, asked: Lengths) -> Packed:
-        """Rows for completions of these lengths.
+        """Returns a placement for completions of these lengths, in a known or a new shape.
 
-        Every host calls this with the whole batch and gets the same.
+        Every host calls this with the lengths of the whole batch and gets the same result.
         """
         count = len(asked.prompt_J)
         parts = self.shards if count % self.shards == 0 else 1
         longest = int((asked.prompt_J + asked.completion_J).max())
-        tight: dict[int, Packed] = {}  # by length of row: no more rows and width than it takes
+        tight: dict[int, Packed] = {}  # by row length: placements without spare rows and width
 
         def at(length: int) -> Packed:
             if length not in tight:
@@ -131,7 +141,7 @@ class PackedShapes:
             return tight[length]
 
         def holds(shape: PackedShape) -> bool:
-            if shape.length < longest or shape.rows % self.unit:  # another mesh's
+            if shape.length < longest or shape.rows % self.unit:  # `unit`: a shape of another mesh
                 return False
             need = at(shape.length).shape
             return need.rows <= shape.rows and need.width <= shape.width
@@ -147,15 +157,15 @@ class PackedShapes:
             shape = known
         else:
             self._known = [*self._known, shape][-KEPT:]
-        # Each part's rows begin where its share of them does.
+        # Moves each part's rows to the beginning of its share of the chosen shape's rows.
         packed = at(shape.length)
         part_J, row_J = np.divmod(packed.row_of_J, packed.shape.rows // parts)
         row_of_J = part_J * (shape.rows // parts) + row_J
         return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
     def _new(self, need: PackedShape, completions: int) -> PackedShape:
-        """A shape for batches a little larger than one that needs so much."""
-        most = -(-completions // self.unit) * self.unit  # a row for each
+        """Returns a shape with some slack beyond `need`, so that similar batches fit in it too."""
+        most = -(-completions // self.unit) * self.unit  # one row per completion
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]
         width = max(min(bucket_length(need.width), need.length), *widths, 0)
@@ -163,12 +173,12 @@ class PackedShapes:
 
 
 def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
-    """Each part packed by itself, into as many rows as the one with the most needs."""
+    """Packs each part by itself; every part gets the number of rows that the fullest part needs."""
     rows: list[list[int]] = []
     for prompt_J, number_J, completion_J in zip(
         *(np.split(values, parts) for values in lengths), strict=True
     ):
-        # What goes into a row together: a prompt and as many of its completions as there is room.
+        # A chunk goes into one row: a prompt and as many of its completions as fit.
         chunks: list[int] = []
         chunk_of: list[int] = []
         for index, (prompt, completion) in enumerate(zip(prompt_J, completion_J, strict=True)):
@@ -183,7 +193,7 @@ def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packe
     most = max(map(max, rows)) + 1
     row_of_J = np.concatenate([most * part + np.asarray(of) for part, of in enumerate(rows)])
     width = int(np.bincount(row_of_J, weights=lengths.completion_J).max())
-    # A copy of a prompt for each completion, or for all of a row's.
+    # One copy of a prompt per completion or, if shared, per row.
     copies = np.stack([row_of_J, lengths.number_J if shared else np.arange(len(row_of_J))], 1)
     _, first = np.unique(copies, axis=0, return_index=True)
     tokens = int(lengths.completion_J.sum() + lengths.prompt_J[first].sum())

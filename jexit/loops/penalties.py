@@ -1,4 +1,4 @@
-"""Schedules of λ and μ, and the watch for three failures: collapse, shut exits, text collapse."""
+"""Schedules λ and μ, and detects three failures: collapse, text collapse and shut exits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from jexit.losses.rloo import depth_cost, rewards
 from jexit.steps.rl import Penalties
 from jexit.tasks import Attempt
 
-FLOOR_PENALTY = 100.0  # reward a unit of accuracy under the floor: a point of it outweighs layers
-ACCURACY_DECAY = 0.8  # of the moving average that the floor is held against
-PATIENCE = 5  # updates that a collapse lasts before the run stops
+FLOOR_PENALTY = 100.0  # reward lost per unit of accuracy below the floor: 1 per percentage point
+ACCURACY_DECAY = 0.8  # of the moving average that is compared with the floor
+PATIENCE = 5  # consecutive updates with a collapse after which the run stops
 
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyFloor:
-    """The accuracy that λ and μ must not cost, of rollouts and of held-out problems; 0: none.
+    """The least accuracy that λ and μ must preserve, in rollouts and on held-out problems.
 
-    `length` is that of the rollouts whose accuracy it is a share of, in tokens; 0: of none.
+    0 means no floor. For a floor that is a share of the initial model's accuracy, `length` is the
+    mean length of that model's completions in tokens. Otherwise it is 0.
     """
 
     rollouts: float
@@ -36,11 +37,12 @@ class AccuracyFloor:
 
 @dataclasses.dataclass
 class PenaltySchedule:
-    """λ and μ of the next update: warmed up, and withheld while accuracy is under the floor.
+    """Computes λ and μ of the next update: warmed up, and withheld while accuracy is too low.
 
-    With `dual_ascent` one multiplier in [0, 1] climbs by `dual_rate` an update while the moving
-    average of accuracy is at or over the floor and falls by it otherwise (projected dual ascent on
-    the constraint accuracy ≥ floor).
+    Accuracy is a moving average over updates, and too low if it is below the floor. With
+    `dual_ascent`, a multiplier in [0, 1] scales λ and μ instead. It rises by `dual_rate` per update
+    while accuracy is at or above the floor, and falls by `dual_rate` otherwise (projected dual
+    ascent on the constraint accuracy ≥ floor).
     """
 
     config: RLConfig
@@ -55,7 +57,7 @@ class PenaltySchedule:
         )
 
     def share(self, step: int) -> float:
-        """The part of λ and μ in force at update `step` (counted from 0)."""
+        """Returns the factor that scales λ and μ at update `step`, counted from 0."""
         rl = self.config
         if rl.dual_ascent:
             return self.multiplier
@@ -65,7 +67,7 @@ class PenaltySchedule:
         return 0.0 if under_floor else ramp
 
     def observe(self, accuracy: float) -> None:
-        """Takes in the accuracy of one batch of rollouts."""
+        """Updates the moving average and the multiplier with the accuracy of one batch."""
         self.accuracy = _moved(self.accuracy, accuracy)
         over = self.accuracy >= self.floor.rollouts
         change = self.config.dual_rate if over else -self.config.dual_rate
@@ -83,11 +85,11 @@ class PenaltySchedule:
 def penalised_reward(
     rl: RLConfig, floor: float, completions: Sequence[Attempt], layers: int
 ) -> float:
-    """Mean reward of completions at the full λ and μ, whatever a schedule has reached by now.
+    """Returns the mean reward of completions at the full λ and μ, whatever the schedule's values.
 
-    Verifier, depth and length as `losses.rloo.rewards` has them, without the KL to the teacher.
-    Every point of accuracy under `floor` subtracts 1, so that of models above the floor the one
-    with the lowest cost is best, and of models below it the most accurate.
+    The reward consists of the verifier, depth and length parts of `losses.rloo.rewards`, without
+    the KL to the teacher. Each percentage point of accuracy below `floor` subtracts 1. This ranks
+    models above the floor by their reward, and models below it mainly by their accuracy.
     """
     lengths_J1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_JW = np.zeros((len(completions), lengths_J1.max()))
@@ -119,23 +121,23 @@ def penalised_reward(
 
 @dataclasses.dataclass
 class FailureWatch:
-    """Warns, once each, of collapse, of shut exits and of text that shrinks away.
+    """Warns, once each, of collapse, text collapse and shut exits.
 
-    Collapse: nearly every token at the first exit while accuracy has halved. Text collapse:
-    completions under 0.4 of the length that those of the floor had, or the first ones, with an
-    accuracy under half of the floor or of the best. Shut exits: hardly a token leaves. Accuracy and
-    length are moving averages. With `stops`, one of the first two that lasts for `PATIENCE` updates
-    is a reason to stop.
+    Collapse: nearly every token leaves at the first exit, and accuracy has halved. Text collapse:
+    completions are shorter than 0.4 of the floor's length (or of the first batch's, if the floor
+    has none), and accuracy is below half of the floor or of the best. Shut exits: hardly any token
+    leaves early. Accuracy and length are moving averages. If `stops` is set, collapse or text
+    collapse in `PATIENCE` consecutive updates is a reason to stop.
     """
 
     first_exit_fraction: float
-    schedule: PenaltySchedule  # which takes in an update before this does
+    schedule: PenaltySchedule  # must observe each update before this watch does
     stops: bool = False
     best_accuracy: float = 0.0
     length: float = float("nan")
     first_length: float = 0.0
-    good_step: int = 0  # the last at which accuracy and length were about what they had been
-    failing: int = 0  # updates in a row
+    good_step: int = 0  # the last step at which accuracy and length were near their earlier values
+    failing: int = 0  # consecutive updates with a collapse
     warned: set[str] = dataclasses.field(default_factory=set)
 
     _STORED = ("best_accuracy", "length", "first_length", "good_step", "failing")
@@ -148,7 +150,7 @@ class FailureWatch:
             setattr(self, name, type(getattr(self, name))(value))
 
     def observe(self, step: int, depth_fraction: float, length: float) -> str:
-        """Takes in an update's rollouts; returns why the run should stop, or nothing."""
+        """Records an update's rollouts; returns why the run should stop, or an empty string."""
         accuracy, floor = self.schedule.accuracy, self.schedule.floor
         self.length = _moved(self.length, length)
         self.best_accuracy = max(self.best_accuracy, accuracy)
@@ -162,14 +164,14 @@ class FailureWatch:
             "lower config.rl.depth_coef, raise config.rl.warmup_steps or set "
             "config.rl.accuracy_floor": shallow and worse,
             "text collapse: completions have shrunk and accuracy has halved; lower "
-            "config.rl.length_coef or bring it in later, and make no answer cost no more than a "
-            "wrong one (config.task.reward_none)": short
+            "config.rl.length_coef or raise config.rl.warmup_steps, and raise "
+            "config.task.reward_none to at least config.task.reward_wrong": short
             and accuracy < 0.5 * max(self.best_accuracy, floor.rollouts),
         }
         shut = {
-            "shut exits: hardly a token leaves early; raise config.rl.min_hazard or "
-            "config.rl.depth_entropy_coef, or calibrate with config.sft.explore": depth_fraction
-            > 0.995,
+            "shut exits: hardly any token leaves early; raise config.rl.min_hazard or "
+            "config.rl.depth_entropy_coef, or calibrate with "
+            "config.sft.explore above 0": depth_fraction > 0.995,
         }
         for message in sorted(text for text, holds in (failures | shut).items() if holds):
             if message not in self.warned:

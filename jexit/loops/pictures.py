@@ -1,4 +1,4 @@
-"""What a run draws of itself when it ends."""
+"""Draws the plots and the report of a run when it ends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jexit.report.training_curves import write_charts
 
 
 def draw(workdir: pathlib.Path) -> str:
-    """Writes `plots/*.svg` and `report.html` and says in a few words what it wrote.
+    """Writes `plots/*.svg` and `report.html`; returns a short description of the written files.
 
-    Whatever stops a drawing is told on stderr and stops nothing else: the run's results are on the
-    disk by now, and `python -m jexit.report` draws them at any time.
+    An error is reported on stderr and does not end the run, because its results are already on
+    disk. `python -m jexit.report` can draw them at any time.
     """
 
     def plots() -> str:
@@ -32,16 +32,16 @@ def draw(workdir: pathlib.Path) -> str:
 
 
 def _drawn(workdir: pathlib.Path, what: str, write: Callable[[], str]) -> str:
-    """What `write` says that it wrote; nothing where something stopped it, which is told."""
+    """Returns the description from `write`; on an error, reports it and returns an empty string."""
     try:
         return write()
     except Exception as error:
-        if not isinstance(error, UserError):  # a fault, whose place matters
+        if not isinstance(error, UserError):  # a bug: show where it is
             traceback.print_exception(error)
         why = " ".join(str(error).split())
     print(
-        f"jexit: {what} not drawn ({why}); the run's results in {workdir} are complete, and "
-        f"`python -m jexit.report {workdir}` tries again",
+        f"jexit: {what} not drawn ({why}), but the run's results in {workdir} are complete; to try "
+        f"again, run `python -m jexit.report {workdir}`",
         file=sys.stderr,
     )
     return ""

@@ -1,4 +1,4 @@
-"""Pretraining of the shipped model's trunk on the tasks' own text."""
+"""Pretrains the shipped model's trunk on the tasks' own text."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from jexit.steps.pretrain import PretrainBatch, make_pretrain_step
 from jexit.steps.state import new_state, parameter_labels, split_model, step_key
 from jexit.tasks import Task, make_task
 
-# Targets that follow one of these in a text of that task: the result of a step of so many operands,
-# and a story's answer.
+# Groups of target tokens by name. A group contains the tokens that follow this separator in texts
+# of this task: the results of steps with 2 to 5 operands, and the answers of stories.
 GROUPS = {
     **{f"step_{n}": ("sums", "+" * (n - 1)) for n in range(2, 6)},
     "story": ("tom", "####"),
 }
-PROBED = 20  # steps whose text is made before the run writes anything
+PROBED = 20  # steps whose batches are made as a check before the run writes anything
 
 
 def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """A randomly initialised Qwen3-style trunk of the config's size."""
+    """Returns a randomly initialised Qwen3-style trunk of the config's size."""
     p = config.pretrain
     arch = Architecture(
         family="qwen3",
@@ -65,9 +65,9 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """What training starts from: `new_model`, or the trunk of `config.pretrain.start`.
+    """Returns the model that training starts from: that of `config.pretrain.start`, or a new one.
 
-    Raises UserError for one of another size, or with adapters.
+    Raises UserError if the stored model has another size, or has adapters.
     """
     fresh = new_model(config, tokenizer)
     if not config.pretrain.start:
@@ -85,21 +85,21 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     other = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     if model.lora is not None or other:
         what = f"{other[0]} {getattr(theirs, other[0])}" if other else "adapters"
-        rule = f"{getattr(ours, other[0])}" if other else "a trunk alone"
+        rule = f"{other[0]} {getattr(ours, other[0])}" if other else "a trunk without adapters"
         raise UserError(
-            f"config.pretrain.start={config.pretrain.start} holds a model with {what}, but the "
-            f"config asks for {rule}; start from a trunk with the config's size and tokenizer"
+            f"config.pretrain.start={config.pretrain.start} contains a model with {what}, but the "
+            f"config requires {rule}; start from a trunk with the config's size and tokenizer"
         )
     return model
 
 
 def mixture(config: Config) -> list[tuple[Task, float]]:
-    """The tasks whose text is trained on, with their shares of the texts.
+    """Returns the tasks whose text is trained on, with their shares of the texts.
 
-    Prompts are of every kind (`steps="mixed"`).
+    The prompts of sums and tom are of every kind (`steps="mixed"`).
     """
     p = config.pretrain
-    sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding must not leave it a hair below zero
+    sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding could make it slightly negative
     tasks = [
         (make_task("sums", steps="mixed"), sums),
         (make_task("word_problems"), p.word_problems),
@@ -121,7 +121,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(config.batch_size)
 
     def batch_of(step: int) -> tuple[PretrainBatch, float]:
-        """This host's rows of the step, and the model FLOPs of all of them."""
+        """Returns this host's rows of the step, and the model FLOPs of all hosts' rows."""
         text = text_batch(
             tasks,
             tokenizer,
@@ -145,7 +145,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         return jax.tree.map(lambda rows_BT: rows_BT[here.index_B], batch), flops
 
     counted = ModelFlops.of(model, full=True)
-    for step in range(min(PROBED, config.steps)):  # is the length enough for their texts?
+    for step in range(min(PROBED, config.steps)):  # raises UserError if a text exceeds the length
         batch_of(step)
     start_run(workdir, config)
     split = split_model(model, full=True, keep_teacher=False)
@@ -180,7 +180,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     if config.checkpoint.final == "best":
         state = trainer.best(state)
     trainer.close()
-    # The heads have learnt nothing yet: what is written is a plain trunk.
+    # The exit heads are untrained, so a plain trunk is written.
     student = split.student(state.trainable)
     save_model(workdir / "model", student, tokenizer, with_exits=False, overwrite=True)
     if is_primary():

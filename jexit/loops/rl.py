@@ -1,4 +1,4 @@
-"""Reinforcement learning: rollouts, verdicts, and one update a batch."""
+"""Reinforcement learning: each step decodes rollouts, judges them and updates the model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
 from jexit.tasks import Problem, Task, Verdict
 
-ROLLOUT_STREAM = 2  # of step_key: the sampler's noise
+ROLLOUT_STREAM = 2  # stream of `step_key` for the sampler's noise
 
 
 def reinforce(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 2 and writes `WORKDIR/model`: base reference, adapters and exit heads."""
+    """Runs stage 2 and writes `WORKDIR/model`.
+
+    The model consists of a reference to the base model, the adapters and the exit heads.
+    """
     rl = config.rl
     stage = Stage.open(config, workdir, updates=config.steps * rl.updates_per_batch)
     tokenizer, split, layers = stage.tokenizer, stage.split, stage.layers
@@ -128,19 +131,20 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
         if good is None:
             trainer.close()
             raise Collapsed(
-                f"{collapse}; no checkpoint from before is kept; to keep one, set "
+                f"{collapse}; no checkpoint from before the collapse is kept; to keep one, set "
                 "config.checkpoint.every and config.checkpoint.keep_best"
             ) from None
         stage.finish(trainer, good, before)
         raise Collapsed(
-            f"{collapse}; {workdir / 'model'} is of step {step}, the last checkpoint before"
+            f"{collapse}; {workdir / 'model'} contains the model of step {step}, the last "
+            "checkpoint before the collapse"
         ) from None
     stage.finish(trainer, stage.chosen(trainer, state), before)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """This host's rollouts; their problems, texts and verdicts have an entry a row."""
+    """This host's rollouts, with the problem, text and verdict of each row."""
 
     rollouts: Rollouts
     problems: list[Problem]
@@ -151,13 +155,13 @@ class Judged:
     def of(cls, task: Task, tokenizer: Tokenizer, prompts: PromptBatch, rollouts: Rollouts) -> Self:
         problems = [prompts.problems[index] for index in rollouts.prompt_B]
         attempts = attempts_of(rollouts, range(rollouts.rows), tokenizer.decode)
-        opened = tokenizer.completion_text(())  # by the prompt: a thought that goes on
+        opened = tokenizer.completion_text(())  # the tag of a thought that the prompt opened, or ""
         whole = [dataclasses.replace(made, text=opened + made.text) for made in attempts]
         verdicts = judged(task, problems, whole)
         return cls(rollouts, problems, [made.text for made in attempts], verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-        """One completion for `samples.jsonl`, with the depth of the pass that made each token."""
+        """Returns a completion for `samples.jsonl`, with the depth of each token's pass."""
         ids, verdict = self.rollouts.completion(row), self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,
@@ -173,24 +177,28 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What all hosts' rollouts come to; each row counts once, wherever it lies."""
+    """Totals over all hosts' rollouts; each row counts once, even if several hosts have it."""
 
     rows: int
     correct: int
-    tokens: int  # generated
+    tokens: int  # generated tokens
     rollout_flops: float
-    passes: int  # that could leave early
-    layers_run: int  # by those
+    passes: int  # passes that could leave early
+    layers_run: int  # layers run by these passes
     skipped: int
     text: dict[str, float]
     parts: dict[str, float]  # `reward/NAME` of a task's own functions
-    lengths: Lengths  # of every host's
+    lengths: Lengths  # of all hosts' completions
 
     @classmethod
     def over_hosts(
         cls, task: Task, here: Judged, *, samples: int, skipped: int, rollout_flops: float
     ) -> Totals:
-        """`samples` completions have one prompt; `skipped`, `rollout_flops` are this host's."""
+        """Adds this host's totals to those of all other hosts.
+
+        `samples` is the number of completions per prompt. `skipped` and `rollout_flops` are this
+        host's.
+        """
         rollouts, own = here.rollouts, np.flatnonzero(here.rollouts.host_rows.first_B)
         lengths_B, total = rollouts.lengths_B[own], rollouts.host_rows.total
         mine = {
@@ -240,7 +248,7 @@ class Totals:
 
     @property
     def pass_size(self) -> PassSize:
-        """Of a pass over all completions, each prompt once."""
+        """The size of a pass over all completions, with each prompt once."""
         prompt_J, number_J, completion_J = self.lengths
         first_J = np.diff(number_J, prepend=-1) > 0
         return PassSize.of_branches(prompt_J, completion_J, first_J)
@@ -250,12 +258,12 @@ class Totals:
         return self.tokens / self.rows
 
     def mean_depth(self, layers: int) -> float:
-        """Mean depth over action positions, which are all generated tokens but a row's first."""
+        """Returns the mean depth over action positions: all generated tokens but a row's first."""
         return self.layers_run / self.passes if self.passes else float(layers)
 
 
 def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
-    """This host's rollouts and verdicts as the arrays of an update, on the devices."""
+    """Returns this host's rollouts and verdicts as the arrays of an update, on the devices."""
     rollouts = own.rollouts
     rows = packed.placed(
         [rollouts.prompts[index] for index in rollouts.prompt_B],

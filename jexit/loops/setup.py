@@ -1,4 +1,4 @@
-"""Models and tasks from a config."""
+"""Makes models, tasks and decoders from a config."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from jexit.tasks.base import Rewards
 
 
 def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
-    """The config's model; when it will be trained, with the config's adapters and exits.
+    """Loads the config's model and tokenizer.
 
-    The tokenizer writes prompts as `config.task.system` and `config.task.thinking` say.
+    With `trains`, the model gets the config's adapters and exits. The tokenizer formats prompts
+    according to `config.task.system` and `config.task.thinking`. Raises UserError if full
+    fine-tuning is configured for a model that has adapters.
     """
     settings: dict[str, Any] = {}
     if trains:
@@ -42,27 +44,36 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
     )
     if trains and config.lora.rank == 0 and loaded.lora is not None:
         raise UserError(
-            f"{model.path} holds LoRA adapters of rank {loaded.lora.rank} and config.lora.rank=0 "
-            "trains the trunk itself; merge them first (python -m convert.to_hf --adapter=merge) "
-            f"or set config.lora.rank={loaded.lora.rank}"
+            f"{model.path} contains LoRA adapters of rank {loaded.lora.rank}, but "
+            "config.lora.rank=0 trains the trunk itself; merge the adapters first (python -m "
+            f"convert.to_hf --adapter=merge) or set config.lora.rank={loaded.lora.rank}"
         )
     set_chat_format(tokenizer, config.task)
     return loaded, tokenizer
 
 
 def set_chat_format(tokenizer: Tokenizer, config: TaskConfig) -> None:
-    """Has the tokenizer write prompts as the config says; UserError where its template cannot."""
+    """Sets the tokenizer's system message and thinking mode.
+
+    Raises UserError if its chat template does not support them.
+    """
     tokenizer.system, tokenizer.thinking = config.system, config.thinking
 
 
 def execution_of(config: Config) -> Execution:
-    """How the model is computed; raises UserError for an attention that cannot run here."""
+    """Returns the settings for computing the model.
+
+    Raises UserError if its attention implementation cannot run on this platform.
+    """
     check_attention(config.model.attention)
     return config.model.execution
 
 
 def with_trained_exits(config: Config) -> Config:
-    """The config with what the exits of its model were trained under, if that is a run's."""
+    """Returns the config with the settings under which the exits of its model were trained.
+
+    A model that is not that of a training run leaves the config unchanged.
+    """
     trained = {
         section: dataclasses.replace(getattr(config, section), **values)
         for section, values in trained_law(config.model.path).items()
@@ -71,16 +82,16 @@ def with_trained_exits(config: Config) -> Config:
 
 
 def sample_policy(config: Config) -> Sample:
-    """How tokens leave under `sample`: with the temperature and the floor of `config.rl`."""
+    """Returns the policy `sample`, with the hazard temperature and the floor of `config.rl`."""
     rl = config.rl
-    # NumPy's: an array on a device could only be read after the step that it is busy with.
+    # NumPy numbers: to read an array on a device, the host would have to wait for the running step.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
 
 
 def make_decoder(
     config: Config, parts: tuple[Any, ...], layers: int, tokenizer: Tokenizer, **changed: Any
 ) -> Decoder:
-    """Decodes the split model as `config.eval` says, but for what is `changed`."""
+    """Returns a decoder of the split model with the config's settings; `changed` overrides them."""
     settings = {
         "law": sample_policy(config),
         "size": config.engine,
@@ -92,7 +103,7 @@ def make_decoder(
 
 
 def load_task(config: TaskConfig, split: str) -> Task:
-    """The config's task; raises UserError when the split that is needed is empty."""
+    """Loads the config's task; raises UserError if `split` is empty."""
     rewards = Rewards(
         strict=config.reward_strict,
         lenient=config.reward_lenient,

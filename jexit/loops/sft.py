@@ -1,8 +1,8 @@
-"""Calibration: collects the teacher's trajectories once, then trains the exits on them.
+"""Calibrates exits: collects the teacher's trajectories once, then trains the exits on them.
 
-A linear continuation is fitted by ridge regression. For the first `steps` steps the adapters learn
-to work with it, and the exit heads train with them. Then, for `sft.lens_steps` steps, only the
-heads train.
+A linear continuation is first fitted by ridge regression. For `steps` steps, the adapters learn to
+work with it, and the exit heads train with them. Then, for `sft.lens_steps` steps, only the heads
+train.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ from jexit.steps.optim import make_optimizer
 from jexit.steps.sft import make_sft_step
 from jexit.steps.state import Params, TrainState, new_state, step_key
 
-HEADS_TOKENS = 512  # of a step of the heads alone, each at all exits
+HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads alone
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 1 and writes `WORKDIR/model`: base reference, adapters, heads, continuation."""
+    """Runs stage 1 and writes `WORKDIR/model`.
+
+    The model consists of a reference to the base model, adapters, exit heads and continuation.
+    """
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
     before = stage.measure_before()
     step_fn = make_sft_step(
         stage.split, stage.optimizer, config.sft, micro_batches=config.optim.accumulate
     )
-    # The same optimiser, which leaves all but the heads alone.
+    # The same optimiser, except that it changes only the heads.
     heads_only = dataclasses.replace(config.optim, lora_lr=0.0, full_lr=0.0, continuation_lr=0.0)
     lens = make_optimizer(heads_only, max(lens_steps, 1), stage.labels)
     lens_fn = make_lens_step(stage.split, lens, config.sft)
@@ -63,7 +66,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(rows_of_batch(config))
 
     def batch_of(step: int) -> tuple[Completions, dict[str, float]]:
-        """This host's rows of a step's batch, and padding and model FLOPs of the whole batch."""
+        """Returns this host's rows of a batch, and padding and model FLOPs of the whole batch."""
         batch, rows = trajectories.batch(step, here)
         prompt_J = [len(one.prompt) for row in rows for one in row]
         completion_J = [len(one.completion) for row in rows for one in row]
@@ -89,7 +92,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 
     def heads_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         nonlocal remembered
-        if step == config.steps > 0:  # a phase with moments of its own
+        if step == config.steps > 0:  # the new phase starts with fresh moments
             state = dataclasses.replace(state, opt_state=stage.optimizer.init(state.trainable))
         if remembered is None:
             remembered = exit_states(stage, trajectories, state.trainable)
@@ -112,9 +115,10 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """The heads' training data, and the indices V of its positions whose pass could leave.
+    """Returns the heads' training data, and the indices V of its positions whose pass could leave.
 
-    Runs once over trajectories with `sft.lens_tokens` such positions, or all if they have fewer.
+    Runs the model once over trajectories with `sft.lens_tokens` such positions, or over all
+    trajectories if they have fewer.
     """
     config, states_of = stage.config, make_exit_states(stage.split)
     size = rows_at_a_time(config, len(trajectories))
@@ -131,7 +135,7 @@ def exit_states(
                 found.append(states_of(trainable, stage.split.fixed, place_rows(batch, here)))
             acts_BC = np.zeros((size, width), bool)
             for acts_C, row in zip(acts_BC, rows, strict=True):
-                # A prompt's last pass never leaves, and makes a completion's first token.
+                # The last pass over a prompt produces a completion's first token and never leaves.
                 passes = np.concatenate([np.arange(len(one.completion)) for one in row])
                 acts_C[: len(passes)] = passes > 0
             number_V = np.concatenate([number_V, end + np.flatnonzero(acts_BC).astype(np.int32)])

@@ -1,4 +1,4 @@
-"""What calibration and reinforcement learning share: the model, its measurement, its ending."""
+"""The code that fine-tuning, calibration and RL share: loading, measuring and ending a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from jexit.untrusted import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training run's model (split once), task and optimiser, measured before and after."""
+    """A training run's model (split once), task and optimiser, and how the run is measured."""
 
     config: Config
     workdir: pathlib.Path
@@ -43,13 +43,16 @@ class Stage:
     layers: int
     exit_layers: tuple[int, ...]
     flops: ModelFlops
-    labels: Params  # what each trainable parameter's learning rate is
+    labels: Params  # the kind of each trainable parameter, which selects its learning rate
     optimizer: optax.GradientTransformation
     updates: int
 
     @classmethod
     def open(cls, config: Config, workdir: pathlib.Path, *, updates: int) -> Stage:
-        """Loads everything; `updates` is the number of optimiser steps of the whole run."""
+        """Loads task and model and makes the optimiser for `updates` steps, those of the whole run.
+
+        Raises UserError, before it writes anything, if a prompt is too long.
+        """
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
         check_prompts(task, tokenizer, config, model.arch.max_positions)
@@ -72,7 +75,7 @@ class Stage:
         )
 
     def prompts(self, step: int, rows: HostRows) -> PromptBatch:
-        """This host's training prompts of one step."""
+        """Returns this host's training prompts of one step."""
         return prompt_batch(
             self.task,
             self.tokenizer,
@@ -86,7 +89,10 @@ class Stage:
         )
 
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
-        """Of training's batches; `shared`: completions of a prompt share it where attention can."""
+        """Returns the shapes of training batches.
+
+        With `shared`, the completions of a prompt share one copy of it if attention supports that.
+        """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
             data_shards(),
@@ -97,7 +103,10 @@ class Stage:
         )
 
     def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
-        """Learning rates at `step`; `updates` is the length of a phase with its own schedule."""
+        """Returns the learning rates at `step` as metrics.
+
+        `updates` is the length of a phase with a schedule of its own; 0 means the whole run.
+        """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
         peaks = trunk | {"exit": optim.exit_lr}
@@ -109,7 +118,7 @@ class Stage:
         }
 
     def measure_before(self) -> PolicyResult:
-        """`measure` of the model that the run starts from; a resumed run reads `before.json`."""
+        """Measures the model that the run starts from; a resumed run reads `before.json`."""
         path = self.workdir / "before.json"
         if not from_primary("before.json", path.exists()):
             before = self.measure(self.split.trainable)
@@ -119,15 +128,16 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Accuracy and depth on the validation split: sampled exits, or full depth without any."""
+        """Measures accuracy and depth on the evaluation split under `policy`."""
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
 
     def initial_floor(self) -> AccuracyFloor:
-        """The share `rl.accuracy_floor` of what the model has at full depth, before training.
+        """Returns `rl.accuracy_floor` times the model's accuracy at full depth before training.
 
-        On the validation split, decoded as rollouts are and as the run is measured.
+        Measures the evaluation split twice: decoded with the settings of rollouts, and with those
+        of `config.eval`.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -144,15 +154,15 @@ class Stage:
         )
         if is_primary():
             print(
-                f"Accuracy at full depth before training: {sampled.accuracy:.1%} at temperature "
-                f"{rl.temperature:g}, {measured.accuracy:.1%} at {evaluation.temperature:g}; "
-                f"floors {floor.rollouts:.1%} of rollouts, {floor.held_out:.1%} of the "
-                f"{evaluation.split} split"
+                f"Accuracy at full depth before training is {sampled.accuracy:.1%} at temperature "
+                f"{rl.temperature:g} and {measured.accuracy:.1%} at temperature "
+                f"{evaluation.temperature:g}. The accuracy floor is {floor.rollouts:.1%} for "
+                f"rollouts and {floor.held_out:.1%} for the {evaluation.split} split"
             )
         return floor
 
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
-        """Metrics on the validation split, by which RL chooses its best checkpoint."""
+        """Returns the metrics on the evaluation split by which RL chooses its best checkpoint."""
         result, made = self._measured(state.trainable)
         reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
@@ -168,19 +178,19 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """The policy that measures the run: full depth where exits are not calibrated yet."""
+        """The policy that measures the run: `full` in fine-tuning, before exits are calibrated."""
         return "full" if self.config.command == "finetune" else "sample"
 
     def chosen(self, trainer: Trainer, state: TrainState) -> TrainState:
-        """What the model of the run is made of: the last state, or that of the best checkpoint."""
+        """Returns the state for the run's model: the last one, or the best checkpoint's."""
         return trainer.best(state) if self.config.checkpoint.final == "best" else state
 
     def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:
-        """Ends a run: measures again, writes `WORKDIR/model`, draws, prints a closing table."""
+        """Ends a run: measures again, writes `WORKDIR/model`, draws plots and prints a table."""
         trainer.close()
         after = self.measure(state.trainable)
         student = self.split.student(state.trainable)
-        if self.config.command == "finetune":  # a trunk, which whatever comes next has as its base
+        if self.config.command == "finetune":  # writes a plain trunk, the base of later stages
             merge_adapters(student)
             kept = {"with_exits": False}
         else:
@@ -201,11 +211,11 @@ class Stage:
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:
-    """Raises UserError for what is too long, before the run writes anything.
+    """Raises UserError, before the run writes anything, if a prompt is too long.
 
-    That is a prompt over the limit, or one that leaves a completion no room within the model's
-    `positions`. Looks at the held-out problems and, where the task is finite, at every training
-    problem.
+    A prompt is too long if it exceeds `task.max_prompt_tokens`, or if a completion of the largest
+    length does not fit with it into the model's `positions`. Checks the held-out problems and, of
+    the training problems, all if the task is finite and otherwise the first batch.
     """
     _, held_out_prompts = held_out(task, tokenizer, config, config.eval.problems)
     check_room(held_out_prompts, "eval", config.eval.max_new_tokens, positions)

@@ -1,4 +1,4 @@
-"""What every training loop shares: resuming, metrics a step late, checkpoints, clean stops."""
+"""The code that all training loops share: resuming, logging, checkpoints and clean stops."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from jexit.loops.compilations import Compilations
 from jexit.loops.flops import mfu
 from jexit.steps.state import TrainState
 
-Pending = tuple[int, dict[str, Any]]  # a step, and its metrics, which nobody has fetched yet
+Pending = tuple[int, dict[str, Any]]  # a step, and its metrics, not yet fetched from the device
 # (state, step) → (state after the step, metrics on device or host)
 OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a loop that remembers something from step to step, under names of its own."""
+    """A part of a loop with state on the host, which checkpoints save under names of its own."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -39,28 +39,28 @@ class Kept(Protocol):
 
 
 class Diverged(RunEnded):
-    """Too many non-finite steps in a row; the message names the last good checkpoint."""
+    """Raised after too many non-finite steps; the message names the last good checkpoint."""
 
 
 class Collapsed(RunEnded):
-    """A policy has lost what it could do; the message says how, and what is left of the run."""
+    """Raised when RL collapses; the message names the failure and the model that remains."""
 
 
 class Interrupted(RunEnded):
-    """A signal asked the run to stop; everything is saved and the same command continues it."""
+    """Raised when a signal has stopped the run; the same command continues it."""
 
     exit_code = INTERRUPTED
 
 
 @dataclasses.dataclass
 class Trainer:
-    """Drives `one_step` from the newest checkpoint to the last of `steps`.
+    """Runs `one_step` from the newest checkpoint to the last of `steps`.
 
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
-    the log. `tokens` and `model_flops` of a step's metrics become `tokens_per_second` and, where
-    the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
-    `kept` is what a loop keeps on the host besides the state, saved with it. `measure` adds metrics
-    of the state to those of a step whose checkpoint gets a score.
+    the log. The metrics `tokens` and `model_flops` of a step are logged as `tokens_per_second` and,
+    if the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
+    `kept` are the parts of the loop with state on the host, which is saved too. `measure` returns
+    metrics of the state; it is called at each step whose checkpoint gets a score.
     """
 
     config: Config
@@ -75,12 +75,12 @@ class Trainer:
         self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
         self.samples: SamplesWriter | None = None
         self._compilations = Compilations()
-        self._scores = np.zeros(2)  # since the last scored checkpoint: their sum and number
-        self._skipped = 0  # steps since the start or the checkpoint that the run resumed from
-        self._skipping = False  # whether the last of them was
+        self._scores = np.zeros(2)  # sum and number of scores since the last scored checkpoint
+        self._skipped = 0  # steps skipped since the run started or resumed
+        self._skipping = False  # whether the last step was skipped
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint's state, or `state` when the run is new."""
+        """Returns the newest checkpoint's state, or `state` if the run is new; opens the logs."""
         state = place_parameters(state)
         restored = self.checkpoints.restore(self._saved(state))
         if restored is not None:
@@ -102,13 +102,14 @@ class Trainer:
         return state
 
     def shapes(self, shapes: Hashable) -> None:
-        """Tells what shapes the step at hand computes with, before its first jitted call."""
+        """Records the shapes of the current step; to be called before its first jitted call."""
         self._compilations.shapes = shapes
 
     def best(self, state: TrainState) -> TrainState:
-        """The best checkpoint's state, in the shapes of `state`; `state` itself if there is none.
+        """Returns the state of the best checkpoint, or `state` itself if none exists.
 
-        There is none only if every step at which a checkpoint was due was skipped.
+        `state` determines the shapes. No checkpoint exists only if every step at which one
+        was due was skipped.
         """
         step = self.checkpoints.best_step()
         if step is None:
@@ -116,7 +117,7 @@ class Trainer:
         return self.checkpoints.restore(self._saved(state), step)["state"]
 
     def good(self, state: TrainState, step: int) -> tuple[TrainState | None, int]:
-        """(the state, the step) of the newest checkpoint up to `step`; (None, 0) without one."""
+        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one."""
         with waiting("the last checkpoint"):
             self.checkpoints.wait()
         found = self.checkpoints.newest(step)
@@ -125,10 +126,10 @@ class Trainer:
         return self.checkpoints.restore(self._saved(state), found)["state"], found
 
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
-        """Trains to the end; raises Diverged or Interrupted (both after saving what is good).
+        """Trains to the last step; raises Diverged or Interrupted after saving the last good state.
 
-        `one_step` may raise Collapsed at the beginning of a step, which passes through.
-        While steps are skipped no checkpoint is written: the one before stays the last good one.
+        `one_step` may raise Collapsed at the beginning of a step, which is not caught. While steps
+        are skipped, no checkpoint is written, so the newest one is always good.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
@@ -162,7 +163,7 @@ class Trainer:
                     metrics |= self.measure(state)
                     last = time.monotonic()
                 if due or signals:
-                    # The log must hold every step that the checkpoint holds.
+                    # The log must contain every step up to that of the checkpoint.
                     self._flush(*pending)
                     pending = None
                     if not self._skipping:
@@ -170,7 +171,7 @@ class Trainer:
                 if signals and not done:
                     saved = f"the state is saved in {self.checkpoints.directory}"
                     if self._skipping:
-                        saved = f"steps are being skipped, last good checkpoint: {self._last_good}"
+                        saved = f"steps are being skipped (last good checkpoint: {self._last_good})"
                     self.close()
                     raise Interrupted(
                         f"stopped by {signals[0]} after step {step + 1}; {saved}, and the same "
@@ -187,14 +188,18 @@ class Trainer:
     def _kept_until(
         self, error: SharedUserError, step: int, state: TrainState, pending: Pending | None
     ) -> UserError:
-        """The error, once the state before the step that it ended is saved, and what it says."""
+        """Saves the state before the failed step; returns the error with the saved step added.
+
+        While steps are skipped, the state is not saved and the step is that of the newest
+        checkpoint.
+        """
         if pending is not None:
             self._flush(*pending)
             if not self._skipping:
                 self._save(step, state, scored=False)
         self.close()
         latest = self.checkpoints.latest_step() or 0
-        return UserError(f"{error} (the run is kept up to step {latest} of {self.workdir})")
+        return UserError(f"{error} (the run in {self.workdir} is saved up to step {latest})")
 
     def close(self) -> None:
         with waiting("the last checkpoint"):
@@ -202,12 +207,15 @@ class Trainer:
         self._writer.close()
 
     def _saved(self, state: TrainState) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Returns the contents of a checkpoint."""
         host = {name: value for part in self.kept for name, value in part.state().items()}
         return {"state": state, "host": host, "scores": self._scores}
 
     def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
-        """Without a score where only a signal asks for it: it must not change which is the best."""
+        """Saves a checkpoint, with a score if `scored`.
+
+        A checkpoint that only a signal requested gets none, so that it cannot become the best one.
+        """
         score = None
         if scored:
             total, count = self._scores
@@ -218,7 +226,7 @@ class Trainer:
 
     def _note_score(self, values: dict[str, float]) -> None:
         name = self.config.best_metric
-        if name.lstrip("-") not in values:  # it is measured now and then
+        if name.lstrip("-") not in values:  # not measured at every step
             return
         score = values[name.lstrip("-")] * (-1.0 if name.startswith("-") else 1.0)
         if math.isfinite(score):
@@ -245,27 +253,30 @@ class Trainer:
 
     def _diverged(self, where: str) -> Diverged:
         error = Diverged(
-            f"loss, gradients or the updated parameters were not finite in {where}; last good "
-            f"checkpoint: {self._last_good}; lower config.optim.*_lr"
+            f"the loss, the gradients or the updated parameters were not finite in {where}; last "
+            f"good checkpoint: {self._last_good}; lower config.optim.*_lr"
         )
         self.close()
         return error
 
     @property
     def _last_good(self) -> str:
-        """The newest checkpoint: none is written while steps are skipped."""
+        """The newest checkpoint as text; it is good, because skipped steps are not saved."""
         latest = self.checkpoints.latest_step()
         return f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
 
     def _tell_skipped(self) -> None:
-        """Prints how many steps of the whole run were skipped, if any were."""
+        """Prints the number of skipped steps of the whole run, if it is not 0."""
         rows = read_metrics(self.workdir)
         if skipped := sum(row.get("skipped", 0) > 0 for row in rows):
-            print(f"Skipped {skipped} of {len(rows)} steps, which were not finite")
+            print(
+                f"Skipped {skipped} of {len(rows)} steps, because their loss, gradients or updated "
+                "parameters were not finite"
+            )
 
 
 def peak_memory() -> dict[str, float]:
-    """Most memory that this process has held, in GiB: on the host and, where known, the device."""
+    """Returns the peak memory of this process in GiB: on the host and, if known, the device."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = {"memory/host_peak_gib": host / 2**30}
@@ -276,10 +287,11 @@ def peak_memory() -> dict[str, float]:
 
 
 class _StopSignals:
-    """While active, SIGTERM and SIGINT ask for a stop after the current step; twice, at once.
+    """A context manager in which SIGTERM and SIGINT request a stop after the current step.
 
-    A SIGTERM within `ECHO_SECONDS` of the first signal is taken for the same request: launchers
-    often signal a process and then its whole group.
+    A second signal stops the run at once. However, a SIGTERM within `ECHO_SECONDS` of the first
+    signal counts as the same request, because launchers often signal a process and then its whole
+    group.
     """
 
     ECHO_SECONDS = 1.0
@@ -303,5 +315,5 @@ class _StopSignals:
         if self.requested:
             if number == signal.SIGTERM and now - self._first < self.ECHO_SECONDS:
                 return
-            raise KeyboardInterrupt  # asked twice: stop at once
+            raise KeyboardInterrupt  # a second request: stop at once
         self.requested, self.name, self._first = True, signal.Signals(number).name, now

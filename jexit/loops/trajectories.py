@@ -1,4 +1,4 @@
-"""The teacher's trajectories: made once, kept on disk, dealt out in batches of similar length."""
+"""Makes the teacher's trajectories once, stores them on disk and batches them by length."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from jexit.rollout import rollout
 from jexit.steps.completions import Completions, pack_completions
 from jexit.steps.state import step_key
 
-TEACHER_STREAM = 1  # of step_key: the teacher's own generations
+TEACHER_STREAM = 1  # stream of `step_key` for the teacher's own generations
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """Prompts with the teacher's completions; those of one prompt make a row of a batch."""
+    """Prompts with the teacher's completions; a row of a batch has completions of one prompt."""
 
     rows: list[list[Trajectory]]
     buckets: LengthBuckets
     seed: int
     pad_id: int
-    shared: bool  # completions of a row come after one copy of their prompt
+    shared: bool  # whether the completions of a row share one copy of their prompt
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @classmethod
     def of(cls, config: Config, made: list[Trajectory], pad_id: int) -> Trajectories:
-        """Rows of up to `sft.completions` neighbours that have one prompt."""
+        """Groups adjacent trajectories of one prompt into rows of up to `sft.completions`."""
         most, rows = config.sft.completions, []
         for trajectory in made:
             if rows and len(rows[-1]) < most and rows[-1][0].prompt == trajectory.prompt:
@@ -55,7 +55,7 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """This host's rows of a step's batch, and all of the batch."""
+        """Returns this host's rows of a step's batch, and the trajectories of the whole batch."""
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
         row_of = [index for index, row in enumerate(mine) for _ in row]
@@ -71,12 +71,16 @@ class Trajectories:
 
 
 def rows_of_batch(config: Config) -> int:
-    """Rows of a step: prompts with their completions, `batch_size` sequences in all."""
+    """Returns the number of rows per step, which contain `batch_size` sequences in total."""
     return config.batch_size // config.sft.completions
 
 
 def teacher_trajectories(stage: Stage) -> Trajectories:
-    """`sft.pool` completions by the teacher (or the data set's own), those on disk not again."""
+    """Returns `sft.pool` completions by the teacher, or the data set's references.
+
+    Makes only those that are not on disk yet. Raises UserError if no completion has more than one
+    token.
+    """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
     batch_size = prompts * sft.completions
@@ -117,8 +121,8 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     made = store.trajectories[: sft.pool]
     if not made:
         raise UserError(
-            "the teacher's completions all end at once, so there is nothing to calibrate on; "
-            "check the model and its chat template, or set config.sft.trajectories=dataset"
+            "all of the teacher's completions end after one token, but calibration needs longer "
+            "ones; check the model and its chat template, or set config.sft.trajectories=dataset"
         )
     return Trajectories.of(config, made, tokenizer.pad_id)
 
@@ -126,7 +130,7 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
 def _references(
     stage: Stage, step: int, batch: PromptBatch, here: HostRows
 ) -> tuple[list[Trajectory], HostRows]:
-    """The data set's completions of this host's prompts, and which rows of the batch they are."""
+    """Returns the data set's completions of this host's prompts, and their rows of the batch."""
     remedy = "set config.sft.trajectories=generate"
     references = encode_references(stage.tokenizer, batch.problems, remedy=remedy)
     most = stage.config.sft.max_new_tokens
@@ -138,7 +142,7 @@ def _references(
 def _generated(
     stage: Stage, step: int, batch: PromptBatch, here: HostRows
 ) -> tuple[list[Trajectory], HostRows]:
-    """The teacher's completions of this host's prompts, and which rows of the batch they are."""
+    """Returns the teacher's completions of this host's prompts, and their rows of the batch."""
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(
         stage.split.decodable_teacher(stage.split.trainable),

@@ -1,1 +1,1 @@
-"""Loss mathematics: arrays in, arrays out; no modules, no config."""
+"""Loss functions of arrays, which need neither modules nor a config."""

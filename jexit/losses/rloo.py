@@ -13,7 +13,7 @@ from jexit.losses.masked import masked_mean
 
 
 class Reward(NamedTuple):
-    """Reward of each rollout and its parts, each [J] (already signed and weighted)."""
+    """The reward of each rollout and its parts, each [J]; parts are already signed and weighted."""
 
     total_J: Float[Array, "J"]
     depth_J: Float[Array, "J"]
@@ -29,12 +29,12 @@ def depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J"]:
-    """What the depth penalty λ is charged on.
+    """Returns the depth cost of each rollout, which the depth penalty λ multiplies.
 
-    `mean` (arXiv:2603.21376): mean depth/L over action positions (`action_JW`), the passes that
-    could have left; a completion of one token has none and counts as full depth. Shallow filler
-    lowers it. `total`: Σ depth/L over all generated tokens (`token_JW`), divided by T_ref: the
-    compute of the answer, which no further token lowers.
+    `mean` (arXiv:2603.21376): the mean of depth/L over action positions (`action_JW`), the passes
+    that could have left. A completion of one token has no action position and counts as full depth.
+    Shallow filler lowers this mean. `total`: Σ depth/L over all generated tokens (`token_JW`),
+    divided by T_ref. This is the compute of the answer, which additional tokens cannot lower.
     """
     if norm == "total":
         return jnp.sum(depth_fraction_JW * token_JW, axis=1) / length_ref
@@ -53,10 +53,10 @@ def rewards(
     length_coef: Array | float,
     length_ref: float,
 ) -> Reward:
-    """R = verifier − λ·depth cost − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
+    """Computes R = verifier − λ·depth cost − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
 
-    The KL mean runs over all T generated tokens (`token_JW`). As T is the policy's own, β times
-    the gradient of that term is not exactly β times the gradient of a KL a token: it also favours
+    The KL mean runs over all T generated tokens (`token_JW`). Because the policy determines T, the
+    gradient of that term is not exactly β times the gradient of a KL per token. It also favours
     lengths over which the policy happens to stay near the teacher.
     """
     kl_J = masked_mean(log_ratio_JW, token_JW, axis=1)
@@ -71,14 +71,14 @@ def rewards(
 def group_advantages(
     rewards_J: Float[Array, "J *X"], rollouts: int, kind: str, keep_J: Array | None = None
 ) -> Float[Array, "J *X"]:
-    """Advantages within groups of `rollouts` adjacent rows; extra axes are treated one by one.
+    """Returns advantages within groups of `rollouts` adjacent rows, separately along extra axes.
 
-    `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j. `group_mean`: R_i − mean_j R_j.
-    `group_mean_std` (arXiv:2402.03300): that, divided by the group's standard deviation (n − 1)
-    plus 1e-4. Rows with keep_J = 0 take no part: advantage 0, and absent from others' baselines;
-    a row that is left alone gets 0.
+    `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j. `group_mean`: A_i = R_i − mean_j R_j.
+    `group_mean_std` (arXiv:2402.03300): the advantage of `group_mean`, divided by the group's
+    standard deviation (with n − 1) plus 1e-4. Rows with keep_J = 0 get advantage 0 and do not count
+    in the baselines of other rows. If only one row of a group counts, it gets 0.
 
-    Raises UserError for fewer than two rollouts: they would teach nothing.
+    Raises UserError if `rollouts` is below 2, because every advantage would be 0.
     """
     if rollouts < 2:
         raise UserError(
@@ -112,14 +112,15 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """The depth cost of a row less what was spent before each token, Σ_s d_s / n − Σ_{s<t} d_s / n̄.
+    """Returns a row's depth cost minus the part before each token, Σ_s d_s / n − Σ_{s<t} d_s / n̄.
 
-    For causal credit: token t (whose own pass has depth_t) is charged for depths at and after it.
-    Under `norm="total"` n = n̄ = T_ref, and the difference is exactly Σ_{s≥t} d_s / T_ref. Under
-    `mean` n is the row's number of action positions, n̄ the mean number of the prompt's other rows:
-    the row's own n depends on what it does later, so that Σ_{s<t} d_s / n is no baseline and would
-    reward ending the text. Where all rows are equally long this is Σ_{s≥t} d_s / n. A row without
-    action positions ran at full depth and costs 1, as in `depth_cost`.
+    This is causal credit: token t (whose own pass has depth_t) is charged only for the depths at
+    and after it. With `norm="total"`, n = n̄ = T_ref, and the difference is exactly
+    Σ_{s≥t} d_s / T_ref. With `mean`, n is the row's number of action positions, and n̄ is the mean
+    number in the prompt's other rows. The row's own n depends on its later tokens, so
+    Σ_{s<t} d_s / n would not be a baseline and would reward ending the text. If all rows are
+    equally long, the difference is Σ_{s≥t} d_s / n. A row without action positions ran at full
+    depth and costs 1, as in `depth_cost`.
     """
     total_J = depth_cost(depth_fraction_JW, action_JW, token_JW, norm=norm, length_ref=length_ref)
     spent_JW = depth_fraction_JW * (token_JW if norm == "total" else action_JW)
@@ -143,11 +144,11 @@ def policy_loss_terms(
     clip: float | None,
     importance_cap: float = 0.0,
 ) -> Float[Array, "B C"]:
-    """Loss of each action pair (token, depth), to be masked, summed and normalised by the caller.
+    """Returns the loss of each pair (token, depth); the caller masks, sums and normalises it.
 
-    clip None: REINFORCE, −A · log π, optionally weighted by the truncated ratio
-    min(π/π_behaviour, cap) with its gradient stopped. Otherwise PPO (arXiv:1707.06347):
-    −min(r·A, clip(r, 1 ± clip)·A) with r = π/π_behaviour.
+    If `clip` is None, the loss is REINFORCE, −A · log π, optionally weighted by the truncated ratio
+    min(π/π_behaviour, cap) with its gradient stopped. Otherwise it is PPO (arXiv:1707.06347),
+    −min(r·A, clip(r, 1 ± clip)·A), with r = π/π_behaviour.
     """
     log_ratio = log_prob_BC - behaviour_BC
     if clip is None:
@@ -164,9 +165,10 @@ def policy_loss_terms(
 def loss_weights(
     token_JW: Float[Array, "J W"], kind: str, token_budget: int
 ) -> Float[Array, "J W"]:
-    """Weights w with loss = Σ w·term: `constant` 1/(J·budget), `sequence` 1/(J·T_i), `tokens` 1/ΣT.
+    """Returns the weights w of the tokens, so that loss = Σ w·term.
 
-    The constant does not favour short answers (arXiv:2503.20783); it is the default.
+    w is 1/(J·budget) for `constant`, 1/(J·T_i) for `sequence` and 1/ΣT for `tokens`. The constant,
+    which is the default, does not favour short answers (arXiv:2503.20783).
     """
     batch = token_JW.shape[0]
     lengths_J1 = jnp.maximum(jnp.sum(token_JW, axis=1, keepdims=True), 1.0)
@@ -179,26 +181,28 @@ def loss_weights(
 
 
 def k2(log_student: Array, log_teacher: Array) -> Array:
-    """½·δ² at a sampled token, δ = log s/t: its mean gradient is that of KL(student ‖ teacher).
+    """Returns ½·δ² at a sampled token, δ = log s/t; its mean gradient is that of KL(s ‖ t).
 
-    Over tokens that the student itself sampled, E[δ·∇log s] = ∇ Σ s·log(s/t). Its mean value is
-    not that KL but agrees with it to second order (Schulman, "Approximating KL divergence").
+    Here s is the student and t the teacher. Over tokens that the student itself sampled,
+    E[δ·∇log s] = ∇ Σ s·log(s/t). The mean value is not that KL but agrees with it to second order
+    (Schulman, "Approximating KL divergence").
     """
     return 0.5 * jnp.square(log_student - log_teacher)
 
 
 def k3(log_student: Array, log_teacher: Array) -> Array:
-    """e^δ − δ − 1 ≥ 0 at a sampled token, δ = log t/s: its mean value is KL(student ‖ teacher).
+    """Returns e^δ − δ − 1 ≥ 0 at a sampled token, δ = log t/s; its mean value is KL(s ‖ t).
 
-    Its mean gradient over the student's own samples is that of KL(teacher ‖ student), the other
-    direction: E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman, "Approximating KL divergence").
+    Here s is the student and t the teacher. The mean gradient over the student's own samples is
+    that of the other direction, KL(t ‖ s): E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman,
+    "Approximating KL divergence").
     """
     delta = log_teacher - log_student
     return jnp.expm1(delta) - delta
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Share of groups whose task rewards are all equal: they teach nothing about the answer."""
+    """Returns the share of groups with equal task rewards, which teach nothing about the answer."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
@@ -208,11 +212,12 @@ def reached_decision_entropy(
     log_rest: Float[Array, "*A E"],
     exit_index: Int[Array, "*A"],
 ) -> Float[Array, "*A"]:
-    """Entropy of the leave/stay decisions at the exits reached, nats.
+    """Returns the entropy of the leave/stay decisions at the exits that were reached, in nats.
 
-    Its mean over the policy's own depths is the entropy of the depth law (chain rule), and unlike
-    that it reads no hazard beyond the token's own exit. Its gradient is only a part of the
-    entropy's: which exits are reached depends on the hazards too (`depth_entropy_bonus`).
+    Its mean over the policy's own depths is the entropy of the depth law (chain rule). Unlike the
+    latter, it does not need hazards beyond the token's own exit. Its gradient is only a part of the
+    gradient of the law's entropy, because the hazards also determine which exits are reached (see
+    `depth_entropy_bonus`).
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)
@@ -225,9 +230,10 @@ def reached_decision_entropy(
 def depth_entropy_bonus(
     reached_entropy: Float[Array, "*A"], depth_logprob: Float[Array, "*A"]
 ) -> Float[Array, "*A"]:
-    """A term whose mean gradient over the policy's own depths is that of the depth law's entropy.
+    """Returns a term whose gradient, on average over depths, is that of the depth law's entropy.
 
-    With h = `reached_decision_entropy`: ∇E_P[h] = E_P[∇h + h·∇log P(d)], the pathwise and the score
-    part. The first alone pulls every hazard to ½.
+    The depths must be the policy's own. With h = `reached_decision_entropy`, ∇E_P[h] =
+    E_P[∇h + h·∇log P(d)], a pathwise part plus a score-function part. The pathwise part alone would
+    pull every hazard to ½.
     """
     return reached_entropy + jax.lax.stop_gradient(reached_entropy) * depth_logprob

@@ -1,4 +1,4 @@
-"""Calibration: target hazards from KL divergences, depths to prescribe, and the exit loss."""
+"""Calibration losses: target hazards from KL divergences, draws of depths, and the exit loss."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jexit.model.exits import law_of_log_hazards
 def target_log_hazards(
     kl_nats: Float[Array, "*A E"], sharpness: float
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
-    """(log hazard, log(1 − hazard)) of the target hazard 2·(1 − σ(k·KL)) = 1 − tanh(k·KL/2).
+    """Returns (log h, log(1 − h)) of the target hazard h = 2·(1 − σ(k·KL)) = 1 − tanh(k·KL/2).
 
-    KL(π_L ‖ π_e) in nats, k the sharpness. In log space: log 2 + log σ(−k·KL), and
-    log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)), which is −∞ at KL = 0 where leaving is certain.
-    Source: arXiv:2603.21376, calibration targets.
+    KL is KL(π_L ‖ π_e) in nats, and k the sharpness. In log space, the first is
+    log 2 + log σ(−k·KL), and the second log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)). The second is −∞
+    at KL = 0, where leaving is certain. Source: arXiv:2603.21376, calibration targets.
     """
     x = sharpness * jnp.maximum(kl_nats.astype(jnp.float32), 0.0)
     leave = jnp.log(2.0) + jax.nn.log_sigmoid(-x)
@@ -32,11 +32,11 @@ def draw_exit_indices(
     samples: int,
     explore: float,
 ) -> tuple[Int[Array, "S *A"], Array]:
-    """S draws of the exit index (E: never left) from the law of the target hazards.
+    """Draws S exit indices per token from the law of the target hazards; index E is full depth.
 
-    With probability `explore` a draw is uniform over the E exits and full depth instead, so that
-    the student learns to finish where the teacher could not. Returns the indices and which of them
-    were explored.
+    With probability `explore`, a draw is uniform over the E exits and full depth instead, so that
+    the student also learns to finish at exits where the teacher could not. Returns the indices and
+    a mask of the explored ones.
     """
     log_law = law_of_log_hazards(leave, stay)
     law_key, flip_key, uniform_key = jax.random.split(key, 3)
@@ -54,11 +54,12 @@ def hazard_cross_entropy(
     *,
     stay_weight: float = 1.0,
 ) -> Float[Array, "*A"]:
-    """−[h* log h + w (1 − h*) log(1 − h)] of a hazard h and its target h*, given as its log.
+    """Returns −[h* log h + w (1 − h*) log(1 − h)] of a hazard h and its target h*.
 
-    At w = 1 its minimum is the mean of the targets that the head cannot tell apart. A larger w
-    divides the odds of that hazard by w: every exit on the way may leave too early, so that
-    sampling needs heads which leave where they are sure.
+    `target_leave` is log h*, and w is `stay_weight`. At w = 1, the best hazard is the mean of the
+    targets that the head cannot distinguish. A larger w divides the odds of that hazard by w. This
+    helps sampling, because a token can leave too early at each exit that it passes, so heads should
+    leave only when they are certain.
     """
     target = jnp.exp(target_leave)
     return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
@@ -72,11 +73,11 @@ def expected_exit_loss(
     *,
     stay_weight: float = 1.0,
 ) -> Float[Array, "*A"]:
-    """`hazard_cross_entropy` summed over the exits that a token reached, e ≤ index.
+    """Returns `hazard_cross_entropy` summed over the exits that a token reached, e ≤ index.
 
-    With w = 1 its mean over depths drawn from the targets' law is that of −log P_student(d), with
-    less noise; and each hazard keeps its own target when depths are explored. Exits beyond the
-    token's own were computed from what the continuation made of it and do not count.
+    With w = 1, its mean over depths drawn from the targets' law equals that of −log P_student(d),
+    with less noise. When depths are explored, each hazard still has its own target. Exits beyond
+    the token's own do not count, because their inputs come from the continuation.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]

@@ -1,1 +1,1 @@
-"""Pure jitted steps: (state, batch, key) → (state, metrics); nothing here touches a disk."""
+"""Pure jitted training steps, (state, batch, key) → (state, metrics), without any disk access."""

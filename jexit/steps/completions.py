@@ -1,4 +1,4 @@
-"""Prompts with completions on device, and the window of positions that produce the completions."""
+"""Prompts with completions as device arrays, and the positions that produce the completions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from jexit.model.attention import BRANCHES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """Rows that hold one or several completions J, none of which sees another.
+    """Rows that contain one or several completions J, which do not attend to each other.
 
-    Each comes after its prompt; with `branches`, those of one prompt that share a row come after
-    one copy of it, the trunk that all of them see: prompts run all layers, and so the same for all.
-    A completion's first token is produced by the last prompt position, which never leaves early.
-    Completion position c of a row holds a token that the pass at input position `source_BC`
-    produced, number `place_BC` of completion `owner_BC`; padding has place −1. `segment_BT` and
-    `positions_BT` are `run`'s (segment 0: padding).
+    Each completion follows its prompt. With `branches`, the completions of one prompt in a row
+    follow one copy of it, a trunk to which all of them attend. They can share it because prompts
+    run all layers and are therefore the same for all. The last prompt position, which never leaves
+    early, produces a completion's first token. Completion position c of a row contains the token
+    that the pass at input position `source_BC` produced. It is token number `place_BC` of
+    completion `owner_BC`; padding has place −1. `segment_BT` (0: padding) and `positions_BT` are
+    arguments of `run`.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -38,7 +39,7 @@ class Completions:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What `run` has to know of the rows."""
+        """The arguments of `run` that describe the rows."""
         return {
             "segment_BT": self.segment_BT,
             "positions_BT": self.positions_BT,
@@ -47,35 +48,38 @@ class Completions:
 
     @property
     def valid_BT(self) -> MaskBT:
-        """Positions that hold a token."""
+        """A mask of the positions that contain a token."""
         return self.segment_BT > 0
 
     @property
     def token_BC(self) -> Bool[Array, "B C"]:
-        """Positions that hold a generated token."""
+        """A mask of the positions that contain a generated token."""
         return self.place_BC >= 0
 
     @property
     def action_BC(self) -> Bool[Array, "B C"]:
-        """Positions whose token came from a pass that could leave: all but a completion's first."""
+        """A mask of the tokens whose pass could leave early: all but a completion's first."""
         return self.place_BC > 0
 
     def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
-        """Picks, for each completion position, the value at the input position that produced it."""
+        """Returns, for each completion position, the value at the input position it came from."""
         index = self.source_BC.reshape(*self.source_BC.shape, *([1] * (values.ndim - 2)))
         return jnp.take_along_axis(values, index, axis=1)
 
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
-        """Depths at input positions: `depth_BC` where a pass could leave, `layers` elsewhere."""
+        """Returns depths per input position: `depth_BC` if its pass could leave, else `layers`."""
         return self._at_inputs(depth_BC, layers)
 
     @property
     def action_BT(self) -> Bool[Array, "B T"]:
-        """Input positions whose pass could leave."""
+        """A mask of the input positions whose pass could leave early."""
         return self._at_inputs(jnp.ones_like(self.source_BC), 0) > 0
 
     def _at_inputs(self, values_BC: Int[Array, "B C"], elsewhere: int) -> Int[Array, "B T"]:
-        """Values of action positions at the input positions that produce them."""
+        """Returns action positions' values at the input positions that produced their tokens.
+
+        All other input positions get the value `elsewhere`.
+        """
         length = self.tokens_BT.shape[1]
 
         def scattered(source_C: Array, action_C: Array, values_C: Array) -> Array:
@@ -85,12 +89,12 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, values_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Values of each completion's tokens as the rows have them [B, C], 0 at padding."""
+        """Rearranges values per completion and token [J, W] to rows [B, C], with 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.place_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Values of the rows' tokens as [J, W], 0 beyond each completion's end."""
+        """Rearranges values in rows [B, C] to completions [J, W], with 0 after each one's end."""
         place_BC = jnp.where(self.token_BC, self.place_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, place_BC].set(values_BC, mode="drop")
@@ -102,9 +106,10 @@ def pad_completions(
     pad_id: int,
     shape: tuple[int, int] | None = None,
 ) -> Completions:
-    """A row for each completion, as NumPy arrays of `shape` (T, C), which must hold them.
+    """Puts each completion into a row of its own, in NumPy arrays of `shape` (T, C).
 
-    Without a shape T and C come from a short ladder of lengths, against recompilation.
+    All completions have to fit in `shape`. If it is None, T and C come from a short ladder of
+    lengths, which limits recompilation.
     """
     lengths = [len(completion) for completion in completions]
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
@@ -125,10 +130,11 @@ def pack_completions(
     prompt_of: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Completions:
-    """Rows of token ids as NumPy arrays of `shape` (B, T, C), completion j in row `row_of[j]`.
+    """Packs token ids into NumPy arrays of `shape` (B, T, C), completion j into row `row_of[j]`.
 
-    `prompt_of` numbers the prompts, of which each row has one copy; None gives each completion its
-    own. `numbers` are the completions' in the whole batch, where these are a part of it.
+    `prompt_of` contains the number of each completion's prompt, and a row gets one copy of each
+    prompt. If it is None, each completion gets its own copy. `numbers` are the completions' indices
+    in the whole batch, if these completions are only a part of it.
     """
     count, length, width = shape
     tokens_BT = np.full((count, length), pad_id, np.int32)
@@ -140,7 +146,7 @@ def pack_completions(
     trunks: dict[tuple[int, int], list[int]] = {}  # segment, last position, branches so far
 
     def write(row: int, ids: Sequence[int], segment: int, position: int) -> np.ndarray:
-        """Where in the row the ids now are."""
+        """Appends the ids to the row and returns their positions in it."""
         here = filled_B[row] + np.arange(len(ids))
         tokens_BT[row, here] = ids
         segment_BT[row, here] = segment
@@ -179,7 +185,7 @@ def pack_completions(
 
 
 def bucket_length(length: int) -> int:
-    """The next length in a geometric ladder (eighths of a power of two, at least 8)."""
+    """Rounds a length up to a geometric ladder, in steps of 1/8 of a power of two (at least 8)."""
     power = 1 << max(length - 1, 1).bit_length()
     notch = max(power // 16, 8)
     return -(-length // notch) * notch

@@ -1,10 +1,10 @@
 """The last phase of calibration: only the hazard heads train; the trunk stays fixed.
 
-The model runs over the trajectories once, at full depth and without a backward pass. The heads'
-inputs and the KLs behind their targets are stored, and the heads train on them for as many steps as
-they need: one such step costs a thousandth of a pass. What a token computes at full depth cannot
-change. The continuation keeps its fit: if it were trained on the KL at its end alone, the residuals
-in between would drift away from those that the keys and values of skipped layers need.
+The model runs over the trajectories once, at full depth and without a backward pass. This stores
+the heads' inputs and the KLs that determine their targets. The heads can then train for many steps,
+because one such step costs a thousandth of a pass. The computation at full depth cannot change. The
+continuation keeps its fit: if it were trained only on the KL after the last layer, the residuals in
+between would drift away from those that the keys and values of skipped layers need.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExitStates:
-    """What the heads learn from, at completion positions N and exits E."""
+    """The training data of the heads, at completion positions N and exits E."""
 
-    residual_NED: Array  # that they read
+    residual_NED: Array  # the heads' inputs
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e
 
 
 def make_exit_states(
     split: SplitModel,
 ) -> Callable[[Params, Fixed, Completions], ExitStates]:
-    """The jitted (trainable, fixed, batch) → states at its B·C completion positions, padded."""
+    """Returns the jitted (trainable, fixed, batch) → states at its B·C completion positions.
+
+    Positions of padding are included.
+    """
 
     def states(trainable: Params, fixed: Fixed, batch: Completions) -> ExitStates:
         model = split.student(trainable, fixed)
@@ -64,10 +67,11 @@ def make_exit_states(
 def make_lens_step(
     split: SplitModel, optimizer: optax.GradientTransformation, config: SFTConfig
 ) -> Callable[[TrainState, Fixed, ExitStates, Int[Array, "M"]], tuple[TrainState, Metrics]]:
-    """The jitted step (state, fixed, states, position_M) → (state, metrics).
+    """Returns the jitted step (state, fixed, states, position_M) → (state, metrics).
 
-    loss = w_exit · mean over exits and the positions M of H(h*_e, h_e), `hazard_cross_entropy` with
-    the target h*_e = 1 − tanh(k·KL_e / 2). `optimizer` has to leave all but the heads alone.
+    loss = w_exit · mean over exits and the positions M of H(h*_e, h_e), where H is
+    `hazard_cross_entropy` and the target is h*_e = 1 − tanh(k·KL_e / 2). `optimizer` must change
+    only the heads.
     """
     exit_layers = split.student(split.trainable).exit_layers
 

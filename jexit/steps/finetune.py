@@ -1,4 +1,4 @@
-"""One step of fine-tuning: cross-entropy on reference completions, every token at full depth."""
+"""The fine-tuning step: cross-entropy on reference completions, with all tokens at full depth."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 def make_finetune_step(
     split: SplitModel, optimizer: optax.GradientTransformation, *, micro_batches: int = 1
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
-    """The jitted step (state, fixed, batch, key) → (state, metrics).
+    """Returns the jitted step (state, fixed, batch, key) → (state, metrics).
 
-    loss = −mean log p(y_t) over the tokens of the completions, their end tokens included.
+    loss = −mean log p(y_t) over the tokens of the completions, including their end tokens.
     """
 
     def step(

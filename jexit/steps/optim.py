@@ -1,4 +1,4 @@
-"""AdamW with separate learning rates, accumulation, clipping, and steps that survive NaN."""
+"""AdamW with separate learning rates, accumulation, clipping, and skipped non-finite steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ LossFn = Callable[[Params, Any, PRNGKey], tuple[Array, Metrics]]
 
 
 def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
-    """Linear warm-up to `peak`, then constant, linear or cosine decay to final_fraction·peak."""
+    """Returns a learning-rate schedule with a linear warm-up to `peak`.
+
+    After the warm-up, the rate stays constant or decays to final_fraction·peak by step `steps`,
+    linearly or as a cosine.
+    """
     warmup, end = config.warmup_steps, config.final_fraction * peak
     rest = max(steps - warmup, 1)
     decay = {
@@ -30,16 +34,17 @@ def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
     }[config.schedule]()
     if warmup == 0:
         return decay
-    # Step 0 already learns: the ramp starts one notch above zero.
+    # The ramp starts above zero, so that step 0 already changes the parameters.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([ramp, decay], [warmup])
 
 
 def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW per label with its own rate; decay on matrices only.
+    """Returns an optimiser that clips by the global norm, then applies AdamW.
 
-    The continuation is clipped by a norm of its own: it reads residuals as they are, and its
-    gradient, a hundred times that of all others in real models, would be most of a common norm.
+    Each label has its own learning rate, and weight decay applies to matrices only. The
+    continuation is clipped by a norm of its own. It reads unnormalised residuals, so its gradient,
+    which is a hundred times that of all others in real models, would dominate a common norm.
     """
     peaks = {
         "lora": config.lora_lr,
@@ -73,9 +78,9 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
 
 
 def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
-    """Micro-batch `index` of a pytree of arrays: rows index, index + micro_batches, …
+    """Returns micro-batch `index` of a pytree of arrays: rows index, index + micro_batches, …
 
-    Every micro-batch has an equal share of each device's rows, so none of them has to move.
+    Each micro-batch contains an equal share of each device's rows, so no row moves between devices.
     """
 
     def cut(rows: Array) -> Array:
@@ -86,7 +91,7 @@ def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
 
 
 def joined(parts: Any) -> Any:
-    """Micro-batches [micro_batches, rows, …] as one batch again, in the order of `micro_batch`."""
+    """Joins micro-batches [micro_batches, rows, …] into one batch, in the rows' original order."""
     return jax.tree.map(lambda rows: jnp.swapaxes(rows, 0, 1).reshape(-1, *rows.shape[2:]), parts)
 
 
@@ -95,8 +100,8 @@ def accumulated_gradients(
 ) -> tuple[Array, Metrics, Params]:
     """Sums loss, metrics and gradients over the micro-batches `take(0)` … `take(count − 1)`.
 
-    `loss_fn` returns shares: values already divided by the whole batch's denominators, so that the
-    sums equal one pass over the whole batch, whatever the rows' lengths.
+    `loss_fn` returns values that are already divided by the whole batch's denominators. Their sums
+    therefore equal the results of one pass over the whole batch, whatever the rows' lengths.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -109,7 +114,10 @@ def accumulated_gradients(
 
 
 def summed(one: Callable[[Array], Any], count: int) -> Any:
-    """one(0) + … + one(count − 1), trees of arrays, in a loop whose body is compiled once."""
+    """Returns one(0) + … + one(count − 1), which are pytrees of arrays.
+
+    The sum is computed in a loop whose body is compiled once.
+    """
     if count == 1:
         return one(jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
@@ -122,7 +130,7 @@ def summed(one: Callable[[Array], Any], count: int) -> Any:
 
 
 def _all_finite(tree: Any) -> Array:
-    """Whether no array of a tree holds NaN or infinity."""
+    """Returns whether all values in the arrays of a tree are finite."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves))
 
@@ -133,9 +141,10 @@ def apply_gradients(
     gradients: Params,
     loss: Array,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step, skipped and counted where loss, gradients or its result are not finite.
+    """Takes one optimiser step, unless the loss, the gradients or the result are not finite.
 
-    Skipped: parameters and the optimiser's state stay as they were.
+    In that case the step is skipped and counted: parameters and the optimiser's state stay
+    unchanged.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

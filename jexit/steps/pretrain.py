@@ -1,4 +1,4 @@
-"""Next-token training of the whole trunk, optionally with a loss at every exit's logit lens."""
+"""The pretraining step: next-token prediction, optionally with a loss at each exit's logit lens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jexit.steps.state import Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PretrainBatch:
-    """Rows of several texts; weights and groups belong to the token as a target.
+    """Rows of several texts; the weight and the group of a token apply to it as a target.
 
-    `segment_BT` numbers a row's texts (0: padding), none of which sees another, `position_BT` each
-    one's tokens, and `group_BT` classes of targets (0: none) whose probability is reported one by
-    one. The first token of a text has weight 0.
+    `segment_BT` numbers a row's texts (0: padding), which do not attend to each other, and
+    `position_BT` numbers the tokens of each text. `group_BT` numbers groups of targets (0: none);
+    the mean probability of each group is a metric. The first token of a text has weight 0.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -42,10 +42,11 @@ def make_pretrain_step(
     groups: tuple[str, ...],
     micro_batches: int = 1,
 ) -> Callable[[TrainState, PretrainBatch, PRNGKey], tuple[TrainState, Metrics]]:
-    """The jitted step.
+    """Returns the jitted step (state, batch, key) → (state, metrics).
 
-    loss = Σ w_t · −log p(x_t) / Σ w_t  +  exit_loss / E · Σ_e (the same at exit e's logit lens).
-    Metrics carry, for each named group of targets, the mean probability given to the right token.
+    loss = L + exit_loss / E · Σ_e L_e, where L = Σ w_t · −log p(x_t) / Σ w_t, and L_e is L with the
+    probabilities of exit e's logit lens. For each named group of targets, the metrics contain the
+    mean probability of the right token.
     """
     exits = len(split.student(split.trainable).exit_layers)
 

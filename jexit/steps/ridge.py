@@ -1,16 +1,17 @@
-"""Ridge regression of the linear continuation, from sums over the teacher's tokens.
+"""Fits the linear continuation by ridge regression, from sums over the teacher's tokens.
 
-One pass over the trajectories, the sums on device, the solution on the host in float64. The map of
-layer m is fitted on what it will be given: the residuals to which the maps before it have taken
-the tokens of every exit up to m, as many from each. With such an input x and the residual y that
-the layers themselves gave the token, u = y − x, over positions whose pass may leave:
+One pass over the trajectories accumulates the sums on the devices; the host solves for the maps in
+float64. The map of layer m is fitted on the inputs that it will receive: the residuals at every
+exit up to m, with equal weight per exit, after the maps of the layers from that exit to m. Let x be
+such an input, y the residual of the same token at full depth after layer m, and u = y − x. Over
+positions whose pass may leave:
 
     A = argmin Σ |(u − ū) − (x − x̄) A|² + strength · n · Σ_d var(x_d) |A_d|²,   b = ū − x̄ A
 
-so that strength is in units of each input's variance. It is the one, of a few, that predicts
-held-back trajectories best. Every x is linear in a residual at an exit, so that covariances of
-these residuals with the later ones are all that is needed. Sources of linear maps between layers:
-arXiv:2303.08112, arXiv:2303.09435.
+The strength is thus in units of each input's variance. Of a few strengths, the fit uses the one
+that predicts held-back trajectories best. Every x is a linear function of a residual at an exit, so
+the fit needs only the covariances of these residuals with the later ones. Sources of linear maps
+between layers: arXiv:2303.08112, arXiv:2303.09435.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from jexit.steps.completions import Completions
 from jexit.steps.state import Fixed, Params, SplitModel
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-ORIGINS = ("x_origin_ED", "v_origin_PD")  # of Sums
+ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of Sums
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums over tokens of the residuals x at the exits, and of how far later layers move them.
+    """Sums over tokens of the residuals x at the exits, and of their displacements by later layers.
 
-    One displacement v = h_{m+1} − x for each pair P of an exit and a layer m from it on, as `pairs`
-    has them. All are less an origin about the mean, which keeps float32 from losing what differs
-    between tokens: the mean of the first batch, unless the sums begin with another's (`beside`).
+    There is one displacement v = h_{m+1} − x for each pair P of an exit and a layer m that its
+    tokens skip; see `pairs`. An origin near the mean is subtracted from all values, because float32
+    would otherwise lose the differences between tokens. The origin is the mean of the first batch,
+    unless `beside` copied it from other sums.
     """
 
     count: Float[Array, ""]
@@ -63,7 +65,7 @@ class Sums:
         def matrix(rows: int) -> Array:
             return constrain(jnp.zeros((rows, width, width)), "LDF")
 
-        # Arrays of their own, each to be donated.
+        # Separate arrays, because each is donated.
         return cls(
             count=jnp.zeros(()),
             x_origin_ED=vector(exits),
@@ -76,7 +78,7 @@ class Sums:
         )
 
     def beside(self) -> Sums:
-        """Empty sums with the same origins as these."""
+        """Returns empty sums with the same origins as these."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
@@ -86,12 +88,12 @@ class Sums:
 
 
 def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
-    """(exit index, layer) of every layer that a token of that exit skips."""
+    """Returns (exit index, layer) for each exit and each layer that its tokens skip."""
     return [(e, m) for e, first in enumerate(exit_layers) for m in range(first, layers)]
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
-    """The jitted (sums, trainable, fixed, batch) → sums with the batch's tokens added."""
+    """Returns the jitted (sums, trainable, fixed, batch) → sums with the batch's tokens added."""
     model = split.student(split.trainable)
     exits = len(model.exit_layers)
     exit_P, layer_P = np.asarray(pairs(model.exit_layers, model.arch.layers), np.int32).T
@@ -105,7 +107,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """(values less their origin, the origin), which is their mean where there is none."""
+            """Returns (values − origin, origin); an origin that is not set becomes their mean."""
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
@@ -153,7 +155,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Means and covariances of inputs x and updates u of one layer, in float64."""
+    """The means and covariances of the inputs x and updates u of one layer, in float64."""
 
     x_D: np.ndarray
     u_D: np.ndarray
@@ -163,7 +165,7 @@ class Moments:
 
     @classmethod
     def mixed(cls, parts: list[Moments]) -> Moments:
-        """Those of tokens of which each part has as many."""
+        """Returns the moments of a mixture in which all parts have equal weight."""
         x_D = np.mean([part.x_D for part in parts], 0)
         u_D = np.mean([part.u_D for part in parts], 0)
         xx_DD, xu_DD, uu_D = 0.0, 0.0, 0.0
@@ -175,7 +177,7 @@ class Moments:
         return cls(x_D, u_D, xx_DD, xu_DD, uu_D)
 
     def ridge(self, strength: float) -> tuple[np.ndarray, np.ndarray]:
-        """(A, b) of the update x·A + b."""
+        """Returns (A, b) of the ridge fit u ≈ x·A + b."""
         scale_D = np.sqrt(np.maximum(np.diag(self.xx_DD), np.finfo(np.float64).tiny))
         correlation_DD = self.xx_DD / scale_D[:, None] / scale_D
         correlation_DD[np.diag_indices(len(scale_D))] += strength
@@ -186,7 +188,7 @@ class Moments:
         return a_DD, self.u_D - self.x_D @ a_DD
 
     def unexplained(self, a_DD: np.ndarray, b_D: np.ndarray) -> float:
-        """Mean over dimensions of the squared error of u ≈ x·A + b over the variance of u."""
+        """Returns the squared error of u ≈ x·A + b over the variance of u, averaged over D."""
         shift_D = self.u_D - self.x_D @ a_DD - b_D
         error_D = (
             self.uu_D
@@ -198,14 +200,17 @@ class Moments:
 
 
 class Chain:
-    """Where the maps fitted so far take a residual x of each exit: x + x·Q + c."""
+    """The composition of the maps fitted so far, x + x·Q + c, for residuals x of each exit."""
 
     def __init__(self, exits: int, width: int):
         self.q_EDD = np.zeros((exits, width, width))
         self.c_ED = np.zeros((exits, width))
 
     def moments(self, sums: Sums, exit_index: int, pair: int) -> Moments:
-        """Of the chain's state and of what it lacks to the pair's residual; `sums` in NumPy."""
+        """Returns the moments with the chain's output as x and the pair's residual minus it as u.
+
+        `sums` must contain NumPy arrays.
+        """
         n, e, p = float(sums.count), exit_index, pair
         q_DD, c_D = self.q_EDD[e], self.c_ED[e]
         x_D, v_D, xx_DD, xv_DD, vv_D = (
@@ -225,7 +230,7 @@ class Chain:
         )
 
     def goes_on(self, exits: list[int], a_DD: np.ndarray, b_D: np.ndarray) -> None:
-        """The states of those exits take one more layer's map."""
+        """Appends one more layer's map to the chain of these exits."""
         for e in exits:
             self.c_ED[e] += self.c_ED[e] @ a_DD + b_D
             self.q_EDD[e] += a_DD + self.q_EDD[e] @ a_DD
@@ -233,23 +238,23 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The maps of all layers, and how each does on what was held back."""
+    """The maps of all layers, with their ridge strengths and errors on the held-back tokens."""
 
     maps: tuple[np.ndarray, ...]  # A [L, D, D], or with a rank its factors [L, D, R], [L, R, D]
     b_LD: np.ndarray
     strength_L: list[float]
-    unexplained_L: list[float]  # share of the held-back updates' variance, before all is fitted
+    unexplained_L: list[float]  # share of held-back variance, for maps fitted without these tokens
 
 
 def fit(
     sums: Sums, held_back: Sums, exit_layers: tuple[int, ...], layers: int, *, rank: int = 0
 ) -> Fit:
-    """Ridge maps of every layer from `sums` and `held_back` together, zero below the first exit.
+    """Fits ridge maps of every layer to `sums` and `held_back` together; zero below the first exit.
 
-    The strength is that of `STRENGTHS` whose map from `sums` alone leaves the least of the
-    held-back variance unexplained; the lists begin with the first exit's layer. With a `rank` each
-    map is the best factored one, and later maps are fitted on what it leads to. Both are NumPy
-    arrays with tokens in them.
+    For each layer, it uses the one of `STRENGTHS` whose map, fitted to `sums` alone, leaves the
+    least of the held-back variance unexplained. The lists of the result start at the first exit's
+    layer. With a `rank`, each map is the best factored one, and later maps are fitted to its
+    outputs. `sums` and `held_back` must contain NumPy arrays, and each at least one token.
     """
     exits, width = sums.x_ED.shape
     both = together(sums, held_back)
@@ -265,7 +270,7 @@ def fit(
             return Moments.mixed([chain.moments(of, e, pair_of[e, layer]) for e in here])
 
         def extend(chain: Chain, of: Moments, strength: float, here: list[int] = here) -> tuple:
-            """The layer's factors, or the whole map, and b; the chain goes on by them."""
+            """Appends the layer's map to the chain; returns its factors (or matrix) and b."""
             a_DD, b_D = of.ridge(strength)
             found = factors(a_DD, of.xx_DD, rank) if rank else (a_DD,)
             if rank:
@@ -286,7 +291,7 @@ def fit(
 
 
 def together(one: Sums, other: Sums) -> Sums:
-    """Sums of the tokens of both, which have the same origin."""
+    """Returns the sums over the tokens of both, which must have the same origins."""
     return Sums(
         **{
             f.name: getattr(one, f.name) + (0 if f.name in ORIGINS else getattr(other, f.name))
@@ -296,9 +301,10 @@ def together(one: Sums, other: Sums) -> Sums:
 
 
 def factors(a_DD: np.ndarray, xx_DD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best factors [D, R] · [R, D] of a map for inputs with this covariance.
+    """Returns the best factors [D, R] · [R, D] of a map, for inputs with covariance `xx_DD`.
 
-    Reduced-rank regression: the leading right singular vectors of L'A, with L L' = cov(x).
+    This is reduced-rank regression, which uses the leading right singular vectors of L'A, with
+    L L' = cov(x).
     """
     left = scipy.linalg.cholesky(xx_DD + 1e-6 * np.diag(np.diag(xx_DD)), lower=True)
     _, _, right = np.linalg.svd(left.T @ a_DD, full_matrices=False)

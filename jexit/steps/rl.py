@@ -1,4 +1,4 @@
-"""One update of RLOO over pairs of token and depth, with a depth penalty."""
+"""The RL step: an RLOO update over pairs of token and depth, with a depth penalty."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RLBatch:
-    """Rollouts J, those of one prompt adjacent, with what was recorded, in rows to train on.
+    """Rollouts J with the values recorded in sampling, and the rows to train on.
 
-    `logprobs_JW` is of the tempered distribution that the token was drawn from, `depth_logprobs_JW`
-    of the depth under the policy's law (0 at position 0, which nobody chose).
+    Rollouts of the same prompt are adjacent. `logprobs_JW` contains each token's log-probability
+    under the tempered distribution from which it was drawn. `depth_logprobs_JW` contains that of
+    each depth under the policy's law (0 at position 0, where the depth is not chosen).
     """
 
     rows: Completions
@@ -60,33 +61,33 @@ class RLBatch:
 
     @property
     def token_JW(self) -> Bool[Array, "J W"]:
-        """Positions that hold a generated token."""
+        """A mask of the positions that contain a generated token."""
         return jnp.arange(self.depth_JW.shape[1]) < self.lengths_J[:, None]
 
     @property
     def action_JW(self) -> Bool[Array, "J W"]:
-        """Positions whose token came from a pass that could leave: all but the first."""
+        """A mask of the tokens whose pass could leave early: all but the first."""
         return self.token_JW & (jnp.arange(self.depth_JW.shape[1]) > 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Penalties:
-    """λ and μ of this step; arrays, so that a schedule does not recompile."""
+    """λ and μ of this step, as arrays, so that a schedule does not cause recompilation."""
 
     depth_coef: Float[Array, ""] | float
     length_coef: Float[Array, ""] | float
 
 
 RLStep = Callable[[TrainState, Fixed, RLBatch, Penalties, PRNGKey], tuple[TrainState, Metrics]]
-# Of `config.kl_loss`, those computed from whole distributions, and their direction in `linear_kl`.
+# The values of `config.kl_loss` that need whole distributions, and their direction in `linear_kl`.
 EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Rows with all that stays constant during a batch's updates."""
+    """Rows with all values that stay constant during the updates on a batch."""
 
     rows: Completions
     depth_BC: Int[Array, "B C"]
@@ -105,9 +106,9 @@ def make_rl_step(
     *,
     micro_batches: int = 1,
 ) -> RLStep:
-    """The jitted update (state, fixed, batch, penalties, key) → (state, metrics).
+    """Returns the jitted update (state, fixed, batch, penalties, key) → (state, metrics).
 
-    Scores the rollouts with the teacher, forms rewards and advantages, and takes
+    The update scores the rollouts with the teacher, computes rewards and advantages, and takes
     `updates_per_batch` optimiser steps on `policy_loss`.
     """
 
@@ -132,7 +133,7 @@ def make_rl_step(
                 jax.random.fold_in(key, update),
             )
             state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
-            if update > 0:  # the gap to the sampler means something only before the first update
+            if update > 0:  # the gap to the sampler is meaningful only before the first update
                 loss_metrics.pop("sampler_gap")
             metrics |= loss_metrics | update_metrics
         metrics["tokens"] = jnp.sum(batch.lengths_J).astype(jnp.float32)
@@ -148,7 +149,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """The teacher's log-probabilities, rewards and advantages of a batch, and metrics of them."""
+    """Scores a batch with the teacher; returns it with advantages and weights, and its metrics."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -196,7 +197,7 @@ def teacher_scores(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Float[Array, "B C"], Array | None]:
-    """log π_teacher of every token, and the teacher's hidden states for the exact KL."""
+    """Returns log π_teacher of every token, and the teacher's hidden states if a KL needs them."""
     wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
 
     def one(index: Array) -> tuple[Array, Array | None]:
@@ -212,7 +213,7 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """depth/L of every token, which passes could leave, which positions hold a token: [J, W]."""
+    """Returns depth/L, the mask of passes that could leave, and the mask of tokens, each [J, W]."""
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -224,10 +225,10 @@ def advantages(
     depth_coef: Array | float,
     config: RLConfig,
 ) -> Float[Array, "J W"]:
-    """Advantage of every pair of token and depth, from `depth_shares` and the rewards.
+    """Returns the advantage of every pair of token and depth, from rewards and `depth_shares`.
 
-    All of a completion's are equal, but with `causal_depth`: then a token is charged for the depths
-    at and after it.
+    All pairs of a completion have the same advantage, unless `causal_depth` is set. Then a token is
+    charged only for the depths at and after it.
     """
     if not config.causal_depth:
         advantage_J = group_advantages(reward.total_J, config.rollouts, config.advantage, keep_J)
@@ -242,11 +243,11 @@ def advantages(
 def policy_loss(
     student: Transformer, item: Scored, config: RLConfig, teacher_head_VD: Array | None
 ) -> tuple[Array, Metrics]:
-    """This part's share of the loss and of its metrics.
+    """Returns the share of these rows in the loss and in its metrics.
 
-    −Σ w·A·[log π(y | d) + log P(d)] (REINFORCE), or PPO's clipped ratio where a batch has several
-    updates, plus the KL to the teacher and less the bonus on the depth's entropy.
-    `teacher_head_VD` is None where the student's is the same.
+    The loss is −Σ w·A·[log π(y | d) + log P(d)] (REINFORCE), or PPO's clipped ratio if a batch has
+    several updates, plus the KL to the teacher, minus the bonus on the entropy of depths.
+    `teacher_head_VD` is None if teacher and student have the same output head.
     """
     rows, depth_BC = item.rows, item.depth_BC
     exit_layers, layers = student.exit_layers, student.arch.layers
@@ -304,7 +305,10 @@ def kl_terms(
     config: RLConfig,
     teacher_head_VD: Array | None,
 ) -> Float[Array, "B C"]:
-    """The KL to the teacher at each token: exact, or `kl_loss`'s estimate from the token alone."""
+    """Returns the KL to the teacher at each token: exact, or the estimate `k2` or `k3`.
+
+    The estimates use only the sampled token.
+    """
     if config.kl_loss not in EXACT_KL:
         return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
     return linear_kl(
@@ -317,9 +321,10 @@ def kl_terms(
 
 
 def tempered(hidden_BCD: Array, temperature: float) -> Array:
-    """Hidden states over the sampling temperature.
+    """Returns the hidden states divided by the sampling temperature, in float32.
 
-    The sampler divides float32 logits; rounding the quotient to bfloat16 here would open a gap.
+    The sampler divides float32 logits, so a quotient rounded to bfloat16 would cause a gap between
+    the two. At temperature 1, the hidden states stay unchanged.
     """
     return hidden_BCD if temperature == 1.0 else hidden_BCD.astype(jnp.float32) / temperature
 
@@ -327,13 +332,13 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 def token_logprobs(
     head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"]
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Log-probability of each token, and the entropy of its distribution, in nats."""
+    """Returns each token's log-probability and the entropy of its distribution, in nats."""
     result = linear_logprob(_flat(hidden_BCD), head_VD, _flat(tokens_BC))
     return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Depth of the passes that produced the tokens."""
+    """Returns metrics of the depths of the passes that produced the tokens."""
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {
@@ -350,5 +355,5 @@ def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> 
 
 
 def _flat(values: Array) -> Array:
-    """[B, C, …] → [B·C, …]."""
+    """Reshapes [B, C, …] to [B·C, …]."""
     return values.reshape(-1, *values.shape[2:])

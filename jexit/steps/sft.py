@@ -1,4 +1,4 @@
-"""One step of calibration: exits learn the teacher's certainty, adapters to finish early."""
+"""The calibration step: exits learn the teacher's certainty, adapters learn to finish early."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def make_sft_step(
     *,
     micro_batches: int = 1,
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
-    """The jitted calibration step (state, fixed, batch, key) → (state, metrics).
+    """Returns the jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
-    Per micro-batch of rows: the teacher runs once (`targets`); S depth assignments are drawn from
-    the target hazards; the student runs each (`calibration_loss`). The loss is averaged over action
-    positions and the S draws.
+    For each micro-batch of rows, the teacher runs once (`targets`), S depth assignments are drawn
+    from the target hazards, and the student runs with each of them (`calibration_loss`). The loss
+    is averaged over action positions and the S draws.
     """
 
     def step(
@@ -55,7 +55,7 @@ def make_sft_step(
             return calibration_loss(student, item, actions, config, key, teacher_head_VD)
 
         def gradients_of(index: Array) -> tuple[Array, Metrics, Params]:
-            """The S students of one micro-batch share its teacher."""
+            """Returns loss, metrics and gradients; the S students share one teacher pass."""
             rows = micro_batch(batch, index, micro_batches)
             student = split.student(state.trainable, fixed)
             hidden_BCD, leave_BCE, stay_BCE = targets(student, teacher, rows, config)
@@ -83,21 +83,22 @@ def make_sft_step(
 
 
 class Taught(NamedTuple):
-    """Rows with what their student is to learn: the teacher's states, target hazards, depths."""
+    """Rows with the student's targets: the teacher's states, the target hazards and the depths."""
 
     rows: Completions
-    hidden_BCD: Array  # the teacher's final ones
+    hidden_BCD: Array  # final hidden states of the teacher
     leave_BCE: Float[Array, "B C E"]  # log target hazards
-    exits_BC: Int[Array, "B C"]  # prescribed
+    exits_BC: Int[Array, "B C"]  # prescribed exit indices
 
 
 def targets(
     student: Transformer, teacher: Transformer, rows: Completions, config: SFTConfig
 ) -> tuple[Array, Float[Array, "B C E"], Float[Array, "B C E"]]:
-    """The teacher's final hidden states [B, C, D] and the (log target hazard, log of its rest).
+    """Returns the teacher's final hidden states [B, C, D], log h* and log(1 − h*) of the targets.
 
-    Targets follow from KL(teacher final ‖ exit e) of the teacher's own exits, or of the student's
-    at full depth (`target="student"`). No gradient.
+    The target hazards h* follow from KL(teacher final ‖ exit e), measured at the teacher's own
+    exits or, with `target="student"`, at the student's exits at full depth. No gradient flows
+    through the results.
     """
     from_teacher = config.target == "teacher"
     taught = run(
@@ -130,11 +131,11 @@ def calibration_loss(
     key: PRNGKey,
     teacher_head_VD: Array | None,
 ) -> tuple[Array, Metrics]:
-    """This part's share of KL(student, teacher) + w_exit · exit loss, and of the metrics.
+    """Returns the share of these rows in KL(student, teacher) + w_exit · exit loss, and metrics.
 
-    `actions` counts the action positions of the whole batch, S times; `teacher_head_VD` is None
-    where the student's is the same. With explored depths the exit loss is the expected one:
-    −log P(d) would teach the exploration to the heads.
+    `actions` is S times the number of action positions in the whole batch. `teacher_head_VD` is
+    None if teacher and student have the same output head. Explored depths need the expected exit
+    loss, because −log P(d) would teach the exploration to the heads.
     """
     rows, exits_BC = item.rows, item.exits_BC
     exit_layers, layers = student.exit_layers, student.arch.layers
@@ -179,5 +180,5 @@ def calibration_loss(
 
 
 def _flat(hidden_BCD: Array) -> Array:
-    """[B, C, D] → [B·C, D]."""
+    """Reshapes [B, C, D] to [B·C, D]."""
     return hidden_BCD.reshape(-1, hidden_BCD.shape[-1])

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state of a training run, and the split of a model into trainable and fixed parameters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Params = Any  # nested nnx.State of arrays
 class TrainState:
     """Trainable parameters, optimiser state and counters.
 
-    `step` is the data cursor too: batches and PRNG keys derive from (seed, step), so a restored
-    state continues exactly where it stopped. `skipped` counts non-finite steps in a row.
+    `step` is also the data cursor: batches and PRNG keys derive from (seed, step), so a restored
+    state continues exactly where it stopped. `skipped` counts consecutive non-finite steps.
     """
 
     step: Int[Array, ""]
@@ -34,9 +34,10 @@ class TrainState:
 
 
 class Fixed(NamedTuple):
-    """What a run does not train: frozen parameters and, in full fine-tuning, the teacher's copy.
+    """The parameters that a run does not train, with the teacher's copy in full fine-tuning.
 
-    Jitted steps take it as an argument; closed over, it would be compiled in as constants.
+    Jitted steps receive them as an argument, because arrays in a closure would be compiled into the
+    program as constants.
     """
 
     frozen: Params
@@ -44,19 +45,19 @@ class Fixed(NamedTuple):
 
 
 class SplitModel(NamedTuple):
-    """A model taken apart once, so that steps stay functional."""
+    """A model that is split once into graph and parameters, so that steps stay pure functions."""
 
     graphdef: nnx.GraphDef
     trainable: Params
     fixed: Fixed
 
     def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """The module with these trainable parameters; cheap, and meant for inside a trace."""
+        """Returns the module with these trainable parameters; cheap enough for use in a trace."""
         fixed = self.fixed if fixed is None else fixed
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
     def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """The module whose trunk is the base model; run it with `adapters=False`."""
+        """Returns the module whose trunk is the base model; run it with `adapters=False`."""
         fixed = self.fixed if fixed is None else fixed
         if fixed.teacher is not None:
             trainable = fixed.teacher
@@ -67,18 +68,19 @@ class SplitModel(NamedTuple):
         return self.fixed.teacher is not None
 
     def decodable(self, trainable: Params) -> tuple:
-        """(graphdef, states…) as `jexit.rollout` takes it."""
+        """Returns (graphdef, states…), the form that `jexit.rollout` accepts."""
         return (self.graphdef, trainable, self.fixed.frozen)
 
     def decodable_teacher(self, trainable: Params) -> tuple:
-        """The same for the teacher; decode it with `adapters=False`."""
+        """Returns `decodable` of the teacher; decode it with `adapters=False`."""
         return self.decodable(self.fixed.teacher if self.teacher_has_own_head else trainable)
 
 
 def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) -> SplitModel:
-    """Splits into trainable and fixed parameters: adapters and heads train, or all if `full`.
+    """Splits a model into trainable and fixed parameters.
 
-    With `full` the teacher is a second copy of the parameters, unless `keep_teacher` is off.
+    Adapters and exit heads are trainable, or all parameters with `full`. In that case the teacher
+    is a second copy of the parameters, unless `keep_teacher` is False.
     """
     trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
     graphdef, trainable, frozen = nnx.split(model, trains, ...)
@@ -92,10 +94,10 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 
 
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
-    """The kind of each parameter of the trainable tree.
+    """Returns the kind of each trainable parameter, as a tree of the same structure.
 
-    `lora`, `exit` and `exit_hidden` (of the heads' output and hidden layers), `continuation` or
-    `base`.
+    Kinds are `lora`, `exit` (output layers of the heads), `exit_hidden` (their hidden layers),
+    `continuation` and `base`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
@@ -118,6 +120,6 @@ def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def step_key(seed: int, step: int | Array, stream: int = 0) -> PRNGKey:
-    """PRNG key of one step; `stream` tells apart independent uses within the step."""
+    """Returns the PRNG key of one step; `stream` separates independent uses within the step."""
     key = jax.random.fold_in(jax.random.key(seed), stream)
     return jax.random.fold_in(key, step)

@@ -77,7 +77,7 @@ def test_a_mistake_in_the_third_batch_loses_nothing(model_dir, tmp_path, task_fi
     task_file.write_text(ROWS + REWARDS + THIRD.replace("FAULT", fault))
     own = {"task__name": str(task_file), "task__time_limit": 0.5}
     with pytest.raises(
-        UserError, match=rf"reward function {said}.* \(the run is kept up to step 2"
+        UserError, match=rf"reward function {said}.* \(the run in .* is saved up to step 2"
     ):
         run("rl", model_dir, tmp_path / "run", **own)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]

@@ -47,7 +47,7 @@ def test_training_goes_on_from_another_runs_trunk(trunk, model_dir, tmp_path):
     assert_same_model(trunk, tmp_path / "on")
 
     wide = SMALL | {"pretrain__width": 32, "pretrain__start": str(trunk)}
-    message = r"pretrain.start=\S+ holds a model with width 16, but the config asks for 32; "
+    message = r"start=\S+ contains a model with width 16, but the config requires width 32; "
     with pytest.raises(ValueError, match=message):
         run("pretrain", model_dir, tmp_path / "wide", **wide)
     assert not (tmp_path / "wide").exists()

@@ -120,7 +120,7 @@ def test_the_fit_brings_exits_closer_to_the_last_layer_and_is_made_once(
 
 def test_too_few_trajectories_for_a_fit_are_one_sentence(model_dir, tmp_path):
     with pytest.raises(
-        ValueError, match=r"config\.sft\.pool gives trajectories for 1 prompts.* at least 2"
+        ValueError, match=r"config\.sft\.pool is 1 \(prompts with trajectories: 1\).* at least 2"
     ):
         run("sft", model_dir, tmp_path, **SETTINGS | {"sft__pool": 1})
     assert not (tmp_path / "model").exists()

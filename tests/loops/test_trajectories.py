@@ -72,14 +72,17 @@ def test_positions_are_those_whose_pass_could_leave(model_dir):
 
 def test_settings_that_contradict_are_refused():
     for settings, message in [
-        ({"batch_size": 32, "sft.completions": 3}, "of prompts with sft.completions 3 each"),
+        (
+            {"batch_size": 32, "sft.completions": 3},
+            r"multiple of config\.optim\.accumulate=1 × config\.sft\.completions=3",
+        ),
         (
             {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
-            "generate_batch 64 does not divide into prompts with sft.completions 3",
+            r"generate_batch is 64, but it must be a multiple of config\.sft\.completions=3",
         ),
         (
             {"sft.completions": 2, "sft.trajectories": "dataset"},
-            "a data set has one of each prompt",
+            "there is one completion per prompt",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -183,7 +183,7 @@ def test_a_directory_that_gains_it_says_and_exports_the_same(settings, tmp_path,
 def test_settings_that_mean_nothing_are_refused():
     for settings, sentence in (
         ({"continuation": "quadratic"}, "continuation is 'quadratic'; choose one of frozen, lin"),
-        ({"continuation_rank": 4}, "continuation_rank is 4 for a frozen continuation"),
+        ({"continuation_rank": 4}, "continuation_rank is 4, but a frozen continuation"),
         (
             {"continuation": "linear", "continuation_rank": -1},
             "continuation_rank is -1; it must be at least 0",
@@ -191,7 +191,7 @@ def test_settings_that_mean_nothing_are_refused():
     ):
         with pytest.raises(ValueError, match=sentence):
             ExitSettings(**settings)
-    with pytest.raises(ValueError, match="continuation_rank is 16 for a model of width 16; make"):
+    with pytest.raises(ValueError, match="continuation_rank is 16, but it must be smaller than"):
         random_model(exit_head=ExitSettings(continuation="linear", continuation_rank=16))
 
 
