@@ -51,7 +51,7 @@ class ExitHead(nn.Module):
             self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        x = h.float()
+        x = h.to(self.out_weight.dtype)
         if hasattr(self, "norm_weight"):
             x = nn.functional.rms_norm(x, x.shape[-1:], self.norm_weight, self.eps)
         if hasattr(self, "hidden_weight"):
@@ -68,7 +68,7 @@ class Continuation(nn.Module):
             self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        x = h.float()
+        x = h.to(self.update_weight.dtype)
         x = nn.functional.linear(x, self.reduce_weight) if hasattr(self, "reduce_weight") else x
         return h + nn.functional.linear(x, self.update_weight, self.update_bias).to(h.dtype)
 
@@ -110,7 +110,7 @@ class Exits(nn.Module):
             z_BT = self.heads[f"{number}"](h)
             e = self.exit_layers.index(number)
             reached_BT = self.depth_BT >= number
-            self.hazard_BTE[..., e] = torch.where(reached_BT, z_BT, torch.nan)
+            self.hazard_BTE[..., e] = torch.where(reached_BT, z_BT, torch.nan).float()
             if self._decides:
                 leaves_BT = alive_BT & self._leaves(z_BT)
                 self.depth_BT = torch.where(leaves_BT, number, self.depth_BT)

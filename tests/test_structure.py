@@ -19,6 +19,7 @@ ORDER = (
     "axes",
     "errors",
     "untrusted",  # strict reading of files; the standard library only
+    "convert.modeling_jexit",  # runs in transformers, without jexit
     "convert.names",  # names in files ↔ paths of parameters; a table that knows nothing of jexit
     "settings",  # what a dataclass of settings takes
     "presets",

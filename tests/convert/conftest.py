@@ -58,9 +58,9 @@ def students(checkpoints, tmp_path_factory):
             def spread(path, value):
                 names = [str(getattr(key, "key", key)) for key in path]
                 trained = names[0] == "exits" or names[-2].startswith("lora")
-                noise = rng.normal(0.0, 0.3, value.shape).astype(np.float32)
+                noise = rng.normal(0.0, 0.2, value.shape).astype(np.float32)
                 if "continuation" in names:
-                    return value + 0.3 * noise
+                    return value + 0.5 * noise
                 return value + noise if trained else value
 
             nnx.update(model, jax.tree_util.tree_map_with_path(spread, nnx.state(model)))

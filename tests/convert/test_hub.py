@@ -65,7 +65,7 @@ def test_a_card_says_what_the_run_and_its_evaluation_say(trained, tmp_path):
         "**rl** of", "on `sums`", "| `rl.depth_coef` | `0.25` |",
         "| `task.options.operands_max` | `5` |",
         "`sums`, test split, 256 problems", 'jexit.load("out")', "at layers 1, 2;",
-        'AutoModelForCausalLM.from_pretrained("out")',
+        'AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)',
     ):  # fmt: skip
         assert line in text, line
     # The run's `model/` is the same; an adapter is one of peft's.
