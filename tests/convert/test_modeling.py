@@ -55,11 +55,12 @@ def completed(model, tokenizer, prompts, new=64):
     ]
 
 
-def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped):
+@pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped, count):
     theirs, ours, tokenizer = shipped
     draw = np.random.default_rng(3)
     prompts = [
-        "sum " + "".join(map(str, draw.integers(0, 10, draw.integers(3, 9)))) for _ in range(20)
+        "sum " + "".join(map(str, draw.integers(0, 10, draw.integers(3, 9)))) for _ in range(count)
     ]
     for name, policy in (
         ("threshold:0.5", jexit.Threshold(0.5)),
