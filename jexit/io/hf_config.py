@@ -99,8 +99,9 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns a config.json that transformers 4 and 5 load; `dtype` is that of the stored
-    weights.
+    """Returns a config.json that transformers 4 and 5 load.
+
+    `dtype` is the dtype of the stored weights.
     """
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
