@@ -107,9 +107,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids, including added tokens (a model's embedding may have more
-        rows).
-        """
+        """The number of token ids, with added tokens (a model's embedding may have more rows)."""
         return len(self.backend)
 
     @property
@@ -118,8 +116,7 @@ class Tokenizer:
 
     @property
     def thinking(self) -> Thinking:
-        """The thinking mode that prompts set in the chat template; `auto` leaves it to the
-        template.
+        """The thinking mode that prompts pass to the chat template; `auto` leaves it unset.
 
         Setting it raises UserError for an unknown value, and for `on` or `off` if the template has
         no switch (Qwen3's has one, `enable_thinking`; Qwen2.5's and R1-Distill's do not).
@@ -179,8 +176,7 @@ class Tokenizer:
         return self.has_chat_template and self.chat_text("?").rstrip().endswith(THINK_START)
 
     def render(self, messages: Messages, *, answer: bool = True) -> str:
-        """Returns messages (`role`, `content`) in the chat format, with the current `thinking`
-        mode.
+        """Returns messages (`role`, `content`) in the chat format, with the current `thinking`.
 
         With `answer`, the text ends with the beginning of the assistant's turn. Otherwise the last
         message is left open, to be continued. Raises UserError if the template is broken, rejects
@@ -260,9 +256,7 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The begin token that the tokenizer puts before texts (Llama's does, Qwen's does not), or
-        None.
-        """
+        """The token that the tokenizer puts before texts, or None (Llama's does, Qwen's not)."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 

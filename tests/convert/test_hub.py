@@ -76,9 +76,15 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
     text = (tmp_path / "out" / "README.md").read_text()
     assert "The model directory does not say." in text and "No evaluation was given" in text
     for options, said in (
-        (["--push=nobody"], "--push is 'nobody'; give OWNER/NAME of a repository on the hub"),
+        (
+            ["--push=nobody"],
+            "--push is 'nobody', but it must be OWNER/NAME of a repository",
+        ),
         ([f"--eval={trained}"], "use it with --card or --push"),
-        (["--card", f"--eval={tmp_path}"], "eval.json; give what configs/eval.py wrote"),
+        (
+            ["--card", f"--eval={tmp_path}"],
+            "eval.json; give an eval.json that configs/eval.py",
+        ),
     ):
         capsys.readouterr()
         assert to_hf.main([source, f"--target={tmp_path / 'no'}", *options]) == 1
@@ -107,10 +113,10 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path):
         code, said = convert("from_hf", *asked, "--download", **here)
         assert code == 0 and "pytorch_model.bin" not in server.fetched
         for options, words in (
-            (["--source=me/nothing"], "me/nothing cannot be fetched"),
+            (["--source=me/nothing"], "me/nothing cannot be downloaded"),
             (
                 [f"--source={out}"],
-                f"--download fetches OWNER/NAME of the hub, and --source is {out}",
+                f"--source is {out}, but --download needs the OWNER/NAME of a model on the hub",
             ),
         ):
             code, said = convert("from_hf", *options, "--target=no", "--download", **here)
@@ -119,7 +125,7 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path):
             "to_hf", f"--source={trained}", f"--target={tmp_path / 'kept'}", "--push=me/exits",
             **here, HF_TOKEN="wrong",
         )  # fmt: skip
-        assert code == 1 and "kept is written, and cannot be uploaded to me/exits (" in said
+        assert code == 1 and "kept is written, but it cannot be uploaded to me/exits (" in said
         assert (tmp_path / "kept" / "model.safetensors").exists()
     # The export and what came back are one model.
     assert to_hf.main([f"--source={tmp_path / 'again'}", f"--target={tmp_path / 'third'}"]) == 0

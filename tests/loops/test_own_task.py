@@ -102,7 +102,10 @@ def test_another_text_of_the_task_does_not_go_on_by_itself(model_dir, tmp_path, 
     task_file.write_text(ROWS + REWARDS + TASK)
     run("rl", model_dir, workdir, **own)
     task_file.write_text(ROWS + REWARDS + TASK.replace("0.5", "0.6"))
-    with pytest.raises(UserError, match=r"another text of .*mine.py; .* or delete task_code in"):
+    with pytest.raises(
+        UserError,
+        match=r"another version of the file of task .*mine.py.*; .* or delete task_code in",
+    ):
         run("rl", model_dir, workdir, **own | {"steps": 3})
     config = json.loads((workdir / "config.json").read_text())
     assert len(config.pop("task_code")) == 64
