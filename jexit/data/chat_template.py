@@ -35,8 +35,8 @@ _REASON = 200  # the most characters that a reason may have
 def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
     """Renders messages (`role`, `content`) with a chat template and returns the text.
 
-    `variables` are the template's other variables, which must be JSON values. The template can use
-    the same names as with transformers' `apply_chat_template`.
+    `variables` are the template's other variables, which must be JSON values. A template sees the
+    same names as in transformers' `apply_chat_template`.
 
     Raises:
       ValueError: If the template is broken, rejects the messages or exceeds a limit. The message

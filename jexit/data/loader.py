@@ -270,7 +270,7 @@ def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Proble
 
 @functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, size: int) -> grain.MapDataset:
-    """Returns a sequence with 0 … size − 1 in every epoch, in a new order; allows random access."""
+    """Returns 0 … size − 1 epoch after epoch, each in its own order, with random access."""
     seed = stable_hash("epochs", seed) & 0x7FFFFFFF  # seeds may be large or negative
     return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 

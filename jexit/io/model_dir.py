@@ -55,9 +55,9 @@ def load(
     accelerators. Adapters and exit heads are always float32. Without `exit_layers`, `exit_head` and
     `lora`, the model has the exit heads and the adapters of the directory. If the directory has no
     exit heads, the model gets new ones (by default at every 5th layer, or in the middle of a model
-    of at most 5 layers). With `lora`, a model without adapters gets new ones, initialised from
-    `seed`. `place` puts a parameter (its dotted path, and its array in the final dtype) on devices;
-    by default on the first device.
+    of at most 5 layers). With `lora`, a model without adapters gets new ones. New parameters are
+    drawn from `seed`. `place` puts a parameter (its dotted path, and its array in the final dtype)
+    on devices; by default on the first device.
 
     Raises UserError if the directory's exit heads or adapters differ from the requested ones, or if
     its files are damaged. Raises MissingFile if the model or the tokenizer is missing.

@@ -93,7 +93,7 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the tokenizer's directory; raises MissingFile if a file of it is missing."""
+        """Returns the tokenizer's directory; raises MissingFile if it lacks tokenizer files."""
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
@@ -116,7 +116,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelSource:
 
 
 def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
-    """Implements `open_model`; `above` is the chain of directories that led to `path` as base."""
+    """Implements `open_model`; `above` lists the directories whose bases led to `path`."""
     directory = find_model(path)
     if directory.resolve() in above:
         raise UserError(
@@ -144,7 +144,8 @@ def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> Mode
     else:
         raise MissingFile(
             f"{directory} contains no model (none of {MODEL_FILE}, config.json, {ADAPTER_CONFIG}); "
-            "give a directory of convert.from_hf, of a run, or in Hugging Face format"
+            "give a directory that convert.from_hf or a run has written, or one in Hugging Face "
+            "format"
         )
     if not _is_own(directory) and (directory / EXIT_CONFIG).exists():
         layers, head = read_exit_config(directory)
@@ -191,7 +192,7 @@ def _open_base(
     above: tuple[pathlib.Path, ...],
     architecture: Architecture | None = None,
 ) -> ModelSource:
-    """Opens the base that a directory refers to; relative paths first count from that directory."""
+    """Opens the base that a directory refers to; tries relative paths in that directory first."""
     beside = directory / reference
     try:
         base = _open(beside.resolve() if reference and beside.is_dir() else reference, above)
@@ -203,8 +204,8 @@ def _open_base(
         ) from error
     if base.lora is not None:
         raise UserError(
-            f"the base {base.directory} of {directory} has adapters itself; merge them first with "
-            "convert.to_hf --adapter=merge"
+            f"the base {base.directory} of {directory} has adapters of its own, but a base must "
+            "not have any; merge them first with convert.to_hf --adapter=merge"
         )
     if architecture is not None and base.architecture != architecture:
         raise UserError(
@@ -266,8 +267,8 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
         raise MissingFile(f"there is no model at {text}; make it with {remedy}")
     if not is_hub_id(text):
         raise MissingFile(
-            f"there is no model directory at {text!r}; give a directory of convert.from_hf, of a "
-            "run, or in Hugging Face format"
+            f"there is no model directory at {text!r}; give a directory that convert.from_hf or a "
+            "run has written, or one in Hugging Face format"
         )
     return cached(text)
 

@@ -74,7 +74,7 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
     source = f"--source={trained.parent / 'base'}"
     assert to_hf.main([source, f"--target={tmp_path / 'out'}", "--card"]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "The model directory does not say." in text and "No evaluation was given" in text
+    assert "The model directory does not contain" in text and "No evaluation was given" in text
     for options, said in (
         (
             ["--push=nobody"],

@@ -231,7 +231,7 @@ def test_a_base_that_is_none_is_named_with_the_remedy(models):
     said = refusal(models / "refers")
     assert "replaced by another model (rope_theta is 10000.0 instead of" in said
     edit(models / "refers", base="../whole")
-    assert "has adapters itself; merge them first" in refusal(models / "refers")
+    assert "must not have any; merge them first" in refusal(models / "refers")
     edit(models / "refers", base=".")
     assert "refers as its base, which makes a cycle of bases; correct" in refusal(models / "refers")
     edit(models / "base", base="../refers", architecture=values)
