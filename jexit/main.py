@@ -8,7 +8,7 @@ COMMAND is pretrain, finetune, sft, rl, eval or generate. A run writes into its 
 runs/COMMAND-PRESET), and the same command continues it. Each KEY is a field of `Config` in
 jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1, v6e:2x2,
 h100:8, …) does not run the config. It compiles the config's steps for that topology and prints
-their needs.
+the resources that they need.
 
 On several hosts, run the same command on each. On Cloud TPU slices and under SLURM, the hosts find
 each other. Elsewhere, --coordinator is an address of process 0, and --process is each host's own
@@ -164,7 +164,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _unknown(error: flags.UnrecognizedFlagError) -> str:
-    """Returns the message for an unknown flag; for a setting's name, with the way to set it."""
+    """Returns the message for an unknown flag; if it is a setting's name, shows how to set it."""
     setting = f"config.{error.flagname}"
     try:
         check_key(setting)
@@ -174,7 +174,7 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the message for an invalid value: absl's own, or jexit's if it is of a setting."""
+    """Returns the message for an invalid value: jexit's own for a setting, otherwise absl's."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)

@@ -143,7 +143,7 @@ def check(settings: Any) -> None:
 
 
 def checked(hint: Any, value: Any, where: str) -> Any:
-    """Returns a value as its annotation requires; raises UserError, which begins with `where`."""
+    """Converts a value to its annotated type; raises UserError, which begins with `where`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = checked(arguments[0], value, where)
@@ -177,7 +177,7 @@ def checked(hint: Any, value: Any, where: str) -> Any:
 
 
 def remedy_of(hint: Any) -> str:
-    """Returns the rule for a value of this annotation, as the end of an error message."""
+    """Returns the end of an error message: the rule for values with this annotation."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:

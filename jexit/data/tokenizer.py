@@ -137,7 +137,7 @@ class Tokenizer:
 
     @property
     def system(self) -> str:
-        """The system message before every prompt, or "" for the chat template's own, if it has one.
+        """The system message before every prompt; if empty, the chat template may use its own.
 
         Setting it raises UserError if there is no chat template, or if the template rejects or
         omits the message.
@@ -256,7 +256,10 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The token that the tokenizer puts before texts, or None (Llama's does, Qwen's not)."""
+        """The token that the tokenizer puts before texts, or None.
+
+        Llama's tokenizer has such a token, and Qwen's does not.
+        """
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
@@ -268,7 +271,9 @@ class Tokenizer:
         return [ids if ids[:1] == [self.begin_id] else [self.begin_id, *ids] for ids in made]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the text's own token ids; special tokens that it spells out become their ids."""
+        """Returns the text's token ids, adding none; special tokens in the text become their
+        ids.
+        """
         return self.backend.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
