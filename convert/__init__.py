@@ -1,1 +1,1 @@
-"""Conversion between Hugging Face checkpoints and jexit's model directories."""
+"""Converts models between Hugging Face checkpoints and jexit's model directories."""

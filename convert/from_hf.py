@@ -1,12 +1,11 @@
-"""Hugging Face checkpoint → jexit model directory.
+"""Converts a Hugging Face checkpoint to a jexit model directory.
 
     python -m convert.from_hf --source=HF_DIR_OR_HUB_ID --target=DIR [--download]
 
-Reads safetensors (single or sharded) from a directory or the hub's local cache, into which
---download fetches what is not there yet, one parameter at a
-time, checks every tensor's name and shape, and writes the directory whole or not at all. Weights
-keep the dtype that they have in the checkpoint. A PEFT adapter and exit heads come along when the
-source has them.
+Reads safetensors (one file or shards) from a directory or from the hub's local cache. With
+--download, files that the cache lacks are downloaded first. Reads one parameter at a time, checks
+the name and shape of every tensor, and writes the directory whole or not at all. Weights keep the
+dtype of the checkpoint. A PEFT adapter and exit heads are converted too if the source has them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from jexit.io.weights import base_part
 
 
 def convert(source: str, target: str, *, fetch: bool = False) -> str:
-    """Converts and returns a one-line summary; raises UserError or OSError with one sentence."""
+    """Converts a checkpoint and returns a one-line summary; raises UserError or OSError."""
     if fetch:
         download(source)
     model = open_model(source)
@@ -52,14 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--source", required=True, help="directory of a checkpoint, or hub id")
     parser.add_argument("--target", required=True, help="model directory to write")
-    parser.add_argument("--download", action="store_true", help="fetch a hub id that is not here")
+    parser.add_argument(
+        "--download", action="store_true", help="download a hub id that is not in the cache"
+    )
     options = parser.parse_args(argv)
     return run(lambda: convert(options.source, options.target, fetch=options.download))
 
 
 def run(command: Callable[[], str]) -> int:
-    """Runs a conversion: its summary on stdout, or one sentence on stderr and exit code 1."""
-    jax.config.update("jax_platforms", "cpu")  # conversion should not hold an accelerator
+    """Runs a conversion; prints its summary to stdout (exit code 0) or its error to stderr (1)."""
+    jax.config.update("jax_platforms", "cpu")  # a conversion should not occupy an accelerator
     storage_errors.say_once()
     try:
         print(command())

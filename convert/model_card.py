@@ -1,4 +1,4 @@
-"""The model card of an export: base, task, settings, figures with intervals, how to load it."""
+"""The model card of an export: base, task, settings, results with intervals, and how to load it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from jexit.untrusted import read_object
 CARD = "README.md"
 
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
-_REMEDY = "it says how the model was made; restore it"
-# Where a run is and how long it may take is nobody's concern who loads its model.
+_REMEDY = "it records how the model was made; restore it"
+# Settings that do not matter to a user of the model, such as paths and time limits.
 _LEFT_OUT = ("command", "preset", "model.", "task.name", "checkpoint.", "log.", "mesh.", "eval.")
 
 
 def model_card(
     source: str, model: ModelSource, *, name: str, adapter: bool, evaluation: str = ""
 ) -> str:
-    """The text of the card; `name` is OWNER/NAME or the directory's name.
+    """Returns the text of the card; `name` is OWNER/NAME or the directory's name.
 
-    What was measured comes from `evaluation` (an `eval.json` or its directory), else from what lies
-    in the run. Raises MissingFile or UserError for an evaluation that is not there or damaged.
+    The results are read from `evaluation` (an `eval.json` or its directory), or by default from the
+    run's own evaluation. Raises MissingFile or UserError if the evaluation is missing or damaged.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -79,7 +79,7 @@ def model_card(
 
 
 def _run_of(source: pathlib.Path) -> pathlib.Path | None:
-    """The run that made a model, given as itself or as its `model/`."""
+    """Returns the run that made a model, given the run's directory or its `model/`, else None."""
     return next((d for d in (source, source.parent) if _command(d / "config.json")), None)
 
 
@@ -93,14 +93,17 @@ def _evaluation(given: str, run: pathlib.Path | None) -> pathlib.Path | None:
         path = pathlib.Path(given)
         path = path / "eval.json" if path.is_dir() else path
         if not path.is_file():
-            raise MissingFile(f"there is no evaluation at {path}; give what configs/eval.py wrote")
+            raise MissingFile(
+                f"there is no evaluation at {path}; give an eval.json that configs/eval.py has "
+                "written, or its directory"
+            )
         return path
     places = (run / "eval" / "eval.json", run / "eval.json") if run else ()
     return next(filter(pathlib.Path.is_file, places), None)
 
 
 def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
-    """The runs that led to the model, the first one first."""
+    """Yields the runs that led to the model, from the first to the last."""
     if run is None:
         return
     config = read_object(run / "config.json", _REMEDY)

@@ -1,14 +1,14 @@
-"""Parameter names of Hugging Face checkpoints and of jexit, both ways, as data.
+"""A table of the parameter names of Hugging Face checkpoints and of jexit, for both directions.
 
-A `Rule` ties one kind of tensor to one parameter and says how their axes correspond:
+A `Rule` connects one kind of tensor with one parameter and describes how their axes correspond:
 
     Rule("model.layers.{layer}.self_attn.q_proj.weight", "blocks.attn.q.kernel", "(N H) D -> D N H")
 
-The left side of the layout is the tensor in the file (axes in brackets are flattened, `1` is
-an axis of length one), the right side is the parameter, without the leading axis over layers or
-exits that jexit stacks it on. Letters are those of `jexit.axes`, W for an exit head's width and C
-for a continuation's rank.
-This module knows names and shapes only: it imports nothing but the standard library.
+The left side of the layout is the tensor in the file: axes in brackets are flattened, and `1` is an
+axis of length one. The right side is the parameter, without the leading axis on which jexit stacks
+layers or exits. The letters are those of `jexit.axes`, with W for an exit head's width and C for a
+continuation's rank. This module contains names and shapes only, and imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TARGET_OF_MODULE = {module: name for name, module in MODULE_OF_TARGET.items()}
 _AXES = {
     "V": "vocab_size",
     "D": "width",
-    "O": "width",  # beside another D
+    "O": "width",  # in a tensor with another axis D
     "N": "query_heads",
     "K": "kv_heads",
     "H": "head_dim",
@@ -67,32 +67,32 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        """Whether the parameter has a leading axis that the file spreads over many tensors."""
+        """Whether the parameter has a leading axis that the file splits into separate tensors."""
         return LAYER in self.name
 
     def name_at(self, layer: int | None) -> str:
-        """The tensor's name for one layer or exit."""
+        """Returns the tensor's name for one layer or exit (None: the rule's own name)."""
         return self.name if layer is None else self.name.replace(LAYER, str(layer))
 
     def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of the tensor in the file."""
+        """Returns the shape of the tensor in the file."""
         groups, _ = _parse(self.layout)
         return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of the parameter, the stacked axis left out."""
+        """Returns the shape of the parameter without the stacked axis."""
         _, letters = _parse(self.layout)
         return tuple(sizes[letter] for letter in letters)
 
     def to_jexit(self, tensor: Any, sizes: Mapping[str, int]) -> Any:
-        """The tensor of a file (any array with reshape and transpose) as a parameter's slice."""
+        """Converts a file's tensor (any array with reshape, transpose) to a parameter's slice."""
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         split = tensor.reshape([sizes[letter] for letter in flat])
         return split.transpose([flat.index(letter) for letter in letters])
 
     def to_hf(self, parameter: Any, sizes: Mapping[str, int]) -> Any:
-        """One slice of the parameter as the file stores it."""
+        """Converts one slice of the parameter to the tensor that the file stores."""
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         ordered = parameter.transpose([letters.index(letter) for letter in flat])
@@ -100,12 +100,16 @@ class Rule:
 
 
 def axis_sizes(**sizes: Any) -> dict[str, int]:
-    """Length of every axis letter, from an architecture's fields and a part's own sizes."""
+    """Returns the length of every axis letter, from an architecture's and a part's named sizes."""
     return {letter: sizes.get(name, 0) for letter, name in _AXES.items()}
 
 
 def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
-    """The base weights of a Qwen2 (QKV bias), Qwen3 (query and key norms) or Llama checkpoint."""
+    """Returns the rules of a model family's base weights.
+
+    Qwen2 has biases of queries, keys and values. Qwen3 has norms of queries and keys. Llama has
+    neither.
+    """
     layer = f"model.layers.{LAYER}."
     rules = [Rule("model.embed_tokens.weight", "embed.embedding", "V D -> V D")]
     if not tied:
@@ -132,7 +136,7 @@ def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
 
 
 def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
-    """LoRA matrices as PEFT names them: lora_A [R, in] and lora_B [out, R] of each projection."""
+    """Returns the rules of PEFT's lora_A [R, in] and lora_B [out, R] of each projection."""
     rules = []
     for target in targets:
         module, path, layout = PROJECTIONS[target]
@@ -154,7 +158,10 @@ def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
 
 
 def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
-    """Exit heads as PyTorch modules: norm (RMSNorm), hidden and out (Linear), by layer number."""
+    """Returns the rules of the exit heads, named as PyTorch modules by layer number.
+
+    The modules are norm (RMSNorm), hidden and out (Linear).
+    """
     prefix = f"exit_heads.{LAYER}"
     rules = []
     if norm == "rms":
@@ -172,7 +179,7 @@ def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
 
 
 def continuation_rules(rank: int) -> tuple[Rule, ...]:
-    """The continuation's update A_m and b_m of every layer as PyTorch modules (Linear)."""
+    """Returns the rules of every layer's update A_m and b_m, named as PyTorch's Linear modules."""
     prefix, path = f"continuation.{LAYER}", "blocks.continuation"
     if rank == 0:
         weights = [Rule(f"{prefix}.update.weight", f"{path}.update.kernel", "O D -> D O")]
@@ -190,7 +197,10 @@ def _group(letters: tuple[str, ...]) -> str:
 
 @functools.cache
 def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Axes of the file's tensor, each a group of letters (none for `1`), and of the parameter."""
+    """Returns the axes of the file's tensor and of the parameter.
+
+    Each axis of the tensor is a group of letters, which is empty for `1`.
+    """
     left, right = layout.split("->")
     groups = []
     for bracket, letter in re.findall(r"\(([^)]*)\)|(\S+)", left):

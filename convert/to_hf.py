@@ -1,18 +1,20 @@
-"""jexit model directory → Hugging Face directory.
+"""Converts a jexit model directory to a Hugging Face directory.
 
     python -m convert.to_hf --source=DIR --target=HF_DIR [--adapter=merge|peft]
                             [--dtype=auto|float32|bfloat16|float16] [--base=PATH_OR_HUB_ID]
                             [--card] [--push=OWNER/NAME] [--eval=DIR]
 
-`merge` (the default) folds LoRA into the base weights and writes a checkpoint that transformers
-loads. `peft` writes the adapter alone, for `peft`, with a reference to its base: --base as given,
-else the checkpoint that the base was converted from, else a copy of the base in HF_DIR/base. Either
-way the exit heads come along in exit_heads.safetensors, described by exit_heads.json, and the
-tokenizer with its chat template. --dtype is that of merged weights (auto: as they are stored).
+`merge` (the default) adds LoRA to the base weights and writes a checkpoint that transformers loads.
+`peft` writes only the adapter, in `peft`'s format, with a reference to its base. The base is --base
+if given, otherwise the checkpoint that it was converted from, and if that is not available, a copy
+in HF_DIR/base. Both write the exit heads to exit_heads.safetensors, with their description in
+exit_heads.json, and the tokenizer with its chat template. --dtype is the dtype of merged weights
+(auto: as stored).
 
---card writes a model card as README.md, with the figures of --eval (a directory of configs/eval.py;
-by default the run's own evaluation). --push does so too and uploads HF_DIR to the Hugging Face hub,
-with the token of `hf auth login`; a repository that is not there is made, private.
+--card writes a model card as README.md, with the results of --eval (a directory of configs/eval.py;
+by default the run's own evaluation). --push writes the card too, and uploads HF_DIR to the Hugging
+Face hub with the token of `hf auth login`. It creates the repository, as a private one, if it does
+not exist.
 """
 
 from __future__ import annotations
@@ -64,18 +66,25 @@ def export(
     push: str = "",
     evaluation: str = "",
 ) -> str:
-    """Exports and returns a one-line summary; raises UserError or OSError with one sentence."""
+    """Exports a model and returns a one-line summary; raises UserError or OSError."""
     model = open_model(source)
     arch = model.architecture
     model.find_tokenizer()
     if adapter == "peft" and model.lora is None:
         raise UserError(f"{source} has no adapter to write; use --adapter=merge")
     if adapter == "merge" and base:
-        raise UserError("--base names the base of an adapter; use it with --adapter=peft")
+        raise UserError(
+            "--base is the base of an adapter, but --adapter is merge; use it with --adapter=peft"
+        )
     if push and not is_hub_id(push):
-        raise UserError(f"--push is {push!r}; give OWNER/NAME of a repository on the hub")
+        raise UserError(
+            f"--push is {push!r}, but it must be OWNER/NAME of a repository on the hub; give such "
+            "a name"
+        )
     if evaluation and not (card or push):
-        raise UserError("--eval gives the figures of a model card; use it with --card or --push")
+        raise UserError(
+            "--eval is given, but no model card is written; use it with --card or --push"
+        )
     text = ""
     if card or push:
         name = push or pathlib.Path(target).name
@@ -108,7 +117,7 @@ def export(
 
 
 def _published_base(model: ModelSource) -> str:
-    """The Hugging Face directory or hub id that holds the base weights; empty if there is none."""
+    """Returns the Hugging Face directory or hub id of the base weights, or an empty string."""
     if not (model.base / MODEL_FILE).exists():
         return model.source or str(model.base.resolve())
     known = model.source
@@ -157,7 +166,7 @@ def _merged(
     lora: LoRA | None,
     dtypes: Mapping[str, np.dtype],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters with W + (alpha / rank) · A · B folded in, summed in float32."""
+    """Yields the parameters with (alpha / rank) · A · B added to W, computed in float32."""
     for path, array in parameters:
         projection = path.removesuffix(".kernel")
         if f"{projection}.lora_a" not in adapters:
@@ -188,10 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
     )
-    parser.add_argument("--base", default="", help="what the adapter names as its base")
+    parser.add_argument(
+        "--base", default="", help="path or hub id that the adapter names as its base"
+    )
     parser.add_argument("--card", action="store_true", help="write a model card")
     parser.add_argument("--push", default="", help="OWNER/NAME on the hub to upload to")
-    parser.add_argument("--eval", default="", help="evaluation whose figures the card has")
+    parser.add_argument("--eval", default="", help="evaluation whose results the card shows")
     options = parser.parse_args(argv)
     return run(
         lambda: export(

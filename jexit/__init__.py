@@ -1,9 +1,9 @@
 """Stochastic early exits that reward language models for reasoning in the open.
 
-`load` a model directory, run it with `forward` or `generate` under a policy: `Full`, `Fixed`,
-`Prescribed`, `Sample` or `Threshold`. `rows_task` makes a task of your rows and reward functions.
-Names are imported when first used, so that the parts which
-need no jax (tasks, tokenizer, report) load without it.
+`load` reads a model directory. `forward` and `generate` run the model under a policy: `Full`,
+`Fixed`, `Prescribed`, `Sample` or `Threshold`. `rows_task` makes a task from your rows and reward
+functions. Names are imported when they are first used, so that the parts that do not need jax
+(tasks, tokenizer, report) load without it.
 """
 
 from __future__ import annotations

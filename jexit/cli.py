@@ -1,13 +1,14 @@
 """The installed command.
 
-    jexit --config=configs/rl.py [--config.KEY=VALUE ...]        trains or measures
-    jexit report WORKDIR ...                                     makes the page on runs
+    jexit --config=configs/rl.py [--config.KEY=VALUE ...]        trains or evaluates
+    jexit report WORKDIR ...                                     writes a page about runs
     jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    reads Hugging Face's format
-    jexit convert to_hf --source=DIR --target=HF_DIR             writes it
-    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid and tabulates it
+    jexit convert to_hf --source=DIR --target=HF_DIR             writes Hugging Face's format
+    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid and makes a table
     jexit doctor                                                 checks this machine
 
-Each is a module, too: jexit.main, jexit.report, convert.from_hf, jexit.sweep and jexit.doctor.
+Each command is also a module: jexit.main, jexit.report, convert.from_hf, convert.to_hf, jexit.sweep
+and jexit.doctor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hands the arguments to the command's module."""
+    """Passes the arguments to the command's module, and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv in (["-h"], ["--help"]):
         print(__doc__.strip())

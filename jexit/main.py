@@ -1,16 +1,18 @@
-"""Command line of jexit.
+"""The command line of jexit.
 
     python -m jexit.main --config=configs/COMMAND.py[:PRESET] [--workdir=DIR]
                          [--config.KEY=VALUE ...] [--aot=TOPOLOGY]
                          [--coordinator=HOST:PORT --processes=N --process=I] [--host_timeout=S]
 
-COMMAND is pretrain, sft, rl, eval or generate. A run writes into its workdir (runs/COMMAND-PRESET
-unless given), and the same command again continues it. Each KEY is a field of `Config` in
+COMMAND is pretrain, finetune, sft, rl, eval or generate. A run writes into its workdir (by default
+runs/COMMAND-PRESET), and the same command continues it. Each KEY is a field of `Config` in
 jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1, v6e:2x2,
-h100:8, …) runs nothing: it compiles the config's steps for that topology and says what they need.
+h100:8, …) does not run the config. It compiles the config's steps for that topology and prints
+the resources that they need.
 
-On several hosts the same command runs on each. On Cloud TPU slices and under SLURM they find each
-other; elsewhere --coordinator is an address of process 0, and --process each one's own number.
+On several hosts, run the same command on each. On Cloud TPU slices and under SLURM, the hosts find
+each other. Elsewhere, --coordinator is an address of process 0, and --process is each host's own
+number.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from jexit.settings import shown
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a command line asks for: the checked config, the run's directory, and where it runs."""
+    """A parsed command line: the checked config, the run's directory, and where to run."""
 
     config: Config
     workdir: pathlib.Path
@@ -49,10 +51,10 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """What a command line asks for, checked; `argv` begins with the program's name.
+    """Parses and checks a command line; `argv` begins with the program's name.
 
-    A config file that is not there may be one that jexit brings. Raises UserError for whatever is
-    wrong.
+    A config file that does not exist is also looked up in jexit's installation. Raises UserError
+    for every mistake.
     """
     argv, options = _without_task_options(_with_own_config(argv))
     for argument in argv[1:]:
@@ -61,10 +63,12 @@ def parse(argv: Sequence[str]) -> Arguments:
         name, _, value = argument.lstrip("-").partition("=")
         if name.startswith("config."):
             check_key(name)
-        # Of a file that is not there, ml_collections tells with the first setting, at length.
+        # ml_collections would report a missing file only at the first setting, and at length.
         file = value.partition(":")[0]
         if name == "config" and file and not pathlib.Path(file).is_file():
-            raise UserError(f"the config file {file} is not there; give one such as configs/rl.py")
+            raise UserError(
+                f"the config file {file} does not exist; give one such as configs/rl.py"
+            )
     try:
         given = _flags(argv)
         rest = given(list(argv))
@@ -76,13 +80,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise UserError(_one_line(error)) from error
     except Exception as error:  # a config file is the user's own code
         raise UserError(
-            f"the config cannot be made ({type(error).__name__}: {_one_line(error)})"
+            f"the config file raised an error ({type(error).__name__}: {_one_line(error)}); "
+            "correct the file"
         ) from error
     if len(rest) > 1:
         raise UserError(f"argument {rest[1]!r} is not a flag; options look like --config.seed=1")
     if given.config is None:
         raise UserError("there is no config; give one such as --config=configs/rl.py")
-    if not isinstance(given.config, ConfigDict):  # what ml_collections makes of a file in error
+    if not isinstance(given.config, ConfigDict):  # what ml_collections returns for a faulty file
         file = given["config"].config_filename
         raise UserError(f"the config file {file} cannot be read; give one such as configs/rl.py")
     values = given.config.to_dict()
@@ -94,7 +99,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _with_own_config(argv: Sequence[str]) -> list[str]:
-    """The command line, with jexit's config file where the working directory has none."""
+    """Returns the command line, with jexit's own config file if the given one does not exist."""
     words = list(argv)
     for place, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -106,7 +111,10 @@ def _with_own_config(argv: Sequence[str]) -> list[str]:
 
 
 def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command line without what only a task knows, and that: literals of Python, or texts."""
+    """Returns the command line without config.task.options.NAME, and these options by name.
+
+    Values that are not Python literals are strings.
+    """
     words: list[str] = []
     options: dict[str, Any] = {}
     rest = iter(argv)
@@ -125,7 +133,7 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """`configs/rl.py:PRESET` where it is: here, or in the installed package or the checkout."""
+    """Returns FILE:PRESET with the file's path: here, or in the installed package or checkout."""
     file, colon, preset = value.partition(":")
     package = pathlib.Path(jexit.__file__).parent
     folders = (pathlib.Path(), package, package.parent)
@@ -134,7 +142,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """The command line's flags, unset: of no use to another command line."""
+    """Returns unparsed flags for this command line; they cannot be used for another one."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -156,29 +164,29 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _unknown(error: flags.UnrecognizedFlagError) -> str:
-    """What is wrong with a flag that does not exist; of a setting's name, how to set it."""
+    """Returns the message for an unknown flag; if it is a setting's name, shows how to set it."""
     setting = f"config.{error.flagname}"
     try:
         check_key(setting)
     except UserError:
         return _one_line(error)
-    return f"--{error.flagname} is no option; it is a setting: use --{setting}"
+    return f"--{error.flagname} is not an option, but a setting; use --{setting}"
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """What absl says of a value that cannot be parsed; of a setting's, in the config's words."""
+    """Returns the message for an invalid value: jexit's own for a setting, otherwise absl's."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)
     value = shown(rest.removesuffix(f": {error.__context__}"))
     kind = check_key(name)
     if dataclasses.is_dataclass(kind):
-        return f"{name} is {value}; it holds settings: set {name}.KEY instead"
+        return f"{name} is {value}, but it is a group of settings; set {name}.KEY instead"
     return f"{name} is {value}; it must be of type {kind.__name__}"
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
-    """Runs the config's command, or compiles its steps for a topology."""
+    """Runs the config's command, or compiles its steps if a topology is given."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.model_source import find_model
     from jexit.io.workdir import check_same_run, sole_run
@@ -190,7 +198,7 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
         preflight(config, topology)
         return
     if config.command == "generate" and several_hosts():
-        raise UserError("generate runs on one host; start it on one, without --coordinator")
+        raise UserError("generate supports only one host; start it on one, without --coordinator")
     if config.command == "generate":
         generate.print_generations(config)
         return
@@ -208,8 +216,8 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses, runs, and turns a user's mistake into one sentence and an exit code."""
-    flags.FLAGS.mark_as_parsed()  # absl's own, which its log handler asks for; all as they are
+    """Parses and runs a command line; reports a user's mistake as one sentence and an exit code."""
+    flags.FLAGS.mark_as_parsed()  # for absl's log handler; all flags keep their defaults
     logging.set_verbosity(logging.WARNING)
     storage_errors.say_once()
     if {"--help", "-help", "-h"} & set(argv[1:]):
@@ -246,14 +254,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
-    """Says in a sentence what ended the run and returns its exit code; None for a fault."""
+    """Prints why the run ended and returns its exit code; returns None for an unexpected error."""
     from jexit.dist import multihost
 
     if lost := multihost.ended(error):
         return _say(lost, multihost.HostLost.exit_code)
     if isinstance(error, (UserError, RunEnded)):
         return _say(error, error.exit_code)
-    if isinstance(error, OSError) and error.errno in DISK_FULL:  # wherever it was noticed
+    if isinstance(error, OSError) and error.errno in DISK_FULL:  # from any part of the program
         message = disk_message(pathlib.Path(error.filename or workdir), error)
         return _say(message, UserError.exit_code)
     return None
@@ -267,7 +275,7 @@ def _say(error: BaseException | str, code: int) -> int:
 
 def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
-    if "Traceback (most recent call last)" in text:  # an error in a config file, told as text
+    if "Traceback (most recent call last)" in text:  # an error in a config file, reported as text
         text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
     return " ".join(text.split()) or type(error).__name__
 

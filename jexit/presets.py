@@ -1,7 +1,7 @@
-"""Architectures of the model families that jexit knows, by preset name.
+"""The architectures of the model families that jexit supports, by preset name.
 
-A checkpoint always brings its own numbers (`Architecture` is read from its config.json); this table
-serves configs that need the shape before there are weights. Figures: the models' published
+A checkpoint always has its own numbers (`Architecture` is read from its config.json). This table is
+for configs that need the shape before there are weights. The numbers are from the models' published
 config.json files.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from jexit.errors import UserError
 from jexit.settings import Bounds, build, check
 
-LARGEST_COUNT = 2**31 - 1  # what an index of 32 bits reaches
+LARGEST_COUNT = 2**31 - 1  # the largest 32-bit index
 
 Family = Literal["qwen2", "qwen3", "llama"]  # model_type in config.json
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -23,7 +23,7 @@ Number = Annotated[float, Bounds(1e-30, 1e30)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN rope scaling (arXiv:2309.00071) as Hugging Face parameterises it."""
+    """YaRN rope scaling (arXiv:2309.00071), with Hugging Face's parameters."""
 
     kind: Literal["yarn"] = "yarn"
     factor: Number
@@ -39,7 +39,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
-    """Llama 3.1's rope scaling (meta-llama/llama-models) as Hugging Face parameterises it."""
+    """Llama 3.1's rope scaling (meta-llama/llama-models), with Hugging Face's parameters."""
 
     kind: Literal["llama3"] = "llama3"
     factor: Number
@@ -51,8 +51,9 @@ class Llama3Rope:
         check(self)
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
-                f"high_freq_factor is {self.high_freq_factor:g} and must be above low_freq_factor, "
-                f"which is {self.low_freq_factor:g}; correct the rope scaling in config.json"
+                f"high_freq_factor is {self.high_freq_factor:g}, but it must be above "
+                f"low_freq_factor, which is {self.low_freq_factor:g}; correct the rope scaling in "
+                "config.json"
             )
 
 
@@ -62,7 +63,7 @@ SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Shape and constants of one Qwen-family or Llama transformer."""
+    """The shape and the constants of one Qwen-family or Llama transformer."""
 
     family: Family
     vocab_size: Count
@@ -90,11 +91,15 @@ class Architecture:
         check(self)
         if self.query_heads % self.kv_heads:
             raise UserError(
-                f"{self.query_heads} query heads do not divide among {self.kv_heads} key/value "
-                "heads; correct num_attention_heads or num_key_value_heads in config.json"
+                f"{self.query_heads} query heads cannot be divided evenly among {self.kv_heads} "
+                "key/value heads; correct num_attention_heads or num_key_value_heads in "
+                "config.json"
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+            raise UserError(
+                f"head_dim is {self.head_dim}, but it must be even for rotary embeddings; correct "
+                "it in config.json"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -103,19 +108,22 @@ class Architecture:
     def from_dict(cls, values: dict[str, Any]) -> Architecture:
         values = dict(values)
         scaling = values.pop("rope_scaling", None)
-        if yarn := values.pop("yarn", None):  # how the first model directories name it
+        if yarn := values.pop("yarn", None):  # the name in the first model directories
             scaling = {"kind": "yarn", **yarn}
         if scaling is not None:
             kind = scaling.get("kind")
             if kind not in SCALINGS:
-                raise UserError(f"rope_scaling is of kind {kind!r}; jexit computes yarn and llama3")
+                raise UserError(
+                    f"rope_scaling is of kind {kind!r}, but jexit supports only yarn and llama3; "
+                    "use a model with one of these"
+                )
             scaling = build(SCALINGS[kind], scaling, "rope_scaling")
         return build(cls, values | {"rope_scaling": scaling}, "architecture")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A named model: where its weights are published, its shape, its published LoRA setting."""
+    """A named model: the hub id of its weights, its architecture, and its published LoRA rank."""
 
     hub_id: str
     architecture: Architecture
@@ -148,7 +156,10 @@ def _preset(
     lora_rank: int = 8,
     **other: Any,
 ) -> Preset:
-    """What a family has in common, and the rest; `heads` are those of queries and of keys."""
+    """Returns a preset of a family whose presets share the values `common`.
+
+    `heads` are the numbers of query heads and of key/value heads.
+    """
     shape = {"width": width, "layers": layers, "mlp_width": mlp_width}
     shape |= {"query_heads": heads[0], "kv_heads": heads[1], "head_dim": width // heads[0]}
     architecture = Architecture(**shape | common | other)

@@ -1,6 +1,6 @@
-"""Frozen dataclasses of settings: an annotation says what each may be, its docstring what it means.
+"""Frozen dataclasses of settings: an annotation gives the allowed values, a docstring the meaning.
 
-Values that come from a file or a command line go through `build`, which checks them.
+Values from a file or a command line are checked by `build`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Section = TypeVar("Section")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The smallest and the largest number that a setting takes, both finite; perhaps 0 besides."""
+    """The smallest and the largest value of a number, both finite; `or_zero` also allows 0."""
 
     at_least: float
     at_most: float
@@ -38,12 +38,12 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How many characters a text may have, or values a tuple."""
+    """The largest number of characters in a string, or of values in a tuple."""
 
     at_most: int
 
     def check(self, value: Sized, where: str) -> None:
-        """Raises UserError for what is longer."""
+        """Raises UserError if `value` is longer than `at_most`."""
         if len(value) > self.at_most:
             parts = "characters" if isinstance(value, str) else "values"
             raise UserError(
@@ -54,29 +54,31 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """Values of names that somebody else knows and checks: numbers, texts, lists of them."""
+    """Settings whose names another part defines and checks: numbers, strings, lists of these."""
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
-        """Raises UserError for a name that Python has not, or for any other value."""
+        """Raises UserError if a name is not a Python identifier, or if a value has another type."""
         for name, value in values.items():
             if not (isinstance(name, str) and name.isidentifier()):
-                raise UserError(f"{where}.{shown(name)} does not exist; give a name like Python's")
+                raise UserError(
+                    f"{where}.{shown(name)} does not exist; use a name that is a Python identifier"
+                )
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(item, (bool, int, float, str)):
                     raise UserError(
-                        f"{where}.{name} is {shown(value)}; it must be a number, a text or a list "
-                        "of them"
+                        f"{where}.{name} is {shown(value)}; it must be a number, a string or a "
+                        "list of these"
                     )
 
 
 Count = Annotated[int, Bounds(1, 1_000_000)]
 CountOrZero = Annotated[int, Bounds(0, 1_000_000)]
-# Data and PRNG keys of a step derive from 32-bit integers.
+# A step's data and PRNG keys are derived from 32-bit integers.
 Steps = Annotated[int, Bounds(1, 100_000_000)]
 StepsOrZero = Annotated[int, Bounds(0, 100_000_000)]
 Seed = Annotated[int, Bounds(0, 2**31 - 1)]
 
-# Floats are computed with in float32: what is above 0 there, or below 1, is so with a margin.
+# Computations use float32, so values that must be above 0 or below 1 keep a margin.
 Positive = Annotated[float, Bounds(1e-6, 1_000_000)]
 Coefficient = Annotated[float, Bounds(0, 1_000_000)]
 Signed = Annotated[float, Bounds(-1_000, 1_000)]
@@ -92,7 +94,7 @@ Options = Annotated[dict, Keywords()]
 
 
 def shown(value: Any) -> str:
-    """A value as messages quote it: only the beginning, where it is long."""
+    """Returns a value as error messages quote it: a long one is cut off."""
     try:
         text = repr(value)
     except ValueError:  # Python does not write out integers of thousands of digits
@@ -102,19 +104,21 @@ def shown(value: Any) -> str:
 
 @functools.cache
 def annotations(cls: type) -> dict[str, Any]:
-    """The annotation of every setting, by name."""
+    """Returns the annotation of every setting by name."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Builds the dataclass from plain values, such as parsed JSON; `where` names it in messages.
+    """Builds the dataclass from plain values, such as parsed JSON; error messages call it `where`.
 
-    Integers are accepted for floats, and lists or single values for tuples. Raises UserError,
-    naming the key, for any other value that the annotation does not allow.
+    Integers are accepted for floats, and lists or single values for tuples. Raises UserError, with
+    the name of the key, for any other value that the annotation does not allow.
     """
     hints = annotations(cls)
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} is {shown(values)}; it holds settings: set {where}.KEY instead")
+        raise UserError(
+            f"{where} is {shown(values)}, but it is a group of settings; set {where}.KEY instead"
+        )
     built = {}
     for key, value in values.items():
         if key not in hints:
@@ -132,14 +136,14 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
 
 
 def check(settings: Any) -> None:
-    """`build`'s checks of a dataclass that was made by hand: for its `__post_init__`."""
+    """Applies `build`'s checks to a dataclass made directly; called from its `__post_init__`."""
     for name, hint in annotations(type(settings)).items():
         if not dataclasses.is_dataclass(hint):
             checked(hint, getattr(settings, name), name)
 
 
 def checked(hint: Any, value: Any, where: str) -> Any:
-    """A value as an annotation has it; raises UserError, which begins with `where`."""
+    """Converts a value to its annotated type; raises UserError, which begins with `where`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = checked(arguments[0], value, where)
@@ -160,7 +164,9 @@ def checked(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise UserError(f"{where} is {shown(value)}; it is too large for a number") from None
+            raise UserError(
+                f"{where} is {shown(value)}; it is too large for a floating-point number"
+            ) from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
     if hint is str and ("\0" in value or not _is_unicode(value)):
@@ -171,13 +177,13 @@ def checked(hint: Any, value: Any, where: str) -> Any:
 
 
 def remedy_of(hint: Any) -> str:
-    """What to set in place of a value of the wrong type."""
+    """Returns the end of an error message: the rule for values with this annotation."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:
         return f"choose one of {', '.join(typing.get_args(hint))}"
     if hint is dict:
-        return "it holds settings: set one of them, after its name and a dot"
+        return "it is a group of settings: set one of them, after its name and a dot"
     return f"it must be of type {getattr(hint, '__name__', hint)}"
 
 

@@ -25,10 +25,10 @@ _KINDS = {
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
-    """The value in a JSON file.
+    """Returns the value in a JSON file.
 
-    Raises as `read_bytes` does, and UserError, ending in `remedy`, for text that `parse_json`
-    refuses.
+    Raises the errors of `read_bytes`, and UserError, ending in `remedy`, for text that `parse_json`
+    rejects.
     """
     data = read_bytes(path, remedy, MAX_BYTES)
     try:
@@ -38,10 +38,10 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
 
 
 def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = None) -> bytes:
-    """The contents of a regular file.
+    """Returns the contents of a regular file.
 
-    Raises MissingFile when it does not exist, and UserError, ending in `remedy`, when it is
-    a pipe, a device or the like, is larger than `limit` bytes, or cannot be read.
+    Raises MissingFile if it does not exist, and UserError if it is a pipe, a device or the like, is
+    larger than `limit` bytes, or cannot be read. The messages end in `remedy`.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
@@ -51,7 +51,7 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{path} is {_kind(found)}, not a file; {remedy}")
             if limit is not None and found.st_size > limit:
-                raise UserError(f"{path} has more than {limit >> 20} MiB; {remedy}")
+                raise UserError(f"{path} is larger than {limit >> 20} MiB; {remedy}")
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read()
         finally:
@@ -63,17 +63,17 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """`read_json` of an object; raises UserError for another value."""
+    """Returns the object in a JSON file; raises UserError if the file contains another value."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; {remedy}")
+        raise UserError(f"{path} contains a JSON {type(value).__name__}, not an object; {remedy}")
     return value
 
 
 def read_json_lines(path: str | os.PathLike[str], remedy: str) -> Iterator[Any]:
-    """The values of a file with a JSON text a line; none without a file.
+    """Yields the values of a file with one JSON text per line, or nothing if there is no file.
 
-    Lines that hold none, or are torn, are passed over. Raises UserError as `read_bytes` does.
+    Skips lines that are incomplete or not valid JSON. Raises UserError if the file cannot be read.
     """
     try:
         lines = read_bytes(path, remedy).splitlines(keepends=True)
@@ -86,11 +86,11 @@ def read_json_lines(path: str | os.PathLike[str], remedy: str) -> Iterator[Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8, with or without a byte order mark.
+    """Returns the value of a JSON text in UTF-8, with or without a byte order mark.
 
-    Raises ValueError, saying why, for text that is not JSON, nesting deeper than `MAX_DEPTH`, NaN
-    and numbers beyond the range of a float, and duplicate keys, of which readers take one or the
-    other.
+    Raises ValueError, with the reason, for text that is not JSON, for nesting deeper than
+    `MAX_DEPTH`, for NaN and numbers beyond the range of a float, and for duplicate keys, because
+    some readers use the first value and some the last.
     """
     try:
         value = json.loads(
@@ -115,11 +115,12 @@ def parse_json(data: bytes) -> Any:
 
 
 def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
-    """Raises UserError for special files and for links out of a model directory.
+    """Raises UserError for special files in a model directory, and for links that lead out of it.
 
-    Reading a pipe or a device may never end, and a directory from elsewhere must not choose which
-    of this machine's files are read. Checks the top level and everything in `folders`. Links to the
-    `blobs` of a model in the Hugging Face hub's cache, which is made of them, are allowed.
+    Reading a pipe or a device may never end, and a downloaded directory must not choose which of
+    this machine's files are read. Checks the top level and everything in `folders`. Links to the
+    `blobs` of a model in the Hugging Face hub's cache are allowed, because the cache consists of
+    such links.
     """
     root = directory.resolve()
     paths = [path for path in directory.iterdir() if not path.is_dir()]
@@ -133,8 +134,8 @@ def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
         target = path.resolve()
         if not (target.is_relative_to(root) or _of_hub_cache(target)):
             raise UserError(
-                f"{path} is a link to {target}, outside of its directory; put the file itself "
-                "there, or give the directory that holds it"
+                f"{path} is a link to {target}, which is outside its directory; put the file "
+                "itself there, or give the directory that contains it"
             )
 
 
@@ -170,5 +171,5 @@ def _integer(text: str) -> int:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"the number {text[:20]}, which is not finite")
+        raise ValueError(f"the number {text[:20]} is not finite")
     return number

@@ -133,7 +133,9 @@ def test_a_key_or_a_value_of_the_wrong_type_is_refused_by_name():
         if kind in (int, float):
             for value in ("1", None, True, *([2.5] if kind is int else [])):
                 assert f"must be of type {kind.__name__}" in refusal(**{key: value})
-    assert refusal(rl=3) == "config.rl is 3; it holds settings: set config.rl.KEY instead"
+    assert (
+        refusal(rl=3) == "config.rl is 3, but it is a group of settings; set config.rl.KEY instead"
+    )
     with pytest.raises(UserError, match=r"config\.command is missing; choose one of pretrain, fin"):
         Config.from_dict({"seed": 1})
     for call in (lambda: config_dict("rl", "qwen9"), lambda: build(preset="qwen9")):
@@ -182,7 +184,7 @@ def test_settings_that_are_made_by_hand_are_checked():
 
 
 CONTRADICTIONS = [
-    ("rl", {"task__options": {"steps": {}}}, "task.options.steps is {}; it must be a number, a te"),
+    ("rl", {"task__options": {"steps": {}}}, "task.options.steps is {}; it must be a number, a st"),
     ("rl", {"task__options": {"a-b": 1}}, "config.task.options.'a-b' does not exist; give a name"),
     ("rl", {"rl__rollouts": 1}, "RLOO needs at least 2 rollouts per prompt, got 1; raise config."),
     ("rl", {"rl__dual_ascent": True}, "dual_ascent needs a floor of accuracy, but config.rl.acc"),

@@ -44,18 +44,18 @@ WRONG = [
     ("--config.rl.rolouts=4", "rl.rolouts does not exist; did you mean config.rl.rollouts?"),
     ("--config.nope=1", "config.nope does not exist; use one of the keys batch_size"),
     ("--config.seed.x=1", "config.seed.x does not exist; config.seed is a single value"),
-    ("--config.exits.layers=(2,8)", "(2, 8); exits are rising layer numbers from 1 to 7"),
+    ("--config.exits.layers=(2,8)", "(2, 8), but exits must be rising layer numbers from 1 to 7"),
     ("--config.steps=many", "config.steps is 'many'; it must be of type int"),
     ("--config.steps=1.5", "config.steps is '1.5'; it must be of type int"),
     ("--config.optim.b1=a: b", "config.optim.b1 is 'a: b'; it must be of type float"),
     ("--config.rl.dual_ascent=2", "config.rl.dual_ascent is '2'; it must be of type bool"),
-    ("--config.rl=3", "config.rl is '3'; it holds settings: set config.rl.KEY instead"),
+    ("--config.rl=3", "config.rl is '3', but it is a group of settings; set config.rl.KEY"),
     ("--config.mesh.data=16", "requests 16 devices (data=16 × fsdp=1 × tensor=1), but this"),
-    ("--config.task.max_prompt_tokens=3", "over the limit of 3: "),
+    ("--config.task.max_prompt_tokens=3", "over the limit of 3 ("),
     ("--config.task.name=chess", "there is no task 'chess'; set config.task.name to one of"),
     ("--config.model.path=nowhere", "no model directory at 'nowhere'"),
     ("--config.model.path=runs/sft-qwen3-4b", "make it with python -m jexit.main --config"),
-    ("--steps=3", "--steps is no option; it is a setting: use --config.steps"),
+    ("--steps=3", "--steps is not an option, but a setting; use --config.steps"),
     ("--stps=3", "Unknown command line flag 'stps'"),
     ("extra", "argument 'extra' is not a flag"),
     ("--coordinator=127.0.0.1:1", "--coordinator, --processes and --process belong together"),
@@ -72,11 +72,11 @@ def test_a_wrong_command_is_one_sentence_and_leaves_nothing(call, tmp_path_facto
     assert_refused(call(), "--config=configs/rl.py")
     assert_refused(call(config("rl.py:qwen9")), "'qwen9'", "qwen3-4b")
     for settings in ([], ["--config.seed=1"]):
-        said = "the config file nowhere.py is not there"
+        said = "the config file nowhere.py does not exist"
         assert_refused(call("--config=nowhere.py:tiny", *settings), said)
     own = tmp_path_factory.mktemp("configs") / "own.py"
     own.write_text("def get_config():\n    return 1 / 0\n")
-    words = "the config cannot be made (ZeroDivisionError: division by zero)"
+    words = "the config file raised an error (ZeroDivisionError: division by zero)"
     assert_refused(call(f"--config={own}"), words)
     flags = own.with_name("flags")
     assert_refused(call(config("rl.py"), f"--flagfile={flags}"), "flagfile", str(flags))

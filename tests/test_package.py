@@ -81,4 +81,4 @@ def test_commands_are_found_or_refused(capsys):
         assert hint in capsys.readouterr().err
     assert cli.main(["convert"]) == 1
     assert cli.main(["--config=nowhere.py"]) == 1
-    assert re.search(r"nowhere\.py is not there", capsys.readouterr().err)
+    assert re.search(r"nowhere\.py does not exist", capsys.readouterr().err)

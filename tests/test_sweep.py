@@ -160,7 +160,7 @@ def test_damaged_files_are_named_and_files_of_something_else_left_alone(tmp_path
     assert "none of the 1 runs" in said(*given, "--table_only")
     (tmp_path / "seed=0" / "eval").mkdir()
     write_json(tmp_path / "seed=0" / "config.json", [])
-    assert "seed=0/config.json holds a JSON list, not an object" in said(*given, "--eval=e.py")
+    assert "seed=0/config.json contains a JSON list, not an object" in said(*given, "--eval=e.py")
     (tmp_path / "seed=0" / "after.json").write_text('{"accuracy":')
     assert "seed=0/after.json is not valid JSON" in said(*given, "--table_only")
 
@@ -179,9 +179,9 @@ def test_wrong_arguments_are_refused_in_a_sentence(capsys, tmp_path, monkeypatch
         ([*GIVEN, "--jobs=10000"], "--jobs is 10000, but only"),
         ([*GIVEN, "model.path=a/b|a b"], "would share a directory"),
         ([*GIVEN, "seed=0", "seed=1"], "seed is given 2 times; give it once"),
-        (GIVEN, "run cannot run: the config file a.py is not there"),
+        (GIVEN, "run cannot run: the config file a.py does not exist"),
         ([RL, GIVEN[1], "rl.dept_coef=0,1"], "rl.dept_coef=0 cannot run: config.rl.dept_coef does"),
-        ([RL, GIVEN[1], "--eval=e.py"], "run cannot run: the config file e.py is not there"),
+        ([RL, GIVEN[1], "--eval=e.py"], "run cannot run: the config file e.py does not exist"),
         ([RL, GIVEN[1], f"--eval={EVAL}", "--eval.eval.problemz=3"], "config.eval.problemz does"),
     ):
         assert main(arguments) == 1

@@ -1,1 +1,1 @@
-"""Tokenizer and batches, as numpy; nothing in here imports jax."""
+"""The tokenizer and the batches, as NumPy arrays; this package does not import jax."""

@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, in a handful of shapes."""
+"""Batches of rows of similar length, in a small number of shapes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 BUCKETS = 6
-MULTIPLE = 8  # of every padded length
+MULTIPLE = 8  # every padded length is a multiple of this
 
 
 class LengthBuckets:
-    """Splits a pool of rows by length, so that batches hold little padding and few shapes occur.
+    """Splits a pool of rows by length, so that batches need little padding and few shapes.
 
-    The borders minimise the tokens of the whole pool, padding included, among all ways to use at
-    most `count` padded lengths. `shapes` holds for each bucket (longest row, longest completion),
-    both rounded up; they never fall from one bucket to the next.
+    The bucket borders minimise the number of tokens of the whole pool, including padding, for at
+    most `count` padded lengths. `shapes` lists for each bucket its longest row and the longest
+    completion up to that bucket, both rounded up. Neither decreases from one bucket to the next.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class LengthBuckets:
         self.shapes = [(int(total), width) for total, width in zip(borders, widths, strict=True)]
 
     def batch(self, *, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Row indices [B] of one step and the shape that holds them; a function of (seed, step).
+        """Returns the row indices [B] of a step and their shape, which depend on (seed, step) only.
 
-        An epoch takes every row once, but for the remainder of size / batch_size, which is drawn
-        anew each time. A pool smaller than the batch is repeated.
+        An epoch uses every row once. If the pool size is not a multiple of `batch_size`, each epoch
+        leaves out other randomly drawn rows. A pool smaller than a batch is repeated.
         """
         rows_N = np.arange(len(self._bucket_N))
         rows_N = np.tile(rows_N, -(-batch_size // len(rows_N)))
@@ -53,15 +53,15 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 
 
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the lengths, rising, with the least Σ_rows (smallest border ≥ length)."""
+    """Returns at most `count` rising lengths that minimise Σ_rows (smallest border ≥ length)."""
     lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
     below_U = np.concatenate([[0], np.cumsum(rows_U)])
     unique = len(lengths_U)
-    # best[j]: the least cost of the j shortest lengths with the buckets used so far.
+    # best[j]: the least cost of the j shortest lengths with the buckets so far.
     best = np.concatenate([[0.0], np.full(unique, np.inf)])
     choices = []
     for _ in range(min(count, unique)):
-        # [i, j]: the last bucket holds lengths i … j − 1 and pads them to length j − 1.
+        # [i, j]: the last bucket contains the lengths i … j and pads them to length j.
         cost = best[:unique, None] + (below_U[1:] - below_U[:unique, None]) * lengths_U
         cost = np.where(np.arange(unique)[:, None] <= np.arange(unique), cost, np.inf)
         choices.append(np.argmin(cost, axis=0))

@@ -1,15 +1,15 @@
-"""Chat templates, rendered in a process of their own that the kernel stops when one runs on.
+"""Chat templates, rendered in a child process that the kernel stops if a template exceeds a limit.
 
-A template is a program by whoever published the checkpoint. Jinja's sandbox keeps it from the
-interpreter, but not from running for ever or from filling the memory, and nothing inside a Python
-process can stop that: a thread cannot be killed, and signal handlers, tracers and counters of loop
-steps all wait for an operation such as `10**10**9` or `'x' * 10**11` to return. A process can be
-stopped at any point, so a child renders under limits that the kernel holds: processor time for each
-text, and memory. No watcher is needed: the alarm ends the child and thereby its pipe, on which this
-process waits.
+A chat template is a program written by the publisher of a checkpoint. Jinja's sandbox protects the
+interpreter from it, but the template can still run forever or fill the memory. Nothing inside a
+Python process can stop it: a thread cannot be killed, and signal handlers, tracers and loop
+counters all wait for an operation such as `10**10**9` or `'x' * 10**11` to return. A process can be
+stopped at any point, so a child process renders the templates under two limits that the kernel
+enforces: processor time per text, and memory. No watcher is needed, because the kernel's alarm ends
+the child and thereby closes its pipe, from which this process reads.
 
-One child serves all templates. It starts with the first text and ends with this process, when its
-input closes.
+One child serves all templates. It starts with the first text, and ends when this process ends,
+which closes the child's input.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SECONDS = 2.0  # of processor time for one text, which takes less than a millisecond
-MEBIBYTES = 512  # of memory, beyond what the child has before it renders
-CHARACTERS = 10_000_000  # of a rendered text
-_REASON = 200  # characters that a reason may have
+SECONDS = 2.0  # of processor time per text; a normal template takes less than a millisecond
+MEBIBYTES = 512  # of memory, in addition to the child's memory before it renders
+CHARACTERS = 10_000_000  # the most that a rendered text may have
+_REASON = 200  # the most characters that a reason may have
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
-    """Renders messages (`role`, `content`) with a chat template.
+    """Renders messages (`role`, `content`) with a chat template and returns the text.
 
-    `variables` are the template's other variables, which must be JSON values. A template sees what
-    transformers' `apply_chat_template` would give it.
+    `variables` are the template's other variables, which must be JSON values. A template sees the
+    same names as in transformers' `apply_chat_template`.
 
     Raises:
-      ValueError: When the template is broken, rejects the messages or exceeds a limit; the message
-        gives only the reason.
+      ValueError: If the template is broken, rejects the messages or exceeds a limit. The message
+        contains only the reason.
     """
     request = {"template": template, "messages": list(messages), "variables": variables}
     reply = _child.ask(request | {"seconds": SECONDS})
@@ -50,7 +50,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], **variables: An
 
 
 class _Child:
-    """The process that renders; started when it is asked, and again after it was stopped."""
+    """The child process that renders templates; a request starts it if it is not running."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class _Child:
                 reply = self._process.stdout.readline()
             except BrokenPipeError:
                 reply = b""
-            except BaseException:  # Ctrl-C: the next request would be answered with this reply
+            except BaseException:  # Ctrl-C: the next request would otherwise read this reply
                 self.stop()
                 raise
             if reply:
@@ -80,11 +80,15 @@ class _Child:
 
     def _started(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-P", __file__],  # -P: its neighbours here are no top-level modules
+            [
+                sys.executable,
+                "-P",
+                __file__,
+            ],  # -P: do not import files of this directory as modules
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # signals to this process' group are for it to handle
+            start_new_session=True,  # only the parent handles signals to its group
         )
 
     def stop(self) -> None:
@@ -103,11 +107,11 @@ def _forget() -> None:
     _child = _Child()
 
 
-os.register_at_fork(after_in_child=_forget)  # whose pipe belongs to the process that forked
+os.register_at_fork(after_in_child=_forget)  # the pipe belongs to the parent
 
 
 def _serve() -> None:
-    """The child: a line with a reply for each line with a request."""
+    """Runs in the child: reads one request per line, and answers each with one line."""
     environment = _environment()
     compiled = functools.lru_cache(maxsize=64)(environment.from_string)
     _limit()
@@ -144,7 +148,7 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant says, for whoever wants to know."""
+        """Renders `{% generation %}` blocks, which mark the assistant's text for training tools."""
 
         tags = frozenset(("generation",))
 
@@ -154,7 +158,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """Keeps no names that Python uses itself."""
+        """A namespace that rejects names beginning with an underscore (Python's own)."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *rest = args
@@ -169,7 +173,9 @@ def _environment() -> Any:
         @staticmethod
         def _check(name: Any) -> None:
             if str(name).startswith("_"):
-                raise jinja2.sandbox.SecurityError(f"a namespace holds no {name!r}")
+                raise jinja2.sandbox.SecurityError(
+                    f"a namespace cannot contain {name!r}; use a name without a leading underscore"
+                )
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -191,7 +197,7 @@ def _environment() -> Any:
 
 
 def _fault(error: Exception) -> str:
-    """Why a template failed, and in which of its lines, where that is known."""
+    """Returns the reason why a template failed, with its line number if that is known."""
     if isinstance(error, MemoryError):
         return f"it takes more than {MEBIBYTES} MiB of memory"
     line, trace = getattr(error, "lineno", None), error.__traceback__

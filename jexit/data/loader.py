@@ -1,6 +1,6 @@
-"""Batches as pure functions of (seed, step): resuming needs no state beyond the step.
+"""Batches as pure functions of (seed, step), so that resuming needs no state other than the step.
 
-Each host takes its own rows of a step's batch, so the batch is the same whatever their number.
+Each host takes its own rows of a step's batch, so the batch does not depend on the number of hosts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.errors import UserError
 from jexit.tasks.base import Draw, Problem, Split, Task, stable_hash
 
-# Each seed's stream of generated problems has its own range of indices.
+# The number of indices in each seed's own stream of generated problems.
 _STREAM = 1 << 40
 _RETRY = 1 << 36
 _MAX_RETRIES = 100
@@ -30,13 +30,14 @@ Batch = TypeVar("Batch")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextBatch:
-    """Prompts with reference completions, several to a row, padded at the end.
+    """Prompts with reference completions, several per row, padded at the end of each row.
 
-    `tokens_BT` int32; `loss_mask_BT` float32, the weight of each token *as a target*: 1 on the
-    completion and its end token, 0 on the prompt and on padding. `segment_BT` int32 numbers a row's
-    texts from 1 (0: padding) and `position_BT` int32 the tokens of each text from 0. `task_BT`
-    int32 is the place of a text's task in the mixture (-1: padding). `lengths_N` int32 has the
-    tokens of every text, in the order in which they were drawn.
+    `tokens_BT` int32 contains the token ids. `loss_mask_BT` float32 is the weight of each token *as
+    a target*: 1 on the completion and its end token, 0 on the prompt and on padding. `segment_BT`
+    int32 numbers the texts of a row from 1 (0: padding), and `position_BT` int32 the tokens of each
+    text from 0. `task_BT` int32 is the index of the text's task in the mixture (-1: padding).
+    `lengths_N` int32 contains the number of tokens of every text, in the order in which the texts
+    were drawn.
     """
 
     tokens_BT: np.ndarray
@@ -49,10 +50,11 @@ class TextBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """Problems with their prompts' ids (of different lengths): this host's rows of a step.
+    """This host's problems of one step, with the token ids of their prompts (of different lengths).
 
-    `skipped` counts the split's problems (finite data) or this batch's draws (generated data) that
-    were left out because their prompt is over the limit.
+    `skipped` is the number of problems that were left out because their prompt exceeds the limit.
+    It counts problems of the whole split for finite data, and draws of this batch for generated
+    data.
     """
 
     problems: list[Problem]
@@ -61,10 +63,10 @@ class PromptBatch:
 
 
 def prepared(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-    """`make(step)` for the steps from `start`, made by a thread ahead of the step that runs.
+    """Yields `make(step)` for steps `start` to `stop` - 1, computed ahead in a background thread.
 
-    The iterator's place is the step: one that starts at step n goes on as if it had never stopped.
-    Errors of `make` come out where its batch would have.
+    The step is the iterator's only state, so an iterator that starts at step n continues as if it
+    had never stopped. An error of `make` is raised in place of its batch.
     """
     steps = grain.MapDataset.range(start, stop).map(make)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREPARED_AHEAD)
@@ -80,24 +82,27 @@ def text_batch(
     batch_size: int,
     length: int,
 ) -> TextBatch:
-    """A pretraining batch of reference texts from a weighted mixture of tasks, packed into rows.
+    """Returns a pretraining batch of reference texts from a weighted mixture of tasks.
 
-    Takes the first n texts of the step's own stream, with the largest n that `pack` fits into
-    `batch_size` rows of `length` tokens. Raises UserError when a text with its end token is longer
-    than `length`, or when a task has no reference completions.
+    The batch contains the first n texts of the step's own stream, with the largest n that `pack`
+    fits into `batch_size` rows of `length` tokens. Raises UserError if a text with its end token is
+    longer than `length`, or if a task has no reference completions.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise UserError(
-            "a text mixture needs tasks with weights of at least 0, one of them above 0, "
-            f"got {[(task.name, weight) for task, weight in mixture]}; change the task weights"
+            "the task weights of a text mixture are "
+            f"{[(task.name, weight) for task, weight in mixture]}, but they must be at least 0, "
+            "and one of them above 0; change the task weights"
         )
     room = batch_size * length
-    texts: list[tuple[list[int], int, int]] = []  # ids, how many are the prompt's, whose they are
+    texts: list[tuple[list[int], int, int]] = []  # ids, prompt length, task index
     while sum(len(ids) for ids, *_ in texts) <= room:
         problems, tasks = [], []
         for number in range(len(texts), len(texts) + batch_size):
-            position = step * room + number  # more texts than tokens cannot be drawn
+            position = (
+                step * room + number
+            )  # the steps' ranges do not overlap: a text has at least one token
             tasks.append(int(Draw("mixture", seed, position).weighted(weights)))
             problems.append(
                 _problem_at(mixture[tasks[-1]][0], "train", seed=seed, position=position)
@@ -136,11 +141,11 @@ def encode_references(
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     *,
-    remedy: str = "take another task or another file",
+    remedy: str = "use another task or another file",
 ) -> list[list[int]]:
-    """The ids of the problems' reference completions, each with its end token.
+    """Returns the token ids of the problems' reference completions, each with its end token.
 
-    Raises UserError, which ends in `remedy`, for a problem without one.
+    Raises UserError, which ends in `remedy`, for a problem without a reference completion.
     """
     for problem in problems:
         if problem.completion is None:
@@ -154,7 +159,7 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Each problem's prompt, completion and end token as ids, and the prompt's length."""
+    """Returns each problem's prompt, completion and end token as ids, with the prompt's length."""
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
     made = []
@@ -162,18 +167,18 @@ def _encoded(
         ids = [*prompt, *completion]
         if len(ids) > length:
             raise UserError(
-                f"a training example has {len(ids)} tokens, over the limit of {length}: "
-                f"{problem.prompt[:60]!r}; raise the sequence length or shorten the task"
+                f"a training example has {len(ids)} tokens, over the limit of {length} "
+                f"({problem.prompt[:60]!r}); raise the sequence length or shorten the task"
             )
         made.append((ids, len(prompt)))
     return made
 
 
 def pack(lengths: Sequence[int], room: int) -> list[int]:
-    """The row of each text by best-fit decreasing, rows counted from 0; a text has to fit `room`.
+    """Returns the row of each text, chosen by best-fit decreasing; rows are numbered from 0.
 
-    From the longest text to the shortest, each goes into the fullest row that has room for it, and
-    where none has into a new one.
+    From the longest text to the shortest, each goes into the fullest row that has room for it, or
+    into a new row if no row has room. Every text must fit into `room` tokens.
     """
     row_of = [0] * len(lengths)
     rows: list[tuple[int, int]] = []  # (room that is left, row), the fullest first
@@ -197,14 +202,15 @@ def prompt_batch(
     skip_long: bool = False,
     rows: Sequence[int] | None = None,
 ) -> PromptBatch:
-    """The prompts of one step; `rows` picks this host's among its `batch_size`, None: all.
+    """Returns the prompts of one step; `rows` selects this host's share (None: all rows).
 
-    Finite data is visited in epochs: every problem once per epoch, in an order drawn from
-    (seed, epoch), with batches running on across the border. Generated data never repeats an
-    index; each seed has its own.
+    Finite data is visited in epochs. An epoch visits every problem once, in an order drawn from
+    (seed, epoch), and a batch may extend into the next epoch. Generated data never repeats an
+    index, and each seed has its own indices.
 
-    Raises UserError for a prompt over `max_prompt_tokens` (with `skip_long` such problems are left
-    out instead, and counted) and for a split that is empty or has only such problems.
+    Raises UserError if a prompt is longer than `max_prompt_tokens`. With `skip_long`, such problems
+    are left out and counted instead. Raises UserError for a split that is empty or has only such
+    problems.
     """
     rows = range(batch_size) if rows is None else rows
     positions = [step * batch_size + int(row) for row in rows]
@@ -230,30 +236,30 @@ def prompt_batch(
 
 
 def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
-    """The ids of the problems' prompts, each with the messages that go before it."""
+    """Returns the token ids of the problems' prompts, each with the messages that precede it."""
     return tokenizer.encode_prompts([problem.messages for problem in problems])
 
 
 def require_problems(task: Task, split: Split) -> None:
-    """Raises UserError when the task's split holds no problem."""
+    """Raises UserError if the task's split is empty."""
     if task.size(split) == 0:
         raise UserError(
-            f"task {task.name!r} has no problem in its {split} split; "
-            "point config.task.path at a data set that has some"
+            f"task {task.name!r} has no problem in its {split} split; set config.task.path to a "
+            "data set with problems for this split"
         )
 
 
 def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens: int) -> None:
-    """Raises UserError when a prompt has more than `max_prompt_tokens` ids."""
+    """Raises UserError if a prompt has more than `max_prompt_tokens` token ids."""
     if len(ids) > max_prompt_tokens:
         raise UserError(
-            f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens}: "
-            f"{problem.prompt[:60]!r}; raise config.task.max_prompt_tokens"
+            f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens} "
+            f"({problem.prompt[:60]!r}); raise config.task.max_prompt_tokens"
         )
 
 
 def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Problem:
-    """The problem at a position of a seed's endless stream."""
+    """Returns the problem at a position of the seed's endless stream."""
     size = task.size(split)
     if size is None:
         # Seeds may be large or negative; their hash picks the range of indices.
@@ -264,7 +270,7 @@ def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Proble
 
 @functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, size: int) -> grain.MapDataset:
-    """0 … size − 1 epoch after epoch, each in an order of its own; random access."""
+    """Returns 0 … size − 1 epoch after epoch, each in its own order, with random access."""
     seed = stable_hash("epochs", seed) & 0x7FFFFFFF  # seeds may be large or negative
     return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 
@@ -273,7 +279,10 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Indices of a finite split's problems whose prompt is within the limit; UserError: none is."""
+    """Returns the indices of a finite split's problems whose prompts are within the limit.
+
+    Raises UserError if there is no such problem.
+    """
     problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))
     kept = tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

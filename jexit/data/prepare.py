@@ -1,11 +1,12 @@
-"""Builds the datasets of tensorflow-datasets from published files, without a network.
+"""Builds datasets of tensorflow-datasets from published files, without network access.
 
     python -m jexit.data.prepare gsm8k --from=DIR [--to=TFDS_DIR]
 
-DIR holds GSM8K as it is published: `train.jsonl` and `test.jsonl`, one question and answer a line
-(https://github.com/openai/grade-school-math). TFDS_DIR is the data directory of tensorflow-datasets
-(default: $TFDS_DATA_DIR, else ~/tensorflow_datasets), where `config.task.name=gsm8k` looks too. The
-dataset appears whole or not at all, and one that is there already is left as it is.
+DIR contains GSM8K as published: `train.jsonl` and `test.jsonl`, with one question and answer per
+line (https://github.com/openai/grade-school-math). TFDS_DIR is the data directory of
+tensorflow-datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets), from which
+`config.task.name=gsm8k` reads as well. The dataset appears whole or not at all, and an existing
+dataset is not changed.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, read_jsonl, row_fault
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 
-_AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there as they are published"
+_AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there, exactly as published"
 
 
 def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str] | None) -> str:
-    """Builds `target`/gsm8k/VERSION from the files in `source`; returns a one-line summary.
+    """Builds `target`/gsm8k/VERSION from the files in `source` and returns a one-line summary.
 
-    Raises MissingFile or ValueError with one sentence for files or rows that are missing or
-    damaged, for a dataset in `target` that the task could not read, and when the disk refuses.
+    Raises MissingFile or UserError, with one sentence, if files or rows are missing or damaged, if
+    the task cannot read the dataset that is already in `target`, or if the disk refuses a write.
     """
     source = pathlib.Path(source).expanduser()
     data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None
@@ -43,18 +44,21 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
         return _left_alone(final)
     builder.rows = {split: list(_rows(file)) for split, file in files.items()}
     try:
-        # Nothing is downloaded, though it would say so. It writes into a folder that it renames.
+        # Hides the library's message about a download, which does not take place. The library
+        # writes into a folder that it then renames.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             builder.download_and_prepare(download_dir=folder)
     except Exception as error:  # the writer is C++, whose errors have no common base
-        if final.exists():  # another host that shares the directory was first
+        if final.exists():  # another host with the same directory was faster
             return _left_alone(final)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{final} cannot be written ({reason}); make room or give another directory with --to"
+            f"{final} cannot be written ({reason}); make room, or give another directory with --to"
         ) from error
     counts = {split: len(rows) for split, rows in builder.rows.items()}
-    note = "" if counts == PUBLISHED_ROWS else f"; published are {_counted(PUBLISHED_ROWS)}"
+    note = (
+        "" if counts == PUBLISHED_ROWS else f"; the published files have {_counted(PUBLISHED_ROWS)}"
+    )
     return f"wrote {final}: {_counted(counts)}{note}"
 
 
@@ -64,20 +68,20 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
     files = {split: source / f"{split}.jsonl" for split in PUBLISHED_SPLITS}
     for file in files.values():
         if not file.exists():
-            raise MissingFile(f"{source} holds no {file.name}; {_AS_PUBLISHED}")
+            raise MissingFile(f"{source} does not contain {file.name}; {_AS_PUBLISHED}")
     return files
 
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
-    """The rows of a file in the dataset's own fields; the first that is damaged raises."""
+    """Yields a file's rows with the dataset's own fields; raises UserError at a damaged row."""
     empty = True
     for place, row in read_jsonl(file):
         empty = False
         fault = row if isinstance(row, str) else row_fault(row)
         if fault:
             raise UserError(
-                f"{place}: {fault}; the published file has a question and an answer in every line: "
-                "fetch it again"
+                f"{place}: {fault}; download the published file again, which has a question and an "
+                "answer in every line"
             )
         annotation, _, short_answer = row["answer"].rpartition("####")
         yield {
@@ -87,11 +91,11 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
             "short_answer": short_answer.removeprefix(" "),
         }
     if empty:
-        raise UserError(f"{file} holds no rows; fetch it again")
+        raise UserError(f"{file} contains no rows; download it again")
 
 
 def _builder(data_dir: str | None) -> Any:
-    """The library's own builder of GSM8K, fed with rows that are here instead of a download."""
+    """Returns the library's own builder of GSM8K, which uses given rows instead of a download."""
     # The class, not tfds.builder("gsm8k"): looking the name up needs TensorFlow.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.text.gsm8k import gsm8k
@@ -107,11 +111,11 @@ def _builder(data_dir: str | None) -> Any:
 
     try:
         return Builder(data_dir=data_dir, file_format="array_record")
-    except Exception as error:  # a dataset is there, in a format or a state that it refuses
+    except Exception as error:  # a dataset exists in a format or a state that the library rejects
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"the gsm8k in {data_dir or 'the data directory of tensorflow-datasets'} is not one "
-            f"that can be read ({reason}); remove it, or give another directory with --to"
+            f"the gsm8k dataset in {data_dir or 'the data directory of tensorflow-datasets'} "
+            f"cannot be read ({reason}); remove it, or give another directory with --to"
         ) from error
 
 
@@ -121,10 +125,10 @@ def _left_alone(final: pathlib.Path) -> str:
         counts = {"train": task.size("train") + task.size("val"), "test": task.size("test")}
     except (ValueError, FileNotFoundError) as error:
         raise UserError(
-            f"{final} exists and is not a dataset that can be read ({error}); remove it, or give "
+            f"{final} exists, but is not a dataset that can be read ({error}); remove it, or give "
             "another directory with --to"
         ) from error
-    return f"{final} is there already and was left alone: {_counted(counts)}"
+    return f"{final} exists already and was not changed: {_counted(counts)}"
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -138,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", choices=["gsm8k"])
-    parser.add_argument("--from", dest="source", required=True, help="directory of the files")
+    parser.add_argument(
+        "--from", dest="source", required=True, help="directory of the published files"
+    )
     parser.add_argument("--to", dest="target", help="data directory of tensorflow-datasets")
     options = parser.parse_args(argv)
     try:

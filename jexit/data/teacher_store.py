@@ -1,4 +1,4 @@
-"""Trajectories of the teacher, generated once and kept on disk by one writer or several."""
+"""Trajectories of the teacher, generated once and stored on disk by one or several writers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Token ids of a prompt and of a completion (its end token included if it came)."""
+    """The token ids of a prompt and its completion (with the end token, if it was generated)."""
 
     prompt: list[int]
     completion: list[int]
 
 
 class TeacherStore:
-    """One folder per settings: whatever changes the trajectories changes the folder's name.
+    """Stored trajectories, with a separate folder for each set of settings that affect them.
 
-    Every writer appends to a file of its own, so hosts never wait for each other, and reads all of
-    them: a rerun may have another number of writers. A file's first line holds the settings, each
-    further one the rows of a batch that its writer made, each after its checksum. A line that a
-    killed process left unfinished, or that was damaged since, is left out with all that follow; the
-    writer whose file it is cuts them off.
+    The folder's name is a hash of the settings. Every writer appends to a file of its own, so hosts
+    never wait for each other. Every writer reads the files of all writers, because a rerun may have
+    another number of them. The first line of a file contains the settings, and each further line
+    the rows of one batch that its writer generated. Each line begins with its checksum. If a line
+    is unfinished, because its process was killed, or damaged, then it and all lines after it are
+    ignored, and the file's own writer removes them.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class TeacherStore:
         self.read()
 
     def read(self) -> None:
-        """Reads what every writer has stored so far."""
+        """Reads the rows that all writers have stored so far."""
         self._rows = {}
         for path in sorted(self.directory.glob("host-*.jsonl")):
             for number, (text, _) in enumerate(_whole_lines(path)):
@@ -62,19 +63,19 @@ class TeacherStore:
                     self._rows[stored["batch"], row] = trajectory
 
     def holds(self, batch: int, rows: int) -> bool:
-        """Whether all `rows` rows of a batch are stored."""
+        """Returns whether all `rows` rows of a batch are stored."""
         return all((batch, row) in self._rows for row in range(rows))
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        """All that are stored, by batch and row."""
+        """All stored trajectories, ordered by batch and row."""
         rows = (self._rows[place] for place in sorted(self._rows))
         return [row for row in rows if row is not None]
 
     def append(
         self, batch: int, rows: Sequence[int], trajectories: Sequence[Trajectory | None]
     ) -> None:
-        """Stores rows of a batch; None for one that is of no use and need not be made again."""
+        """Stores rows of a batch; None marks one that cannot be used and is not generated again."""
         pairs = [None if row is None else dataclasses.asdict(row) for row in trajectories]
         numbers = [int(row) for row in rows]
         self._append(json.dumps({"batch": batch, "rows": numbers, "trajectories": pairs}))
@@ -89,7 +90,7 @@ class TeacherStore:
 
 
 def _whole_lines(path: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """Each line without its checksum and where it ends, up to the first that is not whole."""
+    """Yields each line without its checksum, and its end offset, up to the first damaged line."""
     end = 0
     with path.open("rb") as file:
         for line in file:

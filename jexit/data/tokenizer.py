@@ -1,4 +1,4 @@
-"""One tokenizer class over Hugging Face's, from a model directory."""
+"""A tokenizer from a model directory, based on Hugging Face's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPEN_END = "\ue000OPEN\ue000 "  # marks the end of a message that is to be cont
 Thinking = Literal["auto", "on", "off"]
 Messages = Sequence[Message]
 
-# What a model directory may hold of a tokenizer, in the order of a directory listing.
+# The tokenizer's files that a model directory may contain, in the order of a directory listing.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -36,11 +36,11 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """Text to ids and back, the chat format, and the *set* of end tokens.
+    """Converts text to token ids and back, applies the chat format, and has a *set* of end tokens.
 
-    `eos_ids` joins the tokenizer's own end token with the end tokens that the directory's
+    `eos_ids` is the union of the tokenizer's own end token and the end tokens that the directory's
     `generation_config.json` and `config.json` name (Qwen3 ends with 151645 or 151643). `pad_id` may
-    be one of them: lengths, never the pad id, say where a sequence ends.
+    be one of them, so the end of a sequence is always known from its length, never from the pad id.
     """
 
     def __init__(
@@ -54,20 +54,20 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = frozenset((*own, *eos_ids))
         if not self.eos_ids:
             raise UserError(
-                f"the tokenizer in {directory} names no end token, so generation could not stop; "
-                "set eos_token in its tokenizer_config.json"
+                f"the tokenizer in {directory} does not define an end token, so generation could "
+                "not stop; set eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = own[0] if own else min(self.eos_ids)
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Reads the tokenizer of a model directory.
+        """Loads the tokenizer of a model directory.
 
-        Raises MissingFile when the directory or its tokenizer files are missing, ValueError
-        when they cannot be read.
+        Raises MissingFile if the directory or its tokenizer files are missing, and UserError if the
+        files cannot be read.
         """
-        # Without PyTorch, transformers says so on stderr whenever it is imported.
+        # Without this, transformers prints a warning on import if PyTorch is not installed.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
@@ -84,29 +84,30 @@ class Tokenizer:
 
     @staticmethod
     def find(directory: str | os.PathLike[str]) -> pathlib.Path:
-        """The directory itself, once it is known to hold a tokenizer's files; reads none of them.
+        """Returns the path of a directory after checking that it contains a tokenizer's files.
 
-        Raises MissingFile when the directory or its tokenizer files are missing.
+        The files are not read. Raises MissingFile if the directory or its tokenizer files are
+        missing.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():
             raise MissingFile(
-                f"no model directory at {path}; set config.model.path to one that convert.from_hf "
-                "or a run has written"
+                f"there is no model directory at {path}; set config.model.path to one that "
+                "convert.from_hf or a run has written"
             )
         if not (path / "tokenizer.json").exists() and not (
             (path / "vocab.json").exists() and (path / "merges.txt").exists()
         ):
             raise MissingFile(
-                f"{path} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
-                "copy the tokenizer's files of the checkpoint into it"
+                f"{path} contains no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
+                "copy the checkpoint's tokenizer files into it"
             )
         check_files(path)
         return path
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included (a model's embedding may be padded beyond it)."""
+        """The number of token ids, with added tokens (a model's embedding may have more rows)."""
         return len(self.backend)
 
     @property
@@ -115,10 +116,10 @@ class Tokenizer:
 
     @property
     def thinking(self) -> Thinking:
-        """What prompts tell the chat template about thinking; `auto` leaves it to the template.
+        """The thinking mode that prompts pass to the chat template; `auto` leaves it unset.
 
-        Setting it raises UserError for another value, and for `on` or `off` where the template has
-        no switch (Qwen3's has one, `enable_thinking`; Qwen2.5's and R1-Distill's have none).
+        Setting it raises UserError for an unknown value, and for `on` or `off` if the template has
+        no switch (Qwen3's has one, `enable_thinking`; Qwen2.5's and R1-Distill's do not).
         """
         return self._thinking
 
@@ -136,10 +137,10 @@ class Tokenizer:
 
     @property
     def system(self) -> str:
-        """The system message before every prompt; empty: none, or the chat template's own.
+        """The system message before every prompt; if empty, the chat template may use its own.
 
-        Setting it raises UserError where no chat template is there to hold it, and where the
-        template refuses it or leaves it out.
+        Setting it raises UserError if there is no chat template, or if the template rejects or
+        omits the message.
         """
         return self._system
 
@@ -147,8 +148,9 @@ class Tokenizer:
     def system(self, value: str) -> None:
         if value and not self._shows_system(value):
             raise UserError(
-                f"the system message {reprlib.repr(value)} has no place in the prompts of "
-                f"{self.directory}, whose chat template knows none; set config.task.system=''"
+                f"the system message {reprlib.repr(value)} cannot be used in the prompts of "
+                f"{self.directory}, because no chat template there supports it; set "
+                "config.task.system=''"
             )
         self._system = value
         vars(self).pop("opens_thinking", None)
@@ -157,12 +159,12 @@ class Tokenizer:
         messages = [{"role": "system", "content": value}, {"role": "user", "content": "?"}]
         try:
             return self.has_chat_template and value.strip() in self.render(messages)
-        except UserError:  # the template's own refusal
+        except UserError:  # the template rejects system messages
             return False
 
     @functools.cached_property
     def has_thinking_switch(self) -> bool:
-        """Whether prompts with and without thinking differ."""
+        """Whether the chat template renders different prompts with and without thinking."""
         if not self.has_chat_template:
             return False
         probe = [{"role": "user", "content": "?"}]
@@ -170,15 +172,15 @@ class Tokenizer:
 
     @functools.cached_property
     def opens_thinking(self) -> bool:
-        """Whether prompts end inside a think block that the chat template has opened itself."""
+        """Whether prompts end inside a think block that the chat template has opened."""
         return self.has_chat_template and self.chat_text("?").rstrip().endswith(THINK_START)
 
     def render(self, messages: Messages, *, answer: bool = True) -> str:
-        """Messages (`role`, `content`) in the chat format, with `thinking` as it is set.
+        """Returns messages (`role`, `content`) in the chat format, with the current `thinking`.
 
-        `answer` opens the assistant's turn after them; otherwise the last message is left open, to
-        be continued. Raises UserError when the template is broken, refuses the messages or does
-        not end (`chat_template.render`).
+        With `answer`, the text ends with the beginning of the assistant's turn. Otherwise the last
+        message is left open, to be continued. Raises UserError if the template is broken, rejects
+        the messages or exceeds a limit (see `chat_template.render`).
         """
         return self._render(messages, thinking=self._thinking, answer=answer)
 
@@ -195,7 +197,7 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(
                 f"the chat template in {self._template_place} cannot be rendered ({error}); "
-                "mend it or copy it again from the checkpoint"
+                "correct it, or copy it again from the checkpoint"
             ) from None
 
     def _template(self) -> str:
@@ -203,24 +205,27 @@ class Tokenizer:
         if isinstance(found, dict):  # several by name
             found = found.get("default")
         if not isinstance(found, str):
-            raise UserError("it is not a string, and no template is named 'default'")
+            raise UserError(
+                "it is neither a string nor a set of templates with one named 'default'"
+            )
         return found
 
     @property
     def _template_place(self) -> str:
-        """The file that holds the chat template, for messages."""
+        """The file that contains the chat template, for error messages."""
         if self.directory is None:
             return "the tokenizer"
         file = self.directory / "chat_template.jinja"
         return str(file if file.exists() else self.directory / "tokenizer_config.json")
 
     def chat_text(self, prompt: str | Messages) -> str:
-        """A conversation's text up to where the assistant's answer begins.
+        """Returns the text of a conversation up to the beginning of the assistant's answer.
 
-        `prompt` is the user's message, or messages of which the last is the user's. `system` comes
-        first, unless they begin with a system message of their own. Without a chat template it is
-        the messages, the assistant's on a line of its own and a blank line after it. Raises
-        UserError for a system message that has no place.
+        `prompt` is the user's message, or a list of messages that ends with the user's. `system`
+        comes first, unless the list begins with a system message of its own. Without a chat
+        template, the text is the messages themselves, each assistant message on a line of its own
+        with a blank line after it. Raises UserError if there is a system message but no template
+        that can include it.
         """
         said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         own = said[0]["role"] == "system"
@@ -229,49 +234,54 @@ class Tokenizer:
             return self.render(said if own else before + said)
         if own:
             raise UserError(
-                f"a prompt has a system message, and the tokenizer of {self.directory} has no chat "
-                "template to put it into; leave it out, or give the tokenizer a template"
+                f"a prompt has a system message, but the tokenizer of {self.directory} has no chat "
+                "template for it; leave the message out, or give the tokenizer a template"
             )
         ends = {"user": "\n", "assistant": "\n\n"}
         text = "".join(turn["content"] + ends[turn["role"]] for turn in said)
         return text.removesuffix("\n")
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """The ids of `chat_text(prompt)`.
+        """Returns the token ids of `chat_text(prompt)`.
 
-        A chat template says itself whether a begin token comes first; without one the text begins
-        as `encode_texts` has it.
+        A chat template adds a begin token itself, if the model uses one. Without a chat template,
+        the text is encoded by `encode_texts`, which adds the tokenizer's begin token.
         """
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
-        """`encode_prompt` for many at once, several times as fast."""
+        """Encodes several prompts like `encode_prompt`, but several times as fast."""
         texts = [self.chat_text(prompt) for prompt in prompts]
         return self.encode_batch(texts) if self.has_chat_template else self.encode_texts(texts)
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The begin token, where the tokenizer puts it before texts (Llama's does, Qwen's not)."""
+        """The token that the tokenizer puts before texts, or None.
+
+        Llama's tokenizer has such a token, and Qwen's does not.
+        """
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of whole texts: each after the tokenizer's `begin_id`, once, if it has one."""
+        """Returns the token ids of whole texts, each beginning with `begin_id` if there is one."""
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
         return [ids if ids[:1] == [self.begin_id] else [self.begin_id, *ids] for ids in made]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text, nothing added; special tokens written in it become themselves."""
+        """Returns the text's token ids, adding none; special tokens in the text become their
+        ids.
+        """
         return self.backend.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once, several times as fast."""
+        """Encodes several texts like `encode`, but several times as fast."""
         return self.backend(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """The text of the ids; special tokens (end, padding) are left out unless kept."""
+        """Returns the text of token ids; special tokens (end, padding) are left out by default."""
         return self.backend.decode(
             [int(i) for i in ids],
             skip_special_tokens=not keep_special,
@@ -279,14 +289,15 @@ class Tokenizer:
         )
 
     def completion_text(self, ids: Iterable[int]) -> str:
-        """The text to judge a completion by: `decode`, after the `<think>` that a prompt ends in.
+        """Returns the text by which a completion is judged.
 
-        Without that nobody could tell an unfinished thought from an answer.
+        It is `decode(ids)`, preceded by `<think>` if the prompt ends with an opened think block.
+        Without it, an unfinished thought could not be distinguished from an answer.
         """
         return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Each id's own text, for display; a lone part of a character shows as U+FFFD."""
+        """Returns each token's own text, for display; an incomplete character appears as U+FFFD."""
         return [self._token(int(i)) for i in ids]
 
     @functools.cached_property
@@ -294,10 +305,10 @@ class Tokenizer:
         return functools.lru_cache(maxsize=65_536)(lambda i: self.decode([i], keep_special=True))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer's files, chat template included, into a directory.
+        """Writes the tokenizer's files, including the chat template, into a directory.
 
-        Files that the tokenizer was read from are copied as they are, so that a checkpoint's
-        tokenizer stays byte for byte what its publisher shipped.
+        The files that the tokenizer was loaded from are copied unchanged, so that a checkpoint's
+        tokenizer remains byte for byte as published.
         """
         target = pathlib.Path(directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -312,15 +323,15 @@ class Tokenizer:
 
 
 def _left_open(text: str) -> str:
-    """A rendered text up to the end of its last message, which `_OPEN_END` marks.
+    """Returns a rendered text up to the end of its last message, which `_OPEN_END` marks.
 
-    Raises UserError when the template leaves the end of the message out.
+    Raises UserError if the template omits the end of the message.
     """
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
-        raise UserError("it leaves out the end of the message that is to be continued")
-    # A template that strips messages has stripped the mark's last character, and would have
-    # stripped what stands before the mark.
+        raise UserError("it omits the end of the message that is to be continued")
+    # A template that strips messages has removed the mark's last character. It would also have
+    # removed spaces before the mark.
     return before if after.startswith(_OPEN_END[-1]) else before.rstrip()
 
 
@@ -341,12 +352,12 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """What a file names as a token or a list of them, in either spelling; empty for null.
+    """Returns the token ids in a value from a file: one id, a list of ids, or null for no ids.
 
-    Raises UserError for what is no token's number.
+    Raises UserError for a value that is not a token id.
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:
-            raise UserError(f"{reprlib.repr(number)}, which is no token's number")
+            raise UserError(f"{reprlib.repr(number)}, which is not a token id")
     return tuple(ids)

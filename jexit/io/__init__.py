@@ -1,1 +1,1 @@
-"""What a run writes and shows: checkpoints, metrics, samples, the progress bar."""
+"""Reads and writes the files of models and runs, and shows the progress of a run."""

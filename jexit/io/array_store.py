@@ -1,7 +1,7 @@
-"""Parameters on disk: one Orbax checkpoint each, so that no more than one is ever held twice.
+"""Parameters on disk, each in its own Orbax checkpoint, so that at most one is in memory twice.
 
 A single Orbax tree of all parameters would need about three times their memory while it is written.
-Names are the dotted paths of the parameter tree: `blocks.attn.q.kernel`.
+Names are the dotted paths of the parameter tree, such as `blocks.attn.q.kernel`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ class ArrayStore:
         self.directory = pathlib.Path(directory)
 
     def names(self) -> list[str]:
-        """What is stored; empty when the directory does not exist."""
+        """Returns the names of the stored arrays; [] if the directory does not exist."""
         if not self.directory.is_dir():
             return []
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Stores an array under a new name; raises UserError when the disk refuses it, or NaN."""
+        """Stores an array under a new name.
+
+        Raises UserError if the array is not finite, or if the disk refuses the write.
+        """
         if not all_finite(array):
             raise UserError(
-                f"the parameter {name} holds NaN or infinity, so it is not written to "
+                f"the parameter {name} contains NaN or infinity, so it is not written to "
                 f"{self.directory}; save a model whose parameters are all finite"
             )
         path = (self.directory / name).resolve()
@@ -54,17 +57,17 @@ class ArrayStore:
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Shape and dtype without reading the data; raises UserError when damaged."""
+        """Returns a stored array's shape and dtype; raises UserError if it is damaged."""
         path = (self.directory / name).resolve()
         try:
-            # The checkpointer's own `metadata` logs what is damaged instead of raising it.
+            # The checkpointer's own `metadata` logs damage instead of raising an error.
             found = _handler().metadata(path).tree[_ITEM]
             return Spec(tuple(found.shape), np.dtype(found.dtype))
         except Exception as error:  # Orbax raises many kinds for damaged files
             raise UserError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """The array as it was stored; raises UserError when damaged, or not finite."""
+        """Returns an array as it was stored; raises UserError if it is damaged or not finite."""
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:
@@ -74,8 +77,8 @@ class ArrayStore:
             raise UserError(self._damaged(name, error)) from error
         if not all_finite(tree[_ITEM]):
             raise UserError(
-                f"the parameter {name} in {self.directory} holds NaN or infinity; copy or convert "
-                "the model directory again, or take one whose training did not diverge"
+                f"the parameter {name} in {self.directory} contains NaN or infinity; copy or "
+                "convert the model directory again, or use a model whose training did not diverge"
             )
         return tree[_ITEM]
 
@@ -91,15 +94,15 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Compression gains next to nothing on weights, costs most of the time and a second copy; small
-    # chunks save the copy on reading.
+    # Compression hardly shrinks weights, but takes most of the time and a second copy. Small chunks
+    # avoid a second copy on reading.
     return ocp.PyTreeCheckpointHandler(
         use_compression=False, multiprocessing_options=_this_process()
     )
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:
-    """Every host reads for itself, and none waits for another."""
+    """Returns options with which every host reads by itself, without waiting for the others."""
     if not jax.distributed.is_initialized():
         return ocp.options.MultiprocessingOptions()
     host = jax.process_index()

@@ -19,17 +19,17 @@ def atomic_directory(
 ) -> Iterator[pathlib.Path]:
     """Yields an empty sibling of `target` to write into, and renames it to `target` at the end.
 
-    The files are flushed to disk before the rename. When the block raises, everything is removed,
-    parent directories that were made for it included. Raises UserError for a target that exists
-    and is not an empty directory, unless `overwrite`, which replaces a directory, and when the disk
-    refuses a write.
+    The files are flushed to disk before the rename. If the block raises, everything that was
+    created is removed, including parent directories. Raises UserError if the disk refuses a write,
+    and if `target` exists and is not an empty directory. With `overwrite`, any existing directory
+    is replaced.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    # Fixed names: what a killed run left behind is cleared by the next one.
+    # Fixed names, so that the next run removes the directories that a killed run left behind.
     partial = target.parent / f".{target.name}.partial"
     previous = target.parent / f".{target.name}.previous"
     shutil.rmtree(partial, ignore_errors=True)
@@ -51,7 +51,7 @@ def atomic_directory(
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        # Other errors may be about what the block reads.
+        # Other errors may come from files that the block reads.
         if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EROFS):
             raise UserError(disk_message(target, error)) from error
         raise

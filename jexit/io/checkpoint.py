@@ -1,4 +1,4 @@
-"""Checkpoints of a run: asynchronous, atomic, the newest and the best few kept (Orbax)."""
+"""Asynchronous, atomic checkpoints of a run (Orbax), of which the newest and the best are kept."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from jexit.io.finite import not_finite
 from jexit.io.storage_errors import reason
 
 _CHECKSUMS = "digests"  # of each leaf, in the checkpoint's own metadata
-_SCORE = "score"  # a checkpoint's only metric: more is better
+_SCORE = "score"  # a checkpoint's only metric: higher is better
 
 
 class Checkpoints:
-    """`WORKDIR/checkpoints/STEP/`: saves a pytree of arrays under the names of its paths.
+    """The checkpoints of a run, each a pytree of arrays in `WORKDIR/checkpoints/STEP/`.
 
-    A checkpoint that cannot be read (truncated, corrupted) is passed over with a warning in favour
-    of the one before. Saving raises UserError when the disk refuses it; as it runs in the
-    background, that may come from the call after.
+    Arrays are stored under the names of their paths in the pytree. A checkpoint that cannot be read
+    (truncated, corrupted) is skipped with a warning, and the one before it is used. Saving raises
+    UserError if the disk refuses it. Because saving runs in the background, a later call may be the
+    one that raises the error.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
@@ -45,7 +46,7 @@ class Checkpoints:
             kept.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
-            # Only so that scores are written: the policy above is what decides.
+            # Needed for scores to be written; the policy above decides which checkpoints are kept.
             best_fn=_score if config.keep_best else None,
             create=True,
             cleanup_tmp_directories=True,  # what a killed save left behind
@@ -54,7 +55,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
-                # Named here, or item_metadata knows nothing before the first save or restore.
+                # Without this, item_metadata is empty before the first save or restore.
                 item_handlers=ocp.StandardCheckpointHandler(),
             )
 
@@ -62,17 +63,17 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def newest(self, step: int) -> int | None:
-        """The newest stored checkpoint of step `step` or one before."""
+        """Returns the newest stored step that is not above `step`, or None if there is none."""
         return max((stored for stored in self._manager.all_steps() if stored <= step), default=None)
 
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
-        """Starts writing `tree` as checkpoint `step`; a step that exists already is left alone.
+        """Starts writing `tree` as checkpoint `step`; does nothing if that checkpoint exists.
 
-        `score` ranks the checkpoint among those that are kept for being the best. Raises UserError
-        when an array on the devices is not finite, since saving it could delete a good checkpoint.
+        `score` ranks the checkpoint among those that are kept as the best. Raises UserError if an
+        array on the devices is not finite, because saving it could delete a good checkpoint.
         """
         if step in self._manager.all_steps():
             return
@@ -80,27 +81,29 @@ class Checkpoints:
         on_device = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
         if broken := not_finite(on_device):
             raise UserError(
-                f"{broken[0]} holds NaN or infinity after step {step}, so no checkpoint of it is "
-                f"written to {self.directory}; lower config.optim.*_lr"
+                f"{broken[0]} contains NaN or infinity after step {step}, so no checkpoint of that "
+                f"step is written to {self.directory}; lower config.optim.*_lr"
             )
         with self._write_errors():
             self._manager.save(
                 step,
                 args=ocp.args.StandardSave(named),
                 metrics=None if score is None else {_SCORE: score},
-                # The storage notices missing bytes, not altered ones.
+                # The storage detects missing bytes, but not corrupted ones.
                 custom_metadata={_CHECKSUMS: digests(named)},
             )
 
     def best_step(self) -> int | None:
-        """Step of the best-scored checkpoint, the later one on ties; None if none has a score."""
+        """Returns the step of the best-scored checkpoint (the later one on ties), or None."""
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:
-        """The newest readable checkpoint, placed and shaped as `like`; None when there is none.
+        """Returns the newest readable checkpoint, placed and shaped as `like`, or None.
 
-        With `step` that one and no other. Raises UserError when checkpoints exist but hold other
-        parameters than `like`, or when none of them can be read.
+        None means that no checkpoint exists. With `step`, only that checkpoint is tried. Newer
+        checkpoints that could not be read are deleted once an older one is restored. Raises
+        UserError if checkpoints exist but contain other parameters than `like`, or if none of them
+        can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []
@@ -114,7 +117,7 @@ class Checkpoints:
                 self._check_bytes(step, named)
             except Exception as error:  # Orbax raises many kinds for damaged files
                 failure = str(error) or type(error).__name__
-            # One host that cannot read it is reason enough for all.
+            # If one host cannot read the checkpoint, no host uses it.
             reasons = [text for text in gather(f"reading checkpoint {step}", failure) if text]
             if reasons:
                 logging.warning(
@@ -123,7 +126,7 @@ class Checkpoints:
                 failures.append(step)
                 continue
             if failures:
-                logging.warning("Resuming from the checkpoint before: step %d.", step)
+                logging.warning("Resuming from the earlier checkpoint of step %d.", step)
             for failed in failures:
                 self._manager.delete(failed)
             return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in wanted])
@@ -144,9 +147,9 @@ class Checkpoints:
         for name in sorted(there | here) if there else ():
             if there.get(name) != here.get(name):
                 raise UserError(
-                    f"checkpoint {self.directory / str(step)} holds other parameters than this "
-                    f"config ({name} is {there.get(name)} there and {here.get(name)} here); use "
-                    "the same config or another --workdir"
+                    f"checkpoint {self.directory / str(step)} contains other parameters than this "
+                    f"config ({name} is {there.get(name)} in the checkpoint, but {here.get(name)} "
+                    "in this config); use the same config or another --workdir"
                 )
 
     def _check_bytes(self, step: int, named: dict[str, Any]) -> None:
@@ -156,7 +159,7 @@ class Checkpoints:
             return
         altered = [name for name, sum_ in digests(named).items() if sum_ != stored.get(name)]
         if altered:
-            raise UserError(f"{altered[0]} is not what was saved")
+            raise UserError(f"{altered[0]} differs from the array that was saved")
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -165,12 +168,12 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many kinds when a write fails
             raise UserError(
                 f"a checkpoint cannot be written to {self.directory} ({reason(error)}); free some "
-                "space or make it writable, then run the same command again: the checkpoints "
-                "before are whole"
+                "space or make the directory writable, then run the same command again (earlier "
+                "checkpoints are intact)"
             ) from error
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk."""
+        """Waits until every save that has started is on disk."""
         with self._write_errors():
             self._manager.wait_until_finished()
 
@@ -184,7 +187,7 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their paths, in the tree's order."""
+    """Returns the arrays of a tree by the names of their paths, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
     named = {

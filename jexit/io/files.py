@@ -1,4 +1,4 @@
-"""Small files that are whole or absent, JSON that any reader takes, locks, disk errors."""
+"""Helpers for files: atomic writes, standard JSON, locks and messages for disk errors."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file of a directory that itself appears whole or not at all."""
+    """Writes indented JSON, not atomically; for files in a directory that appears atomically."""
     path.write_bytes(json_line(value, indent=2))
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes indented JSON so that `path` is at any moment absent, the old file or the new one.
+    """Writes indented JSON to `path`, which is at any moment absent, the old file or the new one.
 
-    Raises UserError when the disk refuses the write (the old file is then untouched) or when the
-    value holds something that is no JSON.
+    Raises UserError if the disk refuses the write (the old file is then unchanged), or if the value
+    contains something that JSON cannot represent.
     """
     write_bytes_atomic(path, json_line(value, indent=2))
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` through a temporary file beside `path`; raises UserError as above."""
+    """Writes `data` through a temporary file beside `path`, which is then renamed to `path`.
+
+    Raises UserError if the disk refuses the write; the old file is then unchanged.
+    """
     path = Path(path)
-    # A fixed name: what a killed process left behind is overwritten by the next one.
+    # A fixed name, so that the next process overwrites the file that a killed process left behind.
     partial = path.parent / f".{path.name}.partial"
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's contents, or a directory's names, are on the disk."""
+    """Waits until a file's contents, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +65,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into the one sentence that the user needs."""
+    """Turns an OSError in the block into a UserError with the sentence of `disk_message`."""
     try:
         yield
     except OSError as error:
@@ -70,17 +73,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_message(path: Path, error: OSError) -> str:
-    """What could not be written, why, and what to do about it."""
+    """Returns a sentence with the path that cannot be written, the reason and the remedy."""
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; {remedy}, or choose another place"
 
 
 def take_lock(file: IO[Any], remedy: str) -> bool:
-    """Locks an open file for as long as this process, or one that inherits the file, lives.
+    """Locks an open file until it is closed, by this process and by every process that inherits it.
 
-    False when another holds the lock. Raises UserError, which ends in `remedy`, on a file system
-    without locks.
+    The lock also ends when these processes end. Returns False if another process has the lock.
+    Raises UserError, which ends in `remedy`, on a file system that does not support locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,13 +95,16 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
 
 
 def json_line(value: Any, indent: int | None = None) -> bytes:
-    """`value` as JSON that ends a line; raises UserError when it holds what is no JSON."""
+    """Returns `value` as JSON that ends with a newline.
+
+    Raises UserError if the value contains something that JSON cannot represent.
+    """
     text = json.dumps(to_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode(errors="replace")
 
 
 def to_jsonable(value: Any) -> Any:
-    """`value` with arrays as lists, paths as text and non-finite numbers as None."""
+    """Returns `value` with arrays as lists, paths as strings and non-finite numbers as None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -113,5 +119,5 @@ def to_jsonable(value: Any) -> Any:
         return value
     raise UserError(
         f"{value!r} of type {type(value).__name__} cannot be written as JSON; convert it to "
-        "numbers, text, lists or dictionaries"
+        "numbers, strings, lists or dictionaries"
     )

@@ -1,4 +1,4 @@
-"""Digests of arrays that any number of devices and hosts compute to the same number."""
+"""Digests of arrays that do not depend on the number of devices and hosts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 
 from jexit.axes import Array
 
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes an entry
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the number of bytes per entry
 
 
 def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
-    """A 32-bit digest of every bit of each array.
+    """Returns a 32-bit digest of each array, computed from every bit of it.
 
-    On devices it is Σ bits_i · (2i + 1) modulo 2³², in integers: no order of summation matters, so
-    it is the same however the array is divided, and no host needs another's part. NumPy arrays get
-    CRC-32.
+    The digest of an array on devices is Σ bits_i · (2i + 1) modulo 2³², in integers. This sum is
+    exact in any order, so it does not depend on how the array is sharded, and no host needs another
+    host's shards. The digest of a NumPy array is its CRC-32.
     """
     on_device = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
     found = jax.device_get(_device_digests(on_device))
@@ -35,7 +35,7 @@ def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
 
 
 def fingerprint(params: Any) -> str:
-    """Eight hexadecimal digits of all arrays of a tree, their names and shapes."""
+    """Returns eight hexadecimal digits that depend on a tree's arrays, names and shapes."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     total = hashlib.sha256()

@@ -10,17 +10,17 @@ import numpy as np
 
 from jexit.axes import Array
 
-_PIECE = 1 << 18  # entries that are looked at together: no second array of the size is made
+_PIECE = 1 << 18  # entries per check, so that no second array of the full size is made
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether an array holds neither NaN nor infinity."""
+    """Returns whether an array contains neither NaN nor infinity."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE))
 
 
 def not_finite(named: Mapping[str, jax.Array]) -> list[str]:
-    """The names of arrays on devices that hold NaN or infinity."""
+    """Returns the names of the arrays on devices that contain NaN or infinity."""
     finite = jax.device_get(_finite(dict(named)))
     return [name for name in named if not finite[name]]
 

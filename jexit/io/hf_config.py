@@ -1,9 +1,9 @@
-"""The JSON files of Hugging Face directories and jexit's settings, both ways.
+"""Reads and writes the JSON files of Hugging Face directories as jexit's settings.
 
-`config.json` and `Architecture`, `adapter_config.json` (of PEFT) and `LoRA`, `exit_heads.json`
-(jexit's own) and `ExitSettings`. Reads the spellings of transformers 4 (`rope_theta`,
-`rope_scaling`) and 5 (`rope_parameters`). What shapes the computation comes from the file, never
-from a default.
+`config.json` corresponds to `Architecture`, PEFT's `adapter_config.json` to `LoRA`, and jexit's own
+`exit_heads.json` to `ExitSettings`. The spellings of transformers 4 (`rope_theta`, `rope_scaling`)
+and 5 (`rope_parameters`) are both read. Values that shape the computation come from the file, never
+from jexit's own defaults.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from jexit.untrusted import read_object
 ADAPTER_CONFIG = "adapter_config.json"
 EXIT_CONFIG = "exit_heads.json"
 _EXIT_FORMAT = 1
-# What a PEFT adapter may be beyond plain LoRA on whole projections.
+# Keys of PEFT adapters that are more than plain LoRA on whole projections.
 _BEYOND_LORA = (
     *("alora_invocation_tokens", "alpha_pattern", "corda_config", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "layer_replication", "layers_pattern", "layers_to_transform", "lora_bias"),
     *("megatron_config", "modules_to_save", "rank_pattern", "target_parameters"),
     *("trainable_token_indices", "use_dora", "use_qalora", "use_rslora"),
 )
-# Biases that a family's config.json can ask for, on projections that have none in jexit.
+# Keys with which a family's config.json adds biases to projections that have none in jexit.
 _BIASES = {"qwen2": (), "qwen3": ("attention_bias",), "llama": ("attention_bias", "mlp_bias")}
-# A number of config.json, and the field of `Architecture` that it is.
+# The numbers of config.json, and the fields of `Architecture` that store them.
 _FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -46,30 +46,32 @@ _FIELDS = {
     "max_position_embeddings": "max_positions",
     "rms_norm_eps": "rms_norm_eps",
 }
-_QWEN3_HEAD_DIM = 128  # the format's own meaning of a Qwen3 config.json without head_dim
+_QWEN3_HEAD_DIM = 128  # what a Qwen3 config.json without head_dim means
 
 
 def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
-    """The architecture that a Hugging Face directory's config.json describes.
+    """Returns the architecture that a Hugging Face directory's config.json describes.
 
-    Raises MissingFile when there is no config.json, ValueError for another model family or a
-    feature that jexit does not compute (sliding windows, other rope types, quantised weights).
+    Raises MissingFile if there is no config.json, and UserError for another model family or a
+    feature that jexit does not support (sliding windows, other rope types, quantised weights).
     """
     file = pathlib.Path(directory) / "config.json"
     if not file.exists():
         raise MissingFile(
-            f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint"
+            f"{directory} does not contain a config.json; give the directory of a Hugging Face "
+            "checkpoint"
         )
     return architecture_of_config(read_object(file, "copy it again"), where=str(file))
 
 
 def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
-    """`read_architecture` for a config that has been parsed; `where` names it in messages."""
+    """Returns the architecture of a parsed config.json, which error messages call `where`."""
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(
-            f"{where} describes a {family!r} model; jexit reads model_type qwen2, qwen3 and llama "
-            "(Qwen2, Qwen2.5, R1-Distill-Qwen, dense Qwen3, Llama 3, SmolLM2): use one of these"
+            f"{where} describes a {family!r} model, but jexit supports only model_type qwen2, "
+            "qwen3 and llama (Qwen2, Qwen2.5, R1-Distill-Qwen, dense Qwen3, Llama 3, SmolLM2); "
+            "use a checkpoint of one of these"
         )
     _refuse_unsupported(config, family, where)
 
@@ -97,7 +99,10 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 load; `dtype` is the weights' on disk."""
+    """Returns a config.json that transformers 4 and 5 load.
+
+    `dtype` is the dtype of the stored weights.
+    """
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
         "architectures": [f"{arch.family.title()}ForCausalLM"],
@@ -130,19 +135,20 @@ def _scaling_config(scaling: RopeScaling) -> dict[str, Any]:
 def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None:
     if config.get("quantization_config"):
         raise UserError(
-            f"{where} has quantised weights; use the checkpoint in bfloat16, float16 or float32"
+            f"{where} describes quantised weights, which jexit does not support; use the "
+            "checkpoint in bfloat16, float16 or float32"
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UserError(
-            f"{where} sets hidden_act to {activation!r}; jexit computes silu only: use a "
+            f"{where} sets hidden_act to {activation!r}, but jexit supports only silu; use a "
             "checkpoint with hidden_act silu"
         )
     for key in _BIASES[family]:
         if value := config.get(key):
             raise UserError(
-                f"{where} sets {key} to {value!r}; jexit computes {family} without these biases: "
-                f"use a checkpoint with {key} false"
+                f"{where} sets {key} to {value!r}, but jexit does not support these biases in "
+                f"{family} models; use a checkpoint with {key} false"
             )
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
@@ -152,15 +158,19 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
         windowed = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
     if windowed and config.get("use_sliding_window") and config.get("sliding_window"):
         raise UserError(
-            f"{where} limits attention to a sliding window of {config['sliding_window']}; jexit "
-            "computes full attention only: use a checkpoint with use_sliding_window false"
+            f"{where} limits attention to a sliding window of {config['sliding_window']}, but "
+            "jexit supports only full attention; use a checkpoint with use_sliding_window false"
         )
 
 
 def positive(
     values: dict[str, Any], key: str, where: str, default: Any = None, *, whole: bool = False
 ) -> Any:
-    """A number above zero; `default` where the key is absent or null, an error if that is None."""
+    """Returns the number above zero at `key`, or `default` if the key is absent or null.
+
+    Raises UserError if the value is not such a number, or if there is neither a value nor a
+    default.
+    """
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise UserError(f"{where} has no {key}; copy the file again")
@@ -168,20 +178,20 @@ def positive(
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling, from either spelling."""
+    """Returns rope_theta and the rope scaling, from either spelling."""
     given: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         part = config.get(key) or {}
         if not isinstance(part, dict):
             raise UserError(
-                f"{where} sets {key} to {part!r}, which must be an object; copy config.json again "
+                f"{where} sets {key} to {part!r}, but it must be an object; copy config.json again "
                 "from the checkpoint"
             )
         given |= part
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError(
-            f"{where} gives rope parameters by layer type; jexit supports one set for all layers: "
-            "use a checkpoint with one set"
+            f"{where} has separate rope parameters for each layer type, but jexit supports only "
+            "one set for all layers; use a checkpoint with one set"
         )
     theta = positive(
         {"rope_theta": given.get("rope_theta", config.get("rope_theta"))}, "rope_theta", where
@@ -189,16 +199,16 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     rotated = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotated not in (None, 1, 1.0):
         raise UserError(
-            f"{where} rotates a part of each head only (partial_rotary_factor {rotated!r}); jexit "
-            "rotates whole heads: use a checkpoint with partial_rotary_factor 1"
+            f"{where} rotates only a part of each head (partial_rotary_factor {rotated!r}), but "
+            "jexit supports only whole heads; use a checkpoint with partial_rotary_factor 1"
         )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in [*SCALINGS]:  # a list: what is looked up may not be hashable
+    if kind not in [*SCALINGS]:  # a list, because `kind` may not be hashable
         raise UserError(
-            f"{where} scales rope by {kind!r}; jexit knows default, llama3 and yarn: use a "
-            "checkpoint with one of them"
+            f"{where} has the rope type {kind!r}, but jexit supports only default, llama3 and "
+            "yarn; use a checkpoint with one of these"
         )
     positions = positive(config, "max_position_embeddings", where, whole=True)
     name = "original_max_position_embeddings"
@@ -214,10 +224,11 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 
 def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float | None:
-    """The checkpoint's own attention factor, or the one that mscale and mscale_all_dim imply.
+    """Returns the checkpoint's attention factor, or the one implied by mscale and mscale_all_dim.
 
-    mscale m stands for 0.1·m·ln(factor) + 1 and their ratio is the factor (DeepSeek-V2,
-    arXiv:2405.04434, section 3.1.4, as transformers reads it). None: YaRN's own rule.
+    A scale m stands for 0.1·m·ln(factor) + 1, and the attention factor is the ratio of these values
+    for mscale and mscale_all_dim (DeepSeek-V2, arXiv:2405.04434, section 3.1.4, as transformers
+    reads it). None means that YaRN's own rule applies.
     """
     if given.get("attention_factor") is not None:
         return positive(given, "attention_factor", where)
@@ -231,28 +242,32 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
-    """LoRA settings and the base model's name or path from adapter_config.json.
+    """Returns the LoRA settings and the base model's name or path from adapter_config.json.
 
     Raises UserError for an adapter that is more than plain LoRA on whole projections.
     """
     file = directory / ADAPTER_CONFIG
     config = read_object(file, "copy it again")
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{file} describes {config.get('peft_type')!r}; jexit reads LORA adapters")
+        raise UserError(
+            f"{file} has peft_type {config.get('peft_type')!r}, but jexit supports only LORA; use "
+            "a LoRA adapter"
+        )
     used = [key for key in _BEYOND_LORA if config.get(key)]
     if config.get("bias", "none") != "none":
         used.append("bias")
     if used:
         raise UserError(
-            f"{file} uses {', '.join(used)}; jexit reads plain LoRA on whole projections only"
+            f"{file} uses {', '.join(used)}, but jexit supports only plain LoRA on whole "
+            "projections; use an adapter without these settings"
         )
-    known = list(names.TARGET_OF_MODULE)  # a list: what is looked up may not be hashable
+    known = list(names.TARGET_OF_MODULE)  # a list, because modules may not be hashable
     modules = config.get("target_modules")
     modules = known if modules == "all-linear" else modules
     if not isinstance(modules, list) or not modules or any(m not in known for m in modules):
         raise UserError(
-            f"{file} has target_modules {modules!r}; jexit supports {', '.join(known)}: use an "
-            "adapter with only these"
+            f"{file} has target_modules {modules!r}, but jexit supports only {', '.join(known)}; "
+            "use an adapter with only these"
         )
     targets = {names.TARGET_OF_MODULE[module] for module in modules}
     lora = build(
@@ -267,12 +282,15 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
     )
     base = config.get("base_model_name_or_path") or ""
     if not isinstance(base, str):
-        raise UserError(f"{file} names {base!r} as its base, which is no text; copy it again")
+        raise UserError(
+            f"{file} sets base_model_name_or_path to {base!r}, but it must be a string; copy the "
+            "file again"
+        )
     return lora, base
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
-    """An adapter_config.json that `peft` loads."""
+    """Returns an adapter_config.json that `peft` loads."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -288,19 +306,21 @@ def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
 
 
 def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSettings]:
-    """Exit layers and head settings from exit_heads.json."""
+    """Returns the exit layers and the head settings from exit_heads.json."""
     file = directory / EXIT_CONFIG
     config = read_object(file, "copy it again")
     version, layers = config.get("format_version"), config.get("exit_layers")
     if version != _EXIT_FORMAT:
         raise UserError(
-            f"{file} has format version {version!r}; this jexit reads {_EXIT_FORMAT}: export the "
-            "exit heads again with it"
+            f"{file} has format version {version!r}, but this version of jexit reads only "
+            f"{_EXIT_FORMAT}; export the exit heads again with this version"
         )
     if not isinstance(layers, list):
-        raise UserError(f"{file} has exit_layers {layers!r}, which is no list; export it again")
+        raise UserError(
+            f"{file} has exit_layers {layers!r}, but it must be a list; export the exit heads again"
+        )
     settings = {"kind": config.get("kind"), "norm": config.get("norm")}
-    # The first files said nothing of a continuation.
+    # The first files had no keys for the continuation.
     settings |= {key: config[key] for key in _EXIT_KEYS if key in config}
     try:
         return tuple(layers), build(ExitSettings, settings, str(file))
@@ -309,7 +329,7 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSett
 
 
 def exit_config(layers: tuple[int, ...], head: ExitSettings, eps: float) -> dict[str, Any]:
-    """What exit_heads.json says of the heads and the continuation; `eps` is their norm's."""
+    """Returns the contents of exit_heads.json; `eps` is the epsilon of the heads' norm."""
     settings = {key: getattr(head, key) for key in _EXIT_KEYS}
     return {
         "format_version": _EXIT_FORMAT,

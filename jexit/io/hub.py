@@ -1,4 +1,4 @@
-"""The Hugging Face hub, through its own library: models in the local cache, down and up."""
+"""Looks up, downloads and uploads models of the Hugging Face hub through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -8,51 +8,54 @@ import re
 
 from jexit.errors import MissingFile, UserError
 
-# What a model directory is read from; pickles, which are refused, are not even fetched.
+# The files that a model directory needs. Pickles, which jexit does not read, are not downloaded.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the text could be an OWNER/NAME of the hub."""
+    """Returns whether `text` has the form OWNER/NAME of a model on the hub."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
 def cached(hub_id: str) -> pathlib.Path:
-    """Where a model lies in the hub's local cache; raises MissingFile when it does not."""
+    """Returns a model's directory in the hub's local cache; raises MissingFile if it is missing."""
     from huggingface_hub import snapshot_download
 
     try:
         return pathlib.Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=FILES))
     except Exception as error:  # the library raises many kinds when nothing is cached
         raise MissingFile(
-            f"there is no directory {hub_id}, nor a model of that name in the hub's local cache; "
-            f"fetch a hub model first (convert.from_hf --download, or hf download {hub_id}), or "
-            "give a model directory"
+            f"there is no directory {hub_id}, and the hub's local cache does not contain a model "
+            "of that name; download the model first (convert.from_hf --download, or hf download "
+            f"{hub_id}), or give a model directory"
         ) from error
 
 
 def download(hub_id: str) -> None:
-    """Fetches a model into the local cache, or what of it is not there yet.
+    """Downloads the files of a model that the local cache lacks.
 
-    Raises UserError for what is no hub id, and when the hub refuses or cannot be reached.
+    Raises UserError if `hub_id` is not a hub id, and if the hub refuses or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
     if not is_hub_id(hub_id) or pathlib.Path(hub_id).is_dir():
-        raise UserError(f"--download fetches OWNER/NAME of the hub, and --source is {hub_id}")
+        raise UserError(
+            f"--source is {hub_id}, but --download needs the OWNER/NAME of a model on the hub; "
+            "give such a name, or leave --download out"
+        )
     try:
         snapshot_download(hub_id, allow_patterns=FILES)
     except Exception as error:
         raise UserError(
-            f"{hub_id} cannot be fetched ({_reason(error)}); check its name on the hub and the "
-            "network, and log in for a gated model (hf auth login)"
+            f"{hub_id} cannot be downloaded ({_reason(error)}); check its name on the hub and the "
+            "network, and log in if the model is gated (hf auth login)"
         ) from error
 
 
 def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
-    """Puts a directory's files into a repository, which is made, private, if it is not there.
+    """Uploads a directory's files to a repository; creates a private one if it does not exist.
 
-    Raises UserError when the hub refuses or cannot be reached; the directory stays as it is.
+    Raises UserError if the hub refuses or cannot be reached; the directory is not changed.
     """
     from huggingface_hub import HfApi
 
@@ -64,9 +67,9 @@ def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
         )
     except Exception as error:
         raise UserError(
-            f"{directory} is written, and cannot be uploaded to {hub_id} ({_reason(error)}); log "
-            f"in with a token that may write there (hf auth login), then: hf upload {hub_id} "
-            f"{directory}"
+            f"{directory} is written, but it cannot be uploaded to {hub_id} ({_reason(error)}); "
+            "log in with a token that has write access (hf auth login), then run: hf upload "
+            f"{hub_id} {directory}"
         ) from error
 
 

@@ -1,12 +1,13 @@
-"""What a run writes down step by step: metrics and sample completions.
+"""The files that a run writes step by step: metrics and sample completions.
 
-`metrics.jsonl` and `samples.jsonl` hold one JSON object a line, `step` first. Lines are appended
-whole and flushed one by one, so a process killed at any moment leaves at most one torn last line,
-which the next writer removes and the readers skip. JSON has no NaN or infinity: any number that is
-not finite is written as `null` and read back from `metrics.jsonl` as NaN.
+`metrics.jsonl` and `samples.jsonl` contain one JSON object per line, with `step` as the first key.
+Lines are appended whole and flushed immediately, so a process that is killed leaves at most one
+incomplete line, at the end. The next writer removes that line, and readers skip it. JSON has no NaN
+or infinity: a number that is not finite is written as `null`, and `read_metrics` returns it as NaN.
 
 A step number counts finished steps. A run that resumes from the checkpoint of step n therefore
-drops every line with a step above n: what it writes next is what an uninterrupted run would hold.
+drops every line with a step above n. The lines that it then writes are those that an uninterrupted
+run would have written.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
-# Anything float() takes: Python, NumPy and JAX scalars; or a sequence of them.
+# Anything that float() accepts (Python, NumPy and JAX scalars), or a sequence of them.
 MetricValue = Any
 
 
 class _LineWriter(contextlib.AbstractContextManager):
-    """A JSON-lines file of a run that only ever grows by whole lines.
+    """A writer of one of a run's JSON-lines files, which grows by whole lines only.
 
     Args:
-      workdir: The run's directory; made when missing.
-      resume_step: Steps that the run had finished when its checkpoint was saved. Lines after it are
-        dropped. None starts a new file: a run without a checkpoint starts from nothing.
-      enabled: False makes every method do nothing, for all processes but the first.
+      workdir: The run's directory, which is created if it does not exist.
+      resume_step: The number of steps that the run had finished when its checkpoint was saved.
+        Lines of later steps are dropped. None starts a new file, because a run without a
+        checkpoint starts over.
+      enabled: False makes every method do nothing; used for every process but the first.
 
-    Raises UserError when the disk refuses a write.
+    Raises UserError if the disk refuses a write.
     """
 
     file_name: ClassVar[str]
@@ -74,13 +76,13 @@ class _LineWriter(contextlib.AbstractContextManager):
                 while written < len(data):
                     written += self._file.write(data[written:])
             except OSError:
-                # Nothing half-written: a full disk still lets a file shrink.
+                # Removes the incomplete line: a file can shrink even on a full disk.
                 with contextlib.suppress(OSError):
                     self._file.truncate(end)
                 raise
 
     def close(self) -> None:
-        """Closes what is open; harmless when called twice."""
+        """Closes the file; a second call does nothing."""
         if self._file is not None:
             self._file.close()
         self._file = None
@@ -90,11 +92,12 @@ class _LineWriter(contextlib.AbstractContextManager):
 
 
 class MetricsWriter(_LineWriter):
-    """Appends scalars to `metrics.jsonl`, and to TensorBoard and Weights & Biases where asked.
+    """Appends metrics to `metrics.jsonl` and, if requested, to TensorBoard and Weights & Biases.
 
-    Args, besides those of every writer:
+    Args, besides those of `_LineWriter`:
       tensorboard: Whether to write event files to `workdir/tensorboard` as well.
-      wandb: A project of W&B; None for no W&B. Raises UserError when it is not installed.
+      wandb: The name of a W&B project, or None to disable W&B. Raises UserError if the package
+        is not installed.
     """
 
     file_name = METRICS_FILE
@@ -114,7 +117,8 @@ class MetricsWriter(_LineWriter):
             self._wandb = _start_wandb(Path(workdir), wandb)
         super().__init__(workdir, resume_step, enabled=enabled)
         if enabled and tensorboard:
-            # Imported here: tensorboardX loads PyTorch where there is one; readers need neither.
+            # Imported here, because tensorboardX loads PyTorch if it is installed, and readers need
+            # neither of the two.
             from jexit.io.tensorboard import EventFile
 
             first_step = 0 if resume_step is None else resume_step + 1
@@ -122,7 +126,7 @@ class MetricsWriter(_LineWriter):
                 self._tensorboard = EventFile(self._workdir / TENSORBOARD_DIR, first_step)
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Appends one line; a value that is a sequence (a histogram) becomes a JSON list."""
+        """Appends one line; a sequence of values (such as a histogram) becomes a JSON list."""
         if self._file is None:
             return
         step = int(step)
@@ -149,20 +153,20 @@ class MetricsWriter(_LineWriter):
 class SamplesWriter(_LineWriter):
     """Appends sample completions to `samples.jsonl`.
 
-    A record holds what a reader wants to see of one completion: `prompt`, `completion`, `tokens`,
-    `depths` (layers run for each token), `reward`, and whatever else the caller gives.
+    A record describes one completion: `prompt`, `completion`, `tokens`, `depths` (the number of
+    layers run for each token), `reward`, and any other keys that the caller adds.
     """
 
     file_name = SAMPLES_FILE
 
     def write(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends records in one go, each with `step` put first."""
+        """Appends several records in one write, each with `step` as its first key."""
         if self._file is not None:
             self._append({"step": int(step), **record} for record in records)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` in order, with `null` as NaN; empty when there is no file."""
+    """Returns the lines of `metrics.jsonl` in order, with `null` as NaN; [] if there is no file."""
     return [
         {name: _null_to_nan(value) for name, value in record.items()}
         for record in _read_records(Path(workdir) / METRICS_FILE)
@@ -170,13 +174,13 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of `samples.jsonl` in order; empty when there is no file."""
+    """Returns the records of `samples.jsonl` in order; [] if there is no file."""
     return list(_read_records(Path(workdir) / SAMPLES_FILE))
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, without lines in which a crash or a disk fault left none."""
-    for record in read_json_lines(path, "remove it, or run what writes it again"):
+    """Yields a file's records, and skips lines without a record that has a valid step."""
+    for record in read_json_lines(path, "remove it, or repeat the run that wrote it"):
         step = record.get("step") if isinstance(record, dict) else None
         if type(step) is int and 0 <= step <= LARGEST_COUNT:
             yield record
@@ -187,8 +191,8 @@ def _start_wandb(workdir: Path, project: str) -> Any:
         import wandb
     except ImportError as error:
         raise UserError(
-            "W&B logging is on but the wandb package is not installed; "
-            "pip install wandb, or leave config.log.wandb_project empty"
+            "W&B logging is on, but the wandb package is not installed; run pip install wandb, or "
+            "set config.log.wandb_project=''"
         ) from error
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,8 @@ def _to_floats(name: str, value: MetricValue) -> float | list[float]:
         return float(value)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"metric {name!r} is {value!r}; metrics are numbers or flat sequences of numbers"
+            f"metric {name!r} is {value!r}, but it must be a number or a flat sequence of numbers; "
+            "convert it before it is written"
         ) from error
 
 

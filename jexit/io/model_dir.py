@@ -1,4 +1,4 @@
-"""Loading and saving of model directories."""
+"""Loads and saves model directories."""
 
 from __future__ import annotations
 
@@ -49,20 +49,21 @@ def load(
     seed: int = 0,
     place: Place = lambda path, array: jnp.asarray(array),
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads the model and tokenizer of a model directory (kinds: see `jexit.io.model_source`).
+    """Loads the model and the tokenizer of a model directory (its kinds: `jexit.io.model_source`).
 
-    `dtype` is that of the base weights: "auto" means float32 on CPUs and bfloat16 on accelerators;
-    adapters and exit heads are always float32. Without `exit_layers`, `exit_head` and `lora`, the
-    model is what the directory holds. A directory without exit heads gets new ones (at every 5th
-    layer, or in the middle of a model of at most 5 layers). With `lora`, a directory without
-    adapters gets new ones, drawn from `seed`. `place` puts a parameter (dotted path, array in its
-    final dtype) on devices; by default the first one.
+    `dtype` is the dtype of the base weights. "auto" means float32 on CPUs and bfloat16 on
+    accelerators. Adapters and exit heads are always float32. Without `exit_layers`, `exit_head` and
+    `lora`, the model has the exit heads and the adapters of the directory. If the directory has no
+    exit heads, the model gets new ones (by default at every 5th layer, or in the middle of a model
+    of at most 5 layers). With `lora`, a model without adapters gets new ones. New parameters are
+    drawn from `seed`. `place` puts a parameter (its dotted path, and its array in the final dtype)
+    on devices; by default on the first device.
 
-    Raises UserError when the directory's heads or adapters differ from those asked for, or when its
-    files are damaged; MissingFile when there is no model or no tokenizer.
+    Raises UserError if the directory's exit heads or adapters differ from the requested ones, or if
+    its files are damaged. Raises MissingFile if the model or the tokenizer is missing.
     """
     source = open_model(directory)
-    # Before anything of their size is made: what is described must be there.
+    # Checked before memory is allocated: the files must match their description.
     weights, adapters, exits = source.weights(), source.adapters(), source.exits()
     layers, head = _exits_to_use(source, tuple(exit_layers), exit_head)
     settings: dict[str, Any] = {"exit_layers": layers, "exit_head": head}
@@ -82,8 +83,9 @@ def load(
             wanted = array.astype(shapes[path].dtype, copy=False)
             if wanted is not array and not all_finite(wanted):
                 raise UserError(
-                    f"{path} of {source.directory} is too large for {wanted.dtype}; load it in a "
-                    "wider dtype (config.model.dtype), or take another checkpoint"
+                    f"the parameter {path} in {source.directory} has values that are too large for "
+                    f"{wanted.dtype}; set config.model.dtype to a wider dtype, or use another "
+                    "checkpoint"
                 )
             values[path] = place(path, wanted)
 
@@ -108,19 +110,21 @@ def save_model(
 ) -> None:
     """Writes a model directory, whole or not at all.
 
-    With `base`, the model path that the (unchanged) base weights come from, only adapters and
-    exit heads are stored and the directory refers to the weights where they are; without it, or
-    when they are in the directory to replace, everything is stored. Without
-    `with_exits` the heads stay out: the directory holds a plain trunk. `overwrite` replaces a
-    directory that exists. With several hosts all must call, and the primary one writes. Raises
-    ValueError when it exists otherwise, or when `base` is another model.
+    `base` is the model path of the base weights, which must be unchanged. If it is given, only
+    adapters and exit heads are stored, and the directory refers to the base for the weights.
+    Without `base`, or if the base weights are in the directory that is replaced, everything is
+    stored. Without `with_exits`, the exit heads are left out, so the directory contains a plain
+    trunk. `overwrite` replaces an existing directory. With several hosts, all must call this
+    function, and the primary host writes. Raises UserError if `base` has another architecture, or
+    if the directory exists and `overwrite` is false.
     """
     reference, source = "", ""
     if base:
         origin = open_model(base)
         if origin.architecture != model.arch:
             raise UserError(
-                f"{base} is not the base of the model to save: their architectures differ"
+                f"{base} is not the base of the model to save, because their architectures differ; "
+                "set the base to the model that was trained"
             )
         source = origin.source
         if origin.base.resolve() != pathlib.Path(directory).resolve():
@@ -160,9 +164,11 @@ def write_model(
     *,
     base: str = "",
 ) -> None:
-    """Writes the files of a model directory, `model.directory`, which exists; `base` is another.
+    """Writes the files of a model directory into `model.directory`, which must exist.
 
-    Weights come one at a time. The tokenizer is read after them, which keeps memory low.
+    `base` is the path of another directory that contains the base weights, if they are not stored
+    here. The weights are read one at a time, and the tokenizer after them, which keeps memory use
+    low.
     """
     dtypes: dict[str, str] = {}
     parts = {"base": weights, "adapters": adapters.items(), "exits": exits.items()}
@@ -191,7 +197,11 @@ def write_model(
 
 
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Makes generation_config.json name every end token, where it does not already."""
+    """Writes generation_config.json, or adds the end tokens that an existing one lacks.
+
+    An existing file keeps its values. Only its `eos_token_id` becomes the list of all end tokens,
+    if it lacks one other than the tokenizer's own.
+    """
     file = directory / "generation_config.json"
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if file.exists():
@@ -202,7 +212,10 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _reference(base: pathlib.Path) -> str:
-    """How a directory refers to its base: absolute, but a shipped model by its name."""
+    """Returns the path by which a model directory refers to its base.
+
+    It is absolute, except for a model shipped with jexit, which is named as `jexit/assets/...`.
+    """
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
     if base.is_relative_to(shipped / "jexit" / "assets"):
@@ -218,7 +231,10 @@ def _base_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
     except TypeError:
         wanted = None
     if wanted not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise UserError(f"dtype is {dtype!r}; choose auto, float32 or bfloat16")
+        raise UserError(
+            f"dtype is {dtype!r}, but it must be auto, float32 or bfloat16; set config.model.dtype "
+            "to one of these"
+        )
     return wanted
 
 
@@ -235,7 +251,8 @@ def _exits_to_use(
         _check_same(source, {"exits.layers": (stored, wanted)})
     if head is None:
         return stored, kept
-    # A frozen continuation may become a linear one, which begins as the same; no other change.
+    # A frozen continuation may become a linear one, which starts out equal to it. Nothing else may
+    # change.
     same = {"exit_head": ("kind", "norm")}
     same["exits"] = ("continuation", "continuation_rank") if kept.continuation == "linear" else ()
     for section, names in same.items():
@@ -255,17 +272,20 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
 
 
 def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError where a setting that the directory has differs from the one asked for."""
+    """Raises UserError if a setting of the directory differs from the requested one."""
     for key, (stored, wanted) in pairs.items():
         if stored != wanted:
             raise UserError(
-                f"{source.directory} has {key}={stored}, not {wanted}; set config.{key} to what it "
-                "has, or start from the base model"
+                f"config.{key} is {wanted}, but {source.directory} has {key}={stored}; set "
+                f"config.{key} to {stored}, or start from the base model"
             )
 
 
 def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
-    """Initial adapters and heads of `build`; under jit its base weights are never computed."""
+    """Returns the initial adapters and exit heads of the model that `build` makes.
+
+    They are computed under jit, which skips the base weights because nothing uses them.
+    """
 
     @jax.jit
     def trainables() -> nnx.State:

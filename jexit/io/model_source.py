@@ -1,11 +1,11 @@
 """Model directories of every kind, opened without reading their weights.
 
-A model directory is one of
-- jexit's own (`jexit.json`; written by `convert.from_hf` and by runs), with its base weights inside
-  or in another directory that it names;
-- Hugging Face's (`config.json` and safetensors);
-- a PEFT adapter (`adapter_config.json`) that names its base;
-the last two with exit heads beside (`exit_heads.json`) or not.
+A model directory is one of these:
+- jexit's own format (`jexit.json`), written by `convert.from_hf` and by runs, with the base weights
+  inside or in another directory that it names;
+- a Hugging Face checkpoint (`config.json` and safetensors);
+- a PEFT adapter (`adapter_config.json`) that names its base.
+The last two may also contain exit heads (`exit_heads.json`).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ ASSETS = "jexit/assets/"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """What a model directory holds; weights are read by the methods."""
+    """The description of a model directory; its methods read the weights."""
 
     directory: pathlib.Path
-    base: pathlib.Path  # the directory that holds the base weights
+    base: pathlib.Path  # the directory that contains the base weights
     architecture: Architecture
     exit_layers: tuple[int, ...] = ()  # empty: no exit heads
     exit_head: ExitSettings = ExitSettings()
@@ -64,15 +64,15 @@ class ModelSource:
     eos_ids: tuple[int, ...] = ()
 
     def weights(self) -> Weights:
-        """The base weights; raises UserError when they are not the architecture's."""
+        """Opens the base weights; raises UserError if they do not match the architecture."""
         return _opened(self.base, base_part(self.architecture))
 
     def adapters(self) -> dict[str, np.ndarray]:
-        """LoRA parameters by path, float32; empty when there are none."""
+        """Returns the LoRA parameters by path, in float32; {} if there are no adapters."""
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Parameters of exit heads and continuation by path, float32; empty when there are none."""
+        """Returns the parameters of exit heads and continuation by path, in float32, or {}."""
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -81,19 +81,19 @@ class ModelSource:
         return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
-        """The directory's tokenizer, or its base's when an adapter brings none."""
+        """Loads the directory's tokenizer, or the base's if the directory does not have one."""
         directory = self.find_tokenizer()
         tokenizer = Tokenizer.load(directory)
         tokenizer.eos_ids |= frozenset(self.eos_ids)
         if tokenizer.vocab_size > self.architecture.vocab_size:
             raise UserError(
-                f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model only "
-                f"{self.architecture.vocab_size} embeddings; use the model's own tokenizer"
+                f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, but the model "
+                f"has only {self.architecture.vocab_size} embeddings; use the model's own tokenizer"
             )
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Where the tokenizer lies; raises MissingFile when it lacks files, reads none."""
+        """Returns the tokenizer's directory; raises MissingFile if it lacks tokenizer files."""
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
@@ -103,20 +103,20 @@ def _opened(directory: pathlib.Path, part: Part) -> Weights:
 
 
 def _is_own(directory: pathlib.Path) -> bool:
-    """Whether it is in jexit's own format."""
+    """Returns whether the directory is in jexit's own format."""
     return (directory / MODEL_FILE).exists()
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelSource:
-    """Finds and describes a model directory (or hub id in the local cache).
+    """Finds a model directory (or a hub id in the local cache) and returns its description.
 
-    Raises MissingFile when there is no model, ValueError when it cannot be used.
+    Raises MissingFile if there is no model, and UserError if it cannot be used.
     """
     return _open(path, ())
 
 
 def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
-    """`open_model`, within the chain of directories `above`, each based on the next."""
+    """Implements `open_model`; `above` lists the directories whose bases led to `path`."""
     directory = find_model(path)
     if directory.resolve() in above:
         raise UserError(
@@ -143,8 +143,9 @@ def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> Mode
         )
     else:
         raise MissingFile(
-            f"{directory} holds no model (none of {MODEL_FILE}, config.json, {ADAPTER_CONFIG}); "
-            "give a directory of convert.from_hf, of a run, or in Hugging Face format"
+            f"{directory} contains no model (none of {MODEL_FILE}, config.json, {ADAPTER_CONFIG}); "
+            "give a directory that convert.from_hf or a run has written, or one in Hugging Face "
+            "format"
         )
     if not _is_own(directory) and (directory / EXIT_CONFIG).exists():
         layers, head = read_exit_config(directory)
@@ -159,8 +160,8 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file} has format version {version!r}; this jexit reads {FORMAT_VERSION}: make the "
-            "model again, or use the jexit that wrote it"
+            f"{file} has format version {version!r}, but this version of jexit reads only "
+            f"{FORMAT_VERSION}; make the model again, or use the version of jexit that wrote it"
         )
     lora = values.get("lora")
     try:
@@ -176,7 +177,9 @@ def _open_own(directory: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Model
         )
         reference = checked(str, values.get("base") or "", "base")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is incomplete or altered ({error}); convert it again") from error
+        raise UserError(
+            f"{file} is incomplete or corrupted ({error}); convert the model again"
+        ) from error
     if not reference:
         return source
     base = _open_base(reference, directory, above, source.architecture).base
@@ -189,25 +192,26 @@ def _open_base(
     above: tuple[pathlib.Path, ...],
     architecture: Architecture | None = None,
 ) -> ModelSource:
-    """The base that a directory refers to; relative paths are taken from that directory first."""
+    """Opens the base that a directory refers to; tries relative paths in that directory first."""
     beside = directory / reference
     try:
         base = _open(beside.resolve() if reference and beside.is_dir() else reference, above)
     except MissingFile as error:
         raise MissingFile(
-            f"{directory} needs its base model at {reference or 'no place it names'}, which is "
-            f"gone or empty; restore it, or correct the path in {_naming_file(directory)} (a path "
+            f"{directory} needs its base model at {reference or 'an empty path'}, but no model was "
+            f"found there; restore it, or correct the path in {_naming_file(directory)} (a path "
             "relative to that file works)"
         ) from error
     if base.lora is not None:
         raise UserError(
-            f"the base {base.directory} of {directory} has adapters itself; merge them first with "
-            "convert.to_hf --adapter=merge"
+            f"the base {base.directory} of {directory} has adapters of its own, but a base must "
+            "not have any; merge them first with convert.to_hf --adapter=merge"
         )
     if architecture is not None and base.architecture != architecture:
         raise UserError(
-            f"the base {base.directory} of {directory} is another model now "
-            f"({_difference(architecture, base.architecture)}); restore the one it was trained on"
+            f"the base {base.directory} of {directory} has been replaced by another model "
+            f"({_difference(architecture, base.architecture)}); restore the base that {directory} "
+            "was trained on"
         )
     return base
 
@@ -219,24 +223,28 @@ def _naming_file(directory: pathlib.Path) -> str:
 def _difference(stored: Architecture, found: Architecture) -> str:
     ours, theirs = stored.to_dict(), found.to_dict()
     key = next(key for key in ours if ours[key] != theirs[key])
-    return f"{key} {theirs[key]} in place of {ours[key]}"
+    return f"{key} is {theirs[key]} instead of {ours[key]}"
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError, which begins with `what`, unless exits are those of so many layers."""
+    """Checks that `exits` are rising layer numbers of a model with `layers` layers.
+
+    Raises UserError, which begins with `what`, if they are not.
+    """
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(
-            f"{what} {reprlib.repr(exits)}; exits are rising layer numbers from 1 to {layers - 1}"
+            f"{what} {reprlib.repr(exits)}, but exits must be rising layer numbers from 1 to "
+            f"{layers - 1}; choose such layers"
         )
 
 
 def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The directory that a model path or hub id means.
+    """Returns the directory that a model path or hub id refers to.
 
-    A relative path counts from the working directory; `jexit/assets/...` is also found in the
-    installed package; OWNER/NAME is also looked up in the hub's local cache, never downloaded. A
-    run's directory means the model in it.
+    A relative path counts from the working directory. A path `jexit/assets/...` is also looked up
+    in the installed package, and OWNER/NAME in the hub's local cache; nothing is downloaded. A
+    run's directory refers to the model in it.
     """
     text = os.fspath(path)
     if text and pathlib.Path(text).is_dir():
@@ -245,8 +253,8 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
             return of_run
         if (pathlib.Path(text) / "checkpoints").is_dir():
             raise MissingFile(
-                f"{text} is a run that has not finished, so it holds no model yet; run its command "
-                "again"
+                f"{text} is a run that has not finished, so it does not contain a model yet; run "
+                "its command again to finish it"
             )
         return pathlib.Path(text)
     if text.startswith(ASSETS):
@@ -259,14 +267,14 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
         raise MissingFile(f"there is no model at {text}; make it with {remedy}")
     if not is_hub_id(text):
         raise MissingFile(
-            f"no model directory at {text!r}; give a directory of convert.from_hf, of a run, or in "
-            "Hugging Face format"
+            f"there is no model directory at {text!r}; give a directory that convert.from_hf or a "
+            "run has written, or one in Hugging Face format"
         )
     return cached(text)
 
 
 def _maker(text: str) -> str:
-    """The command that makes what a preset's config looks for; empty for another path."""
+    """Returns the command that makes the model at a preset's path, or an empty string."""
     if (found := re.fullmatch(r"models/([\w.-]+)", text)) and found[1] in PRESETS:
         return f"python -m convert.from_hf --source={PRESETS[found[1]].hub_id} --target={text}"
     run = re.fullmatch(rf"runs/({'|'.join(COMMANDS)})-([\w.-]+?)(/model)?", text)

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a progress bar (plain lines in a log) and a closing table."""
+"""A progress bar for a run (plain lines in a log), and a table of what the run changed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
-# The ETA is made of the steps of this many seconds; the first one, which compiles, never counts.
+# The ETA is estimated from the steps of the last ETA_SECONDS. The first step, which compiles, is
+# never counted.
 ETA_SECONDS = 3600.0
 LOG_WIDTH = 120
 
 
 class Progress(contextlib.AbstractContextManager):
-    """Shows how far a run has come and how its metrics stand.
+    """Shows how far a run has progressed, with its latest metrics.
 
-    In a terminal that can redraw it this is one live line. Anywhere else (a log, `TERM=dumb`), a
-    line is printed for the first step, then every `interval` seconds, and for the last.
+    In a terminal that supports redrawing, the display is one live line. Elsewhere (a log,
+    `TERM=dumb`), a line is printed for the first update, then every `interval` seconds, and for the
+    last step.
 
         with Progress(total=100, description="rl") as progress:
             progress.update(step, accuracy=0.8, **{"depth/fraction": 0.5})
 
     Args:
-      total: The step at which the run is done.
-      start: Steps done before, by the run that this one resumes.
-      description: Put first on the line.
-      interval: Seconds between plain lines.
-      enabled: False shows nothing, for all processes but the first.
-      console: Where to write; standard output by default.
-      clock: Seconds that never go back, for tests.
+      total: The step at which the run is finished.
+      start: The number of steps that were finished before this run resumed.
+      description: The text at the beginning of the line.
+      interval: The number of seconds between plain lines.
+      enabled: Whether to show anything; False for every process but the first.
+      console: The console to print to; by default, standard output.
+      clock: A function that returns monotonic time in seconds; tests replace it.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Progress(contextlib.AbstractContextManager):
         (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
-        """Says that `step` steps are done, and shows the metrics given (numbers or text)."""
+        """Records that `step` steps are done, and shows the given metrics (numbers or text)."""
         if not self._enabled:
             return
         self._shown |= shown
@@ -102,7 +104,7 @@ class Progress(contextlib.AbstractContextManager):
         if self._live:
             self._bar.stop()
         elif self._printed and self._printed[0] != self._task.completed:
-            self._print_line()  # a run that stops early still says where
+            self._print_line()  # a run that stops early still shows its last step
 
     def _print_line(self) -> None:
         task = self._task
@@ -119,10 +121,11 @@ def closing_table(
     *,
     console: Console | None = None,
 ) -> None:
-    """Prints what a run changed: one row a metric, `(name, before, after)`, and the difference.
+    """Prints a table with each metric before and after a run, and the difference.
 
-    Numbers are formatted by `format_value`; text is shown as it is; None or NaN is a dash. The
-    table is ASCII and uncoloured where the output is no terminal.
+    Each row is `(name, before, after)`. Numbers are formatted by `format_value`, text is printed
+    unchanged, and None and NaN become a dash. The table is ASCII without colours if the output is
+    not a terminal.
     """
     console = console or _default_console()
     table = Table(
@@ -146,7 +149,7 @@ def closing_table(
 
 
 def format_value(name: str, value: Any) -> str:
-    """A metric as text: shares such as accuracy in per cent, numbers to three or four digits."""
+    """Formats a metric: shares such as accuracy in per cent, numbers to three or four digits."""
     number = _number(value)
     if number is None:
         return value if isinstance(value, str) else "-"
@@ -163,13 +166,13 @@ def format_value(name: str, value: Any) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is a share of something, best read in per cent."""
+    """Returns whether a metric is a share, which is best read in per cent."""
     last = name.lower().split("/")[-1].split(" ")[-1]
     return last in _SHARES or name.lower() in _SHARES
 
 
 def format_duration(seconds: float) -> str:
-    """Whole seconds as `m:ss`, or `h:mm:ss` from an hour on."""
+    """Formats rounded seconds as `m:ss`, or as `h:mm:ss` from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -194,7 +197,7 @@ def _change(name: str, before: Any, after: Any) -> str:
 
 
 def _number(value: Any) -> float | int | None:
-    """The number in a Python, NumPy or JAX scalar, or None where there is none."""
+    """Returns the number in a Python, NumPy or JAX scalar, or None for any other value."""
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -205,6 +208,6 @@ def _number(value: Any) -> float | int | None:
 def _default_console() -> Console:
     console = Console()
     if not console.is_terminal:
-        # Without a terminal rich assumes 80 columns, which wraps lines that a log can hold.
+        # Without a terminal rich assumes 80 columns, which wraps lines that fit into a log.
         console = Console(width=LOG_WIDTH)
     return console

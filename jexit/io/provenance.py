@@ -1,4 +1,4 @@
-"""When a run was started, and by which version of jexit: `starts.jsonl`, a line a start."""
+"""Records in `starts.jsonl`, one line per start, when a run was started and by which version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ STARTS_FILE = "starts.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """`time` is UTC, `commit` that of the checkout that ran, "" for an installed jexit."""
+    """One start of a run.
+
+    `time` is in UTC. `commit` is the commit of the checkout that ran, or "" for an installed jexit.
+    """
 
     time: str
     version: str
@@ -24,7 +27,7 @@ class Start:
 
 
 def record_start(workdir: Path) -> None:
-    """Adds a line to a run's `starts.jsonl`; a run that is continued has several."""
+    """Appends a line to a run's `starts.jsonl`; a run that was continued has several lines."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
     start = Start(time=now, version=jexit.__version__, commit=_commit())
     path = workdir / STARTS_FILE
@@ -33,9 +36,9 @@ def record_start(workdir: Path) -> None:
 
 
 def read_starts(workdir: Path) -> tuple[Start, ...]:
-    """The starts of a run in order; lines that are none are passed over.
+    """Returns the starts of a run in order, and skips lines that do not describe a start.
 
-    Raises UserError when the file cannot be read.
+    Raises UserError if the file cannot be read.
     """
     names = [field.name for field in dataclasses.fields(Start)]
     return tuple(
@@ -46,7 +49,7 @@ def read_starts(workdir: Path) -> tuple[Start, ...]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that jexit runs from, marked if it has been edited."""
+    """Returns the commit of jexit's checkout, marked if files were edited, or an empty string."""
     checkout = Path(jexit.__file__).parents[1]
     if not (checkout / ".git").exists():
         return ""

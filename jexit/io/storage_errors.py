@@ -1,4 +1,4 @@
-"""Write errors of Orbax and TensorStore: the operating system's reason, reported once."""
+"""Write errors of Orbax and TensorStore: reports the operating system's reason, and only once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # TensorStore's
 
 
 def system_reason(error: BaseException | None) -> str | None:
-    """The operating system's message, if it caused the error or an error in its chain."""
+    """Returns the operating system's message for the first error of the chain that has one."""
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
         if found := _CODE.search(str(error)):
@@ -28,14 +28,14 @@ def system_reason(error: BaseException | None) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a write failed, in one line."""
+    """Returns the reason for a failed write, in one line."""
     return system_reason(error) or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def say_once() -> None:
-    """Suppresses the tracebacks that threads of Orbax and TensorStore print for a failed write.
+    """Suppresses the tracebacks that threads of Orbax and TensorStore print when a write fails.
 
-    The call that waits for the write raises the same error.
+    The error is not lost, because the call that waits for the write raises it.
     """
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)

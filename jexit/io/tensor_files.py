@@ -1,9 +1,9 @@
-"""Safetensors files read and written one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-Reading goes through the safetensors library (without memory maps, so that memory holds only what is
-being converted). Writing lays a file out before its data exist, which the library cannot: the
-format is an 8-byte little-endian header length, a JSON header of dtypes, shapes, offsets, and the
-tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
+Reading uses the safetensors library, without memory maps, so that memory contains only the tensors
+that are being converted. Writing lays out a file before its data exist, which the library does not
+support. The format is an 8-byte little-endian header length, a JSON header of dtypes, shapes and
+offsets, and then the tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Shape and dtype of one tensor."""
+    """The shape and dtype of one tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -46,9 +46,9 @@ class Spec:
 class TensorReader:
     """The tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` lists.
 
-    Only headers are read until `read` is called. Raises MissingFile when there are no such
-    files (or shards are missing), ValueError for pickles, for damaged files, and for a tensor that
-    is there twice.
+    Only headers are read until `read` is called. Raises MissingFile if these files do not exist or
+    if shards are missing. Raises UserError for pickles, for damaged files, and for a tensor that is
+    in two files.
     """
 
     def __init__(self, directory: pathlib.Path, stem: str = "model"):
@@ -62,7 +62,7 @@ class TensorReader:
         try:
             file = safe_open(path, framework="numpy", backend="pread")
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            parse_json(_header(path))  # the library takes the last of a key's values
+            parse_json(_header(path))  # rejects duplicate keys, of which the library uses the last
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged or not a safetensors file ({error}); copy it again"
@@ -70,20 +70,20 @@ class TensorReader:
         for name, part in slices.items():
             if name in self.specs:
                 raise UserError(
-                    f"{path} and {self._files[name][0].name} both hold {name}; copy the "
+                    f"{path} and {self._files[name][0].name} both contain {name}; copy the "
                     "checkpoint again"
                 )
             code = part.get_dtype()
             if code not in _DTYPES:
                 raise UserError(
-                    f"{path} stores {name} as {code}; jexit reads "
-                    f"{', '.join(_DTYPES)}: use the checkpoint in one of them"
+                    f"{path} stores {name} as {code}, but jexit reads only {', '.join(_DTYPES)}; "
+                    "use the checkpoint in one of these dtypes"
                 )
             self.specs[name] = Spec(tuple(part.get_shape()), _DTYPES[code])
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype it is stored in; raises UserError when it is not finite."""
+        """Returns a tensor in the dtype it is stored in; raises UserError if it is not finite."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)
@@ -93,8 +93,8 @@ class TensorReader:
             ) from error
         if not all_finite(tensor):
             raise UserError(
-                f"{name} in {path} holds NaN or infinity; copy it again, or take a checkpoint "
-                "whose training did not diverge"
+                f"{name} in {path} contains NaN or infinity; copy the file again, or use a "
+                "checkpoint whose training did not diverge"
             )
         return tensor
 
@@ -112,37 +112,37 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
     if index.exists():
         names = read_object(index, "copy it again").get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise UserError(f"{index} has no weight_map of tensors to files; copy it again")
+            raise UserError(f"{index} has no weight_map from tensors to files; copy it again")
         if other := [n for n in names.values() if "/" in n or not n.endswith(".safetensors")]:
             raise UserError(
-                f"{index} names {other[0][:80]!r}, which is no .safetensors file beside it; copy "
-                "the checkpoint again, with all its files in one directory"
+                f"{index} names {other[0][:80]!r}, which is not a .safetensors file beside it; "
+                "copy the checkpoint again, with all its files in one directory"
             )
         shards = [directory / name for name in sorted(set(names.values()))]
         gone = [shard.name for shard in shards if not shard.exists()]
         if gone:
             raise MissingFile(
-                f"{directory} lacks {', '.join(gone)}, which {index.name} lists; copy the missing "
-                "shards"
+                f"{directory} does not contain {', '.join(gone)}, which {index.name} lists; copy "
+                "the missing shards"
             )
         return shards
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles:
         raise UserError(
-            f"{directory} holds its weights as a pickle ({pickles[0]}), which can run any code and "
-            "is not read; convert the checkpoint to safetensors first"
+            f"{directory} stores its weights as a pickle ({pickles[0]}), which can run any code, "
+            "so jexit does not read it; convert the checkpoint to safetensors first"
         )
     raise MissingFile(
-        f"{directory} holds no {stem}.safetensors (nor {index.name} with shards); copy the "
+        f"{directory} contains no {stem}.safetensors (nor {index.name} with shards); copy the "
         "checkpoint's weights into it"
     )
 
 
 class TensorWriter:
-    """Writes `STEM.safetensors`, in shards with an index when larger than `shard_bytes`.
+    """Writes `STEM.safetensors`, or shards with an index if it would exceed `shard_bytes`.
 
-    `specs` fixes names, shapes and dtypes beforehand; `write` then takes the tensors in any order.
-    `close` (or leaving the `with` block) checks that all were written.
+    `specs` fixes names, shapes and dtypes beforehand. After that, `write` accepts the tensors in
+    any order. Leaving the `with` block without an error checks that all of them were written.
     """
 
     def __init__(
@@ -193,13 +193,13 @@ class TensorWriter:
             self._places[name] = (file, 8 + len(text) + offsets[name])
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Stores one tensor; it must be finite, and have the shape and dtype announced."""
+        """Writes one tensor, which must be finite and have the shape and dtype of its spec."""
         spec = self._specs[name]
         assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
         if not all_finite(tensor):
             raise UserError(
-                f"{name} holds NaN or infinity as {spec.dtype}, so it is not written; go back to "
-                "a model without"
+                f"{name} contains NaN or infinity as {spec.dtype}, so it is not written; use a "
+                "wider dtype, or a model whose parameters are all finite"
             )
         file, offset = self._places.pop(name)
         file.seek(offset)

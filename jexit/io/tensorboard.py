@@ -1,7 +1,7 @@
-"""Scalars as TensorBoard event files, written in the calling thread.
+"""Writes scalars as TensorBoard event files, in the calling thread.
 
-tensorboardX's `SummaryWriter` hands events to a background thread. When that thread meets a full
-disk it dies, and the next `add_scalar` waits for it forever. Here a write that fails raises.
+tensorboardX's `SummaryWriter` passes events to a background thread. That thread dies when the disk
+is full, and the next `add_scalar` then waits for it forever. This writer raises an error instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class EventFile:
-    """One event file in `directory`; TensorBoard hides older events of steps ≥ `first_step`.
+    """An event file in `directory`; TensorBoard hides older events of steps ≥ `first_step`.
 
-    Raises OSError when the disk refuses a write.
+    Raises OSError if the disk refuses a write.
     """
 
     def __init__(self, directory: str | os.PathLike[str], first_step: int) -> None:

@@ -1,8 +1,8 @@
 """Weights on disk, in jexit's own format or in Hugging Face's safetensors.
 
-Parameters are dotted paths (`blocks.attn.q.kernel`) with their layers stacked; which tensors of a
-file each is made of is said in `convert.names`. Either format is opened by reading no more than
-headers, and checked name by name against what the model's configuration describes.
+Parameters are named by dotted paths (`blocks.attn.q.kernel`), and their layers are stacked.
+`convert.names` defines which tensors of a file form each parameter. Opening either format reads
+only headers, and checks every name and shape against the model's configuration.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """The base weights, the adapters or the exits of a model.
+    """One part of a model: the base weights, the adapters or the exits.
 
-    They lie in `folder` in jexit's format, in `STEM.safetensors` in Hugging Face's. `stacks` are
-    rules with the numbers of the layers or exits of their tensors.
+    jexit's format stores a part in the directory `folder`, and Hugging Face's in
+    `STEM.safetensors`. `stacks` pairs lists of rules with the numbers of the layers or exits that
+    have their tensors.
     """
 
     folder: str
@@ -41,14 +42,14 @@ class Part:
     sizes: Mapping[str, int]
 
     def rules(self) -> Iterator[tuple[Rule, list[str]]]:
-        """Each parameter's rule, and the tensors that it is made of."""
+        """Yields the rule of each parameter, and the names of the tensors that form it."""
         for rules, numbers in self.stacks:
             for rule in rules:
                 stacked = numbers if rule.stacked else (None,)
                 yield rule, [rule.name_at(number) for number in stacked]
 
     def shapes(self) -> Shapes:
-        """The shape of every parameter by path."""
+        """Returns the shape of every parameter by its path."""
         return {
             rule.path: (*([len(numbers)] if rule.stacked else []), *rule.shape(self.sizes))
             for rules, numbers in self.stacks
@@ -75,11 +76,12 @@ def adapter_part(arch: Architecture, lora: LoRA) -> Part:
 
 
 def exit_part(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -> Part:
-    """Heads and continuation.
+    """Returns the part with the exit heads and the continuation.
 
-    Head ℓ reads the residual entering decoder layer ℓ: hazard = sigmoid(out(relu(hidden(norm)))).
-    A token that has left takes its residual h past layer m as h + update(h), or as
-    h + update(reduce(h)) with a continuation_rank; a frozen continuation has no tensors.
+    Head ℓ reads the residual that enters decoder layer ℓ:
+    `hazard = sigmoid(out(relu(hidden(norm))))`. For a token that has exited, layer m changes the
+    residual h to `h + update(h)`, or with a continuation_rank to `h + update(reduce(h))`. A frozen
+    continuation has no tensors.
     """
     head.check_width(arch.width)
     stacks = [(names.exit_rules(head.kind, head.norm), layers)]
@@ -101,7 +103,7 @@ FOLDERS = ("base", "adapters", "exits")
 
 
 class Weights(Protocol):
-    """A part on disk: its dtypes, and each parameter in turn."""
+    """A part on disk, with the dtypes of its parameters and an iterator over the parameters."""
 
     def dtypes(self) -> dict[str, np.dtype]: ...
 
@@ -111,8 +113,8 @@ class Weights(Protocol):
 class StoredArrays:
     """A part of a directory in jexit's own format.
 
-    Raises MissingFile when it is not there, and UserError when names or shapes are others;
-    nothing is allocated before.
+    Raises MissingFile if the part is missing, and UserError if its names or shapes are not the
+    expected ones. Both checks come before any array is read.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -121,7 +123,8 @@ class StoredArrays:
         if not self._specs:
             what = "weights" if part.folder == "base" else part.folder
             raise MissingFile(
-                f"{directory} lacks its {what} ({part.folder}/); convert or copy the model again"
+                f"{directory} does not contain its {what} ({part.folder}/); convert or copy the "
+                "model again"
             )
         found = {name: spec.shape for name, spec in self._specs.items()}
         _check_shapes(self._store.directory, found, part.shapes())
@@ -130,7 +133,7 @@ class StoredArrays:
         return {name: spec.dtype for name, spec in self._specs.items()}
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        # The largest first: what has been placed already is then small when memory peaks.
+        # The largest first: memory then peaks while few other parameters are in place.
         for name in sorted(self._specs, key=lambda name: -self._specs[name].bytes):
             yield name, self._store.read(name)
 
@@ -138,8 +141,8 @@ class StoredArrays:
 class Safetensors:
     """A part of a Hugging Face directory.
 
-    Raises UserError that lists every missing, surplus and misshapen tensor at once, or says why
-    the files cannot be read.
+    Raises UserError if the files cannot be read, or one with a list of all tensors that are
+    missing, surplus or of the wrong shape.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -153,8 +156,9 @@ class Safetensors:
         most = max(len(numbers) for _, numbers in part.stacks)
         if most > len(found):  # a forged number of layers may be too large to count to
             raise UserError(
-                f"the configuration of {directory} describes {most} layers, and its weights are "
-                f"{len(found)} tensors; use the configuration and the weights of one checkpoint"
+                f"the configuration of {directory} describes {most} layers, but its weights have "
+                f"only {len(found)} tensors; use the configuration and the weights of one "
+                "checkpoint"
             )
         expected = {
             name: rule.file_shape(part.sizes) for rule, tensors in part.rules() for name in tensors
@@ -167,7 +171,7 @@ class Safetensors:
             self._check_tied_head()
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Each parameter's dtype in the files; where layers differ, one that holds them all."""
+        """Returns each parameter's dtype; if its layers differ, one that can represent them all."""
         specs = self._reader.specs
         return {
             rule.path: functools.reduce(jnp.promote_types, (specs[n].dtype for n in tensors))
@@ -175,7 +179,7 @@ class Safetensors:
         }
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Path and stacked array of every parameter, one at a time, in the files' dtype."""
+        """Yields every parameter's path and stacked array, one at a time, in the files' dtype."""
         dtypes, sizes = self.dtypes(), self._part.sizes
         for rule, tensors in self._part.rules():
             if not rule.stacked:
@@ -191,9 +195,9 @@ class Safetensors:
         embedding = self._reader.read("model.embed_tokens.weight")
         if not np.array_equal(embedding, self._reader.read(names.TIED_HEAD)):
             raise UserError(
-                f"{self.directory} ties its embeddings (tie_word_embeddings) but stores another "
-                f"{names.TIED_HEAD}; set tie_word_embeddings to false in its config.json if the "
-                "head is meant to differ"
+                f"{self.directory} ties its embeddings (tie_word_embeddings), but its "
+                f"{names.TIED_HEAD} differs from them; set tie_word_embeddings to false in its "
+                "config.json if the head is meant to differ"
             )
 
 
@@ -203,7 +207,7 @@ def write_safetensors(
     dtypes: Mapping[str, np.dtype],
     parameters: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes a part as safetensors; `parameters` come one at a time, in `dtypes`."""
+    """Writes a part as safetensors, from `parameters` that are read one at a time, in `dtypes`."""
     rules = {rule.path: (rule, tensors) for rule, tensors in part.rules()}
     specs = {
         name: Spec(rule.file_shape(part.sizes), np.dtype(dtypes[path]))
@@ -219,17 +223,17 @@ def write_safetensors(
 
 
 def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> None:
-    """Raises one UserError that lists everything in which the shapes differ, by name."""
+    """Raises one UserError that lists every difference between the two sets of shapes, by name."""
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     misshapen = [
-        f"{name} {list(found[name])} in place of {list(shape)}"
+        f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
     differing = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
     if parts := [f"{kind} {', '.join(names)}" for kind, names in differing.items() if names]:
         raise UserError(
-            f"the tensors in {directory} are not those its configuration describes: "
-            f"{'; '.join(parts)}; use the configuration and the weights of one checkpoint"
+            f"the tensors in {directory} do not match its configuration: {'; '.join(parts)}; use "
+            "the configuration and the weights of one checkpoint"
         )

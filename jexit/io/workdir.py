@@ -1,4 +1,4 @@
-"""A run's directory: which run it belongs to, what its config was, and that it is the only one."""
+"""A run's directory: locks it, and checks that it belongs to a run with the same config."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from jexit.untrusted import read_object
 CODE = "task.sha256"  # of the file with a user's own task
 LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
-# Settings that may change when a run is continued: they do not alter what was computed before.
+# Settings that may change when a run is continued, as they do not affect the finished steps.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log")
-# What a run's exits are trained under, by its command: a section and the settings in it.
+# The settings that a run's exits are trained under, by command: the section and their names.
 LAWS = {
     "sft": ("sft", ("sharpness", "target")),
     "rl": ("rl", ("min_hazard", "hazard_temperature")),
@@ -41,9 +41,9 @@ LAWS = {
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Creates and locks a run's directory; removes it again if the run leaves it empty.
 
-    The operating system releases the lock when the process ends, however it ends. With several
-    hosts the primary one locks. Raises UserError, on every host, when another run holds the lock,
-    when the file system has none, and for a workdir that is a file.
+    The operating system releases the lock when the process ends, for whatever reason. With several
+    hosts, the primary host takes the lock. Raises UserError on every host if another run has the
+    lock, if the file system does not support locks, or if `workdir` is a file.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -92,15 +92,16 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def check_same_run(workdir: pathlib.Path, config: Config) -> None:
-    """Raises UserError when `workdir` holds a run with another config or another task file.
+    """Raises UserError if `workdir` contains a run with another config or another task file.
 
-    Writes nothing.
+    Differences in the sections of `CONTINUABLE` are allowed. Writes nothing.
     """
     path = workdir / "config.json"
     if not path.exists():
         return
     stored = read_object(path, f"remove {workdir} to start over, or choose another --workdir")
-    # A setting that came with a later version had what is its default now; one that went is none.
+    # A setting that a later version added had its present default then. Settings that a later
+    # version removed are ignored.
     defaults = Config(command="rl").to_dict()
     new, old = (flatten_dict(to_jsonable(each), sep=".") for each in (config.to_dict(), defaults))
     old |= flatten_dict(stored, sep=".")
@@ -108,8 +109,8 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
         was, now = (each.get(key, "unset") for each in (old, new))
         if was != now and key.split(".")[0] not in CONTINUABLE:
             raise UserError(
-                f"{workdir} holds a run with config.{key}={was}, and this one has {now}; "
-                "choose another --workdir, or the same settings to continue it"
+                f"{workdir} contains a run with config.{key}={was}, but this run has {now}; choose "
+                "another --workdir, or use the same settings to continue that run"
             )
     code = workdir / CODE
     if code.exists() and code.read_text().strip() != code_hash(config.task.name):
@@ -123,8 +124,8 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
 def start_run(workdir: pathlib.Path, config: Config) -> None:
     """Writes `config.json` and records the start time; call it once all checks have passed.
 
-    Raises UserError as `check_same_run` does, and on a host that does not see what the primary
-    host wrote.
+    Raises UserError in the same cases as `check_same_run`, and on a host that does not see the file
+    that the primary host wrote.
     """
     check_same_run(workdir, config)
     path = workdir / "config.json"
@@ -137,25 +138,27 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
     blind = [host for host, sees in enumerate(gather("the workdir", path.exists())) if not sees]
     if blind:
         raise UserError(
-            f"host {blind[0]} does not see {path}, which host 0 wrote; give --workdir on a file "
-            "system that all hosts share"
+            f"host {blind[0]} does not see {path}, which host 0 wrote; set --workdir to a "
+            "directory on a file system that all hosts share"
         )
 
 
 def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What the exits of the run in a directory were trained under: settings by section.
+    """Returns, by section, the settings under which the exits of a run were trained.
 
-    A run of rl that went on from a calibration keeps what that one aimed at. Empty for a model that
-    is no run's. Raises UserError when it is one whose config.json cannot be
-    read, or lacks them.
+    For a run of rl that started from a calibration, they include the calibration's settings.
+    Returns {} for a model that does not belong to such a run. Raises UserError if the run's
+    config.json cannot be read or lacks one of the settings.
     """
-    without = "give the path of the run's model/ to do without"
+    without = "give the path of the run's model/ to load it without these settings"
     law: dict[str, dict[str, Any]] = {}
     seen: set[pathlib.Path] = set()
     path = pathlib.Path(directory) / "config.json"
     while path.exists() and path.resolve() not in seen:
         seen.add(path.resolve())
-        config = read_object(path, f"it says what the model was trained under; {without}")
+        config = read_object(
+            path, f"it records the settings that the model was trained under; {without}"
+        )
         if (command := config.get("command")) not in [*LAWS]:
             break
         section, names = LAWS[command]
@@ -165,13 +168,13 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
         except (KeyError, TypeError):
             keys = " and ".join(f"{section}.{name}" for name in names)
             raise UserError(
-                f"{path} is of a run of {command} and lacks {keys}, under which it was trained; "
+                f"{path} of a run of {command} lacks {keys}, under which the run was trained; "
                 f"{without}"
             ) from None
         try:
             Config.from_dict({"command": command} | own)
         except ValueError as error:
-            raise UserError(f"{path} has been altered: {error}; {without}") from None
+            raise UserError(f"{path} has been modified: {error}; {without}") from None
         law = own | law
         if start is None:
             break

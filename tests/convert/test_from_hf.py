@@ -106,7 +106,7 @@ def test_what_cannot_be_converted_is_one_sentence_and_nothing_written(broken, tm
         (broken, precious, "is a file"),
     ):
         assert words in refuses(from_hf.main, source, target=target)
-    for name, words in (("tokenizer.json", "holds no tokenizer"), (WEIGHTS, f"no {WEIGHTS}")):
+    for name, words in (("tokenizer.json", "contains no tokenizer"), (WEIGHTS, f"no {WEIGHTS}")):
         (broken / name).rename(tmp_path / name)
         assert words in refuses(from_hf.main, broken)
         (tmp_path / name).rename(broken / name)

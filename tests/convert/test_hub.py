@@ -81,11 +81,17 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
     source = f"--source={trained.parent / 'base'}"
     assert to_hf.main([source, f"--target={tmp_path / 'out'}", "--card"]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "The model directory does not say." in text and "No evaluation was given" in text
+    assert "The model directory does not contain" in text and "No evaluation was given" in text
     for options, said in (
-        (["--push=nobody"], "--push is 'nobody'; give OWNER/NAME of a repository on the hub"),
+        (
+            ["--push=nobody"],
+            "--push is 'nobody', but it must be OWNER/NAME of a repository",
+        ),
         ([f"--eval={trained}"], "use it with --card or --push"),
-        (["--card", f"--eval={tmp_path}"], "eval.json; give what configs/eval.py wrote"),
+        (
+            ["--card", f"--eval={tmp_path}"],
+            "eval.json; give an eval.json that configs/eval.py",
+        ),
     ):
         capsys.readouterr()
         assert to_hf.main([source, f"--target={tmp_path / 'no'}", *options]) == 1
@@ -119,13 +125,13 @@ def test_up_to_the_hub_and_down_from_it(trained, tmp_path, hub, capsys, monkeypa
         assert (tmp_path / "third" / name).read_bytes() == files[name]
 
     for source, words in (
-        ("me/nothing", "me/nothing cannot be fetched ("),
-        (out, f"--download fetches OWNER/NAME of the hub, and --source is {out}"),
+        ("me/nothing", "me/nothing cannot be downloaded ("),
+        (out, f"--source is {out}, but --download needs the OWNER/NAME of a model on the hub"),
     ):
         code, said = run(from_hf, f"--source={source}", "--target=no", "--download")
         assert code == 1 and words in said
     monkeypatch.setenv("HF_TOKEN", "wrong")
     kept = tmp_path / "kept"
     code, said = run(to_hf, f"--source={trained}", f"--target={kept}", "--push=me/exits")
-    assert code == 1 and "kept is written, and cannot be uploaded to me/exits (" in said
+    assert code == 1 and "kept is written, but it cannot be uploaded to me/exits (" in said
     assert (kept / "model.safetensors").exists()

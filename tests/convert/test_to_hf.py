@@ -194,7 +194,7 @@ def test_what_cannot_be_exported_is_one_sentence(students, checkpoints, tmp_path
     (tmp_path / "there" / "precious").write_text("data")
     for source, options, target, words in (
         (checkpoints("qwen2"), ["--adapter=peft"], None, "no adapter to write; use --adap"),
-        (directory, ["--base=x/y"], None, "--base names the base"),
+        (directory, ["--base=x/y"], None, "--base is the base of an adapter"),
         (tmp_path / "nowhere", [], None, "no model directory at"),
         (directory, [], tmp_path / "there", "is not empty"),
     ):
@@ -216,6 +216,6 @@ def test_altered_adapters_and_heads_are_refused(students, tmp_path, refuses):
         before = load_file(source / file)
         name = sorted(before)[-1]
         save_file(before | {name: np.full_like(before[name], np.nan)}, source / file)
-        words = f"{name} in {source / file} holds NaN or infinity"
+        words = f"{name} in {source / file} contains NaN or infinity"
         assert words in refuses(from_hf.main, source)
         save_file(before, source / file)

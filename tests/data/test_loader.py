@@ -134,7 +134,7 @@ def test_text_batch_refuses_what_it_cannot_train_on():
         texts(length=16)
     with pytest.raises(ValueError, match="no reference completion"):
         text_batch([(Finite(["1"]), 1.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
-    with pytest.raises(ValueError, match="weights of at least 0, one of them above 0"):
+    with pytest.raises(ValueError, match="must be at least 0, and one of them above 0"):
         text_batch([(MIXTURE[0][0], 0.0)], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
     with pytest.raises(ValueError, match="weights"):
         text_batch([], TOKENIZER, seed=0, step=0, batch_size=1, length=56)
@@ -170,7 +170,7 @@ def test_prompt_batches_of_a_generated_task():
 
 
 def test_a_prompt_over_the_limit_names_the_length_the_limit_and_the_key():
-    said = r"has 6 tokens, over the limit of 5: 'sum 12'.*config\.task\.max_prompt_tokens"
+    said = r"has 6 tokens, over the limit of 5 \('sum 12'\).*config\.task\.max_prompt_tokens"
     with pytest.raises(ValueError, match=said):
         prompts(Finite(["sum 12"]), max_prompt_tokens=5)
     assert prompts(Finite(["sum 12"]), max_prompt_tokens=6).skipped == 0
@@ -212,7 +212,7 @@ def test_a_finite_data_set_as_training_text_and_an_empty_one(tmp_path):
         lambda: require_problems(task, "train"),
         lambda: text_batch([(task, 1.0)], TOKENIZER, **settings),
     ):
-        said = r"task 'gsm8k' has no problem in its train split; point config.task.path"
+        said = r"task 'gsm8k' has no problem in its train split; set config.task.path"
         with pytest.raises(ValueError, match=said):
             ask()
 

@@ -62,8 +62,8 @@ def test_the_task_reads_what_was_built(source, tmp_path, capsys):
     target = tmp_path / "data"
     assert prepare.main(["gsm8k", f"--from={source}", f"--to={target}"]) == 0
     assert capsys.readouterr() == (
-        f"wrote {target}/gsm8k/1.0.0: 40 train and 7 test rows; published are 7,473 train and "
-        "1,319 test rows\n",
+        f"wrote {target}/gsm8k/1.0.0: 40 train and 7 test rows; the published files have "
+        "7,473 train and 1,319 test rows\n",
         "",
     )
     assert os.listdir(target) == ["gsm8k"] and os.listdir(target / "gsm8k") == ["1.0.0"]
@@ -80,7 +80,7 @@ def test_the_task_reads_what_was_built(source, tmp_path, capsys):
     # What is there is left alone.
     write_rows(source / "train.jsonl", [row(1)])
     said = prepare.prepare_gsm8k(source, target)
-    assert said.endswith("is there already and was left alone: 40 train and 7 test rows")
+    assert said.endswith("exists already and was not changed: 40 train and 7 test rows")
     assert sizes(target) == [38, 2, 7]
 
 
@@ -151,13 +151,13 @@ def test_missing_files_and_damaged_rows_are_named_and_nothing_is_written(source,
     ):
         write_rows(source / "test.jsonl", [row(1), line, row(2)])
         said = refusal(capsys, f"--from={source}", into)
-        assert f"{source}/test.jsonl:2: {fault}; the published file has" in said
+        assert f"{source}/test.jsonl:2: {fault}; download the published file again" in said
     (source / "train.jsonl").write_text("\n")
-    assert "holds no rows" in refusal(capsys, f"--from={source}", into)
+    assert "contains no rows" in refusal(capsys, f"--from={source}", into)
     for missing in ("test.jsonl", "train.jsonl"):
         (source / missing).unlink()
         said = refusal(capsys, f"--from={source}", into)
-        assert f"{source} holds no {missing}; put the files of" in said
+        assert f"{source} does not contain {missing}; put the files of" in said
     assert "there is no directory" in refusal(capsys, f"--from={source / 'nowhere'}")
     assert not (tmp_path / "data").exists()
 

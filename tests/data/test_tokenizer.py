@@ -100,7 +100,7 @@ def test_end_tokens_are_a_set(directory):
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.encode_prompt("sum 37") == tokenizer.encode("sum 37")  # plain text
     (directory / "generation_config.json").unlink(), (directory / "config.json").unlink()
-    with pytest.raises(UserError, match="names no end token"):
+    with pytest.raises(UserError, match="does not define an end token"):
         Tokenizer.load(directory)
 
 
@@ -127,7 +127,7 @@ def test_missing_and_broken_files(directory):
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer.load(directory)
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer .*copy the tokenizer's files"):
+    with pytest.raises(FileNotFoundError, match=r"contains no tokenizer .*copy the checkpoint's"):
         Tokenizer.load(directory)
 
 
@@ -171,7 +171,7 @@ def test_a_system_message_needs_a_template_that_shows_it():
         "{% if messages[0].role == 'system' %}" + refuses + "{% endif %}",
     ):
         tokenizer = with_template(template)
-        with pytest.raises(UserError, match=r"'Add\.' has no place .* set config\.task\.system=''"):
+        with pytest.raises(UserError, match=r"'Add\.' cannot be .*set config\.task\.system=''"):
             tokenizer.system = "Add."
         tokenizer.system = ""
         assert tokenizer.system == ""

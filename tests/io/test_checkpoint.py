@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(saved, tmp_path,
         with caplog.at_level(logging.WARNING):
             assert same(restore(workdir), make_tree(20)), how
         assert f"Checkpoint {workdir / 'checkpoints' / '30'} cannot be read" in caplog.text
-        assert "Resuming from the checkpoint before: step 20" in caplog.text
+        assert "Resuming from the earlier checkpoint of step 20" in caplog.text
         # Gone: or the resumed run could not save its own step 30.
         assert stored(workdir) == ["20"]
     spoil(workdir, 20, flipped)
@@ -139,9 +139,9 @@ def test_a_checkpoint_of_other_parameters_is_one_sentence(workdir):
     surplus["host"]["extra"] = np.zeros(2)
     del missing["host"]["pressure"]
     for like, words in (
-        (make_tree(width=6), r"lora_a is \(4, 8\) there and \(4, 6\) here"),
-        (surplus, r"host/extra is None there and \(2,\) here"),
-        (missing, r"host/pressure is \(2,\) there and None here"),
+        (make_tree(width=6), r"lora_a is \(4, 8\) in the checkpoint, but \(4, 6\) in"),
+        (surplus, r"host/extra is None in the checkpoint, but \(2,\) in this"),
+        (missing, r"host/pressure is \(2,\) in the checkpoint, but None in"),
     ):
         with pytest.raises(UserError, match=f"checkpoints/30 .*{words}.*use the same config or"):
             restore(workdir, like)
@@ -154,7 +154,7 @@ def test_what_cannot_be_saved_is_one_sentence_and_evicts_nothing(workdir, tmp_pa
         tree = make_tree(40)
         broken = jax.tree.map(lambda leaf: leaf * jnp.nan, getattr(tree["state"], part))
         tree["state"] = dataclasses.replace(tree["state"], **{part: broken})
-        words = r"state/\w+/.* holds NaN or infinity after step 40, so no checkpoint of it is wr"
+        words = r"state/\w+/.* contains NaN or infinity after step 40, so no checkpoint of"
         with pytest.raises(UserError, match=words):
             checkpoints.save(40, tree)
     words = r"a checkpoint cannot be written to \S+ \(File too large\); free some"

@@ -88,7 +88,7 @@ def test_what_is_no_file_of_its_own_is_not_read(hf, peft, models, tmp_path, dead
             assert "is a device, not a file" in refusal(directory)
             path.unlink()
             path.symlink_to(elsewhere)
-            assert f"is a link to {elsewhere}, outside of" in refusal(directory)
+            assert f"is a link to {elsewhere}, which is outside its" in refusal(directory)
             path.unlink()
             elsewhere.rename(path)
     arrays = models / "whole" / "base"
@@ -118,23 +118,27 @@ def test_an_index_names_files_beside_it_and_a_tensor_is_there_once(hf, tmp_path)
         return refusal(hf)
 
     for name in ("../outside.safetensors", f"{tmp_path}/outside.safetensors", "sub/a.safetensors"):
-        assert "which is no .safetensors file beside it" in refused({"model.norm.weight": name})
+        assert "which is not a .safetensors file beside it" in refused({"model.norm.weight": name})
     shards = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
     save_file(tensors, hf / shards[0])
     shared = dict.fromkeys(tensors, shards[0]) | {"model.norm.weight": shards[1]}
-    assert f"lacks {shards[1]}" in refused(shared)
+    assert f"does not contain {shards[1]}" in refused(shared)
     save_file({"model.norm.weight": np.ones(96, np.float32)}, hf / shards[1])
-    assert f"{shards[1]} and {shards[0]} both hold model.norm.weight" in refused(shared)
+    assert f"{shards[1]} and {shards[0]} both contain model.norm.weight" in refused(shared)
 
 
 def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, models, deadline):
     for path, changes, words in (
-        (hf / "config.json", {"num_hidden_layers": 30_000_000}, "describes 30000000 layers, and"),
+        (hf / "config.json", {"num_hidden_layers": 30_000_000}, "describes 30000000 layers, but"),
         (hf / "config.json", {"num_hidden_layers": 9}, "missing model.layers.8."),
         (hf / "config.json", {"vocab_size": 10**9}, "misshapen model.embed_tokens.weight [512, 9"),
         (hf / "config.json", {"eos_token_id": 2**70}, "sets eos_token_id to 118059162071741130342"),
         (peft / "adapter_config.json", {"r": 9_999}, "misshapen base_model.model.model.layers.0."),
-        (peft / "adapter_config.json", {"base_model_name_or_path": [1]}, "names [1] as its base"),
+        (
+            peft / "adapter_config.json",
+            {"base_model_name_or_path": [1]},
+            "name_or_path to [1]",
+        ),
         (
             peft / "adapter_config.json",
             {"base_model_name_or_path": "."},
@@ -151,17 +155,20 @@ def test_settings_that_the_files_do_not_bear_out_are_refused_at_once(hf, peft, m
         path.write_text(before)
     architecture = json.loads((models / "whole" / "jexit.json").read_text())["architecture"]
     for changes, words in (
-        ({"format_version": 2}, "format version 2; this jexit reads 1: make the model again"),
-        ({"architecture": "gone"}, "is incomplete or altered ('architecture'); convert it"),
+        ({"format_version": 2}, "format version 2, but this version of jexit reads only 1; make"),
+        ({"architecture": "gone"}, "is incomplete or corrupted ('architecture'); convert"),
         ({"architecture": {"layers": 3}}, "architecture.family is missing; choose one of qwen2"),
         ({"exit_head": {"colour": "red"}}, "exit_head.colour does not exist"),
-        ({"eos_ids": ["a"]}, "is incomplete or altered ('a', which is no token's number)"),
-        ({"base": 5}, "is incomplete or altered (base is 5; it must be of type str)"),
-        ({"exit_layers": [2, 1]}, "exit heads at (2, 1); exits are rising layer numbers"),
-        ({"layers": 30_000_000}, "blocks.attn.q.kernel [3, 8, 2, 4] in place of"),
+        ({"eos_ids": ["a"]}, "is incomplete or corrupted ('a', which is not a token id)"),
+        ({"base": 5}, "is incomplete or corrupted (base is 5; it must be of type str)"),
+        ({"exit_layers": [2, 1]}, "exit heads at (2, 1), but exits must be rising layer num"),
+        ({"layers": 30_000_000}, "blocks.attn.q.kernel [3, 8, 2, 4] instead of"),
         ({"kv_heads": 0}, "architecture.kv_heads is 0; it must be at least 1"),
         ({"family": "mistral"}, "family is 'mistral'; choose one of qwen2, qwen3, llama"),
-        ({"rope_scaling": {"kind": "linear"}}, "of kind 'linear'; jexit computes yarn and llama3"),
+        (
+            {"rope_scaling": {"kind": "linear"}},
+            "of kind 'linear', but jexit supports only yarn",
+        ),
     ):
         before = (models / "whole" / "jexit.json").read_text()
         inside = changes.keys() <= architecture.keys()
@@ -194,12 +201,12 @@ def test_wrong_arrays_are_one_sentence(models, monkeypatch):
         folder = models / "whole" / part
         store = ArrayStore(folder)
         first, second = store.names()[:2]
-        lists = rf"missing {first}; surplus extra; misshapen {second} \[2, 2\] in place of"
+        lists = rf"missing {first}; surplus extra; misshapen {second} \[2, 2\] instead of"
         for how, words in (
-            ("others", f"{part} are not those its configuration describes: {lists}"),
+            ("others", f"{part} do not match its configuration: {lists}"),
             ("damaged", f"the parameter {first} in {folder} cannot be read"),
             ("gone", rf"\({part}/\); convert or copy the model again"),
-            ("not finite", f"{first} in {folder} holds NaN or infinity; copy or convert"),
+            ("not finite", f"{first} in {folder} contains NaN or infinity; copy or convert"),
         ):
             shutil.copytree(folder, models / "kept")
             with monkeypatch.context() as patched:
@@ -212,25 +219,25 @@ def test_wrong_arrays_are_one_sentence(models, monkeypatch):
 
 def test_a_tokenizer_is_there_and_fits(models, tokenizer):
     save_model(models / "m", make_model(tokenizer.vocab_size - 1), tokenizer)
-    assert re.search(r"tokens, the model only \d+ embeddings; use the", refusal(models / "m"))
+    assert re.search(r"tokens, but the model has only \d+ embeddings", refusal(models / "m"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (models / "whole" / name).unlink()
-    assert "holds no tokenizer" in refusal(models / "whole")
+    assert "contains no tokenizer" in refusal(models / "whole")
 
 
 def test_a_base_that_is_none_is_named_with_the_remedy(models):
     values = json.loads((models / "base" / "jexit.json").read_text())["architecture"]
     edit(models / "base", architecture={**values, "rope_theta": 1e4})
     said = refusal(models / "refers")
-    assert "is another model now (rope_theta 10000.0 in place of" in said
+    assert "replaced by another model (rope_theta is 10000.0 instead of" in said
     edit(models / "refers", base="../whole")
-    assert "has adapters itself; merge them first" in refusal(models / "refers")
+    assert "must not have any; merge them first" in refusal(models / "refers")
     edit(models / "refers", base=".")
     assert "refers as its base, which makes a cycle of bases; correct" in refusal(models / "refers")
     edit(models / "base", base="../refers", architecture=values)
     edit(models / "refers", base="../base")
     assert re.search("names .*refers as its base, which makes a cycle", refusal(models / "refers"))
     shutil.rmtree(models / "base")
-    assert "needs its base model at ../base, which is gone" in refusal(models / "refers")
+    assert "needs its base model at ../base, but no model was found" in refusal(models / "refers")
     (models / "base").mkdir()
     assert "correct the path in jexit.json" in refusal(models / "refers")

@@ -109,27 +109,31 @@ def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
     window["layer_types"] = ["full_attention"] * 35 + ["sliding_attention"]
     for config, changes, words in (
         (QWEN2, {"model_type": "gone"}, "describes a None model"),
-        (QWEN3, {"model_type": "qwen3_moe"}, "describes a 'qwen3_moe' model; jexit reads model_t"),
-        (QWEN2, {"use_sliding_window": True}, "sliding window of 32768; jexit computes full"),
+        (QWEN3, {"model_type": "qwen3_moe"}, "describes a 'qwen3_moe' model, but jexit supports"),
+        (QWEN2, {"use_sliding_window": True}, "sliding window of 32768, but jexit supports"),
         (QWEN3, window, "sliding window of 4096"),
-        (QWEN3, {"rope_scaling": {"type": "linear", "factor": 2}}, "scales rope by 'linear'"),
-        (LLAMA, {"rope_scaling": {"rope_type": ["x"]}}, "jexit knows default, llama3 and yarn"),
+        (QWEN3, {"rope_scaling": {"type": "linear", "factor": 2}}, "has the rope type 'linear'"),
+        (LLAMA, {"rope_scaling": {"rope_type": ["x"]}}, "only default, llama3 and yarn"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor is missi"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "factor": 0}}, "rope_scaling.factor is 0.0; it must"),
         (QWEN3, {"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "must be above low_freq_fact"),
         (QWEN3, {"rope_scaling": {**YARN, "factor": "x"}}, "factor in config.json is 'x'"),
-        (QWEN3, {"rope_scaling": [1]}, "rope_scaling to [1], which must be an object"),
-        (QWEN3, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "by layer type"),
-        (QWEN3, {"partial_rotary_factor": 0.5}, "rotates a part of each head"),
+        (QWEN3, {"rope_scaling": [1]}, "rope_scaling to [1], but it must be an obj"),
+        (
+            QWEN3,
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "each layer type",
+        ),
+        (QWEN3, {"partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         (QWEN3, {"rope_theta": "gone"}, "has no rope_theta; copy"),
         (LLAMA, {"rms_norm_eps": "gone"}, "has no rms_norm_eps"),
         (QWEN3, {"vocab_size": None}, "has no vocab_size"),
-        (LLAMA, {"hidden_act": "gelu"}, "hidden_act to 'gelu'; jexit computes silu only: use a"),
-        (QWEN3, {"attention_bias": True}, "attention_bias to True; jexit computes qwen3 without"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias to True; jexit computes llama without these biases"),
-        (QWEN3, {"quantization_config": {"bits": 4}}, "quantised weights; use the checkpoint in"),
-        (QWEN3, {"num_key_value_heads": 5}, "32 query heads do not divide among 5"),
-        (QWEN3, {"head_dim": 65}, "head_dim must be even"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act to 'gelu', but jexit supports only silu"),
+        (QWEN3, {"attention_bias": True}, "attention_bias to True, but jexit does not"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias to True, but jexit does not support these biases"),
+        (QWEN3, {"quantization_config": {"bits": 4}}, "quantised weights, which jexit does not"),
+        (QWEN3, {"num_key_value_heads": 5}, "32 query heads cannot be divided evenly among 5"),
+        (QWEN3, {"head_dim": 65}, "head_dim is 65, but it must be even"),
         *[(QWEN2, {"hidden_size": value}, "hidden_size") for value in ("x", -4, 0, 2.5, [1], True)],
         *[(QWEN3, {"rms_norm_eps": value}, "rms_norm_eps") for value in ("x", -4, {}, math.inf)],
     ):
@@ -139,11 +143,11 @@ def test_what_jexit_does_not_compute_is_refused_in_one_sentence():
 
 
 def test_the_message_names_the_file(tmp_path):
-    with pytest.raises(MissingFile, match=r"holds no config\.json; give the directory of a"):
+    with pytest.raises(MissingFile, match=r"not contain a config\.json; give the directory of a"):
         read_architecture(tmp_path / "none")
     mistral = json.dumps({**QWEN2, "model_type": "mistral"})
     for text, words in (
-        (mistral, "describes"), ('{"model_type"', "is not valid JSON"), ("[1]", "holds a JSON list")
+        (mistral, "describes"), ('{"model_type"', "is not valid JSON"), ("[1]", "contains a JSON")
     ):  # fmt: skip
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=f"{tmp_path}/config.json {words}"):

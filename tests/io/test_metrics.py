@@ -35,7 +35,7 @@ def test_each_step_is_one_line_at_once(tmp_path):
         assert steps_of(read_metrics(workdir)) == [1]
         writer.write(np.int64(2), {"histogram": jnp.asarray([0.25, np.inf])})
         for value in ("right", np.zeros((2, 2))):
-            with pytest.raises(ValueError, match=r"metric 'verdict' is .*; metrics are numbers"):
+            with pytest.raises(ValueError, match=r"metric 'verdict' is .*, but it must be a num"):
                 writer.write(3, {"verdict": value})
     assert (workdir / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 1, "loss": 0.5, "accuracy": 0.25, "n": 3.0}',

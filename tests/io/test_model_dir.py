@@ -106,12 +106,12 @@ def test_what_is_no_model_is_one_sentence_with_what_makes_it(tmp_path, monkeypat
     with pytest.raises(UserError, match="file is a file; give the directory of a model"):
         open_model("file")
     for path, words in (
-        ("empty", r"empty holds no model \(none of jexit\.json"),
+        ("empty", r"empty contains no model \(none of jexit\.json"),
         ("begun", "begun is a run that has not finished"),
         ("", "no model directory at"),
         ("runs/a/b", "no model directory at"),
         ("/nowhere", "no model directory at"),
-        ("org/none", "no directory org/none, .*fetch a hub model first"),
+        ("org/none", "no directory org/none, .*download the model first"),
         ("runs/sft-qwen2.5-0.5b", r"make it with .*--config=configs/sft\.py:qwen2\.5-0\.5b$"),
         ("runs/rl-tiny/model", r"make it with python -m jexit\.main --config=configs/rl\.py:tiny$"),
         ("models/qwen3-4b", r"convert\.from_hf --source=Qwen/Qwen3-4B --target=models/qwen3-4b$"),
@@ -160,7 +160,7 @@ def test_a_failed_write_leaves_the_old_directory_or_none(models, tokenizer, monk
     with full_disk(2_000):
         save(UserError, r"cannot be written to .*; free some space")
     model.exits.b2[...] = jnp.full_like(model.exits.b2[...], jnp.nan)
-    save(UserError, r"the parameter exits\.b2 holds NaN or infinity, so it is not written")
+    save(UserError, r"the parameter exits\.b2 contains NaN or infinity, so it is not writ")
 
 
 # Loading
@@ -184,11 +184,11 @@ def test_dtypes_are_the_ones_asked_for(models, model, tokenizer):
     for path, array in stored.items():
         kept = wanted[path] if is_trainable(path) else np.float32(jnp.bfloat16(wanted[path]))
         assert array.dtype == np.float32 and np.array_equal(array, kept), path
-    with pytest.raises(UserError, match="dtype is 'float16'; choose auto, float32 or bfloat16"):
+    with pytest.raises(UserError, match="dtype is 'float16', but it must be auto, float32 or bf"):
         load(models / "whole", dtype="float16")
     shutil.rmtree(models / "whole" / "base" / "final_norm.scale")
     ArrayStore(models / "whole" / "base").write("final_norm.scale", np.full(8, 3.4e38, np.float32))
-    words = r"final_norm\.scale of .*whole is too large for bfloat16; load it in a wider dtype"
+    words = r"final_norm\.scale in .*whole has values that are too large for bfloat16; set"
     with pytest.raises(UserError, match=words):
         load(models / "whole", dtype="bfloat16")
 
@@ -214,17 +214,23 @@ def test_settings_agree_with_the_directory_or_are_refused(saved_once):
     for options, words in (
         (
             {"exit_layers": (1,)},
-            r"has exits\.layers=\(1, 2\), not \(1,\); set config\.exits",
+            r"layers is \(1,\), but .* has exits\.layers=\(1, 2\); set config\.exits",
         ),
-        ({"exit_head": ExitSettings(kind="linear")}, "has exit_head.kind=mlp, not linear; set"),
-        ({"lora": dataclasses.replace(lora, rank=4)}, "has lora.rank=2, not 4; set config.lora.ra"),
+        (
+            {"exit_head": ExitSettings(kind="linear")},
+            "linear, but .* has exit_head.kind=mlp",
+        ),
+        (
+            {"lora": dataclasses.replace(lora, rank=4)},
+            "is 4, but .* has lora.rank=2; set",
+        ),
         (
             {"lora": dataclasses.replace(lora, targets=("q",))},
-            r"targets=\('down', 'q'\), not",
+            r"targets=\('down', 'q'\); set",
         ),
-        ({"exit_layers": (2, 1)}, r"config\.exits\.layers is \(2, 1\); exits are rising layer num"),
-        ({"exit_layers": (0, 1)}, "exits are rising layer numbers from 1 to 2"),
-        ({"exit_layers": (1, 7)}, "exits are rising layer numbers from 1 to 2"),
+        ({"exit_layers": (2, 1)}, r"config\.exits\.layers is \(2, 1\), but exits must be rising"),
+        ({"exit_layers": (0, 1)}, "exits must be rising layer numbers from 1 to 2"),
+        ({"exit_layers": (1, 7)}, "exits must be rising layer numbers from 1 to 2"),
     ):
         with pytest.raises(UserError, match=words):
             load(saved_once / "refers", **options)

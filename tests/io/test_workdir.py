@@ -50,7 +50,7 @@ def test_a_run_continues_with_the_same_config(tmp_path):
     stored["pretrain"]["prompt_loss"] = 0.0
     (workdir / "config.json").write_text(json.dumps(stored))
     check_same_run(workdir, config())
-    with pytest.raises(UserError, match=r"config\.rl\.clip=0\.2, and this one has 0\.3"):
+    with pytest.raises(UserError, match=r"config\.rl\.clip=0\.2, but this run has 0\.3"):
         check_same_run(workdir, config(rl__clip=0.3))
 
 
@@ -58,12 +58,12 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
     start_run(tmp_path, config())
     before = (tmp_path / "config.json").read_bytes()
     for changes, words in (
-        ({"rl__depth_coef": 0.9}, "config.rl.depth_coef=0.5, and this one has 0.9"),
-        ({"exits__layers": (2, 4)}, "config.exits.layers=[], and this one has [2, 4]"),
-        ({"task__options": {"steps": 3}}, "config.task.options.steps=unset, and this one has 3"),
-        ({"seed": 1, "batch_size": 4}, "config.batch_size=32, and this one has 4"),
+        ({"rl__depth_coef": 0.9}, "config.rl.depth_coef=0.5, but this run has 0.9"),
+        ({"exits__layers": (2, 4)}, "config.exits.layers=[], but this run has [2, 4]"),
+        ({"task__options": {"steps": 3}}, "config.task.options.steps=unset, but this run has 3"),
+        ({"seed": 1, "batch_size": 4}, "config.batch_size=32, but this run has 4"),
     ):
-        words = f"{tmp_path} holds a run with {re.escape(words)}; choose another --workdir, or the"
+        words = f"{tmp_path} contains a run with {re.escape(words)}; choose another --workdir, or"
         for refuse in (check_same_run, start_run):
             with pytest.raises(UserError, match=words):
                 refuse(tmp_path, config(**changes))
@@ -73,7 +73,7 @@ def test_another_config_is_refused_by_its_first_difference(tmp_path, full_disk):
     assert (tmp_path / "config.json").read_bytes() == before
     for text in ('{"seed": 0', "[1, 2]", "", "[" * 100_000):
         (tmp_path / "config.json").write_text(text)
-        words = r"config\.json (is not valid JSON|holds a JSON list, not).*; remove"
+        words = r"config\.json (is not valid JSON|contains a JSON list, not).*; remove"
         with pytest.raises(UserError, match=words):
             check_same_run(tmp_path, config())
 
@@ -110,10 +110,13 @@ def test_the_law_of_depths_is_that_of_the_run(tmp_path):
     rl = json.dumps(rl | {"rl": {"min_hazard": 2, "hazard_temperature": 1}})
     for text, words in (
         ('{"command": "rl", "rl"', "config.json is not valid JSON"),
-        ('{"command": "sft", "sft": {"sharpness": "x", "target": "teacher"}}', "has been altered:"),
-        (rl, "altered: config.rl.min_hazard is 2.0; it must be at least 0 and at most"),
+        (
+            '{"command": "sft", "sft": {"sharpness": "x", "target": "teacher"}}',
+            "been modified:",
+        ),
+        (rl, "modified: config.rl.min_hazard is 2.0; it must be at least 0 and at most"),
         ('{"command": "rl", "rl": {"min_hazard": 0}, "model": {}}', "lacks rl.min_hazard and rl.h"),
-        ('{"command": "sft"}', "is of a run of sft and lacks sft.sharpness and sft.target"),
+        ('{"command": "sft"}', "of a run of sft lacks sft.sharpness and sft.target"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=rf"{re.escape(words)}.*give the path of the run's mo"):
