@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from jexit.config import COMMANDS
 from jexit.errors import MissingFile
 from jexit.io.hub import is_hub_id
 from jexit.io.model_source import ModelSource
@@ -48,8 +49,8 @@ def model_card(
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=str(measured.task["name"]),
-                dataset_name=f"{measured.task['name']}, {measured.split}",
+                dataset_type=_task_name(measured.task["name"]),
+                dataset_name=f"{_task_name(measured.task['name'])}, {measured.split}",
                 metric_type="accuracy",
                 metric_name=f"accuracy, {result.policy}",
                 metric_value=round(result.accuracy, 4),
@@ -71,7 +72,7 @@ def model_card(
         exits=f"layers {exits}" if exits else "none: it has no exit heads",
         adapter=adapter,
         stages=stages,
-        task=measured.task["name"] if measured else "",
+        task=_task_name(measured.task["name"]) if measured else "",
         split=measured.split if measured else "",
         problems=results[0].problems if results else 0,
         results=[_row(result) for result in results],
@@ -110,20 +111,31 @@ def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
     start = str(config.get("model", {}).get("path", ""))
     if (before := pathlib.Path(start)) != run:
         yield from _stages(_run_of(before))
+    others = tuple(f"{c}." for c in COMMANDS if c != config["command"])
     own, defaults = settings(config), default_settings(config) or {}
     changed = [
         (key, value)
         for key, value in own.items()
         if key in defaults | {k: 0 for k in own if k.startswith("task.options.")}
         and defaults.get(key) != value
-        and not key.startswith(_LEFT_OUT)
+        and not key.startswith((*_LEFT_OUT, *others))
     ]
     yield {
         "command": config["command"],
-        "start": start,
-        "task": own.get("task.name", ""),
-        "settings": changed,
+        "start": start if is_hub_id(start) else pathlib.Path(start).name,
+        "task": _task_name(own.get("task.name", "")),
+        "settings": [(key, _cell(value)) for key, value in changed],
     }
+
+
+def _task_name(name: Any) -> str:
+    """Returns a task's name without the directories of a task file, which are private."""
+    return pathlib.Path(str(name)).name
+
+
+def _cell(value: Any) -> str:
+    """Returns a setting as the text of a Markdown table's cell of code."""
+    return repr(value).replace("|", "\\|").replace("`", "'")
 
 
 def _row(result: PolicyResult) -> Mapping[str, str]:

@@ -81,13 +81,18 @@ def export(
             f"--push is {push!r}, but it must be OWNER/NAME of a repository on the hub; give such "
             "a name"
         )
+    if push and adapter == "peft" and not is_hub_id(base or _published_base(model)):
+        raise UserError(
+            "the base of this adapter is not on the hub, so nobody else could load the adapter "
+            "from there; use --adapter=merge, or name its base with --base=OWNER/NAME"
+        )
     if evaluation and not (card or push):
         raise UserError(
             "--eval is given, but no model card is written; use it with --card or --push"
         )
     text = ""
     if card or push:
-        name = push or pathlib.Path(target).name
+        name = push or pathlib.Path(target).resolve().name
         peft = adapter == "peft"
         text = model_card(source, model, name=name, adapter=peft, evaluation=evaluation)
     with atomic_directory(target) as partial:

@@ -96,7 +96,7 @@ Options = Annotated[dict, Keywords()]
 def shown(value: Any) -> str:
     """Returns a value as error messages quote it: a long one is cut off."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except ValueError:  # Python does not write out integers of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -141,7 +141,7 @@ def encode_references(
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     *,
-    remedy: str = "use another task or another file",
+    remedy: str = "use a task that has them (rows_task takes their column as completion=)",
 ) -> list[list[int]]:
     """Returns the token ids of the problems' reference completions, each with its end token.
 
@@ -244,8 +244,8 @@ def require_problems(task: Task, split: Split) -> None:
     """Raises UserError if the task's split is empty."""
     if task.size(split) == 0:
         raise UserError(
-            f"task {task.name!r} has no problem in its {split} split; set config.task.path to a "
-            "data set with problems for this split"
+            f"task {task.name!r} has no problem in its {split} split; give it data for this split, "
+            "with config.task.path or, in a task file of your own, as rows"
         )
 
 

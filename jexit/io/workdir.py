@@ -29,7 +29,7 @@ CODE = "task.sha256"  # of the file with a user's own task
 LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued, as they do not affect the finished steps.
-CONTINUABLE = ("steps", "mesh", "checkpoint", "log")
+CONTINUABLE = ("steps", "mesh", "checkpoint", "log", "task.time_limit")
 # The settings that a run's exits are trained under, by command: the section and their names.
 LAWS = {
     "sft": ("sft", ("sharpness", "target")),
@@ -107,13 +107,15 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
     old |= flatten_dict(stored, sep=".")
     for key in sorted(new.keys() | {key for key in old if key.startswith("task.options.")}):
         was, now = (each.get(key, "unset") for each in (old, new))
-        if was != now and key.split(".")[0] not in CONTINUABLE:
+        if was != now and not {key, key.split(".")[0]} & set(CONTINUABLE):
             raise UserError(
                 f"{workdir} contains a run with config.{key}={was}, but this run has {now}; choose "
                 "another --workdir, or use the same settings to continue that run"
             )
     code = workdir / CODE
-    if code.exists() and code.read_text().strip() != code_hash(config.task.name):
+    if code.exists() and code.read_text().strip() != code_hash(
+        config.task.name, config.task.options
+    ):
         raise UserError(
             f"{workdir} was started with another version of the task file {config.task.name}; "
             f"choose another --workdir, restore that version, or delete {code} to continue with "
@@ -131,7 +133,7 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     if is_primary():
         write_json_atomic(path, config.to_dict())
-        if code := code_hash(config.task.name):
+        if code := code_hash(config.task.name, config.task.options):
             write_bytes_atomic(workdir / CODE, code.encode())
         record_start(workdir)
     barrier("opening the workdir")

@@ -9,7 +9,7 @@ from typing import Any
 import optax
 
 from jexit.config import Config
-from jexit.data.loader import PromptBatch, prompt_batch
+from jexit.data.loader import PromptBatch, encode_references, prompt_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, data_shards, from_primary, is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy, held_out
@@ -56,6 +56,8 @@ class Stage:
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
         check_prompts(task, tokenizer, config, model.arch.max_positions)
+        if config.command == "finetune":
+            encode_references(tokenizer, [task.problem("train", 0)])
         start_run(workdir, config)
         full = config.lora.rank == 0
         labels = parameter_labels(model, full=full)

@@ -160,7 +160,10 @@ class Trainer:
                 ]
                 due = done or self.checkpoints.due(step + 1)
                 if due and self.measure is not None:
-                    metrics |= self.measure(state)
+                    try:
+                        metrics |= self.measure(state)
+                    except SharedUserError as error:
+                        raise self._kept_until(error, step + 1, state, pending) from error
                     last = time.monotonic()
                 if due or signals:
                     # The log must contain every step up to that of the checkpoint.

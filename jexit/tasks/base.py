@@ -112,6 +112,7 @@ class Task(abc.ABC):
 
     name: str = ""  # make_task gives one that has none the name that config.task.name has
     time_limit: float = 60.0  # seconds that judging a batch may take
+    judges_batches: bool = False  # True: judging one completion costs as much as a batch
 
     def __init__(self, *, rewards: Rewards | None = None) -> None:
         self.rewards = Rewards() if rewards is None else rewards
@@ -180,6 +181,18 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
     )
 
 
+_HALF = "is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether a string can be written as UTF-8, which half a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def conversation_fault(said: Any) -> str | None:
     """Returns the reason why a prompt is invalid, or None if it is valid.
 
@@ -187,7 +200,7 @@ def conversation_fault(said: Any) -> str | None:
     user's.
     """
     if isinstance(said, str):
-        return None if said.strip() else "is empty"
+        return "is empty" if not said.strip() else None if is_unicode(said) else _HALF
     if not isinstance(said, Sequence) or not said:
         return "is neither a text nor chat messages"
     for message in said:
@@ -195,6 +208,8 @@ def conversation_fault(said: Any) -> str | None:
             return f"has a message whose role is not one of {', '.join(ROLES)}"
         if not isinstance(message.get("content"), str):
             return "has a message whose content is not a text"
+        if not is_unicode(message["content"]):
+            return _HALF
     return None if said[-1]["role"] == "user" else "does not end with the user's message"
 
 

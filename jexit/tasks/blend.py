@@ -37,6 +37,16 @@ class Blend(Task):
             )
         self.tasks = dict(zip(names, tasks, strict=True))
 
+    @property
+    def time_limit(self) -> float:
+        """The number of seconds that judging a batch may take, in each part."""
+        return max(task.time_limit for task in self.tasks.values())
+
+    @time_limit.setter
+    def time_limit(self, seconds: float) -> None:
+        for task in self.tasks.values():
+            task.time_limit = seconds
+
     def size(self, split: Split) -> int | None:
         check_split(split)
         sizes = [task.size(split) for task in self.tasks.values()]
@@ -75,10 +85,11 @@ class Blend(Task):
                 for problem, text in zip(problems, completions, strict=True)
                 if problem.fields["task"] == name
             ]
-            right = sum(task.verify(problem, text).correct for problem, text in pairs)
             own = task.text_totals([problem for problem, _ in pairs], [text for _, text in pairs])
             totals |= {f"{name}/{key}": value for key, value in own.items()}
-            totals[f"{name}/accuracy"] = (right, len(pairs))
+            if not task.judges_batches:  # which would call its reward functions once more
+                right = sum(task.verify(problem, text).correct for problem, text in pairs)
+                totals[f"{name}/accuracy"] = (right, len(pairs))
         return totals
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from jexit.errors import MissingFile
-from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
+from jexit.tasks.base import Problem, Rewards, Split, Task, check_split, is_unicode
 
 _REASONS_SHOWN = 5
 _VAL_EVERY = 16  # one in this number of groups of training rows is held out for validation
@@ -170,8 +170,6 @@ def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
             return f"no {key!r}"
         if not isinstance(row[key], str) or not row[key].strip():
             return f"{key!r} is empty or not a text"
-        try:
-            row[key].encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, or bytes that are not UTF-8
+        if not is_unicode(row[key]):  # also of bytes in a CSV file that are not UTF-8
             return f"{key!r} is not valid Unicode"
     return None

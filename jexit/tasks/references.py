@@ -12,13 +12,13 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.settings import checked, shown
 from jexit.tasks.base import Rewards, Task
-from jexit.tasks.user_code import user_code
+from jexit.tasks.user_code import guard_methods, user_code
 
 # Short names of jexit's own tasks, in place of MODULE:NAME.
 ALIASES = {
@@ -58,8 +58,7 @@ def make_task(
                 f"{name} is already a Task, so it does not take {_option(surplus[0])}; make it a "
                 "function with that keyword"
             )
-        found.name = found.name or name
-        return found
+        return _named(found, name)
     if not callable(found):
         raise UserError(
             f"{name} is {shown(found)}, but it must be a jexit.tasks.Task or a function that "
@@ -88,8 +87,14 @@ def make_task(
             f"{name} returned {shown(made)}, but it must return a jexit.tasks.Task, such as the "
             "result of jexit.rows_task(...)"
         )
-    made.name = made.name or name
-    return made
+    return _named(made, name)
+
+
+def _named(task: Task, name: str) -> Task:
+    """Gives a task without a name of its own that of the config, and guards a user's methods."""
+    task.name = task.name or name
+    guard_methods(task)
+    return task
 
 
 def known_options(name: str) -> set[str]:
@@ -98,12 +103,17 @@ def known_options(name: str) -> set[str]:
     return set() if isinstance(found, Task) else set(_keywords(found)[0])
 
 
-def code_hash(name: str) -> str:
-    """Returns the SHA-256 of the file with a user's own task. It is empty for a task of jexit."""
-    if name in ALIASES:
-        return ""
-    file = inspect.getsourcefile(_module(name.rpartition(":")[0] or name))
-    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() if file else ""
+def code_hash(name: str, options: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of the file with a user's own task, or "" for a task of jexit.
+
+    The hash of a blend covers the files of its parts. Modules that a file imports, and data, are
+    not covered.
+    """
+    parts = options.get("parts", ()) if name == "blend" else (name,)
+    own = [part for part in ([parts] if isinstance(parts, str) else parts) if part not in ALIASES]
+    files = [inspect.getsourcefile(_module(part.rpartition(":")[0] or part)) for part in own]
+    texts = [pathlib.Path(file).read_bytes() for file in files if file]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest() if texts else ""
 
 
 def _found(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,10 +15,11 @@ from jexit.tasks.user_code import time_limit, user_code
 
 # The arguments that every function may take besides the columns of the rows. `completion_ids` is
 # TRL's name for `tokens`.
+LARGEST = 1e6  # of a reward's magnitude
 GIVEN = ("prompts", "completions", "tokens", "completion_ids", "depths")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a function may be unhashable
 class RewardFunction:
     """A function that returns a reward, or None, for each completion of a batch.
 
@@ -58,19 +58,24 @@ class RewardFunction:
         if not any(p.kind is p.VAR_KEYWORD for p in self._parameters):
             named = {p.name for p in self._parameters}
             arguments = {name: values for name, values in arguments.items() if name in named}
+        arguments = {name: [*values] for name, values in arguments.items()}  # its own, to change
         what = f"reward function {self.name!r} failed"
         with user_code(what, self._file), time_limit(seconds, f"reward function {self.name!r}"):
             made = self.function(**arguments)
             if inspect.isawaitable(made):
                 made = asyncio.run(_awaited(made))
-        if isinstance(made, (str, bytes, Mapping)) or not hasattr(made, "__len__"):
+        try:
+            count = None if isinstance(made, (str, bytes, Mapping)) else len(made)
+        except TypeError:  # a number, or an array without axes
+            count = None
+        if count is None or getattr(made, "ndim", 1) != 1:
             raise UserError(
                 f"reward function {self.name!r} returned {shown(made)}, but it must return a list "
                 "with a number or None for each completion"
             )
-        if len(made) != len(prompts):
+        if count != len(prompts):
             raise UserError(
-                f"reward function {self.name!r} returned {len(made)} values for {len(prompts)} "
+                f"reward function {self.name!r} returned {count} values for {len(prompts)} "
                 "completions, but it must return one value for each"
             )
         return [
@@ -79,20 +84,26 @@ class RewardFunction:
         ]
 
     def _number(self, value: Any, place: int, prompt: str) -> float | None:
-        if hasattr(value, "item"):  # an array's or a tensor's entry
-            value = value.item()
         if value is None:
             return None
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(
-                f"reward function {self.name!r} returned {shown(value)} for completion {place} "
-                f"(prompt {shown(prompt)}), but a reward must be a finite number or None"
-            )
-        return float(value)
+        try:
+            number = value.item() if hasattr(value, "item") else value  # of an array or a tensor
+            if isinstance(number, numbers.Real) and abs(number) <= LARGEST:
+                return float(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise UserError(
+            f"reward function {self.name!r} returned {shown(value)} for completion {place} "
+            f"(prompt {shown(prompt)}), but a reward must be a finite number of at most "
+            f"{LARGEST:g} or None"
+        )
 
     @property
     def _parameters(self) -> Sequence[inspect.Parameter]:
-        return list(inspect.signature(self.function).parameters.values())
+        try:
+            return list(inspect.signature(self.function).parameters.values())
+        except ValueError:  # of a built-in function, which does not say what it takes
+            return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
 
     @property
     def _file(self) -> str | None:

@@ -11,14 +11,25 @@ from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.settings import shown
-from jexit.tasks.base import Attempt, Message, Problem, Split, Verdict, conversation_fault
+from jexit.tasks.base import (
+    Attempt,
+    Message,
+    Problem,
+    Split,
+    Verdict,
+    conversation_fault,
+    is_unicode,
+)
 from jexit.tasks.files import FileTask, Row, Source
 from jexit.tasks.gsm8k import read_jsonl
-from jexit.tasks.reward_functions import GIVEN, RewardFunction
+from jexit.tasks.reward_functions import GIVEN, LARGEST, RewardFunction
+from jexit.tasks.user_code import user_code
 
 # A sequence of mappings (a list, a Hugging Face Dataset, a Grain source), or where to read it from.
 Rows = Sequence[Mapping[str, Any]] | str | os.PathLike[str]
 
+# Metrics `reward/NAME` of an update, whatever the task.
+RESERVED = ("mean", "verifier", "depth", "kl", "length")
 CORRECT = 0.5  # the smallest value of `correct` for which a completion counts as correct
 
 _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test": "test"}
@@ -26,6 +37,8 @@ _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test
 
 class RowsTask(FileTask):
     """A task that consists of rows of data and reward functions. It is made by `rows_task`."""
+
+    judges_batches = True
 
     def __init__(
         self,
@@ -162,23 +175,43 @@ def rows_task(
       UserError: If a reward is not a function, a weight is not a number, two functions have the
         same name, or `rewards` is empty.
     """
-    weighted = rewards if isinstance(rewards, Mapping) else None
-    if weighted is None:
-        weighted = dict.fromkeys([rewards] if callable(rewards) else rewards, 1.0)
+    if not (callable(rewards) or isinstance(rewards, (Mapping, Sequence))):
+        raise UserError(
+            f"rewards is {shown(rewards)}, but it must be a function, a list of functions, or "
+            "functions with their weights, such as {right: 1.0}"
+        )
+    each = [rewards] if callable(rewards) else rewards
+    weighted = [*each.items()] if isinstance(each, Mapping) else [(one, 1.0) for one in each]
+    for name, some in (("train", train), ("val", val), ("test", test)):
+        if not (some is None and name != "train") and not _are_rows(some):
+            raise UserError(
+                f"the rows of {name} are {shown(some)}, but they must be a sequence of mappings "
+                "(of a generator, take list(...)), the path of a file, or hf:OWNER/NAME"
+            )
+    if isinstance(test_every, bool) or not isinstance(test_every, int) or test_every < 0:
+        raise UserError(f"test_every is {shown(test_every)}, but it must be a whole number from 0")
+    if correct is not None and not callable(correct):
+        raise UserError(f"correct is {shown(correct)}, but it must be a function")
     functions = {}
-    for function, weight in weighted.items():
+    for function, weight in weighted:
         if not callable(function):
             raise UserError(
                 f"a reward is {shown(function)}, but it must be a function; give functions with "
                 "their weights, such as {right: 1.0}"
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not abs(weight) <= LARGEST:
             raise UserError(
                 f"the weight of {function} is {shown(weight)}, but it must be a number; "
                 "change it in rewards"
             )
         functions[RewardFunction(function)] = float(weight)
     names = [function.name for function in functions]
+    if taken := [name for name in names if name in RESERVED]:
+        raise UserError(
+            f"the reward function {taken[0]!r} has the name of a metric of every run, reward/"
+            f"{taken[0]}; rename it"
+        )
     if not names or len(set(names)) < len(names):
         raise UserError(
             f"rewards contains {', '.join(names) or 'no functions'}, but it must contain at least "
@@ -190,16 +223,24 @@ def rows_task(
         prompt=prompt,
         completion=completion,
         rewards=functions,
-        correct=next(iter(functions)) if correct is None else RewardFunction(correct),
+        correct=next(
+            (one for one in functions if correct in (None, one.function)), RewardFunction(correct)
+        ),
         test_every=test_every,
     )
+
+
+def _are_rows(rows: Any) -> bool:
+    sequence = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    return isinstance(rows, (str, os.PathLike)) or (sequence and not isinstance(rows, Mapping))
 
 
 def _read(rows: Rows, source: Source) -> Iterator[Row]:
     """Yields the place of each row, and the row or the reason why it cannot be used."""
     if not isinstance(rows, (str, os.PathLike)):
         for index in range(len(rows)):
-            row = rows[index]
+            with user_code(f"row {index} of the rows cannot be read", None):
+                row = rows[index]
             yield f"row {index}", dict(row) if isinstance(row, Mapping) else "not a mapping"
         return
     if str(rows).startswith("hf:"):
@@ -282,8 +323,4 @@ def _text_of(value: Any) -> str | None:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None
     if not isinstance(value, str) or not value.strip():
         return None
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return None
-    return value
+    return value if is_unicode(value) else None

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import math
+import os
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jexit.errors import UserError
+from jexit.settings import shown
+from jexit.tasks.streams import NoMoreProblems
 
 if TYPE_CHECKING:
     from jexit.tasks.base import Attempt, Problem, Task, Verdict
 
-_AGAIN_SECONDS = 1.0  # interval at which code that catches everything is interrupted again
+KINDS = ("strict", "lenient", "wrong", "none")  # of verdicts
+
+# Code that catches everything is interrupted again and again, and then the process ends.
+_AGAIN_SECONDS = 0.02
+_MOST_INTERRUPTS = 100
 
 
 @contextlib.contextmanager
@@ -26,7 +36,7 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, NoMoreProblems):
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, SyntaxError):
@@ -52,7 +62,43 @@ def guarded_judge(
         return task.judge(problems, attempts)
     what, file = f"task {task.name!r} cannot judge", inspect.getsourcefile(type(task))
     with user_code(what, file), time_limit(task.time_limit, f"task {task.name!r}"):
-        return task.judge(problems, attempts)
+        verdicts = list(task.judge(problems, attempts))
+    if len(verdicts) != len(problems):
+        raise UserError(
+            f"{what}: it returned {len(verdicts)} verdicts for {len(problems)} completions, but it "
+            "must return one verdict for each"
+        )
+    for verdict in verdicts:
+        if not _is_verdict(verdict):
+            raise UserError(
+                f"{what}: it returned {shown(verdict)}, but it must return a jexit.tasks.Verdict "
+                f"of the kind {', '.join(KINDS)} with a finite reward; see Task.verdict"
+            )
+    return verdicts
+
+
+def guard_methods(task: Task) -> None:
+    """Turns exceptions in the methods of a user's own task into UserErrors that name the method."""
+    if type(task).__module__.startswith("jexit."):
+        return
+    file = inspect.getsourcefile(type(task))
+    for name in ("problem", "size", "text_totals", "answer_mark"):
+        if name not in vars(task):  # not guarded yet
+            setattr(task, name, _guarded(getattr(task, name), f"{task.name}: {name} failed", file))
+
+
+def _guarded(method: Callable[..., Any], what: str, file: str | None) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        with user_code(what, file):
+            return method(*args, **kwargs)
+
+    return guarded
+
+
+def _is_verdict(verdict: Any) -> bool:
+    kind, reward = getattr(verdict, "kind", None), getattr(verdict, "reward", None)
+    return kind in KINDS and isinstance(reward, (int, float)) and math.isfinite(reward)
 
 
 class _TimeUp(BaseException):
@@ -64,13 +110,24 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raises UserError if the block takes longer than `seconds`.
 
     This works only on the main thread, because other threads do not receive signals. On these
-    threads there is no limit.
+    threads there is no limit. Code that catches every interrupt ends the process with exit code 1.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    said = (
+        f"{what} took longer than {seconds:g} s for one batch; make it faster, or raise "
+        "config.task.time_limit"
+    )
+    interrupts = 0
+
     def over(*_: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > _MOST_INTERRUPTS:
+            print(f"jexit: {said} (it ignores every interrupt)", file=sys.stderr, flush=True)
+            os._exit(UserError.exit_code)
         raise _TimeUp
 
     before = signal.signal(signal.SIGALRM, over)
@@ -78,10 +135,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
     try:
         yield
     except _TimeUp:
-        raise UserError(
-            f"{what} took longer than {seconds:g} s for one batch; make it faster, or raise "
-            "config.task.time_limit"
-        ) from None
+        raise UserError(said) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -36,7 +36,8 @@ def test_a_run_continues_with_the_same_config(tmp_path):
     stored = json.loads((workdir / "config.json").read_text())
     assert Config.from_dict(stored) == config()
     # What does not alter the past may change.
-    start_run(workdir, config(steps=500, checkpoint__every=7, log__samples=2, mesh__fsdp=2))
+    changes = {"checkpoint__every": 7, "log__samples": 2, "mesh__fsdp": 2, "task__time_limit": 9.0}
+    start_run(workdir, config(steps=500, **changes))
     assert json.loads((workdir / "config.json").read_text())["steps"] == 500
     with (workdir / STARTS_FILE).open("a") as file:
         file.write('[1]\n{"time": 3}\n{"ti')

@@ -61,12 +61,12 @@ def test_a_file_or_a_module_holds_a_task_or_what_makes_one(write):
 
 def test_a_file_is_read_again_when_its_text_changes(write):
     name = write(ROWS + RIGHT + MADE)
-    first, hashed = make_task(name), code_hash(name)
-    assert make_task(name) is first and code_hash("mine.py:task") == hashed
+    first, hashed = make_task(name), code_hash(name, {})
+    assert make_task(name) is first and code_hash("mine.py:task", {}) == hashed
     write(ROWS.replace("40", "24") + RIGHT + MADE)
     assert make_task(name).size("train") < first.size("train")
-    assert code_hash(name) != hashed and len(hashed) == 64
-    assert code_hash("sums") == ""
+    assert code_hash(name, {}) != hashed and len(hashed) == 64
+    assert code_hash("sums", {}) == ""
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,48 @@ def test_a_users_own_judge_is_guarded(write):
         blend.tasks["mine"].time_limit = 0.2
         with pytest.raises(UserError, match=said):
             blend.judge([blend.problem("train", 0)], [Attempt(text=text)])
+
+
+@pytest.mark.parametrize(
+    ("verify", "said"),
+    [
+        (
+            "return True",
+            "returned True, but it must return a jexit.tasks.Verdict of the kind stric",
+        ),
+        ("return Verdict(kind='right', reward=1.0)", "returned Verdict.*but it must return"),
+        ("return Verdict(kind='wrong', reward=float('nan'))", "with a finite reward"),
+    ],
+)
+def test_what_a_users_own_task_returns_is_checked(write, verify, said):
+    name = write(
+        "from jexit.tasks import Problem, Task, Verdict\n"
+        "class Mine(Task):\n"
+        "    def problem(self, split, index):\n"
+        "        return Problem(prompt=f'{10 / index}', answer='1')\n"
+        f"    def verify(self, problem, completion):\n        {verify}\n"
+        "    def text_totals(self, problems, completions):\n        raise KeyError('x')\n"
+    )
+    task = make_task(f"{name}:Mine")
+    problem = task.problem("train", 1)
+    with pytest.raises(UserError, match=said):
+        guarded_judge(task, [problem], [Attempt(text="")])
+    with pytest.raises(UserError, match=r"Mine: problem failed \(.*line 4: ZeroDivisionError"):
+        task.problem("train", 0)
+    with pytest.raises(UserError, match=r"Mine: text_totals failed .*line 8: KeyError: 'x'"):
+        task.text_totals([], [])
+    task.judge = lambda problems, attempts: []
+    with pytest.raises(UserError, match="returned 0 verdicts for 1 completions"):
+        guarded_judge(task, [problem], [Attempt(text="")])
+
+
+def test_a_blend_passes_its_limit_on_and_its_hash_covers_its_parts(write):
+    name = write(ROWS + RIGHT + MADE)
+    blend = make_task("blend", parts=(name, "sums"))
+    blend.time_limit = 3.0
+    assert [task.time_limit for task in blend.tasks.values()] == [3.0, 3.0]
+    assert code_hash("blend", {"parts": (name, "sums")}) == code_hash(name, {})
+    assert code_hash("blend", {"parts": ("sums", "tom")}) == ""
+    problems = [blend.problem("train", index) for index in range(2)]
+    totals = blend.text_totals(problems, ["", ""])
+    assert "sums/accuracy" in totals and f"{name}/accuracy" not in totals

@@ -7,6 +7,8 @@ import json
 import math
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -194,6 +196,13 @@ def endless(completions, **columns):
             time.sleep(0.01)
 
 
+def stubborn(completions, **columns):
+    for _ in range(20):  # of a loop that would go on
+        with contextlib.suppress(BaseException):
+            time.sleep(60)
+    time.sleep(60)
+
+
 async def endless_too(completions, **columns):
     await asyncio.sleep(60)
 
@@ -207,6 +216,12 @@ async def endless_too(completions, **columns):
         (lambda completions: [1.0, math.nan], r"returned nan for completion 1 \(prompt 'What is"),
         (lambda completions: [math.inf, 0], r"returned inf for completion 0 \(prompt 'What is"),
         (lambda completions: ["1", 0], "returned '1' for completion 0 .*, but a reward must be a"),
+        (lambda completions: np.asarray(1.0), r"returned array\(1\.\), but it must return a list"),
+        (lambda completions: np.zeros((2, 2)), r"returned array.*, but it must return a list"),
+        (lambda completions: [10**400, 0], "returned a number of thousands|returned 1000.*finite"),
+        (lambda completions: [1e39, 0], r"returned 1e\+39 for completion 0 .*of at most 1e\+06"),
+        (lambda completions: [[1], 0], r"returned \[1\] for completion 0"),
+        (stubborn, "took longer than 0.2 s for one batch"),
         (raises, r"'raises' failed \(.*test_rows.py, line \d+: ZeroDivisionError: float division"),
         (endless, r"'endless' took longer than 0.2 s for one batch; .* config.task.time_limit"),
         (endless_too, "'endless_too' took longer than 0.2 s for one batch"),
@@ -228,8 +243,14 @@ def test_functions_and_columns_that_do_not_fit_are_refused_before_anything_runs(
     (tmp_path / "a.parquet").write_text("no parquet")
     for given, said in (
         ({"rewards": []}, "rewards contains no functions, but it must contain at least one func"),
-        ({"rewards": [right, right]}, None),
+        ({"rewards": [right, right]}, "contains right, right, but it must contain at least"),
         ({"rewards": {right: 1.0, lambda c: 1: 1, lambda c: 2: 1}}, "each with a different name"),
+        ({"rewards": None}, "rewards is None, but it must be a function, a list of functions, or"),
+        ({"rewards": {right: math.nan}}, "the weight of .* is nan, but it must be a number"),
+        ({"correct": "ok"}, "correct is 'ok', but it must be a function"),
+        ({"test_every": -1}, "test_every is -1, but it must be a whole number from 0"),
+        ({"train": (row for row in ROWS)}, "the rows of train are <generator .*but they must be a"),
+        ({"train": {"prompt": ["a"]}}, "the rows of train are {'prompt'.*but they must be a seq"),
         ({"rewards": [3]}, "a reward is 3, but it must be a function; give"),
         ({"rewards": {right: "1"}}, "the weight of .* is '1', but it must be a number"),
         ({"prompt": "text"}, "no column 'text', only question, answer, n; name one of them"),
@@ -239,9 +260,6 @@ def test_functions_and_columns_that_do_not_fit_are_refused_before_anything_runs(
         ({"train": tmp_path / "a.txt"}, r"a.txt ends in '\.txt', but it must end in one of \.js"),
         ({"train": tmp_path / "a.parquet"}, "cannot be read as a Parquet file"),
     ):
-        if said is None:
-            assert made(**given).size("train")
-            continue
         with pytest.raises(UserError, match=said) as caught:
             made(**given).size("train")
         assert "\n" not in str(caught.value)
@@ -253,3 +271,39 @@ def test_another_thread_has_no_signals_and_so_no_limit():
     thread.start()
     thread.join()
     assert len(found) == 2
+
+
+def test_names_of_jexits_own_metrics_are_refused_and_functions_share_nothing():
+    def length(completions):
+        return [1.0]
+
+    def greedy(completions, answer):
+        answer.clear()
+        return [1.0 for _ in completions]
+
+    with pytest.raises(UserError, match="'length' has the name of a metric of every run, "):
+        made(rewards=length)
+    assert len(judged(made(rewards=[greedy, right]), "a", "b")) == 2
+
+
+def test_text_that_is_not_unicode_is_left_out(tmp_path, caplog):
+    (tmp_path / "latin.csv").write_bytes(
+        "question,answer,n\nWie gehts? \xe9,1,2\n".encode("latin-1")
+    )
+    rows = [{"question": "half \ud800", "answer": "1", "n": 1}, *ROWS]
+    assert made(train=rows, test=tmp_path / "latin.csv").size("test") == 0
+    assert made(train=rows, test=ROWS[:5]).size("train") == 52
+    assert caplog.text.count("is not valid Unicode") == 2
+
+
+def test_a_process_that_ignores_every_interrupt_ends(tmp_path):
+    file = tmp_path / "stubborn.py"
+    file.write_text(
+        "import time\nfrom jexit.tasks.user_code import time_limit\n"
+        "with time_limit(0.1, 'reward function'):\n"
+        "    while True:\n"
+        "        try:\n            time.sleep(1)\n        except:\n            pass\n"
+    )
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "took longer than 0.1 s for one batch; make it faster" in done.stderr
