@@ -49,11 +49,11 @@ class EnginePrograms:
     ) -> Iterator[Program]:
         """Yields the programs that decode `samples` completions of `new` tokens per prompt.
 
-        There is one prefill and, for each policy, one tick over the largest cache. If weights are
-        sharded over `fsdp`, the gathering of the weights comes first, and if the cache starts
-        smaller, the last copy into a larger cache comes last. With `written`, each prompt is
-        followed by up to this number of tokens of its completion, which exit under the first
-        policy. Without `adapters`, the teacher decodes. `name` begins every program's name.
+        There is one prefill and, for each policy, one tick over the largest cache. If a run needs
+        them, the gathering of the weights comes first, and the last copy into a larger cache comes
+        last. With `written`, the prefill also reads up to this number of tokens of each completion,
+        which exit under the first policy. `name` begins every program's name. Without `adapters`,
+        the teacher decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -153,8 +153,7 @@ class EnginePrograms:
     ) -> Iterator[Program]:
         """Yields the last copy into a larger cache, if decoding starts with a smaller cache.
 
-        `most` is the largest number of slots that a row needs. `beside` is the state on the devices
-        that is not an argument of the copy.
+        `most` is the largest number of slots that a row needs.
         """
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:

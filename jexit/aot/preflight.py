@@ -64,10 +64,9 @@ class Report:
 def preflight(config: Config, topology_name: str) -> list[Report]:
     """Compiles the config's jitted steps for a topology, prints a table and returns its rows.
 
-    `topology_name` names absent devices, such as `v5e:4x4` or `h100:8`. Each row reports the memory
-    and FLOPs of one step on one device. Raises UserError if the topology does not exist or if the
-    config does not divide over the topology's devices, and DoesNotFit if a step needs more than the
-    chip's memory.
+    `topology_name` names absent devices, such as `v5e:4x4`. Each row reports what one step needs on
+    one device. Raises UserError if the topology does not exist or if the config does not divide
+    over its devices, and DoesNotFit if a step needs more than the chip's memory.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -166,8 +165,7 @@ def _refused(
 ) -> Report:
     """Returns a report of a step that the compiler refused because the step does not fit in memory.
 
-    The size of the temporaries is read from the compiler's message `error`, if the message states
-    it. `seconds` is the time that compilation took.
+    The size of the temporaries is read from the compiler's message `error`, if stated there.
     """
     arguments = device_bytes(program.inputs)
     used = [

@@ -176,8 +176,8 @@ def _dlogits(
 ) -> jax.Array:
     """Returns the gradient [N, chunk] with respect to the logits of one chunk of the vocabulary.
 
-    `start` is the chunk's first vocabulary index. The dtype is the wider one of those of the first
-    hidden states and the first head, because the gradient is then multiplied with both.
+    `start` is the chunk's first vocabulary index. The dtype is the wider one of those of hidden
+    states and head, with which XLA then multiplies the gradient.
     """
     layout = _Layout.of(operands, tile)
 

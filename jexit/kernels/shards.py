@@ -27,8 +27,8 @@ Partial = TypeVar("Partial")
 class Shards(NamedTuple):
     """The sharding of a vocabulary op over a mesh; without a mesh, the op runs on one device.
 
-    `token_axes` are the mesh axes that shard the tokens. `vocab_axis` is the mesh axis that shards
-    the vocabulary, or None if every device has the whole vocabulary.
+    `token_axes` are the mesh axes that shard the tokens. `vocab_axis` is the axis that shards the
+    vocabulary, or None.
     """
 
     mesh: AbstractMesh | None = None

@@ -74,8 +74,7 @@ def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Arr
 def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
     """Returns the rows `rows_N` of the head, with indices clipped to valid ones.
 
-    The optimisation barrier makes the head depend on the indices. Otherwise XLA:CPU would convert
-    the whole bfloat16 head to float32 before a loop and keep the result in memory.
+    The optimisation barrier has the purpose that `slice_head` explains.
     """
     head_VD, rows_N = lax.optimization_barrier((head_VD, rows_N))
     return jnp.take(head_VD, rows_N, axis=0, mode="clip")
