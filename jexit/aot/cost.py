@@ -226,7 +226,7 @@ def _is_reduce_scatter(instruction: Instruction) -> bool:
 
 
 def _products(instruction: Instruction, computation: Computation) -> Cost:
-    """Returns the FLOPs of a matrix product, convolution or kernel; 0 for other instructions."""
+    """Returns the cost of a matrix product, convolution or kernel; zero for other instructions."""
     if instruction.opcode == "dot":
         contracted = _integers(instruction.attributes, "lhs_contracting_dims")
         return Cost(_dot_flops(instruction, computation, contracted))

@@ -50,10 +50,10 @@ class EnginePrograms:
         """Yields the programs that decode `samples` completions of `new` tokens per prompt.
 
         There is one prefill and, for each policy, one tick over the largest cache. If a run needs
-        them, the gathering of the weights comes first, and the last copy into a larger cache comes
-        last. With `written`, the prefill also reads up to this number of tokens of each completion,
-        which exit under the first policy. `name` begins every program's name. Without `adapters`,
-        the teacher decodes.
+        these programs, the gathering of the weights comes first, and the last copy into a larger
+        cache comes last. With `written`, each prompt is followed by up to `written` tokens of its
+        completion, which exit under the first policy. `name` begins every program's name. Without
+        `adapters`, the teacher decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)

@@ -71,7 +71,7 @@ class Instruction:
     def op_name(self) -> str:
         """The origin in the traced program, such as `jit(step)/while/body/dot_general`.
 
-        An empty string if the compiler recorded none.
+        If the compiler has recorded no origin, an empty string.
         """
         found = _OP_NAME.search(self.attributes)
         return found.group(1) if found else ""

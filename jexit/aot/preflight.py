@@ -154,7 +154,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 def _beside(program: Program, arguments: int) -> int:
     """Returns the bytes per device of the run's state that is not an argument of the step.
 
-    `arguments` is the size of the arguments in bytes. An array that is in both counts only there.
+    `arguments` is the size of the arguments in bytes. State that is also an argument is left out.
     """
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.beside))}
     return max(0, device_bytes(list(together.values())) - arguments)

@@ -61,10 +61,10 @@ def make_mesh(
 def provide_threads() -> None:
     """Makes XLA start 8 threads for each simulated CPU device; must be called before JAX starts.
 
-    The devices are those that XLA_FLAGS simulates with `--xla_force_host_platform_device_count`.
-    XLA runs independent collectives at the same time, and each collective occupies one thread of
-    every device until all devices have joined the collective. With one thread per device,
-    collectives can wait for each other for ever.
+    The devices are those that XLA_FLAGS simulates with `--xla_force_host_platform_device_count`; a
+    number of threads that PJRT_NPROC sets is kept. XLA runs independent collectives at the same
+    time, and each collective occupies one thread of every device until all devices have joined.
+    With one thread per device, collectives can wait for each other for ever.
     """
     pretended = re.search(
         r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")

@@ -99,8 +99,8 @@ def data_axes() -> tuple[str, ...]:
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
     """Returns the logical axes of a parameter or its optimiser moment, one letter per axis.
 
-    The last two names of `path` decide. A dot stands for an axis that is never sharded; other
-    arrays get only dots.
+    The last two names of `path` decide. Arrays with other names get only dots; a dot stands for an
+    axis that is never sharded.
     """
     axes = PARAMETERS.get(tuple(path[-2:]), "." * ndim)
     return axes if len(axes) == ndim else "." * ndim

@@ -57,8 +57,8 @@ UNKNOWN = Chip(16)  # an unknown chip is treated as the smallest
 def chip(device_kind: str | None = None) -> Chip:
     """Returns the first entry of `CHIPS` whose key is a part of JAX's device name `device_kind`.
 
-    `device_kind` defaults to that of the chip for which programs are compiled. If no key matches,
-    returns `UNKNOWN`, a chip with 16 GiB.
+    If `device_kind` is None, the name is that of the chip for which programs are compiled. If no
+    key matches, returns `UNKNOWN`, a chip with 16 GiB.
     """
     kind = (target().device_kind if device_kind is None else device_kind).lower()
     return next((found for part, found in CHIPS.items() if part in kind), UNKNOWN)

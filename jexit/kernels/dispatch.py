@@ -43,9 +43,9 @@ def target() -> Target:
 def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
     """Chooses implementations and tile sizes for a chip that this process need not have.
 
-    The context manager serves to compile ahead of time: implementations are chosen for the given
-    chip while a function is traced inside. JAX caches traces by function and shapes, not by chip.
-    If a function was traced outside before, call `jax.clear_caches()` first.
+    `device_kind` is the chip's name in JAX, such as `TPU v5 lite`. Functions traced inside this
+    context can be compiled ahead of time for the chip. JAX caches traces by function and shapes,
+    not by chip: if a function was traced outside before, call `jax.clear_caches()` first.
     """
     token = _TARGET.set(Target(platform, device_kind))
     try:
@@ -62,8 +62,8 @@ _PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", de
 def using(implementation: str) -> Iterator[None]:
     """Makes op calls that name no implementation run `implementation` while the context is active.
 
-    An example is `xla` on a chip where a kernel fails. `auto` chooses by the platform, which is the
-    default. JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
+    An example is `xla` on a chip where a kernel fails. The default, `auto`, chooses by the
+    platform. JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
     """
     token = _PREFERRED.set(implementation)
     try:
@@ -73,7 +73,7 @@ def using(implementation: str) -> Iterator[None]:
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op, and the platforms on which calls without a name may choose it."""
+    """One way to compute an op, and the platforms on which it may be chosen without being named."""
 
     function: Callable[..., Any]
     platforms: tuple[str, ...]
@@ -107,7 +107,7 @@ class Operation:
         self._implementations[name] = Implementation(function, platforms)
 
     def candidates(self, platform: str) -> tuple[str, ...]:
-        """Returns the names that a call without a name tries on `platform`, in order.
+        """Returns the names to try on `platform`, in order, if a call names no implementation.
 
         Implementations for the fewest platforms come first.
         """

@@ -314,7 +314,7 @@ def _interpreted() -> bool:
 
 
 def choose_tile(operands: Operands) -> Tile:
-    """Returns the tile size from `TILES` for these operands, reduced to the sizes of small arrays.
+    """Returns the tile from `TILES` for these operands, with its sizes reduced for smaller arrays.
 
     Raises NotImplementedError if there are more sets of logits than the registers have room for.
     """

@@ -73,12 +73,12 @@ class Shards(NamedTuple):
 
     @property
     def tokens(self) -> P:
-        """The partition spec of arrays whose first axis, the tokens, is sharded by token axes."""
+        """The partition spec that shards an array's first axis, the tokens, over `token_axes`."""
         return P(self.token_axes or None)
 
     @property
     def vocab(self) -> P:
-        """The partition spec of the head and its gradient, with rows sharded by vocabulary."""
+        """The partition spec that shards the rows of the head or its gradient over `vocab_axis`."""
         return P(self.vocab_axis)
 
     def pad_tokens(self, array: jax.Array) -> jax.Array:

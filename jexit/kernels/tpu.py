@@ -33,7 +33,7 @@ TOKEN_TILES = (1024, 512, 256, 128)
 
 
 class Tile(NamedTuple):
-    """The tokens and vocabulary entries in a tile of logits; None means a choice for the chip."""
+    """The tokens and vocabulary entries in a tile of logits; a size of None depends on the chip."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary
@@ -374,10 +374,10 @@ def vmem_limit_bytes() -> int:
 def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0) -> Tile:
     """Returns the largest tile that fits the chip's VMEM, with no more tokens than the chip needs.
 
-    The chip needs twice `Chip.rows` hidden states, or 128 tokens if these are more. `token_sums`
-    and `vocab_sums` are the numbers of float32 arrays [tokens, width] and [vocabulary, width] in
-    which the kernel sums a gradient. Raises NotImplementedError if even the smallest tile does not
-    fit.
+    The chip needs 2 × `Chip.rows` hidden states, so that the products take longer than reading the
+    head, and at least 128 tokens. `token_sums` and `vocab_sums` are the numbers of float32 arrays
+    [tokens, width] and [vocabulary, width] in which the kernel sums a gradient. Raises
+    NotImplementedError if even the smallest tile does not fit.
     """
     # Operands of two dtypes are converted to the wider one, and both are then held in it.
     size = jnp.result_type(*operands.hidden, *operands.heads).itemsize

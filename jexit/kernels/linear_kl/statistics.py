@@ -36,7 +36,10 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weight of each row of the head in the sums of the gradient, for each token of a tile."""
+    """The weight of each row of the head in the sums of the gradient, for each token of a tile.
+
+    x is a logit minus its distribution's largest logit.
+    """
 
     student: jax.Array  # exp(x_student)
     student_gap: jax.Array | None  # exp(x_student) centred gap

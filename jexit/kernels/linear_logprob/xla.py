@@ -36,8 +36,8 @@ class _Total(NamedTuple):
 class _Units(NamedTuple):
     """The derivatives of each token's entropy and log-sum-exp with respect to its hidden state.
 
-    The derivative of the log-probability follows from these: it is the target's row of the head
-    minus the mean row, which is `logsumexp_ND`.
+    The derivative of the log-probability is not stored: it is the target's row of the head minus
+    the mean row, `logsumexp_ND`.
     """
 
     entropy_ND: jax.Array
