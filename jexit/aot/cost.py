@@ -2,9 +2,9 @@
 
 FLOPs are twice the multiplications in matrix products and convolutions, plus the FLOPs that Pallas
 kernels declare. As usual for model FLOPs, additions, exponentials and other elementwise operations
-are left out. Recomputed work (rematerialised layers) and work that devices duplicate are counted,
-because the devices run both. A product with a single row is left out, because TPUs compute it as
-elementwise multiplications and a sum.
+are left out. Layers that are computed again in the backward pass (rematerialised) count twice, and
+work that several devices repeat counts on every device. A product with a single row is left out,
+because TPUs compute such a product as elementwise multiplications and a sum.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of one run of a computation on one device.
+    """The FLOPs and collectives of one run of a computation on one device.
 
-    `collectives` maps each kind to the number of operations started and the bytes that they
-    produce. The other fields record where the figures are not exact: `at_most` lists loops that
-    may end earlier, `unknown` lists loops that are counted once because their trip count is not
-    known, and `kernels` lists kernels whose FLOPs are not known.
+    Attributes:
+      flops: the FLOPs, counted as the module describes.
+      collectives: for each kind, such as `all-gather`, the number of operations started and the
+        bytes that these operations produce.
+      at_most: names of loops that may end before the trip count that was assumed.
+      unknown: names of loops that are counted once because their trip count is not known.
+      kernels: names of kernels that do not declare their FLOPs, which `flops` leaves out.
     """
 
     flops: float = 0.0
@@ -71,12 +74,13 @@ class Cost:
 
 
 def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
-    """Returns the cost of one run of the module.
+    """Returns the cost of one run of the module on one device.
 
-    `loops` maps a `jax.named_scope` to the largest trip count of the loops inside it, for loops
-    whose trip count the module does not give. A conditional costs `branch_share` times its most
-    expensive branch plus 1 − `branch_share` times its cheapest branch. In the layer stack, only the
-    exit heads are conditional, and they run in E of the L layers.
+    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside this
+    scope; it is used for loops whose trip count the module does not give. A conditional costs
+    `branch_share` times its most expensive branch plus 1 − `branch_share` times its cheapest
+    branch. In the layer stack, only the exit heads are conditional, and with E exits they run in E
+    of the L layers, so `branch_share` is E / L.
     """
 
     @functools.cache
@@ -121,9 +125,10 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
     """Returns the `count` largest arrays that the module makes besides its arguments, with origins.
 
-    Arrays of equal type and shape are listed once, with the first origin that the traced program
-    names. An array that the compiler added has no such name, so it is listed under the name of the
-    operation that uses it.
+    The origin of an array is the `op_name` of the instruction that makes the array, such as
+    `jit(step)/while/body/dot_general`. If the compiler added this instruction, the origin is the
+    name of the nearest operation that uses the array. Arrays of equal type and shape are listed
+    once.
     """
     found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
@@ -139,15 +144,15 @@ def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
 
 
 def _traced(instruction: Instruction) -> bool:
-    """Checks whether the name is from the traced program; names from the compiler have no slash."""
+    """Checks for an `op_name` from the traced program; such a name contains a slash."""
     return "/" in instruction.op_name
 
 
 def _origin(module: Module, name: str, instruction: Instruction) -> str:
-    """Returns the traced program's name for an instruction.
+    """Returns the traced program's name for an instruction of the computation `name`.
 
-    If it has none, returns the name of the nearest instruction that uses its result, or else the
-    compiler's own name.
+    If the compiler added the instruction, returns the name of the nearest traced instruction that
+    uses its result. If there is no such instruction, returns the compiler's own name.
     """
     reached = [(name, instruction)]
     for place, one in reached:  # the body extends this list
@@ -179,9 +184,10 @@ _MAKES_NOTHING = (
 
 
 def _scheduled(module: Module) -> list[str]:
-    """Returns the computations whose instructions have memory of their own.
+    """Returns the names of the computations whose instructions have memory of their own.
 
-    The computations inside fusions are left out.
+    These are the entry, bodies of loops, branches and calls, but not the computations inside
+    fusions.
     """
     found, waiting = [], [module.entry]
     while waiting:
@@ -212,12 +218,15 @@ def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | No
 
 
 def _is_reduce_scatter(instruction: Instruction) -> bool:
-    """Checks for a TPU fusion of an all-reduce with the slice that a device keeps of it."""
+    """Checks whether an instruction is a TPU fusion that acts as a reduce-scatter.
+
+    The fusion contains an all-reduce and the slice of its result that the device keeps.
+    """
     return any(name.startswith("all-reduce-scatter") for name in instruction.called)
 
 
 def _products(instruction: Instruction, computation: Computation) -> Cost:
-    """Returns the cost of a matrix product, a convolution or a kernel; others cost nothing."""
+    """Returns the cost of a matrix product, convolution or kernel; zero for other instructions."""
     if instruction.opcode == "dot":
         contracted = _integers(instruction.attributes, "lhs_contracting_dims")
         return Cost(_dot_flops(instruction, computation, contracted))
@@ -257,8 +266,8 @@ def _integers(text: str, key: str) -> list[int]:
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
     """Returns twice the number of products of a kernel element with an input element.
 
-    TPUs compute matrix products as convolutions whose batch axes are windows over padding.
-    Products with padding are not multiplications, so they are not counted.
+    TPUs compute matrix products as convolutions whose batch axes are windows over padding. Products
+    with padding are left out, because they are not multiplications of the matrix product.
     """
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
@@ -274,12 +283,15 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
-    """Returns the stride, padding and dilations of each spatial axis of a convolution."""
+    """Returns the settings of each spatial axis of a convolution.
+
+    The settings of an axis are its stride, leading padding, left dilation and right dilation.
+    """
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
     def of(key: str, default: int) -> list[int]:
-        """Returns a setting for each axis; of a padding's two numbers, the leading one."""
+        """Returns the setting `key` of each axis; for a padding such as `1_2`, the leading 1."""
         if key not in parts:
             return [default] * axes
         return [int(number.split("_")[0]) for number in parts[key].split("x")]
@@ -299,7 +311,10 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs of output and kernel positions on one axis that meet an input position."""
+    """Counts the pairs of output and kernel positions that meet an input position on one axis.
+
+    `left`, `right` and `out` are the sizes of input, kernel and output.
+    """
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

@@ -1,4 +1,4 @@
-"""The programs of the decoding engine, with abstract arguments of the largest shapes."""
+"""The jitted programs of the decoding engine, with abstract arguments of the largest shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from jexit.steps.state import SplitModel
 
 
 class EnginePrograms:
-    """The programs that gather the weights, prefill, run ticks, and copy into larger caches."""
+    """The jitted programs of decoding: gathering of weights, prefill, ticks, growth of the cache.
+
+    A tick runs one segment of the layer stack for some of the completions in progress.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
         self._mesh, self._split = mesh, split
@@ -44,11 +47,13 @@ class EnginePrograms:
         adapters: bool = True,
         written: int = 0,
     ) -> Iterator[Program]:
-        """Yields one prefill, and for each policy a tick over the largest cache.
+        """Yields the programs that decode `samples` completions of `new` tokens per prompt.
 
-        Prompts end in up to `written` tokens of their completions, and those tokens exit under the
-        first policy. The gathering of the weights and the last copy into a larger cache are yielded
-        too, if a run needs them.
+        There is one prefill and, for each policy, one tick over the largest cache. If a run needs
+        these programs, the gathering of the weights comes first, and the last copy into a larger
+        cache comes last. With `written`, each prompt is followed by up to `written` tokens of its
+        completion, which exit under the first policy. `name` begins every program's name. Without
+        `adapters`, the teacher decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -127,11 +132,14 @@ class EnginePrograms:
         yield from self._growth(name, layout, most, pool.cache, held)
 
     def _of_jobs(self, policy: Policy, jobs: int, columns: int) -> Policy:
-        """Returns the policy with its depths, if it has any, spread over the jobs."""
+        """Returns the policy with any depths as abstract arrays [jobs, columns].
+
+        The jobs are sharded over the data axes.
+        """
         return policy.map_rows(lambda _: rows(self._mesh, jobs, columns))
 
     def _by_rows(self, tree: Any) -> Any:
-        """Returns the shapes with their rows spread over the data shards."""
+        """Returns the tree's abstract arrays with their rows sharded over the data axes."""
 
         def place(part: Any) -> Any:
             if isinstance(part, Cache):
@@ -143,7 +151,10 @@ class EnginePrograms:
     def _growth(
         self, name: str, layout: Layout, most: int, cache: Cache, beside: Any
     ) -> Iterator[Program]:
-        """Yields the last copy into a larger cache, if decoding starts with a smaller one."""
+        """Yields the last copy into a larger cache, if decoding starts with a smaller cache.
+
+        `most` is the largest number of slots that a row needs.
+        """
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:
             return

@@ -1,7 +1,7 @@
 """Parses the text of a compiled module: its computations and its loops' trip counts.
 
-XLA's own cost analysis counts the body of a loop once, but a stack of layers is a loop. Everything
-here describes one device, because every device runs the module as it is after partitioning.
+XLA's own cost analysis counts the body of a loop once, but a stack of layers is a loop. All sizes
+and counts are those of one device, because every device runs the partitioned module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array that an instruction makes; `in_hbm` is false for a TPU's on-chip memory."""
+    """An array that an instruction makes; `in_hbm` is false if it is in a TPU's on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -56,7 +56,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays that the instruction makes; a tuple has several."""
+        """The arrays that the instruction makes: one, or several if its result is a tuple."""
         return tuple(
             Array(
                 dtype,
@@ -69,7 +69,10 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The origin in the traced program, such as `jit(step)/while/body/dot_general`."""
+        """The origin in the traced program, such as `jit(step)/while/body/dot_general`.
+
+        If the compiler has recorded no origin, an empty string.
+        """
         found = _OP_NAME.search(self.attributes)
         return found.group(1) if found else ""
 
@@ -89,7 +92,7 @@ Source = Instruction | None
 class Trips:
     """The number of times that a loop's body runs.
 
-    `kind` says whether `count` is exact, an upper bound, or 1 because the number is not known.
+    `kind` says whether `count` is exact or an upper bound; if `kind` is `unknown`, `count` is 1.
     """
 
     count: int
@@ -98,17 +101,18 @@ class Trips:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The computations of a module by name, and the name of the entry computation."""
+    """The computations of a compiled module by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
 
     def trips(self, loop: Instruction, computation: Computation) -> Trips:
-        """Returns how many times a `while` loop of this computation runs its body.
+        """Returns how many times the `while` instruction `loop` of this computation runs its body.
 
-        XLA gives the number for GPUs and CPUs (`known_trip_count`). Otherwise it is derived from a
-        counter that starts at a constant, grows by a constant and is compared with a constant. If
-        that comparison is one of several conditions, the number is an upper bound.
+        For GPUs and CPUs, XLA writes the number into the module (`known_trip_count`). Otherwise the
+        number is derived from a counter that starts at a constant, grows by a constant and is
+        compared with a constant. If this comparison is one of several conditions, the number is an
+        upper bound.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -131,7 +135,11 @@ class Module:
         return Trips(min(counts), "at most" if joined or len(comparisons) > 1 else "exact")
 
     def _seen(self, computation: Computation) -> Iterator[tuple[Instruction, list[Source]]]:
-        """Yields each instruction, also those in fusions, with the sources of its operands."""
+        """Yields each instruction with the instructions that make its operands.
+
+        Instructions inside fusions are included. A parameter of a fusion counts as the value that
+        the computation passes to the fusion.
+        """
         for outer in computation.values():
             yield outer, [_source(name, computation) for name in outer.operands]
             if outer.opcode != "fusion":
@@ -152,9 +160,10 @@ class Module:
     def _count(
         self, sources: list[Source], body: Computation, loop: Instruction, computation: Computation
     ) -> int | None:
-        """Returns the number of trips for which a counter stays below a limit.
+        """Returns the number of trips for which a loop's counter stays below a limit.
 
-        Returns None if the counter's start, its step or the limit is not a constant.
+        `sources` are the instructions that make the counter and the limit of the comparison.
+        Returns None if the counter's start, the counter's step or the limit is not a constant.
         """
         counter, limit = sources
         index = _tuple_index(counter)
@@ -168,7 +177,10 @@ class Module:
         return max(0, -(-(end - first) // step))
 
     def _step(self, body: Computation, index: int | None) -> int | None:
-        """Returns the constant that a loop's body adds to its carried value at `index`, or None."""
+        """Returns the constant that a loop's body adds to element `index` of the carried tuple.
+
+        Returns None if the body does not add a constant to this element.
+        """
         root = next((i for i in body.values() if i.is_root), None)
         if root is None or root.opcode != "tuple" or index is None:
             return None
@@ -189,7 +201,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses the text that a compiled module's `as_text()` returns."""
+    """Parses the HLO text that a compiled module's `as_text()` returns."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -219,7 +231,7 @@ def parse(text: str) -> Module:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the position just after the bracket that closes the one at `start`."""
+    """Returns the position just after the bracket that closes the bracket at position `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1
@@ -232,7 +244,10 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes a value, looking through copies and conversions."""
+    """Returns the instruction that makes the value `name`, behind any copies and conversions.
+
+    Returns None if the computation has no such instruction.
+    """
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -252,7 +267,10 @@ def _tuple_index(instruction: Instruction | None) -> int | None:
 
 
 def _element(loop: Instruction, index: int | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes a loop's initial carried value at `index`, or None."""
+    """Returns the instruction that makes element `index` of the tuple that enters a loop.
+
+    Returns None if this instruction cannot be found.
+    """
     if index is None:
         return None
     carried = _source(loop.operands[0], computation)

@@ -1,4 +1,4 @@
-"""Compiles every jitted step of a config for absent devices and reports what each step needs."""
+"""Compiles every jitted step of a config for absent devices and reports the memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LARGEST = 3  # arrays that the message names for a step that does not fit
 
 
 class DoesNotFit(RunEnded):
-    """Raised if a step does not fit the chip's memory; the message names its largest arrays."""
+    """Raised if a step needs more than the chip's memory; the message names the largest arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The needs of one call of one step on one device.
+    """The memory, FLOPs, collectives and compile time of one call of one jitted step on one device.
 
     Sizes are in bytes, and figures that are not known are None.
     """
@@ -62,10 +62,11 @@ class Report:
 
 
 def preflight(config: Config, topology_name: str) -> list[Report]:
-    """Compiles the config's steps for a topology, prints a table and returns its rows.
+    """Compiles the config's jitted steps for a topology, prints a table and returns its rows.
 
-    Raises UserError if the topology does not exist or the config does not divide over its mesh, and
-    DoesNotFit if a step needs more than the chip's memory.
+    `topology_name` names absent devices, such as `v5e:4x4`. Each row reports what one step needs on
+    one device. Raises UserError if the topology does not exist or if the config does not divide
+    over its devices, and DoesNotFit if a step needs more than the chip's memory.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -87,13 +88,14 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
 
 
 def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
-    """Returns the config with a mesh of all the topology's devices, and notes to print about it.
+    """Returns the config with a mesh of all devices of the topology, and notes to print about it.
 
-    A mesh left at 1 × 1 × 1 is filled in. For training, `fsdp` is the greatest common divisor of
-    the number of devices and a step's rows, and `tensor` is the rest. For decoding alone, `tensor`
-    is the greatest common divisor of the number of devices and the query heads, and `data` is the
-    rest, because decoding gathers over `fsdp` the weights that `fsdp` divides. Raises UserError if
-    a mesh that is set has another number of devices.
+    If the config's mesh is 1 × 1 × 1, the mesh is chosen here. For training, `fsdp` is the greatest
+    common divisor of the number of devices and the rows of a micro-batch, and `tensor` is the
+    number of devices divided by `fsdp`. For decoding alone, `tensor` is the greatest common divisor
+    of the number of devices and the number of query heads, and `data` is the number of devices
+    divided by `tensor`; `fsdp` stays 1, because decoding would gather the weights that `fsdp`
+    shards. If the config sets a mesh with another number of devices, raises UserError.
     """
     count, mesh = len(topology.devices), config.mesh
     if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
@@ -150,7 +152,10 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
 
 
 def _beside(program: Program, arguments: int) -> int:
-    """Returns the bytes of the run's state besides the arguments; arrays in both count once."""
+    """Returns the bytes per device of the run's state that is not an argument of the step.
+
+    `arguments` is the size of the arguments in bytes. State that is also an argument is left out.
+    """
     together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.beside))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
@@ -158,7 +163,10 @@ def _beside(program: Program, arguments: int) -> int:
 def _refused(
     program: Program, lowered: jax.stages.Lowered, mesh: Mesh, error: str, seconds: float
 ) -> Report:
-    """Returns what is known of a step that the compiler itself found too large."""
+    """Returns a report of a step that the compiler refused because the step does not fit in memory.
+
+    The size of the temporaries is read from the compiler's message `error`, if stated there.
+    """
     arguments = device_bytes(program.inputs)
     used = [
         float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
@@ -183,7 +191,10 @@ def _refused(
 
 
 def _largest_inputs(program: Program) -> list[str]:
-    """Returns the largest arrays of the step's arguments and of the state besides, each once."""
+    """Returns the names and sizes of the largest arrays that lie on the devices before the step.
+
+    These are arguments of the step and other state of the run; an array that is both is named once.
+    """
     sized = {}
     for path, leaf in reversed(on_devices((program.inputs, program.beside))):
         names = [name for name in names_of(path) if name not in _UNSAID and name[0] != "["]
@@ -202,7 +213,10 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays that a step makes besides its arguments, before partitioning."""
+    """Returns the largest arrays that a step makes besides its arguments.
+
+    The sizes are totals over all devices, because the lowered program is not partitioned yet.
+    """
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -216,7 +230,10 @@ def _named(array: Array, name: str) -> str:
 
 
 def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
-    """Returns the message for a step that does not fit: its size, its largest arrays, a remedy."""
+    """Returns the error message for the step `worst`, which does not fit in `capacity` bytes.
+
+    The message states the step's size, its largest arrays and a remedy.
+    """
     part, size, remedy = (
         "arguments",
         worst.held,
@@ -290,7 +307,7 @@ def _collectives(cost: Cost | None) -> str:
 
 
 def _footnotes(reports: list[Report]) -> list[str]:
-    """Returns notes that explain the figures and name those that are only bounds."""
+    """Returns notes that explain the table's columns and name the figures that are only bounds."""
     notes = [
         "resident: the run's state on a device that is not an argument of this step; peak: the sum "
         "of arguments, resident state, temporaries and new outputs",

@@ -1,4 +1,4 @@
-"""One jitted step of a run, with abstract arguments and the shardings of its arrays."""
+"""One jitted step of a run, with abstract arguments that have shapes, dtypes and shardings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from jexit.dist.rules import names_of, parameter_axes, spec
 class Program:
     """One jitted step: its arguments, and the arrays that lie on the devices while it runs.
 
-    `beside` is the state that the run keeps on the devices besides this step's arguments. `loops`
-    maps a named scope to the trip count of loops inside it, for loops whose trip count the compiled
-    module does not give.
+    `options` are the keyword arguments. `beside` is the state that the run keeps on the devices
+    besides this step's arguments. `loops` maps the name of a `jax.named_scope` to the trip count of
+    the loops inside this scope, for loops whose trip count the compiled module does not give.
+    `note` is a sentence to print about the step.
     """
 
     name: str
@@ -37,19 +38,19 @@ class Program:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The step's arguments by name."""
+        """The step's arguments by parameter name, keyword arguments included."""
         bound = inspect.signature(self.function).bind(*self.arguments, **self.options)
         return bound.arguments
 
 
 def on_devices(tree: Any) -> list[tuple[tuple, Any]]:
-    """Returns the tree's abstract arrays that have shardings, each with its path in the tree."""
+    """Returns the tree's abstract arrays that have shardings, as pairs of tree path and array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(path, leaf) for path, leaf in leaves if getattr(leaf, "sharding", None) is not None]
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes that the tree's abstract arrays take on each device, by their shardings."""
+    """Returns the bytes that the tree's arrays take on one device, given their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for _, leaf in on_devices(tree)
@@ -57,9 +58,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Returns shapes with the shardings that the rules give to parameters, moments and counters.
+    """Returns the tree as abstract arrays with the shardings that `jexit.dist` gives to parameters.
 
-    If `whole_width`, the shardings are those that `jexit.dist.gathered_width` returns.
+    The tree may contain parameters, their optimiser moments and counters. If `whole_width`, the
+    model width is not sharded, as in the output of `jexit.dist.gathered_width`.
     """
 
     def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -75,7 +77,7 @@ def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:
 
 
 def rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """Returns an abstract array whose first axis consists of rows, spread over the data axes."""
+    """Returns an abstract array of this shape whose first axis is sharded over the data axes."""
     return placed(jax.ShapeDtypeStruct(shape, dtype), mesh, "B" + "." * (len(shape) - 1))
 
 

@@ -1,4 +1,7 @@
-"""Every jitted step that a config's command runs, with abstract arguments of the largest shapes."""
+"""Every jitted step that a config's command runs, with abstract arguments of the largest shapes.
+
+The steps can be compiled for absent devices, because abstract arguments have no values.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +45,22 @@ from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, sp
 
 
 def rows_of(config: Config) -> int:
-    """Returns the rows of a training step's micro-batch, which must divide over the data axes."""
+    """Returns the number of rows of a training step's micro-batch.
+
+    This number must be a multiple of the number of data shards.
+    """
     samples = config.rl.rollouts if config.command == "rl" else 1
     return config.batch_size * samples // config.optim.accumulate
 
 
 def exit_share(config: Config) -> float:
-    """Returns the share of the layers that have an exit before them."""
+    """Returns the share of the model's layers that have an exit, a number from 0 to 1."""
     layers = config.pretrain.layers if config.command == "pretrain" else architecture(config).layers
     return len(check_exits(config.exits.layers, layers)) / layers
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
-    """Yields the programs of the config's command, in the order in which a run reaches them."""
+    """Yields the jitted steps of the config's command, in the order in which a run reaches them."""
     if config.command == "pretrain":
         yield _pretraining(config, mesh)
         return
@@ -112,7 +118,10 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 def _measurements(
     config: Config, mesh: Mesh, split: SplitModel, rollouts: EnginePrograms
 ) -> Iterator[Program]:
-    """Yields the programs that `eval.measures` runs besides the decoding of the policies."""
+    """Yields the steps of the measurements in `config.eval.measures` of an evaluation.
+
+    The decoding of the evaluation's own policies is not among these steps.
+    """
     prompts, new = config.eval.problems, config.eval.max_new_tokens
     layers = split.student(split.trainable).arch.layers
     if set(config.eval.measures) & set(MEASURES):
@@ -153,28 +162,32 @@ def _measurements(
 def _labelled(
     config: Config, name: str, rows: int, columns: int, layers: int
 ) -> tuple[str, Policy]:
-    """Returns a policy and the label that its program's name gets; controls prescribe depths."""
+    """Returns the policy called `name` as a pair of its label in step names and its abstract form.
+
+    A control, which prescribes the depth of every token, gets abstract depths [rows, columns].
+    """
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
     return f" ({name.partition(':')[0]})", _policy(config, name, layers)
 
 
 def _policy(config: Config, name: str, layers: int) -> Policy:
-    """Returns a policy with abstract arrays, because nothing can run on devices that are absent."""
+    """Returns the policy called `name` with abstract arrays, since no device can hold values."""
     return jax.eval_shape(lambda: make_policy(name, layers, sample_policy(config)))
 
 
 def _prompts(config: Config) -> int:
-    """Returns the number of prompts of the evaluation, or of `generate`."""
+    """Returns the number of prompts that the command `generate` or the evaluation decodes."""
     if config.command == "generate":
         return max(1, len(config.generate.prompts))
     return config.eval.problems
 
 
 def architecture(config: Config) -> Architecture:
-    """Returns the architecture of the config's preset.
+    """Returns the architecture of the config's preset, such as its width and its number of layers.
 
-    For the tiny preset it comes from the shipped model's files, which are always there.
+    For the tiny preset, the architecture is read from the model files in `config.model.path`.
+    Raises UserError if the weights there do not fit the architecture.
     """
     if config.preset in PRESETS:
         return PRESETS[config.preset].architecture
@@ -184,7 +197,7 @@ def architecture(config: Config) -> Architecture:
 
 
 def _abstract_model(config: Config) -> Transformer:
-    """Returns the config's model without values, with base weights in an accelerator's dtype."""
+    """Returns the config's model with abstract arrays; `auto` as the dtype means bfloat16."""
     arch = architecture(config)
     dtype = jnp.bfloat16 if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
 
@@ -231,9 +244,10 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
 def _completions(
     config: Config, mesh: Mesh, count: int, new: int, *, shared: bool = False
 ) -> Completions:
-    """Returns abstract rows that fit a prompt at the length limit and `new` tokens of completions.
+    """Returns `count` abstract rows, each for a prompt at the length limit and `new` more tokens.
 
-    If `shared`, a row's completions share one copy of their prompt where the attention supports it.
+    If `shared`, several completions in a row share one copy of their prompt, unless the attention
+    implementation is `splash`, which does not support sharing.
     """
     length = bucket_length(config.task.max_prompt_tokens + new)
     branches = shared and choose_attention(config.model.attention, length) != "splash"
@@ -268,7 +282,11 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the programs that train only the heads: one keeps the states, one trains on them."""
+    """Yields the two steps of training only the exit heads.
+
+    The first step computes the hidden states at the exits, and the second trains the heads on these
+    states.
+    """
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
@@ -309,8 +327,9 @@ def _calibration(
 def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
     """Returns abstract rows for `count` completions of at most `new` tokens, packed as in a run.
 
-    With prompts and completions at their limits, a row contains one completion; no other batch has
-    more positions.
+    Every row has room for one prompt and one completion at their length limits; no packing of the
+    completions needs more positions. The number of rows is rounded up to a multiple of the data
+    shards times the micro-batches.
     """
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate

@@ -1,8 +1,8 @@
-"""Descriptions of accelerators by name, for compiling without one.
+"""Descriptions of accelerators by name, to compile for accelerators that this machine lacks.
 
 `v5e:2x2`, `v5p:2x2x1` and `v6e:4x4` name a TPU generation and a slice of it, and need libtpu.
 `h100:8` names the GPUs of one node, and needs JAX's CUDA plugin but not CUDA itself.
-`launch/run.sh --aot=…` sets up either.
+`launch/run.sh --aot=NAME` installs what the name needs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CUDNN = 90_800  # version 9.8, as described above
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices that programs can be compiled for, but not run on."""
+    """Absent devices that programs can be compiled for, but not run on."""
 
     name: str
     platform: str  # "tpu" or "gpu"
@@ -69,10 +69,10 @@ class Topology:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Makes code traced inside choose implementations and tile sizes for these devices.
+        """Makes code that is traced inside choose implementations and tile sizes for these devices.
 
-        It also sets an abstract mesh that names the chip. Where the code sets no mesh of these
-        devices, JAX lowers Pallas kernels for that chip, because this machine has none to ask.
+        The context also sets an abstract mesh that names the chip. Where the code sets no mesh of
+        these devices, JAX reads the chip from the abstract mesh to lower Pallas kernels.
         """
         device = AbstractDevice(self.device_kind, None, self.platform)
         mesh = AbstractMesh((), (), abstract_device=device)
@@ -86,11 +86,12 @@ class Topology:
 
 @contextlib.contextmanager
 def _described_cudnn() -> Iterator[None]:
-    """Lets cuDNN's attention be traced where cuDNN is not installed.
+    """Lets cuDNN's attention be traced on a machine without cuDNN.
 
-    JAX asks the installed library for its version, records the version and refuses what an old one
-    lacks. Here it gets the described chip's version instead. The graph itself goes to cuDNN only
-    when the program runs.
+    While JAX traces the attention, JAX asks the installed cuDNN for its version, records the
+    version and refuses what an old version lacks. Inside this context JAX gets version 9.8, the
+    cuDNN version assumed for the chip being compiled for. The compiled program passes the attention
+    to cuDNN only when the program runs.
     """
     asked = cudnn.check_cudnn_version
     cudnn.check_cudnn_version = lambda: CUDNN
@@ -101,9 +102,10 @@ def _described_cudnn() -> Iterator[None]:
 
 
 def get_topology(name: str) -> Topology:
-    """Returns the devices for a name such as `v5e:4x4` or `h100:8`.
+    """Returns the absent devices that a name such as `v5e:4x4` or `h100:8` describes.
 
-    Raises UserError if the name is not known or the compiler is not installed.
+    Raises UserError if the name is not known, if the slice does not exist, or if the compiler for
+    these devices is not installed.
     """
     kind, _, size = name.partition(":")
     if kind in TPUS and re.fullmatch(rf"\d+(x\d+){{{TPUS[kind] - 1}}}", size):

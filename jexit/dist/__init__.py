@@ -1,4 +1,4 @@
-"""The mesh of devices, the rules that divide arrays over it, and the exchange between hosts."""
+"""The mesh of devices, the rules that shard arrays over the mesh, and exchange between hosts."""
 
 from jexit.dist.mesh import (
     HostRows,

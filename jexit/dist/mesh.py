@@ -28,8 +28,9 @@ def make_mesh(
 ) -> Mesh:
     """Makes a mesh with the axes `data`, `fsdp` and `tensor`, with close devices along `tensor`.
 
-    The mesh uses data × fsdp × tensor of the devices; on several hosts it must use all of them.
-    Raises UserError if there are too few devices, or if several hosts would have some left over.
+    `devices` defaults to all devices of the run; the mesh uses the first data × fsdp × tensor of
+    them. Raises UserError if there are too few devices, or if a run on several hosts would leave
+    some of its devices unused.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
@@ -58,11 +59,12 @@ def make_mesh(
 
 
 def provide_threads() -> None:
-    """Gives the CPU devices that XLA_FLAGS simulates enough threads; call it before JAX starts.
+    """Makes XLA start 8 threads for each simulated CPU device; must be called before JAX starts.
 
-    XLA runs independent collectives at the same time, and each occupies one thread of every device
-    until all devices have joined. With one thread per device, collectives can wait for each other
-    for ever.
+    The devices are those that XLA_FLAGS simulates with `--xla_force_host_platform_device_count`; a
+    number of threads that PJRT_NPROC sets is kept. XLA runs independent collectives at the same
+    time, and each collective occupies one thread of every device until all devices have joined.
+    With one thread per device, collectives can wait for each other for ever.
     """
     pretended = re.search(
         r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
@@ -73,7 +75,7 @@ def provide_threads() -> None:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Divides everything traced inside over the mesh; a mesh of one device changes nothing."""
+    """Sets `mesh` for everything traced inside; a mesh of one device changes nothing."""
     if mesh.size == 1:
         yield
         return
@@ -83,11 +85,13 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class HostRows:
-    """The rows of a batch that this host has.
+    """The rows of a batch that one host prepares, given by their indices in the whole batch.
 
-    `index_B` contains their indices in the whole batch, in ascending order. `first_B` is true for
-    the rows for which this is the first host that has them, so that a sum over hosts counts no row
-    twice. If a batch does not divide over the data axes, every host has all of its rows.
+    Attributes:
+      total: the number of rows of the whole batch.
+      index_B: the indices of this host's rows in the whole batch, in ascending order.
+      first_B: for each of this host's rows, whether no host of lower number has the row too. A sum
+        over hosts that takes only these rows counts no row twice.
     """
 
     total: int
@@ -95,12 +99,15 @@ class HostRows:
     first_B: np.ndarray
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Returns where rows, given by index in the whole batch, stand among this host's rows."""
+        """Returns the positions among this host's rows of `rows`, indices in the whole batch."""
         return np.searchsorted(self.index_B, rows)
 
 
 def host_rows(total: int) -> HostRows:
-    """Returns the rows, of a batch of `total`, that this host prepares and gets back."""
+    """Returns which rows of a batch of `total` rows this host prepares and fetches.
+
+    If the data shards of the mesh do not divide `total`, every host prepares all rows.
+    """
     if jax.process_count() == 1:
         return HostRows(total, np.arange(total), np.ones(total, bool))
     return _host_rows(jax.sharding.get_mesh(), total)
@@ -119,9 +126,10 @@ def _host_rows(mesh: Mesh, total: int) -> HostRows:
 
 
 def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
-    """Spreads this host's arrays, whose first axis is the rows, over the data axes of the mesh.
+    """Puts this host's arrays, whose first axis is the rows, on the devices of the mesh.
 
-    `rows` says which rows of the whole batch the arrays contain; None means all of them.
+    The rows are sharded over the data axes. `rows` says which rows of the whole batch the arrays
+    contain; None means all rows.
     """
 
     def place(array: np.ndarray) -> jax.Array:
@@ -141,7 +149,10 @@ def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
 
 
 def fetch_rows(tree: Any, axis: int = 0) -> Any:
-    """Returns this host's rows of device arrays as NumPy arrays; `axis` is the axis of the rows."""
+    """Returns this host's rows of device arrays as NumPy arrays; `axis` is the axis of the rows.
+
+    If an array is spread over several hosts, only its rows may be sharded.
+    """
 
     def fetch(array: jax.Array) -> np.ndarray:
         if array.is_fully_addressable or array.is_fully_replicated:
@@ -157,31 +168,34 @@ def fetch_rows(tree: Any, axis: int = 0) -> Any:
 
 
 def place_parameter(path: str, array: np.ndarray) -> jax.Array:
-    """Places a parameter, named by its dotted path, on the mesh as the rules divide it.
+    """Places a parameter on the mesh, sharded as `jexit.dist.rules` says for its dotted path.
 
-    Each device gets only its own shard, so a divided parameter is never whole on one device.
+    Each device gets only its own shard, so a sharded parameter is never whole on one device.
     """
     return _place(array, parameter_axes(path.split("."), np.ndim(array)))
 
 
 def place_parameters(tree: Any) -> Any:
-    """Places a tree of parameters by the same rules; its arrays may already be on devices."""
+    """Places a tree of parameters on the mesh, sharded as `jexit.dist.rules` says for each path.
+
+    The arrays may be NumPy arrays or already be on devices.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
     )
 
 
 def data_shards() -> int:
-    """Returns the number of parts into which the current mesh divides rows."""
+    """Returns the number of parts into which the current mesh divides the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in data_axes())
 
 
 @jax.jit
 def gathered_width(tree: Any) -> Any:
-    """Gathers parameters over `fsdp`, so that every device has the whole model width.
+    """Gathers parameters over `fsdp`, so that the model width is whole on every device.
 
-    Gathering once serves many uses, such as all tokens of a rollout.
+    One gathering then serves many uses of the parameters, such as all tokens of a rollout.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: constrain(

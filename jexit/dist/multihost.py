@@ -2,7 +2,8 @@
 
 A *host* is one process of JAX's distributed runtime. Every host runs the same program. Each host
 prepares, verifies and records its own rows, and the primary host (number 0) writes the files that
-are written once. Every wait for other hosts has a timeout, and the error message names the place.
+are written once. Every wait for other hosts has a timeout, and the error message after a timeout
+names the place in the run where the host waited.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ _numbers = itertools.count()
 
 
 class HostLost(RunEnded):
-    """Raised if another host did not arrive or was lost; the message names hosts and place."""
+    """Raised if another host did not arrive or was lost.
+
+    The message names the missing hosts, if JAX knows which ones are missing, and the place in the
+    run where this host waited.
+    """
 
     exit_code = HOST_LOST
 
@@ -58,12 +63,13 @@ def initialize(
     *,
     timeout: float = TIMEOUT_SECONDS,
 ) -> None:
-    """Joins the hosts of this run; does nothing for a process that runs alone.
+    """Joins the hosts of this run; does nothing in a process that runs alone.
 
-    On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts by
-    itself. Elsewhere all three arguments are needed: HOST:PORT of process 0, the number of
-    processes, and the number of this process. Call this before the first computation. `timeout`,
-    in seconds, applies to this wait and to every later one.
+    On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts, and
+    the arguments can be left out. Elsewhere all three are needed: `coordinator` is HOST:PORT of
+    process 0, `processes` the number of processes, and `process` the number of this process. Must
+    be called before the first computation. `timeout`, in seconds, limits this wait and every later
+    wait for other hosts.
 
     Raises UserError if the arguments contradict each other or those of another host, or if the port
     cannot be opened. Raises HostLost if other hosts do not arrive in time.
@@ -133,11 +139,11 @@ def initialize(
 
 
 def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -> None:
-    """Lets all processes meet at the coordinator's port and compare their numbers of processes.
+    """Lets all processes meet at the coordinator's port and compare their values of `processes`.
 
-    JAX does not compare them. It ends a process if the port never opens, and crashes on process 0
-    if the port is taken. Raises HostLost if a process does not arrive within the timeout, and
-    UserError if the numbers differ or process 0 cannot open the port.
+    JAX itself makes no such comparison. It ends a process if the port never opens, and crashes on
+    process 0 if the port is taken. Raises HostLost if a process does not arrive within `timeout`
+    seconds, and UserError if the values differ or process 0 cannot open the port.
     """
     if process == 0:
         told = _hear_all(coordinator, processes, timeout)
@@ -157,9 +163,10 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
 
 
 def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
-    """Collects every process's `--processes` on process 0, and sends all the values to the others.
+    """Collects every process's value of `--processes` on process 0; returns the values by process.
 
-    It stops when all have reported, when one reports a different number, or when the time is over.
+    Collection stops when all processes have reported, when a process reports a different value, or
+    after `timeout` seconds. Then all values are sent to the processes that have reported.
     """
     told, others = {0: processes}, []
     end = time.monotonic() + timeout
@@ -183,7 +190,10 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's `--processes` to process 0, and returns the values of all processes."""
+    """Sends this process's value of `--processes` to process 0; returns all values by process.
+
+    Raises HostLost if process 0 does not answer within `timeout` seconds.
+    """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -200,7 +210,10 @@ def _report(coordinator: str, processes: int, process: int, timeout: float) -> d
 
 
 def _listening(port: int) -> socket.socket:
-    """Opens a port on every address of this machine, as JAX's coordinator does later."""
+    """Opens a server socket for `port` on every address of this machine, as JAX's coordinator does.
+
+    Raises UserError if the port cannot be opened.
+    """
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -240,7 +253,7 @@ def _nobody_came(process: int | None, processes: int | None) -> None:
 
 
 def _task_of_several() -> bool:
-    """Checks whether SLURM or Open MPI started this process as one of several tasks."""
+    """Checks whether SLURM or Open MPI started this process as one of several tasks of a job."""
     if "OMPI_MCA_orte_hnp_uri" in os.environ:
         return True
     # srun sets this for the step that it starts; the batch script itself is not part of a step.
@@ -248,7 +261,10 @@ def _task_of_several() -> bool:
 
 
 def _cluster_present() -> bool:
-    """Checks whether this process is one of several that JAX can find by itself."""
+    """Checks whether the run may have other processes that JAX can find without arguments.
+
+    True for one of several tasks of SLURM or Open MPI, and on a machine with a TPU.
+    """
     environment = os.environ
     if _task_of_several():
         return True
@@ -263,15 +279,16 @@ def several_hosts() -> bool:
 
 
 def is_primary() -> bool:
-    """Returns whether this host is the one that writes the files that are written once."""
+    """Checks whether this host is number 0, which writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def gather(place: str, value: Any) -> list[Any]:
-    """Returns every host's JSON value, in the order of the hosts; messages name the wait `place`.
+    """Returns a list of every host's `value`, a JSON value, ordered by process index.
 
-    The values go through the coordinator and not through the devices, so this does not wait for a
-    step to finish. Raises HostLost if a host does not arrive within the timeout.
+    `place` names this wait in error messages. The values go through JAX's coordinator and not
+    through the devices, so the call does not wait for a computation to finish. Raises HostLost if a
+    host does not arrive within the timeout.
     """
     if not several_hosts():
         return [value]
@@ -294,22 +311,29 @@ def gather(place: str, value: Any) -> list[Any]:
 
 
 def from_primary(place: str, value: Any) -> Any:
-    """Returns the primary host's JSON value on every host."""
+    """Returns the primary host's `value`, a JSON value, on every host.
+
+    `place` names this wait in error messages. Raises HostLost if a host does not arrive in time.
+    """
     return gather(place, value if is_primary() else None)[0]
 
 
 def barrier(place: str) -> None:
-    """Waits until every host has reached this call."""
+    """Waits until every host has reached this call; `place` names this wait in error messages.
+
+    Raises HostLost if a host does not arrive within the timeout.
+    """
     gather(place, None)
 
 
 @contextlib.contextmanager
 def waiting(place: str) -> Iterator[None]:
-    """Ends the process with a message that names the place if the block exceeds the timeout.
+    """Ends the process if the block inside takes longer than the timeout; `place` names the wait.
 
-    This is for waits without any other limit: a collective with a host that hangs never returns,
-    and neither does a jitted call that the runtime delays until earlier collectives are done.
-    While JAX compiles, which may take long and involves no other host, the time starts anew.
+    The message on stderr says where the host waited. The limit is for waits without any other one:
+    a collective with a host that hangs never returns, and neither does a jitted call that the
+    runtime delays until earlier collectives are done. If JAX is compiling when the time is over,
+    the time starts anew, because compiling may take long and involves no other host.
     """
     if not several_hosts():
         yield
@@ -344,7 +368,11 @@ def _after(seconds: float, function: Callable[..., None], *arguments: Any) -> th
 
 
 def whole(tree: Any, place: str) -> Any:
-    """Returns arrays that are spread over all hosts as NumPy arrays; only for small arrays."""
+    """Returns the whole of each array of `tree` as a NumPy array on every host.
+
+    The arrays may be sharded over several hosts and must be small, because every host receives a
+    copy. `place` names this wait in error messages.
+    """
     with waiting(place):
         return jax.tree.map(_whole, tree)
 
@@ -356,7 +384,7 @@ def _whole(array: jax.Array) -> Any:
 
 
 def ended(error: BaseException) -> str | None:
-    """Returns one sentence if an error comes from the loss of another host, or None otherwise."""
+    """Returns a sentence for the user if `error` comes from the loss of a host, or else None."""
     if isinstance(error, HostLost):
         return str(error)
     lost = re.search(
@@ -369,10 +397,11 @@ def ended(error: BaseException) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends this host without JAX's shutdown barrier, which would wait for hosts that are gone.
+    """Ends this process with exit code `code`, without waiting in JAX's shutdown barrier.
 
-    After an error that all hosts share, the primary host ends last. JAX's coordinator ends with it,
-    and a host that finds no coordinator is aborted before it can print why it stops.
+    The barrier would wait for hosts that are gone. If `code` does not stand for a lost host, the
+    primary host ends last. The reason is that JAX's coordinator ends with the primary host, and a
+    host that loses the coordinator is aborted before it can print why it stops.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -383,7 +412,10 @@ def leave(code: int) -> None:
 
 
 def _say_goodbye() -> None:
-    """Reports that this host leaves; the primary host waits up to CLIENT_SECONDS for the others."""
+    """Tells the primary host that this host leaves.
+
+    The primary host itself waits up to CLIENT_SECONDS for the other hosts to leave.
+    """
     client = ocp.multihost.get_jax_distributed_client()
     if not is_primary():
         client.key_value_set(f"jexit/left/{jax.process_index()}", "")

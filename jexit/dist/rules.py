@@ -1,7 +1,8 @@
-"""The logical axes of every array, and the mesh axes that each of them is divided over.
+"""The logical axes of every array, and the mesh axes over which each logical axis is sharded.
 
-An axis is divided only if the mesh axes divide its size. Qwen3's 8 key/value heads stay whole on
-every device with `tensor=16`, and so does every array on a mesh of one device.
+A logical axis is a letter, such as D for the model width. An axis is sharded only if the mesh axes
+divide its size: Qwen3's 8 key/value heads stay whole on every device with `tensor=16`, and so does
+every array on a mesh of one device.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ PARAMETERS: dict[tuple[str, ...], str] = {
 
 
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
-    """Returns the partition spec of an array with these logical axes.
+    """Returns the partition spec of an array whose logical axes are the letters of `axes`.
 
-    `mesh` defaults to the mesh that is set.
+    An axis is sharded only if the mesh axes divide its size. `mesh` defaults to the mesh that
+    `jax.set_mesh` has set.
     """
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
@@ -78,37 +80,47 @@ def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
 
 
 def free_axes(mesh: Any) -> dict[str, int]:
-    """Returns the sizes of the mesh axes, except those that a surrounding `shard_map` has taken."""
+    """Returns the sizes of the mesh axes by name, without axes that are manual in a `shard_map`."""
     return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def divides(mesh: Any) -> bool:
-    """Checks whether the mesh has several devices that arrays can still be divided over."""
+    """Checks whether the mesh axes that are not manual in a `shard_map` have several devices."""
     return not mesh.empty and math.prod(free_axes(mesh).values()) > 1
 
 
 def data_axes() -> tuple[str, ...]:
-    """Returns the axes of the current mesh that divide rows, without those of size 1."""
+    """Returns the names of the current mesh's axes that shard rows, without axes of size 1."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else free_axes(mesh)
     return tuple(name for name in RULES["B"] if sizes.get(name, 1) > 1)
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
-    """Returns the logical axes of a parameter or its optimiser moment, by the end of its path."""
+    """Returns the logical axes of a parameter or its optimiser moment, one letter per axis.
+
+    The last two names of `path` decide. Arrays with other names get only dots; a dot stands for an
+    axis that is never sharded.
+    """
     axes = PARAMETERS.get(tuple(path[-2:]), "." * ndim)
     return axes if len(axes) == ndim else "." * ndim
 
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:
-    """Pins an intermediate array with these logical axes to the current mesh, if there is one."""
+    """Constrains the sharding of an intermediate array with the logical axes `axes`.
+
+    Without a mesh of several devices, the array is returned unchanged.
+    """
     if not divides(jax.sharding.get_abstract_mesh()):
         return array
     return jax.lax.with_sharding_constraint(array, spec(axes, array.shape))
 
 
 def constrain_parameters(tree: Any) -> Any:
-    """Pins parameters, moments and gradients, so that a step does not move them between devices."""
+    """Constrains a tree of parameters, moments or gradients to the sharding of the parameters.
+
+    As a result, a step does not move these arrays between devices.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
 
@@ -118,5 +130,5 @@ def constrain_parameters(tree: Any) -> Any:
 
 
 def names_of(path: tuple) -> list[str]:
-    """Returns the keys and attribute names of a tree path."""
+    """Returns the keys and attribute names of a JAX tree path as strings."""
     return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]

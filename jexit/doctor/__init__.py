@@ -1,1 +1,1 @@
-"""A check of this machine: what it is, whether its results are correct, and how fast it is."""
+"""A check of this machine: its hardware and software, the correctness of its results, its speed."""

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def machine() -> list[str]:
-    """Returns lines that describe the software, the devices and the host."""
+    """Returns lines to print that describe the software versions, the devices and the host."""
     import jax
     import jaxlib
 

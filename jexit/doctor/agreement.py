@@ -1,4 +1,4 @@
-"""Compares every implementation that may run on a device with its definition in float32."""
+"""Compares every implementation of an op that may run on a device with its float32 definition."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of the inputs; no tile divides the number of tokens or the vocabulary."""
+    """The sizes of the inputs of the checks.
+
+    They are chosen so that no kernel's tile size divides the number of tokens or the vocabulary.
+    """
 
     tokens: int
     width: int
@@ -47,7 +50,10 @@ ACCELERATOR = Sizes(531, 1_024, 50_257, 4, 1_024)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result for one implementation in one precision; `failure` is empty if it is correct."""
+    """The result for one implementation of an op in one dtype.
+
+    `failure` describes what is wrong and is empty if the implementation is correct.
+    """
 
     operation: str
     implementation: str
@@ -60,9 +66,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One operation to check.
+    """One operation to check, with the implementations to compare with its definition.
 
-    `function(implementation, inputs)` returns its outputs and gradients by name.
+    `function(implementation, inputs)` returns the operation's outputs and gradients by name, and
+    `inputs(dtype)` makes the inputs. `setting` is the command-line setting that avoids the
+    implementations other than XLA's.
     """
 
     operation: str
@@ -73,10 +81,10 @@ class Case:
 
 
 def checks() -> Iterator[Check]:
-    """Compares the implementations that may be chosen on the first device, one operation at a time.
+    """Yields the check of each implementation that the first device may choose, in each dtype.
 
-    Float32 products are computed in full precision, because an accelerator's faster default has
-    larger rounding errors than the tolerance allows.
+    A float32 implementation computes its products in full precision, because an accelerator's
+    faster default has larger rounding errors than the tolerance allows.
     """
     for case in cases():
         for dtype in TOLERANCE:
@@ -114,7 +122,7 @@ def _check(case: Case, name: str, dtype: str, inputs: Any, wanted: Outputs) -> C
 
 
 def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Returns the median time in seconds of a call, including the wait for its outputs."""
+    """Returns the median time in seconds of `repeats` calls, with the wait for their outputs."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -124,9 +132,9 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """Returns max |found − wanted| / max |wanted|.
+    """Returns max |found − wanted| / max |wanted|, over the entries where `wanted` is finite.
 
-    It is infinity if an entry is finite in only one of the two.
+    If an entry is finite in only one of the two arrays, returns infinity.
     """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
@@ -136,7 +144,7 @@ def relative_error(found: Any, wanted: Any) -> float:
 
 
 def cases() -> list[Case]:
-    """Returns the operations with the implementations that may be chosen on this platform."""
+    """Returns the operations to check, with the implementations that this platform may choose."""
     platform = target().platform
     sizes = SIZES.get(platform, ACCELERATOR)
     states, kernels = functools.partial(_states, sizes), "config.model.kernels=xla"
@@ -158,7 +166,10 @@ def cases() -> list[Case]:
 
 
 def _states(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random hidden states, a head that gives logits of order 1 to 10, and targets."""
+    """Returns random hidden states [N, D] and [E, N, D], an output head, and target token ids.
+
+    The head is scaled so that the logits are of order 1 to 10.
+    """
     shapes = {
         "h_ND": (sizes.tokens, sizes.width),
         "h_END": (sizes.exits, sizes.tokens, sizes.width),
@@ -206,9 +217,9 @@ def _linear_logprob(name: str, inputs: Outputs) -> Outputs:
 
 
 def _cache(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns queries and the cache of a pool, whose rows are filled to different lengths.
+    """Returns random queries, and a cache of 7 rows that are filled to different lengths.
 
-    Three query heads share each key head.
+    Three query heads share each key/value head.
     """
     rows, heads, width = 7, 2, 64
     shape = (heads, 2, rows, sizes.slots, width)
@@ -229,7 +240,7 @@ def _decode_attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _texts(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns queries, keys and values of whole texts; `_attention` masks padding on the right."""
+    """Returns random queries, keys and values of two sequences, without a mask for padding."""
     heads, width = 2, 64
     keys = (2, sizes.slots, heads, width)
     return {
@@ -260,9 +271,9 @@ def _attention(name: str, inputs: Outputs) -> Outputs:
 
 
 def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array:
-    """Computes softmax(q·k / sqrt(H)) · v over all positions up to the query's.
+    """Computes causal attention: softmax(q·k / sqrt(H)) · v over positions up to the query's own.
 
-    Padding needs no mask, because the valid positions come first.
+    Padding needs no mask, because padding comes after all valid positions.
     """
     share = q_BTNH.shape[2] // k_BTKH.shape[2]
     k_BTNH, v_BTNH = (jnp.repeat(part, share, axis=2) for part in (k_BTKH, v_BTKH))
@@ -273,7 +284,11 @@ def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array
 
 
 def _weighted(values: jax.Array) -> jax.Array:
-    """Returns a sum with a random weight per entry, so that its gradient tells entries apart."""
+    """Returns the sum of `values`, each multiplied by a fixed random number.
+
+    The random factors make the gradient of the sum differ between entries, so that entries in the
+    wrong place are noticed.
+    """
     return jnp.vdot(_normal("weights", values.shape, "float32"), values.astype(jnp.float32))
 
 

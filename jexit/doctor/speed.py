@@ -1,4 +1,4 @@
-"""Measures how fast a random model decodes and trains on a device."""
+"""Measures how fast a model with random weights decodes and trains on a device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROLLOUTS = 4  # per prompt
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The tokens per second of one kind of work, and the share of the chip's peak FLOP/s (MFU)."""
+    """The tokens per second of one kind of work, and the MFU, a share of the chip's peak FLOP/s."""
 
     work: str
     implementation: str
@@ -49,9 +49,10 @@ class Timing:
 
 
 def fitting() -> tuple[str, Architecture]:
-    """Returns the largest model in `FITTING` that fits the first device, as name and architecture.
+    """Returns the name and architecture of the largest preset that fits the first device.
 
-    CPUs get `SMALL`. If no model fits, the smallest one is returned.
+    The presets are those of `FITTING`. If no preset fits, returns the smallest one. On a CPU,
+    returns `SMALL`, a model of 10 layers.
     """
     if target().platform == "cpu":
         return "a small model", SMALL
@@ -64,15 +65,16 @@ def fitting() -> tuple[str, Architecture]:
 
 
 def parameters(arch: Architecture) -> int:
-    """Returns the number of parameters of the trunk and the embedding."""
+    """Returns the number of parameters of a model with one exit, base weights included."""
     model = nnx.eval_shape(lambda: Transformer(arch, exit_layers=(1,), rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
-    """Yields the timings of decoding and of both stages' training steps.
+    """Yields the timings of decoding, of a calibration step and of a reinforcement step.
 
-    They are measured with XLA alone and, if `kernels`, also with an accelerator's own kernels.
+    The work is timed with XLA alone. If `kernels`, the work is first timed with an accelerator's
+    own kernels too.
     """
     on_cpu = target().platform == "cpu"
     model = random_model(arch, jnp.float32 if on_cpu else jnp.bfloat16)
@@ -129,7 +131,11 @@ def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, fl
 
 
 def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> RLBatch:
-    """Returns rollouts of random tokens, each with a copy of its prompt; rewards are 0 and 1."""
+    """Returns `rows` rollouts of random tokens, to time a reinforcement step.
+
+    Each rollout is `new` tokens after a copy of the same prompt of `prompt` tokens; the rewards are
+    0 and 1 in turn.
+    """
     random = np.random.default_rng(0)
     vocab = model.arch.vocab_size
     completions = pad_completions(
@@ -151,15 +157,18 @@ def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> 
 
 
 def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
-    """Returns a compiled calibration step that takes no arguments.
+    """Returns a function without arguments that runs a compiled calibration step on `rows`.
 
-    It has run once already, and each call continues from the state that the previous one left.
+    The step has run once already, and each call continues from the state that the last call left.
     """
     return _step(model, split, functools.partial(make_sft_step, config=config), rows)
 
 
 def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
-    """Returns a compiled reinforcement step without arguments; see `sft_step`."""
+    """Returns a function without arguments that runs a compiled reinforcement step on `batch`.
+
+    The step has run once already, and each call continues from the state that the last call left.
+    """
     make = functools.partial(make_rl_step, config=config)
     return _step(model, split, make, batch, Penalties(0.5, 0.0))
 

@@ -1,4 +1,4 @@
-"""Vocabulary ops that avoid [tokens, vocabulary] arrays in memory, and decoding attention."""
+"""Ops on the vocabulary without [tokens, vocabulary] arrays in memory, and decoding attention."""
 
 from jexit.kernels.decode_attention import decode_attention
 from jexit.kernels.dispatch import using

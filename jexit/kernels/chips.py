@@ -8,12 +8,15 @@ from jexit.kernels.dispatch import target
 
 
 class Chip(NamedTuple):
-    """One device: its memory in GiB and its dense bfloat16 FLOP/s, or None if that is not known.
+    """Public figures of one accelerator: its memory, its peak speed, and what TPU tiles depend on.
 
-    For TPUs, `vmem_mib` is the VMEM of a core in MiB. `rows` is the number of hidden states
-    (tokens × sets) that a tile of the head should meet. It is the least number for which the
-    products take as long as reading the head: peak FLOP/s divided by bandwidth in bytes/s, rounded
-    up to a power of two.
+    Attributes:
+      memory_gib: the device memory in GiB.
+      peak_flops: the dense bfloat16 FLOP/s, or None if this figure is not known.
+      vmem_mib: the VMEM of one TPU core in MiB; not used for GPUs.
+      rows: the least number of hidden states per tile of the output head for which the matrix
+        products take as long as reading the head. This number is the peak FLOP/s divided by the
+        memory bandwidth in bytes/s, rounded up to a power of two; not used for GPUs.
     """
 
     memory_gib: float
@@ -52,6 +55,10 @@ UNKNOWN = Chip(16)  # an unknown chip is treated as the smallest
 
 
 def chip(device_kind: str | None = None) -> Chip:
-    """Returns the chip with this device name, by default the one that programs are compiled for."""
+    """Returns the first entry of `CHIPS` whose key is a part of JAX's device name `device_kind`.
+
+    If `device_kind` is None, the name is that of the chip for which programs are compiled. If no
+    key matches, returns `UNKNOWN`, a chip with 16 GiB.
+    """
     kind = (target().device_kind if device_kind is None else device_kind).lower()
     return next((found for part, found in CHIPS.items() if part in kind), UNKNOWN)

@@ -2,9 +2,10 @@
 
 Each op owns one `Operation`. An implementation registers under a name and, if it is written for
 some platforms only, with those platforms. A call without a name tries the implementations for the
-current platform: first those for the fewest platforms, then those that run anywhere. If one raises
-`NotImplementedError`, for a shape or a chip that it does not support, the next one is tried. A call
-with a name runs that implementation or raises its error.
+current platform: first those for the fewest platforms, then those that run anywhere. If an
+implementation raises `NotImplementedError` for a shape or a chip that it does not support, the call
+tries the next implementation. A call with a name runs the named implementation or raises that
+implementation's error.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ ONLY_BY_NAME = ()
 
 
 class Target(NamedTuple):
-    """The compilation target: a platform and JAX's name of the chip, such as `TPU v5 lite`."""
+    """The compilation target: a platform, and the chip's name in JAX, such as `TPU v5 lite`."""
 
     platform: str
     device_kind: str
@@ -31,7 +32,7 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 def target() -> Target:
-    """Returns the chip that `compiling_for` has set, or else this process's first device."""
+    """Returns the target that `compiling_for` has set, or else this process's first device."""
     chosen = _TARGET.get()
     if chosen is not None:
         return chosen
@@ -42,9 +43,9 @@ def target() -> Target:
 def compiling_for(platform: str, device_kind: str) -> Iterator[None]:
     """Chooses implementations and tile sizes for a chip that this process need not have.
 
-    Use it to compile ahead of time: whatever is traced inside is for that chip. JAX caches traces
-    by function and shapes, not by chip, so a function that was traced outside needs
-    `jax.clear_caches()` first.
+    `device_kind` is the chip's name in JAX, such as `TPU v5 lite`. Functions traced inside this
+    context can be compiled ahead of time for the chip. JAX caches traces by function and shapes,
+    not by chip: if a function was traced outside before, call `jax.clear_caches()` first.
     """
     token = _TARGET.set(Target(platform, device_kind))
     try:
@@ -59,10 +60,10 @@ _PREFERRED: contextvars.ContextVar[str] = contextvars.ContextVar("preferred", de
 
 @contextlib.contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Makes calls without a name run this implementation, such as `xla` where a kernel fails.
+    """Makes op calls that name no implementation run `implementation` while the context is active.
 
-    `auto` leaves the choice to the platform. As with `compiling_for`, a function that was traced
-    before needs `jax.clear_caches()`.
+    An example is `xla` on a chip where a kernel fails. The default, `auto`, chooses by the
+    platform. JAX caches traces: if a function was traced before, call `jax.clear_caches()` first.
     """
     token = _PREFERRED.set(implementation)
     try:
@@ -72,14 +73,14 @@ def using(implementation: str) -> Iterator[None]:
 
 
 class Implementation(NamedTuple):
-    """One way to compute an op, and the platforms on which calls without a name may choose it."""
+    """One way to compute an op, and the platforms on which it may be chosen without being named."""
 
     function: Callable[..., Any]
     platforms: tuple[str, ...]
 
 
 class Operation:
-    """An op with several implementations that take the same arguments."""
+    """An op with several named implementations, all of which take the same arguments."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,7 +88,7 @@ class Operation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that `implementation=` accepts, in order of registration."""
+        """The values that a call accepts as `implementation`, in order of registration."""
         return tuple(self._implementations)
 
     def register(
@@ -96,17 +97,20 @@ class Operation:
         """Adds an implementation.
 
         Args:
-          name: its name for `implementation=`.
+          name: the value of `implementation` that selects this function in a call.
           function: takes the op's arguments, and raises `NotImplementedError` for arguments that it
             does not support.
-          platforms: the platforms on which a call without a name may choose it. An implementation
-            for fewer platforms is more specialised and is tried first.
+          platforms: the platforms on which a call that names no implementation may choose this
+            function. The fewer the platforms, the earlier the function is tried.
         """
         assert name not in self._implementations, f"{self.name} already has {name}"
         self._implementations[name] = Implementation(function, platforms)
 
     def candidates(self, platform: str) -> tuple[str, ...]:
-        """Returns the names that a call without a name tries, the most specialised first."""
+        """Returns the names to try on `platform`, in order, if a call names no implementation.
+
+        Implementations for the fewest platforms come first.
+        """
         fitting = [
             (len(implementation.platforms), name)
             for name, implementation in self._implementations.items()
@@ -115,11 +119,12 @@ class Operation:
         return tuple(name for _, name in sorted(fitting, key=lambda pair: pair[0]))
 
     def __call__(self, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        """Runs the op.
+        """Runs the named implementation or, without a name, the first that supports the call.
 
         Raises:
           UserError: if no implementation with this name is registered.
-          NotImplementedError: if the named implementation does not support the call, or none does.
+          NotImplementedError: if the named implementation does not support the call or, without a
+            name, if no implementation supports the call.
         """
         implementation = implementation or _PREFERRED.get()
         if implementation != AUTO:

@@ -1,13 +1,13 @@
 """Code that the GPU kernels share: the loop over tiles, tile sizes for Hopper, products and masks.
 
 The kernels are written in Triton. A tile of logits has the shape [tokens, vocabulary], so that
-reductions over the vocabulary stay within a few threads. A piece of the head is read once and
-multiplied with all sets of hidden states of a tile of tokens.
+reductions over the vocabulary stay within a few threads. A piece of the output head is read once
+and multiplied with all sets of hidden states, such as student and teacher, of a tile of tokens.
 
 To compute statistics, each program loops over the vocabulary. If the tokens are too few to fill the
 chip, the vocabulary is split over several programs and the splits are merged afterwards. To compute
 gradients, the vocabulary is cut into chunks. A kernel recomputes a chunk's logits and writes the
-gradient with respect to these, and XLA multiplies this gradient with the head and the hidden
+gradient with respect to these logits, and XLA multiplies this gradient with the head and the hidden
 states. No sum is atomic, so repeated runs give identical results.
 """
 
@@ -30,7 +30,7 @@ VOCAB_CHUNK = 2048  # columns of logits whose gradient is held at a time
 
 
 class Tile(NamedTuple):
-    """The sizes of a tile of logits, all powers of two. None leaves the choice to the chip."""
+    """The sizes of a tile of logits, all powers of two; a size of None is chosen for the chip."""
 
     tokens: int | None = None
     vocab: int | None = None
@@ -62,7 +62,10 @@ MAX_SETS = 8
 
 
 class Set(NamedTuple):
-    """The hidden states and the head that make one set of logits, by their places in `Operands`."""
+    """One set of logits in a tile: the hidden states and the output head whose product it is.
+
+    `hidden` and `head` are positions in `Operands.hidden` and `Operands.heads`.
+    """
 
     hidden: int
     head: int = 0
@@ -73,10 +76,10 @@ class Operands(NamedTuple):
     """The arrays that an op reads.
 
     Attributes:
-      hidden: hidden states, [N, D] or [E, N, D].
-      heads: output heads [V, D], which all have the same vocabulary.
-      sets: the sets of logits in a tile.
-      rows: a pytree of arrays [N].
+      hidden: arrays of hidden states, each [N, D] or [E, N, D].
+      heads: output heads, each [V, D], with the same vocabulary.
+      sets: the sets of logits that are computed for every tile of tokens and vocabulary.
+      rows: a pytree of arrays [N] with one number per token, such as targets.
     """
 
     hidden: tuple[jax.Array, ...]
@@ -86,12 +89,13 @@ class Operands(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A tile inside a kernel.
+    """The part of an op's operands that a kernel has loaded for a tile of T tokens × C vocabulary.
 
     Attributes:
-      logits: [T, C] float32 for each set; columns beyond the vocabulary are masked.
-      rows: the rows of `Operands`, as arrays [T, 1].
-      index: the index of the vocabulary entry at each place [T, C].
+      logits: one float32 array [T, C] for each set of logits; columns beyond the vocabulary are
+        −1e30.
+      rows: the pytree `Operands.rows`, with the tile's part of each array as [T, 1].
+      index: the vocabulary index of each entry, int32 [T, C].
     """
 
     logits: tuple[jax.Array, ...]
@@ -106,10 +110,12 @@ def statistics(
     operands: Operands,
     tile: Tile,
 ) -> Any:
-    """Computes `of_tile` on every tile and merges the results over the vocabulary.
+    """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
-    `of_tile` returns a pytree of arrays [T, 1], and the merged arrays are [N]. `neutral` is a
-    pytree of numbers that leave any other part unchanged when they are merged with it.
+    `of_tile` returns a pytree of arrays [T, 1] for the T tokens of a tile; the returned arrays are
+    [N]. `merge` combines two such pytrees, with the part that comes first in the vocabulary on the
+    left. `neutral` is a pytree of numbers that change nothing when they are merged with other
+    statistics.
     """
     layout = _Layout.of(operands, tile)
     tokens, vocab_tiles = layout.tile.tokens, layout.grid[1]
@@ -146,10 +152,11 @@ def gradients(
     tile: Tile,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients with respect to the first hidden states and the first head.
+    """Returns the gradients with respect to the first hidden states and the first output head.
 
-    The first is in float32, the second in `head_dtype` or None if that is None. `dlogits` returns
-    the gradient with respect to a tile's logits [T, C], with zeros for tokens that are masked out.
+    `dlogits` returns the gradient with respect to a tile's logits [T, C], with zeros for tokens
+    that the loss masks out. The gradient of the hidden states is float32 [N, D]. The gradient of
+    the head has the dtype `head_dtype` and is None if `head_dtype` is None.
     """
     tokens, vocab = operands.hidden[0].shape[0], operands.heads[0].shape[0]
 
@@ -167,9 +174,10 @@ def gradients(
 def _dlogits(
     dlogits: Callable[[Blocks], jax.Array], operands: Operands, start: jax.Array | int, tile: Tile
 ) -> jax.Array:
-    """Returns the gradient with respect to the logits of a chunk of the vocabulary.
+    """Returns the gradient [N, chunk] with respect to the logits of one chunk of the vocabulary.
 
-    Its dtype is that of its products with the hidden states and the head.
+    `start` is the chunk's first vocabulary index. The dtype is the wider one of those of hidden
+    states and head, with which XLA then multiplies the gradient.
     """
     layout = _Layout.of(operands, tile)
 
@@ -187,7 +195,7 @@ def _dlogits(
 
 
 class _Layout(NamedTuple):
-    """The division of an op's operands into tiles."""
+    """The division of an op's operands into tiles, and their order in a kernel call."""
 
     tile: Tile
     tokens: int
@@ -206,7 +214,7 @@ class _Layout(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The number of tiles along the tokens and along the vocabulary."""
+        """The numbers of tiles along the tokens and along the vocabulary."""
         return pl.cdiv(self.tokens, self.tile.tokens), pl.cdiv(self.vocab, self.tile.vocab)
 
     @property
@@ -220,9 +228,10 @@ class _Layout(NamedTuple):
         vocab_tile: jax.Array,
         start: jax.Array | int = 0,
     ) -> Blocks:
-        """Returns, inside a kernel, the blocks at `token` and `vocab_tile`.
+        """Returns, inside a kernel, the operands' part for one tile.
 
-        `start` is the index of the vocabulary's first entry.
+        `token` is the tile's first token, `vocab_tile` the tile's number along the vocabulary, and
+        `start` the vocabulary index of the first row of the heads.
         """
         rows = [
             _load(ref, (token,), (self.tile.tokens,))[:, None]
@@ -239,7 +248,7 @@ class _Layout(NamedTuple):
     def _logits(
         self, refs: tuple[Any, ...], token: jax.Array, column: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """Computes the logits of all sets, one head after another."""
+        """Computes the logits of every set for the tile that starts at `token` and `column`."""
         tokens, vocab, width = self.tile[:3]
         logits: dict[int, jax.Array] = {}
         for head, head_ref in enumerate(refs[len(self.sets) :][: self.heads]):
@@ -268,8 +277,9 @@ class _Layout(NamedTuple):
     ) -> Any:
         """Runs the kernel over a grid of programs, each of which can read every array in full.
 
-        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on any other
-        platform that is not a Hopper GPU.
+        `more` are arrays that the kernel gets after the operands. On a CPU the kernel is
+        interpreted, for tests. Raises NotImplementedError on any other platform that is not a
+        Hopper GPU.
         """
         hidden = [operands.hidden[set_.hidden] for set_ in self.sets]
         arrays = (*operands.heads, *jax.tree.leaves(operands.rows), *more)
@@ -304,9 +314,9 @@ def _interpreted() -> bool:
 
 
 def choose_tile(operands: Operands) -> Tile:
-    """Returns the tile from the table, no larger than the arrays.
+    """Returns the tile from `TILES` for these operands, with its sizes reduced for smaller arrays.
 
-    Raises NotImplementedError if there are more sets than the registers can hold.
+    Raises NotImplementedError if there are more sets of logits than the registers have room for.
     """
     sets = len(operands.sets)
     if sets > MAX_SETS:
@@ -325,7 +335,10 @@ def choose_tile(operands: Operands) -> Tile:
 
 
 def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """Loads a tile, with zeros beyond the array; `starts` are multiples of `sizes`."""
+    """Loads the tile at `starts`, with zeros beyond the array.
+
+    `starts` are multiples of `sizes`.
+    """
     mask = _mask(ref.shape, starts, sizes)
     index = (*map(pl.ds, starts, sizes),)
     return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
@@ -334,7 +347,10 @@ def _load(ref: Any, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> ja
 def _store(
     ref: Any, array: jax.Array, starts: tuple[jax.Array, ...], at: tuple[jax.Array, ...] = ()
 ) -> None:
-    """Stores the part of the tile that lies inside the array."""
+    """Stores `array` at `starts`, without the entries that lie beyond the end of `ref`.
+
+    `at` indexes the leading axes of `ref` that `array` lacks.
+    """
     index = (*at, *map(pl.ds, starts, array.shape))
     plgpu.store(ref.at[index], array, mask=_mask(ref.shape[len(at) :], starts, array.shape))
 
@@ -342,7 +358,7 @@ def _store(
 def _mask(
     shape: tuple[int, ...], starts: tuple[jax.Array, ...], sizes: tuple[int, ...]
 ) -> jax.Array | None:
-    """Returns a mask of the entries of a tile that lie inside the array, or None for all."""
+    """Returns a mask of a tile's entries inside the array, or None if tiles divide the array."""
     mask = None
     for axis, (end, start, size) in enumerate(zip(shape, starts, sizes, strict=True)):
         if end % size:
@@ -352,7 +368,11 @@ def _mask(
 
 
 def _splits(token_tiles: int, vocab_tiles: int) -> int:
-    """Returns the number of vocabulary parts for which the last wave of programs ends soonest."""
+    """Returns the number of parts of the vocabulary for which the estimated time is least.
+
+    The estimate is the number of waves, in which every multiprocessor runs one program, times the
+    vocabulary tiles of a program.
+    """
 
     def time(splits: int) -> int:
         waves = pl.cdiv(token_tiles * splits, MULTIPROCESSORS)
@@ -362,7 +382,10 @@ def _splits(token_tiles: int, vocab_tiles: int) -> int:
 
 
 def _merge_all(parts: Any, merge: Callable[[Any, Any], Any], count: int) -> Any:
-    """Merges along the first axis in order, neighbours in pairs, so that few steps are needed."""
+    """Merges the `count` parts along the first axis, in order.
+
+    Neighbours are merged in pairs, so the number of steps grows with the logarithm of `count`.
+    """
     while count > 1:
         left, right, rest = (
             jax.tree.map(lambda array, part=part: array[part], parts)
@@ -379,5 +402,5 @@ def _dtype(number: float) -> jnp.dtype:
 
 
 def _power(size: int) -> int:
-    """Returns the least power of two that is at least `size` and at least `SMALLEST`."""
+    """Returns the least power of two that is at least `size` and at least `SMALLEST` (16)."""
     return max(SMALLEST, 1 << (size - 1).bit_length())

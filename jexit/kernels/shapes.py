@@ -17,7 +17,8 @@ def check_hidden(
 ) -> None:
     """Raises UserError unless `h_ND` and `head_VD` are floating-point matrices of the same width.
 
-    The head must also have at least one row.
+    The head must also have at least one row. The message names the op `op` and the arrays `name`
+    and `head_name`.
     """
     for label, array in ((name, h_ND), (head_name, head_VD)):
         if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -37,12 +38,12 @@ def check_hidden(
 
 
 def check_floats(op: str, name: str, array: jax.Array) -> None:
-    """Raises UserError unless the array has a floating-point dtype."""
+    """Raises UserError, naming the op and the array, unless `array` has a floating-point dtype."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         _fail(op, f"{name} is {array.dtype} but must be floating-point; cast it")
 
 
 def check_same(op: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises UserError unless the two shapes are equal."""
+    """Raises UserError, naming the op and the array, unless `shape` equals `expected`."""
     if tuple(shape) != tuple(expected):
         _fail(op, f"{name} has shape {list(shape)} but {list(expected)} is required; match them")

@@ -1,9 +1,10 @@
-"""Division of the vocabulary ops over a mesh: tokens over the data axes, vocabulary over `tensor`.
+"""Sharding of the vocabulary ops over a mesh: tokens over the data axes, vocabulary over `tensor`.
 
-Each device computes the statistics of its tokens over its part of the vocabulary. These are a few
-numbers per token, which are gathered over the tensor axis and merged. In the backward pass each
-device recomputes its own tiles. The gradient with respect to the hidden states is summed over the
-tensor axis, and the gradient with respect to the head over the data axes.
+Each device computes the statistics of its tokens over its part of the vocabulary. The statistics
+are a few numbers per token, which are gathered over the tensor axis and merged. In the backward
+pass each device recomputes the logits of its tokens and vocabulary. The gradient with respect to
+the hidden states is summed over the tensor axis, and the gradient with respect to the head over the
+data axes.
 """
 
 import functools
@@ -24,7 +25,11 @@ Partial = TypeVar("Partial")
 
 
 class Shards(NamedTuple):
-    """The division of an op over the current mesh; without axes, the op is not divided."""
+    """The sharding of a vocabulary op over a mesh; without a mesh, the op runs on one device.
+
+    `token_axes` are the mesh axes that shard the tokens. `vocab_axis` is the axis that shards the
+    vocabulary, or None.
+    """
 
     mesh: AbstractMesh | None = None
     token_axes: tuple[str, ...] = ()
@@ -32,11 +37,12 @@ class Shards(NamedTuple):
 
     @classmethod
     def current(cls, vocab: int) -> "Shards":
-        """Returns the division over the mesh that `jax.set_mesh` has set, without its manual axes.
+        """Returns the sharding over the mesh that `jax.set_mesh` has set, without its manual axes.
 
-        A vocabulary whose size is not divisible stays whole on every device. Axes with other names
-        divide nothing, so the devices along them repeat the computation. Raises UserError for
-        `Explicit` axes.
+        Tokens are sharded over `data` and `fsdp`, and the `vocab` entries of the vocabulary over
+        `tensor`. If the size of `tensor` does not divide `vocab`, every device has the whole
+        vocabulary. Along axes with other names, the devices repeat the computation. Raises
+        UserError for `Explicit` axes.
         """
         mesh = jax.sharding.get_abstract_mesh()
         divides = {
@@ -67,16 +73,16 @@ class Shards(NamedTuple):
 
     @property
     def tokens(self) -> P:
-        """The partition spec of arrays whose first axis is the tokens."""
+        """The partition spec that shards an array's first axis, the tokens, over `token_axes`."""
         return P(self.token_axes or None)
 
     @property
     def vocab(self) -> P:
-        """The partition spec of the head and of its gradient."""
+        """The partition spec that shards the rows of the head or its gradient over `vocab_axis`."""
         return P(self.vocab_axis)
 
     def pad_tokens(self, array: jax.Array) -> jax.Array:
-        """Pads the array with zero rows until all devices' shares are equal."""
+        """Pads the first axis with zeros to a multiple of the number of token shards."""
         if not self.divides:
             return array
         parts = 1
@@ -86,7 +92,10 @@ class Shards(NamedTuple):
         return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
     def run(self, function: Callable[..., Any], arguments: tuple, specs: tuple, out: Any) -> Any:
-        """Calls `function(*arguments)`, on each device's shards if the mesh divides the op."""
+        """Calls `function(*arguments)`, under `shard_map` if a mesh shards the op.
+
+        `specs` and `out` are the partition specs of the arguments and of the outputs.
+        """
         if not self.divides:
             return function(*arguments)
         mapped = jax.shard_map(
@@ -95,11 +104,14 @@ class Shards(NamedTuple):
         return mapped(*arguments)
 
     def vocab_start(self, rows: int) -> jax.Array | int:
-        """Returns the vocabulary index at which this device's `rows` rows of the head start."""
+        """Returns the vocabulary index of the first of this device's `rows` rows of the head."""
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
-        """Merges the statistics of all devices, in the order of the vocabulary."""
+        """Gathers every device's statistics `part` over the vocabulary axis and merges them.
+
+        The statistics are merged in the order of the vocabulary.
+        """
         if self.vocab_axis is None:
             return part
         parts = jax.lax.all_gather(part, self.vocab_axis)

@@ -1,7 +1,7 @@
 """Loops over chunks of tokens and tiles of the vocabulary, in plain XLA.
 
-The vocabulary is cut into equal tiles and one smaller last tile, so that the head is neither padded
-nor masked.
+The vocabulary is cut into equal tiles and, if there is a remainder, one smaller last tile, so that
+the head is neither padded nor masked.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Chunks(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The number of float32 logits in a tile, and the most vocabulary entries that it spans."""
+    """A platform's limits for a tile: the number of float32 logits, and the vocabulary entries."""
 
     size: int
     vocab: int
@@ -42,9 +42,9 @@ def _tile() -> Tile:
 
 
 def choose_chunks(tokens: int, vocab: int, sets: int) -> Chunks:
-    """Returns the tile size for `sets` hidden states per token.
+    """Returns the tile size for an op that computes `sets` logits per token and vocabulary entry.
 
-    Every chunk of tokens reads the whole head, so chunks are large and few.
+    Every chunk of tokens reads the whole head, so as many tokens as fit share a chunk.
     """
     chunk_vocab = min(vocab, _tile().vocab)
     return _with_tokens(chunk_vocab, tokens, sets)
@@ -56,24 +56,25 @@ def _with_tokens(chunk_vocab: int, tokens: int, sets: int) -> Chunks:
 
 
 def override(chunks: Chunks, tokens: int | None, vocab: int | None) -> Chunks:
-    """Returns `chunks` with the sizes that a caller has fixed."""
+    """Returns `chunks` with the sizes `tokens` and `vocab` where the caller has set these."""
     return Chunks(chunks.tokens if tokens is None else tokens, vocab or chunks.vocab)
 
 
 def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     """Returns the rows `start … start + size − 1` of the head.
 
-    XLA:CPU converts bfloat16 to float32 to slice it. The barrier makes the head depend on `start`;
-    otherwise XLA would convert the whole head before the loop and keep the result in memory.
+    XLA:CPU converts bfloat16 to float32 before it slices. The barrier makes the head depend on
+    `start`; otherwise XLA would convert the whole head before the loop and keep the result in
+    memory.
     """
     head_VD, start = lax.optimization_barrier((head_VD, jnp.asarray(start)))
     return lax.dynamic_slice_in_dim(head_VD, start, size)
 
 
 def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
-    """Returns rows of the head by index, clipped to valid indices.
+    """Returns the rows `rows_N` of the head, with indices clipped to valid ones.
 
-    The barrier has the same purpose as in `slice_head`.
+    The optimisation barrier has the purpose that `slice_head` explains.
     """
     head_VD, rows_N = lax.optimization_barrier((head_VD, rows_N))
     return jnp.take(head_VD, rows_N, axis=0, mode="clip")
@@ -101,9 +102,9 @@ def logits(h: jax.Array, head_CD: jax.Array) -> jax.Array:
 
 
 def over_tokens(function: Callable[..., Any], arguments: tuple[Any, ...], chunk: int) -> Any:
-    """Applies `function` to chunks of `arguments`, which are pytrees with tokens as the first axis.
+    """Applies `function` to chunks of at most `chunk` tokens, and joins the results.
 
-    Returns the function's results, joined along the first axis.
+    `arguments` and the results are pytrees of arrays whose first axis is the tokens.
     """
     tokens = _tokens(arguments)
     if tokens <= chunk:
@@ -119,7 +120,10 @@ def _tokens(arguments: tuple[Any, ...]) -> int:
 
 
 def _split(tree: Any, tokens: int, chunk: int) -> Any:
-    """Splits arrays [N, …] into [steps, rows, …], with as few padded rows as `steps` allows."""
+    """Splits and pads arrays [N, …] into [steps, rows, …] with `rows` at most `chunk`.
+
+    The number of steps is the least possible, and the padding the least for this number of steps.
+    """
     steps = -(-tokens // chunk)
     rows = -(-tokens // steps)
 
@@ -132,7 +136,10 @@ def _split(tree: Any, tokens: int, chunk: int) -> Any:
 
 
 def _pick(tree: Any, step: jax.Array) -> Any:
-    """Returns one chunk of the arrays that `_split` returned; see `slice_head` for the barrier."""
+    """Returns chunk number `step` of the arrays that `_split` returned.
+
+    The optimisation barrier has the purpose that `slice_head` explains.
+    """
     tree, step = lax.optimization_barrier((tree, step))
     return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, step, keepdims=False), tree)
 
@@ -147,7 +154,10 @@ def over_vocab(
     vocab: int,
     chunk: int,
 ) -> Partial:
-    """Computes `tile(start, size)` over the vocabulary and merges the results in order."""
+    """Computes `tile(start, size)` for every vocabulary tile and merges the results in order.
+
+    `vocab` is the size of the vocabulary, and `chunk` the size of every tile but the last.
+    """
     chunk = min(chunk, vocab)
     full, rest = divmod(vocab, chunk)
     total = tile(0, chunk)
@@ -161,7 +171,7 @@ def over_vocab(
 
 
 def add(left: Partial, right: Partial) -> Partial:
-    """Adds two pytrees."""
+    """Adds two pytrees of the same structure, leaf by leaf."""
     return jax.tree.map(jnp.add, left, right)
 
 
@@ -175,13 +185,14 @@ def gradients(
     """Returns the gradients with respect to the hidden states and the head.
 
     Args:
-      dlogits: takes `(start, size, *arguments of a chunk of tokens)` and returns the gradient of
-        the loss with respect to a tile's logits, dz_NC, and the tile of the head.
-      arguments: pytrees with tokens as the first axis; the first one is the hidden states.
-      head_VD: the head.
-      chunks: the size of a tile.
-      head_dtype: the dtype of the head's gradient, or None to leave it out. Each tile of this
-        gradient is summed over all tokens in float32 before it is written.
+      dlogits: takes `(start, size, *arguments of a chunk of tokens)` and returns two arrays: the
+        gradient of the loss with respect to a tile's logits, dz_NC, and the rows of the head in the
+        tile.
+      arguments: pytrees with tokens as the first axis; the first pytree is the hidden states.
+      head_VD: the output head.
+      chunks: the numbers of tokens and vocabulary entries in a tile.
+      head_dtype: the dtype of the head's gradient, or None to leave out this gradient. Each tile of
+        the head's gradient is summed over all tokens in float32 before it is written.
 
     Returns:
       dh_ND in float32, and dhead_VD in `head_dtype` or None.

@@ -1,7 +1,8 @@
 """Code that the TPU kernels share: the loop over tiles, tile sizes by chip, products and masks.
 
 A tile of logits has the shape [vocabulary, tokens]. The vocabulary lies along the sublanes, so that
-reductions over it are plain vector operations and a statistic of the tokens is a row of lanes.
+reductions over the vocabulary are plain vector operations, and a statistic with one number per
+token is a row of lanes.
 
 The kernels for the statistics and for the gradient with respect to the hidden states loop over the
 vocabulary inside each tile of tokens, so that a tile of tokens reads the head once. The kernel for
@@ -32,7 +33,7 @@ TOKEN_TILES = (1024, 512, 256, 128)
 
 
 class Tile(NamedTuple):
-    """The tokens and vocabulary entries of a tile of logits; None leaves the choice to the chip."""
+    """The tokens and vocabulary entries in a tile of logits; a size of None depends on the chip."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary
@@ -42,12 +43,12 @@ BY_CHIP = Tile()
 
 
 class Operands(NamedTuple):
-    """The arrays that an op reads; inside a kernel, blocks of these arrays.
+    """The arrays that an op reads; inside a kernel, the blocks of these arrays for one tile.
 
     Attributes:
-      hidden: sets of hidden states, [N, D] or [E, N, D]; references inside a kernel.
-      heads: output heads [V, D], which all have the same vocabulary; references inside a kernel.
-      rows: a pytree of arrays [N]; rows of lanes [1, T] inside a kernel.
+      hidden: arrays of hidden states, each [N, D] or [E, N, D]; references inside a kernel.
+      heads: output heads, each [V, D], with the same vocabulary; references inside a kernel.
+      rows: a pytree of arrays [N] with one number per token; inside a kernel, rows of lanes [1, T].
       start: the index of the first vocabulary entry of the block.
       vocab: the size of the whole vocabulary.
     """
@@ -59,15 +60,16 @@ class Operands(NamedTuple):
     vocab: int = 0
 
     def logits(self, h_TD: jax.Array, head: int = 0) -> jax.Array:
-        """Returns logits [C, T] with the rows beyond the vocabulary masked.
+        """Returns the logits [C, T] of a tile: head number `head` times the hidden states `h_TD`.
 
-        The head may contain anything in those rows.
+        Logits beyond the vocabulary are −1e30, whatever the block of the head contains in these
+        rows.
         """
         z_CT = product(self.heads[head][...], h_TD, (1, 1))
         return jnp.where(self.index(z_CT.shape) < self.vocab, z_CT, MASKED)
 
     def index(self, shape: tuple[int, ...]) -> jax.Array:
-        """Returns the index of the vocabulary entry at each place of a tile [C, …]."""
+        """Returns the vocabulary index of each entry of a tile with the shape [C, …], int32."""
         return self.start + lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
@@ -77,9 +79,11 @@ def statistics(
     operands: Operands,
     tile: Tile,
 ) -> Any:
-    """Computes `of_tile` on every tile and merges the results over the vocabulary.
+    """Computes `of_tile` on every tile of logits and merges the results over the vocabulary.
 
-    `of_tile` returns a pytree of arrays [k, T], and the merged arrays are [k, N].
+    `of_tile` returns a pytree of arrays [k, T] for the T tokens of a tile; the returned arrays are
+    [k, N]. `merge` combines two such pytrees, with the part that comes first in the vocabulary on
+    the left.
     """
     layout = _Layout.of(operands, tile)
     shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: of_tile(layout.example(operands))))
@@ -122,18 +126,22 @@ def gradients(
     tile: Tile,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the gradients with respect to the first hidden states and the first head.
+    """Returns the gradients with respect to the first hidden states and the first output head.
 
-    The first is in float32, the second in `head_dtype` or None if that is None. `dlogits` returns
-    the gradient with respect to a tile's logits [C, T], with zeros for tokens that are masked out.
-    Entries beyond the vocabulary are masked here.
+    `dlogits` returns the gradient with respect to a tile's logits [C, T], with zeros for tokens
+    that the loss masks out; entries beyond the vocabulary are set to zero here. The gradient of the
+    hidden states is float32 [N, D]. The gradient of the head has the dtype `head_dtype` and is None
+    if `head_dtype` is None.
     """
     dh_ND = _to_hidden(dlogits, operands, tile)
     return dh_ND, None if head_dtype is None else _to_head(dlogits, operands, tile, head_dtype)
 
 
 def check_covers(operands: Operands) -> None:
-    """Raises NotImplementedError for operands that a kernel or its gradient does not support."""
+    """Raises NotImplementedError for operands that a kernel or its gradient kernels do not support.
+
+    On a TPU, widths must be multiples of 128. Everywhere, the smallest tiles must fit in VMEM.
+    """
     for array in (*operands.hidden, *operands.heads):
         if dispatch.target().platform == "tpu" and array.shape[-1] % LANES:
             width = array.shape[-1]
@@ -221,7 +229,7 @@ def _to_head(
 
 
 class _Layout(NamedTuple):
-    """The division of an op's operands into blocks."""
+    """The division of an op's operands into blocks, and their order in a kernel call."""
 
     tile: Tile
     tokens: int
@@ -242,11 +250,11 @@ class _Layout(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """The number of tokens, rounded up to whole tiles."""
+        """The number of tokens, rounded up to a multiple of the tile's tokens."""
         return _round_up(self.tokens, self.tile.tokens)
 
     def example(self, operands: Operands) -> Operands:
-        """Returns blocks of zeros, from which the shapes of a kernel's outputs are derived."""
+        """Returns zeros in the shapes of a tile's blocks, to derive a kernel's output shapes."""
         return operands._replace(
             hidden=tuple(
                 jnp.zeros((*h.shape[:-2], self.tile.tokens, h.shape[-1]), h.dtype)
@@ -262,7 +270,10 @@ class _Layout(NamedTuple):
         )
 
     def blocks(self, refs: tuple[Any, ...], vocab_tile: jax.Array) -> tuple[Operands, tuple]:
-        """Returns, inside a kernel, the operands' blocks and the references that follow them."""
+        """Returns, inside a kernel, the operands' blocks and the references that follow in `refs`.
+
+        `vocab_tile` is the number of the tile along the vocabulary.
+        """
         heads, rows = self.hidden, self.hidden + self.heads
         end = rows + self.rows.num_leaves
         blocks = Operands(
@@ -285,11 +296,12 @@ class _Layout(NamedTuple):
         out_shape: Any,
         scratch_shapes: Any = (),
     ) -> Any:
-        """Runs the kernel over a parallel and an accumulating grid axis.
+        """Runs the kernel over a grid with a parallel axis and an accumulating axis.
 
-        `products` is the number of its matrix products besides those for the logits. On a CPU the
-        kernel is interpreted, for tests. Raises NotImplementedError on any other platform that is
-        not a TPU.
+        If `vocab_first`, the parallel axis is the vocabulary; otherwise it is the tokens.
+        `products` is the number of the kernel's matrix products besides those that compute logits.
+        On a CPU the kernel is interpreted, for tests. Raises NotImplementedError on any other
+        platform that is not a TPU.
         """
         platform = dispatch.target().platform
         if platform not in ("tpu", "cpu"):
@@ -332,10 +344,11 @@ class _Layout(NamedTuple):
         )
 
     def _cost(self, operands: Operands, products: int, vocab_first: bool) -> pl.CostEstimate:
-        """Returns an estimate for XLA's scheduler.
+        """Returns an estimate of a kernel's FLOPs, exponentials and bytes for XLA's scheduler.
 
         If `vocab_first`, the hidden states are read once per vocabulary tile; otherwise the head is
-        read once per tile of tokens.
+        read once per tile of tokens. `products` is the number of matrix products besides those that
+        compute logits.
         """
         hidden = sum(h.size * h.dtype.itemsize for h in operands.hidden)
         heads = sum(head.size * head.dtype.itemsize for head in operands.heads)
@@ -354,16 +367,17 @@ class _Layout(NamedTuple):
 
 
 def vmem_limit_bytes() -> int:
-    """Returns the number of bytes of the chip's VMEM that a kernel may use."""
+    """Returns the bytes of VMEM that a kernel may use: three quarters of a core's VMEM."""
     return int(VMEM_SHARE * chip().vmem_mib * 2**20)
 
 
 def choose_tile(operands: Operands, *, token_sums: int = 0, vocab_sums: int = 0) -> Tile:
-    """Returns the largest tile that fits the chip's VMEM, with no more rows than the chip needs.
+    """Returns the largest tile that fits the chip's VMEM, with no more tokens than the chip needs.
 
-    `token_sums` and `vocab_sums` are the numbers of float32 sums [tokens, width] and [vocab, width]
-    that the kernel holds besides the tile. Raises NotImplementedError if even the smallest tile
-    does not fit.
+    The chip needs 2 × `Chip.rows` hidden states, so that the products take longer than reading the
+    head, and at least 128 tokens. `token_sums` and `vocab_sums` are the numbers of float32 arrays
+    [tokens, width] and [vocabulary, width] in which the kernel sums a gradient. Raises
+    NotImplementedError if even the smallest tile does not fit.
     """
     # Operands of two dtypes are converted to the wider one, and both are then held in it.
     size = jnp.result_type(*operands.hidden, *operands.heads).itemsize
@@ -395,7 +409,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _pad(array: jax.Array, tile: int, axis: int) -> jax.Array:
-    """Pads an axis with zeros up to a multiple of the tile."""
+    """Pads `axis` with zeros up to a multiple of `tile`."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, -array.shape[axis] % tile)
     return jnp.pad(array, widths) if any(widths[axis]) else array

@@ -1,4 +1,4 @@
-"""Attention of one query per row over the keys in that row's cache."""
+"""Attention for decoding: one query per row attends to the keys in this row's cache."""
 
 from jexit.kernels.decode_attention.api import decode_attention
 

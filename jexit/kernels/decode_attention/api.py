@@ -1,4 +1,4 @@
-"""The public op `decode_attention`, which chooses an implementation."""
+"""The public op `decode_attention`, which calls one of several implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -27,25 +27,30 @@ def decode_attention(
 ) -> jax.Array:
     """Computes softmax(q·k / sqrt(H)) · v for one query per row, over the filled slots of its row.
 
-    No implementation except the reference reads more of the cache than the longest of these rows
-    has filled, in whole blocks, however much is allocated. The soft-max is in float32.
+    The cache belongs to a pool, which is the set of rows that decode together; each row has S
+    slots, one per token. Of each row, all implementations except the reference read at most as many
+    slots as the longest of the queries' rows has filled, rounded up to whole blocks. The softmax is
+    computed in float32.
 
     Args:
-      q_BNH: rotated queries; query heads that share a key/value head are adjacent.
-      keys_KLPSH: rotated keys of every layer and of the P rows of a pool, in S slots.
+      q_BNH: queries after the rotary embedding; query heads that share a key/value head are
+        adjacent.
+      keys_KLPSH: keys after the rotary embedding, for every layer and for the P rows of the pool.
       values_KLPSH: values, in the same layout.
-      layer: the layer to attend to.
-      rows_B: each query's row in the pool; None if the queries are those of all rows, in order.
-      lengths_B: the number of slots that each of these rows has filled, at least 1.
-      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
-        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
+      layer: the index of the layer whose keys and values are used.
+      rows_B: the index in the pool of each query's row; None if there is one query for every row,
+        in order.
+      lengths_B: the number of filled slots of each query's row, at least 1.
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
+        (the last two are interpreted on a CPU, for tests).
 
     Returns:
-      Mixed values [B, N, H], in the queries' dtype.
+      The weighted means of the values, [B, N, H], in the queries' dtype.
 
     Raises:
       UserError: if shapes do not match or the implementation does not exist.
-      NotImplementedError: if the named implementation does not support these shapes.
+      NotImplementedError: if the named implementation does not support these shapes, this dtype or
+        this platform.
     """
     name = "decode_attention"
     shapes.check_floats(name, "q_BNH", q_BNH)

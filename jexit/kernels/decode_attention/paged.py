@@ -1,4 +1,4 @@
-"""A view of the cache as the pages that JAX's own paged attention kernels read."""
+"""A view of the key/value cache as the pages that JAX's own paged attention kernels read."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ LEAST_PAGE = 16  # slots of the smallest page
 
 
 class Pages(NamedTuple):
-    """The cache's slots in pages, and the pages of each query.
+    """The cache as pages of consecutive slots, and a table of the pages that each query reads.
 
-    All rows and layers of the cache follow one another along the page axis.
+    The pages of all layers and rows of the cache follow one another along the page axis.
     """
 
     keys: jax.Array  # [K, pages, slots of a page, H]
@@ -21,9 +21,10 @@ class Pages(NamedTuple):
 
 
 def page_size(slots: int) -> int:
-    """Returns the largest power of two up to `PAGE` that divides the cache's slots.
+    """Returns the slots of a page: the largest power of two up to `PAGE` that divides `slots`.
 
-    Raises NotImplementedError if it is smaller than a kernel's smallest product.
+    `slots` is the number of slots of a row of the cache. Raises NotImplementedError if the page
+    would be smaller than `LEAST_PAGE`, a kernel's smallest matrix product.
     """
     size = min(PAGE, slots & -slots)
     if size < LEAST_PAGE:
@@ -36,7 +37,10 @@ def page_size(slots: int) -> int:
 def pages_of(
     keys_KLPSH: jax.Array, values_KLPSH: jax.Array, layer: jax.Array, rows_B: jax.Array
 ) -> Pages:
-    """Returns the cache as pages; they are a view of the same memory, so nothing is copied."""
+    """Returns one layer of the cache as pages for the queries of the rows `rows_B`.
+
+    The pages are a view of the cache's memory, so nothing is copied.
+    """
     kv_heads, _, rows, slots, width = keys_KLPSH.shape
     size = page_size(slots)
     of_row = slots // size

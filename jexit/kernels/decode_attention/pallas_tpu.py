@@ -24,7 +24,10 @@ def decode_attention(
     rows_B: jax.Array | None,
     lengths_B: jax.Array,
 ) -> jax.Array:
-    """See `jexit.kernels.decode_attention.api.decode_attention`."""
+    """Computes `jexit.kernels.decode_attention.api.decode_attention` on TPUs.
+
+    JAX's paged attention kernel reads the same arguments, with the cache viewed as pages.
+    """
     platform = dispatch.target().platform
     if platform not in ("tpu", "cpu"):
         raise NotImplementedError(f"the kernel is for TPUs, not for a {platform.upper()}")

@@ -1,4 +1,4 @@
-"""The reference implementation of `decode_attention`, which follows its definition."""
+"""The reference implementation of `decode_attention`: the definition, without any tiling."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def decode_attention(
     rows_B: jax.Array | None,
     lengths_B: jax.Array,
 ) -> jax.Array:
-    """See `jexit.kernels.decode_attention.api.decode_attention`."""
+    """Computes `jexit.kernels.decode_attention.api.decode_attention` by its definition."""
     batch, heads, width = q_BNH.shape
     kv_heads, _, rows, slots, _ = keys_KLPSH.shape
     rows_B = jnp.arange(rows) if rows_B is None else rows_B

@@ -1,4 +1,4 @@
-"""The portable implementation: an online soft-max over blocks of slots, up to the longest row."""
+"""The portable implementation: an online softmax over blocks of slots, up to the longest row."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ BLOCK = 128  # slots
 
 
 class _Mix(NamedTuple):
-    """Soft-max statistics of the slots so far; the heads come first, as in the cache."""
+    """Softmax statistics over the slots read so far; key/value heads are the first axis."""
 
     mixed_KBGH: jax.Array  # Σ exp(score − top) · value
     top_KBG: jax.Array
@@ -26,7 +26,7 @@ def decode_attention(
     *,
     block: int = BLOCK,
 ) -> jax.Array:
-    """See `jexit.kernels.decode_attention.api.decode_attention`."""
+    """Computes `jexit.kernels.decode_attention.api.decode_attention`, `block` slots at a time."""
     batch, heads, width = q_BNH.shape
     kv_heads, _, _, slots, _ = keys_KLPSH.shape
     block = min(block, slots)
@@ -34,7 +34,7 @@ def decode_attention(
     q_KBGH = (q_KBGH.astype(jnp.float32) * width**-0.5).astype(keys_KLPSH.dtype)
 
     def slots_from(part_KLPSH: jax.Array, start: jax.Array) -> jax.Array:
-        """Returns slots [K, B, block, H], by a slice for all rows or a gather for some."""
+        """Returns slots `start` … `start` + block − 1 of the queries' rows, [K, B, block, H]."""
         if rows_B is None:
             sizes = (kv_heads, 1, batch, block, width)
             return jax.lax.dynamic_slice(part_KLPSH, (0, layer, 0, start, 0), sizes)[:, 0]
@@ -46,9 +46,9 @@ def decode_attention(
         return jax.vmap(of_row, out_axes=1)(rows_B)
 
     def scores(first: jax.Array, start: jax.Array) -> jax.Array:
-        """Returns the scores of the slots `first` … `start` + block − 1 that a row has filled.
+        """Returns the scores [K, B, G, block] of the slots `start` … `start` + block − 1.
 
-        The other scores are −∞.
+        Slots before `first`, and slots that a row has not filled, have the score −∞.
         """
         scores_KBGS = jnp.einsum(
             "KBGH,KBSH->KBGS",

@@ -1,4 +1,4 @@
-"""The public op `exit_kl`, which chooses an implementation."""
+"""The public op `exit_kl`, which calls one of several implementations."""
 
 import jax
 
@@ -23,15 +23,16 @@ def exit_kl(
 ) -> ExitKL:
     """Computes KL(final ‖ exit) in nats between the final distribution and every exit's logit lens.
 
-    `KL_e = Σ_v p_v (log p_v − log p_e,v)`, with p = softmax(head · h_final) and
-    p_e = softmax(head · h_e). The output never carries a gradient.
+    An exit's logit lens is the distribution that the output head gives for the hidden state at the
+    exit: `KL_e = Σ_v p_v (log p_v − log p_e,v)`, with p = softmax(head · h_final) and p_e =
+    softmax(head · h_e). The output never carries a gradient.
 
     Args:
-      h_final_ND: the final hidden states, after the final norm.
-      h_exits_END: the hidden states at the exits, after the final norm.
+      h_final_ND: the hidden states of the last layer, after the final norm.
+      h_exits_END: the hidden states at the E exits, also after the final norm.
       head_VD: the output head.
-      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
-        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
+        (the last two are interpreted on a CPU, for tests).
 
     Returns:
       `ExitKL`: KL in nats [E, N], entropy and log-sum-exp of the final distribution [N], and

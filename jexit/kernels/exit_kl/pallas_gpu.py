@@ -1,4 +1,4 @@
-"""The GPU kernel, which keeps a tile's logits of the final state and several exits in registers."""
+"""The GPU kernel, which computes the logits of the final state and several exits in registers."""
 
 from functools import partial
 
@@ -22,7 +22,10 @@ def exit_kl(
     *,
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
-    """See `jexit.kernels.exit_kl.api.exit_kl`; `tile` overrides the chip's table."""
+    """Computes `jexit.kernels.exit_kl.api.exit_kl` on GPUs, from the same arguments.
+
+    Sizes that `tile` sets replace those chosen for the chip.
+    """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     if h_exits_END.shape[0] == 0:
@@ -33,9 +36,10 @@ def exit_kl(
 def _statistics(
     tile: Tile, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
 ) -> Statistics:
-    """Computes the statistics for groups of exits, which are as large as the registers allow.
+    """Computes the statistics of one device's tokens and vocabulary, one group of exits at a time.
 
-    Each group recomputes the final logits.
+    A group contains as many exits as the registers allow. Each group recomputes the logits of the
+    final distribution.
     """
     exits = range(h_exits_END.shape[0])
     groups = -(-len(exits) // (MAX_SETS - 1))
@@ -49,9 +53,10 @@ def _statistics(
 
 
 def _of_group(exits: range, tile: Tile, *arrays: jax.Array) -> Statistics:
-    """Returns statistics [N] for the final distribution and, in a tuple, for each exit.
+    """Returns statistics [N] for the final distribution and, in a tuple, for each exit of a group.
 
-    The exits are not stacked, because the sizes of arrays in Triton must be powers of two.
+    `exits` are the exits' indices. The statistics of the exits are not stacked into one array,
+    because the sizes of arrays in Triton must be powers of two.
     """
     h_final_ND, h_exits_END, head_VD = arrays
 

@@ -1,4 +1,4 @@
-"""The TPU kernel, which multiplies a head tile in VMEM with the final and all exits' states."""
+"""The TPU kernel, which multiplies a tile of the head in VMEM with final and exit hidden states."""
 
 from functools import partial
 
@@ -19,7 +19,10 @@ def exit_kl(
     *,
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
-    """See `jexit.kernels.exit_kl.api.exit_kl`; `tile` overrides the chip's table."""
+    """Computes `jexit.kernels.exit_kl.api.exit_kl` on TPUs, from the same arguments.
+
+    Sizes that `tile` sets replace those chosen for the chip.
+    """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     if h_exits_END.shape[0] == 0:

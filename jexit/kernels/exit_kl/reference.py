@@ -1,4 +1,4 @@
-"""The reference implementation: the definition, with all exits' logits in memory at once."""
+"""The reference implementation of `exit_kl`: the definition, with all exits' logits in memory."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 
 class ExitKL(NamedTuple):
-    """Statistics of the final distribution and of every exit's logit lens.
+    """Statistics of the final next-token distribution and of every exit's logit lens.
 
     Attributes:
       kl_EN: KL(final ‖ exit e) in nats, float32.
       entropy_N: entropy of the final distribution in nats, float32.
       logsumexp_N: log-sum-exp of the final logits, float32.
-      agree_EN: whether the exit and the final distribution have the same arg-max, which is the
-        first index if several logits are equal.
+      agree_EN: whether the exit's distribution and the final distribution have the same arg-max; if
+        several logits are equally large, the arg-max is the first index.
     """
 
     kl_EN: jax.Array
@@ -24,7 +24,7 @@ class ExitKL(NamedTuple):
 
 
 def exit_kl(h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array) -> ExitKL:
-    """See `jexit.kernels.exit_kl.api.exit_kl`."""
+    """Computes `jexit.kernels.exit_kl.api.exit_kl` by its definition."""
     head_VD = head_VD.astype(jnp.float32)
     final_NV = h_final_ND.astype(jnp.float32) @ head_VD.T
     exits_ENV = jnp.einsum("end,vd->env", h_exits_END.astype(jnp.float32), head_VD)

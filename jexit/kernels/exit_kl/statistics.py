@@ -1,12 +1,12 @@
 """Online statistics of the final and the exits' distributions, for tile-by-tile implementations.
 
-Let m be the largest logit, x = z − m and S = Σ exp(x). The KL is computed from
-`C = Σ exp(x_final) (x_final − x_exit)` as KL = C / S_final − log S_final + log S_exit. Because this
-uses x instead of z, it is exact to rounding at any scale of the logits, and 0 for equal hidden
-states.
+Let z be a logit, m the largest logit of its distribution, x = z − m and S = Σ exp(x). The KL is
+computed from `C = Σ exp(x_final) (x_final − x_exit)` as KL = C / S_final − log S_final + log
+S_exit. Because this formula uses x instead of z, the KL is exact to rounding at any scale of the
+logits, and 0 for equal hidden states.
 
-Everything here is elementwise over tokens and exits. Their axes may lie anywhere, as long as arrays
-of the final distribution broadcast against those of the exits.
+All operations are elementwise over tokens and exits. These two axes may have any positions, as long
+as arrays of the final distribution broadcast against those of the exits.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 class Final(NamedTuple):
-    """Statistics of the final distribution over a part of the vocabulary."""
+    """Statistics of the final distribution over a vocabulary part; x is a logit minus `max`."""
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
@@ -25,7 +25,7 @@ class Final(NamedTuple):
 
 
 class Exit(NamedTuple):
-    """Statistics of an exit's distribution over a part of the vocabulary."""
+    """Statistics of an exit's distribution over a vocabulary part; x is a logit minus `max`."""
 
     max: jax.Array
     sum: jax.Array
@@ -34,17 +34,20 @@ class Exit(NamedTuple):
 
 
 class FinalTile(NamedTuple):
-    """The final distribution's x and exp(x), which every exit of the tile needs."""
+    """x and exp(x) of the final distribution in a tile; x is a logit minus the largest in the tile.
+
+    The statistics of every exit in this tile are computed from both arrays.
+    """
 
     x: jax.Array
     exp: jax.Array
 
 
 def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTile]:
-    """Returns the final distribution's statistics and `FinalTile` for a tile of its logits.
+    """Returns the final distribution's statistics, and the `FinalTile`, for a tile of logits `z`.
 
-    The vocabulary lies along `axis`, which the statistics keep with length 1. `index` contains the
-    int32 indices of the vocabulary entries along that axis.
+    The vocabulary lies along `axis`, which has length 1 in the statistics. `index` contains the
+    int32 vocabulary indices along `axis`.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -59,7 +62,11 @@ def of_final(z: jax.Array, index: jax.Array, axis: int) -> tuple[Final, FinalTil
 
 
 def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit:
-    """Returns an exit's statistics for a tile of its logits; see `of_final`."""
+    """Returns an exit's statistics for a tile of its logits `z`.
+
+    `final` is the final distribution in this tile. `axis` and `index` are as in `of_final`: the
+    vocabulary axis, and its int32 indices.
+    """
     top = z.max(axis, keepdims=True)
     x = z - top
     return Exit(
@@ -71,12 +78,15 @@ def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit
 
 
 def first_index(z: jax.Array, top: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """Returns the smallest index of a largest logit; unlike arg-max, this vectorises."""
+    """Returns the smallest entry of `index` at which `z` equals its maximum `top`.
+
+    Unlike arg-max, the computation consists of vector operations only.
+    """
     return jnp.where(z == top, index, jnp.iinfo(jnp.int32).max).min(axis, keepdims=True)
 
 
 def merge_final(left: Final, right: Final) -> Final:
-    """Merges the statistics of two parts; the left part comes first in the vocabulary."""
+    """Merges the final distribution's statistics of two vocabulary parts; `left` comes first."""
     top = jnp.maximum(left.max, right.max)
 
     def rescaled(part: Final) -> tuple[jax.Array, jax.Array]:
@@ -90,9 +100,10 @@ def merge_final(left: Final, right: Final) -> Final:
 
 
 def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -> Exit:
-    """Merges an exit's statistics of two parts; see `merge_final`.
+    """Merges an exit's statistics of two parts of the vocabulary; the part `left` comes first.
 
-    When a maximum rises, the difference x_final − x_exit shifts.
+    `final_left` and `final_right` are the final distribution's statistics of the same parts. When a
+    maximum rises, the difference x_final − x_exit shifts.
     """
     top = jnp.maximum(left.max, right.max)
     final_top = jnp.maximum(final_left.max, final_right.max)
@@ -111,7 +122,7 @@ def merge_exit(left: Exit, right: Exit, final_left: Final, final_right: Final) -
 
 
 def finish(final: Final, exits: Exit) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns KL, entropy, log-sum-exp and agreement from statistics of the whole vocabulary."""
+    """Returns KL, entropy, log-sum-exp and arg-max agreement from whole-vocabulary statistics."""
     log_sum = jnp.log(final.sum)
     kl = exits.cross / final.sum - log_sum + jnp.log(exits.sum)
     return (

@@ -1,4 +1,4 @@
-"""The op by tiles: statistics of each device's part of the vocabulary are merged and finished."""
+"""The op `exit_kl` from statistics of each device's part of the vocabulary, which are merged."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +26,10 @@ Tiled = Callable[[jax.Array, jax.Array, jax.Array], Statistics]
 def exit_kl(
     tiled: Tiled, h_final_ND: jax.Array, h_exits_END: jax.Array, head_VD: jax.Array
 ) -> ExitKL:
-    """See `jexit.kernels.exit_kl.api.exit_kl`."""
+    """Computes `jexit.kernels.exit_kl.api.exit_kl` with `tiled`.
+
+    `tiled` computes the statistics of one device's tokens and vocabulary.
+    """
     shards, tokens = Shards.current(head_VD.shape[0]), h_final_ND.shape[0]
 
     def local(h_final_ND: jax.Array, h_NED: jax.Array, head_VD: jax.Array) -> ExitKL:
@@ -54,7 +57,7 @@ def exit_kl(
 
 
 def merge(left: Statistics, right: Statistics) -> Statistics:
-    """Merges the statistics of two parts; the left part comes first in the vocabulary."""
+    """Merges the statistics of two parts of the vocabulary; the part `left` comes first."""
     return Statistics(
         statistics.merge_final(left.final, right.final),
         statistics.merge_exit(left.exits, right.exits, left.final, right.final),

@@ -1,4 +1,4 @@
-"""The plain XLA implementation: tiles of the vocabulary with online soft-max statistics."""
+"""The plain XLA implementation of `exit_kl`: vocabulary tiles with online softmax statistics."""
 
 from functools import partial
 
@@ -19,7 +19,10 @@ def exit_kl(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> ExitKL:
-    """See `jexit.kernels.exit_kl.api.exit_kl`; the chunk sizes override the choice by shape."""
+    """Computes `jexit.kernels.exit_kl.api.exit_kl` in plain XLA, from the same arguments.
+
+    `chunk_tokens` and `chunk_vocab` set the size of a tile; None means a choice by shape.
+    """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     of_all = partial(_of_all, chunk_tokens, chunk_vocab)

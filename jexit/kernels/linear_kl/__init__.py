@@ -1,4 +1,4 @@
-"""The KL divergence between the next-token distributions of a student and a teacher."""
+"""The KL divergence between the next-token distributions of a student and a teacher model."""
 
 from jexit.kernels.linear_kl.api import linear_kl
 

@@ -1,4 +1,4 @@
-"""The public op `linear_kl`, which chooses an implementation."""
+"""The public op `linear_kl`, which calls one of several implementations."""
 
 import jax
 
@@ -28,20 +28,21 @@ def linear_kl(
 
     With p = softmax(head · h_student) and q = softmax(head_teacher · h_teacher), `student_teacher`
     is `KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)`, `teacher_student` is `KL(q ‖ p)`, and `jeffreys`
-    is their sum. To apply a temperature, scale the hidden states.
+    is the sum of both. To apply a temperature, scale the hidden states.
 
-    The gradient reaches `h_student_ND` and, as the student's head, `head_VD`. The teacher carries
-    no gradient, even if both share the head. The head's gradient is computed only if the head
-    itself is differentiated.
+    The gradient reaches `h_student_ND` and, as the student's head, `head_VD`. The teacher's
+    distribution carries no gradient, even if student and teacher share the head. The head's
+    gradient is computed only if the head itself is differentiated.
 
     Args:
       h_student_ND: the student's final hidden states, after the final norm.
       h_teacher_ND: the teacher's final hidden states, after the final norm.
-      head_VD: the output head.
+      head_VD: the student's output head, which is also the teacher's unless `head_teacher_VD` is
+        set.
       direction: `"student_teacher"`, `"teacher_student"` or `"jeffreys"`.
-      head_teacher_VD: the teacher's own head, if it differs from `head_VD`.
-      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
-        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
+      head_teacher_VD: the teacher's own output head, if it differs from `head_VD`.
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
+        (the last two are interpreted on a CPU, for tests).
 
     Returns:
       The KL of each token in nats, float32 [N].

@@ -1,4 +1,4 @@
-"""The GPU kernels, which go over tiles of tokens and vocabulary with statistics in registers."""
+"""The GPU kernels of `linear_kl`: loops over tiles of logits with statistics in registers."""
 
 from functools import partial
 
@@ -21,7 +21,10 @@ def linear_kl(
     direction: str = STUDENT_TEACHER,
     tile: Tile = BY_CHIP,
 ) -> jax.Array:
-    """See `jexit.kernels.linear_kl.api.linear_kl`; `tile` overrides the chip's table."""
+    """Computes `jexit.kernels.linear_kl.api.linear_kl` on GPUs, from the same arguments.
+
+    Sizes that `tile` sets replace those chosen for the chip.
+    """
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
@@ -35,23 +38,23 @@ def _operands(
     head_VD: jax.Array,
     head_teacher_VD: jax.Array | None,
 ) -> Operands:
-    """Returns the operands of the student's and the teacher's logits.
+    """Returns the operands of the kernels: first the student's logits, then the teacher's.
 
-    The teacher's head is the last one.
+    Without `head_teacher_VD`, both use `head_VD`.
     """
     heads = (head_VD,) if head_teacher_VD is None else (head_VD, head_teacher_VD)
     return Operands((h_student_ND, h_teacher_ND), heads, (Set(0), Set(1, head=len(heads) - 1)))
 
 
 def _neutral(direction: str) -> Statistics:
-    """Returns statistics of an empty vocabulary, which leave others unchanged when merged."""
+    """Returns statistics of an empty vocabulary; merging them changes no other statistics."""
     of_student = 0.0 if direction in (STUDENT_TEACHER, JEFFREYS) else None
     of_teacher = 0.0 if direction in (TEACHER_STUDENT, JEFFREYS) else None
     return Statistics(MASKED, MASKED, 0.0, 0.0, of_student, of_student, of_teacher)
 
 
 def _statistics(tile: Tile, direction: str, *arrays: jax.Array | None) -> Statistics:
-    """See `tiled.Tiled.statistics`."""
+    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
     return gpu.statistics(
         lambda blocks: statistics.of_tile(*blocks.logits, direction, axis=1)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -72,7 +75,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `tiled.Tiled.gradients`."""
+    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         g_T1, finished = blocks.rows

@@ -1,4 +1,7 @@
-"""The reference implementation: the definition, with all logits in memory and gradients by JAX."""
+"""The reference implementation of `linear_kl`: its definition, with gradients by JAX.
+
+All logits are in memory at once.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ def linear_kl(
     *,
     direction: str = STUDENT_TEACHER,
 ) -> jax.Array:
-    """See `jexit.kernels.linear_kl.api.linear_kl`."""
+    """Computes `jexit.kernels.linear_kl.api.linear_kl` by its definition."""
     head_teacher_VD = head_VD if head_teacher_VD is None else head_teacher_VD
     log_student_NV = _log_probability(h_student_ND, head_VD)
     log_teacher_NV = jax.lax.stop_gradient(_log_probability(h_teacher_ND, head_teacher_VD))

@@ -1,14 +1,14 @@
-"""Online statistics of two distributions, for every tile-by-tile implementation.
+"""Online statistics of two distributions, for every tile-by-tile implementation of `linear_kl`.
 
-Let z be a logit, m the largest logit, x = z − m and gap = x_student − x_teacher. Let p be the
-student's and q the teacher's distribution. In sums with the student's weights the gap is centred:
-it is measured from its value at the student's arg-max, where most of the weight is. The reason is
-rounding. The gradient with respect to a student's logit is a difference from the mean gap,
-`p (gap − Σ p gap)` for KL(p ‖ q), and a distance of hundreds of nats between the two maxima would
-bury it in rounding errors. For KL(q ‖ p) the gradient is `p − q`, and for Jeffreys it is the sum of
-both.
+Let z be a logit, m the largest logit of its distribution, x = z − m and gap = x_student −
+x_teacher. Let p be the student's and q the teacher's distribution. In sums with the student's
+weights, the gap is centred: its value at the student's arg-max, where most of the weight is, is
+subtracted. The reason is rounding. For KL(p ‖ q), the gradient with respect to a student's logit is
+`p (gap − Σ p gap)`. If the maxima of the two distributions were hundreds of nats apart, this small
+difference of large gaps would be lost to rounding. For KL(q ‖ p) the gradient is `p − q`, and for
+Jeffreys the gradient is the sum of both gradients.
 
-Everything here is elementwise over the tokens, whether they form a vector or a row of lanes.
+All operations are elementwise over the tokens, so the tokens may form a vector or a row of lanes.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,11 @@ from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over a part of the vocabulary; those that are not needed are None."""
+    """Statistics per token over a part of the vocabulary; a statistic that is not needed is None.
+
+    x is a logit minus its distribution's largest logit, and gap = x_student − x_teacher. The
+    centred gap is the gap minus its value at the student's arg-max.
+    """
 
     max_student: jax.Array
     max_teacher: jax.Array
@@ -32,7 +36,10 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The factors of the head's rows in the gradient, per token and vocabulary entry."""
+    """The weight of each row of the head in the sums of the gradient, for each token of a tile.
+
+    x is a logit minus its distribution's largest logit.
+    """
 
     student: jax.Array  # exp(x_student)
     student_gap: jax.Array | None  # exp(x_student) centred gap
@@ -40,7 +47,10 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """The change of a part's sums when the maxima and the pivot become those of the whole."""
+    """The factors and shift that convert a part's sums to the maxima and pivot of a larger part.
+
+    `student` and `teacher` multiply the sums; `move` is added to the centred gap.
+    """
 
     student: jax.Array
     teacher: jax.Array
@@ -48,7 +58,7 @@ class Rescale(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The KL in nats, and the statistics that its gradient needs."""
+    """The KL in nats, and the statistics over the whole vocabulary that the gradient needs."""
 
     kl: jax.Array
     max_student: jax.Array
@@ -62,9 +72,10 @@ class Finished(NamedTuple):
 def of_tile(
     z_student: jax.Array, z_teacher: jax.Array, direction: str, axis: int
 ) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for a tile of logits.
+    """Returns the statistics and the weights for the student's and the teacher's logits of a tile.
 
-    The vocabulary lies along `axis`, which the statistics keep with length 1.
+    The vocabulary lies along `axis`, which has length 1 in the statistics. `direction` says which
+    statistics are needed.
     """
     max_student = z_student.max(axis, keepdims=True)
     max_teacher = z_teacher.max(axis, keepdims=True)
@@ -90,9 +101,9 @@ def of_tile(
 
 
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
-    """Merges the statistics of two parts.
+    """Merges the statistics of two parts of the vocabulary.
 
-    Also returns how sums over the left and the right part rescale.
+    Also returns the `Rescale` of sums over the left part and that of sums over the right part.
     """
     max_student = jnp.maximum(left.max_student, right.max_student)
     max_teacher = jnp.maximum(left.max_teacher, right.max_teacher)
@@ -103,7 +114,10 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
         pivot = jnp.where(left.max_student > right.max_student, left.pivot, pivot)
 
     def rescaled(part: Statistics) -> tuple[Statistics, Rescale]:
-        """Rescales a part: a maximum that rises by δ shrinks exp(x) by exp(−δ) and shifts gaps."""
+        """Returns a part's statistics relative to the merged maxima and pivot, and the `Rescale`.
+
+        If a maximum rises by δ, exp(x) is multiplied by exp(−δ), and gaps shift.
+        """
         shift_student = part.max_student - max_student
         shift_teacher = part.max_teacher - max_teacher
         scale_student, scale_teacher = jnp.exp(shift_student), jnp.exp(shift_teacher)
@@ -139,7 +153,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the KL and what its gradient needs, from the whole vocabulary's statistics."""
+    """Returns the KL, and what its gradient needs, from statistics of the whole vocabulary."""
     log_sum_student, log_sum_teacher = jnp.log(total.sum_student), jnp.log(total.sum_teacher)
     # log p − log q is gap − offset; gap is the centred gap + max_teacher − pivot.
     offset = log_sum_student - log_sum_teacher
@@ -163,7 +177,10 @@ def finish(total: Statistics) -> Finished:
 def dlogits(
     z_student: jax.Array, z_teacher: jax.Array, finished: Finished, direction: str
 ) -> jax.Array:
-    """Returns ∂kl/∂z_student; the statistics must broadcast against the logits."""
+    """Returns the derivative of the KL with respect to the student's logits.
+
+    The arrays of `finished` must broadcast against the logits.
+    """
     x_student = z_student - finished.max_student
     p = jnp.exp(x_student - finished.log_sum_student)
     dz = jnp.zeros_like(p)

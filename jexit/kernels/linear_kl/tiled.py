@@ -1,4 +1,7 @@
-"""Forward and backward passes by tiles; the backward pass recomputes the logits of each tile."""
+"""Forward and backward pass of `linear_kl` by tiles, for one device or a mesh.
+
+The backward pass recomputes the logits of each tile.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,14 +16,15 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """An implementation by tiles, for one device's part of the tokens and the vocabulary.
+    """The two functions of a tile-by-tile implementation, for one device's tokens and vocabulary.
 
     Attributes:
-      statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` →
-        `Statistics` [N].
+      statistics: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)` → `Statistics`
+        [N].
       gradients: `(direction, h_student_ND, h_teacher_ND, head_VD, head_teacher_VD, finished, g_N,
-        head_dtype)` → dh_ND in float32, and dhead_VD in `head_dtype`, or None if that is None.
-        Rows with g = 0 must have zero gradients.
+        head_dtype)` → dh_ND in float32, and dhead_VD in `head_dtype`. If `head_dtype` is None,
+        dhead_VD is None. g_N is the derivative of the loss with respect to each token's KL;
+        gradients of tokens with g = 0 must be 0.
     """
 
     statistics: Callable[..., statistics.Statistics]
@@ -41,7 +45,10 @@ def linear_kl(
     head_teacher_VD: jax.Array | None,
     direction: str,
 ) -> jax.Array:
-    """See `jexit.kernels.linear_kl.api.linear_kl`."""
+    """Computes `jexit.kernels.linear_kl.api.linear_kl` with `tiled`.
+
+    `tiled` contains the two functions that compute one device's statistics and gradients.
+    """
     shards, tokens = Shards.current(head_VD.shape[0]), h_student_ND.shape[0]
     hidden = (shards.pad_tokens(h_student_ND), shards.pad_tokens(h_teacher_ND))
     static = _Static(tiled, direction, shards)
@@ -65,9 +72,10 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Computes the outputs and the residuals of the backward pass.
+    """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    Each argument is an array's `value` paired with `perturbed`: whether the array is
+    differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)

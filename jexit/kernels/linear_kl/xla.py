@@ -1,12 +1,14 @@
-"""The plain XLA implementation: vocabulary tiles with online soft-max statistics and gradient.
+"""The plain XLA implementation of `linear_kl`: vocabulary tiles with online softmax statistics.
 
-Each token's KL depends only on its own hidden state, so the derivative `u_ND = ∂kl_N/∂h_ND` can be
-computed while the logits are in memory. The rows of the head, weighted by exp(x), by exp(x) · gap
-and by the teacher's exp(x), are summed online like the normalisers, and the backward pass is
-`g_N · u_ND`. This happens if only the hidden states are differentiated, which `symbolic_zeros`
-reveals; the head's gradient then costs nothing. If the head is differentiated too, or if a mesh
-divides the op, the forward pass keeps its statistics and the backward pass recomputes the logits
-tile by tile.
+If only the hidden states are differentiated, the forward pass also computes the gradient. This is
+possible because each token's KL depends only on the token's own hidden state: the derivative
+`u_ND = ∂kl_N/∂h_ND` is computed while the logits are in memory. The rows of the head, weighted by
+exp(x), by exp(x) · gap and by the teacher's exp(x), are summed online like the normalisers. The
+backward pass is then `g_N · u_ND`, and the head's gradient is not computed. JAX's `symbolic_zeros`
+tells which arguments are differentiated.
+
+If the head is differentiated too, or if a mesh shards the op, the forward pass keeps its statistics
+and the backward pass recomputes the logits tile by tile.
 """
 
 from functools import partial
@@ -32,7 +34,11 @@ class _Static(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Weighted sums of the head's rows [N, D]; those that are not needed are None."""
+    """Weighted sums of the head's rows, [N, D]; a sum that the direction does not need is None.
+
+    x is a logit minus the largest logit. The centred gap is x_student − x_teacher minus its value
+    at the student's arg-max.
+    """
 
     student: jax.Array  # Σ exp(x_student) row
     student_gap: jax.Array | None  # Σ exp(x_student) centred gap row
@@ -54,7 +60,10 @@ def linear_kl(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> jax.Array:
-    """See `jexit.kernels.linear_kl.api.linear_kl`; the chunk sizes override the choice by shape."""
+    """Computes `jexit.kernels.linear_kl.api.linear_kl` in plain XLA, from the same arguments.
+
+    `chunk_tokens` and `chunk_vocab` set the size of a tile; None means a choice by shape.
+    """
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)
@@ -74,9 +83,10 @@ def _linear_kl(static: _Static, *arguments: Any) -> jax.Array:
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Computes the outputs and the residuals of the backward pass.
+    """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    Each argument is an array's `value` paired with `perturbed`: whether the array is
+    differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)
@@ -128,7 +138,7 @@ def _of_all(
     h_teacher_ND: jax.Array,
     *heads: jax.Array | None,
 ) -> Statistics:
-    """Returns the statistics [N] of all tokens."""
+    """Returns the statistics [N] of all tokens over the whole vocabulary of the heads."""
     chunks = static.override(tiles.choose_chunks(h_student_ND.shape[0], heads[0].shape[0], 2))
 
     def of_chunk(*hidden: jax.Array) -> Statistics:
@@ -149,7 +159,7 @@ def _gradients(
     g_N: jax.Array,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `tiled.Tiled.gradients`."""
+    """Returns the gradients of the student's hidden states and head; see `tiled.Tiled`."""
 
     def dlogits(
         start: jax.Array | int,
@@ -181,7 +191,10 @@ def _logits(
     start: jax.Array | int,
     size: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the logits [N, C] of student and teacher, and the student's tile of the head."""
+    """Returns the student's and the teacher's logits [N, C] of a tile, and the student's head rows.
+
+    The tile consists of the vocabulary entries `start` … `start + size − 1`.
+    """
     head_CD = tiles.slice_head(heads[0], start, size)
     if heads[1] is None:  # one product for both: the tile is read once
         z_2NC = tiles.logits(jnp.stack([h_student_ND, h_teacher_ND]), head_CD)
@@ -234,7 +247,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _unit(total: _Total) -> jax.Array:
-    """Returns ∂kl_N/∂h_student_ND in float32."""
+    """Returns ∂kl/∂h for the student's hidden state h of each token, float32 [N, D]."""
     sums, rows = total.statistics, total.rows
     row_ND = rows.student / sums.sum_student
     unit_ND = jnp.zeros_like(row_ND)

@@ -1,4 +1,4 @@
-"""The public op `linear_logprob`, which chooses an implementation."""
+"""The public op `linear_logprob`, which calls one of several implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,19 @@ def linear_logprob(
     *,
     implementation: str | None = None,
 ) -> LinearLogprob:
-    """Computes each target's log-probability under softmax(head · h), with entropy and normaliser.
+    """Computes the targets' log-probabilities under softmax(head · h), entropy and log-sum-exp.
 
-    `log p_t = z_t − log Σ_v exp z_v` and `H = −Σ_v p_v log p_v`, with z = head · h. To apply a
-    temperature, scale the hidden states. All three outputs carry gradients to `h_ND` and
-    `head_VD`. The head's gradient is computed only if the head itself is differentiated.
+    With z = head · h and p = softmax(z), the log-probability of target t is
+    `log p_t = z_t − log Σ_v exp z_v`, and the entropy is `H = −Σ_v p_v log p_v`. To apply a
+    temperature, scale the hidden states. All three outputs carry gradients to `h_ND` and `head_VD`.
+    The head's gradient is computed only if the head itself is differentiated.
 
     Args:
       h_ND: the final hidden states, after the final norm.
       head_VD: the output head.
       targets_N: token ids. An id that is not in the vocabulary gets log-probability −∞.
-      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or
-        `"pallas_gpu"` (the last two are interpreted on a CPU, for tests).
+      implementation: `None` (by platform), `"reference"`, `"xla"`, `"pallas_tpu"` or `"pallas_gpu"`
+        (the last two are interpreted on a CPU, for tests).
 
     Returns:
       `LinearLogprob`: log-probability, entropy and log-sum-exp in nats, float32 [N].

@@ -1,4 +1,4 @@
-"""The GPU kernels, which go over tiles of tokens and vocabulary with statistics in registers."""
+"""The GPU kernels of `linear_logprob`: loops over tiles of logits with statistics in registers."""
 
 from functools import partial
 
@@ -17,7 +17,10 @@ NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
 def linear_logprob(
     h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
 ) -> LinearLogprob:
-    """See `jexit.kernels.linear_logprob.api.linear_logprob`; `tile` overrides the chip's table."""
+    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` on GPUs, from the same arguments.
+
+    Sizes that `tile` sets replace those chosen for the chip.
+    """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))
@@ -27,7 +30,7 @@ def linear_logprob(
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """See `tiled.Tiled.statistics`."""
+    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
 
     def of_tile(blocks: Blocks) -> Statistics:
         return statistics.of_tile(*blocks.logits, blocks.index == blocks.rows, axis=1)[0]
@@ -52,7 +55,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `tiled.Tiled.gradients`."""
+    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Blocks) -> jax.Array:
         targets_T1, finished, g = blocks.rows

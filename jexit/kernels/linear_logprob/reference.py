@@ -1,4 +1,7 @@
-"""The reference implementation: the definition, with all logits in memory and gradients by JAX."""
+"""The reference implementation of `linear_logprob`: its definition, with gradients by JAX.
+
+All logits are in memory at once.
+"""
 
 from typing import NamedTuple
 
@@ -7,10 +10,10 @@ import jax.numpy as jnp
 
 
 class LinearLogprob(NamedTuple):
-    """Statistics of softmax(head · h) per token, float32, in nats.
+    """Statistics of the distribution softmax(head · h) of each token, float32, in nats.
 
     Attributes:
-      logprob_N: log-probability of the target; −∞ if the token is not in the vocabulary.
+      logprob_N: log-probability of the target token; −∞ if the target is not in the vocabulary.
       entropy_N: entropy of the distribution.
       logsumexp_N: log-sum-exp of the logits.
     """
@@ -21,7 +24,7 @@ class LinearLogprob(NamedTuple):
 
 
 def linear_logprob(h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> LinearLogprob:
-    """See `jexit.kernels.linear_logprob.api.linear_logprob`."""
+    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` by its definition."""
     vocab = head_VD.shape[0]
     logits_NV = h_ND.astype(jnp.float32) @ head_VD.astype(jnp.float32).T
     log_NV = jax.nn.log_softmax(logits_NV)

@@ -1,10 +1,10 @@
-"""Online statistics of a distribution and a target, for every tile-by-tile implementation.
+"""Online statistics of a distribution and a target, for tile-by-tile implementations.
 
-Let p = softmax(z), H its entropy and t the target. The gradients with respect to a logit are
-`[v = t] − p` for the log-probability, `p` for the log-sum-exp and `−p (log p + H)` for the entropy.
-x is a logit minus the largest logit.
+Let z be the logits, p = softmax(z), H the entropy of p, and t the target. The gradients with
+respect to the logit of entry v are `[v = t] − p` for the log-probability, `p` for the log-sum-exp
+and `−p (log p + H)` for the entropy. x is a logit minus the largest logit.
 
-Everything here is elementwise over the tokens, whether they form a vector or a row of lanes.
+All operations are elementwise over the tokens, so the tokens may form a vector or a row of lanes.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from jexit.kernels.linear_logprob.reference import LinearLogprob
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over a part of the vocabulary."""
+    """Statistics per token over a part of the vocabulary; z is a logit, and x is z minus `max`."""
 
     max: jax.Array
     sum: jax.Array  # Σ exp(x)
@@ -25,21 +25,27 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The factors of the head's rows in the gradient, per token and vocabulary entry."""
+    """The weight of each row of the head in the sums of the gradient, for each token of a tile.
+
+    x is a logit minus the largest logit.
+    """
 
     weight: jax.Array  # exp(x)
     spread: jax.Array  # exp(x) x
 
 
 class Rescale(NamedTuple):
-    """The change of a part's sums when the maximum becomes that of the whole."""
+    """The factor and shift that convert a part's sums to the largest logit of a larger part.
+
+    `scale` multiplies exp(x), where x is a logit minus the largest logit; `shift` is added to x.
+    """
 
     scale: jax.Array
     shift: jax.Array  # of x
 
 
 class Finished(NamedTuple):
-    """The outputs, and the statistics that their gradients need."""
+    """The op's outputs, and the statistics over the whole vocabulary that their gradients need."""
 
     out: LinearLogprob
     max: jax.Array
@@ -48,9 +54,10 @@ class Finished(NamedTuple):
 
 
 def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weights]:
-    """Returns the statistics and the weights for a tile of logits; `hit` is true at the target.
+    """Returns the statistics and the weights for the logits `z` of a tile.
 
-    The vocabulary lies along `axis`, which the statistics keep with length 1.
+    `hit` is true at the target. The vocabulary lies along `axis`, which has length 1 in the
+    statistics.
     """
     top = z.max(axis, keepdims=True)
     x = z - top
@@ -66,9 +73,9 @@ def of_tile(z: jax.Array, hit: jax.Array, axis: int) -> tuple[Statistics, Weight
 
 
 def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Rescale]:
-    """Merges the statistics of two parts.
+    """Merges the statistics of two parts of the vocabulary.
 
-    Also returns how sums over the left and the right part rescale.
+    Also returns the `Rescale` of sums over the left part and that of sums over the right part.
     """
     top = jnp.maximum(left.max, right.max)
 
@@ -87,7 +94,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the outputs and what their gradients need, from the whole vocabulary's statistics."""
+    """Returns the outputs, and what their gradients need, from whole-vocabulary statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(
@@ -99,10 +106,11 @@ def finish(total: Statistics) -> Finished:
 
 
 def dlogits(z: jax.Array, hit: jax.Array, g: LinearLogprob, finished: Finished) -> jax.Array:
-    """Returns the gradient of the loss with respect to logits.
+    """Returns the gradient of the loss with respect to the logits `z`.
 
-    All other arrays must broadcast against the logits. `g` contains the loss's derivative with
-    respect to each output, or None if the loss does not use that output.
+    `hit` is true at the target. `g` contains the derivative of the loss with respect to each
+    output, or None for an output that the loss does not use. All other arrays must broadcast
+    against `z`.
     """
     x = z - finished.max
     p = jnp.exp(x - finished.log_sum)

@@ -1,4 +1,7 @@
-"""Forward and backward passes by tiles; the backward pass recomputes the logits of each tile."""
+"""Forward and backward pass of `linear_logprob` by tiles, for one device or a mesh.
+
+The backward pass recomputes the logits of each tile.
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,14 +19,15 @@ from jexit.kernels.shards import Shards
 
 
 class Tiled(NamedTuple):
-    """An implementation by tiles, for one device's part of the tokens and the vocabulary.
+    """The two functions of a tile-by-tile implementation, for one device's tokens and vocabulary.
 
     Attributes:
       statistics: `(h_ND, head_VD, targets_N)` → `Statistics` [N]. Targets count from the first row
-        of this head and may lie outside of it.
+        of the device's `head_VD` and may lie outside of this head.
       gradients: `(h_ND, head_VD, targets_N, finished, g, head_dtype)` → dh_ND in float32, and
-        dhead_VD in `head_dtype`, or None if that is None. `g` is None for an output that the loss
-        does not use. Rows whose g are all 0 must have zero gradients.
+        dhead_VD in `head_dtype`. If `head_dtype` is None, dhead_VD is None. `g` contains the
+        derivative of the loss with respect to each output, or None for an output that the loss does
+        not use; gradients of tokens for which all of these are 0 must be 0.
     """
 
     statistics: Callable[..., statistics.Statistics]
@@ -38,7 +42,10 @@ class _Static(NamedTuple):
 def linear_logprob(
     tiled: Tiled, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> LinearLogprob:
-    """See `jexit.kernels.linear_logprob.api.linear_logprob`."""
+    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` with `tiled`.
+
+    `tiled` contains the two functions that compute one device's statistics and gradients.
+    """
     shards, tokens = Shards.current(head_VD.shape[0]), h_ND.shape[0]
     out = _linear_logprob(
         _Static(tiled, shards), shards.pad_tokens(h_ND), head_VD, shards.pad_tokens(targets_N)
@@ -68,9 +75,10 @@ def _finished(
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
-    """Computes the outputs and the residuals of the backward pass.
+    """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    Each argument is an array's `value` paired with `perturbed`: whether the array is
+    differentiated.
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)
@@ -113,14 +121,14 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def used(g: LinearLogprob) -> tuple[LinearLogprob, jax.Array]:
-    """Returns the cotangents, with None for outputs that the loss does not use, and a mask.
+    """Returns the cotangents that the loss uses, and a mask of the tokens that the loss uses.
 
-    The mask is that of `live`.
+    Cotangents of outputs that the loss does not use become None.
     """
     g = LinearLogprob(*(None if isinstance(g_N, SymbolicZero) else g_N for g_N in g))
     return g, live(g)
 
 
 def live(g: LinearLogprob) -> jax.Array:
-    """Returns a mask of the tokens for which the loss uses any output."""
+    """Returns a mask [N] of the tokens for which the cotangent of any output is not 0."""
     return functools.reduce(jnp.logical_or, [g_N != 0 for g_N in g if g_N is not None])

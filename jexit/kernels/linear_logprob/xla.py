@@ -1,10 +1,10 @@
-"""The plain XLA implementation: vocabulary tiles with online soft-max statistics and gradient.
+"""The plain XLA implementation of `linear_logprob`: vocabulary tiles with online statistics.
 
-It works like that of `linear_kl`. If only the hidden states are differentiated, the derivatives of
-each token's outputs are summed online while the logits are in memory, and the head's gradient costs
-nothing. Derivatives of outputs that the loss does not use are dead code, which XLA removes together
-with their matrix product. If the head is differentiated too, or if a mesh divides the op, the
-backward pass recomputes the logits tile by tile.
+If only the hidden states are differentiated, the derivatives of each token's outputs are summed
+online in the forward pass, while the logits are in memory, and the head's gradient is not computed.
+Derivatives of outputs that the loss does not use are dead code, which XLA removes together with the
+matrix product of these derivatives. If the head is differentiated too, or if a mesh shards the op,
+the backward pass recomputes the logits tile by tile.
 """
 
 from functools import partial
@@ -34,9 +34,10 @@ class _Total(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """The derivatives ∂(output)/∂h of each token.
+    """The derivatives of each token's entropy and log-sum-exp with respect to its hidden state.
 
-    The log-probability's derivative is the target's row of the head minus the mean row.
+    The derivative of the log-probability is not stored: it is the target's row of the head minus
+    the mean row, `logsumexp_ND`.
     """
 
     entropy_ND: jax.Array
@@ -51,7 +52,10 @@ def linear_logprob(
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
 ) -> LinearLogprob:
-    """See `jexit.kernels.linear_logprob.api.linear_logprob`; chunk sizes override the choice."""
+    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` in plain XLA.
+
+    `chunk_tokens` and `chunk_vocab` set the size of a tile; None means a choice by shape.
+    """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     static = _Static(chunk_tokens, chunk_vocab)
@@ -72,9 +76,10 @@ def _linear_logprob(
 
 
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
-    """Computes the outputs and the residuals of the backward pass.
+    """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument is a pair: its `value`, and `perturbed`, which is true if it is differentiated.
+    Each argument is an array's `value` paired with `perturbed`: whether the array is
+    differentiated.
     """
     h_ND, head_VD, targets_N = values = tuple(pair.value for pair in arguments)
     if arguments[1].perturbed:
@@ -123,7 +128,7 @@ _linear_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
 def _of_all(
     static: _Static, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Returns the statistics [N] of all tokens."""
+    """Returns the statistics [N] of all tokens over the whole vocabulary of the head."""
     chunks = static.override(tiles.choose_chunks(h_ND.shape[0], head_VD.shape[0], 1))
 
     def of_chunk(h_ND: jax.Array, targets_N: jax.Array) -> Statistics:
@@ -142,7 +147,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `tiled.Tiled.gradients`."""
+    """Returns the gradients of the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(
         start: jax.Array | int,
@@ -195,7 +200,7 @@ def _merge(left: _Total, right: _Total) -> _Total:
 
 
 def _units(total: _Total) -> _Units:
-    """Returns the derivatives of the outputs in float32."""
+    """Returns the float32 derivatives of entropy and log-sum-exp with respect to h, [N, D]."""
     sums, rows = total.statistics, total.rows
     mean_ND = rows.weight / sums.sum
     # −p (log p + H) is −p (x − Σ p x): the normaliser cancels.
@@ -203,5 +208,8 @@ def _units(total: _Total) -> _Units:
 
 
 def _hits(targets_N: jax.Array, size: int) -> jax.Array:
-    """Returns a mask of the targets, counted from its start, in a tile of `size` columns."""
+    """Returns a mask [N, size] that is true at each token's target in a tile of `size` entries.
+
+    Targets count from the tile's first entry and may lie outside of the tile.
+    """
     return targets_N[:, None] == jnp.arange(size, dtype=targets_N.dtype)
