@@ -1,4 +1,4 @@
-"""Formats the summary that a sweep prints: means over seeds, with their range."""
+"""Formats the table that a sweep prints at its end: means over seeds, with their range."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A number of a run: its column in table.csv, and its format in the summary."""
+    """A column of the summary: where its number comes from, and how it is shown.
+
+    `source` is the name of the number in `table.csv`. If the column shows an interval, `source` is
+    the name of the lower end and `upper` that of the upper end. With `share`, numbers are shown in
+    per cent.
+    """
 
     source: str
     share: bool = True  # shown in per cent
     upper: str | None = None  # of an interval, whose lower end is `source`
 
     def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
-        """Returns the mean over seeds and, if the values differ, the smallest and the largest.
+        """Returns a cell of the summary: the mean over seeds and, if values differ, their range.
 
-        For an interval, returns the smallest lower end and the largest upper end. If some seeds do
-        not have the number, the text ends with the number of seeds that do.
+        `values` contains one number per seed, NaN where a seed lacks the number. For an interval,
+        `values` contains the lower ends and `upper` the upper ends, and the cell shows the smallest
+        lower end and the largest upper end. If only some seeds have the number, the cell ends with
+        the count of these seeds. If no seed has the number, the cell is a dash.
         """
         ends = zip(values, upper or values, strict=True)
         whole = [pair for pair in ends if all(map(math.isfinite, pair))]
@@ -56,10 +63,10 @@ COLUMNS: Mapping[str, Column] = {
 
 
 def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> str:
-    """Returns a table with one line per combination of settings other than the seed.
+    """Returns a table with one line for all runs whose settings differ only in the seed.
 
-    Its columns are those of `COLUMNS` that any run has. `rows` contains the settings and the
-    numbers of each run.
+    `rows` contains the settings and the numbers of each run. The table shows the entries of
+    `COLUMNS` for which at least one run has a number.
     """
     settings = [key for key in rows[0][0] if key != SEED]
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}

@@ -1,4 +1,4 @@
-"""Writes the results of a sweep's finished runs as CSV."""
+"""Writes the results of a sweep's finished runs as a CSV file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numb
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes one line per row: its settings, then a column for every number that any row has."""
+    """Writes a CSV file with one line per run in `rows`.
+
+    A row contains the settings and the numbers of a run. The columns are the settings, then every
+    number that any run has. A cell is empty if its run lacks the number.
+    """
     columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
