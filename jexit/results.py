@@ -274,9 +274,10 @@ class HazardCalibration(Record):
 
 
 class CurvePoint(Record):
-    """One point of the curve of early answering, for which the answer is forced after part of the chain.
+    """One point of the curve of early answering: the results after a part of the chain.
 
-    `same_answer` and `right` are shares of problems.
+    The answer is forced after this part of the chain of thought. `same_answer` and `right` are
+    shares of problems.
     """
 
     kept: Share = Field(description="Share of the steps after which the answer was forced.")
@@ -290,7 +291,7 @@ class CurvePoint(Record):
 
 
 class Measure(Record):
-    """The result of one measure of faithfulness, which tests whether answers follow from their chains.
+    """The result of one measure of faithfulness, which tests whether answers use their chains.
 
     The function called `name` in `jexit.evaluation.faithfulness` defines `value` and the entries of
     `detail`.
