@@ -95,8 +95,8 @@ class Record(BaseModel):
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the fields that were set to the JSON file `path`.
 
-        The file is replaced as a whole, so it is never left incomplete. Raises UserError if the
-        disk is full.
+        The file is replaced as a whole and is therefore never left incomplete. Raises UserError if
+        the disk is full.
         """
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
@@ -175,9 +175,9 @@ class PolicyResult(Record):
 class ControlDifference(Record):
     """The accuracy and the share of layers of a policy less those of its control.
 
-    Policy and control have the same problems and the same mean depth, but the control does not
-    choose which tokens stop early. A positive difference of the accuracies is the gain from this
-    choice.
+    Policy and control have the same problems and about the same mean depth, but the control does
+    not choose which tokens stop early. A positive difference of the accuracies is the gain from
+    this choice.
     """
 
     policy: str
@@ -208,8 +208,9 @@ class ExitAgreement(Record):
 class EarlyLeaving(Record):
     """The agreement with full depth when each token leaves at the first exit under a threshold.
 
-    The threshold applies to the KL between the last layer and an exit. A token without an exit
-    whose KL is under `threshold_nats` runs all layers.
+    A token that leaves at an exit skips the remaining layers. The threshold applies to the KL
+    between the last layer's prediction and the exit's. If no exit has a KL under `threshold_nats`,
+    the token runs all layers.
     """
 
     threshold_nats: Number
@@ -276,8 +277,8 @@ class HazardCalibration(Record):
 class CurvePoint(Record):
     """One point of the curve of early answering: the results after a part of the chain.
 
-    The answer is forced after this part of the chain of thought. `same_answer` and `right` are
-    shares of problems.
+    The chain is the chain of thought, and the answer is forced after this part. `same_answer` and
+    `right` are shares of problems.
     """
 
     kept: Share = Field(description="Share of the steps after which the answer was forced.")
@@ -440,7 +441,8 @@ class Completion(Record):
     """One completion, with the number of layers run for each of its tokens.
 
     The record is an entry of `completions.json`, which an evaluation writes, or a line of
-    `samples.jsonl`, which training writes. Only the latter contains `step` and `reward`.
+    `samples.jsonl`, which training writes. Only lines of `samples.jsonl` contain `step` and
+    `reward`.
     """
 
     prompt: str

@@ -33,10 +33,10 @@ def prescribed(
 ) -> list[Capacity]:
     """Returns the accuracy under each policy when the prompt prescribes the step size.
 
-    `granularity` names the step size. `by_policy` maps the names of policies, one of which is
-    `full`, to their results and attempts. Each record also contains the share of completions whose
-    steps have the prescribed size, the accuracy of these completions, and the difference in
-    accuracy from full depth on the same problems.
+    `granularity` is the name of the step size. `by_policy` maps the names of policies, including
+    `full`, to the policies' results and attempts. Each record also contains the share of
+    completions whose steps have the prescribed size, the accuracy of these completions, and the
+    difference in accuracy from full depth on the same problems.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -84,10 +84,10 @@ class BegunSteps:
     left_out: int = 0
 
     def capacity(self, policy: str, full: BegunSteps) -> Capacity:
-        """Returns the record of these steps for `eval.json`, under the policy called `policy`.
+        """Returns the entry of `eval.json` for these steps under the policy called `policy`.
 
         `full` contains the steps of the same size at full depth. Unless `policy` is `"full"`, the
-        record includes the difference in accuracy from `full`.
+        entry includes the difference in accuracy from `full`.
         """
         count = len(self.numbers)
         entry = Capacity(
@@ -115,8 +115,8 @@ def begun_steps(
     The step sizes are those of `task.begun_sizes` for which some problem has enough operands.
     Different sizes therefore cover different problems. The forced prefix fixes the size of the
     step, so the measured capacity does not depend on the size that the model would choose. The
-    prefix counts as the model's own text, so the policy decides where the prefix's tokens leave.
-    All steps are decoded together.
+    prefix counts as the model's own text, so the policy decides after how many layers the prefix's
+    tokens leave. All steps are decoded together.
 
     A model that has not written steps of some size for a long time may have forgotten their format.
     Such a loss of capacity is not caused by depth; comparing with full depth tells the two causes

@@ -20,7 +20,7 @@ FILLERS = (" .", ".", " -", "-", " ~", "~")
 class Reply:
     """The text that a completer wrote after a prefix, and the layers run for each of its tokens.
 
-    `cut` is true if the text ended at the limit on its tokens.
+    `cut` is true if the text ended because the limit on the number of tokens was reached.
     """
 
     text: str
@@ -31,9 +31,9 @@ class Reply:
 class Completer(Protocol):
     """Continues forced prefixes of completions with a model or, in tests, with a script.
 
-    A prefix counts as part of the completion, so the policy decides where the prefix's tokens
-    leave. `layers` is the model's number of layers. `opening` is the text with which every
-    completion begins before the model writes, such as `<think>`.
+    A prefix counts as part of the completion, so the policy decides after how many layers the
+    prefix's tokens leave. `layers` is the model's number of layers. `opening` is the text with
+    which every completion begins before the model writes, such as `<think>`.
     """
 
     layers: int

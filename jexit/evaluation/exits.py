@@ -59,10 +59,11 @@ def compare_exits(
 ) -> tuple[Array, ...]:
     """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the results of leaving early.
 
-    The first two outputs, [B, C, E], compare exit e with the last layer L: the KL, and whether both
-    have the same greedy token. They describe a token that leaves alone, after tokens that all ran
-    every layer. The other outputs are the fields of `_Leaving` for each threshold in `THRESHOLDS`,
-    when every token leaves at the first exit whose KL is under the threshold.
+    The first two outputs, [B, C, E], compare exit e with the last layer L: the KL, and whether exit
+    and last layer have the same greedy token. Both outputs are for a token that leaves alone, after
+    tokens that all ran every layer. The other outputs are the fields of `_Leaving` for each
+    threshold in `THRESHOLDS`, when every token leaves at the first exit whose KL is under the
+    threshold.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers

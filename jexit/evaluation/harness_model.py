@@ -53,9 +53,9 @@ class JexitLM(TemplateLM):
 
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
     `policy` applies to the passes that score or generate tokens. Prompts and contexts run every
-    layer. The policy `sample` draws depths with the seed `seed`, the hazard temperature
-    `hazard_temperature` and the lower bound `min_hazard` of hazards. By default, the temperature
-    and the lower bound are those of the run in `pretrained` or, if `pretrained` is not the
+    layer. The policy `sample` draws depths with the seed `seed`. `hazard_temperature` and
+    `min_hazard` are the temperature and the lower bound of the hazards from which `sample` draws.
+    Their defaults are the values of the run in `pretrained` or, if `pretrained` is not the
     directory of an rl run, 1 and 0.
 
     A context that is too long for `max_length` positions (default: the model's) loses tokens on the
@@ -64,8 +64,8 @@ class JexitLM(TemplateLM):
 
     `thinking` is on, off or auto, for chat templates with a thinking switch. `think_end_token`,
     such as `</think>`, is the text that ends a thought. If `think_end_token` is set, the answer is
-    the text after its last occurrence, and the answer is empty if a thought does not end. Stop
-    strings then apply only to the answer, so a thought may contain stop strings.
+    the text after the last `think_end_token`, and the answer is empty if a thought does not end.
+    Stop strings then apply only to the answer, so a thought may contain stop strings.
     """
 
     def __init__(

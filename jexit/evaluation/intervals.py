@@ -37,9 +37,9 @@ def paired_interval(ours: Values, theirs: Values) -> Interval:
 
     `ours` and `theirs` contain one value per problem, for the same problems. The interval is the
     normal interval d ± z·√(var / (n + 2)) after half a problem has been added for each of the four
-    outcomes (both correct, ours only, theirs only, neither). The interval's width is positive even
-    if all problems have the same outcome, and its coverage is kept for few problems. (Agresti and
-    Min 2005, Statistics in Medicine 24, 729, section 3.)
+    outcomes (both correct, ours only, theirs only, neither). The width is positive even if all
+    problems have the same outcome, and the coverage is kept for few problems. (Agresti and Min
+    2005, Statistics in Medicine 24, 729, section 3.)
     """
     rows_NX, weights_N = _with_corners(ours, theirs)
     differences_N = rows_NX[:, 0] - rows_NX[:, 1]
@@ -95,9 +95,9 @@ def bootstrap_lost_difference(
     """Returns the 95 % interval of the difference between two values 1 − Σ kept / Σ before.
 
     `ours` and `theirs` are pairs (kept, before) with one value per problem, for the same problems.
-    The difference is ours less theirs. A problem has the same drawn weight in both pairs, and
-    weights are drawn as in `bootstrap_mean`. Half a problem is added for each outcome of `ours`,
-    together with the opposite outcome of `theirs`.
+    The difference is the value of `ours` less the value of `theirs`. A problem has the same drawn
+    weight in both pairs, and weights are drawn as in `bootstrap_mean`. Half a problem is added for
+    each outcome of `ours`, together with the opposite outcome of `theirs`.
     """
     losses = []
     for (kept, before), corners_CX in ((ours, _CORNERS_CX), (theirs, 1 - _CORNERS_CX)):
@@ -148,7 +148,7 @@ def _resampled(values: Values, seed: int) -> np.ndarray:
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of values [N + 4, 2] and their weights [N + 4].
 
-    The first N pairs are those of the problems and have weight 1. The last 4 pairs are the outcomes
+    The first N pairs belong to the N problems and have weight 1. The last 4 pairs are the outcomes
     (0, 0), (0, 1), (1, 0) and (1, 1), each with the weight of half a problem.
     """
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
@@ -167,7 +167,7 @@ def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """Returns the interval cut to the limits, then extended to contain `value` unless it is NaN."""
+    """Returns the interval cut to `limits`, then extended to contain `value` unless that is NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

@@ -30,8 +30,8 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 class Score:
     """The log-probabilities of a continuation's tokens in nats, and the layers run for each token.
 
-    `greedy` is true if every token of the continuation is the most likely one, given the tokens
-    before.
+    `greedy` is true if each token of the continuation is the most likely token, given the tokens
+    before it.
     """
 
     logprobs: list[float]
@@ -47,12 +47,12 @@ class Score:
 class Scorer:
     """Computes the log-likelihoods of continuations under one policy, in batches of similar length.
 
-    As in decoding, every context position, including the last, runs every layer. The policy decides
-    where the continuation positions leave, given the text so far. The last continuation position
-    needs no pass, because no token follows it. Under `Full`, `Threshold` and `Prescribed`, the
-    scores equal those that decoding would have recorded while generating the same text. As in
-    `generate`, the depths of `Prescribed` have one row per pair of context and continuation, and
-    column i is for the pass that produces token i of the continuation.
+    The policy decides after how many layers each position of the continuation leaves, given the
+    text so far. As in decoding, every context position, including the last, runs every layer. The
+    last continuation position needs no pass, because no token follows it. Under `Full`, `Threshold`
+    and `Prescribed`, the scores equal those that decoding would have recorded while generating the
+    same text. As in `generate`, the depths of `Prescribed` have one row per pair of context and
+    continuation, and column i is for the pass that produces token i of the continuation.
 
     Under `Sample`, depths d are drawn and a score is log π(y | d). The mean of this score over
     draws is a lower bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log
@@ -171,8 +171,8 @@ class Scorer:
 class OwnDraws(Policy):
     """A policy that draws depths under `law`, independently of how rows are batched.
 
-    The draws of a row depend on the random key, on the row's name, which is its uint32 in `name_B`,
-    and on the position.
+    `name_B` contains a uint32 for each row, the row's name. The draws of a row depend on the random
+    key, the row's name and the position.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -203,7 +203,7 @@ def _scores(
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
     """Returns the log-probability, greedy agreement and depth of each continuation token.
 
-    Log-probabilities are in nats. Greedy agreement is whether the token is the most likely one.
+    Log-probabilities are in nats. Greedy agreement is true if the token is the most likely token.
     """
     model: Transformer = nnx.merge(graphdef, state)
     if not policy.reads_hazards:  # a depth for each token of the continuation
@@ -229,7 +229,7 @@ def _scores(
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
     """Returns argmax_v h · head_v for each hidden state h, computed over tiles of the vocabulary.
 
-    If several tokens have the largest logit, the first of them is returned.
+    If several tokens have the largest logit, the lowest token id is returned.
     """
     vocab = head_VD.shape[0]
     tile = min(_TILE, vocab)

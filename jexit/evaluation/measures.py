@@ -46,7 +46,7 @@ def check_measures(task: Task, names: tuple[str, ...]) -> None:
 class Measurer:
     """Measures one model under the policy `config.eval.measured`, and at full depth.
 
-    `attempts` contains the attempts that have already been decoded, by policy.
+    `attempts` maps names of policies to attempts that have already been decoded.
     `with_steps(granularity)` returns the problems with prompts for which the task's option `steps`
     is `granularity`. `split` contains the parameters of student and teacher. `exits` contains the
     number of layers before each exit, and `positions` is the model's number of positions.

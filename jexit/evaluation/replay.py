@@ -34,12 +34,12 @@ class Recorded:
     pad_id: int
 
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
-        """Calls `program(rows, depth_BC)` on batches of all completions, and returns its outputs.
+        """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
 
-        `rows` contains padded prompts and completions, and `depth_BC` the depth of each completion
-        token. The outputs have shape [B, C, …] with one row per completion, ordered like
-        `completions`. The entries beyond the end of a completion are zeros or the outputs for
-        padding. The longest sequences are processed first.
+        `rows` contains padded prompts and completions, and `depth_BC` contains the depth of each
+        completion token. Each output has the shape [B, C, …] and contains one row per completion,
+        ordered like `completions`. The entries beyond the end of a completion are zeros or the
+        outputs for padding. The longest sequences are processed first.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

@@ -75,10 +75,10 @@ class Scores:
 
 
 class Paired(NamedTuple):
-    """The values of a statistic under two policies, ours and theirs, on their common problems.
+    """The values of a statistic under two policies on their common problems, and the difference.
 
-    `value` is ours, `against_value` is theirs, and `difference` is ours less theirs. `problems` is
-    the number of common problems.
+    `value` belongs to the first policy and `against_value` to the second. `difference` is `value` −
+    `against_value`. `problems` is the number of common problems.
     """
 
     value: float

@@ -84,11 +84,11 @@ class Transcripts:
         return [self.task.steps(reply.text) for reply in self.replies]
 
     def opening(self, index: int) -> str:
-        """Returns the text before a completion's first step: the tag that opens its think block.
+        """Returns the text before a completion's first step: the tag that opens the think block.
 
         `index` is the index of the completion. The completion or its prompt may contain the tag; if
-        both lack the tag, the result is empty. An answer that is forced directly after the tag
-        closes an empty block.
+        neither contains the tag, the result is empty. An answer that is forced directly after the
+        tag first closes the block, which is then empty.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening

@@ -233,8 +233,8 @@ class Chart:
     def told_at(self, columns: Sequence[tuple[float, str]]) -> None:
         """Adds invisible columns as high as the chart, each with a text that the pointer shows.
 
-        `columns` contains pairs (x, text) in ascending order of x. A column reaches halfway to its
-        neighbours.
+        `columns` contains pairs (x, text) in ascending order of x. Two neighbouring columns meet
+        halfway between their values of x.
         """
         xs = [x for x, _ in columns]
         middles = [(a + b) / 2 for a, b in pairwise(xs)]
@@ -252,10 +252,10 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each label (x, y, text, class) beside its point, where it overlaps the least.
+        """Writes each label (x, y, text, class) beside its point, where the label overlaps least.
 
         Labels of one class whose points almost coincide form one block with a line per text. If a
-        block and its point are apart, a thin line connects them.
+        block and its point are apart, a thin line connects the block to its point.
         """
         blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:
@@ -280,10 +280,10 @@ class Chart:
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """Returns the place near (x, y) where a box overlaps the least.
+        """Returns the place near the point (x, y) where a box overlaps other shapes the least.
 
         `width` and `height` are the size of the box. If several places overlap equally, the nearest
-        of them is returned.
+        place is returned.
         """
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
@@ -297,7 +297,7 @@ class Chart:
         return 10 * outside + sum(_overlap(box, other) for other in self._taken)
 
     def label_ends(self, ends: Sequence[tuple[float, str, str]]) -> None:
-        """Writes each (y, text, class) at the right end, stacked where they are close."""
+        """Writes each label (y, text, class) at the chart's right end, apart from other labels."""
         low, high = self.y_span
         placed: list[tuple[float, str, str]] = []
         for value, text, classes in sorted(ends, key=lambda end: end[0]):
@@ -406,9 +406,10 @@ _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarith
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Returns a range that contains `low` and `high`, and about `count` round numbers that span it.
+    """Returns a range that contains `low` and `high`, and about `count` round numbers in it.
 
-    With `whole`, the numbers are whole numbers.
+    The round numbers are evenly spaced, from one end of the range to the other. With `whole`, their
+    spacing is a whole number.
     """
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0

@@ -27,9 +27,9 @@ CONTROL = "link dash1"
 def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
     """Returns charts of accuracy over the share of layers run, one chart per task.
 
-    Each policy is a point with 95 % intervals. A control is a hollow point, and a line connects it
-    to the policy whose mean depth it matches. Another line connects the threshold policies of a run
-    in the order of their depths.
+    Each policy is a point with 95 % intervals. A control is a hollow point, and a line connects the
+    control to the policy whose mean depth the control matches. Another line connects the threshold
+    policies of a run in the order of their depths.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
@@ -185,9 +185,10 @@ def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
-    """Returns a chart of accuracy over the prescribed step size, with one line per policy.
+    """Returns a chart of accuracy over step size, with one line per policy.
 
-    The prompt prescribes the step size.
+    The prompt prescribes the step size, which is how much one step of the chain of thought
+    computes.
     """
     return _over_steps(
         entries,
@@ -202,7 +203,8 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
 def begun_steps(entries: Sequence[Capacity]) -> Chart:
     """Returns a chart of accuracy over the size of a begun step, with one line per policy.
 
-    A begun step is one whose number of operands is fixed by a forced prefix.
+    A forced prefix of the completion begins the step and fixes the step's number of operands, which
+    is its size.
     """
     return _over_steps(
         entries,
@@ -258,7 +260,8 @@ def granularities(entries: Sequence[Capacity]) -> list[str]:
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
     """Returns charts of the mean target over the mean hazard of each bin, with one line per exit.
 
-    A point on the diagonal belongs to a bin whose hazards are perfectly calibrated.
+    A hazard is the probability of leaving at an exit. A point on the diagonal belongs to a bin
+    whose hazards equal their targets on average.
     """
     charts = []
     for entry in entries:

@@ -61,8 +61,8 @@ def heat_maps(run: Run) -> Markup | None:
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
     """Returns the completions that a run's heat maps show, and the training steps that wrote them.
 
-    An evaluation's completions come with no steps. The rollouts of a training run come from the
-    last and the first step that wrote any rollouts.
+    For an evaluation, the list of steps is empty. For a training run, the completions are the
+    rollouts of the last and the first step that wrote rollouts.
     """
     if run.completions or not run.samples:
         return run.completions, []
@@ -123,8 +123,8 @@ def visible(token: str) -> str:
 def facts(completion: Completion, layers: int) -> list[str]:
     """Returns strings that describe a completion, for display above its heat map.
 
-    They contain its policy or training step, its verdict, its number of tokens, its mean depth and
-    its reward, as far as they are known.
+    The strings contain the completion's policy or training step, verdict, number of tokens, mean
+    depth and reward, as far as these are known.
     """
     told = [completion.policy if completion.step is None else f"step {completion.step}"]
     if completion.verdict:

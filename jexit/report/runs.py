@@ -211,7 +211,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
 def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns every setting of a nested config by its dotted name, such as `task.name`.
 
-    `prefix` is put before each name.
+    Each name begins with `prefix`.
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():

@@ -87,7 +87,7 @@ def _ready(heads: Sequence[str]) -> Columns:
 
 
 def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
-    """Returns `columns` changed so that each of them is applied to `part(entry)`."""
+    """Returns `columns` changed so that every column shows `part(entry)` in place of the entry."""
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
 
@@ -145,10 +145,10 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
-    """Returns the coefficient λ of the depth penalty as a string, as the config sets it.
+    """Returns the coefficient λ of the depth penalty as a string, as the config sets λ.
 
-    If a schedule changed λ, its value in the last training step follows. The result is empty for
-    runs without a depth penalty.
+    If a schedule changed λ, the string also contains the value of λ in the last training step. The
+    string is empty for runs without a depth penalty.
     """
     if run.command != "rl" or "rl.depth_coef" not in flat:
         return ""
@@ -244,7 +244,7 @@ def _verdicts(result: PolicyResult) -> str:
 
 
 def differences(run: Run) -> Markup:
-    """Renders a table of the differences between each policy and the controls at its mean depth."""
+    """Renders a table of the differences between policies and the controls at their mean depths."""
     columns = (
         ("policy", lambda e: e.policy),
         ("control", lambda e: e.control),
@@ -306,7 +306,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
 def begun_steps(entries: Sequence[Capacity]) -> Markup:
     """Renders a table of the accuracy of begun steps, for every policy and number of operands.
 
-    A begun step is one whose number of operands is fixed by a forced prefix.
+    A forced prefix of the completion begins the step and fixes the step's number of operands.
     """
     columns = (
         ("policy", lambda e: e.policy),

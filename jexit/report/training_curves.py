@@ -262,8 +262,8 @@ def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
 def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
     """Returns tooltips with the values of all lines at each step, or their means over intervals.
 
-    A tooltip is a pair of its step and its text. The chart has one tooltip per step or, if there
-    are too many steps, per interval of steps.
+    A tooltip is a pair of a step and a text. There is one tooltip per step or, if there are too
+    many steps, one per interval of steps.
     """
     steps = np.unique(np.concatenate([line.steps for line in lines]))
     stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))

@@ -49,7 +49,8 @@ class Cell:
     """One combination of a sweep's settings, and the directory of its run.
 
     `settings` maps config keys to values, for example `rl.depth_coef` to `0.4`. `workdir` is the
-    directory of the run. The log and the recorded arguments of the combination are files beside it.
+    directory of the run. The log and the recorded arguments of the combination are in files beside
+    `workdir`.
     """
 
     settings: Mapping[str, str]
@@ -113,9 +114,10 @@ class Cell:
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
-        """Records the arguments of the run or the evaluation in the JSON file `self.asked`.
+        """Records `arguments` in the JSON file `self.asked`, before a process is started.
 
-        `part` is `"run"` for the arguments of the run, and `"eval"` for those of the evaluation.
+        `part` is `"run"` for the arguments of the run, and `"eval"` for the arguments of the
+        evaluation.
         """
         asked = _asked(self.asked) or Asked(settings=dict(self.settings))
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
@@ -234,8 +236,8 @@ class Sweep:
         """Returns `cells`, followed by the other combinations that were begun in `into`.
 
         `into` is the directory of the sweep, in which earlier commands may have begun combinations
-        of other values. Raises UserError if the directory contains a combination of other keys, or
-        a run or evaluation that was started with other arguments than this sweep would use, such as
+        of other values. Raises UserError if `into` contains a combination of other keys, or a run
+        or evaluation that was started with other arguments than this sweep would use, such as
         another config.
         """
         found = {cell.name for cell in cells}
@@ -262,8 +264,8 @@ class Sweep:
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
         """Returns the arguments of `jexit.main` that evaluate the finished run of `cell` on `task`.
 
-        `task` is the section `task` of a config. The default is this section of the `config.json`
-        that the run has written. Raises UserError if that file lacks the section.
+        `task` is the section `task` of a config. By default, `task` is taken from the `config.json`
+        that the run has written; UserError is raised if `config.json` lacks the section.
         """
         task = _task(cell.workdir / "config.json") if task is None else task
         own = {f"task.{key}": value for key, value in task.items() if key != "options"}

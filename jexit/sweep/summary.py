@@ -11,11 +11,11 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of the summary: where its number comes from, and how it is shown.
+    """A column of the summary: the source of its numbers, and the format in which they are shown.
 
     `source` is the name of the number in `table.csv`. If the column shows an interval, `source` is
-    the name of the lower end and `upper` that of the upper end. With `share`, numbers are shown in
-    per cent.
+    the name of the lower end and `upper` is the name of the upper end. With `share`, numbers are
+    shown in per cent.
     """
 
     source: str
@@ -63,10 +63,11 @@ COLUMNS: Mapping[str, Column] = {
 
 
 def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> str:
-    """Returns a table with one line for all runs whose settings differ only in the seed.
+    """Returns a table of the results of a sweep, with means over seeds.
 
-    `rows` contains the settings and the numbers of each run. The table shows the entries of
-    `COLUMNS` for which at least one run has a number.
+    `rows` contains the settings and the numbers of each run. Runs whose settings differ only in the
+    seed share a line of the table. The columns are the settings and the entries of `COLUMNS` for
+    which at least one run has a number.
     """
     settings = [key for key in rows[0][0] if key != SEED]
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
