@@ -27,7 +27,10 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """The problems of an evaluation, with the token ids of their prompts."""
+    """The problems on which an evaluation measures policies, with their prompts' token ids.
+
+    `prompts` contains the token ids of each problem's prompt, in the order of `problems`.
+    """
 
     task: Task
     tokenizer: Tokenizer

@@ -95,7 +95,7 @@ def mixed(
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Returns the sums of `of` if 0, 1, 2, … problems take their deeper attempt."""
+        """Returns the sums of `of` over attempts if 0, 1, 2, … problems take their deep attempt."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 

@@ -4,9 +4,9 @@
                                  [--include_path=DIR] [--limit=N] [--output=FILE]
 
 POLICY is full, sample, threshold:X such as threshold:0.5, or fixed:N such as fixed:6, which stops
-every token after 6 layers. The extra `eval` of this package installs lm-eval. The folder given by
---include_path contains your own task files. The task files in configs/harness run tasks of lm-eval
-on local data files. In Python, importing this module registers the model `jexit`:
+every token after 6 layers. Install lm-eval with the extra `eval` of this package. --include_path
+names a folder that contains your own task files. The task files in configs/harness run tasks of
+lm-eval on local data files. In Python, importing this module registers the model `jexit`:
 
     lm_eval.simple_evaluate("jexit", {"pretrained": "DIR", "policy": "sample"}, tasks=["gsm8k"])
 """

@@ -59,7 +59,7 @@ class Scores:
         return first if self.kind == "share" else first - second
 
     def of(self, numbers: Sequence[int]) -> Scores:
-        """Returns the scores of the problems with the given numbers, in this order."""
+        """Returns the scores of the problems with the given numbers, in the order of `numbers`."""
         places = {number: place for place, number in enumerate(self.numbers)}
         chosen = [places[number] for number in numbers]
         return Scores(

@@ -67,7 +67,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
-    """Prints the table at the end of a training run: the results before and after training."""
+    """Prints the table at the end of a training run: the results before and after training.
+
+    Each line contains a measure, such as accuracy, and its two values.
+    """
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",

@@ -101,7 +101,7 @@ class Transcripts:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns an answer in the form that `final_answer` returns."""
+        """Returns `answer` in the form in which the task's `final_answer` returns answers."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:

@@ -197,7 +197,10 @@ class Chart:
             self.path(f"M{outline}Z", classes)
 
     def bar(self, x: float, half: float, y: float, classes: str, title: str) -> None:
-        """Draws a bar from the x axis up to `y`, from `x` − `half` to `x` + `half`."""
+        """Draws a bar from the x axis up to `y`, between `x` − `half` and `x` + `half`.
+
+        `title` is shown when the pointer rests on the bar.
+        """
         left, right = self.x(x - half), self.x(x + half)
         top = min(self.y(y), self.bottom)
         d = f"M{left:.1f} {self.bottom:.1f}V{top:.1f}H{right:.1f}V{self.bottom:.1f}Z"
@@ -244,7 +247,10 @@ class Chart:
             self.path(f"{d}H{self.x(left):.1f}Z", "told", text)
 
     def keep_clear(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Makes labels that are placed later avoid the line between two points, if possible."""
+        """Makes labels that are placed later avoid the line from `start` to `end`, if possible.
+
+        Both points are (x, y) in the units of the data.
+        """
         (x1, y1), (x2, y2) = ((self.x(x), self.y(y)) for x, y in (start, end))
         pieces = max(1, round(math.hypot(x2 - x1, y2 - y1) / 6))
         for piece in range(pieces + 1):

@@ -35,7 +35,11 @@ def write_report(
 
 
 def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have already been read; see `write_report`."""
+    """Writes the report on runs that have already been read, and returns the path of the page.
+
+    The default `output` is `report.html` in the directory of the first run. Raises UserError if
+    `output` is a directory or if the page cannot be written.
+    """
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
         raise UserError(
@@ -47,7 +51,10 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole page; `templates/page.html` contains the sections and their texts."""
+    """Renders the whole page of the report on `runs`.
+
+    The template `templates/page.html` contains the sections and their texts.
+    """
     return render(
         "page.html",
         runs=runs,

@@ -134,7 +134,7 @@ class Run:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The number of layers before each exit, or an empty tuple if no file states it."""
+        """The number of layers before each exit, or an empty tuple if the run does not state it."""
         if self.evaluation is not None and self.evaluation.model.exits:
             return self.evaluation.model.exits
         exits = self.config.get("exits")
@@ -235,7 +235,7 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(kind: type[Kind], path: Path) -> Kind | None:
-    """Returns the contents of a JSON file, checked as a `kind`, or None without the file."""
+    """Returns the contents of a JSON file, checked as a `kind`, or None if there is no file."""
     try:
         value = read_json(path, REMEDY)
     except FileNotFoundError:

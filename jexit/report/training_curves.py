@@ -234,7 +234,10 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
 
 
 def _draw(chart: Chart, line: Line) -> None:
-    """Draws the running mean as a thick line, and the values as a thin line or as points if few."""
+    """Draws the running mean of a line as a thick line, and the values as a thin line.
+
+    If there are few values, they are drawn as points.
+    """
     values, mean = (np.clip(v, *chart.y_span) for v in (line.values, line.mean))
     if line.few:
         for step, value in zip(line.steps, values, strict=True):
