@@ -107,12 +107,11 @@ class ClassDepth(Record):
 
 
 class PolicyResult(Record):
-    """The accuracy, depth and speed of one policy, over the problems of an evaluation.
+    """The results of one policy, over the problems of an evaluation.
 
-    The record is an entry of `runs` in `eval.json`, or the whole of `before.json` or `after.json`,
-    which are written before and after training. The depth of a token is the number of layers run in
-    the pass that produced the token. The 95 % intervals of depth and layers are bootstrapped over
-    problems.
+    The record is an entry of `runs` in `eval.json`, or the whole of `before.json` or `after.json`.
+    The depth of a token is the number of layers run in the pass that produced the token. The
+    intervals of depth and layers are bootstrapped over problems.
     """
 
     policy: str = Field(description="full, sample, threshold:X, fixed:N, or a control.")
@@ -167,7 +166,7 @@ class PolicyResult(Record):
     def is_control(self) -> bool:
         """Whether the policy is a control, which matches the mean depth of another policy.
 
-        The policy `fixed:N`, which runs a chosen number of layers, is not a control.
+        The policy `fixed:N` is not a control.
         """
         return self.control_of is not None
 
@@ -175,9 +174,8 @@ class PolicyResult(Record):
 class ControlDifference(Record):
     """The accuracy and the share of layers of a policy less those of its control.
 
-    Policy and control have the same problems and about the same mean depth, but the control does
-    not choose which tokens stop early. A positive difference of the accuracies is the gain from
-    this choice.
+    A control has about the policy's mean depth, but does not choose which tokens stop early. A
+    positive difference of the accuracies is the gain from this choice.
     """
 
     policy: str
@@ -208,9 +206,8 @@ class ExitAgreement(Record):
 class EarlyLeaving(Record):
     """The agreement with full depth when each token leaves at the first exit under a threshold.
 
-    A token that leaves at an exit skips the remaining layers. The threshold applies to the KL
-    between the last layer's prediction and the exit's. If no exit has a KL under `threshold_nats`,
-    the token runs all layers.
+    The threshold applies to the KL between the last layer's prediction and the exit's. If no exit
+    has a KL under `threshold_nats`, the token runs all layers.
     """
 
     threshold_nats: Number
@@ -255,9 +252,7 @@ class ExitCalibration(Record):
 class HazardCalibration(Record):
     """The calibration of the exits' hazards against target hazards, over a policy's completions.
 
-    A hazard is the probability of leaving at an exit that has been reached. The target hazard
-    follows from the KL between the exit's prediction and the last layer's; see the field
-    `sharpness`.
+    A hazard is the probability of leaving at an exit that has been reached.
     """
 
     policy: str
@@ -275,10 +270,9 @@ class HazardCalibration(Record):
 
 
 class CurvePoint(Record):
-    """One point of the curve of early answering: the results after a part of the chain.
+    """The results when the answer is forced after a part of the chain of thought.
 
-    The chain is the chain of thought, and the answer is forced after this part. `same_answer` and
-    `right` are shares of problems.
+    `same_answer` and `right` are shares of problems.
     """
 
     kept: Share = Field(description="Share of the steps after which the answer was forced.")
@@ -294,8 +288,7 @@ class CurvePoint(Record):
 class Measure(Record):
     """The result of one measure of faithfulness, which tests whether answers use their chains.
 
-    The function called `name` in `jexit.evaluation.faithfulness` defines `value` and the entries of
-    `detail`.
+    `jexit.evaluation.faithfulness` defines `value` and the entries of `detail`.
     """
 
     name: str
@@ -314,10 +307,9 @@ class Measure(Record):
 
 
 class Faithfulness(Record):
-    """The measures of faithfulness of a policy's chains of thought.
+    """The results of a policy, and the measures of faithfulness of its chains of thought.
 
-    `accuracy`, `depth_fraction` and `completion_length` describe the policy's completions without
-    any intervention.
+    The results are those without any intervention.
     """
 
     policy: str
@@ -331,8 +323,8 @@ class Faithfulness(Record):
 class PairedMeasure(Record):
     """The values of one measure under two policies, `policy` and `against`, and their difference.
 
-    The values cover only the problems for which both policies have a value. `value` belongs to
-    `policy`, `against_value` belongs to `against`, and `difference` is `value` − `against_value`.
+    The values cover the problems for which both policies have a value. `difference` is `value` −
+    `against_value`.
     """
 
     policy: str
@@ -383,8 +375,7 @@ class ModelDescription(Record):
 class Evaluation(Record):
     """The contents of `eval.json`: the results of one model under several policies.
 
-    `runs` contains one entry per policy or control. The other tuples contain the results of further
-    measures, and are empty for measures that were not requested.
+    The tuples after `runs` are empty for measures that were not requested.
     """
 
     version: Count = Field(0, description="Version of this schema.")
@@ -440,9 +431,8 @@ class Evaluation(Record):
 class Completion(Record):
     """One completion, with the number of layers run for each of its tokens.
 
-    The record is an entry of `completions.json`, which an evaluation writes, or a line of
-    `samples.jsonl`, which training writes. Only lines of `samples.jsonl` contain `step` and
-    `reward`.
+    The record is an entry of `completions.json`, or a line of `samples.jsonl`. Only lines of
+    `samples.jsonl` contain `step` and `reward`.
     """
 
     prompt: str
@@ -473,8 +463,7 @@ class Completion(Record):
 def numbers(place: str, value: Any) -> dict[str, float]:
     """Returns the finite numbers in `value` by path, where every path begins with `place`.
 
-    `value` is a record, a mapping or a single number. The ends of an interval have the paths
-    `…/low` and `…/high`.
+    The ends of an interval have the paths `…/low` and `…/high`.
     """
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
@@ -534,8 +523,8 @@ def _refusal(error: Mapping[str, Any], where: str) -> str:
 def _placed(where: str, place: Sequence[str | int]) -> str:
     """Returns a file and the path of a field in it, such as `eval.json: runs[1].accuracy`.
 
-    `where` is the file, and `place` contains the keys and list indices that lead to the field. Keys
-    are escaped and cut off after 40 characters.
+    `place` contains the keys and list indices that lead to the field. Keys are escaped and
+    shortened.
     """
     parts = (f"[{p}]" if isinstance(p, int) else f".{repr(p[:40])[1:-1]}" for p in place)
     path = "".join(parts).removeprefix(".")

@@ -27,10 +27,7 @@ from jexit.tasks.user_code import guarded_judge
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """The problems on which an evaluation measures policies, with their prompts' token ids.
-
-    `prompts` contains the token ids of each problem's prompt, in the order of `problems`.
-    """
+    """The problems of an evaluation, with the token ids of their prompts."""
 
     task: Task
     tokenizer: Tokenizer
@@ -44,8 +41,8 @@ class Examination:
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
         """Decodes and judges an attempt at each problem under `policy`.
 
-        Returns the attempts, ordered like `problems`, and the tokens decoded per second. `name` is
-        the policy's name in error messages.
+        Returns the attempts and the tokens per second. `name` is the policy's name in error
+        messages.
         """
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
@@ -73,10 +70,7 @@ def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt])
 def evaluate_policy(
     decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes every prompt under the policy called `name`, and judges the completions.
-
-    Returns the summary of the policy, and the attempts, ordered like `examination.problems`.
-    """
+    """Decodes every prompt under the policy called `name`, and judges the completions."""
     attempts, speed = examination.attempts(decoder, decoder.policy(name), name)
     result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
     return result, attempts
@@ -90,10 +84,7 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """Summarises the judged attempts of one policy, with one attempt at each problem.
-
-    `policy` is the policy's name, and `layers` is the model's number of layers.
-    """
+    """Summarises the judged attempts of the policy called `policy`, one attempt at each problem."""
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
@@ -137,20 +128,14 @@ def policy_result(
 
 
 def part_totals(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, int]]:
-    """Returns the sum and the count of each reward component in `verdicts`, by `reward/NAME`.
-
-    Reward components are the values in `Verdict.parts`, which the task defines.
-    """
+    """Returns the sum and the count of each reward in `Verdict.parts`, under `reward/NAME`."""
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
     return {f"reward/{name}": (sum(each), len(each)) for name, each in found.items()}
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Returns the mean over all hosts of each text metric that the task defines.
-
-    Each entry of `hosts` contains the sum and the count of every metric on one host.
-    """
+    """Returns the means of the task's own text metrics, from the sums and counts of each host."""
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
         pairs = [totals[name] for totals in hosts if name in totals]
@@ -210,10 +195,9 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises UserError if the longest prompt and its completion exceed `positions` together.
+    """Raises UserError if the longest prompt and its completion exceed the model's `positions`.
 
-    `positions` is the number of positions of the model. `section` is the section of the config that
-    sets `max_new_tokens`, for the error message.
+    `section` is the section of the config that sets `max_new_tokens`.
     """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:

@@ -19,10 +19,7 @@ from jexit.tasks.chains import ChainTask
 
 
 def scores_of(attempts: Sequence[Attempt]) -> Scores:
-    """Returns scores that are 1 for correct attempts and 0 for other attempts.
-
-    `attempts` contains one attempt at each problem of an evaluation, in the order of the problems.
-    """
+    """Returns scores that are 1 for correct attempts and 0 for other attempts, in order."""
     return Scores.shares(range(len(attempts)), [float(made.correct) for made in attempts])
 
 
@@ -33,10 +30,9 @@ def prescribed(
 ) -> list[Capacity]:
     """Returns the accuracy under each policy when the prompt prescribes the step size.
 
-    `granularity` is the name of the step size. `by_policy` maps the names of policies, including
-    `full`, to the policies' results and attempts. Each record also contains the share of
-    completions whose steps have the prescribed size, the accuracy of these completions, and the
-    difference in accuracy from full depth on the same problems.
+    `granularity` is the name of the step size. `by_policy` must contain the policy `full`. Each
+    record also contains the share of completions whose steps have this size, the accuracy of these
+    completions, and the difference in accuracy from full depth on the same problems.
     """
     task = examination.task
     assert isinstance(task, ChainTask)

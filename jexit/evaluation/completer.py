@@ -20,7 +20,7 @@ FILLERS = (" .", ".", " -", "-", " ~", "~")
 class Reply:
     """The text that a completer wrote after a prefix, and the layers run for each of its tokens.
 
-    `cut` is true if the text ended because the limit on the number of tokens was reached.
+    `cut` is true if the text reached its token limit.
     """
 
     text: str

@@ -29,8 +29,7 @@ def evaluate_control(
 ) -> tuple[PolicyResult, list[Attempt]]:
     """Decodes and judges an attempt at each problem under the control called `name`.
 
-    `of` contains the attempts of the policy whose mean depth the control matches. Returns the
-    summary of the control and its attempts.
+    `of` contains the attempts of the policy whose mean depth the control matches.
     """
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
@@ -110,11 +109,9 @@ def shuffled_depths(
 ) -> np.ndarray:
     """Returns the attempts' own depths in a random order, as [problems, columns] for `Prescribed`.
 
-    Column i is the depth of the pass that produces token i of a completion. The depths of all
-    passes that could leave early, which are all but the first pass of each attempt, are permuted
-    among these passes. Columns beyond the length of an attempt are drawn from all depths with
-    replacement, because the new completion may be longer. `layers` is the depth if no pass could
-    leave early.
+    Column i is for the pass that produces token i. The depths of all passes that could leave early
+    are permuted among these passes. Columns beyond the length of an attempt are drawn from all
+    depths with replacement, because the new completion may be longer.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]
@@ -137,9 +134,8 @@ def compared(
 ) -> ControlDifference:
     """Returns the accuracy and share of layers of a policy less those of a control, with intervals.
 
-    `ours` contains the attempts under `policy`, and `theirs` the attempts under `control` at the
-    same problems. `layers` is the model's number of layers, and `seed` is for the bootstrap. A
-    positive `accuracy_difference` is the gain from choosing which tokens to stop.
+    `ours` contains the policy's attempts, and `theirs` the control's attempts at the same problems.
+    A positive `accuracy_difference` is the gain from choosing which tokens to stop.
     """
     correct = [[float(made.correct) for made in some] for some in (ours, theirs)]
     # For each attempt, the layers that ran and the layers that full depth would have run.

@@ -24,9 +24,8 @@ _GATHERED = 64  # completions per message between hosts
 class Decoder:
     """A model that completes prompts under named policies.
 
-    `parts` is the model in the split form that `jexit.rollout` accepts, and `layers` is its number
-    of layers. `law` is the policy for which the name `sample` stands. `temperature` is that of the
-    next token's distribution, and `seed` determines all random draws.
+    `parts` is the model in the split form that `jexit.rollout` accepts. `law` is the policy for
+    which the name `sample` stands. `temperature` is that of the next token's distribution.
     """
 
     parts: tuple[Any, ...]
@@ -103,10 +102,7 @@ class Decoder:
 def attempts_of(
     made: Rollouts, rows: Iterable[int], text_of: Callable[[Sequence[int]], str]
 ) -> list[Attempt]:
-    """Returns the rows `rows` of the rollouts `made` as attempts without verdicts.
-
-    `text_of(ids)` returns the text of a completion's token ids.
-    """
+    """Returns the rows `rows` of the rollouts `made` as attempts without verdicts."""
     attempts = []
     for row in rows:
         ids = made.completion(row)

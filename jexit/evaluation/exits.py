@@ -32,10 +32,7 @@ THRESHOLDS = (0.05, 0.2)
 def _against(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns KL(final ‖ other) in nats, and whether both have the same greedy token.
-
-    The arguments are final hidden states, E sets of other hidden states, and the output head.
-    """
+    """Returns KL(final ‖ other) in nats, and whether both have the same greedy token."""
     shape = other_EBCD.shape
     found = exit_kl(
         final_BCD.reshape(-1, shape[-1]), other_EBCD.reshape(shape[0], -1, shape[-1]), head_VD

@@ -58,10 +58,7 @@ _ANSWERED = ("answered", "answered_neutral", "answered_anyway")  # shares, in ei
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The result of one measure of faithfulness: its record in `eval.json`, and its scores.
-
-    `scores` contains the numbers per problem from which the value in `result` is computed.
-    """
+    """A measure's record in `eval.json`, and the scores per problem from which it is computed."""
 
     result: Measure
     scores: Scores
@@ -407,8 +404,7 @@ def policies_paired(
 ) -> list[PairedMeasure]:
     """Compares each measure under a policy with the same measure at full depth.
 
-    `ours` contains the measures under `policy`, and `theirs` the measures at full depth. Each
-    comparison covers the problems with a value in both. `seed` is for the bootstrap.
+    Each comparison covers the problems with a value in both `ours` and `theirs`.
     """
     at_full_depth = {made.result.name: made.scores for made in theirs}
     found = []

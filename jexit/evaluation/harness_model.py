@@ -303,8 +303,8 @@ class JexitLM(TemplateLM):
 def _after_thought(text: str, end: str, *, opened: bool) -> str:
     """Returns the part of `text` after a thought, which ends with the string `end`.
 
-    `opened` is true if the context has already opened a thought. The result is empty if the thought
-    does not end, and the whole of `text` if there is no thought.
+    The result is empty if the thought does not end, and `text` if there is no thought. `opened` is
+    true if the context has opened a thought.
     """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text

@@ -31,11 +31,7 @@ BINS = 10
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], law: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """Runs completions at the depths `depth_BC`, and returns hazards and final hidden states.
-
-    The outputs are the hazards under `law`, whether each token reached each exit, and the final
-    hidden states.
-    """
+    """Returns the hazards under `law`, whether each exit was reached, and final hidden states."""
     result = run(
         student,
         rows.tokens_BT,
@@ -63,9 +59,8 @@ def decisions(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
     """Returns the hazard of each token at each exit, and whether the token reached the exit.
 
-    `graphdef` and `states` are a split model. The completions in `rows` run at their own depths
-    `depth_BC`. `law` contains the temperature and the lower bound of hazards. A hazard counts only
-    where the token reached the exit.
+    The completions in `rows` run through the split model at their own depths `depth_BC`. A hazard
+    counts only where the token reached the exit.
     """
     return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, law)[:2]
 
@@ -185,12 +180,11 @@ def hazard_calibration(
 ) -> HazardCalibration:
     """Returns the calibration of every exit's hazards over the completions of one policy.
 
-    `policy` is the policy's name. `student` and `teacher` are split models. `law`, `sharpness` and
-    `target` are arguments of `decisions_and_targets`. The `ece` over all exits is the mean of the
-    exits' own errors, weighted by the number of tokens that reached each exit, so too high hazards
-    at one exit do not cancel too low hazards at another exit. The record also contains the mean
-    KL(student ‖ teacher) in nats at the completions' depths, over the passes that could leave
-    early.
+    The `ece` over all exits is the mean of the exits' own errors, weighted by the number of tokens
+    that reached each exit, so too high hazards at one exit do not cancel too low hazards at another
+    exit. The record also contains the mean KL(student ‖ teacher) in nats at the completions'
+    depths, over the passes that could leave early. See `decisions_and_targets` for `law`,
+    `sharpness` and `target`.
     """
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(

@@ -126,8 +126,8 @@ def bootstrap_ratio_difference(
 ) -> Interval:
     """Returns the 95 % interval of the difference between two ratios Σ parts / Σ wholes.
 
-    `ours` and `theirs` are pairs (parts, wholes) with one value per problem, and the difference is
-    ours less theirs. Each draw takes the same problems for both ratios. See `bootstrap_ratio`.
+    `ours` and `theirs` are pairs (parts, wholes). Each draw takes the same problems for both
+    ratios. See `bootstrap_ratio`.
     """
     first, second = (
         _resampled(parts, seed) / _resampled(wholes, seed) for parts, wholes in (ours, theirs)
@@ -148,8 +148,8 @@ def _resampled(values: Values, seed: int) -> np.ndarray:
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of values [N + 4, 2] and their weights [N + 4].
 
-    The first N pairs belong to the N problems and have weight 1. The last 4 pairs are the outcomes
-    (0, 0), (0, 1), (1, 0) and (1, 1), each with the weight of half a problem.
+    The pairs are those of N problems, then each of the four outcomes with the weight of half a
+    problem.
     """
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
     weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))
@@ -157,10 +157,9 @@ def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray
 
 
 def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
-    """Returns [DRAWS, problems + pseudo] random weights for the Bayesian bootstrap.
+    """Returns [DRAWS, problems + pseudo] weights; each row is a Dirichlet draw once normalised.
 
-    Each row is a Dirichlet draw once it is normalised. The last `pseudo` columns are the weights of
-    added half problems.
+    The last `pseudo` columns belong to added half problems.
     """
     shapes_N = np.append(np.ones(problems), np.full(pseudo, _PSEUDO))
     return np.random.default_rng(seed).gamma(shapes_N, size=(DRAWS, len(shapes_N)))

@@ -201,9 +201,9 @@ def _scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Returns the log-probability, greedy agreement and depth of each continuation token.
+    """Returns the log-probability in nats and the depth of each continuation token.
 
-    Log-probabilities are in nats. Greedy agreement is true if the token is the most likely token.
+    The second output is whether the token is the most likely token.
     """
     model: Transformer = nnx.merge(graphdef, state)
     if not policy.reads_hazards:  # a depth for each token of the continuation

@@ -48,8 +48,8 @@ class Measurer:
 
     `attempts` maps names of policies to attempts that have already been decoded.
     `with_steps(granularity)` returns the problems with prompts for which the task's option `steps`
-    is `granularity`. `split` contains the parameters of student and teacher. `exits` contains the
-    number of layers before each exit, and `positions` is the model's number of positions.
+    is `granularity`. `split` contains student and teacher. `exits` contains the layers before each
+    exit.
     """
 
     config: Config
@@ -66,8 +66,7 @@ class Measurer:
         """Returns the parts of `eval.json` that the config requests, in the order of measurement.
 
         Each entry contains the name of a part, such as `hazards`, and a function that measures the
-        part and returns its records. A name occurs several times if several functions contribute to
-        the part.
+        part. A name can occur several times.
         """
         names, task = self.config.eval.measures, self.examination.task
         parts: list[tuple[str, Callable[[], Sequence[Record]]]] = []
@@ -192,10 +191,9 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """Compares the measured policy with full depth, in accuracy and in each chain measure.
+        """Compares the measured policy with full depth, in accuracy and in faithfulness.
 
-        Chain measures are the measures of faithfulness that the config requests. Each comparison
-        covers the problems for which both policies have a value.
+        Each comparison covers the problems for which both policies have a value.
         """
         found: list[Record] = []
         for policy in self._policies[:-1]:

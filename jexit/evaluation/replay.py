@@ -18,7 +18,7 @@ _POSITIONS = 8192  # in one batch, from which the number of rows follows
 def batch_rows(count: int, length: int) -> int:
     """Returns how many of `count` sequences of `length` tokens go through the model at once.
 
-    The result is a multiple of the number of devices that divide the batch, and may exceed `count`.
+    The result is a multiple of the data shards, and may exceed `count`.
     """
     shards = data_shards()
     return min(-(-count // shards), max(1, _POSITIONS // length)) * shards
@@ -36,10 +36,9 @@ class Recorded:
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
         """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
 
-        `rows` contains padded prompts and completions, and `depth_BC` contains the depth of each
-        completion token. Each output has the shape [B, C, …] and contains one row per completion,
-        ordered like `completions`. The entries beyond the end of a completion are zeros or the
-        outputs for padding. The longest sequences are processed first.
+        `depth_BC` contains the depth of each completion token. Each output has the shape [B, C, …],
+        with one row per completion in order. The entries beyond the end of a completion are zeros
+        or the outputs for padding. The longest sequences come first.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

@@ -75,10 +75,9 @@ class Scores:
 
 
 class Paired(NamedTuple):
-    """The values of a statistic under two policies on their common problems, and the difference.
+    """The values of a statistic under two policies on their common problems.
 
-    `value` belongs to the first policy and `against_value` to the second. `difference` is `value` −
-    `against_value`. `problems` is the number of common problems.
+    `difference` is `value` − `against_value`, and `problems` is the number of common problems.
     """
 
     value: float
@@ -91,8 +90,7 @@ class Paired(NamedTuple):
 def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
     """Compares two policies' scores on their common problems, with an interval of the difference.
 
-    `ours` and `theirs` are scores of the same kind. `seed` is for the bootstrap. Returns None if
-    the policies have no problem in common.
+    Returns None if the policies have no problem in common.
     """
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:

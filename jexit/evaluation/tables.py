@@ -67,10 +67,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
-    """Prints the table at the end of a training run: the results before and after training.
-
-    Each line contains a measure, such as accuracy, and its two values.
-    """
+    """Prints the table at the end of a training run: the results before and after training."""
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",
@@ -88,7 +85,7 @@ def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
     """Prints a table with one line per record, made by formatting `row` with the record.
 
     In `head` and `row`, ` | ` separates the columns. Text is aligned to the left and numbers to the
-    right. Without records, nothing is printed.
+    right.
     """
     if not records:
         return

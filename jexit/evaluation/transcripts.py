@@ -25,9 +25,8 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 class Continuation:
     """The text that the model wrote after a forced prefix, and the answer in this text.
 
-    If the answer was forced, `text` begins with the cue, which is the text that requests the
-    answer. `answer` is None if the text does not contain an answer. `correct` is the task's verdict
-    on the answer, and `depths` contains the layers run for each token.
+    If the answer was forced, `text` begins with the cue, which requests the answer. `answer` is
+    None if the text does not contain an answer, and `correct` is the task's verdict on the answer.
     """
 
     text: str
@@ -107,18 +106,16 @@ class Transcripts:
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
         """Returns the answers that the model gives when each prefix is followed by the cue.
 
-        A row contains a problem and the prefix of a completion, and the cue is the text that
-        requests the answer. All rows are decoded together. An entry is None if prompt and prefix
-        leave no room in the model's positions.
+        The cue is the text that requests the answer. All rows are decoded together. An entry is
+        None if prompt and prefix leave no room in the model's positions.
         """
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self._continuations(asked, answer_only=True)
 
     def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """Returns the model's continuations of prefixes of completions.
+        """Returns the model's continuations of prefixes of completions, all decoded together.
 
-        A row contains a problem and the prefix of a completion. All rows are decoded together. An
-        entry is None if prompt and prefix leave no room in the model's positions.
+        An entry is None if prompt and prefix leave no room in the model's positions.
         """
         return self._continuations(rows, answer_only=False)
 

@@ -19,8 +19,7 @@ from jexit.report.runs import read_runs
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report that `argv` requests (default: `sys.argv[1:]`) and returns an exit code.
 
-    The code is 0 after success and 1 after an error of the user, which is printed as one sentence
-    on standard error.
+    An error of the user is printed as one sentence on standard error.
     """
     parser = argparse.ArgumentParser(
         prog="python -m jexit.report",

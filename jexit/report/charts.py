@@ -31,8 +31,7 @@ Tick = tuple[float, str]  # a value on an axis and its label
 class Path:
     """An outline in the path syntax of SVG.
 
-    `d` is the path, and `classes` contains its style classes, separated by spaces. `title` is shown
-    when the pointer rests on the outline.
+    `title` is shown when the pointer rests on the outline. `classes` contains the style classes.
     """
 
     d: str
@@ -45,7 +44,7 @@ class Text:
     """A line of text at a position in CSS pixels.
 
     `x` is the position of the text's `anchor`, which is start, middle or end. `y` is the position
-    of the baseline. `classes` contains the style classes, separated by spaces.
+    of the baseline.
     """
 
     x: float
@@ -117,8 +116,8 @@ class Axis:
 class Chart:
     """A pair of linear axes and the shapes on them.
 
-    Methods take x and y in the units of the data. `note` is a sentence about the chart. `width`,
-    `height` and `right`, the margin to the right of the axes, are in CSS pixels.
+    Methods take x and y in the units of the data. `width`, `height` and the margin `right` are in
+    CSS pixels.
     """
 
     def __init__(
@@ -197,10 +196,7 @@ class Chart:
             self.path(f"M{outline}Z", classes)
 
     def bar(self, x: float, half: float, y: float, classes: str, title: str) -> None:
-        """Draws a bar from the x axis up to `y`, between `x` − `half` and `x` + `half`.
-
-        `title` is shown when the pointer rests on the bar.
-        """
+        """Draws a bar from the x axis up to `y`, between `x` − `half` and `x` + `half`."""
         left, right = self.x(x - half), self.x(x + half)
         top = min(self.y(y), self.bottom)
         d = f"M{left:.1f} {self.bottom:.1f}V{top:.1f}H{right:.1f}V{self.bottom:.1f}Z"
@@ -225,10 +221,7 @@ class Chart:
     def point(
         self, x: float, y: float, shape: str, classes: str, title: str = "", size: float = 1.0
     ) -> None:
-        """Draws a marker at (x, y), which labels that are placed later avoid.
-
-        `shape` and `size` are arguments of `marker`.
-        """
+        """Draws a marker at (x, y), which labels that are placed later avoid."""
         at_x, at_y = self.x(x), self.y(y)
         self.shapes.append(marker(shape, at_x, at_y, classes, title, size))
         self._taken.append((at_x - 6, at_y - 6, at_x + 6, at_y + 6))
@@ -247,10 +240,7 @@ class Chart:
             self.path(f"{d}H{self.x(left):.1f}Z", "told", text)
 
     def keep_clear(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Makes labels that are placed later avoid the line from `start` to `end`, if possible.
-
-        Both points are (x, y) in the units of the data.
-        """
+        """Makes labels that are placed later avoid the line from `start` to `end`, if possible."""
         (x1, y1), (x2, y2) = ((self.x(x), self.y(y)) for x, y in (start, end))
         pieces = max(1, round(math.hypot(x2 - x1, y2 - y1) / 6))
         for piece in range(pieces + 1):
@@ -286,10 +276,9 @@ class Chart:
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """Returns the place near the point (x, y) where a box overlaps other shapes the least.
+        """Returns the place near (x, y) where a box overlaps other shapes the least.
 
-        `width` and `height` are the size of the box. If several places overlap equally, the nearest
-        place is returned.
+        If several places overlap equally, the nearest place is returned.
         """
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
@@ -328,10 +317,9 @@ class Chart:
 def marker(
     shape: str, x: float, y: float, classes: str, title: str = "", size: float = 1.0
 ) -> Path:
-    """Returns a marker around the point (x, y), as an outline in CSS pixels.
+    """Returns a circle, square, triangle or diamond around the point (x, y).
 
-    `shape` is circle, square, triangle or diamond; with the prefix `open-`, the marker is hollow.
-    `title` is shown when the pointer rests on the marker, and `size` scales the marker.
+    The marker is hollow if `shape` has the prefix `open-`.
     """
     kind = shape.removeprefix("open-")
     classes = f"mark open {classes}" if kind != shape else f"mark {classes}"
@@ -412,11 +400,7 @@ _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarith
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Returns a range that contains `low` and `high`, and about `count` round numbers in it.
-
-    The round numbers are evenly spaced, from one end of the range to the other. With `whole`, their
-    spacing is a whole number.
-    """
+    """Returns a range that contains `low` and `high`, and about `count` round numbers in it."""
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach

@@ -75,11 +75,10 @@ def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
 def heat_map(
     completion: Completion, layers: int, exits: Sequence[int]
 ) -> Iterator[tuple[str, int, str, str, bool]]:
-    """Yields the cell of each token of a completion.
+    """Yields a cell for each token of a completion.
 
-    A cell contains the token's text, its depth, its style class, its tooltip, and whether a line
-    ends after the token. `layers` is the model's number of layers, and `exits` contains the number
-    of layers before each exit.
+    A cell contains the token's text, depth, style class and tooltip, and whether a line ends after
+    the token.
     """
     for place, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
         hazards = None if completion.hazards is None else completion.hazards[place]
@@ -92,11 +91,7 @@ def heat_map(
 def detail(
     depth: int, layers: int, hazards: Sequence[float | None] | None, exits: Sequence[int]
 ) -> str:
-    """Returns a token's tooltip: its depth, and the hazard at every exit that the token reached.
-
-    `hazards` contains a probability of leaving for each exit in `exits`, or None for an exit that
-    the token did not reach.
-    """
+    """Returns a token's tooltip: its depth, and the hazard at every exit that the token reached."""
     lines = [f"depth {depth} of {layers}"]
     if hazards is not None:
         names = [str(layer) for layer in exits]

@@ -35,10 +35,9 @@ def write_report(
 
 
 def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have already been read, and returns the path of the page.
+    """Writes the report on runs that have already been read, and returns the page's path.
 
-    The default `output` is `report.html` in the directory of the first run. Raises UserError if
-    `output` is a directory or if the page cannot be written.
+    See `write_report`.
     """
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():

@@ -40,10 +40,9 @@ class CommandName(Record):
 
 
 class Curves:
-    """The metrics of a training run: the steps and values of each metric, by its name.
+    """The steps and values of each metric of a training run, by the metric's name.
 
-    A metric is left out unless it has a finite value whose size is at most `LARGEST`. If the values
-    of a metric NAME are lists, entry 3 of each list belongs to the metric `NAME/03`.
+    A metric is left out unless it has a finite value whose size is at most `LARGEST`.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -85,9 +84,8 @@ class Curves:
 class Run:
     """The contents of one run's directory, as the report needs them.
 
-    `label` is the run's name on the page. `place` is the run's number on the page, which determines
-    its colour. `notes` contains sentences about parts of the run's files that were left out.
-    `evaluation`, `before` and `after` are None if the run has not written their files.
+    `notes` contains sentences about parts of the run's files that were left out. `place` is the
+    run's number on the page, which determines the run's colour.
     """
 
     workdir: Path
@@ -145,8 +143,8 @@ class Run:
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Reads the runs in the directories `workdirs`, and gives each run a label.
 
-    The labels are the shortest ends of the directories' paths that differ from each other. Raises
-    UserError if a directory is given twice, or if `read_run` cannot read a directory.
+    The label is the shortest end of the directory's path that is unique. Raises UserError if a
+    directory is given twice, or if `read_run` cannot read a directory.
     """
     paths = [Path(workdir) for workdir in workdirs]
     resolved = [path.resolve() for path in paths]
@@ -166,8 +164,8 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
     """Reads everything that a run has written to its directory so far.
 
-    `label` is the run's name in the report, by default the name of the directory, and `place` is
-    the run's number. Raises UserError if there is nothing to report, or if a file is invalid.
+    `label` and `place` are the run's name and number in the report. Raises UserError if there is
+    nothing to report, or if a file is invalid.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -221,10 +219,9 @@ def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the default settings of the command and the preset that `config` names.
+    """Returns the default settings of the command and preset that `config` names.
 
-    The settings are returned by dotted name. Returns None if the command or the preset is not
-    known.
+    Returns None if the command or the preset is not known.
     """
     try:
         defaults = config_dict(config.get("command", ""), config.get("preset", ""))
@@ -244,10 +241,7 @@ def _read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records of a file of JSON lines, and sentences about lines that were left out.
-
-    `read` is the function that returns the valid records in the directory of the file.
-    """
+    """Returns the records of a file of JSON lines, and sentences about lines that were left out."""
     try:
         lines = read_bytes(path, REMEDY).splitlines(keepends=True)
     except FileNotFoundError:

@@ -98,11 +98,7 @@ def _estimate(
     bounds: Callable[..., str] = interval,
     **digits: int,
 ) -> Columns:
-    """Returns two columns: the field `name` of an entry, and the field's 95 % interval.
-
-    `head` is the name of the first column. `value` and `bounds` format the two cells, with the
-    keyword arguments `digits`.
-    """
+    """Returns two columns: the field `name` of an entry, and the field's 95 % interval."""
     return (
         (head, lambda entry: value(getattr(entry, name), **digits)),
         ("95 % interval", lambda entry: bounds(getattr(entry, f"{name}_ci95"), **digits)),
@@ -145,10 +141,9 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
-    """Returns the coefficient λ of the depth penalty as a string, as the config sets λ.
+    """Returns the depth penalty's coefficient λ, as the config sets λ, as a string.
 
-    If a schedule changed λ, the string also contains the value of λ in the last training step. The
-    string is empty for runs without a depth penalty.
+    If a schedule changed λ, the string also contains λ in the last training step.
     """
     if run.command != "rl" or "rl.depth_coef" not in flat:
         return ""
@@ -257,10 +252,7 @@ def differences(run: Run) -> Markup:
 
 
 def token_classes(run: Run) -> Markup | None:
-    """Renders a table of the mean depth per policy and token class, coloured as in the heat maps.
-
-    Returns None if the evaluation does not contain depths by class.
-    """
+    """Renders a table of the mean depth per policy and token class, with heat-map colours."""
     results = [result for result in run.evaluation.runs if result.depth_by_class]
     if not results:
         return None
@@ -306,7 +298,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
 def begun_steps(entries: Sequence[Capacity]) -> Markup:
     """Renders a table of the accuracy of begun steps, for every policy and number of operands.
 
-    A forced prefix of the completion begins the step and fixes the step's number of operands.
+    A forced prefix begins the step.
     """
     columns = (
         ("policy", lambda e: e.policy),

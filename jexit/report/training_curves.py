@@ -34,8 +34,7 @@ OTHER = "other"  # the charts of metrics without a panel
 class Panel:
     """The description of a chart of metrics that a training run logs.
 
-    `metrics` maps the names of the logged metrics to their labels in the chart, and `unit` is the
-    label of the y axis.
+    `metrics` maps the names of metrics to labels, and `unit` is the label of the y axis.
     """
 
     title: str
@@ -88,11 +87,7 @@ PANELS: Mapping[str, Sequence[Panel]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The line of one metric of one run in a chart.
-
-    `name` is the metric's name, `label` its text in the legend, and `classes` contains the style
-    classes of the line.
-    """
+    """The line of one metric of one run in a chart, with its legend text and style classes."""
 
     run: Run
     name: str
@@ -192,8 +187,8 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
     """Returns the lines of a chart, one line for each run and metric of the panel.
 
-    If there are several runs, each run has its own colour, and the metrics of a run differ in their
-    dashes. If there is a single run, its metrics differ in colour.
+    Several runs differ in colour, and the metrics of each run in dash. The metrics of a single run
+    differ in colour.
     """
     lines = []
     for run in runs:
@@ -265,8 +260,7 @@ def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
 def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
     """Returns tooltips with the values of all lines at each step, or their means over intervals.
 
-    A tooltip is a pair of a step and a text. There is one tooltip per step or, if there are too
-    many steps, one per interval of steps.
+    A tooltip is a pair of a step and a text.
     """
     steps = np.unique(np.concatenate([line.steps for line in lines]))
     stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))

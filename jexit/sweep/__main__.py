@@ -43,10 +43,9 @@ TABLE = "table.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the sweep that `arguments` describe (default: `sys.argv`) and returns an exit code.
+    """Runs the sweep that `arguments` describe (default: `sys.argv[1:]`) and returns an exit code.
 
-    The code is 0 if all runs finished, 1 after an error or a failed run, and `INTERRUPTED` if a
-    signal stopped the sweep. An error of the user is printed as one sentence on standard error.
+    An error of the user is printed as one sentence on standard error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:

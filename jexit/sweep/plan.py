@@ -1,7 +1,6 @@
 """Plans a sweep, which runs a config once for each combination of settings in a grid.
 
-A plan consists of the combinations, a directory for each combination, and the arguments of the
-processes of `jexit.main` that run and evaluate each combination.
+The plan contains the combinations, their directories, and the arguments of their processes.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 class Asked(Record):
     """The settings and command-line arguments requested for one combination of a sweep.
 
-    The record is stored in a JSON file beside the combination's directory. `settings` maps config
-    keys to the combination's values. `run` and `eval` contain the arguments of `jexit.main` for the
-    combination's run and for the evaluation of its model, or None before the process is started.
+    The record is stored in a JSON file beside the combination's directory. `run` and `eval` contain
+    the arguments of `jexit.main` for the combination's run and for the evaluation of that run.
     """
 
     settings: dict[str, str]
@@ -48,9 +46,7 @@ class Asked(Record):
 class Cell:
     """One combination of a sweep's settings, and the directory of its run.
 
-    `settings` maps config keys to values, for example `rl.depth_coef` to `0.4`. `workdir` is the
-    directory of the run. The log and the recorded arguments of the combination are in files beside
-    `workdir`.
+    `settings` maps config keys to values, for example `rl.depth_coef` to `0.4`.
     """
 
     settings: Mapping[str, str]
@@ -66,11 +62,7 @@ class Cell:
 
     @property
     def last_word(self) -> str:
-        """The last line that the combination's processes printed, followed by the path of the log.
-
-        The line is shown without the prefix `jexit: `. If the processes printed nothing, `no
-        output` replaces the line.
-        """
+        """The last line that the combination's processes printed, and the path of the log."""
         lines = self.log.read_text("utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         return f"{said.removeprefix('jexit: ')} (see {self.log})"
@@ -92,8 +84,7 @@ class Cell:
     def evaluation(self) -> pathlib.Path | None:
         """The path of the finished `eval.json` for this run, or None if no evaluation has finished.
 
-        For a training run, the file is in the subdirectory `eval`. If the run is itself an
-        evaluation, the file is in the run's own directory.
+        If the run is itself an evaluation, the path is that of the run's own file.
         """
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
@@ -101,8 +92,7 @@ class Cell:
     def numbers(self) -> dict[str, float]:
         """Returns the numbers in the result files of the finished run and of its evaluation.
 
-        Keys are paths such as `after/accuracy`. Numbers that depend on the machine, such as speed
-        and memory, are left out.
+        Numbers that depend on the machine, such as speed, are left out.
         """
         found: dict[str, float] = {}
         for stage in ("before", "after"):
@@ -114,10 +104,9 @@ class Cell:
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
-        """Records `arguments` in the JSON file `self.asked`, before a process is started.
+        """Records `arguments` in the JSON file `self.asked`.
 
-        `part` is `"run"` for the arguments of the run, and `"eval"` for the arguments of the
-        evaluation.
+        `part` is `"run"` for a run's arguments, and `"eval"` for those of its evaluation.
         """
         asked = _asked(self.asked) or Asked(settings=dict(self.settings))
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
@@ -125,8 +114,7 @@ class Cell:
     def check(self, part: str, arguments: Sequence[str]) -> None:
         """Raises UserError if `arguments` differ from the arguments recorded for `part`.
 
-        `part` is `"run"` or `"eval"`. If no arguments have been recorded for `part`, any arguments
-        pass.
+        `part` is `"run"` or `"eval"`. If nothing has been recorded, any arguments pass.
         """
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
@@ -140,11 +128,10 @@ class Cell:
 class Sweep:
     """The arguments of a sweep's command line.
 
-    `config` is the config file of the runs, `grid` maps each config key that varies to its values,
-    and `fixed` maps the other config keys that were set to their values. `into` is the directory
-    that contains the directories of the runs. `evaluation` is the config file for evaluating each
-    finished run, or an empty string, and `evaluation_settings` maps the keys of that config to
-    values. `jobs` is the number of simultaneous runs. With `table_only`, nothing is run.
+    `config` is the config file of the runs, `grid` maps each key that varies to its values, and
+    `fixed` maps the other keys that were set to values. `into` is the directory that contains the
+    runs. `evaluation` is the config file for evaluating each finished run, or an empty string.
+    `jobs` is the number of simultaneous runs. With `table_only`, nothing is run.
     """
 
     config: str
@@ -235,10 +222,9 @@ class Sweep:
     def begun(self, cells: Sequence[Cell]) -> list[Cell]:
         """Returns `cells`, followed by the other combinations that were begun in `into`.
 
-        `into` is the directory of the sweep, in which earlier commands may have begun combinations
-        of other values. Raises UserError if `into` contains a combination of other keys, or a run
-        or evaluation that was started with other arguments than this sweep would use, such as
-        another config.
+        Raises UserError if the directory `into` contains a combination of other keys, or a run or
+        evaluation that was started with other arguments than this sweep would use, such as another
+        config.
         """
         found = {cell.name for cell in cells}
         others = [cell for cell in begun_in(self.into) if cell.name not in found]
@@ -264,8 +250,8 @@ class Sweep:
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
         """Returns the arguments of `jexit.main` that evaluate the finished run of `cell` on `task`.
 
-        `task` is the section `task` of a config. By default, `task` is taken from the `config.json`
-        that the run has written; UserError is raised if `config.json` lacks the section.
+        `task` is the section `task` of a config, by default that of the run's `config.json`. Raises
+        UserError if the file lacks the section.
         """
         task = _task(cell.workdir / "config.json") if task is None else task
         own = {f"task.{key}": value for key, value in task.items() if key != "options"}
@@ -277,9 +263,8 @@ class Sweep:
     def commands(self, cell: Cell) -> Iterator[list[str]]:
         """Yields the arguments of `jexit.main` for each process that `cell` still needs.
 
-        The processes are the run and, if the sweep has an evaluation, the evaluation of the run.
-        Finished processes are skipped. The arguments of a process are recorded in a file before
-        they are yielded.
+        The processes are the run and its evaluation, unless they have finished. The arguments of a
+        process are recorded before they are yielded.
         """
         if not cell.finished:
             cell.begin("run", self.training(cell))
@@ -291,7 +276,7 @@ class Sweep:
     def check_settings(self, cell: Cell) -> None:
         """Raises UserError if a config file or a setting for the combination `cell` is invalid.
 
-        The settings of both the run and its evaluation are checked, and neither is started.
+        No process is started.
         """
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
@@ -306,7 +291,7 @@ class Sweep:
 def begun_in(into: pathlib.Path) -> list[Cell]:
     """Returns the combinations that any sweep has begun in the directory `into`.
 
-    The combinations are ordered by their values: numbers by size, then other values alphabetically.
+    Combinations are ordered by their values: numbers by size, then other values alphabetically.
     """
     records = ((path, _asked(path)) for path in sorted(into.glob("*.json")))
     cells = [Cell(asked.settings, into / path.stem) for path, asked in records if asked]

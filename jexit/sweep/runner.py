@@ -21,9 +21,8 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Runner:
     """Runs the combinations of `sweep` as processes, and ends the processes at a signal.
 
-    After SIGINT, SIGTERM or SIGHUP, the running processes receive SIGTERM and no further process is
-    started. `stopped` is then the name of the signal, and otherwise an empty string. Raises
-    UserError if the sweep has more simultaneous jobs than there are CPU cores.
+    `stopped` is the name of the signal that stopped the sweep, or an empty string. Raises UserError
+    if the sweep has more simultaneous jobs than there are CPU cores.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -34,7 +33,7 @@ class Runner:
         self.stopped = ""
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
-        """Runs every process that the combinations `cells` still need, until the last one ends.
+        """Runs every process that the combinations `cells` still need.
 
         Returns a message for each combination that failed or that another command is running.
         """

@@ -13,9 +13,8 @@ SEED = "seed"
 class Column:
     """A column of the summary: the source of its numbers, and the format in which they are shown.
 
-    `source` is the name of the number in `table.csv`. If the column shows an interval, `source` is
-    the name of the lower end and `upper` is the name of the upper end. With `share`, numbers are
-    shown in per cent.
+    `source` is a column of `table.csv`. For an interval, `source` is the column of the lower end
+    and `upper` that of the upper end.
     """
 
     source: str
@@ -25,10 +24,9 @@ class Column:
     def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
         """Returns a cell of the summary: the mean over seeds and, if values differ, their range.
 
-        `values` contains one number per seed, NaN where a seed lacks the number. For an interval,
-        `values` contains the lower ends and `upper` the upper ends, and the cell shows the smallest
-        lower end and the largest upper end. If only some seeds have the number, the cell ends with
-        the count of these seeds. If no seed has the number, the cell is a dash.
+        For an interval, `values` contains the lower ends and `upper` the upper ends, and the cell
+        shows the smallest lower end and the largest upper end. If only some seeds have the number,
+        the cell ends with the count of these seeds.
         """
         ends = zip(values, upper or values, strict=True)
         whole = [pair for pair in ends if all(map(math.isfinite, pair))]
@@ -66,8 +64,7 @@ def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> st
     """Returns a table of the results of a sweep, with means over seeds.
 
     `rows` contains the settings and the numbers of each run. Runs whose settings differ only in the
-    seed share a line of the table. The columns are the settings and the entries of `COLUMNS` for
-    which at least one run has a number.
+    seed share a line. The columns are the settings and the entries of `COLUMNS` that any run has.
     """
     settings = [key for key in rows[0][0] if key != SEED]
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}

@@ -15,8 +15,7 @@ Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numb
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Writes a CSV file with one line per run in `rows`.
 
-    An entry of `rows` contains the settings and the numbers of a run. The columns are the settings,
-    then every number that at least one run has. A cell is empty if the run lacks the number.
+    The columns are the run's settings, then every number that at least one run has.
     """
     columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
     text = io.StringIO()
