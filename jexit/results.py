@@ -1,12 +1,13 @@
 """The schemas of the files with a run's measurements, such as `eval.json` and `completions.json`.
 
-The evaluation writes an `Evaluation`, which the report and sweeps read. A file from elsewhere, or
-from an older jexit, is either read or refused with an error of one sentence. Fields without a
-default are in every file that jexit has ever written. The other fields were added later or are
-measured on demand, and a file contains them only if they were set. Unknown fields in a file are
+An evaluation writes an `Evaluation`, which the report and sweeps read. A file that an older jexit
+or another program wrote is either read, or refused with a UserError of one sentence. Fields without
+a default are in every file that jexit has ever written. Fields with a default were added later or
+are measured on demand, and a file contains them only if they were set. Unknown fields in a file are
 ignored.
 
-JSON has no NaN, so a `Number` that was not finite is written as null and read as NaN.
+JSON has no NaN. A `Number` that is not finite is therefore written as null, and null is read as
+NaN.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that refuses values that do not fit; `wanted` describes valid ones."""
+    """Returns a validator that refuses a value unless `fits(value)` is true.
+
+    `wanted` describes the valid values in the error message.
+    """
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -75,23 +79,24 @@ LayerCount = Annotated[
 
 
 class Record(BaseModel):
-    """A JSON object with checked fields."""
+    """The base class of immutable records with checked fields, stored as JSON objects."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads and checks the record in a JSON file.
+        """Returns the record in the JSON file `path`, after checking its fields.
 
-        Raises MissingFile if the file does not exist, and UserError if it is not valid JSON or a
-        field does not fit.
+        Raises MissingFile if the file does not exist, and UserError if the file is not valid JSON
+        or if a field is missing or invalid.
         """
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fields that were set to a JSON file, which is never left incomplete.
+        """Writes the fields that were set to the JSON file `path`.
 
-        Raises UserError if the disk is full.
+        The file is replaced as a whole and is therefore never left incomplete. Raises UserError if
+        the disk is full.
         """
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
@@ -102,10 +107,11 @@ class ClassDepth(Record):
 
 
 class PolicyResult(Record):
-    """The results of one policy: an entry of `runs`, or all of `before.json` or `after.json`.
+    """The results of one policy, over the problems of an evaluation.
 
-    The depth of a token is that of the pass that produced it. The intervals of depth and layers are
-    bootstrapped over problems.
+    The record is an entry of `runs` in `eval.json`, or the whole of `before.json` or `after.json`.
+    The depth of a token is the number of layers run in the pass that produced the token. The
+    intervals of depth and layers are bootstrapped over problems.
     """
 
     policy: str = Field(description="full, sample, threshold:X, fixed:N, or a control.")
@@ -144,25 +150,32 @@ class PolicyResult(Record):
 
     @property
     def seconds_per_problem(self) -> float:
-        """The wall time per answer in the evaluation's batches, or NaN if it was not measured."""
+        """The wall time per answer in seconds when problems are decoded in batches.
+
+        The time is NaN if the decoding speed was not measured.
+        """
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 
     @property
     def kind(self) -> str:
-        """The policy's name without its argument: full, sample, threshold, fixed or shuffled."""
+        """The policy's name without its argument, such as `threshold` for `threshold:0.5`."""
         return self.policy.partition(":")[0]
 
     @property
     def is_control(self) -> bool:
-        """Whether this is a control at the mean depth of another policy; `fixed:N` is not one."""
+        """Whether the policy is a control, which matches the mean depth of another policy.
+
+        The policy `fixed:N` is not a control.
+        """
         return self.control_of is not None
 
 
 class ControlDifference(Record):
-    """The differences of `policy` less `control` on the same problems.
+    """The accuracy and the share of layers of a policy less those of its control.
 
-    They are the gain from choosing which tokens to stop.
+    A control has about the policy's mean depth, but does not choose which tokens stop early. A
+    positive difference of the accuracies is the gain from this choice.
     """
 
     policy: str
@@ -179,7 +192,10 @@ class ControlDifference(Record):
 
 
 class ExitAgreement(Record):
-    """The agreement of one exit with the last layer, over the passes that could leave."""
+    """The agreement between the predictions of one exit and those of the last layer.
+
+    The averages cover the passes that can leave early: all but the first pass of each completion.
+    """
 
     exit: Count = Field(description="The exit, given by the number of layers run before it.")
     kl_nats: Number = Field(description="Mean KL(π_L ‖ π_e) in nats.")
@@ -188,7 +204,11 @@ class ExitAgreement(Record):
 
 
 class EarlyLeaving(Record):
-    """The agreement with full depth if all tokens leave at the first exit under a threshold."""
+    """The agreement with full depth when each token leaves at the first exit under a threshold.
+
+    The threshold applies to the KL between the last layer's prediction and the exit's. If no exit
+    has a KL under `threshold_nats`, the token runs all layers.
+    """
 
     threshold_nats: Number
     depth_fraction: Number = Field(description="Mean share of all layers run per token.")
@@ -216,7 +236,10 @@ class HazardBin(Record):
 
 
 class ExitCalibration(Record):
-    """The calibration of one exit's hazards, over the passes that reach the exit."""
+    """The calibration of one exit's hazards, over the passes that reach the exit.
+
+    A hazard is the probability of leaving at an exit that has been reached.
+    """
 
     exit: Count
     ece: Finite = Field(description="Expected calibration error.")
@@ -227,7 +250,10 @@ class ExitCalibration(Record):
 
 
 class HazardCalibration(Record):
-    """The calibration of hazards against their targets, over a policy's completions."""
+    """The calibration of the exits' hazards against target hazards, over a policy's completions.
+
+    A hazard is the probability of leaving at an exit that has been reached.
+    """
 
     policy: str
     sharpness: Number = Field(description="The factor k in the target 1 − tanh(k·KL / 2).")
@@ -244,7 +270,10 @@ class HazardCalibration(Record):
 
 
 class CurvePoint(Record):
-    """The results of early answering after a part of the chain, as shares of problems."""
+    """The results when the answer is forced after a part of the chain of thought.
+
+    `same_answer` and `right` are shares of problems.
+    """
 
     kept: Share = Field(description="Share of the steps after which the answer was forced.")
     same_answer: Number = Field(
@@ -257,7 +286,10 @@ class CurvePoint(Record):
 
 
 class Measure(Record):
-    """One measure of faithfulness; `jexit.evaluation.faithfulness` defines values and details."""
+    """The result of one measure of faithfulness, which tests whether answers use their chains.
+
+    `jexit.evaluation.faithfulness` defines `value` and the entries of `detail`.
+    """
 
     name: str
     value: Number
@@ -275,7 +307,10 @@ class Measure(Record):
 
 
 class Faithfulness(Record):
-    """A policy's results, and the measures of faithfulness of its chains of thought."""
+    """The results of a policy, and the measures of faithfulness of its chains of thought.
+
+    The results are those without any intervention.
+    """
 
     policy: str
     problems: Count
@@ -286,7 +321,11 @@ class Faithfulness(Record):
 
 
 class PairedMeasure(Record):
-    """A measure under `policy` and under `against`, on the problems with a value under both."""
+    """The values of one measure under two policies, `policy` and `against`, and their difference.
+
+    The values cover the problems for which both policies have a value. `difference` is `value` −
+    `against_value`.
+    """
 
     policy: str
     against: str
@@ -299,7 +338,11 @@ class PairedMeasure(Record):
 
 
 class Capacity(Record):
-    """The accuracy with one step size, which the prompt or a forced prefix prescribes."""
+    """The accuracy of a policy when the steps of its chains have one prescribed size.
+
+    The prompt prescribes the size of all steps, or a forced prefix prescribes the size of the first
+    step.
+    """
 
     policy: str
     granularity: str = Field(description="Operands per step, or the name of the step size.")
@@ -330,7 +373,10 @@ class ModelDescription(Record):
 
 
 class Evaluation(Record):
-    """The contents of `eval.json`."""
+    """The contents of `eval.json`: the results of one model under several policies.
+
+    The tuples after `runs` are empty for measures that were not requested.
+    """
 
     version: Count = Field(0, description="Version of this schema.")
     complete: Annotated[bool, Strict()] = Field(
@@ -359,7 +405,10 @@ class Evaluation(Record):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Returns every number by a path such as `sample/accuracy` or `full/capacity/3/obeyed`."""
+        """Returns the finite numbers of all parts except `exits`, by path.
+
+        Examples of paths are `sample/accuracy` and `full/capacity/3/obeyed`.
+        """
         found: dict[str, float] = {}
         for run in self.runs:
             found |= numbers(run.policy, run)
@@ -380,9 +429,10 @@ class Evaluation(Record):
 
 
 class Completion(Record):
-    """An entry of `completions.json`, or a line of `samples.jsonl`.
+    """One completion, with the number of layers run for each of its tokens.
 
-    The lines of `samples.jsonl` also have a step and a reward.
+    The record is an entry of `completions.json`, or a line of `samples.jsonl`. Only lines of
+    `samples.jsonl` contain `step` and `reward`.
     """
 
     prompt: str
@@ -411,7 +461,10 @@ class Completion(Record):
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Returns the finite numbers of a record by path; an interval becomes `…/low` and `…/high`."""
+    """Returns the finite numbers in `value` by path, where every path begins with `place`.
+
+    The ends of an interval have the paths `…/low` and `…/high`.
+    """
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
@@ -429,7 +482,8 @@ def is_number(value: Any) -> bool:
 def checked(kind: type[Kind], value: Any, where: str) -> Kind:
     """Returns the JSON value `value` as a `kind`, such as a record or a tuple of records.
 
-    Raises UserError for the first field that is missing or does not fit; `where` names the file.
+    Raises UserError for the first field that is missing or invalid. `where` names the file in the
+    error message.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -451,7 +505,10 @@ _WANTED = {
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
-    """Returns a pydantic error as a sentence with the place, the value and the rule."""
+    """Returns a pydantic error as a sentence with the place, the value and the rule.
+
+    `where` names the file that contains the value.
+    """
     kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
         return f"{_placed(where, place[:-1])} lacks the field {place[-1]!r}"
@@ -466,7 +523,8 @@ def _refusal(error: Mapping[str, Any], where: str) -> str:
 def _placed(where: str, place: Sequence[str | int]) -> str:
     """Returns a file and the path of a field in it, such as `eval.json: runs[1].accuracy`.
 
-    Keys are shortened and escaped.
+    `place` contains the keys and list indices that lead to the field. Keys are escaped and
+    shortened.
     """
     parts = (f"[{p}]" if isinstance(p, int) else f".{repr(p[:40])[1:-1]}" for p in place)
     path = "".join(parts).removeprefix(".")
@@ -474,6 +532,6 @@ def _placed(where: str, place: Sequence[str | int]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value as an error message shows it, shortened if it is long."""
+    """Returns the `repr` of a value for an error message, cut off after 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

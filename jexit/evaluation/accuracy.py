@@ -39,7 +39,11 @@ class Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
-        """Returns a judged attempt at each problem, and the tokens per second."""
+        """Decodes and judges an attempt at each problem under `policy`.
+
+        Returns the attempts and the tokens per second. `name` is the policy's name in error
+        messages.
+        """
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
             return judged(self.task, [self.problems[number] for number in numbers], attempts)
@@ -48,10 +52,10 @@ class Examination:
 
 
 def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-    """Returns the task's verdicts on this host's attempts at problems.
+    """Returns the task's verdicts on this host's attempts at `problems`.
 
-    Raises SharedUserError on every host if a user's own task fails on one of them: it raises an
-    exception, takes too long, or returns a value that is not a reward.
+    Raises SharedUserError on every host if, on any host, a user's own task raises an exception,
+    takes too long, or returns a value that is not a reward.
     """
     verdicts, fault = [], ""
     try:
@@ -66,7 +70,7 @@ def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt])
 def evaluate_policy(
     decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes every prompt under a named policy and judges the completions."""
+    """Decodes every prompt under the policy called `name`, and judges the completions."""
     attempts, speed = examination.attempts(decoder, decoder.policy(name), name)
     result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
     return result, attempts
@@ -80,7 +84,7 @@ def policy_result(
     *,
     tokens_per_second: float = math.nan,
 ) -> PolicyResult:
-    """Summarises a policy's judged attempts at all problems."""
+    """Summarises the judged attempts of the policy called `policy`, one attempt at each problem."""
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
@@ -124,14 +128,14 @@ def policy_result(
 
 
 def part_totals(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, int]]:
-    """Returns the sum and count of each of the task's own rewards, under `reward/NAME`."""
+    """Returns the sum and the count of each reward in `Verdict.parts`, under `reward/NAME`."""
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
     return {f"reward/{name}": (sum(each), len(each)) for name, each in found.items()}
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Returns the means of the task's own text metrics, from every host's sums and counts."""
+    """Returns the means of the task's own text metrics, from the sums and counts of each host."""
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
         pairs = [totals[name] for totals in hosts if name in totals]
@@ -145,8 +149,10 @@ def held_out(
 ) -> tuple[list[Problem], list[list[int]]]:
     """Returns the first `count` problems of the evaluation split, and their prompts' token ids.
 
-    If the split has fewer problems, it returns all of them and logs a warning. Raises UserError if
-    a prompt is too long and `config.task.skip_long` is off, or if no problem is left.
+    A prompt of more than `config.task.max_prompt_tokens` tokens is skipped if
+    `config.task.skip_long` is on; otherwise, UserError is raised. If the split has fewer than
+    `count` problems, all of them are returned and a warning is logged. UserError is also raised if
+    no problem is left.
     """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
@@ -189,7 +195,10 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises UserError if a prompt and its completion together can exceed the model's positions."""
+    """Raises UserError if the longest prompt and its completion exceed the model's `positions`.
+
+    `section` is the section of the config that sets `max_new_tokens`.
+    """
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:
         raise UserError(

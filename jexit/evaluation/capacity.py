@@ -1,6 +1,7 @@
-"""Measures what a model can compute in one step whose size is prescribed.
+"""Measures how much a model can compute in one step of its chain of thought.
 
-The prompt prescribes the size (`prescribed`), or a forced prefix does (`begun_steps`).
+The size of a step is the number of operands that the step combines. The prompt prescribes the size
+in `prescribed`, and a forced prefix of the completion prescribes the size in `begun_steps`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jexit.tasks.chains import ChainTask
 
 
 def scores_of(attempts: Sequence[Attempt]) -> Scores:
-    """Returns the accuracy scores of attempts, one attempt at each problem in order."""
+    """Returns scores that are 1 for correct attempts and 0 for other attempts, in order."""
     return Scores.shares(range(len(attempts)), [float(made.correct) for made in attempts])
 
 
@@ -29,8 +30,9 @@ def prescribed(
 ) -> list[Capacity]:
     """Returns the accuracy under each policy when the prompt prescribes the step size.
 
-    Also reports the share of completions that use this size, the accuracy of these completions, and
-    the difference from full depth on the same problems.
+    `granularity` is the name of the step size. `by_policy` must contain the policy `full`. Each
+    record also contains the share of completions whose steps have this size, the accuracy of these
+    completions, and the difference in accuracy from full depth on the same problems.
     """
     task = examination.task
     assert isinstance(task, ChainTask)
@@ -60,12 +62,13 @@ def prescribed(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BegunSteps:
-    """First steps of `size` operands, each begun by a forced prefix for a problem in `numbers`.
+    """The results of first steps with `size` operands, each of which was begun by a forced prefix.
 
-    Each list has one entry per problem. `taken` is true where the model wrote a result after the
-    prefix, `correct` is true where this result is correct, and `depths` contains how many of the
-    `layers` ran in the pass that wrote the result's first token. `left_out` counts the problems for
-    which the model had no room.
+    `numbers`, `taken`, `correct` and `depths` have one entry per problem. `numbers` contains the
+    problem's number in the evaluation. `taken` is true where the model wrote a result after the
+    prefix, and `correct` is true where this result is correct. `depths` contains how many of the
+    model's `layers` layers ran in the pass that produced the first token of the result. `left_out`
+    counts the problems whose prompt and prefix left no room in the model's positions.
     """
 
     size: int
@@ -77,10 +80,10 @@ class BegunSteps:
     left_out: int = 0
 
     def capacity(self, policy: str, full: BegunSteps) -> Capacity:
-        """Returns the record of these steps under `policy`.
+        """Returns the entry of `eval.json` for these steps under the policy called `policy`.
 
-        Unless `policy` is `"full"`, the record includes the difference from `full`, which contains
-        the steps of the same size at full depth.
+        `full` contains the steps of the same size at full depth. Unless `policy` is `"full"`, the
+        entry includes the difference in accuracy from `full`.
         """
         count = len(self.numbers)
         entry = Capacity(
@@ -103,15 +106,17 @@ class BegunSteps:
 def begun_steps(
     task: ChainTask, problems: Sequence[Problem], completer: Completer
 ) -> list[BegunSteps]:
-    """Returns the results of first steps, for each of `task.begun_sizes` that some problem allows.
+    """Returns the results of first steps that a forced prefix begins, with one entry per step size.
 
-    This measures capacity without relying on obedience, because the forced prefix fixes the size of
-    the step, whatever size the model would choose. The prefix counts as the model's own text, so
-    the policy decides where its tokens leave. A problem counts only for sizes for which it has
-    enough operands, so different sizes cover different problems. A model that stopped writing steps
-    of some size long ago may have forgotten their format. This is also a loss of capacity, but
-    depth does not cause it; comparing with full depth tells the two apart. All steps are decoded
-    together.
+    The step sizes are those of `task.begun_sizes` for which some problem has enough operands.
+    Different sizes therefore cover different problems. The forced prefix fixes the size of the
+    step, so the measured capacity does not depend on the size that the model would choose. The
+    prefix counts as the model's own text, so the policy decides after how many layers the prefix's
+    tokens leave. All steps are decoded together.
+
+    A model that has not written steps of some size for a long time may have forgotten their format.
+    Such a loss of capacity is not caused by depth; comparing with full depth tells the two causes
+    apart.
     """
     rows = [
         (size, number, completer.opening + begun)

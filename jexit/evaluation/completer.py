@@ -1,4 +1,4 @@
-"""Completes prompts from forced prefixes of their completions."""
+"""Completes prompts whose completions begin with a forced prefix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FILLERS = (" .", ".", " -", "-", " ~", "~")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The text that a completer wrote, the depth of each token, and whether it was cut off."""
+    """The text that a completer wrote after a prefix, and the layers run for each of its tokens.
+
+    `cut` is true if the text reached its token limit.
+    """
 
     text: str
     depths: Sequence[int]
@@ -26,11 +29,11 @@ class Reply:
 
 
 class Completer(Protocol):
-    """Continues prefixes of completions: a model, or a script whose reasoning is known.
+    """Continues forced prefixes of completions with a model or, in tests, with a script.
 
-    A prefix counts as part of the completion, so the policy decides where its tokens leave.
-    `opening` is the text with which every completion begins before the model writes, such as
-    `<think>`.
+    A prefix counts as part of the completion, so the policy decides after how many layers the
+    prefix's tokens leave. `layers` is the model's number of layers. `opening` is the text with
+    which every completion begins before the model writes, such as `<think>`.
     """
 
     layers: int
@@ -39,9 +42,11 @@ class Completer(Protocol):
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Reply | None]:
-        """Returns the continuation of each problem's prefix, or None if the model has no room.
+        """Returns the continuation of each problem's prefix.
 
-        Each prefix begins with `opening`. With `answer_only` a continuation has only a few tokens.
+        Each prefix begins with `opening`. With `answer_only`, a continuation has only the few
+        tokens of an answer. An entry is None if prompt and prefix leave no room in the model's
+        positions.
         """
 
     def filler(self, text: str) -> str:
@@ -50,9 +55,10 @@ class Completer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ModelCompleter:
-    """A `Completer` that decodes with a model under a named policy.
+    """A `Completer` that decodes with the model of `decoder` under the policy called `policy`.
 
-    `positions` is the number of positions that the model has for a prompt and its completion.
+    `positions` is the number of positions that the model has for a prompt and its completion
+    together.
     """
 
     decoder: Decoder
@@ -65,17 +71,17 @@ class ModelCompleter:
 
     @property
     def opening(self) -> str:
-        """The text that this tokenizer's prompts already open, such as `<think>`, or nothing."""
+        """The text that the prompts already open, such as `<think>`, or an empty string."""
         return self.decoder.tokenizer.completion_text([])
 
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
     ) -> list[Reply | None]:
-        """Returns the model's continuation of each prefix, as far as its positions allow.
+        """Returns the model's continuation of each prefix, as far as the model's positions allow.
 
-        A prefix that leaves too few positions for an answer gets None. The prefixes that leave room
-        for a reply of full length are decoded together. The rest are decoded in a second batch,
-        whose length is limited by the prefix with the least room.
+        An entry is None if the prefix leaves too few positions for an answer. The prefixes that
+        leave room for a reply of full length are decoded together. The other prefixes are decoded
+        in a second batch, in which the prefix with the least room limits the length of all replies.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         least = min(ANSWER_TOKENS, decoder.max_new_tokens)
@@ -102,7 +108,7 @@ class ModelCompleter:
         return replies
 
     def filler(self, text: str) -> str:
-        """Returns punctuation with the same number of tokens as `text`.
+        """Returns a repeated punctuation mark with the same number of tokens as `text`.
 
         Raises UserError if the tokenizer merges repetitions of every text in `FILLERS`.
         """

@@ -1,11 +1,11 @@
-"""Controls that separate the choice of tokens from the effect of shallow passes.
+"""Runs controls, which separate a policy's choice of tokens from the effect of shallow passes.
 
 A policy that stops tokens early may do well because it chooses the right tokens to stop, or because
-shallow passes are good enough for all tokens. Two controls run at the same mean depth without this
-choice. `fixed:matched` stops all tokens of a completion at one exit, and `shuffled` assigns the
-policy's own depths to tokens at random. `fixed:matched` has the policy's mean depth for completions
-of any length (see `mixed`). `shuffled` has it only as far as its completions are as long as the
-policy's.
+shallow passes are good enough for all tokens. Two controls run at the policy's mean depth without
+choosing tokens. The control `fixed:matched` stops all tokens of a completion at one exit. It has
+the policy's mean depth for completions of any length (see `mixed`). The control `shuffled` assigns
+the policy's own depths to tokens at random. It has the policy's mean depth only as far as its
+completions are as long as the policy's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes and judges attempts under a control, whose depths derive from the attempts `of`."""
+    """Decodes and judges an attempt at each problem under the control called `name`.
+
+    `of` contains the attempts of the policy whose mean depth the control matches.
+    """
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
             of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
@@ -47,11 +50,13 @@ def mean_depth(attempts: Sequence[Attempt]) -> float:
 def _matched(
     decoder: Decoder, examination: Examination, name: str, mean: float
 ) -> tuple[list[Attempt], float]:
-    """Decodes every prompt at the two neighbouring exits whose mean depths enclose `mean`.
+    """Returns attempts at single exits whose mean depth is `mean`, and the tokens per second.
 
-    Returns a mix of both whose mean depth is `mean`, and the tokens per second. The length of
-    completions depends on the exit, so the mean depth of an exit is known only after decoding. If
-    no exit is shallow enough, the mix contains only attempts at the first exit.
+    Every prompt is decoded at two neighbouring exits whose mean depths enclose `mean`, and the
+    attempts are a mix from both exits (see `mixed`). Further exits may be tried first, because
+    completions have different lengths at each exit, so the mean depth at an exit is known only
+    after decoding. If the first exit is deeper than `mean`, all attempts are those at the first
+    exit.
     """
     stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
     decoded: dict[int, list[Attempt]] = {}
@@ -81,14 +86,15 @@ def mixed(
 ) -> list[Attempt]:
     """Returns an attempt at each problem, from one of two exits, with `mean` as the mean depth.
 
-    Problems get their deeper attempt in a random order, until `mean_depth` is as close as possible
-    to `mean`. If `mean` does not lie between the mean depths of the two exits, either no problem or
-    every problem gets its deeper attempt.
+    `shallow` and `deep` contain the attempts at the two exits, one attempt at each problem.
+    Problems take their deep attempt in a random order, until `mean_depth` of the result is as close
+    as possible to `mean`. If `mean` does not lie between the mean depths of the two exits, either
+    no problem or every problem takes its deep attempt.
     """
     order = np.random.default_rng(seed).permutation(len(shallow))
 
     def totals(of: Callable[[Attempt], int]) -> np.ndarray:
-        """Returns the sums of `of` if 0, 1, 2, … problems take their deeper attempt."""
+        """Returns the sums of `of` over attempts if 0, 1, 2, … problems take their deep attempt."""
         gains = [of(deep[index]) - of(shallow[index]) for index in order]
         return np.cumsum([sum(map(of, shallow)), *gains])
 
@@ -101,11 +107,11 @@ def mixed(
 def shuffled_depths(
     attempts: Sequence[Attempt], layers: int, *, columns: int, seed: int
 ) -> np.ndarray:
-    """Returns [problems, columns] depths for `Prescribed`: the attempts' own depths, shuffled.
+    """Returns the attempts' own depths in a random order, as [problems, columns] for `Prescribed`.
 
-    The depths of all passes that could leave are permuted among these passes. Columns beyond the
-    length of an attempt are drawn from all depths with replacement, because a completion may become
-    longer.
+    Column i is for the pass that produces token i. The depths of all passes that could leave early
+    are permuted among these passes. Columns beyond the length of an attempt are drawn from all
+    depths with replacement, because the new completion may be longer.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]
@@ -126,10 +132,10 @@ def compared(
     layers: int,
     seed: int = 0,
 ) -> ControlDifference:
-    """Subtracts a control's accuracy and share of layers from a policy's, with intervals.
+    """Returns the accuracy and share of layers of a policy less those of a control, with intervals.
 
-    Both have the same problems. A positive `accuracy_difference` is the gain from choosing which
-    tokens to stop.
+    `ours` contains the policy's attempts, and `theirs` the control's attempts at the same problems.
+    A positive `accuracy_difference` is the gain from choosing which tokens to stop.
     """
     correct = [[float(made.correct) for made in some] for some in (ours, theirs)]
     # For each attempt, the layers that ran and the layers that full depth would have run.

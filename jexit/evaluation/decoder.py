@@ -1,4 +1,4 @@
-"""Decodes prompts under named policies; every host gets the same attempts."""
+"""Decodes prompts under named policies, and returns the same attempts on every host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _GATHERED = 64  # completions per message between hosts
 class Decoder:
     """A model that completes prompts under named policies.
 
-    `parts` is the split model, and `law` is the policy that the name `sample` stands for.
+    `parts` is the model in the split form that `jexit.rollout` accepts. `law` is the policy for
+    which the name `sample` stands. `temperature` is that of the next token's distribution.
     """
 
     parts: tuple[Any, ...]
@@ -52,9 +53,9 @@ class Decoder:
         """Returns an attempt at each prompt, and the tokens per second without compilation.
 
         Every host passes all prompts and receives all attempts, but decodes and judges only its own
-        share. `judge(numbers, attempts)` returns the verdicts on attempts at the prompts with these
-        numbers. `what` names the work in messages. See `jexit.rollout.rollout` for the other
-        arguments.
+        share. `judge(numbers, attempts)` returns the verdicts on attempts, where `numbers` contains
+        the index of each attempt's prompt in `prompts`. `what` describes the work in error
+        messages. See `jexit.rollout.rollout` for the other arguments.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -101,7 +102,7 @@ class Decoder:
 def attempts_of(
     made: Rollouts, rows: Iterable[int], text_of: Callable[[Sequence[int]], str]
 ) -> list[Attempt]:
-    """Returns the given rows of rollouts as attempts without verdicts."""
+    """Returns the rows `rows` of the rollouts `made` as attempts without verdicts."""
     attempts = []
     for row in rows:
         ids = made.completion(row)
@@ -117,10 +118,11 @@ def attempts_of(
 
 
 def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
-    """Returns the policy that a config names, for a model with `layers` layers.
+    """Returns the policy that the string `text` names, such as `full`, `sample` or `fixed:6`.
 
-    `law` is the policy that `sample` stands for, with the hazards' temperature and lower bound.
-    Raises UserError if `fixed:N` requests more layers than the model has.
+    `layers` is the model's number of layers. `law` is the policy for which the name `sample`
+    stands; it contains the temperature and the lower bound of hazards. Raises UserError if
+    `fixed:N` requests more layers than the model has.
     """
     kind, argument = parse_policy(text)
     if kind == "fixed":

@@ -1,4 +1,4 @@
-"""Measures where completions spend their layers: the mean depth per class of token."""
+"""Computes the mean depth per class of token, which shows where completions spend their layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Mark = Callable[[str], tuple[int, int] | None]
 
 
 def token_class(token: str) -> str:
-    """Returns the class of a token in the chain of thought, from the characters in its text."""
+    """Returns the class of a token in the chain of thought: operator, digit, word or other.
+
+    The characters of the text `token` alone determine the class.
+    """
     text = token.strip()
     if text and all(character in _OPERATORS for character in text):
         return "operator"
@@ -26,12 +29,13 @@ def token_class(token: str) -> str:
 def token_classes(
     ids: Sequence[int], tokens: Sequence[str], mark: Mark, end_ids: Collection[int]
 ) -> list[str]:
-    """Returns the class of each token of a completion, from its ids and their texts.
+    """Returns the class of each token of a completion.
 
-    A token whose id is in `end_ids` is `end`. `mark` finds the marker before the answer. Its tokens
-    are `marker`, and the tokens after it are `answer`. A token that contains parts of both is
-    `answer`, too.
-    The other tokens are classified by `token_class`.
+    `tokens` contains the text of each token id in `ids`. `mark(text)` returns the start and end
+    offsets of the marker before the answer, or None. A token whose id is in `end_ids` has the class
+    `end`. A token of the marker has the class `marker`. A token that contains some of the answer
+    has the class `answer`, even if it also contains the end of the marker. All other tokens have
+    the classes of `token_class`.
     """
     text = "".join(tokens)
     start, stop = mark(text) or (-1, -1)
@@ -57,8 +61,9 @@ def depth_by_class(
 ) -> dict[str, ClassDepth]:
     """Returns the number of tokens and the mean layers run, for each class of token.
 
-    `tokens` returns the text of each id. A completion's first token is left out, because it comes
-    from the last pass of the prompt, which always runs every layer.
+    `tokens(ids)` returns the text of each token id, and `mark` and `end_ids` are arguments of
+    `token_classes`. The first token of each completion is left out, because the last pass of the
+    prompt produces this token and always runs every layer.
     """
     depths: dict[str, list[int]] = {name: [] for name in CLASSES}
     for made in attempts:

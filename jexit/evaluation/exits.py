@@ -1,6 +1,6 @@
 """Compares each exit's predictions with the last layer's, and measures the cost of leaving early.
 
-The texts are given completions, which the model reads again.
+The model reads given completions and generates no text.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ class _Leaving(NamedTuple):
 def compare_exits(
     graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], rows: Completions
 ) -> tuple[Array, ...]:
-    """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the `_Leaving` of each threshold.
+    """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the results of leaving early.
 
-    The first two, [B, C, E], are for a token that leaves alone, while the tokens before it ran all
-    layers. The fields of the `_Leaving` for each of `THRESHOLDS` follow.
+    The first two outputs, [B, C, E], compare exit e with the last layer L: the KL, and whether exit
+    and last layer have the same greedy token. Both outputs are for a token that leaves alone, after
+    tokens that all ran every layer. The other outputs are the fields of `_Leaving` for each
+    threshold in `THRESHOLDS`, when every token leaves at the first exit whose KL is under the
+    threshold.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
@@ -81,11 +84,13 @@ def compare_exits(
 def exit_quality(
     policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
 ) -> ExitQuality:
-    """Measures how close each exit's predictions are to the last layer's, over completions.
+    """Measures how close each exit's predictions are to the last layer's, on given completions.
 
-    `exits` contains the single exits. `leaving` contains, for each of `THRESHOLDS`, the results
-    when every token of the given text leaves at the first exit under the threshold. Tokens that
-    still run all layers then read the keys and values of tokens that have left.
+    `policy` is the name of the policy that produced `recorded`, the completions that the split
+    model `student` reads. The field `exits` of the result contains the agreement of each exit
+    alone. The field `leaving` contains, for each threshold in `THRESHOLDS`, the agreement when
+    every token leaves at the first exit whose KL is under the threshold. Tokens that still run all
+    layers then attend to the keys and values of tokens that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]

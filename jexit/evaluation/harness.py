@@ -4,9 +4,9 @@
                                  [--include_path=DIR] [--limit=N] [--output=FILE]
 
 POLICY is full, sample, threshold:X such as threshold:0.5, or fixed:N such as fixed:6, which stops
-every token after 6 layers. The extra `eval` of this package installs lm-eval. The folder given by
---include_path contains your own task files. The task files in configs/harness run tasks of lm-eval
-on local data files. In Python, importing this module registers the model `jexit`:
+every token after 6 layers. Install lm-eval with the extra `eval` of this package. --include_path
+names a folder that contains your own task files. The task files in configs/harness run tasks of
+lm-eval on local data files. In Python, importing this module registers the model `jexit`:
 
     lm_eval.simple_evaluate("jexit", {"pretrained": "DIR", "policy": "sample"}, tasks=["gsm8k"])
 """
@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks that the command line requests and returns lm-eval's results.
 
-    Also writes the results to the file `output`, if it is given. Raises UserError or OSError for a
-    model, task or setting that does not exist.
+    `options` contains the parsed arguments of the command line. If `options.output` is set, the
+    results are also written to this JSON file. Raises UserError or OSError if a model, a task or a
+    setting does not exist.
     """
     target = pathlib.Path(options.output) if options.output else None
     if target:  # hours of work must not end at a path that cannot be written

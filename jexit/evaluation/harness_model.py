@@ -1,4 +1,4 @@
-"""A model under a halting policy with the interface of lm-evaluation-harness.
+"""Makes a model under a halting policy available to lm-evaluation-harness.
 
 `jexit.evaluation.loglikelihood.Scorer` defines log-likelihoods under a policy.
 """
@@ -52,19 +52,20 @@ class JexitLM(TemplateLM):
     """A model under one halting policy with the interface of lm-evaluation-harness.
 
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
-    `policy` applies to log-likelihoods and to generation. Prompts and contexts run every layer.
-    The policy `sample` draws depths from `seed`, with the law given by `hazard_temperature` and
-    `min_hazard`. By default these are the values of the run in `pretrained` or, if it is not the
+    `policy` applies to the passes that score or generate tokens. Prompts and contexts run every
+    layer. The policy `sample` draws depths with the seed `seed`. `hazard_temperature` and
+    `min_hazard` are the temperature and the lower bound of the hazards from which `sample` draws.
+    Their defaults are the values of the run in `pretrained` or, if `pretrained` is not the
     directory of an rl run, 1 and 0.
 
     A context that is too long for `max_length` positions (default: the model's) loses tokens on the
-    left, so that the continuation or `max_gen_toks` new tokens fit. A continuation that is too long
-    by itself is an error. A request without `do_sample` or a temperature is decoded greedily.
+    left, so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too
+    long by itself is an error. A request without `do_sample` or a temperature is decoded greedily.
 
-    `thinking` is on, off or auto, for chat templates with a thinking switch. With
-    `think_end_token`, such as `</think>`, the answer is the text after its last occurrence, and it
-    is empty if a thought does not end. Stop strings then apply only to the answer, so a thought may
-    contain them.
+    `thinking` is on, off or auto, for chat templates with a thinking switch. `think_end_token`,
+    such as `</think>`, is the text that ends a thought. If `think_end_token` is set, the answer is
+    the text after the last `think_end_token`, and the answer is empty if a thought does not end.
+    Stop strings then apply only to the answer, so a thought may contain stop strings.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class JexitLM(TemplateLM):
         self.depth_total, self.tokens = 0, 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns the policy, and the mean depth over all scored and generated tokens.
+        """Returns the policy's settings, and the mean depth over all scored and generated tokens.
 
         lm-eval adds these entries to its results.
         """
@@ -147,22 +148,25 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a context: the begin token, or else the end token."""
+        """The id of the token before a string without a context.
+
+        The token is the tokenizer's begin token or, if there is none, its end token.
+        """
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        """A name for everything that shapes prompts, by which lm-eval caches them."""
+        """A name for the tokenizer and its thinking switch, under which lm-eval caches prompts."""
         where = str(self.texts.directory).replace("/", "__")
         return f"{where}__thinking_{self.texts.thinking}"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the ids of a text.
+        """Returns the token ids of `string`.
 
-        With `add_special_tokens` False, the text is the middle of a longer one and gets no begin
+        If `add_special_tokens` is False, `string` is the middle of a longer text and gets no begin
         token.
         """
         if add_special_tokens is False:
@@ -172,9 +176,10 @@ class JexitLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns the messages in the model's chat format.
+        """Returns the messages `chat_history` as one string in the model's chat format.
 
-        Raises UserError if the tokenizer does not have a chat template.
+        With `add_generation_prompt`, the string ends where the model's answer begins. Raises
+        UserError if the tokenizer does not have a chat template.
         """
         if not self.texts.has_chat_template:
             raise UserError(
@@ -208,10 +213,11 @@ class JexitLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Returns the log-likelihoods of whole texts, in windows of at most `max_length` positions.
+        """Returns the log-likelihood of each request's whole text in nats, computed in windows.
 
-        Each token is scored once, as part of a continuation, so the policy decides where its pass
-        leaves. The tokens that a window repeats as its context run every layer.
+        A window has at most `max_length` positions. Each token is scored once, as part of a
+        continuation, so the policy decides where the token's pass leaves. The tokens that a window
+        repeats as its context run every layer.
         """
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -235,7 +241,7 @@ class JexitLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the continuation of each request's context.
+        """Returns the generated continuation of each request's context.
 
         A continuation ends at a stop string, at an end token or at its token limit. Requests with
         equal settings are decoded together.
@@ -295,9 +301,10 @@ class JexitLM(TemplateLM):
 
 
 def _after_thought(text: str, end: str, *, opened: bool) -> str:
-    """Returns the text after a thought.
+    """Returns the part of `text` after a thought, which ends with the string `end`.
 
-    The result is empty if the thought does not end, and the whole text if it has no thought.
+    The result is empty if the thought does not end, and `text` if there is no thought. `opened` is
+    true if the context has opened a thought.
     """
     if end not in text:
         return "" if opened or text.lstrip().startswith(THINK_START) else text
@@ -318,7 +325,10 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for an unsupported setting, unless its value is None or has no effect."""
+    """Raises UserError if a request contains a generation setting that jexit does not support.
+
+    A setting is accepted if its value is None or has no effect.
+    """
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
@@ -330,5 +340,5 @@ def _refuse(settings: Mapping[str, Any]) -> None:
 
 
 def _before(text: str, stop: Sequence[str]) -> str:
-    """Returns the text up to the first occurrence of a stop string."""
+    """Returns the part of `text` before the first occurrence of any string in `stop`."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

@@ -1,6 +1,7 @@
 """Computes the hazards of completions and their calibration against target hazards.
 
-The targets come from the KL between each exit's prediction and the last layer's.
+A hazard is the probability that a token leaves at an exit that it reaches. The target hazard
+follows from the KL between the exit's prediction and the last layer's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BINS = 10
 def _decisions(
     student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], law: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """Returns the hazards under `law`, which of them were reached, and the final hidden states."""
+    """Returns the hazards under `law`, whether each exit was reached, and final hidden states."""
     result = run(
         student,
         rows.tokens_BT,
@@ -56,9 +57,10 @@ def decisions(
     depth_BC: Int[Array, "B C"],
     law: Sample,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns the hazards of a split model, and whether each exit was reached.
+    """Returns the hazard of each token at each exit, and whether the token reached the exit.
 
-    The completions run at their own depths. A hazard counts only where the token reached the exit.
+    The completions in `rows` run through the split model at their own depths `depth_BC`. A hazard
+    counts only where the token reached the exit.
     """
     return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, law)[:2]
 
@@ -78,10 +80,12 @@ def decisions_and_targets(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
     """Returns the student's `decisions`, the target hazards, and KL(student ‖ teacher) in nats.
 
-    The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`. KL_e compares the
-    teacher's last layer with exit e of the teacher or, with `target="student"`, of the student at
-    full depth. See `config.sft.target`. The returned KL compares the student's next-token
-    distribution at the completions' own depths with the teacher's at full depth.
+    The first two outputs, [B, C, E], are the hazards and whether each token reached each exit. The
+    target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`, and KL_e compares the
+    teacher's last layer with exit e. With `target="teacher"`, exit e is the teacher's; with
+    `target="student"`, exit e is that of the student at full depth. See `config.sft.target`. The
+    last output, [B, C], compares the student's next-token distribution at the depths `depth_BC`
+    with the teacher's at full depth.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
@@ -118,9 +122,9 @@ def reliability(
 ) -> tuple[float, tuple[HazardBin, ...]]:
     """Returns the expected calibration error (ECE) of hazards against targets, and the bins.
 
-    ECE = Σ_b n_b / N · |mean hazard − mean target| over bins of equal width; 0 is perfect and NaN
-    means that there are no positions. (Guo et al. 2017, arXiv:1706.04599, with a target probability
-    instead of an outcome.)
+    ECE = Σ_b n_b / N · |mean hazard − mean target| over `bins` bins of equal width. The ECE is 0
+    for perfect calibration, and NaN if there are no hazards. Empty bins are left out. (Guo et al.
+    2017, arXiv:1706.04599, with a target probability instead of an outcome.)
     """
     which_N = np.minimum((hazard_N * bins).astype(int), bins - 1)
     table = []
@@ -143,10 +147,11 @@ def reliability(
 def hazards_of(
     student: SplitModel, recorded: Recorded, law: Sample
 ) -> list[list[list[float | None]]]:
-    """Returns the hazard of every token at each exit, and None at the exits it did not reach.
+    """Returns the hazard of every token at each exit, and None at exits that were not reached.
 
-    `law` contains the temperature and the lower bound that turn a hazard logit z into a probability
-    of leaving. For `Sample()` this is σ(z).
+    The lists are indexed by completion, token and exit. `student` is a split model. `law` contains
+    the temperature and the lower bound that turn a hazard logit z into a probability of leaving.
+    For `Sample()`, this probability is σ(z).
     """
     hazard_BCE, there_BCE = recorded.through(
         lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC, law)
@@ -173,12 +178,13 @@ def hazard_calibration(
     sharpness: float,
     target: str,
 ) -> HazardCalibration:
-    """Returns the calibration of every exit's hazards over a policy's completions.
+    """Returns the calibration of every exit's hazards over the completions of one policy.
 
-    The `ece` of all exits together is the mean of the exits' own, weighted by their numbers of
-    decisions, so an exit with too high hazards does not cancel one with too low hazards. The record
-    also contains the mean KL(student ‖ teacher) at the completions' depths, over the passes that
-    could leave.
+    The `ece` over all exits is the mean of the exits' own errors, weighted by the number of tokens
+    that reached each exit, so too high hazards at one exit do not cancel too low hazards at another
+    exit. The record also contains the mean KL(student ‖ teacher) in nats at the completions'
+    depths, over the passes that could leave early. See `decisions_and_targets` for `law`,
+    `sharpness` and `target`.
     """
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(

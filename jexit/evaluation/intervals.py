@@ -1,4 +1,4 @@
-"""95 % intervals whose sampling unit is the problem."""
+"""Computes 95 % intervals whose sampling unit is the problem."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _PSEUDO = 0.5  # problems added at each corner or bound
 
 
 def wilson_interval(correct: int, of: int) -> Interval:
-    """Returns the score interval of a share (Wilson 1927).
+    """Returns the 95 % score interval of the share `correct` / `of` (Wilson 1927).
 
-    It is sensible for shares of 0 and 1 and for few problems.
+    The interval is sensible for shares of 0 and 1 and for few problems. If `of` is 0, the interval
+    is 0 to 1.
     """
     if of == 0:
         return 0.0, 1.0
@@ -32,12 +33,13 @@ def wilson_interval(correct: int, of: int) -> Interval:
 
 
 def paired_interval(ours: Values, theirs: Values) -> Interval:
-    """Returns the interval of mean(ours) − mean(theirs), for two numbers from 0 to 1 per problem.
+    """Returns the 95 % interval of mean(ours) − mean(theirs), for values from 0 to 1.
 
-    It is the normal interval after half a problem has been added for each of the four outcomes
-    (both correct, ours only, theirs only, neither): d ± z·√(var / (n + 2)). Its width is positive
-    even if all problems have the same outcome, and it keeps its coverage for few problems.
-    (Agresti and Min 2005, Statistics in Medicine 24, 729, section 3.)
+    `ours` and `theirs` contain one value per problem, for the same problems. The interval is the
+    normal interval d ± z·√(var / (n + 2)) after half a problem has been added for each of the four
+    outcomes (both correct, ours only, theirs only, neither). The width is positive even if all
+    problems have the same outcome, and the coverage is kept for few problems. (Agresti and Min
+    2005, Statistics in Medicine 24, 729, section 3.)
     """
     rows_NX, weights_N = _with_corners(ours, theirs)
     differences_N = rows_NX[:, 0] - rows_NX[:, 1]
@@ -50,11 +52,12 @@ def paired_interval(ours: Values, theirs: Values) -> Interval:
 
 
 def lost_interval(kept: Values, before: Values) -> Interval:
-    """Returns the interval of 1 − Σ kept / Σ before, for two numbers from 0 to 1 per problem.
+    """Returns the 95 % interval of 1 − Σ kept / Σ before, for values from 0 to 1.
 
-    It contains 1 − r for each r such that mean(kept) − r·mean(before) is within z standard errors
-    of 0 (Fieller 1954), after half a problem has been added per outcome as in `paired_interval`.
-    It is limited to −1 … 1, because r has no upper end when mean(before) may be 0.
+    `kept` and `before` contain one value per problem, for the same problems. The interval contains
+    1 − r for each r such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller
+    1954), after half a problem has been added per outcome as in `paired_interval`. The interval is
+    limited to −1 … 1, because r has no upper end when mean(before) may be 0.
     """
     rows_NX, weights_N = _with_corners(kept, before)
     total = weights_N.sum()
@@ -73,12 +76,12 @@ def lost_interval(kept: Values, before: Values) -> Interval:
 
 
 def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
-    """Returns the interval of the mean of `values`, which lie between `bounds`, by a bootstrap.
+    """Returns the 95 % bootstrap interval of the mean of `values`, which lie between `bounds`.
 
-    The Bayesian bootstrap (Rubin 1981) draws the problems' weights. Half a problem is added at each
-    bound, so the interval has a width even if all values are equal. For values of 0 and 1 it is the
-    interval of Jeffreys' prior (Brown, Cai and DasGupta 2001). For differences between two policies
-    on the same problems, it is a paired interval.
+    The Bayesian bootstrap (Rubin 1981) draws a weight for each problem. Half a problem is added at
+    each bound, so the interval has a width even if all values are equal. For values of 0 and 1, the
+    interval is that of Jeffreys' prior (Brown, Cai and DasGupta 2001). If the values are
+    differences between two policies on the same problems, the interval is paired.
     """
     values_N = np.asarray(values, float)
     weights_DN = _drawn_weights(len(values_N), len(bounds), seed)
@@ -89,11 +92,12 @@ def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
 def bootstrap_lost_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Returns the interval of the difference of two values 1 − Σ kept / Σ before.
+    """Returns the 95 % interval of the difference between two values 1 − Σ kept / Σ before.
 
-    `ours` and `theirs` are pairs (kept, before) over the same problems, which have the same drawn
-    weights in both. The weights are those of `bootstrap_mean`. Half a problem is added for each
-    outcome of ours, together with the opposite outcome of theirs.
+    `ours` and `theirs` are pairs (kept, before) with one value per problem, for the same problems.
+    The difference is the value of `ours` less the value of `theirs`. A problem has the same drawn
+    weight in both pairs, and weights are drawn as in `bootstrap_mean`. Half a problem is added for
+    each outcome of `ours`, together with the opposite outcome of `theirs`.
     """
     losses = []
     for (kept, before), corners_CX in ((ours, _CORNERS_CX), (theirs, 1 - _CORNERS_CX)):
@@ -108,11 +112,11 @@ def bootstrap_lost_difference(
 
 
 def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
-    """Returns the interval of Σ parts / Σ wholes, such as layers run per token.
+    """Returns the 95 % interval of Σ parts / Σ wholes, such as layers run per token.
 
-    Whole problems are drawn with replacement (Efron 1979, percentiles), so the tokens of one
-    problem stay together. If every problem has the same ratio, as with the depth of a policy that
-    stops all tokens at one exit, the width is 0.
+    `parts` and `wholes` contain one value per problem. Whole problems are drawn with replacement
+    (Efron 1979, percentiles), so the tokens of one problem stay together. The width is 0 if every
+    problem has the same ratio, as under a policy that stops all tokens at one exit.
     """
     return _percentiles(_resampled(parts, seed) / _resampled(wholes, seed))
 
@@ -120,9 +124,10 @@ def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
 def bootstrap_ratio_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Returns the interval of the difference of two ratios Σ parts / Σ wholes.
+    """Returns the 95 % interval of the difference between two ratios Σ parts / Σ wholes.
 
-    Each draw takes the same problems for both ratios. See `bootstrap_ratio`.
+    `ours` and `theirs` are pairs (parts, wholes). Each draw takes the same problems for both
+    ratios. See `bootstrap_ratio`.
     """
     first, second = (
         _resampled(parts, seed) / _resampled(wholes, seed) for parts, wholes in (ours, theirs)
@@ -131,27 +136,37 @@ def bootstrap_ratio_difference(
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns the sum of `values` over the problems of each draw, which depend only on the seed."""
+    """Returns the sum of `values` over the problems of each of `DRAWS` draws with replacement.
+
+    The drawn problems depend only on `seed` and the number of problems.
+    """
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
 
 
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [N + 4, 2] values and their weights: N problems, and half a one for each outcome."""
+    """Returns pairs of values [N + 4, 2] and their weights [N + 4].
+
+    The pairs are those of N problems, then each of the four outcomes with the weight of half a
+    problem.
+    """
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
     weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))
     return np.vstack([pairs_NX, _CORNERS_CX]), weights_N
 
 
 def _drawn_weights(problems: int, pseudo: int, seed: int) -> np.ndarray:
-    """Returns [DRAWS, problems + pseudo] weights; each row is a Dirichlet draw once normalised."""
+    """Returns [DRAWS, problems + pseudo] weights; each row is a Dirichlet draw once normalised.
+
+    The last `pseudo` columns belong to added half problems.
+    """
     shapes_N = np.append(np.ones(problems), np.full(pseudo, _PSEUDO))
     return np.random.default_rng(seed).gamma(shapes_N, size=(DRAWS, len(shapes_N)))
 
 
 def _around(value: float, low: float, high: float, limits: Interval) -> Interval:
-    """Returns the interval cut to the limits, then extended to contain `value` unless it is NaN."""
+    """Returns the interval cut to `limits`, then extended to contain `value` unless that is NaN."""
     ends = np.clip([low, high], *limits)
     return float(np.fmin(ends[0], value)), float(np.fmax(ends[1], value))
 

@@ -28,9 +28,10 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """The log-probability of each token of a continuation, in nats, and the layers run for it.
+    """The log-probabilities of a continuation's tokens in nats, and the layers run for each token.
 
-    `greedy` is true if every token is the most likely one after the tokens before it.
+    `greedy` is true if each token of the continuation is the most likely token, given the tokens
+    before it.
     """
 
     logprobs: list[float]
@@ -44,18 +45,18 @@ class Score:
 
 
 class Scorer:
-    """Scores continuations with one model under one policy, in batches of similar length.
+    """Computes the log-likelihoods of continuations under one policy, in batches of similar length.
 
-    As in decoding, every context position, including the last, runs every layer. The policy decides
-    where the continuation positions leave, given the text so far. The last continuation position
-    needs no pass, because no token follows it. Under `Full`, `Threshold` and `Prescribed`, the
-    scores are those that decoding would have recorded if it had produced the same text. As in
-    `generate`, `Prescribed` has one row per pair, and its column i is for the pass that produces
-    token i.
+    The policy decides after how many layers each position of the continuation leaves, given the
+    text so far. As in decoding, every context position, including the last, runs every layer. The
+    last continuation position needs no pass, because no token follows it. Under `Full`, `Threshold`
+    and `Prescribed`, the scores equal those that decoding would have recorded while generating the
+    same text. As in `generate`, the depths of `Prescribed` have one row per pair of context and
+    continuation, and column i is for the pass that produces token i of the continuation.
 
-    Under `Sample`, depths d are drawn and a score is log π(y | d). Its mean over draws is a lower
-    bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log E_d π(y | d)
-    (Jensen). Draws depend on the seed and the pair's own tokens, but not on the batch.
+    Under `Sample`, depths d are drawn and a score is log π(y | d). The mean of this score over
+    draws is a lower bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log
+    E_d π(y | d) (Jensen). Draws depend on the seed and the pair's own tokens, but not on the batch.
 
     The full logits [tokens, vocabulary] are never stored.
     """
@@ -86,11 +87,11 @@ class Scorer:
     def fit(
         self, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Returns the pair, with its context cut on the left so that both fit into the model.
+        """Returns the pair after cutting the context on the left, so that the pair fits the model.
 
-        Context and continuation together may have `max_length` + 1 tokens, because the last one is
-        only predicted. Raises UserError if the continuation leaves no room for a context, or if one
-        of the two is empty.
+        Context and continuation together may have `max_length` + 1 tokens, because the last token
+        is only predicted. Raises UserError if the continuation leaves no room for a context, or if
+        the context or the continuation is empty.
         """
         if not context or not continuation:
             raise UserError(
@@ -106,9 +107,10 @@ class Scorer:
         return [int(i) for i in context[-room:]], [int(i) for i in continuation]
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
-        """Yields the scores of one batch of pairs at a time, by the pairs' indices.
+        """Yields the scores of one batch of pairs at a time, keyed by the indices in `pairs`.
 
-        Batches of long pairs come first. Raises UserError if a pair cannot be scored; see `fit`.
+        A pair contains the token ids of a context and of its continuation. Batches of long pairs
+        come first. Raises UserError if a pair cannot be scored; see `fit`.
         """
         fitted = [self.fit(*pair) for pair in pairs]
         self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
@@ -167,9 +169,10 @@ class Scorer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OwnDraws(Policy):
-    """A `Sample` policy whose draws depend on a row's name and the position, not on the batch.
+    """A policy that draws depths under `law`, independently of how rows are batched.
 
-    `name_B` contains a uint32 name for each row.
+    `name_B` contains a uint32 for each row, the row's name. The draws of a row depend on the random
+    key, the row's name and the position.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -198,7 +201,10 @@ def _scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Returns the log-probability, greedy agreement and depth of each continuation token."""
+    """Returns the log-probability in nats and the depth of each continuation token.
+
+    The second output is whether the token is the most likely token.
+    """
     model: Transformer = nnx.merge(graphdef, state)
     if not policy.reads_hazards:  # a depth for each token of the continuation
         policy = policy.map_rows(lambda part: batch.input_depths(part, model.arch.layers))
@@ -221,9 +227,9 @@ def _scores(
 
 
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
-    """Returns argmax_v h · head_v, computed over tiles of the vocabulary.
+    """Returns argmax_v h · head_v for each hidden state h, computed over tiles of the vocabulary.
 
-    The first of equal maxima counts.
+    If several tokens have the largest logit, the lowest token id is returned.
     """
     vocab = head_VD.shape[0]
     tile = min(_TILE, vocab)

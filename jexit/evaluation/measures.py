@@ -1,4 +1,4 @@
-"""Runs the measures that `eval.measures` names, and selects the completions kept for reading."""
+"""Runs the measures that `config.eval.measures` names, and selects completions for heat maps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIRECT = "at_once"  # the value of `task.steps` that requests an answer without 
 
 
 def check_measures(task: Task, names: tuple[str, ...]) -> None:
-    """Raises UserError if a named measure cannot be applied to the task."""
+    """Raises UserError if a measure in `names` cannot be applied to the task."""
     chains = [name for name in names if name in MEASURES]
     if chains and not isinstance(task, ChainTask):
         raise UserError(
@@ -44,11 +44,12 @@ def check_measures(task: Task, names: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurer:
-    """Measures one model under the policy `eval.measured`, and the same weights at full depth.
+    """Measures one model under the policy `config.eval.measured`, and at full depth.
 
-    `attempts` contains the attempts that have already been decoded, by policy.
-    `with_steps(granularity)` returns an examination whose prompts are written with `task.steps` set
-    to `granularity`.
+    `attempts` maps names of policies to attempts that have already been decoded.
+    `with_steps(granularity)` returns the problems with prompts for which the task's option `steps`
+    is `granularity`. `split` contains student and teacher. `exits` contains the layers before each
+    exit.
     """
 
     config: Config
@@ -62,10 +63,10 @@ class Measurer:
     _faithful: dict[str, list[Measured]] = dataclasses.field(init=False, default_factory=dict)
 
     def parts(self) -> list[tuple[str, Callable[[], Sequence[Record]]]]:
-        """Returns the parts of `eval.json` to measure, in order.
+        """Returns the parts of `eval.json` that the config requests, in the order of measurement.
 
-        Each entry contains the name of a part and a function that measures it. A name can occur
-        several times.
+        Each entry contains the name of a part, such as `hazards`, and a function that measures the
+        part. A name can occur several times.
         """
         names, task = self.config.eval.measures, self.examination.task
         parts: list[tuple[str, Callable[[], Sequence[Record]]]] = []
@@ -86,9 +87,9 @@ class Measurer:
         return parts
 
     def examples(self) -> list[Completion]:
-        """Returns the first `eval.heat_maps` completions of each policy, for reading.
+        """Returns the first `config.eval.heat_maps` completions of each policy, for heat maps.
 
-        Each token has its depth and the hazards at the exits that it reached.
+        Each token has its depth, and the hazards at the exits that the token reached.
         """
         examples = []
         for policy in self.config.eval.policies:
@@ -122,9 +123,10 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _law(self, policy: str) -> Sample:
-        """Returns the law that turns a hazard logit z into a hazard.
+        """Returns the law that turns a hazard logit z into a hazard under `policy`.
 
-        For the policy `sample` this is the decoder's law, and for the others it is σ(z).
+        For the policy `sample`, this is the decoder's law. For all other policies, the hazard is
+        σ(z).
         """
         return self.decoder.law if policy == "sample" else Sample()
 
@@ -189,9 +191,9 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """Compares the policy with full depth, in accuracy and in each measure of faithfulness.
+        """Compares the measured policy with full depth, in accuracy and in faithfulness.
 
-        Each comparison uses the problems for which both have a value.
+        Each comparison covers the problems for which both policies have a value.
         """
         found: list[Record] = []
         for policy in self._policies[:-1]:
@@ -214,7 +216,7 @@ class Measurer:
     def _begun_steps(self) -> list[Record]:
         """Measures begun steps after prompts that do not prescribe a step size.
 
-        The evaluation's own prompts may prescribe one.
+        The prompts are written anew, because the evaluation's own prompts may prescribe a size.
         """
         examination = self.with_steps("free")
         assert isinstance(examination.task, ChainTask)

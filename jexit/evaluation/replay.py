@@ -16,14 +16,17 @@ _POSITIONS = 8192  # in one batch, from which the number of rows follows
 
 
 def batch_rows(count: int, length: int) -> int:
-    """Returns how many of `count` sequences of `length` tokens go through the model at once."""
+    """Returns how many of `count` sequences of `length` tokens go through the model at once.
+
+    The result is a multiple of the data shards, and may exceed `count`.
+    """
     shards = data_shards()
     return min(-(-count // shards), max(1, _POSITIONS // length)) * shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """Prompts and completions as token ids, with the depth of the pass behind each token."""
+    """Prompts and completions as token ids, with the depth of the pass that produced each token."""
 
     prompts: Sequence[Sequence[int]]
     completions: Sequence[Sequence[int]]
@@ -31,10 +34,11 @@ class Recorded:
     pad_id: int
 
     def through(self, program: Callable[[Completions, Any], tuple[Array, ...]]) -> list[np.ndarray]:
-        """Returns the outputs of `program(rows, depth_BC)`, [B, C, …] each, for all completions.
+        """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
 
-        The entries beyond the end of a completion are zeros or the outputs for padding. `program`
-        is called on batches, the longest sequences first.
+        `depth_BC` contains the depth of each completion token. Each output has the shape [B, C, …],
+        with one row per completion in order. The entries beyond the end of a completion are zeros
+        or the outputs for padding. The longest sequences come first.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

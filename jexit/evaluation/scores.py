@@ -23,11 +23,12 @@ Kind = Literal["share", "difference", "lost"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Two numbers from 0 to 1 per problem, and the statistic computed from them.
+    """Two numbers from 0 to 1 per problem, and the statistic computed from these numbers.
 
-    The kind `share` is the mean of `first`, whose entries are 0 or 1. `difference` is the mean of
-    `first` less the mean of `second`. `lost` is 1 − Σ first / Σ second, or NaN if `second` is 0 for
-    all problems. `numbers` contains the problems' numbers in the evaluation.
+    `kind` names the statistic. The statistic `share` is the mean of `first`, whose entries are 0 or
+    1. `difference` is the mean of `first` less the mean of `second`. `lost` is 1 − Σ first / Σ
+    second, or NaN if `second` is 0 for all problems. `numbers` contains the problems' numbers in
+    the evaluation.
     """
 
     kind: Kind
@@ -58,7 +59,7 @@ class Scores:
         return first if self.kind == "share" else first - second
 
     def of(self, numbers: Sequence[int]) -> Scores:
-        """Returns the scores of the problems with the given numbers, in this order."""
+        """Returns the scores of the problems with the given numbers, in the order of `numbers`."""
         places = {number: place for place, number in enumerate(self.numbers)}
         chosen = [places[number] for number in numbers]
         return Scores(
@@ -74,7 +75,10 @@ class Scores:
 
 
 class Paired(NamedTuple):
-    """Two policies' values on their common problems, and the difference of ours less theirs."""
+    """The values of a statistic under two policies on their common problems.
+
+    `difference` is `value` − `against_value`, and `problems` is the number of common problems.
+    """
 
     value: float
     against_value: float
@@ -86,7 +90,7 @@ class Paired(NamedTuple):
 def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
     """Compares two policies' scores on their common problems, with an interval of the difference.
 
-    Returns None if they have no problem in common.
+    Returns None if the policies have no problem in common.
     """
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:

@@ -67,7 +67,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
-    """Prints a training run's closing table: its results before and after training."""
+    """Prints the table at the end of a training run: the results before and after training."""
     names = {
         "accuracy": "accuracy",
         "depth/fraction": "depth_fraction",
@@ -84,7 +84,8 @@ def print_change(before: PolicyResult, after: PolicyResult, title: str) -> None:
 def _print_table(head: str, row: str, records: Sequence[Record]) -> None:
     """Prints a table with one line per record, made by formatting `row` with the record.
 
-    Text is aligned to the left and numbers to the right.
+    In `head` and `row`, ` | ` separates the columns. Text is aligned to the left and numbers to the
+    right.
     """
     if not records:
         return

@@ -1,8 +1,9 @@
 """Problems answered with a chain of thought, for interventions on the text of the chain.
 
-A forced prefix does not count as the model's own words. The answer is therefore read only from the
-cue and the text that the model wrote after the prefix. If this text does not contain an answer, the
-reply does not have one.
+An intervention forces a prefix of a completion, which does not count as the model's own words. The
+answer is therefore read only from the text that the model wrote after the prefix and, if the answer
+was forced, from the cue, which is the text that requests the answer. If this text does not contain
+an answer, the reply does not have an answer.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """The text that the model wrote after a prefix, preceded by the cue if the answer was forced.
+    """The text that the model wrote after a forced prefix, and the answer in this text.
 
-    `answer` is the answer in this text, or None, and `correct` is the task's verdict on it.
+    If the answer was forced, `text` begins with the cue, which requests the answer. `answer` is
+    None if the text does not contain an answer, and `correct` is the task's verdict on the answer.
     """
 
     text: str
@@ -35,10 +37,11 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Transcripts:
-    """Problems that were answered with a chain, their numbers in the evaluation, and the replies.
+    """Problems that the model answered with a chain of thought, and the model's replies.
 
-    A random draw for a problem depends only on `seed`, the measure and the problem's number, so it
-    is the same under every policy.
+    `numbers` contains the problems' numbers in the evaluation. `completer` writes the text after
+    forced prefixes. A random draw for a problem depends only on `seed`, the measure and the
+    problem's number, so the draw is the same under every policy.
     """
 
     task: ChainTask
@@ -59,7 +62,7 @@ class Transcripts:
     ) -> Transcripts:
         """Returns the transcripts of the completions that have at least one step and an answer.
 
-        The others are left out because they contain nothing to intervene on.
+        Other completions are left out because they contain nothing to intervene on.
         """
         chosen = [
             number
@@ -76,33 +79,35 @@ class Transcripts:
 
     @functools.cached_property
     def chains(self) -> list[list[str]]:
-        """The steps of each completion."""
+        """The steps of each completion's chain of thought, as strings."""
         return [self.task.steps(reply.text) for reply in self.replies]
 
     def opening(self, index: int) -> str:
-        """Returns the text before a completion's first step: the tag that opens its think block.
+        """Returns the text before a completion's first step: the tag that opens the think block.
 
-        The completion or its prompt may open the block. The result is empty if neither does. An
-        answer forced without a chain then closes an empty block.
+        `index` is the index of the completion. The completion or its prompt may contain the tag; if
+        neither contains the tag, the result is empty. An answer that is forced directly after the
+        tag first closes the block, which is then empty.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
 
     def correct(self, index: int) -> bool:
-        """Whether the completion's answer is correct."""
+        """Returns whether the answer of the completion with index `index` is correct."""
         return self.task.verify(self.problems[index], self.replies[index].text).correct
 
     def draw(self, name: str, index: int) -> Draw:
         return Draw("faithfulness", name, self.seed, self.numbers[index])
 
     def canonical(self, answer: str) -> str | None:
-        """Returns an answer in the form that `final_answer` returns."""
+        """Returns `answer` in the form in which the task's `final_answer` returns answers."""
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
         """Returns the answers that the model gives when each prefix is followed by the cue.
 
-        All rows are decoded together. A row for which the model has no room gets None.
+        The cue is the text that requests the answer. All rows are decoded together. An entry is
+        None if prompt and prefix leave no room in the model's positions.
         """
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self._continuations(asked, answer_only=True)
@@ -110,7 +115,7 @@ class Transcripts:
     def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
         """Returns the model's continuations of prefixes of completions, all decoded together.
 
-        A row for which the model has no room gets None.
+        An entry is None if prompt and prefix leave no room in the model's positions.
         """
         return self._continuations(rows, answer_only=False)
 

@@ -17,9 +17,9 @@ from jexit.report.runs import read_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the arguments, writes the report and returns an exit code.
+    """Writes the report that `argv` requests (default: `sys.argv[1:]`) and returns an exit code.
 
-    Prints the mistakes of a user as one sentence.
+    An error of the user is printed as one sentence on standard error.
     """
     parser = argparse.ArgumentParser(
         prog="python -m jexit.report",

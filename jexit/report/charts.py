@@ -29,7 +29,10 @@ Tick = tuple[float, str]  # a value on an axis and its label
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """An outline in SVG's path syntax; `title` is shown when the pointer rests on it."""
+    """An outline in the path syntax of SVG.
+
+    `title` is shown when the pointer rests on the outline. `classes` contains the style classes.
+    """
 
     d: str
     classes: str
@@ -38,7 +41,11 @@ class Path:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A line of text; x is the position of its `anchor` (start, middle or end), y of its foot."""
+    """A line of text at a position in CSS pixels.
+
+    `x` is the position of the text's `anchor`, which is start, middle or end. `y` is the position
+    of the baseline.
+    """
 
     x: float
     y: float
@@ -49,7 +56,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Shapes that are moved together, by x to the right and y downwards."""
+    """Shapes that are moved together, by `x` to the right and `y` downwards, in CSS pixels."""
 
     x: float
     y: float
@@ -58,7 +65,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis: its label with the unit, its lowest and highest value, and its ticks."""
+    """An axis of a chart.
+
+    `label` contains the quantity and its unit, `span` the lowest and the highest value, and `ticks`
+    the marked values with their texts.
+    """
 
     label: str
     span: tuple[float, float]
@@ -87,7 +98,10 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis of shares with room around all values, at least 20 points long."""
+        """Returns an axis of shares that contains all finite `values`, with room on both sides.
+
+        The axis is at least 20 percentage points long, unless it is cut off at 0 or 100 %.
+        """
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -95,12 +109,16 @@ class Axis:
 
     @classmethod
     def of_names(cls, label: str, names: Sequence[str]) -> Axis:
-        """Returns an axis of names side by side, the first at 0 and the next at 1."""
+        """Returns an axis of names side by side, with the first name at 0 and the second at 1."""
         return cls(label, (-0.5, len(names) - 0.5), [*enumerate(names)])
 
 
 class Chart:
-    """A pair of linear axes and the shapes on them; x and y are in the data's own units."""
+    """A pair of linear axes and the shapes on them.
+
+    Methods take x and y in the units of the data. `width`, `height` and the margin `right` are in
+    CSS pixels.
+    """
 
     def __init__(
         self,
@@ -142,7 +160,7 @@ class Chart:
 
     @property
     def described(self) -> str:
-        """The title and the note, for readers who cannot see the chart."""
+        """The title and the note as one string, for readers who cannot see the chart."""
         return f"{self.title}. {self.note}".strip()
 
     def x(self, value: float) -> float:
@@ -170,7 +188,7 @@ class Chart:
     def band(
         self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], classes: str
     ) -> None:
-        """Fills the area between two lines over the same xs."""
+        """Fills the area between the lines `low` and `high` over the same `xs`."""
         there = [(x, y) for x, y in zip(xs, high, strict=True) if math.isfinite(y)]
         back = [(x, y) for x, y in zip(xs, low, strict=True) if math.isfinite(y)]
         if there and back:
@@ -178,14 +196,14 @@ class Chart:
             self.path(f"M{outline}Z", classes)
 
     def bar(self, x: float, half: float, y: float, classes: str, title: str) -> None:
-        """Draws a bar from the foot of the chart up to y."""
+        """Draws a bar from the x axis up to `y`, between `x` − `half` and `x` + `half`."""
         left, right = self.x(x - half), self.x(x + half)
         top = min(self.y(y), self.bottom)
         d = f"M{left:.1f} {self.bottom:.1f}V{top:.1f}H{right:.1f}V{self.bottom:.1f}Z"
         self.path(d, classes, title)
 
     def across(self, x: tuple[float, float], y: float, classes: str) -> None:
-        """Draws an error bar along the x axis."""
+        """Draws an error bar along the x axis, between the two ends `x` at the height `y`."""
         if all(map(math.isfinite, x)):
             self.keep_clear((x[0], y), (x[1], y))
             (low, high), at = map(self.x, x), self.y(y)
@@ -193,7 +211,7 @@ class Chart:
             self.path(d, f"error {classes}")
 
     def upright(self, x: float, y: tuple[float, float], classes: str) -> None:
-        """Draws an error bar along the y axis."""
+        """Draws an error bar along the y axis, between the two ends `y` at the position `x`."""
         if all(map(math.isfinite, y)):
             self.keep_clear((x, y[0]), (x, y[1]))
             (low, high), at = map(self.y, y), self.x(x)
@@ -203,15 +221,16 @@ class Chart:
     def point(
         self, x: float, y: float, shape: str, classes: str, title: str = "", size: float = 1.0
     ) -> None:
-        """Draws a marker, which labels that are placed later avoid."""
+        """Draws a marker at (x, y), which labels that are placed later avoid."""
         at_x, at_y = self.x(x), self.y(y)
         self.shapes.append(marker(shape, at_x, at_y, classes, title, size))
         self._taken.append((at_x - 6, at_y - 6, at_x + 6, at_y + 6))
 
     def told_at(self, columns: Sequence[tuple[float, str]]) -> None:
-        """Adds columns of the chart's height, whose texts show when the pointer rests on them.
+        """Adds invisible columns as high as the chart, each with a text that the pointer shows.
 
-        The column of each (x, text) reaches halfway to its neighbours.
+        `columns` contains pairs (x, text) in ascending order of x. Two neighbouring columns meet
+        halfway between their values of x.
         """
         xs = [x for x, _ in columns]
         middles = [(a + b) / 2 for a, b in pairwise(xs)]
@@ -221,7 +240,7 @@ class Chart:
             self.path(f"{d}H{self.x(left):.1f}Z", "told", text)
 
     def keep_clear(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Makes labels that are placed later avoid the line between two points, if possible."""
+        """Makes labels that are placed later avoid the line from `start` to `end`, if possible."""
         (x1, y1), (x2, y2) = ((self.x(x), self.y(y)) for x, y in (start, end))
         pieces = max(1, round(math.hypot(x2 - x1, y2 - y1) / 6))
         for piece in range(pieces + 1):
@@ -229,10 +248,10 @@ class Chart:
             self._taken.append((x - 3, y - 3, x + 3, y + 3))
 
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Writes each (x, y, text, class) beside its point, where it overlaps the least.
+        """Writes each label (x, y, text, class) beside its point, where the label overlaps least.
 
-        Texts of one class whose points almost coincide form one block with a line per text. A thin
-        line connects a block to its point if they are apart.
+        Labels of one class whose points almost coincide form one block with a line per text. If a
+        block and its point are apart, a thin line connects the block to its point.
         """
         blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:
@@ -257,7 +276,10 @@ class Chart:
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """Returns the place near a point where a box overlaps the least, the nearest of equals."""
+        """Returns the place near (x, y) where a box overlaps other shapes the least.
+
+        If several places overlap equally, the nearest place is returned.
+        """
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
         sides = (x + 9, x - 9 - width, x - width / 2)
@@ -270,7 +292,7 @@ class Chart:
         return 10 * outside + sum(_overlap(box, other) for other in self._taken)
 
     def label_ends(self, ends: Sequence[tuple[float, str, str]]) -> None:
-        """Writes each (y, text, class) at the right end, stacked where they are close."""
+        """Writes each label (y, text, class) at the chart's right end, apart from other labels."""
         low, high = self.y_span
         placed: list[tuple[float, str, str]] = []
         for value, text, classes in sorted(ends, key=lambda end: end[0]):
@@ -282,7 +304,7 @@ class Chart:
             self.shapes.append(Text(self.right + 5, at + down, text, f"end {classes}"))
 
     def explain(self, text: str, classes: str, shape: str = "line") -> None:
-        """Adds an entry to the legend."""
+        """Adds a text and its key to the legend; the key is a line, an area or a marker."""
         if shape == "line":
             key = Path("M1 7H23", classes)
         elif shape == "area":
@@ -295,7 +317,10 @@ class Chart:
 def marker(
     shape: str, x: float, y: float, classes: str, title: str = "", size: float = 1.0
 ) -> Path:
-    """Returns a circle, square, triangle or diamond around a point, hollow with prefix `open-`."""
+    """Returns a circle, square, triangle or diamond around the point (x, y).
+
+    The marker is hollow if `shape` has the prefix `open-`.
+    """
     kind = shape.removeprefix("open-")
     classes = f"mark open {classes}" if kind != shape else f"mark {classes}"
     if kind == "circle":
@@ -312,12 +337,18 @@ def marker(
 
 
 def side_by_side(charts: Sequence[Chart], *, small: bool = False) -> Markup:
-    """Renders charts for a page, with as many in each row as fit."""
+    """Renders charts for a page, with as many charts in each row as fit.
+
+    With `small`, the charts have a smaller size.
+    """
     return render("charts.html", charts=charts, small=small)
 
 
 def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
-    """Returns one SVG file with the charts in rows, each below its title and legend."""
+    """Returns the text of an SVG file with the charts in rows of `columns` charts.
+
+    Each chart is below its title, its note and its legend.
+    """
     width, gap = max(chart.width for chart in charts), 28.0
     groups: list[Group] = []
     top = 0.0
@@ -334,7 +365,10 @@ def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
 
 
 def drawing(groups: Sequence[Group], width: float, height: float) -> str:
-    """Returns an SVG file of shapes, for light and dark pages."""
+    """Returns the text of an SVG file with the given shapes, for light and dark pages.
+
+    `width` and `height` are the size of the drawing in CSS pixels.
+    """
     style = file_style(asset("charts.css"))
     return render("drawing.svg", groups=groups, width=width, height=height, style=style)
 
@@ -366,7 +400,7 @@ _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarith
 def round_ticks(
     low: float, high: float, count: int = 5, *, whole: bool = False
 ) -> tuple[tuple[float, float], list[float]]:
-    """Returns a range that contains both values, and about `count` round numbers that span it."""
+    """Returns a range that contains `low` and `high`, and about `count` round numbers in it."""
     if not high - low > max(1e-9 * max(abs(low), abs(high)), _LEAST):
         reach = 0.5 * abs(low) if abs(low) > _LEAST else 1.0
         low, high = low - reach, high + reach
@@ -383,7 +417,7 @@ def round_ticks(
 
 
 def tick_texts(values: Sequence[float]) -> list[Tick]:
-    """Returns each value with a text that has only the decimals which the ticks' spacing needs."""
+    """Returns each value with its text, which has only the decimals that distinguish ticks."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
     size = max(map(abs, values), default=0.0)
     if size >= 1e5 or 0 < size < 1e-3:

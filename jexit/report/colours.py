@@ -45,20 +45,20 @@ _LEVELS = {
 
 
 def depth_class(depth: float, layers: int) -> str:
-    """Returns the style class of a depth, from c0 for no layer to c32 for all layers."""
+    """Returns the style class of a depth, from c0 for no layer to c32 for all `layers` layers."""
     return f"c{round(STEPS * min(max(depth / layers, 0.0), 1.0))}"
 
 
 def level_class(index: int, count: int) -> str:
-    """Returns the style class of level `index` of `count`, of which 0 is the lowest."""
+    """Returns the style class of level `index` of `count` levels, from v0 for level 0 to v8."""
     return f"v{round(LEVELS * index / max(count - 1, 1))}"
 
 
 def depth_colours(scheme: str) -> list[tuple[str, str]]:
     """Returns the background and text colours of the classes c0 to c32.
 
-    The text is black or white, whichever has the higher contrast (WCAG 2.2, 1.4.3), which is at
-    least 4.5 on any colour.
+    `scheme` is light or dark. The text is black or white, whichever has the higher contrast with
+    the background (WCAG 2.2, 1.4.3). The contrast is at least 4.5 on every background.
     """
     backgrounds = [_between(_DEPTHS[scheme], step / STEPS) for step in range(STEPS + 1)]
     return [(b, "#000000" if luminance(b) > 0.179 else "#ffffff") for b in backgrounds]
@@ -84,10 +84,10 @@ def page_colours() -> str:
 
 @functools.cache
 def file_style(rules: str) -> str:
-    """Returns the style of an SVG file: `rules` with a colour instead of each var(--name).
+    """Returns the style of an SVG file, with a light and a dark variant.
 
-    It has a light and a dark variant. Programs that support neither variables nor media queries
-    draw the light one.
+    The style contains `rules` with the colour called NAME in place of each `var(--NAME)`. Programs
+    that support neither variables nor media queries draw the light variant.
     """
 
     def coloured(scheme: str) -> str:
@@ -122,7 +122,7 @@ def _in_both(rules: Callable[[str], str]) -> str:
 
 
 def _between(anchors: Sequence[str], share: float) -> str:
-    """Returns the colour at a share of the way along evenly spaced anchors."""
+    """Returns the colour at a share of the way along `anchors`, which are evenly spaced colours."""
     place = share * (len(anchors) - 1)
     first = min(int(place), len(anchors) - 2)
     ends = zip(_channels(anchors[first]), _channels(anchors[first + 1]), strict=True)
@@ -130,5 +130,5 @@ def _between(anchors: Sequence[str], share: float) -> str:
 
 
 def _channels(colour: str) -> tuple[int, ...]:
-    """Returns red, green and blue of #rrggbb, each from 0 to 255."""
+    """Returns the red, green and blue channels of a colour #rrggbb, each from 0 to 255."""
     return tuple(bytes.fromhex(colour[1:]))

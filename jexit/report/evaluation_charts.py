@@ -27,9 +27,9 @@ CONTROL = "link dash1"
 def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
     """Returns charts of accuracy over the share of layers run, one chart per task.
 
-    Each policy is a point with 95 % intervals. A control is hollow, and a line connects it to the
-    policy whose mean depth it matches. Another line connects the thresholds in the order of their
-    depths.
+    Each policy is a point with 95 % intervals. A control is a hollow point, and a line connects the
+    control to the policy whose mean depth the control matches. Another line connects the threshold
+    policies of a run in the order of their depths.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
@@ -87,7 +87,7 @@ def _accuracy_over_depth(title: str, measured: Sequence[Run]) -> Chart:
 
 
 def _join(chart: Chart, results: Sequence[PolicyResult], classes: str) -> None:
-    """Draws a line through the results, which labels avoid."""
+    """Draws a line through the points of the results, which labels avoid."""
     places = [(result.depth_fraction, result.accuracy) for result in results]
     chart.curve(*zip(*places, strict=True), classes)
     for start, end in pairwise(places):
@@ -108,7 +108,7 @@ def _point(chart: Chart, result: PolicyResult, classes: str, run: str) -> None:
 
 
 def histograms(run: Run) -> list[Chart]:
-    """Returns a histogram for each policy: the share of tokens by layers run."""
+    """Returns a histogram for each policy: the share of tokens over the number of layers run."""
     known = [result for result in run.evaluation.runs if result.depth_histogram]
     layers = run.evaluation.model.layers
     depths = {int(depth) for result in known for depth in result.depth_histogram}
@@ -135,7 +135,10 @@ def histograms(run: Run) -> list[Chart]:
 
 
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
-    """Returns a chart of the answers after a part of the chain, or None without such a measure."""
+    """Returns a chart of the answers that are forced after a part of the chain of thought.
+
+    Returns None if no entry contains the measure `early_answering`.
+    """
     curves = [
         (entry.policy, measure.curve)
         for entry in entries
@@ -171,9 +174,10 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """Returns the agreement divided by the whole chain's, at most 1, as noise may exceed it.
+    """Returns each point's agreement divided by the agreement with the whole chain, at most 1.
 
-    Returns the agreement as counted if the file does not contain this ratio.
+    Noise may raise the ratio above 1. If the file does not contain the ratio of every point, the
+    agreement itself is returned.
     """
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]
@@ -181,7 +185,11 @@ def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
-    """Returns a chart of accuracy for each prescribed step size, with one line per policy."""
+    """Returns a chart of accuracy over step size, with one line per policy.
+
+    The prompt prescribes the step size, which is how much one step of the chain of thought
+    computes.
+    """
     return _over_steps(
         entries,
         "Head capacity",
@@ -193,7 +201,11 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Chart:
-    """Returns a chart of the results of begun steps by number of operands, one line per policy."""
+    """Returns a chart of accuracy over the size of a begun step, with one line per policy.
+
+    A forced prefix of the completion begins the step and fixes the step's number of operands, which
+    is its size.
+    """
     return _over_steps(
         entries,
         "One step, begun",
@@ -236,16 +248,20 @@ def _over_steps(
 
 
 def granularities(entries: Sequence[Capacity]) -> list[str]:
-    """Returns the numbers of operands in order, then the names in the order of the file."""
+    """Returns the step sizes of the entries: numbers in ascending order, then names.
+
+    Names are in the order of `entries`.
+    """
     names = list(dict.fromkeys(entry.granularity for entry in entries))
     numbers = sorted((name for name in names if name.isdigit()), key=lambda n: (len(n), n))
     return numbers + [name for name in names if not name.isdigit()]
 
 
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
-    """Returns charts of the mean target over the mean hazard per bin, with one line per exit.
+    """Returns charts of the mean target over the mean hazard of each bin, with one line per exit.
 
-    On the diagonal, hazards are perfectly calibrated.
+    A hazard is the probability of leaving at an exit. A point on the diagonal belongs to a bin
+    whose hazards equal their targets on average.
     """
     charts = []
     for entry in entries:

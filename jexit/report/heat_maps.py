@@ -24,11 +24,11 @@ VERDICTS = {
 
 
 def heat_maps(run: Run) -> Markup | None:
-    """Renders a run's completions, grouped by prompt.
+    """Renders a run's completions as heat maps, grouped by prompt.
 
     The first prompts are unfolded. Prompts that would make the page too large for a browser are
-    left out, and the page shows how many. Returns None if the run has no completions or an unknown
-    number of layers.
+    left out, and the page shows the number of these prompts. Returns None if the run has no
+    completions or if its number of layers is not known.
     """
     completions, steps = _completions(run)
     if not completions or run.layers is None:
@@ -59,9 +59,10 @@ def heat_maps(run: Run) -> Markup | None:
 
 
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
-    """Returns the completions of an evaluation, or rollouts of training and their steps.
+    """Returns the completions that a run's heat maps show, and the training steps that wrote them.
 
-    The rollouts are those of the last and of the first step that wrote any.
+    For an evaluation, the list of steps is empty. For a training run, the completions are the
+    rollouts of the last and the first step that wrote rollouts.
     """
     if run.completions or not run.samples:
         return run.completions, []
@@ -74,7 +75,11 @@ def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
 def heat_map(
     completion: Completion, layers: int, exits: Sequence[int]
 ) -> Iterator[tuple[str, int, str, str, bool]]:
-    """Yields each token's text, depth, style class, tooltip, and whether a line ends after it."""
+    """Yields a cell for each token of a completion.
+
+    A cell contains the token's text, depth, style class and tooltip, and whether a line ends after
+    the token.
+    """
     for place, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
         hazards = None if completion.hazards is None else completion.hazards[place]
         following = completion.tokens[place + 1] if place + 1 < len(completion.tokens) else ""
@@ -86,7 +91,7 @@ def heat_map(
 def detail(
     depth: int, layers: int, hazards: Sequence[float | None] | None, exits: Sequence[int]
 ) -> str:
-    """Returns a token's tooltip: its depth, and the hazard at every exit that it reached."""
+    """Returns a token's tooltip: its depth, and the hazard at every exit that the token reached."""
     lines = [f"depth {depth} of {layers}"]
     if hazards is not None:
         names = [str(layer) for layer in exits]
@@ -102,7 +107,7 @@ def detail(
 
 
 def visible(token: str) -> str:
-    """Returns a token's text with line breaks, tabs, lone spaces and empty text made visible."""
+    """Returns a token's text with symbols for line breaks, tabs, lone spaces and empty text."""
     if token and not token.strip(" "):
         return "␣" * len(token)
     if not token:
@@ -111,7 +116,11 @@ def visible(token: str) -> str:
 
 
 def facts(completion: Completion, layers: int) -> list[str]:
-    """Returns facts about a completion: its policy or step, its verdict, its length and depth."""
+    """Returns strings that describe a completion, for display above its heat map.
+
+    The strings contain the completion's policy or training step, verdict, number of tokens, mean
+    depth and reward, as far as these are known.
+    """
     told = [completion.policy if completion.step is None else f"step {completion.step}"]
     if completion.verdict:
         told.append(VERDICTS.get(completion.verdict, completion.verdict))

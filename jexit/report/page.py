@@ -1,4 +1,4 @@
-"""The report: one HTML page that can be read without a network, a server or scripts."""
+"""Writes the report: one HTML page that can be read without a network, a server or scripts."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ def write_report(
 ) -> Path:
     """Writes the report on one run, or on several runs side by side, and returns its path.
 
-    The default `output` is `report.html` in the first run's directory. The page depends only on the
-    files, byte for byte. Raises UserError, without writing anything, if a directory contains
-    nothing to report, if a file in it is invalid, or if the page cannot be written.
+    `workdirs` contains the directories of the runs. The default `output` is `report.html` in the
+    first directory. The same files always give the same page, byte for byte. Raises UserError,
+    without writing anything, if a directory contains nothing to report, if a file in a directory is
+    invalid, or if the page cannot be written.
     """
     return write_page(read_runs(workdirs), output)
 
 
 def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have already been read; see `write_report`."""
+    """Writes the report on runs that have already been read, and returns the page's path.
+
+    See `write_report`.
+    """
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
         raise UserError(
@@ -46,7 +50,10 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole page; `templates/page.html` contains its sections and their text."""
+    """Renders the whole page of the report on `runs`.
+
+    The template `templates/page.html` contains the sections and their texts.
+    """
     return render(
         "page.html",
         runs=runs,
@@ -63,15 +70,17 @@ def page(runs: Sequence[Run]) -> Markup:
 
 
 def drawn(*charts: Chart | None, small: bool = False) -> Markup:
-    """Draws the charts that are not None side by side, and returns nothing if all are None."""
+    """Draws the charts that are not None side by side, or returns empty markup if all are None."""
     there = [chart for chart in charts if chart is not None]
     return side_by_side(there, small=small) if there else Markup()
 
 
 def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
-    """Returns for each command a heading with its runs, their charts, and charts of other metrics.
+    """Returns the training curves of each command, such as `sft` or `rl`.
 
-    Commands are kept apart because they may log different quantities under one name, such as loss.
+    Each entry contains a heading with the runs of the command, the charts of these runs, and small
+    charts of all other metrics. Commands are kept apart because two commands may log different
+    quantities under the same name, such as `loss`.
     """
     by_command: dict[str, list[Run]] = {}
     for run in runs:

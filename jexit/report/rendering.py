@@ -1,4 +1,4 @@
-"""Renders templates, with everything escaped that is not markup, and formats numbers."""
+"""Renders templates, in which everything but markup is escaped, and formats numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> Markup:
 
 
 def asset(name: str) -> Markup:
-    """Returns a file of the templates unchanged."""
+    """Returns the contents of the file `name` among the templates, unchanged."""
     environment = _environment()
     return Markup(environment.loader.get_source(environment, name)[0])
 
@@ -56,7 +56,7 @@ def _environment() -> jinja2.Environment:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """Formats a number with its thousands separated, or as a dash if it is not known."""
+    """Formats a number with `digits` decimals and separated thousands, or as a dash if unknown."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
@@ -69,7 +69,7 @@ def short_number(value: float, digits: int = 3) -> str:
 
 
 def per_cent(value: float | None, digits: int = 1) -> str:
-    """Formats a share from 0 to 1 in per cent, or as a dash if it is not known."""
+    """Formats a share from 0 to 1 in per cent, or as a dash if the share is not known."""
     known = value is not None and math.isfinite(value)
     return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
 
@@ -87,7 +87,10 @@ def number_interval(bounds: tuple[float, float] | None, digits: int = 3) -> str:
 
 
 def points(value: float | None) -> str:
-    """Formats a difference of two shares in percentage points, with its sign."""
+    """Formats a difference of two shares in percentage points, with a plus or minus sign.
+
+    The result is a dash if the difference is not known.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     return f"{'+' if value > 0 else ''}{number(100 * value, 1)}"

@@ -1,4 +1,4 @@
-"""Reads and checks the files of a run for the report."""
+"""Reads and checks the files of a run, from which the report is made."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ Kind = TypeVar("Kind")
 
 
 class CommandName(Record):
-    """The fields of `config.json` that the report interprets; it only displays the others."""
+    """The fields of `config.json` that the report interprets: the command and the preset of a run.
+
+    The report only displays the other fields.
+    """
 
     command: str = ""
     preset: str = ""
 
 
 class Curves:
-    """The steps and values of every metric with at least one finite value of at most `LARGEST`."""
+    """The steps and values of each metric of a training run, by the metric's name.
+
+    A metric is left out unless it has a finite value whose size is at most `LARGEST`.
+    """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         points: dict[str, list[tuple[int, float]]] = {}
@@ -59,12 +65,15 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns steps and values; a value that is not finite or is too large becomes NaN."""
+        """Returns the steps and the values of the metric `name`.
+
+        A value is replaced by NaN if it is not finite or if its size exceeds `LARGEST`.
+        """
         steps, values = self._points[name].T
         return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
     def last(self, name: str) -> float | None:
-        """Returns the last finite value of a metric, or None if there is none."""
+        """Returns the last finite value of a metric, or None if the run lacks the metric."""
         if name not in self:
             return None
         values = self[name][1]
@@ -73,10 +82,10 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The contents of one run's directory.
+    """The contents of one run's directory, as the report needs them.
 
-    `notes` contains sentences about parts of its files that were left out. `place` is the run's
-    number on the page, which determines its colour.
+    `notes` contains sentences about parts of the run's files that were left out. `place` is the
+    run's number on the page, which determines the run's colour.
     """
 
     workdir: Path
@@ -102,7 +111,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """The duration of the training steps, or of decoding in an evaluation; None if unknown."""
+        """The seconds of all training steps or of an evaluation's decoding, or None if unknown."""
         if self.evaluation is None:
             if "step_seconds" not in self.curves:
                 return None
@@ -112,7 +121,7 @@ class Run:
 
     @property
     def layers(self) -> int | None:
-        """The model's number of layers, or None if it does not follow from the run's files."""
+        """The model's number of layers, or None if the run's files do not determine it."""
         if self.evaluation is not None:
             return self.evaluation.model.layers
         for result in (self.after, self.before):
@@ -123,7 +132,7 @@ class Run:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The exits that a file of the run names, or an empty tuple."""
+        """The number of layers before each exit, or an empty tuple if the run does not state it."""
         if self.evaluation is not None and self.evaluation.model.exits:
             return self.evaluation.model.exits
         exits = self.config.get("exits")
@@ -132,9 +141,10 @@ class Run:
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Reads every run and labels it with the shortest end of its path that is unique.
+    """Reads the runs in the directories `workdirs`, and gives each run a label.
 
-    Raises UserError if a directory is given twice, or if `read_run` cannot read it.
+    The label is the shortest end of the directory's path that is unique. Raises UserError if a
+    directory is given twice, or if `read_run` cannot read a directory.
     """
     paths = [Path(workdir) for workdir in workdirs]
     resolved = [path.resolve() for path in paths]
@@ -152,9 +162,10 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
-    """Reads everything that a run has written so far.
+    """Reads everything that a run has written to its directory so far.
 
-    Raises UserError if there is nothing to report, or if a file is invalid.
+    `label` and `place` are the run's name and number in the report. Raises UserError if there is
+    nothing to report, or if a file is invalid.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -196,7 +207,10 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
 
 
 def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns every setting of a nested config under its dotted name."""
+    """Returns every setting of a nested config by its dotted name, such as `task.name`.
+
+    Each name begins with `prefix`.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -205,7 +219,10 @@ def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the default settings of the config's command and preset, or None if unknown."""
+    """Returns the default settings of the command and preset that `config` names.
+
+    Returns None if the command or the preset is not known.
+    """
     try:
         defaults = config_dict(config.get("command", ""), config.get("preset", ""))
     except ValueError:
@@ -215,7 +232,7 @@ def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(kind: type[Kind], path: Path) -> Kind | None:
-    """Returns the checked contents of a JSON file, or None if the file does not exist."""
+    """Returns the contents of a JSON file, checked as a `kind`, or None if there is no file."""
     try:
         value = read_json(path, REMEDY)
     except FileNotFoundError:
@@ -224,7 +241,7 @@ def _read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 def _read_lines(path: Path, read: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records of a file of JSON lines, and a sentence if lines were left out."""
+    """Returns the records of a file of JSON lines, and sentences about lines that were left out."""
     try:
         lines = read_bytes(path, REMEDY).splitlines(keepends=True)
     except FileNotFoundError:

@@ -67,11 +67,11 @@ BEFORE, AFTER = "before training", "after training"
 def table(
     caption: str, entries: Sequence[Any], columns: Columns, *, texts: int = 1, aside: bool = False
 ) -> Markup:
-    """Renders a table with one row per entry.
+    """Renders a table with one row per entry, and the given columns.
 
-    The first `texts` columns contain text, of which the first is the row header, and the others
-    contain numbers. A cell is a text, or a mapping with `text`, `class` and `title`. With `aside`
-    the last column contains remarks.
+    The first column is the row header. The first `texts` columns contain text and the others
+    numbers. A cell is a string, or a mapping with `text`, `class` and `title`. With `aside`, the
+    last column contains remarks.
     """
     classes = ["" if place < texts else "figure" for place in range(len(columns))]
     if aside:
@@ -82,12 +82,12 @@ def table(
 
 
 def _ready(heads: Sequence[str]) -> Columns:
-    """Returns columns for rows that already are sequences of cells."""
+    """Returns columns named `heads` for rows that already are sequences of cells."""
     return [(head, operator.itemgetter(place)) for place, head in enumerate(heads)]
 
 
 def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
-    """Returns the columns applied to a part of each entry."""
+    """Returns `columns` changed so that every column shows `part(entry)` in place of the entry."""
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
 
@@ -98,7 +98,7 @@ def _estimate(
     bounds: Callable[..., str] = interval,
     **digits: int,
 ) -> Columns:
-    """Returns two columns: a field, and its 95 % interval."""
+    """Returns two columns: the field `name` of an entry, and the field's 95 % interval."""
     return (
         (head, lambda entry: value(getattr(entry, name), **digits)),
         ("95 % interval", lambda entry: bounds(getattr(entry, f"{name}_ci95"), **digits)),
@@ -109,7 +109,7 @@ _problems: Column = ("problems", lambda entry: number(entry.problems, 0))
 
 
 def about(runs: Sequence[Run]) -> Markup:
-    """Renders what was run, when, and by which version, with one column per run."""
+    """Renders a table of what was run, when, and by which version, with one column per run."""
     known = {run.label: _about(run) for run in runs}
     rows = [name for name in next(iter(known.values())) if any(of[name] for of in known.values())]
     columns: list[Column] = [("", lambda name: name)]
@@ -141,7 +141,10 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
-    """Returns λ as it was set, and its value in the last step if a schedule changed it."""
+    """Returns the depth penalty's coefficient λ, as the config sets λ, as a string.
+
+    If a schedule changed λ, the string also contains λ in the last training step.
+    """
     if run.command != "rl" or "rl.depth_coef" not in flat:
         return ""
     last, given = run.curves.last("depth_coef"), flat["rl.depth_coef"]
@@ -151,7 +154,7 @@ def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Formats a duration in its two largest units."""
+    """Formats a duration in seconds in its two largest units, or as an empty string if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -162,9 +165,9 @@ def duration(seconds: float | None) -> str:
 
 
 def main_results(runs: Sequence[Run]) -> Markup | None:
-    """Renders the key figures of every run's main policy and of its baseline.
+    """Renders a table of the key figures of every run, for its main policy and its baseline.
 
-    The baseline is full depth, or the model before training.
+    The baseline is full depth in an evaluation, and the model before training in a training run.
     """
     named = [
         (run.label, name, result)
@@ -189,7 +192,7 @@ def main_results(runs: Sequence[Run]) -> Markup | None:
 
 
 def headline(run: Run) -> list[tuple[str, PolicyResult]]:
-    """Returns a run's main results under short names, the most important one first."""
+    """Returns the main results of a run with short names, the most important result first."""
     if run.evaluation is not None:
         by_name = {result.policy: result for result in run.evaluation.runs}
         others = [result for result in by_name.values() if not result.is_control]
@@ -202,7 +205,7 @@ def headline(run: Run) -> list[tuple[str, PolicyResult]]:
 
 
 def policies(run: Run) -> Markup:
-    """Renders everything that was measured under each policy."""
+    """Renders a table of all results of each policy in the evaluation of `run`."""
     results = run.evaluation.runs
     texts = sorted({name for result in results for name in result.text})
     columns = (
@@ -236,7 +239,7 @@ def _verdicts(result: PolicyResult) -> str:
 
 
 def differences(run: Run) -> Markup:
-    """Renders the differences between each policy and the controls at its mean depth."""
+    """Renders a table of the differences between policies and the controls at their mean depths."""
     columns = (
         ("policy", lambda e: e.policy),
         ("control", lambda e: e.control),
@@ -249,7 +252,7 @@ def differences(run: Run) -> Markup:
 
 
 def token_classes(run: Run) -> Markup | None:
-    """Renders the mean depth per class of token and policy, coloured as in the heat maps."""
+    """Renders a table of the mean depth per policy and token class, with heat-map colours."""
     results = [result for result in run.evaluation.runs if result.depth_by_class]
     if not results:
         return None
@@ -274,7 +277,7 @@ def token_classes(run: Run) -> Markup | None:
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
-    """Renders the accuracy with its interval for every policy and prescribed step size."""
+    """Renders a table of the accuracy for every policy and step size that the prompt prescribes."""
     columns = (
         ("policy", lambda e: e.policy),
         ("step", lambda e: e.granularity.replace("_", " ")),
@@ -293,7 +296,10 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Markup:
-    """Renders the accuracy of begun steps for every policy and number of operands."""
+    """Renders a table of the accuracy of begun steps, for every policy and number of operands.
+
+    A forced prefix begins the step.
+    """
     columns = (
         ("policy", lambda e: e.policy),
         ("operands", lambda e: e.granularity),
@@ -307,13 +313,13 @@ def begun_steps(entries: Sequence[Capacity]) -> Markup:
 
 
 def measures(entries: Sequence[Faithfulness]) -> list[tuple[str, str]]:
-    """Returns the names of the measured interventions, each with its explanation."""
+    """Returns the names of the measures of faithfulness in `entries`, each with its explanation."""
     there = {measure.name for entry in entries for measure in entry.measures}
     return [(name.replace("_", " "), told) for name, told in MEASURES.items() if name in there]
 
 
 def faithfulness(entries: Sequence[Faithfulness]) -> Markup:
-    """Renders every measure of faithfulness under every policy, with its details."""
+    """Renders a table of every measure of faithfulness under every policy, with its details."""
     found = [(entry.policy, measure) for entry in entries for measure in entry.measures]
     names = [*MEASURES, *(measure.name for _, measure in found)]
     columns = (
@@ -341,7 +347,10 @@ def _also(measure: Measure) -> str:
 
 
 def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
-    """Renders the difference of each measure between two policies, on the problems of both."""
+    """Renders a table of the difference of each measure between two policies.
+
+    Each difference covers the problems for which both policies have a value.
+    """
     columns = (
         ("measure", lambda e: e.measure.replace("_", " ")),
         ("policy", lambda e: e.policy),
@@ -356,7 +365,10 @@ def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
 
 
 def hazards(entries: Sequence[HazardCalibration]) -> Markup:
-    """Renders the calibration error of every exit's hazards, and the KL to the teacher."""
+    """Renders a table of the calibration of every exit's hazards.
+
+    The table also contains the KL to the teacher in nats.
+    """
     rows: list[tuple[object, ...]] = []
     for entry in entries:
         kl = number(entry.kl_student_teacher_nats, 3)
@@ -372,10 +384,10 @@ def hazards(entries: Sequence[HazardCalibration]) -> Markup:
 
 
 def setting_differences(runs: Sequence[Run]) -> Markup | None:
-    """Renders the settings that differ between the runs.
+    """Renders a table of the settings that differ between the runs.
 
-    For a single run, renders the settings that differ from its command's defaults. Returns None if
-    no run has a config.
+    For a single run, the table contains the settings that differ from the defaults of its command.
+    Returns None if no run has a config.
     """
     known = [run for run in runs if run.config]
     if not known:

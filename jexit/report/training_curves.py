@@ -1,4 +1,4 @@
-"""Draws training curves, one chart per measure with every run, for the page and as SVG files."""
+"""Draws training curves, for the page and as SVG files; a chart shows one measure of every run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ OTHER = "other"  # the charts of metrics without a panel
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """The description of a chart: its title, its unit, and its metrics with their labels."""
+    """The description of a chart of metrics that a training run logs.
+
+    `metrics` maps the names of metrics to labels, and `unit` is the label of the y axis.
+    """
 
     title: str
     unit: str
@@ -42,11 +45,11 @@ class Panel:
 
     @property
     def shares(self) -> bool:
-        """Whether the values are shares from 0 to 1, which are shown in per cent."""
+        """Whether the metrics are shares from 0 to 1, which the chart shows in per cent."""
         return any(metric in SHARES for metric in self.metrics)
 
     def tells(self, runs: Sequence[Run]) -> bool:
-        """Returns whether some run has a metric of the panel whose values are informative."""
+        """Returns whether some run has a metric of the panel with informative values."""
         curves = [run.curves for run in runs if any(name in run.curves for name in self.metrics)]
         if "loss" in self.metrics:  # the height of a policy gradient's loss means nothing
             return any("loss/policy" not in metrics for metrics in curves)
@@ -84,7 +87,7 @@ PANELS: Mapping[str, Sequence[Panel]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One metric of one run: its measured values, their running mean, and their style."""
+    """The line of one metric of one run in a chart, with its legend text and style classes."""
 
     run: Run
     name: str
@@ -109,10 +112,10 @@ class Line:
 
 
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Returns charts of all metrics of runs, by file name; accuracy and depth come first.
+    """Returns charts of all metrics of the runs, by name of an SVG file, accuracy and depth first.
 
-    A thin line shows the measured values, and a thick one their running mean. Metrics without a
-    panel, or with an uninformative one, get a small chart under `other`.
+    A thin line shows the logged values, and a thick line their running mean. Metrics that no panel
+    describes, or whose panel is uninformative, have a small chart under the name `other`.
     """
     trained = [run for run in runs if run.curves.names]
     charts: dict[str, list[Chart]] = {}
@@ -134,9 +137,10 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def write_charts(run: Run) -> list[Path]:
-    """Draws every metric of a run to `WORKDIR/plots/*.svg` and returns the files, main one first.
+    """Draws every metric of a run to `WORKDIR/plots/*.svg`, and returns the paths of the files.
 
-    Raises UserError if a file cannot be written.
+    WORKDIR is the directory of the run. The first path is that of the main chart. Raises UserError
+    if a file cannot be written.
     """
     paths = []
     for name, charts in training_charts([run]).items():
@@ -147,9 +151,10 @@ def write_charts(run: Run) -> list[Path]:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over a window around each point; the window is cut off at the two ends.
+    """Returns the mean of the values in a window around each value.
 
-    The mean skips gaps (NaN). It is NaN if the window contains only gaps.
+    At the two ends of `values`, the window is cut off. The mean skips gaps (NaN), and is NaN if the
+    window contains only gaps.
     """
     count = len(values)
     span = max(3, round(MEAN_SPAN * count))
@@ -163,7 +168,10 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most `POINTS` points with the highest and the lowest value of each interval."""
+    """Returns at most `POINTS` points: the lowest and the highest value of each interval of steps.
+
+    A curve that has at most `POINTS` points is returned unchanged.
+    """
     if len(values) <= POINTS:
         return steps, values
     kept = []
@@ -177,9 +185,9 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
-    """Returns the lines of a panel.
+    """Returns the lines of a chart, one line for each run and metric of the panel.
 
-    Several runs differ in colour and the metrics of each run in dash; the metrics of a single run
+    Several runs differ in colour, and the metrics of each run in dash. The metrics of a single run
     differ in colour.
     """
     lines = []
@@ -221,7 +229,10 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
 
 
 def _draw(chart: Chart, line: Line) -> None:
-    """Draws the running mean as a thick line, and the values as a thin line or a few points."""
+    """Draws the running mean of a line as a thick line, and the values as a thin line.
+
+    If there are few values, they are drawn as points.
+    """
     values, mean = (np.clip(v, *chart.y_span) for v in (line.values, line.mean))
     if line.few:
         for step, value in zip(line.steps, values, strict=True):
@@ -247,7 +258,10 @@ def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
 
 
 def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
-    """Returns texts with the values of all lines at each step, or their means over intervals."""
+    """Returns tooltips with the values of all lines at each step, or their means over intervals.
+
+    A tooltip is a pair of a step and a text.
+    """
     steps = np.unique(np.concatenate([line.steps for line in lines]))
     stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))
     columns = []
@@ -266,7 +280,7 @@ def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
 
 
 def _depth_band(chart: Chart, line: Line) -> None:
-    """Draws the middle 80 % of the depths, converted from layers to shares of all layers."""
+    """Draws the range that contains the middle 80 % of the depths, as shares of all layers."""
     curves, layers = line.run.curves, line.run.layers
     if layers is None or any(name not in curves for name in ("depth/p10", "depth/p90")):
         return
@@ -280,7 +294,10 @@ def _depth_band(chart: Chart, line: Line) -> None:
 
 
 def _exits(run: Run) -> list[str]:
-    """Returns the metrics `exit/LAYER` in the order of their layers, if there are at least two."""
+    """Returns the names of the metrics `exit/LAYER` in ascending order of LAYER.
+
+    The result is empty if there are fewer than two such metrics.
+    """
     names = [n for n in run.curves.names if n.startswith("exit/") and _layer(n).isdecimal()]
     return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
 
@@ -290,7 +307,10 @@ def _layer(name: str) -> str:
 
 
 def _leaving(run: Run, several: bool) -> Chart:
-    """Returns a chart of the shares of tokens by layers run, stacked from the shallowest up."""
+    """Returns a chart of the shares of tokens by layers run, stacked from the shallowest exit up.
+
+    With `several`, the title contains the label of the run.
+    """
     names = _exits(run)
     steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
     rows = []

@@ -15,17 +15,17 @@ results are written to `eval` in the run's directory. --config may also name the
 evaluation, for example to evaluate several models.
 
 Config files and settings are checked before the first run. Running the same command again continues
-where it was stopped: finished runs are skipped, and an unfinished run continues from its newest
-checkpoint. A .json file beside each run's directory records the arguments of the run. A command
-whose arguments differ from these is refused, but a command with other values of the same keys adds
-to the study. If a run fails, or another command is already running it, the other runs continue and
-the exit code is 1. --jobs sets the number of simultaneous runs, each on its share of the CPU's
-cores; on an accelerator, use one.
+where the command was stopped: finished runs are skipped, and an unfinished run continues from its
+newest checkpoint. A .json file beside each run's directory records the arguments of the run. A
+command with other arguments for a recorded run is refused, but a command with other values of the
+same keys adds runs to the study. If a run fails, or another command is already running it, the
+other runs continue and the exit code is 1. --jobs sets the number of simultaneous runs, each on its
+share of the CPU's cores; on an accelerator, use --jobs=1.
 
 At the end, the command prints accuracy and depth in per cent, as means over seeds. DIR/table.csv
-has one line per finished run in DIR, with its settings and the numbers of before.json, after.json
-and eval.json. It leaves out measurements of speed, so the same runs always give the same file.
-With --table_only, the command only tabulates the runs that have finished.
+has one line per finished run in DIR, with the run's settings and the numbers of its before.json,
+after.json and eval.json. Measurements of speed are left out of the table, so the same runs always
+give the same file. With --table_only, the command only tabulates the runs that have finished.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ TABLE = "table.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the arguments, runs the sweep and returns an exit code.
+    """Runs the sweep that `arguments` describe (default: `sys.argv[1:]`) and returns an exit code.
 
-    Prints the mistakes of a user as one sentence.
+    An error of the user is printed as one sentence on standard error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:

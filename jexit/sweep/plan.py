@@ -1,4 +1,7 @@
-"""Plans a sweep: its combinations of settings, their directories, and their commands."""
+"""Plans a sweep, which runs a config once for each combination of settings in a grid.
+
+The plan contains the combinations, their directories, and the arguments of their processes.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
 class Asked(Record):
-    """The record of a combination's settings and arguments, in a file beside its directory.
+    """The settings and command-line arguments requested for one combination of a sweep.
 
-    `run` and `eval` contain the arguments of the two processes.
+    The record is stored in a JSON file beside the combination's directory. `run` and `eval` contain
+    the arguments of `jexit.main` for the combination's run and for the evaluation of that run.
     """
 
     settings: dict[str, str]
@@ -40,7 +44,10 @@ class Asked(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination: its settings by key, and its directory."""
+    """One combination of a sweep's settings, and the directory of its run.
+
+    `settings` maps config keys to values, for example `rl.depth_coef` to `0.4`.
+    """
 
     settings: Mapping[str, str]
     workdir: pathlib.Path
@@ -55,14 +62,14 @@ class Cell:
 
     @property
     def last_word(self) -> str:
-        """The last line that its processes printed, and the path of the log."""
+        """The last line that the combination's processes printed, and the path of the log."""
         lines = self.log.read_text("utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
         return f"{said.removeprefix('jexit: ')} (see {self.log})"
 
     @property
     def asked(self) -> pathlib.Path:
-        """The file with the arguments with which the combination was started."""
+        """The path of the JSON file that records the combination's arguments; see `Asked`."""
         return self.workdir.parent / f"{self.name}.json"
 
     @property
@@ -75,12 +82,18 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """The finished evaluation of this run, or this run's own file if it is an evaluation."""
+        """The path of the finished `eval.json` for this run, or None if no evaluation has finished.
+
+        If the run is itself an evaluation, the path is that of the run's own file.
+        """
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the numbers of the finished run and its evaluation, without those of speed."""
+        """Returns the numbers in the result files of the finished run and of its evaluation.
+
+        Numbers that depend on the machine, such as speed, are left out.
+        """
         found: dict[str, float] = {}
         for stage in ("before", "after"):
             path = self.workdir / f"{stage}.json"
@@ -91,12 +104,18 @@ class Cell:
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
-        """Records the arguments of the run or of the evaluation, as `part` says."""
+        """Records `arguments` in the JSON file `self.asked`.
+
+        `part` is `"run"` for a run's arguments, and `"eval"` for those of its evaluation.
+        """
         asked = _asked(self.asked) or Asked(settings=dict(self.settings))
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
-        """Raises UserError if the recorded arguments of `part` differ from `arguments`."""
+        """Raises UserError if `arguments` differ from the arguments recorded for `part`.
+
+        `part` is `"run"` or `"eval"`. If nothing has been recorded, any arguments pass.
+        """
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
             raise UserError(
@@ -107,7 +126,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The settings of a sweep, as its command line gives them."""
+    """The arguments of a sweep's command line.
+
+    `config` is the config file of the runs, `grid` maps each key that varies to its values, and
+    `fixed` maps the other keys that were set to values. `into` is the directory that contains the
+    runs. `evaluation` is the config file for evaluating each finished run, or an empty string.
+    `jobs` is the number of simultaneous runs. With `table_only`, nothing is run.
+    """
 
     config: str
     into: pathlib.Path
@@ -120,9 +145,10 @@ class Sweep:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Sweep:
-        """Parses the arguments of a command line.
+        """Returns the sweep that the arguments of a command line describe.
 
-        Raises UserError if an argument is unknown, missing, invalid or in conflict with another.
+        Raises UserError if an argument is unknown, repeated, missing, invalid or in conflict with
+        another argument.
         """
         names = [argument.partition("=")[0] for argument in arguments]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -177,9 +203,9 @@ class Sweep:
         )
 
     def cells(self) -> list[Cell]:
-        """Returns every combination; the last key changes fastest.
+        """Returns every combination of the grid's values; the last key changes fastest.
 
-        Raises UserError if two combinations would share a directory.
+        Raises UserError if two combinations would have the same directory.
         """
         cells = []
         for values in itertools.product(*self.grid.values()):
@@ -194,10 +220,11 @@ class Sweep:
         return cells
 
     def begun(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Returns this command's combinations, then those that other commands of the study began.
+        """Returns `cells`, followed by the other combinations that were begun in `into`.
 
-        Raises UserError if the directory contains runs of another study, with other keys, another
-        config or other fixed settings.
+        Raises UserError if the directory `into` contains a combination of other keys, or a run or
+        evaluation that was started with other arguments than this sweep would use, such as another
+        config.
         """
         found = {cell.name for cell in cells}
         others = [cell for cell in begun_in(self.into) if cell.name not in found]
@@ -217,13 +244,14 @@ class Sweep:
         return begun
 
     def training(self, cell: Cell) -> list[str]:
-        """Returns the arguments of `jexit.main` for a combination's run."""
+        """Returns the arguments of `jexit.main` for the run of the combination `cell`."""
         return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
 
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
-        """Returns the arguments of `jexit.main` that evaluate the run on `task`.
+        """Returns the arguments of `jexit.main` that evaluate the finished run of `cell` on `task`.
 
-        The default is the task in the config that the run has written.
+        `task` is the section `task` of a config, by default that of the run's `config.json`. Raises
+        UserError if the file lacks the section.
         """
         task = _task(cell.workdir / "config.json") if task is None else task
         own = {f"task.{key}": value for key, value in task.items() if key != "options"}
@@ -233,9 +261,10 @@ class Sweep:
         return _arguments(self.evaluation, cell.workdir / "eval", settings)
 
     def commands(self, cell: Cell) -> Iterator[list[str]]:
-        """Yields the arguments of each process of `jexit.main` that a combination still needs.
+        """Yields the arguments of `jexit.main` for each process that `cell` still needs.
 
-        Records the arguments of each process before it yields them.
+        The processes are the run and its evaluation, unless they have finished. The arguments of a
+        process are recorded before they are yielded.
         """
         if not cell.finished:
             cell.begin("run", self.training(cell))
@@ -245,7 +274,10 @@ class Sweep:
             yield self.evaluating(cell)
 
     def check_settings(self, cell: Cell) -> None:
-        """Raises UserError, before anything runs, if a config file or a setting is invalid."""
+        """Raises UserError if a config file or a setting for the combination `cell` is invalid.
+
+        No process is started.
+        """
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
             task = config.task
@@ -257,21 +289,25 @@ class Sweep:
 
 
 def begun_in(into: pathlib.Path) -> list[Cell]:
-    """Returns the combinations that sweeps have begun in a directory, ordered by their values."""
+    """Returns the combinations that any sweep has begun in the directory `into`.
+
+    Combinations are ordered by their values: numbers by size, then other values alphabetically.
+    """
     records = ((path, _asked(path)) for path in sorted(into.glob("*.json")))
     cells = [Cell(asked.settings, into / path.stem) for path, asked in records if asked]
     return sorted(cells, key=lambda cell: [*map(_rank, cell.settings.values())])
 
 
 def _whole(path: pathlib.Path) -> bool:
-    """Returns whether the file exists and contains a complete evaluation."""
+    """Returns whether the file `path` exists and contains an evaluation that has finished."""
     return path.exists() and Evaluation.read(path).complete
 
 
 def _asked(path: pathlib.Path) -> Asked | None:
-    """Returns the record of `Cell.begin`, or None if the file does not exist or is not a record.
+    """Returns the settings and arguments that `Cell.begin` has recorded in the JSON file `path`.
 
-    Raises UserError if the record is damaged or does not contain settings.
+    Returns None if the file does not exist or is not such a record. Raises UserError if the record
+    is damaged or does not contain settings.
     """
     record = read_json(path, REMEDY) if path.exists() else None
     if not isinstance(record, dict) or not record.keys() & Asked.model_fields.keys():
@@ -302,7 +338,7 @@ def _rank(value: str) -> tuple[float, str]:
 
 
 def _flag(value: Any) -> str:
-    """Returns a setting of config.json as the text of a flag."""
+    """Returns a value of `config.json` as the string for a flag; lists become tuples."""
     return str(tuple(value)) if isinstance(value, list) else str(value)
 
 

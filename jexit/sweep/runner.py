@@ -1,4 +1,4 @@
-"""Runs a sweep's combinations as processes."""
+"""Runs the combinations of a sweep as processes of `jexit.main`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Runner:
-    """Runs combinations as processes, and passes signals on to them.
+    """Runs the combinations of `sweep` as processes, and ends the processes at a signal.
 
-    Raises UserError if `jobs` is larger than the number of cores.
+    `stopped` is the name of the signal that stopped the sweep, or an empty string. Raises UserError
+    if the sweep has more simultaneous jobs than there are CPU cores.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -32,7 +33,10 @@ class Runner:
         self.stopped = ""
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
-        """Runs the commands that are left, and returns a line for each combination that failed."""
+        """Runs every process that the combinations `cells` still need.
+
+        Returns a message for each combination that failed or that another command is running.
+        """
 
         def one(cell: Cell) -> str | None:
             if self.stopped:
@@ -102,10 +106,10 @@ class Runner:
 
 
 def shares(jobs: int) -> list[Sequence[int]]:
-    """Returns disjoint sets of cores for several jobs.
+    """Returns a set of CPU cores for each of `jobs` simultaneous jobs; the sets are disjoint.
 
-    The sets are empty for a single job, or on a system that does not list its cores. Raises
-    UserError if there are fewer cores than jobs.
+    For a single job, or on a system that does not list the cores of a process, the sets are empty
+    and jobs run on any core. Raises UserError if there are fewer cores than jobs.
     """
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):
         return [()] * jobs

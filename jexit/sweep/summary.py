@@ -1,4 +1,4 @@
-"""Formats the summary that a sweep prints: means over seeds, with their range."""
+"""Formats the table that a sweep prints at its end: means over seeds, with their range."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A number of a run: its column in table.csv, and its format in the summary."""
+    """A column of the summary: the source of its numbers, and the format in which they are shown.
+
+    `source` is a column of `table.csv`. For an interval, `source` is the column of the lower end
+    and `upper` that of the upper end.
+    """
 
     source: str
     share: bool = True  # shown in per cent
     upper: str | None = None  # of an interval, whose lower end is `source`
 
     def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
-        """Returns the mean over seeds and, if the values differ, the smallest and the largest.
+        """Returns a cell of the summary: the mean over seeds and, if values differ, their range.
 
-        For an interval, returns the smallest lower end and the largest upper end. If some seeds do
-        not have the number, the text ends with the number of seeds that do.
+        For an interval, `values` contains the lower ends and `upper` the upper ends, and the cell
+        shows the smallest lower end and the largest upper end. If only some seeds have the number,
+        the cell ends with the count of these seeds.
         """
         ends = zip(values, upper or values, strict=True)
         whole = [pair for pair in ends if all(map(math.isfinite, pair))]
@@ -56,10 +61,10 @@ COLUMNS: Mapping[str, Column] = {
 
 
 def summary(rows: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> str:
-    """Returns a table with one line per combination of settings other than the seed.
+    """Returns a table of the results of a sweep, with means over seeds.
 
-    Its columns are those of `COLUMNS` that any run has. `rows` contains the settings and the
-    numbers of each run.
+    `rows` contains the settings and the numbers of each run. Runs whose settings differ only in the
+    seed share a line. The columns are the settings and the entries of `COLUMNS` that any run has.
     """
     settings = [key for key in rows[0][0] if key != SEED]
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}

@@ -1,4 +1,4 @@
-"""Writes the results of a sweep's finished runs as CSV."""
+"""Writes the results of a sweep's finished runs as a CSV file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Row = tuple[Mapping[str, str], Mapping[str, float]]  # a run's settings and numb
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes one line per row: its settings, then a column for every number that any row has."""
+    """Writes a CSV file with one line per run in `rows`.
+
+    The columns are the run's settings, then every number that at least one run has.
+    """
     columns = list(dict.fromkeys(column for _, numbers in rows for column in numbers))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
