@@ -28,7 +28,11 @@ MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Passes the arguments to the command's module, and returns its exit code."""
+    """Runs the command that `argv` begins with, and returns its exit code.
+
+    The rest of `argv` is passed to the `main` function of the command's module. If `argv` begins
+    with a flag, all of `argv` is passed to `jexit.main`. `argv` is by default the command line.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv in (["-h"], ["--help"]):
         print(__doc__.strip())

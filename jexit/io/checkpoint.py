@@ -97,7 +97,10 @@ class Checkpoints:
             )
 
     def best_step(self) -> int | None:
-        """Returns the step of the best-scored checkpoint (the later one on ties), or None."""
+        """Returns the step of the checkpoint with the highest score, or None if there is no score.
+
+        On ties, the later step is returned.
+        """
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:

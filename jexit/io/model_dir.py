@@ -49,18 +49,22 @@ def load(
     seed: int = 0,
     place: Place = lambda path, array: jnp.asarray(array),
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads the model and the tokenizer of a model directory (its kinds: `jexit.io.model_source`).
+    """Loads the model and the tokenizer of a model directory (see `jexit.io.model_source`).
 
-    `dtype` is the dtype of the base weights. "auto" means float32 on CPUs and bfloat16 on
-    accelerators. Adapters and exit heads are always float32. Without `exit_layers`, `exit_head` and
-    `lora`, the model has the exit heads and the adapters of the directory. If the directory has no
-    exit heads, the model gets new ones (by default at every 5th layer, or in the middle of a model
-    of at most 5 layers). With `lora`, a model without adapters gets new ones. New parameters are
-    drawn from `seed`. `place` puts a parameter (its dotted path, and its array in the final dtype)
-    on devices; by default on the first device.
+    `dtype` is the dtype of the base weights: "auto" means float32 on CPUs and bfloat16 on
+    accelerators. LoRA adapters and exit heads are always float32. `exit_layers` are the layers with
+    an exit head, each given as the number of layers that run before the exit. `exit_head` contains
+    the settings of the exit heads, and `lora` the settings of the adapters.
+
+    Without `exit_layers`, `exit_head` and `lora`, the model gets the exit heads and the adapters
+    that the directory contains. If the directory contains no exit heads, new exit heads are drawn
+    from `seed` (by default at every 5th layer, or in the middle of a model of at most 5 layers). If
+    `lora` is passed and the directory contains no adapters, new adapters are drawn from `seed`.
+    `execution` selects how the layers are computed. `place(path, array)` puts one parameter, with
+    its dotted path and its array in the final dtype, on devices; by default on the first device.
 
     Raises UserError if the directory's exit heads or adapters differ from the requested ones, or if
-    its files are damaged. Raises MissingFile if the model or the tokenizer is missing.
+    the directory's files are damaged. Raises MissingFile if the model or the tokenizer is missing.
     """
     source = open_model(directory)
     # Checked before memory is allocated: the files must match their description.

@@ -108,7 +108,11 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the tokenizer's directory; raises MissingFile if it lacks tokenizer files."""
+        """Returns the directory of the tokenizer: `self.directory`, or `self.base` as a substitute.
+
+        `self.base` is used if `self.directory` has no tokenizer_config.json. Raises MissingFile if
+        the directory to be used lacks tokenizer files.
+        """
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
