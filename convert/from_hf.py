@@ -31,7 +31,8 @@ def convert(source: str, target: str, *, fetch: bool = False) -> str:
     """Converts the checkpoint `source` to the model directory `target`; returns a one-line summary.
 
     `source` is a directory or a hub id. With `fetch`, files that the hub's local cache lacks are
-    downloaded first. Raises UserError or OSError.
+    downloaded first. Raises UserError or OSError if `source` cannot be read or `target` cannot be
+    written.
     """
     if fetch:
         download(source)

@@ -70,7 +70,8 @@ def export(
     """Exports the model at `source` to the Hugging Face directory `target`; returns a summary.
 
     The parameters are the command-line options of this module; `evaluation` is --eval. The summary
-    is one line. Raises UserError or OSError.
+    is one line. Raises UserError or OSError if options contradict each other, or if files cannot be
+    read, written or uploaded.
     """
     model = open_model(source)
     arch = model.architecture
@@ -176,9 +177,9 @@ def _merged(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the base weights with the LoRA adapters added: W + (alpha / rank) · A · B.
 
-    `parameters` yields the dotted path and the stacked array of each base weight. `adapters`
-    contains the matrices A and B by dotted path. The sum is computed in float32 and stored in the
-    dtype that `dtypes` contains for the path.
+    `parameters` yields the dotted path and the stacked array of each base weight W. `adapters`
+    contains the matrices A and B by dotted path, and `lora` contains alpha and rank. The sum is
+    computed in float32 and converted to the dtype that `dtypes` contains for the path.
     """
     for path, array in parameters:
         projection = path.removesuffix(".kernel")

@@ -4,7 +4,7 @@
     jexit report WORKDIR ...                                     writes a page about runs
     jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    reads Hugging Face's format
     jexit convert to_hf --source=DIR --target=HF_DIR             writes Hugging Face's format
-    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid and makes a table
+    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid of settings
     jexit doctor                                                 checks this machine
 
 Each command is also a module: jexit.main, jexit.report, convert.from_hf, convert.to_hf, jexit.sweep

@@ -5,14 +5,15 @@
                          [--coordinator=HOST:PORT --processes=N --process=I] [--host_timeout=S]
 
 COMMAND is pretrain, finetune, sft, rl, eval or generate. A run writes into its workdir (by default
-runs/COMMAND-PRESET), and the same command continues it. Each KEY is a field of `Config` in
-jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1, v6e:2x2,
-h100:8, …) does not run the config. It compiles the config's steps for that topology and prints
-the resources that they need.
+runs/COMMAND-PRESET), and running the same command again continues the run. Each KEY is a field of
+`Config` in jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1,
+v6e:2x2, h100:8, …) does not run the config. It compiles the config's steps for that topology and
+prints the resources that the steps need.
 
-On several hosts, run the same command on each. On Cloud TPU slices and under SLURM, the hosts find
-each other. Elsewhere, --coordinator is an address of process 0, and --process is each host's own
-number.
+On several hosts, run the same command on each host. On Cloud TPU slices and under SLURM, the hosts
+find each other. Elsewhere, --coordinator is an address of process 0, --processes is the number of
+processes, and --process is each host's own number. --host_timeout is the number of seconds that a
+host waits for another host.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Bounds:
         )
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError, which names the setting `where`, if `value` is out of bounds or NaN."""
+        """Raises UserError if `value` is out of bounds or NaN; the message names `where`."""
         if not (self.at_least <= value <= self.at_most or (self.or_zero and value == 0)):
             raise UserError(f"{where} is {shown(value)}; it must be {self}")
 
@@ -57,9 +57,10 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """An annotation of a dictionary of settings whose names another part of the program defines.
+    """An annotation of a dictionary of settings that another module, such as a task, defines.
 
-    The values are numbers, strings or lists of numbers and strings.
+    The names are Python identifiers, and the values are numbers, strings or lists of numbers and
+    strings.
     """
 
     def check(self, values: Mapping[str, Any], where: str) -> None:

@@ -38,9 +38,9 @@ class LengthBuckets:
         """Returns the row indices [B] of a step's batch, and the pair in `shapes` for its padding.
 
         The pair belongs to the bucket of the longest row in the batch. The result depends only on
-        `seed` and `step`. An epoch uses every row once. If the number of rows is not a multiple of
-        `batch_size`, each epoch leaves out other randomly drawn rows. If the pool is smaller than a
-        batch, its rows are repeated.
+        `seed` and `step`. If the number of rows is a multiple of `batch_size`, an epoch uses every
+        row once; otherwise each epoch leaves out other randomly drawn rows. If the pool has fewer
+        rows than a batch, rows are repeated.
         """
         rows_N = np.arange(len(self._bucket_N))
         rows_N = np.tile(rows_N, -(-batch_size // len(rows_N)))

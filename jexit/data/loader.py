@@ -164,7 +164,7 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns for each problem a pair: its token ids and the number of token ids of the prompt.
+    """Returns for each problem its token ids, and how many of these belong to the prompt.
 
     The token ids are those of the prompt, the reference completion and the end token. Raises
     UserError if a problem has more than `length` token ids.
@@ -212,15 +212,15 @@ def prompt_batch(
     skip_long: bool = False,
     rows: Sequence[int] | None = None,
 ) -> PromptBatch:
-    """Returns the prompts of one step, or those in `rows`, which are the rows of this host.
+    """Returns this host's prompts of one step: the rows `rows` of the batch (None: all rows).
 
     `task` provides the problems. Finite data is visited in epochs. An epoch visits every problem
     once, in an order drawn from (seed, epoch), and a batch may extend into the next epoch.
     Generated data never repeats an index, and each seed has its own indices.
 
-    Raises UserError if a prompt is longer than `max_prompt_tokens`. With `skip_long`, problems with
-    longer prompts are left out and counted instead. Raises UserError if the split is empty or has
-    only problems with longer prompts.
+    Without `skip_long`, raises UserError if a prompt is longer than `max_prompt_tokens`. With
+    `skip_long`, problems with longer prompts are left out and counted instead, and UserError is
+    raised if the split has only such problems. Also raises UserError if the split is empty.
     """
     rows = range(batch_size) if rows is None else rows
     positions = [step * batch_size + int(row) for row in rows]

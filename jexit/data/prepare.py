@@ -33,8 +33,9 @@ def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str]
     """Builds the dataset `target`/gsm8k/VERSION from the files in `source`; returns a summary.
 
     `target` is the data directory of tensorflow-datasets; None means the library's default. The
-    summary is one line. Raises MissingFile or UserError if files or rows are missing or damaged, if
-    a dataset that already exists in `target` cannot be read, or if the disk refuses a write.
+    summary is one line. An existing dataset is not changed. Raises MissingFile or UserError if
+    files or rows are missing or damaged, if an existing dataset cannot be read, or if the dataset
+    cannot be written.
     """
     source = pathlib.Path(source).expanduser()
     data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None

@@ -24,17 +24,18 @@ class Trajectory:
 
 
 class TeacherStore:
-    """Stores trajectories on disk: the teacher model's completions with their prompts.
+    """Stores trajectories on disk: prompts with the completions of a teacher model.
 
     `settings` are all settings that affect the trajectories. Each set of settings has its own
     folder in `directory`, named by a hash of the settings. `writer` is the number of this writer,
-    usually one per host. A writer appends only to its own file, so hosts never wait for each other,
-    but reads the files of all writers, because an earlier run may have had another number of hosts.
+    usually the index of the host. A writer appends only to its own file, so hosts never wait for
+    each other. A writer reads the files of all writers, because an earlier run may have had another
+    number of hosts.
 
     The first line of a file contains the settings. Each further line contains the rows of one batch
     that the writer generated. Each line begins with a checksum. If a line is damaged, or incomplete
-    because its process was killed, that line and all lines after it are ignored, and removed when
-    the file's own writer opens the file.
+    because the process that wrote the line was killed, that line and all lines after it are
+    ignored. They are removed when the file's own writer opens the file.
     """
 
     def __init__(

@@ -39,10 +39,11 @@ class Tokenizer:
     """Converts strings to token ids and back, applies the chat template, and knows the end tokens.
 
     `backend` is a tokenizer of transformers. The attribute `eos_ids` is a set, because a model may
-    end with one of several tokens (Qwen3: 151645 or 151643). It contains the end token of `backend`
-    and the argument `eos_ids`, which `load` reads from generation_config.json and config.json. The
-    padding token `pad_id` may be one of the end tokens, so the end of a sequence must be determined
-    from its length, never from `pad_id`. Raises UserError if there is no end token.
+    end with one of several tokens (Qwen3: 151645 or 151643). The set contains the end token of
+    `backend` and the argument `eos_ids`, which `load` reads from generation_config.json and
+    config.json. The padding token `pad_id` may be one of the end tokens, so the end of a sequence
+    must be determined from its length, never from `pad_id`. Raises UserError if there is no end
+    token.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Tokenizer:
 
     @staticmethod
     def find(directory: str | os.PathLike[str]) -> pathlib.Path:
-        """Returns the path of `directory` after checking that it contains the files of a tokenizer.
+        """Returns `directory` as a path, after checking that it contains the files of a tokenizer.
 
         The files are not read. Raises MissingFile if the directory or its tokenizer files are
-        missing.
+        missing, and UserError if the directory contains a special file or a link that leads out of
+        it.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():

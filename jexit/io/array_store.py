@@ -1,8 +1,8 @@
 """Stores each parameter on disk as an Orbax checkpoint of its own, which limits the use of memory.
 
-At most one parameter is in memory twice at any time. A single Orbax checkpoint of all parameters
-would need about three times their memory while it is written. The name of a parameter is its dotted
-path in the parameter tree, such as `blocks.attn.q.kernel`.
+At most one parameter is in memory twice at any time. Writing a single Orbax checkpoint of all
+parameters would need about three times the memory of the parameters. The name of a parameter is its
+dotted path in the parameter tree, such as `blocks.attn.q.kernel`.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ def atomic_directory(
 
     The new directory is beside `target`, and its files are flushed to disk before the rename. If
     the block raises an error, the new directory is removed, with the parent directories that were
-    created for `target`. If `target` is a directory that is not empty, it is replaced if
-    `overwrite` is true, and otherwise UserError is raised. Also raises UserError if `target` is a
-    file, or if the disk refuses a write.
+    created for `target`. If `target` is a directory that is not empty, the old directory is
+    replaced with `overwrite`, and UserError is raised without. Also raises UserError if `target` is
+    a file or cannot be written.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)

@@ -71,12 +71,13 @@ class Checkpoints:
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
-        """Starts writing the pytree `tree` as the checkpoint of `step`, unless one exists.
+        """Starts writing the pytree `tree` as the checkpoint of `step`.
 
-        `score` (higher is better) ranks the checkpoint among the best checkpoints. Without a score,
-        the checkpoint is kept only as one of the newest. Raises UserError if an array on the
-        devices contains NaN or infinity, because saving such a checkpoint could delete a good
-        checkpoint.
+        Does nothing if a checkpoint of `step` exists. `score` (higher is better) ranks the
+        checkpoint among the best checkpoints; without a score, the checkpoint is kept only as one
+        of the newest. Raises UserError if an array on the devices contains NaN or infinity, because
+        saving such an array could delete a good checkpoint. Raises UserError if a write fails,
+        possibly one of an earlier call.
         """
         if step in self._manager.all_steps():
             return
@@ -107,11 +108,11 @@ class Checkpoints:
         """Returns the newest readable checkpoint, or None if no checkpoint exists.
 
         The result has the structure, shapes, dtypes and shardings of the pytree `like`. With
-        `step`, only the checkpoint of that step is tried. Otherwise all checkpoints are tried from
-        the newest to the oldest, and once a checkpoint has been restored, the newer ones, which
-        could not be read, are deleted. A checkpoint that one host cannot read is not used by any
-        host. Raises UserError if a checkpoint contains other parameters than `like`, or if
-        checkpoints exist but none can be read.
+        `step`, only the checkpoint of that step is tried. Without `step`, all checkpoints are tried
+        from the newest to the oldest; once a checkpoint has been restored, the newer checkpoints,
+        which could not be read, are deleted. If one host cannot read a checkpoint, no host uses it.
+        Raises UserError if a checkpoint contains other parameters than `like`, or if checkpoints
+        exist but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []

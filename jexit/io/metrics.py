@@ -102,7 +102,7 @@ class MetricsWriter(_LineWriter):
       wandb: The name of a W&B project, or None to disable W&B.
       enabled: Whether the methods write; False for every process but the first.
 
-    Raises UserError if the file cannot be written, or if `wandb` is not installed but requested.
+    Raises UserError if a file cannot be written, or if W&B is enabled but the package is missing.
     """
 
     file_name = METRICS_FILE

@@ -114,13 +114,13 @@ def save_model(
 ) -> None:
     """Writes a model directory, either completely or not at all.
 
-    If `base` is empty, all parameters are stored. If `base` is the path of the model directory with
-    the base weights, which must equal those in `model`, only LoRA adapters and exit heads are
-    stored, and the new directory refers to `base` for the base weights. If the base weights are in
-    the very directory that is replaced, all parameters are stored. If `with_exits` is false, the
-    exit heads are left out, so the directory contains a plain transformer. `overwrite` allows an
-    existing directory to be replaced. With several hosts, all hosts must call this function, and
-    the primary host writes.
+    If `base` is empty, all parameters are stored. If `base` is the path of a model directory, only
+    LoRA adapters and exit heads are stored, and the new directory refers to `base` for the base
+    weights. The base weights of `model` must then equal those of `base`. If the base weights are in
+    the directory that is replaced, all parameters are stored even with `base`. If `with_exits` is
+    false, the exit heads are left out, so the directory contains a plain transformer. `overwrite`
+    allows an existing directory to be replaced. With several hosts, all hosts must call this
+    function, and the primary host writes.
 
     Raises UserError if `base` has another architecture than `model`, or if `directory` exists, is
     not empty and `overwrite` is false.

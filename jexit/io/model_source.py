@@ -93,9 +93,10 @@ class ModelSource:
         return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
-        """Loads the tokenizer from the directory, or from the base's directory if there is none.
+        """Loads the tokenizer from `self.directory`, or from `self.base` if there is none.
 
-        Raises UserError if the tokenizer has more tokens than the model has embeddings.
+        The end tokens `self.eos_ids` are added to those of the tokenizer. Raises UserError if the
+        tokenizer has more tokens than the model has embeddings.
         """
         directory = self.find_tokenizer()
         tokenizer = Tokenizer.load(directory)
@@ -108,10 +109,10 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the directory of the tokenizer: `self.directory`, or `self.base` as a substitute.
+        """Returns the directory from which `tokenizer` loads: `self.directory` or `self.base`.
 
-        `self.base` is used if `self.directory` has no tokenizer_config.json. Raises MissingFile if
-        the directory to be used lacks tokenizer files.
+        `self.base` is returned if `self.directory` has no tokenizer_config.json. Raises MissingFile
+        if the directory to be returned lacks tokenizer files.
         """
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
@@ -137,11 +138,11 @@ def open_model(path: str | os.PathLike[str]) -> ModelSource:
 
 
 def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
-    """Returns what `open_model` returns.
+    """Returns the description of the model at `path`, as `open_model` does.
 
-    `above` contains the directories of the models that are based on the model at `path`, from the
-    outermost to the innermost. Raises UserError if `path` is one of these directories, because a
-    model cannot be its own base.
+    `above` contains the directories of the models that are based on the model at `path`, directly
+    or indirectly, from the outermost to the innermost. Raises UserError if the directory of `path`
+    is in `above`, because a model cannot be its own base.
     """
     directory = find_model(path)
     if directory.resolve() in above:
@@ -275,8 +276,8 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
 
     A relative path is looked up in the working directory, and a path `jexit/assets/...` also in the
     installed package. OWNER/NAME is looked up in the hub's local cache, and nothing is downloaded.
-    The path of a run refers to the directory `model` in the run's directory. Raises MissingFile if
-    there is no model, and UserError if `path` is a file.
+    If `path` is the directory of a run, the result is the run's subdirectory `model`. Raises
+    MissingFile if there is no model or the run has not finished, and UserError if `path` is a file.
     """
     text = os.fspath(path)
     if text and pathlib.Path(text).is_dir():

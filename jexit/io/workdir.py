@@ -124,10 +124,11 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
 
 
 def start_run(workdir: pathlib.Path, config: Config) -> None:
-    """Writes `config.json` to `workdir` and records the start time; call it after all other checks.
+    """Writes `config.json` to `workdir` and records the start time.
 
-    Raises UserError if `check_same_run` does. Also raises UserError if a host does not see the file
-    that the primary host wrote, because `workdir` must be on a file system that all hosts share.
+    The caller makes all other checks first, because a run that is refused should change nothing.
+    Raises UserError if `check_same_run` does, and if a host does not see the file that the primary
+    host wrote, because all hosts must share the file system of `workdir`.
     """
     check_same_run(workdir, config)
     path = workdir / "config.json"
