@@ -42,9 +42,9 @@ from jexit.settings import shown
 class Arguments:
     """A parsed command line: the checked config, the run's directory, and where to run.
 
-    `aot` is the topology for which to compile instead of running. `coordinator`, `processes` and
-    `process` describe the hosts if they do not find each other, and `host_timeout` is the time in
-    seconds that a host waits for another.
+    `aot` is the topology for which to compile instead of running. If the hosts do not find each
+    other, `coordinator`, `processes` and `process` describe them. `host_timeout` is the time in
+    seconds that a host waits for another host.
     """
 
     config: Config
@@ -211,8 +211,8 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
     """Runs the command of `config` in the directory `workdir`.
 
-    If `topology` is given, such as v5e:4x4, nothing is run: the steps of the command are compiled
-    for the topology instead. Raises UserError for mistakes of the user.
+    If `topology` is passed, such as v5e:4x4, nothing is run; instead, the steps of the command are
+    compiled for this topology. Raises UserError for mistakes of the user.
     """
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.model_source import find_model

@@ -1,4 +1,4 @@
-"""Reads untrusted files safely: only regular files of bounded size, and only strict JSON."""
+"""Reads untrusted files: only regular files, and only strict JSON of limited size and depth."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reads and writes safetensors files one tensor at a time.
 
 For reading, this module uses the safetensors library without memory maps, so that memory contains
-only the tensors that are being converted. For writing, it lays out a file before the data of the
-tensors exist, which the library does not support. A safetensors file consists of an 8-byte
+only the tensors that are being converted. For writing, this module lays out a file before the data
+of the tensors exist, which the library does not support. A safetensors file consists of an 8-byte
 little-endian header length, a JSON header of dtypes, shapes and offsets, and the bytes of the
 tensors (https://huggingface.co/docs/safetensors, "Format").
 """

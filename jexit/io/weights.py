@@ -150,9 +150,9 @@ class StoredArrays:
 class Safetensors:
     """One part of a model, read from safetensors files in a Hugging Face directory.
 
-    The constructor reads only headers. Raises MissingFile if the files are missing, and UserError
-    if they cannot be read. If tensors are missing, surplus or of the wrong shape, raises one
-    UserError that lists all such tensors.
+    The constructor reads only headers. Raises MissingFile if files are missing, and UserError if a
+    file cannot be read. If tensors are missing, surplus or of the wrong shape, raises one UserError
+    that lists all such tensors.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
