@@ -3,9 +3,10 @@
     python -m convert.from_hf --source=HF_DIR_OR_HUB_ID --target=DIR [--download]
 
 Reads safetensors (one file or shards) from a directory or from the hub's local cache. With
---download, files that the cache lacks are downloaded first. Reads one parameter at a time, checks
-the name and shape of every tensor, and writes the directory whole or not at all. Weights keep the
-dtype of the checkpoint. A PEFT adapter and exit heads are converted too if the source has them.
+--download, files that the cache lacks are downloaded first. Reads one parameter at a time to keep
+memory use low, checks the name and shape of every tensor, and writes the target directory either
+completely or not at all. Weights keep the dtype of the checkpoint. If the source contains a PEFT
+adapter or exit heads, these are converted too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from jexit.io.weights import base_part
 
 
 def convert(source: str, target: str, *, fetch: bool = False) -> str:
-    """Converts a checkpoint and returns a one-line summary; raises UserError or OSError."""
+    """Converts the checkpoint `source` to the model directory `target`; returns a one-line summary.
+
+    `source` is a directory or a hub id. With `fetch`, files that the hub's local cache lacks are
+    downloaded first. Raises UserError or OSError if `source` cannot be read or `target` cannot be
+    written.
+    """
     if fetch:
         download(source)
     model = open_model(source)
@@ -59,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[], str]) -> int:
-    """Runs a conversion; prints its summary to stdout (exit code 0) or its error to stderr (1)."""
+    """Calls `command`, a conversion that returns a summary, and returns the exit code.
+
+    Prints the summary to stdout (exit code 0), or the message of a ValueError or OSError to stderr
+    (exit code 1).
+    """
     jax.config.update("jax_platforms", "cpu")  # a conversion should not occupy an accelerator
     storage_errors.say_once()
     try:

@@ -1,4 +1,4 @@
-"""The model card of an export: base, task, settings, results with intervals, and how to load it."""
+"""The model card of an export: base model, task, settings, results, and how to load the model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ _LEFT_OUT = ("command", "preset", "model.", "task.name", "checkpoint.", "log.", 
 def model_card(
     source: str, model: ModelSource, *, name: str, adapter: bool, evaluation: str = ""
 ) -> str:
-    """Returns the text of the card; `name` is OWNER/NAME or the directory's name.
+    """Returns the text of the model card for an export of the model at `source`.
 
-    The results are read from `evaluation` (an `eval.json` or its directory), or by default from the
-    run's own evaluation. Raises MissingFile or UserError if the evaluation is missing or damaged.
+    `model` is the description of the model, `name` is OWNER/NAME or the name of the export's
+    directory, and `adapter` says whether the export contains only a PEFT adapter. The results are
+    read from `evaluation`, an `eval.json` or its directory; if `evaluation` is empty, they are read
+    from the evaluation of the run that made the model, if there is one. Raises MissingFile or
+    UserError if the evaluation is missing or damaged.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -80,7 +83,11 @@ def model_card(
 
 
 def _run_of(source: pathlib.Path) -> pathlib.Path | None:
-    """Returns the run that made a model, given the run's directory or its `model/`, else None."""
+    """Returns the directory of the run that made the model at `source`, or None.
+
+    `source` is the directory of a run or its subdirectory `model`. None means that no run made the
+    model.
+    """
     return next((d for d in (source, source.parent) if _command(d / "config.json")), None)
 
 
@@ -104,7 +111,12 @@ def _evaluation(given: str, run: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
-    """Yields the runs that led to the model, from the first to the last."""
+    """Yields a description of each run that led to the model, from the first run to the last.
+
+    `run` is the directory of the last run. A description contains the command, the path of the
+    model from which the run started, the name of the task, and the settings that differ from their
+    defaults.
+    """
     if run is None:
         return
     config = read_object(run / "config.json", _REMEDY)

@@ -4,11 +4,12 @@ A `Rule` connects one kind of tensor with one parameter and describes how their 
 
     Rule("model.layers.{layer}.self_attn.q_proj.weight", "blocks.attn.q.kernel", "(N H) D -> D N H")
 
-The left side of the layout is the tensor in the file: axes in brackets are flattened, and `1` is an
-axis of length one. The right side is the parameter, without the leading axis on which jexit stacks
-layers or exits. The letters are those of `jexit.axes`, with W for an exit head's width and C for a
-continuation's rank. This module contains names and shapes only, and imports only the standard
-library.
+The left side of the layout lists the axes of the tensor in the file: letters in brackets are
+flattened into one axis, and `1` is an axis of length one. The right side lists the axes of the
+parameter, without the leading axis on which jexit stacks layers or exits. The letters are those of
+`jexit.axes`, with W for the width of an exit head and C for the rank of a continuation (the maps
+that replace the layers after a token's exit). This module contains names and shapes only, and
+imports only the standard library.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ _AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One kind of tensor in a file, one parameter of jexit, and how their axes correspond."""
+    """Connects one kind of tensor in a safetensors file with one parameter of jexit.
+
+    `layout` describes how the axes correspond, such as "(N H) D -> D N H" (see the module).
+    """
 
     name: str  # in the file; {layer} stands for a layer's or an exit's number
     path: str  # in the parameter tree
@@ -67,32 +71,45 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        """Whether the parameter has a leading axis that the file splits into separate tensors."""
+        """Whether the parameter stacks layers or exits, each of which is one tensor in the file."""
         return LAYER in self.name
 
     def name_at(self, layer: int | None) -> str:
-        """Returns the tensor's name for one layer or exit (None: the rule's own name)."""
+        """Returns the name of the tensor of one layer or exit.
+
+        `layer` is the number of the layer or exit; None returns `name` unchanged.
+        """
         return self.name if layer is None else self.name.replace(LAYER, str(layer))
 
     def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the shape of the tensor in the file."""
+        """Returns the shape of the tensor in the file; `sizes` maps axis letters to lengths."""
         groups, _ = _parse(self.layout)
         return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the shape of the parameter without the stacked axis."""
+        """Returns the shape of the parameter without the stacked axis.
+
+        `sizes` maps axis letters to lengths.
+        """
         _, letters = _parse(self.layout)
         return tuple(sizes[letter] for letter in letters)
 
     def to_jexit(self, tensor: Any, sizes: Mapping[str, int]) -> Any:
-        """Converts a file's tensor (any array with reshape, transpose) to a parameter's slice."""
+        """Converts the tensor of one layer or exit to the corresponding slice of the parameter.
+
+        `tensor` is any array with the methods reshape and transpose. `sizes` maps axis letters to
+        lengths.
+        """
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         split = tensor.reshape([sizes[letter] for letter in flat])
         return split.transpose([flat.index(letter) for letter in letters])
 
     def to_hf(self, parameter: Any, sizes: Mapping[str, int]) -> Any:
-        """Converts one slice of the parameter to the tensor that the file stores."""
+        """Converts one slice of the parameter to the tensor that the file stores.
+
+        The slice belongs to one layer or exit. `sizes` maps axis letters to lengths.
+        """
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         ordered = parameter.transpose([letters.index(letter) for letter in flat])
@@ -100,15 +117,19 @@ class Rule:
 
 
 def axis_sizes(**sizes: Any) -> dict[str, int]:
-    """Returns the length of every axis letter, from an architecture's and a part's named sizes."""
+    """Returns the length of every axis letter, given the lengths by name.
+
+    `sizes` contains the fields of an `Architecture`, and for adapters and exits also rank,
+    exit_width or continuation_rank. A letter without a length gets 0.
+    """
     return {letter: sizes.get(name, 0) for letter, name in _AXES.items()}
 
 
 def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
-    """Returns the rules of a model family's base weights.
+    """Returns the rules of the base weights of a model family.
 
     Qwen2 has biases of queries, keys and values. Qwen3 has norms of queries and keys. Llama has
-    neither.
+    neither. If `tied` is true, the output head shares the embedding and has no rule.
     """
     layer = f"model.layers.{LAYER}."
     rules = [Rule("model.embed_tokens.weight", "embed.embedding", "V D -> V D")]
@@ -136,7 +157,10 @@ def base_rules(family: str, tied: bool) -> tuple[Rule, ...]:
 
 
 def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
-    """Returns the rules of PEFT's lora_A [R, in] and lora_B [out, R] of each projection."""
+    """Returns the rules of the LoRA adapters of the projections `targets`.
+
+    In PEFT's files, each projection has a matrix lora_A [R, in] and a matrix lora_B [out, R].
+    """
     rules = []
     for target in targets:
         module, path, layout = PROJECTIONS[target]
@@ -158,9 +182,10 @@ def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
 
 
 def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
-    """Returns the rules of the exit heads, named as PyTorch modules by layer number.
+    """Returns the rules of the exit heads, which the file names as PyTorch modules by layer number.
 
-    The modules are norm (RMSNorm), hidden and out (Linear).
+    The modules of a head are norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if `kind` is
+    "mlp") and out (Linear).
     """
     prefix = f"exit_heads.{LAYER}"
     rules = []
@@ -179,7 +204,12 @@ def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
 
 
 def continuation_rules(rank: int) -> tuple[Rule, ...]:
-    """Returns the rules of every layer's update A_m and b_m, named as PyTorch's Linear modules."""
+    """Returns the rules of the continuation, which maps the residual through the skipped layers.
+
+    Each layer m that a token skips after its exit is replaced by an affine map. The file names the
+    maps of layer m as PyTorch's Linear modules: update, or with `rank` above 0 reduce followed by
+    update.
+    """
     prefix, path = f"continuation.{LAYER}", "blocks.continuation"
     if rank == 0:
         weights = [Rule(f"{prefix}.update.weight", f"{path}.update.kernel", "O D -> D O")]
@@ -197,9 +227,10 @@ def _group(letters: tuple[str, ...]) -> str:
 
 @functools.cache
 def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Returns the axes of the file's tensor and of the parameter.
+    """Returns the axes of a layout's two sides, the tensor in the file and the parameter.
 
-    Each axis of the tensor is a group of letters, which is empty for `1`.
+    An axis of the tensor is a group of letters, which is empty for `1`. An axis of the parameter is
+    one letter.
     """
     left, right = layout.split("->")
     groups = []

@@ -4,17 +4,18 @@
                             [--dtype=auto|float32|bfloat16|float16] [--base=PATH_OR_HUB_ID]
                             [--card] [--push=OWNER/NAME] [--eval=DIR]
 
-`merge` (the default) adds LoRA to the base weights and writes a checkpoint that transformers loads.
-`peft` writes only the adapter, in `peft`'s format, with a reference to its base. The base is --base
-if given, otherwise the checkpoint that it was converted from, and if that is not available, a copy
-in HF_DIR/base. Both write the exit heads to exit_heads.safetensors, with their description in
-exit_heads.json, and the tokenizer with its chat template. --dtype is the dtype of merged weights
-(auto: as stored).
+--adapter=merge (the default) adds the LoRA adapter to the base weights and writes a checkpoint that
+transformers loads. --adapter=peft writes only the adapter, in `peft`'s format, with a reference to
+its base model. The base is --base if given, otherwise the checkpoint from which the model was
+converted. If that checkpoint is not available, the base weights are written to HF_DIR/base. Either
+way, HF_DIR also contains the tokenizer with its chat template, and the exit heads in
+exit_heads.safetensors with their description in exit_heads.json. --dtype is the dtype of merged
+weights (auto: as stored).
 
 --card writes a model card as README.md, with the results of --eval (a directory of configs/eval.py;
 by default the run's own evaluation). --push writes the card too, and uploads HF_DIR to the Hugging
-Face hub with the token of `hf auth login`. It creates the repository, as a private one, if it does
-not exist.
+Face hub with the token of `hf auth login`. If the repository does not exist, --push creates a
+private one.
 """
 
 from __future__ import annotations
@@ -66,7 +67,12 @@ def export(
     push: str = "",
     evaluation: str = "",
 ) -> str:
-    """Exports a model and returns a one-line summary; raises UserError or OSError."""
+    """Exports the model at `source` to the Hugging Face directory `target`; returns a summary.
+
+    The parameters are the command-line options of this module; `evaluation` is --eval. The summary
+    is one line. Raises UserError or OSError if options contradict each other, or if files cannot be
+    read, written or uploaded.
+    """
     model = open_model(source)
     arch = model.architecture
     model.find_tokenizer()
@@ -122,7 +128,10 @@ def export(
 
 
 def _published_base(model: ModelSource) -> str:
-    """Returns the Hugging Face directory or hub id of the base weights, or an empty string."""
+    """Returns the Hugging Face directory or hub id of the base weights, or "" if there is none.
+
+    A directory that no longer exists is not returned.
+    """
     if not (model.base / MODEL_FILE).exists():
         return model.source or str(model.base.resolve())
     known = model.source
@@ -171,7 +180,12 @@ def _merged(
     lora: LoRA | None,
     dtypes: Mapping[str, np.dtype],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the parameters with (alpha / rank) · A · B added to W, computed in float32."""
+    """Yields the base weights with the LoRA adapters added: W + (alpha / rank) · A · B.
+
+    `parameters` yields the dotted path and the stacked array of each base weight W. `adapters`
+    contains the matrices A and B by dotted path, and `lora` contains alpha and rank. The sum is
+    computed in float32 and converted to the dtype that `dtypes` contains for the path.
+    """
     for path, array in parameters:
         projection = path.removesuffix(".kernel")
         if f"{projection}.lora_a" not in adapters:

@@ -4,7 +4,7 @@
     jexit report WORKDIR ...                                     writes a page about runs
     jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    reads Hugging Face's format
     jexit convert to_hf --source=DIR --target=HF_DIR             writes Hugging Face's format
-    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid and makes a table
+    jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid of settings
     jexit doctor                                                 checks this machine
 
 Each command is also a module: jexit.main, jexit.report, convert.from_hf, convert.to_hf, jexit.sweep
@@ -28,7 +28,11 @@ MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Passes the arguments to the command's module, and returns its exit code."""
+    """Runs the command that `argv` begins with, and returns its exit code.
+
+    The rest of `argv` is passed to the `main` function of the command's module. If `argv` begins
+    with a flag, all of `argv` is passed to `jexit.main`. `argv` is by default the command line.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv in (["-h"], ["--help"]):
         print(__doc__.strip())

@@ -1,16 +1,22 @@
-"""Errors that are not bugs in jexit: `jexit.main` prints each as one sentence and exits."""
+"""Errors that are not bugs in jexit; for each, `jexit.main` prints one sentence and exits."""
 
 INTERRUPTED, HOST_LOST = 3, 4  # exit codes of runs that the same command continues
 
 
 class UserError(ValueError):
-    """An error that the user can fix; its message gives the value, the rule and the remedy."""
+    """An error that the user can fix.
+
+    The message says what is wrong, which rule applies, and what to do.
+    """
 
     exit_code = 1
 
 
 class SharedUserError(UserError):
-    """A UserError that all hosts raise at the same place, so that they can still save together."""
+    """A UserError that all hosts raise at the same point of the program.
+
+    Because all hosts reach the same point, they can still save a checkpoint together.
+    """
 
 
 class MissingFile(UserError, FileNotFoundError):
@@ -18,6 +24,6 @@ class MissingFile(UserError, FileNotFoundError):
 
 
 class RunEnded(RuntimeError):
-    """An error that ends a run before its last step; its message is the reason."""
+    """An error that ends a run before its last step; the message says why the run ended."""
 
     exit_code = 1

@@ -5,14 +5,15 @@
                          [--coordinator=HOST:PORT --processes=N --process=I] [--host_timeout=S]
 
 COMMAND is pretrain, finetune, sft, rl, eval or generate. A run writes into its workdir (by default
-runs/COMMAND-PRESET), and the same command continues it. Each KEY is a field of `Config` in
-jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1, v6e:2x2,
-h100:8, …) does not run the config. It compiles the config's steps for that topology and prints
-the resources that they need.
+runs/COMMAND-PRESET), and running the same command again continues the run. Each KEY is a field of
+`Config` in jexit/config.py, such as seed, rl.depth_coef or model.path. --aot=v5e:4x4 (or v5p:2x2x1,
+v6e:2x2, h100:8, …) does not run the config. It compiles the config's steps for that topology and
+prints the resources that the steps need.
 
-On several hosts, run the same command on each. On Cloud TPU slices and under SLURM, the hosts find
-each other. Elsewhere, --coordinator is an address of process 0, and --process is each host's own
-number.
+On several hosts, run the same command on each host. On Cloud TPU slices and under SLURM, the hosts
+find each other. Elsewhere, --coordinator is an address of process 0, --processes is the number of
+processes, and --process is each host's own number. --host_timeout is the number of seconds that a
+host waits for another host.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ from jexit.settings import shown
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """A parsed command line: the checked config, the run's directory, and where to run."""
+    """A parsed command line: the checked config, the run's directory, and where to run.
+
+    `aot` is the topology for which to compile instead of running. If the hosts do not find each
+    other, `coordinator`, `processes` and `process` describe them. `host_timeout` is the time in
+    seconds that a host waits for another host.
+    """
 
     config: Config
     workdir: pathlib.Path
@@ -51,10 +57,10 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Parses and checks a command line; `argv` begins with the program's name.
+    """Parses and checks a command line, whose first word in `argv` is the program's name.
 
-    A config file that does not exist is also looked up in jexit's installation. Raises UserError
-    for every mistake.
+    If a config file does not exist, it is also looked up in jexit's installation. Raises UserError
+    for every mistake in the command line.
     """
     argv, options = _without_task_options(_with_own_config(argv))
     for argument in argv[1:]:
@@ -99,7 +105,11 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _with_own_config(argv: Sequence[str]) -> list[str]:
-    """Returns the command line, with jexit's own config file if the given one does not exist."""
+    """Returns the command line with the path of an existing config file.
+
+    If the config file on the command line does not exist, its path is replaced by that of the file
+    with the same name in jexit's installation.
+    """
     words = list(argv)
     for place, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -111,9 +121,9 @@ def _with_own_config(argv: Sequence[str]) -> list[str]:
 
 
 def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the command line without config.task.options.NAME, and these options by name.
+    """Returns the command line without config.task.options.NAME=VALUE, and the values by NAME.
 
-    Values that are not Python literals are strings.
+    A value that is a Python literal is evaluated; any other value is a string.
     """
     words: list[str] = []
     options: dict[str, Any] = {}
@@ -133,7 +143,11 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """Returns FILE:PRESET with the file's path: here, or in the installed package or checkout."""
+    """Returns `value`, which is FILE or FILE:PRESET, with the path at which FILE exists.
+
+    FILE is looked up in the working directory, in the installed package and in the checkout. If
+    FILE does not exist, `value` is returned unchanged.
+    """
     file, colon, preset = value.partition(":")
     package = pathlib.Path(jexit.__file__).parent
     folders = (pathlib.Path(), package, package.parent)
@@ -142,7 +156,10 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns unparsed flags for this command line; they cannot be used for another one."""
+    """Returns the flags of jexit, not yet parsed.
+
+    The flags depend on `argv` and cannot be used to parse another command line.
+    """
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -164,7 +181,10 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _unknown(error: flags.UnrecognizedFlagError) -> str:
-    """Returns the message for an unknown flag; if it is a setting's name, shows how to set it."""
+    """Returns the error message for an unknown flag.
+
+    If the flag has the name of a setting, the message shows how to set the setting.
+    """
     setting = f"config.{error.flagname}"
     try:
         check_key(setting)
@@ -174,7 +194,10 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the message for an invalid value: jexit's own for a setting, otherwise absl's."""
+    """Returns the error message for a flag with an invalid value.
+
+    For a setting of the config, the message is jexit's own; for any other flag, it is absl's.
+    """
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)
@@ -186,7 +209,11 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
-    """Runs the config's command, or compiles its steps if a topology is given."""
+    """Runs the command of `config` in the directory `workdir`.
+
+    If `topology` is passed, such as v5e:4x4, nothing is run; instead, the steps of the command are
+    compiled for this topology. Raises UserError for mistakes of the user.
+    """
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.model_source import find_model
     from jexit.io.workdir import check_same_run, sole_run
@@ -216,7 +243,11 @@ def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses and runs a command line; reports a user's mistake as one sentence and an exit code."""
+    """Parses and runs a command line, and returns the exit code.
+
+    A mistake of the user is reported on stderr as one sentence. An unexpected error is raised on a
+    single host; with several hosts, its traceback is printed.
+    """
     flags.FLAGS.mark_as_parsed()  # for absl's log handler; all flags keep their defaults
     logging.set_verbosity(logging.WARNING)
     storage_errors.say_once()
@@ -254,7 +285,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
-    """Prints why the run ended and returns its exit code; returns None for an unexpected error."""
+    """Prints why the run ended and returns the exit code, or returns None for an unexpected error.
+
+    `workdir` is named in the message if the disk is full and the error does not name a file.
+    """
     from jexit.dist import multihost
 
     if lost := multihost.ended(error):

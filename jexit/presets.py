@@ -1,8 +1,8 @@
-"""The architectures of the model families that jexit supports, by preset name.
+"""The architectures of the supported models, by preset name.
 
-A checkpoint always has its own numbers (`Architecture` is read from its config.json). This table is
-for configs that need the shape before there are weights. The numbers are from the models' published
-config.json files.
+A checkpoint always has its own numbers (its `Architecture` is read from its config.json). This
+table is for configs that need the shape of a model before its weights are available. The numbers
+are from the models' published config.json files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Number = Annotated[float, Bounds(1e-30, 1e30)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN rope scaling (arXiv:2309.00071), with Hugging Face's parameters."""
+    """YaRN scaling of rotary embeddings (arXiv:2309.00071), with Hugging Face's parameters."""
 
     kind: Literal["yarn"] = "yarn"
     factor: Number
@@ -39,7 +39,10 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
-    """Llama 3.1's rope scaling (meta-llama/llama-models), with Hugging Face's parameters."""
+    """Llama 3.1's scaling of rotary embeddings (meta-llama/llama-models).
+
+    The parameters are those of Hugging Face.
+    """
 
     kind: Literal["llama3"] = "llama3"
     factor: Number
@@ -63,7 +66,13 @@ SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The shape and the constants of one Qwen-family or Llama transformer."""
+    """The sizes and constants that define one Qwen2, Qwen3 or Llama transformer.
+
+    `width` is the size of the residual, `head_dim` the size of one attention head, and
+    `max_positions` the largest number of positions. `tied` says whether the output head shares the
+    embedding matrix. `rope_scaling` is None for plain rotary embeddings. Raises UserError if values
+    are out of range or do not fit together.
+    """
 
     family: Family
     vocab_size: Count
@@ -123,7 +132,7 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A named model: the hub id of its weights, its architecture, and its published LoRA rank."""
+    """A named model: the hub id of its weights, its architecture, and its default LoRA rank."""
 
     hub_id: str
     architecture: Architecture
@@ -158,7 +167,8 @@ def _preset(
 ) -> Preset:
     """Returns a preset of a family whose presets share the values `common`.
 
-    `heads` are the numbers of query heads and of key/value heads.
+    `common` and `other` contain fields of `Architecture`. `heads` contains the number of query
+    heads and the number of key/value heads.
     """
     shape = {"width": width, "layers": layers, "mlp_width": mlp_width}
     shape |= {"query_heads": heads[0], "kv_heads": heads[1], "head_dim": width // heads[0]}

@@ -1,6 +1,6 @@
-"""Frozen dataclasses of settings: an annotation gives the allowed values, a docstring the meaning.
+"""Checks settings in frozen dataclasses, whose annotations define the allowed values.
 
-Values from a file or a command line are checked by `build`.
+The string after a field explains the field. `build` checks values from a file or a command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Section = TypeVar("Section")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The smallest and the largest value of a number, both finite; `or_zero` also allows 0."""
+    """An annotation of a number: the smallest and the largest allowed value, both finite.
+
+    With `or_zero`, 0 is allowed as well.
+    """
 
     at_least: float
     at_most: float
@@ -31,19 +34,19 @@ class Bounds:
         )
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError if `value` is out of bounds or NaN."""
+        """Raises UserError if `value` is out of bounds or NaN; the message names `where`."""
         if not (self.at_least <= value <= self.at_most or (self.or_zero and value == 0)):
             raise UserError(f"{where} is {shown(value)}; it must be {self}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The largest number of characters in a string, or of values in a tuple."""
+    """An annotation of a string or tuple: the largest number of characters or values."""
 
     at_most: int
 
     def check(self, value: Sized, where: str) -> None:
-        """Raises UserError if `value` is longer than `at_most`."""
+        """Raises UserError if `value` is longer than `at_most`; the message names `where`."""
         if len(value) > self.at_most:
             parts = "characters" if isinstance(value, str) else "values"
             raise UserError(
@@ -54,10 +57,17 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """Settings whose names another part defines and checks: numbers, strings, lists of these."""
+    """An annotation of a dictionary of settings that another module, such as a task, defines.
+
+    The names are Python identifiers, and the values are numbers, strings or lists of numbers and
+    strings.
+    """
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
-        """Raises UserError if a name is not a Python identifier, or if a value has another type."""
+        """Raises UserError if a name is not a Python identifier, or if a value has another type.
+
+        `where` names the dictionary in the message.
+        """
         for name, value in values.items():
             if not (isinstance(name, str) and name.isidentifier()):
                 raise UserError(
@@ -94,7 +104,7 @@ Options = Annotated[dict, Keywords()]
 
 
 def shown(value: Any) -> str:
-    """Returns a value as error messages quote it: a long one is cut off."""
+    """Returns `value` as error messages quote it: as its repr, cut off after 100 characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python does not write out integers of thousands of digits
@@ -104,15 +114,16 @@ def shown(value: Any) -> str:
 
 @functools.cache
 def annotations(cls: type) -> dict[str, Any]:
-    """Returns the annotation of every setting by name."""
+    """Returns the annotation of every field of the dataclass `cls`, by name."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Builds the dataclass from plain values, such as parsed JSON; error messages call it `where`.
+    """Builds the dataclass `cls` from plain values, such as parsed JSON.
 
-    Integers are accepted for floats, and lists or single values for tuples. Raises UserError, with
-    the name of the key, for any other value that the annotation does not allow.
+    `where` is the name of the settings in error messages. An integer is accepted for a float, and a
+    list or a single value for a tuple. Raises UserError, with the name of the key, if a key is
+    unknown or missing, or if the annotation of a field does not allow the value.
     """
     hints = annotations(cls)
     if not isinstance(values, Mapping):
@@ -136,14 +147,22 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
 
 
 def check(settings: Any) -> None:
-    """Applies `build`'s checks to a dataclass made directly; called from its `__post_init__`."""
+    """Raises UserError if the annotation of a field of the dataclass `settings` forbids its value.
+
+    A dataclass calls `check(self)` in its `__post_init__`, so that an instance made directly is
+    checked as in `build`.
+    """
     for name, hint in annotations(type(settings)).items():
         if not dataclasses.is_dataclass(hint):
             checked(hint, getattr(settings, name), name)
 
 
 def checked(hint: Any, value: Any, where: str) -> Any:
-    """Converts a value to its annotated type; raises UserError, which begins with `where`."""
+    """Returns `value`, converted to the type of the annotation `hint`.
+
+    Integers become floats, and lists and single values become tuples, where `hint` requires it.
+    Raises UserError, with a message that begins with `where`, if `hint` does not allow the value.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = checked(arguments[0], value, where)
@@ -177,7 +196,7 @@ def checked(hint: Any, value: Any, where: str) -> Any:
 
 
 def remedy_of(hint: Any) -> str:
-    """Returns the end of an error message: the rule for values with this annotation."""
+    """Returns the end of an error message: which values the annotation `hint` allows."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:

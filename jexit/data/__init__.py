@@ -1,1 +1,1 @@
-"""The tokenizer and the batches, as NumPy arrays; this package does not import jax."""
+"""Tokenizes text and makes batches of NumPy arrays; this package does not import jax."""

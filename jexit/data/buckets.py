@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, in a small number of shapes."""
+"""Forms batches of rows of similar length, which are padded to one of a few shapes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ MULTIPLE = 8  # every padded length is a multiple of this
 
 
 class LengthBuckets:
-    """Splits a pool of rows by length, so that batches need little padding and few shapes.
+    """Divides a pool of rows into buckets by length, which saves padding and limits batch shapes.
 
-    The bucket borders minimise the number of tokens of the whole pool, including padding, for at
-    most `count` padded lengths. `shapes` lists for each bucket its longest row and the longest
-    completion up to that bucket, both rounded up. Neither decreases from one bucket to the next.
+    A row consists of a prompt and a completion; `prompt_lengths` and `completion_lengths` contain
+    the lengths in tokens. Each of at most `count` buckets pads its rows to one length. The lengths
+    minimise the number of tokens in the whole pool, including padding. `shapes` contains a pair for
+    each bucket, from short to long: the padded length of a row, and the length of the longest
+    completion in this and all shorter buckets. Both are rounded up to a multiple of 8, and neither
+    decreases from one bucket to the next.
     """
 
     def __init__(
@@ -32,10 +35,12 @@ class LengthBuckets:
         self.shapes = [(int(total), width) for total, width in zip(borders, widths, strict=True)]
 
     def batch(self, *, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the row indices [B] of a step and their shape, which depend on (seed, step) only.
+        """Returns the row indices [B] of a step's batch, and the pair in `shapes` for its padding.
 
-        An epoch uses every row once. If the pool size is not a multiple of `batch_size`, each epoch
-        leaves out other randomly drawn rows. A pool smaller than a batch is repeated.
+        The pair belongs to the bucket of the longest row in the batch. The result depends only on
+        `seed` and `step`. If the number of rows is a multiple of `batch_size`, an epoch uses every
+        row once; otherwise each epoch leaves out other randomly drawn rows. If the pool has fewer
+        rows than a batch, rows are repeated.
         """
         rows_N = np.arange(len(self._bucket_N))
         rows_N = np.tile(rows_N, -(-batch_size // len(rows_N)))
@@ -53,7 +58,11 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 
 
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
-    """Returns at most `count` rising lengths that minimise Σ_rows (smallest border ≥ length)."""
+    """Returns at most `count` rising lengths that minimise the padded size of rows of `lengths_N`.
+
+    Every row is padded to the smallest of the returned lengths that is not below its own length.
+    The padded size is the sum of the padded lengths.
+    """
     lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
     below_U = np.concatenate([[0], np.cumsum(rows_U)])
     unique = len(lengths_U)

@@ -1,15 +1,16 @@
 """Chat templates, rendered in a child process that the kernel stops if a template exceeds a limit.
 
 A chat template is a program written by the publisher of a checkpoint. Jinja's sandbox protects the
-interpreter from it, but the template can still run forever or fill the memory. Nothing inside a
-Python process can stop it: a thread cannot be killed, and signal handlers, tracers and loop
-counters all wait for an operation such as `10**10**9` or `'x' * 10**11` to return. A process can be
-stopped at any point, so a child process renders the templates under two limits that the kernel
-enforces: processor time per text, and memory. No watcher is needed, because the kernel's alarm ends
-the child and thereby closes its pipe, from which this process reads.
+interpreter from the template, but the template can still run forever or fill the memory. Nothing
+inside a Python process can stop the template: a thread cannot be killed, and signal handlers,
+tracers and loop counters all wait for an operation such as `10**10**9` or `'x' * 10**11` to return.
+A process can be stopped at any point, so a child process renders the templates under two limits
+that the kernel enforces: processor time per text, and memory. When the processor time is used up,
+the kernel ends the child, which closes the pipe from which this process reads. This process
+therefore needs no timer of its own.
 
-One child serves all templates. It starts with the first text, and ends when this process ends,
-which closes the child's input.
+One child process renders all templates. The child starts with the first text. It ends when this
+process ends, because the child's input is then closed.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _REASON = 200  # the most characters that a reason may have
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
-    """Renders messages (`role`, `content`) with a chat template and returns the text.
+    """Returns the string that a chat template produces for messages (`role`, `content`).
 
-    `variables` are the template's other variables, which must be JSON values. A template sees the
-    same names as in transformers' `apply_chat_template`.
+    `variables` are the template's other variables, which must be JSON values. A template can use
+    the same names as in transformers' `apply_chat_template`.
 
     Raises:
-      ValueError: If the template is broken, rejects the messages or exceeds a limit. The message
-        contains only the reason.
+      ValueError: If the template is broken, rejects the messages or exceeds a limit. The error
+        message contains only the reason.
     """
     request = {"template": template, "messages": list(messages), "variables": variables}
     reply = _child.ask(request | {"seconds": SECONDS})
@@ -50,7 +51,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], **variables: An
 
 
 class _Child:
-    """The child process that renders templates; a request starts it if it is not running."""
+    """The child process that renders templates; a request starts the process if necessary."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -111,7 +112,7 @@ os.register_at_fork(after_in_child=_forget)  # the pipe belongs to the parent
 
 
 def _serve() -> None:
-    """Runs in the child: reads one request per line, and answers each with one line."""
+    """Answers each request, a line of JSON on stdin, with a line on stdout; runs in the child."""
     environment = _environment()
     compiled = functools.lru_cache(maxsize=64)(environment.from_string)
     _limit()
@@ -148,7 +149,10 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """Renders `{% generation %}` blocks, which mark the assistant's text for training tools."""
+        """Supports `{% generation %}` blocks, whose contents it renders unchanged.
+
+        Chat templates use these blocks to mark the assistant's text for training tools.
+        """
 
         tags = frozenset(("generation",))
 
@@ -158,7 +162,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """A namespace that rejects names beginning with an underscore (Python's own)."""
+        """A Jinja namespace that rejects names with a leading underscore (Python's own names)."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *rest = args
@@ -197,7 +201,10 @@ def _environment() -> Any:
 
 
 def _fault(error: Exception) -> str:
-    """Returns the reason why a template failed, with its line number if that is known."""
+    """Returns the reason why a template failed, in one line.
+
+    The reason begins with the line number in the template if that number is known.
+    """
     if isinstance(error, MemoryError):
         return f"it takes more than {MEBIBYTES} MiB of memory"
     line, trace = getattr(error, "lineno", None), error.__traceback__

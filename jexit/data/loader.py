@@ -1,6 +1,6 @@
 """Batches as pure functions of (seed, step), so that resuming needs no state other than the step.
 
-Each host takes its own rows of a step's batch, so the batch does not depend on the number of hosts.
+Each host uses only its own rows of a batch, so the batch does not depend on the number of hosts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ Batch = TypeVar("Batch")
 class TextBatch:
     """Prompts with reference completions, several per row, padded at the end of each row.
 
-    `tokens_BT` int32 contains the token ids. `loss_mask_BT` float32 is the weight of each token *as
-    a target*: 1 on the completion and its end token, 0 on the prompt and on padding. `segment_BT`
-    int32 numbers the texts of a row from 1 (0: padding), and `position_BT` int32 the tokens of each
-    text from 0. `task_BT` int32 is the index of the text's task in the mixture (-1: padding).
+    The axes are B (rows), T (tokens of a row) and N (texts). `tokens_BT` int32 contains the token
+    ids. `loss_mask_BT` float32 is the weight of each token *as a target*: 1 on the completion and
+    its end token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a row
+    from 1 (0: padding), and `position_BT` int32 numbers the tokens of each text from 0. `task_BT`
+    int32 is the index in the mixture of the task that the text comes from (-1: padding).
     `lengths_N` int32 contains the number of tokens of every text, in the order in which the texts
     were drawn.
     """
@@ -50,11 +51,11 @@ class TextBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """This host's problems of one step, with the token ids of their prompts (of different lengths).
+    """The problems of one step that belong to this host, with the token ids of their prompts.
 
-    `skipped` is the number of problems that were left out because their prompt exceeds the limit.
-    It counts problems of the whole split for finite data, and draws of this batch for generated
-    data.
+    The lists in `tokens` have different lengths. `skipped` is the number of problems that were left
+    out because their prompt exceeds the limit. For finite data, `skipped` counts problems of the
+    whole split; for generated data, draws of this batch.
     """
 
     problems: list[Problem]
@@ -65,8 +66,9 @@ class PromptBatch:
 def prepared(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """Yields `make(step)` for steps `start` to `stop` - 1, computed ahead in a background thread.
 
-    The step is the iterator's only state, so an iterator that starts at step n continues as if it
-    had never stopped. An error of `make` is raised in place of its batch.
+    The step is the iterator's only state, so an iterator that starts at step n yields the same
+    batches as an iterator that has reached step n. If `make` raises an error, the iterator raises
+    the error in place of that batch.
     """
     steps = grain.MapDataset.range(start, stop).map(make)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREPARED_AHEAD)
@@ -84,9 +86,11 @@ def text_batch(
 ) -> TextBatch:
     """Returns a pretraining batch of reference texts from a weighted mixture of tasks.
 
-    The batch contains the first n texts of the step's own stream, with the largest n that `pack`
-    fits into `batch_size` rows of `length` tokens. Raises UserError if a text with its end token is
-    longer than `length`, or if a task has no reference completions.
+    `mixture` contains pairs of a task and its weight. Texts are drawn from a random stream that
+    depends on `seed` and `step`. The batch contains the first n texts of the stream, with the
+    largest n that `pack` fits into `batch_size` rows of `length` tokens. Raises UserError if a text
+    with its end token is longer than `length`, if a task has no reference completions, or if the
+    weights are negative or all zero.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -143,9 +147,10 @@ def encode_references(
     *,
     remedy: str = "use a task that has them (rows_task takes their column as completion=)",
 ) -> list[list[int]]:
-    """Returns the token ids of the problems' reference completions, each with its end token.
+    """Returns the token ids of each problem's reference completion, followed by the end token.
 
-    Raises UserError, which ends in `remedy`, for a problem without a reference completion.
+    Raises UserError, with a message that ends in `remedy`, for a problem without a reference
+    completion.
     """
     for problem in problems:
         if problem.completion is None:
@@ -159,7 +164,11 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns each problem's prompt, completion and end token as ids, with the prompt's length."""
+    """Returns for each problem its token ids, and how many of these belong to the prompt.
+
+    The token ids are those of the prompt, the reference completion and the end token. Raises
+    UserError if a problem has more than `length` token ids.
+    """
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
     made = []
@@ -177,8 +186,9 @@ def _encoded(
 def pack(lengths: Sequence[int], room: int) -> list[int]:
     """Returns the row of each text, chosen by best-fit decreasing; rows are numbered from 0.
 
-    From the longest text to the shortest, each goes into the fullest row that has room for it, or
-    into a new row if no row has room. Every text must fit into `room` tokens.
+    `lengths` are the lengths of the texts in tokens, and `room` is the length of a row, which every
+    text must fit into. From the longest text to the shortest, each text goes into the fullest row
+    that has room for the text, or into a new row if no row has room.
     """
     row_of = [0] * len(lengths)
     rows: list[tuple[int, int]] = []  # (room that is left, row), the fullest first
@@ -202,15 +212,15 @@ def prompt_batch(
     skip_long: bool = False,
     rows: Sequence[int] | None = None,
 ) -> PromptBatch:
-    """Returns the prompts of one step; `rows` selects this host's share (None: all rows).
+    """Returns this host's prompts of one step: the rows `rows` of the batch (None: all rows).
 
-    Finite data is visited in epochs. An epoch visits every problem once, in an order drawn from
-    (seed, epoch), and a batch may extend into the next epoch. Generated data never repeats an
-    index, and each seed has its own indices.
+    `task` provides the problems. Finite data is visited in epochs. An epoch visits every problem
+    once, in an order drawn from (seed, epoch), and a batch may extend into the next epoch.
+    Generated data never repeats an index, and each seed has its own indices.
 
-    Raises UserError if a prompt is longer than `max_prompt_tokens`. With `skip_long`, such problems
-    are left out and counted instead. Raises UserError for a split that is empty or has only such
-    problems.
+    Without `skip_long`, raises UserError if a prompt is longer than `max_prompt_tokens`. With
+    `skip_long`, problems with longer prompts are left out and counted instead, and UserError is
+    raised if the split has only such problems. Also raises UserError if the split is empty.
     """
     rows = range(batch_size) if rows is None else rows
     positions = [step * batch_size + int(row) for row in rows]
@@ -236,12 +246,15 @@ def prompt_batch(
 
 
 def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
-    """Returns the token ids of the problems' prompts, each with the messages that precede it."""
+    """Returns the token ids of each problem's prompt.
+
+    A prompt includes the messages before the user's message, such as a system message.
+    """
     return tokenizer.encode_prompts([problem.messages for problem in problems])
 
 
 def require_problems(task: Task, split: Split) -> None:
-    """Raises UserError if the task's split is empty."""
+    """Raises UserError if the split `split` of `task` contains no problems."""
     if task.size(split) == 0:
         raise UserError(
             f"task {task.name!r} has no problem in its {split} split; give it data for this split, "
@@ -250,7 +263,10 @@ def require_problems(task: Task, split: Split) -> None:
 
 
 def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens: int) -> None:
-    """Raises UserError if a prompt has more than `max_prompt_tokens` token ids."""
+    """Raises UserError if `ids`, the token ids of a prompt, are more than `max_prompt_tokens`.
+
+    `problem` is the problem that the prompt belongs to; its beginning appears in the message.
+    """
     if len(ids) > max_prompt_tokens:
         raise UserError(
             f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens} "
@@ -259,7 +275,10 @@ def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens:
 
 
 def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Problem:
-    """Returns the problem at a position of the seed's endless stream."""
+    """Returns the problem at `position` in the endless stream of problems that `seed` determines.
+
+    Raises UserError if the split is empty.
+    """
     size = task.size(split)
     if size is None:
         # Seeds may be large or negative; their hash picks the range of indices.
@@ -270,7 +289,10 @@ def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Proble
 
 @functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, size: int) -> grain.MapDataset:
-    """Returns 0 … size − 1 epoch after epoch, each in its own order, with random access."""
+    """Returns an endless data set with random access: 0 … size - 1, epoch after epoch.
+
+    Each epoch has its own order, which depends on `seed`.
+    """
     seed = stable_hash("epochs", seed) & 0x7FFFFFFF  # seeds may be large or negative
     return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 
@@ -279,9 +301,9 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Returns the indices of a finite split's problems whose prompts are within the limit.
+    """Returns the indices of the problems in a finite split whose prompts are within the limit.
 
-    Raises UserError if there is no such problem.
+    The limit is `max_prompt_tokens`. Raises UserError if every prompt is longer.
     """
     problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))

@@ -4,9 +4,9 @@
 
 DIR contains GSM8K as published: `train.jsonl` and `test.jsonl`, with one question and answer per
 line (https://github.com/openai/grade-school-math). TFDS_DIR is the data directory of
-tensorflow-datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets), from which
-`config.task.name=gsm8k` reads as well. The dataset appears whole or not at all, and an existing
-dataset is not changed.
+tensorflow-datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets). Training with
+`config.task.name=gsm8k` reads the dataset from the same directory. The dataset is written either
+completely or not at all, and an existing dataset is not changed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there, exa
 
 
 def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str] | None) -> str:
-    """Builds `target`/gsm8k/VERSION from the files in `source` and returns a one-line summary.
+    """Builds the dataset `target`/gsm8k/VERSION from the files in `source`; returns a summary.
 
-    Raises MissingFile or UserError, with one sentence, if files or rows are missing or damaged, if
-    the task cannot read the dataset that is already in `target`, or if the disk refuses a write.
+    `target` is the data directory of tensorflow-datasets; None means the library's default. The
+    summary is one line. An existing dataset is not changed. Raises MissingFile or UserError if
+    files or rows are missing or damaged, if an existing dataset cannot be read, or if the dataset
+    cannot be written.
     """
     source = pathlib.Path(source).expanduser()
     data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None
@@ -73,7 +75,10 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Yields a file's rows with the dataset's own fields; raises UserError at a damaged row."""
+    """Yields the rows of a published JSONL file, with the fields of the dataset.
+
+    Raises UserError if a row is damaged, or if the file contains no rows.
+    """
     empty = True
     for place, row in read_jsonl(file):
         empty = False
@@ -95,7 +100,11 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def _builder(data_dir: str | None) -> Any:
-    """Returns the library's own builder of GSM8K, which uses given rows instead of a download."""
+    """Returns tensorflow-datasets' builder of GSM8K, which uses given rows instead of a download.
+
+    The attribute `rows` must be set before the dataset is built. Raises UserError if `data_dir`
+    contains a gsm8k dataset that the library cannot read.
+    """
     # The class, not tfds.builder("gsm8k"): looking the name up needs TensorFlow.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.text.gsm8k import gsm8k

@@ -1,4 +1,4 @@
-"""Trajectories of the teacher, generated once and stored on disk by one or several writers."""
+"""Stores a teacher model's generated completions on disk, so that they are generated only once."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The token ids of a prompt and its completion (with the end token, if it was generated)."""
+    """The token ids of a prompt and of a completion generated for the prompt.
+
+    `completion` includes the end token if the completion has one.
+    """
 
     prompt: list[int]
     completion: list[int]
 
 
 class TeacherStore:
-    """Stored trajectories, with a separate folder for each set of settings that affect them.
+    """Stores trajectories on disk: prompts with the completions of a teacher model.
 
-    The folder's name is a hash of the settings. Every writer appends to a file of its own, so hosts
-    never wait for each other. Every writer reads the files of all writers, because a rerun may have
-    another number of them. The first line of a file contains the settings, and each further line
-    the rows of one batch that its writer generated. Each line begins with its checksum. If a line
-    is unfinished, because its process was killed, or damaged, then it and all lines after it are
-    ignored, and the file's own writer removes them.
+    `settings` are all settings that affect the trajectories. Each set of settings has its own
+    folder in `directory`, named by a hash of the settings. `writer` is the number of this writer,
+    usually the index of the host. A writer appends only to its own file, so hosts never wait for
+    each other. A writer reads the files of all writers, because an earlier run may have had another
+    number of hosts.
+
+    The first line of a file contains the settings. Each further line contains the rows of one batch
+    that the writer generated. Each line begins with a checksum. If a line is damaged, or incomplete
+    because the process that wrote the line was killed, that line and all lines after it are
+    ignored. They are removed when the file's own writer opens the file.
     """
 
     def __init__(
@@ -49,7 +56,7 @@ class TeacherStore:
         self.read()
 
     def read(self) -> None:
-        """Reads the rows that all writers have stored so far."""
+        """Reads all rows that any writer has stored so far."""
         self._rows = {}
         for path in sorted(self.directory.glob("host-*.jsonl")):
             for number, (text, _) in enumerate(_whole_lines(path)):
@@ -63,19 +70,23 @@ class TeacherStore:
                     self._rows[stored["batch"], row] = trajectory
 
     def holds(self, batch: int, rows: int) -> bool:
-        """Returns whether all `rows` rows of a batch are stored."""
+        """Returns whether rows 0 … `rows` - 1 of the batch with number `batch` are stored."""
         return all((batch, row) in self._rows for row in range(rows))
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        """All stored trajectories, ordered by batch and row."""
+        """All stored trajectories that can be used, ordered by batch number and row."""
         rows = (self._rows[place] for place in sorted(self._rows))
         return [row for row in rows if row is not None]
 
     def append(
         self, batch: int, rows: Sequence[int], trajectories: Sequence[Trajectory | None]
     ) -> None:
-        """Stores rows of a batch; None marks one that cannot be used and is not generated again."""
+        """Stores the trajectories of the rows with numbers `rows` in the batch with number `batch`.
+
+        None in `trajectories` marks a row whose trajectory cannot be used; `holds` counts such a
+        row as stored, so that the row is not generated again.
+        """
         pairs = [None if row is None else dataclasses.asdict(row) for row in trajectories]
         numbers = [int(row) for row in rows]
         self._append(json.dumps({"batch": batch, "rows": numbers, "trajectories": pairs}))
@@ -90,7 +101,10 @@ class TeacherStore:
 
 
 def _whole_lines(path: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """Yields each line without its checksum, and its end offset, up to the first damaged line."""
+    """Yields the text of each line without its checksum, and the end offset of the line in bytes.
+
+    Stops before the first line that is incomplete or damaged.
+    """
     end = 0
     with path.open("rb") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""A tokenizer from a model directory, based on Hugging Face's."""
+"""The tokenizer of a model directory, based on Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """Converts text to token ids and back, applies the chat format, and has a *set* of end tokens.
+    """Converts strings to token ids and back, applies the chat template, and knows the end tokens.
 
-    `eos_ids` is the union of the tokenizer's own end token and the end tokens that the directory's
-    `generation_config.json` and `config.json` name (Qwen3 ends with 151645 or 151643). `pad_id` may
-    be one of them, so the end of a sequence is always known from its length, never from the pad id.
+    `backend` is a tokenizer of transformers. The attribute `eos_ids` is a set, because a model may
+    end with one of several tokens (Qwen3: 151645 or 151643). The set contains the end token of
+    `backend` and the argument `eos_ids`, which `load` reads from generation_config.json and
+    config.json. The padding token `pad_id` may be one of the end tokens, so the end of a sequence
+    must be determined from its length, never from `pad_id`. Raises UserError if there is no end
+    token.
     """
 
     def __init__(
@@ -84,10 +87,11 @@ class Tokenizer:
 
     @staticmethod
     def find(directory: str | os.PathLike[str]) -> pathlib.Path:
-        """Returns the path of a directory after checking that it contains a tokenizer's files.
+        """Returns `directory` as a path, after checking that it contains the files of a tokenizer.
 
         The files are not read. Raises MissingFile if the directory or its tokenizer files are
-        missing.
+        missing, and UserError if the directory contains a special file or a link that leads out of
+        it.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():
@@ -107,7 +111,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids, with added tokens (a model's embedding may have more rows)."""
+        """The number of token ids with added tokens; a model's embedding may have more rows."""
         return len(self.backend)
 
     @property
@@ -116,10 +120,11 @@ class Tokenizer:
 
     @property
     def thinking(self) -> Thinking:
-        """The thinking mode that prompts pass to the chat template; `auto` leaves it unset.
+        """The thinking mode that prompts pass to the chat template; `auto` passes none.
 
-        Setting it raises UserError for an unknown value, and for `on` or `off` if the template has
-        no switch (Qwen3's has one, `enable_thinking`; Qwen2.5's and R1-Distill's do not).
+        Assigning a value other than `auto`, `on` or `off` raises UserError. Assigning `on` or `off`
+        raises UserError if the template has no switch for thinking (Qwen3's template has the switch
+        `enable_thinking`; the templates of Qwen2.5 and R1-Distill have none).
         """
         return self._thinking
 
@@ -139,8 +144,8 @@ class Tokenizer:
     def system(self) -> str:
         """The system message before every prompt; if empty, the chat template may use its own.
 
-        Setting it raises UserError if there is no chat template, or if the template rejects or
-        omits the message.
+        Assigning a message raises UserError if there is no chat template, or if the template
+        rejects or omits the message.
         """
         return self._system
 
@@ -164,7 +169,7 @@ class Tokenizer:
 
     @functools.cached_property
     def has_thinking_switch(self) -> bool:
-        """Whether the chat template renders different prompts with and without thinking."""
+        """Whether the chat template renders different prompts with thinking on and off."""
         if not self.has_chat_template:
             return False
         probe = [{"role": "user", "content": "?"}]
@@ -172,15 +177,19 @@ class Tokenizer:
 
     @functools.cached_property
     def opens_thinking(self) -> bool:
-        """Whether prompts end inside a think block that the chat template has opened."""
+        """Whether the chat template ends a prompt with `<think>`.
+
+        A completion then begins inside the think block.
+        """
         return self.has_chat_template and self.chat_text("?").rstrip().endswith(THINK_START)
 
     def render(self, messages: Messages, *, answer: bool = True) -> str:
-        """Returns messages (`role`, `content`) in the chat format, with the current `thinking`.
+        """Returns messages (`role`, `content`) as one string in the format of the chat template.
 
-        With `answer`, the text ends with the beginning of the assistant's turn. Otherwise the last
-        message is left open, to be continued. Raises UserError if the template is broken, rejects
-        the messages or exceeds a limit (see `chat_template.render`).
+        With `answer`, the string ends with the beginning of the assistant's turn. Otherwise the
+        string ends with the content of the last message, which a model can then continue. The
+        property `thinking` is passed to the template. Raises UserError if the template is broken,
+        rejects the messages or exceeds a limit (see `chat_template.render`).
         """
         return self._render(messages, thinking=self._thinking, answer=answer)
 
@@ -219,13 +228,13 @@ class Tokenizer:
         return str(file if file.exists() else self.directory / "tokenizer_config.json")
 
     def chat_text(self, prompt: str | Messages) -> str:
-        """Returns the text of a conversation up to the beginning of the assistant's answer.
+        """Returns a conversation as a string that ends where the assistant's answer begins.
 
-        `prompt` is the user's message, or a list of messages that ends with the user's. `system`
-        comes first, unless the list begins with a system message of its own. Without a chat
-        template, the text is the messages themselves, each assistant message on a line of its own
-        with a blank line after it. Raises UserError if there is a system message but no template
-        that can include it.
+        `prompt` is the user's message, or a list of messages that ends with the user's. The
+        tokenizer's `system` message comes first, unless the list begins with another system
+        message. Without a chat template, the string contains only the messages, with a line break
+        after a user's message and a blank line after an assistant's message. Raises UserError if
+        there is a system message but no template that can include the message.
         """
         said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         own = said[0]["role"] == "system"
@@ -245,18 +254,18 @@ class Tokenizer:
         """Returns the token ids of `chat_text(prompt)`.
 
         A chat template adds a begin token itself, if the model uses one. Without a chat template,
-        the text is encoded by `encode_texts`, which adds the tokenizer's begin token.
+        the string is encoded by `encode_texts`, which adds the tokenizer's begin token.
         """
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
-        """Encodes several prompts like `encode_prompt`, but several times as fast."""
+        """Returns what `encode_prompt` returns for each prompt, but several times as fast."""
         texts = [self.chat_text(prompt) for prompt in prompts]
         return self.encode_batch(texts) if self.has_chat_template else self.encode_texts(texts)
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The token that the tokenizer puts before texts, or None.
+        """The id of the token that the tokenizer puts before texts, or None if it puts none.
 
         Llama's tokenizer has such a token, and Qwen's does not.
         """
@@ -264,24 +273,31 @@ class Tokenizer:
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of whole texts, each beginning with `begin_id` if there is one."""
+        """Returns the token ids of each text, starting with `begin_id` unless `begin_id` is None.
+
+        A text that already begins with the begin token gets no second begin token.
+        """
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
         return [ids if ids[:1] == [self.begin_id] else [self.begin_id, *ids] for ids in made]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the text's token ids, adding none; special tokens in the text become their
-        ids.
+        """Returns the token ids of `text`, without a begin or end token.
+
+        Special tokens that are written out in `text`, such as `<|im_end|>`, become their ids.
         """
         return self.backend.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes several texts like `encode`, but several times as fast."""
+        """Returns what `encode` returns for each text, but several times as fast."""
         return self.backend(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Returns the text of token ids; special tokens (end, padding) are left out by default."""
+        """Returns the string for token ids.
+
+        Special tokens (such as end tokens and padding) are left out unless `keep_special` is true.
+        """
         return self.backend.decode(
             [int(i) for i in ids],
             skip_special_tokens=not keep_special,
@@ -289,15 +305,16 @@ class Tokenizer:
         )
 
     def completion_text(self, ids: Iterable[int]) -> str:
-        """Returns the text by which a completion is judged.
+        """Returns the string by which a task judges the completion `ids`.
 
-        It is `decode(ids)`, preceded by `<think>` if the prompt ends with an opened think block.
-        Without it, an unfinished thought could not be distinguished from an answer.
+        The string is `decode(ids)`. If the chat template ends the prompt with `<think>`, the string
+        begins with `<think>` as well, because an unfinished thought could otherwise not be
+        distinguished from an answer.
         """
         return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Returns each token's own text, for display; an incomplete character appears as U+FFFD."""
+        """Returns each token's string, for display; an incomplete character becomes U+FFFD."""
         return [self._token(int(i)) for i in ids]
 
     @functools.cached_property
@@ -323,9 +340,9 @@ class Tokenizer:
 
 
 def _left_open(text: str) -> str:
-    """Returns a rendered text up to the end of its last message, which `_OPEN_END` marks.
+    """Returns the rendered string `text` up to the end of its last message.
 
-    Raises UserError if the template omits the end of the message.
+    `_OPEN_END` marks the end of the last message. Raises UserError if the template omits the mark.
     """
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
@@ -352,9 +369,9 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the token ids in a value from a file: one id, a list of ids, or null for no ids.
+    """Returns the token ids in `value`, which is read from JSON: one id, a list of ids, or None.
 
-    Raises UserError for a value that is not a token id.
+    None means no ids. Raises UserError if `value` contains something that is not a token id.
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:

@@ -1,7 +1,8 @@
-"""Parameters on disk, each in its own Orbax checkpoint, so that at most one is in memory twice.
+"""Stores each parameter on disk as an Orbax checkpoint of its own, which limits the use of memory.
 
-A single Orbax tree of all parameters would need about three times their memory while it is written.
-Names are the dotted paths of the parameter tree, such as `blocks.attn.q.kernel`.
+At most one parameter is in memory twice at any time. Writing a single Orbax checkpoint of all
+parameters would need about three times the memory of the parameters. The name of a parameter is its
+dotted path in the parameter tree, such as `blocks.attn.q.kernel`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 class ArrayStore:
-    """A directory of named arrays."""
+    """A directory that stores arrays by name, each in its own Orbax checkpoint."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = pathlib.Path(directory)
@@ -34,9 +35,9 @@ class ArrayStore:
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Stores an array under a new name.
+        """Stores `array` under `name`, which must be new.
 
-        Raises UserError if the array is not finite, or if the disk refuses the write.
+        Raises UserError if the array contains NaN or infinity, or if it cannot be written.
         """
         if not all_finite(array):
             raise UserError(
@@ -57,7 +58,10 @@ class ArrayStore:
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Returns a stored array's shape and dtype; raises UserError if it is damaged."""
+        """Returns the shape and dtype of the array `name` without reading its values.
+
+        Raises UserError if the stored array is damaged.
+        """
         path = (self.directory / name).resolve()
         try:
             # The checkpointer's own `metadata` logs damage instead of raising an error.
@@ -67,7 +71,10 @@ class ArrayStore:
             raise UserError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """Returns an array as it was stored; raises UserError if it is damaged or not finite."""
+        """Returns the array `name` in the dtype in which it was stored.
+
+        Raises UserError if the stored array is damaged, or if it contains NaN or infinity.
+        """
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:
@@ -102,7 +109,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:
-    """Returns options with which every host reads by itself, without waiting for the others."""
+    """Returns options with which every host reads and writes without waiting for other hosts."""
     if not jax.distributed.is_initialized():
         return ocp.options.MultiprocessingOptions()
     host = jax.process_index()

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Writes a directory either completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from jexit.io.files import DISK_FULL, disk_errors, disk_message, flush
 def atomic_directory(
     target: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Iterator[pathlib.Path]:
-    """Yields an empty sibling of `target` to write into, and renames it to `target` at the end.
+    """Yields a new empty directory, and renames it to `target` when the `with` block ends.
 
-    The files are flushed to disk before the rename. If the block raises, everything that was
-    created is removed, including parent directories. Raises UserError if the disk refuses a write,
-    and if `target` exists and is not an empty directory. With `overwrite`, any existing directory
-    is replaced.
+    The new directory is beside `target`, and its files are flushed to disk before the rename. If
+    the block raises an error, the new directory is removed, with the parent directories that were
+    created for `target`. If `target` is a directory that is not empty, the old directory is
+    replaced with `overwrite`, and UserError is raised without. Also raises UserError if `target` is
+    a file or cannot be written.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)

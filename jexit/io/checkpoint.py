@@ -27,10 +27,11 @@ _SCORE = "score"  # a checkpoint's only metric: higher is better
 class Checkpoints:
     """The checkpoints of a run, each a pytree of arrays in `WORKDIR/checkpoints/STEP/`.
 
-    Arrays are stored under the names of their paths in the pytree. A checkpoint that cannot be read
-    (truncated, corrupted) is skipped with a warning, and the one before it is used. Saving raises
-    UserError if the disk refuses it. Because saving runs in the background, a later call may be the
-    one that raises the error.
+    `config` sets the number of newest and of best checkpoints that are kept, and the number of
+    steps between checkpoints. Each array is stored under the name of its path in the pytree. If a
+    checkpoint cannot be read (truncated, corrupted), `restore` logs a warning and tries the
+    checkpoint before it. Checkpoints are written in the background: if a write fails, `save` or a
+    later call of `save`, `wait` or `close` raises UserError.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
@@ -63,17 +64,20 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def newest(self, step: int) -> int | None:
-        """Returns the newest stored step that is not above `step`, or None if there is none."""
+        """Returns the largest step with a stored checkpoint that is at most `step`, or None."""
         return max((stored for stored in self._manager.all_steps() if stored <= step), default=None)
 
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
-        """Starts writing `tree` as checkpoint `step`; does nothing if that checkpoint exists.
+        """Starts writing the pytree `tree` as the checkpoint of `step`.
 
-        `score` ranks the checkpoint among those that are kept as the best. Raises UserError if an
-        array on the devices is not finite, because saving it could delete a good checkpoint.
+        Does nothing if a checkpoint of `step` exists. `score` (higher is better) ranks the
+        checkpoint among the best checkpoints; without a score, the checkpoint is kept only as one
+        of the newest. Raises UserError if an array on the devices contains NaN or infinity, because
+        saving such an array could delete a good checkpoint. Raises UserError if a write fails,
+        possibly one of an earlier call.
         """
         if step in self._manager.all_steps():
             return
@@ -94,16 +98,21 @@ class Checkpoints:
             )
 
     def best_step(self) -> int | None:
-        """Returns the step of the best-scored checkpoint (the later one on ties), or None."""
+        """Returns the step of the checkpoint with the highest score, or None if there is no score.
+
+        On ties, the later step is returned.
+        """
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:
-        """Returns the newest readable checkpoint, placed and shaped as `like`, or None.
+        """Returns the newest readable checkpoint, or None if no checkpoint exists.
 
-        None means that no checkpoint exists. With `step`, only that checkpoint is tried. Newer
-        checkpoints that could not be read are deleted once an older one is restored. Raises
-        UserError if checkpoints exist but contain other parameters than `like`, or if none of them
-        can be read.
+        The result has the structure, shapes, dtypes and shardings of the pytree `like`. With
+        `step`, only the checkpoint of that step is tried. Without `step`, all checkpoints are tried
+        from the newest to the oldest; once a checkpoint has been restored, the newer checkpoints,
+        which could not be read, are deleted. If one host cannot read a checkpoint, no host uses it.
+        Raises UserError if a checkpoint contains other parameters than `like`, or if checkpoints
+        exist but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []
@@ -173,7 +182,7 @@ class Checkpoints:
             ) from error
 
     def wait(self) -> None:
-        """Waits until every save that has started is on disk."""
+        """Waits until every started save is on disk; raises UserError if a save has failed."""
         with self._write_errors():
             self._manager.wait_until_finished()
 
@@ -187,7 +196,10 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Returns the arrays of a tree by the names of their paths, in the tree's order."""
+    """Returns the arrays of a pytree in tree order, keyed by their paths, such as `params/kernel`.
+
+    Leaves that are not arrays are converted to NumPy arrays.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
     named = {

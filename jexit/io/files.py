@@ -18,23 +18,28 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, not atomically; for files in a directory that appears atomically."""
+    """Writes `value` to `path` as indented JSON, but not atomically.
+
+    An interrupted call may leave an incomplete file. Use this function only for files in a
+    directory that is itself written atomically (see `atomic_directory`).
+    """
     path.write_bytes(json_line(value, indent=2))
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes indented JSON to `path`, which is at any moment absent, the old file or the new one.
+    """Writes `value` to `path` as indented JSON, so that `path` never contains an incomplete file.
 
-    Raises UserError if the disk refuses the write (the old file is then unchanged), or if the value
-    contains something that JSON cannot represent.
+    Raises UserError if `path` cannot be written, or if `value` contains something that JSON cannot
+    represent. An existing file is then unchanged.
     """
     write_bytes_atomic(path, json_line(value, indent=2))
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` through a temporary file beside `path`, which is then renamed to `path`.
+    """Writes `data` to `path` atomically, through a temporary file that is renamed to `path`.
 
-    Raises UserError if the disk refuses the write; the old file is then unchanged.
+    The temporary file is in the same directory, and missing parent directories are created. Raises
+    UserError if `path` cannot be written; an existing file is then unchanged.
     """
     path = Path(path)
     # A fixed name, so that the next process overwrites the file that a killed process left behind.
@@ -55,7 +60,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's contents, or a directory's entries, are on the disk."""
+    """Waits until the contents of a file, or the entries of a directory, are on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +70,10 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError in the block into a UserError with the sentence of `disk_message`."""
+    """Turns an OSError in the `with` block into a UserError that says that `path` is not writable.
+
+    The message is that of `disk_message`.
+    """
     try:
         yield
     except OSError as error:
@@ -73,17 +81,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_message(path: Path, error: OSError) -> str:
-    """Returns a sentence with the path that cannot be written, the reason and the remedy."""
+    """Returns an error message that says that `path` cannot be written, why, and what to do."""
     remedy = "free some space" if error.errno in DISK_FULL else "make it writable"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; {remedy}, or choose another place"
 
 
 def take_lock(file: IO[Any], remedy: str) -> bool:
-    """Locks an open file until it is closed, by this process and by every process that inherits it.
+    """Tries to lock an open file; returns False if another process has already locked the file.
 
-    The lock also ends when these processes end. Returns False if another process has the lock.
-    Raises UserError, which ends in `remedy`, on a file system that does not support locks.
+    The lock ends when this process, and every child process that inherited the open file, has
+    closed the file or ended. Raises UserError, with a message that ends in `remedy`, if the file
+    system does not support locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,16 +104,21 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
 
 
 def json_line(value: Any, indent: int | None = None) -> bytes:
-    """Returns `value` as JSON that ends with a newline.
+    """Returns `value` as JSON text in UTF-8 that ends with a newline.
 
-    Raises UserError if the value contains something that JSON cannot represent.
+    `indent` is the number of spaces per level; None puts all of the JSON text on one line. Numbers
+    that are not finite become null. Raises UserError if `value` contains something that JSON cannot
+    represent.
     """
     text = json.dumps(to_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode(errors="replace")
 
 
 def to_jsonable(value: Any) -> Any:
-    """Returns `value` with arrays as lists, paths as strings and non-finite numbers as None."""
+    """Returns `value` with arrays as lists, paths as strings and non-finite numbers as None.
+
+    Raises UserError if `value` contains an object of any other type that JSON cannot represent.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -18,11 +18,12 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the number of bytes 
 
 
 def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
-    """Returns a 32-bit digest of each array, computed from every bit of it.
+    """Returns a 32-bit digest of each array in `named`, computed from every bit of the array.
 
-    The digest of an array on devices is Σ bits_i · (2i + 1) modulo 2³², in integers. This sum is
-    exact in any order, so it does not depend on how the array is sharded, and no host needs another
-    host's shards. The digest of a NumPy array is its CRC-32.
+    The digest of an array on devices is Σ_i bits_i · (2i + 1) modulo 2³², where bits_i is entry i,
+    in row-major order, as an unsigned integer. This sum is exact in any order, so the digest does
+    not depend on how the array is sharded, and no host needs another host's shards. The digest of a
+    NumPy array is the CRC-32 of its bytes.
     """
     on_device = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
     found = jax.device_get(_device_digests(on_device))
@@ -35,7 +36,7 @@ def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
 
 
 def fingerprint(params: Any) -> str:
-    """Returns eight hexadecimal digits that depend on a tree's arrays, names and shapes."""
+    """Returns eight hexadecimal digits that depend on a pytree's arrays, names and shapes."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     total = hashlib.sha256()

@@ -14,13 +14,13 @@ _PIECE = 1 << 18  # entries per check, so that no second array of the full size 
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Returns whether an array contains neither NaN nor infinity."""
+    """Returns whether `array` contains neither NaN nor infinity."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE))
 
 
 def not_finite(named: Mapping[str, jax.Array]) -> list[str]:
-    """Returns the names of the arrays on devices that contain NaN or infinity."""
+    """Returns the names of the arrays in `named` that contain NaN or infinity."""
     finite = jax.device_get(_finite(dict(named)))
     return [name for name in named if not finite[name]]
 

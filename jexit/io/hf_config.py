@@ -1,9 +1,9 @@
 """Reads and writes the JSON files of Hugging Face directories as jexit's settings.
 
 `config.json` corresponds to `Architecture`, PEFT's `adapter_config.json` to `LoRA`, and jexit's own
-`exit_heads.json` to `ExitSettings`. The spellings of transformers 4 (`rope_theta`, `rope_scaling`)
-and 5 (`rope_parameters`) are both read. Values that shape the computation come from the file, never
-from jexit's own defaults.
+`exit_heads.json` to `ExitSettings`. `config.json` is read both as transformers 4 writes it
+(`rope_theta`, `rope_scaling`) and as transformers 5 does (`rope_parameters`). Values that affect
+the computation come from the file, never from jexit's own defaults.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _QWEN3_HEAD_DIM = 128  # what a Qwen3 config.json without head_dim means
 
 
 def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
-    """Returns the architecture that a Hugging Face directory's config.json describes.
+    """Returns the architecture that the config.json of a Hugging Face directory describes.
 
-    Raises MissingFile if there is no config.json, and UserError for another model family or a
-    feature that jexit does not support (sliding windows, other rope types, quantised weights).
+    Raises MissingFile if there is no config.json. Raises UserError for a model family or a feature
+    that jexit does not support (sliding windows, other rope types, quantised weights).
     """
     file = pathlib.Path(directory) / "config.json"
     if not file.exists():
@@ -65,7 +65,11 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
 
 
 def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
-    """Returns the architecture of a parsed config.json, which error messages call `where`."""
+    """Returns the architecture that `config`, a parsed config.json, describes.
+
+    `where` is the name of the file in error messages. Raises UserError for a missing or invalid
+    value, and for a model family or a feature that jexit does not support.
+    """
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(
@@ -99,9 +103,10 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns a config.json that transformers 4 and 5 load.
+    """Returns the contents of a config.json for `arch`, which transformers 4 and 5 can load.
 
-    `dtype` is the dtype of the stored weights.
+    `dtype` is the name of the dtype of the stored weights. `eos_ids`, `pad_id` and `bos_id` are the
+    token ids of the end tokens, of padding and of the begin token.
     """
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
@@ -166,8 +171,9 @@ def _refuse_unsupported(config: dict[str, Any], family: str, where: str) -> None
 def positive(
     values: dict[str, Any], key: str, where: str, default: Any = None, *, whole: bool = False
 ) -> Any:
-    """Returns the number above zero at `key`, or `default` if the key is absent or null.
+    """Returns the number above zero at `key` in `values`, or `default` if `key` is absent or null.
 
+    With `whole`, the number must be an integer. `where` is the name of the file in error messages.
     Raises UserError if the value is not such a number, or if there is neither a value nor a
     default.
     """
@@ -178,7 +184,11 @@ def positive(
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Returns rope_theta and the rope scaling, from either spelling."""
+    """Returns rope_theta and the rope scaling (None for plain rope) of a parsed config.json.
+
+    Reads `rope_parameters` of transformers 5, and `rope_theta` and `rope_scaling` of transformers
+    4. `where` is the name of the file in error messages.
+    """
     given: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         part = config.get(key) or {}
@@ -224,11 +234,12 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 
 def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float | None:
-    """Returns the checkpoint's attention factor, or the one implied by mscale and mscale_all_dim.
+    """Returns the attention factor in a checkpoint's rope parameters `given`, or None.
 
-    A scale m stands for 0.1·m·ln(factor) + 1, and the attention factor is the ratio of these values
-    for mscale and mscale_all_dim (DeepSeek-V2, arXiv:2405.04434, section 3.1.4, as transformers
-    reads it). None means that YaRN's own rule applies.
+    If `given` contains no attention_factor but mscale and mscale_all_dim, the attention factor is
+    (0.1·mscale·ln(factor) + 1) / (0.1·mscale_all_dim·ln(factor) + 1), or 1 if factor ≤ 1
+    (DeepSeek-V2, arXiv:2405.04434, section 3.1.4, as in transformers). None means that YaRN's own
+    rule determines the attention factor.
     """
     if given.get("attention_factor") is not None:
         return positive(given, "attention_factor", where)
@@ -242,9 +253,10 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
-    """Returns the LoRA settings and the base model's name or path from adapter_config.json.
+    """Returns the LoRA settings and the base model's name or path from a PEFT adapter_config.json.
 
-    Raises UserError for an adapter that is more than plain LoRA on whole projections.
+    The name is "" if the file contains none. Raises UserError for an adapter that is more than
+    plain LoRA on whole projections, such as DoRA.
     """
     file = directory / ADAPTER_CONFIG
     config = read_object(file, "copy it again")
@@ -290,7 +302,10 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
-    """Returns an adapter_config.json that `peft` loads."""
+    """Returns the contents of an adapter_config.json that `peft` can load.
+
+    `base` is the name or path of the base model.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -306,7 +321,10 @@ def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
 
 
 def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSettings]:
-    """Returns the exit layers and the head settings from exit_heads.json."""
+    """Returns the exit layers and the settings of the exit heads from `directory`/exit_heads.json.
+
+    Raises UserError if the file has another format version or invalid values.
+    """
     file = directory / EXIT_CONFIG
     config = read_object(file, "copy it again")
     version, layers = config.get("format_version"), config.get("exit_layers")
@@ -329,7 +347,11 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSett
 
 
 def exit_config(layers: tuple[int, ...], head: ExitSettings, eps: float) -> dict[str, Any]:
-    """Returns the contents of exit_heads.json; `eps` is the epsilon of the heads' norm."""
+    """Returns the contents of exit_heads.json.
+
+    `layers` are the layers with an exit head, `head` contains the settings of the exit heads, and
+    `eps` is the epsilon of their RMSNorm.
+    """
     settings = {key: getattr(head, key) for key in _EXIT_KEYS}
     return {
         "format_version": _EXIT_FORMAT,

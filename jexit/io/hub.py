@@ -13,12 +13,15 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 def is_hub_id(text: str) -> bool:
-    """Returns whether `text` has the form OWNER/NAME of a model on the hub."""
+    """Returns whether `text` has the form OWNER/NAME of a model on the Hugging Face hub."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
 def cached(hub_id: str) -> pathlib.Path:
-    """Returns a model's directory in the hub's local cache; raises MissingFile if it is missing."""
+    """Returns the directory of the model `hub_id` in the local cache of the Hugging Face hub.
+
+    Nothing is downloaded. Raises MissingFile if the cache does not contain the model.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -32,9 +35,10 @@ def cached(hub_id: str) -> pathlib.Path:
 
 
 def download(hub_id: str) -> None:
-    """Downloads the files of a model that the local cache lacks.
+    """Downloads those files of the model `hub_id` that the local cache of the hub lacks.
 
-    Raises UserError if `hub_id` is not a hub id, and if the hub refuses or cannot be reached.
+    Raises UserError if `hub_id` does not have the form OWNER/NAME or is a local directory, and if
+    the hub refuses the download or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -53,9 +57,10 @@ def download(hub_id: str) -> None:
 
 
 def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
-    """Uploads a directory's files to a repository; creates a private one if it does not exist.
+    """Uploads the files of `directory` to the repository `hub_id` on the Hugging Face hub.
 
-    Raises UserError if the hub refuses or cannot be reached; the directory is not changed.
+    A repository that does not exist is created as a private one. Raises UserError if the hub
+    refuses the upload or cannot be reached; `directory` is not changed.
     """
     from huggingface_hub import HfApi
 

@@ -1,13 +1,14 @@
 """The files that a run writes step by step: metrics and sample completions.
 
 `metrics.jsonl` and `samples.jsonl` contain one JSON object per line, with `step` as the first key.
-Lines are appended whole and flushed immediately, so a process that is killed leaves at most one
-incomplete line, at the end. The next writer removes that line, and readers skip it. JSON has no NaN
-or infinity: a number that is not finite is written as `null`, and `read_metrics` returns it as NaN.
+Each line is written immediately and as a whole. If the process is killed, at most the last line is
+incomplete; readers skip an incomplete line, and the next writer removes it. JSON has no NaN or
+infinity: a number that is not finite is written as `null`, and `read_metrics` returns `null` as
+NaN.
 
-A step number counts finished steps. A run that resumes from the checkpoint of step n therefore
-drops every line with a step above n. The lines that it then writes are those that an uninterrupted
-run would have written.
+`step` is the number of finished steps. When a run resumes from the checkpoint of step n, the writer
+therefore removes every line with a step above n. The resumed run writes these lines again, as an
+uninterrupted run would have written them.
 """
 
 from __future__ import annotations
@@ -36,16 +37,15 @@ MetricValue = Any
 
 
 class _LineWriter(contextlib.AbstractContextManager):
-    """A writer of one of a run's JSON-lines files, which grows by whole lines only.
+    """The base class of writers that append whole lines to one of a run's JSON-lines files.
 
     Args:
       workdir: The run's directory, which is created if it does not exist.
-      resume_step: The number of steps that the run had finished when its checkpoint was saved.
-        Lines of later steps are dropped. None starts a new file, because a run without a
-        checkpoint starts over.
-      enabled: False makes every method do nothing; used for every process but the first.
+      resume_step: The number of finished steps in the checkpoint from which the run resumes. Lines
+        of later steps are removed. None means that the run starts over, with an empty file.
+      enabled: Whether the methods write; False for every process but the first.
 
-    Raises UserError if the disk refuses a write.
+    Raises UserError if the file cannot be written.
     """
 
     file_name: ClassVar[str]
@@ -94,10 +94,15 @@ class _LineWriter(contextlib.AbstractContextManager):
 class MetricsWriter(_LineWriter):
     """Appends metrics to `metrics.jsonl` and, if requested, to TensorBoard and Weights & Biases.
 
-    Args, besides those of `_LineWriter`:
+    Args:
+      workdir: The run's directory, which is created if it does not exist.
+      resume_step: The number of finished steps in the checkpoint from which the run resumes. Lines
+        of later steps are removed. None starts a new file.
       tensorboard: Whether to write event files to `workdir/tensorboard` as well.
-      wandb: The name of a W&B project, or None to disable W&B. Raises UserError if the package
-        is not installed.
+      wandb: The name of a W&B project, or None to disable W&B.
+      enabled: Whether the methods write; False for every process but the first.
+
+    Raises UserError if a file cannot be written, or if W&B is enabled but the package is missing.
     """
 
     file_name = METRICS_FILE
@@ -126,7 +131,12 @@ class MetricsWriter(_LineWriter):
                 self._tensorboard = EventFile(self._workdir / TENSORBOARD_DIR, first_step)
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
-        """Appends one line; a sequence of values (such as a histogram) becomes a JSON list."""
+        """Appends one line with the metrics of `step`.
+
+        A sequence of numbers (such as a histogram) becomes a JSON list, and one scalar per entry in
+        TensorBoard and W&B. Raises UserError if a value is neither a number nor a flat sequence of
+        numbers, or if a file cannot be written.
+        """
         if self._file is None:
             return
         step = int(step)
@@ -151,7 +161,7 @@ class MetricsWriter(_LineWriter):
 
 
 class SamplesWriter(_LineWriter):
-    """Appends sample completions to `samples.jsonl`.
+    """Appends sample completions of a run to `samples.jsonl`; for the arguments, see `_LineWriter`.
 
     A record describes one completion: `prompt`, `completion`, `tokens`, `depths` (the number of
     layers run for each token), `reward`, and any other keys that the caller adds.
@@ -160,13 +170,16 @@ class SamplesWriter(_LineWriter):
     file_name = SAMPLES_FILE
 
     def write(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends several records in one write, each with `step` as its first key."""
+        """Appends `records` in one write, each as a line with `step` as its first key."""
         if self._file is not None:
             self._append({"step": int(step), **record} for record in records)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl` in order, with `null` as NaN; [] if there is no file."""
+    """Returns the records of `metrics.jsonl` in `workdir`, in the order of the lines.
+
+    `null` becomes NaN. Returns [] if the file does not exist.
+    """
     return [
         {name: _null_to_nan(value) for name, value in record.items()}
         for record in _read_records(Path(workdir) / METRICS_FILE)
@@ -174,12 +187,12 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the records of `samples.jsonl` in order; [] if there is no file."""
+    """Returns the records of `samples.jsonl` in line order; [] if the file does not exist."""
     return list(_read_records(Path(workdir) / SAMPLES_FILE))
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields a file's records, and skips lines without a record that has a valid step."""
+    """Yields the records of the JSON-lines file `path`; skips lines without a valid `step`."""
     for record in read_json_lines(path, "remove it, or repeat the run that wrote it"):
         step = record.get("step") if isinstance(record, dict) else None
         if type(step) is int and 0 <= step <= LARGEST_COUNT:

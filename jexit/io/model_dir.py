@@ -1,4 +1,4 @@
-"""Loads and saves model directories."""
+"""Loads and saves model directories: the weights, adapters, exit heads and tokenizer of a model."""
 
 from __future__ import annotations
 
@@ -49,18 +49,22 @@ def load(
     seed: int = 0,
     place: Place = lambda path, array: jnp.asarray(array),
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads the model and the tokenizer of a model directory (its kinds: `jexit.io.model_source`).
+    """Loads the model and the tokenizer of a model directory (see `jexit.io.model_source`).
 
-    `dtype` is the dtype of the base weights. "auto" means float32 on CPUs and bfloat16 on
-    accelerators. Adapters and exit heads are always float32. Without `exit_layers`, `exit_head` and
-    `lora`, the model has the exit heads and the adapters of the directory. If the directory has no
-    exit heads, the model gets new ones (by default at every 5th layer, or in the middle of a model
-    of at most 5 layers). With `lora`, a model without adapters gets new ones. New parameters are
-    drawn from `seed`. `place` puts a parameter (its dotted path, and its array in the final dtype)
-    on devices; by default on the first device.
+    `dtype` is the dtype of the base weights: "auto" means float32 on CPUs and bfloat16 on
+    accelerators. LoRA adapters and exit heads are always float32. `exit_layers` are the layers with
+    an exit head, each given as the number of layers that run before the exit. `exit_head` contains
+    the settings of the exit heads, and `lora` the settings of the adapters.
+
+    Without `exit_layers`, `exit_head` and `lora`, the model gets the exit heads and the adapters
+    that the directory contains. If the directory contains no exit heads, new exit heads are drawn
+    from `seed` (by default at every 5th layer, or in the middle of a model of at most 5 layers). If
+    `lora` is passed and the directory contains no adapters, new adapters are drawn from `seed`.
+    `execution` selects how the layers are computed. `place(path, array)` puts one parameter, with
+    its dotted path and its array in the final dtype, on devices; by default on the first device.
 
     Raises UserError if the directory's exit heads or adapters differ from the requested ones, or if
-    its files are damaged. Raises MissingFile if the model or the tokenizer is missing.
+    the directory's files are damaged. Raises MissingFile if the model or the tokenizer is missing.
     """
     source = open_model(directory)
     # Checked before memory is allocated: the files must match their description.
@@ -108,15 +112,18 @@ def save_model(
     with_exits: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model directory, whole or not at all.
+    """Writes a model directory, either completely or not at all.
 
-    `base` is the model path of the base weights, which must be unchanged. If it is given, only
-    adapters and exit heads are stored, and the directory refers to the base for the weights.
-    Without `base`, or if the base weights are in the directory that is replaced, everything is
-    stored. Without `with_exits`, the exit heads are left out, so the directory contains a plain
-    trunk. `overwrite` replaces an existing directory. With several hosts, all must call this
-    function, and the primary host writes. Raises UserError if `base` has another architecture, or
-    if the directory exists and `overwrite` is false.
+    If `base` is empty, all parameters are stored. If `base` is the path of a model directory, only
+    LoRA adapters and exit heads are stored, and the new directory refers to `base` for the base
+    weights. The base weights of `model` must then equal those of `base`. If the base weights are in
+    the directory that is replaced, all parameters are stored even with `base`. If `with_exits` is
+    false, the exit heads are left out, so the directory contains a plain transformer. `overwrite`
+    allows an existing directory to be replaced. With several hosts, all hosts must call this
+    function, and the primary host writes.
+
+    Raises UserError if `base` has another architecture than `model`, or if `directory` exists, is
+    not empty and `overwrite` is false.
     """
     reference, source = "", ""
     if base:
@@ -166,9 +173,11 @@ def write_model(
 ) -> None:
     """Writes the files of a model directory into `model.directory`, which must exist.
 
-    `base` is the path of another directory that contains the base weights, if they are not stored
-    here. The weights are read one at a time, and the tokenizer after them, which keeps memory use
-    low.
+    `model` is the description that is written. `weights` yields the dotted path and the array of
+    each base weight; `adapters` and `exits` map dotted paths to arrays. `base` is the path of the
+    model directory that contains the base weights if `weights` is empty. To keep memory use low,
+    the arrays of `weights` are read one at a time, and the function `tokenizer`, which loads the
+    tokenizer, is called after all arrays have been written.
     """
     dtypes: dict[str, str] = {}
     parts = {"base": weights, "adapters": adapters.items(), "exits": exits.items()}
@@ -197,10 +206,11 @@ def write_model(
 
 
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Writes generation_config.json, or adds the end tokens that an existing one lacks.
+    """Writes the tokenizer's end tokens to the file generation_config.json in `directory`.
 
-    An existing file keeps its values. Only its `eos_token_id` becomes the list of all end tokens,
-    if it lacks one other than the tokenizer's own.
+    An existing file keeps its values, except that `eos_token_id` is replaced by the list of all end
+    tokens if the file lacks an end token other than `tokenizer.eos_id`. A new file contains
+    `eos_token_id` and `pad_token_id`.
     """
     file = directory / "generation_config.json"
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -212,9 +222,10 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _reference(base: pathlib.Path) -> str:
-    """Returns the path by which a model directory refers to its base.
+    """Returns the path that a model directory stores to refer to the directory `base`.
 
-    It is absolute, except for a model shipped with jexit, which is named as `jexit/assets/...`.
+    The path is absolute, except for a model that is shipped with jexit, whose path is
+    `jexit/assets/...` in every installation.
     """
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
@@ -272,7 +283,10 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
 
 
 def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError if a setting of the directory differs from the requested one."""
+    """Raises UserError if a setting stored in a model directory differs from the requested one.
+
+    `pairs` maps a setting's key, such as "lora.rank", to its stored and its requested value.
+    """
     for key, (stored, wanted) in pairs.items():
         if stored != wanted:
             raise UserError(
@@ -282,9 +296,10 @@ def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> No
 
 
 def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
-    """Returns the initial adapters and exit heads of the model that `build` makes.
+    """Returns newly drawn adapters and exit heads of the model that `build` makes, by dotted path.
 
-    They are computed under jit, which skips the base weights because nothing uses them.
+    `build` runs under jit, which skips the base weights because no output depends on the base
+    weights.
     """
 
     @jax.jit

@@ -1,11 +1,11 @@
-"""Model directories of every kind, opened without reading their weights.
+"""Model directories in every format, opened without reading their weights.
 
 A model directory is one of these:
 - jexit's own format (`jexit.json`), written by `convert.from_hf` and by runs, with the base weights
-  inside or in another directory that it names;
+  in the directory itself or in another directory that `jexit.json` names;
 - a Hugging Face checkpoint (`config.json` and safetensors);
-- a PEFT adapter (`adapter_config.json`) that names its base.
-The last two may also contain exit heads (`exit_heads.json`).
+- a PEFT adapter (`adapter_config.json`), which names the directory of its base model.
+A Hugging Face checkpoint or a PEFT adapter may also contain exit heads (`exit_heads.json`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ ASSETS = "jexit/assets/"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """The description of a model directory; its methods read the weights."""
+    """The description of a model directory, with methods that read its weights and its tokenizer.
+
+    A ModelSource is what `open_model` returns. The base weights may be in another directory,
+    `base`.
+    """
 
     directory: pathlib.Path
     base: pathlib.Path  # the directory that contains the base weights
@@ -64,15 +68,23 @@ class ModelSource:
     eos_ids: tuple[int, ...] = ()
 
     def weights(self) -> Weights:
-        """Opens the base weights; raises UserError if they do not match the architecture."""
+        """Opens the base weights without reading their values.
+
+        Raises MissingFile if the weights are missing, and UserError if they do not match the
+        architecture.
+        """
         return _opened(self.base, base_part(self.architecture))
 
     def adapters(self) -> dict[str, np.ndarray]:
-        """Returns the LoRA parameters by path, in float32; {} if there are no adapters."""
+        """Returns the LoRA parameters by dotted path, in float32; {} if there are no adapters."""
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the parameters of exit heads and continuation by path, in float32, or {}."""
+        """Returns the parameters of the exit heads and the continuation by path, in float32.
+
+        The continuation maps the residual of a token through the layers after its exit. Returns {}
+        if there are no exit heads.
+        """
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -81,7 +93,11 @@ class ModelSource:
         return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
-        """Loads the directory's tokenizer, or the base's if the directory does not have one."""
+        """Loads the tokenizer from `self.directory`, or from `self.base` if there is none.
+
+        The end tokens `self.eos_ids` are added to those of the tokenizer. Raises UserError if the
+        tokenizer has more tokens than the model has embeddings.
+        """
         directory = self.find_tokenizer()
         tokenizer = Tokenizer.load(directory)
         tokenizer.eos_ids |= frozenset(self.eos_ids)
@@ -93,7 +109,11 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the tokenizer's directory; raises MissingFile if it lacks tokenizer files."""
+        """Returns the directory from which `tokenizer` loads: `self.directory` or `self.base`.
+
+        `self.base` is returned if `self.directory` has no tokenizer_config.json. Raises MissingFile
+        if the directory to be returned lacks tokenizer files.
+        """
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 
@@ -103,20 +123,27 @@ def _opened(directory: pathlib.Path, part: Part) -> Weights:
 
 
 def _is_own(directory: pathlib.Path) -> bool:
-    """Returns whether the directory is in jexit's own format."""
+    """Returns whether `directory` is in jexit's own format."""
     return (directory / MODEL_FILE).exists()
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelSource:
-    """Finds a model directory (or a hub id in the local cache) and returns its description.
+    """Returns the description of the model at `path`, without reading the weights.
 
-    Raises MissingFile if there is no model, and UserError if it cannot be used.
+    `path` is a model directory, the directory of a run, or the id of a model in the hub's local
+    cache. Raises MissingFile if there is no model at `path`, and UserError if the model cannot be
+    used.
     """
     return _open(path, ())
 
 
 def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
-    """Implements `open_model`; `above` lists the directories whose bases led to `path`."""
+    """Returns the description of the model at `path`, as `open_model` does.
+
+    `above` contains the directories of the models that are based on the model at `path`, directly
+    or indirectly, from the outermost to the innermost. Raises UserError if the directory of `path`
+    is in `above`, because a model cannot be its own base.
+    """
     directory = find_model(path)
     if directory.resolve() in above:
         raise UserError(
@@ -192,7 +219,12 @@ def _open_base(
     above: tuple[pathlib.Path, ...],
     architecture: Architecture | None = None,
 ) -> ModelSource:
-    """Opens the base that a directory refers to; tries relative paths in that directory first."""
+    """Opens the base model to which `directory` refers by the path or hub id `reference`.
+
+    A relative path is tried in `directory` first. `above` is explained in `_open`. Raises
+    MissingFile if there is no model at `reference`. Raises UserError if the base has adapters, or
+    if its architecture is not `architecture`.
+    """
     beside = directory / reference
     try:
         base = _open(beside.resolve() if reference and beside.is_dir() else reference, above)
@@ -227,9 +259,9 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Checks that `exits` are rising layer numbers of a model with `layers` layers.
+    """Raises UserError unless `exits` are rising numbers from 1 to `layers` - 1.
 
-    Raises UserError, which begins with `what`, if they are not.
+    `layers` is the number of layers of the model. The error message begins with `what`.
     """
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
@@ -240,11 +272,12 @@ def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
 
 
 def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the directory that a model path or hub id refers to.
+    """Returns the directory to which the model path or hub id `path` refers.
 
-    A relative path counts from the working directory. A path `jexit/assets/...` is also looked up
-    in the installed package, and OWNER/NAME in the hub's local cache; nothing is downloaded. A
-    run's directory refers to the model in it.
+    A relative path is looked up in the working directory, and a path `jexit/assets/...` also in the
+    installed package. OWNER/NAME is looked up in the hub's local cache, and nothing is downloaded.
+    If `path` is the directory of a run, the result is the run's subdirectory `model`. Raises
+    MissingFile if there is no model or the run has not finished, and UserError if `path` is a file.
     """
     text = os.fspath(path)
     if text and pathlib.Path(text).is_dir():
@@ -274,7 +307,10 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _maker(text: str) -> str:
-    """Returns the command that makes the model at a preset's path, or an empty string."""
+    """Returns the command that makes the model at the path `text`, or "" if no command is known.
+
+    A command is known for the paths models/PRESET and runs/COMMAND-PRESET.
+    """
     if (found := re.fullmatch(r"models/([\w.-]+)", text)) and found[1] in PRESETS:
         return f"python -m convert.from_hf --source={PRESETS[found[1]].hub_id} --target={text}"
     run = re.fullmatch(rf"runs/({'|'.join(COMMANDS)})-([\w.-]+?)(/model)?", text)

@@ -1,4 +1,4 @@
-"""A progress bar for a run (plain lines in a log), and a table of what the run changed."""
+"""A progress display for a run, and a table of the metrics before and after a run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ LOG_WIDTH = 120
 
 
 class Progress(contextlib.AbstractContextManager):
-    """Shows how far a run has progressed, with its latest metrics.
+    """Shows how many steps of a run are finished, the estimated time left, and the latest metrics.
 
     In a terminal that supports redrawing, the display is one live line. Elsewhere (a log,
-    `TERM=dumb`), a line is printed for the first update, then every `interval` seconds, and for the
-    last step.
+    `TERM=dumb`), a line is printed for the first update, then at most every `interval` seconds, and
+    for the last step.
 
         with Progress(total=100, description="rl") as progress:
             progress.update(step, accuracy=0.8, **{"depth/fraction": 0.5})
 
     Args:
-      total: The step at which the run is finished.
+      total: The number of steps at which the run is finished.
       start: The number of steps that were finished before this run resumed.
       description: The text at the beginning of the line.
-      interval: The number of seconds between plain lines.
+      interval: The smallest number of seconds between printed lines.
       enabled: Whether to show anything; False for every process but the first.
       console: The console to print to; by default, standard output.
       clock: A function that returns monotonic time in seconds; tests replace it.
@@ -78,7 +78,11 @@ class Progress(contextlib.AbstractContextManager):
         (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
-        """Records that `step` steps are done, and shows the given metrics (numbers or text)."""
+        """Records that `step` steps are finished, and shows metrics (numbers or strings) by name.
+
+        A metric of an earlier call stays visible until a later call passes a new value of the
+        metric.
+        """
         if not self._enabled:
             return
         self._shown |= shown
@@ -121,11 +125,11 @@ def closing_table(
     *,
     console: Console | None = None,
 ) -> None:
-    """Prints a table with each metric before and after a run, and the difference.
+    """Prints a table with the value of each metric before and after a run, and the difference.
 
-    Each row is `(name, before, after)`. Numbers are formatted by `format_value`, text is printed
-    unchanged, and None and NaN become a dash. The table is ASCII without colours if the output is
-    not a terminal.
+    Each row is `(name, before, after)`. Numbers are formatted by `format_value`, strings are
+    printed unchanged, and None and NaN are printed as a dash. `console` is by default standard
+    output. If the output is not a terminal, the table is ASCII without colours.
     """
     console = console or _default_console()
     table = Table(
@@ -149,7 +153,11 @@ def closing_table(
 
 
 def format_value(name: str, value: Any) -> str:
-    """Formats a metric: shares such as accuracy in per cent, numbers to three or four digits."""
+    """Formats the value of the metric `name` for display.
+
+    A share, such as an accuracy, is formatted in per cent (see `is_share`), and any other number
+    with three or four digits. A string is returned unchanged, NaN and None become "-".
+    """
     number = _number(value)
     if number is None:
         return value if isinstance(value, str) else "-"
@@ -166,7 +174,7 @@ def format_value(name: str, value: Any) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Returns whether a metric is a share, which is best read in per cent."""
+    """Returns whether the metric `name` is a share from 0 to 1, which is shown in per cent."""
     last = name.lower().split("/")[-1].split(" ")[-1]
     return last in _SHARES or name.lower() in _SHARES
 

@@ -1,4 +1,4 @@
-"""Records in `starts.jsonl`, one line per start, when a run was started and by which version."""
+"""Records every start of a run, with the time and the version of jexit, in `starts.jsonl`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ STARTS_FILE = "starts.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """One start of a run.
+    """One start of a run, with the time and the code version of the start.
 
-    `time` is in UTC. `commit` is the commit of the checkout that ran, or "" for an installed jexit.
+    `time` is in UTC, as YYYY-MM-DD HH:MM. `version` is the version of jexit. `commit` is the git
+    commit of the checkout that ran, with "-dirty" added if files were edited, or "" for an
+    installed jexit.
     """
 
     time: str
@@ -27,7 +29,10 @@ class Start:
 
 
 def record_start(workdir: Path) -> None:
-    """Appends a line to a run's `starts.jsonl`; a run that was continued has several lines."""
+    """Appends a line with the present time and code version to `starts.jsonl` in `workdir`.
+
+    A run that was continued has one line per start. Raises UserError if the file cannot be written.
+    """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
     start = Start(time=now, version=jexit.__version__, commit=_commit())
     path = workdir / STARTS_FILE
@@ -36,9 +41,10 @@ def record_start(workdir: Path) -> None:
 
 
 def read_starts(workdir: Path) -> tuple[Start, ...]:
-    """Returns the starts of a run in order, and skips lines that do not describe a start.
+    """Returns the starts of the run in `workdir`, from the first to the last.
 
-    Raises UserError if the file cannot be read.
+    Skips lines that do not describe a start, and returns () if there is no `starts.jsonl`. Raises
+    UserError if the file cannot be read.
     """
     names = [field.name for field in dataclasses.fields(Start)]
     return tuple(
@@ -49,7 +55,10 @@ def read_starts(workdir: Path) -> tuple[Start, ...]:
 
 
 def _commit() -> str:
-    """Returns the commit of jexit's checkout, marked if files were edited, or an empty string."""
+    """Returns the git commit of jexit's checkout, or "" if there is no checkout.
+
+    "-dirty" is added if files were edited.
+    """
     checkout = Path(jexit.__file__).parents[1]
     if not (checkout / ".git").exists():
         return ""

@@ -1,9 +1,10 @@
 """Reads and writes safetensors files one tensor at a time.
 
-Reading uses the safetensors library, without memory maps, so that memory contains only the tensors
-that are being converted. Writing lays out a file before its data exist, which the library does not
-support. The format is an 8-byte little-endian header length, a JSON header of dtypes, shapes and
-offsets, and then the tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
+For reading, this module uses the safetensors library without memory maps, so that memory contains
+only the tensors that are being converted. For writing, this module lays out a file before the data
+of the tensors exist, which the library does not support. A safetensors file consists of an 8-byte
+little-endian header length, a JSON header of dtypes, shapes and offsets, and the bytes of the
+tensors (https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class Spec:
 
 
 class TensorReader:
-    """The tensors of `STEM.safetensors`, or of the shards that `STEM.safetensors.index.json` lists.
+    """Reads the tensors of `STEM.safetensors`, or of the shards that its index file lists.
 
-    Only headers are read until `read` is called. Raises MissingFile if these files do not exist or
-    if shards are missing. Raises UserError for pickles, for damaged files, and for a tensor that is
-    in two files.
+    STEM is the argument `stem`, and the index file is `STEM.safetensors.index.json`. The
+    constructor reads only the headers: `specs` then contains the shape and dtype of every tensor by
+    name. Raises MissingFile if neither file exists, or if shards are missing. Raises UserError if
+    the weights are stored as a pickle, if a file is damaged, if a dtype is not supported, or if two
+    files contain the same tensor.
     """
 
     def __init__(self, directory: pathlib.Path, stem: str = "model"):
@@ -83,7 +86,10 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor in the dtype it is stored in; raises UserError if it is not finite."""
+        """Returns the tensor `name` in the dtype in which the file stores the tensor.
+
+        Raises UserError if the tensor cannot be read, or if it contains NaN or infinity.
+        """
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)
@@ -139,10 +145,11 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
 
 
 class TensorWriter:
-    """Writes `STEM.safetensors`, or shards with an index if it would exceed `shard_bytes`.
+    """Writes `STEM.safetensors`, or shards with an index file if the tensors exceed `shard_bytes`.
 
-    `specs` fixes names, shapes and dtypes beforehand. After that, `write` accepts the tensors in
-    any order. Leaving the `with` block without an error checks that all of them were written.
+    STEM is the argument `stem`. `specs` contains the shape and dtype of every tensor by name, from
+    which the constructor lays out the files. `write` then accepts the tensors in any order. If the
+    `with` block ends without an error, an assertion checks that every tensor has been written.
     """
 
     def __init__(
@@ -193,7 +200,10 @@ class TensorWriter:
             self._places[name] = (file, 8 + len(text) + offsets[name])
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes one tensor, which must be finite and have the shape and dtype of its spec."""
+        """Writes the tensor `name`, which must have the shape and dtype of its spec.
+
+        Raises UserError if the tensor contains NaN or infinity.
+        """
         spec = self._specs[name]
         assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
         if not all_finite(tensor):

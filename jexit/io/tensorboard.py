@@ -1,7 +1,7 @@
 """Writes scalars as TensorBoard event files, in the calling thread.
 
-tensorboardX's `SummaryWriter` passes events to a background thread. That thread dies when the disk
-is full, and the next `add_scalar` then waits for it forever. This writer raises an error instead.
+The `SummaryWriter` of tensorboardX passes events to a background thread. If the disk is full, this
+thread ends, and the next call of `add_scalar` waits forever. `EventFile` raises an error instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class EventFile:
-    """An event file in `directory`; TensorBoard hides older events of steps ≥ `first_step`.
+    """Writes scalars to a new TensorBoard event file in `directory`.
 
-    Raises OSError if the disk refuses a write.
+    TensorBoard hides the events of steps ≥ `first_step` in older event files, because a resumed run
+    repeats these steps. Raises OSError if the file cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], first_step: int) -> None:

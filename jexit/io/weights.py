@@ -1,8 +1,9 @@
 """Weights on disk, in jexit's own format or in Hugging Face's safetensors.
 
-Parameters are named by dotted paths (`blocks.attn.q.kernel`), and their layers are stacked.
-`convert.names` defines which tensors of a file form each parameter. Opening either format reads
-only headers, and checks every name and shape against the model's configuration.
+Each parameter is named by its dotted path (`blocks.attn.q.kernel`). A parameter of the layers is
+one array that stacks all layers along its first axis. `convert.names` defines which tensors of a
+safetensors file form each parameter. In either format, opening the files reads only headers, and
+checks every name and shape against the model's configuration.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a model: the base weights, the adapters or the exits.
+    """One part of a model that is stored separately: the base weights, the adapters or the exits.
 
-    jexit's format stores a part in the directory `folder`, and Hugging Face's in
-    `STEM.safetensors`. `stacks` pairs lists of rules with the numbers of the layers or exits that
-    have their tensors.
+    In jexit's format, a part is the directory `folder`; in Hugging Face's, the file
+    `STEM.safetensors` for the field `stem`. `stacks` contains pairs (rules, numbers): each rule
+    maps one parameter to the tensors of the layers or exits with these numbers. `sizes` contains
+    the length of every axis letter in the rules.
     """
 
     folder: str
@@ -42,14 +44,14 @@ class Part:
     sizes: Mapping[str, int]
 
     def rules(self) -> Iterator[tuple[Rule, list[str]]]:
-        """Yields the rule of each parameter, and the names of the tensors that form it."""
+        """Yields each parameter's rule, with the names of the tensors that form the parameter."""
         for rules, numbers in self.stacks:
             for rule in rules:
                 stacked = numbers if rule.stacked else (None,)
                 yield rule, [rule.name_at(number) for number in stacked]
 
     def shapes(self) -> Shapes:
-        """Returns the shape of every parameter by its path."""
+        """Returns the shape of every parameter, with its stacked first axis, by dotted path."""
         return {
             rule.path: (*([len(numbers)] if rule.stacked else []), *rule.shape(self.sizes))
             for rules, numbers in self.stacks
@@ -76,12 +78,14 @@ def adapter_part(arch: Architecture, lora: LoRA) -> Part:
 
 
 def exit_part(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -> Part:
-    """Returns the part with the exit heads and the continuation.
+    """Returns the part that contains the exit heads and the continuation.
 
-    Head ℓ reads the residual that enters decoder layer ℓ:
-    `hazard = sigmoid(out(relu(hidden(norm))))`. For a token that has exited, layer m changes the
-    residual h to `h + update(h)`, or with a continuation_rank to `h + update(reduce(h))`. A frozen
-    continuation has no tensors.
+    `layers` are the numbers of the decoder layers with an exit head. The head of layer ℓ reads the
+    residual h that enters decoder layer ℓ, counted from 0, and computes the exit probability
+    `hazard = sigmoid(out(relu(hidden(norm(h)))))`, without `hidden` and relu if the head is linear.
+    For a token that has exited, the continuation replaces each remaining layer m: the residual h
+    becomes `h + update(h)`, or with a continuation_rank `h + update(reduce(h))`. A frozen
+    continuation leaves h unchanged and has no tensors.
     """
     head.check_width(arch.width)
     stacks = [(names.exit_rules(head.kind, head.norm), layers)]
@@ -103,7 +107,11 @@ FOLDERS = ("base", "adapters", "exits")
 
 
 class Weights(Protocol):
-    """A part on disk, with the dtypes of its parameters and an iterator over the parameters."""
+    """One part of a model on disk, in any format.
+
+    `dtypes` returns the dtype of every parameter by dotted path. `parameters` yields the dotted
+    path and the array of each parameter.
+    """
 
     def dtypes(self) -> dict[str, np.dtype]: ...
 
@@ -111,10 +119,11 @@ class Weights(Protocol):
 
 
 class StoredArrays:
-    """A part of a directory in jexit's own format.
+    """One part of a model, read from a directory in jexit's own format.
 
-    Raises MissingFile if the part is missing, and UserError if its names or shapes are not the
-    expected ones. Both checks come before any array is read.
+    The constructor checks the names and shapes before any array is read. Raises MissingFile if the
+    directory does not contain the part, and UserError if names or shapes are not those that `part`
+    describes.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -139,10 +148,11 @@ class StoredArrays:
 
 
 class Safetensors:
-    """A part of a Hugging Face directory.
+    """One part of a model, read from safetensors files in a Hugging Face directory.
 
-    Raises UserError if the files cannot be read, or one with a list of all tensors that are
-    missing, surplus or of the wrong shape.
+    The constructor reads only headers. Raises MissingFile if files are missing, and UserError if a
+    file cannot be read. If tensors are missing, surplus or of the wrong shape, raises one UserError
+    that lists all such tensors.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -171,7 +181,11 @@ class Safetensors:
             self._check_tied_head()
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Returns each parameter's dtype; if its layers differ, one that can represent them all."""
+        """Returns the dtype of every parameter by dotted path.
+
+        If the layers of a parameter are stored in different dtypes, the result is a dtype that can
+        represent them all.
+        """
         specs = self._reader.specs
         return {
             rule.path: functools.reduce(jnp.promote_types, (specs[n].dtype for n in tensors))
@@ -179,7 +193,10 @@ class Safetensors:
         }
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields every parameter's path and stacked array, one at a time, in the files' dtype."""
+        """Yields the dotted path and the stacked array of every parameter, and reads one at a time.
+
+        The arrays have the dtypes that `dtypes` returns.
+        """
         dtypes, sizes = self.dtypes(), self._part.sizes
         for rule, tensors in self._part.rules():
             if not rule.stacked:
@@ -207,7 +224,12 @@ def write_safetensors(
     dtypes: Mapping[str, np.dtype],
     parameters: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes a part as safetensors, from `parameters` that are read one at a time, in `dtypes`."""
+    """Writes one part of a model as safetensors files into `directory`.
+
+    `parameters` yields the dotted path and the stacked array of each parameter, and is read one
+    parameter at a time to keep memory use low. `dtypes` contains the dtypes of the arrays by dotted
+    path.
+    """
     rules = {rule.path: (rule, tensors) for rule, tensors in part.rules()}
     specs = {
         name: Spec(rule.file_shape(part.sizes), np.dtype(dtypes[path]))
@@ -223,7 +245,10 @@ def write_safetensors(
 
 
 def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> None:
-    """Raises one UserError that lists every difference between the two sets of shapes, by name."""
+    """Raises one UserError that lists every difference between the found and the expected shapes.
+
+    `found` and `expected` map names of tensors to shapes. `directory` appears in the message.
+    """
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     misshapen = [

@@ -1,4 +1,4 @@
-"""A run's directory: locks it, and checks that it belongs to a run with the same config."""
+"""Locks a run's directory, and checks that the directory belongs to a run with the same config."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ LAWS = {
 
 @contextlib.contextmanager
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
-    """Creates and locks a run's directory; removes it again if the run leaves it empty.
+    """Creates the run's directory `workdir` and locks it until the `with` block ends.
 
-    The operating system releases the lock when the process ends, for whatever reason. With several
-    hosts, the primary host takes the lock. Raises UserError on every host if another run has the
-    lock, if the file system does not support locks, or if `workdir` is a file.
+    If the block leaves a newly created directory empty, the directory is removed. If the process
+    ends early, for whatever reason, the operating system releases the lock. With several hosts, the
+    primary host takes the lock for all. Raises UserError on every host if another run has locked
+    the directory, if the file system does not support locks, or if `workdir` is a file.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -94,7 +95,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
 def check_same_run(workdir: pathlib.Path, config: Config) -> None:
     """Raises UserError if `workdir` contains a run with another config or another task file.
 
-    Differences in the sections of `CONTINUABLE` are allowed. Writes nothing.
+    The task file is the Python file with a user's own task. The settings in `CONTINUABLE` (such as
+    the number of steps) may differ. Nothing is written.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -124,10 +126,11 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> None:
 
 
 def start_run(workdir: pathlib.Path, config: Config) -> None:
-    """Writes `config.json` and records the start time; call it once all checks have passed.
+    """Writes `config.json` to `workdir` and records the start time.
 
-    Raises UserError in the same cases as `check_same_run`, and on a host that does not see the file
-    that the primary host wrote.
+    The caller makes all other checks first, because a run that is refused should change nothing.
+    Raises UserError if `check_same_run` does, and if a host does not see the file that the primary
+    host wrote, because all hosts must share the file system of `workdir`.
     """
     check_same_run(workdir, config)
     path = workdir / "config.json"
@@ -146,11 +149,13 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
 
 
 def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Returns, by section, the settings under which the exits of a run were trained.
+    """Returns the settings under which a run's exits were trained, by section of the config.
 
-    For a run of rl that started from a calibration, they include the calibration's settings.
-    Returns {} for a model that does not belong to such a run. Raises UserError if the run's
-    config.json cannot be read or lacks one of the settings.
+    `directory` is the directory of an sft or rl run, and an example of the result is {"rl":
+    {"min_hazard": 0.0, "hazard_temperature": 1.0}}. If an rl run started from an sft run, the
+    result also contains the settings of the sft run. Returns {} if `directory` does not belong to
+    an sft or rl run. Raises UserError if the run's config.json cannot be read or lacks one of the
+    settings.
     """
     without = "give the path of the run's model/ to load it without these settings"
     law: dict[str, dict[str, Any]] = {}
