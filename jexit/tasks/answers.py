@@ -16,10 +16,10 @@ Lenient rule: if the last line does not have this form, the answer is in the fir
 places that the text contains:
 
 1. the last `\\boxed{}`, if it contains a number or an expression;
-2. the last line with a `####` and a number after it that is not a heading. If the line contains
-   only "Answer:" after the `####`, the next line counts. A heading names a step ("#### Step 2"), or
-   reads as a title and numbers follow in the lines after it ("#### 2. Find the price", "#### Cost
-   of 3 apples");
+2. the last line that is not a heading and contains a `####` with a number after it. If the line
+   contains only "Answer:" after the `####`, the next line counts. A heading names a step
+   ("#### Step 2"), or reads as a title before lines that contain numbers ("#### 2. Find the price",
+   "#### Cost of 3 apples");
 3. the last "the answer is" or "answer:" that a number or an expression follows;
 4. the whole text, where the last number is the answer.
 

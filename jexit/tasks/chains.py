@@ -16,7 +16,7 @@ from jexit.tasks.base import Draw, Problem, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """A chain of thought up to a step that was changed, made to test whether the answer follows it.
+    """A chain of thought up to a changed step, which tests whether a model's answer follows it.
 
     `prefix` is the completion up to and including the changed step. `answer` is the answer that a
     correct continuation of `prefix` reaches, or None if the task cannot compute this answer. `step`

@@ -42,7 +42,7 @@ def make_task(
     rewards: Rewards | None = None,
     **options: Any,
 ) -> Task:
-    """Makes the task that a config names.
+    """Makes the task to which the setting `config.task.name` refers.
 
     `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME for a user's own task (NAME
     is `task` by default). NAME refers to a `Task`, or to a callable that returns a `Task` when it

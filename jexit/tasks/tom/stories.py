@@ -1,9 +1,9 @@
 """Draws theory-of-mind stories whose wording does not reveal the answer.
 
 If the question asks for a place, the story names three places, each of them once with the thing
-asked about. Mentions of another thing stand between these three. The rank of a place is its
-position in the order in which the story names the three places with the thing. The rank of the
-answer is drawn before the story.
+asked about. (Questions of the kind `memory` differ, see below.) Mentions of another thing may stand
+between these three mentions. The rank of a place is its position in the order in which the story
+names the three places with the thing. The rank of the answer is drawn before the story.
 
 In three of four stories about beliefs, only the comings and goings of one person determine the
 answer (see `jexit.tasks.tom.presence`). In the fourth, a sentence may name the person asked about
