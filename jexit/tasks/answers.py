@@ -73,12 +73,11 @@ _UNIT = (
 def _expressions(operators: str) -> str:
     """Returns a regular expression that matches a number together with all operands joined to it.
 
-    `operators` is a regular expression for the operators that join operands. The group `number`
-    contains the number, and the group `more` matches only if other operands are joined to the
-    number. An operand may have a unit of up to two words. Points, commas, colons and exponents join
-    the numbers that they touch on both sides. The exponent of anything but a number (`x^2`) does
-    not match. The group `function` matches if the number is the argument of a function (`sqrt(9)`),
-    which does not count as a number.
+    `operators` is a pattern of the operators that join operands. The group `number` contains the
+    number, and the group `more` matches if operands are joined to it. An operand may have a unit of
+    up to two words. Points, commas, colons and exponents join the numbers that they touch on both
+    sides. The exponent of anything else (`x^2`) does not match. The group `function` matches if the
+    number is the argument of a function, which does not count as a number.
     """
     join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
     joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}|[\u00b2\u00b3\u00b9]"
@@ -244,10 +243,9 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Returns the number that an answer such as "9 * 2 = 18" gives, or None if it gives none.
+    """Returns the number that an answer such as "9 * 2 = 18" gives, or None.
 
-    The answer is split at its equals signs, and the last part that gives a number decides. Text
-    after a parenthesis is ignored if a number comes before.
+    The last side of an equals sign that gives a number decides.
     """
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
@@ -278,10 +276,9 @@ def visible_text(completion: str) -> str | None:
 def chain_of_thought(completion: str) -> str:
     """Returns the part of `completion` before its answer, without white space at the end.
 
-    If the completion contains `</think>`, the chain of thought ends at the last `</think>`. If it
-    contains only `<think>`, the chain is the whole completion. If it contains neither, the chain
-    ends at the last `####` that marks an answer and not a heading, or is the whole completion if
-    there is no such `####`.
+    The chain of thought ends at the last `</think>`. Without `<think>` and `</think>`, it ends at
+    the last `####` that marks an answer and not a heading. Without any such end, the chain is the
+    whole completion.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:
@@ -316,11 +313,10 @@ def final_number(completion: str) -> Fraction | None:
 def judge(completion: str, answer: str) -> VerdictKind:
     """Compares a completion's answer with the right answer `answer` by value.
 
-    Returns `strict` if the last line of the completion is `#### n` and n is right, `lenient` if the
-    answer is right but was only found by the lenient rule (see `lenient_number`), `wrong` if the
-    answer is wrong, and `none` if no answer was found. A last line `#### n` always decides,
-    whatever else the text contains. Text inside a think block is ignored, and a completion with an
-    unfinished think block gives no answer (see `visible_text`).
+    Returns `strict` if the completion gives the right answer in a last line `#### n`, `lenient` if
+    it gives the right answer elsewhere, `wrong` if it gives another answer, and `none` if it gives
+    no answer. A last line `#### n` decides, whatever else the text contains. Thoughts do not count,
+    and an unfinished thought leaves no answer (see `visible_text`).
     """
     found = final_number(completion)
     if found is None:

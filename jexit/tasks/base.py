@@ -195,9 +195,8 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
 def conversation_fault(said: Any) -> str | None:
     """Returns the reason why `said` is not a valid prompt, or None if it is valid.
 
-    A valid prompt is a string that is not blank, or a sequence of chat messages whose last message
-    is the user's. A chat message is a mapping with a `role` from ROLES and a string as `content`.
-    The reason is the rest of a sentence about the prompt, such as "is empty".
+    A valid prompt is a string that is not blank, or a sequence of chat messages (mappings with
+    `role` and `content`) whose last message is the user's.
     """
     if isinstance(said, str):
         return None if said.strip() else "is empty"

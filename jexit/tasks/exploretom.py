@@ -148,10 +148,9 @@ def style_of(answer: str) -> str:
 
 
 def candidates(problem: Problem) -> phrases.Candidates:
-    """Returns a mapping from phrases that count as answers to `problem` to the answers they mean.
+    """Returns the phrases that count as answers to `problem`, mapped to the answers they stand for.
 
-    For a question about a place, these phrases are the places that the story and the question name,
-    the right answer, and phrases such as "not mentioned", which mean the answer "unknown".
+    For a place, phrases such as "not mentioned" also count, and stand for "unknown".
     """
     style = problem.fields["style"]
     if style == "yes_no":
@@ -165,11 +164,10 @@ def candidates(problem: Problem) -> phrases.Candidates:
 
 
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
-    """Returns the candidates of the sort that the question names: only containers or only rooms.
+    """Returns those of the candidates `known` that the question asks for: containers or rooms.
 
-    `known` contains all candidates of the problem (see `candidates`). All of `known` is returned if
-    the question does not start with "In which container" or "In which room". The right answer and
-    phrases for "unknown" are always included.
+    If the question names no such sort of place ("In which room"), all of `known` is returned. The
+    right answer is always included.
     """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":

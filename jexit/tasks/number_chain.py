@@ -48,8 +48,7 @@ class NumberChain(ChainTask):
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """Replaces the result of one step by a number near it, and drops all that follows the step.
 
-        The step is drawn at random. Its result is the number after its last `=`. Returns None if no
-        step can be changed so that another answer than the answer of `completion` may follow.
+        The result of a step is the number after its last `=`.
         """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [place for place, step in enumerate(steps) if result_of(step) is not None]

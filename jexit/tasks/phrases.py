@@ -160,10 +160,9 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer that the candidate at the slice `place` of `words` stands for.
+    """Returns the answer that the candidate at the slice `place` stands for.
 
-    If a negation precedes the candidate, the result is the answer of its negated form ("not know"
-    for "know", and vice versa), or None if `spelled` does not contain the negated form.
+    A negated candidate stands for the answer of the opposite candidate ("not know"), or for None.
     """
     phrase = words[place]
     answer = spelled[phrase]
@@ -294,12 +293,11 @@ def final_phrase(text: str, candidates: Candidates) -> str | None:
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
     """Compares a completion's answer with the right answer `answer`.
 
-    Returns `strict` if the last line is `#### ...` with only the right answer, `lenient` if the
-    right answer is given in another way, such as in a sentence, `wrong` if another answer is given,
-    and `none` if no answer is found. A last line `#### ...` always decides, whatever else the text
-    contains, and is `wrong` if it contains no candidate. `candidates` maps the phrases that count
-    as answers in sentences to the answers that they stand for. Text inside a think block is
-    ignored, and a completion with an unfinished think block gives no answer (see
+    Returns `strict` if a last line `#### ...` contains only the right answer, `lenient` if the
+    right answer is given in a sentence or elsewhere, `wrong` if another answer is given, and `none`
+    if no answer is given. A last line `#### ...` decides, whatever else the text contains.
+    `candidates` maps the phrases that count as answers in sentences to the answers that they stand
+    for. Thoughts do not count, and an unfinished thought leaves no answer (see
     `jexit.tasks.answers.visible_text`).
     """
     text = visible_text(completion)

@@ -173,11 +173,7 @@ def _importable(folder: pathlib.Path) -> None:
 
 
 def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Returns the parameters of `found`, and whether it accepts other keyword arguments.
-
-    The parameters are a mapping from names to annotations (None without an annotation). If the
-    signature cannot be read, the mapping is empty and other keyword arguments count as accepted.
-    """
+    """Returns the parameters of `found` with their annotations, and whether it takes any others."""
     try:
         parameters = inspect.signature(found).parameters.values()
         makes = found.__init__ if isinstance(found, type) else found

@@ -49,13 +49,7 @@ class RowsTask(FileTask):
         return self.judge([problem], [Attempt(text=completion)])[0]
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Calls every reward function once with all completions, and returns one verdict for each.
-
-        The reward of a completion is the weighted sum of the functions' results, without those that
-        are None. The kind of the verdict depends on the result of the function that decides
-        accuracy: `none` if the result is None, `strict` if the result is at least CORRECT (0.5),
-        and `wrong` otherwise.
-        """
+        """Calls every reward function once with all completions, and returns the verdicts."""
         if not problems:
             return []
         rows = [problem.fields for problem in problems]
@@ -209,11 +203,9 @@ def rows_task(
 
 
 def _read(rows: Rows, source: Source) -> Iterator[Row]:
-    """Yields each row with its place, as `("row 3", row)` or `("FILE:3", row)`.
+    """Yields `("row 3", row)` for each of `rows`, or the reason in place of an unusable row.
 
-    If a row cannot be used, the reason is yielded as a string in place of the row. `source` is the
-    split to load from the Hugging Face hub. Raises UserError if `rows` names a file that does not
-    exist or whose format is not supported.
+    `source` is the split to load if `rows` names a data set of the Hugging Face hub.
     """
     if not isinstance(rows, (str, os.PathLike)):
         for index in range(len(rows)):
@@ -271,12 +263,7 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
 
 @functools.lru_cache(maxsize=8)
 def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
-    """Returns the rows of one split of a data set of the Hugging Face hub.
-
-    `reference` is `hf:OWNER/NAME[:CONFIG]`. The split comes from the local cache of the `datasets`
-    library, or is downloaded. Raises UserError if the library is missing or the split cannot be
-    loaded.
-    """
+    """Returns one split of a data set of the Hugging Face hub, from its cache or a download."""
     try:
         import datasets
     except ImportError as error:

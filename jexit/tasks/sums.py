@@ -161,9 +161,8 @@ class Sums(ChainTask):
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """Replaces the result of one step by another digit, and drops everything after this step.
 
-        The step is drawn at random. Its result is the first digit of its list. The answer that
-        follows is the sum of the changed list modulo 10, and differs from the answer of
-        `completion`. Returns None if no step can be changed.
+        The result of a step is the first digit of its list. The answer that follows is the sum of
+        the changed list modulo 10.
         """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]

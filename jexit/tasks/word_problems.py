@@ -1,6 +1,8 @@
 """Generated arithmetic stories with worked answers, in the format of the data set GSM8K.
 
-Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now? !3+4=7 !#### 7
+Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
+3+4=7
+#### 7
 """
 
 from __future__ import annotations

@@ -144,10 +144,9 @@ def corruptions(
 ) -> list[Corruption]:
     """Returns a corruption for each line that can be changed so that another answer follows.
 
-    `lines` are the lines of a chain that leads to `answer`. In a changed line about a place, the
-    place is replaced by another one of `places`. In a changed line about a topic, other people hear
-    about the topic, so that the knowledge asked for is gained or lost. The answer after each
-    corruption differs from `answer`.
+    `lines` are the lines of a chain that leads to `answer`. A place becomes another one of
+    `places`. For a topic, the people who hear about it change, so that the knowledge asked for is
+    gained or lost.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]

@@ -200,9 +200,8 @@ def substance(drawn: tuple[Story, Question]) -> str:
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
     """Returns the problem that asks `question` about `story`, with its reference completion.
 
-    `mode` is the kind of chain that the prompt prescribes (a key of CLOSINGS). Unless `mode` is
-    "at_once", `fine` selects the reference chain: a line for every event that matters (True), or a
-    line for every change of the answer (False).
+    `mode` is the key in CLOSINGS of the kind of chain that the prompt prescribes. `fine` selects
+    the fine or the coarse reference chain, unless `mode` is "at_once".
     """
     world = story.end()
     assert world is not None, "the story cannot happen"

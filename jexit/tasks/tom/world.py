@@ -33,12 +33,11 @@ KNOWN = "yes"  # the belief about a topic that somebody has heard about
 class Event:
     """One event in the world, such as "Tom moves the coins to the jar".
 
-    `kind` is the verb and `actor` the person who acts. `thing` is an object, or a topic for
-    `tells`. `place` is the container into which the object is put, or in which the object is said
-    to be. `room` is the room that is entered or left, or to which the object is taken. `hearer` is
-    the person to whom the actor whispers, and is empty if everybody in the room hears the actor.
-    `secret` is the person who witnesses the event in secret, and `distracted` the person who misses
-    it. Fields that do not apply are empty.
+    `thing` is an object, or a topic for `tells`. `place` is the container into which the object is
+    put, or in which the object is said to be. `room` is the room that is entered or left, or to
+    which the object is taken. `hearer` is the person to whom the actor whispers, and is empty if
+    everybody hears the actor. `secret` is the secret witness, and `distracted` the person who
+    misses the event.
     """
 
     kind: EventKind
