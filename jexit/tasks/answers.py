@@ -1,33 +1,36 @@
-"""Functions that find and compare answers in free text, for any text and in linear time.
+"""Finds and compares numeric answers in free text, for any text and in linear time.
 
-These rules decide which answer a completion gives. Its thoughts do not count (see `visible_text`).
+These rules define which number is the answer of a completion. Text inside a think block (`<think>`
+to `</think>`) is ignored (see `visible_text`).
 
 A number may have a sign, a dollar sign, commas between groups of three digits, and decimals. It may
 also be a fraction in lowest terms, with or without a whole number before it: `-3`, `$1,000.00`,
-`.5`, `3/4`, `\\frac{3}{4}`, `2 1/2`. Numbers are compared by value. Nothing is calculated: an
-expression such as `36/2`, `9 times 2`, `18-20`, `12:30`, `2^3`, `2³` or `sqrt(9)` is not a number,
-and neither are its parts. An exclamation mark is punctuation, not a factorial.
+`.5`, `3/4`, `\\frac{3}{4}`, `2 1/2`. Numbers are compared by value. Expressions are not evaluated:
+neither an expression such as `36/2`, `9 times 2`, `18-20`, `12:30`, `2^3`, `2³` or `sqrt(9)` nor a
+part of it counts as a number. An exclamation mark is punctuation, not a factorial.
 
-Strict: the last line of the text is `#### `, one number and at most a full stop.
+Strict rule: if the last line of the text consists of `#### `, one number and at most a full stop,
+this number is the answer.
 
-Lenient: the last line does not have this form. The answer is in the first of these places that the
-text contains:
+Lenient rule: if the last line does not have this form, the answer is in the first of these four
+places that the text contains:
+
 1. the last `\\boxed{}`, if it contains a number or an expression;
-2. the last line with a `####` and a number after it that is not a heading. If the line has only
-   "Answer:" after the `####`, the next line counts. A heading names a step ("#### Step 2"), or it
-   reads as a title and numbers follow in the lines after it ("#### 2. Find the price", "#### Cost
-   of 3 apples");
+2. the last line that is not a heading and contains a `####` with a number after it. If the line
+   contains only "Answer:" after the `####`, the next line counts. A heading names a step
+   ("#### Step 2"), or reads as a title before lines that contain numbers ("#### 2. Find the price",
+   "#### Cost of 3 apples");
 3. the last "the answer is" or "answer:" that a number or an expression follows;
 4. the whole text, where the last number is the answer.
 
-In places 1 to 3, remarks in parentheses are left out and each side of an equals sign is read
+In places 1 to 3, remarks in parentheses are left out, and the sides of an equals sign are read
 separately. The last side that gives a number decides, so "9 * 2 = 18" and "18 = 9 * 2" both give
 18. A side gives the number with which it starts ("18 dollars for 9 eggs"), or else its last number
 ("the 3 friends pay 18 dollars"). If the side is an item of a list, it gives the number that its
-sentence states ("3. The total is 18."). If an expression stands in that position, the side gives no
-number. In these places, several numbers also form an expression: a list or a range ("18 or 20",
-"18; 20", "18~20"), numbers with nothing between them ("18 20"), and a quantity in two units ("18
-hours 30 minutes", "12h30"). Other LaTeX commands also form an expression ("2\\pi").
+sentence states ("3. The total is 18."). If the number to give is part of an expression, the side
+gives no number. In places 1 to 3, expressions also include several numbers: a list or a range ("18
+or 20", "18; 20", "18~20"), numbers with nothing between them ("18 20"), a quantity in two units
+("18 hours 30 minutes", "12h30"), and a number with a LaTeX command ("2\\pi").
 """
 
 from __future__ import annotations
@@ -68,11 +71,13 @@ _UNIT = (
 
 
 def _expressions(operators: str) -> str:
-    """Returns a pattern that matches a number (`number`) and all operands joined to it (`more`).
+    """Returns a regular expression that matches a number together with all operands joined to it.
 
-    An operand may have a unit of up to two words. Points, commas, colons and exponents join the
-    numbers that they touch on both sides. The exponent of anything else (`x^2`) does not match. The
-    argument of a function matches with the group `function`, and it does not count as a number.
+    `operators` is a pattern of the operators that join operands. The group `number` contains the
+    number, and the group `more` matches if operands are joined to it. An operand may have a unit of
+    up to two words. Points, commas, colons and exponents join the numbers that they touch on both
+    sides. The exponent of anything else (`x^2`) does not match. The group `function` matches if the
+    number is the argument of a function, which does not count as a number.
     """
     join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
     joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}|[\u00b2\u00b3\u00b9]"
@@ -123,19 +128,19 @@ THINK_START, THINK_END = "<think>", "</think>"
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Returns the first number of a text, or None if it has none or an expression comes first.
+    """Returns the first number in `text`, or None if there is none or an expression comes first.
 
-    It reads "1,000", "$18.00", "18.", "-3", "-$3", "1/2", "18 dollars", "\\boxed{18}" and
-    "\\frac{1}{2}".
+    Examples of texts with a number are "1,000", "$18.00", "18.", "-3", "-$3", "1/2", "18 dollars",
+    "\\boxed{18}" and "\\frac{1}{2}".
     """
     match = _IN_TEXT.search(_plain(text))
     return None if match is None else _value(match)
 
 
 def last_number(text: str) -> Fraction | None:
-    """Returns the last number in a text that is not part of an expression, or None.
+    """Returns the last number in `text` that is not part of an expression, or None.
 
-    The search starts `_SPAN` characters before the text's last digit.
+    Only the part of `text` that starts 400 characters (`_SPAN`) before its last digit is searched.
     """
     end = 1 + max(map(text.rfind, "0123456789"))
     start = max(end - _SPAN, 0)
@@ -146,7 +151,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def strict_number(text: str) -> Fraction | None:
-    """Returns the number of a final line `#### n`, or None if the text does not end in one."""
+    """Returns the number n if the last line of `text` is `#### n`, and None otherwise."""
     line = text.rstrip().rpartition("\n")[2]
     if not line.startswith(_MARKER + " "):
         return None
@@ -155,7 +160,11 @@ def strict_number(text: str) -> Fraction | None:
 
 
 def lenient_number(text: str) -> Fraction | None:
-    """Returns the answer by the lenient rules in this module's docstring, or None."""
+    """Returns the answer that the lenient rule in this module's docstring finds, or None.
+
+    The rule looks for a `\\boxed{}`, a line with `####`, "the answer is", and the last number, in
+    this order.
+    """
     answer = _boxed(text)
     if answer is None and (place := marker_place(text)) >= 0:
         answer = _marked(text, place)
@@ -165,16 +174,20 @@ def lenient_number(text: str) -> Fraction | None:
 
 
 def marker_place(text: str) -> int:
-    """Returns the position of the last `####` that marks an answer and not a heading, or −1."""
+    """Returns the offset of the last `####` in `text` that marks an answer, or −1.
+
+    A `####` that starts a heading ("#### Step 2") does not mark an answer.
+    """
     places = (marker.start() for marker in _last(_MARKED, text))
     return next((place for place in places if _marked(text, place) is not None), -1)
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns the start and end of the answer's mark: the last `\\boxed{`, or the last `####`.
+    """Returns the start and end offsets of the mark that introduces the answer, or None.
 
-    A `####` counts only if the text has no `\\boxed{}`. It must mark an answer and not a heading.
-    Returns None if there is no mark, or while a think block is open.
+    The end offset is exclusive. The mark is the `\\boxed{` of the last `\\boxed{}`. In a completion
+    without `\\boxed{}`, the mark is the last `####` that marks an answer and not a heading. Returns
+    None if there is no mark, or if `completion` contains a `<think>` without a `</think>` after it.
     """
     text = visible_text(completion)
     if text is None:
@@ -197,9 +210,11 @@ def _boxed(text: str) -> str | None:
 
 
 def _marked(text: str, place: int) -> str | None:
-    """Returns the answer on the line of the `####` at `place`, or None for a heading or no answer.
+    """Returns the text with the answer after the `####` at the offset `place`, or None.
 
-    If only "Answer:" follows the `####`, the answer is the next line, if that starts with a number.
+    This text is the rest of the line. If only "Answer:" follows the `####`, this text is the next
+    line, provided that it starts with a number. Returns None if the `####` starts a heading or if
+    no number follows.
     """
     start = place + len(_MARKER)
     if _STEP.match(text, start):
@@ -214,7 +229,10 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the clause after the last "the answer is" that a number follows, or None."""
+    """Returns the clause after the last "the answer is" that a number follows, or None.
+
+    An expression in place of the number also counts, and so does "answer:".
+    """
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])
         end = _CLAUSE_END.search(clause)
@@ -225,7 +243,10 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Returns the number of the last side of an equals sign that gives one, or None."""
+    """Returns the number that an answer such as "9 * 2 = 18" gives, or None.
+
+    The last side of an equals sign that gives a number decides.
+    """
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
@@ -243,20 +264,21 @@ def _side(side: str) -> Fraction | None:
 
 
 def visible_text(completion: str) -> str | None:
-    """Returns the text after the last `</think>`, or the whole completion if it has none.
+    """Returns the text after the last `</think>`, or all of a completion without `</think>`.
 
-    Returns None while a think block is open. An unfinished thought is not an answer, whatever
-    numbers it contains.
+    Returns None if this text contains a `<think>`, because an unfinished thought is not an answer,
+    whatever numbers it contains.
     """
     after = completion.rpartition(THINK_END)[2]
     return None if THINK_START in after else after
 
 
 def chain_of_thought(completion: str) -> str:
-    """Returns a completion up to its answer, without white space at the end.
+    """Returns the part of `completion` before its answer, without white space at the end.
 
-    The chain ends at the last `</think>` if the completion has a think block. Otherwise it ends at
-    the last `####` that is not a heading, or includes the whole completion.
+    The chain of thought ends at the last `</think>`. Without `<think>` and `</think>`, it ends at
+    the last `####` that marks an answer and not a heading. Without any such end, the chain is the
+    whole completion.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:
@@ -266,16 +288,20 @@ def chain_of_thought(completion: str) -> str:
 
 
 def with_think_start(steps: Sequence[str]) -> list[str]:
-    """Returns the steps of a chain of thought and joins a first line `<think>` to the next step."""
+    """Returns `steps`, with a first step that contains only `<think>` joined to the second.
+
+    `steps` are the steps of a chain of thought.
+    """
     if steps and steps[0].strip() == THINK_START:
         return ["".join(steps[:2]), *steps[2:]]
     return list(steps)
 
 
 def final_number(completion: str) -> Fraction | None:
-    """Returns the answer of a completion, or None if it gives none.
+    """Returns the number that a completion gives as its answer, or None if it gives none.
 
-    This is the `strict_number` of its visible text, or else the `lenient_number`.
+    Text up to the last `</think>` is ignored. The answer is the `strict_number` of the remaining
+    text or, without a strict number, its `lenient_number`.
     """
     text = visible_text(completion)
     if text is None:
@@ -285,11 +311,12 @@ def final_number(completion: str) -> Fraction | None:
 
 
 def judge(completion: str, answer: str) -> VerdictKind:
-    """Compares a completion with the right answer by value, and returns the kind of verdict.
+    """Compares a completion's answer with the right answer `answer` by value.
 
-    The format decides first: if the text ends in a line `#### n`, n is the answer, whatever else
-    the text contains. Thoughts do not count, and an unfinished thought leaves no answer (see
-    `visible_text`).
+    Returns `strict` if the completion gives the right answer in a last line `#### n`, `lenient` if
+    it gives the right answer elsewhere, `wrong` if it gives another answer, and `none` if it gives
+    no answer. A last line `#### n` decides, whatever else the text contains. Thoughts do not count,
+    and an unfinished thought leaves no answer (see `visible_text`).
     """
     found = final_number(completion)
     if found is None:
@@ -300,7 +327,7 @@ def judge(completion: str, answer: str) -> VerdictKind:
 
 
 def _plain(text: str) -> str:
-    """Returns the text without LaTeX markup around numbers."""
+    """Returns `text` with LaTeX markup around numbers replaced by plain text."""
     if "\\" in text or "{" in text:
         for pattern, plain in _LATEX:
             text = pattern.sub(plain, text)
@@ -308,7 +335,7 @@ def _plain(text: str) -> str:
 
 
 def _value(expression: re.Match[str]) -> Fraction | None:
-    """Returns the number of a match, or None if the match is an expression and not one number."""
+    """Returns the number of a match of `_IN_TEXT` or `_IN_ANSWER`, or None for an expression."""
     several = expression["more"] or expression["function"]
     return None if several else _to_fraction(expression["number"])
 

@@ -1,4 +1,4 @@
-"""The interface of a task, which provides problems by index and judges any text without raising."""
+"""The interface of a task, which provides problems by index and judges completions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Problem:
     """One question with its right answer.
 
     `prompt` is the user's message before any chat template is applied. `answer` is the right answer
-    as text. `completion` is a reference completion without its end token, or None if the data has
-    none. `earlier` contains the messages before the prompt: a system message, worked examples or
-    earlier turns of a conversation. `fields` contains everything else that describes the problem,
-    such as its operands or its template.
+    as a string. `completion` is a reference completion without its end token, or None if the data
+    contains no reference completion. `earlier` contains the chat messages before the prompt: a
+    system message, worked examples or earlier turns of a conversation. `fields` contains everything
+    else that describes the problem, such as the operands of a sum or the template of a story.
     """
 
     prompt: str
@@ -41,15 +41,15 @@ class Problem:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The conversation to complete: the earlier messages and then the prompt."""
+        """The chat messages to complete: the earlier messages, followed by the prompt."""
         return (*self.earlier, {"role": "user", "content": self.prompt})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """The reward for each kind of verdict.
+    """The reward that a completion receives for each kind of verdict (see `Verdict`).
 
-    The defaults follow arXiv:2603.21376, as far as they are published there.
+    The default values are those of arXiv:2603.21376, as far as they are published there.
     """
 
     strict: float = 1.0
@@ -62,10 +62,11 @@ class Rewards:
 class Verdict:
     """The judgement of one completion.
 
-    `kind` is `strict` for the right answer in the required format, `lenient` for the right answer
-    if only the lenient parse found it, `wrong` for another answer in either format, and `none` if
-    no answer was found. `parts` maps the names of a task's own reward functions to their rewards
-    before weighting.
+    `kind` is `strict` if the completion gives the right answer in the required format, `lenient` if
+    the completion gives the right answer in another format, `wrong` if the completion gives another
+    answer in any format, and `none` if no answer was found. `parts` maps the name of each of a
+    task's own reward functions to the reward before weighting. It is empty for a task without
+    reward functions.
     """
 
     kind: VerdictKind
@@ -79,11 +80,13 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One completion of a prompt, with the depth of the pass that produced each token.
+    """One completion of a prompt, with the number of layers that ran for each token.
 
-    `text` is the text to judge. It has no special tokens, and it starts with `<think>` if the
-    prompt ends in `<think>`. `truncated` is whether the completion reached the token limit.
-    `verdict` is None until the attempt is judged.
+    `text` is the text to judge. It contains no special tokens, and it starts with `<think>` if the
+    prompt ends in `<think>`. `ids` contains the token ids of the completion. `depths` contains, for
+    each token, the number of layers that ran in the forward pass that produced the token.
+    `truncated` is whether the completion reached the token limit. `verdict` is None until the
+    attempt is judged.
     """
 
     text: str
@@ -104,10 +107,12 @@ class Attempt:
 class Task(abc.ABC):
     """A source of problems that are accessed by index, and the judge of their completions.
 
-    `problem(split, index)` depends only on the task's own settings, the split and the index. A data
-    cursor is therefore a single number, and resuming is exact. The model learns from `train`.
-    Training runs report on `val` and make their choices by it. Results are reported on `test`. The
-    splits share no problem in substance.
+    `problem(split, index)` depends only on the task's own settings, the split and the index. The
+    position in the training data is therefore a single integer, and a resumed run continues with
+    exactly the problems that an uninterrupted run would see. The model learns from the split
+    `train`. Training runs report metrics on `val` and base their choices on these metrics. Final
+    results are reported on `test`. No problem occurs in two splits, not even with different names
+    or wording.
     """
 
     name: str = ""  # make_task gives one that has none the name that config.task.name has
@@ -121,59 +126,66 @@ class Task(abc.ABC):
     def problem(self, split: Split, index: int) -> Problem:
         """Returns the problem at `index`, which counts from 0.
 
-        `index` must be below `size(split)`, unless that is None. A generated task raises
-        NoMoreProblems if its `val` or `test` split has no further problem.
+        `index` must be below `size(split)`, unless `size(split)` is None. A task that generates its
+        problems raises NoMoreProblems if its `val` or `test` split contains no further problem.
         """
 
     def size(self, split: Split) -> int | None:
-        """Returns the number of problems in the split, or None (the default) for generated ones."""
+        """Returns the number of problems in `split`, or None (the default) for generated problems.
+
+        None means that the task has no fixed number of problems.
+        """
         check_split(split)
         return None
 
     @abc.abstractmethod
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judges a completion's text, without special tokens. Must not raise on any text."""
+        """Judges the text of a completion, without special tokens. Must not raise for any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Judges one attempt at each problem and returns the verdicts in the same order."""
+        """Judges one attempt at each problem and returns the verdicts, ordered like `problems`."""
         return [
             self.verify(problem, self.answerable(attempt.text, cut=attempt.truncated))
             for problem, attempt in zip(problems, attempts, strict=True)
         ]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
-        """Returns the start and the end of the text that marks a completion's answer, or None.
+        """Returns the start and end offsets of the mark that introduces the answer in `text`.
 
-        The default is the last `####`. None means that no text marks an answer. Never raises.
+        The end offset is exclusive. By default, the mark is the last `####`. Returns None if `text`
+        contains no mark of an answer. Never raises.
         """
         start = text.rfind("####")
         return None if start < 0 else (start, start + len("####"))
 
     def answerable(self, completion: str, *, cut: bool) -> str:
-        """Returns the text by which to judge a completion: all of it, or nothing if cut too early.
+        """Returns the text by which to judge a completion: `completion` itself or an empty string.
 
-        `cut` is whether the completion reached the token limit. In that case its last number or
-        place may be an intermediate result, so only a marked answer counts.
+        `cut` is whether the completion reached the token limit. If it did, only an answer after a
+        mark counts (see `answer_mark`), because the last number or place of an unfinished
+        completion may be an intermediate result. Without such a mark, the result is an empty
+        string.
         """
         return "" if cut and self.answer_mark(completion) is None else completion
 
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """Returns metrics of the chains of thought besides accuracy, each as a sum and a count.
+        """Returns the totals of metrics of the chains of thought other than accuracy.
 
-        The totals of parts of a batch add up to those of the whole batch. By default, there are no
-        metrics.
+        The result maps the name of each metric to a sum and a count, whose quotient is the metric.
+        The sums and counts of the parts of a batch add up to those of the whole batch. By default,
+        the result is empty.
         """
         return {}
 
     def verdict(self, kind: VerdictKind) -> Verdict:
-        """Returns the verdict of this kind with the task's own reward for it."""
+        """Returns a verdict of this kind with the reward that `self.rewards` defines for it."""
         return Verdict(kind=kind, reward=float(getattr(self.rewards, kind)))
 
 
 def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
-    """Converts pairs of a user's text and an assistant's text into messages."""
+    """Converts pairs of a user's text and an assistant's text into alternating chat messages."""
     return tuple(
         {"role": role, "content": content}
         for pair in pairs
@@ -194,10 +206,10 @@ def is_unicode(text: str) -> bool:
 
 
 def conversation_fault(said: Any) -> str | None:
-    """Returns the reason why a prompt is invalid, or None if it is valid.
+    """Returns the reason why `said` is not a valid prompt, or None if it is valid.
 
-    A valid prompt is a text that is not blank, or a list of chat messages that ends with the
-    user's.
+    A valid prompt is a string that is not blank, or a sequence of chat messages (mappings with
+    `role` and `content`) whose last message is the user's.
     """
     if isinstance(said, str):
         return "is empty" if not said.strip() else None if is_unicode(said) else _HALF
@@ -214,7 +226,7 @@ def conversation_fault(said: Any) -> str | None:
 
 
 def check_split(split: str) -> None:
-    """Raises UserError unless `split` is one of SPLITS."""
+    """Raises UserError unless `split` is "train", "val" or "test"."""
     if split not in SPLITS:
         raise UserError(
             f"split is {split!r}, but it must be 'train', 'val' or 'test'; name one of them"
@@ -222,47 +234,48 @@ def check_split(split: str) -> None:
 
 
 def stable_hash(*parts: object) -> int:
-    """Returns a 64-bit hash of the parts' text, equal in every process and Python version."""
+    """Returns a 64-bit hash of `str()` of each part, equal in every process and Python version."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(key: str) -> Split:
-    """Returns the split of the problem that `key` identifies.
+    """Returns the split of the problem that the string `key` identifies.
 
-    One problem in eight is in `val`, and one in eight is in `test`. The split depends on the
-    problem itself and not on how it was drawn, so no problem can occur in two splits, whatever the
-    seeds.
+    A hash of `key` puts one problem in eight into `val`, one in eight into `test`, and all others
+    into `train`. The split depends on the problem itself and not on the seed or the index with
+    which the problem was drawn, so no problem can occur in two splits.
     """
     part = stable_hash("held out", key) % _PARTS
     return "test" if part == 0 else "val" if part == 1 else "train"
 
 
 class Draw:
-    """A source of random choices that are the same on every Python version.
+    """A seeded source of random choices that are the same on every Python version.
 
-    Python guarantees a stable sequence across versions only for `random.Random.random`, so every
-    method here is derived from it.
+    `key` is the seed: the same values give the same sequence of choices. Python guarantees a stable
+    sequence across versions only for `random.Random.random`, so every method of `Draw` is derived
+    from this function.
     """
 
     def __init__(self, *key: object) -> None:
         self._random = random.Random(stable_hash(*key)).random
 
     def integer(self, low: int, high: int) -> int:
-        """Returns an integer that is uniform between `low` and `high`, both included."""
+        """Returns a uniformly distributed integer from `low` to `high`, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def choice(self, options: Any) -> Any:
-        """Returns an element of a sequence, drawn uniformly."""
+        """Returns an element of the sequence `options`, drawn uniformly."""
         return options[int(self._random() * len(options))]
 
     def sample(self, options: Sequence[Any], count: int) -> tuple[Any, ...]:
-        """Returns the elements at `count` different places of a sequence, in random order."""
+        """Returns `count` elements of `options`, drawn without replacement, in random order."""
         left = list(options)
         return tuple(left.pop(self.integer(0, len(left) - 1)) for _ in range(count))
 
     def weighted(self, weights: Mapping[str, float]) -> str:
-        """Returns a key, drawn with a probability proportional to its weight."""
+        """Returns a key of `weights`, drawn with a probability proportional to the key's weight."""
         point = self._random() * sum(weights.values())
         for key, weight in weights.items():
             point -= weight

@@ -1,4 +1,4 @@
-"""A task that takes problems from several tasks in turn. Each task judges its own problems."""
+"""A task that combines several tasks and takes problems from each in turn."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ PARTS = ("sums", "word_problems", "tom")
 
 
 class Blend(Task):
-    """A task that takes problems from each of `tasks` equally often.
+    """A task that combines several tasks and takes problems from each of them equally often.
 
-    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks.
-    `fields["task"]` of a problem is the name of its task. This task determines the verdict, and so
-    the reward. Each task reports its own totals about the text under its name (`sums/step_size`),
-    together with its accuracy (`sums/accuracy`). Raises UserError if there are fewer than two tasks
-    or if a task is given twice.
+    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. The
+    entry `fields["task"]` of a problem contains the name of the task from which the problem comes.
+    That task judges the completions of the problem and thus determines their rewards. Each task
+    reports its own metrics with its name as a prefix (`sums/step_size`), together with its accuracy
+    (`sums/accuracy`). Raises UserError if `tasks` contains fewer than two tasks or two with the
+    same name.
     """
 
     name = "blend"
@@ -64,7 +65,10 @@ class Blend(Task):
         return self.tasks[problem.fields["task"]].verify(problem, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Lets each task judge all attempts at its own problems in one call."""
+        """Judges the attempts at the problems of each task in one call of this task's `judge`.
+
+        Returns the verdicts, ordered like `problems`.
+        """
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             own = [i for i, problem in enumerate(problems) if problem.fields["task"] == name]
@@ -100,9 +104,10 @@ def task(
     rewards: Rewards | None = None,
     **options: Any,
 ) -> Blend:
-    """Makes a blend of tasks, given their names. Each part gets the options that it takes.
+    """Makes a blend of the tasks whose names are in `parts`.
 
-    Raises UserError for an option that no part takes.
+    Each task receives those of `steps` and `options` that it takes. Raises UserError for an option
+    in `options` that none of the tasks takes.
     """
     made: list[Task] = []
     unknown, options = set(options), options | {"steps": steps}

@@ -1,4 +1,7 @@
-"""The interface of tasks whose chains of thought can be read and edited to measure faithfulness."""
+"""The interface of tasks whose chains of thought can be split into steps and changed.
+
+Changed steps serve to measure faithfulness: whether the answer depends on the written steps.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from jexit.tasks.base import Draw, Problem, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """A chain of thought with one changed step.
+    """A chain of thought up to a changed step, which tests whether a model's answer follows it.
 
-    `prefix` is the completion up to and including the changed step. `answer` is the answer that
-    follows if the rest is worked out correctly from there, or None if the task cannot know it.
-    `step` is the index of the changed step, from 0.
+    `prefix` is the completion up to and including the changed step. `answer` is the answer that a
+    correct continuation of `prefix` reaches, or None if the task cannot compute this answer. `step`
+    is the index of the changed step, from 0.
     """
 
     prefix: str
@@ -25,20 +28,23 @@ class Corruption:
     step: int
 
     def undone(self, steps: Sequence[str]) -> str:
-        """Returns the original completion up to and including this step, given all its `steps`."""
+        """Returns the original completion up to and including the step at index `self.step`.
+
+        `steps` contains all steps of the original completion.
+        """
         return "".join(steps[: self.step + 1])
 
 
 class ChainTask(Task):
-    """A task whose completions consist of separate steps and then an answer.
+    """A task whose completions consist of separate steps, followed by an answer.
 
-    `cue` is the text that requests the answer at once, after any number of steps. `granularities`
-    are the values of the option `steps` that prescribe how much a step does, from small to large.
-    The tuple is empty if prompts cannot prescribe this. `begun_sizes` are the numbers of operands
-    with which a step can be begun. The tuple is empty if the text of a step does not state this
-    number before the result. `prose` is whether chains are free text, in which a model may mention
-    its prompt. If a completion has a think block, the chain is the text inside it. Every method
-    accepts any text as a completion.
+    `cue` is the text that, appended after any number of steps, requests the answer at once.
+    `granularities` contains the values of the task's option `steps` that prescribe how much a step
+    does, from small to large, or is empty if prompts cannot prescribe the size of steps.
+    `begun_sizes` contains the numbers of operands with which a step can be begun, or is empty if
+    the text of a step does not state this number before the result. `prose` is whether chains are
+    free text, in which a model may mention its prompt. If a completion has a think block, the chain
+    is the text inside the block. Every method accepts any text as a completion.
     """
 
     cue: ClassVar[str]
@@ -48,21 +54,25 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def steps(self, completion: str) -> list[str]:
-        """Returns the steps in order. Joined, they are the completion up to its answer's cue."""
+        """Returns the steps in order. Joined, they are the part of `completion` before the answer.
+
+        White space at the end of this part may be missing.
+        """
 
     def cue_after(self, prefix: str) -> str:
-        """Returns the text that requests the answer after the beginning `prefix` of a completion.
+        """Returns the text that requests the answer after `prefix`, the beginning of a completion.
 
-        This is `cue`, with `</think>` before it if the prefix leaves a think block open.
+        If `prefix` contains a `<think>` without a `</think>` after it, the text is `</think>` on a
+        line of its own, followed by `cue`. Otherwise, the text is `cue`.
         """
         thinks = answers.visible_text(prefix) is None
         return f"\n{answers.THINK_END}\n{self.cue}" if thinks else self.cue
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Returns whether the chain has the steps that the prompt prescribes.
+        """Returns whether the completion has the steps that the prompt of `problem` prescribes.
 
-        By default, the chain must have the same number of steps as the problem's reference
-        completion. Without a reference completion, the result is True.
+        By default, the completion must have as many steps as the problem's reference completion.
+        Without a reference completion, the result is True.
         """
         if problem.completion is None:
             return True
@@ -70,22 +80,23 @@ class ChainTask(Task):
 
     @abc.abstractmethod
     def final_answer(self, completion: str) -> str | None:
-        """Returns the answer that a completion gives, or None if it gives none.
+        """Returns the answer that `completion` gives, or None if it gives no answer.
 
-        Equal answers are returned as equal texts.
+        Answers that are equal in value are returned as equal strings.
         """
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the start of a completion whose first step has `size` operands, up to its result.
+        """Returns the text of a first step with `size` operands, up to but without its result.
 
-        Returns None if the problem has fewer operands or if steps cannot be begun.
+        Returns None if the problem has fewer than `size` operands, or if steps of this task cannot
+        be begun (the default).
         """
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """Returns the number of operands of the first step, and whether its result is right.
+        """Returns the number of operands of the first step, and whether the step's result is right.
 
-        The number is 0 if there is no result.
+        If the completion contains no result of a first step, returns (0, False), as by default.
         """
         return 0, False
 
@@ -93,9 +104,10 @@ class ChainTask(Task):
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """Returns the completion up to one changed step, or None if no step can be changed.
 
-        The step is drawn at random. Its change leads to another answer than the completion's.
+        The step is drawn at random. The answer that follows from the changed step, if the task can
+        compute it, differs from the answer of `completion`.
         """
 
     @abc.abstractmethod
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
-        """Returns a plausible wrong answer, in the form of `problem.answer`."""
+        """Returns a plausible wrong answer to `problem`, in the format of `problem.answer`."""

@@ -54,18 +54,21 @@ _ROOM = re.compile(
 
 
 class ExploreToM(FileTask):
-    """Questions about a container, a room, yes or no, or whether somebody knows something.
+    """Questions about theory-of-mind stories from CSV files, answered by a place or a short phrase.
 
-    `path` is a CSV file or a folder of CSV files. In a folder, the files `train*.csv`, `val*.csv`
-    and `test*.csv` are the splits. If none of them exists, all CSV files are read, and every
-    `test_every`-th story is held out for the test split.
+    The answer is a container, a room, yes or no, or whether somebody knows about something. `path`
+    is a CSV file or a folder of CSV files. In a folder, the files `train*.csv`, `val*.csv` and
+    `test*.csv` contain the splits. If the folder contains none of these files, all CSV files are
+    read, and every `test_every`-th story is held out for the test split. `instruction` is the text
+    at the end of every prompt.
 
-    The comparison of a final line `#### answer` ignores case, articles and punctuation. In a
-    sentence on that line or after "Answer:", the first candidate counts: a place of the story, yes
-    or no, or a phrase about knowing. Elsewhere, the last candidate counts. A negated place ("not in
-    the box") is not an answer, and "does not really know" counts as not knowing. If the question
-    asks for a container or a room, places of the other sort count only if there is none of the
-    requested sort ("the bag in the hall").
+    If the last line of a completion is `#### answer`, this answer is compared without regard to
+    case, articles and punctuation. Other answers are found by candidate phrases: the places of the
+    story, yes and no, or phrases about knowing. In a sentence on the last line or after "Answer:",
+    the first candidate counts. Elsewhere, the last candidate counts. A negated place ("not in the
+    box") is not an answer, and "does not really know" counts as not knowing. If the question asks
+    for a container, rooms count only if no container is named, and vice versa, so that "the bag in
+    the hall" gives the bag.
     """
 
     name = "exploretom"
@@ -137,7 +140,7 @@ task = ExploreToM
 
 
 def style_of(answer: str) -> str:
-    """Returns the style of an answer: `yes_no`, `knowledge` or `place`."""
+    """Returns the style of the string `answer`: "yes_no", "knowledge" or "place"."""
     words = phrases.words_of(answer)
     if words in (("yes",), ("no",)):
         return "yes_no"
@@ -145,7 +148,10 @@ def style_of(answer: str) -> str:
 
 
 def candidates(problem: Problem) -> phrases.Candidates:
-    """Returns the phrases that count as answers to a problem, with the answer each stands for."""
+    """Returns the phrases that count as answers to `problem`, mapped to the answers they stand for.
+
+    For a place, phrases such as "not mentioned" also count, and stand for "unknown".
+    """
     style = problem.fields["style"]
     if style == "yes_no":
         return phrases.YES_NO
@@ -158,9 +164,10 @@ def candidates(problem: Problem) -> phrases.Candidates:
 
 
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
-    """Returns the candidates of the sort that the question names: only containers, or only rooms.
+    """Returns those of the candidates `known` that the question asks for: containers or rooms.
 
-    If the question names no sort, all candidates are returned.
+    If the question names no such sort of place ("In which room"), all of `known` is returned. The
+    right answer is always included.
     """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":
@@ -178,10 +185,11 @@ def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates
 
 
 def read_csv(file: pathlib.Path) -> Iterator[Row]:
-    """Yields the place of each row after the header, and the row or why it cannot be used.
+    """Yields `("FILE:LINE", row)` for each row of a CSV file after the header.
 
-    Bytes that are not UTF-8 spoil only the row that contains them. Raises UserError if the file
-    lacks one of the three columns.
+    If a row cannot be read, the reason is yielded as a string in place of the row. Bytes that are
+    not UTF-8 make only the row that contains them unusable. Raises UserError if the file lacks one
+    of the columns `story`, `question` and `answer`.
     """
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.DictReader(lines)

@@ -1,4 +1,4 @@
-"""Tasks that read their problems from files. Rows that cannot be used are left out and counted."""
+"""Tasks that read their problems from files. Unusable rows are left out and counted."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ Row = tuple[str, dict[str, Any] | str]
 
 
 class FileTask(Task):
-    """A task that reads its rows once, when their split is first requested.
+    """A task that reads its problems from files when their split is first requested.
 
-    `path` is a folder with files for each split, or one file. A single file is a test split if its
-    name starts with `test`. Every prompt ends with `instruction`.
+    `path` is a folder with files for each split, or one file. A single file is used as the test
+    split if its name starts with `test`. `instruction` is the text at the end of every prompt.
 
-    If rows have no splits of their own, every `test_every`-th group (see `_group`) is held out for
-    the test split (0: none). If the data itself holds out a group, training rows of the same group
-    are left out. If the data has no validation split, every sixteenth group of the training rows is
-    held out for it. With two to fifteen groups, only the last one is held out.
+    Problems of one group, which by default are problems with the same prompt, are always in the
+    same split. If the rows are not divided into splits, every `test_every`-th group is held out for
+    the test split (0: none). If the data itself contains a validation or test split, training rows
+    whose group also occurs there are left out. If the data contains no validation split, every
+    sixteenth group of the training rows is held out for it. With two to fifteen groups, only the
+    last group is held out.
 
-    Rows that cannot be used are left out. One warning per source counts these rows and names the
-    first. Raises MissingFile if `path` does not exist.
+    Rows that cannot be used are left out. One warning for each split states the number of these
+    rows and the reasons for the first five. Raises MissingFile if `path` does not exist.
     """
 
     wanted: ClassVar[str]  # what `path` may be, for error messages
@@ -68,21 +70,22 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """Returns the rows of each split that the data has.
+        """Returns the rows of each split that the data contains.
 
-        Rows under "whole" have no split, and a part of them is held out.
+        The key "whole" stands for rows that are not divided into splits, a part of which is held
+        out.
         """
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
-        """Returns the reason why a row cannot be used, or None if it can."""
+        """Returns the reason why `row` cannot be used, or None if it can be used."""
 
     @abc.abstractmethod
     def _to_problem(self, row: dict[str, Any]) -> Problem:
-        """Returns the problem in a row that can be used."""
+        """Returns the problem that a usable row describes."""
 
     def _group(self, problem: Problem) -> str:
-        """Returns the key of a problem's group. Problems of one group are in the same split."""
+        """Returns the key of the problem's group. All problems of a group are in the same split."""
         return problem.prompt
 
     def _split(self, split: Split) -> list[Problem]:
@@ -107,7 +110,11 @@ class FileTask(Task):
         return {"train": rest, "val": val, "test": test}[split]
 
     def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
-        """Returns the training problems without the groups that the data itself also holds out."""
+        """Returns the training problems whose group does not occur in `held_out`.
+
+        `held_out` contains the problems of the data's own validation and test splits. A warning
+        states how many training problems were left out.
+        """
         taken = {self._group(problem) for problem in held_out}
         rest = [problem for problem in train if self._group(problem) not in taken]
         if len(rest) < len(train):
@@ -143,9 +150,9 @@ class FileTask(Task):
         return problems
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
-        """Returns the problems without every `every`-th group, and the problems of those groups.
+        """Splits `problems` into the problems to keep and the problems to hold out.
 
-        If `every` is 0, no group is held out.
+        Every `every`-th group of problems is held out. If `every` is 0, no group is held out.
         """
         ranks: dict[str, int] = {}
         for problem in problems:
@@ -159,12 +166,18 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """Returns the source of a single file: a test split if its name starts with `test`."""
+    """Returns "test" if the name of `file` starts with `test`.
+
+    For any other name, returns "whole", which stands for rows that are not divided into splits.
+    """
     return "test" if file.name.startswith("test") else "whole"
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Returns the reason why one of a row's values is not a usable text, or None."""
+    """Returns the reason why a value of `row` is unusable, or None if all values are usable.
+
+    The values under `keys` must be strings that are not blank and that are valid Unicode.
+    """
     for key in keys:
         if key not in row:
             return f"no {key!r}"

@@ -30,19 +30,22 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 class Gsm8k(FileTask, NumberChain):
-    """Questions whose answers are numbers.
+    """Grade-school word problems whose answers are numbers, read from files.
 
     `path` is one of
+
     - a folder with `train.jsonl`, `test*.jsonl` and perhaps `val*.jsonl`, or one JSONL file;
-    - a tensorflow-datasets folder, either the data directory or a data set's version directory;
-    - empty, for the tensorflow-datasets data directory. GSM8K is downloaded if it is not there yet.
+    - a tensorflow-datasets folder, either the data directory or the folder of a data set's version;
+    - None, for the default data directory of tensorflow-datasets. GSM8K is downloaded if this
+      directory does not contain it yet.
 
-    Every prompt is preceded by `shots` worked examples of the training split. They are drawn by
-    `seed` and are the same for all problems, but a problem is never among its own examples.
+    Every prompt is preceded by `shots` worked examples from the training split. The examples are
+    drawn with `seed` and are the same for all problems, but a problem is never one of its own
+    examples.
 
-    A row must contain the texts `question` and `answer`, and `answer` must end in `#### n`. The
-    docstring of `jexit.tasks.answers` defines what a number is and which number a completion
-    answers.
+    A row must contain the strings `question` and `answer`, and `answer` must end in `#### n`, where
+    n is a number. The docstring of `jexit.tasks.answers` defines what a number is and which number
+    is the answer of a completion.
     """
 
     name = "gsm8k"
@@ -74,7 +77,11 @@ class Gsm8k(FileTask, NumberChain):
         return self.verdict(answers.judge(completion, problem.answer))
 
     def _shots(self, problem: Problem) -> tuple[Message, ...]:
-        """Returns worked examples whose questions differ from the problem's own."""
+        """Returns `shots` worked examples as chat messages, without an example equal to `problem`.
+
+        The examples are drawn from the training split. Raises UserError if it contains too few
+        questions.
+        """
         if not self._examples:
             # Keyed by question, because the data may contain one twice. One more than are shown is
             # drawn, in case one of them is the problem itself.
@@ -132,16 +139,21 @@ task = Gsm8k
 
 
 def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
-    """Returns a split's files: `train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`.
+    """Returns the files of a split: `train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`.
 
-    The "socratic" files are left out, because they contain the same questions with other answers.
+    Files whose names contain "socratic" are left out, because they contain the same questions with
+    other worked answers.
     """
     pattern = "train.jsonl" if split == "train" else f"{split}*.jsonl"
     return [file for file in sorted(folder.glob(pattern)) if "socratic" not in file.name]
 
 
 def row_fault(row: dict[str, Any]) -> str | None:
-    """Returns the reason why a row cannot be used, or None if it can."""
+    """Returns the reason why `row` cannot be used, or None if it can be used.
+
+    A usable row contains the strings `question` and `answer`, and `answer` ends in `#### n`, where
+    n is a number.
+    """
     if fault := text_fault(row, ("question", "answer")):
         return fault
     _, marker, answer = row["answer"].rpartition("####")
@@ -151,7 +163,10 @@ def row_fault(row: dict[str, Any]) -> str | None:
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Yields the place of each line that is not blank, and its row or why it cannot be used."""
+    """Yields `("FILE:LINE", row)` for each line of a JSONL file that is not blank.
+
+    If a line is not a JSON object, the reason is yielded as a string in place of the row.
+    """
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():

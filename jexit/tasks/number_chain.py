@@ -25,7 +25,10 @@ _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task whose answers are numbers and whose steps are lines, or sentences of a single line."""
+    """A task whose answers are numbers and whose chains of thought are lines or sentences.
+
+    Each line of a chain is a step. If the chain is a single line, each sentence is a step.
+    """
 
     cue = "\n#### "
 
@@ -43,7 +46,10 @@ class NumberChain(ChainTask):
         return answers.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Replaces the result of one step, the number after its last `=`, by a number near it."""
+        """Replaces the result of one step by a number near it, and drops all that follows the step.
+
+        The result of a step is the number after its last `=`.
+        """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [place for place, step in enumerate(steps) if result_of(step) is not None]
         while places:
@@ -63,10 +69,10 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the problem can continue after these steps, and the answer that follows.
+        """Returns whether the chain can continue after `steps`, and the answer that then follows.
 
-        `number` is the new result of the last step. The answer is None if it cannot be known
-        without understanding the text.
+        `number` is a new result for the last of `steps`. The answer is None if the task cannot
+        compute it. By default, every chain can continue, and the answer is None.
         """
         return True, None
 
@@ -84,7 +90,7 @@ class NumberChain(ChainTask):
 
 
 def result_of(step: str) -> str | None:
-    """Returns the number after a step's last `=`, as it is written, or None if there is none.
+    """Returns the number after the last `=` of `step` as written, or None if there is none.
 
     >>> result_of("He has 3+4 = 7 pens.")
     '7'
@@ -94,7 +100,9 @@ def result_of(step: str) -> str | None:
 
 
 def with_result(step: str, number: str) -> str:
-    """Returns the step with another result, which also replaces later repetitions in the step.
+    """Returns `step` with `number` as its result, which is the number after its last `=`.
+
+    Later repetitions of the old result in the step are also replaced.
 
     >>> with_result("3+4 = 7, so 7 pens.", "8")
     '3+4 = 8, so 8 pens.'
@@ -105,9 +113,9 @@ def with_result(step: str, number: str) -> str:
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
-    """Yields other numbers in the format of `literal`, in random order.
+    """Yields numbers near the number in `literal`, as strings in the same format, in random order.
 
-    They differ from it by at most 10 and are not below 0.
+    The numbers differ from the original number by 1, 2, 3 or 10 and are not negative.
     """
     whole, point, decimals = literal.partition(".")
     value, separator = int(whole.replace(",", "")), "," if "," in whole else ""

@@ -1,4 +1,4 @@
-"""The options that generated tasks share, and the functions that check them."""
+"""Settings that the generated tasks have in common, and the functions that check them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.1
 
 
 def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
-    """Raises UserError unless `steps` is one of the task's `known` modes."""
+    """Raises UserError unless `steps` is one of `known`, the modes that the task accepts.
+
+    `task` names the task in the error message.
+    """
     if steps not in known:
         raise UserError(
             f"{task}: steps is {steps!r}, but it must be one of {', '.join(map(str, known))}; "
@@ -23,7 +26,11 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
 def check_range(
     task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Returns both values. Raises UserError if they are out of bounds or in the wrong order."""
+    """Returns `smallest` and `largest`, the checked bounds of the option `name`.
+
+    Raises UserError unless `least` <= `smallest` <= `largest` <= `most`. `task` names the task in
+    the error message.
+    """
     if not least <= smallest <= largest <= most:
         raise UserError(
             f"{task}: {name}_min is {smallest} and {name}_max is {largest}, but they must satisfy "

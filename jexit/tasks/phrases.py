@@ -1,6 +1,7 @@
-"""Functions that find and compare answers that are words: places, yes and no.
+"""Finds and compares answers in free text that are words, such as places, yes and no.
 
-Every function accepts any text, and its time is linear in the length of the text.
+Every function accepts any text and takes time that is linear in the length of the text. Candidates
+are a mapping from phrases that count as answers to the answers that these phrases stand for.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ _REACH = 12  # the number of words before a phrase that may contain its negation
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """Returns the words in lower case, without articles and punctuation, with plain apostrophes.
+    """Returns the words of `text` in lower case, without articles and punctuation.
+
+    Typographic apostrophes become plain apostrophes.
 
     >>> words_of("In the bookstore’s **Back Room**.")
     ('in', "bookstore's", 'back', 'room')
@@ -73,7 +76,10 @@ def _folded(text: str) -> str:
 
 
 def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
-    """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause."""
+    """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause.
+
+    A sentence or clause starts after one of `.!?;:` or a line break.
+    """
     words: list[str] = []
     starts: set[int] = set()
     for token in _TOKEN.findall(_folded(text)):
@@ -85,7 +91,10 @@ def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
 
 
 def strict_phrase(text: str) -> str | None:
-    """Returns the text of a final line `#### ...`, or None if the text does not end in one."""
+    """Returns the text after `#### ` if this starts the last line of `text`, and None otherwise.
+
+    Text without any word other than an article also gives None.
+    """
     line = text.rstrip().rpartition("\n")[2]
     phrase = line[len(MARKER) + 1 :].strip()
     return phrase if line.startswith(MARKER + " ") and _says_something(phrase) else None
@@ -96,14 +105,14 @@ def _says_something(text: str) -> bool:
 
 
 def mentions(text: str, candidates: Candidates) -> list[str]:
-    """Returns the answers that the candidate phrases in a text stand for, in order.
+    """Returns the answers that the candidate phrases in `text` stand for, in order of occurrence.
 
-    `candidates` maps each phrase to the answer that it stands for, or to None if the phrase must be
-    ignored. Phrases match whole words, whatever their case and articles. The longest phrase wins,
-    so that "does not know" does not count as "know", and "metal box" does not count as "box". If a
-    phrase is negated from further away ("does not really know"), it stands for the answer of the
-    candidate "not know". If there is no such candidate ("not in the box"), it stands for nothing. A
-    phrase that is negated twice counts as if it were not negated.
+    `candidates` maps each phrase to the answer that the phrase stands for, or to None if the phrase
+    must be ignored. Phrases match whole words, whatever their case and articles. Where several
+    phrases match, the longest counts, so "does not know" does not count as "know", and "metal box"
+    does not count as "box". A phrase that is negated from further away ("does not really know")
+    stands for the answer of the candidate "not know". If there is no such candidate ("not in the
+    box"), the phrase is ignored. A phrase that is negated twice counts as not negated.
     """
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
@@ -112,7 +121,10 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
 
 
 def last_mention(text: str, candidates: Candidates) -> str | None:
-    """Returns the last of `mentions`, or None if there is none."""
+    """Returns the last of the answers that `mentions` would return, or None if there is none.
+
+    Only the last `_LAST` (64) candidate phrases in `text` are read.
+    """
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
     places = reversed(collections.deque(_places(words, spelled), maxlen=_LAST))
@@ -126,7 +138,10 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Yields the places of candidates. At each word, only the longest candidate counts."""
+    """Yields the slices of `words` that are candidates, of which `spelled` contains the words.
+
+    If several candidates start at the same word, only the longest counts. Slices do not overlap.
+    """
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
@@ -145,7 +160,10 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer that the candidate at a place stands for, whether or not it is negated."""
+    """Returns the answer that the candidate at the slice `place` stands for.
+
+    A negated candidate stands for the answer of the opposite candidate ("not know"), or for None.
+    """
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -154,10 +172,11 @@ def _meaning(
 
 
 def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
-    """Returns whether an odd number of negations precedes the phrase at `index` in its sentence.
+    """Returns whether an odd number of negations precedes the word at `index` in its sentence.
 
-    Only two kinds of words may stand between a negation and the phrase: words that continue the
-    negation, and the subjects of thoughts ("does not think that Bob knows").
+    `starts` contains the indices of the words that start a sentence. Only two kinds of words may
+    stand between a negation and the word at `index`: words that continue the negation ("not really
+    in"), and the subjects of thoughts ("does not think that Bob knows").
     """
     negations, place = 0, index
     while place > max(index - _REACH, 0) and place not in starts:
@@ -176,13 +195,17 @@ def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
 
 
 def lenient_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer wherever it stands, or None.
+    """Returns the answer that `text` gives in any place, or None if no candidate is found.
 
-    These are tried in order: the answer that the line of the last `####` states, the last candidate
-    after this `####`, the last answer that the text announces ("**Answer:** the box"), and the last
-    candidate before the `####` (without a `####`, in the whole text). If the last candidate would
-    decide but the last line starts with yes or no, that word is the answer ("No, she left when they
-    said yes.").
+    The answer is the first that is found in this order:
+
+    1. the answer that the rest of the line after the last `####` states (see `stated`);
+    2. the last candidate after this `####`;
+    3. the last answer that the text announces ("**Answer:** the box");
+    4. the last candidate before the `####`, or in the whole text if there is no `####`.
+
+    If case 2 or 4 applies and the last line starts with yes or no, that word is the answer instead
+    ("No, she left when they said yes.").
     """
     before, marker, after = text.rpartition(MARKER)
     if marker:
@@ -199,11 +222,11 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
 
 
 def stated(line: str, candidates: Candidates) -> str | None:
-    """Returns the answer that a line gives: its first candidate, because the rest explains it.
+    """Returns the answer that `line` gives, which is its first candidate, or None.
 
-    An example is "The box, because she did not see it moved to the jar." A clause before the main
-    clause is also an explanation: "Though it is in the jar, the box." Only the first `_SPAN`
-    characters of a line count.
+    The words after the first candidate explain the answer: "The box, because she did not see it
+    moved to the jar." A clause before the main clause is also an explanation, so "Though it is in
+    the jar, the box." gives the box. Only the first `_SPAN` (400) characters of the line are read.
     """
     line = line[:_SPAN]
     main = line.partition(",")[2] if _SUBORDINATE.match(line) else ""
@@ -214,9 +237,11 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns the start and the end of the last `####` with a word after it on its line, or None.
+    """Returns the start and end offsets of the last `####` with a word after it on its line.
 
-    Also returns None while a think block is open, because thoughts are not answers.
+    The end offset is exclusive. Articles do not count as words. Returns None if there is no such
+    `####`, or if the completion contains a `<think>` without a `</think>` after it, because
+    thoughts are not answers.
     """
     text = visible_text(completion)
     if text is None:
@@ -233,13 +258,16 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
 
 
 def _last_word(line: str) -> int:
-    """Returns the position of a line's last word that is not an article, or −1 if it has none."""
+    """Returns the offset of the last word in `line` that is not an article, or −1."""
     words = (word.start() for word in _WORD.finditer(line) if word[0].casefold() not in ARTICLES)
     return max(words, default=-1)
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
-    """Returns the yes or no with which the text's last line starts, or None."""
+    """Returns "yes" or "no" if the last line of `text` starts with this word as an answer, or None.
+
+    The "no" in a candidate such as "no one" is not an answer.
+    """
     line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None
@@ -253,21 +281,24 @@ def _line_end(text: str, place: int) -> int:
 
 
 def final_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer that a final line `#### ...` states.
+    """Returns the answer that the last line of `text` states, if the line is `#### ...`.
 
-    Without such a line, returns the `lenient_phrase`.
+    Without such a line, returns the `lenient_phrase` of `text`. None means that no answer was
+    found.
     """
     strict = strict_phrase(text)
     return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 
 
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
-    """Compares a completion with the right answer and returns the kind of verdict.
+    """Compares a completion's answer with the right answer `answer`.
 
-    A final line `#### ...` is the answer, whatever else the text contains. The verdict is `strict`
-    if the line contains only the right answer, and `lenient` if it gives the right answer in a
-    sentence. `candidates` are the phrases that count as answers elsewhere. Thoughts do not count,
-    and an unfinished thought leaves no answer (see `jexit.tasks.answers.visible_text`).
+    Returns `strict` if a last line `#### ...` contains only the right answer, `lenient` if the
+    right answer is given in a sentence or elsewhere, `wrong` if another answer is given, and `none`
+    if no answer is given. A last line `#### ...` decides, whatever else the text contains.
+    `candidates` maps the phrases that count as answers in sentences to the answers that they stand
+    for. Thoughts do not count, and an unfinished thought leaves no answer (see
+    `jexit.tasks.answers.visible_text`).
     """
     text = visible_text(completion)
     if text is None:
@@ -282,5 +313,5 @@ def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
 
 
 def themselves(phrases: Sequence[str]) -> dict[str, str | None]:
-    """Returns candidates that each stand for themselves."""
+    """Returns candidates that map each of `phrases` to itself."""
     return {phrase: phrase for phrase in phrases}

@@ -1,4 +1,4 @@
-"""Finds and makes a task by its short name, or by the file or module that contains it."""
+"""Finds and makes a task by its short name, or by the file or module that contains the task."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ def make_task(
     rewards: Rewards | None = None,
     **options: Any,
 ) -> Task:
-    """Makes the task that a config names.
+    """Makes the task to which the setting `config.task.name` refers.
 
-    `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME (NAME is `task` by default).
-    NAME is a `Task`, or a callable that returns one when it is called with `options`. `path` is
-    where a task that reads files finds them. `tom` with a path is `exploretom`. `rewards` are
-    passed to a task that takes them. Raises UserError, with a message of one sentence, if the name,
-    the file or an option is wrong.
+    `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME for a user's own task (NAME
+    is `task` by default). NAME refers to a `Task`, or to a callable that returns a `Task` when it
+    is called with `options`. `path` is the file or folder for a task that reads files. If `name` is
+    `tom` and a path is given, the task is `exploretom`, which reads the same kind of problem.
+    `rewards` is passed to a task that takes rewards. Raises UserError if the name, the file or an
+    option is wrong.
     """
     found = _found(READERS.get(name, name) if path else name)
     if isinstance(found, Task):
@@ -98,15 +99,18 @@ def _named(task: Task, name: str) -> Task:
 
 
 def known_options(name: str) -> set[str]:
-    """Returns the options that a task takes. An object that is already a Task takes none."""
+    """Returns the names of the options that the task `name` takes.
+
+    The set is empty if `name` refers to an object that is already a Task.
+    """
     found = _found(name)
     return set() if isinstance(found, Task) else set(_keywords(found)[0])
 
 
 def code_hash(name: str, options: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of the file with a user's own task, or "" for a task of jexit.
+    """Returns the SHA-256 hash of the source file that defines a user's own task.
 
-    The hash of a blend covers the files of its parts. Modules that a file imports, and data, are
+    The hash is a hexadecimal string, and empty for the tasks of jexit. The hash of a blend covers the files of its parts. Modules that a file imports, and data, are
     not covered.
     """
     parts = options.get("parts", ()) if name == "blend" else (name,)
@@ -152,7 +156,10 @@ def _module(where: str) -> types.ModuleType:
 
 @functools.lru_cache(maxsize=16)
 def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
-    """Returns the module in a file. A file runs only once for each version of its text."""
+    """Returns the module that the code in the file `path` defines.
+
+    `source` is the content of the file. The code runs only once for each content.
+    """
     digest = hashlib.sha256(source).hexdigest()[:16]
     name = f"jexit_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -166,13 +173,13 @@ def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
 
 
 def _importable(folder: pathlib.Path) -> None:
-    """Makes the modules in a folder importable, as Python does for a script's own folder."""
+    """Makes the modules in `folder` importable, as Python does for the folder of a script."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Returns a callable's keywords with their annotations, and whether it takes any others."""
+    """Returns the parameters of `found` with their annotations, and whether it takes any others."""
     try:
         parameters = inspect.signature(found).parameters.values()
         makes = found.__init__ if isinstance(found, type) else found
@@ -184,9 +191,10 @@ def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
-    """Returns the value, checked against its annotation if that is a plain type.
+    """Returns `value`, checked against its annotation `hint` if that is a plain type.
 
-    Any value is allowed for other annotations.
+    Plain types are bool, int, float and str. With any other annotation, every value is allowed.
+    `where` names the setting in error messages.
     """
     return checked(hint, value, where) if hint in (bool, int, float, str) else value
 

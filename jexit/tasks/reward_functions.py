@@ -1,4 +1,4 @@
-"""Reward functions, which are called as in TRL and tunix: with whole batches and by keyword."""
+"""Reward functions, which are called with whole batches and keywords, as in TRL and tunix."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ GIVEN = ("prompts", "completions", "tokens", "completion_ids", "depths")
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a function may be unhashable
 class RewardFunction:
-    """A function that returns a reward, or None, for each completion of a batch.
+    """A user's function that returns a reward, or None, for each completion of a batch.
 
-    It is called with keyword arguments only. Each one of `GIVEN` and each column of the rows is a
-    list with one entry per completion. A function without `**columns` gets only the arguments that
-    it names.
+    The function is called with keyword arguments only. The arguments are the names in `GIVEN` (such
+    as `prompts` and `completions`) and the columns of the rows. Each argument is a list with one
+    entry per completion. A function without a `**` parameter receives only the arguments that it
+    names.
     """
 
     function: Callable[..., Any]
@@ -35,7 +36,10 @@ class RewardFunction:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises UserError if the function needs an argument that is not available."""
+        """Raises UserError if the function requires an argument that is not available.
+
+        `columns` are the names of the columns of the rows, which are available as arguments.
+        """
         for parameter in self._parameters:
             plain = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             needed = parameter.default is parameter.empty
@@ -49,11 +53,12 @@ class RewardFunction:
     def __call__(
         self, arguments: Mapping[str, list[Any]], prompts: Sequence[str], *, seconds: float
     ) -> list[float | None]:
-        """Returns the reward of each completion. `prompts` are quoted in error messages.
+        """Returns the reward of each completion, or None where the function returns None.
 
-        Raises UserError if the function takes longer than `seconds`, raises an exception, returns a
-        wrong number of results, or returns a value that is neither a finite number nor None. The
-        message names the function, the completion and the rule.
+        `arguments` maps the names of arguments to lists with one entry per completion. `prompts`
+        are the prompts as strings, quoted in error messages. Raises UserError if the function takes
+        longer than `seconds`, raises an exception, returns a wrong number of results, or returns a
+        value that is neither a finite number nor None.
         """
         if not any(p.kind is p.VAR_KEYWORD for p in self._parameters):
             named = {p.name for p in self._parameters}

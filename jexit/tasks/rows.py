@@ -36,7 +36,10 @@ _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test
 
 
 class RowsTask(FileTask):
-    """A task that consists of rows of data and reward functions. It is made by `rows_task`."""
+    """A task whose problems are rows of data and whose rewards come from functions.
+
+    `rows_task` makes such a task and explains the arguments.
+    """
 
     judges_batches = True
 
@@ -59,7 +62,7 @@ class RowsTask(FileTask):
         return self.judge([problem], [Attempt(text=completion)])[0]
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Calls every reward function once, with all completions."""
+        """Calls every reward function once with all completions, and returns the verdicts."""
         if not problems:
             return []
         rows = [problem.fields for problem in problems]
@@ -144,32 +147,36 @@ def rows_task(
     correct: Callable[..., Any] | None = None,
     test_every: int = 8,
 ) -> RowsTask:
-    """Makes a task from rows and reward functions, for use in a file that `config.task.name` names.
+    """Makes a task from rows of data and reward functions.
+
+    To use the task, assign it to a name in a Python file and set `config.task.name` to
+    `FILE.py:NAME`.
 
     Args:
-      train: Rows: a sequence of mappings; the path of a JSONL, CSV or Parquet file; or
-        `hf:OWNER/NAME[:CONFIG]`, a data set of the Hugging Face hub, of which the
-        corresponding split is used.
-      test: Rows in the same forms as `train`. Without them, every `test_every`-th prompt of `train`
-        is held out for testing.
-      val: Rows in the same forms as `train`. Without them, one in sixteen of the remaining prompts
-        is held out for validation.
-      prompt: The column with the user's message, or with chat messages (`role` and `content`) of
-        which the last is the user's.
-      completion: The column with reference completions, from which `configs/finetune.py` learns.
-      rewards: Functions with their weights (1 if no weights are given). Each function is called
-        with keyword arguments: `prompts` and `completions` (texts, or messages if the prompts are
-        messages), `tokens` and `depths` (a list of numbers for each completion; a depth is the
-        number of layers that ran for the token), and every column. It returns a number or None
-        for each completion. The sum of the rewards leaves out None. Functions may be
-        asynchronous.
-      correct: The function that decides accuracy: a completion is correct if its value is at least
-        0.5. The default is the first function of `rewards`.
-      test_every: Without `test`, one of every `test_every` prompts is held out for testing. 0
-        holds out none.
+      train: The rows: a sequence of mappings; the path of a JSONL, CSV or Parquet file; or
+        `hf:OWNER/NAME[:CONFIG]`, a data set of the Hugging Face hub, of which the split `train`,
+        `validation` or `test` is used for `train`, `val` or `test`.
+      test: Rows in one of the forms of `train`. If this is None, every `test_every`-th distinct
+        prompt of `train` is held out for testing.
+      val: Rows in one of the forms of `train`. If this is None, one in sixteen of the remaining
+        distinct prompts is held out for validation.
+      prompt: The name of the column with the user's message, or with a list of chat messages
+        (`role` and `content`) whose last message is the user's.
+      completion: The name of the column with reference completions, from which
+        `configs/finetune.py` learns. None if the rows contain no reference completions.
+      rewards: A mapping from functions to their weights, or one or several functions with weight
+        1. Each function is called with keyword arguments: `prompts` and `completions` (strings, or
+        chat messages if the prompts are chat messages), `tokens` and `depths` (a list of integers
+        for each completion; a depth is the number of layers that ran for the token), and every
+        column. The function returns a list with a number or None for each completion. None is left
+        out of the weighted sum that forms the reward. Functions may be asynchronous.
+      correct: The function that decides accuracy: a completion is correct if the function returns
+        at least 0.5 for it. The default is the first function of `rewards`.
+      test_every: If `test` is None, one of every `test_every` distinct prompts is held out for
+        testing. 0 holds out none.
 
     Returns:
-      The task. It reports a metric `reward/NAME` for each function.
+      The task. It reports a metric `reward/NAME` for each reward function.
 
     Raises:
       UserError: If a reward is not a function, a weight is not a number, two functions have the
@@ -236,7 +243,10 @@ def _are_rows(rows: Any) -> bool:
 
 
 def _read(rows: Rows, source: Source) -> Iterator[Row]:
-    """Yields the place of each row, and the row or the reason why it cannot be used."""
+    """Yields `("row 3", row)` for each of `rows`, or the reason in place of an unusable row.
+
+    `source` is the split to load if `rows` names a data set of the Hugging Face hub.
+    """
     if not isinstance(rows, (str, os.PathLike)):
         for index in range(len(rows)):
             with user_code(f"row {index} of the rows cannot be read", None):
@@ -294,7 +304,7 @@ def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:
 
 @functools.lru_cache(maxsize=8)
 def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
-    """Returns a split of a data set of the Hugging Face hub, from its cache or after a download."""
+    """Returns one split of a data set of the Hugging Face hub, from its cache or a download."""
     try:
         import datasets
     except ImportError as error:
@@ -315,9 +325,9 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _text_of(value: Any) -> str | None:
-    """Returns a text, or the text of the one message in a list.
+    """Returns a string as it is, or the content of the only chat message in a list.
 
-    Returns None for any other value, and for a text that is blank or not valid Unicode.
+    Returns None for any other value, and for a string that is blank or not valid Unicode.
     """
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None

@@ -1,4 +1,4 @@
-"""Streams of generated problems by split and index. `val` and `test` contain no problem twice."""
+"""Generated problems, accessed by split and index, with no problem twice in `val` or `test`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ ATTEMPTS = 1_000  # unsuitable draws in a row after which a split counts as exha
 
 
 class NoMoreProblems(ValueError):
-    """Raised if a split has fewer distinct problems than the index requires."""
+    """Raised if a split contains fewer distinct problems than the requested index requires."""
 
 
 class Stream(Generic[T]):
-    """A stream of items drawn from a seed, such as the contents of generated problems.
+    """A sequence of items that are drawn at random from a seed, such as generated problems.
 
-    `draw_one` makes one item from a `Draw`. `key_of` returns a text that identifies an item,
-    whatever its wording, and this key alone decides the split (see `split_of`). Items of `train`
-    are drawn independently, so rare items are as rare as `draw_one` makes them. The first n items
-    of `val` and of `test` are distinct for any n. Each of these items must differ from all those
-    before it, so the earlier ones are drawn first and kept.
+    `name` and `seed` determine the random draws. `draw_one` makes one item from a `Draw`. `key_of`
+    returns a string that identifies an item independently of its wording, and this key alone
+    decides the split of the item (see `split_of`). Items of `train` are drawn independently of one
+    another, so an item can occur several times. Items of `val` and of `test` are distinct: each
+    must differ from all items before it in its split. Reading the item at an index therefore draws
+    all earlier items of the split first, and keeps them in memory.
     """
 
     def __init__(
@@ -37,7 +38,10 @@ class Stream(Generic[T]):
         self._keys: dict[Split, set[str]] = {"val": set(), "test": set()}
 
     def at(self, split: Split, index: int) -> T:
-        """Returns the item at `index`, from 0. Raises NoMoreProblems if no further item exists."""
+        """Returns the item at `index` (from 0) of `split`.
+
+        Raises NoMoreProblems if no further item for the split is found.
+        """
         check_split(split)
         if split == "train":
             return self._draw(split, index)
@@ -47,9 +51,10 @@ class Stream(Generic[T]):
         return listed[index]
 
     def _draw(self, split: Split, index: int, seen: set[str] | None = None) -> T:
-        """Returns the first draw for the index that is in the split and whose key is not in `seen`.
+        """Returns the first item drawn for this index that belongs to `split` and whose key is new.
 
-        Adds the key to `seen`, if that is given.
+        A key is new if the set `seen` does not contain it; it is then added to `seen`. If `seen` is
+        None, every key is accepted. Raises NoMoreProblems after ATTEMPTS unsuitable items in a row.
         """
         draw = Draw(self.name, self.seed, split, index)
         for _ in range(ATTEMPTS):

@@ -1,14 +1,14 @@
-"""Sums of digits modulo 10, which measure how much of its reasoning a model writes out.
+"""Sums of digits modulo 10, a task that measures how much of its reasoning a model writes out.
 
 A completion replaces the first k operands of the list by the last digit of their sum, again and
-again, and prints each new list. Small steps put the work on the page. Large steps do it in the
-hidden layers:
+again, and prints each new list. With small steps, most of the additions are written out. With large
+steps, the model performs more of the additions in its hidden layers:
 
     sum 37295184   ->  +0295184++15184+6184+784++9####9
 
-A step that adds k operands starts with k-1 plus signs. The new list follows, and its first digit is
-the result. When one digit is left, `####` and the digit follow. The prompt `sum by 3 ...`
-prescribes k = 3, and `sum at once ...` requests the answer without a chain.
+A step that adds k operands starts with k − 1 plus signs. The new list follows, and its first digit
+is the result of the step. When one digit is left, `####` and this digit follow. The prompt `sum by
+3 ...` prescribes k = 3, and `sum at once ...` requests the answer without a chain of steps.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ _DIGITS = "0123456789"
 
 
 class Sums(ChainTask):
-    """A task of summing single digits modulo 10.
+    """A task of summing single digits modulo 10, in steps that the model writes out.
 
-    `steps` is 2 ... 5 (the prescribed size of a step), `at_once` (no chain), `free`, or `mixed`
-    (all of them, weighted by `MIXTURE`). With `free`, the model chooses the sizes. The reference
-    draws a largest size g from 2 ... 5 for each problem, and the size of every step from 2 ... g.
-    `operands_min` and `operands_max` are the numbers of operands in the smallest and the largest
-    list. The operands decide the split (see `split_of`), whatever the seed.
+    `steps` is 2 to 5 (the prescribed number of operands per step), `at_once` (the answer without
+    steps), `free`, or `mixed` (each problem draws free, prescribed or no steps, with the
+    probabilities in `MIXTURE`). With `free`, the model chooses the sizes of steps. The reference
+    completion of a free problem draws a largest size g from 2 to 5, and then the size of each step
+    from 2 to g. `operands_min` and `operands_max` are the smallest and the largest number of
+    operands in a list. `seed` determines the problems. The operands alone decide the split of a
+    problem (see `split_of`), whatever the seed.
     """
 
     name = "sums"
@@ -91,15 +93,15 @@ class Sums(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """Returns how much of the work is written out over all problems, and how large steps are.
+        """Returns the sums and counts of four metrics of the steps in `completions`.
 
         `written_out` is the share of additions that are written out, Σ written_reductions / Σ
-        (operands − 1). Every problem counts with all of its additions, so an answer without a chain
-        counts as work in the hidden layers. `step_size` is the number of operands that a step
-        reduces, according to the lists before and after it. The jump from a list to the answer is a
-        step, but a step that only repeats its list is not. `steps_correct` is the share of steps
-        whose result follows from their own input. `as_announced` is the share of written steps
-        whose plus signs announce the size that the lists show.
+        (operands − 1). The additions of a problem whose answer is given without a chain count as
+        not written out. `step_size` is the mean number of operands that a step reduces, computed
+        from the lists before and after the step. The jump from a list to the answer counts as a
+        step. A step that only repeats its list does not count. `steps_correct` is the share of
+        steps whose result follows from the list before them. `as_announced` is the share of written
+        steps in which the number of plus signs agrees with the step's size.
         """
         on_page = additions = 0
         steps = []
@@ -127,13 +129,13 @@ class Sums(ChainTask):
         return self.verdict("strict" if _STRICT.search(completion) else "lenient")
 
     def steps(self, completion: str) -> list[str]:
-        """Returns the steps, each of which consists of plus signs and the list after them."""
+        """Returns the steps of `completion`, each with its plus signs and the list after them."""
         return _PIECE.findall(completion.partition(self.cue)[0])
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Returns whether every step has the prescribed size, even if its result is wrong.
+        """Returns whether every step has the prescribed size, even if a step's result is wrong.
 
-        If the prompt leaves the size free, the result is True.
+        If the prompt leaves the size free, returns True.
         """
         operands, mode = problem.fields["operands"], problem.fields["mode"]
         if mode == "free":
@@ -157,9 +159,10 @@ class Sums(ChainTask):
         return _given_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Replaces one step's result, the first digit of its list, by another digit.
+        """Replaces the result of one step by another digit, and drops everything after this step.
 
-        The answer that follows is the sum of the changed list modulo 10.
+        The result of a step is the first digit of its list. The answer that follows is the sum of
+        the changed list modulo 10.
         """
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]
@@ -197,9 +200,9 @@ def _draw_steps(draw: Draw, count: int, largest: int) -> list[int]:
 
 
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns the step sizes that reduce `count` operands, `step` operands at a time.
+    """Returns the step sizes that reduce `count` operands to one, `step` operands at a time.
 
-    The last step takes the remaining operands.
+    The last step reduces the operands that remain, which may be fewer than `step`.
     """
     steps = []
     while count > 1:
@@ -209,12 +212,12 @@ def prescribed_steps(count: int, step: int) -> list[int]:
 
 
 def digit_sum(digits: str) -> str:
-    """Returns the last digit of the sum of the digits."""
+    """Returns the sum of the digits in the string `digits` modulo 10, as a string."""
     return str(sum(map(int, digits)) % 10)
 
 
 def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
-    """Returns the chain of steps with these sizes, and the answer.
+    """Returns the chain that reduces `digits` by steps of the given sizes, and the answer.
 
     >>> reduce_by("372", [2, 2])
     ('+02+2', '2')
@@ -228,13 +231,13 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainStep:
-    """One step that was read from a completion.
+    """One step that was read from a completion of the task `sums`.
 
-    `given` is the list before the step, as the completion itself wrote it. `wrote` is the list
-    after the step, or the answer. `size` is the number of operands reduced, len(given) − len(wrote)
-    + 1. It is below 2 for a step that reduces nothing. `announced` is the size according to the
-    plus signs. It is None for the jump from a list to the answer, which has no plus signs.
-    `correct` is whether reducing the first `size` operands of `given` results in `wrote`.
+    `given` is the list of digits before the step, as the completion itself wrote it. `wrote` is the
+    list after the step, or the answer. `size` is the number of operands reduced, len(given) −
+    len(wrote) + 1. A size below 2 means that the step reduces nothing. `announced` is the size that
+    the plus signs state, or None for the jump from a list to the answer, which has no plus signs.
+    `correct` is whether `wrote` is the result of reducing the first `size` operands of `given`.
     """
 
     given: str
@@ -253,7 +256,9 @@ class ChainStep:
 
 
 def step_sizes(operands: str, completion: str) -> list[int]:
-    """Returns the number of operands that each step reduces, including the jump to the answer.
+    """Returns the number of operands that each step of `completion` reduces.
+
+    The jump from a list to the answer counts as a step. `operands` are the digits to sum.
 
     >>> step_sizes("37295184", "+0295184++15184+++1####1")
     [2, 3, 5]
@@ -264,11 +269,13 @@ def step_sizes(operands: str, completion: str) -> list[int]:
 
 
 def chain_steps(operands: str, completion: str) -> list[ChainStep]:
-    """Reads a completion's steps, each together with the list that was written just before it.
+    """Reads the steps of a completion, each together with the list written just before it.
 
-    A step after a wrong one is judged by its own input, so one mistake counts once. Plus signs with
-    no list after them are not a step. An answer that is given while the list has more than one
-    digit counts as a last step, whose additions are not written out.
+    `operands` are the digits to sum, which are the list before the first step. Each later step is
+    judged by the list that the completion wrote before it, so a mistake makes only one step wrong.
+    Plus signs without a list after them are not a step. If the completion gives its answer while
+    the list has more than one digit, the jump to the answer is a last step, whose additions count
+    as not written out.
     """
     steps, given = [], operands
     for signs, wrote in _STEP.findall(completion.partition("####")[0]):
@@ -282,11 +289,12 @@ def chain_steps(operands: str, completion: str) -> list[ChainStep]:
 
 
 def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
-    """Returns the number of additions whose results a chain writes out, at most operands − 1.
+    """Returns the number of additions whose results `steps` write out, at most operands − 1.
 
-    A written step counts if it is right and leaves a list that is shorter than every earlier one. A
-    chain that goes round in circles therefore earns nothing. Counting stops at the first step that
-    changes the operands that it should leave as they are. A wrong sum costs only its own step.
+    A written step counts if its result is right and its list is shorter than the lists of all
+    earlier steps, so a chain that repeats its lists gains nothing. Each counted step adds 1.
+    Counting stops at the first step that changes operands outside its first `size` operands. A step
+    with only a wrong sum is not counted, but later steps are.
     """
     count, shortest = 0, len(operands)
     for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):

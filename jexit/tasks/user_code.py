@@ -30,9 +30,10 @@ _MOST_INTERRUPTS = 100
 
 @contextlib.contextmanager
 def user_code(what: str, file: str | None) -> Iterator[None]:
-    """Turns an exception in a user's code into a UserError.
+    """Turns an exception in a user's code, which runs in the `with` block, into a UserError.
 
-    The message consists of `what`, the line in `file`, and the reason.
+    `what` states what failed, and `file` is the path of the user's code. The message consists of
+    `what`, the line in `file`, and the reason. A UserError passes unchanged.
     """
     try:
         yield
@@ -54,9 +55,10 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
 def guarded_judge(
     task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]
 ) -> list[Verdict]:
-    """Calls `task.judge`, with a time limit and `user_code` if the task is a user's own.
+    """Calls `task.judge`, with a time limit and `user_code` if a user defined the task.
 
-    A task of jexit needs no guard here, because it guards each user function that it calls.
+    A task whose class belongs to jexit is called directly, because it guards each call of a user's
+    function itself. `task.time_limit` is the limit in seconds.
     """
     if type(task).__module__.startswith("jexit."):
         return task.judge(problems, attempts)
@@ -102,15 +104,19 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 class _TimeUp(BaseException):
-    """Raised when the time is up. It is not an Exception, because a user's code may catch those."""
+    """Raised in a user's code when its time is up.
+
+    This is not an Exception, because a user's code may catch every Exception.
+    """
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises UserError if the block takes longer than `seconds`.
+    """Raises UserError if the `with` block takes longer than `seconds`.
 
-    This works only on the main thread, because other threads do not receive signals. On these
-    threads there is no limit. Code that catches every interrupt ends the process with exit code 1.
+    `what` names the running code in the error message. The limit works only on the main thread. On
+    other threads, which do not receive signals, there is no limit. Code that catches every
+    interrupt ends the process with exit code 1.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

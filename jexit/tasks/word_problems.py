@@ -1,4 +1,4 @@
-"""Short arithmetic stories with worked answers in GSM8K's format.
+"""Generated arithmetic stories with worked answers, in the format of the data set GSM8K.
 
 Tom has 3 apples. Mia gives Tom 4 more. How many apples does Tom have now?
 3+4=7
@@ -25,11 +25,11 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """A story with placeholders, and the steps that solve it.
+    """The text of a story with placeholders for names and numbers, and the steps that solve it.
 
-    `ranges` contains the smallest and the largest value of each number. In a step such as "a+_",
-    each side is the name of a number, or `_` for the result of the step before. The result of a
-    step is never negative.
+    `ranges` maps the name of each number to the smallest and the largest value of the number. In a
+    step such as "a+_", each side of the operator is the name of a number, or `_` for the result of
+    the previous step. The result of a step is never negative.
     """
 
     text: str
@@ -112,9 +112,11 @@ TEMPLATES = (
 
 
 class WordProblems(NumberChain):
-    """Generated stories with one to three operations. Strict answers end in a line `#### n`.
+    """Generated arithmetic stories with one to three operations.
 
-    The template and the numbers decide the split (see `split_of`), whatever the names and objects.
+    A completion is in the required format if its last line is `#### n`, where n is a number. The
+    template and the numbers of a story decide the split (see `split_of`), whatever the names and
+    objects. `seed` determines the problems.
     """
 
     name = "word_problems"
@@ -133,11 +135,12 @@ class WordProblems(NumberChain):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the story can continue after these steps, and the answer that follows.
+        """Returns whether the story can continue after `steps`, and the answer that follows.
 
-        `number` is the new result of the last step. The story's own remaining steps give the
-        answer, which is None if one of `steps` is not the story's own. No result of a story is
-        below 0, so the story cannot continue with a number that leads to such a result.
+        `number` is a new result for the last of `steps`. The answer is computed with the remaining
+        steps of the story's own solution. It is None if one of `steps` is not a step of this
+        solution. The story cannot continue if `number` leads to a result below 0, because no result
+        of a story is negative.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
@@ -154,7 +157,11 @@ task = WordProblems
 def worked(
     program: Sequence[str], numbers: Mapping[str, int], given: Mapping[int, int] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Returns the line and the result of each step. Results in `given` replace computed ones."""
+    """Returns the lines of a worked answer, such as "3+4=7", and the results of the steps.
+
+    `program` contains the steps, `numbers` the values of the named numbers. `given` maps indices of
+    steps to results that replace the computed results.
+    """
     lines, results = [], [0]
     for place, (left, operator, right) in enumerate(program):
         x, y = (results[-1] if side == "_" else numbers[side] for side in (left, right))
@@ -170,7 +177,10 @@ def _problems(seed: int) -> Stream[Problem]:
 
 
 def substance(problem: Problem) -> str:
-    """Returns the template and the numbers, which identify a problem apart from its wording."""
+    """Returns the template and the numbers of `problem` as a string.
+
+    The string is the same for problems that differ only in names and objects.
+    """
     return f"{problem.fields['template']} {problem.fields['numbers']}"
 
 

@@ -1,16 +1,17 @@
-"""The chain of thought of a theory-of-mind problem: who saw what, line by line.
+"""The chain of thought of a theory-of-mind problem: line by line, who saw what.
 
-A line of the fine chain has one of these forms:
+A line of the fine chain, which has a line for every event that matters for the answer, has one of
+these forms. The word after the colon is the answer to the question at that time:
 
-    Mia leaves: Tom                    the people who are in that room now
-    Tom Mia see jar: jar               the people who see it put there; after the colon, the answer
+    Mia leaves: Tom                    the people who are in that room afterwards
+    Tom Mia see jar: jar               the people who see the thing put into the jar
     Tom Mia see jar, Ben in secret: jar
     Tom Mia and Tom Ben see jar: jar   two rooms, whose people do not see each other
     Tom tells Mia Ben tin: jar         the hearers, and the place or the topic
     Tom moves jar: jar                 questions about nobody's mind need no witnesses
 
-A line of the coarse chain is `Mia: jar` (what Mia thinks) or `Tom Mia: jar` (what Tom thinks that
-Mia thinks).
+A line of the coarse chain, which has a line for every change of the answer, is `Mia: jar` (what Mia
+thinks) or `Tom Mia: jar` (what Tom thinks that Mia thinks).
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ _LINE = re.compile(
 def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
     """Returns the lines that lead to the answer, each with its line break.
 
-    The fine chain has a line for every event about the thing, with the people who learn of it and
-    the answer after it. For questions about people's minds, it also has a line for each coming and
-    going before the last of these events, with the people who are there afterwards. The coarse
-    chain has a line with the answer each time that it changes.
+    If `fine` is True, there is a line for every event that concerns the thing in the question. The
+    line names the people who learn of the event, and ends with the answer after the event. If the
+    question is about somebody's belief or knowledge, there is also a line for each coming and going
+    before the last of these events, with the people who are in the room afterwards. If `fine` is
+    False, there is a line with the answer for every event that changes the answer.
     """
     about = [event.thing == question.thing for event in story.events]
     last = max((index for index, concerns in enumerate(about) if concerns), default=-1)
@@ -75,11 +77,11 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainLine:
-    """A line of the chain that gives a state, in its parts.
+    """A line of a chain that ends in the current answer to the question, split into its parts.
 
-    `head` contains the words before the place, `what` the place or the topic, `secret` the secret
-    witness, and `state` the answer after the line. In a coarse line, `head` contains only names and
-    `what` is empty.
+    `head` contains the words before the place or topic, `what` the place or topic, `secret` the
+    secret witness, and `state` the answer after the line. In a line of the coarse chain, such as
+    `Mia: jar`, `head` contains only names, and `what` is empty.
     """
 
     head: tuple[str, ...]
@@ -92,9 +94,9 @@ class ChainLine:
         return " ".join([*self.head, self.what]).rstrip() + f"{secret}: {self.state}\n"
 
     def groups(self) -> list[list[str]]:
-        """Returns the people named, in groups whose members see each other.
+        """Returns the people named in `head`, in groups whose members see each other.
 
-        The speaker of `tells` comes first.
+        In a line with `tells`, the first person is the speaker.
         """
         groups: list[list[str]] = [[]]
         for word in self.head:
@@ -105,7 +107,10 @@ class ChainLine:
         return groups
 
     def decides(self, question: Question) -> bool:
-        """Returns whether the line alone determines the state after it, whatever it was before."""
+        """Returns whether the line alone determines the answer to `question` after the line.
+
+        If not, the answer also depends on earlier lines.
+        """
         if not self.what:
             return True
         if question.kind == "memory":
@@ -122,7 +127,7 @@ class ChainLine:
 
 
 def read_line(line: str) -> ChainLine | None:
-    """Reads a line that gives a state. Returns None for any other text."""
+    """Reads a line of a chain that ends in an answer. Returns None for any other text."""
     match = _LINE.match(line)
     if match is None:
         return None
@@ -137,10 +142,11 @@ def read_line(line: str) -> ChainLine | None:
 def corruptions(
     lines: Sequence[str], question: Question, answer: str, places: Sequence[str], draw: Draw
 ) -> list[Corruption]:
-    """Returns one corruption for each line that can be changed so that the answer is not `answer`.
+    """Returns a corruption for each line that can be changed so that another answer follows.
 
-    A place becomes another one of `places`. For a topic, the people who heard about it change, so
-    that the knowledge asked for is gained or lost.
+    `lines` are the lines of a chain that leads to `answer`. A place becomes another one of
+    `places`. For a topic, the people who hear about it change, so that the knowledge asked for is
+    gained or lost.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]

@@ -1,6 +1,6 @@
-"""The events of a theory-of-mind story: people come and go, place things and talk.
+"""The events of a theory-of-mind story: people come and go, put things somewhere and talk.
 
-Each event is drawn from those that are possible in the world at that moment (see
+Each event is drawn from the events that are possible in the current state of the world (see
 `jexit.tasks.tom.world`).
 """
 
@@ -25,7 +25,11 @@ _WHISPER_PERCENT = 60  # percentage of speech that is whispered
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-    """The words that one story uses, and the largest number of sentences after its opening."""
+    """The words that one story uses for people, rooms, containers, things and topics.
+
+    `places` contains the containers. `longest` is the largest number of sentences after the opening
+    of the story, which states who is in which room.
+    """
 
     people: tuple[str, ...]
     rooms: tuple[str, ...]
@@ -37,7 +41,11 @@ class Cast:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """The kinds that an event may have, and whether speech is whispered (None: sometimes)."""
+    """The ways in which a mention of a place may be told: the kinds of event, and aloud or not.
+
+    `kinds` contains the kinds that the event may have. `whispered` is whether speech is whispered,
+    or None if it may be whispered or said aloud.
+    """
 
     kinds: Kinds = (*PLACINGS, "claims")
     whispered: bool | None = None
@@ -54,7 +62,7 @@ VERBS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """The thing and the place that an event of a story must name, and how."""
+    """The thing and the place that an event of a story must name, and how the event is told."""
 
     thing: str
     place: str
@@ -62,10 +70,11 @@ class Mention:
 
 
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
-    """Plans mentions of the thing with every place, mixed with mentions of the other thing.
+    """Plans mentions of `thing` with every place, mixed with mentions of the thing `other`.
 
-    The first PLACES entries of `how` belong to the thing. The others belong to the other thing,
-    whose mentions keep their order and are put at random positions.
+    The first PLACES (3) entries of `how` state how the mentions of `thing` are told, and the
+    remaining entries those of `other`. The mentions of `other` keep their order and are inserted at
+    random positions.
     """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
@@ -77,7 +86,7 @@ def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> 
 
 
 def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[Question]:
-    """Returns every question of a kind about these people and things."""
+    """Returns every question of the given kind about these people and things."""
     asked: list[tuple[str, ...]] = [()]
     for _ in range(PEOPLE_ASKED[kind]):
         asked = [(*some, one) for some in asked for one in people if one not in some]
@@ -85,9 +94,9 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 
 
 def draw_stage(draw: Draw, cast: Cast) -> Story:
-    """Draws the rooms of people and places before anything happens.
+    """Draws the rooms of people and containers at the start of a story, which has no events yet.
 
-    Each is in the first of the two rooms with a probability of three in four.
+    Each person and each container is in the first of the two rooms with probability 3/4.
     """
     main, other = cast.rooms
     return Story(
@@ -100,9 +109,10 @@ def draw_stage(draw: Draw, cast: Cast) -> Story:
 def story_of_places(
     draw: Draw, cast: Cast, mentions: Sequence[Mention]
 ) -> tuple[Story, World] | None:
-    """Returns a story with these mentions, and the world at its end.
+    """Draws a story whose events name the given things and places, in the order of `mentions`.
 
-    Returns None if one of the mentions is impossible or the story is too long.
+    Returns the story and the state of the world at its end, or None if a mention is impossible or
+    the story is too long.
     """
     stage = draw_stage(draw, cast)
     world, events = stage.start(), []
@@ -118,9 +128,9 @@ def story_of_places(
 
 
 def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
-    """Returns a story with `count` mentions of a topic or, sometimes, of a thing.
+    """Draws a story with `count` mentions of a topic or, with probability 1/6, of a thing.
 
-    Returns None if one of the mentions is impossible or repeated, or if the story is too long.
+    Returns None if a mention is impossible or repeated, or if the story is too long.
     """
     stage = draw_stage(draw, cast)
     world, events = stage.start(), []
@@ -142,7 +152,10 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 
 
 def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
-    """Returns the story with these events, or None if it is too long."""
+    """Returns the story that starts as `stage` and continues with `events`.
+
+    Returns None if the events take more than `cast.longest` sentences.
+    """
     if sentences(events) > cast.longest:
         return None
     return dataclasses.replace(stage, events=tuple(events))
@@ -151,13 +164,13 @@ def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | Non
 def sentences(events: Sequence[Event]) -> int:
     """Returns the number of sentences that tell the events.
 
-    Secret witnesses and distracted people get sentences of their own.
+    Each secret witness and each distracted person takes an additional sentence.
     """
     return sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
 
 
 def happening(world: World, event: Event) -> Event:
-    """Makes the event happen in the world, and returns it."""
+    """Makes `event` happen in `world`, whose state changes, and returns the event."""
     world.happen(event)
     return event
 
@@ -173,7 +186,10 @@ def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
 
 
 def _joining(draw: Draw, world: World, cast: Cast) -> Event:
-    """Returns an event in which somebody enters the room of somebody else, if anybody is in one."""
+    """Returns an event in which somebody enters the room where another person is.
+
+    If all people are outside, somebody enters the first room.
+    """
     hosts = [person for person in cast.people if world.room_of[person]] or cast.people
     host = draw.choice(hosts)
     actor = draw.choice([person for person in cast.people if person != host])
@@ -181,7 +197,11 @@ def _joining(draw: Draw, world: World, cast: Cast) -> Event:
 
 
 def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | None:
-    """Returns a possible event with this thing and place, or None if it finds none quickly."""
+    """Returns a possible event that names the thing and the place of `mention`.
+
+    The event sometimes has a secret witness or a distracted person. Returns None if none of
+    `_PROPOSALS` randomly drawn events is possible.
+    """
     thing, place = mention.thing, mention.place
     home, now = world.homes[place], world.place_of.get(thing)
     possible = ("puts",) if now is None else _LATER_MENTIONS
@@ -206,7 +226,10 @@ def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | No
 
 
 def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
-    """Returns an event in which somebody tells about a topic, or None if it finds none quickly."""
+    """Returns a possible event in which somebody tells about a topic.
+
+    Returns None if none of `_PROPOSALS` randomly drawn events is possible.
+    """
     for _ in range(_PROPOSALS):
         event = Event(
             kind="tells",
@@ -226,7 +249,10 @@ def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
 
 
 def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:
-    """Returns the event, sometimes with a secret witness or a distracted person if possible."""
+    """Returns `event`, sometimes with a secret witness or a distracted person.
+
+    The event stays as it is if neither is possible.
+    """
     if draw.integer(1, 100) > _EXTRA_PERCENT:
         return event
     person = draw.choice(cast.people)

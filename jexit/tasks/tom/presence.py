@@ -1,17 +1,19 @@
-"""Stories about beliefs that depend only on the comings and goings of one person asked about.
+"""Stories about beliefs that depend only on the comings and goings of one person.
 
-Three stories differ only in the room where this person starts, and in the times when this person
-comes and goes. All other sentences are the same, and so is the number of the person's moves. Each
-of the three stories has a different answer, and one of them is drawn. A rule that looks at the
-other sentences in any way, but does not work out who was there, therefore cannot be right more
-often than in one story of three.
+Three versions of a story differ only in the room where one of the people asked about starts, and in
+the times when this person comes and goes. All other sentences are the same, and so is the number of
+the person's comings and goings. Each of the three versions has a different answer, and one of them
+is drawn. Therefore a rule that uses the other sentences in any way, but does not work out who was
+in the room, cannot be right more often than in one story of three.
 
 If the question is what A thinks that B thinks, either A or B comes and goes, while the other one
 knows where the thing is. The answer is therefore not always what A thinks, and not always what B
-thinks. It is still nearly always what the less informed of the two thinks.
+thinks. The answer is still nearly always what the person with less information thinks.
 
-The place that was named before the person last came or went is drawn to be the answer in one of
-three stories. It is the answer in somewhat more of them, because some answers require it.
+The rule `before_last_move` returns the place that was named before the person last came or went.
+With a probability of one in three, this place is required to be the answer, and otherwise it must
+not be. The share of stories in which it is the answer is somewhat larger, because a draw is
+repeated if its requirement cannot be met.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ _MOVES: tuple[tuple[EventKind, ...], ...] = (
 def story_of_presence(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int
 ) -> tuple[Story, Question] | None:
-    """Returns a story with `count` mentions, and a question answered by the place numbered `rank`.
+    """Returns a story in which only the comings and goings of one person determine the answer.
 
-    The question is about a belief. One of the people asked about comes and goes. After the first
-    mention, no mention names this person with the thing. The other person asked about, if any,
-    knows where the thing is. Returns None if no three such stories were found.
+    The story has `count` mentions of a place and comes with a question about a belief, whose answer
+    is the place at index `rank` of `cast.places`. The person who comes and goes is one of the
+    people asked about. After the first mention of the thing, no sentence names this person with the
+    thing. The other person asked about, if any, knows where the thing is. Returns None if no story
+    of this kind is found.
     """
     thing, other = draw.sample(cast.things, 2)
     how = [ANYHOW] * count
@@ -91,10 +95,11 @@ def _by_answer(
     person: str,
     moves: tuple[EventKind, ...],
 ) -> dict[str, list[Story]] | None:
-    """Returns the story with each of its places as the answer.
+    """Returns versions of `story`, grouped by the place that is the answer to `question`.
 
-    For each place, there is a version for every way of making the person's moves that leads to this
-    answer. Returns None if one of the places cannot be the answer.
+    The versions differ in the first room of `person` and in the times and order of this person's
+    `moves`, which are comings and goings. Each place has one version for every way of making the
+    moves that leads to this answer. Returns None if one of the places cannot be the answer.
     """
     others = [event for event in story.events if event.thing or event.actor != person]
     if sentences(others) + len(moves) > cast.longest:
@@ -125,9 +130,10 @@ def _with_moves(
     person: str,
     move_after: Mapping[int, EventKind],
 ) -> list[Event] | None:
-    """Returns the others' events with the person's moves inserted, or None if this is impossible.
+    """Returns the events `others` with the comings and goings of `person` inserted.
 
-    `move_after` maps the index of an event to the move after it. The events happen in `world`.
+    `move_after` maps the index of an event in `others` to the kind of the move after this event.
+    The events happen in `world`, whose state changes. Returns None if an event is impossible.
     """
     events = []
     for index, event in enumerate(others):

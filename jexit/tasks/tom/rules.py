@@ -1,7 +1,7 @@
-"""Rules that answer a story's question from what they see, without tracking what anybody knows.
+"""Rules that answer a story's question from its sentences, without tracking anybody's knowledge.
 
-Stories are drawn so that each rule is right no more often than a guess. `world` is always the world
-at the end of the story.
+Stories are drawn so that each of these rules is right no more often than a guess. The argument
+`world` is always the state of the world at the end of the story.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from jexit.tasks.tom.world import Event, World
 
 
 def is_named(person: str, event: Event) -> bool:
-    """Returns whether the sentence about the event names the person."""
+    """Returns whether the sentence about `event` names `person`."""
     return person in (event.actor, event.hearer, event.secret, event.distracted)
 
 
 def last_named(question: Question, story: Story) -> str:
     """Returns the last place that an event names with the thing and the first person asked about.
 
-    If there is no such event, returns the last place named with the thing.
+    If no event names both, returns the last place that is named with the thing.
     """
     person = question.people[0]
     events = [event for event in story.events if event.thing == question.thing]
@@ -30,10 +30,10 @@ def last_named(question: Question, story: Story) -> str:
 
 
 def before_last_move(person: str, thing: str, story: Story) -> str:
-    """Returns the last place named with the thing before the person last came or went.
+    """Returns the last place named with `thing` before `person` last entered or left a room.
 
-    If the person stays throughout, returns the last place of all. If no place was named before the
-    person last came or went, returns the first.
+    If the person never does, returns the last place named with the thing. If no place was named
+    with the thing before, returns the first place that is named with the thing.
     """
     moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
     until = story.events[: moves[-1]] if moves else story.events
@@ -42,17 +42,17 @@ def before_last_move(person: str, thing: str, story: Story) -> str:
 
 
 def others_know_place(question: Question, person: str, world: World) -> bool:
-    """Returns whether all people asked about, except this one, know where the thing is."""
+    """Returns whether all people asked about, except `person`, know where the thing is."""
     place = world.place_of.get(question.thing)
     others = (other for other in question.people if other != person)
     return all(world.beliefs.get(((other,), question.thing)) == place for other in others)
 
 
 def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
-    """Returns two facts about the sentences that tell about the topic.
+    """Returns two facts about the sentences that tell about the topic of `question`.
 
-    The first is whether one of them names all people asked about. The second is whether one of them
-    tells everybody.
+    The first fact is whether one of these sentences names all people asked about. The second fact
+    is whether one of these sentences tells everybody in the room about the topic.
     """
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
@@ -66,10 +66,12 @@ def who_knows(question: Question, world: World) -> tuple[bool, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surface:
-    """The features of a story about a belief that a rule can see without tracking anybody.
+    """Features of a story about a belief that a rule can use without tracking anybody's knowledge.
 
-    `verbs` are the verbs of the thing's second and third mention. The first mention puts the thing
-    somewhere. `last_named` is the rank of the place that the rule of that name returns.
+    `verbs` contains the verbs of the second and third mention of the thing ("moves", "tells" or
+    "whispers"). In the first mention, somebody puts the thing in a place. `last_named` is the rank
+    of the place that the function `last_named` returns, which is the index of this place in the
+    order of the first mentions.
     """
 
     verbs: tuple[str, str]

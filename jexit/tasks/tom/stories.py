@@ -1,34 +1,38 @@
-"""Theory-of-mind stories whose surface does not give the answer away.
+"""Draws theory-of-mind stories whose wording does not reveal the answer.
 
-If the question asks for a place, the story names three places, each once with the thing. Between
-these mentions, other things lie somewhere or are moved. The rank of the answer is drawn before the
-story. Ranks number the three places in the order in which they come up with the thing.
+If the question asks for a place, the story names three places, each of them once with the thing
+asked about. (Questions of the kind `memory` differ, see below.) Mentions of another thing may stand
+between these three mentions. The rank of a place is its position in the order in which the story
+names the three places with the thing. The rank of the answer is drawn before the story.
 
-In three of four stories about beliefs, only somebody's comings and goings determine the answer (see
-`jexit.tasks.tom.presence`). In the fourth, the person asked about may be named where they learn of
-a place: as the actor, as the hearer of a whisper, or as a secret witness. A rule that tracks nobody
-could use some features of this story (see `Surface`). They are all drawn before the story,
-independently of the answer: whether the thing is then moved, told about or whispered about, which
-determines where it is, and the last place that an event names together with the person. Stories are
-drawn until one fits. So no rule on places, verbs or the thing's position is right more often than
-in one of three stories. A rule that knows in which roles the person is named answers the fourth
-story better, and is right in about 0.4 of all stories. In the fourth story, the other person of a
-belief about a belief knows where the thing is, as in the classic test (Perner and Wimmer 1985). The
-question is whether the first person knows that.
+In three of four stories about beliefs, only the comings and goings of one person determine the
+answer (see `jexit.tasks.tom.presence`). In the fourth, a sentence may name the person asked about
+where this person learns of a place: as the actor, as the hearer of a whisper, or as a secret
+witness. Some features of such a story could help a rule that tracks nobody (see `Surface`): whether
+the thing is later moved, told about or whispered about, and the last place that an event names
+together with the person. These features are drawn before the story and independently of the answer,
+and stories are drawn until one has these features and this answer. Therefore no rule about places,
+verbs or the position of the thing is right more often than in one of three stories. A rule that
+knows in which rooms the person is named answers the fourth kind of story better, and is right in
+about 0.4 of all stories. In the fourth kind of story, if the question asks what one person thinks
+that another person thinks, the other person knows where the thing is, as in the classic test
+(Perner and Wimmer 1985). The question is whether the first person knows that.
 
-For `reality`, things are moved and talked about equally often for every answer. For `memory`, the
-answer is the thing's first place. Both things share a pattern of places, such as first, second,
-first, third, and the rank of the answer in this pattern is drawn. Only the facts that define a
-question answer it: the last placing, the first placing, or, for beliefs, who saw what.
+For questions of the kind `reality` (where the thing is now), things are moved and talked about
+equally often for every answer. For `memory` (where the thing was at first), the thing and another
+thing share a pattern of places, such as first, second, first, third, and the rank of the answer in
+this pattern is drawn. Only the facts that define a question answer it: the last placing, the first
+placing, or, for beliefs, who saw what.
 
 With two people or fewer than five sentences, some of these combinations occur less often or never.
 
-If the answer is yes or no, a story has a twin with exactly the same words in another order and the
-opposite answer. The story and its twin agree on whether the topic is told to all people asked about
-by name, and on whether it is told to everybody. A fair draw takes one of the two. So neither the
-words nor the names of the people who are named with the topic answer more than half of the
-questions. For what one person thinks that another knows, the twin is one in which the same people
-know the topic, if there is such a twin. Names, things and places are drawn uniformly.
+If the answer is yes or no, a story has a twin, which consists of exactly the same words in another
+order and has the opposite answer. The story and its twin agree on whether the topic is told to all
+people asked about by name, and on whether the topic is told to everybody. One of the two is drawn
+with equal probability. Therefore neither the words nor the names of the people who are named with
+the topic answer more than half of the questions. If the question is whether one person thinks that
+another knows about a topic, the same people know the topic in both stories, if there is such a
+twin. Names, things and places are drawn uniformly.
 """
 
 from __future__ import annotations
@@ -75,10 +79,10 @@ _MORE_SENTENCES = 2  # at most beyond the largest number of moves, to bound the 
 def draw_problem(
     draw: Draw, kind: Kind, *, people: Sequence[int], moves: Sequence[int]
 ) -> tuple[Story, Question]:
-    """Draws a story and a question of this kind.
+    """Draws a story and a question of the given kind.
 
-    `people` and `moves` are the bounds of the number of people and of the number of sentences that
-    name a place. If the answer is yes or no, a sentence that names a topic counts as well.
+    `people` contains the smallest and the largest number of people. `moves` contains the smallest
+    and the largest number of sentences that name a place or, if the answer is yes or no, a topic.
     """
     cast = Cast(
         people=draw.sample(NAMES, draw.integer(*people)),
@@ -104,9 +108,9 @@ def draw_problem(
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
-    """Draws which of the three places each mention names. All three occur.
+    """Draws the number of the place that each of `length` mentions names.
 
-    Places are numbered by first mention.
+    The three places are numbered from 0 in the order of their first mention. All three occur.
 
     >>> draw_pattern(Draw("any"), 3)
     (0, 1, 2)
@@ -121,10 +125,12 @@ def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
 def _about_places(
     draw: Draw, kind: Kind, cast: Cast, count: int, *, rank: int, surface: Surface | None
 ) -> tuple[Story, Question] | None:
-    """Returns a story with `count` mentions, and a question answered by the place numbered `rank`.
+    """Returns a story with `count` mentions of places, and a question about a place.
 
-    For a belief, the story must also have this `surface`. Stories are drawn until one fits. Returns
-    None after `_STORIES` attempts, because then none is likely to fit.
+    The answer is the place at index `rank` of `cast.places`. If `surface` is given, which is only
+    the case for questions about beliefs, the story has the features in `surface`. Stories are drawn
+    until one fits. Returns None after `_STORIES` attempts, because a fitting story is then unlikely
+    to exist.
     """
     thing, other = draw.sample(cast.things, 2)
     pattern = draw_pattern(draw, count)
@@ -154,11 +160,12 @@ def _about_places(
 
 
 def _how_of_reality(count: int, rank: int) -> list[How]:
-    """Returns how each mention is told if the place numbered `rank` is the answer.
+    """Returns how each of `count` mentions is told if the place numbered `rank` is the answer.
 
-    The thing is put down, and then moved once and talked about once, or talked about twice if it
-    stays (rank 0). The second sentence about the other thing, if there is one, makes up for the
-    difference.
+    The thing is put down in its first place. It is then moved once and talked about once, or talked
+    about twice if the answer is the first place (`rank` 0). The second mention of the other thing,
+    if there is one, makes up for this difference, so that the number of moves is the same for every
+    answer.
     """
     how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
@@ -170,9 +177,11 @@ def _how_of_reality(count: int, rank: int) -> list[How]:
 def _plan_of_memory(
     draw: Draw, cast: Cast, pattern: Sequence[int], rank: int, thing: str, other: str
 ) -> list[Mention]:
-    """Divides the pattern between both things, so that the thing's first place is number `rank`.
+    """Divides the mentions of places between two things, so that the answer has the given rank.
 
-    The number of sentences about the thing does not depend on the answer.
+    The first mention of `thing` names the place numbered `rank`, which is the answer. The other
+    mentions in `pattern` name `thing` or `other`. The number of mentions of `thing` does not depend
+    on `rank`.
     """
     least = len(pattern) - pattern.index(PLACES - 1)
     count = draw.integer(1, least)
@@ -204,11 +213,12 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 
 
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
-    """Returns a story of the same words in another order, and a question with another answer in it.
+    """Returns a twin of `story`, and a question from `asked` that the twin answers differently.
 
-    In the twin, two events or one part of them (such as two people or topics) are exchanged.
-    `told_by_name` is the same for both stories, and so is `who_knows` if possible. Returns None if
-    no such exchange is found.
+    The twin consists of the same words in another order: two events, or one part of each (such as
+    the two actors or the two topics), are exchanged. The facts that `told_by_name` returns are the
+    same for both stories, and so are those of `who_knows`, if possible. Returns None if there is no
+    such twin.
     """
     before = story.end()
     assert before is not None
@@ -249,9 +259,10 @@ def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, 
 def _exchanged(
     events: tuple[Event, ...], first: int, second: int, part: str
 ) -> tuple[Event, ...] | None:
-    """Returns the events after an exchange of two of them, or of one part of the two.
+    """Returns `events` after an exchange between the events at the indices `first` and `second`.
 
-    Returns None if nothing changes or the parts cannot be exchanged.
+    `part` is "order" to exchange the events themselves, or the name of the field of `Event` to
+    exchange. Returns None if nothing changes or the parts cannot be exchanged.
     """
     one, other = events[first], events[second]
     if part == "order":

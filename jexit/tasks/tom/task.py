@@ -8,9 +8,9 @@
     Tom see jar: box
     #### box
 
-`Answer in full.` prescribes a chain of thought with a line for every event that matters. `Answer in
-short.` prescribes a chain with a line for every change of the answer (`Mia: box`). `Answer at
-once.` prescribes no chain.
+The last sentence of the prompt prescribes the chain of thought. `Answer in full.` prescribes a line
+for every event that matters for the answer. `Answer in short.` prescribes a line for every change
+of the answer (`Mia: box`). `Answer at once.` prescribes the answer without a chain.
 """
 
 from __future__ import annotations
@@ -53,19 +53,20 @@ _CLASS_OF = {
 
 
 class Tom(ChainTask):
-    """Stories with a question about a place, or about who knows of a topic (yes or no).
+    """Stories with a question about a place, or about who knows about a topic (yes or no).
 
-    `steps` is `fine` (a line for every event that matters), `coarse` (a line for every change of
-    the answer), `at_once` (no chain), `free` (the model chooses; the reference is fine or coarse,
-    drawn for each problem), or `mixed` (all of them, weighted by `MIXTURE`). `people_min` and
+    `steps` is `fine` (a line for every event that matters for the answer), `coarse` (a line for
+    every change of the answer), `at_once` (no chain of thought), `free` (the model chooses; the
+    reference completion is fine or coarse, drawn for each problem), or `mixed` (each problem draws
+    free, prescribed or no steps, with the probabilities in `MIXTURE`). `people_min` and
     `people_max` bound the number of people. `moves_min` and `moves_max` bound the number of
-    sentences that name a place or a topic. `kinds` are the kinds of question, which occur equally
-    often. The story and its question decide the split (see `split_of`), whatever the names and
-    things in them.
+    sentences that name a place or a topic. `kinds` contains the kinds of question, which occur
+    equally often. The story and its question decide the split (see `split_of`), whatever the names
+    and things.
 
-    Answers are balanced (see `jexit.tasks.tom.stories`). The answer is each of a story's three
-    places equally often, the beliefs asked for are false in two of three problems, and yes is right
-    in half of the problems.
+    Answers are balanced (see `jexit.tasks.tom.stories`): each of the three places of a story is the
+    answer equally often, two of three questions about a belief ask for a false belief, and yes is
+    right in half of the problems with yes or no.
     """
 
     name = "tom"
@@ -110,10 +111,10 @@ class Tom(ChainTask):
         return make_problem(story, question, mode=mode, fine=fine)
 
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
-        """Returns whether the reference is fine, and what the prompt prescribes.
+        """Returns whether the reference is fine, and which kind of chain the prompt prescribes.
 
-        Both are drawn separately from the story, so an index has the same story whatever `steps`
-        is.
+        A fine reference has a line for every event that matters. Both results are drawn separately
+        from the story, so the story at an index does not depend on the option `steps`.
         """
         draw = Draw("tom steps", self.seed, split, index)
         mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
@@ -127,7 +128,10 @@ class Tom(ChainTask):
     def text_totals(
         self, problems: Sequence[Problem], completions: Sequence[str]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the number of lines of the chain of thought (`chain_lines`) over all texts."""
+        """Returns the total number of lines in the chains of thought and the number of completions.
+
+        Their quotient is the metric `chain_lines`.
+        """
         return {"chain_lines": (sum(len(self.steps(t)) for t in completions), len(completions))}
 
     def steps(self, completion: str) -> list[str]:
@@ -146,12 +150,13 @@ class Tom(ChainTask):
         return phrases.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Changes one line, so that it names another place or other hearers of the topic.
+        """Changes one line of the chain, and drops the lines after it.
 
-        Only lines that determine the answer are changed, so the new answer is known: it is the
-        state of the changed line. A model that copies the last word of its chain follows the change
-        as well as one that reasons. The task `sums`, in which the rest must be worked out,
-        distinguishes the two.
+        The line then names another place, or other people who hear about the topic. Only lines that
+        determine the answer are changed, so the new answer is known: it is stated at the end of the
+        changed line. A model that only copies the last word of its chain therefore also follows the
+        change. The task `sums`, in which the rest must be computed, tells such a model from one
+        that reasons. Returns None if no line can be changed.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:
@@ -165,7 +170,7 @@ class Tom(ChainTask):
         return draw.choice(possible) if possible else None
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
-        """Returns another place of the story, or no instead of yes and yes instead of no."""
+        """Returns another place of the story, or the opposite of a right answer yes or no."""
         possible = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
         return draw.choice([answer for answer in possible if answer != problem.answer])
 
@@ -184,15 +189,19 @@ def _stories(
 
 
 def substance(drawn: tuple[Story, Question]) -> str:
-    """Returns the text of the story and the question with names and things made canonical."""
+    """Returns the text of a story and its question, with codes in place of names and things.
+
+    The text is the same for problems that differ only in names and things (see `canonical`).
+    """
     story, question = drawn
     return canonical(f"{story.text()} {question.text()}")
 
 
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
-    """Returns the problem with its reference completion.
+    """Returns the problem that asks `question` about `story`, with its reference completion.
 
-    `fine` selects the fine or the coarse chain, if `mode` has a chain.
+    `mode` is the key in CLOSINGS of the kind of chain that the prompt prescribes. `fine` selects
+    the fine or the coarse reference chain, unless `mode` is "at_once".
     """
     world = story.end()
     assert world is not None, "the story cannot happen"
@@ -213,9 +222,10 @@ def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> 
 
 
 def canonical(text: str) -> str:
-    """Returns the text with names, rooms, containers, objects and topics replaced by codes.
+    """Returns `text` with names, rooms, containers, objects and topics replaced by codes.
 
-    The words of each class are numbered by first mention.
+    A code consists of a letter for the class of the word and a number, which counts the words of
+    the class in the order of their first mention: the first name becomes "P0" and the second "P1".
     """
     numbers: dict[str, str] = {}
     counts = [0] * (1 + max(_CLASS_OF.values()))

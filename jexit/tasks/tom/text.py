@@ -56,10 +56,11 @@ SENTENCES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question: its kind, the people whose mind it is about (none, A, or A and B), and the thing.
+    """A question about a thing and perhaps about the thoughts of one or two people.
 
-    With A, it is about where A thinks the thing is. With A and B, it is about where A thinks that B
-    thinks it is.
+    Without `people`, the question is about the world itself. With one person A in `people`, the
+    question is what A thinks or knows about the thing. With two people A and B, the question is
+    what A thinks that B thinks or knows about the thing. `kind` is a key of QUESTIONS.
     """
 
     kind: Kind
@@ -71,7 +72,10 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in the current world. It is UNKNOWN for a place that never came up."""
+        """Returns the answer in the given state of the world.
+
+        The answer about a place that was never mentioned to these people is UNKNOWN.
+        """
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
@@ -85,7 +89,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story: the room in which each person starts, the room of each container, and the events."""
+    """A story, as a state of the world in which it starts and the events that follow.
+
+    `room_of` maps each person to the room in which this person starts. `homes` maps each container
+    to its room. `events` contains the events in order.
+    """
 
     room_of: Mapping[str, str]
     homes: Mapping[str, str]
@@ -95,7 +103,10 @@ class Story:
         return World(self.room_of, self.homes)
 
     def end(self) -> World | None:
-        """Returns the world after all events, or None if an event is impossible when it is due."""
+        """Returns the state of the world after all events, or None if an event is impossible.
+
+        Each event must be possible after the events before it (see `World.possible`).
+        """
         world = self.start()
         for event in self.events:
             if not world.possible(event):
@@ -116,9 +127,9 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns an event in words.
+    """Returns the sentence that tells `event`.
 
-    If there is a secret witness or a distracted person, another sentence says so.
+    A second sentence names the secret witness, and another one the distracted person, if any.
     """
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:

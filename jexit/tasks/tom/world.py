@@ -1,18 +1,19 @@
 """A small world of people, rooms and containers, and the people's beliefs about it.
 
 These rules decide who learns what from an event:
+
 - `enters`, `leaves`: nobody learns where an object is, because containers are closed.
-- `puts` (the object's first place), `moves` (to another container of the same room): everybody in
-  the room sees the event, and sees that the others there see it.
-- `takes` (to a container of another room, where the actor then is): the people in the room that is
-  left and those in the room that is entered see it. They are two groups, and people see each other
-  within a group only.
-- `claims` (where an object is, true or not), `tells` (about a topic): the speaker and the hearer
-  learn from a whisper, and otherwise everybody in the room learns. Hearers believe what they hear
-  and take the speaker at their word. The speaker's own belief stays, but the speaker knows what
-  the hearers now believe.
-- A `secret` witness is not in the room. This person learns what the open witnesses learn, and knows
-  that they did. The open witnesses do not know about the secret witness.
+- `puts` (an object in its first place), `moves` (an object to another container of the same room):
+  everybody in the room sees the event, and sees that the others in the room see it.
+- `takes` (an object to a container of another room, into which the actor moves): the people in the
+  room that is left and those in the room that is entered see the event. They are two groups, and
+  people see each other within a group only.
+- `claims` (that an object is in a place, true or not), `tells` (about a topic): the speaker and the
+  hearer learn from a whisper. Otherwise, everybody in the room learns. Hearers believe what they
+  hear and assume that the speaker believes it, too. A claim does not change the speaker's own
+  belief, but the speaker knows what the hearers now believe.
+- A `secret` witness is a person outside the room who learns what the open witnesses learn, and
+  knows that they learnt it. The open witnesses do not know about the secret witness.
 - A `distracted` person is in the room but learns nothing, and the witnesses know this.
 """
 
@@ -30,12 +31,13 @@ KNOWN = "yes"  # the belief about a topic that somebody has heard about
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """One event in the world.
+    """One event in the world, such as "Tom moves the coins to the jar".
 
     `thing` is an object, or a topic for `tells`. `place` is the container into which the object is
-    put, or in which it is said to be. `room` is the room that is entered or left, or to which the
-    object is taken. `hearer` is the person to whom the actor whispers. It is empty if everybody
-    hears the actor.
+    put, or in which the object is said to be. `room` is the room that is entered or left, or to
+    which the object is taken. `hearer` is the person to whom the actor whispers, and is empty if
+    everybody hears the actor. `secret` is the secret witness, and `distracted` the person who
+    misses the event.
     """
 
     kind: EventKind
@@ -50,7 +52,11 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Witnesses:
-    """Those who learn from an event: groups whose members see each other, and a secret witness."""
+    """The people who learn from an event.
+
+    `groups` contains the open witnesses, in groups whose members see each other. `secret` is the
+    secret witness, who sees the open witnesses unseen, or an empty string.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     secret: str = ""
@@ -60,7 +66,10 @@ class Witnesses:
         return {person for group in self.groups for person in group} | {self.secret} - {""}
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields every (a, b) such that a saw that b saw the event, and (a, a) if a saw it."""
+        """Yields (a, b) if a saw that b saw the event, and (a, a) if a saw the event.
+
+        The letters a and b stand for the names of people.
+        """
         for group in self.groups:
             for a in group:
                 for b in group:
@@ -72,14 +81,15 @@ class Witnesses:
 
 
 class World:
-    """The state of the world after the events so far.
+    """The state of the world after the events so far, with the beliefs of the people.
 
-    `room_of` contains each person's room (None: outside), and `homes` each container's room.
-    `place_of` contains the place where each object is, and `first_place_of` the place where it was
-    put first. `beliefs` maps a chain of one or two people and a thing to a belief:
-    `beliefs[("Mia",), "coins"]` is where Mia thinks that the coins are, and `beliefs[("Tom",
-    "Mia"), "coins"]` is where Tom thinks that Mia thinks they are. If an entry is missing, the
-    subject never came up. The belief about a topic that is known is KNOWN.
+    `room_of` maps each person to their room (None: outside), and `homes` each container to its
+    room. `place_of` maps each object to the container where the object is, and `first_place_of` to
+    the container where the object was put first. `beliefs` maps a pair of a chain of people and a
+    thing to a belief: `beliefs[("Mia",), "coins"]` is where Mia thinks that the coins are, and
+    `beliefs[("Tom", "Mia"), "coins"]` is where Tom thinks that Mia thinks that they are. A missing
+    entry means that these people have no belief about the thing. The belief about a topic is KNOWN
+    ("yes") if the topic is known.
     """
 
     def __init__(self, room_of: Mapping[str, str], homes: Mapping[str, str]) -> None:
@@ -91,7 +101,10 @@ class World:
         self._eyewitnesses: dict[str, set[str]] = {}  # of the object's last placing
 
     def inside(self, room: str | None) -> tuple[str, ...]:
-        """Returns the people in a room, in the order in which the story introduced them."""
+        """Returns the people in `room`, in the order in which the story introduced them.
+
+        If `room` is None, these are the people who are outside.
+        """
         return tuple([person for person, place in self.room_of.items() if place == room])
 
     def in_company(self) -> bool:
@@ -100,9 +113,9 @@ class World:
         return len(set(rooms)) < len(rooms)
 
     def witnesses(self, event: Event) -> Witnesses:
-        """Returns the people who would learn from the event if it happened now.
+        """Returns the people who would learn from `event` if it happened in the current state.
 
-        Nobody learns from entering and leaving.
+        For `enters` and `leaves`, there are no witnesses.
         """
         if event.kind in ("enters", "leaves"):
             return Witnesses(groups=())
@@ -118,12 +131,13 @@ class World:
         return Witnesses(groups=tuple(groups), secret=event.secret)
 
     def possible(self, event: Event) -> bool:
-        """Returns whether the event can happen now.
+        """Returns whether `event` can happen in the current state.
 
-        People move only objects that are in their room. A speaker must have a belief about the
-        object. A place is claimed only to people who did not see the object's last placing, so
-        nobody hears a claim against something that they saw and that is still true. What they saw
-        before that placing, and what they heard, gives way to what they hear later.
+        People move only objects that are in their room. A speaker who claims where an object is
+        must have a belief about the object. No hearer of a claim may have seen the object's last
+        placing, so that nobody hears a claim against a placing that they saw and that is still
+        true. What people saw before the last placing, and what they heard, is replaced by what they
+        hear later.
         """
         room = self.room_of.get(event.actor)
         if event.kind == "enters":
@@ -160,11 +174,14 @@ class World:
         return home == event.room != room
 
     def _is_beside(self, person: str, actor: str) -> bool:
-        """Returns whether these are two different people in the same room."""
+        """Returns whether `person` and `actor` are two different people in the same room."""
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Witnesses:
-        """Changes the world by a possible event, and returns the people who learnt of it."""
+        """Updates the state and the beliefs by `event`, and returns the people who learnt of it.
+
+        The event must be possible (see `possible`).
+        """
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
