@@ -46,7 +46,7 @@ class Continuation(nnx.Module):
     def __call__(self, h: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
         """Returns the residual after one skipped layer, in the dtype of `h`.
 
-        The parameters must be one layer's slice of the stacked parameters.
+        The module must contain one layer's slice of the stacked parameters.
         """
         return h + self.update(h if self.reduce is None else self.reduce(h))
 
@@ -101,8 +101,8 @@ class ExitHeads(nnx.Module):
     """The heads of all E exits, in float32, which map the residual h to the hazard logit z.
 
     With kind "mlp", z = w2 · relu(W1 · norm(h) + b1) + b2; otherwise the head is linear, z = w2 ·
-    norm(h) + b2. `norm` is an RMS norm with its own scale, or the identity. The bias b2 starts low,
-    so that tokens almost never leave at an untrained head. If the heads are `detached`, their
+    norm(h) + b2. norm is an RMS norm with a scale per exit, or the identity. The bias b2 starts
+    low, so that tokens almost never leave at an untrained head. If the heads are `detached`, their
     gradients do not reach the trunk. Source: arXiv:2603.21376, exit heads.
     """
 
@@ -154,9 +154,9 @@ def log_hazards(
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
     """Returns (log hazard, log(1 − hazard)), where hazard = m + (1 − m)·σ(z / temperature).
 
-    z are the `hazard_logits`, and m is `min_hazard`, below which no hazard falls, so that every
-    exit is explored. With m = 0 and temperature 1 the hazard is σ(z). The computation is in log
-    space and differentiable everywhere.
+    Here z is `hazard_logits`, and m is `min_hazard`: no hazard falls below m, so every exit is
+    explored. With m = 0 and temperature 1 the hazard is σ(z). The computation is in log space and
+    differentiable everywhere.
     """
     z = hazard_logits.astype(jnp.float32) / temperature
     log_rest = jnp.log1p(-jnp.asarray(min_hazard, jnp.float32))

@@ -42,7 +42,7 @@ class Policy:
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError if a number is invalid for these `depths`; ignores traced numbers."""
+        """Raises UserError if a setting is invalid for `depths`; ignores traced numbers."""
 
     def check_rows(self, rows: int, columns: int) -> None:
         """Raises UserError unless all arrays have `rows` rows and at least `columns` columns."""
@@ -58,7 +58,7 @@ class Policy:
     def log_prob(
         self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
     ) -> Float[Array, "*A"]:
-        """Returns log P(depth) of depths that this policy drew; 0 if it draws no depths."""
+        """Returns log P(depth) of depths from this policy; 0 for policies that do not draw."""
         return jnp.zeros(depth.shape)
 
     @property
@@ -100,7 +100,7 @@ class Full(Policy):
 
 @_pytree
 class Fixed(Policy):
-    """Every token runs the same number `layer` of layers: up to an exit, or all layers."""
+    """Every token runs `layer` layers: up to an exit, or all layers of the model."""
 
     layer: Int[Array, ""] | int
 
@@ -121,7 +121,7 @@ class Fixed(Policy):
 
 @_pytree
 class Prescribed(Policy):
-    """Each token runs the number of layers given for it: up to an exit, or all layers.
+    """Each token runs the number of layers that `depth_BT` contains: up to an exit, or all layers.
 
     In `forward`, `depth_BT` has one column per input position. In `generate`, column i is for the
     pass that produces generated token i; column 0 is ignored, because the last prompt position runs
@@ -171,7 +171,7 @@ class Sample(Policy):
     """A token that reaches an exit leaves there with a probability equal to the exit's hazard.
 
     The hazard is min_hazard + (1 − min_hazard)·σ(z / temperature), where z is the hazard logit. The
-    depths then follow the distribution `jexit.model.exits.depth_log_law`.
+    depths then follow the distribution of `jexit.model.exits.depth_log_law`.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -281,7 +281,7 @@ class Mixed(Policy):
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
     """Returns the policy named `text`, such as `full`, `threshold:0.5` or `fixed:6`.
 
-    For the name `sample`, returns the argument `sample`.
+    For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
     """
     kind, argument = parse_policy(text)
     if argument is None:
@@ -316,7 +316,7 @@ def warn_if_untrained(policy: Policy, model: Any) -> None:
 
 
 def _known(value: Any) -> np.ndarray | None:
-    """Returns the value as a NumPy array, or None if it is traced."""
+    """Returns the value as a NumPy array, or None if the value is traced."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 

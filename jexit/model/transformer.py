@@ -58,8 +58,8 @@ class Transformer(nnx.Module):
     """A Qwen-family or Llama decoder with exit heads and, optionally, LoRA adapters.
 
     The module contains only parameters and settings; `run` and `forward` compute with the module.
-    `exit_layers` are sorted layer numbers: a token that leaves at exit layer ℓ runs only layers 0 …
-    ℓ − 1.
+    `exit_layers` are sorted layer numbers: a token that leaves at exit layer ℓ runs only layers
+    0 … ℓ − 1.
     """
 
     def __init__(

@@ -56,9 +56,9 @@ class Arrivals:
 
     Each request gets the tokens, depths and log-probabilities that `rollout` returns for that
     request alone. One compiled program serves all halting policies. The pool decodes at most
-    `size.rows` completions at a time, and never more than `AT_ONCE`; further completions wait. The
-    pool works on one data shard and supports neither forced prefixes nor several samples per
-    prompt.
+    `size.rows` completions at a time, and never more than `AT_ONCE` (64); further completions wait.
+    The pool works on one data shard (a mesh with more raises UserError) and supports neither forced
+    prefixes nor several samples per prompt.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class Arrivals:
     def join(self, request: Request) -> list[int]:
         """Adds a request to the pool and returns one ticket number for each of its prompts.
 
-        The tickets identify the completions in `Grown` and `leave`. Raises UserError if
-        `Request.check` does, or if this pool cannot serve the request.
+        The tickets identify the completions in `Grown` and `leave`. Raises UserError if the request
+        is invalid (`Request.check`) or if this pool cannot serve the request.
         """
         request.check(self._engine.model)
         _ = request.policy.setting  # raises UserError for a policy that differs between tokens

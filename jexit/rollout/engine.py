@@ -50,9 +50,10 @@ def rollout(
 
     `prompts` and `settings` are the fields of `jexit.rollout.Request`. `model` is a `Transformer`
     or the tuple that `nnx.split(model, ...)` returns; a training loop passes the tuple, which saves
-    splitting the model on each call. New parameter values never cause a recompilation. Raises
-    UserError if the model cannot serve the request (`Request.check`), or if the depths of a
-    `Prescribed` policy have the wrong number of rows or too few columns.
+    splitting the model on each call. `size` sets how many completions are decoded at a time. New
+    parameter values never cause a recompilation. Raises UserError if the model cannot serve the
+    request (`Request.check`), or if the depths of a `Prescribed` policy have the wrong number of
+    rows or too few columns.
     """
     decoding = Decoding(model, Request(prompts=prompts, **settings), size)
     while not decoding.turn():
@@ -252,7 +253,7 @@ class Decoding:
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:
-        """Returns this host's completions; call it only after all completions have ended."""
+        """Returns this host's completions; call this only after all completions have ended."""
         records, request, layout, status = self.so_far(), self.request, self._layout, self._status
         length_B, z_BTE = records.length_J, records.hazard_logits_JTE
         beyond_BT = np.arange(request.max_new_tokens) >= length_B[:, None]

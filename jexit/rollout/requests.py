@@ -26,10 +26,10 @@ class Request:
     several hosts, `prompts` contains only this host's share of the `total` prompts
     (`jexit.dist.host_rows`), but a `Prescribed` policy contains the depths of all prompts.
 
-    `forced[i]` is the number of tokens at the end of prompt i that are the forced beginning of each
-    of its completions. Forced tokens exit under the policy as if they had been decoded, and column
-    0 of `Prescribed` is the first forced token. Returned completions contain only the new tokens.
-    All samples of a prompt share the depths drawn for its forced tokens.
+    `forced[i]` is the number of tokens at the end of prompt i with which all completions of prompt
+    i are forced to begin. Forced tokens exit under the policy as if they had been decoded, and
+    column 0 of `Prescribed` is the first forced token. Returned completions contain only the new
+    tokens. All samples of a prompt share the depths drawn for the prompt's forced tokens.
     """
 
     prompts: Sequence[Sequence[int]]

@@ -76,7 +76,7 @@ class Sampling:
         )
 
     def at(self, row_B: Int[Array, "B"]) -> Sampling:
-        """Returns the settings of the completions `row_B`, which all share one setting."""
+        """Returns the settings of the completions `row_B`, which share one setting."""
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
@@ -168,10 +168,10 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns one PRNG key per token, derived from `key` and the three numbers of the token.
+        """Returns one PRNG key per token, derived from `key` and three numbers.
 
-        The three numbers are those of the prompt and the sample (in `jobs`), and `index_B` in the
-        completion `job_B`.
+        For token b of completion `job_B[b]`, these are the numbers of the prompt and the sample in
+        `jobs`, and the token's index `index_B[b]`.
         """
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
@@ -237,8 +237,8 @@ def _first(true_BC: Array) -> Array:
 def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
     """Returns the logits with −inf outside the `top_k` most likely tokens.
 
-    Tokens that tie with the last of these are kept too. Tokens whose probability rounds to 0 may
-    also be kept, but they are never drawn.
+    Tokens that tie with the least likely of the `top_k` tokens are kept too. Tokens whose
+    probability rounds to 0 may also be kept, but they are never drawn.
     """
     return _truncate(logits, lambda kept, probs: jnp.sum(kept, axis=-1) >= top_k)
 

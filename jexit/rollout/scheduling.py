@@ -215,7 +215,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The slots of the prefix cache: enough for the prompts that start at once and one group."""
+        """The slots of the prefix cache: the prompts that start at once, plus one group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 

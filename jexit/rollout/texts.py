@@ -45,7 +45,7 @@ class Piece:
     """The text and tokens added to one completion by an update; lists have one entry per token.
 
     `text` may lag behind `tokens`: the bytes of an incomplete character, and characters that may
-    begin a stop string, are held back until later tokens settle them.
+    begin a stop string, are held back until later tokens decide the text.
     """
 
     index: int  # the prompt's index
@@ -81,7 +81,8 @@ def generate(
     `role` and `content`) is a conversation that ends with the user's message. Without `chat`, a
     prompt is plain text, and the tokenizer may put a begin token before the text. Temperature 0
     means greedy decoding. A completion ends with an end token, or with the token that completes one
-    of the `stop` strings; the returned text ends before the stop string. Raises UserError for an
+    of the `stop` strings; the returned text ends before the stop string. With `hazards`, the hazard
+    logits at the exits are returned too. `adapters=False` omits LoRA. Raises UserError for an
     invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
     decoding, texts = _started(
