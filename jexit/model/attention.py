@@ -1,4 +1,4 @@
-"""Grouped-query attention, with stacked projections of all layers and named implementations."""
+"""Grouped-query attention: projections stacked over layers, and implementations chosen by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BRANCHES = 1 << 12
 
 
 class KeysValues(NamedTuple):
-    """The rotated keys and the values of one layer, each [B, S, K, H]."""
+    """The keys, after rotary embedding, and the values of one layer, each [B, S, K, H]."""
 
     keys: Float[Array, "B S K H"]
     values: Float[Array, "B S K H"]
@@ -38,7 +38,8 @@ class KeysValues(NamedTuple):
 class Attention(nnx.Module):
     """The attention projections q, k, v and o of all layers.
 
-    Qwen2 has biases on q, k and v, Qwen3 has query and key norms, and Llama has neither.
+    Qwen2 has biases on q, k and v. Qwen3 has norms on queries and keys. Llama has no biases or
+    norms.
     """
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -72,7 +73,7 @@ class Attention(nnx.Module):
     def queries(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> Float[Array, "B T N H"]:
-        """Returns the queries of the block's normed input, after the optional norm and rotation."""
+        """Returns queries of the normalised input, after the optional norm and rotary embedding."""
         q_BTNH = self.q(x_BTD, adapters=adapters, dropout_key=key)
         if self.q_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
@@ -81,7 +82,10 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Returns keys, after the optional norm and rotation, and values of the normed input."""
+        """Returns keys, after the optional norm and rotary embedding, and values.
+
+        `x_BTD` is the normalised input of the block.
+        """
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])
@@ -91,7 +95,7 @@ class Attention(nnx.Module):
 
 
 def check_attention(name: str) -> None:
-    """Raises UserError if the current platform cannot run the named implementation."""
+    """Raises UserError if the current platform cannot run the attention implementation `name`."""
     needs, found = PLATFORMS.get(name), target().platform
     if needs is not None and needs != found:
         raise UserError(
@@ -101,12 +105,13 @@ def check_attention(name: str) -> None:
 
 
 def choose_attention(name: str, length: int) -> str:
-    """Returns the implementation that `name` means for this length on the current platform.
+    """Returns the implementation that `name` means for sequences of `length` positions.
 
-    `auto` means `splash` on a TPU from 2,048 positions on, and `xla` everywhere else. At 2,048
-    positions `xla` would need over 4·N·T² bytes per row for its scores (0.8 GB for Qwen3-4B, and
-    3.2 GB at 4,096). The two have not been timed on a chip. The limit comes from the compiler's
-    figures for memory, which are no reason to change at 1,024 positions.
+    `auto` means `splash` on a TPU from 2,048 positions on, and `xla` otherwise; any other name
+    means itself. At 2,048 positions `xla` would need over 4·N·T² bytes per row for the attention
+    scores (0.8 GB for Qwen3-4B, and 3.2 GB at 4,096). The two implementations have not been timed
+    on a chip. The limit of 2,048 comes from the compiler's memory figures, which give no reason to
+    use `splash` at 1,024 positions.
     """
     if name != "auto":
         return name
@@ -126,14 +131,16 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q·k / sqrt(H)) · v over the valid keys at or before each query.
 
-    Queries and keys are whole sequences with the same positions; `Cache.attend` serves one query
-    per row over a cache. `valid_BT` is False at padding, which is on the side that `padding` names;
-    the results there are finite but have no meaning. With `branches`, segment n · BRANCHES is a
-    trunk, and the segments n · BRANCHES + b that come after it in its row see it too.
+    Queries and keys are whole sequences with the same positions; for one query per row over a
+    cache, use `Cache.attend`. `valid_BT` is False at padding, which is on the side that `padding`
+    names; results at padding are finite but have no meaning. `segment_BT` replaces `valid_BT` if
+    several texts share a row: it contains the number of each position's text, and attention stays
+    within a text. With `branches`, text n·BRANCHES is a trunk, and the later texts n·BRANCHES + b
+    in the same row also attend to this trunk.
 
     `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches),
-    or `auto`, which picks `xla` or `splash`. Raises UserError if the implementation cannot run
-    here. `interpret` runs splash attention on any platform, very slowly.
+    or `auto`, which picks `xla` or `splash`. Raises UserError if the current platform cannot run
+    the implementation. `interpret` runs splash attention on any platform, very slowly.
     """
     chosen = choose_attention(implementation, q_BTNH.shape[1])
     if chosen == "xla":
@@ -167,7 +174,7 @@ def attend(
 
 
 def _visible(segment_BT: Array, branches: bool) -> Array:
-    """Returns a mask [B, 1, T, S]: True if the key is in the query's text or, if any, its trunk."""
+    """Returns a mask [B, 1, T, S], True for keys in the query's text or in the text's trunk."""
     query_BNTS, key_BNTS = segment_BT[:, None, :, None], segment_BT[:, None, None, :]
     same_BNTS = query_BNTS == key_BNTS
     if not branches:
@@ -184,7 +191,7 @@ def _cudnn(
     padding: Padding,
     branches: bool,
 ) -> Array:
-    """Runs cuDNN's flash attention; segments and left padding need a mask [B, 1, T, T]."""
+    """Runs cuDNN's flash attention, with a mask [B, 1, T, T] for segments or left padding."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
             "config.model.attention=cudnn supports only bfloat16 and float16, but the dtype is "

@@ -19,7 +19,7 @@ from jexit.presets import Architecture
 class Block(nnx.Module):
     """A transformer block: h += o(attention(norm(h))), then h += mlp(norm(h)).
 
-    For tokens that have left, `skipped` updates the residual instead.
+    For a token that has left at an exit, `skipped` updates the residual h instead.
     """
 
     def __init__(
@@ -53,10 +53,11 @@ class Block(nnx.Module):
         adapters: bool = True,
         dropout_key: PRNGKey | None = None,
     ) -> tuple[HiddenBTD, KeysValues]:
-        """Runs one layer over whole sequences; returns the new residual and the keys and values.
+        """Runs one layer over whole sequences; returns the new residual, and the keys and values.
 
-        `attend` is a function of queries [B, T, N, H] and `KeysValues`, such as
-        `jexit.model.attention.attend` with its other arguments set.
+        `cos` and `sin` are the tables of the rotary embedding. `attend` is a function of queries
+        [B, T, N, H] and `KeysValues`, such as `jexit.model.attention.attend` with its other
+        arguments set.
         """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)
@@ -66,7 +67,7 @@ class Block(nnx.Module):
         return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
 
     def skipped(self, h: Array) -> Array:
-        """Returns the residual [..., D] of a token that has left, after it skips this layer."""
+        """Returns the residual [..., D] after this layer, for a token that skips the layer."""
         return h if self.continuation is None else self.continuation(h)
 
     def finish(

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the tokens so far, for decoding one token per row at a time."""
+"""The KV cache: keys and values of earlier tokens, for decoding one token per row at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ SMALLEST_PROMPT = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The rotated keys and the values [K, L, P, S, H] of P rows; a row fills its slots from 0 on.
+    """The keys, after rotary embedding, and the values [K, L, P, S, H] of P rows with S slots each.
 
-    The slot axis comes after the head axis, so that attention is a plain batched product per head.
+    A row is filled from slot 0 on. The slot axis comes after the head axis, so that attention is a
+    plain batched product per head.
     """
 
     keys_KLPSH: CacheKLPSH
@@ -40,7 +41,7 @@ class Cache:
         return cls(*(constrain(jnp.zeros(shape, dtype), "K.B..") for _ in range(2)))
 
     def grown(self, slots: int) -> Cache:
-        """Returns the cache with room for `slots` tokens per row; the new slots contain zeros."""
+        """Returns the cache enlarged to `slots` tokens per row; the added slots contain zeros."""
         room = [(0, 0), (0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
         return jax.tree.map(lambda part: jnp.pad(part, room), self)
 
@@ -53,7 +54,8 @@ class Cache:
     ) -> Cache:
         """Returns the cache after one layer's keys and values [B, 1, K, H] of B tokens are written.
 
-        Each token belongs to a different row. A token whose slot is outside the cache is dropped.
+        Token b goes to row `rows_B[b]` and slot `slot_B[b]`. The rows must differ. A token whose
+        slot is outside the cache is dropped.
         """
 
         def write(part_KLPSH: Array, new_B1KH: Array) -> Array:
@@ -65,7 +67,7 @@ class Cache:
     def with_prompts(self, places_B: Int[Array, "B"], kv: KeysValues) -> Cache:
         """Returns the cache after the keys and values [L, B, T, K, H] of B prompts are written.
 
-        Prompt b starts at slot 0 of row `places_B[b]`. A prompt whose row is outside the cache is
+        Prompt b begins at slot 0 of row `places_B[b]`. A prompt whose row is outside the cache is
         dropped.
         """
 
@@ -93,9 +95,10 @@ class Cache:
         q_BNH: Float[Array, "B N H"],
         length_B: Int[Array, "B"],
     ) -> Float[Array, "B N H"]:
-        """Returns softmax(q·k / sqrt(H)) · v of one query per row over its first `length_B` slots.
+        """Returns softmax(q·k / sqrt(H)) · v for one query per row, in one layer.
 
-        If `rows_B` is None, the queries are those of all rows, in order. Lengths are at least 1.
+        The query of a row attends to the first `length_B` (at least 1) slots of the row. `rows_B`
+        contains the rows of the queries; None means all rows, in order.
         """
         return decode_over_mesh(
             decode_attention,
@@ -120,8 +123,8 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
     """Returns the array after one token is written to each of B rows, head by head.
 
-    This follows the cache's memory order. A single write across heads would make TPUs change the
-    layout of the whole cache, in each layer.
+    Writing head by head follows the memory order of the cache. A single write across heads would
+    make TPUs change the layout of the whole cache in each layer.
     """
     heads, layers, rows, slots, width = part_KLPSH.shape
     row_KB = (jnp.arange(heads)[:, None] * layers + layer) * rows + rows_B
@@ -136,7 +139,7 @@ def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_
 
 
 def _repeated(new: Array, part_KLPSH: Array) -> Array:
-    """Repeats heads [K, …] to the cache's number of heads and converts them to its dtype."""
+    """Repeats the heads [K, …] to the cache's number of heads and casts to the cache's dtype."""
     return jnp.repeat(new, part_KLPSH.shape[0] // new.shape[0], axis=0).astype(part_KLPSH.dtype)
 
 
@@ -147,15 +150,15 @@ def bucket(size: int, least: int) -> int:
 
 
 def prompt_bucket(length: int) -> int:
-    """Returns the padded length of a prompt."""
+    """Returns the length to which a prompt of `length` tokens is padded."""
     return bucket(length, SMALLEST_PROMPT)
 
 
 def cache_bucket(used: int, most: int) -> int:
-    """Returns the slots of a cache that needs room for `used` tokens now and `most` at the end.
+    """Returns the slots per row of a cache that needs `used` slots now and `most` slots at the end.
 
-    Sizes double from one bucket to the next. Compilations are then few, and the cache takes at most
-    about twice the memory that its longest row needs. The largest bucket is `most`, padded like a
-    prompt.
+    The size is a power of two, at least 128 and at most `most` (padded like a prompt). Doubling
+    keeps compilations few, and the cache takes at most about twice the memory that the longest row
+    needs.
     """
     return max(SMALLEST_CACHE, min(1 << (used - 1).bit_length(), prompt_bucket(most)))

@@ -1,4 +1,4 @@
-"""Token embeddings, and their lookup in a table that is divided over a mesh."""
+"""Token embeddings, and their lookup in a table that is sharded over a mesh."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jexit.presets import Architecture
 
 
 class Embedding(nnx.Module):
-    """The token embeddings [V, D], which are also the output head if the checkpoint ties them."""
+    """The token embeddings [V, D], which are also the output head of a model with tied weights."""
 
     def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (arch.vocab_size, arch.width)
@@ -24,12 +24,13 @@ class Embedding(nnx.Module):
 
 
 def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
-    """Returns `table_VD[tokens]`; under a mesh, its rows are divided as in `jexit.dist.rules`.
+    """Returns `table_VD[tokens]`; under a mesh, the rows are sharded as in `jexit.dist.rules`.
 
-    The table is divided by vocabulary (over `tensor`) and by width (over `fsdp`). Without help, the
-    compiler would compute the whole result on every device. Here each device looks up the tokens of
-    all its neighbours along `fsdp` in its own piece of the table. A sum over `tensor` completes the
-    vocabulary, and then the neighbours exchange pieces of the width for rows.
+    The table is sharded by vocabulary (over `tensor`) and by width (over `fsdp`). The compiler
+    alone would compute the whole result on every device. Here each device looks up the tokens of
+    all its neighbours along `fsdp` in its own shard of the table. A sum over `tensor` completes the
+    vocabulary; then the neighbours exchange slices of the width, so that each device has the full
+    width of its own rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
@@ -68,5 +69,5 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
 
 
 def _names(entry: str | tuple[str, ...] | None) -> set[str]:
-    """Returns the mesh axes of an entry of a partition spec: a name, a tuple of names or None."""
+    """Returns the mesh axes in an entry of a partition spec: a name, a tuple of names or None."""
     return {entry} if isinstance(entry, str) else set(entry or ())

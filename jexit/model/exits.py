@@ -1,6 +1,7 @@
-"""Exit heads, the linear continuation after an exit, and the depth law.
+"""Exit heads, the linear continuation of tokens after an exit, and the depth law.
 
-`law_of_log_hazards` is the one place that turns hazards into a distribution of depths.
+The hazard of an exit is the probability that a token at the exit leaves. The depth law is the
+resulting distribution of depths, which only `law_of_log_hazards` computes.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from jexit.model.lora import StackedLinear
 
 
 class ExitParam(nnx.Param):
-    """A parameter of an exit head: float32, with its own learning rate."""
+    """A parameter of an exit head: float32, trained with a separate learning rate."""
 
 
 class ContinuationParam(ExitParam):
-    """A parameter of the linear continuation: float32, with its own learning rate."""
+    """A parameter of the linear continuation: float32, trained with a separate learning rate."""
 
 
 class Continuation(nnx.Module):
-    """The linear map h ← h · S_m + b_m of a token that has left, in each layer m that it skips.
+    """The linear map h ← h · S_m + b_m by which a token that has left skips layer m.
 
-    S_m = I + A_m. A and b start at zero, so at first the residual stays as it was at the exit. The
-    float32 parameters of all layers are stacked: A [L, D, D], or its factors [L, D, R] and
-    [L, R, D], and b [L, D]. Sources of linear maps between layers: arXiv:2303.08112,
-    arXiv:2303.09435.
+    S_m = I + A_m. A and b start at zero, so before training the residual stays as it was at the
+    exit. The float32 parameters of all layers are stacked: the bias b [L, D], and either
+    A [L, D, D] or, with rank R > 0, the factors [L, D, R] and [L, R, D] of A. Sources of linear
+    maps between layers: arXiv:2303.08112, arXiv:2303.09435.
     """
 
     def __init__(self, layers: int, width: int, *, rank: int, rngs: nnx.Rngs):
@@ -45,17 +46,17 @@ class Continuation(nnx.Module):
     def __call__(self, h: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
         """Returns the residual after one skipped layer, in the dtype of `h`.
 
-        The module must contain one layer's slice of the parameters.
+        The module must contain one layer's slice of the stacked parameters.
         """
         return h + self.update(h if self.reduce is None else self.reduce(h))
 
     def after(
         self, next_DD: Float[Array, "D D"], next_D: Float[Array, "D"]
     ) -> tuple[Float[Array, "D D"], Float[Array, "D"]]:
-        """Composes one layer's map with a following map h ↦ h · (I + next_DD) + next_D.
+        """Composes this layer's map with the map h ↦ h · (I + next_DD) + next_D of later layers.
 
-        Returns the matrix and the bias of the composed map in the form of the following map. With
-        Q = `next_DD` and c = `next_D`, these are A + Q + A·Q and b·(I + Q) + c.
+        Returns (Q', c'), with which the composed map is h ↦ h · (I + Q') + c'. With Q = `next_DD`
+        and c = `next_D`, Q' = A + Q + A·Q and c' = b·(I + Q) + c.
         """
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         b_D, a = self.update.bias[...], self.update.kernel[...]
@@ -97,12 +98,12 @@ def maps_to_end(
 
 
 class ExitHeads(nnx.Module):
-    """The heads of all E exits, in float32: z = w2 · relu(W1 · norm(h) + b1) + b2, or linear.
+    """The heads of all E exits, in float32, which map the residual h to the hazard logit z.
 
-    A linear head is z = w2 · norm(h) + b2. `norm` is an RMS norm with its own scale, or the
-    identity. The bias b2 starts low, so that tokens almost never leave at an untrained head. If the
-    heads are `detached`, their gradients do not reach the trunk. Source: arXiv:2603.21376, exit
-    heads.
+    With kind "mlp", z = w2 · relu(W1 · norm(h) + b1) + b2; otherwise the head is linear, z = w2 ·
+    norm(h) + b2. norm is an RMS norm with a scale per exit, or the identity. The bias b2 starts
+    low, so that tokens almost never leave at an untrained head. If the heads are `detached`, their
+    gradients do not reach the trunk. Source: arXiv:2603.21376, exit heads.
     """
 
     def __init__(
@@ -151,10 +152,11 @@ def log_hazards(
     temperature: Float[Array, ""] | float = 1.0,
     min_hazard: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
-    """Returns (log hazard, log(1 − hazard)), with hazard = m + (1 − m)·σ(z / temperature).
+    """Returns (log hazard, log(1 − hazard)), where hazard = m + (1 − m)·σ(z / temperature).
 
-    The floor m = `min_hazard` keeps every exit explored. With m = 0 and temperature 1 the hazard is
-    σ(z). The computation is in log space and differentiable everywhere.
+    Here z is `hazard_logits`, and m is `min_hazard`: no hazard falls below m, so every exit is
+    explored. With m = 0 and temperature 1 the hazard is σ(z). The computation is in log space and
+    differentiable everywhere.
     """
     z = hazard_logits.astype(jnp.float32) / temperature
     log_rest = jnp.log1p(-jnp.asarray(min_hazard, jnp.float32))
@@ -172,7 +174,8 @@ def depth_log_law(
     """Returns log-probabilities [..., E + 1] of leaving at each exit and, last, of never leaving.
 
     log P(e) = log hazard_e + Σ_{j<e} log(1 − hazard_j);  log P(E) = Σ_j log(1 − hazard_j).
-    The student's loss, the sampler and RL use this function through `depth_log_prob`.
+    The hazards are those of `log_hazards`. The student's loss, the sampler and RL use this
+    function through `depth_log_prob`.
     """
     leave, stay = log_hazards(hazard_logits, temperature=temperature, min_hazard=min_hazard)
     return law_of_log_hazards(leave, stay)
@@ -181,9 +184,10 @@ def depth_log_law(
 def law_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """Returns the depth law of `depth_log_law` from log hazards and log(1 − hazard).
+    """Returns the log-probabilities of `depth_log_law` from log(hazard) and log(1 − hazard).
 
-    Calibration uses it for target hazards, which do not come from hazard logits.
+    `leave` is log(hazard) and `stay` is log(1 − hazard). Calibration passes target hazards, which
+    do not come from hazard logits.
     """
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
@@ -193,7 +197,7 @@ def law_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the exit index e of each depth, or E for full depth.
+    """Returns the exit index e at which each depth ends, or E (the number of exits) for full depth.
 
     Each depth must be one of `exit_layers` or equal to `layers`.
     """
@@ -203,7 +207,7 @@ def exit_index_of_depth(
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the depth (layer count) of each exit index; index E is the full depth."""
+    """Returns the depth, as a number of layers, of each exit index; index E means all `layers`."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 
@@ -216,7 +220,7 @@ def depth_log_prob(
     temperature: Float[Array, ""] | float = 1.0,
     min_hazard: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "*A"]:
-    """Returns log P(depth) under the depth law of the hazards. See `depth_log_law`."""
+    """Returns log P(depth) of each depth under the distribution of `depth_log_law`."""
     law = depth_log_law(hazard_logits, temperature=temperature, min_hazard=min_hazard)
     index = exit_index_of_depth(depth, exit_layers, layers)
     return jnp.take_along_axis(law, index[..., None], axis=-1)[..., 0]

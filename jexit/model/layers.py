@@ -1,4 +1,4 @@
-"""RMS normalisation, rotary positions and the gated MLP."""
+"""RMS normalisation, rotary position embedding and the gated MLP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
-    """One or more RMS norms (arXiv:1910.07467), with scales of shape [..., width]."""
+    """One or several stacked RMS norms (arXiv:1910.07467), with scales of shape [..., width]."""
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones(shape, dtype))
@@ -34,7 +34,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 class MLP(nnx.Module):
-    """A SwiGLU MLP (arXiv:2002.05202), down(silu(gate(x)) · up(x)), stacked over layers."""
+    """The SwiGLU MLPs (arXiv:2002.05202) of all layers, each down(silu(gate(x)) · up(x))."""
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, hidden = (arch.width,), (arch.mlp_width,)
@@ -57,14 +57,16 @@ class MLP(nnx.Module):
 
 
 def rope_inverse_frequencies(arch: Architecture) -> tuple[np.ndarray, float]:
-    """Returns inverse frequencies [H/2] and the factor on cos and sin (1 unless YaRN changes it).
+    """Returns the inverse frequencies [H/2] of the rotary embedding, and the factor on cos and sin.
 
-    Plain rope uses θ^(−2i/H) (arXiv:2104.09864). Scaled rope divides the frequencies that make few
-    turns over the original context by `factor` and keeps those that make many. A linear ramp lies
-    between the two. In YaRN (arXiv:2309.00071, section 3.2) the ramp runs from beta_slow to
-    beta_fast turns and is linear in the index. YaRN's attention factor is 0.1·ln(factor) + 1,
-    unless the checkpoint contains one. In llama3 (`apply_scaling` of meta-llama/llama-models) the
-    ramp runs from low_freq_factor to high_freq_factor turns and is linear in the turns.
+    The factor is 1 except under YaRN. The plain inverse frequencies are θ^(−2i/H)
+    (arXiv:2104.09864). Scaled variants divide the frequencies that make few turns over the original
+    context by `factor`, keep the frequencies that make many turns, and interpolate linearly between
+    the two. In YaRN (arXiv:2309.00071, section 3.2) the interpolation runs from beta_slow to
+    beta_fast turns and is linear in the index; the attention factor is 0.1·ln(factor) + 1, unless
+    the checkpoint contains another. In llama3 (`apply_scaling` of meta-llama/llama-models) the
+    interpolation runs from low_freq_factor to high_freq_factor turns and is linear in the number of
+    turns.
     """
     half = arch.head_dim // 2
     plain = arch.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -87,7 +89,7 @@ def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn_ramp(arch: Architecture, yarn: Yarn) -> np.ndarray:
-    """Returns YaRN's ramp [H/2] from 0 to 1. See `_llama3_ramp`."""
+    """Returns how far [H/2] YaRN scales each frequency: 0 keeps it, 1 divides it by `factor`."""
     low, high = (_turns_dimension(arch, yarn, beta) for beta in (yarn.beta_fast, yarn.beta_slow))
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -104,7 +106,7 @@ def _yarn_attention(yarn: Yarn) -> float:
 def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:
     """Returns the fractional index of the frequency that makes `turns` turns over the context.
 
-    The context is the original one, before scaling.
+    The context is the original context, before scaling.
     """
     ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
     return arch.head_dim * math.log(ratio) / (2.0 * math.log(arch.rope_theta))

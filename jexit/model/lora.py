@@ -17,9 +17,9 @@ class LoRAParam(nnx.Param):
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Merges all adapters into their kernels and removes them.
+    """Adds all adapters of `model` to their kernels in place and removes the adapters.
 
-    A kernel becomes W + (alpha / rank) · A · B, computed in float32.
+    A kernel W becomes W + (alpha / rank) · A · B, computed in float32.
     """
     for _, part in nnx.iter_modules(model):
         if isinstance(part, StackedLinear) and part.lora_a is not None:
@@ -32,11 +32,11 @@ def merge_adapters(model: nnx.Module) -> None:
 
 
 class StackedLinear(nnx.Module):
-    """A linear projection with parameters for all layers, stacked on a leading axis.
+    """A linear projection that contains the parameters of all layers, stacked on a leading axis.
 
-    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]; both have the class
-    `param`. `__call__` uses one layer's slice of the parameters, which has no axis L and comes from
-    the scan over layers.
+    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]; both are of the
+    class `param`. `__call__` needs a module with one layer's slice of the parameters, without the
+    axis L, as the scan over layers provides.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Transposes one layer's kernel to [*outputs, *inputs], so CPUs project few rows faster."""
+        """Transposes a layer's kernel to [*outputs, *inputs]; CPUs then project few rows faster."""
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
         self.kernel = type(self.kernel)(turned)

@@ -1,9 +1,10 @@
 """Halting policies: rules that decide when a token leaves, passed to the model as data.
 
-Before any layer runs, `start` returns each token's depth (L where the exits decide). At an exit,
-`leaves` decides from the hazard logits which tokens leave. Afterwards, `log_prob` returns the
-log-probability of the depths. A policy's scalars apply to all tokens, and its arrays have one row
-per completion. `at` selects the entries of single tokens, and `map_rows` transforms the arrays.
+Before any layer runs, `Policy.start` returns each token's depth, which is L if the exits decide. At
+an exit, `leaves` decides from the hazard logits which tokens leave. Afterwards, `log_prob` returns
+the log-probability of the chosen depths. The scalars of a policy apply to all tokens, and the
+arrays of a policy have one row per completion. `at` selects the entries of single tokens, and
+`map_rows` transforms the arrays.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from jexit.model.exits import depth_log_prob, log_hazards
 
 
 class Policy:
-    """The base class of halting policies; with its defaults, no token leaves early.
+    """The base class of halting policies; with the defaults of this class, no token leaves early.
 
-    Shapes are [B, T] or [B]. `depths` are the depths that a token of the model can have: its exits
-    and, last, the number of its layers.
+    Arrays over tokens have shape [B, T] or [B]. `depths` are the depths that a token can have: the
+    model's exit layers and, last, the number of layers.
     """
 
     reads_hazards: ClassVar[bool] = False  # True: decides at the exits
@@ -41,48 +42,48 @@ class Policy:
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError if a number is not valid for the model; ignores traced numbers."""
+        """Raises UserError if a setting is invalid for `depths`; ignores traced numbers."""
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless its arrays have `rows` rows and at least `columns` columns."""
+        """Raises UserError unless all arrays have `rows` rows and at least `columns` columns."""
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
         """Returns each token's depth before any layer runs: `layers` where the exits decide."""
         return jnp.full(shape, layers, jnp.int32)
 
     def leaves(self, hazard_logits: Float[Array, "*A"], key: PRNGKey | None) -> Bool[Array, "*A"]:
-        """Returns whether each token leaves at the exit with these hazard logits."""
+        """Returns whether each token leaves at an exit, from the hazard logits of that exit."""
         return jnp.zeros(hazard_logits.shape, bool)
 
     def log_prob(
         self, depth: Int[Array, "*A"], hazard_logits: Float[Array, "*A E"], depths: tuple[int, ...]
     ) -> Float[Array, "*A"]:
-        """Returns log P(depth) of depths that this policy chose; 0 if it does not draw depths."""
+        """Returns log P(depth) of depths from this policy; 0 for policies that do not draw."""
         return jnp.zeros(depth.shape)
 
     @property
     def by_row(self) -> bool:
-        """Whether the policy has arrays with one row per completion."""
+        """Whether the policy contains arrays with one row per completion."""
         return any(np.ndim(leaf) for leaf in jax.tree.leaves(self))
 
     def at(self, row: Int[Array, "*A"], column: Int[Array, "*A"]) -> Policy:
-        """Returns the policy for single tokens, each given by its completion and position."""
+        """Returns the policy for the tokens in column `column` of the completions `row`."""
         return self
 
     def map_rows(self, function: Callable[[Any], Any]) -> Self:
-        """Returns a copy with `function` applied to the arrays with one row per completion."""
+        """Returns a copy with `function` applied to each array that has one row per completion."""
         return jax.tree.map(lambda leaf: function(leaf) if np.ndim(leaf) else leaf, self)
 
     def leaves_by_row(
         self, hazard_logits_B: Float[Array, "B"], keys_B: Key[Array, "B"]
     ) -> Bool[Array, "B"]:
-        """Returns whether each row's token leaves, with a key per row. See `leaves`."""
+        """Returns whether each row's token leaves; like `leaves`, but with one PRNG key per row."""
         axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, self)
         return jax.vmap(type(self).leaves, in_axes=(axes, 0, 0))(self, hazard_logits_B, keys_B)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The values that a row of `Mixed` needs to act like this policy."""
+        """The values by which a row of `Mixed` acts like this policy, keyed by setting name."""
         return {}
 
 
@@ -99,7 +100,7 @@ class Full(Policy):
 
 @_pytree
 class Fixed(Policy):
-    """Every token runs the same number of layers: up to an exit, or all of them."""
+    """Every token runs `layer` layers: up to an exit, or all layers of the model."""
 
     layer: Int[Array, ""] | int
 
@@ -120,11 +121,11 @@ class Fixed(Policy):
 
 @_pytree
 class Prescribed(Policy):
-    """Each token runs the given number of layers: up to an exit, or all of them.
+    """Each token runs the number of layers that `depth_BT` contains: up to an exit, or all layers.
 
-    In `forward`, there is one column per input position. In `generate`, column i is for the pass
-    that produces generated token i; column 0 is ignored, because the last prompt position runs at
-    full depth.
+    In `forward`, `depth_BT` has one column per input position. In `generate`, column i is for the
+    pass that produces generated token i; column 0 is ignored, because the last prompt position runs
+    all layers.
     """
 
     depth_BT: Int[Array, "B T"]
@@ -167,10 +168,10 @@ class Prescribed(Policy):
 
 @_pytree
 class Sample(Policy):
-    """A token leaves at each exit that it reaches with the probability of the exit's hazard.
+    """A token that reaches an exit leaves there with a probability equal to the exit's hazard.
 
-    The hazard is min_hazard + (1 − min_hazard)·σ(z / temperature). Depths follow the depth law of
-    `jexit.model.exits.depth_log_law`.
+    The hazard is min_hazard + (1 − min_hazard)·σ(z / temperature), where z is the hazard logit. The
+    depths then follow the distribution of `jexit.model.exits.depth_log_law`.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -212,7 +213,7 @@ class Sample(Policy):
 
 @_pytree
 class Threshold(Policy):
-    """A token leaves at the first exit whose hazard σ(z) exceeds `hazard`."""
+    """A token leaves at the first exit where σ(z) > `hazard`; z is the exit's hazard logit."""
 
     reads_hazards: ClassVar[bool] = True
 
@@ -240,7 +241,7 @@ class Threshold(Policy):
 
 @_pytree
 class Mixed(Policy):
-    """A separate policy for each completion; one compiled program decodes all of them."""
+    """A separate policy for each completion; one compiled program serves all these policies."""
 
     reads_hazards: ClassVar[bool] = True
     draws: ClassVar[bool] = True
@@ -278,9 +279,9 @@ class Mixed(Policy):
 
 
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
-    """Returns the policy with the name `text`, such as `full`, `threshold:0.5` or `fixed:6`.
+    """Returns the policy named `text`, such as `full`, `threshold:0.5` or `fixed:6`.
 
-    The name `sample` stands for the argument `sample`.
+    For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
     """
     kind, argument = parse_policy(text)
     if argument is None:
@@ -304,7 +305,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if the policy reads untrained exit heads, at which tokens hardly ever leave."""
+    """Warns if `policy` reads exit heads that are untrained, so tokens hardly ever leave."""
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(
@@ -315,7 +316,7 @@ def warn_if_untrained(policy: Policy, model: Any) -> None:
 
 
 def _known(value: Any) -> np.ndarray | None:
-    """Returns the value as a NumPy array, or None if it is traced."""
+    """Returns the value as a NumPy array, or None if the value is traced."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 

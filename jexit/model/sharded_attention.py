@@ -1,4 +1,4 @@
-"""Attention divided over a mesh: rows over the data axes, heads over the tensor axis."""
+"""Attention sharded over a mesh: rows over the data axes, heads over the tensor axis."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def over_mesh(
     v_BSKH: Float[Array, "B S K H"],
     segment_BS: MaskBT | SegmentBT | None,
 ) -> Float[Array, "B T N H"]:
-    """Runs `attend` on each device of the mesh that is set, with that device's rows and heads.
+    """Runs `attend` on each device of the current mesh, with the rows and heads of that device.
 
-    This serves kernels that the compiler cannot divide by itself. Arrays are divided as in
-    `jexit.dist.rules`. If the key/value heads do not divide over `tensor`, every device has all of
-    them and picks the heads of its own query heads. Devices exchange no data, except to sum the
-    gradients of such heads.
+    This serves kernels that the compiler cannot shard by itself. Arrays are sharded as in
+    `jexit.dist.rules`. If the number of key/value heads is not divisible by the size of `tensor`,
+    every device has all key/value heads and selects the heads that its query heads use. Devices
+    exchange no data, except to sum the gradients of key/value heads that several devices have.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
@@ -60,8 +60,8 @@ def own_heads(
 ) -> Float[Array, "B S J H"]:
     """Returns the key/value heads of the query heads first … first + count − 1.
 
-    Each key/value head serves `group` query heads. Returns one head if all these query heads share
-    it, and otherwise one head per query head.
+    Each key/value head serves `group` query heads. If all `count` query heads share one key/value
+    head, returns that head alone; otherwise returns one key/value head per query head.
     """
     if group % count == 0:
         return jax.lax.dynamic_slice_in_dim(part_BSKH, first // group, 1, axis=2)
@@ -69,12 +69,12 @@ def own_heads(
 
 
 def cache_heads(query_heads: int, kv_heads: int) -> int:
-    """Returns the number of key/value heads in a cache under the mesh that is set.
+    """Returns the number of key/value heads that a cache stores under the current mesh.
 
-    Each head is repeated if there are too few for the mesh. The number is the least multiple of
-    `kv_heads` that divides over `tensor` and divides `query_heads`, so each device has exactly the
-    heads of its own queries. If no such number exists, the query heads do not divide over `tensor`
-    either, and the number is `kv_heads`.
+    The number is the least multiple of `kv_heads` that the size of `tensor` divides and that
+    divides `query_heads`; above `kv_heads`, each head is stored repeatedly. Each device then has
+    exactly the heads of its own queries. If no such number exists, the query heads cannot be
+    sharded over `tensor` either, and the number is `kv_heads`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -93,9 +93,10 @@ def decode_over_mesh(
     values_KLPSH: CacheKLPSH,
     *rest: Array | None,
 ) -> Float[Array, "B N H"]:
-    """Runs `attend` on each device with that device's heads; the devices exchange no data.
+    """Runs `attend` on each device with the heads of that device; the devices exchange no data.
 
-    `attend` is `jexit.kernels.decode_attention`, and `rest` contains its other arguments.
+    `attend` is `jexit.kernels.decode_attention`, and `rest` contains the further arguments of
+    `attend`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
@@ -118,7 +119,7 @@ def over_heads(
     new_KBH: Float[Array, "K B H"],
     *rest: Array,
 ) -> CacheKLPSH:
-    """Runs `write` on each device for that device's cache heads; the devices exchange no data."""
+    """Runs `write` on each device for the cache heads of that device; devices exchange no data."""
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):
         return write(part_KLPSH, new_KBH, *rest)

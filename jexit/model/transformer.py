@@ -1,4 +1,4 @@
-"""The decoder: `lax.scan` runs its stacked layers, and a policy decides where tokens halt."""
+"""The decoder: `lax.scan` runs stacked layers, and a halting policy decides where tokens leave."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REMAT_POLICIES = {
 
 
 class Head(nnx.Module):
-    """An output head [V, D] that is not tied to the embeddings."""
+    """An output head [V, D] with its own weights, for models without tied embeddings."""
 
     def __init__(self, arch: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (arch.vocab_size, arch.width)
@@ -57,8 +57,9 @@ class Head(nnx.Module):
 class Transformer(nnx.Module):
     """A Qwen-family or Llama decoder with exit heads and, optionally, LoRA adapters.
 
-    It contains the parameters; `run` and `forward` compute with them. `exit_layers` are sorted
-    layer numbers: a token that leaves at exit ℓ leaves before layer ℓ runs.
+    The module contains only parameters and settings; `run` and `forward` compute with the module.
+    `exit_layers` are sorted layer numbers: a token that leaves at exit layer ℓ runs only layers
+    0 … ℓ − 1.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Transformer(nnx.Module):
 
     @property
     def exit_index_of_layer(self) -> np.ndarray:
-        """The int32 exit index [L] at each layer, −1 at a layer without an exit."""
+        """The exit index at each layer, as int32 [L]; −1 at a layer without an exit."""
         index_L = np.full(self.arch.layers, -1, np.int32)
         index_L[list(self.exit_layers)] = np.arange(len(self.exit_layers))
         return index_L
@@ -115,10 +116,11 @@ class Transformer(nnx.Module):
 class Run:
     """The results of `run`; results that were not requested are None.
 
-    hidden_BTD is the output of the final norm, so its product with the head is the logits.
-    exit_residual_EBTD contains the residuals that enter the exits' layers; `exit_hidden_states`
-    turns them into hidden states. Hazard logits of exits beyond a token's depth are computed from
-    the token's residual after it has left; the depth law does not read them.
+    `hidden_BTD` is the output of the final norm, so the product of `hidden_BTD` and the head is the
+    logits. `exit_residual_EBTD` contains the residual at the input of each exit's layer;
+    `exit_hidden_states` turns these residuals into hidden states. At exits beyond a token's depth,
+    the hazard logits are computed from the residual of a token that has already left; the depth law
+    does not read these logits.
     """
 
     hidden_BTD: HiddenBTD
@@ -149,23 +151,25 @@ def run(
     observed: Any = None,
     keys_values: bool = False,
 ) -> Run:
-    """Runs the stack over whole sequences, each token through the layers that the policy allows.
+    """Runs the stack over whole sequences, each token through the layers that `policy` allows.
 
-    `valid_BT` is False at padding, which is on the side that `padding` names. `segment_BT` replaces
-    `valid_BT` if several texts share a row: it numbers the texts, which do not see each other, and
-    `positions_BT` must begin anew with each text. With `branches`, some texts continue from a
-    common trunk (see `attend`). `action_BT` is True at positions that may leave (None: all of
-    them). If `key` has one key per row, a row's draws depend only on its key. `adapters=False`
-    omits LoRA, as for the teacher.
+    `valid_BT` is False at padding, which is on the side that `padding` names. If several texts
+    share a row, `segment_BT` replaces `valid_BT`: it contains the number of each token's text,
+    tokens attend only within their text, and `positions_BT` must restart with each text. With
+    `branches`, texts may also attend to a common beginning, the trunk (see `attend`). `action_BT`
+    is True at positions that may leave early (None: all positions). If `key` contains one PRNG key
+    per row, a row's draws depend only on the key of that row. `adapters=False` omits LoRA, as for
+    the teacher.
 
-    Later layers still compute keys and values of a token that has left, from its residual. This
-    stays as it was or continues linearly: h = where(layer < depth, block(h), continuation(h)).
+    Later layers still compute keys and values of a token that has left, from the token's residual,
+    which stays as it was at the exit or continues linearly: h = where(layer < depth, block(h),
+    continuation(h)).
 
-    `observe` takes each layer's input, its output and the layer's part of `observed` [L, …], and
-    returns the new part.
+    `observe` maps a layer's input, the layer's output and the layer's slice of `observed` [L, …] to
+    the new slice, which the result contains.
 
-    Attention here is the implementation that `model.execution.attention` names. Decoding, which has
-    one query per row over a cache, always uses `jexit.kernels.decode_attention` instead.
+    `model.execution.attention` names the implementation of attention. Decoding, which has one query
+    per row over a cache, always uses `jexit.kernels.decode_attention` instead.
     """
     arch, execution = model.arch, model.execution
     batch, length = tokens_BT.shape
@@ -262,9 +266,10 @@ def exit_hidden_states(
 ) -> ExitHiddenEBTD:
     """Returns the final hidden states of tokens that leave at each exit.
 
-    They are the final norm of the residuals after the continuation. `continuation` is the model's
-    own (`model.blocks.continuation`), or the student's if the residuals are the teacher's. If it is
-    None, the hidden states are the logit lens.
+    The hidden states are the residuals at the exits after the continuation and the final norm.
+    `continuation` is the linear continuation to use: `model.blocks.continuation`, or the student's
+    continuation if the residuals are the teacher's. If `continuation` is None, the final norm is
+    applied to the residuals directly (the logit lens).
     """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
@@ -295,16 +300,17 @@ def forward(
 ) -> Output:
     """Returns the logits, depths and hazard logits of right-padded sequences under a policy.
 
-    Shapes: tokens [B, T]; lengths [B] (None: all are T). Column t of `depth_BT` is for the pass at
-    input position t, which produces token t + 1. `adapters=False` runs the teacher's trunk.
-    `Sample` needs a PRNG `key`. Logits at padding have no meaning. For long sequences and a large
-    vocabulary, use `run` with the ops of `jexit.kernels`, which never store all logits.
+    Shapes: tokens [B, T]; lengths [B] (None: all lengths are T). Column t of `depth_BT` is for the
+    pass at input position t, which predicts token t + 1. `adapters=False` runs the teacher's trunk.
+    The policy `Sample` needs a PRNG `key`. Logits at padding have no meaning. For long sequences
+    and a large vocabulary, use `run` with the ops of `jexit.kernels`, which never store all logits.
 
-    Here every position may leave early, but in `generate` prompts always run all layers. To score a
-    prompt and its completion as `generate` ran them, prescribe L on the prompt and the recorded
-    depths after it: `depth_BT[:] = L`, then `depth_BT[i, len(prompt) + t] = gen.depths[i][t + 1]`,
-    and `policy=Prescribed(depth_BT)`. To let a policy decide anew on given completions, exclude the
-    prompts from it with `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
+    In `forward` every position may leave early, but in `generate` prompts always run all layers. To
+    score a prompt and its completion as `generate` ran them, prescribe L on the prompt and the
+    recorded depths after the prompt: `depth_BT[:] = L`, then
+    `depth_BT[i, len(prompt) + t] = gen.depths[i][t + 1]`, and `policy=Prescribed(depth_BT)`. To let
+    a policy choose new depths for given completions only, exclude the prompts with
+    `run(..., action_BT=positions_T >= prompt_lengths_B[:, None])`.
 
     Raises UserError for tokens outside the vocabulary, more positions than the model has, lengths
     that do not fit, and a policy that is not valid for this model.

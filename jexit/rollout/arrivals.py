@@ -28,7 +28,7 @@ PREFIXES = 8  # most prefilled prompts that wait for a row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grown:
-    """The tokens added to one completion since the last turn; lists have one entry per token."""
+    """The tokens that one `Arrivals.turn` added to a completion; lists have one entry per token."""
 
     ticket: int
     tokens: list[int]
@@ -39,7 +39,7 @@ class Grown:
 
 @dataclasses.dataclass(kw_only=True)
 class _Completion:
-    """One prompt of a request; the first `sent` tokens of its completion have been reported."""
+    """One prompt of a request with its settings; `sent` counts the tokens reported so far."""
 
     ticket: int
     prompt: list[int]
@@ -52,11 +52,12 @@ class _Completion:
 
 
 class Arrivals:
-    """A decoding pool that requests can join and leave; one compiled program serves all policies.
+    """A running decoding pool: requests with different settings can join and leave at any time.
 
     Each request gets the tokens, depths and log-probabilities that `rollout` returns for that
-    request alone. The pool decodes at most `size.rows` completions at a time, and never more than
-    `AT_ONCE`; the others wait. The pool works on one data shard and supports neither forced
+    request alone. One compiled program serves all halting policies. The pool decodes at most
+    `size.rows` completions at a time, and never more than `AT_ONCE` (64); further completions wait.
+    The pool works on one data shard (a mesh with more raises UserError) and supports neither forced
     prefixes nor several samples per prompt.
     """
 
@@ -106,9 +107,10 @@ class Arrivals:
         self._tickets, self._full = 0, False
 
     def join(self, request: Request) -> list[int]:
-        """Adds a request to the pool and returns one ticket for each of its prompts.
+        """Adds a request to the pool and returns one ticket number for each of its prompts.
 
-        Raises UserError if `Request.check` does, or if this pool cannot serve the request.
+        The tickets identify the completions in `Grown` and `leave`. Raises UserError if the request
+        is invalid (`Request.check`) or if this pool cannot serve the request.
         """
         request.check(self._engine.model)
         _ = request.policy.setting  # raises UserError for a policy that differs between tokens
@@ -131,7 +133,10 @@ class Arrivals:
         return list(tickets)
 
     def leave(self, ticket: int) -> None:
-        """Ends a completion, so that no more of it is reported; does nothing if it has ended."""
+        """Ends the completion `ticket`, so that no more of its tokens are reported.
+
+        If the completion has already ended, does nothing.
+        """
         self._queue = collections.deque(c for c in self._queue if c.ticket != ticket)
         for job, completion in enumerate(self._jobs):
             if completion.ticket == ticket:
@@ -143,8 +148,8 @@ class Arrivals:
     def turn(self, steps: int = 1) -> list[Grown]:
         """Prefills waiting prompts while there is room, then runs up to `steps` drawing ticks.
 
-        A drawing tick is a tick that draws tokens. Returns the additions to each completion that
-        grew or ended, or an empty list if no completion is being decoded.
+        A drawing tick is an engine step that draws tokens. Returns the additions to each completion
+        that grew or ended, or an empty list if no completion is being decoded.
         """
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit(self._queue.popleft())
@@ -190,7 +195,7 @@ class Arrivals:
             )
 
     def _admit(self, completion: _Completion) -> None:
-        """Prefills a prompt, draws its first token and makes it wait for a row."""
+        """Prefills a prompt and draws its first token; the completion then waits for a row."""
         job = self._jobs.index(self._idle)
         self._jobs[job], self._slot_J[job] = completion, self._free_slots.pop()
         self._ready.append(job)
@@ -201,7 +206,7 @@ class Arrivals:
         self._engine.prefill(self._placed_jobs(), prompts, self._draws(), None, 1)
 
     def _release(self, job: int) -> None:
-        """Frees the job of an ended completion, and its prefix slot if it never got a row."""
+        """Frees the job of an ended completion, and its prefix slot unless it got a row."""
         self._jobs[job] = self._idle
         if job in self._ready:  # it ended before it had a row
             self._ready.remove(job)

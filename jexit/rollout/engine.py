@@ -1,4 +1,4 @@
-"""The host side of the decoding engine, which serves rollouts, evaluation and `generate`."""
+"""The host's part of the decoding engine, which serves rollouts, evaluation and `generate`."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def rollout(
     size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> Rollouts:
-    """Completes the prompts of `Request(prompts=prompts, **settings)`, with one prefill per prompt.
+    """Returns completions of token prompts, decoded with early exits after one prefill per prompt.
 
-    `model` is a `Transformer` or the result of `nnx.split(model, ...)`; a training loop passes the
-    second to save the splitting. New parameter values never cause a recompilation. Raises UserError
-    if the model cannot serve the request (`Request.check`), or if `Prescribed` has the wrong number
-    of rows or too few columns.
+    `prompts` and `settings` are the fields of `jexit.rollout.Request`. `model` is a `Transformer`
+    or the tuple that `nnx.split(model, ...)` returns; a training loop passes the tuple, which saves
+    splitting the model on each call. `size` sets how many completions are decoded at a time. New
+    parameter values never cause a recompilation. Raises UserError if the model cannot serve the
+    request (`Request.check`), or if the depths of a `Prescribed` policy have the wrong number of
+    rows or too few columns.
     """
     decoding = Decoding(model, Request(prompts=prompts, **settings), size)
     while not decoding.turn():
@@ -60,10 +62,10 @@ def rollout(
 
 
 class Engine:
-    """A model and the pool of completions that it decodes on the device.
+    """A model together with the device arrays that store the completions being decoded.
 
-    `open` creates the pool, its records and the prefix cache. `compiling` is the time spent on
-    compilations, in seconds.
+    `open` creates these arrays: the pool, the records and the prefix cache. With `hazards`, hazard
+    logits are recorded. `compiling` is the time spent on compilations, in seconds.
     """
 
     def __init__(self, model: Transformer | SplitModel, *, adapters: bool, hazards: bool) -> None:
@@ -77,10 +79,10 @@ class Engine:
         self.model: Transformer = nnx.merge(self.graphdef, *self.states)
 
     def open(self, *, rows: int, slots: int, most: int, places: int, **sizes: int) -> None:
-        """Creates an empty pool whose cache has `slots` per row and can grow to `most`.
+        """Creates an empty pool whose KV cache has `slots` tokens per row and can grow to `most`.
 
-        A tick runs up to `places` rows per data shard. `sizes` contains the other arguments of
-        `pool.empty`.
+        Each of the `rows` of the pool decodes one completion at a time. One tick runs at most
+        `places` rows per data shard. `sizes` contains the other arguments of `pool.empty`.
         """
         self.slots, self._most, self._places, self._compiled_slots = slots, most, places, 0
         sizes |= {"rows": rows, "slots": slots, "hazards": self.hazards}
@@ -91,9 +93,9 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None, samples: int
     ) -> None:
-        """Prefills prompts and draws the first token of each completion.
+        """Prefills prompts and draws the first token of each prompt's `samples` completions.
 
-        `prompts` are the arguments (tokens_BT, length_B, index_B) of
+        `prompts` contains the arguments (tokens_BT, length_B, index_B) of
         `jexit.rollout.prefill.prefill`.
         """
         self.prefixes, self.records = self._timed(
@@ -109,7 +111,7 @@ class Engine:
     ) -> Status:
         """Runs ticks until the host has to act or `steps` ticks have drawn tokens (None: no limit).
 
-        See `jexit.rollout.ticks.advance`.
+        A tick runs some layers for some rows. `jexit.rollout.ticks.advance` explains the arguments.
         """
         if self._layers is None and on_cpu():
             self._layers = self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
@@ -129,19 +131,19 @@ class Engine:
             return jax.device_get(run(NO_LIMIT if steps is None else np.int32(steps)))
 
     def grow(self) -> None:
-        """Enlarges the cache of every row to the next bucket of slots."""
+        """Enlarges the KV cache of every row of the pool to the next size of `cache_bucket`."""
         self.slots = cache_bucket(self.slots + 1, self._most)
         cache = self._timed(pool.grown, lambda: pool.grown(self.pool.cache, slots=self.slots))
         self.pool = dataclasses.replace(self.pool, cache=cache)
 
     def cut(self, length_J: Any) -> None:
-        """Ends each completion after its first `length_J` tokens; 0 leaves it unchanged."""
+        """Ends completion j after its first `length_J[j]` tokens, unless `length_J[j]` is 0."""
         self.pool, self.records = self._timed(
             pool.cut, lambda: pool.cut(self.pool, self.records, length_J)
         )
 
     def _timed(self, program: Any, run: Callable[[], T]) -> T:
-        """Calls `run` and, if the call compiled `program`, adds its time to `compiling`."""
+        """Returns `run()`; if this compiled `program`, adds the call's time to `compiling`."""
         known, began = program._cache_size(), time.perf_counter()
         with waiting("the rollouts"):
             result = run()
@@ -151,9 +153,9 @@ class Engine:
 
 
 class Decoding:
-    """The decoding of one request: prefills prompts as slots become free and runs the ticks.
+    """The decoding of one request: prefills prompts as cache slots become free, and runs the ticks.
 
-    Each data shard of the mesh has its own prompts, completions and pool. The host calls the same
+    Each data shard of the mesh decodes its own prompts in its own pool. Every host calls the same
     programs for all shards at once, so several hosts stay synchronised.
     """
 
@@ -202,7 +204,8 @@ class Decoding:
     def turn(self, steps: int | None = None) -> bool:
         """Prefills prompts while there is room, then decodes until the host has to act again.
 
-        Stops after `steps` ticks that draw tokens, unless `steps` is None. Returns whether all
+        The host has to act if prompts can be prefilled or the cache is full. Unless `steps` is
+        None, decoding also stops after `steps` ticks that draw tokens. Returns whether all
         completions have ended.
         """
         layout = self._layout
@@ -226,9 +229,9 @@ class Decoding:
         return bool(np.all(begun & (self._status.under_way == 0)))
 
     def so_far(self) -> Records:
-        """Returns the records of this host's completions so far.
+        """Returns the records of this host's completions so far, in the order of the batch.
 
-        A completion has length 0 before its prefill. The records have `max_new_tokens` columns.
+        The records have `max_new_tokens` columns. A completion has length 0 before its prefill.
         """
         layout, columns = self._layout, self.request.max_new_tokens
         job_B = layout.job_B[host_rows(self._total * layout.samples).index_B]
@@ -243,14 +246,14 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends each completion after its first `length_B` tokens; 0 leaves it unchanged.
+        """Ends each completion b after its first `length_B[b]` tokens, unless `length_B[b]` is 0.
 
-        Every host must call this with the lengths of all rows of the batch.
+        Every host must call this method, with the lengths of all completions of the whole batch.
         """
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:
-        """Returns the results of this host's completions, after all of them have ended."""
+        """Returns this host's completions; call this only after all completions have ended."""
         records, request, layout, status = self.so_far(), self.request, self._layout, self._status
         length_B, z_BTE = records.length_J, records.hazard_logits_JTE
         beyond_BT = np.arange(request.max_new_tokens) >= length_B[:, None]
@@ -278,7 +281,7 @@ class Decoding:
         )
 
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
-        """Gathers one number per prompt of the whole batch from each host's own prompts."""
+        """Returns the `numbers` of all hosts' prompts as one array, in batch order."""
         mine = [self._here.index_B.tolist(), list(numbers)]
         number_B = np.zeros(self._total, np.int32)
         for index_B, here_B in gather("the prompts' lengths", mine):
@@ -286,7 +289,7 @@ class Decoding:
         return number_B
 
     def _placed(self, policy: Policy, columns: int) -> Policy:
-        """Returns the policy with its rows, if any, in the order of the jobs and on the mesh."""
+        """Returns the policy with its per-completion arrays in job order and on the mesh."""
         policy.check_rows(self._total * self._layout.samples, columns)
         room = ((0, 0), (0, columns_bucket(columns) - columns))
 
@@ -297,7 +300,7 @@ class Decoding:
         return policy.map_rows(by_job)
 
     def _prefill(self) -> None:
-        """Prefills the next group of prompts of every shard."""
+        """Prefills the next group of prompts on every data shard."""
         layout = self._layout
         group = layout.groups[self._prefilled]
         index_SB, length_SB = layout.group(self._prefilled)
@@ -315,7 +318,7 @@ class Decoding:
         self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced, layout.samples)
 
     def _forced(self, index_SB: np.ndarray) -> ForcedPrefix:
-        """Returns the forced prefixes of a group's prompts; rows of padding have none."""
+        """Returns the forced prefixes of the prompts `index_SB`; padding rows have none."""
         layout = self._layout
         known_SB = np.minimum(index_SB, layout.prompts - 1)
         tokens_SB = np.take_along_axis(layout.forced_SP, known_SB, axis=1)

@@ -1,8 +1,9 @@
 """The state of decoding: the jobs (completions to make), their records, and the pool of rows.
 
-The first axis of each array (of a cache, its row axis) is divided over the data shards of the mesh:
-J jobs, P rows of the pool, or one number per shard. Each shard decodes independently. Within a
-shard, heads, MLP and vocabulary are divided over `tensor`.
+Each row of the pool decodes one completion at a time. The first axis of each array (in a cache, the
+row axis) is sharded over the data shards of the mesh; this axis is J jobs, P rows of the pool, or
+one number per shard. Each shard decodes independently. Within a shard, the heads, MLP and
+vocabulary are sharded over `tensor`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def pytree(cls: type) -> type:
 
 @pytree
 class Jobs:
-    """The completions to make; the completions of one prompt are adjacent."""
+    """The completions to make, one entry per completion; completions of one prompt are adjacent."""
 
     number_J: Int[Array, "J"]  # the prompt's number in the caller's whole list
     sample_J: Int[Array, "J"]
@@ -44,7 +45,7 @@ class Jobs:
 
 @pytree
 class Records:
-    """The recorded tokens of every completion; T is at least `max_new_tokens`."""
+    """The recorded tokens of every completion, in T columns (at least `max_new_tokens`)."""
 
     tokens_JT: Int[Array, "J T"]
     depths_JT: Int[Array, "J T"]
@@ -56,7 +57,7 @@ class Records:
 
     @classmethod
     def empty(cls, rows: int, columns: int, exits: int | None) -> Records:
-        """Returns records without tokens; if `exits` is None, they have no hazards."""
+        """Returns records without tokens; if `exits` is None, hazard logits are not recorded."""
         integers_JT = jnp.zeros((rows, columns), jnp.int32)
         floats_JT = jnp.zeros((rows, columns), jnp.float32)
         z_JTE = None if exits is None else jnp.full((rows, columns, exits), jnp.nan, jnp.float32)
@@ -73,7 +74,7 @@ class Records:
 
 @pytree
 class Pool:
-    """The completions being decoded; a row has the state of its completion's current token."""
+    """The completions being decoded; a row contains the state of its completion's current token."""
 
     job_P: Int[Array, "P"]  # the completion, or FREE
     index_P: Int[Array, "P"]  # tokens drawn so far
@@ -90,7 +91,7 @@ class Pool:
 
     @classmethod
     def empty(cls, rows: int, width: int, exits: int, cache: Cache, shards: int) -> Pool:
-        """Returns the pool of all shards together, with every row free."""
+        """Returns the pool of all data shards together, with every row free."""
         integers_P, one = jnp.zeros(rows, jnp.int32), jnp.zeros(shards, jnp.int32)
         return cls(
             job_P=integers_P + FREE,
@@ -110,7 +111,7 @@ class Pool:
 
 @pytree
 class Status:
-    """The state of every shard that the host needs in order to decide what to do next."""
+    """The state of every data shard, from which the host decides what to do next."""
 
     started: Int[Array, "shards"]
     under_way: Int[Array, "shards"]  # completions being decoded
@@ -137,7 +138,10 @@ def empty(
     slots: int,
     hazards: bool,
 ) -> tuple[Pool, Records, Cache]:
-    """Returns an empty (pool, records, prefix cache) for all shards together."""
+    """Returns an empty (pool, records, prefix cache) for all data shards together.
+
+    The sizes are `rows` and `slots` per row, `jobs` and `columns`, `prefixes` and `prompt_slots`.
+    """
     model: Transformer = nnx.merge(graphdef, *states)
     arch, exits = model.arch, len(model.exit_layers)
     cache = Cache.empty(arch, rows, slots, model.dtype)
@@ -149,7 +153,7 @@ def empty(
 
 @functools.partial(jax.jit, donate_argnames=("pool", "records"))
 def cut(pool: Pool, records: Records, length_J: Int[Array, "J"]) -> tuple[Pool, Records]:
-    """Ends each completion after its first `length_J` tokens; 0 leaves it unchanged."""
+    """Ends each completion j after its first `length_J[j]` tokens, unless `length_J[j]` is 0."""
 
     def local(pool: Pool, records: Records, length_J: Array) -> tuple[Pool, Records]:
         over_J = length_J > 0
@@ -179,7 +183,7 @@ def grown(cache: Cache, *, slots: int) -> Cache:
 
 
 def _pinned(tree: Any) -> Any:
-    """Pins the rows of every array to their shards; caches are on their shards already."""
+    """Constrains the rows of every array to their data shards; caches are already constrained."""
     return jax.tree.map(
         lambda part: (
             part if isinstance(part, Cache) else constrain(part, "B" + "." * (part.ndim - 1))
@@ -194,9 +198,9 @@ def rows_spec() -> P:
 
 
 def specs(tree: Any) -> Any:
-    """Returns the partition specs of a tree, which divide rows over the data axes.
+    """Returns the partition specs of the arrays in `tree`, which shard rows over the data axes.
 
-    Rows are the first axis of an array, the second of `KeysValues` and the third of a `Cache`.
+    Rows are the first axis of a plain array, the second of `KeysValues` and the third of a `Cache`.
     """
     rows = rows_spec()
     inside = {Cache: P(None, None, *rows), KeysValues: P(None, *rows)}
@@ -208,7 +212,7 @@ def specs(tree: Any) -> Any:
 
 
 def by_shard(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """Returns `function` applied to each data shard separately; `tensor` still divides arrays."""
+    """Returns `function` applied to each data shard alone; arrays stay sharded over `tensor`."""
     axes, mesh = data_axes(), jax.sharding.get_abstract_mesh()
     if not axes:
         return function

@@ -24,10 +24,11 @@ DEPTH_DRAW = 1  # number of the forced tokens' depth draws; 0 is the draw of the
 
 @pytree
 class ForcedPrefix:
-    """The number of forced tokens at the end of each prompt, and the prompt's first completion.
+    """The number of forced tokens at the end of each prompt, and the policy under which they exit.
 
-    A completion's tokens exit under `policy`, whether they were forced or drawn. The prompt before
-    them runs at full depth, including its last position.
+    `job_B` contains the first job (completion) of each prompt. The tokens of a completion exit
+    under `policy`, whether the tokens were forced or drawn. The prompt before the forced tokens
+    runs all layers, including its last position.
     """
 
     tokens_B: Int[Array, "B"]
@@ -39,7 +40,7 @@ class ForcedPrefix:
     ) -> dict[str, Any]:
         """Returns the arguments of `jexit.model.transformer.run` that let forced tokens leave.
 
-        `length_B` are the lengths of the prompts, which are padded to `length`.
+        `length_B` contains the lengths of the prompts, which are padded to `length`.
         """
         index_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
         # Column i of `Prescribed` is for the pass that produces token i of the completion.
@@ -50,7 +51,7 @@ class ForcedPrefix:
 
 @pytree
 class _Prefilled:
-    """Prefilled prompts: their keys and values, and the results at their last positions."""
+    """The keys and values of prefilled prompts, and the results at each prompt's last position."""
 
     keys_values: KeysValues
     index_B: Int[Array, "B"]
@@ -80,11 +81,12 @@ def prefill(
     samples: int,
     adapters: bool,
 ) -> tuple[Cache, Records]:
-    """Runs right-padded prompts and draws the first token of each completion.
+    """Prefills right-padded prompts and draws the first token of each completion.
 
-    `index_B` are the prompts' numbers in their shard's list; a number beyond the list marks a row
-    that only fills up the batch. Prompts run at full depth, except for forced prefixes. Returns the
-    prefix cache with the keys and values of these prompts, and the records with the first tokens.
+    `index_B` contains the index of each prompt in the list of its data shard; an index beyond the
+    list marks a row that only fills up the batch. Prompts run all layers, except for forced
+    prefixes. Each prompt has `samples` completions. Returns the prefix cache with the keys and
+    values of these prompts, and the records with the first tokens.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     length = tokens_BT.shape[1]

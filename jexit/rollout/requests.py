@@ -18,17 +18,18 @@ from jexit.rollout.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Prompts and the settings for completing them.
+    """Prompts (lists of token IDs) and the settings for completing them.
 
-    Temperature 0 is greedy. A row's draws depend only on the key, on `first_prompt` plus the index
-    of its prompt, and on the indices of the sample and the token. They do not depend on other rows
-    or on the engine's size. With several hosts, `prompts` contains only this host's share of the
-    `total` prompts (`jexit.dist.host_rows`), but `Prescribed` contains the depths of all prompts.
+    Temperature 0 means greedy decoding. The random draws of a completion depend only on `key`, on
+    the prompt's number (`first_prompt` plus the prompt's index), and on the indices of the sample
+    and the token. The draws do not depend on other completions or on the engine's size. With
+    several hosts, `prompts` contains only this host's share of the `total` prompts
+    (`jexit.dist.host_rows`), but a `Prescribed` policy contains the depths of all prompts.
 
-    `forced` is the number of tokens at the end of each prompt that form a forced completion prefix.
-    These tokens exit under the policy as if they had been decoded, and the columns of `Prescribed`
-    are counted from the first of them. Completions contain only the new tokens. All samples of a
-    prompt share the depths drawn for its forced prefix.
+    `forced[i]` is the number of tokens at the end of prompt i with which all completions of prompt
+    i are forced to begin. Forced tokens exit under the policy as if they had been decoded, and
+    column 0 of `Prescribed` is the first forced token. Returned completions contain only the new
+    tokens. All samples of a prompt share the depths drawn for the prompt's forced tokens.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -62,11 +63,11 @@ class Request:
 
     @property
     def forced_B(self) -> list[int]:
-        """The number of forced tokens of each prompt; 0 if `forced` is not set."""
+        """The number of forced tokens at the end of each prompt; all are 0 if `forced` is None."""
         return [0] * len(self.prompts) if self.forced is None else [int(n) for n in self.forced]
 
     def check(self, model: Transformer) -> None:
-        """Raises UserError if the request is invalid, or if this model cannot serve it."""
+        """Raises UserError if the request is invalid or if `model` cannot serve the request."""
         arch = model.arch
         if not self.prompts:
             raise UserError("prompts is empty; give at least one prompt")

@@ -11,7 +11,7 @@ from jexit.dist import HostRows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """The unused shares of the engine's work for a batch, over all devices."""
+    """The shares of the decoding engine's work for one batch that were wasted, over all devices."""
 
     prompt_padding: float  # share of the prefilled positions that are padding
     idle: float  # share of the places of all ticks that no row took, weighted by the ticks' costs
@@ -19,11 +19,13 @@ class Efficiency:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """The completions of a batch: B = prompts · samples rows; rows of one prompt are adjacent.
+    """The completions of a batch: B = prompts · samples rows; the rows of one prompt are adjacent.
 
-    T is `max_new_tokens`. Beyond a row's length, tokens are `pad_id`, hazard logits are NaN and the
-    other numbers are 0. A token's depth is the depth of the pass that produced it, so column 0 of
-    `depths_BT` is L, except after a forced prefix. With several hosts, these are this host's rows.
+    T is `max_new_tokens`. Beyond the length of a row, tokens are `pad_id`, hazard logits are NaN
+    and all other numbers are 0. The depth of a token is the number of layers that ran in the pass
+    that produced the token. Column 0 of `depths_BT` is L (all layers), except after a forced
+    prefix, whose tokens may exit early. With several hosts, the arrays contain only this host's
+    rows.
     """
 
     prompts: list[list[int]]
@@ -50,5 +52,5 @@ class Rollouts:
         return lengths[self.prompt_B]
 
     def completion(self, row: int) -> list[int]:
-        """Returns the generated tokens of a row, including the end token."""
+        """Returns the generated token IDs of a row, including the end token if the row has one."""
         return self.tokens_BT[row, : self.lengths_B[row]].tolist()

@@ -21,11 +21,12 @@ SHARPEST = 1e-6  # the lowest temperature above 0; logits divided by less may ov
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The settings for drawing tokens; the flags are static, so an unused feature costs nothing.
+    """The settings for drawing tokens; static flags leave unused steps out of the compiled program.
 
-    As in Hugging Face's `generate`, the temperature comes first. Then tokens are truncated to the
-    `top_k` most likely ones, to the nucleus `top_p` of the remaining ones, and to those with at
-    least `min_p` times the probability of the most likely token.
+    As in Hugging Face's `generate`, the logits are first divided by the temperature. Then tokens
+    are truncated to the `top_k` most likely ones, to the nucleus of probability `top_p` among the
+    remaining tokens, and to tokens with at least `min_p` times the probability of the most likely
+    token.
     """
 
     temperature: Float[Array, ""] | float
@@ -39,7 +40,7 @@ class Sampling:
     def of(
         cls, temperature: float, top_p: float = 1.0, *, top_k: int = 0, min_p: float = 0.0
     ) -> Sampling:
-        """Returns checked settings; temperature 0 is greedy and turns truncation off.
+        """Returns checked settings; temperature 0 means greedy decoding without truncation.
 
         Raises UserError if a setting is out of its range.
         """
@@ -75,11 +76,11 @@ class Sampling:
         )
 
     def at(self, row_B: Int[Array, "B"]) -> Sampling:
-        """Returns the settings of these completions; all completions share one setting."""
+        """Returns the settings of the completions `row_B`, which share one setting."""
         return self
 
     def distribution(self, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-        """Returns the logits of the sampling distribution; truncated tokens have −inf."""
+        """Returns logits whose softmax is the sampling distribution; truncated tokens have −inf."""
         logits = logits.astype(jnp.float32)
         if not self.greedy:
             logits = logits / self.temperature
@@ -90,10 +91,10 @@ class Sampling:
     def draw(
         self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """Draws tokens from the distribution and returns (tokens, log-probabilities), each [B].
+        """Draws one token per row and returns (tokens, log-probabilities), each [B].
 
-        Greedy decoding takes the first of the largest logits and returns its untempered
-        log-probability.
+        The log-probabilities are those of the drawn tokens under `distribution`. Greedy decoding
+        takes the first of the largest logits, and the log-probability is then untempered.
         """
         return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
 
@@ -101,16 +102,17 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MixedSampling:
-    """Separate sampling settings for each completion; one compiled program serves all of them."""
+    """The sampling settings of each completion; one compiled program serves different settings."""
 
     rows: Sampling  # its numbers are arrays with one entry per completion
     greedy_B: Bool[Array, "B"]
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], truncations: tuple[str, ...]) -> MixedSampling:
-        """Combines the settings of all rows for a program that contains these truncations.
+        """Combines the settings of all completions for a program that applies these truncations.
 
-        A truncation that a row does not use keeps every token of the row.
+        `truncations` contains keys of `TRUNCATIONS`. A truncation that a completion does not use
+        keeps all tokens of that completion.
         """
         all_kept = {"top_k": np.int32(2**31 - 1), "top_p": np.float32(2.0), "min_p": np.float32(0)}
         limits = {
@@ -129,16 +131,16 @@ class MixedSampling:
     def draw(
         self, logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """Draws each row's token with the row's settings. See `Sampling.draw`."""
+        """Draws each row's token with the settings of that row. See `Sampling.draw`."""
         logits_BV = jax.vmap(Sampling.distribution)(self.rows, logits_BV)
         best, drawn = (_drawn(logits_BV, keys_B, greedy) for greedy in (True, False))
         return jax.tree.map(lambda a_B, b_B: jnp.where(self.greedy_B, a_B, b_B), best, drawn)
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """Draws from the soft-max of the logits and returns (tokens, log-probabilities), each [B].
+    """Draws from the softmax of the logits and returns (tokens, log-probabilities), each [B].
 
-    If `greedy` is true, takes the most likely tokens instead.
+    If `greedy` is True, takes the most likely tokens instead of drawing them.
     """
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
@@ -156,7 +158,8 @@ def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]
 class Draws:
     """The settings by which completions draw their tokens and end.
 
-    The key and the limit are either shared by all completions or have one entry per completion.
+    `key` and `limit` are either shared by all completions or have one entry per completion. `eos_N`
+    contains the end tokens.
     """
 
     key: PRNGKey | Key[Array, "J"]
@@ -165,9 +168,10 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns a PRNG key per token, derived from `key` and three numbers.
+        """Returns one PRNG key per token, derived from `key` and three numbers.
 
-        These are the numbers of the prompt, of the sample and of the token.
+        For token b of completion `job_B[b]`, these are the numbers of the prompt and the sample in
+        `jobs`, and the token's index `index_B[b]`.
         """
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
@@ -191,8 +195,8 @@ def draw_by_weight(weights_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]) -> 
     """Draws one index per row with probability weight / Σ weight; each row has its own key.
 
     The cumulative sum is inverted in two levels (a block of about √V entries, then an entry of the
-    block), which takes two uniform numbers per row. Gumbel noise would take a random number and two
-    logarithms per entry of the vocabulary. Entries of weight 0 are never drawn.
+    block), which needs two uniform random numbers per row. The Gumbel trick would need one random
+    number and two logarithms per vocabulary entry. Entries of weight 0 are never drawn.
     """
     batch, vocab = weights_BV.shape
     width = 1 << ((vocab - 1).bit_length() + 1) // 2
@@ -221,33 +225,35 @@ def _invert(weights_BC: Array, uniform_B: Array) -> Array:
 
 
 def _first(true_BC: Array) -> Array:
-    """Returns the first true index of each row, or the last index if none is true.
+    """Returns the index of the first True of each row, or the last index if the row has no True.
 
-    Two plain reductions, a maximum and then this minimum, are faster than an `argmax` over pairs.
+    A maximum followed by this minimum is faster than `argmax`, which reduces pairs of a value and
+    an index.
     """
     entries = true_BC.shape[-1]
     return jnp.min(jnp.where(true_BC, jnp.arange(entries), entries - 1), axis=-1).astype(jnp.int32)
 
 
 def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
-    """Returns logits with −inf outside the `top_k` most likely tokens and ties with the last one.
+    """Returns the logits with −inf outside the `top_k` most likely tokens.
 
-    Tokens whose probability rounds to 0 may be kept too, but they are never drawn.
+    Tokens that tie with the least likely of the `top_k` tokens are kept too. Tokens whose
+    probability rounds to 0 may also be kept, but they are never drawn.
     """
     return _truncate(logits, lambda kept, probs: jnp.sum(kept, axis=-1) >= top_k)
 
 
 def truncate_top_p(logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float) -> Array:
-    """Returns logits with −inf outside the nucleus (arXiv:1904.09751).
+    """Returns the logits with −inf outside the nucleus (arXiv:1904.09751).
 
-    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p. It contains all tokens
-    that tie at τ.
+    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p. The nucleus contains
+    all tokens whose probability equals τ.
     """
     return _truncate(logits, lambda kept, p: jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= top_p)
 
 
 def truncate_min_p(logits: Float[Array, "*A V"], min_p: Float[Array, ""] | float) -> Array:
-    """Returns logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
+    """Returns the logits with −inf where p < min_p · max p (arXiv:2407.01082)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -257,11 +263,11 @@ TRUNCATIONS = {"top_k": truncate_top_k, "top_p": truncate_top_p, "min_p": trunca
 
 
 def _truncate(logits: Array, enough: Callable[[Array, Array], Array]) -> Array:
-    """Returns logits with −inf outside {p ≥ τ}, with the largest τ that satisfies `enough`.
+    """Returns the logits with −inf outside {p ≥ τ}, for the largest τ that satisfies `enough`.
 
-    `enough` maps the kept tokens [..., V] and the probabilities [..., V] to booleans [...]. τ is
-    found by bisection over the bit patterns of the probabilities, which sort like the numbers. This
-    takes 31 sums over the vocabulary instead of a sort.
+    `enough` maps the mask of kept tokens [..., V] and the probabilities [..., V] to booleans [...].
+    τ is found by bisection over the bit patterns of the probabilities, because these integers are
+    ordered like the probabilities. The bisection takes 31 sums over the vocabulary and no sort.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)

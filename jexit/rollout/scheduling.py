@@ -1,10 +1,11 @@
-"""The order of work: the prompts that each shard prefills, and the segment that each tick runs.
+"""The order of work: which prompts each shard prefills, and which segment each tick runs.
 
-Prompts are prefilled in groups of similar length, the shortest first. The exits cut the stack into
-segments. A tick runs one segment for a limited number of sequences (its places) and reads the
-weights of the segment's layers once for all of them. Segment 0 begins by drawing tokens: a sequence
-that has left, or has run the last segment, draws its token. In the same tick the new token runs
-through segment 0, because no token can leave before the first exit.
+Prompts are prefilled in groups of similar length, the shortest first. The exits divide the stack of
+layers into segments. A tick of the decoding engine runs one segment for a limited number of
+sequences (the tick's places) and reads the weights of the segment's layers once for all of these
+sequences. A tick of segment 0 begins by drawing tokens: a sequence that has left at an exit, or has
+run the last segment, draws its token. In the same tick the new token runs through segment 0,
+because no token can leave before the first exit.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ AUTOMATIC = EngineSize()
 
 
 def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
-    """Returns (rows, places) of one shard for `jobs` completions with `row_bytes` of cache each.
+    """Returns (rows of the pool, places of a tick) of one data shard for `jobs` completions.
 
-    A tick with few places takes as long as one with the lower number of `PLACES`, so a few
-    completions are best run all at once. On CPUs, only `size.rows` limits the pool's memory.
+    `row_bytes` is the size of the KV cache of one row. A tick with few places takes as long as a
+    tick with the lower number of `PLACES`, so a few completions are best run all at once. On CPUs,
+    only `size.rows` limits the memory of the pool.
     """
     platform = target().platform
     least, most = PLACES[platform]
@@ -67,10 +69,10 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
 
 
 def prompts_bucket(prompts: int, samples: int) -> int:
-    """Rounds a shard's number of prompts up to one that programs are compiled for.
+    """Rounds a shard's number of prompts up to a number that programs are compiled for.
 
-    The numbers double while the added completions do not make a tick slower (`PLACES`). Beyond
-    that, there are four numbers per doubling.
+    The rounded numbers double as long as the added completions (`samples` per prompt) do not make a
+    tick slower (`PLACES`). Beyond that, there are four numbers per doubling.
     """
     doubled = 1 << (prompts - 1).bit_length()
     free = doubled * samples <= PLACES[target().platform][0]
@@ -78,13 +80,13 @@ def prompts_bucket(prompts: int, samples: int) -> int:
 
 
 def columns_bucket(tokens: int) -> int:
-    """Rounds the tokens per completion up to a number that programs are compiled for."""
+    """Rounds the most `tokens` per completion up to a number that programs are compiled for."""
     return bucket(tokens, LEAST_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One prefill of each shard: its prompts, the rows of its program, and the slots per row."""
+    """One prefill on each data shard: its prompts, its program's rows, and the slots per row."""
 
     prompts: int
     rows: int
@@ -93,11 +95,12 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The division of the prompts over shards, and the order in which they begin: shortest first.
+    """The division of the prompts over data shards, and the order in which prompts begin.
 
     Each shard has n prompts, in the caller's order; the last shards may have fewer. Programs are
-    compiled for n rounded up to a bucket, so the last prompts of a program may not exist. A shard's
-    prompts are prefilled in groups of similar length, into a ring of `prefixes` cache slots.
+    compiled for n rounded up to a bucket, so the last prompts of a program may not exist. The
+    prompts of a shard are prefilled in groups of similar length, the shortest first, into a ring
+    buffer of `prefixes` cache slots.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
@@ -117,7 +120,7 @@ class Layout:
         new: int,
         forced_B: np.ndarray | None = None,
     ) -> Layout:
-        """Lays out prompts of these lengths for up to `new` tokens per completion.
+        """Lays out prompts of lengths `length_B` for up to `new` tokens per completion.
 
         `token_bytes` is the size of one token's keys and values on a device.
         """
@@ -146,7 +149,7 @@ class Layout:
 
     @property
     def most_prompts(self) -> int:
-        """The number of prompts of the shard that has the most."""
+        """The number of prompts of the shard that has the most prompts."""
         return int(self.prompts_S.max())
 
     @property
@@ -163,29 +166,29 @@ class Layout:
 
     @property
     def job_B(self) -> np.ndarray:
-        """The job of each of the caller's completions, counted over all shards."""
+        """The index, over the jobs of all shards, of each of the caller's completions."""
         return np.flatnonzero(np.repeat(self.length_SP.reshape(-1) > 0, self.samples))
 
     def by_job(self, values_BX: np.ndarray) -> np.ndarray:
-        """Turns values of the caller's completions into values of all jobs; other jobs get 0."""
+        """Returns the caller's values, one per completion, as one per job; other jobs get 0."""
         values_JX = np.zeros((self.shards * self.jobs, *values_BX.shape[1:]), values_BX.dtype)
         values_JX[self.job_B] = values_BX
         return values_JX
 
     @functools.cached_property
     def order_SP(self) -> np.ndarray:
-        """The prompts of each shard in the order in which they begin; missing ones are last."""
+        """The prompts of each shard in the order in which they start; missing prompts are last."""
         length_SP = np.where(self.length_SP > 0, self.length_SP, np.iinfo(np.int32).max)
         return np.argsort(length_SP, axis=1, kind="stable")
 
     @functools.cached_property
     def groups(self) -> dict[int, Group]:
-        """The cheapest prefill groups, keyed by the position of their first prompt in `order_SP`.
+        """The cheapest prefill groups; the key of a group is its first position in `order_SP`.
 
-        A group has the slots that its longest prompt needs. Its number of rows is the number that
-        fits a prefill, divided by one of `GROUP_PARTS`, so each bucket of lengths has only one
-        program per part, for any batch. The cost counts all rows and slots, used or not, and every
-        call.
+        A group has the slots that its longest prompt needs. The number of rows of a group is the
+        number that fits a prefill, divided by a member of `GROUP_PARTS`. Each bucket of lengths
+        therefore has only one program per divisor, for any batch. The cost counts all rows and
+        slots, used or not, and a fixed cost for each call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
@@ -212,7 +215,7 @@ class Layout:
 
     @functools.cached_property
     def prefixes(self) -> int:
-        """The slots of the prefix cache: the prompts that begin at once, and one more group."""
+        """The slots of the prefix cache: the prompts that start at once, plus one group."""
         largest = max(group.rows for group in self.groups.values())
         return min(self.prompts, -(-self.rows // self.samples) + largest)
 
@@ -221,25 +224,26 @@ class Layout:
         return prompt_bucket(int(self.length_SP.max()))
 
     def first_slots(self, most: int) -> int:
-        """Returns the slots of the initial cache: the longest prompt and some room, rounded up.
+        """Returns the slots per row of the initial cache: the longest prompt, and some room.
 
-        `most` is the number of slots that the final cache needs.
+        `most` is the number of slots per row that the final cache needs.
         """
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
-        """Returns whether the ring has room for the group that begins at `prefilled`.
+        """Returns whether the prefix cache has free slots for the group at `prefilled` in `groups`.
 
-        A prompt's slot is free once all completions of the prompt have begun.
+        `started_S` counts the completions begun per shard. The slot of a prompt is free once all
+        completions of the prompt have begun.
         """
         begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
 
     def group(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the prompts' numbers and lengths in every shard's group that begins at `first`.
+        """Returns the indices and lengths [S, B] of the prompts in each shard's group at `first`.
 
-        A prompt that does not exist gets the number `prompts` and the length 1.
+        A prompt that does not exist gets the index `prompts` and the length 1.
         """
         group = self.groups[first]
         turn = first + np.arange(group.rows)
@@ -272,7 +276,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """The segments of the stack: segment s has layers `bounds[s]` … `bounds[s + 1]` − 1."""
+    """The segments of the layer stack: segment s is layers `bounds[s]` … `bounds[s + 1]` − 1."""
 
     bounds: tuple[int, ...]
     head: float  # the cost of drawing a token, in layers
@@ -281,9 +285,9 @@ class Segments:
     def of(
         cls, arch: Architecture, exit_layers: tuple[int, ...], policy: Policy, *, hazards: bool
     ) -> Segments:
-        """Cuts the stack at its exits, or makes one segment of all layers if no exit is used.
+        """Divides the stack at its exits, or makes one segment of all layers if no exit is used.
 
-        No exit is used if no token leaves early and hazards are not recorded.
+        The exits are used if `policy` lets tokens leave early or if `hazards` are recorded.
         """
         inner = exit_layers if hazards or policy.leaves_early else ()
         heads = 2 * arch.head_dim * (arch.query_heads + arch.kv_heads)
@@ -304,7 +308,7 @@ class Segments:
 
     @property
     def costs_S(self) -> np.ndarray:
-        """The cost per place of a tick at each segment, in layers."""
+        """The cost of one place in a tick of each segment, in units of one layer."""
         layers = [end - start for start, end in pairwise(self.bounds)]
         return np.asarray([layers[0] + self.head, *layers[1:]], np.float32)
 
@@ -317,11 +321,11 @@ def choose(
     tick: Int[Array, ""],
     places: int,
 ) -> Int[Array, ""]:
-    """Returns the segment that the next tick runs, chosen by the rows that wait for each segment.
+    """Returns the segment that the next tick runs, from the rows that wait for each segment.
 
-    A tick with n of W places filled wastes cost · (W − n) / n per filled place. The segment with
-    the least waste is chosen (on ties the deepest). If a row has waited for too long, the segment
-    of the row that has waited longest is chosen instead.
+    A tick of cost c with n of W places filled wastes c · (W − n) / n per filled place. The segment
+    with the least waste is chosen (in a tie, the deepest). If some row has waited for more than
+    `PATIENCE` ticks per segment, the segment of the longest-waiting row is chosen instead.
     """
     count = segments.count
     if count == 1:
@@ -340,10 +344,10 @@ def choose(
 def pick(
     here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the rows that take the places, longest-waiting first, and a mask of the rows to run.
+    """Returns the rows that take a tick's places, longest-waiting first, and a mask of rows to run.
 
-    The mask is False for rows outside `here_P`, which only fill up the places. If every row of the
-    pool has a place, returns None and `here_P`.
+    `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
+    which only fill up the places. If every row of the pool has a place, returns (None, `here_P`).
     """
     if places == here_P.shape[0]:
         return None, here_P

@@ -1,4 +1,4 @@
-"""Completion of text prompts, returned whole or streamed in pieces."""
+"""Completion of text prompts; the completed text is returned whole or streamed in pieces."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _INCOMPLETE = "\ufffd"  # the first bytes of a character are decoded to this
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """The completions of text prompts, with one entry per prompt.
+    """The completions of text prompts, as lists with one entry per prompt.
 
-    Tokens include the end token if the completion drew one.
+    The tokens of a completion include the end token if the completion drew one.
     """
 
     texts: list[str]
@@ -42,10 +42,10 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The text and tokens added to one completion; lists have one entry per token.
+    """The text and tokens added to one completion by an update; lists have one entry per token.
 
-    `text` may lag behind the tokens, because an incomplete character and a possible beginning of a
-    stop string are held back.
+    `text` may lag behind `tokens`: the bytes of an incomplete character, and characters that may
+    begin a stop string, are held back until later tokens decide the text.
     """
 
     index: int  # the prompt's index
@@ -74,15 +74,16 @@ def generate(
     hazards: bool = False,
     size: EngineSize = AUTOMATIC,
 ) -> Generation:
-    """Completes text prompts under a halting policy.
+    """Completes text prompts under a halting policy, which decides at which layer each token exits.
 
     `tokenizer` is a `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the
-    tokenizer's chat format: a string is the user's message, and a list of messages (`role`,
-    `content`) is a conversation that ends with the user's message. Without `chat`, a prompt is
-    plain text, before which the tokenizer may put a begin token. Temperature 0 is greedy. A
-    completion ends with an end token, or with the token that completes one of the `stop` strings;
-    its text ends before that string. Raises UserError if an argument is not valid, or if
-    `jexit.rollout.rollout` raises it.
+    tokenizer's chat format: a string is the user's message, and a list of messages (dicts with
+    `role` and `content`) is a conversation that ends with the user's message. Without `chat`, a
+    prompt is plain text, and the tokenizer may put a begin token before the text. Temperature 0
+    means greedy decoding. A completion ends with an end token, or with the token that completes one
+    of the `stop` strings; the returned text ends before the stop string. With `hazards`, the hazard
+    logits at the exits are returned too. `adapters=False` omits LoRA. Raises UserError for an
+    invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
     decoding, texts = _started(
         model, tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens,
@@ -120,12 +121,12 @@ def stream(
     every: int = 4,
     **settings: Any,
 ) -> Iterator[Piece]:
-    """Returns an iterator over pieces of the completions of `generate`, as they grow.
+    """Returns an iterator over pieces of the completions of `generate`, as the completions grow.
 
-    Takes the settings of `generate`. The joined pieces of a prompt are its text, tokens, depths and
-    log-probabilities. `every` is the number of token-drawing ticks between updates: 1 yields each
-    token as soon as it is drawn, and larger values cost less. Raises UserError before the first
-    piece.
+    `settings` are the keyword arguments of `generate`. The joined pieces of a prompt are the text,
+    tokens, depths and log-probabilities that `generate` returns. `every` is the number of
+    token-drawing ticks (engine steps) between updates: with 1, each token is yielded as soon as it
+    is drawn; larger values cost less time. Raises UserError before the first piece.
     """
     if every < 1:
         raise UserError(
@@ -148,7 +149,7 @@ def _started(
     size: EngineSize = AUTOMATIC,
     **settings: Any,
 ) -> tuple[Decoding, _Texts]:
-    """Checks the arguments of `generate` and prepares its decoding and texts."""
+    """Checks the arguments of `generate` and returns the prepared decoding and its texts."""
     if isinstance(prompts, str):
         raise UserError(
             "prompts is one string, but it must be a list of prompts; put the string in brackets"
@@ -211,7 +212,7 @@ def _look(decoding: Decoding, texts: _Texts) -> Records:
 
 
 class _Texts:
-    """The texts of growing completions, each of which ends before its first stop string."""
+    """The texts of the growing completions of a batch; a text ends before its first stop string."""
 
     def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
         if isinstance(stop, str) or not all(stop):
@@ -225,9 +226,10 @@ class _Texts:
         self._over = [False] * rows
 
     def grow(self, tokens_BT: np.ndarray, length_B: np.ndarray, over_B: np.ndarray) -> np.ndarray:
-        """Updates the texts and returns the length at which a stop string ends each row, or 0.
+        """Decodes new tokens; returns the length at which a stop string ends each row, else 0.
 
-        `over_B` is True for rows that have ended.
+        `length_B` is the number of tokens of each row, and `over_B` is True for rows that have
+        ended.
         """
         cut_B = np.zeros(len(length_B), np.int32)
         for row, length in enumerate(length_B.tolist()):
@@ -247,7 +249,10 @@ class _Texts:
         return cut_B
 
     def news(self) -> Iterator[tuple[int, str, bool]]:
-        """Yields (row, text, finished) of rows with new tokens, without text that may change."""
+        """Yields (row, new text, finished) of rows with new tokens.
+
+        Text that later tokens may change is held back.
+        """
         for row, text in enumerate(self.whole):
             if self._known[row] == self._told[row]:
                 continue
@@ -261,7 +266,7 @@ class _Texts:
         return min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
 
     def _settled(self, text: str) -> int:
-        """Returns the length of the part of a text that later tokens cannot change."""
+        """Returns the number of leading characters of `text` that later tokens cannot change."""
         end = len(text.rstrip(_INCOMPLETE))
         settled = end
         for stop in self._stop:

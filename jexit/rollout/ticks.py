@@ -1,9 +1,9 @@
-"""A tick of the decoding engine, which runs one segment of the stack for rows that wait for it.
+"""A tick of the decoding engine, which runs one segment of layers for rows that wait for it.
 
-The layers of the segment are data: one loop body serves all segments and the drawing of tokens
-(`jexit.rollout.scheduling`), because the bounds of the loops over layers are dynamic. A layer's
-weights are taken inside these loops (`jexit.rollout.weights`), so weights that no row needs are not
-read. The caches are carried through the loops, never through `lax.cond`, which copies its results.
+The index of the segment is data: the bounds of the loops over layers are dynamic, so one loop body
+serves all segments and the drawing of tokens (`jexit.rollout.scheduling`). The weights of a layer
+are taken inside these loops (`jexit.rollout.weights`), so weights that no row needs are not read.
+The caches are carried through the loops, never through `lax.cond`, which copies its results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYERS_SCOPE, FILL_SCOPE, COPY_SCOPE = "layers", "fill", "copy"
 
 @pytree
 class Rows:
-    """The rows of the pool that take the places of a tick."""
+    """The rows of the pool that take the places of one tick."""
 
     job_B: Int[Array, "B"]
     index_B: Int[Array, "B"]
@@ -63,7 +63,7 @@ def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """The ticks of one shard, with the values that stay constant during them."""
+    """The ticks of one data shard, together with the values that stay constant during the ticks."""
 
     graphdef: nnx.GraphDef
     states: tuple[nnx.State, ...]
@@ -154,7 +154,7 @@ class Ticks:
     def _next(
         self, at: Rows, records: Records, pool: Pool, draws: Array
     ) -> tuple[Rows, Records, Cache, Array]:
-        """Draws the tokens of finished passes and prepares the next passes; only at segment 0."""
+        """Draws tokens of finished passes and begins new passes, if `draws` (only at segment 0)."""
         model, layers = self.model, self.model.arch.layers
         jobs = records.length_J.shape[0]
         draws_B = at.runs_B & draws
@@ -199,7 +199,7 @@ class Ticks:
         return after, records, cache, started
 
     def _draw(self, at: Rows) -> tuple[Array, Array, Array]:
-        """Draws tokens and returns them with the log-probabilities of the tokens and depths."""
+        """Returns the drawn tokens, their log-probabilities, and those of the tokens' depths."""
         model = self.model
         logits_BV = constrain(head_logits(model.final_norm(at.h_BD), model.head_VD), ".V")
         sampling = self.draws.sampling.at(jnp.maximum(at.job_B, 0))
@@ -232,7 +232,10 @@ class Ticks:
         )
 
     def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
-        """Continues tokens that have left to the end; caches keys and values at skipped layers."""
+        """Continues tokens that have left (`fills_B`) to the last layer of the stack.
+
+        The keys and values of the skipped layers are cached.
+        """
         layers = self.model.arch.layers
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
@@ -268,7 +271,7 @@ class Ticks:
             return jax.lax.fori_loop(0, jnp.sum(begins_B), copy, (cache, begins_B))[0]
 
     def _run(self, at: Rows, cache: Cache, segment: Array) -> tuple[Rows, Cache]:
-        """Runs the segment's layers that any row needs, then decides which rows leave after it."""
+        """Runs the layers of `segment` that any row needs; decides which rows leave after it."""
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
         written_B = jnp.where(at.runs_B, slot_B, cache.slots)
@@ -358,9 +361,10 @@ def advance(
 ) -> tuple[Pool, Records, Status]:
     """Runs ticks until all completions have ended or the host has to act.
 
-    The host has to act if a row is free, all `ready` completions of its shard have begun and `more`
-    are to come, or if a row needs a larger cache. The ticks also stop when `steps` of them have
-    drawn tokens. `places` is the number of rows that one tick of a shard runs.
+    The host has to act in two cases: a row needs a larger cache; or a row is free, all `ready`
+    (prefilled) completions of the row's data shard have begun, and `more` is True because further
+    completions are to come. The ticks also stop when `steps` of them have drawn tokens. `places` is
+    the number of rows that one tick of a shard runs.
     """
 
     def local(

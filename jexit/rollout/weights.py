@@ -1,11 +1,11 @@
 """Layer weights in the form that decoding needs, for few rows and a dynamic layer index.
 
-On accelerators, a step slices one layer out of the stacked weights. On TPUs the slice is fused into
-the matrix products; on Hopper GPUs XLA copies the slice before cuBLAS reads it. On CPUs such a copy
-takes longer than the product, so each layer's weights become separate arrays, laid out for few
-rows, and a switch with one branch per layer selects them. These arrays serve all batches of a model
-and are freed with the model's arrays. XLA copies the results of a branch, so branches return
-activations of a few rows and never caches.
+On accelerators, a decoding step slices one layer out of the stacked weights. On TPUs the slice is
+fused into the matrix products; on Hopper GPUs XLA copies the slice before cuBLAS reads it. On CPUs
+such a copy takes longer than the product. Each layer's weights therefore become separate arrays on
+CPUs, laid out for few rows, and a switch with one branch per layer selects the arrays. These arrays
+serve all batches of a model and are freed with the model's arrays. XLA copies the results of a
+branch, so branches return activations of a few rows and never caches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LayerWeights: TypeAlias = tuple[tuple[nnx.GraphDef, nnx.State], ...]  # one spli
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-    """Returns one block per layer, with kernels laid out for products with few rows."""
+    """Returns one `nnx.split` block per layer, with kernels laid out for products with few rows."""
     model: Transformer = nnx.merge(graphdef, *states)
     blocks_def, stacked = nnx.split(model.blocks)
 
@@ -48,7 +48,7 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights
 class Copy:
     """A cache of the result of `apart` for the newest model, kept while all its arrays exist.
 
-    Every training step makes new arrays, so decoding after the step makes a new copy.
+    Every training step makes new arrays, so decoding after the step computes a new result.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Copy:
         self._kept: tuple[nnx.GraphDef, list[weakref.ref], LayerWeights] | None = None
 
     def of(self, graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights:
-        """Returns the kept copy if it is of these arrays, else makes and keeps a new one."""
+        """Returns `apart(graphdef, states)`, cached if the last call had the same arrays."""
         arrays = jax.tree.leaves(states)
         with self._lock:
             kept = self._kept
@@ -71,7 +71,7 @@ class Copy:
             return layers
 
     def _forget(self, ref: weakref.ref) -> None:
-        """Drops the kept copy when an array of its model is freed; ignores other arrays."""
+        """Drops the cached result when an array of its model is freed; ignores other arrays."""
         kept = self._kept
         if kept is not None and any(ref is other for other in kept[1]):
             self._kept = None
@@ -91,7 +91,7 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Calls `function(block, *operands)` with the block of one layer and returns the result.
+    """Returns `function(block, *operands)`, where `block` is the block of layer `layer`.
 
     The block comes from `layers` or, if `layers` is None, from the stacked `blocks`.
     """
@@ -107,10 +107,10 @@ def at_layer(
 
 
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
-    """Returns the logits of a few rows. See `logits_of`.
+    """Returns the logits [B, V] of a few rows. See `jexit.model.transformer.logits_of`.
 
-    On CPUs the product is head · hᵀ, which takes half the time; a barrier stops XLA from reversing
-    it.
+    On CPUs the product is computed as head · hᵀ, which takes half the time of h · headᵀ; a barrier
+    stops XLA from reversing the order.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)
