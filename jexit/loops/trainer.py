@@ -199,7 +199,7 @@ class Trainer:
     def _kept_until(
         self, error: SharedUserError, step: int, state: TrainState, pending: Pending | None
     ) -> UserError:
-        """Saves the state before step `step`, which failed; returns `error` with the saved step added.
+        """Saves the state before the failed step `step`; returns `error` with the saved step added.
 
         If the step before was skipped because it was not finite, nothing is saved, and the returned
         error names the newest checkpoint's step.

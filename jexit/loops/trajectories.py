@@ -77,16 +77,17 @@ class Trajectories:
 
 
 def rows_of_batch(config: Config) -> int:
-    """Returns the number of rows per training step; together they contain `batch_size` sequences."""
+    """Returns the number of rows per training step, which contain `batch_size` sequences in all."""
     return config.batch_size // config.sft.completions
 
 
 def teacher_trajectories(stage: Stage) -> Trajectories:
-    """Returns up to `sft.pool` trajectories: the teacher's completions, or the data set's references.
+    """Returns up to `sft.pool` trajectories, with the teacher's completions or the references.
 
-    Completions of one token are left out. Trajectories that a run with the same settings has stored
-    in the working directory are read from disk, and only the others are made. Raises UserError if
-    no completion has more than one token.
+    `sft.trajectories` selects between them; the references belong to the data set. Completions of
+    one token are left out. Trajectories that a run with the same settings has stored in the working
+    directory are read from disk, and only the others are made. Raises UserError if no completion
+    has more than one token.
     """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
