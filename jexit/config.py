@@ -145,7 +145,7 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitsConfig(Continuation):
-    """Where tokens may leave, and what happens to them afterwards."""
+    """The exits, at which tokens may leave, and what replaces the layers that those tokens skip."""
 
     layers: Annotated[tuple[Layer, ...], Length(1_000)] = ()
     """The exits, each given as the number of layers that a token has run when it leaves there. If
@@ -154,7 +154,10 @@ class ExitsConfig(Continuation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitHead:
-    """The shape and the initial values of the heads that compute each exit's hazard."""
+    """The shape and the initial values of the exit heads, which compute each exit's hazard.
+
+    A hazard is the probability that a token leaves at an exit that it has reached.
+    """
 
     kind: Literal["mlp", "linear"] = "mlp"
     """mlp: a head with one hidden layer of twice the model's width. linear: no hidden layer."""
@@ -465,10 +468,12 @@ class RLConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSize:
-    """The size of each data shard's decoding engine; with 0, the engine chooses a number itself.
+    """The size of each data shard's decoding engine; 0 lets the engine choose a number.
 
-    Early exits save time if the pool has about three times as many rows as a tick has places,
-    because rows that wait at other segments then fill the places of rows that have left.
+    The engine decodes a pool of completions (rows). A tick runs up to `places` of these rows
+    through the layers between two exits (a segment). Early exits save time if the pool has about
+    three times as many rows as a tick has places, because rows that wait at other segments then
+    fill the places of rows that have left.
     """
 
     rows: CountOrZero = 0
@@ -483,7 +488,7 @@ class EngineSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The measurements of configs/eval.py, and those before and after training."""
+    """The measurements of configs/eval.py, and of training runs before and after the training."""
 
     problems: Annotated[int, Bounds(1, 100_000)] = 256
     """The number of problems, from the beginning of the split."""
