@@ -1,4 +1,7 @@
-"""Fits the linear continuation to the teacher's trajectories by ridge regression."""
+"""Fits the linear continuation, one map per skipped layer, by ridge regression.
+
+The fit uses the residuals of the teacher's trajectories.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class PassSize(NamedTuple):
 
     @classmethod
     def of(cls, lengths_B: np.ndarray) -> PassSize:
-        """Returns the size of a pass over rows with the given numbers of tokens."""
+        """Returns the size of a pass over rows with `lengths_B` tokens each."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
@@ -90,7 +90,7 @@ class PassSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """Counts the FLOPs of one model's passes and training steps, by the formulas in the module."""
+    """Counts the FLOPs of one model's passes and steps by the formulas in the module docstring."""
 
     arch: Architecture
     exit_layers: tuple[int, ...]
@@ -179,7 +179,8 @@ class ModelFlops:
     def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
         """Returns the FLOPs of decoding those rows of `rollouts` that the mask `rows_B` selects.
 
-        Each prompt has `samples` rows. Its own FLOPs count with the first of them.
+        Each prompt has `samples` adjacent rows. The FLOPs of the prompt count with the first of
+        these rows.
         """
         length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
         first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)

@@ -184,7 +184,8 @@ class PackedShapes:
 def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
     """Packs each of `parts` equal parts of the completions into rows of `length` tokens.
 
-    Every part gets as many rows as the fullest part needs.
+    Every part gets as many rows as the fullest part needs. With `shared`, completions of one prompt
+    in the same row share one copy of the prompt.
     """
     rows: list[list[int]] = []
     for prompt_J, number_J, completion_J in zip(

@@ -90,12 +90,12 @@ class PenaltySchedule:
 def penalised_reward(
     rl: RLConfig, floor: float, completions: Sequence[Attempt], layers: int
 ) -> float:
-    """Returns the mean reward of completions at the full λ and μ, less a penalty for low accuracy.
+    """Returns the mean reward of `completions`, minus a penalty for accuracy below `floor`.
 
-    The reward is that of `losses.rloo.rewards` without the KL to the teacher, at the configured λ
-    and μ, not at the schedule's current values. Each percentage point of accuracy below `floor`
-    subtracts 1. Models above the floor are therefore ranked by their reward, and models below the
-    floor mainly by their accuracy.
+    The reward is that of `losses.rloo.rewards` without the KL to the teacher. The coefficients λ of
+    depth and μ of length have their full, configured values, whatever the schedule's current
+    values. Each percentage point of accuracy below `floor` subtracts 1. Models above the floor are
+    therefore ranked by their reward, and models below the floor mainly by their accuracy.
     """
     lengths_J1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_JW = np.zeros((len(completions), lengths_J1.max()))

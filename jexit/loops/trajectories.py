@@ -58,9 +58,9 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """Returns the batch of step `step` as (this host's rows packed, all rows as trajectories).
+        """Returns this host's rows of a step's batch, packed, and all rows of it as trajectories.
 
-        `here` are the rows of this host.
+        `here` are the indices of this host's rows.
         """
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
@@ -138,7 +138,10 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
 def _references(
     stage: Stage, step: int, batch: PromptBatch, here: HostRows
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the data set's completions of this host's prompts, and their rows of the batch."""
+    """Returns the data set's completions of this host's prompts, and the rows that they form.
+
+    The rows are given as `HostRows` of the batch. Completions are cut to `sft.max_new_tokens`.
+    """
     remedy = "set config.sft.trajectories=generate"
     references = encode_references(stage.tokenizer, batch.problems, remedy=remedy)
     most = stage.config.sft.max_new_tokens
@@ -150,7 +153,10 @@ def _references(
 def _generated(
     stage: Stage, step: int, batch: PromptBatch, here: HostRows
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the teacher's completions of this host's prompts, and their rows of the batch."""
+    """Returns the teacher's completions of this host's prompts, and the rows that they form.
+
+    The rows are given as `HostRows` of the batch.
+    """
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(
         stage.split.decodable_teacher(stage.split.trainable),

@@ -1,4 +1,4 @@
-"""Sums and means over masked positions, which ignore NaN and infinity at padding."""
+"""Sums and means over masked positions; NaN and infinity where the mask is 0 have no effect."""
 
 from __future__ import annotations
 

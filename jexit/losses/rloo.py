@@ -38,6 +38,7 @@ def depth_cost(
     `depth_fraction_JW` is depth/L of the pass that produced each token. `token_JW` is the mask of
     all generated tokens, and `action_JW` the mask of the tokens whose pass could leave early.
     `norm` selects the cost:
+
     - `mean` (arXiv:2603.21376): the mean of depth/L over `action_JW`, or 1 for a rollout of one
       token, which has no such pass. Additional shallow tokens lower this mean.
     - `total`: the sum of depth/L over `token_JW`, divided by `length_ref`. This measures the
@@ -83,6 +84,7 @@ def group_advantages(
     """Returns each row's advantage within its group, the `rollouts` adjacent rows of one prompt.
 
     `kind` selects the advantage A_i of row i with reward R_i:
+
     - `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j.
     - `group_mean`: A_i = R_i − mean_j R_j.
     - `group_mean_std` (arXiv:2402.03300): the advantage of `group_mean`, divided by the group's
@@ -128,6 +130,7 @@ def causal_depth_cost(
 
     The result is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that produced
     token s. Token t is thus charged only for d_t and later depths (causal credit).
+
     - `norm="total"`: n = n̄ = `length_ref`, so the result is exactly Σ_{s≥t} d_s / `length_ref`.
     - `norm="mean"`: s runs over the row's action positions (`action_JW`), and n is their number. n̄
       is the mean of n over the other rows of the prompt, a group of `rollouts` adjacent rows,
@@ -185,6 +188,7 @@ def loss_weights(
     """Returns the weight w of each token in loss = Σ w·term; w is 0 where `token_JW` is 0.
 
     With J rollouts, of which rollout i has T_i tokens in `token_JW`, `kind` selects w:
+
     - `constant` (the default): 1/(J·`token_budget`), which does not favour short answers
       (arXiv:2503.20783);
     - `sequence`: 1/(J·T_i);

@@ -36,12 +36,12 @@ def draw_exit_indices(
     samples: int,
     explore: float,
 ) -> tuple[Int[Array, "S *A"], Array]:
-    """Draws S = `samples` exit indices per token from the law of depths of the target hazards.
+    """Draws S = `samples` exit indices per token from the depth distribution of the target hazards.
 
-    `leave` and `stay` are log h* and log(1 − h*) at the E exits. Index E means full depth. With
-    probability `explore`, a draw is instead uniform over the E exits and full depth, so that the
-    student also learns to finish at exits where the teacher could not. Returns the indices and a
-    mask of the uniform draws, both [S, …].
+    `leave` and `stay` are log h* and log(1 − h*) of the target hazards h* at the E exits. Index E
+    means full depth. With probability `explore`, a draw is instead uniform over the E exits and
+    full depth, so that the student also learns to finish at exits where the teacher could not.
+    Returns the indices and a mask of the uniform draws, both [S, …].
     """
     log_law = law_of_log_hazards(leave, stay)
     law_key, flip_key, uniform_key = jax.random.split(key, 3)

@@ -41,7 +41,7 @@ class Completions:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The arguments of `run` that describe the rows."""
+        """The arguments of `run` that describe how texts are packed into the rows."""
         return {
             "segment_BT": self.segment_BT,
             "positions_BT": self.positions_BT,

@@ -96,7 +96,10 @@ EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Rows with the values that stay constant during the optimiser steps on one batch."""
+    """A batch after the teacher has scored it: rows, and values per completion token C.
+
+    All values stay constant during the optimiser steps on the batch.
+    """
 
     rows: Completions
     depth_BC: Int[Array, "B C"]
