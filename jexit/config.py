@@ -1,8 +1,9 @@
 """All settings of jexit, with their defaults, allowed values, meanings and the rules between them.
 
-A file in `configs/` starts from `config_dict(command, preset)` and sets only what differs. `main`
-turns the parsed `ConfigDict` into the frozen `Config` below with `Config.from_dict`, which checks
-it. `docs/configuration.py` makes the list of settings in docs/configuration.md from this file.
+A file in `configs/` starts from `config_dict(command, preset)` and sets only what differs from that
+preset. `main` passes the parsed `ConfigDict` to `Config.from_dict`, which checks the values and
+returns the frozen `Config` of the run. `docs/configuration.py` makes the list of settings in
+docs/configuration.md from this file.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ BEST_METRICS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the layers are computed; this changes results only by rounding."""
+    """How the layers of a model are computed; these settings change results only by rounding."""
 
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """The implementation of attention over whole sequences (training, scoring, prefill). cudnn is
@@ -133,7 +134,7 @@ class ModelConfig(Execution):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What happens to a token in the layers that it skips."""
+    """What replaces the layers that a token skips after it has left at an exit."""
 
     continuation: Literal["frozen", "linear"] = "frozen"
     """frozen, as published: the token's residual stays as it was at the exit. linear: a linear map
@@ -144,7 +145,7 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitsConfig(Continuation):
-    """Where tokens may leave, and what happens to them afterwards."""
+    """The exits, at which tokens may leave, and what replaces the layers that those tokens skip."""
 
     layers: Annotated[tuple[Layer, ...], Length(1_000)] = ()
     """The exits, each given as the number of layers that a token has run when it leaves there. If
@@ -153,7 +154,10 @@ class ExitsConfig(Continuation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitHead:
-    """The shape and the initial values of the heads that compute each exit's hazard."""
+    """The shape and the initial values of the exit heads, which compute each exit's hazard.
+
+    A hazard is the probability that a token leaves at an exit that it has reached.
+    """
 
     kind: Literal["mlp", "linear"] = "mlp"
     """mlp: a head with one hidden layer of twice the model's width. linear: no hidden layer."""
@@ -168,7 +172,7 @@ class ExitHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitSettings(ExitHead, Continuation):
-    """The settings of a model's exit heads and of the continuation after them."""
+    """The settings of a model's exit heads and of the continuation that replaces skipped layers."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -179,7 +183,7 @@ class ExitSettings(ExitHead, Continuation):
             )
 
     def check_width(self, width: int) -> None:
-        """Raises UserError unless the rank of the continuation is below the model's width."""
+        """Raises UserError unless the continuation's rank is below the model's width, `width`."""
         if self.continuation_rank >= width:
             raise UserError(
                 f"continuation_rank is {self.continuation_rank}, but it must be smaller than the "
@@ -464,10 +468,12 @@ class RLConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineSize:
-    """The size of each data shard's decoding engine; with 0, the engine chooses a number itself.
+    """The size of each data shard's decoding engine; 0 lets the engine choose a number.
 
-    Early exits save time if the pool has about three times as many rows as a tick has places,
-    because rows that wait at other segments then fill the places of rows that have left.
+    The engine decodes a pool of completions (rows). A tick runs up to `places` of these rows
+    through the layers between two exits (a segment). Early exits save time if the pool has about
+    three times as many rows as a tick has places, because rows that wait at other segments then
+    fill the places of rows that have left.
     """
 
     rows: CountOrZero = 0
@@ -482,7 +488,7 @@ class EngineSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The measurements of configs/eval.py, and those before and after training."""
+    """The measurements of configs/eval.py, and of training runs before and after the training."""
 
     problems: Annotated[int, Bounds(1, 100_000)] = 256
     """The number of problems, from the beginning of the split."""
@@ -594,7 +600,7 @@ class Config:
 
     @property
     def adapters(self) -> LoRA | None:
-        """The adapters that a run trains; None for full fine-tuning."""
+        """The settings of the LoRA adapters that a run trains; None for full fine-tuning."""
         return self.lora if self.lora.rank else None
 
     @property
@@ -608,7 +614,7 @@ class Config:
 
     @property
     def best_metric(self) -> str:
-        """The metric that ranks checkpoints: higher is better, or lower after a "-"."""
+        """The metric that ranks checkpoints; a "-" before the name means that lower is better."""
         return self.checkpoint.best_metric or ("val/reward" if self.command == "rl" else "-loss")
 
     def to_dict(self) -> dict[str, Any]:
@@ -616,7 +622,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | ConfigDict) -> Config:
-        """Builds and checks the config; raises UserError with key, value, rule and remedy."""
+        """Returns a checked config with the settings in `values`.
+
+        Raises UserError if a key does not exist, a value is not allowed or values contradict each
+        other. The message states key, value, rule and remedy.
+        """
         config = build(
             cls, values.to_dict() if isinstance(values, ConfigDict) else values, "config"
         )
@@ -626,7 +636,8 @@ class Config:
     def validate(self) -> None:
         """Raises UserError if settings contradict each other.
 
-        Checks what does not depend on the model; `check_exits` does the rest.
+        Only the rules that do not depend on the model are checked. `check_exits` checks the exits
+        against the number of layers.
         """
         _check_preset(self.preset)
         for rules in (_exits, _sizes, _tasks, _calibration, _checkpoints, _reinforcement):
@@ -654,7 +665,10 @@ def _exits(config: Config) -> Iterator[str]:
 
 
 def _sizes(config: Config) -> Iterator[str]:
-    """Yields contradictions of sizes, also of those whose product would not fit in memory."""
+    """Yields a message for each contradiction between sizes and each product that is too large.
+
+    A product is too large if its texts, tokens or parameters would not fit in memory.
+    """
     accumulate, mesh = config.optim.accumulate, config.mesh
     together = config.sft.completions if config.command == "sft" else 1  # sequences of a row
     if config.batch_size % (accumulate * together):
@@ -813,9 +827,10 @@ def _check_policies(config: Config) -> None:
 
 
 def check_key(key: str) -> type:
-    """Returns the type of a setting or section such as `config.rl.rollouts`.
+    """Returns the type of the setting or section `key`, such as `config.rl.rollouts`.
 
-    Raises UserError if it does not exist.
+    For a task's own options, which jexit does not define, the type is `object`. Raises UserError if
+    the key does not exist.
     """
     owner, where = Config, "config"
     for name in key.split(".")[1:]:
@@ -833,9 +848,10 @@ def check_key(key: str) -> type:
 
 
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """Returns the exits of a model of `layers` layers: the given ones, or else every 5th layer.
+    """Returns the exits of a model of `layers` layers: `exits`, or every 5th layer if it is empty.
 
-    Raises UserError if an exit is not below the number of layers, or if there are no exits.
+    An exit is the number of layers that a token has run when it leaves there. Raises UserError if
+    an exit is not below `layers`, or if there are no exits.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
@@ -852,10 +868,10 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
 
 
 def parse_policy(text: str) -> tuple[str, float | int | None]:
-    """Parses the name of a policy into its kind and number.
+    """Returns the kind and the number of the halting policy with the name `text`.
 
-    The name is `full`, `sample`, `threshold:X` (0 < X < 1) or `fixed:LAYERS`. Raises UserError for
-    any other.
+    Names are `threshold:X` (0 < X < 1), `fixed:LAYERS` (at least 1), and `full` and `sample`, whose
+    number is None. Raises UserError for any other name.
     """
     kind, _, argument = text.partition(":")
     if kind in ("full", "sample") and not argument:
@@ -874,11 +890,12 @@ def parse_policy(text: str) -> tuple[str, float | int | None]:
 
 
 def control_of(text: str) -> str | None:
-    """Returns the policy at whose mean depth a control runs, or None if `text` is not a control.
+    """Returns the name of the policy whose mean depth the control `text` copies.
 
-    `shuffled` assigns the depths of `sample` to tokens at random. `fixed:matched` stops each
-    completion at one of the two exits that enclose the mean depth of `sample`. `shuffled:POLICY`
-    and `fixed:matched:POLICY` do the same with another policy.
+    Returns None if `text` is not a control. The control `shuffled` assigns the depths of `sample`
+    to tokens at random. The control `fixed:matched` stops each completion at one of the two exits
+    that enclose the mean depth of `sample`. `shuffled:POLICY` and `fixed:matched:POLICY` use the
+    policy POLICY instead of `sample`.
     """
     for control in ("shuffled", "fixed:matched"):
         if text == control:
@@ -889,7 +906,10 @@ def control_of(text: str) -> str | None:
 
 
 def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
-    """Returns the defaults of a command for a preset, as a locked, type-checked ConfigDict."""
+    """Returns the default settings of `command` for `preset`, as a locked, type-checked ConfigDict.
+
+    Raises UserError if the command or the preset is not known.
+    """
     if command not in COMMANDS:
         raise UserError(f"command {command!r} is not known; choose one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
@@ -914,7 +934,10 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Locks the config against new keys and types, except in the options, which a task checks."""
+    """Returns `config`, locked against new keys and other types, except in the task's options.
+
+    The task itself checks its options.
+    """
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

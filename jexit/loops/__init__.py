@@ -1,1 +1,1 @@
-"""The loops of the commands: they fetch data, call the jitted steps and write the results."""
+"""The loops behind the commands: each fetches data, calls jitted steps and writes the results."""

@@ -1,4 +1,4 @@
-"""Counts XLA compilations during training, because compiling a program twice costs minutes."""
+"""Counts XLA compilations during training, where an unneeded compilation costs minutes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """A context manager that counts compilations; a loop enters it for each step.
+    """A context manager that counts XLA compilations; the training loop enters it for each step.
 
-    The loop assigns the shapes of the current step to `shapes`. New shapes have to be compiled
-    once. A compilation in a step whose shapes occurred before is a recompilation, which is a fault.
+    Within a step, the loop assigns the step's array shapes to `shapes`. Compiling is expected in
+    the first step with given shapes. In a later step with the same shapes, a compilation counts as
+    a recompilation, which is a fault of the program.
     """
 
     def __init__(self) -> None:
@@ -30,10 +31,10 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def of_step(self) -> dict[str, int]:
-        """Returns the counts of the step that ends here as metrics, and starts counting anew.
+        """Returns the counts of the step that ends here as metrics, and resets the count.
 
-        `compilations` counts all of them, `recompilations` only those in a step whose shapes
-        occurred before.
+        `compilations` counts all compilations of the step. `recompilations` is the same number if
+        an earlier step had the same shapes, and otherwise 0.
         """
         count, self._count = self._count, 0
         again = count if self.shapes in self._seen else 0

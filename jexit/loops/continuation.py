@@ -1,4 +1,7 @@
-"""Fits the linear continuation to the teacher's trajectories by ridge regression."""
+"""Fits the linear continuation, one map per skipped layer, by ridge regression.
+
+The fit uses the residuals of the teacher's trajectories.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,12 @@ _WHAT = "the continuation's fit"
 
 
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
-    """Returns `trainable` with its continuation, if it has one, fitted to the current trunk.
+    """Returns `trainable` with a linear continuation fitted by ridge regression to the trunk.
 
-    Uses every trajectory once, except for a remainder smaller than a batch. A continuation that is
-    no longer the identity stays unchanged, because adapters may have learnt to work with it. Raises
-    UserError if there are too few trajectories.
+    Returns `trainable` unchanged if the continuation is frozen, or if the linear continuation is no
+    longer the identity, because adapters may have learnt to work with its maps. The fit uses every
+    trajectory once, except for a remainder smaller than a batch. Raises UserError if there are too
+    few trajectories.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -66,7 +70,10 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 
 
 def rows_at_a_time(config: Config, rows: int) -> int:
-    """Returns the number of rows per batch of the fit, a multiple of the mesh's data shards."""
+    """Returns the number of rows per batch of the fit, of `rows` in all.
+
+    The number is a multiple of the mesh's data shards.
+    """
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 

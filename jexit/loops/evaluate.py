@@ -24,11 +24,12 @@ from jexit.steps.state import split_model
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs `eval.policies` and `eval.measures`; writes `eval.json`, completions and a report.
+    """Evaluates the policies `eval.policies`, then runs the measures `eval.measures`.
 
-    The results of the policies are written, with `complete` set to false, before the measures
-    start. The model of a training run is measured under the depth distribution that it was trained
-    with, whatever the config says.
+    Writes `eval.json`, `completions.json` and a report to `workdir`. `eval.json` is first written
+    before the measures start, with the results of the policies and `complete` set to false. A model
+    from a training run is evaluated with that run's settings of the depth distribution, whatever
+    `config` says.
     """
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
@@ -82,9 +83,9 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _open(config: Config) -> tuple[Measurer, ModelFlops]:
-    """Loads the model and the task, and checks the policies and measures of the config.
+    """Loads the model and the task of `config`; returns the measurer and the FLOP counts.
 
-    Raises UserError, before any decoding, if one of them cannot run.
+    Raises UserError, before any decoding, if a policy or measure cannot run.
     """
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)

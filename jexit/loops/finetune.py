@@ -1,4 +1,4 @@
-"""Fine-tunes a model on reference completions, so that it is correct often enough for RL."""
+"""Fine-tunes a model on reference completions, to raise its accuracy enough for RL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jexit.steps.state import TrainState, new_state, step_key
 
 
 def finetune(config: Config, workdir: pathlib.Path) -> None:
-    """Trains for `config.steps` steps; writes the trunk with merged adapters to `WORKDIR/model`."""
+    """Runs `config.steps` steps and writes the trunk with merged adapters to `WORKDIR/model`."""
     stage = Stage.open(config, workdir, updates=config.steps)
     before = stage.measure_before()
     step_fn = make_finetune_step(
@@ -34,7 +34,7 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
     )
 
     def batch_of(step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns the prompts and references of a whole step; every host packs all of them."""
+        """Returns the token ids of a step's prompts and references, which every host packs."""
         prompts, limit = stage.prompts(step, every), config.finetune.max_new_tokens
         references = encode_references(stage.tokenizer, prompts.problems)
         for problem, ids in zip(prompts.problems, references, strict=True):

@@ -4,36 +4,36 @@ mfu = model FLOPs of a step / (seconds of the step × peak bfloat16 FLOP/s of a 
 
 Model FLOPs are those of the matrix products that the method requires (arXiv:2204.02311, appendix
 B), for real tokens only. A multiply-add counts as 2 FLOPs. Padding, recomputation (by `model.remat`
-or inside a kernel), element-wise work and the optimiser take time but count no FLOPs. Attention
-counts the pairs of a query and a key at or before it. In the forward pass of one layer, the n-th
-token of a row costs:
+or inside a kernel), element-wise work, the embedding and the optimiser take time but count no
+FLOPs. Attention counts the pairs of a query and a key at or before the query. With the axis letters
+of `jexit.axes`, the n-th token of a row costs, in the forward pass of one layer:
 
     4·D·H·(N + K) + 6·D·F                 projections q, k, v, o and the MLP
     + Σ over LoRA's targets 2·R·(in + out)
-    + 4·N·H·n                             scores and the average of the values
+    + 4·N·H·n                             scores and the weighted sum of the values
 
 In the backward pass, frozen weights cost their forward FLOPs once (for the gradient with respect to
-the activations); trained weights and attention cost theirs twice. Logits cost 2·D·V per token, the
-same again for the gradient with respect to the hidden state, and once more for the gradient of an
-output head that trains. An exit's head costs 4·D² + 4·D forward (2·D when linear) and twice that
-backward. The embedding costs nothing.
+the activations); trained weights and attention cost their forward FLOPs twice. Logits cost 2·D·V
+per token forward and 2·D·V for the gradient with respect to the hidden state; an output head that
+trains costs another 2·D·V for its own gradient. An exit's hazard head costs 4·D² + 4·D forward (2·D
+if the head is linear) and twice as much backward.
 
 The count of a step contains, in
-- pretraining: a forward and backward pass of the trunk, and the logits of every position (those of
-  each exit too, if the exits have a loss);
+- pretraining: a forward and backward pass of the trunk, and the logits of every position; if the
+  exits have a loss, also the logits of every position at each exit;
 - fine-tuning: a forward and backward pass, and the logits of the references' tokens;
 - calibration: the teacher's pass, with `sft.target=student` also a pass of the student, the logits
-  of the final states and of every exit at the completions' tokens, and for each of the S students a
-  forward and backward pass with the logits of its completion;
+  of the final states and of every exit at the completions' tokens, and for each of the S =
+  `sft.samples` student runs a forward and backward pass with the logits of the completions;
 - the last phase of calibration: a forward and backward pass of every exit's hazard head, on stored
   states;
-- RL: the rollouts, the teacher's pass with its logits, and for each of `rl.updates_per_batch` a
-  forward and backward pass of the student with its logits. In the passes of teacher and student,
-  each prompt counts once for all of its completions. Training computes every layer for every token
-  and masks those that the token skips, so all layers count. Rollouts count only the work that was
-  done: each prompt once, and for each token the layers of its own depth and the keys and values of
-  the other layers. The seconds of a step include those of its rollouts, so `mfu` in RL mostly
-  measures decoding.
+- RL: the rollouts, the teacher's pass with its logits, and for each of `rl.updates_per_batch`
+  updates a forward and backward pass of the student with its logits. In the passes of teacher and
+  student, each prompt counts once for all of its completions, and all layers count, because
+  training computes every layer for every token and masks the layers that the token skips. Rollouts
+  count only the work that was done: each prompt once, and for each token the layers of its own
+  depth, and the keys, values and continuation of the other layers. The seconds of a step include
+  the seconds of its rollouts, so `mfu` in RL mostly measures decoding.
 """
 
 from __future__ import annotations
@@ -52,20 +52,23 @@ from jexit.rollout import Rollouts
 
 
 def mfu(flops: float, seconds: float, devices: int) -> dict[str, float]:
-    """Returns the metric `mfu` of a step, or an empty dict if the chip's peak is not known."""
+    """Returns {"mfu": utilisation} of a step, or {} if the chip's peak is not known.
+
+    `flops` are those of the step on all `devices` together, and `seconds` is its duration.
+    """
     peak = chip().peak_flops
     return {} if peak is None else {"mfu": flops / (seconds * peak * devices)}
 
 
 class PassSize(NamedTuple):
-    """The number of tokens in a pass, and the number of query-key pairs among them."""
+    """The size of a pass: its number of tokens and its number of query-key pairs."""
 
     tokens: int
     pairs: int
 
     @classmethod
     def of(cls, lengths_B: np.ndarray) -> PassSize:
-        """Returns the size of a pass over rows of `lengths_B` tokens."""
+        """Returns the size of a pass over rows with `lengths_B` tokens each."""
         lengths_B = np.asarray(lengths_B, np.int64)
         return cls(int(lengths_B.sum()), int((lengths_B * (lengths_B + 1) // 2).sum()))
 
@@ -73,9 +76,11 @@ class PassSize(NamedTuple):
     def of_branches(
         cls, trunk_B: np.ndarray, branch_B: np.ndarray, first_B: np.ndarray
     ) -> PassSize:
-        """Returns the size of a pass over branches that attend to their trunk and themselves.
+        """Returns the size of a pass over branches (completions), each with a trunk (its prompt).
 
-        The mask `first_B` selects one branch per trunk, with which the trunk counts.
+        A branch of `branch_B` tokens attends to itself and to its trunk of `trunk_B` tokens.
+        Branches may share a trunk; the mask `first_B` selects one branch per trunk, so that each
+        trunk counts once.
         """
         trunk_B, branch_B = np.asarray(trunk_B, np.int64), np.asarray(branch_B, np.int64)
         trunks, branches = cls.of(trunk_B[first_B]), cls.of(branch_B)
@@ -85,7 +90,7 @@ class PassSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """Computes the FLOPs of one model's passes and steps; see the module for the formulas."""
+    """Counts the FLOPs of one model's passes and steps by the formulas in the module docstring."""
 
     arch: Architecture
     exit_layers: tuple[int, ...]
@@ -107,28 +112,31 @@ class ModelFlops:
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a pass through all layers and, with `hazards`, every exit's head."""
+        """Returns the FLOPs of a forward pass, including LoRA's if `adapters` is set.
+
+        With `hazards`, every exit head also runs at every token.
+        """
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
 
     def backward(self, size: PassSize, *, hazards: bool = False) -> float:
-        """Returns the FLOPs of the backward pass for `forward(size, hazards=hazards)`."""
+        """Returns the FLOPs of the backward pass that follows `forward(size, hazards=hazards)`."""
         token = (2.0 if self.full else 1.0) * self._base() + 2.0 * self._adapters()
         layers = self.arch.layers * (token * size.tokens + 2.0 * self._pair() * size.pairs)
         heads = 2.0 * len(self.exit_layers) * self._exit_head() * size.tokens
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head at `tokens` states.
+        """Returns the FLOPs of the output head at `tokens` final states.
 
-        `trained` includes the gradients of a loss on the logits.
+        With `trained`, the count includes the backward pass of a loss on the logits.
         """
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
     def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
-        """Returns the FLOPs of a pretraining step; `size` is that of its whole texts."""
+        """Returns the FLOPs of a pretraining step; `size` is the size of a pass over all texts."""
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
         passes = self.forward(size) + self.backward(size)
         return passes + losses * self.logits(size.tokens, trained=True)
@@ -136,9 +144,10 @@ class ModelFlops:
     def sft_step(
         self, size: PassSize, completion_tokens: int, *, samples: int, target: str
     ) -> float:
-        """Returns the FLOPs of a calibration step; `target` is `sft.target`.
+        """Returns the FLOPs of a calibration step with `samples` student passes.
 
-        `size` is that of prompts and completions; `completion_tokens` counts completions alone.
+        `size` is the size of a pass over prompts and completions, `completion_tokens` the number of
+        tokens in the completions, and `target` the setting `sft.target`.
         """
         measured = self.forward(size, adapters=False)
         if target == "student":
@@ -147,26 +156,31 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains the heads alone, on `tokens` at all exits."""
+        """Returns the FLOPs of a step that trains only the exit heads, all on `tokens` tokens."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
         """Returns the FLOPs of a fine-tuning step.
 
-        `size` is that of prompts and references; `completion_tokens` counts references alone.
+        `size` is the size of a pass over prompts and references, and `completion_tokens` the number
+        of tokens in the references.
         """
         passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Returns the FLOPs of scoring and updates in an RL step, without its rollouts."""
+        """Returns the FLOPs of an RL step without rollouts: one teacher pass and `updates` updates.
+
+        `size` is the size of a pass over prompts and completions.
+        """
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 
     def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
-        """Returns the FLOPs of decoding the rows that the mask `rows_B` selects.
+        """Returns the FLOPs of decoding those rows of `rollouts` that the mask `rows_B` selects.
 
-        A prompt counts with the first of its `samples` completions.
+        Each prompt has `samples` adjacent rows. The FLOPs of the prompt count with the first of
+        these rows.
         """
         length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
         first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)
@@ -184,19 +198,19 @@ class ModelFlops:
         return flops + reached * self._exit_head() + self.logits(passes)
 
     def skipped_layer(self) -> float:
-        """Returns the FLOPs of a token in a layer that it skips.
+        """Returns the FLOPs of one token in a layer that the token skips.
 
-        These are the keys, the values and the continuation's map.
+        A skipped layer still computes keys, values and the continuation's map.
         """
         width = self.arch.width
         maps = 0.0 if self.rank is None else 2.0 * width * (2 * self.rank or width)
         return self._base("k", "v") + self._adapters("k", "v") + maps
 
     def compute_fraction(self, depth_fraction: float) -> float:
-        """Returns the share of a full pass's layer FLOPs that remains at a mean depth.
+        """Returns the FLOPs of the layers at a mean depth, as a fraction of those at full depth.
 
-        `depth_fraction` is the mean depth divided by L. A skipped layer still costs
-        `skipped_layer`. Attention scores are not counted.
+        `depth_fraction` is the mean depth divided by the number of layers. Skipped layers count
+        with `skipped_layer`, and attention scores are not counted.
         """
         skipped = self.skipped_layer() / (self._base() + self._adapters())
         return depth_fraction + (1.0 - depth_fraction) * skipped
@@ -206,7 +220,7 @@ class ModelFlops:
         return passes + self.logits(completion_tokens, trained=True)
 
     def _projections(self) -> dict[str, tuple[int, int]]:
-        """Returns (inputs, outputs) of each projection by name."""
+        """Returns the input and output widths of each projection of a layer, by name."""
         arch = self.arch
         queries, keys = arch.query_heads * arch.head_dim, arch.kv_heads * arch.head_dim
         return {
@@ -220,7 +234,7 @@ class ModelFlops:
         }
 
     def _base(self, *names: str) -> float:
-        """Returns the FLOPs of a token in one layer's projections: the named ones, or all."""
+        """Returns the FLOPs of one token in one layer's projections: the named ones, or all."""
         projections = self._projections()
         return sum(2.0 * math.prod(projections[name]) for name in names or projections)
 
@@ -232,7 +246,7 @@ class ModelFlops:
         return sum(2.0 * lora.rank * sum(projections[name]) for name in targets)
 
     def _pair(self) -> float:
-        """Returns the FLOPs of a query-key pair in one layer: its score and weighted value."""
+        """Returns the FLOPs of one query-key pair in one layer: its score and weighted value."""
         return 4.0 * self.arch.query_heads * self.arch.head_dim
 
     def _exit_head(self) -> float:

@@ -1,4 +1,4 @@
-"""Completes given prompts and prints the texts."""
+"""Completes the configured prompts and prints the completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
-    """Completes `generate.prompts` and prints each text with the depths of its tokens."""
+    """Completes the prompts in `generate.prompts`; prints each completion with its depths.
+
+    A depth is the number of layers that the pass which produced a token has run.
+    """
     config = with_trained_exits(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate

@@ -1,4 +1,7 @@
-"""Chooses shapes of packed batches: with little padding, but few, because each is compiled."""
+"""Chooses the shapes of packed batches, with little padding and few different shapes.
+
+Every new shape costs a compilation of the training step.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +34,19 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Returns the cost of a pass, in units of one position without attention.
+        """Returns the cost of a pass at this shape; a position without attention costs 1.
 
-        Attention over T keys adds 2·T·D to the approximately 12·D² products per position.
+        With D = `model_width`, a position costs about 12·D² multiply-adds in matrix products and
+        2·T·D in attention over T keys.
         """
         return self.positions * (1.0 + self.length / (6.0 * model_width))
 
 
 class Lengths(NamedTuple):
-    """The lengths of a batch's completions J and of their prompts, and the prompts' numbers.
+    """The lengths, in tokens, of a batch's completions J and of each completion's prompt.
 
-    Completions of the same prompt are adjacent.
+    `number_J` is the number of each completion's prompt. Completions of the same prompt are
+    adjacent.
     """
 
     prompt_J: np.ndarray
@@ -51,9 +56,10 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The placement of a batch's completions in rows of `shape`.
+    """The placement of a batch's completions J in rows: completion j goes into row `row_of_J[j]`.
 
-    The rows are divided among the data shards in the same way as the completions.
+    If the completions divide equally among the data shards, which divide the rows among them, each
+    completion stays on its shard.
     """
 
     shape: PackedShape
@@ -75,10 +81,10 @@ class Packed:
         numbers: np.ndarray,
         prompt_of: np.ndarray,
     ) -> Completions:
-        """Packs this host's completions into its rows and places the rows on the devices.
+        """Packs this host's prompts and completions into rows and places the rows on the devices.
 
-        `numbers` are the completions' indices in the whole batch, and `prompt_of` contains the
-        number of each completion's prompt.
+        For each of these completions, `numbers` contains its index in the whole batch, and
+        `prompt_of` the number of its prompt.
         """
         rows, row_of = host_rows(self.shape.rows), self.row_of_J[numbers]
         here = np.flatnonzero(np.isin(row_of, rows.index_B))
@@ -95,14 +101,14 @@ class Packed:
 
 
 class PackedShapes:
-    """The batch shapes that a run has used; adds a new one only if it saves a tenth of the work.
+    """The batch shapes of a run; a new shape is added only if it saves about a tenth of the work.
 
-    `shards` is the number of parts that the mesh divides rows into. A completion stays in its part,
-    unless the completions do not divide equally. In that case, every device has all completions.
-    Row counts are multiples of `unit`. Texts and rows are at most `longest` tokens long, which
-    bounds the memory because attention scores grow with the square of the length. `shares(length)`
-    returns whether attention over rows of that length supports completions that share a prompt.
-    The shapes depend on earlier batches, so a resumed run must restore them.
+    `shards` is the number of parts into which the mesh divides rows. A completion stays in its part
+    if the completions divide equally among the parts; otherwise every device has all completions.
+    Row counts are multiples of `shards` · `micro_batches`. Prompts with completions, and rows, have
+    at most `longest` tokens, which bounds the memory of attention scores. `shares(length)` returns
+    whether attention over rows of `length` tokens lets completions share a copy of their prompt.
+    The chosen shapes depend on earlier batches, so checkpoints save them (`state`, `load`).
     """
 
     def __init__(
@@ -126,9 +132,9 @@ class PackedShapes:
         self._known = [PackedShape(*row) for row in rows if row[0]]
 
     def fit(self, asked: Lengths) -> Packed:
-        """Returns a placement for completions of these lengths, in a known or a new shape.
+        """Returns a placement of completions with the lengths `asked`, in a known or a new shape.
 
-        Every host calls this with the lengths of the whole batch and gets the same result.
+        Every host must pass the lengths of the whole batch, and then gets the same result.
         """
         count = len(asked.prompt_J)
         parts = self.shards if count % self.shards == 0 else 1
@@ -164,7 +170,10 @@ class PackedShapes:
         return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
     def _new(self, need: PackedShape, completions: int) -> PackedShape:
-        """Returns a shape with some slack beyond `need`, so that similar batches fit in it too."""
+        """Returns a shape with more rows or width than `need`, so that similar batches fit too.
+
+        `completions` is the number of completions, which limits the rows.
+        """
         most = -(-completions // self.unit) * self.unit  # one row per completion
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]
@@ -173,7 +182,11 @@ class PackedShapes:
 
 
 def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
-    """Packs each part by itself; every part gets the number of rows that the fullest part needs."""
+    """Packs each of `parts` equal parts of the completions into rows of `length` tokens.
+
+    Every part gets as many rows as the fullest part needs. With `shared`, completions of one prompt
+    in the same row share one copy of the prompt.
+    """
     rows: list[list[int]] = []
     for prompt_J, number_J, completion_J in zip(
         *(np.split(values, parts) for values in lengths), strict=True

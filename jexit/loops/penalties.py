@@ -1,4 +1,7 @@
-"""Schedules λ and μ, and detects three failures: collapse, text collapse and shut exits."""
+"""Schedules the coefficients λ and μ of the RL penalties, and detects when RL fails.
+
+λ is the coefficient of depth and μ that of length.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ PATIENCE = 5  # consecutive updates with a collapse after which the run stops
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyFloor:
-    """The least accuracy that λ and μ must preserve, in rollouts and on held-out problems.
+    """The least accuracy that the depth and length penalties must preserve (0: no floor).
 
-    0 means no floor. For a floor that is a share of the initial model's accuracy, `length` is the
-    mean length of that model's completions in tokens. Otherwise it is 0.
+    `rollouts` is the floor in training rollouts, and `held_out` the floor on held-out problems. If
+    the floors are a share of the initial model's accuracy, `length` is the mean length of the
+    initial model's completions in tokens; otherwise `length` is 0.
     """
 
     rollouts: float
@@ -37,12 +41,13 @@ class AccuracyFloor:
 
 @dataclasses.dataclass
 class PenaltySchedule:
-    """Computes λ and μ of the next update: warmed up, and withheld while accuracy is too low.
+    """Computes the coefficients λ (depth) and μ (length) of the RL penalties for the next update.
 
-    Accuracy is a moving average over updates, and too low if it is below the floor. With
-    `dual_ascent`, a multiplier in [0, 1] scales λ and μ instead. It rises by `dual_rate` per update
-    while accuracy is at or above the floor, and falls by `dual_rate` otherwise (projected dual
-    ascent on the constraint accuracy ≥ floor).
+    Without `dual_ascent`, λ and μ rise linearly over the warm-up. While accuracy, a moving average
+    over updates, is below the floor or not known yet, they are 0. With `dual_ascent`, a multiplier
+    in [0, 1] scales λ and μ. The multiplier rises by `dual_rate` per update while accuracy is at or
+    above the floor, and falls by `dual_rate` otherwise (projected dual ascent on the constraint
+    accuracy ≥ floor).
     """
 
     config: RLConfig
@@ -57,7 +62,7 @@ class PenaltySchedule:
         )
 
     def share(self, step: int) -> float:
-        """Returns the factor that scales λ and μ at update `step`, counted from 0."""
+        """Returns the factor in [0, 1] that scales λ and μ at update `step`, counted from 0."""
         rl = self.config
         if rl.dual_ascent:
             return self.multiplier
@@ -67,7 +72,7 @@ class PenaltySchedule:
         return 0.0 if under_floor else ramp
 
     def observe(self, accuracy: float) -> None:
-        """Updates the moving average and the multiplier with the accuracy of one batch."""
+        """Updates the moving average and the multiplier from the `accuracy` of one batch."""
         self.accuracy = _moved(self.accuracy, accuracy)
         over = self.accuracy >= self.floor.rollouts
         change = self.config.dual_rate if over else -self.config.dual_rate
@@ -85,11 +90,12 @@ class PenaltySchedule:
 def penalised_reward(
     rl: RLConfig, floor: float, completions: Sequence[Attempt], layers: int
 ) -> float:
-    """Returns the mean reward of completions at the full λ and μ, whatever the schedule's values.
+    """Returns the mean reward of `completions`, minus a penalty for accuracy below `floor`.
 
-    The reward consists of the verifier, depth and length parts of `losses.rloo.rewards`, without
-    the KL to the teacher. Each percentage point of accuracy below `floor` subtracts 1. This ranks
-    models above the floor by their reward, and models below it mainly by their accuracy.
+    The reward is that of `losses.rloo.rewards` without the KL to the teacher. The coefficients λ of
+    depth and μ of length have their full, configured values, whatever the schedule's current
+    values. Each percentage point of accuracy below `floor` subtracts 1. Models above the floor are
+    therefore ranked by their reward, and models below the floor mainly by their accuracy.
     """
     lengths_J1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_JW = np.zeros((len(completions), lengths_J1.max()))
@@ -121,13 +127,15 @@ def penalised_reward(
 
 @dataclasses.dataclass
 class FailureWatch:
-    """Warns, once each, of collapse, text collapse and shut exits.
+    """Detects collapse, text collapse and shut exits in RL, and logs one warning for each.
 
-    Collapse: nearly every token leaves at the first exit, and accuracy has halved. Text collapse:
-    completions are shorter than 0.4 of the floor's length (or of the first batch's, if the floor
-    has none), and accuracy is below half of the floor or of the best. Shut exits: hardly any token
-    leaves early. Accuracy and length are moving averages. If `stops` is set, collapse or text
-    collapse in `PATIENCE` consecutive updates is a reason to stop.
+    - Collapse: nearly every token leaves at the first exit, and accuracy is below half of the best.
+    - Text collapse: completions are shorter than 0.4 of the floor's length (or of the first
+      batch's, if the floor has none), and accuracy is below half of the floor or of the best.
+    - Shut exits: hardly any token leaves early.
+
+    Accuracy and length are moving averages. With `stops`, the run should stop after a collapse or
+    text collapse in `PATIENCE` consecutive updates.
     """
 
     first_exit_fraction: float
@@ -150,7 +158,10 @@ class FailureWatch:
             setattr(self, name, type(getattr(self, name))(value))
 
     def observe(self, step: int, depth_fraction: float, length: float) -> str:
-        """Records an update's rollouts; returns why the run should stop, or an empty string."""
+        """Records an update's rollouts; returns why the run should stop, or an empty string.
+
+        `depth_fraction` is mean depth / layers, and `length` the mean number of tokens.
+        """
         accuracy, floor = self.schedule.accuracy, self.schedule.floor
         self.length = _moved(self.length, length)
         self.best_accuracy = max(self.best_accuracy, accuracy)

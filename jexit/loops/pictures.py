@@ -1,4 +1,4 @@
-"""Draws the plots and the report of a run when it ends."""
+"""Draws the plots and the HTML report of a run when the run ends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jexit.report.training_curves import write_charts
 
 
 def draw(workdir: pathlib.Path) -> str:
-    """Writes `plots/*.svg` and `report.html`; returns a short description of the written files.
+    """Writes `plots/*.svg` and `report.html` to `workdir`; returns a description of these files.
 
-    An error is reported on stderr and does not end the run, because its results are already on
-    disk. `python -m jexit.report` can draw them at any time.
+    An error is reported on stderr and does not end the run, because the run's results are already
+    on disk. `python -m jexit.report WORKDIR` can draw the files later.
     """
 
     def plots() -> str:
@@ -32,7 +32,10 @@ def draw(workdir: pathlib.Path) -> str:
 
 
 def _drawn(workdir: pathlib.Path, what: str, write: Callable[[], str]) -> str:
-    """Returns the description from `write`; on an error, reports it and returns an empty string."""
+    """Returns the description from `write`; after an error, reports it and returns an empty string.
+
+    `what` names the drawing in that report.
+    """
     try:
         return write()
     except Exception as error:

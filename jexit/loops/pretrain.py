@@ -1,4 +1,4 @@
-"""Pretrains the shipped model's trunk on the tasks' own text."""
+"""Pretrains the trunk of the shipped model on text made from the tasks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROBED = 20  # steps whose batches are made as a check before the run writes any
 
 
 def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """Returns a randomly initialised Qwen3-style trunk of the config's size."""
+    """Returns a randomly initialised Qwen3-style trunk of the size in `config.pretrain`."""
     p = config.pretrain
     arch = Architecture(
         family="qwen3",
@@ -65,9 +65,11 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """Returns the model that training starts from: that of `config.pretrain.start`, or a new one.
+    """Returns the model that training starts from.
 
-    Raises UserError if the stored model has another size, or has adapters.
+    This is the model in the directory `config.pretrain.start`, or a new model if that setting is
+    empty. Raises UserError if the stored model has another size than the configured one, or has
+    adapters.
     """
     fresh = new_model(config, tokenizer)
     if not config.pretrain.start:
@@ -94,9 +96,10 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def mixture(config: Config) -> list[tuple[Task, float]]:
-    """Returns the tasks whose text is trained on, with their shares of the texts.
+    """Returns the tasks that provide the training text, with each task's share of the texts.
 
-    The prompts of sums and tom are of every kind (`steps="mixed"`).
+    Tasks with share 0 are left out. The tasks `sums` and `tom` use prompts of every kind
+    (`steps="mixed"`).
     """
     p = config.pretrain
     sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding could make it slightly negative
@@ -109,7 +112,7 @@ def mixture(config: Config) -> list[tuple[Task, float]]:
 
 
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
-    """Trains for `config.steps` and writes the model directory `WORKDIR/model`."""
+    """Trains for `config.steps` steps and writes the trunk to `WORKDIR/model`."""
     tokenizer = Tokenizer.load(find_model(config.model.path))
     set_chat_format(tokenizer, config.task)
     model = first_model(config, tokenizer)
@@ -121,7 +124,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
     here = host_rows(config.batch_size)
 
     def batch_of(step: int) -> tuple[PretrainBatch, float]:
-        """Returns this host's rows of the step, and the model FLOPs of all hosts' rows."""
+        """Returns this host's rows of a step's batch, and the model FLOPs of the whole batch."""
         text = text_batch(
             tasks,
             tokenizer,

@@ -1,4 +1,7 @@
-"""Reinforcement learning: each step decodes rollouts, judges them and updates the model."""
+"""Reinforcement learning: each step decodes rollouts, judges them and updates the model.
+
+A rollout is a completion sampled from the current model, with early exits; the task judges it.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,11 @@ ROLLOUT_STREAM = 2  # stream of `step_key` for the sampler's noise
 
 
 def reinforce(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 2 and writes `WORKDIR/model`.
+    """Runs stage 2, reinforcement learning, and writes the trained model to `WORKDIR/model`.
 
-    The model consists of a reference to the base model, the adapters and the exit heads.
+    The written model consists of a reference to the base model, the adapters and the exit heads. If
+    `rl.stop_on_collapse` stops the run, it writes the last checkpoint before the collapse, if that
+    is kept, and raises Collapsed.
     """
     rl = config.rl
     stage = Stage.open(config, workdir, updates=config.steps * rl.updates_per_batch)
@@ -144,7 +149,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """This host's rollouts, with the problem, text and verdict of each row."""
+    """This host's rollouts with the task's judgement: problem, text and verdict of each row."""
 
     rollouts: Rollouts
     problems: list[Problem]
@@ -161,7 +166,10 @@ class Judged:
         return cls(rollouts, problems, [made.text for made in attempts], verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns a completion for `samples.jsonl`, with the depth of each token's pass."""
+        """Returns the completion in row `row` as an entry for `samples.jsonl`.
+
+        The entry contains the depth of each token's pass.
+        """
         ids, verdict = self.rollouts.completion(row), self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,
@@ -177,7 +185,10 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Totals over all hosts' rollouts; each row counts once, even if several hosts have it."""
+    """Totals over the rollouts of all hosts in one step.
+
+    Each row counts once, even if several hosts have it.
+    """
 
     rows: int
     correct: int
@@ -194,10 +205,10 @@ class Totals:
     def over_hosts(
         cls, task: Task, here: Judged, *, samples: int, skipped: int, rollout_flops: float
     ) -> Totals:
-        """Adds this host's totals to those of all other hosts.
+        """Returns the totals over all hosts; every host calls this with its own rollouts `here`.
 
-        `samples` is the number of completions per prompt. `skipped` and `rollout_flops` are this
-        host's.
+        `samples` is the number of completions per prompt. `skipped` is the number of prompts that
+        this host skipped, and `rollout_flops` the FLOPs that this host's rollouts count.
         """
         rollouts, own = here.rollouts, np.flatnonzero(here.rollouts.host_rows.first_B)
         lengths_B, total = rollouts.lengths_B[own], rollouts.host_rows.total
@@ -248,7 +259,7 @@ class Totals:
 
     @property
     def pass_size(self) -> PassSize:
-        """The size of a pass over all completions, with each prompt once."""
+        """The size of a pass over all completions, in which each prompt counts once."""
         prompt_J, number_J, completion_J = self.lengths
         first_J = np.diff(number_J, prepend=-1) > 0
         return PassSize.of_branches(prompt_J, completion_J, first_J)
@@ -258,12 +269,18 @@ class Totals:
         return self.tokens / self.rows
 
     def mean_depth(self, layers: int) -> float:
-        """Returns the mean depth over action positions: all generated tokens but a row's first."""
+        """Returns the mean depth of the passes that could leave early; `layers` if there are none.
+
+        These are the passes that produced a generated token other than a row's first.
+        """
         return self.layers_run / self.passes if self.passes else float(layers)
 
 
 def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
-    """Returns this host's rollouts and verdicts as the arrays of an update, on the devices."""
+    """Returns this host's judged rollouts as the batch of an RL step, placed on the devices.
+
+    `packed` assigns the completions of the whole batch to rows.
+    """
     rollouts = own.rollouts
     rows = packed.placed(
         [rollouts.prompts[index] for index in rollouts.prompt_B],

@@ -1,4 +1,4 @@
-"""Makes models, tasks and decoders from a config."""
+"""Makes models, tasks and decoders from a `Config`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from jexit.tasks.base import Rewards
 
 
 def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
-    """Loads the config's model and tokenizer.
+    """Loads the model and the tokenizer that `config` names.
 
-    With `trains`, the model gets the config's adapters and exits. The tokenizer formats prompts
-    according to `config.task.system` and `config.task.thinking`. Raises UserError if full
-    fine-tuning is configured for a model that has adapters.
+    With `trains`, the model also gets the adapters and exit heads of `config`. The tokenizer
+    formats prompts with `config.task.system` and `config.task.thinking`. Raises UserError if
+    `trains` asks for full fine-tuning of a model that has adapters.
     """
     settings: dict[str, Any] = {}
     if trains:
@@ -53,26 +53,27 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
 
 
 def set_chat_format(tokenizer: Tokenizer, config: TaskConfig) -> None:
-    """Sets the tokenizer's system message and thinking mode.
+    """Sets the tokenizer's system message and thinking mode from `config`.
 
-    Raises UserError if its chat template does not support them.
+    Raises UserError if the tokenizer's chat template does not support them.
     """
     tokenizer.system, tokenizer.thinking = config.system, config.thinking
 
 
 def execution_of(config: Config) -> Execution:
-    """Returns the settings for computing the model.
+    """Returns the settings by which the model's layers are computed.
 
-    Raises UserError if its attention implementation cannot run on this platform.
+    Raises UserError if the configured attention cannot run on this platform.
     """
     check_attention(config.model.attention)
     return config.model.execution
 
 
 def with_trained_exits(config: Config) -> Config:
-    """Returns the config with the settings under which the exits of its model were trained.
+    """Returns `config` with the settings under which the exits of its model were trained.
 
-    A model that is not that of a training run leaves the config unchanged.
+    If `config.model.path` was not written by a run that trains exits, `config` is returned
+    unchanged.
     """
     trained = {
         section: dataclasses.replace(getattr(config, section), **values)
@@ -82,7 +83,10 @@ def with_trained_exits(config: Config) -> Config:
 
 
 def sample_policy(config: Config) -> Sample:
-    """Returns the policy `sample`, with the hazard temperature and the floor of `config.rl`."""
+    """Returns the halting policy `sample`, which draws depths from the hazards.
+
+    `config.rl` gives its hazard temperature and smallest hazard.
+    """
     rl = config.rl
     # NumPy numbers: to read an array on a device, the host would have to wait for the running step.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
@@ -91,7 +95,10 @@ def sample_policy(config: Config) -> Sample:
 def make_decoder(
     config: Config, parts: tuple[Any, ...], layers: int, tokenizer: Tokenizer, **changed: Any
 ) -> Decoder:
-    """Returns a decoder of the split model with the config's settings; `changed` overrides them."""
+    """Returns a decoder with the settings of `config`, some of them replaced by `changed`.
+
+    `parts` is the model in the form of `SplitModel.decodable`, and `layers` its number of layers.
+    """
     settings = {
         "law": sample_policy(config),
         "size": config.engine,
@@ -103,7 +110,7 @@ def make_decoder(
 
 
 def load_task(config: TaskConfig, split: str) -> Task:
-    """Loads the config's task; raises UserError if `split` is empty."""
+    """Returns the task that `config` names; raises UserError if its split `split` is empty."""
     rewards = Rewards(
         strict=config.reward_strict,
         lenient=config.reward_lenient,

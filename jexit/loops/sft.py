@@ -1,8 +1,8 @@
-"""Calibrates exits: collects the teacher's trajectories once, then trains the exits on them.
+"""Calibrates exits: makes the teacher's trajectories once, then trains the exits on them.
 
-A linear continuation is first fitted by ridge regression. For `steps` steps, the adapters learn to
-work with it, and the exit heads train with them. Then, for `sft.lens_steps` steps, only the heads
-train.
+First, ridge regression fits the linear continuation, if there is one. Then, for `steps` steps, the
+adapters learn to work with the continuation, and the exit heads train together with the adapters.
+Finally, for `sft.lens_steps` steps, only the exit heads train.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 1 and writes `WORKDIR/model`.
+    """Runs stage 1, the calibration of the exits, and writes the model to `WORKDIR/model`.
 
-    The model consists of a reference to the base model, adapters, exit heads and continuation.
+    The written model consists of a reference to the base model, adapters, exit heads and
+    continuation.
     """
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
@@ -115,10 +116,10 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
 def exit_states(
     stage: Stage, trajectories: Trajectories, trainable: Params
 ) -> tuple[ExitStates, np.ndarray]:
-    """Returns the heads' training data, and the indices V of its positions whose pass could leave.
+    """Returns the training data of the exit heads, and the indices V of its usable positions.
 
-    Runs the model once over trajectories with `sft.lens_tokens` such positions, or over all
-    trajectories if they have fewer.
+    A position is usable if its pass could leave early. The model runs once over trajectories with
+    `sft.lens_tokens` usable positions, or over all trajectories if they have fewer.
     """
     config, states_of = stage.config, make_exit_states(stage.split)
     size = rows_at_a_time(config, len(trajectories))

@@ -1,4 +1,4 @@
-"""The code that fine-tuning, calibration and RL share: loading, measuring and ending a run."""
+"""The code that fine-tuning, calibration and RL share: opening, measuring and ending a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ from jexit.untrusted import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A training run's model (split once), task and optimiser, and how the run is measured."""
+    """The parts that a run of fine-tuning, calibration or RL uses from its beginning to its end.
+
+    They include the model (split into trainable and fixed parameters), the task and the optimiser.
+    """
 
     config: Config
     workdir: pathlib.Path
@@ -49,9 +52,10 @@ class Stage:
 
     @classmethod
     def open(cls, config: Config, workdir: pathlib.Path, *, updates: int) -> Stage:
-        """Loads task and model and makes the optimiser for `updates` steps, those of the whole run.
+        """Loads the task and the model of `config`, and makes the optimiser.
 
-        Raises UserError, before it writes anything, if a prompt is too long.
+        `updates` is the number of optimiser steps in the whole run. Raises UserError, before
+        anything is written to `workdir`, if a prompt is too long.
         """
         task = load_task(config.task, "train")
         model, tokenizer = load_model(config, trains=True)
@@ -77,7 +81,7 @@ class Stage:
         )
 
     def prompts(self, step: int, rows: HostRows) -> PromptBatch:
-        """Returns this host's training prompts of one step."""
+        """Returns the training prompts of step `step` for the given rows of the batch."""
         return prompt_batch(
             self.task,
             self.tokenizer,
@@ -91,9 +95,10 @@ class Stage:
         )
 
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
-        """Returns the shapes of training batches.
+        """Returns the choice of shapes for this run's packed training batches.
 
-        With `shared`, the completions of a prompt share one copy of it if attention supports that.
+        With `shared`, the completions of a prompt share one copy of the prompt if the
+        implementation of attention supports this.
         """
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
@@ -105,9 +110,10 @@ class Stage:
         )
 
     def learning_rates(self, step: int, *, updates: int = 0) -> dict[str, Any]:
-        """Returns the learning rates at `step` as metrics.
+        """Returns the learning rates at training step `step` as metrics `lr/NAME`.
 
-        `updates` is the length of a phase with a schedule of its own; 0 means the whole run.
+        `updates` is the number of steps in a phase with its own schedule, in which `step` counts
+        from the phase's start; 0 means the schedule of the whole run.
         """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
@@ -120,7 +126,10 @@ class Stage:
         }
 
     def measure_before(self) -> PolicyResult:
-        """Measures the model that the run starts from; a resumed run reads `before.json`."""
+        """Returns the measurement of the model before training, and writes it to `before.json`.
+
+        A resumed run reads `before.json` instead of measuring.
+        """
         path = self.workdir / "before.json"
         if not from_primary("before.json", path.exists()):
             before = self.measure(self.split.trainable)
@@ -130,16 +139,19 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Measures accuracy and depth on the evaluation split under `policy`."""
+        """Returns accuracy, depth and compute of the model on the evaluation split.
+
+        The model runs under the halting policy `self.policy`.
+        """
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
 
     def initial_floor(self) -> AccuracyFloor:
-        """Returns `rl.accuracy_floor` times the model's accuracy at full depth before training.
+        """Returns floors of `rl.accuracy_floor` times the accuracy at full depth before training.
 
-        Measures the evaluation split twice: decoded with the settings of rollouts, and with those
-        of `config.eval`.
+        The evaluation split is decoded twice: with the rollouts' settings for the floor in
+        rollouts, and with the settings of `config.eval` for the floor on held-out problems.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -164,7 +176,10 @@ class Stage:
         return floor
 
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
-        """Returns the metrics on the evaluation split by which RL chooses its best checkpoint."""
+        """Returns metrics on the evaluation split, by which RL chooses its best checkpoint.
+
+        `floor` is the accuracy below which `val/reward` is penalised.
+        """
         result, made = self._measured(state.trainable)
         reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
@@ -180,15 +195,25 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """The policy that measures the run: `full` in fine-tuning, before exits are calibrated."""
+        """The halting policy that measures the run: `full` in fine-tuning, otherwise `sample`.
+
+        Fine-tuning comes before calibration, so its model's exits are untrained.
+        """
         return "full" if self.config.command == "finetune" else "sample"
 
     def chosen(self, trainer: Trainer, state: TrainState) -> TrainState:
-        """Returns the state for the run's model: the last one, or the best checkpoint's."""
+        """Returns the state from which the run's model is written.
+
+        This is the state of the best checkpoint if `checkpoint.final` is best, and otherwise
+        `state`, the last one.
+        """
         return trainer.best(state) if self.config.checkpoint.final == "best" else state
 
     def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:
-        """Ends a run: measures again, writes `WORKDIR/model`, draws plots and prints a table."""
+        """Ends a run: measures the model, writes `WORKDIR/model`, draws plots and prints a table.
+
+        The table compares the new measurement with `before`. The model is written from `state`.
+        """
         trainer.close()
         after = self.measure(state.trainable)
         student = self.split.student(state.trainable)
@@ -213,11 +238,12 @@ class Stage:
 
 
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:
-    """Raises UserError, before the run writes anything, if a prompt is too long.
+    """Raises UserError if a prompt is too long for `config` or for the model.
 
-    A prompt is too long if it exceeds `task.max_prompt_tokens`, or if a completion of the largest
-    length does not fit with it into the model's `positions`. Checks the held-out problems and, of
-    the training problems, all if the task is finite and otherwise the first batch.
+    A prompt is too long if it exceeds `task.max_prompt_tokens`, or if prompt and longest allowed
+    completion together exceed `positions`, the number of positions of the model. The check covers
+    the held-out problems and the training problems: all of them if the task is finite, otherwise
+    those of the first batch.
     """
     _, held_out_prompts = held_out(task, tokenizer, config, config.eval.problems)
     check_room(held_out_prompts, "eval", config.eval.max_new_tokens, positions)

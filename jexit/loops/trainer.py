@@ -31,7 +31,10 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a loop with state on the host, which checkpoints save under names of its own."""
+    """A part of a training loop with state on the host that checkpoints save.
+
+    `state` returns the part's arrays by name; no two parts of a loop may use the same name.
+    """
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -47,20 +50,20 @@ class Collapsed(RunEnded):
 
 
 class Interrupted(RunEnded):
-    """Raised when a signal has stopped the run; the same command continues it."""
+    """Raised when a signal has stopped the run after a step; the same command continues the run."""
 
     exit_code = INTERRUPTED
 
 
 @dataclasses.dataclass
 class Trainer:
-    """Runs `one_step` from the newest checkpoint to the last of `steps`.
+    """Runs the steps of a training loop, from the newest checkpoint to step `steps`.
 
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
     the log. The metrics `tokens` and `model_flops` of a step are logged as `tokens_per_second` and,
-    if the chip is known, `mfu`. `shown` maps metric names to the short names of the progress bar.
-    `kept` are the parts of the loop with state on the host, which is saved too. `measure` returns
-    metrics of the state; it is called at each step whose checkpoint gets a score.
+    if the chip's peak is known, `mfu`. `shown` maps the metrics on the progress bar to their short
+    names there. `kept` are the loop's parts with state on the host. At each step whose checkpoint
+    gets a score, `measure(state)` is called, and its metrics are logged as well.
     """
 
     config: Config
@@ -80,7 +83,7 @@ class Trainer:
         self._skipping = False  # whether the last step was skipped
 
     def restore(self, state: TrainState) -> TrainState:
-        """Returns the newest checkpoint's state, or `state` if the run is new; opens the logs."""
+        """Opens the logs; returns the newest checkpoint's state, or `state` if the run is new."""
         state = place_parameters(state)
         restored = self.checkpoints.restore(self._saved(state))
         if restored is not None:
@@ -102,14 +105,17 @@ class Trainer:
         return state
 
     def shapes(self, shapes: Hashable) -> None:
-        """Records the shapes of the current step; to be called before its first jitted call."""
+        """Records the array shapes of the current step, for counting recompilations.
+
+        `one_step` must call this before the step's first jitted call.
+        """
         self._compilations.shapes = shapes
 
     def best(self, state: TrainState) -> TrainState:
-        """Returns the state of the best checkpoint, or `state` itself if none exists.
+        """Returns the state of the best checkpoint, or `state` if there is no checkpoint.
 
-        `state` determines the shapes. No checkpoint exists only if every step at which one
-        was due was skipped.
+        `state` also provides the shapes of the arrays. There is no checkpoint only if every step at
+        which one was due was skipped.
         """
         step = self.checkpoints.best_step()
         if step is None:
@@ -117,7 +123,10 @@ class Trainer:
         return self.checkpoints.restore(self._saved(state), step)["state"]
 
     def good(self, state: TrainState, step: int) -> tuple[TrainState | None, int]:
-        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one."""
+        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one.
+
+        `state` provides the shapes of the arrays.
+        """
         with waiting("the last checkpoint"):
             self.checkpoints.wait()
         found = self.checkpoints.newest(step)
@@ -126,10 +135,12 @@ class Trainer:
         return self.checkpoints.restore(self._saved(state), found)["state"], found
 
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
-        """Trains to the last step; raises Diverged or Interrupted after saving the last good state.
+        """Trains from `state` to the last step and returns the last state.
 
-        `one_step` may raise Collapsed at the beginning of a step, which is not caught. While steps
-        are skipped, no checkpoint is written, so the newest one is always good.
+        Raises Diverged after `optim.max_skipped` consecutive skipped (not finite) steps, or if all
+        steps were skipped, and Interrupted after a signal. While steps are skipped, no checkpoint
+        is written, so the newest checkpoint is always good. If `one_step` raises Collapsed, the
+        exception is passed on.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
@@ -191,10 +202,10 @@ class Trainer:
     def _kept_until(
         self, error: SharedUserError, step: int, state: TrainState, pending: Pending | None
     ) -> UserError:
-        """Saves the state before the failed step; returns the error with the saved step added.
+        """Saves the state before the failed step `step`; returns `error` with the saved step added.
 
-        While steps are skipped, the state is not saved and the step is that of the newest
-        checkpoint.
+        If the step before was skipped because it was not finite, nothing is saved, and the returned
+        error names the newest checkpoint's step.
         """
         if pending is not None:
             self._flush(*pending)
@@ -210,14 +221,15 @@ class Trainer:
         self._writer.close()
 
     def _saved(self, state: TrainState) -> dict[str, Any]:
-        """Returns the contents of a checkpoint."""
+        """Returns the pytree that a checkpoint contains."""
         host = {name: value for part in self.kept for name, value in part.state().items()}
         return {"state": state, "host": host, "scores": self._scores}
 
     def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
         """Saves a checkpoint, with a score if `scored`.
 
-        A checkpoint that only a signal requested gets none, so that it cannot become the best one.
+        A checkpoint that only a signal requested gets no score, so that it cannot become the best
+        checkpoint.
         """
         score = None
         if scored:
@@ -264,12 +276,12 @@ class Trainer:
 
     @property
     def _last_good(self) -> str:
-        """The newest checkpoint as text; it is good, because skipped steps are not saved."""
+        """The newest checkpoint in words; it is good, because skipped steps are not saved."""
         latest = self.checkpoints.latest_step()
         return f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
 
     def _tell_skipped(self) -> None:
-        """Prints the number of skipped steps of the whole run, if it is not 0."""
+        """Prints how many steps of the whole run, including resumed parts, were skipped, if any."""
         rows = read_metrics(self.workdir)
         if skipped := sum(row.get("skipped", 0) > 0 for row in rows):
             print(
@@ -279,7 +291,7 @@ class Trainer:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns the peak memory of this process in GiB: on the host and, if known, the device."""
+    """Returns the peak memory of this process in GiB: on the host and, if known, on a device."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = {"memory/host_peak_gib": host / 2**30}
@@ -292,9 +304,8 @@ def peak_memory() -> dict[str, float]:
 class _StopSignals:
     """A context manager in which SIGTERM and SIGINT request a stop after the current step.
 
-    A second signal stops the run at once. However, a SIGTERM within `ECHO_SECONDS` of the first
-    signal counts as the same request, because launchers often signal a process and then its whole
-    group.
+    A second signal raises KeyboardInterrupt at once. A SIGTERM within `ECHO_SECONDS` of the first
+    signal is ignored, however, because launchers often signal a process and then its whole group.
     """
 
     ECHO_SECONDS = 1.0

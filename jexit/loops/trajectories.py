@@ -1,4 +1,7 @@
-"""Makes the teacher's trajectories once, stores them on disk and batches them by length."""
+"""Makes the teacher's trajectories once, stores them on disk and batches them by length.
+
+A trajectory is a prompt with one completion.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ TEACHER_STREAM = 1  # stream of `step_key` for the teacher's own generations
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """Prompts with the teacher's completions; a row of a batch has completions of one prompt."""
+    """The teacher's trajectories as rows for batches; a row contains completions of one prompt."""
 
     rows: list[list[Trajectory]]
     buckets: LengthBuckets
@@ -39,7 +42,7 @@ class Trajectories:
 
     @classmethod
     def of(cls, config: Config, made: list[Trajectory], pad_id: int) -> Trajectories:
-        """Groups adjacent trajectories of one prompt into rows of up to `sft.completions`."""
+        """Groups adjacent trajectories of the same prompt into rows of up to `sft.completions`."""
         most, rows = config.sft.completions, []
         for trajectory in made:
             if rows and len(rows[-1]) < most and rows[-1][0].prompt == trajectory.prompt:
@@ -55,7 +58,10 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """Returns this host's rows of a step's batch, and the trajectories of the whole batch."""
+        """Returns this host's rows of a step's batch, packed, and all rows of it as trajectories.
+
+        `here` are the indices of this host's rows.
+        """
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
         row_of = [index for index, row in enumerate(mine) for _ in row]
@@ -71,15 +77,17 @@ class Trajectories:
 
 
 def rows_of_batch(config: Config) -> int:
-    """Returns the number of rows per step, which contain `batch_size` sequences in total."""
+    """Returns the number of rows per training step, which contain `batch_size` sequences in all."""
     return config.batch_size // config.sft.completions
 
 
 def teacher_trajectories(stage: Stage) -> Trajectories:
-    """Returns `sft.pool` completions by the teacher, or the data set's references.
+    """Returns up to `sft.pool` trajectories, with the teacher's completions or the references.
 
-    Makes only those that are not on disk yet. Raises UserError if no completion has more than one
-    token.
+    `sft.trajectories` selects between them; the references belong to the data set. Completions of
+    one token are left out. Trajectories that a run with the same settings has stored in the working
+    directory are read from disk, and only the others are made. Raises UserError if no completion
+    has more than one token.
     """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
@@ -130,7 +138,10 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
 def _references(
     stage: Stage, step: int, batch: PromptBatch, here: HostRows
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the data set's completions of this host's prompts, and their rows of the batch."""
+    """Returns the data set's completions of this host's prompts, and the rows that they form.
+
+    The rows are given as `HostRows` of the batch. Completions are cut to `sft.max_new_tokens`.
+    """
     remedy = "set config.sft.trajectories=generate"
     references = encode_references(stage.tokenizer, batch.problems, remedy=remedy)
     most = stage.config.sft.max_new_tokens
@@ -142,7 +153,10 @@ def _references(
 def _generated(
     stage: Stage, step: int, batch: PromptBatch, here: HostRows
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the teacher's completions of this host's prompts, and their rows of the batch."""
+    """Returns the teacher's completions of this host's prompts, and the rows that they form.
+
+    The rows are given as `HostRows` of the batch.
+    """
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(
         stage.split.decodable_teacher(stage.split.trainable),

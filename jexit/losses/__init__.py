@@ -1,1 +1,1 @@
-"""Loss functions of arrays, which need neither modules nor a config."""
+"""Loss functions that take plain arrays, not a model or a `Config`."""

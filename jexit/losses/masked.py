@@ -1,4 +1,4 @@
-"""Sums and means over masked positions, which ignore NaN and infinity at padding."""
+"""Sums and means over masked positions; NaN and infinity where the mask is 0 have no effect."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from jexit.axes import Array, Float
 
 
 def masked_sum(values: Float[Array, "*A"], mask: Array, axis: int | None = None) -> Array:
-    """Returns Σ values · mask; NaN and infinity contribute nothing where the mask is 0."""
+    """Returns Σ values · mask over `axis` (None: all axes).
+
+    NaN and infinity contribute 0 where the mask is 0.
+    """
     return jnp.sum(jnp.where(mask != 0, values * mask, 0.0), axis=axis)
 
 
 def masked_mean(values: Float[Array, "*A"], mask: Array, axis: int | None = None) -> Array:
-    """Returns Σ values · mask / Σ mask, or 0 if the mask is empty."""
+    """Returns Σ values · mask / Σ mask over `axis` (None: all axes), or 0 if the mask is empty."""
     weight = jnp.sum(mask, axis=axis)
     return masked_sum(values, mask, axis) / jnp.maximum(weight, 1e-9)

@@ -1,4 +1,4 @@
-"""Rewards with a depth penalty, advantages within groups, and policy-gradient losses."""
+"""The functions of RLOO on arrays: rewards with a depth penalty, advantages and policy losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from jexit.losses.masked import masked_mean
 
 
 class Reward(NamedTuple):
-    """The reward of each rollout and its parts, each [J]; parts are already signed and weighted."""
+    """The total reward of each rollout J and three parts of the total.
+
+    total_J = verifier reward + depth_J + kl_J + length_J. The three parts are penalties, already
+    multiplied by their coefficients and with a minus sign.
+    """
 
     total_J: Float[Array, "J"]
     depth_J: Float[Array, "J"]
@@ -29,12 +33,16 @@ def depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J"]:
-    """Returns the depth cost of each rollout, which the depth penalty λ multiplies.
+    """Returns the depth cost of each rollout; the reward subtracts λ times this cost.
 
-    `mean` (arXiv:2603.21376): the mean of depth/L over action positions (`action_JW`), the passes
-    that could have left. A completion of one token has no action position and counts as full depth.
-    Shallow filler lowers this mean. `total`: Σ depth/L over all generated tokens (`token_JW`),
-    divided by T_ref. This is the compute of the answer, which additional tokens cannot lower.
+    `depth_fraction_JW` is depth/L of the pass that produced each token. `token_JW` is the mask of
+    all generated tokens, and `action_JW` the mask of the tokens whose pass could leave early.
+    `norm` selects the cost:
+
+    - `mean` (arXiv:2603.21376): the mean of depth/L over `action_JW`, or 1 for a rollout of one
+      token, which has no such pass. Additional shallow tokens lower this mean.
+    - `total`: the sum of depth/L over `token_JW`, divided by `length_ref`. This measures the
+      compute of the whole answer, so additional tokens cannot lower this cost.
     """
     if norm == "total":
         return jnp.sum(depth_fraction_JW * token_JW, axis=1) / length_ref
@@ -53,11 +61,13 @@ def rewards(
     length_coef: Array | float,
     length_ref: float,
 ) -> Reward:
-    """Computes R = verifier − λ·depth cost − β·mean(log π_student − log π_teacher) − μ·T/T_ref.
+    """Returns R = verifier − λ·depth cost − β·KL − μ·T/T_ref of each rollout, with its penalties.
 
-    The KL mean runs over all T generated tokens (`token_JW`). Because the policy determines T, the
-    gradient of that term is not exactly β times the gradient of a KL per token. It also favours
-    lengths over which the policy happens to stay near the teacher.
+    λ is `depth_coef`, β `kl_coef`, μ `length_coef` and T_ref `length_ref`. T is the number of
+    generated tokens, Σ `token_JW`. KL is the mean of `log_ratio_JW`, log π_student − log π_teacher,
+    over these T tokens. Because the policy determines T, the gradient of the KL penalty is not
+    exactly β times the gradient of a KL per token. The penalty also favours lengths T at which the
+    student happens to stay near the teacher.
     """
     kl_J = masked_mean(log_ratio_JW, token_JW, axis=1)
     parts = (
@@ -71,14 +81,18 @@ def rewards(
 def group_advantages(
     rewards_J: Float[Array, "J *X"], rollouts: int, kind: str, keep_J: Array | None = None
 ) -> Float[Array, "J *X"]:
-    """Returns advantages within groups of `rollouts` adjacent rows, separately along extra axes.
+    """Returns each row's advantage within its group, the `rollouts` adjacent rows of one prompt.
 
-    `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j. `group_mean`: A_i = R_i − mean_j R_j.
-    `group_mean_std` (arXiv:2402.03300): the advantage of `group_mean`, divided by the group's
-    standard deviation (with n − 1) plus 1e-4. Rows with keep_J = 0 get advantage 0 and do not count
-    in the baselines of other rows. If only one row of a group counts, it gets 0.
+    `kind` selects the advantage A_i of row i with reward R_i:
 
-    Raises UserError if `rollouts` is below 2, because every advantage would be 0.
+    - `rloo` (arXiv:2402.14740): A_i = R_i − mean_{j≠i} R_j.
+    - `group_mean`: A_i = R_i − mean_j R_j.
+    - `group_mean_std` (arXiv:2402.03300): the advantage of `group_mean`, divided by the group's
+      standard deviation (with n − 1) plus 1e-4.
+
+    Rows with keep_J = 0 get advantage 0 and are left out of the group's means and deviations. If
+    only one row of a group is kept, its advantage is 0. Each index along the extra axes X has its
+    own advantages. Raises UserError if `rollouts` is below 2, because every advantage would be 0.
     """
     if rollouts < 2:
         raise UserError(
@@ -112,15 +126,19 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """Returns a row's depth cost minus the part before each token, Σ_s d_s / n − Σ_{s<t} d_s / n̄.
+    """Returns, for each token t, the row's depth cost minus the part of the cost from before t.
 
-    This is causal credit: token t (whose own pass has depth_t) is charged only for the depths at
-    and after it. With `norm="total"`, n = n̄ = T_ref, and the difference is exactly
-    Σ_{s≥t} d_s / T_ref. With `mean`, n is the row's number of action positions, and n̄ is the mean
-    number in the prompt's other rows. The row's own n depends on its later tokens, so
-    Σ_{s<t} d_s / n would not be a baseline and would reward ending the text. If all rows are
-    equally long, the difference is Σ_{s≥t} d_s / n. A row without action positions ran at full
-    depth and costs 1, as in `depth_cost`.
+    The result is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that produced
+    token s. Token t is thus charged only for d_t and later depths (causal credit).
+
+    - `norm="total"`: n = n̄ = `length_ref`, so the result is exactly Σ_{s≥t} d_s / `length_ref`.
+    - `norm="mean"`: s runs over the row's action positions (`action_JW`), and n is their number. n̄
+      is the mean of n over the other rows of the prompt, a group of `rollouts` adjacent rows,
+      without rows where `keep_J` is 0. If all rows have the same n, the result is Σ_{s≥t} d_s / n.
+      Dividing by n instead of n̄ would reward ending the text: n depends on tokens after t, so
+      Σ_{s<t} d_s / n would not be a baseline.
+
+    A row without action positions ran at full depth and costs 1, as in `depth_cost`.
     """
     total_J = depth_cost(depth_fraction_JW, action_JW, token_JW, norm=norm, length_ref=length_ref)
     spent_JW = depth_fraction_JW * (token_JW if norm == "total" else action_JW)
@@ -144,11 +162,13 @@ def policy_loss_terms(
     clip: float | None,
     importance_cap: float = 0.0,
 ) -> Float[Array, "B C"]:
-    """Returns the loss of each pair (token, depth); the caller masks, sums and normalises it.
+    """Returns the loss of each pair of token and depth; the caller masks, weights and sums it.
 
-    If `clip` is None, the loss is REINFORCE, −A · log π, optionally weighted by the truncated ratio
-    min(π/π_behaviour, cap) with its gradient stopped. Otherwise it is PPO (arXiv:1707.06347),
-    −min(r·A, clip(r, 1 ± clip)·A), with r = π/π_behaviour.
+    `log_prob_BC` is log π of a pair under the current student, `behaviour_BC` is log π_behaviour,
+    with which the pair was sampled, and `advantage_BC` is A. If `clip` is None, the loss is
+    REINFORCE, −A · log π; an `importance_cap` above 0 weights it by min(π/π_behaviour,
+    `importance_cap`), a factor without gradient. If `clip` is a number, the loss is that of PPO
+    (arXiv:1707.06347), −min(r·A, clip(r, 1 ± `clip`)·A), with r = π/π_behaviour.
     """
     log_ratio = log_prob_BC - behaviour_BC
     if clip is None:
@@ -165,10 +185,14 @@ def policy_loss_terms(
 def loss_weights(
     token_JW: Float[Array, "J W"], kind: str, token_budget: int
 ) -> Float[Array, "J W"]:
-    """Returns the weights w of the tokens, so that loss = Σ w·term.
+    """Returns the weight w of each token in loss = Σ w·term; w is 0 where `token_JW` is 0.
 
-    w is 1/(J·budget) for `constant`, 1/(J·T_i) for `sequence` and 1/ΣT for `tokens`. The constant,
-    which is the default, does not favour short answers (arXiv:2503.20783).
+    With J rollouts, of which rollout i has T_i tokens in `token_JW`, `kind` selects w:
+
+    - `constant` (the default): 1/(J·`token_budget`), which does not favour short answers
+      (arXiv:2503.20783);
+    - `sequence`: 1/(J·T_i);
+    - `tokens`: 1/Σ_i T_i.
     """
     batch = token_JW.shape[0]
     lengths_J1 = jnp.maximum(jnp.sum(token_JW, axis=1, keepdims=True), 1.0)
@@ -181,28 +205,33 @@ def loss_weights(
 
 
 def k2(log_student: Array, log_teacher: Array) -> Array:
-    """Returns ½·δ² at a sampled token, δ = log s/t; its mean gradient is that of KL(s ‖ t).
+    """Returns δ²/2 at sampled tokens, δ = log s − log t: an estimate of KL(s ‖ t).
 
-    Here s is the student and t the teacher. Over tokens that the student itself sampled,
-    E[δ·∇log s] = ∇ Σ s·log(s/t). The mean value is not that KL but agrees with it to second order
-    (Schulman, "Approximating KL divergence").
+    s and t are a token's probabilities under student and teacher. Over tokens sampled from the
+    student, the mean gradient of δ²/2 is the gradient of KL(s ‖ t), E[δ·∇log s] = ∇ Σ s·log(s/t).
+    The mean value of δ²/2 agrees with KL(s ‖ t) only to second order (Schulman, "Approximating KL
+    divergence").
     """
     return 0.5 * jnp.square(log_student - log_teacher)
 
 
 def k3(log_student: Array, log_teacher: Array) -> Array:
-    """Returns e^δ − δ − 1 ≥ 0 at a sampled token, δ = log t/s; its mean value is KL(s ‖ t).
+    """Returns e^δ − δ − 1 ≥ 0 at sampled tokens, δ = log t − log s: an estimate of KL(s ‖ t).
 
-    Here s is the student and t the teacher. The mean gradient over the student's own samples is
-    that of the other direction, KL(t ‖ s): E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman,
-    "Approximating KL divergence").
+    s and t are a token's probabilities under student and teacher. Over tokens sampled from the
+    student, the mean value is exactly KL(s ‖ t). The mean gradient, however, is the gradient of
+    KL(t ‖ s): E[(1 − t/s)·∇log s] = −Σ t·∇log s (Schulman, "Approximating KL divergence").
     """
     delta = log_teacher - log_student
     return jnp.expm1(delta) - delta
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups with equal task rewards, which teach nothing about the answer."""
+    """Returns the share of groups in which all verifier rewards are equal.
+
+    A group is the `rollouts` adjacent rows of one prompt. If its verifier rewards are equal, they
+    add nothing to its advantages.
+    """
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
@@ -212,12 +241,14 @@ def reached_decision_entropy(
     log_rest: Float[Array, "*A E"],
     exit_index: Int[Array, "*A"],
 ) -> Float[Array, "*A"]:
-    """Returns the entropy of the leave/stay decisions at the exits that were reached, in nats.
+    """Returns the entropy, in nats, of the leave/stay decisions at the exits that a token reached.
 
-    Its mean over the policy's own depths is the entropy of the depth law (chain rule). Unlike the
-    latter, it does not need hazards beyond the token's own exit. Its gradient is only a part of the
-    gradient of the law's entropy, because the hazards also determine which exits are reached (see
-    `depth_entropy_bonus`).
+    `log_hazard` and `log_rest` are log h and log(1 − h), where h is the probability of leaving at
+    an exit. The token reached the exits up to `exit_index` (E: all). Over depths drawn from the
+    policy, the mean of this entropy is the entropy of the distribution of depths (chain rule),
+    although no hazards after the token's own exit are needed. Its gradient lacks one part of the
+    gradient of that distribution's entropy, because the hazards also determine which exits are
+    reached; `depth_entropy_bonus` adds this part.
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)
@@ -230,10 +261,11 @@ def reached_decision_entropy(
 def depth_entropy_bonus(
     reached_entropy: Float[Array, "*A"], depth_logprob: Float[Array, "*A"]
 ) -> Float[Array, "*A"]:
-    """Returns a term whose gradient, on average over depths, is that of the depth law's entropy.
+    """Returns terms whose mean gradient is that of the entropy of the distribution of depths, P.
 
-    The depths must be the policy's own. With h = `reached_decision_entropy`, ∇E_P[h] =
-    E_P[∇h + h·∇log P(d)], a pathwise part plus a score-function part. The pathwise part alone would
-    pull every hazard to ½.
+    `reached_entropy` is h, from `reached_decision_entropy`. `depth_logprob` is log P(d) of each
+    token's depth d, which must have been drawn from P. ∇E_P[h] = E_P[∇h + h·∇log P(d)] is the sum
+    of a pathwise part and a score-function part. The pathwise part alone would pull every hazard to
+    ½.
     """
     return reached_entropy + jax.lax.stop_gradient(reached_entropy) * depth_logprob

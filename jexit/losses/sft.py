@@ -1,4 +1,7 @@
-"""Calibration losses: target hazards from KL divergences, draws of depths, and the exit loss."""
+"""Calibration losses on arrays: target hazards, draws of depths, and the exit loss.
+
+A hazard is the probability that a token leaves at an exit that it has reached.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from jexit.model.exits import law_of_log_hazards
 def target_log_hazards(
     kl_nats: Float[Array, "*A E"], sharpness: float
 ) -> tuple[Float[Array, "*A E"], Float[Array, "*A E"]]:
-    """Returns (log h, log(1 − h)) of the target hazard h = 2·(1 − σ(k·KL)) = 1 − tanh(k·KL/2).
+    """Returns (log h*, log(1 − h*)) of target hazards h* = 2·(1 − σ(k·KL)) = 1 − tanh(k·KL/2).
 
-    KL is KL(π_L ‖ π_e) in nats, and k the sharpness. In log space, the first is
-    log 2 + log σ(−k·KL), and the second log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)). The second is −∞
-    at KL = 0, where leaving is certain. Source: arXiv:2603.21376, calibration targets.
+    `kl_nats` contains KL(π_L ‖ π_e) in nats, between the next-token distributions of the last layer
+    and of exit e. k is `sharpness`. The results are computed in log space, as
+    log h* = log 2 + log σ(−k·KL) and log(1 − h*) = log(1 − e^(−k·KL)) − log(1 + e^(−k·KL)). At
+    KL = 0, h* is 1 and log(1 − h*) is −∞. Source: arXiv:2603.21376, calibration targets.
     """
     x = sharpness * jnp.maximum(kl_nats.astype(jnp.float32), 0.0)
     leave = jnp.log(2.0) + jax.nn.log_sigmoid(-x)
@@ -32,11 +36,12 @@ def draw_exit_indices(
     samples: int,
     explore: float,
 ) -> tuple[Int[Array, "S *A"], Array]:
-    """Draws S exit indices per token from the law of the target hazards; index E is full depth.
+    """Draws S = `samples` exit indices per token from the depth distribution of the target hazards.
 
-    With probability `explore`, a draw is uniform over the E exits and full depth instead, so that
-    the student also learns to finish at exits where the teacher could not. Returns the indices and
-    a mask of the explored ones.
+    `leave` and `stay` are log h* and log(1 − h*) of the target hazards h* at the E exits. Index E
+    means full depth. With probability `explore`, a draw is instead uniform over the E exits and
+    full depth, so that the student also learns to finish at exits where the teacher could not.
+    Returns the indices and a mask of the uniform draws, both [S, …].
     """
     log_law = law_of_log_hazards(leave, stay)
     law_key, flip_key, uniform_key = jax.random.split(key, 3)
@@ -56,10 +61,11 @@ def hazard_cross_entropy(
 ) -> Float[Array, "*A"]:
     """Returns −[h* log h + w (1 − h*) log(1 − h)] of a hazard h and its target h*.
 
-    `target_leave` is log h*, and w is `stay_weight`. At w = 1, the best hazard is the mean of the
-    targets that the head cannot distinguish. A larger w divides the odds of that hazard by w. This
-    helps sampling, because a token can leave too early at each exit that it passes, so heads should
-    leave only when they are certain.
+    `log_hazard` is log h, `log_rest` is log(1 − h), `target_leave` is log h*, and w is
+    `stay_weight`. For inputs that a head cannot distinguish, the best h at w = 1 is the mean of
+    their targets. At any other w, the odds of the best h are divided by w. A w above 1 helps
+    sampling: a token can leave too early at each exit that it passes, so heads should leave only
+    when they are certain.
     """
     target = jnp.exp(target_leave)
     return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)
@@ -73,11 +79,13 @@ def expected_exit_loss(
     *,
     stay_weight: float = 1.0,
 ) -> Float[Array, "*A"]:
-    """Returns `hazard_cross_entropy` summed over the exits that a token reached, e ≤ index.
+    """Returns the sum of `hazard_cross_entropy` over the exits that a token reached.
 
-    With w = 1, its mean over depths drawn from the targets' law equals that of −log P_student(d),
-    with less noise. When depths are explored, each hazard still has its own target. Exits beyond
-    the token's own do not count, because their inputs come from the continuation.
+    The token reached the exits e ≤ `exit_index`, at the last of which it leaves (E: full depth).
+    Later exits do not count, because their inputs come from the continuation. With w =
+    `stay_weight` = 1 and depths drawn from the target hazards, the mean of this loss equals the
+    mean of −log P_student(d), with less noise. With explored depths, each hazard is still compared
+    with its own target.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]

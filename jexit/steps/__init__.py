@@ -1,1 +1,1 @@
-"""Pure jitted training steps, (state, batch, key) → (state, metrics), without any disk access."""
+"""Pure, jitted training steps (state, batch, key) → (state, metrics), without disk access."""

@@ -1,4 +1,4 @@
-"""Prompts with completions as device arrays, and the positions that produce the completions."""
+"""Prompts with completions packed into arrays, and the input positions that produce each token."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from jexit.model.attention import BRANCHES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """Rows that contain one or several completions J, which do not attend to each other.
+    """Rows of token ids, each of which contains one or several completions J with their prompts.
 
-    Each completion follows its prompt. With `branches`, the completions of one prompt in a row
-    follow one copy of it, a trunk to which all of them attend. They can share it because prompts
-    run all layers and are therefore the same for all. The last prompt position, which never leaves
-    early, produces a completion's first token. Completion position c of a row contains the token
-    that the pass at input position `source_BC` produced. It is token number `place_BC` of
-    completion `owner_BC`; padding has place −1. `segment_BT` (0: padding) and `positions_BT` are
-    arguments of `run`.
+    Each completion follows its prompt and does not attend to other completions. With `branches`,
+    the completions of one prompt in a row follow a single copy of the prompt, a trunk to which all
+    of them attend. A shared copy is exact, because prompt tokens run all layers.
+
+    Arrays with axis T describe input positions: the token ids, and the arguments `segment_BT` (0:
+    padding) and `positions_BT` of `run`. Arrays with axis C describe the completions' tokens.
+    `source_BC` is the input position whose pass produced a token; for a completion's first token,
+    this is the last prompt position, which never leaves early. `owner_BC` is the index of the
+    token's completion, and `place_BC` is the token's index in that completion (−1: padding).
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -39,7 +41,7 @@ class Completions:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The arguments of `run` that describe the rows."""
+        """The arguments of `run` that describe how texts are packed into the rows."""
         return {
             "segment_BT": self.segment_BT,
             "positions_BT": self.positions_BT,
@@ -58,16 +60,16 @@ class Completions:
 
     @property
     def action_BC(self) -> Bool[Array, "B C"]:
-        """A mask of the tokens whose pass could leave early: all but a completion's first."""
+        """A mask of the tokens whose pass could leave early: all but a completion's first token."""
         return self.place_BC > 0
 
     def window(self, values: Float[Array, "B T *X"]) -> Float[Array, "B C *X"]:
-        """Returns, for each completion position, the value at the input position it came from."""
+        """Returns, for each completion token, the value at the input position that produced it."""
         index = self.source_BC.reshape(*self.source_BC.shape, *([1] * (values.ndim - 2)))
         return jnp.take_along_axis(values, index, axis=1)
 
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
-        """Returns depths per input position: `depth_BC` if its pass could leave, else `layers`."""
+        """Returns depths per input position: `depth_BC` where a pass could leave, else `layers`."""
         return self._at_inputs(depth_BC, layers)
 
     @property
@@ -76,9 +78,10 @@ class Completions:
         return self._at_inputs(jnp.ones_like(self.source_BC), 0) > 0
 
     def _at_inputs(self, values_BC: Int[Array, "B C"], elsewhere: int) -> Int[Array, "B T"]:
-        """Returns action positions' values at the input positions that produced their tokens.
+        """Moves the values of action tokens to the input positions that produced these tokens.
 
-        All other input positions get the value `elsewhere`.
+        An action token is one whose pass could leave early. All other input positions get the value
+        `elsewhere`.
         """
         length = self.tokens_BT.shape[1]
 
@@ -89,12 +92,15 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, values_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Rearranges values per completion and token [J, W] to rows [B, C], with 0 at padding."""
+        """Rearranges values from [J, W], by completion and token, to rows [B, C]; 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.place_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Rearranges values in rows [B, C] to completions [J, W], with 0 after each one's end."""
+        """Rearranges values from rows [B, C] to completions and their tokens, [J, W] = `shape`.
+
+        The value is 0 after the last token of a completion.
+        """
         place_BC = jnp.where(self.token_BC, self.place_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, place_BC].set(values_BC, mode="drop")
@@ -106,10 +112,11 @@ def pad_completions(
     pad_id: int,
     shape: tuple[int, int] | None = None,
 ) -> Completions:
-    """Puts each completion into a row of its own, in NumPy arrays of `shape` (T, C).
+    """Puts each prompt with its completion into a row of its own, in NumPy arrays.
 
-    All completions have to fit in `shape`. If it is None, T and C come from a short ladder of
-    lengths, which limits recompilation.
+    `shape` is (T, C), the numbers of tokens and of completion tokens per row; every row has to fit.
+    If `shape` is None, T and C are the longest lengths, rounded up by `bucket_length` to limit
+    recompilation.
     """
     lengths = [len(completion) for completion in completions]
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
@@ -130,11 +137,12 @@ def pack_completions(
     prompt_of: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Completions:
-    """Packs token ids into NumPy arrays of `shape` (B, T, C), completion j into row `row_of[j]`.
+    """Packs prompts and completions into NumPy arrays of `shape` (B, T, C).
 
-    `prompt_of` contains the number of each completion's prompt, and a row gets one copy of each
-    prompt. If it is None, each completion gets its own copy. `numbers` are the completions' indices
-    in the whole batch, if these completions are only a part of it.
+    `prompts[j]` is the prompt of completion j, which goes into row `row_of[j]`. If `prompt_of` is
+    None, each completion gets its own copy of its prompt. Otherwise, completions of a row that have
+    the same number in `prompt_of` share one copy. `numbers[j]` is the index of completion j in the
+    whole batch (None: j itself), for calls with only a part of the batch.
     """
     count, length, width = shape
     tokens_BT = np.full((count, length), pad_id, np.int32)
@@ -146,7 +154,7 @@ def pack_completions(
     trunks: dict[tuple[int, int], list[int]] = {}  # segment, last position, branches so far
 
     def write(row: int, ids: Sequence[int], segment: int, position: int) -> np.ndarray:
-        """Appends the ids to the row and returns their positions in it."""
+        """Appends the ids to the row and returns their indices in the row."""
         here = filled_B[row] + np.arange(len(ids))
         tokens_BT[row, here] = ids
         segment_BT[row, here] = segment
@@ -185,7 +193,10 @@ def pack_completions(
 
 
 def bucket_length(length: int) -> int:
-    """Rounds a length up to a geometric ladder, in steps of 1/8 of a power of two (at least 8)."""
+    """Rounds a length up to a multiple of 1/8 of the largest power of two below it, at least of 8.
+
+    The results form a geometric ladder, so that batches have few different shapes.
+    """
     power = 1 << max(length - 1, 1).bit_length()
     notch = max(power // 16, 8)
     return -(-length // notch) * notch

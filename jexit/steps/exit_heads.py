@@ -1,10 +1,11 @@
-"""The last phase of calibration: only the hazard heads train; the trunk stays fixed.
+"""The last phase of calibration, in which only the hazard heads train.
 
-The model runs over the trajectories once, at full depth and without a backward pass. This stores
-the heads' inputs and the KLs that determine their targets. The heads can then train for many steps,
-because one such step costs a thousandth of a pass. The computation at full depth cannot change. The
-continuation keeps its fit: if it were trained only on the KL after the last layer, the residuals in
-between would drift away from those that the keys and values of skipped layers need.
+The trunk does not change, so the model runs over the trajectories once, at full depth and without a
+backward pass. `ExitStates` stores the heads' inputs and the KLs that determine the heads' targets.
+The heads can then train for many steps, because a step on stored inputs costs a thousandth of a
+pass of the model. The continuation does not train either. If it were trained only on the KL after
+the last layer, the residuals between the layers would drift away from those that the keys and
+values of skipped layers need.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExitStates:
-    """The training data of the heads, at completion positions N and exits E."""
+    """The training data of the hazard heads, at completion positions N and exits E."""
 
     residual_NED: Array  # the heads' inputs
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e
@@ -41,9 +42,10 @@ class ExitStates:
 def make_exit_states(
     split: SplitModel,
 ) -> Callable[[Params, Fixed, Completions], ExitStates]:
-    """Returns the jitted (trainable, fixed, batch) → states at its B·C completion positions.
+    """Returns the jitted function (trainable, fixed, batch) → `ExitStates`.
 
-    Positions of padding are included.
+    The model runs at full depth. The result has N = B·C positions: all completion positions of the
+    batch in order of rows, including padding.
     """
 
     def states(trainable: Params, fixed: Fixed, batch: Completions) -> ExitStates:
@@ -67,11 +69,12 @@ def make_exit_states(
 def make_lens_step(
     split: SplitModel, optimizer: optax.GradientTransformation, config: SFTConfig
 ) -> Callable[[TrainState, Fixed, ExitStates, Int[Array, "M"]], tuple[TrainState, Metrics]]:
-    """Returns the jitted step (state, fixed, states, position_M) → (state, metrics).
+    """Returns the jitted step (state, fixed, states, position_M) → (state, metrics) for the heads.
 
-    loss = w_exit · mean over exits and the positions M of H(h*_e, h_e), where H is
-    `hazard_cross_entropy` and the target is h*_e = 1 − tanh(k·KL_e / 2). `optimizer` must change
-    only the heads.
+    `position_M` are M indices of positions in `states`. The loss is w_exit times the mean of
+    H(h*_e, h_e) over these positions and all exits e. H is `hazard_cross_entropy`, w_exit is
+    `config.exit_coef`, and the target is h*_e = 1 − tanh(k·KL_e / 2), with k = `config.sharpness`.
+    `optimizer` must leave all other parameters unchanged.
     """
     exit_layers = split.student(split.trainable).exit_layers
 

@@ -22,7 +22,8 @@ def make_finetune_step(
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, fixed, batch, key) → (state, metrics).
 
-    loss = −mean log p(y_t) over the tokens of the completions, including their end tokens.
+    The loss is the mean of −log p(y_t) over the tokens y_t of all completions, including their end
+    tokens. `key` seeds the dropout of the adapters.
     """
 
     def step(

@@ -1,4 +1,7 @@
-"""AdamW with separate learning rates, accumulation, clipping, and skipped non-finite steps."""
+"""AdamW with a learning rate per kind of parameter, gradient accumulation and clipping.
+
+Steps whose loss, gradients or results are not finite are skipped.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ LossFn = Callable[[Params, Any, PRNGKey], tuple[Array, Metrics]]
 
 
 def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
-    """Returns a learning-rate schedule with a linear warm-up to `peak`.
+    """Returns a learning-rate schedule with a linear warm-up of `config.warmup_steps` to `peak`.
 
-    After the warm-up, the rate stays constant or decays to final_fraction·peak by step `steps`,
-    linearly or as a cosine.
+    After the warm-up, `config.schedule` decides: the rate stays at `peak` (constant), or falls to
+    final_fraction · `peak` by step `steps`, linearly or along a cosine.
     """
     warmup, end = config.warmup_steps, config.final_fraction * peak
     rest = max(steps - warmup, 1)
@@ -40,11 +43,13 @@ def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.GradientTransformation:
-    """Returns an optimiser that clips by the global norm, then applies AdamW.
+    """Returns an optimiser that clips gradients by their global norm and then applies AdamW.
 
-    Each label has its own learning rate, and weight decay applies to matrices only. The
-    continuation is clipped by a norm of its own. It reads unnormalised residuals, so its gradient,
-    which is a hundred times that of all others in real models, would dominate a common norm.
+    `labels` is the tree of each parameter's kind (see `parameter_labels`). Each kind has its own
+    peak learning rate, scheduled over `steps` steps. Weight decay applies to matrices only. The
+    gradient of the continuation is clipped by a norm of its own. Because the continuation reads
+    unnormalised residuals, its gradient is a hundred times that of all other parameters in real
+    models, and would dominate a common norm.
     """
     peaks = {
         "lora": config.lora_lr,
@@ -78,7 +83,7 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
 
 
 def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
-    """Returns micro-batch `index` of a pytree of arrays: rows index, index + micro_batches, …
+    """Returns micro-batch `index` of a pytree of arrays: rows `index`, `index` + `micro_batches`, …
 
     Each micro-batch contains an equal share of each device's rows, so no row moves between devices.
     """
@@ -91,17 +96,21 @@ def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
 
 
 def joined(parts: Any) -> Any:
-    """Joins micro-batches [micro_batches, rows, …] into one batch, in the rows' original order."""
+    """Joins arrays [micro_batches, rows, …] into one batch [micro_batches · rows, …].
+
+    This inverts `micro_batch`: the rows return to their original order.
+    """
     return jax.tree.map(lambda rows: jnp.swapaxes(rows, 0, 1).reshape(-1, *rows.shape[2:]), parts)
 
 
 def accumulated_gradients(
     loss_fn: LossFn, params: Params, take: Callable[[Array], Any], count: int, key: PRNGKey
 ) -> tuple[Array, Metrics, Params]:
-    """Sums loss, metrics and gradients over the micro-batches `take(0)` … `take(count − 1)`.
+    """Returns loss, metrics and gradients, summed over micro-batches `take(0)` … `take(count − 1)`.
 
-    `loss_fn` returns values that are already divided by the whole batch's denominators. Their sums
-    therefore equal the results of one pass over the whole batch, whatever the rows' lengths.
+    `loss_fn` must divide by the denominators of the whole batch. The sums then equal the results of
+    one pass over the whole batch, even if rows have different lengths. Each micro-batch gets a key
+    derived from `key`.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -114,9 +123,9 @@ def accumulated_gradients(
 
 
 def summed(one: Callable[[Array], Any], count: int) -> Any:
-    """Returns one(0) + … + one(count − 1), which are pytrees of arrays.
+    """Returns one(0) + … + one(count − 1), where `one` returns a pytree of arrays.
 
-    The sum is computed in a loop whose body is compiled once.
+    The sum runs in a `scan`, so `one` is compiled only once.
     """
     if count == 1:
         return one(jnp.zeros((), jnp.int32))
@@ -130,7 +139,7 @@ def summed(one: Callable[[Array], Any], count: int) -> Any:
 
 
 def _all_finite(tree: Any) -> Array:
-    """Returns whether all values in the arrays of a tree are finite."""
+    """Returns whether all values in the arrays of a pytree are finite."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves))
 
@@ -141,10 +150,11 @@ def apply_gradients(
     gradients: Params,
     loss: Array,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one optimiser step, unless the loss, the gradients or the result are not finite.
+    """Takes one optimiser step, or skips it; returns the new state and metrics.
 
-    In that case the step is skipped and counted: parameters and the optimiser's state stay
-    unchanged.
+    A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
+    not finite. Parameters and optimiser state then stay unchanged, and the state's count of
+    consecutive skipped steps rises by 1.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -20,11 +20,12 @@ from jexit.steps.state import Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PretrainBatch:
-    """Rows of several texts; the weight and the group of a token apply to it as a target.
+    """Rows of token ids, each with several texts; weights and groups apply to tokens as targets.
 
-    `segment_BT` numbers a row's texts (0: padding), which do not attend to each other, and
-    `position_BT` numbers the tokens of each text. `group_BT` numbers groups of targets (0: none);
-    the mean probability of each group is a metric. The first token of a text has weight 0.
+    `weight_BT` is the weight of a token in the loss, 0 for the first token of a text. `segment_BT`
+    numbers the texts of a row (0: padding), which do not attend to each other, and `position_BT`
+    numbers the tokens of each text. `group_BT` assigns tokens to numbered groups (0: no group); the
+    step reports the mean probability of each group's tokens as a metric.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -44,9 +45,10 @@ def make_pretrain_step(
 ) -> Callable[[TrainState, PretrainBatch, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, batch, key) → (state, metrics).
 
-    loss = L + exit_loss / E · Σ_e L_e, where L = Σ w_t · −log p(x_t) / Σ w_t, and L_e is L with the
-    probabilities of exit e's logit lens. For each named group of targets, the metrics contain the
-    mean probability of the right token.
+    The loss is L + `exit_loss` / E · Σ_e L_e, where L = Σ w_t · −log p(x_t) / Σ w_t over the tokens
+    x_t with weights w_t. L_e is L with the probabilities of the logit lens at exit e. `groups` are
+    the names of the groups 1, 2, … in the batch; the metric `p_right/NAME` is the mean of p(x_t)
+    over a group.
     """
     exits = len(split.student(split.trainable).exit_layers)
 

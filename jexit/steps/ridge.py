@@ -1,17 +1,18 @@
 """Fits the linear continuation by ridge regression, from sums over the teacher's tokens.
 
-One pass over the trajectories accumulates the sums on the devices; the host solves for the maps in
-float64. The map of layer m is fitted on the inputs that it will receive: the residuals at every
-exit up to m, with equal weight per exit, after the maps of the layers from that exit to m. Let x be
-such an input, y the residual of the same token at full depth after layer m, and u = y − x. Over
-positions whose pass may leave:
+The continuation replaces each layer that a token skips with an affine map. One pass over the
+trajectories accumulates the sums on the devices; the host solves for the maps in float64. The map
+of layer m is fitted on the inputs that it will receive: the residuals at every exit up to m, with
+equal weight per exit, after the maps of the layers from that exit to m. Let x be such an input, y
+the residual of the same token at full depth after layer m, and u = y − x. Over positions whose pass
+may leave early:
 
     A = argmin Σ |(u − ū) − (x − x̄) A|² + strength · n · Σ_d var(x_d) |A_d|²,   b = ū − x̄ A
 
-The strength is thus in units of each input's variance. Of a few strengths, the fit uses the one
+`strength` is thus in units of each input's variance. The fit uses the strength from `STRENGTHS`
 that predicts held-back trajectories best. Every x is a linear function of a residual at an exit, so
-the fit needs only the covariances of these residuals with the later ones. Sources of linear maps
-between layers: arXiv:2303.08112, arXiv:2303.09435.
+the sums contain only the covariances of these residuals with the residuals after later layers.
+Sources of linear maps between layers: arXiv:2303.08112, arXiv:2303.09435.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of Sums
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums over tokens of the residuals x at the exits, and of their displacements by later layers.
+    """Sums over tokens for the ridge fit: of residuals x at the exits and of displacements v.
 
-    There is one displacement v = h_{m+1} − x for each pair P of an exit and a layer m that its
-    tokens skip; see `pairs`. An origin near the mean is subtracted from all values, because float32
-    would otherwise lose the differences between tokens. The origin is the mean of the first batch,
-    unless `beside` copied it from other sums.
+    There is one displacement v = h_{m+1} − x, the change of the residual from an exit to the output
+    of layer m, for each pair P of an exit and a layer m that tokens leaving there skip; see
+    `pairs`. An origin near the mean is subtracted from all values, because float32 sums would
+    otherwise lose the differences between tokens. The origin is the mean of the first batch, or a
+    copy of the origin of other sums (`beside`).
     """
 
     count: Float[Array, ""]
@@ -78,7 +80,7 @@ class Sums:
         )
 
     def beside(self) -> Sums:
-        """Returns empty sums with the same origins as these."""
+        """Returns sums over no tokens, with the origins of these sums."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
@@ -88,12 +90,15 @@ class Sums:
 
 
 def pairs(exit_layers: tuple[int, ...], layers: int) -> list[tuple[int, int]]:
-    """Returns (exit index, layer) for each exit and each layer that its tokens skip."""
+    """Returns (exit index, layer) for each exit and each layer that a token leaving there skips."""
     return [(e, m) for e, first in enumerate(exit_layers) for m in range(first, layers)]
 
 
 def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completions], Sums]:
-    """Returns the jitted (sums, trainable, fixed, batch) → sums with the batch's tokens added."""
+    """Returns the jitted (sums, trainable, fixed, batch) → `sums` with the batch's tokens added.
+
+    The model runs at full depth. Only tokens whose pass could leave early count.
+    """
     model = split.student(split.trainable)
     exits = len(model.exit_layers)
     exit_P, layer_P = np.asarray(pairs(model.exit_layers, model.arch.layers), np.int32).T
@@ -107,7 +112,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """Returns (values − origin, origin); an origin that is not set becomes their mean."""
+            """Returns (masked values − origin, origin); an origin of zeros becomes the mean."""
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
@@ -155,7 +160,10 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The means and covariances of the inputs x and updates u of one layer, in float64."""
+    """The means and covariances of the inputs x and updates u of one layer's map, in float64.
+
+    `uu_D` contains only the variances of u.
+    """
 
     x_D: np.ndarray
     u_D: np.ndarray
@@ -165,7 +173,7 @@ class Moments:
 
     @classmethod
     def mixed(cls, parts: list[Moments]) -> Moments:
-        """Returns the moments of a mixture in which all parts have equal weight."""
+        """Returns the moments of the mixture of `parts` in which all parts have equal weight."""
         x_D = np.mean([part.x_D for part in parts], 0)
         u_D = np.mean([part.u_D for part in parts], 0)
         xx_DD, xu_DD, uu_D = 0.0, 0.0, 0.0
@@ -177,7 +185,10 @@ class Moments:
         return cls(x_D, u_D, xx_DD, xu_DD, uu_D)
 
     def ridge(self, strength: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (A, b) of the ridge fit u ≈ x·A + b."""
+        """Returns (A, b) of the ridge fit u ≈ x·A + b.
+
+        `strength` is the penalty in units of each input's variance.
+        """
         scale_D = np.sqrt(np.maximum(np.diag(self.xx_DD), np.finfo(np.float64).tiny))
         correlation_DD = self.xx_DD / scale_D[:, None] / scale_D
         correlation_DD[np.diag_indices(len(scale_D))] += strength
@@ -188,7 +199,7 @@ class Moments:
         return a_DD, self.u_D - self.x_D @ a_DD
 
     def unexplained(self, a_DD: np.ndarray, b_D: np.ndarray) -> float:
-        """Returns the squared error of u ≈ x·A + b over the variance of u, averaged over D."""
+        """Returns (squared error of u ≈ x·A + b) / (variance of u), averaged over D."""
         shift_D = self.u_D - self.x_D @ a_DD - b_D
         error_D = (
             self.uu_D
@@ -200,16 +211,17 @@ class Moments:
 
 
 class Chain:
-    """The composition of the maps fitted so far, x + x·Q + c, for residuals x of each exit."""
+    """The maps fitted so far, composed into one map x + x·Q + c of the residuals x at each exit."""
 
     def __init__(self, exits: int, width: int):
         self.q_EDD = np.zeros((exits, width, width))
         self.c_ED = np.zeros((exits, width))
 
     def moments(self, sums: Sums, exit_index: int, pair: int) -> Moments:
-        """Returns the moments with the chain's output as x and the pair's residual minus it as u.
+        """Returns the moments of inputs x and updates u for fitting the next map at one exit.
 
-        `sums` must contain NumPy arrays.
+        x is the chain's output, and u the full-depth residual of pair number `pair` (see `pairs`)
+        minus x. `sums` must contain NumPy arrays.
         """
         n, e, p = float(sums.count), exit_index, pair
         q_DD, c_D = self.q_EDD[e], self.c_ED[e]
@@ -230,7 +242,7 @@ class Chain:
         )
 
     def goes_on(self, exits: list[int], a_DD: np.ndarray, b_D: np.ndarray) -> None:
-        """Appends one more layer's map to the chain of these exits."""
+        """Appends one more layer's map, x + x·A + b, to the chain of each exit in `exits`."""
         for e in exits:
             self.c_ED[e] += self.c_ED[e] @ a_DD + b_D
             self.q_EDD[e] += a_DD + self.q_EDD[e] @ a_DD
@@ -238,7 +250,7 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The maps of all layers, with their ridge strengths and errors on the held-back tokens."""
+    """The maps of all layers, with the ridge strength and held-back error of each fitted layer."""
 
     maps: tuple[np.ndarray, ...]  # A [L, D, D], or with a rank its factors [L, D, R], [L, R, D]
     b_LD: np.ndarray
@@ -249,12 +261,13 @@ class Fit:
 def fit(
     sums: Sums, held_back: Sums, exit_layers: tuple[int, ...], layers: int, *, rank: int = 0
 ) -> Fit:
-    """Fits ridge maps of every layer to `sums` and `held_back` together; zero below the first exit.
+    """Returns ridge maps of every layer, fitted to the tokens of `sums` and `held_back` together.
 
-    For each layer, it uses the one of `STRENGTHS` whose map, fitted to `sums` alone, leaves the
-    least of the held-back variance unexplained. The lists of the result start at the first exit's
-    layer. With a `rank`, each map is the best factored one, and later maps are fitted to its
-    outputs. `sums` and `held_back` must contain NumPy arrays, and each at least one token.
+    Layers below the first exit get zero maps. For each other layer, the strength is the one of
+    `STRENGTHS` whose map, fitted to `sums` alone, leaves the smallest share of the variance in
+    `held_back` unexplained. The result's lists start at the first exit's layer. With a `rank`, each
+    map is the best product of two factors of this rank, and later maps are fitted to the factored
+    map's outputs. `sums` and `held_back` must contain NumPy arrays and each at least one token.
     """
     exits, width = sums.x_ED.shape
     both = together(sums, held_back)
@@ -270,7 +283,7 @@ def fit(
             return Moments.mixed([chain.moments(of, e, pair_of[e, layer]) for e in here])
 
         def extend(chain: Chain, of: Moments, strength: float, here: list[int] = here) -> tuple:
-            """Appends the layer's map to the chain; returns its factors (or matrix) and b."""
+            """Appends the layer's map to the chain; returns ((A,), b), or (factors of A, b)."""
             a_DD, b_D = of.ridge(strength)
             found = factors(a_DD, of.xx_DD, rank) if rank else (a_DD,)
             if rank:
@@ -291,7 +304,7 @@ def fit(
 
 
 def together(one: Sums, other: Sums) -> Sums:
-    """Returns the sums over the tokens of both, which must have the same origins."""
+    """Returns the sums over the tokens of `one` and `other`, which must have the same origins."""
     return Sums(
         **{
             f.name: getattr(one, f.name) + (0 if f.name in ORIGINS else getattr(other, f.name))
@@ -301,10 +314,10 @@ def together(one: Sums, other: Sums) -> Sums:
 
 
 def factors(a_DD: np.ndarray, xx_DD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the best factors [D, R] · [R, D] of a map, for inputs with covariance `xx_DD`.
+    """Returns factors [D, R] · [R, D], R = `rank`, that best approximate the outputs of the map A.
 
-    This is reduced-rank regression, which uses the leading right singular vectors of L'A, with
-    L L' = cov(x).
+    `a_DD` is A, and `xx_DD` the covariance of the inputs x. The method is reduced-rank regression,
+    with the leading right singular vectors of L'A, where L L' = cov(x).
     """
     left = scipy.linalg.cholesky(xx_DD + 1e-6 * np.diag(np.diag(xx_DD)), lower=True)
     _, _, right = np.linalg.svd(left.T @ a_DD, full_matrices=False)

@@ -1,4 +1,7 @@
-"""The RL step: an RLOO update over pairs of token and depth, with a depth penalty."""
+"""The RL step: an RLOO update on rollouts, over pairs of a token and the depth of its pass.
+
+The reward contains a penalty on depth.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,14 @@ from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RLBatch:
-    """Rollouts J with the values recorded in sampling, and the rows to train on.
+    """A batch of rollouts J with the values recorded in sampling, for one RL step.
 
-    Rollouts of the same prompt are adjacent. `logprobs_JW` contains each token's log-probability
-    under the tempered distribution from which it was drawn. `depth_logprobs_JW` contains that of
-    each depth under the policy's law (0 at position 0, where the depth is not chosen).
+    Rollouts of the same prompt are adjacent. `rows` contains prompts and rollouts as packed token
+    ids. Per token W, `depth_JW` is the depth of the pass that produced the token, `logprobs_JW` the
+    token's log-probability in the tempered distribution from which it was drawn, and
+    `depth_logprobs_JW` the depth's log-probability under the halting policy (0 at position 0, where
+    the depth is not chosen). `verifier_J` is the task's reward. `truncated_J` marks rollouts that
+    reached the token limit.
     """
 
     rows: Completions
@@ -66,14 +72,17 @@ class RLBatch:
 
     @property
     def action_JW(self) -> Bool[Array, "J W"]:
-        """A mask of the tokens whose pass could leave early: all but the first."""
+        """A mask of the tokens whose pass could leave early: all but a rollout's first token."""
         return self.token_JW & (jnp.arange(self.depth_JW.shape[1]) > 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Penalties:
-    """λ and μ of this step, as arrays, so that a schedule does not cause recompilation."""
+    """The coefficients λ (`depth_coef`) and μ (`length_coef`) of the penalties in one step.
+
+    They are passed to the jitted step as arrays, so new values do not cause recompilation.
+    """
 
     depth_coef: Float[Array, ""] | float
     length_coef: Float[Array, ""] | float
@@ -87,7 +96,10 @@ EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Rows with all values that stay constant during the updates on a batch."""
+    """A batch after the teacher has scored it: rows, and values per completion token C.
+
+    All values stay constant during the optimiser steps on the batch.
+    """
 
     rows: Completions
     depth_BC: Int[Array, "B C"]
@@ -106,10 +118,11 @@ def make_rl_step(
     *,
     micro_batches: int = 1,
 ) -> RLStep:
-    """Returns the jitted update (state, fixed, batch, penalties, key) → (state, metrics).
+    """Returns the jitted RL step (state, fixed, batch, penalties, key) → (state, metrics).
 
-    The update scores the rollouts with the teacher, computes rewards and advantages, and takes
-    `updates_per_batch` optimiser steps on `policy_loss`.
+    The step scores the rollouts with the teacher, computes rewards and advantages, and takes
+    `config.updates_per_batch` optimiser steps on `policy_loss`, each over `micro_batches`
+    micro-batches.
     """
 
     def step(
@@ -149,7 +162,10 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Scores a batch with the teacher; returns it with advantages and weights, and its metrics."""
+    """Returns a batch with teacher scores, advantages and loss weights, and metrics of the rewards.
+
+    The rows pass through the teacher in `micro_batches` parts.
+    """
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -197,7 +213,11 @@ def teacher_scores(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Float[Array, "B C"], Array | None]:
-    """Returns log π_teacher of every token, and the teacher's hidden states if a KL needs them."""
+    """Returns log π_teacher of every token and the teacher's final hidden states [B, C, D].
+
+    The hidden states are divided by the sampling temperature. They are None unless the loss
+    contains a KL over the whole vocabulary.
+    """
     wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
 
     def one(index: Array) -> tuple[Array, Array | None]:
@@ -213,7 +233,10 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns depth/L, the mask of passes that could leave, and the mask of tokens, each [J, W]."""
+    """Returns depth/L, the action mask and the token mask, each [J, W], as `depth_cost` takes them.
+
+    The action mask selects the tokens whose pass could leave early.
+    """
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -225,10 +248,11 @@ def advantages(
     depth_coef: Array | float,
     config: RLConfig,
 ) -> Float[Array, "J W"]:
-    """Returns the advantage of every pair of token and depth, from rewards and `depth_shares`.
+    """Returns the advantage of every pair of token and depth.
 
-    All pairs of a completion have the same advantage, unless `causal_depth` is set. Then a token is
-    charged only for the depths at and after it.
+    `spent` is the result of `depth_shares`; rollouts where `keep_J` is False get advantage 0.
+    Without `config.causal_depth`, all pairs of a rollout have the same advantage. With it, a token
+    is charged only for the depths at and after this token.
     """
     if not config.causal_depth:
         advantage_J = group_advantages(reward.total_J, config.rollouts, config.advantage, keep_J)
@@ -243,11 +267,13 @@ def advantages(
 def policy_loss(
     student: Transformer, item: Scored, config: RLConfig, teacher_head_VD: Array | None
 ) -> tuple[Array, Metrics]:
-    """Returns the share of these rows in the loss and in its metrics.
+    """Returns the part of the RL loss that `item` contributes, and its part of the metrics.
 
-    The loss is −Σ w·A·[log π(y | d) + log P(d)] (REINFORCE), or PPO's clipped ratio if a batch has
-    several updates, plus the KL to the teacher, minus the bonus on the entropy of depths.
-    `teacher_head_VD` is None if teacher and student have the same output head.
+    The loss is −Σ w·A·[log π(y | d) + log P(d)] over tokens y and depths d (REINFORCE), with
+    weights w and advantages A; with several updates per batch, PPO's clipped objective replaces
+    this sum. The loss adds a KL to the teacher and subtracts a bonus on the entropy of depths, with
+    the coefficients in `config`. `teacher_head_VD` is None if teacher and student have the same
+    output head.
     """
     rows, depth_BC = item.rows, item.depth_BC
     exit_layers, layers = student.exit_layers, student.arch.layers
@@ -305,9 +331,10 @@ def kl_terms(
     config: RLConfig,
     teacher_head_VD: Array | None,
 ) -> Float[Array, "B C"]:
-    """Returns the KL to the teacher at each token: exact, or the estimate `k2` or `k3`.
+    """Returns the KL between student and teacher at each token, of the kind `config.kl_loss`.
 
-    The estimates use only the sampled token.
+    `exact` and `forward` sum over the whole vocabulary, `k2` and `k3` estimate the KL from the
+    log-probabilities of the sampled token.
     """
     if config.kl_loss not in EXACT_KL:
         return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
@@ -323,8 +350,9 @@ def kl_terms(
 def tempered(hidden_BCD: Array, temperature: float) -> Array:
     """Returns the hidden states divided by the sampling temperature, in float32.
 
-    The sampler divides float32 logits, so a quotient rounded to bfloat16 would cause a gap between
-    the two. At temperature 1, the hidden states stay unchanged.
+    The logits are then divided as well, because they are linear in the hidden states. The sampler
+    divides float32 logits, so a quotient rounded to bfloat16 would give other log-probabilities
+    than the sampler's. At temperature 1, the hidden states stay unchanged.
     """
     return hidden_BCD if temperature == 1.0 else hidden_BCD.astype(jnp.float32) / temperature
 
@@ -332,13 +360,16 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 def token_logprobs(
     head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"]
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Returns each token's log-probability and the entropy of its distribution, in nats."""
+    """Returns each token's log-probability and the entropy of its distribution, both in nats."""
     result = linear_logprob(_flat(hidden_BCD), head_VD, _flat(tokens_BC))
     return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns metrics of the depths of the passes that produced the tokens."""
+    """Returns metrics of the depths of the passes that produced the tokens.
+
+    The metrics are the mean, quantiles, layers per problem, and share of tokens per exit.
+    """
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {

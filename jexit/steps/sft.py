@@ -1,4 +1,8 @@
-"""The calibration step: exits learn the teacher's certainty, adapters learn to finish early."""
+"""The calibration step: exit heads learn target hazards, adapters learn to finish after an exit.
+
+A hazard is the probability of leaving at an exit. The target is near 1 where the exit already
+predicts what the teacher predicts at full depth.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +41,10 @@ def make_sft_step(
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted calibration step (state, fixed, batch, key) → (state, metrics).
 
-    For each micro-batch of rows, the teacher runs once (`targets`), S depth assignments are drawn
-    from the target hazards, and the student runs with each of them (`calibration_loss`). The loss
-    is averaged over action positions and the S draws.
+    For each of `micro_batches` parts of the rows, the teacher runs once (`targets`), S =
+    `config.samples` depths per token are drawn from the target hazards, and the student runs S
+    times at the drawn depths (`calibration_loss`). The loss is the mean over the S runs and all
+    action positions (tokens whose pass could leave early).
     """
 
     def step(
@@ -55,7 +60,10 @@ def make_sft_step(
             return calibration_loss(student, item, actions, config, key, teacher_head_VD)
 
         def gradients_of(index: Array) -> tuple[Array, Metrics, Params]:
-            """Returns loss, metrics and gradients; the S students share one teacher pass."""
+            """Returns loss, metrics and gradients of one micro-batch.
+
+            The teacher runs once for all S student runs.
+            """
             rows = micro_batch(batch, index, micro_batches)
             student = split.student(state.trainable, fixed)
             hidden_BCD, leave_BCE, stay_BCE = targets(student, teacher, rows, config)
@@ -83,7 +91,10 @@ def make_sft_step(
 
 
 class Taught(NamedTuple):
-    """Rows with the student's targets: the teacher's states, the target hazards and the depths."""
+    """Rows with the student's targets and the depths at which the student runs.
+
+    The targets are the teacher's final hidden states and the target hazards.
+    """
 
     rows: Completions
     hidden_BCD: Array  # final hidden states of the teacher
@@ -94,11 +105,11 @@ class Taught(NamedTuple):
 def targets(
     student: Transformer, teacher: Transformer, rows: Completions, config: SFTConfig
 ) -> tuple[Array, Float[Array, "B C E"], Float[Array, "B C E"]]:
-    """Returns the teacher's final hidden states [B, C, D], log h* and log(1 − h*) of the targets.
+    """Returns the teacher's final hidden states [B, C, D], log h* and log(1 − h*).
 
-    The target hazards h* follow from KL(teacher final ‖ exit e), measured at the teacher's own
-    exits or, with `target="student"`, at the student's exits at full depth. No gradient flows
-    through the results.
+    The target hazards h* follow from KL(teacher's final distribution ‖ distribution at exit e).
+    With `config.target="teacher"`, the exits are the teacher's. With `"student"`, they are those of
+    the student at full depth. No gradient flows through the results.
     """
     from_teacher = config.target == "teacher"
     taught = run(
@@ -131,11 +142,13 @@ def calibration_loss(
     key: PRNGKey,
     teacher_head_VD: Array | None,
 ) -> tuple[Array, Metrics]:
-    """Returns the share of these rows in KL(student, teacher) + w_exit · exit loss, and metrics.
+    """Returns the part of the loss that `item` contributes, and its part of the metrics.
 
-    `actions` is S times the number of action positions in the whole batch. `teacher_head_VD` is
-    None if teacher and student have the same output head. Explored depths need the expected exit
-    loss, because −log P(d) would teach the exploration to the heads.
+    The loss is a KL between student and teacher plus `config.exit_coef` times the loss of the exit
+    heads, averaged by dividing by `actions`: S times the number of action positions (tokens whose
+    pass could leave early) in the whole batch. `teacher_head_VD` is None if teacher and student
+    share the output head. Depths drawn with exploration need `config.exit_loss="expected"`, because
+    −log P(d) would teach the exploration to the heads.
     """
     rows, exits_BC = item.rows, item.exits_BC
     exit_layers, layers = student.exit_layers, student.arch.layers

@@ -21,10 +21,11 @@ Params = Any  # nested nnx.State of arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Trainable parameters, optimiser state and counters.
+    """The trainable parameters, the optimiser's state and two counters.
 
-    `step` is also the data cursor: batches and PRNG keys derive from (seed, step), so a restored
-    state continues exactly where it stopped. `skipped` counts consecutive non-finite steps.
+    `step` counts steps. Batches and PRNG keys derive from the seed and `step`, so training that
+    resumes from a saved state continues with the same data. `skipped` counts the latest consecutive
+    steps that were skipped because of NaN or infinity.
     """
 
     step: Int[Array, ""]
@@ -34,10 +35,11 @@ class TrainState:
 
 
 class Fixed(NamedTuple):
-    """The parameters that a run does not train, with the teacher's copy in full fine-tuning.
+    """The parameters that a run does not train.
 
-    Jitted steps receive them as an argument, because arrays in a closure would be compiled into the
-    program as constants.
+    `frozen` belongs to the student. `teacher` is a copy of the initial trainable parameters if the
+    run trains the trunk and needs a teacher, and otherwise None. Jitted steps take a `Fixed` as an
+    argument, because arrays in a closure would be compiled into the program as constants.
     """
 
     frozen: Params
@@ -45,19 +47,28 @@ class Fixed(NamedTuple):
 
 
 class SplitModel(NamedTuple):
-    """A model that is split once into graph and parameters, so that steps stay pure functions."""
+    """A model split into its graph, trainable parameters and fixed parameters.
+
+    The model is split once per run, so that training steps are pure functions of parameters.
+    """
 
     graphdef: nnx.GraphDef
     trainable: Params
     fixed: Fixed
 
     def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the module with these trainable parameters; cheap enough for use in a trace."""
+        """Returns the model with the parameters `trainable` and `fixed` (None: the split's own).
+
+        The call is cheap enough to be made while a step is traced.
+        """
         fixed = self.fixed if fixed is None else fixed
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
     def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the module whose trunk is the base model; run it with `adapters=False`."""
+        """Returns the model with the base model's trunk; run it with `adapters=False`.
+
+        With a copy in `fixed.teacher`, `trainable` is ignored. No gradient flows to the parameters.
+        """
         fixed = self.fixed if fixed is None else fixed
         if fixed.teacher is not None:
             trainable = fixed.teacher
@@ -68,19 +79,20 @@ class SplitModel(NamedTuple):
         return self.fixed.teacher is not None
 
     def decodable(self, trainable: Params) -> tuple:
-        """Returns (graphdef, states…), the form that `jexit.rollout` accepts."""
+        """Returns (graphdef, trainable, frozen), the form in which `jexit.rollout` takes models."""
         return (self.graphdef, trainable, self.fixed.frozen)
 
     def decodable_teacher(self, trainable: Params) -> tuple:
-        """Returns `decodable` of the teacher; decode it with `adapters=False`."""
+        """Returns the teacher in the form of `decodable`; decode it with `adapters=False`."""
         return self.decodable(self.fixed.teacher if self.teacher_has_own_head else trainable)
 
 
 def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) -> SplitModel:
     """Splits a model into trainable and fixed parameters.
 
-    Adapters and exit heads are trainable, or all parameters with `full`. In that case the teacher
-    is a second copy of the parameters, unless `keep_teacher` is False.
+    Without `full`, the adapters, exit heads and continuation are trainable. With `full`, all
+    parameters are trainable, and the teacher is a second copy of them, unless `keep_teacher` is
+    False.
     """
     trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
     graphdef, trainable, frozen = nnx.split(model, trains, ...)
@@ -94,10 +106,10 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 
 
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
-    """Returns the kind of each trainable parameter, as a tree of the same structure.
+    """Returns the kind of each trainable parameter, in a tree with the structure of the parameters.
 
-    Kinds are `lora`, `exit` (output layers of the heads), `exit_hidden` (their hidden layers),
-    `continuation` and `base`.
+    The kinds are `lora`, `exit` (output layers of the exit heads), `exit_hidden` (hidden layers of
+    the exit heads), `continuation` and `base`. `full` is the same as in `split_model`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
@@ -120,6 +132,9 @@ def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def step_key(seed: int, step: int | Array, stream: int = 0) -> PRNGKey:
-    """Returns the PRNG key of one step; `stream` separates independent uses within the step."""
+    """Returns the PRNG key of training step `step`.
+
+    `stream` selects one of several independent keys of the same step.
+    """
     key = jax.random.fold_in(jax.random.key(seed), stream)
     return jax.random.fold_in(key, step)
