@@ -110,8 +110,8 @@ def known_options(name: str) -> set[str]:
 def code_hash(name: str, options: Mapping[str, Any]) -> str:
     """Returns the SHA-256 hash of the source file that defines a user's own task.
 
-    The hash is a hexadecimal string, and empty for the tasks of jexit. The hash of a blend covers the files of its parts. Modules that a file imports, and data, are
-    not covered.
+    The hash is a hexadecimal string, and empty for the tasks of jexit. The hash of a blend covers
+    the files of its parts. Modules that a file imports, and data, are not covered.
     """
     parts = options.get("parts", ()) if name == "blend" else (name,)
     own = [part for part in ([parts] if isinstance(parts, str) else parts) if part not in ALIASES]
