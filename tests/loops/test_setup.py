@@ -158,7 +158,7 @@ def test_stories_and_rows_come_from_files_where_a_path_is_given(tmp_path):
 def test_what_was_measured_before_is_read_as_it_was_written(tmp_path):
     stage, path = types.SimpleNamespace(workdir=tmp_path), tmp_path / "before.json"
     for text, words in [
-        ('{"policy": "x", "accuracy": "high"}', r"before\.json: accuracy is 'high' where"),
+        ('{"policy": "x", "accuracy": "high"}', r"before\.json: accuracy is 'high', but"),
         ("[]", r"before\.json is \[\], but it must be an object"),
         ("{", r"before\.json is not valid JSON .*; remove it, or run"),
     ]:

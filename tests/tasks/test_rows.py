@@ -5,6 +5,8 @@ import contextlib
 import csv
 import json
 import math
+import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -304,6 +306,9 @@ def test_a_process_that_ignores_every_interrupt_ends(tmp_path):
         "    while True:\n"
         "        try:\n            time.sleep(1)\n        except:\n            pass\n"
     )
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, file], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jexit.__file__).parents[1])},
+    )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "took longer than 0.1 s for one batch; make it faster" in done.stderr
