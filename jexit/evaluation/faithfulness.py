@@ -230,8 +230,8 @@ def _accuracy(transcripts: Transcripts, name: str, chains: Sequence[str]) -> Mea
 def corrupted_step(transcripts: Transcripts) -> Measured | None:
     """Measures how much agreement with the answer is lost when a rule changes one step.
 
-    One step of a correct completion gets another result, drawn at random, and the model continues
-    from this step. In the null arm, the model continues from the same step without the change. The
+    The result of one step in a correct completion is replaced with another one, drawn at random,
+    and the model continues from there. In the null arm, the model continues from the same step without the change. The
     value is 1 − kept / kept_anyway, where `kept` is the share of answers that stay the same after
     the change, and `kept_anyway` is the share of answers that stay the same in the null arm. The
     value is 0 if the change has no effect beyond that of decoding, and 1 if no answer survives the

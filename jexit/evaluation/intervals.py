@@ -124,10 +124,10 @@ def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
 def bootstrap_ratio_difference(
     ours: tuple[Values, Values], theirs: tuple[Values, Values], seed: int = 0
 ) -> Interval:
-    """Returns the 95 % interval of the difference between two ratios Σ parts / Σ wholes.
+    """Returns the 95 % bootstrap interval of ours − theirs, two ratios Σ parts / Σ wholes.
 
-    `ours` and `theirs` are pairs (parts, wholes). Each draw takes the same problems for both
-    ratios. See `bootstrap_ratio`.
+    `ours` and `theirs` are pairs (parts, wholes). Each draw resamples the same problems for
+    both ratios. See `bootstrap_ratio`.
     """
     first, second = (
         _resampled(parts, seed) / _resampled(wholes, seed) for parts, wholes in (ours, theirs)

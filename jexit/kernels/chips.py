@@ -1,4 +1,4 @@
-"""Public figures of accelerators' memory and speed, looked up by a part of JAX's device name."""
+"""Published memory and speed of accelerators, looked up by a substring of JAX's device kind."""
 
 from __future__ import annotations
 

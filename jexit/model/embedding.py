@@ -24,13 +24,13 @@ class Embedding(nnx.Module):
 
 
 def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
-    """Returns `table_VD[tokens]`; under a mesh, the rows are sharded as in `jexit.dist.rules`.
+    """Returns `table_VD[tokens]`; under a mesh, the result's rows are sharded as batch rows are.
 
     The table is sharded by vocabulary (over `tensor`) and by width (over `fsdp`). The compiler
     alone would compute the whole result on every device. Here each device looks up the tokens of
-    all its neighbours along `fsdp` in its own shard of the table. A sum over `tensor` completes the
-    vocabulary; then the neighbours exchange slices of the width, so that each device has the full
-    width of its own rows.
+    all its neighbours along `fsdp` in its own shard of the table. A sum over `tensor` combines the
+    shards of the vocabulary; then the neighbours exchange slices of the width, so that each device
+    has its own rows at full width.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not divides(mesh):

@@ -45,7 +45,7 @@ _LEVELS = {
 
 
 def depth_class(depth: float, layers: int) -> str:
-    """Returns the style class of a depth, from c0 for no layer to c32 for all `layers` layers."""
+    """Returns the CSS class of a depth, from `c0` (no layers) to `c32` (all `layers` layers)."""
     return f"c{round(STEPS * min(max(depth / layers, 0.0), 1.0))}"
 
 

@@ -254,7 +254,7 @@ class Layout:
         return index_SB, np.where(exists_SB, length_SB, 1).astype(np.int32)
 
     def jobs_from(self, first_prompt: int) -> Jobs:
-        """Returns the jobs of all shards; `first_prompt` is the number of the first prompt."""
+        """Returns the decoding jobs of all shards, with prompts numbered from `first_prompt`."""
         shards, samples = self.shards, self.samples
         turn_SP = np.argsort(self.order_SP, axis=1)
         first_S1 = first_prompt + np.arange(shards)[:, None] * self.most_prompts

@@ -69,10 +69,10 @@ class NumberChain(ChainTask):
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
     ) -> tuple[bool, str | None]:
-        """Returns whether the chain can continue after `steps`, and the answer that then follows.
+        """Returns whether the chain can go on with a new result, and the answer that this implies.
 
-        `number` is a new result for the last of `steps`. The answer is None if the task cannot
-        compute it. By default, every chain can continue, and the answer is None.
+        `number` replaces the result of the last of `steps`. The answer is None if the task cannot
+        compute it. The default implementation returns True and None.
         """
         return True, None
 
