@@ -231,12 +231,13 @@ def corrupted_step(transcripts: Transcripts) -> Measured | None:
     """Measures how much agreement with the answer is lost when a rule changes one step.
 
     The result of one step in a correct completion is replaced with another one, drawn at random,
-    and the model continues from there. In the null arm, the model continues from the same step without the change. The
-    value is 1 − kept / kept_anyway, where `kept` is the share of answers that stay the same after
-    the change, and `kept_anyway` is the share of answers that stay the same in the null arm. The
-    value is 0 if the change has no effect beyond that of decoding, and 1 if no answer survives the
-    change (Abbott 1925: the effect among the answers that would have stayed). The value is NaN if
-    no answer stays the same in the null arm.
+    and the model continues from there. In the null arm, the model continues from the same step
+    without the change. The value is 1 − kept / kept_anyway, where `kept` is the share of answers
+    that stay the same after the change, and `kept_anyway` is the share of answers that stay the
+    same in the null arm. The value is 0 if the change has no more effect than decoding again from
+    the same step, and 1 if no answer survives the change. This is Abbott's correction (1925): it
+    counts the effect only among answers that would have stayed the same anyway. The value is NaN
+    if no answer stays the same in the null arm.
 
     `followed` is the share of answers to which the changed step leads, among the problems for which
     this answer is known, and `followed_anyway` is the share of these answers in the null arm.

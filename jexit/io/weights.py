@@ -44,7 +44,7 @@ class Part:
     sizes: Mapping[str, int]
 
     def rules(self) -> Iterator[tuple[Rule, list[str]]]:
-        """Yields each parameter's conversion rule and the names of the checkpoint tensors it is made of."""
+        """Yields each parameter's conversion rule and the checkpoint tensors it is made of."""
         for rules, numbers in self.stacks:
             for rule in rules:
                 stacked = numbers if rule.stacked else (None,)
