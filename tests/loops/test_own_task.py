@@ -87,6 +87,17 @@ def test_a_mistake_in_the_third_batch_loses_nothing(model_dir, tmp_path, task_fi
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_a_mistake_in_a_validation_loses_nothing(model_dir, tmp_path, task_file):
+    validation = THIRD.replace("len(completions) == 8", "len(completions) < 8")
+    task_file.write_text(
+        ROWS + REWARDS + validation.replace("calls == 3", "calls == 2").replace("FAULT", "1 / 0")
+    )
+    own = {"checkpoint__every": 2, "checkpoint__keep_best": 1, "task__name": str(task_file)}
+    with pytest.raises(UserError, match=r"'broken' failed .* \(the run in .* up to step 2"):
+        run("rl", model_dir, tmp_path / "run", **own)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
 def test_on_the_command_line_it_is_a_sentence_and_an_exit_code(
     model_dir, tmp_path, task_file, capsys
 ):
