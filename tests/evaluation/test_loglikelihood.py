@@ -131,7 +131,7 @@ def test_a_context_is_cut_from_the_left_and_what_cannot_be_scored_is_refused(mod
         (
             ([1], [2] * 4),
             {"policy": Prescribed(np.ones((7, 3), np.int32))},
-            r"shape \(7, 3\) for 1 .* of up to 4 tokens",
+            r"shape \(7, 3\), but the shape must be \(1, 4 or more\)",
         ),
     ):
         with pytest.raises(ValueError, match=sentence):
