@@ -75,6 +75,7 @@ def _folded(text: str) -> str:
     return text.replace("\u2019", "'").casefold()
 
 
+@functools.lru_cache(maxsize=4)  # a text is judged by several sets of candidates
 def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
     """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause.
 
