@@ -188,7 +188,7 @@ def checked(hint: Any, value: Any, where: str) -> Any:
             ) from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} is {shown(value)}; {remedy_of(hint)}")
-    if hint is str and ("\0" in value or not _is_unicode(value)):
+    if hint is str and ("\0" in value or not is_unicode(value)):
         raise UserError(
             f"{where} is {shown(value)}; it must be valid Unicode text without NUL characters"
         )
@@ -206,7 +206,8 @@ def remedy_of(hint: Any) -> str:
     return f"it must be of type {getattr(hint, '__name__', hint)}"
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Returns whether a string can be written as UTF-8, which half a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

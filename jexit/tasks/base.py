@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jexit.errors import UserError
+from jexit.settings import is_unicode
 
 Split = Literal["train", "val", "test"]
 VerdictKind = Literal["strict", "lenient", "wrong", "none"]
 
 Message = Mapping[str, str]  # `role` (system, user or assistant) and `content`
 
+NOT_UNICODE = "is not valid Unicode"
 ROLES = ("system", "user", "assistant")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -193,18 +195,6 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
     )
 
 
-_HALF = "is not valid Unicode"
-
-
-def is_unicode(text: str) -> bool:
-    """Returns whether a string can be written as UTF-8, which half a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def conversation_fault(said: Any) -> str | None:
     """Returns the reason why `said` is not a valid prompt, or None if it is valid.
 
@@ -212,7 +202,7 @@ def conversation_fault(said: Any) -> str | None:
     `role` and `content`) whose last message is the user's.
     """
     if isinstance(said, str):
-        return "is empty" if not said.strip() else None if is_unicode(said) else _HALF
+        return "is empty" if not said.strip() else None if is_unicode(said) else NOT_UNICODE
     if not isinstance(said, Sequence) or not said:
         return "is neither a text nor chat messages"
     for message in said:
@@ -221,7 +211,7 @@ def conversation_fault(said: Any) -> str | None:
         if not isinstance(message.get("content"), str):
             return "has a message whose content is not a text"
         if not is_unicode(message["content"]):
-            return _HALF
+            return NOT_UNICODE
     return None if said[-1]["role"] == "user" else "does not end with the user's message"
 
 

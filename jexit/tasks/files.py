@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from jexit.errors import MissingFile
-from jexit.tasks.base import Problem, Rewards, Split, Task, check_split, is_unicode
+from jexit.settings import is_unicode
+from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
 
 _REASONS_SHOWN = 5
 _VAL_EVERY = 16  # one in this number of groups of training rows is held out for validation

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
-from jexit.settings import shown
+from jexit.settings import is_unicode, shown
 from jexit.tasks.base import (
     Attempt,
     Message,
@@ -18,7 +18,6 @@ from jexit.tasks.base import (
     Split,
     Verdict,
     conversation_fault,
-    is_unicode,
 )
 from jexit.tasks.files import FileTask, Row, Source
 from jexit.tasks.gsm8k import read_jsonl
