@@ -1,6 +1,9 @@
 """`python -m jexit.doctor`: agreement with definitions, and what it says of a broken kernel."""
 
+import dataclasses
+import importlib.metadata as metadata
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +60,27 @@ def test_a_broken_kernel_is_named(monkeypatch, capsys) -> None:
     assert "Every implementation agrees" in capsys.readouterr().out
 
 
+def test_a_failing_attention_is_not_timed(monkeypatch) -> None:
+    """Neither the model nor the kernels may choose what failed."""
+    found = []
+    monkeypatch.setattr(
+        speed,
+        "_measured",
+        lambda model, name, on_cpu: found.append((name, model.execution.attention)) or [],
+    )
+    small = dataclasses.replace(speed.SMALL, layers=6, vocab_size=64)
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(speed, "target", lambda on=platform: types.SimpleNamespace(platform=on))
+        for kernels_work in (False, True):
+            assert list(speed.timings(small, kernels=kernels_work)) == []
+    assert found == [("xla", "xla")] * 3 + [("auto", "auto"), ("xla", "xla")]
+
+
+def test_the_versions_that_decide_what_runs_are_named() -> None:
+    for name in ("jax", "jaxlib", "flax", "optax"):
+        assert f"{name} {metadata.version(name)}" in doctor.machine()[1].split(", ")
+
+
 def test_a_setting_takes_the_place_of_what_the_platform_picks() -> None:
     h_ND, head_VD = jnp.ones((2, 4)), jnp.ones((8, 4))
     with kernels.using("nowhere"), pytest.raises(ValueError, match="no implementation 'nowhere'"):
@@ -71,4 +95,4 @@ def test_the_whole_table(capsys) -> None:
     printed = capsys.readouterr().out
     for work in ("decoding, full depth", "decoding, depth 5 of 10", "calibration step",
                  "reinforcement step"):  # fmt: skip
-        assert re.search(rf"{work} +xla +[\d,]+", printed), printed
+        assert re.search(rf"{work} +xla +[\d,]+ +[\d,.]+", printed), printed

@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and the installed command in an empty folder."""
+"""The wheel that the sdist builds: what it holds, and the installed command in an empty folder."""
 
 import os
 import pathlib
@@ -19,8 +19,11 @@ MOST_BYTES = 8_000_000
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    pack = ("-m", "hatchling", "build", "--target", "sdist", "--directory", folder)
+    subprocess.run([sys.executable, *map(str, pack)], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
     build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder)
-    subprocess.run([sys.executable, *map(str, build), str(ROOT)], check=True)
+    subprocess.run([sys.executable, *map(str, build), str(sdist)], check=True)
     (file,) = folder.glob("*.whl")
     return file
 

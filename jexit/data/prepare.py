@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
-from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, read_jsonl, row_fault
+from jexit.tasks.files import read_jsonl
+from jexit.tasks.gsm8k import PUBLISHED_SPLITS, Gsm8k, row_fault
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 

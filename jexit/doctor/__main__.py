@@ -12,6 +12,7 @@ Takes one to ten minutes.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata as metadata
 import os
 import platform
 import sys
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 
 from jexit.doctor import agreement, speed
 from jexit.doctor.agreement import PORTABLE, Check
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Every implementation agrees with its definition.")
     name, arch = speed.fitting()
     print(f"\n{name}: {arch.layers} layers of width {arch.width}, with random weights")
-    print(f"{'work':<28}{'kernels':<10}{'tokens/s':>12}{'MFU':>8}", flush=True)
+    print(f"{'work':<28}{'kernels':<10}{'tokens/s':>12}{'ms/step':>10}{'MFU':>8}", flush=True)
     for timing in speed.timings(arch, kernels=not wrong):  # a failing kernel would end the timings
         share = "" if timing.mfu is None else f"{timing.mfu:.1%}"
         print(
             f"{timing.work:<28}{timing.implementation:<10}{timing.tokens_per_second:>12,.0f}"
-            f"{share:>8}",
+            f"{1e3 * timing.seconds:>10,.1f}{share:>8}",
             flush=True,
         )
     return 1 if wrong else 0
@@ -61,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def machine() -> list[str]:
     """Returns lines to print that describe the software versions, the devices and the host."""
     import jax
-    import jaxlib
 
     import jexit
     from jexit.kernels.chips import UNKNOWN, chip
@@ -76,11 +78,21 @@ def machine() -> list[str]:
             flops = known.peak_flops
             peak = f", {known.memory_gib:g} GiB" + (f", {flops / 1e12:g} TFLOP/s" if flops else "")
     return [
-        f"jexit {jexit.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python "
-        f"{platform.python_version()}",
+        f"jexit {jexit.__version__}, Python {platform.python_version()}",
+        ", ".join(_versions()),
         f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}){peak}",
         f"host: {os.cpu_count()} cores, {memory:.0f} GiB",
     ]
+
+
+def _versions() -> list[str]:
+    """Returns the names and versions of the installed packages that decide what runs and how."""
+    found = {
+        package.name: package.version
+        for package in metadata.distributions()
+        if package.name in PACKAGES or package.name.startswith(("jax-cuda", "jax-rocm"))
+    }
+    return [f"{name} {found[name]}" for name in sorted(found)]
 
 
 def _row(check: Check, found: Sequence[Check]) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jexit.config import ExitSettings, LoRA, OptimConfig, RLConfig, SFTConfig
+from jexit.config import Execution, ExitSettings, LoRA, OptimConfig, RLConfig, SFTConfig
 from jexit.doctor.agreement import PORTABLE, seconds
 from jexit.kernels import using
 from jexit.kernels.chips import chip
@@ -40,11 +40,15 @@ ROLLOUTS = 4  # per prompt
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The tokens per second of one kind of work, and the MFU, a share of the chip's peak FLOP/s."""
+    """The time of one kind of work, and its MFU, the share of the chip's peak FLOP/s.
+
+    `seconds` is the time of a training step, or of the pass that decodes one token per prompt.
+    """
 
     work: str
     implementation: str
     tokens_per_second: float
+    seconds: float
     mfu: float | None = None
 
 
@@ -73,19 +77,20 @@ def parameters(arch: Architecture) -> int:
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
     """Yields the timings of decoding, of a calibration step and of a reinforcement step.
 
-    The work is timed with XLA alone. If `kernels`, the work is first timed with an accelerator's
-    own kernels too.
+    The work is timed with XLA's kernels and attention alone. If `kernels`, the work is first timed
+    with those that an accelerator chooses too.
     """
     on_cpu = target().platform == "cpu"
-    model = random_model(arch, jnp.float32 if on_cpu else jnp.bfloat16)
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
     for implementation in (AUTO, PORTABLE) if kernels and not on_cpu else (PORTABLE,):
         jax.clear_caches()
+        model = random_model(arch, dtype, Execution(attention=implementation))
         with using(implementation):
-            for work, tokens_per_second, share in _measured(model, on_cpu):
-                yield Timing(work, implementation, tokens_per_second, share)
+            yield from _measured(model, implementation, on_cpu)
 
 
-def random_model(arch: Architecture, dtype: Any) -> Transformer:
+def random_model(arch: Architecture, dtype: Any, execution: Execution = Execution()) -> Transformer:
+    """Returns a model with random weights, linear continuation, exits and rank-8 adapters."""
     layers = tuple(range(5, arch.layers, 5))
     return nnx.jit(
         lambda: Transformer(
@@ -94,12 +99,13 @@ def random_model(arch: Architecture, dtype: Any) -> Transformer:
             exit_head=ExitSettings(continuation="linear", detached=True),
             lora=LoRA(rank=8, alpha=16.0, targets=("q", "k", "v", "o")),
             dtype=dtype,
+            execution=execution,
             rngs=nnx.Rngs(0),
         )
     )()
 
 
-def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, float | None]]:
+def _measured(model: Transformer, implementation: str, on_cpu: bool) -> Iterator[Timing]:
     prompts, prompt, new = (8, 16, 16) if on_cpu else (128, 128, 128)
     split = split_model(model, full=False)
     random = np.random.default_rng(0)
@@ -113,7 +119,8 @@ def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, fl
                 split.decodable(split.trainable), prompt_ids, policy=policy, max_new_tokens=new,
                 eos_ids=(), pad_id=0, key=0,
             )  # fmt: skip
-        yield f"decoding, {name}", float(made.lengths_B.sum()) / made.seconds, None
+        speed = float(made.lengths_B.sum()) / made.seconds
+        yield Timing(f"decoding, {name}", implementation, speed, prompts / speed)
 
     rows, prompt, new = (4, 32, 32) if on_cpu else (8, 256, 256)
     batch = random_rollouts(model, rows=rows, prompt=prompt, new=new)
@@ -126,8 +133,9 @@ def _measured(model: Transformer, on_cpu: bool) -> Iterator[tuple[str, float, fl
         ("reinforcement", rl_step(model, split, RLConfig(rollouts=ROLLOUTS), batch),
          flops.rl_step(size, rows * new, updates=1)),
     ):  # fmt: skip
-        taken = seconds(step, 3)
-        yield f"{stage} step", rows * (prompt + new) / taken, mfu(counted, taken, 1).get("mfu")
+        taken, tokens = seconds(step, 3), rows * (prompt + new)
+        share = mfu(counted, taken, 1).get("mfu")
+        yield Timing(f"{stage} step", implementation, tokens / taken, taken, share)
 
 
 def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> RLBatch:

@@ -21,6 +21,7 @@ from jexit.evaluation.intervals import bootstrap_ratio, wilson_interval
 from jexit.model.policies import Policy
 from jexit.results import PolicyResult
 from jexit.tasks import Attempt, Problem, Task, Verdict
+from jexit.tasks.base import VERDICT_KINDS
 from jexit.tasks.streams import NoMoreProblems
 from jexit.tasks.user_code import guarded_judge
 
@@ -88,7 +89,7 @@ def policy_result(
     histogram = np.bincount(
         [depth for made in attempts for depth in made.depths], minlength=layers + 1
     )
-    verdicts = dict.fromkeys(("strict", "lenient", "wrong", "none"), 0)
+    verdicts = dict.fromkeys(VERDICT_KINDS, 0)
     for made in attempts:
         assert made.verdict is not None, "an attempt has no verdict"
         verdicts[made.verdict.kind] += 1
@@ -97,7 +98,6 @@ def policy_result(
     depth = float(histogram @ np.arange(layers + 1)) / tokens
     run, whole = zip(*((a.layers_run, layers * len(a.depths)) for a in attempts), strict=True)
     task, tokenizer = examination.task, examination.tokenizer
-    texts = [made.text for made in attempts]
     return PolicyResult(
         policy=policy,
         accuracy=correct / count,
@@ -117,18 +117,14 @@ def policy_result(
         truncated=sum(made.truncated for made in attempts) / count,
         verdicts=verdicts,
         tokens_per_second=tokens_per_second,
-        text=text_means(
-            [
-                task.text_totals(examination.problems, texts)
-                | part_totals([made.verdict for made in attempts if made.verdict])
-            ]
-        ),
+        text=text_means([task.text_totals(examination.problems, attempts) | part_totals(attempts)]),
         control_of=None,
     )
 
 
-def part_totals(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, int]]:
+def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
     """Returns the sum and the count of each reward in `Verdict.parts`, under `reward/NAME`."""
+    verdicts = [attempt.verdict for attempt in attempts if attempt.verdict]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     found = {name: [v.parts[name] for v in verdicts if name in v.parts] for name in names}
     return {f"reward/{name}": (sum(each), len(each)) for name, each in found.items()}

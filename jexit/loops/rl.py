@@ -26,7 +26,7 @@ from jexit.loops.trainer import Collapsed, Trainer
 from jexit.rollout import Rollouts, rollout
 from jexit.steps.rl import RLBatch, make_rl_step
 from jexit.steps.state import TrainState, new_state, step_key
-from jexit.tasks import Problem, Task, Verdict
+from jexit.tasks import Attempt, Problem, Task, Verdict
 
 ROLLOUT_STREAM = 2  # stream of `step_key` for the sampler's noise
 
@@ -149,33 +149,35 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """This host's rollouts with the task's judgement: problem, text and verdict of each row."""
+    """This host's rollouts, with the problem and the judged attempt of each row."""
 
     rollouts: Rollouts
     problems: list[Problem]
-    texts: list[str]
+    attempts: list[Attempt]
     verdicts: list[Verdict]
 
     @classmethod
     def of(cls, task: Task, tokenizer: Tokenizer, prompts: PromptBatch, rollouts: Rollouts) -> Self:
         problems = [prompts.problems[index] for index in rollouts.prompt_B]
-        attempts = attempts_of(rollouts, range(rollouts.rows), tokenizer.decode)
-        opened = tokenizer.completion_text(())  # the tag of a thought that the prompt opened, or ""
-        whole = [dataclasses.replace(made, text=opened + made.text) for made in attempts]
-        verdicts = judged(task, problems, whole)
-        return cls(rollouts, problems, [made.text for made in attempts], verdicts)
+        attempts = attempts_of(rollouts, range(rollouts.rows), tokenizer.completion_text)
+        verdicts = judged(task, problems, attempts)
+        made = [
+            dataclasses.replace(attempt, verdict=verdict)
+            for attempt, verdict in zip(attempts, verdicts, strict=True)
+        ]
+        return cls(rollouts, problems, made, verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
         """Returns the completion in row `row` as an entry for `samples.jsonl`.
 
         The entry contains the depth of each token's pass.
         """
-        ids, verdict = self.rollouts.completion(row), self.verdicts[row]
+        attempt, verdict = self.attempts[row], self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,
-            "completion": self.texts[row],
-            "tokens": tokenizer.tokens(ids),
-            "depths": self.rollouts.depths_BT[row, : len(ids)].tolist(),
+            "completion": attempt.text,
+            "tokens": tokenizer.tokens(attempt.ids),
+            "depths": attempt.depths,
             "reward": verdict.reward,
             "rewards": dict(verdict.parts),
             "verdict": verdict.kind,
@@ -212,18 +214,17 @@ class Totals:
         """
         rollouts, own = here.rollouts, np.flatnonzero(here.rollouts.host_rows.first_B)
         lengths_B, total = rollouts.lengths_B[own], rollouts.host_rows.total
+        attempts = [here.attempts[row] for row in own]
         mine = {
             "rows": len(own),
-            "correct": sum(here.verdicts[row].correct for row in own),
+            "correct": sum(attempt.correct for attempt in attempts),
             "tokens": int(lengths_B.sum()),
             "rollout_flops": rollout_flops,
             "passes": int((lengths_B - 1).sum()),
             "layers_run": int(rollouts.depths_BT[own, 1:].sum()),
             "skipped": skipped if len(own) else 0,
         }
-        text = task.text_totals(
-            [here.problems[row] for row in own], [here.texts[row] for row in own]
-        )
+        text = task.text_totals([here.problems[row] for row in own], attempts)
         hosts = gather(
             "verified rollouts",
             mine
@@ -232,7 +233,7 @@ class Totals:
                 "lengths": lengths_B.tolist(),
                 "prompts": rollouts.prompt_lengths_B[own].tolist(),
                 "text": text,
-                "parts": part_totals([here.verdicts[row] for row in own]),
+                "parts": part_totals(attempts),
             },
         )
 

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jexit.errors import UserError
 from jexit.settings import is_unicode
@@ -19,7 +19,8 @@ Message = Mapping[str, str]  # `role` (system, user or assistant) and `content`
 
 NOT_UNICODE = "is not valid Unicode"
 ROLES = ("system", "user", "assistant")
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
+VERDICT_KINDS: tuple[VerdictKind, ...] = get_args(VerdictKind)
 
 _PARTS = 8  # of all generated problems: one part is the test split, one the validation split
 
@@ -119,7 +120,6 @@ class Task(abc.ABC):
 
     name: str = ""  # make_task gives one that has none the name that config.task.name has
     time_limit: float = 60.0  # seconds that judging a batch may take
-    judges_batches: bool = False  # True: judging one completion costs as much as a batch
 
     def __init__(self, *, rewards: Rewards | None = None) -> None:
         self.rewards = Rewards() if rewards is None else rewards
@@ -171,9 +171,9 @@ class Task(abc.ABC):
         return "" if cut and self.answer_mark(completion) is None else completion
 
     def text_totals(
-        self, problems: Sequence[Problem], completions: Sequence[str]
+        self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the totals of metrics of the chains of thought other than accuracy.
+        """Returns the totals of metrics of judged attempts, one at each problem, besides accuracy.
 
         The result maps the name of each metric to a sum and a count, whose quotient is the metric.
         The sums and counts of the parts of a batch add up to those of the whole batch. By default,

@@ -80,20 +80,15 @@ class Blend(Task):
         return answers.answer_mark(text) or phrases.answer_mark(text)
 
     def text_totals(
-        self, problems: Sequence[Problem], completions: Sequence[str]
+        self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
         totals: dict[str, tuple[float, int]] = {}
         for name, task in self.tasks.items():
-            pairs = [
-                (problem, text)
-                for problem, text in zip(problems, completions, strict=True)
-                if problem.fields["task"] == name
-            ]
-            own = task.text_totals([problem for problem, _ in pairs], [text for _, text in pairs])
-            totals |= {f"{name}/{key}": value for key, value in own.items()}
-            if not task.judges_batches:  # which would call its reward functions once more
-                right = sum(task.verify(problem, text).correct for problem, text in pairs)
-                totals[f"{name}/accuracy"] = (right, len(pairs))
+            own = [i for i, problem in enumerate(problems) if problem.fields["task"] == name]
+            made = [attempts[i] for i in own]
+            found = task.text_totals([problems[i] for i in own], made)
+            found["accuracy"] = (sum(attempt.correct for attempt in made), len(made))
+            totals |= {f"{name}/{key}": value for key, value in found.items()}
         return totals
 
 

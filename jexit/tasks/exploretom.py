@@ -6,18 +6,17 @@ Program-guided adversarial data generation for theory of mind reasoning", arXiv:
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import phrases
 from jexit.tasks.base import SPLITS, Problem, Rewards, Verdict
-from jexit.tasks.files import FileTask, Row, Source, source_of, text_fault
+from jexit.tasks.files import FileTask, Row, Source, read_csv, source_of, text_fault
 
 INSTRUCTION = "Think step by step. End with a line of the form\n#### answer"
 COLUMNS = ("story", "question", "answer")
@@ -103,7 +102,7 @@ class ExploreToM(FileTask):
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
         assert self.path is not None
         if self.path.is_file():
-            return {source_of(self.path): read_csv(self.path)}
+            return {source_of(self.path): read_csv(self.path, COLUMNS)}
         files: dict[Source, list[pathlib.Path]]
         files = {split: sorted(self.path.glob(f"{split}*.csv")) for split in SPLITS}
         if not any(files.values()):
@@ -113,7 +112,7 @@ class ExploreToM(FileTask):
                 f"{self.path} contains no CSV file; set config.task.path to {self.wanted}"
             )
         return {
-            source: itertools.chain.from_iterable(map(read_csv, some))
+            source: itertools.chain.from_iterable(read_csv(file, COLUMNS) for file in some)
             for source, some in files.items()
         }
 
@@ -182,31 +181,3 @@ def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates
         if answer in (problem.answer, UNKNOWN)
         or (phrases.words_of(phrase) in rooms) == (sort[1].lower() == "room")
     }
-
-
-def read_csv(file: pathlib.Path) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)` for each row of a CSV file after the header.
-
-    If a row cannot be read, the reason is yielded as a string in place of the row. Bytes that are
-    not UTF-8 make only the row that contains them unusable. Raises UserError if the file lacks one
-    of the columns `story`, `question` and `answer`.
-    """
-    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        reader = csv.DictReader(lines)
-        try:
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        except csv.Error:
-            missing = list(COLUMNS)
-        if missing:
-            raise UserError(
-                f"{file} has no column {missing[0]!r}; its first line must name the columns "
-                f"{', '.join(COLUMNS)}"
-            )
-        while True:
-            try:
-                row: dict[str, Any] | str | None = next(reader, None)
-            except csv.Error as error:
-                row = f"not a CSV row ({error})"
-            if row is None:
-                return
-            yield f"{file}:{reader.line_num}", row

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
+import csv
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from jexit.errors import MissingFile
+from jexit.errors import MissingFile, UserError
 from jexit.settings import is_unicode
 from jexit.tasks.base import Problem, Rewards, Split, Task, check_split
+from jexit.untrusted import parse_json
 
 _REASONS_SHOWN = 5
 _VAL_EVERY = 16  # one in this number of groups of training rows is held out for validation
@@ -172,6 +174,53 @@ def source_of(file: pathlib.Path) -> Source:
     For any other name, returns "whole", which stands for rows that are not divided into splits.
     """
     return "test" if file.name.startswith("test") else "whole"
+
+
+def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
+    """Yields `("FILE:LINE", row)` for each line of a JSONL file that is not blank.
+
+    If a line is not a JSON object, the reason is yielded as a string in place of the row.
+    """
+    with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line)
+            except ValueError:
+                row = None
+            yield f"{file}:{number}", row if isinstance(row, dict) else "not a JSON object"
+
+
+def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """Yields `("FILE:LINE", row)` for each row of a CSV file after the header.
+
+    If a row cannot be read, the reason is yielded as a string in place of the row. Bytes that are
+    not UTF-8 make only the row that contains them unusable. Raises UserError if the file lacks one
+    of `columns`.
+    """
+    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            names = reader.fieldnames or ()
+        except csv.Error:
+            names = ()
+        missing = [column for column in columns if column not in names]
+        if missing:
+            raise UserError(
+                f"{file} has no column {missing[0]!r}; its first line must name the columns "
+                f"{', '.join(columns)}"
+            )
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield f"{file}:{reader.line_num}", f"not a CSV row ({error})"
+                continue
+            if row is None:
+                return
+            whole = None not in row and None not in row.values()
+            yield f"{file}:{reader.line_num}", row if whole else "not one value per column"
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:

@@ -16,9 +16,8 @@ from typing import Any
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import answers
 from jexit.tasks.base import SPLITS, Draw, Message, Problem, Rewards, Split, Verdict, turns
-from jexit.tasks.files import FileTask, Row, Source, source_of, text_fault
+from jexit.tasks.files import FileTask, Row, Source, read_jsonl, source_of, text_fault
 from jexit.tasks.number_chain import NumberChain
-from jexit.untrusted import parse_json
 
 INSTRUCTION = (
     "Think step by step. End with a line of the form\n#### answer\nwhere answer is a number."
@@ -160,22 +159,6 @@ def row_fault(row: dict[str, Any]) -> str | None:
     if not marker or answers.parse_number(answer) is None:
         return "'answer' does not end in '#### number'"
     return None
-
-
-def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)` for each line of a JSONL file that is not blank.
-
-    If a line is not a JSON object, the reason is yielded as a string in place of the row.
-    """
-    with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError:
-                row = None
-            yield f"{file}:{number}", row if isinstance(row, dict) else "not a JSON object"
 
 
 def _tfds_rows(builder: Any) -> Mapping[Source, Iterable[Row]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
 import pathlib
@@ -19,8 +18,7 @@ from jexit.tasks.base import (
     Verdict,
     conversation_fault,
 )
-from jexit.tasks.files import FileTask, Row, Source
-from jexit.tasks.gsm8k import read_jsonl
+from jexit.tasks.files import FileTask, Row, Source, read_csv, read_jsonl
 from jexit.tasks.reward_functions import GIVEN, LARGEST, RewardFunction
 from jexit.tasks.user_code import user_code
 
@@ -39,8 +37,6 @@ class RowsTask(FileTask):
 
     `rows_task` makes such a task and explains the arguments.
     """
-
-    judges_batches = True
 
     def __init__(
         self,
@@ -262,7 +258,7 @@ def _read(rows: Rows, source: Source) -> Iterator[Row]:
             "hf:OWNER/NAME"
         )
     readers: dict[str, Callable[[pathlib.Path], Iterator[Row]]] = {
-        ".jsonl": read_jsonl, ".csv": _csv_rows, ".parquet": _parquet_rows,
+        ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": _parquet_rows,
     }  # fmt: skip
     if path.suffix not in readers:
         raise UserError(
@@ -270,21 +266,6 @@ def _read(rows: Rows, source: Source) -> Iterator[Row]:
             f"{', '.join(readers)}; rename the file to match its contents"
         )
     yield from readers[path.suffix](path)
-
-
-def _csv_rows(file: pathlib.Path) -> Iterator[Row]:
-    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                yield f"{file}:{reader.line_num}", f"not a CSV row ({error})"
-                return
-            if row is None:
-                return
-            whole = None not in row and None not in row.values()
-            yield f"{file}:{reader.line_num}", row if whole else "not one value per column"
 
 
 def _parquet_rows(file: pathlib.Path) -> Iterator[Row]:

@@ -91,9 +91,9 @@ class Sums(ChainTask):
         )
 
     def text_totals(
-        self, problems: Sequence[Problem], completions: Sequence[str]
+        self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the sums and counts of four metrics of the steps in `completions`.
+        """Returns the sums and counts of four metrics of the steps in the completions.
 
         `written_out` is the share of additions that are written out, Σ written_reductions / Σ
         (operands − 1). The additions of a problem whose answer is given without a chain count as
@@ -105,9 +105,9 @@ class Sums(ChainTask):
         """
         on_page = additions = 0
         steps = []
-        for problem, text in zip(problems, completions, strict=True):
+        for problem, attempt in zip(problems, attempts, strict=True):
             operands = problem.fields["operands"]
-            read = chain_steps(operands, text)
+            read = chain_steps(operands, attempt.text)
             on_page += written_reductions(operands, read)
             additions += len(operands) - 1
             steps += read

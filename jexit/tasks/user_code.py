@@ -12,16 +12,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jexit.errors import UserError
 from jexit.settings import shown
+from jexit.tasks.base import VERDICT_KINDS, Attempt, Problem, Task, Verdict
 from jexit.tasks.streams import NoMoreProblems
-
-if TYPE_CHECKING:
-    from jexit.tasks.base import Attempt, Problem, Task, Verdict
-
-KINDS = ("strict", "lenient", "wrong", "none")  # of verdicts
 
 # Code that catches everything is interrupted again and again, and then the process ends.
 _AGAIN_SECONDS = 0.02
@@ -74,7 +70,7 @@ def guarded_judge(
         if not _is_verdict(verdict):
             raise UserError(
                 f"{what}: it returned {shown(verdict)}, but it must return a jexit.tasks.Verdict "
-                f"of the kind {', '.join(KINDS)} with a finite reward; see Task.verdict"
+                f"of the kind {', '.join(VERDICT_KINDS)} with a finite reward; see Task.verdict"
             )
     return verdicts
 
@@ -100,7 +96,7 @@ def _guarded(method: Callable[..., Any], what: str, file: str | None) -> Callabl
 
 def _is_verdict(verdict: Any) -> bool:
     kind, reward = getattr(verdict, "kind", None), getattr(verdict, "reward", None)
-    return kind in KINDS and isinstance(reward, (int, float)) and math.isfinite(reward)
+    return kind in VERDICT_KINDS and isinstance(reward, (int, float)) and math.isfinite(reward)
 
 
 class _TimeUp(BaseException):

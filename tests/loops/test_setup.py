@@ -118,7 +118,8 @@ def test_completions_are_judged_with_the_prompts_thought_and_what_was_cut_off(gs
         )
         prompts = PromptBatch(problems=[task.problem("test", 0)], tokens=[[]])
         judged = Judged.of(task, tokenizer, prompts, rollouts)
-        assert judged.texts == [completion]
+        opened = "<think>\n" if template == OPENED else ""
+        assert [made.text for made in judged.attempts] == [opened + completion]
         assert [verdict.kind for verdict in judged.verdicts] == [kind]
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from jexit.tasks import Rewards, make_task
+from jexit.tasks import Attempt, Rewards, make_task
 from jexit.tasks.base import Draw, split_of, stable_hash
 
 GENERATED = ("sums", "word_problems", "tom")
@@ -29,9 +29,10 @@ def test_reference_completions_are_strict_and_their_totals_add_up():
         for problem, text in zip(problems, texts, strict=True):
             verdict = task.verify(problem, text)
             assert (verdict.kind, verdict.correct, verdict.reward) == ("strict", True, 1.0)
-        whole = task.text_totals(problems, texts)
+        attempts = [Attempt(text=text) for text in texts]
+        whole = task.text_totals(problems, attempts)
         halves = [
-            task.text_totals(problems[part], texts[part]) for part in (slice(7), slice(7, 24))
+            task.text_totals(problems[part], attempts[part]) for part in (slice(7), slice(7, 24))
         ]
         for key, total in whole.items():
             assert total == tuple(map(sum, zip(*(half[key] for half in halves), strict=True)))

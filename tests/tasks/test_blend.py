@@ -4,7 +4,7 @@ import pytest
 
 from jexit.config import TaskConfig
 from jexit.loops.setup import load_task
-from jexit.tasks import Rewards, make_task
+from jexit.tasks import Attempt, Rewards, make_task
 from jexit.tasks.blend import PARTS, Blend
 
 
@@ -23,11 +23,13 @@ def test_problems_come_from_the_tasks_in_turn_which_judge_and_count_them():
         assert blend.verify(problem, problem.completion).reward == 3.0
         if other.answer != problem.answer:
             assert not blend.verify(problem, other.completion).correct
-    texts = [p.completion if i < 15 else "hm" for i, p in enumerate(problems)]
-    totals = blend.text_totals(problems, texts)
+    attempts = [Attempt(text=p.completion if i < 15 else "hm") for i, p in enumerate(problems)]
+    verdicts = blend.judge(problems, attempts)
+    attempts = [dataclasses.replace(a, verdict=v) for a, v in zip(attempts, verdicts, strict=True)]
+    totals = blend.text_totals(problems, attempts)
     for number, (name, task) in enumerate(blend.tasks.items()):
         assert totals[f"{name}/accuracy"] == (5, 10)
-        for key, value in task.text_totals(problems[number::3], texts[number::3]).items():
+        for key, value in task.text_totals(problems[number::3], attempts[number::3]).items():
             assert totals[f"{name}/{key}"] == value
     assert {"sums/step_size", "tom/chain_lines"} < totals.keys()
 

@@ -1,5 +1,6 @@
 """Tasks that users name: files and modules, what is wrong with them, and their options."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -154,7 +155,7 @@ def test_what_a_users_own_task_returns_is_checked(write, verify, said):
         "    def problem(self, split, index):\n"
         "        return Problem(prompt=f'{10 / index}', answer='1')\n"
         f"    def verify(self, problem, completion):\n        {verify}\n"
-        "    def text_totals(self, problems, completions):\n        raise KeyError('x')\n"
+        "    def text_totals(self, problems, attempts):\n        raise KeyError('x')\n"
     )
     task = make_task(f"{name}:Mine")
     problem = task.problem("train", 1)
@@ -177,5 +178,8 @@ def test_a_blend_passes_its_limit_on_and_its_hash_covers_its_parts(write):
     assert code_hash("blend", {"parts": (name, "sums")}) == code_hash(name, {})
     assert code_hash("blend", {"parts": ("sums", "tom")}) == ""
     problems = [blend.problem("train", index) for index in range(2)]
-    totals = blend.text_totals(problems, ["", ""])
-    assert "sums/accuracy" in totals and f"{name}/accuracy" not in totals
+    attempts = [Attempt(text=""), Attempt(text="")]
+    verdicts = blend.judge(problems, attempts)
+    attempts = [dataclasses.replace(a, verdict=v) for a, v in zip(attempts, verdicts, strict=True)]
+    totals = blend.text_totals(problems, attempts)
+    assert totals["sums/accuracy"] == (0, 1) and totals[f"{name}/accuracy"] == (1, 1)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jexit.tasks import Draw, Problem, make_task, sums
+from jexit.tasks import Attempt, Draw, Problem, make_task, sums
 
 
 def problem_of(operands, answer=""):
@@ -16,7 +16,8 @@ def problem_of(operands, answer=""):
 
 def metrics(operands, *texts):
     """The means of the task's metrics over completions of one problem."""
-    totals = make_task("sums").text_totals([problem_of(operands)] * len(texts), texts)
+    attempts = [Attempt(text=text) for text in texts]
+    totals = make_task("sums").text_totals([problem_of(operands)] * len(texts), attempts)
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 

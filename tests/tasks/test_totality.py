@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu_time import assert_linear, cpu_seconds
-from jexit.tasks import ChainTask, Draw, Problem, answers, make_task, phrases
+from jexit.tasks import Attempt, ChainTask, Draw, Problem, answers, make_task, phrases
 
 DIGITS = ["0", "7", "18", "1,000", ".5", "1/2", "9" * 70, "٣٤", "²", "½", "Ⅷ", "𝟛", "೧"]
 SIGNS = ["+", "++", "-", "\u2212", "*", "×", "÷", "=", "$", "%", "/", "(", ")"]
@@ -65,7 +65,7 @@ def check_reading(task, problem, text, number=0):
     """What holds of every text; returns the verdict and the text's totals."""
     kind = task.verify(problem, text).kind
     assert task.answerable(text, cut=True) in ("", text)
-    totals = task.text_totals([problem], [text])
+    totals = task.text_totals([problem], [Attempt(text=text)])
     assert all(total >= 0 and count >= 0 for total, count in totals.values())
     if isinstance(task, ChainTask):
         steps, found = task.steps(text), task.final_answer(text)
@@ -131,7 +131,7 @@ def readings(task, problem):
     """Each way in which the task reads a completion of the problem."""
     yield lambda text: task.verify(problem, text)
     yield task.answer_mark
-    yield lambda text: task.text_totals([problem], [text])
+    yield lambda text: task.text_totals([problem], [Attempt(text=text)])
     if isinstance(task, ChainTask):
         yield task.steps
         yield task.final_answer

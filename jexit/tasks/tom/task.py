@@ -126,13 +126,14 @@ class Tom(ChainTask):
         return self.verdict(phrases.judge(completion, problem.answer, _candidates(problem)))
 
     def text_totals(
-        self, problems: Sequence[Problem], completions: Sequence[str]
+        self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
         """Returns the total number of lines in the chains of thought and the number of completions.
 
         Their quotient is the metric `chain_lines`.
         """
-        return {"chain_lines": (sum(len(self.steps(t)) for t in completions), len(completions))}
+        lines = sum(len(self.steps(attempt.text)) for attempt in attempts)
+        return {"chain_lines": (lines, len(attempts))}
 
     def steps(self, completion: str) -> list[str]:
         chain = completion.partition(self.cue)[0]

@@ -4,7 +4,7 @@ import re
 import pytest
 from story_reader import read_story
 
-from jexit.tasks import make_task
+from jexit.tasks import Attempt, make_task
 from jexit.tasks.base import Draw
 from jexit.tasks.tom.task import canonical, make_problem
 from jexit.tasks.tom.text import KINDS, OF_PLACES, TOPICS, Question, Story
@@ -163,7 +163,8 @@ def test_a_chain_may_be_a_thought(stories):
     assert task.verify(problem, cut).kind == "none" and task.final_answer(cut) is None
     assert task.cue_after(f"<think>\n{chain}") == "\n</think>\n####"
     assert task.cue_after(chain) == "####"
-    assert task.text_totals([problem] * 2, ["a\nb\n#### box", ""]) == {"chain_lines": (2, 2)}
+    attempts = [Attempt(text="a\nb\n#### box"), Attempt(text="")]
+    assert task.text_totals([problem] * 2, attempts) == {"chain_lines": (2, 2)}
 
 
 def test_wrong_answers_are_plausible_and_wrong(stories):
