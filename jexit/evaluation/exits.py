@@ -64,9 +64,11 @@ def compare_exits(
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
-    full = run(model, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
+    full = run(
+        model, rows.tokens_BT, policy=Full(), **rows.layout, residual_layers=model.exit_layers
+    )
     final_BCD = rows.window(full.hidden_BTD)
-    residual_EBCD = jax.vmap(rows.window)(full.exit_residual_EBTD)
+    residual_EBCD = jax.vmap(rows.window)(full.residual_RBTD)
     exits_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
     kl_BCE, same_BCE = _against(final_BCD, exits_EBCD, model.head_VD)
 

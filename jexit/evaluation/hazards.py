@@ -91,15 +91,21 @@ def decisions_and_targets(
     teacher = nnx.merge(teacher_def, *teacher_states)
     taught = run(
         teacher, rows.tokens_BT, policy=Full(), **rows.layout, adapters=False,
-        exit_residual=target == "teacher",
+        residual_layers=student.exit_layers if target == "teacher" else (),
     )  # fmt: skip
     measured, speaker = taught, teacher
     if target == "student":
-        measured = run(student, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
+        measured = run(
+            student,
+            rows.tokens_BT,
+            policy=Full(),
+            **rows.layout,
+            residual_layers=student.exit_layers,
+        )
         speaker = student
     final_BCD = rows.window(taught.hidden_BTD)
     exits_EBCD = exit_hidden_states(
-        speaker, jax.vmap(rows.window)(measured.exit_residual_EBTD), student.blocks.continuation
+        speaker, jax.vmap(rows.window)(measured.residual_RBTD), student.blocks.continuation
     )
     shape = exits_EBCD.shape
     kl_EN = exit_kl(

@@ -19,6 +19,7 @@ from jexit.axes import (
     Float,
     HazardLogitsBTE,
     HiddenBTD,
+    Int,
     Key,
     LengthsB,
     LogitsBTV,
@@ -103,13 +104,6 @@ class Transformer(nnx.Module):
         """The dtype of the base weights, the residual, and the keys and values."""
         return self.embed.embedding.get_value().dtype
 
-    @property
-    def exit_index_of_layer(self) -> np.ndarray:
-        """The exit index at each layer, as int32 [L]; −1 at a layer without an exit."""
-        index_L = np.full(self.arch.layers, -1, np.int32)
-        index_L[list(self.exit_layers)] = np.arange(len(self.exit_layers))
-        return index_L
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +111,16 @@ class Run:
     """The results of `run`; results that were not requested are None.
 
     `hidden_BTD` is the output of the final norm, so the product of `hidden_BTD` and the head is the
-    logits. `exit_residual_EBTD` contains the residual at the input of each exit's layer;
-    `exit_hidden_states` turns these residuals into hidden states. At exits beyond a token's depth,
-    the hazard logits are computed from the residual of a token that has already left; the depth law
-    does not read these logits.
+    logits. `residual_RBTD` contains the residuals that enter the requested layers. In layers that a
+    token skips, these are the residuals from which its keys and values are computed. At exits
+    beyond a token's depth, the hazard logits are computed from the residual of a token that has
+    already left; the depth law does not read these logits.
     """
 
     hidden_BTD: HiddenBTD
     depth_BT: DepthBT
     hazard_logits_BTE: HazardLogitsBTE | None
-    exit_residual_EBTD: ExitHiddenEBTD | None
+    residual_RBTD: Float[Array, "R B T D"] | None
     keys_values: KeysValues | None  # [L, B, T, K, H] each
     observed: Any  # the results of `observe`
 
@@ -146,7 +140,7 @@ def run(
     adapters: bool = True,
     dropout_key: PRNGKey | None = None,
     hazards: bool = False,
-    exit_residual: bool = False,
+    residual_layers: tuple[int, ...] = (),
     observe: Callable[[HiddenBTD, HiddenBTD, Any], Any] | None = None,
     observed: Any = None,
     keys_values: bool = False,
@@ -164,6 +158,9 @@ def run(
     Later layers still compute keys and values of a token that has left, from the token's residual,
     which stays as it was at the exit or continues linearly: h = where(layer < depth, block(h),
     continuation(h)).
+
+    `residual_layers` are sorted layer numbers, at which the residuals are kept: number ℓ is the
+    residual that enters layer ℓ, and the number of layers L is the one that leaves the last layer.
 
     `observe` maps a layer's input, the layer's output and the layer's slice of `observed` [L, …] to
     the new slice, which the result contains.
@@ -203,9 +200,9 @@ def run(
         return z_BT, jnp.where(leaves_BT, layer, depth_BT)
 
     def body(carry, xs):
-        h_BTD, depth_BT, residual_EBTD = carry
+        h_BTD, depth_BT, residual_RBTD = carry
         h_BTD = constrain(h_BTD, "B..")
-        params, layer, exit_index, layer_key, dropout, seen = xs
+        params, layer, exit_index, kept_index, layer_key, dropout, seen = xs
         z_BT = None
         if reads_hazards:
             z_BT, depth_BT = jax.lax.cond(
@@ -213,11 +210,11 @@ def run(
                 lambda: at_exit(h_BTD, depth_BT, exit_index, layer, layer_key),
                 lambda: (jnp.zeros((batch, length), jnp.float32), depth_BT),
             )
-        if exit_residual:
-            residual_EBTD = jax.lax.cond(
-                exit_index >= 0,
-                lambda: jax.lax.dynamic_update_index_in_dim(residual_EBTD, h_BTD, exit_index, 0),
-                lambda: residual_EBTD,
+        if residual_layers:
+            residual_RBTD = jax.lax.cond(
+                kept_index >= 0,
+                lambda: jax.lax.dynamic_update_index_in_dim(residual_RBTD, h_BTD, kept_index, 0),
+                lambda: residual_RBTD,
             )
         block = nnx.merge(block_def, params)
         new_BTD, kv = block(
@@ -232,21 +229,22 @@ def run(
             seen = observe(h_BTD, new_BTD, seen)
         if policy.leaves_early:
             new_BTD = jnp.where((layer < depth_BT)[..., None], new_BTD, block.skipped(h_BTD))
-        return (new_BTD, depth_BT, residual_EBTD), (z_BT, kv if keys_values else None, seen)
+        return (new_BTD, depth_BT, residual_RBTD), (z_BT, kv if keys_values else None, seen)
 
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[execution.remat])
 
     h_BTD = constrain(model.embed(tokens_BT), "B..")
-    exits = len(model.exit_layers)
-    buffer = jnp.zeros((exits, *h_BTD.shape), h_BTD.dtype) if exit_residual else None
+    kept = len(residual_layers)
+    buffer = jnp.zeros((kept, *h_BTD.shape), h_BTD.dtype) if kept else None
     start_BT = policy.start((batch, length), arch.layers)
     if action_BT is not None:
         start_BT = jnp.where(action_BT, start_BT, arch.layers)
     xs = (
         block_state,
         jnp.arange(arch.layers),
-        jnp.asarray(model.exit_index_of_layer),
+        jnp.asarray(_index_of_layer(model.exit_layers, arch.layers)),
+        jnp.asarray(_index_of_layer(residual_layers, arch.layers)),
         keys_L,
         dropout_L,
         observed,
@@ -255,10 +253,19 @@ def run(
     (h_BTD, depth_BT, buffer), (z_LBT, kv, observed) = jax.lax.scan(
         body, carry, xs, unroll=execution.scan_unroll
     )
+    if arch.layers in residual_layers:
+        buffer = buffer.at[-1].set(h_BTD)
     hazard_logits_BTE = None
     if reads_hazards:
         hazard_logits_BTE = jnp.moveaxis(z_LBT[jnp.asarray(model.exit_layers)], 0, -1)
     return Run(model.final_norm(h_BTD), depth_BT, hazard_logits_BTE, buffer, kv, observed)
+
+
+def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"]:
+    """Returns the index in `chosen` of each layer, as int32; −1 for a layer that is not chosen."""
+    index_L = np.full(layers + 1, -1, np.int32)
+    index_L[list(chosen)] = np.arange(len(chosen))
+    return index_L[:layers]
 
 
 def exit_hidden_states(
@@ -282,11 +289,16 @@ def exit_hidden_states(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The results of `forward`: float32 logits and hazard logits, and int32 depths in layers."""
+    """The results of `forward`: float32 logits and hazard logits, and int32 depths in layers.
+
+    `residual_LBTD` contains the residual that enters each layer, in the model's dtype, and at index
+    L (the number of layers) the one that leaves the last layer. It is None unless requested.
+    """
 
     logits_BTV: LogitsBTV
     depth_BT: DepthBT
     hazard_logits_BTE: HazardLogitsBTE
+    residual_LBTD: Float[Array, "L+1 B T D"] | None = None
 
 
 def forward(
@@ -297,13 +309,17 @@ def forward(
     policy: Policy = Full(),
     adapters: bool = True,
     key: PRNGKey | None = None,
+    residuals: bool = False,
 ) -> Output:
     """Returns the logits, depths and hazard logits of right-padded sequences under a policy.
 
     Shapes: tokens [B, T]; lengths [B] (None: all lengths are T). Column t of `depth_BT` is for the
     pass at input position t, which predicts token t + 1. `adapters=False` runs the teacher's trunk.
-    The policy `Sample` needs a PRNG `key`. Logits at padding have no meaning. For long sequences
-    and a large vocabulary, use `run` with the ops of `jexit.kernels`, which never store all logits.
+    The policy `Sample` needs a PRNG `key`. Logits at padding have no meaning. With `residuals`, the
+    output contains the residual before every layer and after the last one, as it was really
+    computed: where a token has left, its residual is frozen or goes on through the continuation.
+    For long sequences and a large vocabulary, use `run` with the ops of `jexit.kernels`, which
+    never store all logits.
 
     In `forward` every position may leave early, but in `generate` prompts always run all layers. To
     score a prompt and its completion as `generate` ran them, prescribe L on the prompt and the
@@ -320,7 +336,10 @@ def forward(
     _check_input(model.arch, tokens_BT, lengths_B)
     check_policy(policy, (*model.exit_layers, model.arch.layers))
     warn_if_untrained(policy, model)
-    return _forward(model, tokens_BT, lengths_B, policy, key, adapters=adapters)
+    layers = tuple(range(model.arch.layers + 1)) if residuals else ()
+    return _forward(
+        model, tokens_BT, lengths_B, policy, key, adapters=adapters, residual_layers=layers
+    )
 
 
 def _check_input(arch: Architecture, tokens_BT: TokensBT, lengths_B: LengthsB | None) -> None:
@@ -356,8 +375,8 @@ def _check_input(arch: Architecture, tokens_BT: TokensBT, lengths_B: LengthsB | 
             )
 
 
-@nnx.jit(static_argnames="adapters")
-def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters):
+@nnx.jit(static_argnames=("adapters", "residual_layers"))
+def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters, residual_layers):
     valid_BT = None
     if lengths_B is not None:
         valid_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
@@ -369,9 +388,10 @@ def _forward(model, tokens_BT, lengths_B, policy, key, *, adapters):
         key=key,
         adapters=adapters,
         hazards=True,
+        residual_layers=residual_layers,
     )
     logits_BTV = logits_of(result.hidden_BTD, model.head_VD)
-    return Output(logits_BTV, result.depth_BT, result.hazard_logits_BTE)
+    return Output(logits_BTV, result.depth_BT, result.hazard_logits_BTE, result.residual_RBTD)
 
 
 def logits_of(hidden: Float[Array, "*A D"], head_VD: Float[Array, "V D"]) -> Array:

@@ -16,6 +16,7 @@ from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Decoding, SplitModel
 from jexit.rollout.pool import Records
 from jexit.rollout.requests import Request
+from jexit.rollout.residuals import check_layers, residuals_of
 from jexit.rollout.scheduling import AUTOMATIC
 from jexit.tasks.base import conversation_fault
 
@@ -36,6 +37,7 @@ class Generation:
     logprobs: list[list[float]]
     depth_logprobs: list[list[float]]
     hazard_logits: list[list[list[float]]] | None  # one entry per exit, NaN at exits not reached
+    residuals: list[np.ndarray] | None  # [tokens, layers, D], of the pass that produced each token
     truncated: list[bool]
     seconds: float
 
@@ -72,6 +74,7 @@ def generate(
     chat: bool = True,
     adapters: bool = True,
     hazards: bool = False,
+    residuals: Sequence[int] = (),
     size: EngineSize = AUTOMATIC,
 ) -> Generation:
     """Completes text prompts under a halting policy, which decides at which layer each token exits.
@@ -82,14 +85,23 @@ def generate(
     prompt is plain text, and the tokenizer may put a begin token before the text. Temperature 0
     means greedy decoding. A completion ends with an end token, or with the token that completes one
     of the `stop` strings; the returned text ends before the stop string. With `hazards`, the hazard
-    logits at the exits are returned too. `adapters=False` omits LoRA. Raises UserError for an
-    invalid argument and for a request that `jexit.rollout.rollout` rejects.
+    logits at the exits are returned too. `adapters=False` omits LoRA.
+
+    `residuals` are layer numbers in rising order: number ℓ stands for the residual that enters
+    layer ℓ, and the number of layers for the one that leaves the last layer. They are computed by
+    one more pass over each text, at the depths that decoding recorded. Where a token has left, its
+    residual is frozen or goes on through the continuation.
+
+    Raises UserError for an invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
+    layers = tuple(residuals)
     decoding, texts = _started(
         model, tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens,
         seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
         adapters=adapters, hazards=hazards, size=size,
     )  # fmt: skip
+    model = decoding.engine.model
+    check_layers(layers, model.arch.layers)
     while not decoding.turn(STOP_EVERY if stop else None):
         if stop:
             _look(decoding, texts)
@@ -101,13 +113,19 @@ def generate(
             row[:length].tolist() for row, length in zip(values_BT, made.lengths_B, strict=True)
         ]
 
+    tokens, depths = rows(made.tokens_BT), rows(made.depths_BT)
     return Generation(
         texts=texts.whole,
-        tokens=rows(made.tokens_BT),
-        depths=rows(made.depths_BT),
+        tokens=tokens,
+        depths=depths,
         logprobs=rows(made.logprobs_BT),
         depth_logprobs=rows(made.depth_logprobs_BT),
         hazard_logits=rows(made.hazard_logits_BTE) if hazards else None,
+        residuals=(
+            residuals_of(model, made.prompts, tokens, depths, layers, adapters=adapters)
+            if layers
+            else None
+        ),
         truncated=made.truncated_B.tolist(),
         seconds=made.seconds,
     )

@@ -50,8 +50,14 @@ def make_exit_states(
 
     def states(trainable: Params, fixed: Fixed, batch: Completions) -> ExitStates:
         model = split.student(trainable, fixed)
-        full = run(model, batch.tokens_BT, policy=Full(), **batch.layout, exit_residual=True)
-        residual_EBCD = jax.vmap(batch.window)(full.exit_residual_EBTD)
+        full = run(
+            model,
+            batch.tokens_BT,
+            policy=Full(),
+            **batch.layout,
+            residual_layers=model.exit_layers,
+        )
+        residual_EBCD = jax.vmap(batch.window)(full.residual_RBTD)
         hidden_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
         residual_END, hidden_END = (
             values.reshape(len(model.exit_layers), -1, model.arch.width)

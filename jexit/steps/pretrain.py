@@ -62,7 +62,7 @@ def make_pretrain_step(
                 rows.tokens_BT[:, :-1],
                 positions_BT=rows.position_BT[:, :-1],
                 segment_BT=rows.segment_BT[:, :-1],
-                exit_residual=exit_loss > 0,
+                residual_layers=model.exit_layers if exit_loss > 0 else (),
             )
             weight_BT, group_BT = rows.weight_BT[:, 1:], rows.group_BT[:, 1:]
             targets_N = rows.tokens_BT[:, 1:].reshape(-1)
@@ -77,7 +77,7 @@ def make_pretrain_step(
             text_loss = -masked_sum(logprob_BT, weight_BT) / weight_total
             loss, metrics = text_loss, {"loss/text": text_loss}
             if exit_loss > 0:
-                lens_EBTD = exit_hidden_states(model, result.exit_residual_EBTD, None)
+                lens_EBTD = exit_hidden_states(model, result.residual_RBTD, None)
                 lens = sum(-masked_sum(log_prob_BT(lens_EBTD[e]), weight_BT) for e in range(exits))
                 metrics["loss/exits"] = lens / (weight_total * exits)
                 loss += exit_loss * metrics["loss/exits"]

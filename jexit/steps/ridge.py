@@ -117,15 +117,16 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
 
+        student = split.student(trainable, fixed)
         result = run(
-            split.student(trainable, fixed),
+            student,
             batch.tokens_BT,
             policy=Full(),
             **batch.layout,
-            exit_residual=True,
+            residual_layers=student.exit_layers,
             observe=lambda _, new_BTD, seen: batch.window(new_BTD),
         )
-        residual_EBCD = jax.vmap(batch.window)(result.exit_residual_EBTD).astype(jnp.float32)
+        residual_EBCD = jax.vmap(batch.window)(result.residual_RBTD).astype(jnp.float32)
 
         def at_exit(e: Array, sums: Sums) -> Sums:
             x_BCD, origin_D = centred(residual_EBCD[e], sums.x_origin_ED[e])

@@ -118,14 +118,20 @@ def targets(
         policy=Full(),
         **rows.layout,
         adapters=False,
-        exit_residual=from_teacher,
+        residual_layers=student.exit_layers if from_teacher else (),
     )
     measured, speaker = taught, teacher
     if not from_teacher:
         speaker = student
-        measured = run(student, rows.tokens_BT, policy=Full(), **rows.layout, exit_residual=True)
+        measured = run(
+            student,
+            rows.tokens_BT,
+            policy=Full(),
+            **rows.layout,
+            residual_layers=student.exit_layers,
+        )
     final_BCD = rows.window(taught.hidden_BTD)
-    residual_EBCD = jax.vmap(rows.window)(measured.exit_residual_EBTD)
+    residual_EBCD = jax.vmap(rows.window)(measured.residual_RBTD)
     exits_EBCD = exit_hidden_states(speaker, residual_EBCD, student.blocks.continuation)
     exits_END = exits_EBCD.reshape(exits_EBCD.shape[0], -1, exits_EBCD.shape[-1])
     kl_EN = exit_kl(_flat(final_BCD), exits_END, speaker.head_VD).kl_EN

@@ -102,13 +102,15 @@ def by_hand(split, recorded, target, sharpness):
     @jax.jit
     def whole(tokens, depth):
         made = run(student, tokens, policy=Prescribed(depth), hazards=True)
-        taught = run(teacher, tokens, policy=Full(), adapters=False, exit_residual=True)
+        taught = run(
+            teacher, tokens, policy=Full(), adapters=False, residual_layers=student.exit_layers
+        )
         lens, speaker = taught, teacher
         if target == "student":
-            lens = run(student, tokens, policy=Full(), exit_residual=True)
+            lens = run(student, tokens, policy=Full(), residual_layers=student.exit_layers)
             speaker = student
         final = jax.nn.log_softmax(logits_of(taught.hidden_BTD, teacher.head_VD))
-        hidden = exit_hidden_states(speaker, lens.exit_residual_EBTD, None)
+        hidden = exit_hidden_states(speaker, lens.residual_RBTD, None)
         exits = jax.nn.log_softmax(logits_of(hidden, speaker.head_VD))
         shallow = jax.nn.log_softmax(logits_of(made.hidden_BTD, student.head_VD))
         kl_BT = jnp.sum(jnp.exp(shallow) * (shallow - final), -1)

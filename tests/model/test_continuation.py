@@ -92,12 +92,12 @@ def test_a_skipped_layer_moves_the_residual_linearly(linear, tokens_BT):
             model, tokens_BT, policy=jexit.Prescribed(depth_BT), keys_values=True
         )
     )
-    full = nnx.jit(lambda model: run(model, tokens_BT, exit_residual=True))(linear)
-    said_EBTD = exit_hidden_states(linear, full.exit_residual_EBTD, linear.blocks.continuation)
+    full = nnx.jit(lambda model: run(model, tokens_BT, residual_layers=model.exit_layers))(linear)
+    said_EBTD = exit_hidden_states(linear, full.residual_RBTD, linear.blocks.continuation)
     q_EDD, c_ED = maps_to_end(linear.blocks.continuation, EXITS, LAYERS)
     for index, depth in enumerate(EXITS):
         out = run_to(linear, jnp.full(tokens_BT.shape, depth))
-        first_BTD = np.asarray(full.exit_residual_EBTD[index], np.float64)
+        first_BTD = np.asarray(full.residual_RBTD[index], np.float64)
         h_BTD = first_BTD
         for layer in range(depth, LAYERS):
             block = one_layer(linear, layer)

@@ -123,9 +123,13 @@ def test_full_and_prescribed_depths_equal_hugging_faces(pair):
     assert valid(full).std() > 1.0 and np.abs(valid(full) - valid(frozen)).mean() > 0.1
     found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS))
     assert np.abs(valid(found.logits_BTV) - valid(full)).max() <= LOGITS
+    assert found.residual_LBTD is None
     policy = jexit.Prescribed(depth_BT)
-    found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS), policy=policy)
+    found = jexit.forward(ours, tokens_BT, np.asarray(LENGTHS), policy=policy, residuals=True)
     assert np.abs(valid(found.logits_BTV) - valid(frozen)).max() <= LOGITS
+    assert len(found.residual_LBTD) == len(residuals) == 5
+    for ours_BTD, theirs_BTD in zip(found.residual_LBTD, residuals, strict=True):
+        assert relative_error(valid(ours_BTD), valid(theirs_BTD)) <= 1e-5
     # Hazards: each head on the residual that enters its layer, where the token is still alive.
     for index, layer in enumerate(EXITS):
         z = ours.exits(jnp.asarray(residuals[layer].numpy()), jnp.asarray(index))
@@ -182,8 +186,8 @@ def test_gradients_and_logit_lens_equal_torchs(pair):
     def gradient(state):
         model = nnx.merge(graphdef, state)
         out = run(model, jnp.asarray(tokens_BT), policy=jexit.Prescribed(jnp.asarray(depth_BT)))
-        full = run(model, jnp.asarray(tokens_BT), exit_residual=True)
-        hidden_EBTD = exit_hidden_states(model, full.exit_residual_EBTD, None)
+        full = run(model, jnp.asarray(tokens_BT), residual_layers=model.exit_layers)
+        hidden_EBTD = exit_hidden_states(model, full.residual_RBTD, None)
         loss = (logits_of(out.hidden_BTD, model.head_VD) * weights_BTV).sum()
         return loss, logits_of(hidden_EBTD, model.head_VD)
 

@@ -19,7 +19,7 @@ EXITS, LAYERS = (1, 2, 4), 5
 ADAPTERS = LoRA(rank=2, alpha=4.0, targets=("q", "k", "down"))
 
 
-run_jit = nnx.jit(run, static_argnames=("hazards", "exit_residual", "keys_values"))
+run_jit = nnx.jit(run, static_argnames=("hazards", "residual_layers", "keys_values"))
 
 
 def loss_of(graphdef, tokens_BT, depth_BT, execution=Execution()):
@@ -39,11 +39,13 @@ def loss_of(graphdef, tokens_BT, depth_BT, execution=Execution()):
 
 def test_returns_what_was_asked_for_and_nothing_else(model, tokens_BT):
     bare = run_jit(model, tokens_BT)
-    assert bare.hazard_logits_BTE is bare.exit_residual_EBTD is bare.keys_values is None
+    assert bare.hazard_logits_BTE is bare.residual_RBTD is bare.keys_values is None
     assert bare.hidden_BTD.shape == (3, 8, 16) and bare.depth_BT.shape == (3, 8)
-    rich = run_jit(model, tokens_BT, hazards=True, exit_residual=True, keys_values=True)
+    rich = run_jit(
+        model, tokens_BT, hazards=True, residual_layers=model.exit_layers, keys_values=True
+    )
     assert rich.hazard_logits_BTE.shape == (3, 8, 3)
-    assert rich.exit_residual_EBTD.shape == (3, 3, 8, 16)
+    assert rich.residual_RBTD.shape == (3, 3, 8, 16)
     assert rich.keys_values.keys.shape == rich.keys_values.values.shape == (5, 3, 8, 2, 6)
     np.testing.assert_allclose(rich.hidden_BTD, bare.hidden_BTD, atol=1e-6)
 
@@ -76,7 +78,9 @@ def test_program_does_not_grow_with_depth():
 
         def loss(state, tokens_BT, key):
             model = nnx.merge(graphdef, state)
-            out = run(model, tokens_BT, policy=jexit.Sample(), key=key, exit_residual=True)
+            out = run(
+                model, tokens_BT, policy=jexit.Sample(), key=key, residual_layers=model.exit_layers
+            )
             return out.hidden_BTD.sum() + out.hazard_logits_BTE.sum()
 
         lowered = jax.jit(jax.value_and_grad(loss)).lower(state, tokens_BT, key)
@@ -114,7 +118,7 @@ def test_gradient_of_every_parameter_against_central_differences(tokens_BT, dept
     @jax.value_and_grad
     def value_and_gradient(state):
         model = nnx.merge(graphdef, state)
-        residual_EBTD = run(model, tokens_BT, exit_residual=True).exit_residual_EBTD
+        residual_EBTD = run(model, tokens_BT, residual_layers=model.exit_layers).residual_RBTD
         said_EBTD = exit_hidden_states(model, residual_EBTD, model.blocks.continuation)
         return of_texts(state) + jnp.mean(jnp.tanh(said_EBTD[..., ::2]))
 
