@@ -13,8 +13,8 @@ import numpy as np
 from jexit.config import EngineSize
 from jexit.dist import data_axes
 from jexit.errors import UserError
-from jexit.model.cache import cache_bucket, prompt_bucket, token_bytes
-from jexit.model.policies import Full, Mixed, Policy
+from jexit.model.cache import SMALLEST_PROMPT, cache_bucket, token_bytes
+from jexit.model.policies import Full, Mixed, Policy, Sample
 from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Engine, SplitModel
 from jexit.rollout.pool import Jobs
@@ -34,6 +34,7 @@ class Grown:
     tokens: list[int]
     depths: list[int]
     logprobs: list[float]
+    hazard_logits: list[list[float]]  # one entry per exit, NaN at exits that were not reached
     finished: bool
 
 
@@ -57,8 +58,10 @@ class Arrivals:
     Each request gets the tokens, depths and log-probabilities that `rollout` returns for that
     request alone. One compiled program serves all halting policies. The pool decodes at most
     `size.rows` completions at a time, and never more than `AT_ONCE` (64); further completions wait.
-    The pool works on one data shard (a mesh with more raises UserError) and supports neither forced
-    prefixes nor several samples per prompt.
+    Each of these has room for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is
+    compiled while requests wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for
+    the first time. The pool works on one data shard (a mesh with more raises UserError) and
+    supports neither forced prefixes nor several samples per prompt.
     """
 
     def __init__(
@@ -77,10 +80,10 @@ class Arrivals:
                 "a running pool supports only one data shard, but this mesh has several; run one "
                 "process per device, or use a mesh that divides only the tensor axis"
             )
-        self._engine = engine = Engine(model, adapters=adapters, hazards=False)
+        self._engine = engine = Engine(model, adapters=adapters, hazards=True)
         self._eos_N, self._pad_id = np.asarray(sorted(eos_ids), np.int32), pad_id
         self._limits = max_prompt_tokens, max_new_tokens
-        prompt_slots = prompt_bucket(max_prompt_tokens)
+        prompt_slots = _prompt_slots(max_prompt_tokens)
         most = prompt_slots + max_new_tokens - 1
         row_bytes = most * token_bytes(engine.model.arch, engine.model.dtype)
         rows, places = fitted(size, AT_ONCE, row_bytes)
@@ -90,7 +93,7 @@ class Arrivals:
             prefixes=PREFIXES,
             columns=columns_bucket(max_new_tokens),
             prompt_slots=prompt_slots,
-            slots=cache_bucket(min(2 * prompt_slots, most), most),
+            slots=cache_bucket(most, most),
             most=most,
             places=places,
         )
@@ -104,17 +107,39 @@ class Arrivals:
         self._queue: collections.deque[_Completion] = collections.deque()
         self._ready: list[int] = []  # prefilled jobs that wait for a row, in order of arrival
         self._truncations: set[str] = set()
-        self._tickets, self._full = 0, False
+        self._tickets = 0
+        self._settings: tuple[Policy, Draws] | None = None  # None: the jobs have changed
+
+    @property
+    def under_way(self) -> int:
+        """The number of completions that wait or are being decoded."""
+        return len(self._queue) + sum(job is not self._idle for job in self._jobs)
+
+    def warm_up(self) -> None:
+        """Compiles the programs that the pool needs, for all lengths of prompts."""
+        longest, most_new = self._limits
+        lengths, length = [], longest
+        while length:
+            lengths.append(length)
+            length = _prompt_slots(length) // 2 if _prompt_slots(length) > SMALLEST_PROMPT else 0
+        for length in lengths:
+            new = min(2, most_new)
+            self.join(
+                Request(
+                    prompts=[[self._pad_id] * length], policy=Sample(), max_new_tokens=new,
+                    eos_ids=self._eos_N.tolist(), pad_id=self._pad_id, key=0,
+                    adapters=self._engine.adapters,
+                )
+            )  # fmt: skip
+        while self.under_way:
+            self.turn()
 
     def join(self, request: Request) -> list[int]:
         """Adds a request to the pool and returns one ticket number for each of its prompts.
 
-        The tickets identify the completions in `Grown` and `leave`. Raises UserError if the request
-        is invalid (`Request.check`) or if this pool cannot serve the request.
+        The tickets identify the completions in `Grown` and `leave`. Raises what `check` raises.
         """
-        request.check(self._engine.model)
-        _ = request.policy.setting  # raises UserError for a policy that differs between tokens
-        self._check(request)
+        self.check(request)
         self._truncations |= set(request.sampling.truncations)
         tickets = range(self._tickets, self._tickets + len(request.prompts))
         self._tickets = tickets.stop
@@ -155,8 +180,6 @@ class Arrivals:
             self._admit(self._queue.popleft())
         if all(completion is self._idle for completion in self._jobs):
             return []
-        if self._full:
-            self._engine.grow()
         # `started` counts the ready jobs that begin in this turn, so it is reset here.
         started = jnp.zeros_like(self._engine.pool.started)
         self._engine.pool = dataclasses.replace(self._engine.pool, started=started)
@@ -165,16 +188,20 @@ class Arrivals:
             np.asarray([len(self._ready)], np.int32),
             np.asarray([bool(self._queue)]),
             steps,
-            Mixed.of([completion.policy for completion in self._jobs]),
-            self._draws(),
+            *self._settings_of_jobs(),
         )
-        self._full = bool(status.full.any())
         for job in self._ready[: int(status.started[0])]:
             self._free_slots.append(int(self._slot_J[job]))
         del self._ready[: int(status.started[0])]
         return self._news()
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises UserError if a request is invalid or if this pool cannot serve it.
+
+        Changes nothing, so any thread may call it.
+        """
+        request.check(self._engine.model)
+        _ = request.policy.setting  # raises UserError for a policy that differs between tokens
         longest, (most_prompt, most_new) = max(map(len, request.prompts)), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(
@@ -184,30 +211,31 @@ class Arrivals:
                 "larger pool"
             )
         asked = (
-            sorted(request.eos_ids), request.adapters, request.hazards, request.samples_per_prompt,
-            request.forced, request.total,
+            sorted(request.eos_ids), request.adapters, request.samples_per_prompt, request.forced,
+            request.total,
         )  # fmt: skip
-        if asked != (self._eos_N.tolist(), self._engine.adapters, False, 1, None, None):
+        if asked != (self._eos_N.tolist(), self._engine.adapters, 1, None, None):
             raise UserError(
                 "a request that joins a running pool must use the pool's end tokens and its "
-                "adapters setting, one sample per prompt, no recorded hazards, no forced prefix "
-                "and no total; decode any other request with rollout"
+                "adapters setting, one sample per prompt, no forced prefix and no total; decode "
+                "any other request with rollout"
             )
 
     def _admit(self, completion: _Completion) -> None:
         """Prefills a prompt and draws its first token; the completion then waits for a row."""
         job = self._jobs.index(self._idle)
         self._jobs[job], self._slot_J[job] = completion, self._free_slots.pop()
+        self._settings = None
         self._ready.append(job)
         length = len(completion.prompt)
-        tokens_BT = np.full((1, prompt_bucket(length)), self._pad_id, np.int32)
+        tokens_BT = np.full((1, _prompt_slots(length)), self._pad_id, np.int32)
         tokens_BT[0, :length] = completion.prompt
         prompts = tokens_BT, np.asarray([length], np.int32), np.asarray([job], np.int32)
-        self._engine.prefill(self._placed_jobs(), prompts, self._draws(), None, 1)
+        self._engine.prefill(self._placed_jobs(), prompts, self._settings_of_jobs()[1], None, 1)
 
     def _release(self, job: int) -> None:
         """Frees the job of an ended completion, and its prefix slot unless it got a row."""
-        self._jobs[job] = self._idle
+        self._jobs[job], self._settings = self._idle, None
         if job in self._ready:  # it ended before it had a row
             self._ready.remove(job)
             self._free_slots.append(int(self._slot_J[job]))
@@ -229,6 +257,7 @@ class Arrivals:
                     tokens=records.tokens_JT[job, part].tolist(),
                     depths=records.depths_JT[job, part].tolist(),
                     logprobs=records.logprobs_JT[job, part].tolist(),
+                    hazard_logits=records.hazard_logits_JTE[job, part].tolist(),
                     finished=finished,
                 )
             )
@@ -248,11 +277,23 @@ class Arrivals:
             order_J=np.asarray(order, np.int32),
         )
 
-    def _draws(self) -> Draws:
-        truncations = tuple(name for name in TRUNCATIONS if name in self._truncations)
-        return Draws(
-            jnp.stack([completion.key for completion in self._jobs]),
-            self._eos_N,
-            np.asarray([completion.limit for completion in self._jobs], np.int32),
-            MixedSampling.of([completion.sampling for completion in self._jobs], truncations),
-        )
+    def _settings_of_jobs(self) -> tuple[Policy, Draws]:
+        """Returns the policy and the draws of all jobs."""
+        if self._settings is None:
+            truncations = tuple(name for name in TRUNCATIONS if name in self._truncations)
+            draws = Draws(
+                jnp.stack([completion.key for completion in self._jobs]),
+                self._eos_N,
+                np.asarray([completion.limit for completion in self._jobs], np.int32),
+                MixedSampling.of([completion.sampling for completion in self._jobs], truncations),
+            )
+            self._settings = Mixed.of([completion.policy for completion in self._jobs]), draws
+        return self._settings
+
+
+def _prompt_slots(length: int) -> int:
+    """Returns the length to which a prompt is padded: a power of two, at least 16.
+
+    The powers of two are few, so `warm_up` can compile the prefill for each.
+    """
+    return max(SMALLEST_PROMPT, 1 << (length - 1).bit_length())

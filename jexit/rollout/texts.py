@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -229,8 +229,65 @@ def _look(decoding: Decoding, texts: _Texts) -> Records:
     return records
 
 
+class GrowingText:
+    """The text of a growing completion, which ends before its first stop string.
+
+    `decode` maps token IDs to text. `whole` is the text so far, `tokens` the number of its tokens,
+    and `over` whether it has ended.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, tuple(stop)
+        self._ids: list[int] = []
+        self._sent = 0
+        self.whole, self.over = "", False
+
+    @property
+    def tokens(self) -> int:
+        return len(self._ids)
+
+    def grow(self, ids: Sequence[int], over: bool) -> bool:
+        """Adds tokens, the last ones if `over`; returns whether a stop string ended the text.
+
+        If so, the tokens after the one that completed the stop string are dropped.
+        """
+        known = len(self._ids)
+        self._ids += ids
+        text = self._decode(self._ids)
+        stopped = self._first_stop(text) >= 0
+        if stopped:
+            # Find the token that completed it: the tokens known before contain no stop string.
+            while self._first_stop(text := self._decode(self._ids[: known + 1])) < 0:
+                known += 1
+            del self._ids[known + 1 :]
+            text = text[: self._first_stop(text)]
+        self.whole, self.over = text, over or stopped
+        return stopped
+
+    def news(self) -> str:
+        """Returns the text since the last call; text that later tokens may change is held back."""
+        end = len(self.whole) if self.over else self._settled()
+        new = self.whole[self._sent : end]
+        self._sent = max(self._sent, end)
+        return new
+
+    def _first_stop(self, text: str) -> int:
+        return min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
+
+    def _settled(self) -> int:
+        """Returns the number of leading characters that later tokens cannot change."""
+        end = len(self.whole.rstrip(_INCOMPLETE))
+        settled = end
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, end), 0, -1):
+                if self.whole[:end].endswith(stop[:size]):
+                    settled = min(settled, end - size)
+                    break
+        return settled
+
+
 class _Texts:
-    """The texts of the growing completions of a batch; a text ends before its first stop string."""
+    """The growing texts of a batch."""
 
     def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
         if isinstance(stop, str) or not all(stop):
@@ -238,10 +295,12 @@ class _Texts:
                 f"stop is {stop!r}, but it must be a list of non-empty strings; give one such as "
                 "['\\n\\n']"
             )
-        self._decode, self._stop = tokenizer.decode, tuple(stop)
-        self.whole = [""] * rows
-        self._known, self._sent, self._told = [0] * rows, [0] * rows, [0] * rows
-        self._over = [False] * rows
+        self._rows = [GrowingText(tokenizer.decode, stop) for _ in range(rows)]
+        self._told = [0] * rows  # number of tokens
+
+    @property
+    def whole(self) -> list[str]:
+        return [text.whole for text in self._rows]
 
     def grow(self, tokens_BT: np.ndarray, length_B: np.ndarray, over_B: np.ndarray) -> np.ndarray:
         """Decodes new tokens; returns the length at which a stop string ends each row, else 0.
@@ -250,46 +309,16 @@ class _Texts:
         ended.
         """
         cut_B = np.zeros(len(length_B), np.int32)
-        for row, length in enumerate(length_B.tolist()):
-            if self._over[row] or length == self._known[row]:
-                self._over[row] |= bool(over_B[row])
-                continue
-            ids = tokens_BT[row, :length].tolist()
-            text = self._decode(ids)
-            if self._first_stop(text) >= 0:
-                # Find the token that completed it: the tokens known before contain no stop string.
-                while self._first_stop(text := self._decode(ids[: self._known[row] + 1])) < 0:
-                    self._known[row] += 1
-                cut_B[row] = length = self._known[row] + 1
-                text = text[: self._first_stop(text)]
-            self._known[row], self.whole[row] = length, text
-            self._over[row] = bool(over_B[row]) or cut_B[row] > 0
+        for row, text in enumerate(self._rows):
+            if text.over or length_B[row] == text.tokens:
+                text.over |= bool(over_B[row])
+            elif text.grow(tokens_BT[row, text.tokens : length_B[row]].tolist(), bool(over_B[row])):
+                cut_B[row] = text.tokens
         return cut_B
 
     def news(self) -> Iterator[tuple[int, str, bool]]:
-        """Yields (row, new text, finished) of rows with new tokens.
-
-        Text that later tokens may change is held back.
-        """
-        for row, text in enumerate(self.whole):
-            if self._known[row] == self._told[row]:
-                continue
-            self._told[row] = self._known[row]
-            end = len(text) if self._over[row] else self._settled(text)
-            new = text[self._sent[row] : end]
-            self._sent[row] = max(self._sent[row], end)
-            yield row, new, self._over[row]
-
-    def _first_stop(self, text: str) -> int:
-        return min((at for s in self._stop if (at := text.find(s)) >= 0), default=-1)
-
-    def _settled(self, text: str) -> int:
-        """Returns the number of leading characters of `text` that later tokens cannot change."""
-        end = len(text.rstrip(_INCOMPLETE))
-        settled = end
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, end), 0, -1):
-                if text[:end].endswith(stop[:size]):
-                    settled = min(settled, end - size)
-                    break
-        return settled
+        """Yields (row, new text, finished) of rows with new tokens."""
+        for row, text in enumerate(self._rows):
+            if text.tokens != self._told[row]:
+                self._told[row] = text.tokens
+                yield row, text.news(), text.over

@@ -5,9 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from jexit.model import cache
 from jexit.model.policies import Fixed, Full, Prescribed, Sample, Threshold
-from jexit.rollout import Arrivals, EngineSize, Request, ticks
+from jexit.rollout import Arrivals, EngineSize, Request, prefill, ticks
 from teacher_forcing import assert_as_teacher_forced
 
 
@@ -28,8 +27,7 @@ REQUESTS = [
 
 
 @pytest.fixture
-def pool(model, monkeypatch) -> Arrivals:
-    monkeypatch.setattr(cache, "SMALLEST_CACHE", 16)  # so that caches grow on the way
+def pool(model) -> Arrivals:
     return Arrivals(
         model, eos_ids=(60,), pad_id=59, max_prompt_tokens=16, max_new_tokens=20,
         size=EngineSize(rows=3, places=2),
@@ -71,12 +69,12 @@ def as_rollouts(request: Request, completions: list[tuple]) -> types.SimpleNames
 
 def test_each_request_gets_what_it_gets_alone(model, pool):
     """More of them than rows, under policies, temperatures and limits of their own."""
-    slots = pool._engine.slots
+    pool.warm_up()
+    programs = ticks.advance._cache_size(), prefill.prefill._cache_size()
     made = drained(pool, REQUESTS)
-    programs = ticks.advance._cache_size()
     once_more = drained(pool, REQUESTS[::-1], steps=3)
-    assert ticks.advance._cache_size() == programs, "one program, whoever comes"
-    assert pool._engine.slots > slots
+    found = ticks.advance._cache_size(), prefill.prefill._cache_size()
+    assert found == tuple(n + 1 for n in programs), "one program more, for top_p"
     assert min(len(tokens) for tokens, *_ in made.values()) == 1
     order = iter(made.values())
     for request in REQUESTS:
