@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -22,6 +23,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,3 +58,19 @@ def real_checkpoint() -> pathlib.Path:
     if not path:
         pytest.skip("JEXIT_WEIGHTS names no checkpoint directory")
     return pathlib.Path(path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = os.environ.get("JEXIT_CHROMIUM") or next(
+        filter(None, map(shutil.which, CHROMIUMS)), None
+    )
+    if path is None:
+        pytest.skip(f"no Chromium: none of {', '.join(CHROMIUMS)} is on the path")
+    with playwright.sync_playwright() as started:
+        # No sandbox: tests may run as root in a container, and open only pages of their own.
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

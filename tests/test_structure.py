@@ -41,6 +41,7 @@ ORDER = (
     "doctor",
     "main",
     "sweep",
+    "serve",
     "convert.from_hf",
     "convert.model_card",
     "convert.to_hf",  # shares the command-line ending of from_hf

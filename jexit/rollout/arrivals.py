@@ -200,9 +200,7 @@ class Arrivals:
 
         Changes nothing, so any thread may call it.
         """
-        request.check(self._engine.model)
-        _ = request.policy.setting  # raises UserError for a policy that differs between tokens
-        longest, (most_prompt, most_new) = max(map(len, request.prompts)), self._limits
+        longest, (most_prompt, most_new) = max(map(len, request.prompts), default=0), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(
                 f"a prompt of {longest} tokens with max_new_tokens={request.max_new_tokens} does "
@@ -210,6 +208,8 @@ class Arrivals:
                 f"{most_new} new tokens; shorten the prompt, lower max_new_tokens, or open a "
                 "larger pool"
             )
+        request.check(self._engine.model)
+        _ = request.policy.setting  # raises UserError for a policy that differs between tokens
         asked = (
             sorted(request.eos_ids), request.adapters, request.samples_per_prompt, request.forced,
             request.total,

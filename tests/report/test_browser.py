@@ -1,8 +1,6 @@
 """The page in a real browser: it renders, answers pointer and keyboard, fits, and stays quiet."""
 
 import itertools
-import os
-import shutil
 
 import pytest
 
@@ -13,24 +11,9 @@ from report_files import EXITS, LAYERS, completions, write_evaluated, write_trai
 
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CELL = '[role="gridcell"]'
 SCHEMES = ("light", "dark")
 WIDTHS = (400, 800, 1600)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium of this machine."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = os.environ.get("JEXIT_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is on the path")
-    with playwright.sync_playwright() as started:
-        # No sandbox: tests may run as root in a container, and open only pages of their own.
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Requests that join and leave a running pool: each as if it were alone."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -35,7 +36,7 @@ def pool(model) -> Arrivals:
 
 
 def drained(pool: Arrivals, requests: list[Request], steps: int = 2) -> dict[int, tuple]:
-    """Each ticket's (tokens, depths, log-probabilities); one more request joins in each turn."""
+    """Each ticket's (tokens, depths, log-probabilities, hazard logits); one joins in each turn."""
     whole, finished, coming = {}, {}, list(requests)
     while coming or not all(finished.values()):
         if coming:
@@ -43,8 +44,9 @@ def drained(pool: Arrivals, requests: list[Request], steps: int = 2) -> dict[int
         for news in pool.turn(steps):
             assert not finished[news.ticket], "nothing comes after the end"
             finished[news.ticket] = news.finished
-            parts = whole.setdefault(news.ticket, ([], [], []))
-            for part, more in zip(parts, (news.tokens, news.depths, news.logprobs), strict=True):
+            parts = whole.setdefault(news.ticket, ([], [], [], []))
+            added = news.tokens, news.depths, news.logprobs, news.hazard_logits
+            for part, more in zip(parts, added, strict=True):
                 part.extend(more)
     assert pool.turn() == []
     return dict(sorted(whole.items()))
@@ -52,7 +54,7 @@ def drained(pool: Arrivals, requests: list[Request], steps: int = 2) -> dict[int
 
 def as_rollouts(request: Request, completions: list[tuple]) -> types.SimpleNamespace:
     """A request's completions as `Rollouts` have them."""
-    tokens, depths, logprobs = zip(*completions, strict=True)
+    tokens, depths, logprobs, hazard_logits = zip(*completions, strict=True)
 
     def padded(rows, fill):
         return np.asarray([[*row, *[fill] * (request.max_new_tokens - len(row))] for row in rows])
@@ -61,6 +63,7 @@ def as_rollouts(request: Request, completions: list[tuple]) -> types.SimpleNames
         tokens_BT=padded(tokens, request.pad_id),
         depths_BT=padded(depths, 0),
         logprobs_BT=padded(logprobs, 0.0),
+        hazard_logits_BTE=padded(hazard_logits, [np.nan] * 3),
         lengths_B=np.asarray(list(map(len, tokens))),
         truncated_B=np.asarray([row[-1] not in request.eos_ids for row in tokens]),
         completion=lambda row: tokens[row],
@@ -79,7 +82,8 @@ def test_each_request_gets_what_it_gets_alone(model, pool):
     order = iter(made.values())
     for request in REQUESTS:
         rows = [next(order) for _ in request.prompts]
-        assert_as_teacher_forced(model, request, as_rollouts(request, rows))
+        recorded = dataclasses.replace(request, hazards=True)
+        assert_as_teacher_forced(model, recorded, as_rollouts(request, rows))
     by_text = sorted(tokens for tokens, *_ in once_more.values())
     assert by_text == sorted(tokens for tokens, *_ in made.values())
 

@@ -1,0 +1,262 @@
+"""The HTTP application: routes, access, limits and streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+import pathlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from jexit.errors import RunEnded
+from jexit.serve.metrics import CONTENT_TYPE, Metrics
+from jexit.serve.pool import Opened
+from jexit.serve.protocol import (
+    Asked,
+    Choice,
+    Refused,
+    choice_body,
+    gathered,
+    usage,
+    values_of,
+)
+
+PAGE = pathlib.Path(__file__).parent / "page"
+# The page loads nothing from elsewhere and runs no script but its own.
+PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Server:
+    """A model that is served, with the limits on what clients may ask.
+
+    `most_waiting` limits the completions of all clients together, and `most_bytes` the body of a
+    request. Without `api_key`, every client is served.
+    """
+
+    opened: Opened
+    api_key: str = ""
+    most_waiting: int = 256
+    most_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics()
+        self.completions = 0
+        self.started = int(time.time())
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/", self.page),
+                Mount("/page", StaticFiles(directory=PAGE)),
+                Route("/health", self.health),
+                Route("/metrics", self.prometheus),
+                Route("/v1/models", self.models),
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/completions", self.text, methods=["POST"]),
+            ],
+            exception_handlers={
+                Refused: self.refuse,
+                404: self.not_found,
+                405: self.not_found,
+                Exception: self.failed,
+            },
+        )
+
+    async def page(self, request: Request) -> Response:
+        return Response(
+            (PAGE / "index.html").read_bytes(),
+            media_type="text/html",
+            headers={"Content-Security-Policy": PAGE_POLICY},
+        )
+
+    async def health(self, request: Request) -> Response:
+        works = self.opened.pool.failure is None
+        said = "ok" if works else "the decoding pool has failed; restart the server"
+        return JSONResponse({"status": said}, 200 if works else 503)
+
+    async def prometheus(self, request: Request) -> Response:
+        self.metrics.completions.set(self.completions)
+        return PlainTextResponse(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def models(self, request: Request) -> Response:
+        self._check_key(request)
+        model = {
+            "id": self.opened.limits.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "jexit",
+            "layers": self.opened.model.arch.layers,
+            "exit_layers": list(self.opened.model.exit_layers),
+            "policy": self.opened.limits.policy.name,
+            "max_new_tokens": self.opened.limits.new_tokens,
+        }
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, chat=True)
+
+    async def text(self, request: Request) -> Response:
+        return await self._complete(request, chat=False)
+
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        self.metrics.requests.labels(str(error.status)).inc()
+        # Without the rest of a body that is too large, the connection cannot be used again.
+        headers = {429: {"Retry-After": "1"}, 413: {"Connection": "close"}}.get(error.status)
+        return JSONResponse(error.body, error.status, headers)
+
+    async def not_found(self, request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        said = f"{request.method} {request.url.path} is not served here; see /v1/models"
+        return await self.refuse(request, Refused(status, said))
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        return await self.refuse(request, Refused(500, "the server failed; see its log"))
+
+    async def _complete(self, request: Request, *, chat: bool) -> Response:
+        self._check_key(request)
+        began = time.perf_counter()
+        data = await self._body(request)
+        asked = self.opened.asked(values_of(data), chat=chat)
+        self._check_load(len(asked.request.prompts))
+        self.metrics.prompt_tokens.inc(asked.prompt_tokens)
+        parts = self._answer(asked, began)
+        if asked.stream:
+            return StreamingResponse(
+                self._events(asked, parts),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            )
+        whole = asyncio.ensure_future(self._whole(asked, parts))
+        left = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                return Response(status_code=499)  # nobody is there to read it
+            return JSONResponse(whole.result())
+        except RunEnded as error:
+            raise Refused(503, str(error)) from None
+        finally:
+            for task in (whole, left):
+                task.cancel()
+            await asyncio.wait({whole, left})
+
+    def _check_key(self, request: Request) -> None:
+        if not self.api_key:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise Refused(
+                401,
+                "the API key is wrong or missing; send the header Authorization: Bearer KEY with "
+                "the server's --api-key",
+            )
+
+    def _check_load(self, more: int) -> None:
+        if self.opened.pool.failure is not None:
+            raise Refused(503, "the decoding pool has failed; restart the server")
+        if self.completions + more > self.most_waiting:
+            raise Refused(
+                429,
+                f"{self.completions} completions wait or are being decoded, and the server takes "
+                f"at most {self.most_waiting}; try again later",
+            )
+
+    async def _body(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(
+                415,
+                f"the content type is {kind!r}, but it must be application/json; set the header",
+            )
+        parts, size = [], 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > self.most_bytes:
+                    raise Refused(
+                        413,
+                        f"the body is larger than {self.most_bytes} bytes; send a smaller one",
+                    )
+                parts.append(part)
+        except ClientDisconnect:
+            raise Refused(400, "the body ended early; send all of it") from None
+        return b"".join(parts)
+
+    async def _answer(
+        self, asked: Asked, began: float
+    ) -> AsyncIterator[tuple[Choice, dict[str, Any]]]:
+        """Yields each choice with the fields of its new tokens, and counts them."""
+        count = len(asked.request.prompts)
+        self.completions += count
+        complete, first = False, True
+        try:
+            async with contextlib.aclosing(self.opened.answer(asked)) as parts:
+                async for choice, fields in parts:
+                    if first:
+                        self.metrics.first_token.observe(time.perf_counter() - began)
+                        first = False
+                    self.metrics.tokens.inc(len(fields["depths"]))
+                    self.metrics.layers_run.inc(sum(fields["depths"]))
+                    yield choice, fields
+            complete = True
+        finally:
+            self.completions -= count
+            if complete:
+                self.metrics.requests.labels("200").inc()
+                self.metrics.whole.observe(time.perf_counter() - began)
+            else:
+                self.metrics.hangups.inc()
+
+    async def _whole(self, asked: Asked, parts: Any) -> dict[str, Any]:
+        whole = await gathered(parts)
+        made = [choice_body(choice, fields, part=False) for choice, fields in whole]
+        used = usage(asked, [choice for choice, _ in whole])
+        return self._head(asked, "") | {"choices": made, "usage": used}
+
+    async def _events(self, asked: Asked, parts: Any) -> AsyncIterator[bytes]:
+        head, choices = self._head(asked, ".chunk" if asked.chat else ""), {}
+        try:
+            async with contextlib.aclosing(parts):
+                async for choice, fields in parts:
+                    choices[choice.index] = choice
+                    yield _event(head | {"choices": [choice_body(choice, fields, part=True)]})
+        except RunEnded as error:
+            yield _event(Refused(503, str(error)).body)
+            return
+        if asked.usage:
+            yield _event(head | {"choices": [], "usage": usage(asked, list(choices.values()))})
+        yield b"data: [DONE]\n\n"
+
+    def _head(self, asked: Asked, suffix: str) -> dict[str, Any]:
+        kind, prefix = (
+            ("chat.completion", "chatcmpl") if asked.chat else ("text_completion", "cmpl")
+        )
+        return {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": kind + suffix,
+            "created": int(time.time()),
+            "model": self.opened.limits.name,
+        }
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)

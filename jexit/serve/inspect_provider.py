@@ -1,0 +1,109 @@
+"""The provider of Inspect that decodes a jexit model in the process of the evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    GenerateConfig,
+    Logprob,
+    Logprobs,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from jexit.serve.pool import open_pool
+from jexit.serve.protocol import Refused, gathered, usage
+
+CONNECTIONS = 64  # as many completions as the pool decodes at a time
+SETTINGS = {  # of Inspect's config → fields of a request; other settings are refused
+    "max_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "seed": "seed",
+    "stop_seqs": "stop",
+    "num_choices": "n",
+    "logprobs": "logprobs",
+    "top_logprobs": "top_logprobs",
+    "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty",
+    "logit_bias": "logit_bias",
+}
+
+
+class JexitAPI(ModelAPI):
+    """Decodes the model directory `model_name`; `model_args` are arguments of `open_pool`."""
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        self._opened = open_pool(model_name, **model_args)
+
+    def max_connections(self) -> int:
+        return CONNECTIONS
+
+    def close(self) -> None:
+        self._opened.pool.close()
+
+    async def generate(
+        self,
+        input: list[ChatMessage],
+        tools: list[ToolInfo],
+        tool_choice: ToolChoice,
+        config: GenerateConfig,
+    ) -> ModelOutput:
+        """Completes a conversation; raises Refused for tools and other settings it cannot serve."""
+        if tools:
+            raise Refused(400, "jexit serves no tools; leave them out")
+        values: dict[str, Any] = {
+            "messages": [{"role": message.role, "content": message.text} for message in input]
+        }
+        for name, field in SETTINGS.items():
+            if (value := getattr(config, name)) is not None:
+                values[field] = value
+        asked = self._opened.asked(values, chat=True)
+        whole = await gathered(self._opened.answer(asked))
+        used = usage(asked, [choice for choice, _ in whole])
+        layers, exits = self._opened.model.arch.layers, list(self._opened.model.exit_layers)
+        depths = [fields["depths"] for _, fields in whole]
+        return ModelOutput(
+            model=self.model_name,
+            choices=[
+                ChatCompletionChoice(
+                    message=ChatMessageAssistant(content=fields["text"], source="generate"),
+                    stop_reason="stop" if choice.finish_reason == "stop" else "max_tokens",
+                    logprobs=_logprobs(fields.get("logprobs")),
+                )
+                for choice, fields in whole
+            ],
+            usage=ModelUsage(
+                input_tokens=used["prompt_tokens"],
+                output_tokens=used["completion_tokens"],
+                total_tokens=used["total_tokens"],
+            ),
+            metadata={
+                "depths": depths[0],  # of the first choice, one number per token
+                "depths_of_choices": depths,
+                "layers_run": used["layers_run"],
+                "layers": layers,
+                "exit_layers": exits,
+            },
+        )
+
+
+def _logprobs(found: list[tuple[str, float]] | None) -> Logprobs | None:
+    if found is None:
+        return None
+    return Logprobs(content=[Logprob(token=token, logprob=value) for token, value in found])

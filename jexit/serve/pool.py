@@ -1,0 +1,210 @@
+"""The thread that decodes for all clients, and the streams through which clients wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import pathlib
+import queue
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from typing import Any
+
+from jexit.config import EngineSize
+from jexit.data.tokenizer import Tokenizer
+from jexit.errors import RunEnded, UserError
+from jexit.io.model_dir import load
+from jexit.model.policies import check_policy, policy_of, warn_if_untrained
+from jexit.model.transformer import Transformer
+from jexit.rollout import Arrivals, Grown, Request
+from jexit.serve.protocol import Asked, Choice, Limits, Refused, parse
+
+STEPS = 2  # sampling steps between two looks at who joins and leaves
+
+_log = logging.getLogger(__name__)
+
+
+class PoolThread(threading.Thread):
+    """Owns a running decoding pool; all other threads send it requests.
+
+    `failure` is the exception that ended the thread, or None.
+    """
+
+    def __init__(self, arrivals: Arrivals) -> None:
+        super().__init__(name="jexit-pool", daemon=True)
+        self._arrivals = arrivals
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
+        self.failure: Exception | None = None
+        self.turns = 0
+
+    def check(self, request: Request) -> None:
+        """Raises UserError if the pool cannot serve the request."""
+        self._arrivals.check(request)
+
+    def join_pool(self, stream: Stream, request: Request) -> None:
+        def join() -> None:
+            for choice, ticket in enumerate(self._arrivals.join(request)):
+                self._streams[ticket] = stream, choice
+
+        self._inbox.put(join)
+
+    def leave_pool(self, stream: Stream, choice: int) -> None:
+        def leave() -> None:
+            for ticket, place in list(self._streams.items()):
+                if place == (stream, choice):
+                    self._arrivals.leave(ticket)
+                    del self._streams[ticket]
+
+        self._inbox.put(leave)
+
+    def close(self) -> None:
+        """Ends the thread after the messages sent so far; waits for it."""
+        self._inbox.put(None)
+        self.join()
+
+    def run(self) -> None:
+        try:
+            while self._read():
+                for grown in self._arrivals.turn(STEPS):
+                    stream, choice = self._streams[grown.ticket]
+                    if grown.finished:
+                        del self._streams[grown.ticket]
+                    stream.deliver(choice, grown)
+                self.turns += 1
+        except Exception as error:  # of the device: out of memory, lost
+            _log.exception("the decoding pool has failed")
+            self.failure = error
+            for stream, _ in self._streams.values():
+                stream.deliver(0, error)
+
+    def _read(self) -> bool:
+        """Handles all messages, and waits for one if the pool is empty; False at the end."""
+        while True:
+            try:
+                message = self._inbox.get(block=not self._arrivals.under_way)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+
+
+@dataclasses.dataclass(eq=False)
+class Stream:
+    """The growing completions of one request; leaving the `async with` block cancels the rest.
+
+    Iteration yields (choice, `Grown`) and ends after the last choice. Raises RunEnded if the pool
+    has failed.
+    """
+
+    pool: PoolThread
+    request: Request
+
+    async def __aenter__(self) -> Stream:
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._open = set(range(len(self.request.prompts)))
+        self.pool.join_pool(self, self.request)
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        for choice in list(self._open):
+            self.end(choice)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Grown]]:
+        while self._open:
+            choice, news = await self._news.get()
+            if isinstance(news, Exception):
+                raise RunEnded("the decoding pool has failed; see the server's log") from news
+            if choice in self._open:
+                if news.finished:
+                    self._open.discard(choice)
+                yield choice, news
+
+    def end(self, choice: int) -> None:
+        """Ends one choice: the pool stops decoding it, and no more of its news is yielded."""
+        if choice in self._open:
+            self._open.discard(choice)
+            self.pool.leave_pool(self, choice)
+
+    def deliver(self, choice: int, news: Grown | Exception) -> None:
+        """Called by the pool's thread."""
+        self._loop.call_soon_threadsafe(self._news.put_nowait, (choice, news))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model that is ready to decode, with its running pool."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    pool: PoolThread
+    limits: Limits
+
+    def asked(self, values: Mapping[str, Any], *, chat: bool) -> Asked:
+        """Returns the request with the fields `values`; raises Refused if it cannot be served."""
+        try:
+            asked = parse(values, chat=chat, tokenizer=self.tokenizer, limits=self.limits)
+            self.pool.check(asked.request)
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        return asked
+
+    async def answer(self, asked: Asked) -> AsyncGenerator[tuple[Choice, dict[str, Any]]]:
+        """Yields each choice of a request with the fields of its new tokens, as choices grow."""
+        count = len(asked.request.prompts)
+        choices = [Choice(asked, index, self.tokenizer) for index in range(count)]
+        async with Stream(self.pool, asked.request) as stream:
+            async for number, grown in stream:
+                choice = choices[number]
+                fields = choice.grow(grown)
+                if choice.finish_reason:
+                    stream.end(number)
+                yield choice, fields
+
+
+def open_pool(
+    directory: str,
+    *,
+    name: str = "",
+    policy: str = "full",
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    rows: int = 0,
+) -> Opened:
+    """Loads a model, compiles the programs of its pool and starts the pool's thread.
+
+    `name` is the model's name for clients (by default the directory's) and `policy` that of
+    requests that name none. By default, prompts and completions may have up to 1,024 tokens each,
+    or half of the model's positions. Raises UserError if a value or the directory is not valid.
+    """
+    for what, value in (("prompt", max_prompt_tokens), ("new", max_new_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--max-{what}-tokens is {value}, but it must be at least 1; raise it")
+    size, default = EngineSize(rows=rows), policy_of(policy)
+    model, tokenizer = load(directory)
+    check_policy(default, (*model.exit_layers, model.arch.layers))
+    warn_if_untrained(default, model)
+    most = model.arch.max_positions
+    half = min(1024, most // 2)
+    prompt, new = max_prompt_tokens or half, max_new_tokens or half
+    if prompt + new > most:
+        raise UserError(
+            f"--max-prompt-tokens and --max-new-tokens are {prompt + new} together, but the model "
+            f"has {most} positions; lower them"
+        )
+    arrivals = Arrivals(
+        model,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        max_prompt_tokens=prompt,
+        max_new_tokens=new,
+        size=size,
+    )
+    arrivals.warm_up()
+    pool = PoolThread(arrivals)
+    pool.start()
+    name = name or pathlib.Path(directory).resolve().name
+    return Opened(model, tokenizer, pool, Limits(name=name, policy=default, new_tokens=new))

@@ -1,0 +1,377 @@
+"""OpenAI's requests and answers, with the fields that jexit adds.
+
+jexit's fields of a request are `policy`, `hazards`, `top_k` and `min_p`. Each choice of an answer
+has `depths`, the layers that ran for each token, and `layers_run`, their sum; with `hazards`, also
+the probability of leaving at each exit (null at exits that the token did not reach).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jexit.data.tokenizer import Tokenizer
+from jexit.model.policies import Policy, policy_of
+from jexit.rollout import Grown, Request
+from jexit.rollout.texts import GrowingText
+from jexit.settings import is_unicode, shown
+from jexit.tasks.base import conversation_fault
+from jexit.untrusted import parse_json
+
+CHOICES = 64  # most of a request
+Probability = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(max_length=1 << 20)]
+
+
+class Refused(Exception):
+    """A request that is answered with an HTTP error; `param` is the field that is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "")
+        return {
+            "error": {
+                "message": str(self),
+                "type": kind or "invalid_request_error",
+                "param": self.param,
+                "code": None,
+            }
+        }
+
+
+class _Strict(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class TextFormat(_Strict):
+    type: Literal["text"] = "text"
+
+
+class Part(_Strict):
+    """A part of a message's content; only text is served."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part]
+    name: str | None = None
+
+    @property
+    def said(self) -> dict[str, str]:
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class Body(_Strict):
+    """What both kinds of request have in common; a null stands for the default."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    min_p: Probability | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Text | list[Text] | None = None
+    policy: str | None = None
+    hazards: bool | None = None
+    # Fields of the interface that are served at one value only, or that change nothing.
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+class ChatBody(Body):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    response_format: TextFormat | None = None
+
+
+Ids = list[Annotated[int, Field(ge=0)]]
+
+
+class TextBody(Body):
+    prompt: Text | list[Text] | Ids | list[Ids]
+    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    echo: Literal[False] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+
+FIELDS = {
+    name
+    for model in (ChatBody, TextBody, Message, Part, StreamOptions, TextFormat)
+    for name in model.model_fields
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is served: the name of the model, the default policy and the most new tokens."""
+
+    name: str
+    policy: Policy
+    new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A checked request: `request` has one prompt per choice."""
+
+    chat: bool
+    request: Request
+    stop: tuple[str, ...]
+    stream: bool
+    usage: bool  # whether a stream ends with the usage
+    logprobs: bool
+    hazards: bool
+    prompt_tokens: int
+
+
+def values_of(data: bytes) -> dict[str, Any]:
+    """Returns the fields in the bytes of a request; raises Refused if they are not an object."""
+    try:
+        values = parse_json(data)
+    except ValueError as error:
+        raise Refused(400, f"the body is not valid JSON ({error}); send a JSON object") from None
+    if not isinstance(values, dict):
+        raise Refused(400, f"the body is {shown(values)}, but it must be a JSON object; send one")
+    return values
+
+
+def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits: Limits) -> Asked:
+    """Returns the request with the fields `values`; raises Refused or UserError if it is not valid.
+
+    `chat` is whether it is a chat completion or a completion of plain text.
+    """
+    try:
+        body = (ChatBody if chat else TextBody).model_validate(values)
+    except ValidationError as error:
+        raise _refused(error) from None
+    if body.model not in (None, limits.name):
+        raise Refused(
+            404,
+            f"the model {shown(body.model)} is not served here; use {limits.name!r}",
+            "model",
+        )
+    stop = body.stops
+    if "" in stop or not all(map(is_unicode, stop)):
+        raise Refused(
+            400,
+            f"stop is {shown(stop)}, but it must be texts that are not empty; give some",
+            "stop",
+        )
+    n = body.n or 1
+    if isinstance(body, ChatBody):
+        prompts, logprobs = [_conversation(body, tokenizer)], bool(body.logprobs)
+        new = body.max_completion_tokens or body.max_tokens
+    else:
+        prompts, logprobs, new = (
+            _prompts(body, tokenizer),
+            body.logprobs is not None,
+            body.max_tokens,
+        )
+        if body.best_of not in (None, n):
+            raise Refused(400, f"best_of is {body.best_of}, but it must equal n; leave it out", "n")
+    if n * len(prompts) > CHOICES:
+        raise Refused(
+            400,
+            f"the request asks for {n * len(prompts)} completions, but one request may ask for at "
+            f"most {CHOICES}; divide it into several",
+            "n",
+        )
+    policy = limits.policy if body.policy is None else policy_of(body.policy)
+    request = Request(
+        prompts=[prompt for prompt in prompts for _ in range(n)],
+        policy=policy,
+        max_new_tokens=limits.new_tokens if new is None else new,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or 0,
+        min_p=body.min_p or 0.0,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        key=(secrets.randbits(32) if body.seed is None else body.seed) % (1 << 32),
+    )
+    _ = request.sampling  # raises UserError
+    return Asked(
+        chat=chat,
+        request=request,
+        stop=tuple(stop),
+        stream=bool(body.stream),
+        usage=body.stream_options is not None and body.stream_options.include_usage,
+        logprobs=logprobs,
+        hazards=bool(body.hazards),
+        prompt_tokens=sum(map(len, prompts)),
+    )
+
+
+def _refused(error: ValidationError) -> Refused:
+    """The first fault that pydantic found, as a sentence."""
+    found = error.errors(include_url=False)[0]
+    # Of a value that fits none of several types, pydantic names the type as a part of the place.
+    extra = found["type"] == "extra_forbidden"
+    place = [p for p in found["loc"] if isinstance(p, int) or p in FIELDS or extra]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
+    param = str(found["loc"][0]) if found["loc"] else None
+    if extra:
+        said = f"{name} is not a field that this server knows; leave it out"
+    elif found["type"] == "missing":
+        said = f"{name} is missing, but a request must have it; add it"
+    else:
+        rule = found["msg"][:1].lower() + found["msg"][1:]
+        said = f"{name} is {shown(found['input'])}, but the {rule}; change it"
+    return Refused(400, said, param)
+
+
+def _conversation(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
+    messages = [message.said for message in body.messages]
+    if fault := conversation_fault(messages):
+        raise Refused(
+            400, f"messages {fault}, but a conversation must end with the user's text; change it",
+            "messages",
+        )  # fmt: skip
+    return tokenizer.encode_prompt(messages)
+
+
+def _prompts(body: TextBody, tokenizer: Tokenizer) -> list[list[int]]:
+    prompt: Any = body.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if not prompt or not all(prompt):
+        raise Refused(
+            400, f"prompt is {shown(body.prompt)}, but a prompt needs text; give some", "prompt"
+        )
+    for text in prompt:
+        if isinstance(text, str) and not is_unicode(text):
+            raise Refused(400, "prompt is not valid Unicode; send UTF-8", "prompt")
+    return [
+        tokenizer.encode_texts([text])[0] if isinstance(text, str) else list(text)
+        for text in prompt
+    ]
+
+
+@dataclasses.dataclass
+class Choice:
+    """One growing completion, and what of it is still to be sent."""
+
+    asked: Asked
+    index: int
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        self.text = GrowingText(self.tokenizer.decode, self.asked.stop)
+        self.layers_run, self.finish_reason = 0, ""
+
+    def grow(self, grown: Grown) -> dict[str, Any]:
+        """Adds tokens; returns jexit's and OpenAI's fields for them, with the new `text`."""
+        before = self.text.tokens
+        stopped = self.text.grow(grown.tokens, grown.finished)
+        kept = self.text.tokens - before
+        ids = grown.tokens[:kept]
+        self.layers_run += sum(grown.depths[:kept])
+        if stopped:
+            self.finish_reason = "stop"
+        elif grown.finished:
+            ended = ids[-1] in self.tokenizer.eos_ids
+            self.finish_reason = "stop" if ended else "length"
+        fields: dict[str, Any] = {"text": self.text.news(), "depths": grown.depths[:kept]}
+        if self.asked.hazards:
+            fields["hazards"] = [_hazards(z_E) for z_E in grown.hazard_logits[:kept]]
+        if self.asked.logprobs:
+            strings = self.tokenizer.tokens(ids)
+            fields["logprobs"] = list(zip(strings, grown.logprobs[:kept], strict=True))
+        return fields
+
+
+def _hazards(z_E: Sequence[float]) -> list[float | None]:
+    """The probabilities of leaving at the exits, or None at exits that were not reached."""
+    return [None if math.isnan(z) else 0.5 * (1.0 + math.tanh(0.5 * z)) for z in z_E]
+
+
+def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dict[str, Any]:
+    """Returns one choice of an answer, or with `part` of a chunk of a stream."""
+    body: dict[str, Any] = {
+        "index": choice.index,
+        "finish_reason": choice.finish_reason or None,
+        "logprobs": None,
+        "depths": fields["depths"],
+        "layers_run": choice.layers_run,
+    }
+    if choice.asked.chat:
+        said = {"role": "assistant", "content": fields["text"]}
+        body["delta" if part else "message"] = said
+        if "logprobs" in fields:
+            entries = [
+                {"token": token, "logprob": value, "bytes": list(token.encode())}
+                for token, value in fields["logprobs"]
+            ]
+            content = [entry | {"top_logprobs": []} for entry in entries]
+            body["logprobs"] = {"content": content, "refusal": None}
+    else:
+        body["text"] = fields["text"]
+        if "logprobs" in fields:
+            tokens, values = (
+                zip(*fields["logprobs"], strict=True) if fields["logprobs"] else ((), ())
+            )
+            body["logprobs"] = {
+                "tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": [],
+            }  # fmt: skip
+    if "hazards" in fields:
+        body["hazards"] = fields["hazards"]
+    return body
+
+
+def usage(asked: Asked, choices: Sequence[Choice]) -> dict[str, int]:
+    made = sum(choice.text.tokens for choice in choices)
+    return {
+        "prompt_tokens": asked.prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": asked.prompt_tokens + made,
+        "layers_run": sum(choice.layers_run for choice in choices),
+    }
+
+
+async def gathered(
+    parts: AsyncGenerator[tuple[Choice, dict[str, Any]]],
+) -> list[tuple[Choice, dict[str, Any]]]:
+    """Returns each choice of an answer with the joined fields of all its tokens, in order."""
+    choices: dict[int, tuple[Choice, dict[str, Any]]] = {}
+    async with contextlib.aclosing(parts):
+        async for choice, fields in parts:
+            _, whole = choices.setdefault(choice.index, (choice, {}))
+            for name, value in fields.items():
+                whole[name] = whole[name] + value if name in whole else value
+    return [choices[index] for index in sorted(choices)]

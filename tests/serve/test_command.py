@@ -1,0 +1,135 @@
+"""`python -m jexit.serve`: what it refuses, how it ends, and what it says of a failed pool."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from jexit.errors import RunEnded
+from jexit.rollout import Grown, Request
+from jexit.serve import __main__ as serve
+from jexit.serve.pool import PoolThread, Stream
+
+MODEL = "jexit/assets/tiny-calibrated"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model=nowhere"], "nowhere"),
+        ([f"--model={MODEL}", "--policy=fast"], "policy 'fast' is not known; use full"),
+        ([f"--model={MODEL}", "--policy=fixed:5"], "Fixed has depth 5"),
+        ([f"--model={MODEL}", "--max-new-tokens=0"], "--max-new-tokens is 0, but it must be at"),
+        ([f"--model={MODEL}", "--max-new-tokens=1000"], "are 1512 together, but the model"),
+        ([f"--model={MODEL}", "--rows=-1"], "rows"),
+        ([f"--model={MODEL}", "--host=256.0.0.1"], "cannot listen on 256.0.0.1:"),
+        ([f"--model={MODEL}", "--port=70000"], "--port is 70000, but it must be from 0 to 65535"),
+    ],
+)  # fmt: skip
+def test_what_it_refuses(capsys, flags, said):
+    port = [] if any("port" in flag for flag in flags) else ["--port=0"]
+    assert serve.main([*flags, *port]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("jexit: ") and said in error and error.count("\n") == 1, error
+
+
+def test_a_port_in_use_is_refused_before_anything_is_compiled(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve.main([f"--model={MODEL}", f"--port={port}"]) == 1
+    printed = capsys.readouterr()
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in printed.err
+    assert not printed.out
+
+
+class Fails:
+    """A pool that decodes one token and then loses its device."""
+
+    under_way = 1
+
+    def join(self, request):
+        return [7]
+
+    def turn(self, steps):
+        self.turn = self.lost
+        return [Grown(ticket=7, tokens=[1], depths=[2], logprobs=[0.0], hazard_logits=[[0.0]],
+                      finished=False)]  # fmt: skip
+
+    def lost(self, steps):
+        raise RuntimeError("out of memory")
+
+
+def test_a_failed_pool_ends_its_streams():
+    pool = PoolThread(Fails())
+    request = Request(prompts=[[1]], max_new_tokens=4, eos_ids=(), pad_id=0, key=0)
+
+    async def read():
+        found = []
+        async with Stream(pool, request) as stream:
+            pool.start()
+            async for _, grown in stream:
+                found.append(grown.tokens)
+        return found
+
+    with pytest.raises(RunEnded, match="the decoding pool has failed; see the server's log"):
+        asyncio.run(read())
+    pool.join()
+    assert str(pool.failure) == "out of memory"
+
+
+def test_a_server_whose_pool_has_failed_says_so(served, monkeypatch):
+    monkeypatch.setattr(served.opened.pool, "failure", RuntimeError("lost"))
+    headers = {"Authorization": f"Bearer {served.api_key}"}
+    with httpx.Client(base_url=served.url, headers=headers) as http:
+        assert http.get("/health").status_code == 503
+        body = {"messages": [{"role": "user", "content": "sum 1"}]}
+        refused = http.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 503 and "has failed; restart the server" in refused.text
+
+
+@pytest.mark.slow
+def test_a_signal_lets_answers_end_and_refuses_new_ones():
+    command = [sys.executable, "-m", "jexit.serve", f"--model={MODEL}", "--port=0",
+               "--max-prompt-tokens=16", "--max-new-tokens=400"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while not (found := re.search(r"serving tiny-calibrated on (http://\S+)",
+                                      process.stdout.readline())):  # fmt: skip
+            assert process.poll() is None
+        url, lines = found[1], []
+        began = threading.Event()
+
+        def read():
+            body = {"prompt": "sum 1", "max_tokens": 400, "temperature": 100, "stream": True,
+                    "n": 8, "seed": 1}  # fmt: skip
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+                for line in answer.iter_lines():
+                    lines.append(line)
+                    began.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert began.wait(60)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        reader.join(60)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    assert lines[-2:] == ["data: [DONE]", ""]
+    parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    ended = {c["index"] for part in parts for c in part["choices"] if c["finish_reason"]}
+    assert ended == set(range(8))
+
+
+def test_without_the_extra_it_names_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert serve.main([f"--model={MODEL}"]) == 1
+    assert "pip install 'jexit[serve]'" in capsys.readouterr().err

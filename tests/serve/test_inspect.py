@@ -1,0 +1,67 @@
+"""Inspect's evaluations with the provider `jexit`, and with Inspect's own client of the server."""
+
+import pytest
+
+inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
+
+import jexit  # noqa: E402
+from jexit.serve import inspect_registry  # noqa: E402
+from jexit.tasks import Attempt, make_task  # noqa: E402
+
+MODEL = "jexit/assets/tiny-calibrated"
+COUNT = 20
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.setenv("INSPECT_LOG_DIR", str(tmp_path))
+    monkeypatch.setenv("INSPECT_DISPLAY", "none")
+
+
+@pytest.fixture(scope="module")
+def wanted(loaded):
+    """What `generate` makes of the same problems under threshold:0.5, with the task's verdicts."""
+    task = make_task("sums")
+    problems = [task.problem("test", index) for index in range(COUNT)]
+    made = jexit.generate(
+        *loaded, [problem.prompt for problem in problems], policy=jexit.Threshold(0.5),
+        max_new_tokens=48,
+    )  # fmt: skip
+    verdicts = task.judge(problems, [Attempt(text=text) for text in made.texts])
+    return made, [verdict.correct for verdict in verdicts]
+
+
+def evaluated(model, **settings):
+    task = inspect_registry.problems("sums", problems=COUNT)
+    (log,) = inspect_ai.eval(
+        task, model=model, temperature=0.0, max_tokens=48, log_samples=True, **settings
+    )
+    assert log.status == "success", log.error
+    return log
+
+
+def test_the_provider_decodes_and_the_task_measures(wanted):
+    made, correct = wanted
+    log = evaluated(
+        f"jexit/{MODEL}",
+        model_args={"policy": "threshold:0.5", "max_prompt_tokens": 64, "max_new_tokens": 64},
+    )
+    samples = sorted(log.samples, key=lambda sample: sample.id)
+    assert [sample.output.completion for sample in samples] == made.texts
+    assert [sample.output.metadata["depths"] for sample in samples] == made.depths
+    assert [sample.scores["verdicts"].value == "C" for sample in samples] == correct
+    metrics = {name: each.value for name, each in log.results.scores[0].metrics.items()}
+    layers, tokens = sum(map(sum, made.depths)), sum(map(len, made.depths))
+    assert metrics["accuracy"] == pytest.approx(sum(correct) / COUNT)
+    assert metrics["depth_fraction"] == pytest.approx(layers / (8 * tokens))
+    assert metrics["layers_per_problem"] == pytest.approx(layers / COUNT)
+
+
+def test_inspects_openai_client_against_the_server(served, wanted, monkeypatch):
+    made, correct = wanted
+    monkeypatch.setenv("SERVED_API_KEY", served.api_key)
+    monkeypatch.setenv("SERVED_BASE_URL", f"{served.url}/v1")
+    log = evaluated("openai-api/served/tiny", extra_body={"policy": "threshold:0.5"})
+    samples = sorted(log.samples, key=lambda sample: sample.id)
+    assert [sample.output.completion for sample in samples] == made.texts
+    assert log.results.scores[0].metrics["accuracy"].value == pytest.approx(sum(correct) / COUNT)

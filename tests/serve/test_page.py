@@ -1,0 +1,106 @@
+"""The page of the server in a real browser."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def open_page(browser, served):
+    """Opens the page, in a context that fails the test if the page says or loads anything else."""
+    contexts, heard = [], []
+
+    def opened(scheme="light", width=1400):
+        size = {"width": width, "height": 900}
+        contexts.append(browser.new_context(color_scheme=scheme, viewport=size))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: heard.append(f"dialog: {dialog.message}"))
+
+        def asked(request):
+            if not request.url.startswith(served.url):
+                heard.append(f"request: {request.url}")
+
+        page.on("request", asked)
+        page.goto(served.url)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not heard
+
+
+def run(page, served, prompt="sum 37295"):
+    page.wait_for_selector("#keyfield:not([hidden])")
+    page.fill("#key", served.api_key)
+    page.fill("#prompt", prompt)
+    page.fill("#most", "48")
+    page.click("#run")
+    page.wait_for_selector("#saved:not(:empty)")
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_prompt_with_exits_and_without(open_page, served, loaded, scheme, width):
+    import jexit
+
+    page = open_page(scheme, width)
+    run(page, served)
+    made = [
+        jexit.generate(*loaded, ["sum 37295"], policy=policy, max_new_tokens=48)
+        for policy in (jexit.Threshold(0.5), jexit.Full())
+    ]
+    for side, wanted in zip(("early", "full"), made, strict=True):
+        spans = page.query_selector_all(f"#text-{side} span")
+        assert len(spans) == len(wanted.depths[0])
+        shades = [int(span.get_attribute("class")[1:]) for span in spans]
+        assert shades == [round(9 * (depth - 1) / 7) for depth in wanted.depths[0]]
+        sums = f"{len(spans)} tokens, {sum(wanted.depths[0])} layers"
+        assert page.inner_text(f"#numbers-{side}").startswith(sums)
+    saved = 100 * (1 - sum(made[0].depths[0]) / sum(made[1].depths[0]))
+    assert page.inner_text("#saved").startswith(f"The exits saved {saved:.0f} % of the layers")
+    page.hover("#text-early span:nth-child(3)")
+    tip = page.inner_text("#tip")
+    assert f"{made[0].depths[0][2]} of 8 layers" in tip and "hazard at 1: 0." in tip
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_what_a_model_writes_is_text(open_page, served):
+    """Markup in tokens stays text, and the page's policy lets no other script run."""
+    page = open_page()
+    token = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    choice = {
+        "index": 0, "delta": {"content": token}, "depths": [3], "hazards": [[0.5, None]],
+        "logprobs": {"content": [{"token": token, "logprob": -0.1}]},
+    }  # fmt: skip
+    said = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(body=said, content_type="text/event-stream"),
+    )
+    run(page, served)
+    assert page.inner_text("#text-early") == token
+    assert page.query_selector("#text-early img, #text-early script") is None
+    assert "script-src 'self'" in page.request.get(served.url).headers["content-security-policy"]
+
+
+def test_errors_are_said_and_a_run_can_be_stopped(open_page, served, idle):
+    page = open_page()
+    page.wait_for_selector("#keyfield:not([hidden])")
+    page.fill("#prompt", "sum 1")
+    page.click("#run")
+    page.get_by_text("asks for its API key").wait_for()
+    page.fill("#key", served.api_key)
+    page.fill("#prompt", "1" * 200)
+    page.click("#run")
+    page.get_by_text("does not fit this pool").wait_for()
+    assert page.is_enabled("#run") and not page.is_enabled("#stop")
+    page.fill("#prompt", "sum 37295")
+    page.route("**/v1/chat/completions", lambda route: None)  # never answered
+    page.click("#run")
+    page.click("#stop")
+    page.get_by_text("stopped").wait_for()
+    idle()
