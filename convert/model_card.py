@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from jexit.config import COMMANDS
-from jexit.errors import MissingFile
+from jexit.errors import MissingFile, UserError
 from jexit.io.hub import is_hub_id
 from jexit.io.model_source import ModelSource
 from jexit.report.runs import default_settings, settings
@@ -22,7 +22,10 @@ CARD = "README.md"
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
 _REMEDY = "it records how the model was made; restore it"
 # Settings that do not matter to a user of the model, such as paths and time limits.
-_LEFT_OUT = ("command", "preset", "model.", "task.name", "checkpoint.", "log.", "mesh.", "eval.")
+_LEFT_OUT = (
+    *("command", "preset", "model.", "task.name", "task.path"),
+    *("checkpoint.", "log.", "mesh.", "eval."),
+)
 
 
 def model_card(
@@ -42,6 +45,14 @@ def model_card(
     found = _evaluation(evaluation, run)
     measured = Evaluation.read(found) if found else None
     arch, stages = model.architecture, list(_stages(run))
+    if measured and (measured.model.layers, measured.model.exits) != (
+        arch.layers,
+        model.exit_layers,
+    ):
+        raise UserError(
+            f"{found} has the results of another model, {measured.model.path}; give the evaluation "
+            f"of {source}"
+        )
     results = measured.runs if measured else ()
     metadata = ModelCardData(
         base_model=model.source if is_hub_id(model.source) else None,
@@ -77,6 +88,7 @@ def model_card(
         stages=stages,
         task=_task_name(measured.task["name"]) if measured else "",
         split=measured.split if measured else "",
+        measured=_measured_name(measured) if measured else "",
         problems=results[0].problems if results else 0,
         results=[_row(result) for result in results],
     )
@@ -136,13 +148,27 @@ def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
         "command": config["command"],
         "start": start if is_hub_id(start) else pathlib.Path(start).name,
         "task": _task_name(own.get("task.name", "")),
-        "settings": [(key, _cell(value)) for key, value in changed],
+        "settings": [(key, _cell(_public(value))) for key, value in changed],
     }
+
+
+def _measured_name(measured: Evaluation) -> str:
+    """Returns the name of the model that was measured: its run's, or that of its directory."""
+    parts = pathlib.Path(measured.model.path).parts
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
 
 
 def _task_name(name: Any) -> str:
     """Returns a task's name without the directories of a task file, which are private."""
     return pathlib.Path(str(name)).name
+
+
+def _public(value: Any) -> Any:
+    """Returns a setting with only the last part of each path in it; directories are private."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_public, value))
+    is_path = isinstance(value, str) and "/" in value and not value.startswith("hf:")
+    return _task_name(value) if is_path and len(value.split()) == 1 else value
 
 
 def _cell(value: Any) -> str:

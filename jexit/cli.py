@@ -46,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = 2 if argv[0] == "convert" else 1
     command = " ".join(argv[:words])
     if command not in MODULES:
+        within = [name for name in MODULES if name.startswith(f"{argv[0]} ")]
         near = difflib.get_close_matches(command, MODULES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODULES)}"
+        hint = f"use one of {', '.join(within or MODULES)}"
+        if near and not within:
+            hint = f"did you mean {near[0]}?"
         print(f"jexit: there is no command {command!r}; {hint}", file=sys.stderr)
         return 1
     return importlib.import_module(MODULES[command]).main(argv[words:])

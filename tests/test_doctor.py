@@ -41,20 +41,26 @@ def test_a_broken_kernel_is_named(monkeypatch, capsys) -> None:
 
     asked: list[bool] = []  # whether kernels are timed
     monkeypatch.setattr(speed, "timings", lambda arch, kernels: asked.append(kernels) or ())
-    only = [case for case in agreement.cases() if case.operation == "linear_kl"]
-    monkeypatch.setattr(agreement, "cases", lambda: only)
+    every = agreement.cases
+    monkeypatch.setattr(
+        agreement, "cases", lambda: [case for case in every() if case.operation == "linear_kl"]
+    )
     for function, said in (
         (raises, r"it does not run \(out of shared memory\); "),
         (not_a_number, ".* KL is not finite at the entries where the reference is finite"),
         (wrong_gradient, "the gradient of .* differs from the reference by 5.0e-02, .* 1e-04"),
     ):
-        with monkeypatch.context() as patch:
-            patch.setitem(OPERATION._implementations, "xla", Implementation(function, ("cpu",)))
-            assert doctor.main([]) == 1
-        error = capsys.readouterr().err
-        pattern = f"^jexit: the xla implementation of linear_kl fails in float32: {said}"
-        assert re.search(pattern, error), error
-        assert "set --config.model.kernels=xla" in error
+        for name, remedy in (
+            ("xla", "no setting avoids it, so install another release of jax"),
+            ("pallas", "set --config.model.kernels=xla"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setitem(OPERATION._implementations, name, Implementation(function, ("cpu",)))
+                assert doctor.main([]) == 1
+            error = capsys.readouterr().err
+            pattern = f"^jexit: the {name} implementation of linear_kl fails in float32: {said}"
+            assert re.search(pattern, error), error
+            assert all(remedy in line for line in error.splitlines()), error
     assert not any(asked)
     assert doctor.main([]) == 0 and asked[-1]
     assert "Every implementation agrees" in capsys.readouterr().out

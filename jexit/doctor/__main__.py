@@ -4,7 +4,7 @@
 
 Compares every kernel and attention implementation that jexit may choose on the first device with
 its definition in float32: outputs and gradients, in float32 and bfloat16. For each failure, prints
-a sentence with the fault and the setting that avoids it. Then times decoding and the training steps
+a sentence with the fault and what avoids it. Then times decoding and the training steps
 of a random model, without the kernels if any check failed. Exits with code 1 if any check failed.
 Takes one to ten minutes.
 """
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for check in wrong:
         print(
             f"jexit: the {check.implementation} implementation of {check.operation} fails in "
-            f"{check.dtype}: {check.failure}; set --{check.setting}",
+            f"{check.dtype}: {check.failure}; {check.remedy}",
             file=sys.stderr,
         )
     if not wrong:

@@ -74,7 +74,7 @@ def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
         raise UserError(
             f"{directory} is written, but it cannot be uploaded to {hub_id} ({_reason(error)}); "
             "log in with a token that has write access (hf auth login), then run: hf upload "
-            f"{hub_id} {directory}"
+            f"--private {hub_id} {directory}"
         ) from error
 
 

@@ -117,6 +117,11 @@ def load_task(config: TaskConfig, split: str) -> Task:
         wrong=config.reward_wrong,
         none=config.reward_none,
     )
+    if "rewards" in config.options:
+        raise UserError(
+            "config.task.options.rewards cannot be set; set config.task.reward_strict, "
+            "reward_lenient, reward_wrong and reward_none, or give the task's keyword another name"
+        )
     task = make_task(config.name, config.path or None, rewards=rewards, **config.options)
     task.time_limit = config.time_limit
     require_problems(task, split)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jexit.errors import UserError
+from jexit.settings import shown
 from jexit.tasks import answers, phrases
 from jexit.tasks.base import Attempt, Problem, Rewards, Split, Task, Verdict, check_split
 from jexit.tasks.references import known_options, make_task
@@ -15,15 +16,22 @@ from jexit.tasks.user_code import guarded_judge
 PARTS = ("sums", "word_problems", "tom")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlendedProblem(Problem):
+    """A problem of a blend: `own` is the same problem as the task called `part` made it."""
+
+    part: str
+    own: Problem
+
+
 class Blend(Task):
     """A task that combines several tasks and takes problems from each of them equally often.
 
     Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. The
-    entry `fields["task"]` of a problem contains the name of the task from which the problem comes.
-    That task judges the completions of the problem and thus determines their rewards. Each task
-    reports its own metrics with its name as a prefix (`sums/step_size`), together with its accuracy
-    (`sums/accuracy`). Raises UserError if `tasks` contains fewer than two tasks or two with the
-    same name.
+    task from which a problem comes judges the completions and thus determines their rewards. Each
+    task reports its own metrics and reward functions with its name as a prefix (`sums/step_size`),
+    together with its accuracy (`sums/accuracy`). Raises UserError if `tasks` contains fewer than
+    two tasks or two with the same name.
     """
 
     name = "blend"
@@ -58,11 +66,12 @@ class Blend(Task):
         check_split(split)
         number, place = divmod(index, len(self.tasks))
         name, task = list(self.tasks.items())[place]
-        problem = task.problem(split, number)
-        return dataclasses.replace(problem, fields={**problem.fields, "task": name})
+        own = task.problem(split, number)
+        return BlendedProblem(**vars(own) | {"part": name, "own": own})
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        return self.tasks[problem.fields["task"]].verify(problem, completion)
+        assert isinstance(problem, BlendedProblem)
+        return self.tasks[problem.part].verify(problem.own, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
         """Judges the attempts at the problems of each task in one call of this task's `judge`.
@@ -71,9 +80,10 @@ class Blend(Task):
         """
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
-            own = [i for i, problem in enumerate(problems) if problem.fields["task"] == name]
-            judged = guarded_judge(task, [problems[i] for i in own], [attempts[i] for i in own])
-            verdicts |= zip(own, judged, strict=True)
+            place, own, made = _of_part(name, problems, attempts)
+            for index, verdict in zip(place, guarded_judge(task, own, made), strict=True):
+                parts = {f"{name}/{each}": value for each, value in verdict.parts.items()}
+                verdicts[index] = dataclasses.replace(verdict, parts=parts)
         return [verdicts[i] for i in range(len(problems))]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
@@ -84,12 +94,20 @@ class Blend(Task):
     ) -> dict[str, tuple[float, int]]:
         totals: dict[str, tuple[float, int]] = {}
         for name, task in self.tasks.items():
-            own = [i for i, problem in enumerate(problems) if problem.fields["task"] == name]
-            made = [attempts[i] for i in own]
-            found = task.text_totals([problems[i] for i in own], made)
+            _, own, made = _of_part(name, problems, attempts)
+            found = task.text_totals(own, made)
             found["accuracy"] = (sum(attempt.correct for attempt in made), len(made))
             totals |= {f"{name}/{key}": value for key, value in found.items()}
         return totals
+
+
+def _of_part(
+    name: str, problems: Sequence[Problem], attempts: Sequence[Attempt]
+) -> tuple[list[int], list[Problem], list[Attempt]]:
+    """Returns the indices, problems and attempts that belong to the part called `name`."""
+    index = [i for i, p in enumerate(problems) if isinstance(p, BlendedProblem) and p.part == name]
+    own = [problem.own for i in index if isinstance(problem := problems[i], BlendedProblem)]
+    return index, own, [attempts[i] for i in index]
 
 
 def task(
@@ -104,14 +122,20 @@ def task(
     Each task receives those of `steps` and `options` that it takes. Raises UserError for an option
     in `options` that none of the tasks takes.
     """
+    names = (parts,) if isinstance(parts, str) else parts
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"blend: parts is {shown(parts)}, but it must be the names of tasks; change "
+            "config.task.options.parts"
+        )
     made: list[Task] = []
     unknown, options = set(options), options | {"steps": steps}
-    for name in (parts,) if isinstance(parts, str) else parts:
+    for name in names:
         taken = known_options(name) & options.keys()
         made.append(make_task(name, rewards=rewards, **{key: options[key] for key in taken}))
         unknown -= taken
     if unknown:
         raise UserError(
-            f"blend: the tasks {', '.join(parts)} have no option {min(unknown)!r}; leave it out"
+            f"blend: the tasks {', '.join(names)} have no option {min(unknown)!r}; leave it out"
         )
     return Blend(made)

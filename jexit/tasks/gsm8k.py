@@ -63,6 +63,11 @@ class Gsm8k(FileTask, NumberChain):
         seed: int = 0,
         rewards: Rewards | None = None,
     ) -> None:
+        if shots < 0:
+            raise UserError(
+                f"gsm8k: shots is {shots}, but it must be at least 0; raise "
+                "config.task.options.shots"
+            )
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
         self.shots = shots
         self.seed = seed

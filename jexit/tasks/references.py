@@ -38,6 +38,7 @@ _YOURS = "or to FILE.py:NAME or MODULE:NAME for your own task"
 def make_task(
     name: str,
     path: str | os.PathLike[str] | None = None,
+    /,
     *,
     rewards: Rewards | None = None,
     **options: Any,
@@ -48,8 +49,8 @@ def make_task(
     is `task` by default). NAME refers to a `Task`, or to a callable that returns a `Task` when it
     is called with `options`. `path` is the file or folder for a task that reads files. If `name` is
     `tom` and a path is given, the task is `exploretom`, which reads the same kind of problem.
-    `rewards` is passed to a task that takes rewards. Raises UserError if the name, the file or an
-    option is wrong.
+    `rewards` is passed to a task whose parameter `rewards` is annotated with `Rewards`. Raises
+    UserError if the name, the file or an option is wrong.
     """
     found = _found(READERS.get(name, name) if path else name)
     if isinstance(found, Task):
@@ -73,7 +74,7 @@ def make_task(
                 "config.task.path empty"
             )
         options["path"] = path
-    if rewards is not None and ("rewards" in known or others):
+    if rewards is not None and Rewards in (hint := known.get("rewards"), *typing.get_args(hint)):
         options["rewards"] = rewards
     for option, value in options.items():
         if option in known:
@@ -83,6 +84,8 @@ def make_task(
             raise UserError(f"task {name!r} has no option {option!r}; it takes {names}")
     with user_code(f"task {name!r} cannot be made", _file_of(found)):
         made = found(**options)
+    if inspect.iscoroutine(made):
+        made.close()
     if not isinstance(made, Task):
         raise UserError(
             f"{name} returned {shown(made)}, but it must return a jexit.tasks.Task, such as the "
@@ -113,7 +116,8 @@ def code_hash(name: str, options: Mapping[str, Any]) -> str:
     The hash is a hexadecimal string, and empty for the tasks of jexit. The hash of a blend covers
     the files of its parts. Modules that a file imports, and data, are not covered.
     """
-    parts = options.get("parts", ()) if name == "blend" else (name,)
+    blends = ALIASES.get(name, name) == ALIASES["blend"]
+    parts = options.get("parts", ()) if blends else (name,)
     own = [part for part in ([parts] if isinstance(parts, str) else parts) if part not in ALIASES]
     files = [inspect.getsourcefile(_module(part.rpartition(":")[0] or part)) for part in own]
     texts = [pathlib.Path(file).read_bytes() for file in files if file]

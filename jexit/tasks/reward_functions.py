@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -35,19 +36,25 @@ class RewardFunction:
     def name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Raises UserError if the function requires an argument that is not available.
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns without which the function cannot be called."""
+        return [
+            parameter.name
+            for parameter in self._parameters
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and parameter.default is parameter.empty
+            and parameter.name not in GIVEN
+        ]
 
-        `columns` are the names of the columns of the rows, which are available as arguments.
-        """
-        for parameter in self._parameters:
-            plain = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            needed = parameter.default is parameter.empty
-            if plain and needed and parameter.name not in (*GIVEN, *columns):
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises UserError if the function needs a column that is not among `columns`."""
+        for name in self.columns:
+            if name not in columns:
                 raise UserError(
-                    f"reward function {self.name!r} needs {parameter.name!r}, but the rows have "
-                    f"only the columns {', '.join(columns)}; name one of them, or give "
-                    f"{parameter.name!r} a default"
+                    f"reward function {self.name!r} needs {name!r}, but the first row "
+                    f"has only the columns {', '.join(columns)}; name one of them, or give "
+                    f"{name!r} a default"
                 )
 
     def __call__(
@@ -68,24 +75,24 @@ class RewardFunction:
         with user_code(what, self._file), time_limit(seconds, f"reward function {self.name!r}"):
             made = self.function(**arguments)
             if inspect.isawaitable(made):
-                made = asyncio.run(_awaited(made))
-        try:
-            count = None if isinstance(made, (str, bytes, Mapping)) else len(made)
-        except TypeError:  # a number, or an array without axes
-            count = None
-        if count is None or getattr(made, "ndim", 1) != 1:
+                made = _awaited(made)
+            ordered = hasattr(made, "__len__") and hasattr(made, "__getitem__")
+            text = isinstance(made, (str, bytes, Mapping))
+            whole = ordered and not text and getattr(made, "ndim", 1) == 1
+            values = [made[place] for place in range(len(made))] if whole else None
+        if values is None:
             raise UserError(
                 f"reward function {self.name!r} returned {shown(made)}, but it must return a list "
                 "with a number or None for each completion"
             )
-        if count != len(prompts):
+        if len(values) != len(prompts):
             raise UserError(
-                f"reward function {self.name!r} returned {count} values for {len(prompts)} "
+                f"reward function {self.name!r} returned {len(values)} values for {len(prompts)} "
                 "completions, but it must return one value for each"
             )
         return [
             self._number(value, place, prompt)
-            for place, (value, prompt) in enumerate(zip(made, prompts, strict=True))
+            for place, (value, prompt) in enumerate(zip(values, prompts, strict=True))
         ]
 
     def _number(self, value: Any, place: int, prompt: str) -> float | None:
@@ -115,5 +122,22 @@ class RewardFunction:
         return getattr(getattr(self.function, "__code__", None), "co_filename", None)
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop for all calls: clients and locks that functions keep belong to a loop."""
+    return asyncio.new_event_loop()
+
+
+def _awaited(made: Any) -> Any:
+    """Returns the result of an awaitable; if it is interrupted, cancels what is left of it."""
+
+    async def awaited() -> Any:
+        return await made
+
+    task = _loop().create_task(awaited())
+    try:
+        return _loop().run_until_complete(task)
+    finally:
+        if not task.done():
+            task.cancel()
+            _loop().run_until_complete(asyncio.wait([task]))

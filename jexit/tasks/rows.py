@@ -51,7 +51,9 @@ class RowsTask(FileTask):
         super().__init__(path=None, instruction="", test_every=test_every, rewards=None)
         self._rows, self._prompt, self._completion = dict(rows), prompt, completion
         self._functions, self._correct = dict(rewards), correct
-        self._seen: list[str] = []  # the columns of the first row that was read
+        self._columns: dict[str, None] = {}  # of all rows that were read, in order
+        own = {name: None for f in (*rewards, correct) for name in f.columns}
+        self._needed = [*own, *filter(None, (completion,))]
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.judge([problem], [Attempt(text=completion)])[0]
@@ -61,7 +63,7 @@ class RowsTask(FileTask):
         if not problems:
             return []
         rows = [problem.fields for problem in problems]
-        arguments = {name: [row.get(name) for row in rows] for name in self._seen}
+        arguments = {name: [row.get(name) for row in rows] for name in self._columns}
         tokens = [list(attempt.ids) for attempt in attempts]
         arguments |= {
             "prompts": [row[self._prompt] for row in rows],
@@ -96,19 +98,23 @@ class RowsTask(FileTask):
         return {source: _read(rows, source) for source, rows in self._rows.items()}
 
     def _fault(self, row: dict[str, Any]) -> str | None:
-        if not self._seen:
-            self._seen = [name for name in row if name not in GIVEN]
+        if strange := [name for name in row if not isinstance(name, str)]:
+            return f"it has the column {strange[0]!r}, but the names of columns are texts"
+        if not self._columns:
             for function in (*self._functions, self._correct):
-                function.check(self._seen)
+                function.check([*row])
             for column in filter(None, (self._prompt, self._completion)):
                 if column not in row:
                     raise UserError(
-                        f"the rows have no column {column!r}, only {', '.join(map(str, row))}; "
-                        "name one of them in the call of rows_task"
+                        f"the first row has no column {column!r}, only {', '.join(row)}; name one "
+                        "of them in the call of rows_task"
                     )
+        self._columns |= {name: None for name in row if name not in GIVEN}
         fault = conversation_fault(row.get(self._prompt))
         if fault:
             return f"{self._prompt!r} {fault}"
+        if missing := [name for name in self._needed if name not in row]:
+            return f"no {missing[0]!r}"
         if self._completion and _text_of(row.get(self._completion)) is None:
             return f"{self._completion!r} is empty or not a text"
         return None

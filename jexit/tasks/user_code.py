@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -35,9 +36,9 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
         yield
     except (UserError, NoMoreProblems):
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         if isinstance(error, SyntaxError):
-            place, reason = f"{error.filename}, line {error.lineno}", error.msg
+            place, reason = f"{error.filename or file}, line {error.lineno or 1}", error.msg
         else:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == file]

@@ -13,6 +13,13 @@ from report_files import evaluation, write_json
 from small_runs import make_config, saved_small_model
 
 
+def measured(**changes):
+    """An evaluation of the model of `trained`."""
+    return evaluation() | {
+        "model": {"path": "runs/a/model", "layers": 3, "exits": [1, 2]} | changes
+    }
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The directory of a run of rl with its evaluation, on a base from the hub."""
@@ -22,9 +29,15 @@ def trained(tmp_path_factory):
     (base / "jexit.json").write_text(json.dumps(named))
     model, tokenizer = load(base, exit_layers=(1, 2), lora=LoRA(rank=2))
     save_model(folder / "run" / "model", model, tokenizer, base=str(base))
-    settings = {"rl__depth_coef": 0.25, "task__options__operands_max": 5}
+    settings = {
+        "rl__depth_coef": 0.25,
+        "task__options__operands_max": 5,
+        "task__options__data": "/home/somebody/rows.jsonl",
+        "task__path": "/home/somebody/data",
+        "task__system": "Answer and/or ask.",
+    }
     write_json(folder / "run" / "config.json", make_config("rl", base, **settings).to_dict())
-    write_json(folder / "run" / "eval" / "eval.json", evaluation())
+    write_json(folder / "run" / "eval" / "eval.json", measured())
     return folder / "run"
 
 
@@ -63,11 +76,14 @@ def test_a_card_says_what_the_run_and_its_evaluation_say(trained, tmp_path):
         ) in text
     for line in (
         "**rl** of", "on `sums`", "| `rl.depth_coef` | `0.25` |",
-        "| `task.options.operands_max` | `5` |",
-        "`sums`, test split, 256 problems", 'jexit.load("out")', "at layers 1, 2;",
+        "| `task.options.operands_max` | `5` |", "| `task.options.data` | `'rows.jsonl'` |",
+        "| `task.system` | `'Answer and/or ask.'` |",
+        "`sums`, test split, 256 problems; ", "Measured on `a`.", 'jexit.load("out")',
+        "at layers 1, 2;",
         'AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)',
     ):  # fmt: skip
         assert line in text, line
+    assert "somebody/" not in text.replace("somebody/small-base", "") and "task.path" not in text
     # The run's `model/` is the same; an adapter is one of peft's.
     target = tmp_path / "adapter"
     given = [f"--source={trained / 'model'}", f"--target={target}", "--adapter=peft", "--card"]
@@ -81,13 +97,16 @@ def test_a_model_that_nobody_trained_here_has_a_card_too(trained, tmp_path, caps
     source = f"--source={trained.parent / 'base'}"
     assert to_hf.main([source, f"--target={tmp_path / 'out'}", "--card"]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "The model directory does not contain" in text and "No evaluation was given" in text
+    assert "The model directory does not contain" in text and "not recorded" in text
+    other = tmp_path / "other"
+    write_json(other / "eval.json", measured(layers=9))
     for options, said in (
         (
             ["--push=nobody"],
             "--push is 'nobody', but it must be OWNER/NAME of a repository",
         ),
         ([f"--eval={trained}"], "use it with --card or --push"),
+        (["--card", f"--eval={other}"], "has the results of another model, runs/a/model; give the"),
         (
             ["--card", f"--eval={tmp_path}"],
             "eval.json; give an eval.json that configs/eval.py",

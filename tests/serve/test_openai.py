@@ -158,3 +158,27 @@ def test_what_the_client_raises(client, served):
     (model,) = client.models.list().data
     assert (model.id, model.layers, model.exit_layers) == ("tiny", 8, [1, 2, 3, 4, 6])
     assert json.dumps(model.model_dump())
+
+
+@pytest.mark.slow
+def test_lm_evals_client_gets_the_same(served, loaded, monkeypatch):
+    """`lm_eval --model local-chat-completions`, a class of its own."""
+    completions = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setenv("OPENAI_API_KEY", served.api_key)
+    client = completions.LocalChatCompletion(
+        base_url=f"{served.url}/v1/chat/completions", model="tiny", num_concurrent=3, max_retries=1
+    )
+    asked = [
+        Instance(
+            "generate_until",
+            {},
+            (client.apply_chat_template([{"role": "user", "content": prompt}]),
+             {"max_gen_toks": 48, "temperature": 0.0, "until": ["###"]}),
+            number,
+        )
+        for number, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    made = jexit.generate(*loaded, PROMPTS, max_new_tokens=48, stop=["###"])
+    assert client.generate_until(asked, disable_tqdm=True) == made.texts

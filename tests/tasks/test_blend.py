@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+import jexit
 from jexit.config import TaskConfig
 from jexit.loops.setup import load_task
 from jexit.tasks import Attempt, Rewards, make_task
@@ -19,7 +20,8 @@ def test_problems_come_from_the_tasks_in_turn_which_judge_and_count_them():
     for index, problem in enumerate(problems):
         task, other = tasks[index % 3], problems[index - 1]
         own = task.problem("train", index // 3)
-        assert problem == dataclasses.replace(own, fields={**own.fields, "task": task.name})
+        assert (problem.own, problem.part) == (own, task.name)
+        assert vars(own).items() <= vars(problem).items()
         assert blend.verify(problem, problem.completion).reward == 3.0
         if other.answer != problem.answer:
             assert not blend.verify(problem, other.completion).correct
@@ -32,6 +34,34 @@ def test_problems_come_from_the_tasks_in_turn_which_judge_and_count_them():
         for key, value in task.text_totals(problems[number::3], attempts[number::3]).items():
             assert totals[f"{name}/{key}"] == value
     assert {"sums/step_size", "tom/chain_lines"} < totals.keys()
+
+
+def rows_of(name):
+    """A task whose rows have a column `task`, as in TRL's documentation, which its reward sees."""
+
+    def right(completions, task, **columns):
+        return [float(text == name == own) for text, own in zip(completions, task, strict=True)]
+
+    rows = [{"prompt": f"{name} {n}", "task": name} for n in range(40)]
+    made = jexit.rows_task(train=rows, rewards=right)
+    made.name = name
+    return made
+
+
+def test_columns_and_rewards_stay_those_of_the_parts():
+    """Also in a blend of a blend."""
+    inner = Blend([rows_of("math"), rows_of("code")])
+    blend = Blend([inner, rows_of("logic")])
+    problems = [blend.problem("train", index) for index in range(4)]
+    assert [problem.fields["task"] for problem in problems] == ["math", "logic", "code", "logic"]
+    texts = ["math", "wrong", "code", "logic"]
+    verdicts = blend.judge(problems, [Attempt(text=text) for text in texts])
+    assert [verdict.correct for verdict in verdicts] == [True, False, True, True]
+    assert [dict(verdict.parts) for verdict in verdicts] == [
+        {"blend/math/right": 1.0}, {"logic/right": 0.0}, {"blend/code/right": 1.0},
+        {"logic/right": 1.0},
+    ]  # fmt: skip
+    assert blend.verify(problems[2], "code").correct
 
 
 def test_a_blend_is_as_long_as_its_shortest_part_lasts(tmp_path):

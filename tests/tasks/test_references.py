@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from jexit.config import TaskConfig
 from jexit.errors import MissingFile, UserError
+from jexit.loops.setup import load_task
 from jexit.tasks import Attempt, Rewards, make_task
 from jexit.tasks.references import ALIASES, code_hash
 from jexit.tasks.sums import Sums
@@ -183,3 +185,33 @@ def test_a_blend_passes_its_limit_on_and_its_hash_covers_its_parts(write):
     attempts = [dataclasses.replace(a, verdict=v) for a, v in zip(attempts, verdicts, strict=True)]
     totals = blend.text_totals(problems, attempts)
     assert totals["sums/accuracy"] == (0, 1) and totals[f"{name}/accuracy"] == (1, 1)
+
+
+def test_keywords_of_a_users_function_are_its_own(write, monkeypatch, tmp_path):
+    """Also `path` and `name`; `rewards` is jexit's only where the annotation says so."""
+    name = write(
+        ROWS + RIGHT + "import jexit.tasks\n"
+        "def task(path='a', name='b', rewards=None, **others):\n"
+        "    made = jexit.rows_task(train=ROWS, rewards=right)\n"
+        "    made.got = path, name, rewards, others\n"
+        "    return made\n"
+    )
+    config = TaskConfig(name=name, options={"path": "x", "name": "y", "more": 1})
+    assert load_task(config, "train").got == ("x", "y", None, {"more": 1})
+    with pytest.raises(UserError, match=r"options.rewards cannot be set; set config.task.reward_s"):
+        load_task(TaskConfig(name=name, options={"rewards": 3}), "train")
+    assert load_task(TaskConfig(name="sums", reward_wrong=-2.0), "train").rewards.wrong == -2.0
+    parts = {"parts": (name, "sums")}
+    assert code_hash("jexit.tasks.blend:task", parts) == code_hash("blend", parts) != ""
+    with pytest.raises(UserError, match="parts is 5, but it must be the names of tasks"):
+        make_task("blend", parts=5)
+
+
+def test_a_file_that_is_no_python_and_a_coroutine_are_refused(write, recwarn):
+    for text, said in (
+        ("x = 1\0", r"cannot be read \(.*mine.py, line 1: .*null bytes"),
+        ("async def task(): pass", "returned <coroutine object task .*, but it must return"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_task(write(text))
+    assert not recwarn.list

@@ -192,6 +192,61 @@ def raises(completions, **columns):
     return [1.0 / (len(text) - 1) for text in completions]
 
 
+def test_asynchronous_functions_share_one_event_loop():
+    """What they keep belongs to it, also after one of them took too long."""
+    lock = asyncio.Semaphore(1)
+
+    async def waits(completions, **columns):
+        async with lock:
+            await asyncio.sleep(60 if completions[0] == "slow" else 0)
+            return [1.0] * len(completions)
+
+    async def queues(completions, **columns):
+        return await asyncio.gather(*(asyncio.wait_for(one(), 5) for _ in completions))
+
+    async def one():
+        async with lock:
+            await asyncio.sleep(0)
+            return 0.5
+
+    task = made(rewards={waits: 1.0, queues: 1.0})
+    task.time_limit = 0.3
+    for texts in (("a", "b"), ("slow", "b"), ("a", "b")):
+        if texts[0] == "slow":
+            with pytest.raises(UserError, match=r"'waits' took longer than 0\.3 s"):
+                judged(task, *texts)
+        else:
+            assert [verdict.reward for verdict in judged(task, *texts)] == [1.5, 1.5]
+
+
+def test_columns_may_differ_between_rows(caplog):
+    """A needed one that is missing leaves the row out; a further one is None elsewhere."""
+    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(8)]
+    rows[3]["hint"] = "look"
+    del rows[5]["answer"]
+    rows.append({"question": "What?", "answer": "1", 7: "seven"})
+    seen = {}
+
+    def sees(completions, answer, hint, **columns):
+        seen.update(hint=hint)
+        return [1.0] * len(completions)
+
+    with pytest.raises(UserError, match="'sees' needs 'hint', but the first row has only the col"):
+        jexit.rows_task(train=rows, prompt="question", rewards=sees, test_every=0).size("train")
+
+    def sees(completions, answer, hint=None, **columns):
+        seen.update(hint=hint)
+        return [1.0] * len(completions)
+
+    task = jexit.rows_task(train=rows, val=rows[:1], prompt="question", rewards=sees, test_every=0)
+    problems = [task.problem("train", index) for index in range(task.size("train"))]
+    assert [problem.prompt for problem in problems] == [f"What is {n}?" for n in (1, 2, 3, 4, 6, 7)]
+    for text in ("row 5: no 'answer'", "row 8: it has the column 7, but the names of columns"):
+        assert text in caplog.text
+    task.judge(problems, [Attempt(text="")] * 6)
+    assert seen["hint"] == [None, None, "look", None, None, None]
+
+
 def endless(completions, **columns):
     while True:
         with contextlib.suppress(Exception):
@@ -209,6 +264,20 @@ async def endless_too(completions, **columns):
     await asyncio.sleep(60)
 
 
+async def cancelled(completions, **columns):
+    raise asyncio.CancelledError
+
+
+class Lazy:
+    """A sequence that raises when it is read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, place):
+        raise IndexError("lost")
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -223,6 +292,9 @@ async def endless_too(completions, **columns):
         (lambda completions: [10**400, 0], "returned a number of thousands|returned 1000.*finite"),
         (lambda completions: [1e39, 0], r"returned 1e\+39 for completion 0 .*of at most 1e\+06"),
         (lambda completions: [[1], 0], r"returned \[1\] for completion 0"),
+        (lambda completions: {1.0, 0.0}, r"returned \{.*\}, but it must return a list"),
+        (lambda completions: Lazy(), r"failed \(.*test_rows.py, line \d+: IndexError: lost"),
+        (cancelled, "'cancelled' failed .*CancelledError"),
         (stubborn, "took longer than 0.2 s for one batch"),
         (raises, r"'raises' failed \(.*test_rows.py, line \d+: ZeroDivisionError: float division"),
         (endless, r"'endless' took longer than 0.2 s for one batch; .* config.task.time_limit"),
@@ -255,9 +327,15 @@ def test_functions_and_columns_that_do_not_fit_are_refused_before_anything_runs(
         ({"train": {"prompt": ["a"]}}, "the rows of train are {'prompt'.*but they must be a seq"),
         ({"rewards": [3]}, "a reward is 3, but it must be a function; give"),
         ({"rewards": {right: "1"}}, "the weight of .* is '1', but it must be a number"),
-        ({"prompt": "text"}, "no column 'text', only question, answer, n; name one of them"),
-        ({"completion": "text"}, "no column 'text', only question, answer, n; name one of them"),
-        ({"rewards": lambda completions, gold: 1}, "needs 'gold', but the rows have only the col"),
+        (
+            {"prompt": "text"},
+            "the first row has no column 'text', only question, answer, n; name one",
+        ),
+        (
+            {"completion": "text"},
+            "the first row has no column 'text', only question, answer, n; name one",
+        ),
+        ({"rewards": lambda completions, gold: 1}, "needs 'gold', but the first row has only the"),
         ({"train": tmp_path / "none.jsonl"}, "rows file .*none.jsonl does not exist; give"),
         ({"train": tmp_path / "a.txt"}, r"a.txt ends in '\.txt', but it must end in one of \.js"),
         ({"train": tmp_path / "a.parquet"}, "cannot be read as a Parquet file"),
