@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -52,16 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             host, port = listening.getsockname()[:2]
             print(f"jexit: serving {server.opened.limits.name} on http://{host}:{port}", flush=True)
             config = uvicorn.Config(
-                server.app(), log_level="warning", access_log=False, lifespan="off"
+                server.app(),
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=75,  # longer than clients keep an idle connection
             )
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _ended)  # uvicorn finishes its answers, then raises it again
             uvicorn.Server(config).run(sockets=[listening])
             server.opened.pool.close()
-    except KeyboardInterrupt:  # raised again by uvicorn after it has finished
-        return 0
     except UserError as error:
         print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     return 0 if server.opened.pool.failure is None else 1
+
+
+def _ended(*_: object) -> None:
+    """Handles the signal that has ended the server."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a model directory, or a run's WORKDIR/model")
-    add("--name", help="the model's name for clients; default: the directory's name")
+    add("--name", help="the model's name for clients; default: the directory's, or the run's")
     add("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; set a key then")
     add("--port", type=int, default=8000)
     add("--api-key", default=os.environ.get(KEY_VARIABLE, ""),

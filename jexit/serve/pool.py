@@ -8,6 +8,7 @@ import logging
 import pathlib
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ from jexit.model.transformer import Transformer
 from jexit.rollout import Arrivals, Grown, Request
 from jexit.serve.protocol import Asked, Choice, Limits, Refused, parse
 
-STEPS = 2  # sampling steps between two looks at who joins and leaves
+TURN_SECONDS = 0.04  # between two looks at who joins and leaves
+MOST_STEPS = 256  # sampling steps in this time
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,6 @@ class PoolThread(threading.Thread):
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
         self.failure: Exception | None = None
-        self.turns = 0
 
     def check(self, request: Request) -> None:
         """Raises UserError if the pool cannot serve the request."""
@@ -66,13 +67,17 @@ class PoolThread(threading.Thread):
 
     def run(self) -> None:
         try:
+            steps = 1
             while self._read():
-                for grown in self._arrivals.turn(STEPS):
+                began = time.perf_counter()
+                news = self._arrivals.turn(steps)
+                share = TURN_SECONDS / (time.perf_counter() - began)
+                steps = min(max(1, round(steps * min(max(share, 0.5), 2.0))), MOST_STEPS)
+                for grown in news:
                     stream, choice = self._streams[grown.ticket]
                     if grown.finished:
                         del self._streams[grown.ticket]
                     stream.deliver(choice, grown)
-                self.turns += 1
         except Exception as error:  # of the device: out of memory, lost
             _log.exception("the decoding pool has failed")
             self.failure = error
@@ -176,9 +181,10 @@ def open_pool(
 ) -> Opened:
     """Loads a model, compiles the programs of its pool and starts the pool's thread.
 
-    `name` is the model's name for clients (by default the directory's) and `policy` that of
-    requests that name none. By default, prompts and completions may have up to 1,024 tokens each,
-    or half of the model's positions. Raises UserError if a value or the directory is not valid.
+    `name` is the model's name for clients, by default that of the directory or, for WORKDIR/model,
+    of the run. `policy` is the policy of requests that name none. By default, prompts and
+    completions may have up to 1,024 tokens each, or half of the model's positions. Raises UserError
+    if a value or the directory is not valid.
     """
     for what, value in (("prompt", max_prompt_tokens), ("new", max_new_tokens)):
         if value is not None and value < 1:
@@ -206,5 +212,6 @@ def open_pool(
     arrivals.warm_up()
     pool = PoolThread(arrivals)
     pool.start()
-    name = name or pathlib.Path(directory).resolve().name
+    path = pathlib.Path(directory).resolve()
+    name = name or (path.parent if path.name == "model" else path).name
     return Opened(model, tokenizer, pool, Limits(name=name, policy=default, new_tokens=new))

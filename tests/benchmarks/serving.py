@@ -4,10 +4,10 @@
         [--tokens 64] [--rounds 3]
 
 Starts `python -m jexit.serve` and talks to it over the loopback. In each round, in turn: requests
-one after the other; the same number of requests from as many clients, which arrive at random
-(Poisson) within the time that 16 of the sequential ones took; and all clients at once at full depth
-and at half the depth. At the end, 16 clients hang up in the middle, and the others must get what
-they got alone. Decoding is greedy.
+one after the other; clients that arrive at random (Poisson) within the time that 4 of the
+sequential requests took, each with 4 requests, one after the other; and the same clients all at
+once, without streams, at full depth and at half the depth. At the end, 16 clients hang up in the
+middle, and the others must get what they got alone. Decoding is greedy.
 
 Prints tokens a second as ratios, and the time to the first token in units of a sequential request.
 Exits 1 if many clients get less than --least (4) times the tokens a second of sequential requests,
@@ -29,6 +29,7 @@ import numpy as np
 from jexit.tasks import make_task
 
 HANG_UP = 16
+EACH = 4  # requests of a client, and sequential requests within whose time the clients arrive
 HALF = 1.4  # least tokens a second at half the depth, of those at full depth
 
 
@@ -64,14 +65,17 @@ async def measure(url: str, arguments: argparse.Namespace) -> int:
         layers = model["layers"]
         half = min(model["exit_layers"], key=lambda exit_layer: abs(2 * exit_layer - layers))
 
-        async def ask(prompt: str, policy: str = "full", after: float = 0.0, cut: bool = False):
-            """Returns (text, tokens, seconds to the first token, seconds)."""
-            await asyncio.sleep(after)
+        async def ask(prompt: str, policy: str = "full", stream: bool = True, cut: bool = False):
+            """Returns (text, tokens, seconds to the first token)."""
             body = {
                 "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                "max_tokens": arguments.tokens, "stream": True, "policy": policy,
+                "max_tokens": arguments.tokens, "stream": stream, "policy": policy,
             }  # fmt: skip
             began, first, text, tokens = time.perf_counter(), None, "", 0
+            if not stream:
+                answer = (await http.post("/v1/chat/completions", json=body)).json()
+                text = answer["choices"][0]["message"]["content"]
+                return text, answer["usage"]["completion_tokens"], time.perf_counter() - began
             async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
                 async for line in answer.aiter_lines():
                     if not line.startswith("data: {"):
@@ -82,16 +86,21 @@ async def measure(url: str, arguments: argparse.Namespace) -> int:
                     tokens += len(choice["depths"])
                     if cut and tokens > 3:
                         break
-            return text, tokens, first, time.perf_counter() - began
+            return text, tokens, first
 
         async def together(policy: str = "full", spread: float = 0.0):
             gaps = np.random.default_rng(0).exponential(size=len(prompts))
             starts = np.cumsum(gaps) * (spread / gaps.sum())
             began = time.perf_counter()
-            made = await asyncio.gather(
-                *(ask(p, policy, after) for p, after in zip(prompts, starts, strict=True))
-            )
-            return made, sum(tokens for _, tokens, *_ in made) / (time.perf_counter() - began)
+
+            async def client(number: int):
+                await asyncio.sleep(starts[number])
+                turn = [prompts[(number + 7 * n) % len(prompts)] for n in range(EACH)]
+                return [await ask(prompt, policy, stream=spread > 0) for prompt in turn]
+
+            answers = await asyncio.gather(*map(client, range(len(prompts))))
+            made = [answer for each in answers for answer in each]
+            return made, sum(tokens for _, tokens, _ in made) / (time.perf_counter() - began)
 
         await together()  # so that nothing is compiled, and every buffer exists
         alone, rates, firsts = [], {}, []
@@ -100,10 +109,12 @@ async def measure(url: str, arguments: argparse.Namespace) -> int:
             alone = [await ask(prompt) for prompt in prompts]
             seconds = time.perf_counter() - began
             one = seconds / len(prompts)
-            rates.setdefault("sequential", []).append(sum(t for _, t, *_ in alone) / seconds)
-            made, rate = await together(spread=16 * one)
+            rates.setdefault("sequential", []).append(
+                sum(tokens for _, tokens, _ in alone) / seconds
+            )
+            made, rate = await together(spread=EACH * one)
             rates.setdefault("arriving", []).append(rate)
-            firsts += [first / one for *_, first, _ in made]
+            firsts += [first / one for *_, first in made]
             for policy in ("full", f"fixed:{half}"):
                 _, rate = await together(policy)
                 rates.setdefault(policy, []).append(rate)

@@ -122,7 +122,7 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones():
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
         reader.join(60)
-        assert process.wait(60) in (0, -signal.SIGTERM)
+        assert process.wait(60) == 0
     assert lines[-2:] == ["data: [DONE]", ""]
     parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     ended = {c["index"] for part in parts for c in part["choices"] if c["finish_reason"]}
