@@ -1,9 +1,9 @@
 """Stochastic early exits that reward language models for reasoning in the open.
 
 `load` reads a model directory. `forward` and `generate` run the model under a policy: `Full`,
-`Fixed`, `Prescribed`, `Sample` or `Threshold`. `rows_task` makes a task from your rows and reward
-functions. Names are imported when they are first used, so that the parts that do not need jax
-(tasks, tokenizer, report) load without it.
+`Fixed`, `Prescribed`, `Sample`, `Threshold` or `Speculate`. `rows_task` makes a task from your rows
+and reward functions. Names are imported when they are first used, so that the parts that do not
+need jax (tasks, tokenizer, report) load without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jexit.config import EngineSize
     from jexit.io.model_dir import load
-    from jexit.model.policies import Fixed, Full, Policy, Prescribed, Sample, Threshold
+    from jexit.model.policies import Fixed, Full, Policy, Prescribed, Sample, Speculate, Threshold
     from jexit.model.transformer import Output, Transformer, forward
     from jexit.rollout.texts import generate, stream
     from jexit.tasks.rows import rows_task
@@ -29,6 +29,7 @@ _MODULES = {
     "Policy": "jexit.model.policies",
     "Prescribed": "jexit.model.policies",
     "Sample": "jexit.model.policies",
+    "Speculate": "jexit.model.policies",
     "Threshold": "jexit.model.policies",
     "Transformer": "jexit.model.transformer",
     "forward": "jexit.model.transformer",
@@ -46,6 +47,7 @@ __all__ = [
     "Policy",
     "Prescribed",
     "Sample",
+    "Speculate",
     "Threshold",
     "Transformer",
     "__version__",

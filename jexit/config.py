@@ -822,7 +822,7 @@ def _check_policies(config: Config) -> None:
                 f"policy {policy!r} is a control for {of!r}, but {of!r} does not come before it; "
                 f"put {of!r} before it in config.eval.policies"
             )
-    parse_policy(config.generate.policy)
+    parse_policy(config.generate.policy, speculate=True)
     parse_policy(config.eval.measured)
 
 
@@ -867,11 +867,12 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     return exits
 
 
-def parse_policy(text: str) -> tuple[str, float | int | None]:
+def parse_policy(text: str, *, speculate: bool = False) -> tuple[str, float | int | None]:
     """Returns the kind and the number of the halting policy with the name `text`.
 
     Names are `threshold:X` (0 < X < 1), `fixed:LAYERS` (at least 1), and `full` and `sample`, whose
-    number is None. Raises UserError for any other name.
+    number is None. With `speculate`, `speculate:LAYER` is a name too. Raises UserError for any
+    other name.
     """
     kind, _, argument = text.partition(":")
     if kind in ("full", "sample") and not argument:
@@ -879,13 +880,13 @@ def parse_policy(text: str) -> tuple[str, float | int | None]:
     try:
         if kind == "threshold" and 0.0 < float(argument) < 1.0:
             return kind, float(argument)
-        if kind == "fixed" and int(argument) >= 1:
+        if kind in ("fixed", "speculate")[: 1 + speculate] and int(argument) >= 1:
             return kind, int(argument)
     except ValueError:
         pass
     raise UserError(
-        f"policy {text!r} is not known; use full, sample, threshold:X (0 < X < 1) or fixed:N "
-        "(N layers, at least 1)"
+        f"policy {text!r} is not known; use full, sample, threshold:X (0 < X < 1)"
+        f"{', speculate:N' if speculate else ''} or fixed:N (N layers, at least 1)"
     )
 
 

@@ -120,6 +120,29 @@ class Fixed(Policy):
 
 
 @_pytree
+class Speculate(Policy):
+    """Every token runs all layers; in `generate`, exit `layer` drafts tokens that these verify.
+
+    The results have the distribution of `Full`, and greedy decoding its tokens; only the time
+    differs. Everything but `generate`, `stream` and the server treats it like `Full`.
+    """
+
+    layer: int = dataclasses.field(metadata={"static": True})
+    leaves_early: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return f"speculate:{self.layer}"
+
+    def check(self, depths: tuple[int, ...]) -> None:
+        if self.layer not in depths[:-1]:
+            raise UserError(
+                f"Speculate has layer {self.layer}, but tokens can be drafted only at the exits "
+                f"{depths[:-1]}; give one of these"
+            )
+
+
+@_pytree
 class Prescribed(Policy):
     """Each token runs the number of layers that `depth_BT` contains: up to an exit, or all layers.
 
@@ -279,14 +302,15 @@ class Mixed(Policy):
 
 
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
-    """Returns the policy named `text`, such as `full`, `threshold:0.5` or `fixed:6`.
+    """Returns the policy named `text`, such as `full`, `threshold:0.5`, `fixed:6`, `speculate:6`.
 
     For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
     """
-    kind, argument = parse_policy(text)
+    kind, argument = parse_policy(text, speculate=True)
     if argument is None:
         return sample if kind == "sample" else Full()
-    return {"fixed": Fixed, "threshold": Threshold}[kind](argument)
+    kinds = {"fixed": Fixed, "threshold": Threshold, "speculate": Speculate}
+    return kinds[kind](argument)
 
 
 def check_policy(policy: Any, depths: tuple[int, ...]) -> None:

@@ -111,6 +111,11 @@ class Arrivals:
         self._settings: tuple[Policy, Draws] | None = None  # None: the jobs have changed
 
     @property
+    def split(self) -> SplitModel:
+        """The model, in the form of `nnx.split`."""
+        return self._engine.graphdef, *self._engine.states
+
+    @property
     def under_way(self) -> int:
         """The number of completions that wait or are being decoded."""
         return len(self._queue) + sum(job is not self._idle for job in self._jobs)

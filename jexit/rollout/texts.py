@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 from jexit.config import EngineSize
 from jexit.data.tokenizer import Messages
 from jexit.errors import UserError
-from jexit.model.policies import Full, Policy, warn_if_untrained
+from jexit.model.policies import Full, Policy, Speculate, policy_of, warn_if_untrained
 from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Decoding, SplitModel
 from jexit.rollout.pool import Records
 from jexit.rollout.requests import Request
 from jexit.rollout.residuals import check_layers, residuals_of
 from jexit.rollout.scheduling import AUTOMATIC
+from jexit.rollout.speculation import Speculation
 from jexit.tasks.base import conversation_fault
 
 STOP_EVERY = 16  # token-drawing ticks between two searches for stop strings
@@ -40,6 +42,7 @@ class Generation:
     residuals: list[np.ndarray] | None  # [tokens, layers, D], of the pass that produced each token
     truncated: list[bool]
     seconds: float
+    acceptance: float | None  # share of drafted tokens that were accepted, under `Speculate`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
-    policy: Policy = Full(),
+    policy: Policy | str = Full(),
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -79,13 +82,15 @@ def generate(
 ) -> Generation:
     """Completes text prompts under a halting policy, which decides at which layer each token exits.
 
-    `tokenizer` is a `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the
-    tokenizer's chat format: a string is the user's message, and a list of messages (dicts with
-    `role` and `content`) is a conversation that ends with the user's message. Without `chat`, a
-    prompt is plain text, and the tokenizer may put a begin token before the text. Temperature 0
-    means greedy decoding. A completion ends with an end token, or with the token that completes one
-    of the `stop` strings; the returned text ends before the stop string. With `hazards`, the hazard
-    logits at the exits are returned too. `adapters=False` omits LoRA.
+    `policy` is a policy or its name, such as "threshold:0.5". Under "speculate:LAYER" an exit
+    drafts tokens and all layers verify them, so the text is that of all layers. `tokenizer` is a
+    `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the tokenizer's chat
+    format: a string is the user's message, and a list of messages (dicts with `role` and `content`)
+    is a conversation that ends with the user's message. Without `chat`, a prompt is plain text, and
+    the tokenizer may put a begin token before the text. Temperature 0 means greedy decoding. A
+    completion ends with an end token, or with the token that completes one of the `stop` strings;
+    the returned text ends before the stop string. With `hazards`, the hazard logits at the exits
+    are returned too. `adapters=False` omits LoRA.
 
     `residuals` are layer numbers in rising order: number ℓ stands for the residual that enters
     layer ℓ, and the number of layers for the one that leaves the last layer. They are computed by
@@ -95,11 +100,14 @@ def generate(
     Raises UserError for an invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
     layers = tuple(residuals)
-    decoding, texts = _started(
-        model, tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens,
-        seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
-        adapters=adapters, hazards=hazards, size=size,
+    request, texts = _asked(
+        tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens, seed=seed,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
+        adapters=adapters, hazards=hazards,
     )  # fmt: skip
+    if isinstance(request.policy, Speculate):
+        return _speculated(Speculation(model, request), texts, layers)
+    decoding = _decoding(model, request, size)
     model = decoding.engine.model
     check_layers(layers, model.arch.layers)
     while not decoding.turn(STOP_EVERY if stop else None):
@@ -128,7 +136,56 @@ def generate(
         ),
         truncated=made.truncated_B.tolist(),
         seconds=made.seconds,
+        acceptance=None,
     )
+
+
+def _speculated(speculation: Speculation, texts: _Texts, layers: tuple[int, ...]) -> Generation:
+    """Returns what self-speculative decoding generates; `layers` are those of the residuals."""
+    model, request = speculation.model, speculation.request
+    check_layers(layers, model.arch.layers)
+    began, count = time.perf_counter(), len(request.prompts)
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    logprobs: list[list[float]] = [[] for _ in range(count)]
+    for piece in _speculated_pieces(speculation, texts):
+        tokens[piece.index] += piece.tokens
+        logprobs[piece.index] += piece.logprobs
+    seconds = time.perf_counter() - began
+    depths = [[model.arch.layers] * len(row) for row in tokens]
+    asked = request.prompts, tokens, depths, layers
+    eos, most = set(request.eos_ids), request.max_new_tokens
+    return Generation(
+        texts=texts.whole,
+        tokens=tokens,
+        depths=depths,
+        logprobs=logprobs,
+        depth_logprobs=[[0.0] * len(row) for row in tokens],
+        hazard_logits=None,
+        residuals=residuals_of(model, *asked, adapters=request.adapters) if layers else None,
+        truncated=[
+            len(row) == most and row[-1] not in eos and not text.stopped
+            for row, text in zip(tokens, texts.rows, strict=True)
+        ],
+        seconds=seconds,
+        acceptance=speculation.accepted / max(speculation.drafted, 1),
+    )
+
+
+def _speculated_pieces(speculation: Speculation, texts: _Texts) -> Iterator[Piece]:
+    while not speculation.ended:
+        for added in speculation.turn():
+            text, known = texts.rows[added.row], texts.rows[added.row].tokens
+            if text.grow(added.tokens, added.finished):
+                speculation.end(added.row)
+            kept = text.tokens - known
+            yield Piece(
+                index=added.row,
+                text=text.news(),
+                tokens=added.tokens[:kept],
+                depths=[speculation.model.arch.layers] * kept,
+                logprobs=added.logprobs[:kept],
+                finished=text.over,
+            )
 
 
 def stream(
@@ -151,11 +208,20 @@ def stream(
             f"every is {every}, but it must be at least 1; set every=1 to get each token as soon "
             "as it is drawn"
         )
-    return _pieces(*_started(model, tokenizer, prompts, **settings), every)
+    size = settings.pop("size", AUTOMATIC)
+    request, texts = _asked(tokenizer, prompts, **settings)
+    if isinstance(request.policy, Speculate):
+        return _speculated_pieces(Speculation(model, request), texts)
+    return _pieces(_decoding(model, request, size), texts, every)
 
 
-def _started(
-    model: Transformer | SplitModel,
+def _decoding(model: Transformer | SplitModel, request: Request, size: EngineSize) -> Decoding:
+    decoding = Decoding(model, request, size)
+    warn_if_untrained(request.policy, decoding.engine.model)
+    return decoding
+
+
+def _asked(
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
@@ -164,10 +230,10 @@ def _started(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     stop: Sequence[str] = (),
-    size: EngineSize = AUTOMATIC,
+    policy: Policy | str = Full(),
     **settings: Any,
-) -> tuple[Decoding, _Texts]:
-    """Checks the arguments of `generate` and returns the prepared decoding and its texts."""
+) -> tuple[Request, _Texts]:
+    """Checks the arguments of `generate` and returns its request and the texts to grow."""
     if isinstance(prompts, str):
         raise UserError(
             "prompts is one string, but it must be a list of prompts; put the string in brackets"
@@ -187,15 +253,13 @@ def _started(
         prompts=encode(list(prompts)),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        policy=policy_of(policy) if isinstance(policy, str) else policy,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         key=seed,
         **settings,
     )
-    texts = _Texts(tokenizer, len(request.prompts), stop)
-    decoding = Decoding(model, request, size)
-    warn_if_untrained(request.policy, decoding.engine.model)
-    return decoding, texts
+    return request, _Texts(tokenizer, len(request.prompts), stop)
 
 
 def _pieces(decoding: Decoding, texts: _Texts, every: int) -> Iterator[Piece]:
@@ -233,14 +297,14 @@ class GrowingText:
     """The text of a growing completion, which ends before its first stop string.
 
     `decode` maps token IDs to text. `whole` is the text so far, `tokens` the number of its tokens,
-    and `over` whether it has ended.
+    `over` whether it has ended, and `stopped` whether a stop string ended it.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
         self._sent = 0
-        self.whole, self.over = "", False
+        self.whole, self.over, self.stopped = "", False, False
 
     @property
     def tokens(self) -> int:
@@ -254,15 +318,15 @@ class GrowingText:
         known = len(self._ids)
         self._ids += ids
         text = self._decode(self._ids)
-        stopped = self._first_stop(text) >= 0
-        if stopped:
+        self.stopped = self._first_stop(text) >= 0
+        if self.stopped:
             # Find the token that completed it: the tokens known before contain no stop string.
             while self._first_stop(text := self._decode(self._ids[: known + 1])) < 0:
                 known += 1
             del self._ids[known + 1 :]
             text = text[: self._first_stop(text)]
-        self.whole, self.over = text, over or stopped
-        return stopped
+        self.whole, self.over = text, over or self.stopped
+        return self.stopped
 
     def news(self) -> str:
         """Returns the text since the last call; text that later tokens may change is held back."""
@@ -295,12 +359,12 @@ class _Texts:
                 f"stop is {stop!r}, but it must be a list of non-empty strings; give one such as "
                 "['\\n\\n']"
             )
-        self._rows = [GrowingText(tokenizer.decode, stop) for _ in range(rows)]
+        self.rows = [GrowingText(tokenizer.decode, stop) for _ in range(rows)]
         self._told = [0] * rows  # number of tokens
 
     @property
     def whole(self) -> list[str]:
-        return [text.whole for text in self._rows]
+        return [text.whole for text in self.rows]
 
     def grow(self, tokens_BT: np.ndarray, length_B: np.ndarray, over_B: np.ndarray) -> np.ndarray:
         """Decodes new tokens; returns the length at which a stop string ends each row, else 0.
@@ -309,7 +373,7 @@ class _Texts:
         ended.
         """
         cut_B = np.zeros(len(length_B), np.int32)
-        for row, text in enumerate(self._rows):
+        for row, text in enumerate(self.rows):
             if text.over or length_B[row] == text.tokens:
                 text.over |= bool(over_B[row])
             elif text.grow(tokens_BT[row, text.tokens : length_B[row]].tolist(), bool(over_B[row])):
@@ -318,7 +382,7 @@ class _Texts:
 
     def news(self) -> Iterator[tuple[int, str, bool]]:
         """Yields (row, new text, finished) of rows with new tokens."""
-        for row, text in enumerate(self._rows):
+        for row, text in enumerate(self.rows):
             if text.tokens != self._told[row]:
                 self._told[row] = text.tokens
                 yield row, text.news(), text.over

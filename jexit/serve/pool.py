@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import pathlib
 import queue
 import threading
@@ -16,9 +17,10 @@ from jexit.config import EngineSize
 from jexit.data.tokenizer import Tokenizer
 from jexit.errors import RunEnded, UserError
 from jexit.io.model_dir import load
-from jexit.model.policies import check_policy, policy_of, warn_if_untrained
+from jexit.model.policies import Speculate, check_policy, policy_of, warn_if_untrained
 from jexit.model.transformer import Transformer
 from jexit.rollout import Arrivals, Grown, Request
+from jexit.rollout.speculation import Speculation
 from jexit.serve.protocol import Asked, Choice, Limits, Refused, parse
 
 TURN_SECONDS = 0.04  # between two looks at who joins and leaves
@@ -38,6 +40,7 @@ class PoolThread(threading.Thread):
         self._arrivals = arrivals
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
+        self._speculations: dict[Stream, Speculation] = {}  # decoded beside the pool, in rounds
         self.failure: Exception | None = None
 
     def check(self, request: Request) -> None:
@@ -46,6 +49,9 @@ class PoolThread(threading.Thread):
 
     def join_pool(self, stream: Stream, request: Request) -> None:
         def join() -> None:
+            if isinstance(request.policy, Speculate):
+                self._speculations[stream] = Speculation(self._arrivals.split, request)
+                return
             for choice, ticket in enumerate(self._arrivals.join(request)):
                 self._streams[ticket] = stream, choice
 
@@ -53,6 +59,8 @@ class PoolThread(threading.Thread):
 
     def leave_pool(self, stream: Stream, choice: int) -> None:
         def leave() -> None:
+            if stream in self._speculations:
+                self._speculations[stream].end(choice)
             for ticket, place in list(self._streams.items()):
                 if place == (stream, choice):
                     self._arrivals.leave(ticket)
@@ -78,17 +86,38 @@ class PoolThread(threading.Thread):
                     if grown.finished:
                         del self._streams[grown.ticket]
                     stream.deliver(choice, grown)
+                for stream, speculation in list(self._speculations.items()):
+                    self._speculate(stream, speculation)
         except Exception as error:  # of the device: out of memory, lost
             _log.exception("the decoding pool has failed")
             self.failure = error
-            for stream, _ in self._streams.values():
+            for stream in {*self._speculations, *(stream for stream, _ in self._streams.values())}:
                 stream.deliver(0, error)
+
+    def _speculate(self, stream: Stream, speculation: Speculation) -> None:
+        """Runs a round of a request that drafts with an exit."""
+        if speculation.ended:
+            del self._speculations[stream]
+            return
+        model = speculation.model
+        for added in speculation.turn():
+            count = len(added.tokens)
+            grown = Grown(
+                ticket=-1,
+                tokens=added.tokens,
+                depths=[model.arch.layers] * count,
+                logprobs=added.logprobs,
+                hazard_logits=[[math.nan] * len(model.exit_layers)] * count,
+                finished=added.finished,
+            )
+            stream.deliver(added.row, grown)
 
     def _read(self) -> bool:
         """Handles all messages, and waits for one if the pool is empty; False at the end."""
         while True:
             try:
-                message = self._inbox.get(block=not self._arrivals.under_way)
+                idle = not self._arrivals.under_way and not self._speculations
+                message = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
             if message is None:

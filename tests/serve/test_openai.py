@@ -27,12 +27,12 @@ def ask(client, prompt, **settings):
     )
 
 
-@pytest.mark.parametrize("policy", ["full", "threshold:0.5", "fixed:4"])
-def test_an_answer_is_what_generate_returns(client, loaded, policy):
+@pytest.mark.parametrize("policy", ["full", "threshold:0.5", "fixed:4", "speculate:4"])
+def test_an_answer_is_what_generate_returns(client, loaded, policy, idle):
     model, tokenizer = loaded
     made = jexit.generate(
         model, tokenizer, PROMPTS, policy=jexit.model.policies.policy_of(policy),
-        max_new_tokens=48, hazards=True,
+        max_new_tokens=48, hazards=not policy.startswith("speculate"),
     )  # fmt: skip
     for row, prompt in enumerate(PROMPTS):
         answer = ask(client, prompt, policy=policy, logprobs=True, hazards=True)
@@ -54,6 +54,7 @@ def test_an_answer_is_what_generate_returns(client, loaded, policy):
             with np.errstate(over="ignore"):
                 wanted_TE = 1 / (1 + np.exp(-np.asarray(made.hazard_logits[row])))
             np.testing.assert_allclose(hazard_TE, wanted_TE, atol=1e-4)
+    idle()
 
 
 def test_a_stream_is_the_answer_in_parts(client):

@@ -1,0 +1,341 @@
+"""Self-speculative decoding: an exit drafts tokens, and all layers verify them in one pass.
+
+The distribution of the output is that of all layers (arXiv:2211.17192): a drafted token d is
+accepted with probability min(1, p(d) / q(d)), where q is the exit's distribution and p that of all
+layers; after the first rejection, a token is drawn from max(p − q, 0), normalised. The draft reuses
+the layers below the exit, whose keys and values the verification needs anyway (LayerSkip,
+arXiv:2404.16710).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, Int, Key
+from jexit.dist import data_axes
+from jexit.errors import UserError
+from jexit.model.attention import KeysValues
+from jexit.model.block import Block
+from jexit.model.cache import Cache, cache_bucket, prompt_bucket
+from jexit.model.exits import maps_to_end
+from jexit.model.layers import rope_table
+from jexit.model.policies import Speculate
+from jexit.model.transformer import Transformer, logits_of, run
+from jexit.rollout.engine import SplitModel
+from jexit.rollout.pool import pytree
+from jexit.rollout.requests import Request
+from jexit.rollout.sampling import Sampling, draw_by_weight, fold_in
+from jexit.rollout.weights import KEPT, LayerWeights, at_layer, head_logits, on_cpu
+
+DRAFT = 4  # tokens that an exit drafts before they are verified
+# Numbers of a round's draws; drafted token i has the number i.
+_ACCEPT, _REST = 1_000, 1_001
+
+
+@pytree
+class Rows:
+    """The completions of a request: the token that runs next, and its position in the text."""
+
+    cache: Cache
+    token_B: Int[Array, "B"]
+    slot_B: Int[Array, "B"]
+    index_B: Int[Array, "B"]  # tokens drawn so far
+    keys_B: Key[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Added:
+    """The tokens that a round added to one completion."""
+
+    row: int
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Speculation:
+    """The decoding of one request whose policy is `Speculate`, in rounds.
+
+    `accepted` and `drafted` count tokens of completions that had not ended. All prompts are decoded
+    together, on one data shard. Raises UserError if the request is invalid, if the policy's layer
+    is not an exit of the model, or if the mesh has several data shards.
+    """
+
+    def __init__(self, model: Transformer | SplitModel, request: Request) -> None:
+        self._graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
+        self._states, self.request = tuple(states), request
+        self.model: Transformer = nnx.merge(self._graphdef, *self._states)
+        policy = request.policy
+        assert isinstance(policy, Speculate)
+        request.check(self.model)
+        if data_axes() or request.total is not None:
+            raise UserError(
+                "self-speculation supports only one data shard and one host; run one process per "
+                "device"
+            )
+        if request.samples_per_prompt > 1 or request.forced is not None or request.hazards:
+            raise UserError(
+                "self-speculation records no hazards and supports neither forced prefixes nor "
+                "several samples per prompt; use another policy"
+            )
+        self._layer = policy.layer
+        self._exit = self.model.exit_layers.index(policy.layer)
+        self._layers: LayerWeights | None = None
+        self.accepted = self.drafted = 0
+        self._lengths = [0] * len(request.prompts)
+        self._over = [False] * len(request.prompts)
+        self._rows: Rows | None = None
+
+    @property
+    def ended(self) -> bool:
+        return all(self._over)
+
+    def end(self, row: int) -> None:
+        """Ends a completion, of which no more tokens are returned."""
+        self._over[row] = True
+
+    def turn(self) -> list[Added]:
+        """Prefills the prompts or, after that, runs one round; returns what was added."""
+        if self._rows is None:
+            return self._began()
+        if on_cpu() and self._layers is None:
+            self._layers = KEPT.of(self._graphdef, self._states)
+        active_B = ~np.asarray(self._over)
+        self._rows, made = _round(
+            self._graphdef, self._states, self._layers, self._end_map, self._rows, active_B,
+            self.request.sampling, layer=self._layer, adapters=self.request.adapters,
+        )  # fmt: skip
+        token_BC, logprob_BC, count_B = jax.device_get(made)
+        self.drafted += DRAFT * int(active_B.sum())
+        self.accepted += int((count_B - 1)[active_B].sum())
+        return self._news(token_BC, logprob_BC, count_B)
+
+    def _began(self) -> list[Added]:
+        request = self.request
+        prompts = request.prompts
+        length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        width = prompt_bucket(int(length_B.max()))
+        tokens_BT = np.full((len(prompts), width), request.pad_id, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+        most = width + request.max_new_tokens + DRAFT
+        number_B = request.first_prompt + np.arange(len(prompts), dtype=np.int32)
+        self._rows, self._end_map, made = _prefilled(
+            self._graphdef, self._states, tokens_BT, length_B, number_B, request.prng_key,
+            request.sampling, slots=cache_bucket(most, most), exit_index=self._exit,
+            adapters=request.adapters,
+        )  # fmt: skip
+        token_B, logprob_B = jax.device_get(made)
+        return self._news(token_B[:, None], logprob_B[:, None], np.ones(len(prompts), np.int32))
+
+    def _news(self, token_BC: Any, logprob_BC: Any, count_B: Any) -> list[Added]:
+        news = []
+        for row, over in enumerate(self._over):
+            if over:
+                continue
+            room = self.request.max_new_tokens - self._lengths[row]
+            tokens = token_BC[row, : min(int(count_B[row]), room)].tolist()
+            ends = [place for place, token in enumerate(tokens) if token in self._eos]
+            tokens = tokens[: ends[0] + 1] if ends else tokens
+            self._lengths[row] += len(tokens)
+            self._over[row] = bool(ends) or len(tokens) == room
+            news.append(
+                Added(
+                    row=row,
+                    tokens=tokens,
+                    logprobs=logprob_BC[row, : len(tokens)].tolist(),
+                    finished=self._over[row],
+                )
+            )
+        return news
+
+    @functools.cached_property
+    def _eos(self) -> set[int]:
+        return set(self.request.eos_ids)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "exit_index", "adapters"))
+def _prefilled(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    tokens_BT: Int[Array, "B T"],
+    length_B: Int[Array, "B"],
+    number_B: Int[Array, "B"],
+    key: Array,
+    sampling: Sampling,
+    *,
+    slots: int,
+    exit_index: int,
+    adapters: bool,
+) -> tuple[Rows, tuple[Array, Array] | None, tuple[Array, Array]]:
+    """Prefills prompts; returns the rows, the exit's map to the end, and the first tokens.
+
+    The last result is (tokens, log-probabilities). The map is None without a linear continuation.
+    """
+    model: Transformer = nnx.merge(graphdef, *states)
+    rows = tokens_BT.shape[0]
+    valid_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
+    result = run(model, tokens_BT, valid_BT=valid_BT, adapters=adapters, keys_values=True)
+    at_B1 = (length_B - 1)[:, None, None]
+    last_BD = jnp.take_along_axis(result.hidden_BTD, at_B1, axis=1)[:, 0]
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number_B)
+    drawn_B = sampling.draw(logits_of(last_BD, model.head_VD), fold_in(keys_B, 0))
+    cache = Cache.empty(model.arch, rows, slots, model.dtype)
+    cache = cache.with_prompts(jnp.arange(rows), result.keys_values)
+    end_map = None
+    if model.blocks.continuation is not None:
+        maps = maps_to_end(model.blocks.continuation, model.exit_layers, model.arch.layers)
+        end_map = maps[0][exit_index], maps[1][exit_index]
+    ones_B = jnp.ones(rows, jnp.int32)
+    return Rows(cache, drawn_B[0], length_B, ones_B, keys_B), end_map, drawn_B
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "layer", "adapters"), donate_argnums=4)
+def _round(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    layers: LayerWeights | None,
+    end_map: tuple[Array, Array] | None,
+    rows: Rows,
+    active_B: Bool[Array, "B"],
+    sampling: Sampling,
+    *,
+    layer: int,
+    adapters: bool,
+) -> tuple[Rows, tuple[Array, Array, Array]]:
+    """Drafts `DRAFT` tokens per row at exit `layer` and verifies them.
+
+    Returns the rows and (tokens [B, C], log-probabilities [B, C], count [B]): the first `count`
+    tokens of a row are new, the last of them drawn from all layers. Rows outside `active_B` stay.
+    """
+    model: Transformer = nnx.merge(graphdef, *states)
+    stack = _Stack(model, layers, adapters)
+    draw_keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.index_B)
+
+    def to_exit(token_B: Array, step: Array | int, cache: Cache) -> tuple[Array, Cache]:
+        h_B1D = model.embed(token_B[:, None])
+        return stack.through(h_B1D, (rows.slot_B + step)[:, None], cache, 0, layer)
+
+    def draft(carry: tuple[Array, Cache], step: Array) -> tuple[tuple[Array, Cache], Any]:
+        h_B1D, cache = to_exit(carry[0], step, carry[1])
+        h_BD = h_B1D[:, 0]
+        if end_map is not None:
+            q_DD, c_D = (part.astype(h_BD.dtype) for part in end_map)
+            h_BD = h_BD + h_BD @ q_DD + c_D
+        weights_BV = _weights(sampling, head_logits(model.final_norm(h_BD), model.head_VD))
+        keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(draw_keys_B, step)
+        token_B = draw_by_weight(weights_BV, keys_B)
+        return (token_B, cache), (h_B1D[:, 0], token_B, weights_BV)
+
+    (token_B, cache), drafted = jax.lax.scan(draft, (rows.token_B, rows.cache), jnp.arange(DRAFT))
+    h_BGD, draft_BG, q_BGV = (jnp.moveaxis(part, 0, 1) for part in drafted)
+    last_B1D, cache = to_exit(token_B, DRAFT, cache)
+    h_BCD = jnp.concatenate([h_BGD, last_B1D], axis=1)
+    slot_BC = rows.slot_B[:, None] + jnp.arange(DRAFT + 1)
+    h_BCD, cache = stack.through(h_BCD, slot_BC, cache, layer, model.arch.layers)
+    batch, chunk, width = h_BCD.shape
+    flat_ND = model.final_norm(h_BCD).reshape(-1, width)
+    logits_BCV = head_logits(flat_ND, model.head_VD).reshape(batch, chunk, -1)
+    p_BCV = _weights(sampling, logits_BCV)
+    count_B, rest_BV = accepted(p_BCV, q_BGV, draft_BG, fold_in(draw_keys_B, _ACCEPT))
+    last_B = draw_by_weight(rest_BV, fold_in(draw_keys_B, _REST))
+    place_C = jnp.arange(chunk)
+    padded_BC = jnp.pad(draft_BG, ((0, 0), (0, 1)))
+    token_BC = jnp.where(place_C == count_B[:, None], last_B[:, None], padded_BC)
+    scored_BCV = logits_BCV if sampling.greedy else sampling.distribution(logits_BCV)
+    logprob_BC = jnp.take_along_axis(jax.nn.log_softmax(scored_BCV), token_BC[..., None], axis=-1)[
+        ..., 0
+    ]
+    new_B = jnp.where(active_B, count_B + 1, 0)
+    after = Rows(
+        cache,
+        jnp.where(active_B, last_B, rows.token_B),
+        rows.slot_B + new_B,
+        rows.index_B + new_B,
+        rows.keys_B,
+    )
+    return after, (token_BC, logprob_BC, count_B + 1)
+
+
+def accepted(
+    p_BCV: Float[Array, "B C V"],
+    q_BGV: Float[Array, "B G V"],
+    draft_BG: Int[Array, "B G"],
+    keys_B: Key[Array, "B"],
+) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
+    """Returns the number of drafted tokens that are accepted, and the weights of the next token.
+
+    `q_BGV` are the distributions from which the G tokens `draft_BG` were drawn, and `p_BCV` those
+    of all layers at the same places and after the last draft (C = G + 1). Source: Leviathan et al.,
+    arXiv:2211.17192, algorithm 1.
+    """
+    drafted = draft_BG.shape[1]
+    p_BG = jnp.take_along_axis(p_BCV[:, :-1], draft_BG[..., None], axis=-1)[..., 0]
+    q_BG = jnp.take_along_axis(q_BGV, draft_BG[..., None], axis=-1)[..., 0]
+    uniform_BG = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(keys_B)
+    accepts_BG = uniform_BG * q_BG < p_BG
+    count_B = jnp.sum(jnp.cumprod(accepts_BG.astype(jnp.int32), axis=1), axis=1)
+    at_B11 = count_B[:, None, None]
+    p_BV = jnp.take_along_axis(p_BCV, at_B11, axis=1)[:, 0]
+    padded_BCV = jnp.pad(
+        q_BGV, ((0, 0), (0, 1), (0, 0))
+    )  # after the last draft nothing is left out
+    q_BV = jnp.take_along_axis(padded_BCV, at_B11, axis=1)[:, 0]
+    rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
+    # p = q up to rounding, though a draft was rejected: what is left is p itself.
+    empty_B1 = jnp.sum(rest_BV, axis=-1, keepdims=True) <= 0.0
+    return count_B, jnp.where(empty_B1, p_BV, rest_BV)
+
+
+def _weights(sampling: Sampling, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
+    """The probabilities with which tokens are drawn; greedy decoding has one with probability 1."""
+    if sampling.greedy:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jax.nn.softmax(sampling.distribution(logits))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Runs layers for several tokens per row, whose keys and values go into a cache."""
+
+    model: Transformer
+    layers: LayerWeights | None
+    adapters: bool
+
+    def through(
+        self, h_BCD: Array, slot_BC: Int[Array, "B C"], cache: Cache, first: int, end: int
+    ) -> tuple[Array, Cache]:
+        """Runs layers `first` … `end` − 1; the tokens of a row are at the slots `slot_BC`."""
+        batch, chunk, _ = h_BCD.shape
+        rope = rope_table(self.model.arch, slot_BC)
+        rows_B = jnp.arange(batch, dtype=jnp.int32)
+
+        def inputs(block: Block, h_BCD: Array) -> tuple[Array, KeysValues]:
+            x_BCD = block.attn_norm(h_BCD)
+            settings = {"adapters": self.adapters, "key": None}
+            kv = block.attn.keys_values(x_BCD, *rope, **settings)
+            return block.attn.queries(x_BCD, *rope, **settings), kv
+
+        def output(block: Block, h_BCD: Array, mixed_BCNH: Array) -> Array:
+            return block.finish(h_BCD, mixed_BCNH, adapters=self.adapters)
+
+        def one(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+            h_BCD, cache = carry
+            q_BCNH, kv = at_layer(layer, self.model.blocks, self.layers, inputs, h_BCD)
+            for place in range(chunk):
+                part = KeysValues(*(values[:, place : place + 1] for values in kv))
+                cache = cache.written(layer, rows_B, slot_BC[:, place], part)
+            q_NNH = q_BCNH.reshape(batch * chunk, *q_BCNH.shape[2:])
+            length_N = jnp.minimum(slot_BC.reshape(-1) + 1, cache.slots)
+            mixed_NNH = cache.attend(layer, jnp.repeat(rows_B, chunk), q_NNH, length_N)
+            mixed_BCNH = mixed_NNH.reshape(q_BCNH.shape)
+            return at_layer(layer, self.model.blocks, self.layers, output, h_BCD, mixed_BCNH), cache
+
+        return jax.lax.fori_loop(first, end, one, (h_BCD, cache))
