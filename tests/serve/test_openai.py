@@ -64,7 +64,7 @@ def test_a_stream_is_the_answer_in_parts(client):
         ask(client, PROMPTS[2], policy="threshold:0.5", logprobs=True, n=2, seed=5, temperature=1.0,
             stream=True, stream_options={"include_usage": True})
     )  # fmt: skip
-    assert len(parts) > 4 and parts[-1].usage == whole.usage and not parts[-1].choices
+    assert len(parts) > 1 and parts[-1].usage == whole.usage and not parts[-1].choices
     assert len({part.id for part in parts}) == 1
     for wanted in whole.choices:
         mine = [c for part in parts for c in part.choices if c.index == wanted.index]
