@@ -104,7 +104,7 @@ def test_prompts_of_the_shipped_model(count):
     model, tokenizer = jexit.load("jexit/assets/tiny-calibrated")
     tasks = make_task("sums"), make_task("word_problems")
     prompts = [tasks[i % 2].problem("test", i).prompt for i in range(count)]
-    settings = {"max_new_tokens": 40, "stop": ["####", "\n\n"]}
+    settings = {"max_new_tokens": 18, "stop": ["####", "\n\n"]}
     full = jexit.generate(model, tokenizer, prompts, **settings)
     assert full.acceptance is None and any(full.truncated) and not all(full.truncated)
     made = jexit.generate(
