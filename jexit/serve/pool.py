@@ -130,13 +130,15 @@ class Stream:
     """The growing completions of one request; leaving the `async with` block cancels the rest.
 
     Iteration yields (choice, `Grown`) and ends after the last choice. Raises RunEnded if the pool
-    has failed.
+    has failed or has been closed.
     """
 
     pool: PoolThread
     request: Request
 
     async def __aenter__(self) -> Stream:
+        if self.pool.ident and not self.pool.is_alive():  # it would never answer
+            raise RunEnded("the decoding pool has ended; open the model again")
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._open = set(range(len(self.request.prompts)))

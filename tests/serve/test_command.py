@@ -83,6 +83,8 @@ def test_a_failed_pool_ends_its_streams():
         asyncio.run(read())
     pool.join()
     assert str(pool.failure) == "out of memory"
+    with pytest.raises(RunEnded, match="the decoding pool has ended; open the model again"):
+        asyncio.run(read())
 
 
 def test_a_server_whose_pool_has_failed_says_so(served, monkeypatch):
