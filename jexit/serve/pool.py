@@ -79,8 +79,9 @@ class PoolThread(threading.Thread):
             while self._read():
                 began = time.perf_counter()
                 news = self._arrivals.turn(steps)
-                share = TURN_SECONDS / (time.perf_counter() - began)
-                steps = min(max(1, round(steps * min(max(share, 0.5), 2.0))), MOST_STEPS)
+                if news:  # an empty pool returns at once, which says nothing about a step
+                    share = TURN_SECONDS / (time.perf_counter() - began)
+                    steps = min(max(1, round(steps * min(max(share, 0.5), 2.0))), MOST_STEPS)
                 for grown in news:
                     stream, choice = self._streams[grown.ticket]
                     if grown.finished:

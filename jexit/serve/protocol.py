@@ -198,11 +198,8 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
         prompts, logprobs = [_conversation(body, tokenizer)], bool(body.logprobs)
         new = body.max_completion_tokens or body.max_tokens
     else:
-        prompts, logprobs, new = (
-            _prompts(body, tokenizer),
-            body.logprobs is not None,
-            body.max_tokens,
-        )
+        prompts, logprobs = _prompts(body, tokenizer), body.logprobs is not None
+        new = body.max_tokens
         if body.best_of not in (None, n):
             raise Refused(400, f"best_of is {body.best_of}, but it must equal n; leave it out", "n")
     if n * len(prompts) > CHOICES:
@@ -334,11 +331,10 @@ def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dic
         said = {"role": "assistant", "content": fields["text"]}
         body["delta" if part else "message"] = said
         if "logprobs" in fields:
-            entries = [
-                {"token": token, "logprob": value, "bytes": list(token.encode())}
-                for token, value in fields["logprobs"]
+            content = [
+                {"token": token, "logprob": logprob, "bytes": [*token.encode()], "top_logprobs": []}
+                for token, logprob in fields["logprobs"]
             ]
-            content = [entry | {"top_logprobs": []} for entry in entries]
             body["logprobs"] = {"content": content, "refusal": None}
     else:
         body["text"] = fields["text"]

@@ -102,12 +102,14 @@ class Blend(Task):
 
 
 def _of_part(
-    name: str, problems: Sequence[Problem], attempts: Sequence[Attempt]
+    name: str, problems: Sequence[Any], attempts: Sequence[Attempt]
 ) -> tuple[list[int], list[Problem], list[Attempt]]:
-    """Returns the indices, problems and attempts that belong to the part called `name`."""
-    index = [i for i, p in enumerate(problems) if isinstance(p, BlendedProblem) and p.part == name]
-    own = [problem.own for i in index if isinstance(problem := problems[i], BlendedProblem)]
-    return index, own, [attempts[i] for i in index]
+    """Returns the indices, problems and attempts that belong to the part called `name`.
+
+    `problems` are the blend's, each a `BlendedProblem`.
+    """
+    index = [i for i, problem in enumerate(problems) if problem.part == name]
+    return index, [problems[i].own for i in index], [attempts[i] for i in index]
 
 
 def task(
