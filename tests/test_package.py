@@ -56,6 +56,8 @@ def test_a_wheel_brings_the_package_its_configs_and_nothing_else(wheel):
     }  # fmt: skip
     brought = {name for name in names if name.startswith("jexit/configs/")}
     assert brought == {f"jexit/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
+    page = {f"jexit/serve/page/{name}" for name in ("index.html", "page.css", "page.js")}
+    assert page <= set(names)
     assert wheel.stat().st_size < MOST_BYTES
 
 
