@@ -23,7 +23,8 @@ from jexit.rollout.sampling import TRUNCATIONS, Draws, MixedSampling, Sampling
 from jexit.rollout.scheduling import AUTOMATIC, columns_bucket, fitted
 
 AT_ONCE = 64  # most completions under way at a time; `EngineSize` can only lower it
-PREFIXES = 8  # most prefilled prompts that wait for a row
+PREFIXES = 8  # most prefilled prompts whose completions wait for a row
+SHARED = 8  # most completions that share the prefill of a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,9 @@ class Arrivals:
     `size.rows` completions at a time, and never more than `AT_ONCE` (64); further completions wait.
     Each of these has room for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is
     compiled while requests wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for
-    the first time. The pool works on one data shard (a mesh with more raises UserError) and
-    supports neither forced prefixes nor several samples per prompt.
+    the first time. Equal prompts that follow one another in a request share a prefill. The pool
+    works on one data shard (a mesh with more raises UserError) and supports neither forced prefixes
+    nor several samples per prompt.
     """
 
     def __init__(
@@ -103,7 +105,6 @@ class Arrivals:
         )  # fmt: skip
         self._idle, self._jobs = idle, [idle] * (rows + PREFIXES)
         self._slot_J = np.zeros(len(self._jobs), np.int32)
-        self._free_slots = list(range(PREFIXES))
         self._queue: collections.deque[_Completion] = collections.deque()
         self._ready: list[int] = []  # prefilled jobs that wait for a row, in order of arrival
         self._truncations: set[str] = set()
@@ -128,16 +129,16 @@ class Arrivals:
             lengths.append(length)
             length = _prompt_slots(length) // 2 if _prompt_slots(length) > SMALLEST_PROMPT else 0
         for length in lengths:
-            new = min(2, most_new)
-            self.join(
-                Request(
-                    prompts=[[self._pad_id] * length], policy=Sample(), max_new_tokens=new,
-                    eos_ids=self._eos_N.tolist(), pad_id=self._pad_id, key=0,
-                    adapters=self._engine.adapters,
-                )
-            )  # fmt: skip
-        while self.under_way:
-            self.turn()
+            for prompts in ([[self._pad_id] * length] * count for count in (1, 2)):
+                self.join(
+                    Request(
+                        prompts=prompts, policy=Sample(), max_new_tokens=min(2, most_new),
+                        eos_ids=self._eos_N.tolist(), pad_id=self._pad_id, key=0,
+                        adapters=self._engine.adapters,
+                    )
+                )  # fmt: skip
+                while self.under_way:
+                    self.turn()
 
     def join(self, request: Request) -> list[int]:
         """Adds a request to the pool and returns one ticket number for each of its prompts.
@@ -182,7 +183,7 @@ class Arrivals:
         that grew or ended, or an empty list if no completion is being decoded.
         """
         while self._queue and self._free_slots and self._idle in self._jobs:
-            self._admit(self._queue.popleft())
+            self._admit()
         if all(completion is self._idle for completion in self._jobs):
             return []
         # `started` counts the ready jobs that begin in this turn, so it is reset here.
@@ -195,8 +196,6 @@ class Arrivals:
             steps,
             *self._settings_of_jobs(),
         )
-        for job in self._ready[: int(status.started[0])]:
-            self._free_slots.append(int(self._slot_J[job]))
         del self._ready[: int(status.started[0])]
         return self._news()
 
@@ -226,24 +225,40 @@ class Arrivals:
                 "any other request with rollout"
             )
 
-    def _admit(self, completion: _Completion) -> None:
-        """Prefills a prompt and draws its first token; the completion then waits for a row."""
-        job = self._jobs.index(self._idle)
-        self._jobs[job], self._slot_J[job] = completion, self._free_slots.pop()
+    @property
+    def _free_slots(self) -> set[int]:
+        """The slots of the prefix cache that no completion waits for."""
+        return set(range(PREFIXES)) - {int(self._slot_J[job]) for job in self._ready}
+
+    def _admit(self) -> None:
+        """Prefills the next prompt and draws the first tokens of the completions that share it.
+
+        The completions then wait for a row.
+        """
+        prompt, slot = self._queue[0].prompt, min(self._free_slots)
+        idle = (job for job, completion in enumerate(self._jobs) if completion is self._idle)
+        begun: list[int] = []
+        while self._queue and self._queue[0].prompt == prompt and len(begun) < SHARED:
+            job = next(idle, None)
+            if job is None:
+                break
+            self._jobs[job], self._slot_J[job] = self._queue.popleft(), slot
+            begun.append(job)
         self._settings = None
-        self._ready.append(job)
-        length = len(completion.prompt)
-        tokens_BT = np.full((1, _prompt_slots(length)), self._pad_id, np.int32)
-        tokens_BT[0, :length] = completion.prompt
-        prompts = tokens_BT, np.asarray([length], np.int32), np.asarray([job], np.int32)
-        self._engine.prefill(self._placed_jobs(), prompts, self._settings_of_jobs()[1], None, 1)
+        self._ready += begun
+        tokens_BT = np.full((1, _prompt_slots(len(prompt))), self._pad_id, np.int32)
+        tokens_BT[0, : len(prompt)] = prompt
+        # Two widths, so that one completion does not pay for the draws of eight.
+        job_BG = np.full((1, 1 if len(begun) == 1 else SHARED), len(self._jobs), np.int32)
+        job_BG[0, : len(begun)] = begun
+        prompts = tokens_BT, np.asarray([len(prompt)], np.int32), job_BG
+        self._engine.prefill(self._placed_jobs(), prompts, self._settings_of_jobs()[1])
 
     def _release(self, job: int) -> None:
-        """Frees the job of an ended completion, and its prefix slot unless it got a row."""
+        """Frees the job of an ended completion."""
         self._jobs[job], self._settings = self._idle, None
         if job in self._ready:  # it ended before it had a row
             self._ready.remove(job)
-            self._free_slots.append(int(self._slot_J[job]))
 
     def _news(self) -> list[Grown]:
         records, news = jax.device_get(self._engine.records), []

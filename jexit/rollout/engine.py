@@ -91,18 +91,18 @@ class Engine:
         )
 
     def prefill(
-        self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None, samples: int
+        self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None = None
     ) -> None:
-        """Prefills prompts and draws the first token of each prompt's `samples` completions.
+        """Prefills prompts and draws the first token of each completion.
 
-        `prompts` contains the arguments (tokens_BT, length_B, index_B) of
+        `prompts` contains the arguments (tokens_BT, length_B, job_BG) of
         `jexit.rollout.prefill.prefill`.
         """
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
                 self.graphdef, self.states, self.prefixes, self.records, jobs, *prompts, draws,
-                forced, samples=samples, adapters=self.adapters,
+                forced, adapters=self.adapters,
             ),
         )  # fmt: skip
 
@@ -313,9 +313,12 @@ class Decoding:
                 tokens_SBT[shard, row, : length_SB[shard, row]] = self.request.prompts[prompt]
         self._prefilled += group.prompts
         self._positions += tokens_SBT.size
-        rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), index_SB.reshape(-1))
+        job_BG = index_SB.reshape(-1, 1) * layout.samples + np.arange(
+            layout.samples, dtype=np.int32
+        )
+        rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), job_BG)
         forced = None if self.request.forced is None else self._forced(index_SB)
-        self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced, layout.samples)
+        self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced)
 
     def _forced(self, index_SB: np.ndarray) -> ForcedPrefix:
         """Returns the forced prefixes of the prompts `index_SB`; padding rows have none."""

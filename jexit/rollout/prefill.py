@@ -54,7 +54,7 @@ class _Prefilled:
     """The keys and values of prefilled prompts, and the results at each prompt's last position."""
 
     keys_values: KeysValues
-    index_B: Int[Array, "B"]
+    job_BG: Int[Array, "B G"]
     logits_BV: Float[Array, "B V"]
     depth_B: Int[Array, "B"]
     depth_logprob_B: Float[Array, "B"]
@@ -63,7 +63,7 @@ class _Prefilled:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "samples", "adapters"),
+    static_argnames=("graphdef", "adapters"),
     donate_argnames=("prefixes", "records"),
 )
 def prefill(
@@ -74,19 +74,18 @@ def prefill(
     jobs: Jobs,
     tokens_BT: Int[Array, "B T"],
     length_B: Int[Array, "B"],
-    index_B: Int[Array, "B"],
+    job_BG: Int[Array, "B G"],
     draws: Draws,
     forced: ForcedPrefix | None,
     *,
-    samples: int,
     adapters: bool,
 ) -> tuple[Cache, Records]:
     """Prefills right-padded prompts and draws the first token of each completion.
 
-    `index_B` contains the index of each prompt in the list of its data shard; an index beyond the
-    list marks a row that only fills up the batch. Prompts run all layers, except for forced
-    prefixes. Each prompt has `samples` completions. Returns the prefix cache with the keys and
-    values of these prompts, and the records with the first tokens.
+    `job_BG` contains the jobs (completions) of each prompt, in the numbers of its data shard; a
+    number beyond the shard's jobs marks a place that is only filled up. Prompts run all layers,
+    except for forced prefixes. Returns the prefix cache with the keys and values of these prompts,
+    and the records with the first tokens.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     length = tokens_BT.shape[1]
@@ -116,7 +115,7 @@ def prefill(
         prefixes: Cache, records: Records, jobs: Jobs, made: _Prefilled, draws: Draws
     ) -> tuple[Cache, Records]:
         count = records.length_J.shape[0]
-        job_B = (made.index_B[:, None] * samples + jnp.arange(samples)).reshape(-1)
+        job_B, samples = made.job_BG.reshape(-1), made.job_BG.shape[1]
         real_B = job_B < count
         known_B = jnp.minimum(job_B, count - 1)
         keys_B = draws.keys(jobs, known_B, jnp.zeros_like(known_B))
@@ -146,7 +145,7 @@ def prefill(
         )
         return prefixes, records
 
-    made = _Prefilled(result.keys_values, index_B, logits_BV, depth_B, depth_logprob_B, z_BE)
+    made = _Prefilled(result.keys_values, job_BG, logits_BV, depth_B, depth_logprob_B, z_BE)
     stored = by_shard(
         store,
         in_specs=(*specs((prefixes, records, jobs, made)), P()),

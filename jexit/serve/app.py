@@ -10,7 +10,7 @@ import json
 import pathlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from jexit.errors import RunEnded
 from jexit.serve.metrics import CONTENT_TYPE, Metrics
@@ -130,28 +131,25 @@ class Server:
         began = time.perf_counter()
         data = await self._body(request)
         asked = self.opened.asked(values_of(data), chat=chat)
-        self._check_load(len(asked.request.prompts))
-        self.metrics.prompt_tokens.inc(asked.prompt_tokens)
-        parts = self._answer(asked, began)
-        if asked.stream:
-            return StreamingResponse(
-                self._events(asked, parts),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
-        whole = asyncio.ensure_future(self._whole(asked, parts))
-        left = asyncio.ensure_future(_disconnected(request))
-        try:
-            await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                return Response(status_code=499)  # nobody is there to read it
-            return JSONResponse(whole.result())
-        except RunEnded as error:
-            raise Refused(503, str(error)) from None
-        finally:
-            for task in (whole, left):
-                task.cancel()
-            await asyncio.wait({whole, left})
+        with contextlib.ExitStack() as admitted:
+            admitted.enter_context(self._admitted(len(asked.request.prompts)))
+            self.metrics.prompt_tokens.inc(asked.prompt_tokens)
+            parts = self._answer(asked, began)
+            if asked.stream:
+                return _Events(self._events(asked, parts), admitted.pop_all())
+            whole = asyncio.ensure_future(self._whole(asked, parts))
+            left = asyncio.ensure_future(_disconnected(request))
+            try:
+                await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
+                if not whole.done():
+                    return Response(status_code=499)  # nobody is there to read it
+                return JSONResponse(whole.result())
+            except RunEnded as error:
+                raise Refused(503, str(error)) from None
+            finally:
+                for task in (whole, left):
+                    task.cancel()
+                await asyncio.wait({whole, left})
 
     def _check_key(self, request: Request) -> None:
         if not self.api_key:
@@ -164,15 +162,22 @@ class Server:
                 "the server's --api-key",
             )
 
-    def _check_load(self, more: int) -> None:
+    @contextlib.contextmanager
+    def _admitted(self, count: int) -> Iterator[None]:
+        """Counts `count` completions as under way; raises Refused if there are too many."""
         if self.opened.pool.failure is not None:
             raise Refused(503, "the decoding pool has failed; restart the server")
-        if self.completions + more > self.most_waiting:
+        if self.completions + count > self.most_waiting:
             raise Refused(
                 429,
                 f"{self.completions} completions wait or are being decoded, and the server takes "
                 f"at most {self.most_waiting}; try again later",
             )
+        self.completions += count
+        try:
+            yield
+        finally:
+            self.completions -= count
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -199,9 +204,7 @@ class Server:
         self, asked: Asked, began: float
     ) -> AsyncIterator[tuple[Choice, dict[str, Any]]]:
         """Yields each choice with the fields of its new tokens, and counts them."""
-        count = len(asked.request.prompts)
-        self.completions += count
-        complete, first = False, True
+        first = True
         try:
             async with contextlib.aclosing(self.opened.answer(asked)) as parts:
                 async for choice, fields in parts:
@@ -211,14 +214,11 @@ class Server:
                     self.metrics.tokens.inc(len(fields["depths"]))
                     self.metrics.layers_run.inc(sum(fields["depths"]))
                     yield choice, fields
-            complete = True
-        finally:
-            self.completions -= count
-            if complete:
-                self.metrics.requests.labels("200").inc()
-                self.metrics.whole.observe(time.perf_counter() - began)
-            else:
-                self.metrics.hangups.inc()
+        except (GeneratorExit, asyncio.CancelledError):  # the client has gone
+            self.metrics.hangups.inc()
+            raise
+        self.metrics.requests.labels("200").inc()
+        self.metrics.whole.observe(time.perf_counter() - began)
 
     async def _whole(self, asked: Asked, parts: Any) -> dict[str, Any]:
         whole = await gathered(parts)
@@ -234,6 +234,7 @@ class Server:
                     choices[choice.index] = choice
                     yield _event(head | {"choices": [choice_body(choice, fields, part=True)]})
         except RunEnded as error:
+            self.metrics.requests.labels("503").inc()
             yield _event(Refused(503, str(error)).body)
             return
         if asked.usage:
@@ -250,6 +251,19 @@ class Server:
             "created": int(time.time()),
             "model": self.opened.limits.name,
         }
+
+
+class _Events(StreamingResponse):
+    """A stream of events; `admitted` is closed when the stream has ended, however it ends."""
+
+    def __init__(self, events: AsyncIterator[bytes], admitted: contextlib.ExitStack) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._admitted = admitted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._admitted:
+            await super().__call__(scope, receive, send)
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -291,6 +291,7 @@ class Choice:
     def __post_init__(self) -> None:
         self.text = GrowingText(self.tokenizer.decode, self.asked.stop)
         self.layers_run, self.finish_reason = 0, ""
+        self._characters = 0
 
     def grow(self, grown: Grown) -> dict[str, Any]:
         """Adds tokens; returns jexit's and OpenAI's fields for them, with the new `text`."""
@@ -308,8 +309,12 @@ class Choice:
         if self.asked.hazards:
             fields["hazards"] = [_hazards(z_E) for z_E in grown.hazard_logits[:kept]]
         if self.asked.logprobs:
-            strings = self.tokenizer.tokens(ids)
-            fields["logprobs"] = list(zip(strings, grown.logprobs[:kept], strict=True))
+            fields["logprobs"] = []
+            for token, logprob in zip(
+                self.tokenizer.tokens(ids), grown.logprobs[:kept], strict=True
+            ):
+                fields["logprobs"].append((token, logprob, self._characters))
+                self._characters += len(token)
         return fields
 
 
@@ -333,17 +338,17 @@ def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dic
         if "logprobs" in fields:
             content = [
                 {"token": token, "logprob": logprob, "bytes": [*token.encode()], "top_logprobs": []}
-                for token, logprob in fields["logprobs"]
+                for token, logprob, _ in fields["logprobs"]
             ]
             body["logprobs"] = {"content": content, "refusal": None}
     else:
         body["text"] = fields["text"]
         if "logprobs" in fields:
-            tokens, values = (
-                zip(*fields["logprobs"], strict=True) if fields["logprobs"] else ((), ())
-            )
+            columns = tuple(zip(*fields["logprobs"], strict=True)) or ((), (), ())
+            tokens, values, offsets = columns
             body["logprobs"] = {
-                "tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": [],
+                "tokens": tokens, "token_logprobs": values, "top_logprobs": None,
+                "text_offset": offsets,
             }  # fmt: skip
     if "hazards" in fields:
         body["hazards"] = fields["hazards"]

@@ -24,6 +24,7 @@ REQUESTS = [
     request(1, policy=Fixed(2), top_p=0.8, max_new_tokens=1, key=2),
     request(14, policy=Fixed(2), top_p=0.8, key=7, first_prompt=4),
     request(9, policy=Sample(2.0, 0.1), temperature=0.9, max_new_tokens=12, key=8),
+    request(*[7] * 10, 5, policy=Sample(2.0, 0.1), temperature=0.9, max_new_tokens=6, key=9),
 ]
 
 
@@ -77,7 +78,8 @@ def test_each_request_gets_what_it_gets_alone(model, pool):
     made = drained(pool, REQUESTS)
     once_more = drained(pool, REQUESTS[::-1], steps=3)
     found = ticks.advance._cache_size(), prefill.prefill._cache_size()
-    assert found == tuple(n + 1 for n in programs), "one program more, for top_p"
+    added = tuple(after - before for before, after in zip(programs, found, strict=True))
+    assert added == (1, 2), "more programs for top_p, of prefills for one completion and for eight"
     assert min(len(tokens) for tokens, *_ in made.values()) == 1
     order = iter(made.values())
     for request in REQUESTS:
@@ -86,6 +88,25 @@ def test_each_request_gets_what_it_gets_alone(model, pool):
         assert_as_teacher_forced(model, recorded, as_rollouts(request, rows))
     by_text = sorted(tokens for tokens, *_ in once_more.values())
     assert by_text == sorted(tokens for tokens, *_ in made.values())
+
+
+def test_equal_prompts_share_a_prefill(pool, monkeypatch):
+    groups, prefill_group = [], pool._engine.prefill
+    monkeypatch.setattr(
+        pool._engine, "prefill",
+        lambda jobs, prompts, draws: (
+            groups.append(int((prompts[2] < len(pool._jobs)).sum())),
+            prefill_group(jobs, prompts, draws),
+        ),
+    )  # fmt: skip
+    drained(pool, [REQUESTS[-1]])
+    assert groups == [8, 2, 1]
+    tickets = pool.join(REQUESTS[-1])
+    pool.turn(1)
+    for ticket in tickets[:8]:  # some have rows, some wait for one
+        pool.leave(ticket)
+    ended = {news.ticket for _ in range(40) for news in pool.turn(1) if news.finished}
+    assert ended == set(tickets[8:]) and not pool.under_way
 
 
 def test_who_leaves_makes_room_and_changes_nothing_for_others(pool):

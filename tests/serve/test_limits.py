@@ -1,8 +1,10 @@
 """What clients do wrong, too much of, or half: a sentence, and the server lives on."""
 
+import concurrent.futures
 import json
 import random
 import socket
+import threading
 import time
 
 import httpx
@@ -140,6 +142,27 @@ def test_too_many_at_once_are_told_to_come_later(http, served, idle):
         )
         assert post(http, GOOD | {"n": 4}).status_code == 200
         assert "data: [DONE]" in list(lines)
+    idle()
+
+
+def test_a_burst_is_not_let_in_beyond_the_limit(http, served, idle):
+    """All are checked before the first of them is answered."""
+    body = GOOD | {"n": 9, "temperature": 1.5, "max_tokens": 64}
+    most, done = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, served.completions)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        asked = [body | {"stream": index % 2 == 0} for index in range(12)]
+        codes = list(threads.map(lambda each: post(http, each).status_code, asked))
+    done.set()
+    watcher.join()
+    assert {200, 429} == set(codes) and most == 36
     idle()
 
 

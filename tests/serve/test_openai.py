@@ -124,11 +124,15 @@ def test_plain_completions_take_texts_and_token_ids(client, loaded):
             row = choice.index // 2
             assert choice.text == made.texts[row] and choice.depths == made.depths[row]
             assert choice.logprobs.tokens == tokenizer.tokens(made.tokens[row])
+            for token, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+                assert choice.text[at:].startswith(token) or at == len(choice.text)
             np.testing.assert_allclose(
                 choice.logprobs.token_logprobs, made.logprobs[row], 0, LOGPROBS
             )
     parts = list(client.completions.create(prompt=texts[1], stream=True, **settings))
     assert "".join(part.choices[0].text for part in parts) == made.texts[1]
+    offsets = [at for part in parts for at in part.choices[0].logprobs.text_offset]
+    assert offsets == found.choices[2].logprobs.text_offset
 
 
 def test_many_clients_with_settings_of_their_own_share_the_pool(client, loaded, idle):
