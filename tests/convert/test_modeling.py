@@ -98,7 +98,11 @@ def test_prescribed_depths_give_jexits_logits(students, tmp_path, rank):
         # In float64, so that what differs from it is jexit's rounding alone.
         theirs = loaded(directory, tmp_path / family).double()
         depth_BT = np.random.default_rng(0).choice([*EXITS, LAYERS], TOKENS_BT.shape)
-        ours = jexit.forward(model, TOKENS_BT, policy=jexit.Prescribed(depth_BT))
+        policy = jexit.Prescribed(depth_BT)
+        ours = jexit.forward(model, TOKENS_BT, policy=policy, residuals=True)
+        hooked = []  # residuals after each layer
+        for layer in theirs.model.layers:
+            layer.register_forward_hook(lambda module, inputs, h_BTD: hooked.append(h_BTD))
         with torch.no_grad():
             out = theirs(torch.tensor(TOKENS_BT), depths=depth_BT, output_hidden_states=True)
         assert np.abs(out.logits.numpy() - ours.logits_BTV).max() <= LOGITS
@@ -108,10 +112,11 @@ def test_prescribed_depths_give_jexits_logits(students, tmp_path, rank):
         assert (np.isnan(hazard_BTE) == ~reached_BTE).all()
         gap = np.abs(hazard_BTE - ours.hazard_logits_BTE)[reached_BTE]
         assert gap.max() <= LOGITS
-        # What hooks and `output_hidden_states` see is what was computed: a frozen residual stays.
-        states, left = out.hidden_states, depth_BT == EXITS[0]
-        frozen = all(torch.equal(states[1][left], state[left]) for state in states[2:LAYERS])
-        assert frozen == (rank is None)
+        # What hooks and `output_hidden_states` see is what was computed.
+        for layer in range(1, LAYERS):
+            assert torch.equal(hooked[layer - 1], out.hidden_states[layer])
+            gap = hooked[layer - 1].numpy() - np.asarray(ours.residual_LBTD[layer])
+            assert np.abs(gap).max() <= LOGITS
         # Without trust the same directory is the plain model.
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float64)
         assert isinstance(theirs, type(plain)) and not hasattr(plain, "exit_policy")
