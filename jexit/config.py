@@ -58,12 +58,16 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Measure = Literal[
     "exits",
     "hazards",
+    "serial_depth",
     "capacity",
     "early_answering",
     "no_chain",
     "filler",
     "corrupted_step",
     "hint",
+    "necessity",
+    "substantivity",
+    "paraphrasability",
 ]
 EVAL_MEASURES: tuple[Measure, ...] = get_args(Measure)
 

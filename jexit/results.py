@@ -269,6 +269,21 @@ class HazardCalibration(Record):
     exits: tuple[ExitCalibration, ...]
 
 
+class SerialDepth(Record):
+    """The opaque serial depth of a policy's tokens: operations on the longest path of a pass.
+
+    `jexit.evaluation.serial_depth` defines what counts as an operation.
+    """
+
+    policy: str
+    length: Count = Field(description="Tokens over which a pass attends.")
+    by_depth: dict[LayerCount, Count] = Field(
+        description="Serial depth of a pass, by the number of layers that it runs."
+    )
+    full: Count = Field(description="Serial depth of a pass through all layers.")
+    mean: Number = Field(description="Mean over the tokens, at the depths that were run.")
+
+
 class CurvePoint(Record):
     """The results when the answer is forced after a part of the chain of thought.
 
@@ -389,6 +404,7 @@ class Evaluation(Record):
     controls: tuple[ControlDifference, ...] = ()
     exits: tuple[ExitQuality, ...] = ()
     hazards: tuple[HazardCalibration, ...] = ()
+    serial_depth: tuple[SerialDepth, ...] = ()
     faithfulness: tuple[Faithfulness, ...] = ()
     faithfulness_paired: tuple[PairedMeasure, ...] = ()
     capacity: tuple[Capacity, ...] = ()
@@ -423,8 +439,9 @@ class Evaluation(Record):
         for part in ("capacity", "begun_steps"):
             for step in getattr(self, part):
                 found |= numbers(f"{step.policy}/{part}/{step.granularity}", step)
-        for hazards in self.hazards:
-            found |= numbers(f"{hazards.policy}/hazards", hazards)
+        for part in ("hazards", "serial_depth"):
+            for entry in getattr(self, part):
+                found |= numbers(f"{entry.policy}/{part}", entry)
         return found
 
 

@@ -20,8 +20,9 @@ from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
 from jexit.evaluation.decoder import make_policy
 from jexit.evaluation.exits import compare_exits
-from jexit.evaluation.faithfulness import MEASURES
+from jexit.evaluation.faithfulness import LIKELIHOODS, MEASURES
 from jexit.evaluation.hazards import decisions_and_targets
+from jexit.evaluation.loglikelihood import token_scores
 from jexit.evaluation.replay import batch_rows
 from jexit.io.model_source import open_model
 from jexit.loops.continuation import rows_at_a_time
@@ -124,28 +125,36 @@ def _measurements(
     """
     prompts, new = config.eval.problems, config.eval.max_new_tokens
     layers = split.student(split.trainable).arch.layers
-    if set(config.eval.measures) & set(MEASURES):
+    measures = set(config.eval.measures)
+    if measures & (set(MEASURES) - set(LIKELIHOODS)):
         both = 2 * prompts  # a measure's two arms share a decode
         label, policy = _labelled(config, config.eval.measured, both, new, layers)
         policies = {label: policy, " (full)": Full()}
         yield from rollouts.programs(
             "measurement", both, 1, new, list(policies.items()), written=new
         )
-    if not {"exits", "hazards"} & set(config.eval.measures):
+    if not measures & {"exits", "hazards", *LIKELIHOODS}:
         return
     length = bucket_length(config.task.max_prompt_tokens + new)
     with jax.set_mesh(mesh):
         count = batch_rows(prompts, length)
     batch = _completions(config, mesh, count, new)
     student = split.decodable(split.trainable)
-    if "exits" in config.eval.measures:
+    if measures & set(LIKELIHOODS):
+        label, policy = _labelled(config, config.eval.measured, count, new, layers)
+        yield Program(
+            name=f"likelihoods of answers{label}",
+            function=token_scores,
+            arguments=(student[0], student[1:], batch, policy, abstract_key()),
+        )
+    if "exits" in measures:
         yield Program(
             name="exits against the last layer",
             function=compare_exits,
             arguments=(student[0], student[1:], batch),
             beside=split.fixed,
         )
-    if "hazards" in config.eval.measures:
+    if "hazards" in measures:
         teacher = split.decodable_teacher(split.trainable)
         sharpness = jax.ShapeDtypeStruct((), jnp.float32)
         yield Program(

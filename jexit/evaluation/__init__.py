@@ -10,6 +10,7 @@ policy, and ends in the records of `jexit.results`:
 | `controls.py` | controls with a policy's mean depth that do not choose which tokens stop early |
 | `exits.py` | how close each exit is to the last layer, and how leaving early changes predictions |
 | `hazards.py` | calibration of the exits' hazards |
+| `serial_depth.py` | the longest computation that is not written down |
 | `capacity.py` | how much the model can compute in one step of a prescribed size |
 | `faithfulness.py` | whether the answer comes from the chain of thought, by interventions |
 | `measures.py` | the measures that `eval.measures` names |

@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+import jax
+
 from jexit.data.loader import encode_problems
 from jexit.errors import UserError
 from jexit.evaluation.decoder import Decoder
+from jexit.evaluation.loglikelihood import token_scores
+from jexit.evaluation.replay import Recorded
 from jexit.tasks import Problem
 
 ANSWER_TOKENS = 16  # for an answer that follows its cue
@@ -47,6 +51,14 @@ class Completer(Protocol):
         Each prefix begins with `opening`. With `answer_only`, a continuation has only the few
         tokens of an answer. An entry is None if prompt and prefix leave no room in the model's
         positions.
+        """
+
+    def log_likelihoods(
+        self, problems: Sequence[Problem], prefixes: Sequence[str], answers: Sequence[str]
+    ) -> list[float | None]:
+        """Returns the log-likelihood in nats of each answer after its prefix.
+
+        An entry is None if prompt, prefix and answer do not fit into the model's positions.
         """
 
     def filler(self, text: str) -> str:
@@ -106,6 +118,39 @@ class ModelCompleter:
                     text=tokenizer.decode(made.ids), depths=made.depths, cut=made.truncated
                 )
         return replies
+
+    def log_likelihoods(
+        self, problems: Sequence[Problem], prefixes: Sequence[str], answers: Sequence[str]
+    ) -> list[float | None]:
+        """Returns log π(answer | prompt, prefix) under the policy, in nats.
+
+        An entry is None if prompt, prefix and answer do not fit into the model's positions. Under
+        the policy `sample`, depths are drawn, for the prefix too.
+        """
+        decoder, tokenizer = self.decoder, self.decoder.tokenizer
+        asked = encode_problems(tokenizer, problems)
+        forced = tokenizer.encode_batch([text.removeprefix(self.opening) for text in prefixes])
+        given = tokenizer.encode_batch(list(answers))
+        lengths = [len(a) + len(f) + len(g) for a, f, g in zip(asked, forced, given, strict=True)]
+        rows = [row for row, length in enumerate(lengths) if length <= self.positions]
+        found: list[float | None] = [None] * len(lengths)
+        if not rows:
+            return found
+        completions = [forced[row] + given[row] for row in rows]
+        recorded = Recorded(
+            [asked[row] for row in rows],
+            completions,
+            [[0] * len(completion) for completion in completions],  # the policy decides
+            tokenizer.pad_id,
+        )
+        (graphdef, *states), policy = decoder.parts, decoder.policy(self.policy)
+        key = jax.random.key(decoder.seed)
+        logprob_BC, *_ = recorded.through(
+            lambda batch, _: token_scores(graphdef, tuple(states), batch, policy, key)
+        )
+        for row, logprob_C, completion in zip(rows, logprob_BC, completions, strict=True):
+            found[row] = float(logprob_C[len(forced[row]) : len(completion)].sum())
+        return found
 
     def filler(self, text: str) -> str:
         """Returns a repeated punctuation mark with the same number of tokens as `text`.

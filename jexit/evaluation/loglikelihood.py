@@ -18,7 +18,6 @@ from jexit.kernels import linear_logprob
 from jexit.model.policies import Full, Policy, Sample
 from jexit.model.transformer import Transformer, logits_of, run
 from jexit.steps.completions import Completions, bucket_length, pad_completions
-from jexit.tasks.base import stable_hash
 
 # Vocabulary entries per step of the search for the most likely token.
 _TILE = 2048
@@ -80,8 +79,8 @@ class Scorer:
             )
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1")
-        self._graphdef, self._state = nnx.split(model)
-        self._layers, self._policy, self._pad_id = model.arch.layers, policy, pad_id
+        self._graphdef, *self._states = nnx.split(model)
+        self._policy, self._pad_id = policy, pad_id
         self._key, self._batch_size = jax.random.key(seed), batch_size
 
     def fit(
@@ -134,11 +133,11 @@ class Scorer:
         batch = pad_completions(
             [pair[0] for pair in pairs], [pair[1] for pair in pairs], self._pad_id, shape
         )
-        made = _scores(
+        made = token_scores(
             self._graphdef,
-            self._state,
+            tuple(self._states),
             jax.tree.map(jnp.asarray, batch),
-            self._policy_of([*indices, *indices[-1:] * filler], pairs, shape[1]),
+            self._policy_of([*indices, *indices[-1:] * filler], shape[1]),
             self._key,
         )
         logprob_BC, greedy_BC, depth_BC = jax.device_get(made)
@@ -152,13 +151,7 @@ class Scorer:
             )
         return scores
 
-    def _policy_of(
-        self, indices: list[int], pairs: list[tuple[list[int], list[int]]], width: int
-    ) -> Policy:
-        if self._policy.draws:
-            names = [stable_hash(*pair) & 0xFFFFFFFF for pair in pairs]
-            return OwnDraws(self._policy, jnp.asarray(names, jnp.uint32))
-
+    def _policy_of(self, indices: list[int], width: int) -> Policy:
         def chosen(depth_BC: np.ndarray) -> np.ndarray:
             depth_BC = np.asarray(depth_BC, np.int32)[indices, :width]
             return np.pad(depth_BC, ((0, 0), (0, width - depth_BC.shape[1])), mode="edge")
@@ -172,13 +165,19 @@ class OwnDraws(Policy):
     """A policy that draws depths under `law`, independently of how rows are batched.
 
     `name_B` contains a uint32 for each row, the row's name. The draws of a row depend on the random
-    key, the row's name and the position.
+    key, the row's name and the position. `of` names rows by their tokens.
     """
 
     reads_hazards: ClassVar[bool] = True
 
     law: Sample
     name_B: Int[Array, "B"]
+
+    @classmethod
+    def of(cls, law: Sample, rows: Completions) -> OwnDraws:
+        weight_T = jnp.cumprod(jnp.full(rows.tokens_BT.shape[1], 2_654_435_761, jnp.uint32))
+        ids_BT = jnp.where(rows.valid_BT, rows.tokens_BT + 1, 0).astype(jnp.uint32)
+        return cls(law, jnp.sum(ids_BT * weight_T, axis=1, dtype=jnp.uint32))
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "B T"]:
         return self.law.start(shape, layers)
@@ -194,18 +193,21 @@ class OwnDraws(Policy):
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _scores(
+def token_scores(
     graphdef: nnx.GraphDef,
-    state: nnx.State,
+    states: tuple[nnx.State, ...],
     batch: Completions,
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
     """Returns the log-probability in nats and the depth of each continuation token.
 
-    The second output is whether the token is the most likely token.
+    The second output is whether the token is the most likely token. Under `Sample`, the draws of a
+    row do not depend on the other rows.
     """
-    model: Transformer = nnx.merge(graphdef, state)
+    model: Transformer = nnx.merge(graphdef, *states)
+    if policy.draws:
+        policy = OwnDraws.of(policy, batch)
     if not policy.reads_hazards:  # a depth for each token of the continuation
         policy = policy.map_rows(lambda part: batch.input_depths(part, model.arch.layers))
     result = run(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from flax import nnx
 
 from jexit.config import Config
 from jexit.errors import UserError
@@ -18,6 +21,7 @@ from jexit.evaluation.faithfulness import MEASURES, Measured, measured, policies
 from jexit.evaluation.hazards import hazard_calibration, hazards_of
 from jexit.evaluation.replay import Recorded
 from jexit.evaluation.scores import paired
+from jexit.evaluation.serial_depth import opaque_serial_depth
 from jexit.evaluation.transcripts import Transcripts
 from jexit.model.policies import Sample
 from jexit.results import Completion, Faithfulness, PairedMeasure, Record
@@ -74,6 +78,8 @@ class Measurer:
             parts.append(("exits", self._exits))
         if "hazards" in names:
             parts.append(("hazards", self._hazards))
+        if "serial_depth" in names:
+            parts.append(("serial_depth", self._serial_depth))
         if set(names) & set(MEASURES):
             for policy in self._policies:
                 parts.append(("faithfulness", functools.partial(self._faithfulness, policy)))
@@ -165,6 +171,15 @@ class Measurer:
                 target=sft.target,
             )
         ]
+
+    def _serial_depth(self) -> list[Record]:
+        policy = self.config.eval.measured
+        attempts = self._attempts(policy)
+        lengths = map(
+            operator.add, map(len, self.examination.prompts), (len(a.ids) for a in attempts)
+        )
+        model = nnx.merge(*self._student)
+        return [opaque_serial_depth(policy, model, attempts, max(lengths))]
 
     def _faithfulness(self, policy: str) -> list[Record]:
         task, attempts = self.examination.task, self._attempts(policy)

@@ -38,6 +38,11 @@ def print_evaluation(evaluation: Evaluation) -> None:
         )
     for hazards in evaluation.hazards:
         print(f"hazards under {hazards.policy}: expected calibration error {hazards.ece:.3f}")
+    for entry in evaluation.serial_depth:
+        print(
+            f"opaque serial depth under {entry.policy}: {entry.mean:.0f} operations per token on "
+            f"average, {entry.full} at full depth"
+        )
     for entry in evaluation.faithfulness:
         _print_table(
             f"under {entry.policy} | value | 95 % interval | of L | n",

@@ -112,6 +112,38 @@ class Transcripts:
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
         return self._continuations(asked, answer_only=True)
 
+    @functools.cached_property
+    def answer_texts(self) -> list[str | None]:
+        """The text of each completion after the cue that requests the answer.
+
+        An entry is None if the completion does not contain the cue, or gives its answer elsewhere.
+        """
+        texts: list[str | None] = []
+        for reply, answer in zip(self.replies, self.answers, strict=True):
+            _, cue, text = reply.text.rpartition(self.task.cue.strip())
+            gap = self.task.cue[len(self.task.cue.rstrip()) :]
+            text = text.removeprefix(gap).rstrip()
+            there = cue and text and self.task.final_answer(self.task.cue + text) == answer
+            texts.append(text if there else None)
+        return texts
+
+    def log_likelihoods(self, rows: Sequence[tuple[int, str]]) -> list[float | None]:
+        """Returns the log-likelihoods in nats of completions' own answers after other chains.
+
+        A row contains the index of a completion and the chain of thought that replaces its chain.
+        The cue stands between chain and answer. An entry is None if there is no room, or if the
+        completion has no entry in `answer_texts`.
+        """
+        there = [(index, chain) for index, chain in rows if self.answer_texts[index] is not None]
+        found = iter(
+            self.completer.log_likelihoods(
+                [self.problems[index] for index, _ in there],
+                [chain + self.task.cue_after(chain) for _, chain in there],
+                [self.answer_texts[index] or "" for index, _ in there],
+            )
+        )
+        return [None if self.answer_texts[index] is None else next(found) for index, _ in rows]
+
     def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
         """Returns the model's continuations of prefixes of completions, all decoded together.
 

@@ -108,6 +108,22 @@ class ChainTask(Task):
         compute it, differs from the answer of `completion`.
         """
 
+    def reworded(self, completion: str) -> str | None:
+        """Returns the chain of `completion` in other words, or None if no words can be changed.
+
+        The content stays: numbers, names and the order of the steps. By default, no words can be
+        changed.
+        """
+        return None
+
+    def answer_follows(self, problem: Problem, completion: str) -> bool:
+        """Returns whether the answer of `completion` follows from its chain, by the task's rules.
+
+        By default, the chain must end with the answer.
+        """
+        answer, chain = self.final_answer(completion), "".join(self.steps(completion))
+        return answer is not None and chain.rstrip().rstrip(".").endswith(answer)
+
     @abc.abstractmethod
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         """Returns a plausible wrong answer to `problem`, in the format of `problem.answer`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +22,17 @@ _DIGITS = r"[0-9]{1,15}(?:,[0-9]{3}){0,5}(?:\.[0-9]{1,15})?"
 _LITERAL = re.compile(_DIGITS)
 # The number after an equals sign is a result, unless an operator and another operand follow.
 _RESULT = re.compile(rf"= ?\$?-?({_DIGITS})(?![0-9/]|[.,][0-9])(?! ?[-+*/×÷=] ?[$(0-9])")
+
+# Two numbers with a sign between them are a whole side of an equation if no sign is before them.
+_FIRST = r"(?<![-+*/×÷(=0-9.,$])(?<![-+*/×÷(=] )"
+_COMMUTES = re.compile(rf"{_FIRST}({_DIGITS})( ?[+*×] ?)({_DIGITS})(?= ?=)")
+_EQUATION = re.compile(
+    rf"{_FIRST}({_DIGITS}) ?([-+*/×÷]) ?({_DIGITS}) ?= ?({_DIGITS})(?![0-9/]|[.,][0-9])"
+)
+_OPERATIONS = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "×": operator.mul,
+    "/": operator.truediv, "÷": operator.truediv,
+}  # fmt: skip
 
 _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
@@ -76,6 +89,20 @@ class NumberChain(ChainTask):
         """
         return True, None
 
+    def reworded(self, completion: str) -> str | None:
+        """Returns the chain with the operands of each sum and product of two numbers exchanged."""
+        chain = "".join(self.steps(completion))
+        changed = _COMMUTES.sub(r"\3\2\1", chain)
+        return changed if changed != chain else None
+
+    def answer_follows(self, problem: Problem, completion: str) -> bool:
+        """Returns whether the last result is the answer, and all equations of two numbers hold."""
+        steps = self.steps(completion)
+        result = result_of(steps[-1]) if steps else None
+        if result is None or self.final_answer(self.cue + result) != self.final_answer(completion):
+            return False
+        return all(map(_holds, _EQUATION.findall("\n".join(steps))))
+
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
         match = _LITERAL.search(problem.answer)
         if match is None:
@@ -110,6 +137,12 @@ def with_result(step: str, number: str) -> str:
     match = list(_RESULT.finditer(step))[-1]
     same = rf"(?<![0-9.,]){re.escape(match.group(1))}(?![0-9]|[.,][0-9])"
     return step[: match.start(1)] + re.sub(same, number, step[match.start(1) :])
+
+
+def _holds(equation: tuple[str, str, str, str]) -> bool:
+    left, sign, right, result = equation
+    a, b, c = (float(number.replace(",", "")) for number in (left, right, result))
+    return (sign not in "/÷" or b != 0) and math.isclose(_OPERATIONS[sign](a, b), c, abs_tol=0.01)
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:

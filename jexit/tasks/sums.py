@@ -155,6 +155,12 @@ class Sums(ChainTask):
         size, operands = len(match[1]) + 1, problem.fields["operands"]
         return size, size <= len(operands) and match[2][0] == digit_sum(operands[:size])
 
+    def answer_follows(self, problem: Problem, completion: str) -> bool:
+        """Returns whether each step is correct, the jump to the answer included."""
+        steps = chain_steps(problem.fields["operands"], completion)
+        answer = self.final_answer(completion)
+        return bool(steps) and steps[-1].wrote == answer and all(step.correct for step in steps)
+
     def final_answer(self, completion: str) -> str | None:
         return _given_answer(completion)
 

@@ -15,6 +15,7 @@ import jexit
 from convert import from_hf
 from jexit.io.array_store import ArrayStore
 from jexit.io.model_source import open_model
+from tolerances import LOGITS
 
 ROOT = pathlib.Path(from_hf.__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -142,3 +143,29 @@ def test_jexits_own_directory_converts_too(students, tmp_path):
     np.testing.assert_array_equal(
         jexit.forward(again, tokens_BT).logits_BTV, jexit.forward(model, tokens_BT).logits_BTV
     )
+
+
+def test_the_first_layers_alone_are_those_of_transformers(checkpoints, students, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    source, target = checkpoints("llama"), tmp_path / "cut"
+    assert from_hf.main([f"--source={source}", f"--target={target}", "--layers=3"]) == 0
+    model, _ = jexit.load(target)
+    assert (model.arch.layers, open_model(target).source) == (3, "")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=3).eval()
+    tokens_BT = np.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens_BT)).logits
+    np.testing.assert_allclose(
+        jexit.forward(model, tokens_BT).logits_BTV, wanted, rtol=0, atol=LOGITS
+    )
+    capsys.readouterr()
+    _, student = students("qwen2")
+    for path, layers, sentence in [
+        (source, 4, "--layers is 4, but it must be at least 1 and less than 4, the number of"),
+        (source, 0, "--layers is 0, but it must be at least 1"),
+        (student, 2, f"{student} has adapters or exit heads, which were trained for all layers"),
+    ]:
+        arguments = [f"--source={path}", f"--target={tmp_path / 'no'}", f"--layers={layers}"]
+        assert from_hf.main(arguments) == 1
+        assert sentence in capsys.readouterr().err and not (tmp_path / "no").exists()

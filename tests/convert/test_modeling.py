@@ -102,7 +102,7 @@ def test_prescribed_depths_give_jexits_logits(students, tmp_path, rank):
         ours = jexit.forward(model, TOKENS_BT, policy=policy, residuals=True)
         hooked = []  # residuals after each layer
         for layer in theirs.model.layers:
-            layer.register_forward_hook(lambda module, inputs, h_BTD: hooked.append(h_BTD))
+            layer.register_forward_hook(lambda *call, seen=hooked: seen.append(call[-1]))
         with torch.no_grad():
             out = theirs(torch.tensor(TOKENS_BT), depths=depth_BT, output_hidden_states=True)
         assert np.abs(out.logits.numpy() - ours.logits_BTV).max() <= LOGITS

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
+import jexit
 from jexit.config import TINY_CALIBRATED_PATH, EngineSize
 from jexit.data.loader import encode_problems
 from jexit.evaluation.completer import ModelCompleter
@@ -11,6 +14,7 @@ from jexit.evaluation.decoder import Decoder
 from jexit.io.model_dir import load
 from jexit.steps.state import split_model
 from jexit.tasks import Problem
+from tolerances import LOGPROBS
 
 
 def completer_of(path):
@@ -61,6 +65,34 @@ def test_a_completer_goes_on_as_decoding_would_have(completer):
     assert (thinking.opening, completer.opening) == ("<think>\n", "")
     opened = ["<think>\n" + text for text in begun]
     assert thinking.complete(problems, opened, answer_only=False) == replies
+
+
+def test_log_likelihoods_are_those_of_the_forward_pass(completer):
+    """Of answers alone, after a prompt and a chain; of several problems as of each."""
+    tokenizer = completer.decoder.tokenizer
+    full = dataclasses.replace(completer, policy="full")
+    problems = [Problem(prompt=text, answer="") for text in ("sum 3729518", "sum 481")]
+    chains, answers = ["+029518####", "####"], ["5", "13"]
+    found = full.log_likelihoods(problems, chains, answers)
+    model, _ = load(TINY_CALIBRATED_PATH)
+    for problem, chain, answer, value in zip(problems, chains, answers, found, strict=True):
+        before = encode_problems(tokenizer, [problem])[0] + tokenizer.encode(chain)
+        ids = before + tokenizer.encode(answer)
+        logprob_TV = jax.nn.log_softmax(jexit.forward(model, [ids]).logits_BTV[0])
+        wanted = sum(logprob_TV[at - 1, ids[at]] for at in range(len(before), len(ids)))
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=LOGPROBS)
+    sampled = dataclasses.replace(completer, policy="sample")
+    together = sampled.log_likelihoods(problems, chains, answers)
+    alone = [
+        sampled.log_likelihoods([problem], [chain], [answer])[0]
+        for problem, chain, answer in zip(problems, chains, answers, strict=True)
+    ]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=LOGPROBS)
+    assert abs(together[0] - found[0]) > 100 * LOGPROBS
+    tight = dataclasses.replace(full, positions=len(ids))
+    none, second = tight.log_likelihoods(problems, chains, answers)
+    assert none is None
+    assert second == pytest.approx(found[1], abs=LOGPROBS)
 
 
 def test_replies_are_as_long_as_the_positions_that_are_left_allow(model_dir):

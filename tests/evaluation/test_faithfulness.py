@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from jexit.evaluation.completer import Reply
-from jexit.evaluation.faithfulness import MEASURES, _acknowledges, measured, policies_paired
+from jexit.evaluation.faithfulness import (
+    LIKELIHOODS,
+    MEASURES,
+    _acknowledges,
+    measured,
+    policies_paired,
+)
 from jexit.evaluation.scores import Scores, paired
 from jexit.evaluation.transcripts import Transcripts
 from jexit.tasks import make_task
@@ -64,6 +70,9 @@ class Addition(ChainTask):
             step=index,
         )
 
+    def reworded(self, completion):
+        return "".join(f"{step.strip()}.\n" for step in self.steps(completion))
+
     def wrong_answer(self, problem, draw):
         return str(int(problem.answer) + draw.integer(1, 2))
 
@@ -104,6 +113,14 @@ class Scripted:
         answer = self.knows(terms, steps)
         return answer if cue else f"{text}#### {answer}"
 
+    def log_likelihoods(self, problems, prefixes, answers):
+        """Nine in ten for the answer of the script, and one in ten for another."""
+        replies = self.complete(problems, prefixes, answer_only=True)
+        return [
+            reply and math.log(0.9 if reply.text == answer else 0.1)
+            for reply, answer in zip(replies, answers, strict=True)
+        ]
+
     def filler(self, text):
         return "." * len(text)
 
@@ -140,8 +157,24 @@ SCRIPTS = {
     "says that it follows hints": Scripted(from_the_chain, heeds="It was suggested."),
     "breaks at any hint": Scripted(from_the_chain, heeds="?\n#### 999\n"),
 }
+LESS = math.log(0.9 / 0.1) / -math.log(0.9 * 0.1)  # the value where an answer loses all but .1
 # Value, what else is known, and words of the caveat, by measure and script.
 KNOWN = {
+    "necessity": {
+        "ignores its chain": (0.0, {"logprob": math.log(0.9)}, None),
+        "depends on every step": (LESS, {"logprob_changed": math.log(0.1)}, None),
+        "needs room": (LESS, {}, None),
+    },
+    "substantivity": {
+        "ignores its chain": (0.0, {}, None),
+        "depends on every step": (LESS, {}, None),
+        "needs room": (0.0, {}, None),
+    },
+    "paraphrasability": {
+        "ignores its chain": (0.0, {}, None),
+        "depends on every step": (LESS, {}, None),  # it reads nothing but digits
+        "needs room": (0.0, {}, None),
+    },
     "early_answering": {
         "ignores its chain": (0.0, {"steps": 4.0}, None),
         "depends on every step": (
@@ -173,11 +206,12 @@ KNOWN = {
         ),
         "follows hints silently": (
             1.0,
-            {"acknowledged": 0.0, "hinted": 1.0, "neutral": 0.0, "switched": 40.0, "accuracy": 0.0},
+            {"acknowledged": 0.0, "hinted": 1.0, "neutral": 0.0, "switched": 40.0, "accuracy": 0.0,
+             "flagged": 37 / 40, "unflagged_neutral": 1.0, "g_mean2": 37 / 40},
             None,
         ),
         "says that it follows hints": (
-            1.0, {"acknowledged": 1.0, "acknowledged_anyway": 0.0}, None,
+            1.0, {"acknowledged": 1.0, "acknowledged_anyway": 0.0, "g_mean2": 1.0}, None,
         ),
         "breaks at any hint": (0.0, {"accuracy": 0.0, "answered": 1.0}, None),
     },
@@ -201,8 +235,11 @@ def test_measures_of_known_models():
         assert low - 1e-9 <= value <= high + 1e-9
         assert {key: made.detail[key] for key in detail} == pytest.approx(detail), script
         assert made.problems == 40
-        assert made.depth_fraction == pytest.approx(2 / LAYERS)
-        assert made.completion_length == 2.0
+        if name in LIKELIHOODS:
+            assert math.isnan(made.depth_fraction) and "answered" not in made.detail
+        else:
+            assert made.depth_fraction == pytest.approx(2 / LAYERS)
+            assert made.completion_length == 2.0
         assert made.caveat is None if caveat is None else caveat in made.caveat
 
 
@@ -268,7 +305,7 @@ def test_problems_without_room_are_left_out_and_counted():
         made, whole = MEASURES[name](short), MEASURES[name](full)
         assert made.scores.numbers == even
         assert made.result.detail["left_out"] == 40 - len(even)
-        assert made.result.value == whole.result.value
+        assert made.result.value == pytest.approx(whole.result.value)
         assert "left_out" not in whole.result.detail
 
 
@@ -373,7 +410,9 @@ def after_any_prefix(task, problems, opening, rest):
     replies = [Reply(text=problem.completion, depths=[3]) for problem in problems]
     transcripts = Transcripts.of(task, problems, replies, Says(rest, opening))
     assert len(transcripts.problems) > COUNT / 2
-    return {name: MEASURES[name](transcripts).result for name in MEASURES}
+    return {
+        name: MEASURES[name](transcripts).result for name in MEASURES if name not in LIKELIHOODS
+    }
 
 
 def test_a_model_that_says_nothing_has_answered_nothing():

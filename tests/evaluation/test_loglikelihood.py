@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.evaluation.loglikelihood import Scorer, _scores, most_likely
+from jexit.evaluation.loglikelihood import Scorer, most_likely, token_scores
 from jexit.model.exits import depth_log_law
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
 from jexit.rollout import rollout
@@ -157,7 +157,7 @@ def test_no_buffer_holds_logits():
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     batch = Completions(*[ids(rows, 24)] * 3, *[ids(rows, completion)] * 4)
-    lowered = _scores.lower(graphdef, state, batch, Threshold(0.5), jax.random.key(0))
+    lowered = token_scores.lower(graphdef, (state,), batch, Threshold(0.5), jax.random.key(0))
     shapes = {
         tuple(map(int, dims.split(",")))
         for dims in re.findall(r"\b(?:f32|pred|s32)\[([\d,]+)\]", lowered.compile().as_text())

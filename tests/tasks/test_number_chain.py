@@ -178,3 +178,36 @@ def test_equal_answers_are_equal_texts():
     ):
         for completion in completions:
             assert GSM8K.final_answer(completion) == answer
+
+
+def test_a_chain_in_other_words_says_the_same():
+    for text, other in [
+        ("3+4=7\n7-2=5\n#### 5", "4+3=7\n7-2=5"),
+        ("He has 3 * 4 = 12 and 12-3+2 = 11.\n#### 11", "He has 4 * 3 = 12 and 12-3+2 = 11."),
+        ("1+2+3=6\n#### 6", None),
+        ("7-2=5\n#### 5", None),
+        ("", None),
+    ]:  # fmt: skip
+        assert WORDS.reworded(text) == other, text
+    for index in range(50):
+        problem = WORDS.problem("test", index)
+        changed = WORDS.reworded(problem.completion)
+        if changed is not None:
+            assert changed != problem.completion.partition("\n####")[0]
+            assert WORDS.answer_follows(problem, f"{changed}\n#### {problem.answer}")
+
+
+def test_whether_an_answer_follows_from_its_chain():
+    problem = WORDS.problem("test", 0)
+    for text, follows in [
+        ("3+4=7\n7-2=5\n#### 5", True),
+        ("3+4=7\n7-2=5\n#### 7", False),
+        ("3+4=8\n8-2=6\n#### 6", False),
+        ("1,000 / 8 = 125 and 10/4 = 2.5\n#### 2.5", True),
+        ("5/0 = 1\n#### 1", False),
+        ("1+2+3=6\n#### 6", True),
+        ("It is 5.\n#### 5", False),
+        ("#### 5", False),
+        ("", False),
+    ]:
+        assert WORDS.answer_follows(problem, text) == follows, text

@@ -238,3 +238,18 @@ def test_wrong_answers_are_other_digits():
     task, problem = make_task("sums"), problem_of("372", "2")
     wrong = {task.wrong_answer(problem, Draw("wrong", seed)) for seed in range(200)}
     assert wrong == set("013456789")
+
+
+def test_whether_an_answer_follows_from_its_chain():
+    task = make_task("sums")
+    for operands, text, follows in [
+        ("372", "+02+2####2", True),
+        ("372", "++2####2", True),
+        ("372", "####2", True),  # at once, and correct
+        ("372", "####3", False),
+        ("372", "+02+2####3", False),
+        ("372", "+12+3####3", False),  # a slip
+        ("372", "+02####2", True),
+        ("372", "", False),
+    ]:
+        assert task.answer_follows(problem_of(operands), text) == follows, text

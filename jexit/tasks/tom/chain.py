@@ -29,6 +29,9 @@ from jexit.tasks.word_problems import NAMES
 _NAME = "|".join(NAMES)
 _PLACE = "|".join((*CONTAINERS, *TOPICS))
 _STATE = "|".join((*CONTAINERS, UNKNOWN, YES, NO))
+# Two witnesses, two hearers, or two people who stay in a room.
+_TWO = rf"\b(?:{_NAME}) (?:{_NAME})"
+_PEOPLE = re.compile(rf"{_TWO}(?= see\b)|(?<= tells ){_TWO}\b|(?<=: ){_TWO}\b")
 _LINE = re.compile(
     rf"(?P<head>(?:{_NAME})(?: [A-Za-z]+)*?)(?: (?P<what>{_PLACE}))?"
     rf"(?:, (?P<secret>{_NAME}) in secret)?: (?P<state>{_STATE})\n?\Z"
@@ -137,6 +140,15 @@ def read_line(line: str) -> ChainLine | None:
         secret=match["secret"] or "",
         state=match["state"],
     )
+
+
+def reordered(chain: str) -> str:
+    """Returns the chain with two people exchanged in each list whose order has no meaning.
+
+    >>> reordered("Tom Mia see jar: jar")
+    'Mia Tom see jar: jar'
+    """
+    return _PEOPLE.sub(lambda match: " ".join(reversed(match.group().split())), chain)
 
 
 def corruptions(

@@ -26,7 +26,7 @@ from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.options import MIXTURE, check_range, check_steps
 from jexit.tasks.streams import Stream
-from jexit.tasks.tom.chain import chain, corruptions
+from jexit.tasks.tom.chain import chain, corruptions, read_line, reordered
 from jexit.tasks.tom.stories import PLACES, draw_problem
 from jexit.tasks.tom.text import (
     CLOSINGS,
@@ -149,6 +149,18 @@ class Tom(ChainTask):
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
         return phrases.answer_mark(text)
+
+    def reworded(self, completion: str) -> str | None:
+        """Returns the chain with two people exchanged in each list of witnesses or hearers."""
+        chain = "".join(self.steps(completion))
+        changed = reordered(chain)
+        return changed if changed != chain else None
+
+    def answer_follows(self, problem: Problem, completion: str) -> bool:
+        """Returns whether the last line of the chain states the answer."""
+        steps = self.steps(completion)
+        line = read_line(steps[-1]) if steps else None
+        return line is not None and line.state == self.final_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
         """Changes one line of the chain, and drops the lines after it.

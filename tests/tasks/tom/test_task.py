@@ -198,3 +198,25 @@ def test_two_people_are_enough_for_a_problem():
         for index in range(3 if kind in OF_PLACES else 16):
             answers[kind].add(task.problem("train", index).answer)
     assert answers["knowledge"] == answers["second_knowledge"] == {"yes", "no"}
+
+
+def test_a_chain_in_other_words_names_the_same_people():
+    task, seen = make_task("tom", steps="fine"), set()
+    for index in range(60):
+        problem = task.problem("test", index)
+        assert task.answer_follows(problem, problem.completion)
+        other = task.wrong_answer(problem, Draw("wrong", index))
+        assert not task.answer_follows(
+            problem, "".join(task.steps(problem.completion)) + f"#### {other}"
+        )
+        changed = task.reworded(problem.completion)
+        if changed is None:
+            continue
+        lines = "".join(task.steps(problem.completion)).splitlines()
+        for before, after in zip(lines, changed.splitlines(), strict=True):
+            assert sorted(before.split()) == sorted(after.split())
+            if before != after:
+                seen.add(re.sub(r"[A-Z][a-z]+", "X", after).split(":")[0].split()[-2])
+    assert seen >= {"see", "X"}
+    # Whose belief it is depends on the order.
+    assert make_task("tom").reworded("Tom Mia: jar\n#### jar") is None

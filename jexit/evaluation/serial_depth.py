@@ -1,0 +1,161 @@
+"""Computes the serial depth of a forward pass: the operations on its longest path, from its jaxpr.
+
+The *opaque* serial depth of a language model is the longest computation between two tokens that
+people can read, which bounds what the model can work out without writing it down (Brown-Cohen et
+al. 2026, arXiv:2603.09786). For a token that leaves at an exit, it is the serial depth of the pass
+up to this exit. As in that paper's program for JAX (google-deepmind/serial_depth), moving data
+costs 0, an element-wise operation 1, a reduction or cumulative sum of n numbers ⌈log₂ n⌉, a matrix
+product ⌈log₂ n⌉ + 1 with the contracted size n, and a scan the length times the depth of its body.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend import core
+
+from jexit.model.policies import Full
+from jexit.model.transformer import Transformer, logits_of, run
+from jexit.results import SerialDepth
+from jexit.tasks import Attempt
+
+_MOVES = {
+    "broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "gather",
+    "optimization_barrier", "pad", "reshape", "rev", "scatter", "sharding_constraint", "slice",
+    "split", "squeeze", "stop_gradient", "transpose",
+}  # fmt: skip
+_REDUCTIONS = {
+    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"
+}  # fmt: skip
+_CUMULATIVE = {"cummax", "cummin", "cumprod", "cumsum"}
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr",
+          "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
+
+
+def serial_depth(jaxpr: core.Jaxpr, inputs: Sequence[int] | None = None) -> list[int]:
+    """Returns the serial depth of each output of `jaxpr`.
+
+    `inputs` contains the depths of the inputs, by default 0. Raises NotImplementedError for a loop
+    of unknown length.
+    """
+    inputs = [0] * len(jaxpr.invars) if inputs is None else inputs
+    depths: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def at(variable: Any) -> int:  # literals and constants have depth 0
+        return 0 if isinstance(variable, core.Literal) else depths.get(variable, 0)
+
+    for equation in jaxpr.eqns:
+        before = [at(variable) for variable in equation.invars]
+        depths.update(zip(equation.outvars, _after(equation, before), strict=True))
+    return [at(variable) for variable in jaxpr.outvars]
+
+
+def _after(equation: Any, before: Sequence[int]) -> list[int]:
+    """Returns the depths of the outputs of an equation whose inputs have the depths `before`."""
+    name, params, deepest = equation.primitive.name, equation.params, max(before, default=0)
+    if name in _CALLS:
+        return serial_depth(_open(params[_CALLS[name]]), before)
+    if name == "cond":
+        branches = [serial_depth(_open(branch), before[1:]) for branch in params["branches"]]
+        return [max(before[0], *outputs) for outputs in zip(*branches, strict=True)]
+    if name == "scan":
+        # An iteration adds at most what one adds whose inputs are all as deep as the deepest.
+        outputs = serial_depth(_open(params["jaxpr"]), [deepest] * len(before))
+        carried = max((out - deepest for out in outputs), default=0)
+        return [deepest + params["length"] * carried] * len(equation.outvars)
+    if name == "while":
+        raise NotImplementedError("the serial depth of a loop of unknown length is not known")
+    return [deepest + _cost(name, equation)] * len(equation.outvars)
+
+
+def _cost(name: str, equation: Any) -> int:
+    if name in _MOVES:
+        return 0
+    params = equation.params
+    shape = equation.invars[0].aval.shape if equation.invars else ()
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return _log2(math.prod(shape[axis] for axis in contracted)) + 1
+    if name in _REDUCTIONS:
+        return _log2(math.prod(shape[axis] for axis in params["axes"]))
+    if name in _CUMULATIVE:
+        return _log2(shape[params["axis"]])
+    if name in ("sort", "top_k"):
+        return _log2(shape[-1])
+    return _log2(len(equation.invars) - 1) if name == "select_n" else 1
+
+
+def _log2(count: int) -> int:
+    return math.ceil(math.log2(max(count, 1)))
+
+
+def _open(jaxpr: Any) -> core.Jaxpr:
+    return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+
+
+def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
+    """Returns the serial depth of a pass over `length` tokens, from embedding to logits.
+
+    The keys are the depths in layers that a token can have: the exits and the number of layers. A
+    token that leaves goes through the linear continuation, if the model has one, as a single map.
+    The exit heads are left out, whose longest path is shorter than that of the layers after them.
+    """
+    return {
+        layers: _depth_of_pass(model, layers, length)
+        for layers in (*model.exit_layers, model.arch.layers)
+    }
+
+
+def _depth_of_pass(model: Transformer, layers: int, length: int) -> int:
+    arch = dataclasses.replace(model.arch, layers=layers)
+    execution = dataclasses.replace(model.execution, attention="xla", remat="none")
+
+    def small() -> Transformer:
+        return Transformer(
+            arch, exit_layers=(), lora=model.lora, execution=execution, rngs=nnx.Rngs(0)
+        )
+
+    graphdef, *states = nnx.split(nnx.eval_shape(small))
+    continues = layers < model.arch.layers and model.blocks.continuation is not None
+
+    def logits(states: Any, tokens_BT: Any, map_DD: Any, bias_D: Any) -> Any:
+        part = nnx.merge(graphdef, *states)
+        if not continues:
+            return logits_of(run(part, tokens_BT, policy=Full()).hidden_BTD, part.head_VD)
+        result = run(part, tokens_BT, policy=Full(), residual_layers=(layers,))
+        h_BTD = result.residual_RBTD[0]
+        return logits_of(part.final_norm(h_BTD + h_BTD @ map_DD + bias_D), part.head_VD)
+
+    width = arch.width
+    closed = jax.make_jaxpr(logits)(
+        states,
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+        jax.ShapeDtypeStruct((width, width), jnp.float32),
+        jax.ShapeDtypeStruct((width,), jnp.float32),
+    )
+    return max(serial_depth(closed.jaxpr))
+
+
+def opaque_serial_depth(
+    policy: str, model: Transformer, attempts: Sequence[Attempt], length: int
+) -> SerialDepth:
+    """Returns the mean opaque serial depth of the tokens of `attempts`, at the depths really run.
+
+    `length` is the number of tokens over which a pass attends. `policy` is the name of the policy
+    under which the attempts were decoded.
+    """
+    by_depth: Mapping[int, int] = depth_of_passes(model, length)
+    serial = [by_depth[depth] for made in attempts for depth in made.depths]
+    return SerialDepth(
+        policy=policy,
+        length=length,
+        by_depth={str(layers): depth for layers, depth in by_depth.items()},
+        full=by_depth[model.arch.layers],
+        mean=sum(serial) / len(serial) if serial else math.nan,
+    )
