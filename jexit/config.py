@@ -820,13 +820,13 @@ def _check_policies(config: Config) -> None:
         )
     for index, policy in enumerate(policies):
         of = control_of(policy)
-        parse_policy(policy if of is None else of)
+        parse_policy(policy if of is None else of, "confidence")
         if of is not None and of not in policies[:index]:
             raise UserError(
                 f"policy {policy!r} is a control for {of!r}, but {of!r} does not come before it; "
                 f"put {of!r} before it in config.eval.policies"
             )
-    parse_policy(config.generate.policy, speculate=True)
+    parse_policy(config.generate.policy, "speculate")
     parse_policy(config.eval.measured)
 
 
@@ -871,26 +871,29 @@ def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
     return exits
 
 
-def parse_policy(text: str, *, speculate: bool = False) -> tuple[str, float | int | None]:
+def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:
     """Returns the kind and the number of the halting policy with the name `text`.
 
     Names are `threshold:X` (0 < X < 1), `fixed:LAYERS` (at least 1), and `full` and `sample`, whose
-    number is None. With `speculate`, `speculate:LAYER` is a name too. Raises UserError for any
-    other name.
+    number is None. `further` contains the kinds that are also allowed: `confidence` (evaluation
+    only; 0 < X < 1) and `speculate` (decoding only; a layer). Raises UserError for any other name.
     """
     kind, _, argument = text.partition(":")
     if kind in ("full", "sample") and not argument:
         return kind, None
+    allowed = kind in ("threshold", "fixed", *further)
     try:
-        if kind == "threshold" and 0.0 < float(argument) < 1.0:
+        if allowed and kind in ("threshold", "confidence") and 0.0 < float(argument) < 1.0:
             return kind, float(argument)
-        if kind in ("fixed", "speculate")[: 1 + speculate] and int(argument) >= 1:
+        if allowed and kind in ("fixed", "speculate") and int(argument) >= 1:
             return kind, int(argument)
     except ValueError:
         pass
+    named = {"confidence": "confidence:X", "speculate": "speculate:N"}
+    also = "".join(f", {named[kind]}" for kind in further)
     raise UserError(
-        f"policy {text!r} is not known; use full, sample, threshold:X (0 < X < 1)"
-        f"{', speculate:N' if speculate else ''} or fixed:N (N layers, at least 1)"
+        f"policy {text!r} is not known; use full, sample, threshold:X (0 < X < 1){also} or fixed:N "
+        "(N layers, at least 1)"
     )
 
 

@@ -260,6 +260,12 @@ def test_policies_have_a_name_and_sometimes_a_number():
     for text in f"{wrong}|fixed|fixed:0|fixed:-1|fixed:2.5|greedy".split("|"):
         with pytest.raises(UserError, match=r"policy '.*' is not known; use full, sample, thresh"):
             parse_policy(text)
+    for kind, value in (("confidence", 0.9), ("speculate", 6)):
+        assert parse_policy(f"{kind}:{value}", kind) == (kind, value)
+        with pytest.raises(UserError, match="is not known"):
+            parse_policy(f"{kind}:{value}")
+    with pytest.raises(UserError, match=r"threshold:X \(0 < X < 1\), confidence:X or fixed:N"):
+        parse_policy("confidence:2", "confidence")
     for text, of in (
         ("shuffled", "sample"), ("fixed:matched", "sample"), ("fixed:4", None), ("sample", None),
         ("shuffled:threshold:0.5", "threshold:0.5"), ("fixed:matched:fixed:3", "fixed:3"),

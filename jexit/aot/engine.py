@@ -96,7 +96,9 @@ class EnginePrograms:
         eos, most_new = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
         draws = Draws(abstract_key(), eos, most_new, Sampling.of(1.0, 1.0))
         group = shards * max(group.rows for group in layout.groups.values())
-        batch = (rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group))
+        batch = (
+            rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group, samples)
+        )  # fmt: skip
         placed_policies = [
             (label, self._of_jobs(policy, shards * layout.jobs, columns_bucket(new + written)))
             for label, policy in policies
@@ -108,7 +110,7 @@ class EnginePrograms:
             name=f"{name} prefill",
             function=prefill,
             arguments=(split.graphdef, states, store, records, work, *batch, draws, begun),
-            options={"samples": samples, "adapters": adapters},
+            options={"adapters": adapters},
             beside=beside | {"pool": pool},
         )
         if new == 1:  # the prefill draws this token, so no tick runs

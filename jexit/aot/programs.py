@@ -18,6 +18,8 @@ from jexit.aot.program import Program, abstract_key, placed, placed_parameters, 
 from jexit.config import Config, check_exits, control_of
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import data_shards
+from jexit.errors import UserError
+from jexit.evaluation.confidence import is_confidence
 from jexit.evaluation.decoder import make_policy
 from jexit.evaluation.exits import compare_exits
 from jexit.evaluation.faithfulness import LIKELIHOODS, MEASURES
@@ -174,7 +176,12 @@ def _labelled(
     """Returns the policy called `name` as a pair of its label in step names and its abstract form.
 
     A control, which prescribes the depth of every token, gets abstract depths [rows, columns].
+    Raises UserError for a confidence, whose exits are not those of the config's model.
     """
+    if is_confidence(name):
+        raise UserError(
+            f"policy {name!r} cannot be compiled ahead of time; remove it from config.eval.policies"
+        )
     if control_of(name) is not None:
         return " (prescribed)", Prescribed(jax.ShapeDtypeStruct((rows, columns), jnp.int32))
     return f" ({name.partition(':')[0]})", _policy(config, name, layers)

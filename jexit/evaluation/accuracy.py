@@ -72,7 +72,7 @@ def evaluate_policy(
     decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Attempt]]:
     """Decodes every prompt under the policy called `name`, and judges the completions."""
-    attempts, speed = examination.attempts(decoder, decoder.policy(name), name)
+    attempts, speed = examination.attempts(decoder.under(name), decoder.policy(name), name)
     result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
     return result, attempts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from jexit.config import EngineSize, parse_policy
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import gather, host_rows
 from jexit.errors import UserError
+from jexit.evaluation.confidence import confident, is_confidence
 from jexit.model.policies import Fixed, Full, Policy, Sample, Threshold
 from jexit.rollout import Rollouts, rollout
 from jexit.tasks import Attempt, Verdict
@@ -39,6 +41,14 @@ class Decoder:
 
     def policy(self, name: str) -> Policy:
         return make_policy(name, self.layers, self.law)
+
+    def under(self, name: str) -> Decoder:
+        """Returns the decoder for the policy called `name`, whose exits may be confidences."""
+        return self._confident if is_confidence(name) else self
+
+    @functools.cached_property
+    def _confident(self) -> Decoder:
+        return dataclasses.replace(self, parts=confident(self.parts))
 
     def decode(
         self,
@@ -124,7 +134,7 @@ def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
     stands; it contains the temperature and the lower bound of hazards. Raises UserError if
     `fixed:N` requests more layers than the model has.
     """
-    kind, argument = parse_policy(text)
+    kind, argument = parse_policy(text, "confidence")
     if kind == "fixed":
         if argument > layers:
             raise UserError(
@@ -132,6 +142,6 @@ def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
                 f"fixed:N with N from 1 to {layers}"
             )
         return Fixed(argument)
-    if kind == "threshold":
+    if kind in ("threshold", "confidence"):  # of the exit heads, or of the exits' own predictions
         return Threshold(argument)
     return law if kind == "sample" else Full()

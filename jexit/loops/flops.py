@@ -206,14 +206,17 @@ class ModelFlops:
         maps = 0.0 if self.rank is None else 2.0 * width * (2 * self.rank or width)
         return self._base("k", "v") + self._adapters("k", "v") + maps
 
-    def compute_fraction(self, depth_fraction: float) -> float:
+    def compute_fraction(self, depth_fraction: float, logits: float = 0.0) -> float:
         """Returns the FLOPs of the layers at a mean depth, as a fraction of those at full depth.
 
         `depth_fraction` is the mean depth divided by the number of layers. Skipped layers count
-        with `skipped_layer`, and attention scores are not counted.
+        with `skipped_layer`, and attention scores are not counted. `logits` is how often a token
+        computes all logits at exits, on average, in order to decide whether to leave.
         """
-        skipped = self.skipped_layer() / (self._base() + self._adapters())
-        return depth_fraction + (1.0 - depth_fraction) * skipped
+        layer = self._base() + self._adapters()
+        skipped = self.skipped_layer() / layer
+        decisions = logits * self.logits(1) / (self.arch.layers * layer)
+        return depth_fraction + (1.0 - depth_fraction) * skipped + decisions
 
     def _student(self, size: PassSize, completion_tokens: int) -> float:
         passes = self.forward(size, hazards=True) + self.backward(size, hazards=True)

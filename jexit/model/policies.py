@@ -306,7 +306,7 @@ def policy_of(text: str, sample: Sample = Sample()) -> Policy:
 
     For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
     """
-    kind, argument = parse_policy(text, speculate=True)
+    kind, argument = parse_policy(text, "speculate")
     if argument is None:
         return sample if kind == "sample" else Full()
     kinds = {"fixed": Fixed, "threshold": Threshold, "speculate": Speculate}
