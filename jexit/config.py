@@ -345,6 +345,9 @@ class FinetuneConfig:
     max_new_tokens: Count = 256
     """The largest number of tokens in a reference, including its end token. A longer reference
     stops the run."""
+    policy: Literal["full", "sample"] = "full"
+    """full: the references run all layers, and the result is a plain trunk without exits. sample:
+    their tokens exit at depths drawn from the model's trained exits, which stay as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,9 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             [("", _policy(config, "sample", layers))],
         )
         yield _update(config, mesh, split, state, optimizer)
-    names: tuple[str, ...] = ("full",) if config.command == "finetune" else ("sample",)
+    names: tuple[str, ...] = (
+        (config.finetune.policy,) if config.command == "finetune" else ("sample",)
+    )
     if config.command in ("eval", "generate"):
         section = getattr(config, config.command)
         names = config.eval.policies if config.command == "eval" else (config.generate.policy,)
@@ -355,7 +357,10 @@ def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -
 def _finetuning(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Program:
-    step = make_finetune_step(split, optimizer, micro_batches=config.optim.accumulate)
+    policy = _policy(config, config.finetune.policy, layers)
+    step = make_finetune_step(
+        split, optimizer, policy=policy, micro_batches=config.optim.accumulate
+    )
     new = config.finetune.max_new_tokens
     batch = _packed(config, mesh, config.batch_size, new, shared=False)
     return Program(

@@ -151,7 +151,8 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
 def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns the settings under which a run's exits were trained, by section of the config.
 
-    `directory` is the directory of an sft or rl run, and an example of the result is {"rl":
+    `directory` is the directory of an sft or rl run, or of a run that fine-tuned the result of one
+    and kept its exits, and an example of the result is {"rl":
     {"min_hazard": 0.0, "hazard_temperature": 1.0}}. If an rl run started from an sft run, the
     result also contains the settings of the sft run. Returns {} if `directory` does not belong to
     an sft or rl run. Raises UserError if the run's config.json cannot be read or lacks one of the
@@ -166,6 +167,12 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
         config = read_object(
             path, f"it records the settings that the model was trained under; {without}"
         )
+        section, start = config.get("finetune"), config.get("model")
+        if config.get("command") == "finetune" and isinstance(start, dict):
+            if not isinstance(section, dict) or section.get("policy", "full") == "full":
+                break  # the result has no exits
+            path = pathlib.Path(str(start.get("path"))) / "config.json"
+            continue
         if (command := config.get("command")) not in [*LAWS]:
             break
         section, names = LAWS[command]

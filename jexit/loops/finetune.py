@@ -13,18 +13,28 @@ from jexit.dist import HostRows, waiting
 from jexit.errors import UserError
 from jexit.loops.flops import PassSize
 from jexit.loops.packing import Lengths
+from jexit.loops.setup import sample_policy, with_trained_exits
 from jexit.loops.stage import Stage
 from jexit.loops.trainer import Trainer
+from jexit.model.policies import Full, Policy
 from jexit.steps.finetune import make_finetune_step
 from jexit.steps.state import TrainState, new_state, step_key
 
 
 def finetune(config: Config, workdir: pathlib.Path) -> None:
-    """Runs `config.steps` steps and writes the trunk with merged adapters to `WORKDIR/model`."""
+    """Runs `config.steps` steps and writes the model to `WORKDIR/model`.
+
+    With `finetune.policy=full`, the model is a trunk without exits, in which adapters are merged.
+    With `sample`, depths are drawn as in the run that trained the exits.
+    """
+    policy: Policy = Full()
+    if config.finetune.policy == "sample":
+        config = with_trained_exits(config)
+        policy = sample_policy(config)
     stage = Stage.open(config, workdir, updates=config.steps)
     before = stage.measure_before()
     step_fn = make_finetune_step(
-        stage.split, stage.optimizer, micro_batches=config.optim.accumulate
+        stage.split, stage.optimizer, policy=policy, micro_batches=config.optim.accumulate
     )
     shapes = stage.packed_shapes(shared=False)
     trainer = Trainer(config, workdir, "finetune", {"loss": "loss"}, kept=(shapes,))

@@ -12,9 +12,11 @@ from jexit.config import Config
 from jexit.data.loader import PromptBatch, encode_references, prompt_batch
 from jexit.data.tokenizer import Tokenizer
 from jexit.dist import HostRows, data_shards, from_primary, is_primary
+from jexit.errors import UserError
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy, held_out
 from jexit.evaluation.tables import print_change
 from jexit.io.model_dir import save_model
+from jexit.io.model_source import open_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops
 from jexit.loops.packing import PackedShapes
@@ -62,6 +64,11 @@ class Stage:
         check_prompts(task, tokenizer, config, model.arch.max_positions)
         if config.command == "finetune":
             encode_references(tokenizer, [task.problem("train", 0)])
+            if config.finetune.policy == "sample" and not open_model(config.model.path).exit_layers:
+                raise UserError(
+                    "config.finetune.policy is 'sample', but the model in "
+                    f"{config.model.path} has no trained exits; calibrate it first, or use full"
+                )
         start_run(workdir, config)
         full = config.lora.rank == 0
         labels = parameter_labels(model, full=full)
@@ -195,11 +202,8 @@ class Stage:
 
     @property
     def policy(self) -> str:
-        """The halting policy that measures the run: `full` in fine-tuning, otherwise `sample`.
-
-        Fine-tuning comes before calibration, so its model's exits are untrained.
-        """
-        return "full" if self.config.command == "finetune" else "sample"
+        """The halting policy that measures the run: `finetune.policy`, otherwise `sample`."""
+        return self.config.finetune.policy if self.config.command == "finetune" else "sample"
 
     def chosen(self, trainer: Trainer, state: TrainState) -> TrainState:
         """Returns the state from which the run's model is written.
@@ -217,7 +221,7 @@ class Stage:
         trainer.close()
         after = self.measure(state.trainable)
         student = self.split.student(state.trainable)
-        if self.config.command == "finetune":  # writes a plain trunk, the base of later stages
+        if self.policy == "full":  # writes a plain trunk, the base of later stages
             merge_adapters(student)
             kept = {"with_exits": False}
         else:

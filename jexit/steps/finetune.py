@@ -1,4 +1,4 @@
-"""The fine-tuning step: cross-entropy on reference completions, with all tokens at full depth."""
+"""The fine-tuning step: cross-entropy on reference completions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ import optax
 from jexit.axes import Array, PRNGKey
 from jexit.kernels import linear_logprob
 from jexit.losses.masked import masked_sum
+from jexit.model.policies import Full, Policy
 from jexit.model.transformer import run
 from jexit.steps.completions import Completions
 from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
+DEPTH_DRAW = 1  # number of the depths' draw
+
 
 def make_finetune_step(
-    split: SplitModel, optimizer: optax.GradientTransformation, *, micro_batches: int = 1
+    split: SplitModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    policy: Policy = Full(),
+    micro_batches: int = 1,
 ) -> Callable[[TrainState, Fixed, Completions, PRNGKey], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, fixed, batch, key) → (state, metrics).
 
     The loss is the mean of −log p(y_t) over the tokens y_t of all completions, including their end
-    tokens. `key` seeds the dropout of the adapters.
+    tokens. The tokens of completions exit under `policy`, whose depths are not scored, so the exit
+    heads get no gradient. `key` seeds the dropout of the adapters and the drawn depths.
     """
 
     def step(
@@ -33,7 +41,15 @@ def make_finetune_step(
 
         def loss_fn(params: Params, rows: Completions, key: PRNGKey) -> tuple[Array, Metrics]:
             model = split.student(params, fixed)
-            result = run(model, rows.tokens_BT, dropout_key=key, **rows.layout)
+            result = run(
+                model,
+                rows.tokens_BT,
+                policy=policy,
+                action_BT=rows.action_BT if policy.leaves_early else None,
+                key=jax.random.fold_in(key, DEPTH_DRAW) if policy.draws else None,
+                dropout_key=key,
+                **rows.layout,
+            )
             hidden_BCD = rows.window(result.hidden_BTD)
             logprob_N = linear_logprob(
                 hidden_BCD.reshape(-1, hidden_BCD.shape[-1]),

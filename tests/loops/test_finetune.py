@@ -1,11 +1,12 @@
 """Fine-tuning from end to end on a small random model."""
 
+import numpy as np
 import pytest
 
 import jexit
-from jexit.config import PROJECTIONS
+from jexit.config import PROJECTIONS, TINY_PATH
 from jexit.io.model_source import open_model
-from small_runs import measured, metrics, run
+from small_runs import measured, metrics, parameters, run
 
 SETTINGS = {"batch_size": 16, "finetune__max_new_tokens": 48, "eval__problems": 2}
 
@@ -38,3 +39,19 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(model_dir, tmp_path):
 def test_a_reference_over_the_limit_is_refused(model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"but the limit is 4; raise config\.finetune\."):
         run("finetune", model_dir, tmp_path / "run", finetune__max_new_tokens=4)
+
+
+def test_a_run_under_sampled_exits_keeps_them(model_dir, tmp_path):
+    settings = SETTINGS | {"finetune__policy": "sample", "exits__layers": (1, 2), "lora__rank": 0}
+    with pytest.raises(ValueError, match=r"is 'sample', but the model in .* has no trained exits"):
+        run("finetune", TINY_PATH, tmp_path / "no", **settings)
+    assert not (tmp_path / "no").exists()
+    workdir = tmp_path / "run"
+    run("finetune", model_dir, workdir, steps=8, optim__full_lr=1e-2, **settings)
+    rows = metrics(workdir)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    before, after = parameters(model_dir), parameters(workdir)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert np.array_equal(after[name], values) == name.startswith("exits."), name
+    assert [result["policy"] for result in measured(workdir)] == ["sample", "sample"]
