@@ -59,6 +59,7 @@ Measure = Literal[
     "exits",
     "hazards",
     "serial_depth",
+    "planning",
     "capacity",
     "early_answering",
     "no_chain",

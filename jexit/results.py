@@ -284,6 +284,21 @@ class SerialDepth(Record):
     mean: Number = Field(description="Mean over the tokens, at the depths that were run.")
 
 
+class Planning(Record):
+    """How well a linear probe of the residual at one depth predicts a token that is to come.
+
+    The control is the same probe on the embedding of the token that the pass reads.
+    """
+
+    policy: str
+    layer: Count = Field(description="The number of layers below the residual.")
+    ahead: Positive = Field(description="k: the pass that produces token t predicts token t + k.")
+    accuracy: Share
+    accuracy_embedding: Share = Field(description="The control's accuracy.")
+    gain_ci95: Interval = Field(description="Interval of the gain over the control.")
+    passes: Count
+
+
 class CurvePoint(Record):
     """The results when the answer is forced after a part of the chain of thought.
 
@@ -405,6 +420,7 @@ class Evaluation(Record):
     exits: tuple[ExitQuality, ...] = ()
     hazards: tuple[HazardCalibration, ...] = ()
     serial_depth: tuple[SerialDepth, ...] = ()
+    planning: tuple[Planning, ...] = ()
     faithfulness: tuple[Faithfulness, ...] = ()
     faithfulness_paired: tuple[PairedMeasure, ...] = ()
     capacity: tuple[Capacity, ...] = ()
@@ -442,6 +458,9 @@ class Evaluation(Record):
         for part in ("hazards", "serial_depth"):
             for entry in getattr(self, part):
                 found |= numbers(f"{entry.policy}/{part}", entry)
+        for probed in self.planning:
+            place = f"{probed.policy}/planning/{probed.layer}/{probed.ahead}"
+            found |= numbers(place, probed)
         return found
 
 

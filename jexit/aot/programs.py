@@ -25,6 +25,7 @@ from jexit.evaluation.exits import compare_exits
 from jexit.evaluation.faithfulness import LIKELIHOODS, MEASURES
 from jexit.evaluation.hazards import decisions_and_targets
 from jexit.evaluation.loglikelihood import token_scores
+from jexit.evaluation.planning import residuals_at
 from jexit.evaluation.replay import batch_rows
 from jexit.io.model_source import open_model
 from jexit.loops.continuation import rows_at_a_time
@@ -137,7 +138,7 @@ def _measurements(
         yield from rollouts.programs(
             "measurement", both, 1, new, list(policies.items()), written=new
         )
-    if not measures & {"exits", "hazards", *LIKELIHOODS}:
+    if not measures & {"exits", "hazards", "planning", *LIKELIHOODS}:
         return
     length = bucket_length(config.task.max_prompt_tokens + new)
     with jax.set_mesh(mesh):
@@ -150,6 +151,14 @@ def _measurements(
             name=f"likelihoods of answers{label}",
             function=token_scores,
             arguments=(student[0], student[1:], batch, policy, abstract_key()),
+        )
+    if "planning" in measures:
+        exits = split.student(split.trainable).exit_layers
+        yield Program(
+            name="residuals for probes",
+            function=residuals_at,
+            arguments=(student[0], student[1:], batch, batch.completion_tokens_BC),
+            options={"layers": (0, *exits, layers)},
         )
     if "exits" in measures:
         yield Program(

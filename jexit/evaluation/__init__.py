@@ -11,6 +11,7 @@ policy, and ends in the records of `jexit.results`:
 | `confidence.py` | a baseline for exit heads: exits that leave where they are confident |
 | `exits.py` | how close each exit is to the last layer, and how leaving early changes predictions |
 | `hazards.py` | calibration of the exits' hazards |
+| `planning.py` | what residuals know of tokens that are to come |
 | `serial_depth.py` | the longest computation that is not written down |
 | `capacity.py` | how much the model can compute in one step of a prescribed size |
 | `faithfulness.py` | whether the answer comes from the chain of thought, by interventions |

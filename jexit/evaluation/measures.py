@@ -19,12 +19,13 @@ from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.exits import exit_quality
 from jexit.evaluation.faithfulness import MEASURES, Measured, measured, policies_paired
 from jexit.evaluation.hazards import hazard_calibration, hazards_of
+from jexit.evaluation.planning import planning
 from jexit.evaluation.replay import Recorded
 from jexit.evaluation.scores import paired
 from jexit.evaluation.serial_depth import opaque_serial_depth
 from jexit.evaluation.transcripts import Transcripts
 from jexit.model.policies import Sample
-from jexit.results import Completion, Faithfulness, PairedMeasure, Record
+from jexit.results import Completion, Faithfulness, PairedMeasure, Planning, Record
 from jexit.steps.state import SplitModel
 from jexit.tasks import Attempt, ChainTask, Task
 
@@ -80,6 +81,9 @@ class Measurer:
             parts.append(("hazards", self._hazards))
         if "serial_depth" in names:
             parts.append(("serial_depth", self._serial_depth))
+        if "planning" in names:
+            for policy in self._policies:
+                parts.append(("planning", functools.partial(self._planning, policy)))
         if set(names) & set(MEASURES):
             for policy in self._policies:
                 parts.append(("faithfulness", functools.partial(self._faithfulness, policy)))
@@ -180,6 +184,10 @@ class Measurer:
         )
         model = nnx.merge(*self._student)
         return [opaque_serial_depth(policy, model, attempts, max(lengths))]
+
+    def _planning(self, policy: str) -> list[Planning]:
+        recorded = self._recorded(self._attempts(policy))
+        return planning(policy, self._student, self.exits, self.decoder.layers, recorded)
 
     def _faithfulness(self, policy: str) -> list[Record]:
         task, attempts = self.examination.task, self._attempts(policy)

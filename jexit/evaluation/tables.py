@@ -43,6 +43,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
             f"opaque serial depth under {entry.policy}: {entry.mean:.0f} operations per token on "
             f"average, {entry.full} at full depth"
         )
+    _print_table(
+        "tokens ahead | policy | layers | probe | of the embedding | n",
+        "{0.ahead} | {0.policy} | {0.layer} | {0.accuracy:.1%} | {0.accuracy_embedding:.1%} | "
+        "{0.passes}",
+        evaluation.planning,
+    )
     for entry in evaluation.faithfulness:
         _print_table(
             f"under {entry.policy} | value | 95 % interval | of L | n",

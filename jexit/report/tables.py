@@ -28,6 +28,7 @@ from jexit.results import (
     HazardCalibration,
     Measure,
     PairedMeasure,
+    Planning,
     PolicyResult,
     SerialDepth,
 )
@@ -403,6 +404,20 @@ def serial_depth(entries: Sequence[SerialDepth]) -> Markup:
             rows.append((entry.policy, f"{layers} layers", number(depth, 0)))
     heads = ("policy", "pass", "operations on the longest path")
     return table("Opaque serial depth", rows, _ready(heads), texts=2)
+
+
+def planning(entries: Sequence[Planning]) -> Markup:
+    """Renders a table of probes for tokens that are to come, and of their control."""
+    columns = (
+        ("policy", lambda e: e.policy),
+        ("tokens ahead", lambda e: e.ahead),
+        ("layers", lambda e: e.layer),
+        ("probe", lambda e: per_cent(e.accuracy)),
+        ("of the embedding", lambda e: per_cent(e.accuracy_embedding)),
+        ("95 % interval of the gain", lambda e: interval(e.gain_ci95)),
+        ("passes", lambda e: number(e.passes, 0)),
+    )
+    return table("Probes for tokens to come", entries, columns)
 
 
 def setting_differences(runs: Sequence[Run]) -> Markup | None:

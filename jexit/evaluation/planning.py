@@ -1,0 +1,125 @@
+"""Probes the residuals of completions for tokens that are still to come.
+
+A linear probe reads, at an exit, the residual of the pass that produces token t, and predicts token
+t + k. If depth serves to plan ahead, shallow residuals know less of later tokens. Whatever a probe
+finds may also follow from the token that the pass reads, so the control is the same probe on the
+embedding of this token. (After Pal et al. 2023, arXiv:2311.04897, with ridge regression.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jexit.axes import Array, Bool, Float, Int
+from jexit.evaluation.intervals import bootstrap_ratio_difference
+from jexit.evaluation.replay import Recorded
+from jexit.model.policies import Prescribed
+from jexit.model.transformer import run
+from jexit.results import Planning
+from jexit.rollout import SplitModel
+from jexit.steps.completions import Completions
+
+AHEAD = (1, 2, 3, 4)
+MOST_PASSES = 20_000  # for fitting and measuring together
+RIDGE = 1e-2  # relative to the number of passes, for features of unit variance
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "layers"))
+def residuals_at(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    rows: Completions,
+    depth_BC: Int[Array, "B C"],
+    *,
+    layers: tuple[int, ...],
+) -> tuple[Float[Array, "B C R D"]]:
+    """Returns the residuals that enter `layers`, in the passes that produce the completions.
+
+    The completions run at their own depths `depth_BC`. Beyond its depth, a token's residual is
+    frozen or continued.
+    """
+    model = nnx.merge(graphdef, *states)
+    policy = Prescribed(rows.input_depths(depth_BC, model.arch.layers))
+    result = run(model, rows.tokens_BT, policy=policy, **rows.layout, residual_layers=layers)
+    return (jnp.moveaxis(jax.vmap(rows.window)(result.residual_RBTD), 0, 2),)
+
+
+def planning(
+    policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
+) -> list[Planning]:
+    """Measures how well probes at each exit, and at the end, predict the tokens to come.
+
+    `policy` is the name of the policy that produced `recorded`. Probes are fitted on every second
+    completion and measured on the others.
+    """
+    recorded = _first(recorded)
+    places = (0, *exit_layers, layers)
+    (residual_BCRD,) = recorded.through(
+        lambda rows, depth_BC: residuals_at(student[0], student[1:], rows, depth_BC, layers=places)
+    )
+    found = []
+    for ahead in AHEAD:
+        pairs = [
+            (row, place, ids[place + ahead])
+            for row, ids in enumerate(recorded.completions)
+            for place in range(len(ids) - ahead)
+        ]
+        row_N, place_N, token_N = np.asarray(pairs, np.int64).reshape(-1, 3).T
+        fits_N = row_N % 2 == 0
+        if fits_N.all() or not fits_N.any():
+            continue
+        row_M = row_N[~fits_N] // 2  # every second completion
+        passes = np.bincount(row_M)
+        hits_R = [
+            np.bincount(row_M, probe(residual_BCRD[row_N, place_N, index], token_N, fits_N))
+            for index in range(len(places))
+        ]
+        for layer, hits in zip(places[1:], hits_R[1:], strict=True):
+            found.append(
+                Planning(
+                    policy=policy,
+                    layer=layer,
+                    ahead=ahead,
+                    accuracy=float(hits.sum() / passes.sum()),
+                    accuracy_embedding=float(hits_R[0].sum() / passes.sum()),
+                    gain_ci95=bootstrap_ratio_difference((hits, passes), (hits_R[0], passes)),
+                    passes=int(passes.sum()),
+                )
+            )
+    return found
+
+
+def probe(
+    x_ND: np.ndarray, token_N: np.ndarray, fits_N: Bool[np.ndarray, "N"]
+) -> Bool[np.ndarray, "M"]:
+    """Returns whether a linear probe predicts each token outside `fits_N` from its features.
+
+    The probe is the ridge regression of one-hot tokens on standardised features and a bias, fitted
+    on the passes in `fits_N`. A token that does not occur among these is never predicted.
+    """
+    known_V, class_N = np.unique(token_N[fits_N], return_inverse=True)
+    mean_D, deviation_D = x_ND[fits_N].mean(axis=0), x_ND[fits_N].std(axis=0) + 1e-6
+    x_ND = (x_ND.astype(np.float64) - mean_D) / deviation_D
+    y_NV = np.eye(len(known_V))[class_N]
+    fit_ND, bias_V = x_ND[fits_N], y_NV.mean(axis=0)
+    gram_DD = fit_ND.T @ fit_ND + RIDGE * len(fit_ND) * np.eye(x_ND.shape[1])
+    weights_DV = np.linalg.solve(gram_DD, fit_ND.T @ (y_NV - bias_V))
+    return known_V[(x_ND[~fits_N] @ weights_DV + bias_V).argmax(axis=1)] == token_N[~fits_N]
+
+
+def _first(recorded: Recorded) -> Recorded:
+    """Returns the first completions, with at most `MOST_PASSES` tokens together."""
+    total = np.cumsum([len(ids) for ids in recorded.completions])
+    count = max(2, int(np.searchsorted(total, MOST_PASSES, side="right")))
+    return Recorded(
+        recorded.prompts[:count],
+        recorded.completions[:count],
+        recorded.depths[:count],
+        recorded.pad_id,
+    )
