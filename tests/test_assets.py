@@ -65,6 +65,7 @@ def test_the_shipped_adapter_loads_in_peft_on_the_shipped_trunk():
     assert largest_difference(model, theirs, *tokens_of(tokenizer)) < LOGITS
 
 
+@pytest.mark.slow
 def test_the_shipped_trunk_takes_steps_of_every_size_and_answers_stories():
     """Greedy, all layers. Right sums must be compatible with 98 %.
 

@@ -107,7 +107,8 @@ def assert_same_run(one, two, sampler_gap=1e-7):
     assert measured(one) == measured(two)
 
 
-@pytest.mark.parametrize("command", ["rl", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["rl", "sft"])
 def test_two_hosts_are_one_run(command, model_dir, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     # A blend's own metrics verify every text on every host.

@@ -110,6 +110,7 @@ def test_passing_states_are_waited_for_and_a_stopped_slice_is_started(cluster):
     assert done.stderr.count("trial is REPAIRING; waiting for it.") == 1
 
 
+@pytest.mark.slow
 def test_a_queued_resource_is_requested_awaited_and_requested_again(cluster):
     """An earlier request came to nothing; of this one the slice is preempted."""
     cluster.plan(requests=["SUSPENDED", "ABSENT", "WAITING_FOR_RESOURCES"], states=["ABSENT"] * 3)
@@ -134,6 +135,7 @@ def test_a_lost_host_starts_the_run_again_and_a_fault_does_not(cluster):
     assert "raise --restarts to go on" in done.stderr
 
 
+@pytest.mark.slow
 def test_connections_that_fail_or_break_do_not_end_the_run(cluster):
     """And what an earlier run has left behind is not this one's end."""
     cluster.plan(node="READY v5litepod-16")

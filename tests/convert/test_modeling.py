@@ -1,12 +1,18 @@
 """Exits of an export in transformers, against jexit: tokens, depths, logits, layers not run."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import jexit
 from convert import to_hf
-from jexit.config import TINY_CALIBRATED_PATH
+from jexit.config import TINY_CALIBRATED_PATH, Config
+from jexit.loops.setup import set_chat_format
 from jexit.presets import FAMILIES
+from jexit.tasks import make_task
 from tolerances import LOGITS
 
 torch = pytest.importorskip("torch")
@@ -55,16 +61,11 @@ def completed(model, tokenizer, prompts, new=64):
     ]
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow)])
-def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped, count):
-    theirs, ours, tokenizer = shipped
-    draw = np.random.default_rng(3)
-    prompts = [
-        "sum " + "".join(map(str, draw.integers(0, 10, draw.integers(3, 9)))) for _ in range(count)
-    ]
+def assert_decodes_alike(theirs, ours, tokenizer, prompts, fixed):
+    """Greedy tokens and depths are jexit's: alone under the threshold, and in a padded batch."""
     for name, policy in (
         ("threshold:0.5", jexit.Threshold(0.5)),
-        ("fixed:4", jexit.Fixed(4)),
+        (f"fixed:{fixed}", jexit.Fixed(fixed)),
         ("full", jexit.Full()),
     ):
         theirs.exit_policy = name
@@ -72,8 +73,47 @@ def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped
         expected = [(list(t), list(d)) for t, d in zip(made.tokens, made.depths, strict=True)]
         if name == "threshold:0.5":
             assert [completed(theirs, tokenizer, [prompt])[0] for prompt in prompts] == expected
+            assert len({depth for _, depths in expected for depth in depths}) > 1
         assert completed(theirs, tokenizer, prompts[:8]) == expected[:8]
     assert len({depth for _, depths in expected for depth in depths}) == 1  # of `full`
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_greedy_tokens_and_depths_are_jexits_alone_and_in_a_padded_batch(shipped, count):
+    draw = np.random.default_rng(3)
+    prompts = [
+        "sum " + "".join(map(str, draw.integers(0, 10, draw.integers(3, 9)))) for _ in range(count)
+    ]
+    assert_decodes_alike(*shipped, prompts, fixed=4)
+
+
+@pytest.mark.weights
+def test_a_real_model_decodes_alike(tmp_path):
+    """The run that JEXIT_STUDENT names, on word problems, and its logits under given depths."""
+    run = os.environ.get("JEXIT_STUDENT", "")
+    if not run:
+        pytest.skip("JEXIT_STUDENT names no run of calibration or reinforcement")
+    theirs, (ours, tokenizer) = loaded(run, tmp_path / "out"), jexit.load(run)
+    set_chat_format(
+        tokenizer, Config.from_dict(json.loads((Path(run) / "config.json").read_text())).task
+    )
+    task = make_task("word_problems")
+    prompts = [task.problem("test", index).prompt for index in range(20)]
+    assert_decodes_alike(theirs, ours, tokenizer, prompts, fixed=ours.exit_layers[4])
+    tokens_BT = np.asarray([tokenizer.encode_prompt(task.problem("test", 0).messages)])
+    depth_BT = np.random.default_rng(0).choice(
+        [*ours.exit_layers, ours.arch.layers], tokens_BT.shape
+    )
+    wanted = jexit.forward(ours, tokens_BT, policy=jexit.Prescribed(depth_BT)).logits_BTV
+    with torch.no_grad():
+        found = theirs(torch.tensor(tokens_BT), depths=depth_BT).logits
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=LOGITS)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    theirs.exit_policy = "full"
+    with torch.no_grad():
+        assert torch.equal(
+            plain(torch.tensor(tokens_BT)).logits, theirs(torch.tensor(tokens_BT)).logits
+        )
 
 
 def test_sampled_exits_leave_as_often_as_jexits(shipped):
@@ -90,7 +130,7 @@ def test_sampled_exits_leave_as_often_as_jexits(shipped):
     assert np.abs(shares[0] - shares[1]).max() < 0.06 and shares[0][8] < 0.7
 
 
-@pytest.mark.parametrize("rank", [None, 0, 2])
+@pytest.mark.parametrize("rank", [None, 0, pytest.param(2, marks=pytest.mark.slow)])
 def test_prescribed_depths_give_jexits_logits(students, tmp_path, rank):
     """Without a continuation, with full matrices, and with two factors."""
     for family in FAMILIES:

@@ -128,6 +128,7 @@ def test_generated_texts_are_generates_and_scored_as_recorded(small):
         assert greedy
 
 
+@pytest.mark.slow
 def test_policies_and_seeds_matter(small):
     def totals(**settings):
         return [total for total, _ in scores(JexitLM(*small, **settings))]
@@ -153,6 +154,7 @@ def texts(small, settings, **options):
     return lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_request(small):
     greedy = texts(small, {})
     assert len(set(greedy)) == 1

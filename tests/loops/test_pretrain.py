@@ -38,6 +38,7 @@ def trunk(model_dir, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_another_runs_trunk(trunk, model_dir, tmp_path):
     (row,) = metrics(trunk)
     for name in ("step_2", "story"):

@@ -189,6 +189,7 @@ def test_a_run_that_collapses_stops_with_the_last_good_checkpoint(model_dir, tmp
     assert not (tmp_path / "gone" / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_floor_can_be_a_share_of_what_the_initial_model_has_at_full_depth(
     model_dir, tmp_path, monkeypatch, capsys
 ):
@@ -226,6 +227,7 @@ def test_a_floor_can_be_a_share_of_what_the_initial_model_has_at_full_depth(
         assert 1e6 < row["mfu"] * row["step_seconds"] * 1e9 < 1e9 and "model_flops" not in row
 
 
+@pytest.mark.slow
 def test_a_trunk_learns_several_tasks_and_is_measured_under_its_own_distribution(
     model_dir, tmp_path, capsys
 ):

@@ -53,6 +53,7 @@ def test_the_frozen_phase_leaves_the_full_depth_bit_for_bit(frozen_phase, model_
     assert len(lines) == 3 and lines[1].count('"prompt"') == 12
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     both_phases, model_dir, tmp_path, monkeypatch
 ):
@@ -74,6 +75,7 @@ def test_a_run_stopped_at_any_step_ends_like_one_that_was_not(
     assert any(name.startswith("blocks.continuation") for name in parameters(tmp_path))
 
 
+@pytest.mark.slow
 def test_low_rank_maps_are_fitted_on_the_data_sets_own_answers(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(trajectories, "rollout", None)
     settings = SETTINGS | {"exits__continuation_rank": 3, "sft__trajectories": "dataset"}
@@ -84,6 +86,7 @@ def test_low_rank_maps_are_fitted_on_the_data_sets_own_answers(model_dir, tmp_pa
     assert np.abs(trained["blocks.continuation.update.kernel"][1:]).max() > 0
 
 
+@pytest.mark.slow
 def test_calibration_lowers_both_parts_of_its_loss(model_dir, tmp_path):
     run(
         "sft", model_dir, tmp_path, steps=40, batch_size=8, sft__pool=8, sft__generate_batch=8,

@@ -31,7 +31,9 @@ def by_hand(split, trainable, depth=None):
 @pytest.mark.parametrize(
     ("full", "row_of", "shape", "micro_batches"),
     [
-        pytest.param(False, [0, 1, 0, 1], (2, 24, 16), 2, id="lora, two to a row"),
+        pytest.param(
+            False, [0, 1, 0, 1], (2, 24, 16), 2, id="lora, two to a row", marks=pytest.mark.slow
+        ),
         pytest.param(True, [0, 1, 2, 3], (4, 16, 16), 1, id="full, a row each"),
     ],
 )

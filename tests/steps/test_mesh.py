@@ -103,7 +103,9 @@ def placed(split):
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=SLOW), 2])
 @ON_MESHES
-@pytest.mark.parametrize("update", [sft_update, rl_update], ids=["sft", "rl"])
+@pytest.mark.parametrize(
+    "update", [pytest.param(sft_update, marks=SLOW), rl_update], ids=["sft", "rl"]
+)
 def test_a_step_on_a_mesh_is_the_step_on_one_device(split, update, sizes, micro_batches):
     alone, metrics_alone = update(split, micro_batches)
     with use_mesh(make_mesh(*sizes)):

@@ -52,7 +52,12 @@ def assert_no_logits(text: str) -> None:
     assert not wrong, f"buffers {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+LORA_AND_FULL = pytest.mark.parametrize(
+    "full", [pytest.param(False, id="lora", marks=pytest.mark.slow), pytest.param(True, id="full")]
+)
+
+
+@LORA_AND_FULL
 def test_calibration(full):
     config = SFTConfig(samples=2)
     if not full:
@@ -60,7 +65,7 @@ def test_calibration(full):
     assert_no_logits(text_of(make_sft_step, full, config, completions()))
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@LORA_AND_FULL
 def test_reinforcement(full):
     kl_loss = "k2" if full else "exact"
     config = RLConfig(rollouts=3, max_new_tokens=COMPLETION, kl_loss_coef=0.1, kl_loss=kl_loss)

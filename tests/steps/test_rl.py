@@ -88,10 +88,10 @@ def batch_of(paths, verifier, log_pi, depth_logprobs):
     "options",
     [
         {"kl_coef": 40.0, "temperature": 0.7, "min_hazard": 0.1, "hazard_temperature": 1.5},
-        {"causal_depth": True},
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
+                {"causal_depth": True},
                 {"advantage": "group_mean"},
                 {"depth_norm": "total", "causal_depth": True},
                 {"depth_norm": "total", "kl_coef": 40.0},
@@ -250,7 +250,9 @@ WITH_BONUS = dataclasses.replace(BASE, depth_entropy_coef=0.1)
     ("prompts_are_shared", "options"),
     [
         pytest.param(False, {}, id="rows"),
-        pytest.param(True, {"updates_per_batch": 2}, id="prompts, two updates"),
+        pytest.param(
+            True, {"updates_per_batch": 2}, id="prompts, two updates", marks=pytest.mark.slow
+        ),
         pytest.param(
             True,
             {"kl_loss_coef": 0.2, "mask_truncated": True, "norm": "tokens"},

@@ -46,7 +46,7 @@ def draw(monkeypatch, exits_of):
     ("direction", "full", "detached"),
     [
         ("student_teacher", False, True),
-        ("jeffreys", True, False),
+        pytest.param("jeffreys", True, False, marks=pytest.mark.slow),
         pytest.param("teacher_student", False, False, marks=pytest.mark.slow),
         pytest.param("student_teacher", True, True, marks=pytest.mark.slow),
     ],
@@ -93,6 +93,7 @@ def test_calibration_lowers_the_exit_loss():
         assert np.mean(exits[-10:]) < 0.9 * np.mean(exits[:5])
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_whole(monkeypatch):
     """Rows of different lengths, weighted by their tokens; draws made a function of the targets."""
     split, batch = toy.make_split(), toy.rows()

@@ -385,7 +385,7 @@ def test_a_process_that_ignores_every_interrupt_ends(tmp_path):
         "        try:\n            time.sleep(1)\n        except:\n            pass\n"
     )
     done = subprocess.run(
-        [sys.executable, file], capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, file], capture_output=True, text=True, timeout=240, check=False,
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(jexit.__file__).parents[1])},
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
