@@ -2,14 +2,15 @@
 
     jexit --config=configs/rl.py [--config.KEY=VALUE ...]        trains or evaluates
     jexit report WORKDIR ...                                     writes a page about runs
+    jexit compare DIR[@POLICY] DIR[@POLICY]                      compares evaluations by problem
     jexit convert from_hf --source=DIR_OR_HUB_ID --target=DIR    reads Hugging Face's format
     jexit convert to_hf --source=DIR --target=HF_DIR             writes Hugging Face's format
     jexit sweep --config=FILE --into=DIR KEY=VALUE,VALUE ...     runs a grid of settings
     jexit serve --model=DIR [--port=8000] [--policy=POLICY]      serves OpenAI's interface over HTTP
     jexit doctor                                                 checks this machine
 
-Each command is also a module: jexit.main, jexit.report, convert.from_hf, convert.to_hf,
-jexit.sweep, jexit.serve and jexit.doctor.
+Each command is also a module: jexit.main, jexit.report, jexit.evaluation.compare, convert.from_hf,
+convert.to_hf, jexit.sweep, jexit.serve and jexit.doctor.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 
 MODULES = {
     "report": "jexit.report.__main__",
+    "compare": "jexit.evaluation.compare",
     "convert from_hf": "convert.from_hf",
     "convert to_hf": "convert.to_hf",
     "sweep": "jexit.sweep.__main__",

@@ -8,6 +8,7 @@ policy, and ends in the records of `jexit.results`:
 | `accuracy.py` | accuracy, depth, tokens and layers of a policy's attempts at the problems |
 | `depth.py` | mean depth per class of token |
 | `controls.py` | controls with a policy's mean depth that do not choose which tokens stop early |
+| `compare.py` | two evaluations, problem by problem |
 | `confidence.py` | a baseline for exit heads: exits that leave where they are confident |
 | `exits.py` | how close each exit is to the last layer, and how leaving early changes predictions |
 | `hazards.py` | calibration of the exits' hazards |

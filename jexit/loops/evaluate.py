@@ -9,6 +9,8 @@ from typing import Any
 from jexit.config import Config, control_of
 from jexit.dist import is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy
+from jexit.evaluation.compare import FILE as PROBLEMS
+from jexit.evaluation.compare import write_problems
 from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.confidence import is_confidence, logits_at_exits
 from jexit.evaluation.controls import compared, evaluate_control
@@ -27,10 +29,10 @@ from jexit.steps.state import split_model
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates the policies `eval.policies`, then runs the measures `eval.measures`.
 
-    Writes `eval.json`, `completions.json` and a report to `workdir`. `eval.json` is first written
-    before the measures start, with the results of the policies and `complete` set to false. A model
-    from a training run is evaluated with that run's settings of the depth distribution, whatever
-    `config` says.
+    Writes `eval.json`, `problems.csv`, `completions.json` and a report to `workdir`. `eval.json` is
+    first written before the measures start, with the results of the policies and `complete` set to
+    false. A model from a training run is evaluated with that run's settings of the depth
+    distribution, whatever `config` says.
     """
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
@@ -72,6 +74,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
             evaluation.write(workdir / "eval.json")
             kept = [example.model_dump(exclude_unset=True) for example in examples]
             write_json_atomic(workdir / "completions.json", kept)
+            write_problems(workdir / PROBLEMS, {policy: attempts[policy] for policy in policies})
         for done, (part, measure) in enumerate(parts, start=len(policies) + 1):
             written.setdefault(part, []).extend(measure())
             progress.update(done, measure=part)
