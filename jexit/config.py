@@ -501,9 +501,9 @@ class EvalConfig:
     problems: Annotated[int, Bounds(1, 100_000)] = 256
     """The number of problems, from the beginning of the split."""
     policies: Names = ("full", "sample")
-    """The policies to evaluate: full, sample, threshold:X, fixed:LAYERS, and the controls shuffled
-    and fixed:matched. A control has the mean depth of sample, or of POLICY if `:POLICY` is
-    appended; that policy must come before it."""
+    """The policies to evaluate: full, sample, threshold:X, confidence:X, fixed:LAYERS, and the
+    controls shuffled and fixed:matched. A control has the mean depth of sample, or of POLICY if
+    `:POLICY` is appended; that policy must come before it."""
     measures: Annotated[tuple[Measure, ...], Length(100)] = ()
     """The measures besides accuracy and depth; docs/evaluation.md defines them."""
     measured: Name = "sample"

@@ -114,7 +114,9 @@ class PolicyResult(Record):
     intervals of depth and layers are bootstrapped over problems.
     """
 
-    policy: str = Field(description="full, sample, threshold:X, fixed:N, or a control.")
+    policy: str = Field(
+        description="full, sample, threshold:X, confidence:X, fixed:N, or a control."
+    )
     accuracy: Share = Field(description="Share of correct answers.")
     accuracy_ci95: Interval = Field(description="Wilson's interval of the accuracy.")
     depth_mean: Finite = Field(description="Mean layers run per token.")

@@ -3,69 +3,69 @@
 #
 #   bash studies/evidence.sh [--jobs=2]
 #
-# Writes runs/evidence-* and goes on where it was stopped.
+# Writes runs/evidence-* and goes on where it was stopped. The measures of every model are part of
+# each study (`--eval`).
 set -euo pipefail
 checkout="$(dirname "${BASH_SOURCE[0]}")/.."
 config="$checkout/configs/experiments/evidence.py"
 calibrated=jexit/assets/tiny-calibrated
+trunk=jexit/assets/tiny
 seeds=seed=0,1,2
 
 sweep() { bash "$checkout/launch/sweep.sh" "$@"; }
 jexit() { bash "$checkout/launch/run.sh" "$@"; }
+# The models of a study with the total penalty, at the coefficients 0 and 2, separated by |.
+trained() {
+  local paths=() seed coef
+  for seed in 0 1 2; do
+    for coef in 0 2; do
+      paths+=("runs/evidence-$1/rl.depth_norm=total,rl.depth_coef=$coef,seed=$seed")
+    done
+  done
+  (IFS='|' && printf '%s' "${paths[*]}")
+}
 
-# 1. What is saved: both penalties, and none.
-words=(--config.task.name=word_problems --config.rl.length_ref=18.0)
-for task in sums word_problems; do
-  [[ $task == sums ]] && of=() || of=("${words[@]}")
-  sweep --config="$config:reinforce" --eval="$config:measure" --into="runs/evidence-$task" \
-    ${of[@]+"${of[@]}"} rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
-done
+# What both penalties save, and none.
+sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-sums \
+  rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
 sweep --config="$config:reinforce" --eval="$config:measure" --into=runs/evidence-sums \
   rl.depth_norm=mean rl.depth_coef=0.2,0.8,2 $seeds "$@"
+sweep --config="$config:reinforce" --eval="$config:measure_word_problems" \
+  --into=runs/evidence-word_problems --config.task.name=word_problems \
+  --config.rl.length_ref=18.0 rl.depth_norm=total rl.depth_coef=0,0.2,0.8,2 $seeds "$@"
 
-# 2. The rival: fewer layers, tuned and reinforced alike.
+# Smaller models, trained alike: one exit for all tokens, in effect; and all layers.
 for layers in 2 3 4; do
   small="runs/evidence-small-$layers"
   [[ -e $small-cut ]] || "$checkout/.venv/bin/python" -m convert.from_hf \
-    --source=jexit/assets/tiny --target="$small-cut" --layers="$layers"
-  [[ -e $small/after.json ]] || jexit --config="$config:small" --workdir="$small" \
-    --config.model.path="$small-cut"
-  sweep --config="$config:no_exits" --eval="$config:compare" --into=runs/evidence-small \
-    "model.path=$small" $seeds "$@"
+    --source="$trunk" --target="$small-cut" --layers="$layers"
+  [[ -e $small/after.json ]] ||
+    jexit --config="$config:small" --workdir="$small" --config.model.path="$small-cut"
 done
+small=runs/evidence-small
+sweep --config="$config:full_depth" --eval="$config:compare" --into=runs/evidence-full_depth \
+  "model.path=$trunk|$small-2|$small-3|$small-4" $seeds "$@"
 
-# 3. Baselines: confidence thresholds, one exit trained alike, reinforcement without exits.
-sweep --config="$config:compare" --into=runs/evidence-confidence \
+# Confidence thresholds on the calibrated exits.
+sweep --config="$config:compare" --into=runs/evidence-confidence "--config.model.path=$calibrated" \
   --config.eval.policies="('full','sample','threshold:0.3','threshold:0.5','threshold:0.7','confidence:0.5','confidence:0.9','confidence:0.99')" \
-  "model.path=$calibrated" task.name=sums,word_problems "$@"
-sweep --config="$config:fixed_exit" --eval="$config:compare" --into=runs/evidence-fixed \
-  "exits.layers=(2,)|(3,)|(4,)" $seeds "$@"
-sweep --config="$config:no_exits" --eval="$config:compare" --into=runs/evidence-no_exits $seeds "$@"
+  task.name=sums,word_problems "$@"
 
-# 4. Cannot, or forgot: large steps taught again, at full depth and under the exits.
-for seed in 0 1 2; do
-  for coef in 0 2; do
-    sweep --config="$config:relearn" --eval="$config:measure" --into=runs/evidence-relearn \
-      "model.path=runs/evidence-sums/rl.depth_norm=total,rl.depth_coef=$coef,seed=$seed" \
-      finetune.policy=full,sample seed="$seed" "$@"
-  done
-done
+# Does brief fine-tuning restore large steps, at full depth and under the exits?
+sweep --config="$config:relearn" --eval="$config:measure_full" --into=runs/evidence-relearn-full \
+  "model.path=$(trained sums)" "$@"
+sweep --config="$config:relearn" --eval="$config:measure" --into=runs/evidence-relearn-sample \
+  --config.finetune.policy=sample "model.path=$(trained sums)" "$@"
 
-# 6. Transfer to the task that was not priced.
-for seed in 0 1 2; do
-  for coef in 0 2; do
-    sweep --config="$config:measure" --into=runs/evidence-transfer \
-      "model.path=runs/evidence-sums/rl.depth_norm=total,rl.depth_coef=$coef,seed=$seed" \
-      task.name=word_problems "$@"
-    sweep --config="$config:measure" --into=runs/evidence-transfer \
-      "model.path=runs/evidence-word_problems/rl.depth_norm=total,rl.depth_coef=$coef,seed=$seed" \
-      task.name=sums "$@"
-  done
-done
+# Tasks that RL did not train on.
+sweep --config="$config:measure_word_problems" --into=runs/evidence-transfer-word_problems \
+  --config.task.name=word_problems "model.path=$(trained sums)" "$@"
+sweep --config="$config:measure" --into=runs/evidence-transfer-sums \
+  "model.path=$(trained word_problems)" "$@"
 
-# 7. Robustness: two other values of each knob, one at a time.
-for knob in rl.kl_coef=0,0.1 optim.lora_lr=3e-4,3e-3 optim.exit_lr=1e-3,2e-2 rl.rollouts=4,16 \
+# Two other values of each setting, one at a time.
+for setting in rl.kl_coef=0,0.1 optim.lora_lr=3e-4,3e-3 optim.exit_lr=1e-3,2e-2 rl.rollouts=4,16 \
   rl.temperature=0.7,1.3; do
-  sweep --config="$config:reinforce" --eval="$config:compare" --into="runs/evidence-${knob%%=*}" \
-    --config.rl.depth_coef=0.8 "$knob" $seeds "$@"
+  sweep --config="$config:reinforce" --eval="$config:compare" \
+    --into="runs/evidence-${setting%%=*}" --config.rl.depth_coef=0.8 "$setting" $seeds "$@"
 done

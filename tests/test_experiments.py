@@ -2,16 +2,21 @@
 
 import importlib
 import json
+import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
 from ml_collections import ConfigDict
 
-from jexit.config import Config, check_key
+from jexit.config import TINY_CALIBRATED_PATH, TINY_PATH, Config, check_key
+from jexit.evaluation.measures import check_measures
+from jexit.main import parse
 from jexit.sweep.plan import Sweep
+from jexit.tasks import make_task
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "experiments").glob("*.py"))
@@ -60,3 +65,53 @@ def test_the_commands_of_a_study_name_files_and_settings_that_there_are():
                 check_key(f"config.{key}")
     with pytest.raises(ValueError, match="choose tiny, word_problems"):
         config_of("configs/experiments/measures.py:gsm8k")
+
+
+RECORDS = """#!/usr/bin/env bash
+printf '%s\\0' "${0##*/}" "$@" >> "$RECORD"
+printf '\\n' >> "$RECORD"
+"""
+
+
+def test_scripts_sweep_over_models_that_exist_by_then(tmp_path, monkeypatch):
+    """Each command that a script gives is checked as if it ran, and its runs are taken as made."""
+    checkout, record = tmp_path / "checkout", tmp_path / "record"
+    shutil.copytree(ROOT / "studies", checkout / "studies")
+    (checkout / "configs").symlink_to(ROOT / "configs")
+    for stand_in in ("launch/sweep.sh", "launch/run.sh", ".venv/bin/python"):
+        path = checkout / stand_in
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(RECORDS)
+        path.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+    for script in sorted((ROOT / "studies").glob("*.sh")):
+        record.write_text("")
+        subprocess.run(
+            ["bash", f"studies/{script.name}"], cwd=checkout,
+            env=os.environ | {"RECORD": str(record)}, check=True,
+        )  # fmt: skip
+        there = {TINY_PATH, TINY_CALIBRATED_PATH}
+        commands = [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+        assert len(commands) >= 3
+        for program, *arguments in commands:
+            options = dict(a.removeprefix("--").split("=", 1) for a in arguments if "=" in a)
+            if program != "sweep.sh":
+                there.add(options.get("target") or options["workdir"])
+                assert options.get("source") or config_of(relative(options["config"]))
+                continue
+            sweep = Sweep.parse(list(map(relative, arguments)))
+            for cell in sweep.cells():
+                sweep.check_settings(cell)
+                config = parse(["jexit.main", *sweep.training(cell)]).config
+                start = config.model.path.removesuffix("/model")
+                assert start in there or start.startswith("models/"), (cell.name, start)
+                there.add(str(cell.workdir))
+                task = make_task(config.task.name, **config.task.options)
+                if sweep.evaluation:
+                    section = config.to_dict()["task"]
+                    config = parse(["jexit.main", *sweep.evaluating(cell, section)]).config
+                check_measures(task, config.eval.measures)
+
+
+def relative(argument: str) -> str:
+    return argument.replace("studies/../", "")

@@ -2,34 +2,36 @@
 
     bash studies/evidence.sh [--jobs=2]
 
-runs everything below in order, into runs/evidence-*, and goes on where it was stopped. A run of
-reinforcement takes some ten minutes on one CPU core, its measurement as long. The variants:
+runs all of them in order, into runs/evidence-*, and goes on where it was stopped. An RL run takes
+some ten minutes on one CPU core, and its measurement as long. The variants:
 
-`reinforce`   the depth penalty of `rl.depth_norm` and `rl.depth_coef`, from the calibrated model
-`no_exits`    reinforcement at full depth: one exit, whose hazard stays near 0
-`fixed_exit`  reinforcement with all tokens leaving at one exit, the only one of `exits.layers`
+`reinforce`   RL from the calibrated model, with the depth penalty of `rl.depth_norm` and
+              `rl.depth_coef`
+`full_depth`  RL of a trunk at full depth
 `small`       fine-tunes a trunk that was cut to its first layers (convert.from_hf --layers)
-`relearn`     fine-tunes a reinforced model on large steps for 50 updates, at full depth or under
-              its exits (`finetune.policy`)
-`measure`     policies, controls and every measure; `compare` the policies alone
+`relearn`     fine-tunes a model after RL on steps of five digits for 50 updates, at full depth or
+              under its exits (`finetune.policy`)
+`measure`     policies, controls and every measure that `:word_problems` or `:sums` has; `:full` the
+              measures at full depth alone; `compare` the policies alone
 """
 
 import configs.eval
 import configs.finetune
 import configs.rl
+from jexit.config import EVAL_MEASURES
 
-SHUT = -30.0  # of a head's bias: its hazard is 1e-13
-ALWAYS = 1 - 1e-6  # the least hazard with which every token leaves at the first exit
+NEVER = -30.0  # the bias of a head that never lets a token leave
 
 
 def get_config(variant: str = "reinforce"):
     variants = {
         "reinforce": _reinforce,
-        "no_exits": _no_exits,
-        "fixed_exit": _fixed_exit,
+        "full_depth": _full_depth,
         "small": _small,
         "relearn": _relearn,
-        "measure": _measure,
+        "measure": lambda: _measure("sums"),
+        "measure_word_problems": lambda: _measure("word_problems"),
+        "measure_full": _measure_full,
         "compare": _compare,
     }
     if variant not in variants:
@@ -45,18 +47,10 @@ def _reinforce():
     return config
 
 
-def _no_exits():
+def _full_depth():
     config = _reinforce()
     config.exits.layers = (1,)
-    config.exit_head.bias = SHUT
-    config.optim.exit_lr = 0.0
-    config.rl.depth_coef = 0.0
-    return config
-
-
-def _fixed_exit():
-    config = _reinforce()
-    config.rl.min_hazard = ALWAYS
+    config.exit_head.bias = NEVER
     config.optim.exit_lr = 0.0
     config.rl.depth_coef = 0.0
     return config
@@ -66,6 +60,7 @@ def _small():
     config = configs.finetune.get_config("tiny")
     config.steps = 400
     config.batch_size = 64
+    config.exits.layers = (1,)  # below the last of two layers; the result has no exits
     config.task.name = "sums"
     config.task.options = {"steps": "mixed"}
     config.optim.full_lr = 1e-3
@@ -77,7 +72,7 @@ def _relearn():
     config = configs.finetune.get_config("tiny")
     config.steps = 50
     config.batch_size = 64
-    config.lora.rank = 8
+    config.lora.rank = configs.rl.get_config("tiny").lora.rank
     config.task.name = "sums"
     config.task.options = {"steps": 5}
     config.optim.lora_lr = 1e-3
@@ -85,15 +80,27 @@ def _relearn():
     return config
 
 
-def _measure():
+def _measure(task):
     config = configs.eval.get_config("tiny")
+    config.exits.layers = ()  # the model's own
     config.eval.policies = ("full", "sample", "shuffled", "fixed:matched", "threshold:0.5")
+    if task != "sums":
+        config.eval.measures = tuple(name for name in EVAL_MEASURES if name != "capacity")
     config.eval.heat_maps = 4
     return config
 
 
+def _measure_full():
+    config = _measure("sums")
+    config.eval.policies = ("full",)
+    config.eval.measured = "full"
+    config.eval.measures = ("capacity",)
+    return config
+
+
 def _compare():
-    config = _measure()
+    config = _measure("sums")
+    config.eval.policies = ("full", "sample")
     config.eval.measures = ()
     config.eval.heat_maps = 0
     return config

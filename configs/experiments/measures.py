@@ -23,7 +23,7 @@ from jexit.config import EVAL_MEASURES
 LEFT_OUT = {
     "tiny": (),
     "word_problems": ("capacity",),
-    "depth": ("early_answering", "no_chain", "filler", "corrupted_step", "hint"),
+    "depth": tuple(name for name in EVAL_MEASURES if name not in ("exits", "hazards", "capacity")),
     "quick": EVAL_MEASURES,
 }
 

@@ -5,9 +5,9 @@
     jexit compare runs/eval-rl@threshold:0.5 runs/eval-base@full
 
 DIR contains the eval.json and the problems.csv of an evaluation. Without @POLICY, the policy is the
-first of eval.policies. Prints the accuracy, the layers per token and the layers per problem of both
-and, with 95 % intervals over problems, the difference in accuracy and the layers that the first
-saves against the second.
+first of eval.policies. Both evaluations must have the same problems. Prints the accuracy, the
+layers per token and the layers per problem of both and, with 95 % intervals over problems, the
+difference in accuracy and the layers that the first saves against the second.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,39 +25,51 @@ from jexit.errors import MissingFile, UserError
 from jexit.evaluation.intervals import bootstrap_ratio, bootstrap_ratio_difference, paired_interval
 from jexit.io.files import write_bytes_atomic
 from jexit.results import Evaluation
-from jexit.tasks import Attempt
+from jexit.tasks import Attempt, Problem
+from jexit.tasks.base import stable_hash
 
 FILE = "problems.csv"
 FIELDS = ("policy", "problem", "correct", "layers", "tokens")
 
 
-def write_problems(path: Path, attempts: dict[str, Sequence[Attempt]]) -> None:
-    """Writes a line per attempt: the problem's number, the verdict, and the layers and tokens."""
+def write_problems(
+    path: Path, problems: Sequence[Problem], attempts: Mapping[str, Sequence[Attempt]]
+) -> None:
+    """Writes a line per attempt: the problem, the verdict, and the layers and tokens.
+
+    A problem is named by a hash of its prompt and its answer.
+    """
+    names = [f"{stable_hash(problem.messages, problem.answer):016x}"[-16:] for problem in problems]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(FIELDS)
     for policy, made in attempts.items():
-        for number, attempt in enumerate(made):
+        for name, attempt in zip(names, made, strict=True):
             correct = int(attempt.correct)
-            lines.writerow((policy, number, correct, attempt.layers_run, len(attempt.depths)))
+            lines.writerow((policy, name, correct, attempt.layers_run, len(attempt.depths)))
     write_bytes_atomic(path, text.getvalue().encode())
 
 
 class Outcomes(NamedTuple):
-    """One policy's attempts: whether each is correct, and its layers and tokens."""
+    """One policy's attempts: whether each is correct, and its layers and tokens.
+
+    `layers` is the number of layers of the model.
+    """
 
     name: str
+    layers: int
+    problems: list[str]
     correct_N: np.ndarray
     layers_N: np.ndarray
     tokens_N: np.ndarray
 
 
-def compared(ours: Outcomes, theirs: Outcomes, layers: Sequence[int]) -> str:
-    """Returns the comparison as text. `layers` contains the numbers of layers of the two models."""
+def compared(ours: Outcomes, theirs: Outcomes) -> str:
+    """Returns the comparison as text."""
     lines = [f"{'':34}  {'accuracy':>9}  {'layers/token':>13}  {'layers/problem':>14}"]
-    for some, most in zip((ours, theirs), layers, strict=True):
+    for some in (ours, theirs):
         depth = some.layers_N.sum() / some.tokens_N.sum()
-        share = f"{depth:.2f} ({depth / most:.0%})"
+        share = f"{depth:.2f} ({depth / some.layers:.0%})"
         lines.append(
             f"{some.name[-34:]:34}  {some.correct_N.mean():9.1%}  {share:>13}  "
             f"{some.layers_N.mean():14.1f}"
@@ -68,7 +80,7 @@ def compared(ours: Outcomes, theirs: Outcomes, layers: Sequence[int]) -> str:
     )
     high, low = (1 - end for end in bootstrap_ratio(ours.layers_N, theirs.layers_N))
     problem = (1 - ours.layers_N.sum() / theirs.layers_N.sum(), low, high)
-    fraction = [some.layers_N / most for some, most in zip((ours, theirs), layers, strict=True)]
+    fraction = [some.layers_N / some.layers for some in (ours, theirs)]
     token = (
         fraction[1].sum() / theirs.tokens_N.sum() - fraction[0].sum() / ours.tokens_N.sum(),
         *bootstrap_ratio_difference((fraction[1], theirs.tokens_N), (fraction[0], ours.tokens_N)),
@@ -85,62 +97,56 @@ def compared(ours: Outcomes, theirs: Outcomes, layers: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def read(place: str) -> tuple[Outcomes, Evaluation]:
-    """Returns the outcomes and the evaluation that `place`, DIR[@POLICY], names.
+def read(evaluation: str) -> Outcomes:
+    """Returns the outcomes of the evaluation and policy that `evaluation`, DIR[@POLICY], names.
 
-    Raises MissingFile or UserError if the files do not exist or are not valid, or if the policy was
+    Raises MissingFile or UserError if a file does not exist or is not valid, or if the policy was
     not evaluated.
     """
-    directory, _, policy = place.partition("@")
-    evaluation = Evaluation.read(Path(directory) / "eval.json")
-    policy = policy or evaluation.runs[0].policy
-    known = [run.policy for run in evaluation.runs]
-    if policy not in known:
+    directory, policy = evaluation, ""
+    if "@" in evaluation and not Path(evaluation).is_dir():
+        directory, _, policy = evaluation.rpartition("@")
+    found = Evaluation.read(Path(directory) / "eval.json")
+    runs = {run.policy: run for run in found.runs}
+    policy = policy or next(iter(runs), "")
+    if policy not in runs:
         raise UserError(
-            f"{directory} has no results of the policy {policy!r}; use one of {', '.join(known)}"
+            f"{directory} has no results of the policy {policy!r}; use one of "
+            f"{', '.join(runs) or 'another evaluation'}"
         )
-    path = Path(directory) / FILE
+    path, again = Path(directory) / FILE, "run the evaluation again, which writes it"
     try:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["policy"] == policy]
-            columns = [[int(row[name]) for row in rows] for name in FIELDS[1:]]
+        names = [row["problem"] for row in rows]
+        columns = [np.asarray([int(row[name]) for row in rows]) for name in FIELDS[2:]]
     except FileNotFoundError:
-        raise MissingFile(
-            f"{path} does not exist; run the evaluation again, which writes it"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); run the evaluation again") from None
-    number_N, *parts = map(np.asarray, columns)
-    count = next(run.problems for run in evaluation.runs if run.policy == policy)
-    if number_N.tolist() != list(range(count)):
-        raise UserError(
-            f"{path} does not have the {count} problems of eval.json under {policy!r}; run the "
-            "evaluation again"
-        )
-    return Outcomes(place, *parts), evaluation
+        raise MissingFile(f"{path} does not exist; {again}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}); {again}") from None
+    outcomes, run = Outcomes(evaluation, found.model.layers, names, *columns), runs[policy]
+    totals = len(names), int(outcomes.tokens_N.sum()), round(run.accuracy * run.problems)
+    if totals != (run.problems, run.tokens, int(outcomes.correct_N.sum())):
+        raise UserError(f"{path} does not agree with eval.json under {policy!r}; {again}")
+    return outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the comparison of the two places in `arguments`, and returns the exit code."""
+    """Prints the comparison of the two evaluations in `arguments`, and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__.strip())
         return 0
     try:
         if len(arguments) != 2:
-            raise UserError(f"{len(arguments)} places were given, but two are compared; give two")
-        (ours, first), (theirs, second) = map(read, arguments)
-        for what, one, other in (
-            ("tasks", first.task, second.task),
-            ("splits", first.split, second.split),
-            ("numbers of problems", len(ours.correct_N), len(theirs.correct_N)),
-        ):
-            if one != other:
-                raise UserError(
-                    f"the evaluations have different {what}, {one} and {other}, so their problems "
-                    "are not the same; evaluate both on the same problems"
-                )
-        print(compared(ours, theirs, [first.model.layers, second.model.layers]))
+            raise UserError(f"{len(arguments)} evaluations were given, but two are compared")
+        ours, theirs = map(read, arguments)
+        if ours.problems != theirs.problems:
+            raise UserError(
+                f"{ours.name} and {theirs.name} have different problems; evaluate both on the same "
+                "task, split and number of problems"
+            )
+        print(compared(ours, theirs))
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)
         return 1

@@ -162,6 +162,7 @@ class ModelCompleter:
         if not apart:
             raise UserError(
                 f"the tokenizer merges repetitions of each of {FILLERS}, so jexit cannot make a "
-                "filler with a given number of tokens; remove 'filler' from config.eval.measures"
+                "filler with a given number of tokens; remove 'filler' and 'substantivity' from "
+                "config.eval.measures"
             )
         return apart[0] * len(encode(text))

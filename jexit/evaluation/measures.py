@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from absl import logging
 from flax import nnx
 
 from jexit.config import Config
@@ -106,7 +106,8 @@ class Measurer:
             made = self.attempts[policy][: self.config.eval.heat_maps]
             if not made:
                 continue
-            hazards = hazards_of(self._student, self._recorded(made), self._law(policy))
+            parts = self.decoder.under(policy).parts
+            hazards = hazards_of(parts, self._recorded(made), self._law(policy))
             for problem, attempt, found in zip(
                 self.examination.problems[: len(made)], made, hazards, strict=True
             ):
@@ -177,13 +178,10 @@ class Measurer:
         ]
 
     def _serial_depth(self) -> list[Record]:
-        policy = self.config.eval.measured
-        attempts = self._attempts(policy)
-        lengths = map(
-            operator.add, map(len, self.examination.prompts), (len(a.ids) for a in attempts)
-        )
+        policy, config = self.config.eval.measured, self.config
+        length = config.task.max_prompt_tokens + config.eval.max_new_tokens
         model = nnx.merge(*self._student)
-        return [opaque_serial_depth(policy, model, attempts, max(lengths))]
+        return [opaque_serial_depth(policy, model, self._attempts(policy), length)]
 
     def _planning(self, policy: str) -> list[Planning]:
         recorded = self._recorded(self._attempts(policy))
@@ -201,6 +199,12 @@ class Measurer:
         )
         names = [name for name in self.config.eval.measures if name in MEASURES]
         self._faithful[policy] = measured(transcripts, names)
+        known = {made.result.name for made in self._faithful[policy]}
+        if absent := [name for name in names if name not in known]:
+            logging.warning(
+                "Under %s, no completion of task %r can be changed for the measures %s, so they "
+                "are left out.", policy, task.name, ", ".join(absent),
+            )  # fmt: skip
         result = policy_result(policy, self.examination, attempts, self.decoder.layers)
         return [
             Faithfulness(

@@ -26,7 +26,7 @@ from jexit.rollout import SplitModel
 from jexit.steps.completions import Completions
 
 AHEAD = (1, 2, 3, 4)
-MOST_PASSES = 20_000  # for fitting and measuring together
+MOST_POSITIONS = 32_768  # completions times the longest one, of which residuals are in memory
 RIDGE = 1e-2  # relative to the number of passes, for features of unit variance
 
 
@@ -59,28 +59,28 @@ def planning(
     completion and measured on the others.
     """
     recorded = _first(recorded)
-    places = (0, *exit_layers, layers)
+    below = (0, *exit_layers, layers)
     (residual_BCRD,) = recorded.through(
-        lambda rows, depth_BC: residuals_at(student[0], student[1:], rows, depth_BC, layers=places)
+        lambda rows, depth_BC: residuals_at(student[0], student[1:], rows, depth_BC, layers=below)
     )
     found = []
     for ahead in AHEAD:
         pairs = [
-            (row, place, ids[place + ahead])
+            (row, index, ids[index + ahead])
             for row, ids in enumerate(recorded.completions)
-            for place in range(len(ids) - ahead)
+            for index in range(len(ids) - ahead)
         ]
-        row_N, place_N, token_N = np.asarray(pairs, np.int64).reshape(-1, 3).T
+        row_N, index_N, token_N = np.asarray(pairs, np.int64).reshape(-1, 3).T
         fits_N = row_N % 2 == 0
         if fits_N.all() or not fits_N.any():
             continue
-        row_M = row_N[~fits_N] // 2  # every second completion
+        row_M = np.unique(row_N[~fits_N], return_inverse=True)[1]
         passes = np.bincount(row_M)
         hits_R = [
-            np.bincount(row_M, probe(residual_BCRD[row_N, place_N, index], token_N, fits_N))
-            for index in range(len(places))
+            np.bincount(row_M, probe(residual_BCRD[row_N, index_N, number], token_N, fits_N))
+            for number in range(len(below))
         ]
-        for layer, hits in zip(places[1:], hits_R[1:], strict=True):
+        for layer, hits in zip(below[1:], hits_R[1:], strict=True):
             found.append(
                 Planning(
                     policy=policy,
@@ -104,8 +104,8 @@ def probe(
     on the passes in `fits_N`. A token that does not occur among these is never predicted.
     """
     known_V, class_N = np.unique(token_N[fits_N], return_inverse=True)
-    mean_D, deviation_D = x_ND[fits_N].mean(axis=0), x_ND[fits_N].std(axis=0) + 1e-6
-    x_ND = (x_ND.astype(np.float64) - mean_D) / deviation_D
+    x_ND = x_ND.astype(np.float64)
+    x_ND = (x_ND - x_ND[fits_N].mean(axis=0)) / (x_ND[fits_N].std(axis=0) + 1e-6)
     y_NV = np.eye(len(known_V))[class_N]
     fit_ND, bias_V = x_ND[fits_N], y_NV.mean(axis=0)
     gram_DD = fit_ND.T @ fit_ND + RIDGE * len(fit_ND) * np.eye(x_ND.shape[1])
@@ -114,9 +114,10 @@ def probe(
 
 
 def _first(recorded: Recorded) -> Recorded:
-    """Returns the first completions, with at most `MOST_PASSES` tokens together."""
-    total = np.cumsum([len(ids) for ids in recorded.completions])
-    count = max(2, int(np.searchsorted(total, MOST_PASSES, side="right")))
+    """Returns the first completions, padded to at most `MOST_POSITIONS` tokens together."""
+    longest = np.maximum.accumulate([len(ids) for ids in recorded.completions])
+    padded = longest * np.arange(1, len(longest) + 1)
+    count = max(2, int(np.searchsorted(padded, MOST_POSITIONS, side="right")))
     return Recorded(
         recorded.prompts[:count],
         recorded.completions[:count],

@@ -27,22 +27,24 @@ from jexit.tasks import Attempt
 
 _MOVES = {
     "broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "gather",
-    "optimization_barrier", "pad", "reshape", "rev", "scatter", "sharding_constraint", "slice",
-    "split", "squeeze", "stop_gradient", "transpose",
+    "iota", "optimization_barrier", "pad", "reshape", "rev", "scatter", "sharding_constraint",
+    "slice", "split", "squeeze", "stop_gradient", "transpose",
 }  # fmt: skip
 _REDUCTIONS = {
-    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"
+    "argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod",
+    "reduce_sum",
 }  # fmt: skip
 _CUMULATIVE = {"cummax", "cummin", "cumprod", "cumsum"}
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr",
-          "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
+          "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+          "shard_map": "jaxpr"}  # fmt: skip
 
 
 def serial_depth(jaxpr: core.Jaxpr, inputs: Sequence[int] | None = None) -> list[int]:
     """Returns the serial depth of each output of `jaxpr`.
 
     `inputs` contains the depths of the inputs, by default 0. Raises NotImplementedError for a loop
-    of unknown length.
+    of unknown length, and for an operation that contains another program in an unknown way.
     """
     inputs = [0] * len(jaxpr.invars) if inputs is None else inputs
     depths: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -71,6 +73,9 @@ def _after(equation: Any, before: Sequence[int]) -> list[int]:
         return [deepest + params["length"] * carried] * len(equation.outvars)
     if name == "while":
         raise NotImplementedError("the serial depth of a loop of unknown length is not known")
+    inside = jax.tree.leaves(list(params.values()))
+    if any(isinstance(part, core.Jaxpr | core.ClosedJaxpr) for part in inside):
+        raise NotImplementedError(f"the serial depth of the operation {name} is not known")
     return [deepest + _cost(name, equation)] * len(equation.outvars)
 
 
@@ -103,8 +108,8 @@ def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
     """Returns the serial depth of a pass over `length` tokens, from embedding to logits.
 
     The keys are the depths in layers that a token can have: the exits and the number of layers. A
-    token that leaves goes through the linear continuation, if the model has one, as a single map.
-    The exit heads are left out, whose longest path is shorter than that of the layers after them.
+    token that leaves waits for the head of its exit, while its residual goes through the linear
+    continuation, if the model has one, as a single map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)
@@ -122,19 +127,25 @@ def _depth_of_pass(model: Transformer, layers: int, length: int) -> int:
         )
 
     graphdef, *states = nnx.split(nnx.eval_shape(small))
-    continues = layers < model.arch.layers and model.blocks.continuation is not None
+    exits_def, exits_state = nnx.split(model.exits)
 
-    def logits(states: Any, tokens_BT: Any, map_DD: Any, bias_D: Any) -> Any:
+    def logits(states: Any, exits: Any, tokens_BT: Any, map_DD: Any, bias_D: Any) -> Any:
         part = nnx.merge(graphdef, *states)
-        if not continues:
-            return logits_of(run(part, tokens_BT, policy=Full()).hidden_BTD, part.head_VD)
         result = run(part, tokens_BT, policy=Full(), residual_layers=(layers,))
+        if layers == model.arch.layers:
+            return logits_of(result.hidden_BTD, part.head_VD)
         h_BTD = result.residual_RBTD[0]
-        return logits_of(part.final_norm(h_BTD + h_BTD @ map_DD + bias_D), part.head_VD)
+        index = model.exit_layers.index(layers)
+        leaves_BT = nnx.merge(exits_def, exits)(h_BTD, index) > 0
+        if model.blocks.continuation is not None:
+            h_BTD = h_BTD + h_BTD @ map_DD + bias_D
+        logits_BTV = logits_of(part.final_norm(h_BTD), part.head_VD)
+        return jnp.where(leaves_BT[..., None], logits_BTV, 0.0)
 
     width = arch.width
     closed = jax.make_jaxpr(logits)(
         states,
+        exits_state,
         jax.ShapeDtypeStruct((1, length), jnp.int32),
         jax.ShapeDtypeStruct((width, width), jnp.float32),
         jax.ShapeDtypeStruct((width,), jnp.float32),

@@ -51,9 +51,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     )
     for entry in evaluation.faithfulness:
         _print_table(
-            f"under {entry.policy} | value | 95 % interval | of L | n",
-            "{0.name} | {0.value:.2f} | {0.ci95[0]:.1%} – {0.ci95[1]:.1%} | "
-            "{0.depth_fraction:.0%} | {0.problems}",
+            f"under {entry.policy} | value | 95 % interval | n",
+            "{0.name} | {0.value:.2f} | {0.ci95[0]:.1%} – {0.ci95[1]:.1%} | {0.problems}",
             entry.measures,
         )
         for measure in entry.measures:

@@ -30,11 +30,8 @@ LOCK = ".lock"  # the locked file, which names the process that holds the lock
 
 # Settings that may change when a run is continued, as they do not affect the finished steps.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log", "task.time_limit")
-# The settings that a run's exits are trained under, by command: the section and their names.
-LAWS = {
-    "sft": ("sft", ("sharpness", "target")),
-    "rl": ("rl", ("min_hazard", "hazard_temperature")),
-}
+# The settings that a run's exits are trained under, by command, which is also their section.
+LAWS = {"sft": ("sharpness", "target"), "rl": ("min_hazard", "hazard_temperature")}
 
 
 @contextlib.contextmanager
@@ -151,12 +148,11 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
 def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns the settings under which a run's exits were trained, by section of the config.
 
-    `directory` is the directory of an sft or rl run, or of a run that fine-tuned the result of one
-    and kept its exits, and an example of the result is {"rl":
-    {"min_hazard": 0.0, "hazard_temperature": 1.0}}. If an rl run started from an sft run, the
-    result also contains the settings of the sft run. Returns {} if `directory` does not belong to
-    an sft or rl run. Raises UserError if the run's config.json cannot be read or lacks one of the
-    settings.
+    `directory` is the directory of an sft or rl run, or of a finetune run that kept the exits of
+    its model, and an example of the result is {"rl": {"min_hazard": 0.0, "hazard_temperature":
+    1.0}}. If an rl run started from an sft run, the result also contains the settings of the sft
+    run. Returns {} if `directory` belongs to no such run. Raises UserError if the run's config.json
+    cannot be read or lacks one of the settings.
     """
     without = "give the path of the run's model/ to load it without these settings"
     law: dict[str, dict[str, Any]] = {}
@@ -167,20 +163,21 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
         config = read_object(
             path, f"it records the settings that the model was trained under; {without}"
         )
-        section, start = config.get("finetune"), config.get("model")
-        if config.get("command") == "finetune" and isinstance(start, dict):
-            if not isinstance(section, dict) or section.get("policy", "full") == "full":
-                break  # the result has no exits
-            path = pathlib.Path(str(start.get("path"))) / "config.json"
-            continue
-        if (command := config.get("command")) not in [*LAWS]:
+        command, tuned = config.get("command"), config.get("finetune")
+        keeps_exits = isinstance(tuned, dict) and tuned.get("policy") == "sample"
+        if command not in [*LAWS] and not (command == "finetune" and keeps_exits):
             break
-        section, names = LAWS[command]
+        sections = [*LAWS] if command == "finetune" else [command]
         try:
-            own = {section: {name: config[section][name] for name in names}}
+            own = {
+                section: {name: config[section][name] for name in LAWS[section]}
+                for section in sections
+            }
             start = pathlib.Path(config["model"]["path"]) if command == "rl" else None
         except (KeyError, TypeError):
-            keys = " and ".join(f"{section}.{name}" for name in names)
+            keys = " and ".join(
+                f"{section}.{name}" for section in sections for name in LAWS[section]
+            )
             raise UserError(
                 f"{path} of a run of {command} lacks {keys}, under which the run was trained; "
                 f"{without}"

@@ -71,10 +71,11 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
         }
         evaluation, examples = Evaluation(**written), measurer.examples()
         if is_primary():
+            decoded = {policy: attempts[policy] for policy in policies}
+            write_problems(workdir / PROBLEMS, examination.problems, decoded)
             evaluation.write(workdir / "eval.json")
             kept = [example.model_dump(exclude_unset=True) for example in examples]
             write_json_atomic(workdir / "completions.json", kept)
-            write_problems(workdir / PROBLEMS, {policy: attempts[policy] for policy in policies})
         for done, (part, measure) in enumerate(parts, start=len(policies) + 1):
             written.setdefault(part, []).extend(measure())
             progress.update(done, measure=part)
@@ -104,7 +105,7 @@ def _open(config: Config) -> tuple[Measurer, ModelFlops]:
     for policy in (*config.eval.policies, config.eval.measured):
         if control_of(policy) is None:
             decoder.policy(policy)  # raises UserError for a wrong policy before the first one runs
-    if "filler" in config.eval.measures:
+    if {"filler", "substantivity"} & set(config.eval.measures):
         # Raises UserError if the tokenizer cannot write filler.
         ModelCompleter(decoder, config.eval.measured, positions).filler("")
 

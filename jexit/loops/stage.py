@@ -72,7 +72,10 @@ class Stage:
         start_run(workdir, config)
         full = config.lora.rank == 0
         labels = parameter_labels(model, full=full)
-        optimizer = make_optimizer(config.optim, updates, labels)
+        optim = config.optim
+        if config.command == "finetune":  # exits stay as they are
+            optim = dataclasses.replace(optim, exit_lr=0.0, continuation_lr=0.0)
+        optimizer = make_optimizer(optim, updates, labels)
         return cls(
             config,
             workdir,
@@ -124,9 +127,11 @@ class Stage:
         """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
         trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
-        peaks = trunk | {"exit": optim.exit_lr}
-        if self.config.exits.continuation == "linear":
-            peaks["continuation"] = optim.continuation_lr
+        peaks = trunk
+        if self.config.command != "finetune":
+            peaks |= {"exit": optim.exit_lr}
+            if self.config.exits.continuation == "linear":
+                peaks["continuation"] = optim.continuation_lr
         return {
             f"lr/{name}": schedule(optim, peak, updates or self.updates)(step * per_step)
             for name, peak in peaks.items()

@@ -61,7 +61,7 @@ class Arrivals:
     `size.rows` completions at a time, and never more than `AT_ONCE` (64); further completions wait.
     Each of these has room for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is
     compiled while requests wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for
-    the first time. Equal prompts that follow one another in a request share a prefill. The pool
+    the first time. Equal prompts that follow one another share a prefill. The pool
     works on one data shard (a mesh with more raises UserError) and supports neither forced prefixes
     nor several samples per prompt.
     """

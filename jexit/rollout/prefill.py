@@ -83,7 +83,7 @@ def prefill(
     """Prefills right-padded prompts and draws the first token of each completion.
 
     `job_BG` contains the jobs (completions) of each prompt, in the numbers of its data shard; a
-    number beyond the shard's jobs marks a place that is only filled up. Prompts run all layers,
+    number beyond the shard's jobs marks padding. Prompts run all layers,
     except for forced prefixes. Returns the prefix cache with the keys and values of these prompts,
     and the records with the first tokens.
     """

@@ -10,7 +10,7 @@ import json
 import pathlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -226,7 +226,7 @@ class Server:
         used = usage(asked, [choice for choice, _ in whole])
         return self._head(asked, "") | {"choices": made, "usage": used}
 
-    async def _events(self, asked: Asked, parts: Any) -> AsyncIterator[bytes]:
+    async def _events(self, asked: Asked, parts: Any) -> AsyncGenerator[bytes]:
         head, choices = self._head(asked, ".chunk" if asked.chat else ""), {}
         try:
             async with contextlib.aclosing(parts):
@@ -256,14 +256,15 @@ class Server:
 class _Events(StreamingResponse):
     """A stream of events; `admitted` is closed when the stream has ended, however it ends."""
 
-    def __init__(self, events: AsyncIterator[bytes], admitted: contextlib.ExitStack) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], admitted: contextlib.ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._admitted = admitted
+        self._events, self._admitted = events, admitted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._admitted:
-            await super().__call__(scope, receive, send)
+            async with contextlib.aclosing(self._events):
+                await super().__call__(scope, receive, send)
 
 
 def _event(value: dict[str, Any]) -> bytes:

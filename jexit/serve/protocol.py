@@ -291,7 +291,7 @@ class Choice:
     def __post_init__(self) -> None:
         self.text = GrowingText(self.tokenizer.decode, self.asked.stop)
         self.layers_run, self.finish_reason = 0, ""
-        self._characters = 0
+        self._ids: list[int] = []  # with log-probabilities only
 
     def grow(self, grown: Grown) -> dict[str, Any]:
         """Adds tokens; returns jexit's and OpenAI's fields for them, with the new `text`."""
@@ -310,11 +310,10 @@ class Choice:
             fields["hazards"] = [_hazards(z_E) for z_E in grown.hazard_logits[:kept]]
         if self.asked.logprobs:
             fields["logprobs"] = []
-            for token, logprob in zip(
-                self.tokenizer.tokens(ids), grown.logprobs[:kept], strict=True
-            ):
-                fields["logprobs"].append((token, logprob, self._characters))
-                self._characters += len(token)
+            strings = self.tokenizer.tokens(ids)
+            for number, *entry in zip(ids, strings, grown.logprobs[:kept], strict=True):
+                fields["logprobs"].append((*entry, len(self.tokenizer.decode(self._ids))))
+                self._ids.append(number)
         return fields
 
 

@@ -17,8 +17,6 @@ from jexit.steps.completions import Completions
 from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
-DEPTH_DRAW = 1  # number of the depths' draw
-
 
 def make_finetune_step(
     split: SplitModel,
@@ -41,13 +39,14 @@ def make_finetune_step(
 
         def loss_fn(params: Params, rows: Completions, key: PRNGKey) -> tuple[Array, Metrics]:
             model = split.student(params, fixed)
+            dropout_key, depth_key = jax.random.split(key)
             result = run(
                 model,
                 rows.tokens_BT,
                 policy=policy,
                 action_BT=rows.action_BT if policy.leaves_early else None,
-                key=jax.random.fold_in(key, DEPTH_DRAW) if policy.draws else None,
-                dropout_key=key,
+                key=depth_key if policy.draws else None,
+                dropout_key=dropout_key,
                 **rows.layout,
             )
             hidden_BCD = rows.window(result.hidden_BTD)

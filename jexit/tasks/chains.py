@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -116,13 +117,15 @@ class ChainTask(Task):
         """
         return None
 
-    def answer_follows(self, problem: Problem, completion: str) -> bool:
+    def answer_follows(self, completion: str) -> bool:
         """Returns whether the answer of `completion` follows from its chain, by the task's rules.
 
-        By default, the chain must end with the answer.
+        The problem is not known. By default, the last word or number of the chain must be the
+        answer.
         """
         answer, chain = self.final_answer(completion), "".join(self.steps(completion))
-        return answer is not None and chain.rstrip().rstrip(".").endswith(answer)
+        ends = rf"(?<![\w.,]){re.escape(answer or '')}[.\s]*\Z"
+        return answer is not None and re.search(ends, chain) is not None
 
     @abc.abstractmethod
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:

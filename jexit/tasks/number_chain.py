@@ -23,15 +23,15 @@ _LITERAL = re.compile(_DIGITS)
 # The number after an equals sign is a result, unless an operator and another operand follow.
 _RESULT = re.compile(rf"= ?\$?-?({_DIGITS})(?![0-9/]|[.,][0-9])(?! ?[-+*/×÷=] ?[$(0-9])")
 
-# Two numbers with a sign between them are a whole side of an equation if no sign is before them.
-_FIRST = r"(?<![-+*/×÷(=0-9.,$])(?<![-+*/×÷(=] )"
+# Two numbers with a sign between them are a whole side of an equation if no sign is before them
+# and, for a result, none is after it.
+_FIRST = r"(?<![-+*/×÷x()=%0-9.,$])(?<![-+*/×÷x()=%] )"
+_LAST = r"(?![0-9/]|[.,][0-9])(?! ?[-+*/×÷x=%] ?[$(0-9])"
 _COMMUTES = re.compile(rf"{_FIRST}({_DIGITS})( ?[+*×] ?)({_DIGITS})(?= ?=)")
-_EQUATION = re.compile(
-    rf"{_FIRST}({_DIGITS}) ?([-+*/×÷]) ?({_DIGITS}) ?= ?({_DIGITS})(?![0-9/]|[.,][0-9])"
-)
+_EQUATION = re.compile(rf"{_FIRST}({_DIGITS}) ?([-+*/×÷x]) ?({_DIGITS}) ?= ?({_DIGITS}){_LAST}")
 _OPERATIONS = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "×": operator.mul,
-    "/": operator.truediv, "÷": operator.truediv,
+    "x": operator.mul, "/": operator.truediv, "÷": operator.truediv,
 }  # fmt: skip
 
 _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
@@ -95,8 +95,11 @@ class NumberChain(ChainTask):
         changed = _COMMUTES.sub(r"\3\2\1", chain)
         return changed if changed != chain else None
 
-    def answer_follows(self, problem: Problem, completion: str) -> bool:
-        """Returns whether the last result is the answer, and all equations of two numbers hold."""
+    def answer_follows(self, completion: str) -> bool:
+        """Returns whether the last result is the answer, and all equations of two numbers hold.
+
+        Quotients may be rounded to whole numbers.
+        """
         steps = self.steps(completion)
         result = result_of(steps[-1]) if steps else None
         if result is None or self.final_answer(self.cue + result) != self.final_answer(completion):
@@ -142,7 +145,10 @@ def with_result(step: str, number: str) -> str:
 def _holds(equation: tuple[str, str, str, str]) -> bool:
     left, sign, right, result = equation
     a, b, c = (float(number.replace(",", "")) for number in (left, right, result))
-    return (sign not in "/÷" or b != 0) and math.isclose(_OPERATIONS[sign](a, b), c, abs_tol=0.01)
+    divides = sign in "/÷"
+    if divides and b == 0:
+        return False
+    return math.isclose(_OPERATIONS[sign](a, b), c, abs_tol=0.5 if divides else 0.01)
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:

@@ -155,11 +155,16 @@ class Sums(ChainTask):
         size, operands = len(match[1]) + 1, problem.fields["operands"]
         return size, size <= len(operands) and match[2][0] == digit_sum(operands[:size])
 
-    def answer_follows(self, problem: Problem, completion: str) -> bool:
-        """Returns whether each step is correct, the jump to the answer included."""
-        steps = chain_steps(problem.fields["operands"], completion)
-        answer = self.final_answer(completion)
-        return bool(steps) and steps[-1].wrote == answer and all(step.correct for step in steps)
+    def answer_follows(self, completion: str) -> bool:
+        """Returns whether the answer is the sum of the first list written, and each step correct.
+
+        The operands themselves are not known, so a first step cannot be checked.
+        """
+        steps = chain_steps("", completion)
+        if not steps or steps[0].announced is None:  # no list was written
+            return False
+        rest, answer = steps[1:], self.final_answer(completion)
+        return (rest or steps)[-1].wrote == answer and all(step.correct for step in rest)
 
     def final_answer(self, completion: str) -> str | None:
         return _given_answer(completion)

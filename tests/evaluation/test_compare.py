@@ -6,7 +6,7 @@ import numpy as np
 
 from jexit.evaluation.compare import Outcomes, compared, main, read, write_problems
 from jexit.results import Evaluation, PolicyResult
-from jexit.tasks import Attempt, Verdict
+from jexit.tasks import Attempt, Verdict, make_task
 
 COUNT = 200
 
@@ -20,21 +20,23 @@ def attempts(correct, depths):
     ]
 
 
-def written(directory, policies, *, layers=8, **changed):
-    """An evaluation's files; `policies` has attempts by name."""
+def written(directory, policies, *, layers=8, first=0):
+    """An evaluation's files; `policies` has attempts by name, at problems from the `first` on."""
     directory.mkdir()
+    task = make_task("sums")
     runs = [
         PolicyResult(
-            policy=name, accuracy=0.5, accuracy_ci95=(0.4, 0.6), depth_mean=4.0,
-            depth_fraction=0.5, depth_histogram={}, problems=len(made), tokens=1,
-            tokens_per_second=1.0,
+            policy=name, accuracy=sum(a.correct for a in made) / len(made),
+            accuracy_ci95=(0.4, 0.6), depth_mean=4.0, depth_fraction=0.5, depth_histogram={},
+            problems=len(made), tokens=sum(len(a.depths) for a in made), tokens_per_second=1.0,
         )
         for name, made in policies.items()
     ]  # fmt: skip
     model = {"path": "x", "layers": layers, "exits": (2, 4)}
-    values = {"task": {"name": "sums"}, "model": model, "runs": runs} | changed
-    Evaluation(**values).write(directory / "eval.json")
-    write_problems(directory / "problems.csv", policies)
+    Evaluation(task={"name": "sums"}, model=model, runs=runs).write(directory / "eval.json")
+    count = len(next(iter(policies.values())))
+    problems = [task.problem("test", first + index) for index in range(count)]
+    write_problems(directory / "problems.csv", problems, policies)
     return directory
 
 
@@ -58,18 +60,17 @@ def test_differences_and_savings(tmp_path, capsys):
     assert main([f"{first}@full", f"{first}@full"]) == 0
     text = capsys.readouterr().out
     assert "points:    +0.0 (" in text and "0.0% (0.0% to 0.0%)" in text
-    (ours, _), (theirs, _) = read(f"{first}@full"), read(str(second))
+    ours, theirs = read(f"{first}@full"), read(str(second))
     assert isinstance(ours, Outcomes) and ours.name == f"{first}@full"
-    line = compared(ours, theirs, [8, 10]).splitlines()[1]
+    line = compared(ours, theirs).splitlines()[1]
     assert f"{share:.1%}" in line and "8.00 (100%)" in line and "80.0" in line
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     made = attempts([True] * 4, [[8]] * 4)
     one = written(tmp_path / "one", {"full": made})
-    other = written(tmp_path / "other", {"full": made}, split="val")
+    other = written(tmp_path / "other", {"full": made}, first=1)
     fewer = written(tmp_path / "fewer", {"full": made[:3]})
-    words = written(tmp_path / "words", {"full": made}, task={"name": "word_problems"})
     old = written(tmp_path / "old", {"full": made})
     (old / "problems.csv").unlink()
     torn = written(tmp_path / "torn", {"full": made})
@@ -78,14 +79,13 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     lines = (cut / "problems.csv").read_text().splitlines()
     (cut / "problems.csv").write_text("\n".join(lines[:-1]))
     for places, sentence in [
-        ([one], "1 places were given, but two are compared"),
+        ([one], "1 evaluations were given, but two are compared"),
         ([one, f"{one}@sample"], "has no results of the policy 'sample'; use one of full"),
-        ([one, other], "have different splits, test and val"),
-        ([one, fewer], "have different numbers of problems, 4 and 3"),
-        ([one, words], "have different tasks"),
+        ([one, other], "have different problems; evaluate both on the same task, split and number"),
+        ([one, fewer], "have different problems"),
         ([one, old], "problems.csv does not exist; run the evaluation again"),
         ([one, torn], "problems.csv is damaged"),
-        ([one, cut], "does not have the 4 problems of eval.json"),
+        ([one, cut], "does not agree with eval.json under 'full'"),
         ([one, tmp_path / "no"], "eval.json"),
     ]:
         assert main([*map(str, places)]) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,6 +27,9 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     assert probe(shifted_ND, token_N, fits_N).mean() > 0.99
     new_N = np.where(fits_N, token_N, 99)
     assert not probe(code_VD[token_N], new_N, fits_N).any()
+    # In bfloat16, whose sums stop growing.
+    coarse_ND = jnp.asarray(code_VD[token_N] + 1.0, jnp.bfloat16)
+    assert probe(np.asarray(coarse_ND), token_N, fits_N).mean() > 0.99
 
 
 def test_residuals_are_those_of_the_pass_that_produces_each_token():

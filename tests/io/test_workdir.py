@@ -103,9 +103,9 @@ def test_the_law_of_depths_is_that_of_the_run(tmp_path):
     assert trained_law(tmp_path / "rl" / "model") == {}
     start_run(tmp_path / "loop", config(model__path=str(tmp_path / "loop"), **changed))
     assert trained_law(tmp_path / "loop") == law  # of a run that says that it came from itself
+    own = changed | {f"sft__{name}": value for name, value in aim.items()}
     for policy, found in (("sample", law | {"sft": aim}), ("full", {})):
-        settings = {"finetune__policy": policy, "model__path": str(tmp_path / "rl")}
-        start_run(tmp_path / policy, config(command="finetune", **settings))
+        start_run(tmp_path / policy, config(command="finetune", finetune__policy=policy, **own))
         assert trained_law(tmp_path / policy) == found
     start_run(tmp_path / "pretrain", config(command="pretrain"))
     assert trained_law(tmp_path / "pretrain") == {}

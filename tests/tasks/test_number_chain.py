@@ -185,6 +185,7 @@ def test_a_chain_in_other_words_says_the_same():
         ("3+4=7\n7-2=5\n#### 5", "4+3=7\n7-2=5"),
         ("He has 3 * 4 = 12 and 12-3+2 = 11.\n#### 11", "He has 4 * 3 = 12 and 12-3+2 = 11."),
         ("1+2+3=6\n#### 6", None),
+        ("2 x 4 + 3 = 11\n#### 11", None),
         ("7-2=5\n#### 5", None),
         ("", None),
     ]:  # fmt: skip
@@ -194,20 +195,25 @@ def test_a_chain_in_other_words_says_the_same():
         changed = WORDS.reworded(problem.completion)
         if changed is not None:
             assert changed != problem.completion.partition("\n####")[0]
-            assert WORDS.answer_follows(problem, f"{changed}\n#### {problem.answer}")
+            assert WORDS.answer_follows(f"{changed}\n#### {problem.answer}")
 
 
 def test_whether_an_answer_follows_from_its_chain():
-    problem = WORDS.problem("test", 0)
     for text, follows in [
         ("3+4=7\n7-2=5\n#### 5", True),
         ("3+4=7\n7-2=5\n#### 7", False),
         ("3+4=8\n8-2=6\n#### 6", False),
         ("1,000 / 8 = 125 and 10/4 = 2.5\n#### 2.5", True),
         ("5/0 = 1\n#### 1", False),
+        ("2 x 4 + 3 = 11\n#### 11", True),
+        ("2 x 4 = 9\n#### 9", False),
+        ("3 + 4 = 14 / 2 = 7\n#### 7", True),
+        ("30 / 7 = 4\n#### 4", True),
+        ("30 / 7 = 5\n#### 5", False),
+        ("(1 + 2) * 3 = 9\n#### 9", True),
         ("1+2+3=6\n#### 6", True),
         ("It is 5.\n#### 5", False),
         ("#### 5", False),
         ("", False),
     ]:
-        assert WORDS.answer_follows(problem, text) == follows, text
+        assert WORDS.answer_follows(text) == follows, text

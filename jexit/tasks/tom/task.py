@@ -156,7 +156,7 @@ class Tom(ChainTask):
         changed = reordered(chain)
         return changed if changed != chain else None
 
-    def answer_follows(self, problem: Problem, completion: str) -> bool:
+    def answer_follows(self, completion: str) -> bool:
         """Returns whether the last line of the chain states the answer."""
         steps = self.steps(completion)
         line = read_line(steps[-1]) if steps else None

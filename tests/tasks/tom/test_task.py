@@ -204,11 +204,9 @@ def test_a_chain_in_other_words_names_the_same_people():
     task, seen = make_task("tom", steps="fine"), set()
     for index in range(60):
         problem = task.problem("test", index)
-        assert task.answer_follows(problem, problem.completion)
+        assert task.answer_follows(problem.completion)
         other = task.wrong_answer(problem, Draw("wrong", index))
-        assert not task.answer_follows(
-            problem, "".join(task.steps(problem.completion)) + f"#### {other}"
-        )
+        assert not task.answer_follows("".join(task.steps(problem.completion)) + f"#### {other}")
         changed = task.reworded(problem.completion)
         if changed is None:
             continue
