@@ -37,7 +37,7 @@ def config_of(command: str, **settings) -> Config:
         "rl.max_new_tokens": 16,
         "eval.max_new_tokens": 16,
         "eval.policies": ("full", "threshold:0.3", "threshold:0.5"),
-        "eval.measures": ("exits", "hazards"),
+        "eval.measures": ("exits", "hazards", "planning", "necessity"),
     }
     config = config_dict(command)
     with config.unlocked():
@@ -84,6 +84,8 @@ STEPS = {
         "evaluation prefill",
         "evaluation decode (full), a token",
         "evaluation decode (threshold), a token",
+        "likelihoods of answers (sample)",
+        "residuals for probes",
         "exits against the last layer",
         "hazards and their targets",
     ],
@@ -101,9 +103,14 @@ def test_every_jitted_step_of_a_command_can_be_lowered():
     The sampler and the trainer multiply with the head at one precision, float32 as such:
     accelerators would otherwise round it, and rounding one alone is a gap.
     """
-    for command, steps in STEPS.items():
+    sampled = [step.replace("(full)", "(sample)") for step in STEPS["finetune"]]
+    cases = [(command, steps, {}) for command, steps in STEPS.items()]
+    for command, steps, settings in (
+        *cases, ("finetune", sampled, {"finetune__policy": "sample"})
+    ):  # fmt: skip
         # No length is that of the vocabulary.
-        config = config_of(command, task__max_prompt_tokens=40, model__dtype="float32")
+        settings |= {"task__max_prompt_tokens": 40, "model__dtype": "float32"}
+        config = config_of(command, **settings)
         vocabulary = architecture(config).vocab_size
         sizes = (2, 1, 4) if command in ("eval", "generate") else (1, 8, 1)
         found = list(programs(config, make_mesh(*sizes)))

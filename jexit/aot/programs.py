@@ -366,8 +366,7 @@ def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -
 def _finetuning(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Program:
-    layers = split.student(split.trainable).arch.layers
-    policy = _policy(config, config.finetune.policy, layers)
+    policy = sample_policy(config) if config.finetune.policy == "sample" else Full()
     step = make_finetune_step(
         split, optimizer, policy=policy, micro_batches=config.optim.accumulate
     )

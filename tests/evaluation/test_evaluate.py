@@ -7,12 +7,16 @@ import pytest
 from jexit.config import EVAL_MEASURES, TINY_CALIBRATED_PATH
 from jexit.data.tokenizer import Tokenizer
 from jexit.evaluation.accuracy import held_out
+from jexit.evaluation.faithfulness import LIKELIHOODS
 from jexit.evaluation.measures import Measurer
 from jexit.loops.setup import load_task
 from jexit.results import VERSION, Evaluation
 from small_runs import make_config, run
 
-POLICIES = ("full", "threshold:0.2", "shuffled:threshold:0.2", "fixed:matched:threshold:0.2")
+POLICIES = (
+    *("full", "threshold:0.2", "shuffled:threshold:0.2", "fixed:matched:threshold:0.2"),
+    "confidence:0.1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,8 @@ def evaluation(workdir):
 
 def test_controls_run_at_the_depth_of_what_they_control(evaluation):
     runs = {entry.policy: entry for entry in evaluation.runs}
-    assert [entry.control_of for entry in evaluation.runs] == [None, None, *[POLICIES[1]] * 2]
-    ours, shuffled, fixed = (runs[name] for name in POLICIES[1:])
+    assert [entry.control_of for entry in evaluation.runs] == [None, None, *[POLICIES[1]] * 2, None]
+    ours, shuffled, fixed = (runs[name] for name in POLICIES[1:4])
     assert len(ours.depth_histogram) > 2, "the threshold should stop tokens at several exits"
     assert shuffled.depth_fraction == pytest.approx(ours.depth_fraction, abs=0.08)
     if shuffled.tokens == ours.tokens:  # as many passes: the very same depths
@@ -75,6 +79,15 @@ def test_every_measure_is_there_for_the_policy_and_for_full_depth(evaluation):
     assert granularities[::2] == ["2", "3", "4", "5", "at_once"]
     assert [entry.policy for entry in evaluation.capacity] == both * 5
     assert {entry.policy for entry in evaluation.begun_steps} == set(both)
+    (serial,) = evaluation.serial_depth
+    assert serial.policy == POLICIES[1] and list(serial.by_depth) == ["1", "2", "3"]
+    assert min(serial.by_depth.values()) <= serial.mean <= serial.full == serial.by_depth["3"]
+    probes = {(probe.policy, probe.ahead, probe.layer) for probe in evaluation.planning}
+    assert {(policy, 1, layer) for policy in both for layer in (1, 2, 3)} <= probes
+    for entry in evaluation.faithfulness:
+        for measure in entry.measures:
+            if measure.name in LIKELIHOODS:
+                assert measure.detail["logprob"] < 0 and -1 <= measure.value <= 1
     (hazards,), (exits,) = evaluation.hazards, evaluation.exits
     assert hazards.policy == POLICIES[1] and 0 <= hazards.ece <= 1
     assert exits.policy == "full" and [entry.exit for entry in exits.exits] == [1, 2]
@@ -114,8 +127,9 @@ def test_the_files_have_what_readers_rely_on(workdir):
         assert row["hazards"][0] == [None, None]
         for depth, hazards in list(zip(row["depths"], row["hazards"], strict=True))[1:]:
             assert [hazard is not None for hazard in hazards] == [depth >= 1, depth >= 2]
-            if row["policy"] == POLICIES[1]:
-                left = [hazard is not None and hazard > 0.2 for hazard in hazards]
+            if row["policy"] in (POLICIES[1], POLICIES[-1]):
+                most = float(row["policy"].partition(":")[2])
+                left = [hazard is not None and hazard > most for hazard in hazards]
                 assert depth == next((e + 1 for e in (0, 1) if left[e]), 3)
 
 
@@ -144,7 +158,8 @@ def test_hazards_are_those_that_were_sampled_and_outlive_a_measure_that_fails(
 def test_what_cannot_be_measured_is_refused_before_anything_runs(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("jexit.evaluation.completer.FILLERS", ("sum ",))
     for settings, says in (
-        ({"eval__measures": ("filler",)}, r"remove 'filler' from config\.eval\.measures"),
+        ({"eval__measures": ("filler",)}, "remove 'filler' and 'substantivity' from config"),
+        ({"eval__measures": ("substantivity",)}, "remove 'filler' and 'substantivity' from config"),
         ({"eval__policies": ("fixed:4",)}, "requests 4 layers, but the model has 3"),
         ({"eval__policies": ("full", "shuffled")}, "'shuffled' is a control for 'sample'"),
         ({"eval__policies": ("shuffled:full", "full")}, "put 'full' before it"),
