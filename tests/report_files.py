@@ -72,7 +72,10 @@ def policy_figures(policy: str, draw: random.Random) -> dict:
 def evaluation(seed: int = 0) -> dict:
     """An `eval.json` with every part."""
     draw = random.Random(seed)
-    names = ("early_answering", "no_chain", "filler", "corrupted_step", "hint")
+    names = (
+        *("early_answering", "no_chain", "filler", "corrupted_step", "hint"),
+        *("necessity", "substantivity", "paraphrasability"),
+    )
     granularities = {"at_once": 0.35, "5": 0.9, "4": 0.95, "3": 0.98, "2": 1.0}
     return {
         "version": VERSION,

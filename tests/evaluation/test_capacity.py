@@ -99,6 +99,9 @@ class AddsInItsHead:
     def policy(self, name):
         return name
 
+    def under(self, name):
+        return self
+
     def decode(self, prompts, policy, *, judge=None, what, forced=None, **_):
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
         say = self.step if forced is not None else self.answer
