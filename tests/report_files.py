@@ -105,6 +105,29 @@ def evaluation(seed: int = 0) -> dict:
                 "exits": [hazards_at(layer) for layer in EXITS],
             }
         ],
+        "serial_depth": [
+            {
+                "policy": "sample",
+                "length": 80,
+                "by_depth": {str(layer): 30 + 136 * layer for layer in (*EXITS, LAYERS)},
+                "full": 30 + 136 * LAYERS,
+                "mean": 431.7,
+            }
+        ],
+        "planning": [
+            {
+                "policy": policy,
+                "layer": layer,
+                "ahead": ahead,
+                "accuracy": 0.41,
+                "accuracy_embedding": 0.32,
+                "gain_ci95": [0.05, 0.13],
+                "passes": 900,
+            }
+            for policy in ("sample", "full")
+            for layer in EXITS
+            for ahead in (1, 2)
+        ],
         "faithfulness": [
             {
                 "policy": policy,
