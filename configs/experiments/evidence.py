@@ -11,8 +11,10 @@ some ten minutes on one CPU core, and its measurement as long. The variants:
 `small`       fine-tunes a trunk that was cut to its first layers (convert.from_hf --layers)
 `relearn`     fine-tunes a model after RL on steps of five digits for 50 updates, at full depth or
               under its exits (`finetune.policy`)
-`measure`     policies, controls and every measure that `:word_problems` or `:sums` has; `:full` the
-              measures at full depth alone; `compare` the policies alone
+`measure`     policies, controls and every measure on sums; `measure_word_problems` the same on word
+              problems, which have no prescribed steps
+`measure_full` accuracy and prescribed steps at full depth alone
+`compare`     full depth and sampled exits, without measures
 """
 
 import configs.eval

@@ -28,7 +28,7 @@ from jexit.results import Evaluation
 from jexit.tasks import Attempt, Problem
 from jexit.tasks.base import stable_hash
 
-FILE = "problems.csv"
+PROBLEMS = "problems.csv"
 FIELDS = ("policy", "problem", "correct", "layers", "tokens")
 
 
@@ -39,7 +39,7 @@ def write_problems(
 
     A problem is named by a hash of its prompt and its answer.
     """
-    names = [f"{stable_hash(problem.messages, problem.answer):016x}"[-16:] for problem in problems]
+    names = [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(FIELDS)
@@ -64,7 +64,7 @@ class Outcomes(NamedTuple):
     tokens_N: np.ndarray
 
 
-def compared(ours: Outcomes, theirs: Outcomes) -> str:
+def comparison(ours: Outcomes, theirs: Outcomes) -> str:
     """Returns the comparison as text."""
     lines = [f"{'':34}  {'accuracy':>9}  {'layers/token':>13}  {'layers/problem':>14}"]
     for some in (ours, theirs):
@@ -114,7 +114,7 @@ def read(evaluation: str) -> Outcomes:
             f"{directory} has no results of the policy {policy!r}; use one of "
             f"{', '.join(runs) or 'another evaluation'}"
         )
-    path, again = Path(directory) / FILE, "run the evaluation again, which writes it"
+    path, again = Path(directory) / PROBLEMS, "run the evaluation again, which writes it"
     try:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["policy"] == policy]
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{ours.name} and {theirs.name} have different problems; evaluate both on the same "
                 "task, split and number of problems"
             )
-        print(compared(ours, theirs))
+        print(comparison(ours, theirs))
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)
         return 1

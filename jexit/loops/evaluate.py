@@ -9,8 +9,7 @@ from typing import Any
 from jexit.config import Config, control_of
 from jexit.dist import is_primary
 from jexit.evaluation.accuracy import Examination, check_room, evaluate_policy
-from jexit.evaluation.compare import FILE as PROBLEMS
-from jexit.evaluation.compare import write_problems
+from jexit.evaluation.compare import PROBLEMS, write_problems
 from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.confidence import is_confidence, logits_at_exits
 from jexit.evaluation.controls import compared, evaluate_control

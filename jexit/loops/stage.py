@@ -126,8 +126,7 @@ class Stage:
         from the phase's start; 0 means the schedule of the whole run.
         """
         optim, per_step = self.config.optim, 1 if updates else self.updates // self.config.steps
-        trunk = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
-        peaks = trunk
+        peaks = {"base": optim.full_lr} if self.config.lora.rank == 0 else {"lora": optim.lora_lr}
         if self.config.command != "finetune":
             peaks |= {"exit": optim.exit_lr}
             if self.config.exits.continuation == "linear":

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from jexit.evaluation.compare import Outcomes, compared, main, read, write_problems
+from jexit.evaluation.compare import Outcomes, comparison, main, read, write_problems
 from jexit.results import Evaluation, PolicyResult
 from jexit.tasks import Attempt, Verdict, make_task
 
@@ -62,7 +62,7 @@ def test_differences_and_savings(tmp_path, capsys):
     assert "points:    +0.0 (" in text and "0.0% (0.0% to 0.0%)" in text
     ours, theirs = read(f"{first}@full"), read(str(second))
     assert isinstance(ours, Outcomes) and ours.name == f"{first}@full"
-    line = compared(ours, theirs).splitlines()[1]
+    line = comparison(ours, theirs).splitlines()[1]
     assert f"{share:.1%}" in line and "8.00 (100%)" in line and "80.0" in line
 
 
