@@ -1,12 +1,13 @@
 """Takes what a study publishes from its sweep.
 
-    python -m studies.collect runs/page docs/results/page
+    python -m studies.collect runs/page docs/results/page [--initial=DIR@POLICY]
 
 Writes page.csv (a line a finished run: its settings and numbers, as in the sweep's table.csv),
 page-curves.csv (training metrics, each line the means of a twentieth of a run's steps) and
 page-completions.json (up to two completions of each run under sampled exits, every token with its
-depth; eval.heat_maps keeps them). What says how fast the machine was is in none of them: the same
-runs give the same files.
+depth; eval.heat_maps keeps them). With --initial, page.csv also has what each policy gains over
+that evaluation of the initial checkpoint, problem by problem (`jexit compare`). What says how fast
+the machine was is in none of them: the same runs give the same files.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from jexit.errors import UserError
+from jexit.evaluation.compare import Outcomes, differences
+from jexit.evaluation.compare import read as read_outcomes
 from jexit.io.files import write_bytes_atomic
 from jexit.io.metrics import read_metrics
 from jexit.report.rendering import printable
 from jexit.report.runs import read_run
-from jexit.results import LARGEST, is_number
+from jexit.results import LARGEST, Evaluation, is_number
 from jexit.sweep.plan import MACHINE, Cell, begun_in
 from jexit.sweep.tables import write_csv
 
@@ -68,13 +71,28 @@ def completions(cell: Cell) -> list[dict[str, Any]]:
     ]
 
 
-def collect(cells: Sequence[Cell], target: Path) -> list[Path]:
+def over_initial(cell: Cell, initial: Outcomes) -> dict[str, float]:
+    """What each policy of a run's evaluation gains over the initial checkpoint, with intervals."""
+    found: dict[str, float] = {}
+    if cell.evaluation is None:
+        return found
+    for run in Evaluation.read(cell.evaluation).runs:
+        ours = read_outcomes(f"{cell.evaluation.parent}@{run.policy}")
+        for name, (value, low, high) in differences(ours, initial).items():
+            key = f"{run.policy} less initial/{name}"
+            found |= {key: float(value), f"{key}_ci95/low": low, f"{key}_ci95/high": high}
+    return found
+
+
+def collect(cells: Sequence[Cell], target: Path, initial: Outcomes | None = None) -> list[Path]:
     """Writes the files of a study beside `target` and returns their paths."""
     table, metrics, shown = (
         target.with_name(target.name + ending)
         for ending in (".csv", "-curves.csv", "-completions.json")
     )
-    write_csv(table, [(cell.settings, cell.numbers()) for cell in cells])
+    gains = ({} if initial is None else over_initial(cell, initial) for cell in cells)
+    lines = zip(cells, gains, strict=True)
+    write_csv(table, [(cell.settings, cell.numbers() | gained) for cell, gained in lines])
     written = [table]
     if rows := [(cell.settings, means) for cell in cells for means in curves(cell)]:
         write_csv(metrics, rows)
@@ -94,12 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("sweep", type=Path, help="directory of the sweep (its --into)")
     parser.add_argument("target", type=Path, help="path of the study's files, without their ending")
+    parser.add_argument("--initial", help="an evaluation of the initial checkpoint and its policy")
     arguments = parser.parse_args(argv)
     try:
+        initial = read_outcomes(arguments.initial) if arguments.initial else None
         cells = [cell for cell in begun_in(arguments.sweep) if cell.finished]
         if not cells:
             raise UserError(f"{arguments.sweep} has no finished run of a sweep; run it first")
-        for path in collect(cells, arguments.target):
+        for path in collect(cells, arguments.target, initial):
             print(f"Wrote {path}")
     except (ValueError, OSError) as error:
         print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)

@@ -45,6 +45,17 @@ COLUMNS: dict[str, Column] = {
     "hazard error": Column("sample/hazards/ece"),
     "KL to the teacher": Column("sample/hazards/kl_student_teacher_nats", share=False),
 }
+for _policy, _ending in (("sample", ""), ("threshold:0.5", ", threshold")):
+    for _label, _name in (
+        ("over initial", "accuracy_difference"),
+        ("saved per token", "saved_per_token"),
+        ("saved per problem", "saved_per_problem"),
+    ):
+        _source = f"{_policy} less initial/{_name}"
+        COLUMNS |= {
+            f"{_label}{_ending}": Column(_source),
+            f"{_label}{_ending}, interval": _interval(_source),
+        }
 for _policy, _ending in _POLICIES:
     COLUMNS |= {
         f"{label}{_ending}": Column(f"{_policy}/{place}")

@@ -64,8 +64,38 @@ class Outcomes(NamedTuple):
     tokens_N: np.ndarray
 
 
+def differences(ours: Outcomes, theirs: Outcomes) -> dict[str, tuple[float, float, float]]:
+    """Returns what `ours` gains over `theirs`: each value with the ends of its 95 % interval.
+
+    `accuracy_difference` is a share of the problems, `saved_per_token` of the model's layers and
+    `saved_per_problem` of the layers that `theirs` runs. The intervals pair the problems. Raises
+    UserError if the problems differ.
+    """
+    if ours.problems != theirs.problems:
+        raise UserError(
+            f"{ours.name} and {theirs.name} have different problems; evaluate both on the same "
+            "task, split and number of problems"
+        )
+    high, low = (1 - end for end in bootstrap_ratio(ours.layers_N, theirs.layers_N))
+    fraction = [some.layers_N / some.layers for some in (ours, theirs)]
+    return {
+        "accuracy_difference": (
+            ours.correct_N.mean() - theirs.correct_N.mean(),
+            *paired_interval(ours.correct_N, theirs.correct_N),
+        ),
+        "saved_per_token": (
+            fraction[1].sum() / theirs.tokens_N.sum() - fraction[0].sum() / ours.tokens_N.sum(),
+            *bootstrap_ratio_difference(
+                (fraction[1], theirs.tokens_N), (fraction[0], ours.tokens_N)
+            ),
+        ),
+        "saved_per_problem": (1 - ours.layers_N.sum() / theirs.layers_N.sum(), low, high),
+    }
+
+
 def comparison(ours: Outcomes, theirs: Outcomes) -> str:
-    """Returns the comparison as text."""
+    """Returns the comparison as text; raises UserError if the problems differ."""
+    found = differences(ours, theirs)
     lines = [f"{'':34}  {'accuracy':>9}  {'layers/token':>13}  {'layers/problem':>14}"]
     for some in (ours, theirs):
         depth = some.layers_N.sum() / some.tokens_N.sum()
@@ -74,24 +104,17 @@ def comparison(ours: Outcomes, theirs: Outcomes) -> str:
             f"{some.name[-34:]:34}  {some.correct_N.mean():9.1%}  {share:>13}  "
             f"{some.layers_N.mean():14.1f}"
         )
-    accuracy = (
-        ours.correct_N.mean() - theirs.correct_N.mean(),
-        *paired_interval(ours.correct_N, theirs.correct_N),
-    )
-    high, low = (1 - end for end in bootstrap_ratio(ours.layers_N, theirs.layers_N))
-    problem = (1 - ours.layers_N.sum() / theirs.layers_N.sum(), low, high)
-    fraction = [some.layers_N / some.layers for some in (ours, theirs)]
-    token = (
-        fraction[1].sum() / theirs.tokens_N.sum() - fraction[0].sum() / ours.tokens_N.sum(),
-        *bootstrap_ratio_difference((fraction[1], theirs.tokens_N), (fraction[0], ours.tokens_N)),
-    )
     lines += [
         "",
         "accuracy, difference in points:    {:+.1f} ({:+.1f} to {:+.1f})".format(
-            *(100 * value for value in accuracy)
+            *(100 * value for value in found["accuracy_difference"])
         ),
-        "layers saved per token, of all:    {:.1%} ({:.1%} to {:.1%})".format(*token),
-        "layers saved per problem:          {:.1%} ({:.1%} to {:.1%})".format(*problem),
+        "layers saved per token, of all:    {:.1%} ({:.1%} to {:.1%})".format(
+            *found["saved_per_token"]
+        ),
+        "layers saved per problem:          {:.1%} ({:.1%} to {:.1%})".format(
+            *found["saved_per_problem"]
+        ),
         f"{len(ours.correct_N)} problems, 95 % intervals that pair them",
     ]
     return "\n".join(lines)
@@ -140,13 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if len(arguments) != 2:
             raise UserError(f"{len(arguments)} evaluations were given, but two are compared")
-        ours, theirs = map(read, arguments)
-        if ours.problems != theirs.problems:
-            raise UserError(
-                f"{ours.name} and {theirs.name} have different problems; evaluate both on the same "
-                "task, split and number of problems"
-            )
-        print(comparison(ours, theirs))
+        print(comparison(*map(read, arguments)))
     except (ValueError, OSError) as error:
         print(f"jexit: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """Two evaluations compared problem by problem."""
 
+import csv
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from jexit.evaluation.compare import Outcomes, comparison, main, read, write_problems
 from jexit.results import Evaluation, PolicyResult
 from jexit.tasks import Attempt, Verdict, make_task
+from studies import collect
 
 COUNT = 200
 
@@ -94,3 +96,29 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, capsys):
     (one / "eval.json").write_text(json.dumps({"task": {}}))
     assert main([str(one), str(one)]) == 1
     assert main(["--help"]) == 0
+
+
+def test_a_study_has_what_each_run_gains_over_the_initial_checkpoint(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    right = rng.random(COUNT) < 0.8
+    deep, shallow = ([[depth] * 10 for _ in range(COUNT)] for depth in (8, 2))
+    initial = written(tmp_path / "trunk", {"full": attempts(right, deep)})
+    (tmp_path / "sweep").mkdir()
+    runs = {"full": attempts(right, deep), "sample": attempts(right[::-1], shallow)}
+    written(tmp_path / "sweep" / "seed=0", runs)
+    asked = {"settings": {"seed": "0"}, "run": None, "eval": []}
+    (tmp_path / "sweep" / "seed=0.json").write_text(json.dumps(asked))
+    target = tmp_path / "page"
+    arguments = [str(tmp_path / "sweep"), str(target)]
+    assert collect.main([*arguments, f"--initial={initial}@full"]) == 0
+    (line,) = csv.DictReader(target.with_name("page.csv").open())
+    for policy, saved in (("full", "0"), ("sample", "0.75")):
+        assert line[f"{policy} less initial/saved_per_token"] == saved
+        assert line[f"{policy} less initial/saved_per_problem_ci95/low"] == saved
+        assert line[f"{policy} less initial/accuracy_difference"] == "0"
+    ends = (f"sample less initial/accuracy_difference_ci95/{end}" for end in ("low", "high"))
+    low, high = (line[end] for end in ends)
+    assert float(low) < -0.03 and float(high) > 0.03
+    other = written(tmp_path / "other", {"full": attempts(right, deep)}, first=1)
+    assert collect.main([*arguments, f"--initial={other}@full"]) == 1
+    assert "have different problems" in capsys.readouterr().err
