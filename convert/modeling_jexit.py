@@ -29,6 +29,11 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
+# Settings of `generate` with which a pass makes several tokens, or none.
+NOT_A_PASS_PER_TOKEN = (
+    "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size",
+)  # fmt: skip
+
 
 @dataclasses.dataclass
 class ExitOutput(CausalLMOutputWithPast):
@@ -233,11 +238,23 @@ class WithExits:
         """As the library's; afterwards `last_depths` [B, N] has each generated token's depth.
 
         Rows that ended before others have depth 0 behind their end. Raises ValueError for beams,
-        of which a row would have several.
+        of which a row would have several, and where passes are not one per token.
         """
         config = kwargs.get("generation_config") or self.generation_config
-        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+
+        def setting(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+        if (setting("num_beams") or 1) > 1:
             raise ValueError("exits follow one continuation per row; set num_beams=1")
+        for name in NOT_A_PASS_PER_TOKEN:
+            if setting(name):
+                raise ValueError(f"exits need a pass for each token; leave out {name}")
+        if setting("use_cache") is False and self.exit_policy != "full":
+            raise ValueError(
+                f"exit_policy={self.exit_policy!r} needs the cache; leave out use_cache=False, or "
+                "set exit_policy to 'full'"
+            )
         self._passes = []
         try:
             made = super().generate(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import re
 import reprlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -316,6 +317,21 @@ class Tokenizer:
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Returns each token's string, for display; an incomplete character becomes U+FFFD."""
         return [self._token(int(i)) for i in ids]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that a token stands for, even if they are a part of a character."""
+        text = self._token(int(token))
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self.backend.convert_ids_to_tokens(int(token))
+        if one := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(one[1])
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+        if of_character.keys() >= set(piece):
+            return bytes(of_character[character] for character in piece)
+        return text.encode()
 
     @functools.cached_property
     def _token(self) -> Callable[[int], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 import jax
@@ -25,6 +26,7 @@ from jexit.rollout.scheduling import AUTOMATIC, columns_bucket, fitted
 AT_ONCE = 64  # most completions under way at a time; `EngineSize` can only lower it
 PREFIXES = 8  # most prefilled prompts whose completions wait for a row
 SHARED = 8  # most completions that share the prefill of a prompt
+TOGETHER = 4  # different prompts that are prefilled at once where so many wait
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,8 @@ class Arrivals:
             lengths.append(length)
             length = _prompt_slots(length) // 2 if _prompt_slots(length) > SMALLEST_PROMPT else 0
         for length in lengths:
-            for prompts in ([[self._pad_id] * length] * count for count in (1, 2)):
+            alike = [self._pad_id] * length
+            for prompts in ([alike], [alike] * 2, [[*alike[1:], n] for n in range(TOGETHER)]):
                 self.join(
                     Request(
                         prompts=prompts, policy=Sample(), max_new_tokens=min(2, most_new),
@@ -231,27 +234,38 @@ class Arrivals:
         return set(range(PREFIXES)) - {int(self._slot_J[job]) for job in self._ready}
 
     def _admit(self) -> None:
-        """Prefills the next prompt and draws the first tokens of the completions that share it.
+        """Prefills the next prompts and draws the first tokens of their completions.
 
+        One prompt with the completions that share it, or several prompts with one completion each.
         The completions then wait for a row.
         """
-        prompt, slot = self._queue[0].prompt, min(self._free_slots)
-        idle = (job for job, completion in enumerate(self._jobs) if completion is self._idle)
-        begun: list[int] = []
-        while self._queue and self._queue[0].prompt == prompt and len(begun) < SHARED:
-            job = next(idle, None)
-            if job is None:
-                break
-            self._jobs[job], self._slot_J[job] = self._queue.popleft(), slot
-            begun.append(job)
+        free, idle = sorted(self._free_slots), self._jobs.count(self._idle)
+        first, count = self._queue[0].prompt, 0
+        waiting = list(itertools.islice(self._queue, idle))
+        shared = len(list(itertools.takewhile(lambda c: c.prompt == first, waiting[:SHARED])))
+        length = _prompt_slots(len(first))
+        if shared == 1:
+            alike = itertools.takewhile(lambda c: _prompt_slots(len(c.prompt)) == length, waiting)
+            count = len(list(alike))
+        # Three shapes, so that one completion does not pay for the draws and rows of others.
+        if shared > 1:
+            prompts, samples, shape = 1, shared, (1, SHARED)
+        elif min(count, len(free)) >= TOGETHER:
+            prompts, samples, shape = TOGETHER, 1, (TOGETHER, 1)
+        else:
+            prompts, samples, shape = 1, 1, (1, 1)
+        tokens_BT = np.full((shape[0], length), self._pad_id, np.int32)
+        length_B = np.ones(shape[0], np.int32)
+        job_BG = np.full(shape, len(self._jobs), np.int32)
+        for row, sample in np.ndindex(prompts, samples):
+            job = self._jobs.index(self._idle)
+            completion = self._jobs[job] = self._queue.popleft()
+            self._slot_J[job], job_BG[row, sample] = free[row], job
+            tokens_BT[row, : len(completion.prompt)] = completion.prompt
+            length_B[row] = len(completion.prompt)
+            self._ready.append(job)
         self._settings = None
-        self._ready += begun
-        tokens_BT = np.full((1, _prompt_slots(len(prompt))), self._pad_id, np.int32)
-        tokens_BT[0, : len(prompt)] = prompt
-        # Two widths, so that one completion does not pay for the draws of eight.
-        job_BG = np.full((1, 1 if len(begun) == 1 else SHARED), len(self._jobs), np.int32)
-        job_BG[0, : len(begun)] = begun
-        prompts = tokens_BT, np.asarray([len(prompt)], np.int32), job_BG
+        prompts = tokens_BT, length_B, job_BG
         self._engine.prefill(self._placed_jobs(), prompts, self._settings_of_jobs()[1])
 
     def _release(self, job: int) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from jexit.errors import UserError
 
+SHUTDOWN = 300  # seconds that answers may take to end after a signal
 KEY_VARIABLE = "JEXIT_API_KEY"
 
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 access_log=False,
                 lifespan="off",
                 timeout_keep_alive=75,  # longer than clients keep an idle connection
+                timeout_graceful_shutdown=SHUTDOWN,
             )
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _ended)  # uvicorn finishes its answers, then raises it again

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from jexit.errors import RunEnded
 from jexit.serve.metrics import CONTENT_TYPE, Metrics
@@ -27,6 +27,7 @@ from jexit.serve.protocol import (
     Asked,
     Choice,
     Refused,
+    check_model,
     choice_body,
     gathered,
     usage,
@@ -34,6 +35,8 @@ from jexit.serve.protocol import (
 )
 
 PAGE = pathlib.Path(__file__).parent / "page"
+LARGE = 1 << 14  # bytes of a body that is parsed and tokenised beside the event loop
+STALLED = 60.0  # seconds until a client that reads nothing has left
 # The page loads nothing from elsewhere and runs no script but its own.
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"
 
@@ -60,10 +63,11 @@ class Server:
         return Starlette(
             routes=[
                 Route("/", self.page),
-                Mount("/page", StaticFiles(directory=PAGE)),
+                Mount("/page", _PageFiles(directory=PAGE)),
                 Route("/health", self.health),
                 Route("/metrics", self.prometheus),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{name:path}", self.model),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.text, methods=["POST"]),
             ],
@@ -93,7 +97,15 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
-        model = {
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_key(request)
+        check_model(request.path_params["name"], self.opened.limits)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
             "id": self.opened.limits.name,
             "object": "model",
             "created": self.started,
@@ -103,7 +115,6 @@ class Server:
             "policy": self.opened.limits.policy.name,
             "max_new_tokens": self.opened.limits.new_tokens,
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def chat(self, request: Request) -> Response:
         return await self._complete(request, chat=True)
@@ -120,8 +131,10 @@ class Server:
 
     async def not_found(self, request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        said = f"{request.method} {request.url.path} is not served here; see /v1/models"
-        return await self.refuse(request, Refused(status, said))
+        said = f"{request.method} {request.url.path[:200]} is not served here; see /v1/models"
+        answer = await self.refuse(request, Refused(status, said))
+        answer.headers.update(getattr(error, "headers", None) or {})  # Allow, of a wrong method
+        return answer
 
     async def failed(self, request: Request, error: Exception) -> Response:
         return await self.refuse(request, Refused(500, "the server failed; see its log"))
@@ -130,7 +143,10 @@ class Server:
         self._check_key(request)
         began = time.perf_counter()
         data = await self._body(request)
-        asked = self.opened.asked(values_of(data), chat=chat)
+        if len(data) < LARGE:
+            asked = self._asked(data, chat)
+        else:
+            asked = await asyncio.to_thread(self._asked, data, chat)
         with contextlib.ExitStack() as admitted:
             admitted.enter_context(self._admitted(len(asked.request.prompts)))
             self.metrics.prompt_tokens.inc(asked.prompt_tokens)
@@ -150,6 +166,9 @@ class Server:
                 for task in (whole, left):
                     task.cancel()
                 await asyncio.wait({whole, left})
+
+    def _asked(self, data: bytes, chat: bool) -> Asked:
+        return self.opened.asked(values_of(data), chat=chat)
 
     def _check_key(self, request: Request) -> None:
         if not self.api_key:
@@ -262,9 +281,19 @@ class _Events(StreamingResponse):
         self._events, self._admitted = events, admitted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._admitted:
+        async def timely(message: Message) -> None:
+            await asyncio.wait_for(send(message), STALLED)
+
+        with self._admitted, contextlib.suppress(TimeoutError, ClientDisconnect):
             async with contextlib.aclosing(self._events):
-                await super().__call__(scope, receive, send)
+                await super().__call__(scope, receive, timely)
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **settings: Any) -> Response:
+        answer = super().file_response(*args, **settings)
+        answer.headers["Content-Security-Policy"] = PAGE_POLICY
+        return answer
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from jexit.serve.pool import open_pool
-from jexit.serve.protocol import Refused, gathered, usage
+from jexit.serve.protocol import Refused, TokenLogprob, gathered, usage
 
 CONNECTIONS = 64  # as many completions as the pool decodes at a time
 SETTINGS = {  # of Inspect's config → fields of a request; other settings are refused
@@ -103,7 +103,11 @@ class JexitAPI(ModelAPI):
         )
 
 
-def _logprobs(found: list[tuple[str, float]] | None) -> Logprobs | None:
+def _logprobs(found: list[TokenLogprob] | None) -> Logprobs | None:
     if found is None:
         return None
-    return Logprobs(content=[Logprob(token=token, logprob=value) for token, value in found])
+    return Logprobs(
+        content=[
+            Logprob(token=each.text, logprob=each.logprob, bytes=[*each.data]) for each in found
+        ]
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import math
@@ -10,7 +11,7 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from jexit.config import EngineSize
@@ -32,68 +33,74 @@ _log = logging.getLogger(__name__)
 class PoolThread(threading.Thread):
     """Owns a running decoding pool; all other threads send it requests.
 
-    `failure` is the exception that ended the thread, or None.
+    If the pool fails, `failure` is the exception, and every stream is told. A speculation, which is
+    decoded beside the pool, fails alone. The thread ends with `close`.
     """
 
     def __init__(self, arrivals: Arrivals) -> None:
         super().__init__(name="jexit-pool", daemon=True)
         self._arrivals = arrivals
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Each message joins a stream to the pool, or lets a choice of a stream leave it.
+        self._inbox: queue.SimpleQueue[tuple[Stream, int | None] | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
         self._speculations: dict[Stream, Speculation] = {}  # decoded beside the pool, in rounds
         self.failure: Exception | None = None
+        self._closed = False
 
     def check(self, request: Request) -> None:
         """Raises UserError if the pool cannot serve the request."""
         self._arrivals.check(request)
 
-    def join_pool(self, stream: Stream, request: Request) -> None:
-        def join() -> None:
-            if isinstance(request.policy, Speculate):
-                self._speculations[stream] = Speculation(self._arrivals.split, request)
-                return
-            for choice, ticket in enumerate(self._arrivals.join(request)):
-                self._streams[ticket] = stream, choice
-
-        self._inbox.put(join)
+    def join_pool(self, stream: Stream) -> None:
+        """Decodes the stream's request; raises RunEnded if the thread has been closed."""
+        if self._closed:
+            raise RunEnded("the decoding pool has been closed; open the model again")
+        self._inbox.put((stream, None))
 
     def leave_pool(self, stream: Stream, choice: int) -> None:
-        def leave() -> None:
-            if stream in self._speculations:
-                self._speculations[stream].end(choice)
-            for ticket, place in list(self._streams.items()):
-                if place == (stream, choice):
-                    self._arrivals.leave(ticket)
-                    del self._streams[ticket]
-
-        self._inbox.put(leave)
+        """Ends a choice of a stream."""
+        self._inbox.put((stream, choice))
 
     def close(self) -> None:
-        """Ends the thread after the messages sent so far; waits for it."""
+        """Ends the thread after the messages sent so far, and all streams; waits for the thread."""
+        self._closed = True
         self._inbox.put(None)
         self.join()
 
     def run(self) -> None:
         try:
-            steps = 1
-            while self._read():
-                began = time.perf_counter()
-                news = self._arrivals.turn(steps)
-                if news:  # an empty pool returns at once, which says nothing about a step
-                    share = TURN_SECONDS / (time.perf_counter() - began)
-                    steps = min(max(1, round(steps * min(max(share, 0.5), 2.0))), MOST_STEPS)
-                for grown in news:
-                    stream, choice = self._streams[grown.ticket]
-                    if grown.finished:
-                        del self._streams[grown.ticket]
-                    stream.deliver(choice, grown)
-                for stream, speculation in list(self._speculations.items()):
-                    self._speculate(stream, speculation)
-        except Exception as error:  # of the device: out of memory, lost
+            self._decode()
+            error: Exception = RunEnded("the decoding pool has been closed")
+        except Exception as failure:  # of the device: out of memory, lost
             _log.exception("the decoding pool has failed")
-            self.failure = error
-            for stream in {*self._speculations, *(stream for stream, _ in self._streams.values())}:
+            self.failure = error = failure
+        for stream in {*self._speculations, *(stream for stream, _ in self._streams.values())}:
+            stream.deliver(0, error)
+        while self.failure is not None and (message := self._inbox.get()) is not None:
+            stream, choice = message
+            if choice is None:
                 stream.deliver(0, error)
+
+    def _decode(self) -> None:
+        steps = 1
+        while self._read():
+            began = time.perf_counter()
+            news = self._arrivals.turn(steps)
+            if news:  # an empty pool returns at once, which says nothing about a step
+                share = TURN_SECONDS / (time.perf_counter() - began)
+                steps = min(max(1, round(steps * min(max(share, 0.5), 2.0))), MOST_STEPS)
+            for grown in news:
+                stream, choice = self._streams[grown.ticket]
+                if grown.finished:
+                    del self._streams[grown.ticket]
+                stream.deliver(choice, grown)
+            for stream, speculation in list(self._speculations.items()):
+                try:
+                    self._speculate(stream, speculation)
+                except Exception as error:
+                    _log.exception("a speculation has failed")
+                    del self._speculations[stream]
+                    stream.deliver(0, error)
 
     def _speculate(self, stream: Stream, speculation: Speculation) -> None:
         """Runs a round of a request that drafts with an exit."""
@@ -123,7 +130,30 @@ class PoolThread(threading.Thread):
                 return True
             if message is None:
                 return False
-            message()
+            stream, choice = message
+            if choice is None:
+                self._join(stream)
+            else:
+                self._leave(stream, choice)
+
+    def _join(self, stream: Stream) -> None:
+        try:
+            if isinstance(stream.request.policy, Speculate):
+                self._speculations[stream] = Speculation(self._arrivals.split, stream.request)
+                return
+            for choice, ticket in enumerate(self._arrivals.join(stream.request)):
+                self._streams[ticket] = stream, choice
+        except Exception as error:  # of this request alone
+            _log.exception("a request could not join the decoding pool")
+            stream.deliver(0, error)
+
+    def _leave(self, stream: Stream, choice: int) -> None:
+        if stream in self._speculations:
+            self._speculations[stream].end(choice)
+        for ticket, owner in list(self._streams.items()):
+            if owner == (stream, choice):
+                self._arrivals.leave(ticket)
+                del self._streams[ticket]
 
 
 @dataclasses.dataclass(eq=False)
@@ -138,12 +168,10 @@ class Stream:
     request: Request
 
     async def __aenter__(self) -> Stream:
-        if self.pool.ident and not self.pool.is_alive():  # it would never answer
-            raise RunEnded("the decoding pool has ended; open the model again")
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._open = set(range(len(self.request.prompts)))
-        self.pool.join_pool(self, self.request)
+        self.pool.join_pool(self)
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -153,8 +181,10 @@ class Stream:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Grown]]:
         while self._open:
             choice, news = await self._news.get()
+            if isinstance(news, RunEnded):
+                raise news
             if isinstance(news, Exception):
-                raise RunEnded("the decoding pool has failed; see the server's log") from news
+                raise RunEnded("decoding has failed; see the server's log") from news
             if choice in self._open:
                 if news.finished:
                     self._open.discard(choice)
@@ -168,7 +198,8 @@ class Stream:
 
     def deliver(self, choice: int, news: Grown | Exception) -> None:
         """Called by the pool's thread."""
-        self._loop.call_soon_threadsafe(self._news.put_nowait, (choice, news))
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            self._loop.call_soon_threadsafe(self._news.put_nowait, (choice, news))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import dataclasses
 import math
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jexit.data.tokenizer import Tokenizer
 from jexit.model.policies import Policy, policy_of
@@ -25,8 +25,12 @@ from jexit.tasks.base import conversation_fault
 from jexit.untrusted import parse_json
 
 CHOICES = 64  # most of a request
+FIELD_COUNT = 64  # most of a request; it has far fewer that are known
 Probability = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(max_length=1 << 20)]
+Stop = Annotated[str, Field(max_length=1024)]
+# Without `fail_fast`, pydantic keeps a fault for each of a million wrong entries.
+Some = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class Refused(Exception):
@@ -53,9 +57,21 @@ class Refused(Exception):
 class _Strict(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """A null stands for the default, also in fields that are not served."""
+        if not isinstance(values, Mapping):
+            return values
+        given = {name: value for name, value in values.items() if value is not None}
+        if len(given) > FIELD_COUNT:
+            raise ValueError(f"object should have at most {FIELD_COUNT} fields, not {len(given)}")
+        return given
+
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    include_obfuscation: bool = False  # changes nothing
 
 
 class TextFormat(_Strict):
@@ -71,7 +87,7 @@ class Part(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Some]
     name: str | None = None
 
     @property
@@ -83,7 +99,7 @@ class Message(_Strict):
 
 
 class Body(_Strict):
-    """What both kinds of request have in common; a null stands for the default."""
+    """What both kinds of request have in common."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
@@ -95,16 +111,17 @@ class Body(_Strict):
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     min_p: Probability | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Text | list[Text] | None = None
-    policy: str | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
+    policy: Annotated[str, Field(max_length=64)] | None = None
     hazards: bool | None = None
     # Fields of the interface that are served at one value only, or that change nothing.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[Any, Any], Field(max_length=0)] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[Any, Any] | None = None
     store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -112,18 +129,19 @@ class Body(_Strict):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Some]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: TextFormat | None = None
 
 
-Ids = list[Annotated[int, Field(ge=0)]]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Several = Field(max_length=CHOICES, fail_fast=True)
 
 
 class TextBody(Body):
-    prompt: Text | list[Text] | Ids | list[Ids]
+    prompt: Text | Annotated[list[Text], Several] | Ids | Annotated[list[Ids], Several]
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: Literal[False] | None = None
@@ -180,12 +198,7 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
         body = (ChatBody if chat else TextBody).model_validate(values)
     except ValidationError as error:
         raise _refused(error) from None
-    if body.model not in (None, limits.name):
-        raise Refused(
-            404,
-            f"the model {shown(body.model)} is not served here; use {limits.name!r}",
-            "model",
-        )
+    check_model(body.model, limits)
     stop = body.stops
     if "" in stop or not all(map(is_unicode, stop)):
         raise Refused(
@@ -201,7 +214,8 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
         prompts, logprobs = _prompts(body, tokenizer), body.logprobs is not None
         new = body.max_tokens
         if body.best_of not in (None, n):
-            raise Refused(400, f"best_of is {body.best_of}, but it must equal n; leave it out", "n")
+            said = f"best_of is {body.best_of}, but it must equal n; leave it out"
+            raise Refused(400, said, "best_of")
     if n * len(prompts) > CHOICES:
         raise Refused(
             400,
@@ -235,20 +249,31 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
     )
 
 
+def check_model(name: str | None, limits: Limits) -> None:
+    """Raises Refused if `name` is that of another model; None stands for the one that is served."""
+    if name not in (None, limits.name):
+        said = f"the model {shown(name)} is not served here; use {limits.name!r}"
+        raise Refused(404, said, "model")
+
+
 def _refused(error: ValidationError) -> Refused:
     """The first fault that pydantic found, as a sentence."""
-    found = error.errors(include_url=False)[0]
+    faults = error.errors(include_url=False)
+    found = next((fault for fault in faults if fault["type"] == "too_long"), faults[0])
     # Of a value that fits none of several types, pydantic names the type as a part of the place.
     extra = found["type"] == "extra_forbidden"
-    place = [p for p in found["loc"] if isinstance(p, int) or p in FIELDS or extra]
+    place = [p for p in found["loc"] if isinstance(p, int) or p in FIELDS]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
-    param = str(found["loc"][0]) if found["loc"] else None
+    param = str(place[0]) if place else None
     if extra:
-        said = f"{name} is not a field that this server knows; leave it out"
+        of = f" of {name}" if name else ""
+        said = f"{shown(found['loc'][-1])} is not a field{of} that this server knows; leave it out"
     elif found["type"] == "missing":
         said = f"{name} is missing, but a request must have it; add it"
     else:
-        rule = found["msg"][:1].lower() + found["msg"][1:]
+        name = name or ("a field's name" if isinstance(found["input"], str) else "the request")
+        message = found["msg"].removeprefix("Value error, ")
+        rule = message[:1].lower() + message[1:]
         said = f"{name} is {shown(found['input'])}, but the {rule}; change it"
     return Refused(400, said, param)
 
@@ -280,6 +305,18 @@ def _prompts(body: TextBody, tokenizer: Tokenizer) -> list[list[int]]:
     ]
 
 
+class TokenLogprob(NamedTuple):
+    """A token with its bytes, its log-probability and the characters before it.
+
+    Of a token that is a part of a character, `text` is U+FFFD.
+    """
+
+    text: str
+    data: bytes
+    logprob: float
+    offset: int
+
+
 @dataclasses.dataclass
 class Choice:
     """One growing completion, and what of it is still to be sent."""
@@ -290,11 +327,12 @@ class Choice:
 
     def __post_init__(self) -> None:
         self.text = GrowingText(self.tokenizer.decode, self.asked.stop)
-        self.layers_run, self.finish_reason = 0, ""
+        self.layers_run, self.finish_reason, self.parts = 0, "", 0
         self._ids: list[int] = []  # with log-probabilities only
 
     def grow(self, grown: Grown) -> dict[str, Any]:
         """Adds tokens; returns jexit's and OpenAI's fields for them, with the new `text`."""
+        self.parts += 1
         before = self.text.tokens
         stopped = self.text.grow(grown.tokens, grown.finished)
         kept = self.text.tokens - before
@@ -311,8 +349,10 @@ class Choice:
         if self.asked.logprobs:
             fields["logprobs"] = []
             strings = self.tokenizer.tokens(ids)
-            for number, *entry in zip(ids, strings, grown.logprobs[:kept], strict=True):
-                fields["logprobs"].append((*entry, len(self.tokenizer.decode(self._ids))))
+            for number, text, value in zip(ids, strings, grown.logprobs[:kept], strict=True):
+                offset = len(self.tokenizer.decode(self._ids))
+                entry = TokenLogprob(text, self.tokenizer.token_bytes(number), value, offset)
+                fields["logprobs"].append(entry)
                 self._ids.append(number)
         return fields
 
@@ -332,23 +372,27 @@ def choice_body(choice: Choice, fields: Mapping[str, Any], *, part: bool) -> dic
         "layers_run": choice.layers_run,
     }
     if choice.asked.chat:
-        said = {"role": "assistant", "content": fields["text"]}
+        said = {"content": fields["text"]}
+        if not part or choice.parts == 1:
+            said = {"role": "assistant"} | said
         body["delta" if part else "message"] = said
         if "logprobs" in fields:
             content = [
-                {"token": token, "logprob": logprob, "bytes": [*token.encode()], "top_logprobs": []}
-                for token, logprob, _ in fields["logprobs"]
-            ]
+                {"token": each.text, "logprob": each.logprob, "bytes": [*each.data],
+                 "top_logprobs": []}
+                for each in fields["logprobs"]
+            ]  # fmt: skip
             body["logprobs"] = {"content": content, "refusal": None}
     else:
         body["text"] = fields["text"]
         if "logprobs" in fields:
-            columns = tuple(zip(*fields["logprobs"], strict=True)) or ((), (), ())
-            tokens, values, offsets = columns
+            found = fields["logprobs"]
             body["logprobs"] = {
-                "tokens": tokens, "token_logprobs": values, "top_logprobs": None,
-                "text_offset": offsets,
-            }  # fmt: skip
+                "tokens": [each.text for each in found],
+                "token_logprobs": [each.logprob for each in found],
+                "top_logprobs": None,
+                "text_offset": [each.offset for each in found],
+            }
     if "hazards" in fields:
         body["hazards"] = fields["hazards"]
     return body

@@ -36,6 +36,7 @@ from tolerances import LOGITS_REAL  # noqa: E402
 
 PROMPTS = 20
 NEW_TOKENS = 64
+RECORDED = 1e-4  # largest difference of a recorded log-probability from that of `forward`
 BUCKET = 64  # prompts are right-padded to a multiple of this
 MEMORY = 1.3  # of the checkpoint's size
 
@@ -105,6 +106,12 @@ def claims(checkpoint: pathlib.Path, gsm8k: pathlib.Path, scratch: pathlib.Path)
                 )[0].numpy()
             found = jexit.forward(model, tokens_BT, lengths_B, policy=jexit.Prescribed(depth_BT))
             add(total, found.logits_BTV[0, : len(prompt)], truth)
+    gap, count = recorded_gap(model, tokenizer, messages, rng)
+    yield claim(
+        "decoding at random depths with that continuation: recorded log-probabilities",
+        gap <= RECORDED,
+        f"max |Δ| from those of forward {gap:.1e} (≤ {RECORDED:g}), {count} tokens",
+    )
     update.kernel[...], update.bias[...] = at_start
     for name, (gap, same, positions) in (
         ("full depth", full),
@@ -149,6 +156,35 @@ def claims(checkpoint: pathlib.Path, gsm8k: pathlib.Path, scratch: pathlib.Path)
         equal == len(state) == len(again.state_dict()) and gap == 0.0,
         f"{equal} of {len(state)} tensors bit for bit, max |Δ logit| {gap:.1e}",
     )
+
+
+def recorded_gap(
+    model: Any, tokenizer: Any, messages: list[str], rng: np.random.Generator
+) -> tuple[float, int]:
+    """The largest difference between recorded and `forward`'s log-probabilities; their count."""
+    layers = model.arch.layers
+    depth_BT = rng.choice([*model.exit_layers, layers], (len(messages), NEW_TOKENS))
+    made = jexit.generate(
+        model, tokenizer, messages, policy=jexit.Prescribed(depth_BT),
+        max_new_tokens=NEW_TOKENS, temperature=1.0,
+    )  # fmt: skip
+    gap, count = 0.0, 0
+    for row, message in enumerate(messages):
+        prompt, new = tokenizer.encode_prompt(message), made.tokens[row]
+        text = [*prompt, *new[:-1]]
+        tokens_BT = np.full((1, -(-len(text) // BUCKET) * BUCKET), tokenizer.pad_id)
+        passes_BT = np.full_like(tokens_BT, layers)
+        tokens_BT[0, : len(text)] = text
+        passes_BT[0, len(prompt) : len(text)] = made.depths[row][1:]
+        out = jexit.forward(
+            model, tokens_BT, np.asarray([len(text)]), policy=jexit.Prescribed(passes_BT)
+        )
+        logits_TV = np.asarray(out.logits_BTV[0, len(prompt) - 1 : len(text)], np.float64)
+        normal_T = np.logaddexp.reduce(logits_TV, axis=-1)
+        wanted_T = logits_TV[np.arange(len(new)), new] - normal_T
+        gap = max(gap, float(np.abs(wanted_T - made.logprobs[row]).max()))
+        count += len(new)
+    return gap, count
 
 
 def convert(name: str, source: pathlib.Path, target: pathlib.Path) -> int:

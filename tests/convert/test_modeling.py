@@ -188,3 +188,10 @@ def test_wrong_policies_and_beams_are_one_sentence(shipped):
             theirs.exit_policy = policy
     with pytest.raises(ValueError, match="one continuation per row; set num_beams=1"):
         theirs.generate(**padded(tokenizer, ["sum 1"]), num_beams=2)
+    for name, value in {"prompt_lookup_num_tokens": 3, "prefill_chunk_size": 3}.items():
+        with pytest.raises(ValueError, match=f"need a pass for each token; leave out {name}"):
+            theirs.generate(**padded(tokenizer, ["sum 1"]), **{name: value})
+    theirs.exit_policy = "fixed:2"
+    with pytest.raises(ValueError, match="'fixed:2' needs the cache; leave out use_cache=False"):
+        theirs.generate(**padded(tokenizer, ["sum 1"]), use_cache=False)
+    theirs.exit_policy = "full"

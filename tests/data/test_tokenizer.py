@@ -46,6 +46,13 @@ def test_any_text_survives(text):
     assert TOKENIZER.decode(ids, keep_special=True) == text
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text():
+    text = "naïve 日本 🙂 ####9"
+    ids = TOKENIZER.encode(text)
+    assert "\ufffd" in TOKENIZER.tokens(ids)
+    assert b"".join(map(TOKENIZER.token_bytes, ids)) == text.encode()
+
+
 def test_digits_signs_and_marks_are_single_tokens():
     for tokens in (
         ["sum", " by", " ", "3", " ", *"37295184"],

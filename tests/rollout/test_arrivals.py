@@ -25,6 +25,7 @@ REQUESTS = [
     request(14, policy=Fixed(2), top_p=0.8, key=7, first_prompt=4),
     request(9, policy=Sample(2.0, 0.1), temperature=0.9, max_new_tokens=12, key=8),
     request(*[7] * 10, 5, policy=Sample(2.0, 0.1), temperature=0.9, max_new_tokens=6, key=9),
+    request(9, 10, 12, 13, 16, policy=Sample(2.0, 0.1), top_p=0.8, max_new_tokens=5, key=3),
 ]
 
 
@@ -79,7 +80,7 @@ def test_each_request_gets_what_it_gets_alone(model, pool):
     once_more = drained(pool, REQUESTS[::-1], steps=3)
     found = ticks.advance._cache_size(), prefill.prefill._cache_size()
     added = tuple(after - before for before, after in zip(programs, found, strict=True))
-    assert added == (1, 2), "more programs for top_p, of prefills for one completion and for eight"
+    assert added == (1, 3), "more programs for top_p, of prefills in their three shapes"
     assert min(len(tokens) for tokens, *_ in made.values()) == 1
     order = iter(made.values())
     for request in REQUESTS:
@@ -90,7 +91,7 @@ def test_each_request_gets_what_it_gets_alone(model, pool):
     assert by_text == sorted(tokens for tokens, *_ in made.values())
 
 
-def test_equal_prompts_share_a_prefill(pool, monkeypatch):
+def test_prompts_are_prefilled_together_and_equal_ones_once(pool, monkeypatch):
     groups, prefill_group = [], pool._engine.prefill
     monkeypatch.setattr(
         pool._engine, "prefill",
@@ -100,8 +101,10 @@ def test_equal_prompts_share_a_prefill(pool, monkeypatch):
         ),
     )  # fmt: skip
     drained(pool, [REQUESTS[-1]])
-    assert groups == [8, 2, 1]
-    tickets = pool.join(REQUESTS[-1])
+    assert groups == [4, 1]
+    drained(pool, [REQUESTS[-2]])
+    assert groups == [4, 1, 8, 2, 1]
+    tickets = pool.join(REQUESTS[-2])
     pool.turn(1)
     for ticket in tickets[:8]:  # some have rows, some wait for one
         pool.leave(ticket)

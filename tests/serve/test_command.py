@@ -1,6 +1,7 @@
 """`python -m jexit.serve`: what it refuses, how it ends, and what it says of a failed pool."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from jexit.errors import RunEnded
+from jexit.model.policies import Sample
 from jexit.rollout import Grown, Request
 from jexit.serve import __main__ as serve
 from jexit.serve.pool import PoolThread, Stream
@@ -66,6 +68,9 @@ class Fails:
     def lost(self, steps):
         raise RuntimeError("out of memory")
 
+    def leave(self, ticket):
+        pass
+
 
 def test_a_failed_pool_ends_its_streams():
     pool = PoolThread(Fails())
@@ -74,17 +79,52 @@ def test_a_failed_pool_ends_its_streams():
     async def read():
         found = []
         async with Stream(pool, request) as stream:
-            pool.start()
+            if not pool.is_alive():
+                pool.start()
             async for _, grown in stream:
                 found.append(grown.tokens)
         return found
 
-    with pytest.raises(RunEnded, match="the decoding pool has failed; see the server's log"):
+    failed = "decoding has failed; see the server's log"
+    with pytest.raises(RunEnded, match=failed):
         asyncio.run(read())
-    pool.join()
     assert str(pool.failure) == "out of memory"
-    with pytest.raises(RunEnded, match="the decoding pool has ended; open the model again"):
+    with pytest.raises(RunEnded, match=failed):  # one that comes later
         asyncio.run(read())
+    pool.close()
+    with pytest.raises(RunEnded, match="the decoding pool has been closed; open the model again"):
+        asyncio.run(read())
+
+
+def test_a_request_that_cannot_join_fails_alone_and_closing_ends_the_others():
+    class Turns(Fails):
+        def join(self, request):
+            if request.policy == Sample():
+                raise MemoryError
+            return [7]
+
+        def lost(self, steps):
+            time.sleep(0.01)
+            return []
+
+    pool = PoolThread(Turns())
+
+    async def both():
+        request = Request(prompts=[[1]], max_new_tokens=4, eos_ids=(), pad_id=0, key=0)
+        async with Stream(pool, request) as stream:
+            pool.start()
+            news = aiter(stream)
+            assert (await anext(news))[1].tokens == [1]
+            alone = dataclasses.replace(request, policy=Sample())
+            with pytest.raises(RunEnded, match="decoding has failed"):
+                async with Stream(pool, alone) as other:
+                    await anext(aiter(other))
+            assert pool.failure is None
+            await asyncio.to_thread(pool.close)
+            with pytest.raises(RunEnded, match="the decoding pool has been closed"):
+                await anext(news)
+
+    asyncio.run(both())
 
 
 def test_a_server_whose_pool_has_failed_says_so(served, monkeypatch):

@@ -1,5 +1,6 @@
 """Inspect's evaluations with the provider `jexit`, and with Inspect's own client of the server."""
 
+import numpy as np
 import pytest
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
@@ -7,6 +8,7 @@ inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not install
 import jexit  # noqa: E402
 from jexit.serve import inspect_registry  # noqa: E402
 from jexit.tasks import Attempt, make_task  # noqa: E402
+from tolerances import LOGPROBS  # noqa: E402
 
 MODEL = "jexit/assets/tiny-calibrated"
 COUNT = 20
@@ -44,10 +46,13 @@ def test_the_provider_decodes_and_the_task_measures(wanted):
     made, correct = wanted
     log = evaluated(
         f"jexit/{MODEL}",
+        logprobs=True,
         model_args={"policy": "threshold:0.5", "max_prompt_tokens": 64, "max_new_tokens": 64},
     )
     samples = sorted(log.samples, key=lambda sample: sample.id)
     assert [sample.output.completion for sample in samples] == made.texts
+    found = [[e.logprob for e in s.output.choices[0].logprobs.content] for s in samples]
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(made.logprobs), 0, LOGPROBS)
     assert [sample.output.metadata["depths"] for sample in samples] == made.depths
     assert [sample.scores["verdicts"].value == "C" for sample in samples] == correct
     metrics = {name: each.value for name, each in log.results.scores[0].metrics.items()}

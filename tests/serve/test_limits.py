@@ -1,6 +1,8 @@
 """What clients do wrong, too much of, or half: a sentence, and the server lives on."""
 
+import asyncio
 import concurrent.futures
+import contextlib
 import json
 import random
 import socket
@@ -8,9 +10,11 @@ import threading
 import time
 
 import httpx
+import pydantic
 import pytest
 
-from jexit.serve.protocol import ChatBody
+from jexit.serve import app
+from jexit.serve.protocol import ChatBody, TextBody
 
 GOOD = {"messages": [{"role": "user", "content": "sum 37295"}], "max_tokens": 40, "temperature": 0}
 
@@ -81,11 +85,45 @@ def test_two_hundred_malformed_requests(http):
         ({"logit_bias": {"3": 1.0}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format.type is 'json_object'"),
         ({"seed": "7"}, "seed is '7', but the input should be a valid integer; change it"),
+        ({"policy": "x" * 65}, "policy is 'xxx"),
+        ({"stop": ["a"] * 17}, "stop is ['a', 'a', "),
+        ({"x" * 900: 1}, "xxx… is not a field that this server knows; leave it out"),
+        ({"\ud800": 1}, r"a field's name is '\ud800', but the input should be a valid"),
+        ({"stream_options": {"x": 1}}, "'x' is not a field of stream_options that this server"),
+        ({f"field{n}": 1 for n in range(70)}, "object should have at most 64 fields, not 73"),
     ],
 )  # fmt: skip
 def test_each_is_told_what_is_wrong(http, change, said):
     answer = post(http, GOOD | change)
     assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+
+
+def test_nulls_and_fields_that_change_nothing_are_taken(http):
+    nulls = {"tools": None, "audio": None, "stop": None, "stream_options": None}
+    said = GOOD["messages"][0] | {"refusal": None, "tool_calls": None}
+    other = {"service_tier": "auto", "metadata": {"a": "b"}, "messages": [said]}
+    wanted = post(http, GOOD).json()["choices"]
+    assert post(http, GOOD | nulls | other).json()["choices"] == wanted
+
+
+def test_many_faults_in_a_body_cost_no_more_than_one():
+    """pydantic would keep each with its text, six hundred megabytes in a body of one."""
+    many = 100_000
+    message = {"role": "user", "content": "x"}
+    bodies = [
+        (TextBody, {"prompt": [None] * many}),
+        (TextBody, {"prompt": [-1] * many}),
+        (ChatBody, {"messages": [None] * many}),
+        (ChatBody, {"messages": [message | {"content": [None] * many}]}),
+        (ChatBody, {"messages": [message | {f"{n}": 1 for n in range(many)}]}),
+        (ChatBody, {"messages": [message], "stop": [None] * many}),
+        (ChatBody, {"messages": [message]} | {f"{n}": 1 for n in range(many)}),
+        (ChatBody, {"messages": [message], "logit_bias": {f"{n}": "x" for n in range(many)}}),
+    ]
+    for model, body in bodies:
+        with pytest.raises(pydantic.ValidationError) as caught:
+            model.model_validate(body)
+        assert caught.value.error_count() < 10, body.keys()
 
 
 def test_plain_completions_are_refused_alike(http):
@@ -97,6 +135,7 @@ def test_plain_completions_are_refused_alike(http):
         ({"prompt": "sum 1", "logprobs": 3}, "logprobs is 3"),
         ({"prompt": "sum 1", "best_of": 3}, "best_of is 3, but it must equal n"),
         ({"prompt": ["sum 1"] * 20, "n": 4}, "asks for 80 completions"),
+        ({"prompt": ["sum 1"] * 65}, "the list should have at most 64 items"),
         ({}, "prompt is missing, but a request must have it; add it"),
     ]:
         answer = post(http, {"max_tokens": 4} | change, "/v1/completions")
@@ -121,7 +160,10 @@ def test_access_size_and_kind(http, served):
         assert b"413" in b"".join(iter(lambda: connection.recv(4096), b""))
     answer = post(http, GOOD, headers={"Content-Type": "text/plain"})
     assert answer.status_code == 415 and "must be application/json" in answer.text
-    assert http.get("/v1/chat/completions").status_code == 405
+    answer = http.get("/v1/chat/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    for path in ("/", "/page/index.html", "/page/page.js"):
+        assert "script-src 'self'" in http.get(path).headers["content-security-policy"]
     assert (
         http.get("/v2").json()["error"]["message"] == "GET /v2 is not served here; see /v1/models"
     )
@@ -186,6 +228,28 @@ def test_who_hangs_up_frees_the_places(http, served, idle):
         assert post(http, GOOD).json()["choices"][0]["message"] == wanted
         idle()
     assert served.metrics.hangups._value.get() == gone + 2
+
+
+def test_who_reads_nothing_has_left(monkeypatch):
+    monkeypatch.setattr(app, "STALLED", 0.05)
+    freed = []
+
+    async def events():
+        try:
+            while True:
+                yield b"data: {}"
+        finally:
+            freed.append("pool")
+
+    async def forever(message=None):
+        if message is None or message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    with contextlib.ExitStack() as admitted:
+        admitted.callback(freed.append, "admission")
+        answer = app._Events(events(), admitted.pop_all())
+    asyncio.run(asyncio.wait_for(answer({"type": "http"}, forever, forever), 20))
+    assert freed == ["pool", "admission"]
 
 
 def test_health_and_metrics(http, served):

@@ -41,9 +41,10 @@ def test_an_answer_is_what_generate_returns(client, loaded, policy, idle):
         assert choice.depths == made.depths[row] and choice.layers_run == sum(made.depths[row])
         found = [entry.logprob for entry in choice.logprobs.content]
         np.testing.assert_allclose(found, made.logprobs[row], 0, LOGPROBS)
-        assert [entry.token for entry in choice.logprobs.content] == tokenizer.tokens(
-            made.tokens[row]
-        )
+        entries = choice.logprobs.content
+        assert [entry.token for entry in entries] == tokenizer.tokens(made.tokens[row])
+        said = b"".join(bytes(entry.bytes) for entry in entries).decode()
+        assert said == tokenizer.decode(made.tokens[row], keep_special=True)
         usage = answer.usage
         assert usage.completion_tokens == len(made.tokens[row]) and usage.layers_run == sum(
             made.depths[row]
@@ -69,6 +70,7 @@ def test_a_stream_is_the_answer_in_parts(client):
     for wanted in whole.choices:
         mine = [c for part in parts for c in part.choices if c.index == wanted.index]
         assert "".join(c.delta.content for c in mine) == wanted.message.content
+        assert [c.delta.role for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
         assert [d for c in mine for d in c.depths] == wanted.depths
         assert [e for c in mine for e in c.logprobs.content] == wanted.logprobs.content
         ends = [c.finish_reason for c in mine]
@@ -155,14 +157,16 @@ def test_what_the_client_raises(client, served):
         client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "x"}])
     with pytest.raises(openai.BadRequestError, match=r"temperature is -1\.0, but the input should"):
         ask(client, "sum 1", temperature=-1.0)
-    with pytest.raises(openai.BadRequestError, match="tools is not a field that this server knows"):
+    with pytest.raises(openai.BadRequestError, match="'tools' is not a field that this server"):
         ask(client, "sum 1", tools=[{"type": "function", "function": {"name": "f"}}])
     other = openai.OpenAI(base_url=f"{served.url}/v1", api_key="another", max_retries=0)
     with pytest.raises(openai.AuthenticationError, match="the API key is wrong or missing"):
         other.models.list()
     (model,) = client.models.list().data
     assert (model.id, model.layers, model.exit_layers) == ("tiny", 8, [1, 2, 3, 4, 6])
-    assert json.dumps(model.model_dump())
+    assert json.dumps(model.model_dump()) and client.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here; use 'tiny'"):
+        client.models.retrieve("gpt-4")
 
 
 @pytest.mark.slow
