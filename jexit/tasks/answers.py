@@ -73,11 +73,10 @@ _UNIT = (
 def _expressions(operators: str) -> str:
     """Returns a regular expression that matches a number together with all operands joined to it.
 
-    `operators` is a pattern of the operators that join operands. The group `number` contains the
-    number, and the group `more` matches if operands are joined to it. An operand may have a unit of
-    up to two words. Points, commas, colons and exponents join the numbers that they touch on both
-    sides. The exponent of anything else (`x^2`) does not match. The group `function` matches if the
-    number is the argument of a function, which does not count as a number.
+    The group `number` contains the number. The group `more` matches if one of `operators` joins an
+    operand to it, or a point, comma, colon or exponent that touches both. An operand may have a
+    unit of up to two words. The exponent of anything else (`x^2`) does not match. The group
+    `function` matches if the number is the argument of a function.
     """
     join = rf"[%)]?(?: ?[A-Za-z]++){{0,2}} ?(?:{operators}) ?\(?"
     joined = rf"(?:{join}|[.,:](?=[0-9])|\^\{{?|[eE][-+]?(?=[0-9])){_NUMBER}|[\u00b2\u00b3\u00b9]"
@@ -128,11 +127,7 @@ THINK_START, THINK_END = "<think>", "</think>"
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Returns the first number in `text`, or None if there is none or an expression comes first.
-
-    Examples of texts with a number are "1,000", "$18.00", "18.", "-3", "-$3", "1/2", "18 dollars",
-    "\\boxed{18}" and "\\frac{1}{2}".
-    """
+    """Returns the first number in `text`, or None if there is none or an expression comes first."""
     match = _IN_TEXT.search(_plain(text))
     return None if match is None else _value(match)
 
@@ -140,7 +135,7 @@ def parse_number(text: str) -> Fraction | None:
 def last_number(text: str) -> Fraction | None:
     """Returns the last number in `text` that is not part of an expression, or None.
 
-    Only the part of `text` that starts 400 characters (`_SPAN`) before its last digit is searched.
+    Only the text from 400 characters (`_SPAN`) before its last digit is searched.
     """
     end = 1 + max(map(text.rfind, "0123456789"))
     start = max(end - _SPAN, 0)
@@ -160,11 +155,7 @@ def strict_number(text: str) -> Fraction | None:
 
 
 def lenient_number(text: str) -> Fraction | None:
-    """Returns the answer that the lenient rule in this module's docstring finds, or None.
-
-    The rule looks for a `\\boxed{}`, a line with `####`, "the answer is", and the last number, in
-    this order.
-    """
+    """Returns the answer that the lenient rule in this module's docstring finds, or None."""
     answer = _boxed(text)
     if answer is None and (place := marker_place(text)) >= 0:
         answer = _marked(text, place)
@@ -174,20 +165,16 @@ def lenient_number(text: str) -> Fraction | None:
 
 
 def marker_place(text: str) -> int:
-    """Returns the offset of the last `####` in `text` that marks an answer, or −1.
-
-    A `####` that starts a heading ("#### Step 2") does not mark an answer.
-    """
+    """Returns the offset of the last `####` that marks an answer and not a heading, or −1."""
     places = (marker.start() for marker in _last(_MARKED, text))
     return next((place for place in places if _marked(text, place) is not None), -1)
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns the start and end offsets of the mark that introduces the answer, or None.
+    """Returns where the mark that introduces the answer starts and ends, or None.
 
-    The end offset is exclusive. The mark is the `\\boxed{` of the last `\\boxed{}`. In a completion
-    without `\\boxed{}`, the mark is the last `####` that marks an answer and not a heading. Returns
-    None if there is no mark, or if `completion` contains a `<think>` without a `</think>` after it.
+    The mark is the `\\boxed{` of the last `\\boxed{}`, or else the last `####` that marks an
+    answer. A `<think>` without a `</think>` after it leaves no mark.
     """
     text = visible_text(completion)
     if text is None:
@@ -212,9 +199,8 @@ def _boxed(text: str) -> str | None:
 def _marked(text: str, place: int) -> str | None:
     """Returns the text with the answer after the `####` at the offset `place`, or None.
 
-    This text is the rest of the line. If only "Answer:" follows the `####`, this text is the next
-    line, provided that it starts with a number. Returns None if the `####` starts a heading or if
-    no number follows.
+    This text is the rest of the line. If only "Answer:" follows, it is the next line, provided that
+    it starts with a number.
     """
     start = place + len(_MARKER)
     if _STEP.match(text, start):
@@ -229,10 +215,7 @@ def _marked(text: str, place: int) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the clause after the last "the answer is" that a number follows, or None.
-
-    An expression in place of the number also counts, and so does "answer:".
-    """
+    """Returns the clause after the last "the answer is" before a number or expression, or None."""
     for announced in _last(_ANNOUNCED, text):
         clause = _plain(text[announced.end() : announced.end() + _SPAN])
         end = _CLAUSE_END.search(clause)
@@ -243,10 +226,7 @@ def _announced(text: str) -> str | None:
 
 
 def _given(answer: str) -> Fraction | None:
-    """Returns the number that an answer such as "9 * 2 = 18" gives, or None.
-
-    The last side of an equals sign that gives a number decides.
-    """
+    """Returns the number of the last side of an equals sign in `answer` that gives one, or None."""
     before = answer.partition("(")[0]
     sides = _EQUALS.split(before if _IN_ANSWER.search(before) else answer)
     return next((value for side in reversed(sides) if (value := _side(side)) is not None), None)
@@ -264,10 +244,9 @@ def _side(side: str) -> Fraction | None:
 
 
 def visible_text(completion: str) -> str | None:
-    """Returns the text after the last `</think>`, or all of a completion without `</think>`.
+    """Returns the text after the last `</think>`, or None if it contains a `<think>`.
 
-    Returns None if this text contains a `<think>`, because an unfinished thought is not an answer,
-    whatever numbers it contains.
+    An unfinished thought is not an answer, whatever numbers it contains.
     """
     after = completion.rpartition(THINK_END)[2]
     return None if THINK_START in after else after
@@ -276,9 +255,8 @@ def visible_text(completion: str) -> str | None:
 def chain_of_thought(completion: str) -> str:
     """Returns the part of `completion` before its answer, without white space at the end.
 
-    The chain of thought ends at the last `</think>`. Without `<think>` and `</think>`, it ends at
-    the last `####` that marks an answer and not a heading. Without any such end, the chain is the
-    whole completion.
+    It ends at the last `</think>` or, if no thought begins or ends, at the last `####` that marks
+    an answer. Without such an end, it is the whole completion.
     """
     head, closed, _ = completion.rpartition(THINK_END)
     if not closed and THINK_START not in completion:
@@ -288,21 +266,14 @@ def chain_of_thought(completion: str) -> str:
 
 
 def with_think_start(steps: Sequence[str]) -> list[str]:
-    """Returns `steps`, with a first step that contains only `<think>` joined to the second.
-
-    `steps` are the steps of a chain of thought.
-    """
+    """Returns `steps`, with a first step that contains only `<think>` joined to the second."""
     if steps and steps[0].strip() == THINK_START:
         return ["".join(steps[:2]), *steps[2:]]
     return list(steps)
 
 
 def final_number(completion: str) -> Fraction | None:
-    """Returns the number that a completion gives as its answer, or None if it gives none.
-
-    Text up to the last `</think>` is ignored. The answer is the `strict_number` of the remaining
-    text or, without a strict number, its `lenient_number`.
-    """
+    """Returns the number that the rules of this module find in a completion, or None."""
     text = visible_text(completion)
     if text is None:
         return None
@@ -313,10 +284,8 @@ def final_number(completion: str) -> Fraction | None:
 def judge(completion: str, answer: str) -> VerdictKind:
     """Compares a completion's answer with the right answer `answer` by value.
 
-    Returns `strict` if the completion gives the right answer in a last line `#### n`, `lenient` if
-    it gives the right answer elsewhere, `wrong` if it gives another answer, and `none` if it gives
-    no answer. A last line `#### n` decides, whatever else the text contains. Thoughts do not count,
-    and an unfinished thought leaves no answer (see `visible_text`).
+    Returns `strict` for the right answer in a last line `#### n`, which decides whatever else the
+    text contains, and `lenient` for the right answer elsewhere. Thoughts do not count.
     """
     found = final_number(completion)
     if found is None:

@@ -29,11 +29,9 @@ _PARTS = 8  # of all generated problems: one part is the test split, one the val
 class Problem:
     """One question with its right answer.
 
-    `prompt` is the user's message before any chat template is applied. `answer` is the right answer
-    as a string. `completion` is a reference completion without its end token, or None if the data
-    contains no reference completion. `earlier` contains the chat messages before the prompt: a
-    system message, worked examples or earlier turns of a conversation. `fields` contains everything
-    else that describes the problem, such as the operands of a sum or the template of a story.
+    `prompt` is the user's message before any chat template. `completion` is a reference completion
+    without its end token, or None. `earlier` contains the chat messages before the prompt, such as
+    worked examples. `fields` contains whatever else describes the problem, such as its operands.
     """
 
     prompt: str
@@ -44,16 +42,13 @@ class Problem:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The chat messages to complete: the earlier messages, followed by the prompt."""
+        """The chat messages to complete: the earlier ones, then the prompt."""
         return (*self.earlier, {"role": "user", "content": self.prompt})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """The reward that a completion receives for each kind of verdict (see `Verdict`).
-
-    The default values are those of arXiv:2603.21376, as far as they are published there.
-    """
+    """The reward for each kind of verdict; the defaults are those of arXiv:2603.21376."""
 
     strict: float = 1.0
     lenient: float = 0.5
@@ -65,11 +60,9 @@ class Rewards:
 class Verdict:
     """The judgement of one completion.
 
-    `kind` is `strict` if the completion gives the right answer in the required format, `lenient` if
-    the completion gives the right answer in another format, `wrong` if the completion gives another
-    answer in any format, and `none` if no answer was found. `parts` maps the name of each of a
-    task's own reward functions to the reward before weighting. It is empty for a task without
-    reward functions.
+    `kind` is `strict` for the right answer in the required format, `lenient` for the right answer
+    in another format, `wrong` for another answer, and `none` if no answer was found. `parts` maps
+    the names of a task's own reward functions to their rewards before weighting.
     """
 
     kind: VerdictKind
@@ -85,11 +78,9 @@ class Verdict:
 class Attempt:
     """One completion of a prompt, with the number of layers that ran for each token.
 
-    `text` is the text to judge. It contains no special tokens, and it starts with `<think>` if the
-    prompt ends in `<think>`. `ids` contains the token ids of the completion. `depths` contains, for
-    each token, the number of layers that ran in the forward pass that produced the token.
-    `truncated` is whether the completion reached the token limit. `verdict` is None until the
-    attempt is judged.
+    `text` contains no special tokens, and starts with `<think>` if the prompt ends in `<think>`.
+    `depths` contains, for each of the token ids `ids`, the layers run in the pass that produced it.
+    `truncated` is whether the completion reached the token limit.
     """
 
     text: str
@@ -110,12 +101,10 @@ class Attempt:
 class Task(abc.ABC):
     """A source of problems that are accessed by index, and the judge of their completions.
 
-    `problem(split, index)` depends only on the task's own settings, the split and the index. The
-    position in the training data is therefore a single integer, and a resumed run continues with
-    exactly the problems that an uninterrupted run would see. The model learns from the split
-    `train`. Training runs report metrics on `val` and base their choices on these metrics. Final
-    results are reported on `test`. No problem occurs in two splits, not even with different names
-    or wording.
+    `problem(split, index)` depends only on the task's settings, the split and the index, so a
+    resumed run continues with exactly the problems that an uninterrupted run would see. The model
+    learns from `train`, runs choose by `val`, and results are reported on `test`. No problem occurs
+    in two splits, not even with other names or wording.
     """
 
     name: str = ""  # make_task gives one that has none the name that config.task.name has
@@ -126,17 +115,14 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def problem(self, split: Split, index: int) -> Problem:
-        """Returns the problem at `index`, which counts from 0.
+        """Returns the problem at `index`, from 0 to `size(split)` − 1.
 
-        `index` must be below `size(split)`, unless `size(split)` is None. A task that generates its
-        problems raises NoMoreProblems if its `val` or `test` split contains no further problem.
+        A task that generates its problems raises NoMoreProblems if `val` or `test` has no further
+        one.
         """
 
     def size(self, split: Split) -> int | None:
-        """Returns the number of problems in `split`, or None (the default) for generated problems.
-
-        None means that the task has no fixed number of problems.
-        """
+        """Returns the number of problems in `split`, or None (the default) if it has no end."""
         check_split(split)
         return None
 
@@ -145,17 +131,16 @@ class Task(abc.ABC):
         """Judges the text of a completion, without special tokens. Must not raise for any text."""
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Judges one attempt at each problem and returns the verdicts, ordered like `problems`."""
+        """Returns the verdict on one attempt at each problem."""
         return [
             self.verify(problem, self.answerable(attempt.text, cut=attempt.truncated))
             for problem, attempt in zip(problems, attempts, strict=True)
         ]
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
-        """Returns the start and end offsets of the mark that introduces the answer in `text`.
+        """Returns where the mark that introduces the answer starts and ends in `text`, or None.
 
-        The end offset is exclusive. By default, the mark is the last `####`. Returns None if `text`
-        contains no mark of an answer. Never raises.
+        By default, the mark is the last `####`. Must not raise for any text.
         """
         start = text.rfind("####")
         return None if start < 0 else (start, start + len("####"))
@@ -163,31 +148,28 @@ class Task(abc.ABC):
     def answerable(self, completion: str, *, cut: bool) -> str:
         """Returns the text by which to judge a completion: `completion` itself or an empty string.
 
-        `cut` is whether the completion reached the token limit. If it did, only an answer after a
-        mark counts (see `answer_mark`), because the last number or place of an unfinished
-        completion may be an intermediate result. Without such a mark, the result is an empty
-        string.
+        If the completion reached the token limit (`cut`), it must contain an answer after a mark:
+        the last number or place of an unfinished completion may be an intermediate result.
         """
         return "" if cut and self.answer_mark(completion) is None else completion
 
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the totals of metrics of judged attempts, one at each problem, besides accuracy.
+        """Returns the sum and the count of each further metric of judged attempts, none by default.
 
-        The result maps the name of each metric to a sum and a count, whose quotient is the metric.
-        The sums and counts of the parts of a batch add up to those of the whole batch. By default,
-        the result is empty.
+        Each metric is its sum divided by its count. Sums and counts add up over the parts of a
+        batch.
         """
         return {}
 
     def verdict(self, kind: VerdictKind) -> Verdict:
-        """Returns a verdict of this kind with the reward that `self.rewards` defines for it."""
+        """Returns a verdict of this kind, with its reward in `self.rewards`."""
         return Verdict(kind=kind, reward=float(getattr(self.rewards, kind)))
 
 
 def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
-    """Converts pairs of a user's text and an assistant's text into alternating chat messages."""
+    """Converts pairs of a user's and an assistant's text into alternating chat messages."""
     return tuple(
         {"role": role, "content": content}
         for pair in pairs
@@ -198,8 +180,8 @@ def turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
 def conversation_fault(said: Any) -> str | None:
     """Returns the reason why `said` is not a valid prompt, or None if it is valid.
 
-    A valid prompt is a string that is not blank, or a sequence of chat messages (mappings with
-    `role` and `content`) whose last message is the user's.
+    A valid prompt is a string that is not blank, or a sequence of chat messages whose last message
+    is the user's.
     """
     if isinstance(said, str):
         return "is empty" if not said.strip() else None if is_unicode(said) else NOT_UNICODE
@@ -216,7 +198,6 @@ def conversation_fault(said: Any) -> str | None:
 
 
 def check_split(split: str) -> None:
-    """Raises UserError unless `split` is "train", "val" or "test"."""
     if split not in SPLITS:
         raise UserError(
             f"split is {split!r}, but it must be 'train', 'val' or 'test'; name one of them"
@@ -232,9 +213,8 @@ def stable_hash(*parts: object) -> int:
 def split_of(key: str) -> Split:
     """Returns the split of the problem that the string `key` identifies.
 
-    A hash of `key` puts one problem in eight into `val`, one in eight into `test`, and all others
-    into `train`. The split depends on the problem itself and not on the seed or the index with
-    which the problem was drawn, so no problem can occur in two splits.
+    A hash of `key` puts one problem in eight into `val`, one into `test`, and the others into
+    `train`. The seed and the index play no part, so no problem can occur in two splits.
     """
     part = stable_hash("held out", key) % _PARTS
     return "test" if part == 0 else "val" if part == 1 else "train"
@@ -243,29 +223,26 @@ def split_of(key: str) -> Split:
 class Draw:
     """A seeded source of random choices that are the same on every Python version.
 
-    `key` is the seed: the same values give the same sequence of choices. Python guarantees a stable
-    sequence across versions only for `random.Random.random`, so every method of `Draw` is derived
-    from this function.
+    Python guarantees this only for `random.Random.random`, from which every method is derived.
     """
 
     def __init__(self, *key: object) -> None:
         self._random = random.Random(stable_hash(*key)).random
 
     def integer(self, low: int, high: int) -> int:
-        """Returns a uniformly distributed integer from `low` to `high`, both included."""
+        """Returns an integer from `low` to `high`, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def choice(self, options: Any) -> Any:
-        """Returns an element of the sequence `options`, drawn uniformly."""
         return options[int(self._random() * len(options))]
 
     def sample(self, options: Sequence[Any], count: int) -> tuple[Any, ...]:
-        """Returns `count` elements of `options`, drawn without replacement, in random order."""
+        """Returns `count` elements of `options` without replacement, in random order."""
         left = list(options)
         return tuple(left.pop(self.integer(0, len(left) - 1)) for _ in range(count))
 
     def weighted(self, weights: Mapping[str, float]) -> str:
-        """Returns a key of `weights`, drawn with a probability proportional to the key's weight."""
+        """Returns a key of `weights` with a probability proportional to its weight."""
         point = self._random() * sum(weights.values())
         for key, weight in weights.items():
             point -= weight

@@ -27,11 +27,10 @@ class BlendedProblem(Problem):
 class Blend(Task):
     """A task that combines several tasks and takes problems from each of them equally often.
 
-    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. The
-    task from which a problem comes judges the completions and thus determines their rewards. Each
-    task reports its own metrics and reward functions with its name as a prefix (`sums/step_size`),
-    together with its accuracy (`sums/accuracy`). Raises UserError if `tasks` contains fewer than
-    two tasks or two with the same name.
+    Problem i of the blend is problem i // n of task i mod n, where n is the number of tasks. Its
+    task judges the completions and thus determines their rewards. The names of each task's metrics
+    and reward functions begin with the task's (`sums/step_size`); its accuracy is `sums/accuracy`.
+    Raises UserError unless `tasks` contains at least two tasks, with different names.
     """
 
     name = "blend"
@@ -74,10 +73,7 @@ class Blend(Task):
         return self.tasks[problem.part].verify(problem.own, completion)
 
     def judge(self, problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[Verdict]:
-        """Judges the attempts at the problems of each task in one call of this task's `judge`.
-
-        Returns the verdicts, ordered like `problems`.
-        """
+        """Judges the attempts at the problems of each task in one call of this task's `judge`."""
         verdicts: dict[int, Verdict] = {}
         for name, task in self.tasks.items():
             place, own, made = _of_part(name, problems, attempts)
@@ -104,10 +100,7 @@ class Blend(Task):
 def _of_part(
     name: str, problems: Sequence[Any], attempts: Sequence[Attempt]
 ) -> tuple[list[int], list[Problem], list[Attempt]]:
-    """Returns the indices, problems and attempts that belong to the part called `name`.
-
-    `problems` are the blend's, each a `BlendedProblem`.
-    """
+    """Returns the indices, problems and attempts that belong to the part called `name`."""
     index = [i for i, problem in enumerate(problems) if problem.part == name]
     return index, [problems[i].own for i in index], [attempts[i] for i in index]
 
@@ -122,7 +115,7 @@ def task(
     """Makes a blend of the tasks whose names are in `parts`.
 
     Each task receives those of `steps` and `options` that it takes. Raises UserError for an option
-    in `options` that none of the tasks takes.
+    that none of the tasks takes.
     """
     names = (parts,) if isinstance(parts, str) else parts
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

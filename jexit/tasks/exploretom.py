@@ -56,16 +56,13 @@ class ExploreToM(FileTask):
     """Questions about theory-of-mind stories from CSV files, answered by a place or a short phrase.
 
     The answer is a container, a room, yes or no, or whether somebody knows about something. `path`
-    is a CSV file or a folder of CSV files. In a folder, the files `train*.csv`, `val*.csv` and
-    `test*.csv` contain the splits. If the folder contains none of these files, all CSV files are
-    read, and every `test_every`-th story is held out for the test split. `instruction` is the text
-    at the end of every prompt.
+    is a CSV file or a folder, in which the files `train*.csv`, `val*.csv` and `test*.csv` contain
+    the splits. Without such files, all CSV files are read, and every `test_every`-th story is held
+    out for the test split. `instruction` is the text at the end of every prompt.
 
     If the last line of a completion is `#### answer`, this answer is compared without regard to
     case, articles and punctuation. Other answers are found by candidate phrases: the places of the
-    story, yes and no, or phrases about knowing. In a sentence on the last line or after "Answer:",
-    the first candidate counts. Elsewhere, the last candidate counts. A negated place ("not in the
-    box") is not an answer, and "does not really know" counts as not knowing. If the question asks
+    story, yes and no, or phrases about knowing (see `phrases.lenient_phrase`). If the question asks
     for a container, rooms count only if no container is named, and vice versa, so that "the bag in
     the hall" gives the bag.
     """
@@ -117,8 +114,6 @@ class ExploreToM(FileTask):
         }
 
     def _fault(self, row: dict[str, Any]) -> str | None:
-        if None in row:  # csv's key for the values beyond the last column
-            return "more values than columns (perhaps a comma outside quotes)"
         if fault := text_fault(row, COLUMNS):
             return fault
         return None if phrases.words_of(row["answer"]) else "'answer' contains no word"
@@ -139,7 +134,6 @@ task = ExploreToM
 
 
 def style_of(answer: str) -> str:
-    """Returns the style of the string `answer`: "yes_no", "knowledge" or "place"."""
     words = phrases.words_of(answer)
     if words in (("yes",), ("no",)):
         return "yes_no"
@@ -165,8 +159,8 @@ def candidates(problem: Problem) -> phrases.Candidates:
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
     """Returns those of the candidates `known` that the question asks for: containers or rooms.
 
-    If the question names no such sort of place ("In which room"), all of `known` is returned. The
-    right answer is always included.
+    All count if the question names no such sort of place ("In which room"). The right answer always
+    counts.
     """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":

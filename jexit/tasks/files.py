@@ -30,18 +30,17 @@ Row = tuple[str, dict[str, Any] | str]
 class FileTask(Task):
     """A task that reads its problems from files when their split is first requested.
 
-    `path` is a folder with files for each split, or one file. A single file is used as the test
-    split if its name starts with `test`. `instruction` is the text at the end of every prompt.
+    `path` is a folder or one file. A single file is the test split if its name starts with `test`.
+    `instruction` is the text at the end of every prompt.
 
-    Problems of one group, which by default are problems with the same prompt, are always in the
-    same split. If the rows are not divided into splits, every `test_every`-th group is held out for
-    the test split (0: none). If the data itself contains a validation or test split, training rows
-    whose group also occurs there are left out. If the data contains no validation split, every
-    sixteenth group of the training rows is held out for it. With two to fifteen groups, only the
-    last group is held out.
+    Problems of one group, by default those with the same prompt, are in the same split. Of rows
+    that are not divided into splits, every `test_every`-th group is held out for the test split (0:
+    none). Training rows whose group also occurs in the data's own validation or test split are left
+    out. If the data contains no validation split, every sixteenth group of the training rows is
+    held out for it. With two to fifteen groups, only the last group is held out.
 
-    Rows that cannot be used are left out. One warning for each split states the number of these
-    rows and the reasons for the first five. Raises MissingFile if `path` does not exist.
+    Rows that cannot be used are left out, with one warning for each split. Raises MissingFile if
+    `path` does not exist.
     """
 
     wanted: ClassVar[str]  # what `path` may be, for error messages
@@ -73,11 +72,7 @@ class FileTask(Task):
 
     @abc.abstractmethod
     def _sources(self) -> Mapping[Source, Iterable[Row]]:
-        """Returns the rows of each split that the data contains.
-
-        The key "whole" stands for rows that are not divided into splits, a part of which is held
-        out.
-        """
+        """Returns the rows of each split of the data, or "whole" for rows that are not divided."""
 
     @abc.abstractmethod
     def _fault(self, row: dict[str, Any]) -> str | None:
@@ -88,7 +83,7 @@ class FileTask(Task):
         """Returns the problem that a usable row describes."""
 
     def _group(self, problem: Problem) -> str:
-        """Returns the key of the problem's group. All problems of a group are in the same split."""
+        """Returns the key of the problem's group, all of which is in the same split."""
         return problem.prompt
 
     def _split(self, split: Split) -> list[Problem]:
@@ -113,11 +108,7 @@ class FileTask(Task):
         return {"train": rest, "val": val, "test": test}[split]
 
     def _apart(self, train: list[Problem], held_out: list[Problem]) -> list[Problem]:
-        """Returns the training problems whose group does not occur in `held_out`.
-
-        `held_out` contains the problems of the data's own validation and test splits. A warning
-        states how many training problems were left out.
-        """
+        """Returns the training problems whose group is not in `held_out`; warns of others."""
         taken = {self._group(problem) for problem in held_out}
         rest = [problem for problem in train if self._group(problem) not in taken]
         if len(rest) < len(train):
@@ -153,10 +144,7 @@ class FileTask(Task):
         return problems
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
-        """Splits `problems` into the problems to keep and the problems to hold out.
-
-        Every `every`-th group of problems is held out. If `every` is 0, no group is held out.
-        """
+        """Splits `problems` into those to keep and every `every`-th group (0: none) to hold out."""
         ranks: dict[str, int] = {}
         for problem in problems:
             ranks.setdefault(self._group(problem), len(ranks))
@@ -169,18 +157,12 @@ class FileTask(Task):
 
 
 def source_of(file: pathlib.Path) -> Source:
-    """Returns "test" if the name of `file` starts with `test`.
-
-    For any other name, returns "whole", which stands for rows that are not divided into splits.
-    """
+    """Returns "test" if the name of `file` starts with `test`, and "whole" otherwise."""
     return "test" if file.name.startswith("test") else "whole"
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)` for each line of a JSONL file that is not blank.
-
-    If a line is not a JSON object, the reason is yielded as a string in place of the row.
-    """
+    """Yields `("FILE:LINE", row)`, or the reason in place of a row that is not a JSON object."""
     with file.open("rb") as lines:  # bytes: one undecodable line must not spoil the others
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -193,11 +175,10 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
 
 
 def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
-    """Yields `("FILE:LINE", row)` for each row of a CSV file after the header.
+    """Yields `("FILE:LINE", row)`, or the reason in place of a row that cannot be read.
 
-    If a row cannot be read, the reason is yielded as a string in place of the row. Bytes that are
-    not UTF-8 make only the row that contains them unusable. Raises UserError if the file lacks one
-    of `columns`.
+    Bytes that are not UTF-8 make only their row unusable. Raises UserError if the file lacks one of
+    `columns`.
     """
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.DictReader(lines, strict=True)
@@ -224,9 +205,9 @@ def read_csv(file: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def text_fault(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Returns the reason why a value of `row` is unusable, or None if all values are usable.
+    """Returns the reason why a value under `keys` is unusable, or None.
 
-    The values under `keys` must be strings that are not blank and that are valid Unicode.
+    The values must be strings that are not blank and that are valid Unicode.
     """
     for key in keys:
         if key not in row:

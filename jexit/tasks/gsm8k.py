@@ -10,7 +10,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jexit.errors import MissingFile, UserError
@@ -71,7 +71,7 @@ class Gsm8k(FileTask, NumberChain):
         super().__init__(path=path, instruction=instruction, test_every=test_every, rewards=rewards)
         self.shots = shots
         self.seed = seed
-        self._examples: list[Problem] = []
+        self._examples: Sequence[Problem] = ()
 
     def problem(self, split: Split, index: int) -> Problem:
         problem = super().problem(split, index)
@@ -81,10 +81,9 @@ class Gsm8k(FileTask, NumberChain):
         return self.verdict(answers.judge(completion, problem.answer))
 
     def _shots(self, problem: Problem) -> tuple[Message, ...]:
-        """Returns `shots` worked examples as chat messages, without an example equal to `problem`.
+        """Returns `shots` worked examples of the training split, without one equal to `problem`.
 
-        The examples are drawn from the training split. Raises UserError if it contains too few
-        questions.
+        Raises UserError if the split contains too few questions.
         """
         if not self._examples:
             # Keyed by question, because the data may contain one twice. One more than are shown is
@@ -96,9 +95,7 @@ class Gsm8k(FileTask, NumberChain):
                     f"questions, but there are only {len(rows)}; lower config.task.options.shots "
                     "or give more training data"
                 )
-            draw = Draw("gsm8k shots", self.seed)
-            while len(self._examples) <= self.shots:
-                self._examples.append(rows.pop(draw.integer(0, len(rows) - 1)))
+            self._examples = Draw("gsm8k shots", self.seed).sample(rows, self.shots + 1)
         shown = [row for row in self._examples if row.prompt != problem.prompt]
         return turns((row.prompt, row.completion or "") for row in shown[: self.shots])
 
@@ -145,19 +142,14 @@ task = Gsm8k
 def published_files(folder: pathlib.Path, split: Split) -> list[pathlib.Path]:
     """Returns the files of a split: `train.jsonl`, or all of `val*.jsonl` or `test*.jsonl`.
 
-    Files whose names contain "socratic" are left out, because they contain the same questions with
-    other worked answers.
+    Files named "socratic" contain the same questions with other worked answers, and are left out.
     """
     pattern = "train.jsonl" if split == "train" else f"{split}*.jsonl"
     return [file for file in sorted(folder.glob(pattern)) if "socratic" not in file.name]
 
 
 def row_fault(row: dict[str, Any]) -> str | None:
-    """Returns the reason why `row` cannot be used, or None if it can be used.
-
-    A usable row contains the strings `question` and `answer`, and `answer` ends in `#### n`, where
-    n is a number.
-    """
+    """Returns the reason why `row` cannot be used, or None; see `Gsm8k` for what a row contains."""
     if fault := text_fault(row, ("question", "answer")):
         return fault
     _, marker, answer = row["answer"].rpartition("####")
@@ -180,12 +172,11 @@ def _tfds_split(builder: Any, split: Split) -> Iterator[Row]:
             "prepare it with file_format='array_record', or set config.task.path to JSONL files"
         ) from error
     for index in range(len(source)):
-        row = {key: _text(value) for key, value in source[index].items()}
+        row = {
+            key: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            for key, value in source[index].items()
+        }
         yield f"{builder.data_path}, {split}[{index}]", row
-
-
-def _text(value: Any) -> Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _downloaded_builder() -> Any:

@@ -38,18 +38,16 @@ _OFFSETS = (-10, -3, -2, -1, 1, 2, 3, 10)
 
 
 class NumberChain(ChainTask):
-    """A task whose answers are numbers and whose chains of thought are lines or sentences.
-
-    Each line of a chain is a step. If the chain is a single line, each sentence is a step.
-    """
+    """A task whose answers are numbers, and whose steps are lines or one line's sentences."""
 
     cue = "\n#### "
 
     def steps(self, completion: str) -> list[str]:
         chain = answers.chain_of_thought(completion)
-        steps = _split(_LINE_END, chain)
-        steps = answers.with_think_start(steps)
-        return _split(_SENTENCE_END, chain) if len(steps) == 1 else steps
+        if not chain:
+            return []
+        steps = answers.with_think_start(_LINE_END.split(chain))
+        return _SENTENCE_END.split(chain) if len(steps) == 1 else steps
 
     def final_answer(self, completion: str) -> str | None:
         number = answers.final_number(completion)
@@ -59,10 +57,7 @@ class NumberChain(ChainTask):
         return answers.answer_mark(text)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Replaces the result of one step by a number near it, and drops all that follows the step.
-
-        The result of a step is the number after its last `=`.
-        """
+        """Replaces the result of one step by a number near it, and drops all that follows."""
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [place for place, step in enumerate(steps) if result_of(step) is not None]
         while places:
@@ -85,7 +80,7 @@ class NumberChain(ChainTask):
         """Returns whether the chain can go on with a new result, and the answer that this implies.
 
         `number` replaces the result of the last of `steps`. The answer is None if the task cannot
-        compute it. The default implementation returns True and None.
+        compute it, as by default.
         """
         return True, None
 
@@ -130,9 +125,7 @@ def result_of(step: str) -> str | None:
 
 
 def with_result(step: str, number: str) -> str:
-    """Returns `step` with `number` as its result, which is the number after its last `=`.
-
-    Later repetitions of the old result in the step are also replaced.
+    """Returns `step` with `number` as its result, also where the step repeats the old result later.
 
     >>> with_result("3+4 = 7, so 7 pens.", "8")
     '3+4 = 8, so 8 pens.'
@@ -152,18 +145,12 @@ def _holds(equation: tuple[str, str, str, str]) -> bool:
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
-    """Yields numbers near the number in `literal`, as strings in the same format, in random order.
+    """Yields numbers near that in `literal`, in its format and in random order.
 
-    The numbers differ from the original number by 1, 2, 3 or 10 and are not negative.
+    They differ from it by 1, 2, 3 or 10 and are not negative.
     """
     whole, point, decimals = literal.partition(".")
     value, separator = int(whole.replace(",", "")), "," if "," in whole else ""
-    offsets = list(_OFFSETS)
-    while offsets:
-        other = value + offsets.pop(draw.integer(0, len(offsets) - 1))
-        if other >= 0:
-            yield f"{other:{separator}}{point}{decimals}"
-
-
-def _split(end: re.Pattern[str], text: str) -> list[str]:
-    return end.split(text) if text else []
+    for offset in draw.sample(_OFFSETS, len(_OFFSETS)):
+        if value + offset >= 0:
+            yield f"{value + offset:{separator}}{point}{decimals}"

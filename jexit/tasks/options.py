@@ -12,10 +12,6 @@ MIXTURE: Mapping[str, float] = {"free": 0.45, "prescribed": 0.40, "at_once": 0.1
 
 
 def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
-    """Raises UserError unless `steps` is one of `known`, the modes that the task accepts.
-
-    `task` names the task in the error message.
-    """
     if steps not in known:
         raise UserError(
             f"{task}: steps is {steps!r}, but it must be one of {', '.join(map(str, known))}; "
@@ -26,10 +22,9 @@ def check_steps(task: str, steps: object, known: Sequence[object]) -> None:
 def check_range(
     task: str, name: str, smallest: int, largest: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Returns `smallest` and `largest`, the checked bounds of the option `name`.
+    """Returns the checked bounds of the option `name`.
 
-    Raises UserError unless `least` <= `smallest` <= `largest` <= `most`. `task` names the task in
-    the error message.
+    Raises UserError unless `least` <= `smallest` <= `largest` <= `most`.
     """
     if not least <= smallest <= largest <= most:
         raise UserError(

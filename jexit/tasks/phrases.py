@@ -59,8 +59,6 @@ _REACH = 12  # the number of words before a phrase that may contain its negation
 def words_of(text: str) -> tuple[str, ...]:
     """Returns the words of `text` in lower case, without articles and punctuation.
 
-    Typographic apostrophes become plain apostrophes.
-
     >>> words_of("In the bookstore’s **Back Room**.")
     ('in', "bookstore's", 'back', 'room')
     """
@@ -77,10 +75,7 @@ def _folded(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)  # a text is judged by several sets of candidates
 def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
-    """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause.
-
-    A sentence or clause starts after one of `.!?;:` or a line break.
-    """
+    """Returns `words_of(text)`, and the indices of the words that start a sentence or a clause."""
     words: list[str] = []
     starts: set[int] = set()
     for token in _TOKEN.findall(_folded(text)):
@@ -92,28 +87,20 @@ def _words_and_starts(text: str) -> tuple[tuple[str, ...], set[int]]:
 
 
 def strict_phrase(text: str) -> str | None:
-    """Returns the text after `#### ` if this starts the last line of `text`, and None otherwise.
-
-    Text without any word other than an article also gives None.
-    """
+    """Returns the text after `#### ` if the last line starts with it and has a word, else None."""
     line = text.rstrip().rpartition("\n")[2]
     phrase = line[len(MARKER) + 1 :].strip()
-    return phrase if line.startswith(MARKER + " ") and _says_something(phrase) else None
-
-
-def _says_something(text: str) -> bool:
-    return any(word.group() not in ARTICLES for word in _WORD.finditer(_folded(text)))
+    return phrase if line.startswith(MARKER + " ") and words_of(phrase) else None
 
 
 def mentions(text: str, candidates: Candidates) -> list[str]:
     """Returns the answers that the candidate phrases in `text` stand for, in order of occurrence.
 
-    `candidates` maps each phrase to the answer that the phrase stands for, or to None if the phrase
-    must be ignored. Phrases match whole words, whatever their case and articles. Where several
-    phrases match, the longest counts, so "does not know" does not count as "know", and "metal box"
-    does not count as "box". A phrase that is negated from further away ("does not really know")
-    stands for the answer of the candidate "not know". If there is no such candidate ("not in the
-    box"), the phrase is ignored. A phrase that is negated twice counts as not negated.
+    Phrases match whole words, whatever their case and articles. Where several match, the longest
+    counts, so "does not know" does not count as "know", and "metal box" does not count as "box". A
+    phrase that is negated from further away ("does not really know") stands for the answer of the
+    candidate "not know", or is ignored if there is none ("not in the box"). A phrase that is
+    negated twice is not negated.
     """
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
@@ -122,7 +109,7 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
 
 
 def last_mention(text: str, candidates: Candidates) -> str | None:
-    """Returns the last of the answers that `mentions` would return, or None if there is none.
+    """Returns the last of the answers that `mentions` would return, or None.
 
     Only the last `_LAST` (64) candidate phrases in `text` are read.
     """
@@ -139,10 +126,7 @@ def _spelled(candidates: Candidates) -> _Spelled:
 
 
 def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
-    """Yields the slices of `words` that are candidates, of which `spelled` contains the words.
-
-    If several candidates start at the same word, only the longest counts. Slices do not overlap.
-    """
+    """Yields the slices of `words` that are candidates, the longest of those that overlap."""
     lengths: dict[str, list[int]] = {}
     for length in sorted({len(phrase) for phrase in spelled}, reverse=True):
         for first in {phrase[0] for phrase in spelled if len(phrase) == length}:
@@ -163,7 +147,7 @@ def _meaning(
 ) -> str | None:
     """Returns the answer that the candidate at the slice `place` stands for.
 
-    A negated candidate stands for the answer of the opposite candidate ("not know"), or for None.
+    If it is negated, this is the answer of the opposite candidate ("not know"), or None.
     """
     phrase = words[place]
     answer = spelled[phrase]
@@ -175,9 +159,8 @@ def _meaning(
 def _denied(words: Sequence[str], starts: set[int], index: int) -> bool:
     """Returns whether an odd number of negations precedes the word at `index` in its sentence.
 
-    `starts` contains the indices of the words that start a sentence. Only two kinds of words may
-    stand between a negation and the word at `index`: words that continue the negation ("not really
-    in"), and the subjects of thoughts ("does not think that Bob knows").
+    Between a negation and this word, only words that continue the negation ("not really in") and
+    the subjects of thoughts ("does not think that Bob knows") may stand.
     """
     negations, place = 0, index
     while place > max(index - _REACH, 0) and place not in starts:
@@ -205,8 +188,8 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
     3. the last answer that the text announces ("**Answer:** the box");
     4. the last candidate before the `####`, or in the whole text if there is no `####`.
 
-    If case 2 or 4 applies and the last line starts with yes or no, that word is the answer instead
-    ("No, she left when they said yes.").
+    In cases 2 and 4, a yes or no that starts the last line is the answer instead ("No, she left
+    when they said yes.").
     """
     before, marker, after = text.rpartition(MARKER)
     if marker:
@@ -225,9 +208,9 @@ def lenient_phrase(text: str, candidates: Candidates) -> str | None:
 def stated(line: str, candidates: Candidates) -> str | None:
     """Returns the answer that `line` gives, which is its first candidate, or None.
 
-    The words after the first candidate explain the answer: "The box, because she did not see it
-    moved to the jar." A clause before the main clause is also an explanation, so "Though it is in
-    the jar, the box." gives the box. Only the first `_SPAN` (400) characters of the line are read.
+    Later words explain the answer ("The box, because she did not see it moved to the jar."), and so
+    does a clause before the main clause ("Though it is in the jar, the box."). Only the first
+    `_SPAN` (400) characters are read.
     """
     line = line[:_SPAN]
     main = line.partition(",")[2] if _SUBORDINATE.match(line) else ""
@@ -238,11 +221,9 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns the start and end offsets of the last `####` with a word after it on its line.
+    """Returns where the last `####` with a word after it on its line starts and ends, or None.
 
-    The end offset is exclusive. Articles do not count as words. Returns None if there is no such
-    `####`, or if the completion contains a `<think>` without a `</think>` after it, because
-    thoughts are not answers.
+    A `<think>` without a `</think>` after it leaves no mark.
     """
     text = visible_text(completion)
     if text is None:
@@ -250,7 +231,8 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
     hidden, end = len(completion) - len(text), len(text)
     while (marker := text.rfind(MARKER, 0, end)) >= 0:
         start = text.rfind("\n", 0, marker) + 1
-        said = start + _last_word(text[start : _line_end(text, marker)])
+        stop = text.find("\n", marker)
+        said = start + _last_word(text[start : stop if stop >= 0 else None])
         marker = text.rfind(MARKER, start, max(said, start))
         if marker >= 0:
             return hidden + marker, hidden + marker + len(MARKER)
@@ -265,10 +247,7 @@ def _last_word(line: str) -> int:
 
 
 def _opening(text: str, candidates: Candidates) -> str | None:
-    """Returns "yes" or "no" if the last line of `text` starts with this word as an answer, or None.
-
-    The "no" in a candidate such as "no one" is not an answer.
-    """
+    """Returns the yes or no with which the last line of `text` starts as an answer, or None."""
     line = words_of(text.rstrip().rpartition("\n")[2][:_SPAN])
     if line[:1] not in (("yes",), ("no",)):
         return None
@@ -276,17 +255,8 @@ def _opening(text: str, candidates: Candidates) -> str | None:
     return line[0] if found[:1] == [line[0]] else None
 
 
-def _line_end(text: str, place: int) -> int:
-    end = text.find("\n", place)
-    return len(text) if end < 0 else end
-
-
 def final_phrase(text: str, candidates: Candidates) -> str | None:
-    """Returns the answer that the last line of `text` states, if the line is `#### ...`.
-
-    Without such a line, returns the `lenient_phrase` of `text`. None means that no answer was
-    found.
-    """
+    """Returns the answer that a last line `#### ...` states, or else the `lenient_phrase`."""
     strict = strict_phrase(text)
     return lenient_phrase(text, candidates) if strict is None else stated(strict, candidates)
 
@@ -294,12 +264,9 @@ def final_phrase(text: str, candidates: Candidates) -> str | None:
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
     """Compares a completion's answer with the right answer `answer`.
 
-    Returns `strict` if a last line `#### ...` contains only the right answer, `lenient` if the
-    right answer is given in a sentence or elsewhere, `wrong` if another answer is given, and `none`
-    if no answer is given. A last line `#### ...` decides, whatever else the text contains.
-    `candidates` maps the phrases that count as answers in sentences to the answers that they stand
-    for. Thoughts do not count, and an unfinished thought leaves no answer (see
-    `jexit.tasks.answers.visible_text`).
+    Returns `strict` if a last line `#### ...`, which decides whatever else the text contains, has
+    only the right answer, `lenient` if a sentence or another place gives it, `wrong` for another
+    answer, and `none` for no answer. Thoughts do not count.
     """
     text = visible_text(completion)
     if text is None:

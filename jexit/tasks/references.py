@@ -29,10 +29,6 @@ ALIASES = {
     "tom": "jexit.tasks.tom.task:task",
     "word_problems": "jexit.tasks.word_problems:task",
 }
-# Generated tasks, and the task that reads the same kind of problem from files.
-READERS = {"tom": "exploretom"}
-
-_YOURS = "or to FILE.py:NAME or MODULE:NAME for your own task"
 
 
 def make_task(
@@ -46,13 +42,13 @@ def make_task(
     """Makes the task to which the setting `config.task.name` refers.
 
     `name` is a short name in `ALIASES`, or FILE.py:NAME or MODULE:NAME for a user's own task (NAME
-    is `task` by default). NAME refers to a `Task`, or to a callable that returns a `Task` when it
-    is called with `options`. `path` is the file or folder for a task that reads files. If `name` is
+    is `task` by default). NAME refers to a `Task`, or to a callable that returns one when it is
+    called with `options`. `path` is the file or folder for a task that reads files. If `name` is
     `tom` and a path is given, the task is `exploretom`, which reads the same kind of problem.
     `rewards` is passed to a task whose parameter `rewards` is annotated with `Rewards`. Raises
     UserError if the name, the file or an option is wrong.
     """
-    found = _found(READERS.get(name, name) if path else name)
+    found = _found("exploretom" if path and name == "tom" else name)
     if isinstance(found, Task):
         surplus = sorted(options) + (["path"] if path else [])
         if surplus:
@@ -77,9 +73,9 @@ def make_task(
     if rewards is not None and Rewards in (hint := known.get("rewards"), *typing.get_args(hint)):
         options["rewards"] = rewards
     for option, value in options.items():
-        if option in known:
-            options[option] = _checked(known[option], value, _option(option))
-        elif not others:
+        if known.get(option) in (bool, int, float, str):
+            options[option] = checked(known[option], value, _option(option))
+        elif option not in known and not others:
             names = ", ".join(sorted(set(known) - {"path", "rewards"})) or "none"
             raise UserError(f"task {name!r} has no option {option!r}; it takes {names}")
     with user_code(f"task {name!r} cannot be made", _file_of(found)):
@@ -102,19 +98,16 @@ def _named(task: Task, name: str) -> Task:
 
 
 def known_options(name: str) -> set[str]:
-    """Returns the names of the options that the task `name` takes.
-
-    The set is empty if `name` refers to an object that is already a Task.
-    """
+    """Returns the names of the options that the task `name` takes; none if it is already a Task."""
     found = _found(name)
     return set() if isinstance(found, Task) else set(_keywords(found)[0])
 
 
 def code_hash(name: str, options: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 hash of the source file that defines a user's own task.
+    """Returns the SHA-256 hash of the source file that defines a user's own task, in hexadecimal.
 
-    The hash is a hexadecimal string, and empty for the tasks of jexit. The hash of a blend covers
-    the files of its parts. Modules that a file imports, and data, are not covered.
+    It is empty for the tasks of jexit, and covers all files of a blend's parts. Modules that a file
+    imports, and data, are not covered.
     """
     blends = ALIASES.get(name, name) == ALIASES["blend"]
     parts = options.get("parts", ()) if blends else (name,)
@@ -132,7 +125,7 @@ def _found(name: str) -> Any:
     if where == name and not where.endswith(".py") and "." not in where:
         raise UserError(
             f"there is no task {shown(name)}; set config.task.name to one of "
-            f"{', '.join(sorted(ALIASES))}, {_YOURS}"
+            f"{', '.join(sorted(ALIASES))}, or to FILE.py:NAME or MODULE:NAME for your own task"
         )
     module = _module(where)
     if not hasattr(module, attribute):
@@ -160,10 +153,7 @@ def _module(where: str) -> types.ModuleType:
 
 @functools.lru_cache(maxsize=16)
 def _from_file(path: pathlib.Path, source: bytes) -> types.ModuleType:
-    """Returns the module that the code in the file `path` defines.
-
-    `source` is the content of the file. The code runs only once for each content.
-    """
+    """Returns the module of the file `path`; the code `source` in it runs only once."""
     digest = hashlib.sha256(source).hexdigest()[:16]
     name = f"jexit_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -192,15 +182,6 @@ def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
         return {}, True
     known = {p.name: hints.get(p.name) for p in parameters if p.kind not in (p.VAR_KEYWORD,)}
     return known, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    """Returns `value`, checked against its annotation `hint` if that is a plain type.
-
-    Plain types are bool, int, float and str. With any other annotation, every value is allowed.
-    `where` names the setting in error messages.
-    """
-    return checked(hint, value, where) if hint in (bool, int, float, str) else value
 
 
 def _option(name: str) -> str:

@@ -24,10 +24,9 @@ GIVEN = ("prompts", "completions", "tokens", "completion_ids", "depths")
 class RewardFunction:
     """A user's function that returns a reward, or None, for each completion of a batch.
 
-    The function is called with keyword arguments only. The arguments are the names in `GIVEN` (such
-    as `prompts` and `completions`) and the columns of the rows. Each argument is a list with one
-    entry per completion. A function without a `**` parameter receives only the arguments that it
-    names.
+    It is called with keyword arguments: the names in `GIVEN` and the columns of the rows, each a
+    list with one entry per completion. Without a `**` parameter, it receives only the arguments
+    that it names.
     """
 
     function: Callable[..., Any]
@@ -48,7 +47,6 @@ class RewardFunction:
         ]
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises UserError if the function needs a column that is not among `columns`."""
         for name in self.columns:
             if name not in columns:
                 raise UserError(
@@ -62,10 +60,9 @@ class RewardFunction:
     ) -> list[float | None]:
         """Returns the reward of each completion, or None where the function returns None.
 
-        `arguments` maps the names of arguments to lists with one entry per completion. `prompts`
-        are the prompts as strings, quoted in error messages. Raises UserError if the function takes
-        longer than `seconds`, raises an exception, returns a wrong number of results, or returns a
-        value that is neither a finite number nor None.
+        `arguments` maps names to lists with one entry per completion. Error messages quote
+        `prompts`. Raises UserError if the function takes longer than `seconds`, raises an
+        exception, or does not return a finite number or None for each completion.
         """
         if not any(p.kind is p.VAR_KEYWORD for p in self._parameters):
             named = {p.name for p in self._parameters}

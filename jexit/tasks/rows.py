@@ -33,10 +33,7 @@ _HUB_SPLITS: Mapping[Split, str] = {"train": "train", "val": "validation", "test
 
 
 class RowsTask(FileTask):
-    """A task whose problems are rows of data and whose rewards come from functions.
-
-    `rows_task` makes such a task and explains the arguments.
-    """
+    """A task of rows of data, rewarded by functions; `rows_task` explains the arguments."""
 
     def __init__(
         self,
@@ -311,7 +308,7 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _text_of(value: Any) -> str | None:
-    """Returns a string as it is, or the content of the only chat message in a list.
+    """Returns a string, or the content of the only chat message in a list.
 
     Returns None for any other value, and for a string that is blank or not valid Unicode.
     """

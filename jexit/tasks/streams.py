@@ -19,12 +19,10 @@ class NoMoreProblems(ValueError):
 class Stream(Generic[T]):
     """A sequence of items that are drawn at random from a seed, such as generated problems.
 
-    `name` and `seed` determine the random draws. `draw_one` makes one item from a `Draw`. `key_of`
-    returns a string that identifies an item independently of its wording, and this key alone
-    decides the split of the item (see `split_of`). Items of `train` are drawn independently of one
-    another, so an item can occur several times. Items of `val` and of `test` are distinct: each
-    must differ from all items before it in its split. Reading the item at an index therefore draws
-    all earlier items of the split first, and keeps them in memory.
+    `key_of` returns a string that identifies an item independently of its wording, and decides the
+    split of the item. Items of `train` are drawn independently, so an item can occur several times.
+    Items of `val` and of `test` are distinct. Reading one therefore draws all earlier items of its
+    split first, and keeps them in memory.
     """
 
     def __init__(
@@ -38,10 +36,7 @@ class Stream(Generic[T]):
         self._keys: dict[Split, set[str]] = {"val": set(), "test": set()}
 
     def at(self, split: Split, index: int) -> T:
-        """Returns the item at `index` (from 0) of `split`.
-
-        Raises NoMoreProblems if no further item for the split is found.
-        """
+        """Returns the item at `index` of `split`; raises NoMoreProblems if there is none."""
         check_split(split)
         if split == "train":
             return self._draw(split, index)
@@ -53,8 +48,7 @@ class Stream(Generic[T]):
     def _draw(self, split: Split, index: int, seen: set[str] | None = None) -> T:
         """Returns the first item drawn for this index that belongs to `split` and whose key is new.
 
-        A key is new if the set `seen` does not contain it; it is then added to `seen`. If `seen` is
-        None, every key is accepted. Raises NoMoreProblems after ATTEMPTS unsuitable items in a row.
+        A key is new if the set `seen`, to which it is added, does not contain it.
         """
         draw = Draw(self.name, self.seed, split, index)
         for _ in range(ATTEMPTS):

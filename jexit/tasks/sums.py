@@ -39,11 +39,9 @@ class Sums(ChainTask):
 
     `steps` is 2 to 5 (the prescribed number of operands per step), `at_once` (the answer without
     steps), `free`, or `mixed` (each problem draws free, prescribed or no steps, with the
-    probabilities in `MIXTURE`). With `free`, the model chooses the sizes of steps. The reference
-    completion of a free problem draws a largest size g from 2 to 5, and then the size of each step
-    from 2 to g. `operands_min` and `operands_max` are the smallest and the largest number of
-    operands in a list. `seed` determines the problems. The operands alone decide the split of a
-    problem (see `split_of`), whatever the seed.
+    probabilities in `MIXTURE`). The reference completion of a free problem draws a largest size g
+    from 2 to 5, and then the size of each step from 2 to g. A list has `operands_min` to
+    `operands_max` operands, which alone decide the split of a problem, whatever the `seed`.
     """
 
     name = "sums"
@@ -96,12 +94,10 @@ class Sums(ChainTask):
         """Returns the sums and counts of four metrics of the steps in the completions.
 
         `written_out` is the share of additions that are written out, Σ written_reductions / Σ
-        (operands − 1). The additions of a problem whose answer is given without a chain count as
-        not written out. `step_size` is the mean number of operands that a step reduces, computed
-        from the lists before and after the step. The jump from a list to the answer counts as a
-        step. A step that only repeats its list does not count. `steps_correct` is the share of
-        steps whose result follows from the list before them. `as_announced` is the share of written
-        steps in which the number of plus signs agrees with the step's size.
+        (operands − 1). `step_size` is the mean number of operands that a step reduces. The jump
+        from a list to the answer counts as a step, a repetition of the list does not.
+        `steps_correct` is the share of steps whose result follows from the list before them.
+        `as_announced` is the share of written steps whose plus signs agree with their size.
         """
         on_page = additions = 0
         steps = []
@@ -129,14 +125,10 @@ class Sums(ChainTask):
         return self.verdict("strict" if _STRICT.search(completion) else "lenient")
 
     def steps(self, completion: str) -> list[str]:
-        """Returns the steps of `completion`, each with its plus signs and the list after them."""
         return _PIECE.findall(completion.partition(self.cue)[0])
 
     def obeys(self, problem: Problem, completion: str) -> bool:
-        """Returns whether every step has the prescribed size, even if a step's result is wrong.
-
-        If the prompt leaves the size free, returns True.
-        """
+        """Returns whether every step has the size that the prompt prescribes, if it does."""
         operands, mode = problem.fields["operands"], problem.fields["mode"]
         if mode == "free":
             return True
@@ -158,7 +150,7 @@ class Sums(ChainTask):
     def answer_follows(self, completion: str) -> bool:
         """Returns whether the answer is the sum of the first list written, and each step correct.
 
-        The operands themselves are not known, so a first step cannot be checked.
+        Without the operands, a first step cannot be checked.
         """
         steps = chain_steps("", completion)
         if not steps or steps[0].announced is None:  # no list was written
@@ -170,11 +162,7 @@ class Sums(ChainTask):
         return _given_answer(completion)
 
     def corrupted(self, problem: Problem, completion: str, draw: Draw) -> Corruption | None:
-        """Replaces the result of one step by another digit, and drops everything after this step.
-
-        The result of a step is the first digit of its list. The answer that follows is the sum of
-        the changed list modulo 10.
-        """
+        """Replaces the result of one step (a list's first digit), and drops what follows."""
         steps, given = self.steps(completion), self.final_answer(completion)
         places = [n for n, step in enumerate(steps) if _STEP.fullmatch(step) and step[-1] != "+"]
         if not places:
@@ -223,7 +211,6 @@ def prescribed_steps(count: int, step: int) -> list[int]:
 
 
 def digit_sum(digits: str) -> str:
-    """Returns the sum of the digits in the string `digits` modulo 10, as a string."""
     return str(sum(map(int, digits)) % 10)
 
 
@@ -242,13 +229,11 @@ def reduce_by(digits: str, steps: Sequence[int]) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainStep:
-    """One step that was read from a completion of the task `sums`.
+    """One step of a completion, from the list of digits `given` to the list `wrote`.
 
-    `given` is the list of digits before the step, as the completion itself wrote it. `wrote` is the
-    list after the step, or the answer. `size` is the number of operands reduced, len(given) −
-    len(wrote) + 1. A size below 2 means that the step reduces nothing. `announced` is the size that
-    the plus signs state, or None for the jump from a list to the answer, which has no plus signs.
-    `correct` is whether `wrote` is the result of reducing the first `size` operands of `given`.
+    `given` is what the completion itself wrote, and `wrote` is the list after the step, or the
+    answer. `announced` is the size that the plus signs state, or None for the jump from a list to
+    the answer. `size` is the number of operands reduced; below 2, the step reduces nothing.
     """
 
     given: str
@@ -282,11 +267,9 @@ def step_sizes(operands: str, completion: str) -> list[int]:
 def chain_steps(operands: str, completion: str) -> list[ChainStep]:
     """Reads the steps of a completion, each together with the list written just before it.
 
-    `operands` are the digits to sum, which are the list before the first step. Each later step is
-    judged by the list that the completion wrote before it, so a mistake makes only one step wrong.
-    Plus signs without a list after them are not a step. If the completion gives its answer while
-    the list has more than one digit, the jump to the answer is a last step, whose additions count
-    as not written out.
+    `operands` is the list before the first step. A mistake makes only one step wrong, because each
+    later step is judged by the list that the completion wrote. Plus signs without a list are not a
+    step. If the completion answers while the list has several digits, that jump is a last step.
     """
     steps, given = [], operands
     for signs, wrote in _STEP.findall(completion.partition("####")[0]):
@@ -302,10 +285,9 @@ def chain_steps(operands: str, completion: str) -> list[ChainStep]:
 def written_reductions(operands: str, steps: Sequence[ChainStep]) -> int:
     """Returns the number of additions whose results `steps` write out, at most operands − 1.
 
-    A written step counts if its result is right and its list is shorter than the lists of all
-    earlier steps, so a chain that repeats its lists gains nothing. Each counted step adds 1.
-    Counting stops at the first step that changes operands outside its first `size` operands. A step
-    with only a wrong sum is not counted, but later steps are.
+    A step counts 1 if its result is correct and its list is shorter than all earlier ones, so a
+    chain that repeats its lists gains nothing. Counting stops at the first step that changes
+    operands outside its first `size` operands.
     """
     count, shortest = 0, len(operands)
     for step in itertools.takewhile(lambda step: step.wrote[1:] == step.given[step.size :], steps):

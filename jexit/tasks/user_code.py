@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import inspect
 import math
 import os
@@ -12,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jexit.errors import UserError
@@ -29,8 +28,8 @@ _MOST_INTERRUPTS = 100
 def user_code(what: str, file: str | None) -> Iterator[None]:
     """Turns an exception in a user's code, which runs in the `with` block, into a UserError.
 
-    `what` states what failed, and `file` is the path of the user's code. The message consists of
-    `what`, the line in `file`, and the reason. A UserError passes unchanged.
+    The message consists of `what`, which states what failed, the line in the user's `file`, and the
+    reason. A UserError passes unchanged.
     """
     try:
         yield
@@ -52,10 +51,9 @@ def user_code(what: str, file: str | None) -> Iterator[None]:
 def guarded_judge(
     task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt]
 ) -> list[Verdict]:
-    """Calls `task.judge`, with a time limit and `user_code` if a user defined the task.
+    """Calls `task.judge`, with `task.time_limit` and `user_code` if a user defined the task.
 
-    A task whose class belongs to jexit is called directly, because it guards each call of a user's
-    function itself. `task.time_limit` is the limit in seconds.
+    A task whose class belongs to jexit guards each call of a user's function itself.
     """
     if type(task).__module__.startswith("jexit."):
         return task.judge(problems, attempts)
@@ -83,16 +81,8 @@ def guard_methods(task: Task) -> None:
     file = inspect.getsourcefile(type(task))
     for name in ("problem", "size", "text_totals", "answer_mark"):
         if name not in vars(task):  # not guarded yet
-            setattr(task, name, _guarded(getattr(task, name), f"{task.name}: {name} failed", file))
-
-
-def _guarded(method: Callable[..., Any], what: str, file: str | None) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with user_code(what, file):
-            return method(*args, **kwargs)
-
-    return guarded
+            guard = user_code(f"{task.name}: {name} failed", file)
+            setattr(task, name, guard(getattr(task, name)))
 
 
 def _is_verdict(verdict: Any) -> bool:
@@ -101,19 +91,15 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 class _TimeUp(BaseException):
-    """Raised in a user's code when its time is up.
-
-    This is not an Exception, because a user's code may catch every Exception.
-    """
+    """Raised in a user's code when its time is up; no Exception, which the code might catch."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises UserError if the `with` block takes longer than `seconds`.
+    """Raises UserError if the `with` block, which the message calls `what`, exceeds `seconds`.
 
-    `what` names the running code in the error message. The limit works only on the main thread. On
-    other threads, which do not receive signals, there is no limit. Code that catches every
-    interrupt ends the process with exit code 1.
+    There is no limit on threads other than the main one, which do not receive signals. Code that
+    catches every interrupt ends the process with exit code 1.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

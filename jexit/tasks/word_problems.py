@@ -27,9 +27,9 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 class Template:
     """The text of a story with placeholders for names and numbers, and the steps that solve it.
 
-    `ranges` maps the name of each number to the smallest and the largest value of the number. In a
-    step such as "a+_", each side of the operator is the name of a number, or `_` for the result of
-    the previous step. The result of a step is never negative.
+    `ranges` maps the name of each number to its smallest and largest value. In a step such as
+    "a+_", a side is the name of a number, or `_` for the result of the previous step. Results are
+    never negative.
     """
 
     text: str
@@ -115,8 +115,7 @@ class WordProblems(NumberChain):
     """Generated arithmetic stories with one to three operations.
 
     A completion is in the required format if its last line is `#### n`, where n is a number. The
-    template and the numbers of a story decide the split (see `split_of`), whatever the names and
-    objects. `seed` determines the problems.
+    template and the numbers of a story decide the split, whatever the names, objects and `seed`.
     """
 
     name = "word_problems"
@@ -137,10 +136,8 @@ class WordProblems(NumberChain):
     ) -> tuple[bool, str | None]:
         """Returns whether the story can continue after `steps`, and the answer that follows.
 
-        `number` is a new result for the last of `steps`. The answer is computed with the remaining
-        steps of the story's own solution. It is None if one of `steps` is not a step of this
-        solution. The story cannot continue if `number` leads to a result below 0, because no result
-        of a story is negative.
+        `number` is a new result for the last of `steps`. The answer is None if these are not the
+        first steps of the story's own solution. A story with a result below 0 cannot continue.
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
@@ -159,8 +156,7 @@ def worked(
 ) -> tuple[list[str], list[int]]:
     """Returns the lines of a worked answer, such as "3+4=7", and the results of the steps.
 
-    `program` contains the steps, `numbers` the values of the named numbers. `given` maps indices of
-    steps to results that replace the computed results.
+    `given` maps indices of steps to results that replace the computed ones.
     """
     lines, results = [], [0]
     for place, (left, operator, right) in enumerate(program):
@@ -177,10 +173,7 @@ def _problems(seed: int) -> Stream[Problem]:
 
 
 def substance(problem: Problem) -> str:
-    """Returns the template and the numbers of `problem` as a string.
-
-    The string is the same for problems that differ only in names and objects.
-    """
+    """Returns a problem's template and numbers, which decide its split."""
     return f"{problem.fields['template']} {problem.fields['numbers']}"
 
 

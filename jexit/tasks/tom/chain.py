@@ -41,11 +41,10 @@ _LINE = re.compile(
 def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
     """Returns the lines that lead to the answer, each with its line break.
 
-    If `fine` is True, there is a line for every event that concerns the thing in the question. The
-    line names the people who learn of the event, and ends with the answer after the event. If the
-    question is about somebody's belief or knowledge, there is also a line for each coming and going
-    before the last of these events, with the people who are in the room afterwards. If `fine` is
-    False, there is a line with the answer for every event that changes the answer.
+    With `fine`, there is a line for every event that concerns the thing in the question, with the
+    people who learn of it and the answer after it. For a question about a belief or knowledge, each
+    coming and going before the last of these events also has a line, with the people who are in the
+    room afterwards. Without `fine`, each event that changes the answer has a line with the answer.
     """
     about = [event.thing == question.thing for event in story.events]
     last = max((index for index, concerns in enumerate(about) if concerns), default=-1)
@@ -82,9 +81,9 @@ def _heading(event: Event, question: Question, seen: Witnesses) -> str:
 class ChainLine:
     """A line of a chain that ends in the current answer to the question, split into its parts.
 
-    `head` contains the words before the place or topic, `what` the place or topic, `secret` the
-    secret witness, and `state` the answer after the line. In a line of the coarse chain, such as
-    `Mia: jar`, `head` contains only names, and `what` is empty.
+    `head` contains the words before the place or topic `what`, `secret` is the secret witness, and
+    `state` the answer after the line. In a line of the coarse chain, such as `Mia: jar`, `head`
+    contains only names, and `what` is empty.
     """
 
     head: tuple[str, ...]
@@ -97,10 +96,7 @@ class ChainLine:
         return " ".join([*self.head, self.what]).rstrip() + f"{secret}: {self.state}\n"
 
     def groups(self) -> list[list[str]]:
-        """Returns the people named in `head`, in groups whose members see each other.
-
-        In a line with `tells`, the first person is the speaker.
-        """
+        """Returns the people in `head`, in groups that see each other; a speaker comes first."""
         groups: list[list[str]] = [[]]
         for word in self.head:
             if word == "and":
@@ -110,10 +106,7 @@ class ChainLine:
         return groups
 
     def decides(self, question: Question) -> bool:
-        """Returns whether the line alone determines the answer to `question` after the line.
-
-        If not, the answer also depends on earlier lines.
-        """
+        """Returns whether the line determines the answer after it without earlier lines."""
         if not self.what:
             return True
         if question.kind == "memory":
@@ -156,9 +149,8 @@ def corruptions(
 ) -> list[Corruption]:
     """Returns a corruption for each line that can be changed so that another answer follows.
 
-    `lines` are the lines of a chain that leads to `answer`. A place becomes another one of
-    `places`. For a topic, the people who hear about it change, so that the knowledge asked for is
-    gained or lost.
+    A place becomes another one of `places`. For a topic, the people who hear about it change, so
+    that the knowledge asked for is gained or lost.
     """
     read = [read_line(line) for line in lines]
     deciding = [i for i, line in enumerate(read) if line is not None and line.decides(question)]

@@ -25,10 +25,9 @@ _WHISPER_PERCENT = 60  # percentage of speech that is whispered
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-    """The words that one story uses for people, rooms, containers, things and topics.
+    """The words that one story uses; `places` contains the containers.
 
-    `places` contains the containers. `longest` is the largest number of sentences after the opening
-    of the story, which states who is in which room.
+    `longest` is the largest number of sentences after those that state who is in which room.
     """
 
     people: tuple[str, ...]
@@ -43,8 +42,7 @@ class Cast:
 class How:
     """The ways in which a mention of a place may be told: the kinds of event, and aloud or not.
 
-    `kinds` contains the kinds that the event may have. `whispered` is whether speech is whispered,
-    or None if it may be whispered or said aloud.
+    If `whispered` is None, speech may be whispered or said aloud.
     """
 
     kinds: Kinds = (*PLACINGS, "claims")
@@ -72,9 +70,8 @@ class Mention:
 def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> list[Mention]:
     """Plans mentions of `thing` with every place, mixed with mentions of the thing `other`.
 
-    The first PLACES (3) entries of `how` state how the mentions of `thing` are told, and the
-    remaining entries those of `other`. The mentions of `other` keep their order and are inserted at
-    random positions.
+    The first PLACES (3) entries of `how` are for `thing`, the others for `other`, whose mentions
+    keep their order and are inserted at random positions.
     """
     count = len(how)
     places = [*cast.places, *(draw.choice(cast.places) for _ in range(count - PLACES))]
@@ -86,7 +83,6 @@ def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> 
 
 
 def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[Question]:
-    """Returns every question of the given kind about these people and things."""
     asked: list[tuple[str, ...]] = [()]
     for _ in range(PEOPLE_ASKED[kind]):
         asked = [(*some, one) for some in asked for one in people if one not in some]
@@ -94,7 +90,7 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 
 
 def draw_stage(draw: Draw, cast: Cast) -> Story:
-    """Draws the rooms of people and containers at the start of a story, which has no events yet.
+    """Draws who and what is in which room at the start of a story, which has no events yet.
 
     Each person and each container is in the first of the two rooms with probability 3/4.
     """
@@ -152,10 +148,7 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 
 
 def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
-    """Returns the story that starts as `stage` and continues with `events`.
-
-    Returns None if the events take more than `cast.longest` sentences.
-    """
+    """Returns the story from `stage` on, or None if it exceeds `cast.longest` sentences."""
     if sentences(events) > cast.longest:
         return None
     return dataclasses.replace(stage, events=tuple(events))
@@ -186,10 +179,7 @@ def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
 
 
 def _joining(draw: Draw, world: World, cast: Cast) -> Event:
-    """Returns an event in which somebody enters the room where another person is.
-
-    If all people are outside, somebody enters the first room.
-    """
+    """Returns an event in which somebody enters the room of another person, or the first room."""
     hosts = [person for person in cast.people if world.room_of[person]] or cast.people
     host = draw.choice(hosts)
     actor = draw.choice([person for person in cast.people if person != host])
@@ -199,8 +189,8 @@ def _joining(draw: Draw, world: World, cast: Cast) -> Event:
 def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | None:
     """Returns a possible event that names the thing and the place of `mention`.
 
-    The event sometimes has a secret witness or a distracted person. Returns None if none of
-    `_PROPOSALS` randomly drawn events is possible.
+    It may have a secret witness or a distracted person. Returns None if none of `_PROPOSALS` drawn
+    events is possible.
     """
     thing, place = mention.thing, mention.place
     home, now = world.homes[place], world.place_of.get(thing)
@@ -226,10 +216,7 @@ def _named(draw: Draw, world: World, cast: Cast, mention: Mention) -> Event | No
 
 
 def _speech(draw: Draw, world: World, cast: Cast) -> Event | None:
-    """Returns a possible event in which somebody tells about a topic.
-
-    Returns None if none of `_PROPOSALS` randomly drawn events is possible.
-    """
+    """Returns a possible event in which somebody tells about a topic, or None as in `_named`."""
     for _ in range(_PROPOSALS):
         event = Event(
             kind="tells",
@@ -249,10 +236,7 @@ def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
 
 
 def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:
-    """Returns `event`, sometimes with a secret witness or a distracted person.
-
-    The event stays as it is if neither is possible.
-    """
+    """Returns `event`, sometimes with a secret witness or a distracted person, if possible."""
     if draw.integer(1, 100) > _EXTRA_PERCENT:
         return event
     person = draw.choice(cast.people)

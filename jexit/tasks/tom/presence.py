@@ -53,11 +53,10 @@ def story_of_presence(
 ) -> tuple[Story, Question] | None:
     """Returns a story in which only the comings and goings of one person determine the answer.
 
-    The story has `count` mentions of a place and comes with a question about a belief, whose answer
-    is the place at index `rank` of `cast.places`. The person who comes and goes is one of the
-    people asked about. After the first mention of the thing, no sentence names this person with the
-    thing. The other person asked about, if any, knows where the thing is. Returns None if no story
-    of this kind is found.
+    The story has `count` mentions of a place. The question is about a belief, and its answer is
+    `cast.places[rank]`. The person who comes and goes is one of the people asked about, and no
+    sentence names this person with the thing after its first mention. The other person asked about,
+    if any, knows where the thing is. Returns None if no story of this kind is found.
     """
     thing, other = draw.sample(cast.things, 2)
     how = [ANYHOW] * count
@@ -97,9 +96,8 @@ def _by_answer(
 ) -> dict[str, list[Story]] | None:
     """Returns versions of `story`, grouped by the place that is the answer to `question`.
 
-    The versions differ in the first room of `person` and in the times and order of this person's
-    `moves`, which are comings and goings. Each place has one version for every way of making the
-    moves that leads to this answer. Returns None if one of the places cannot be the answer.
+    The versions differ in the first room of `person` and in the times and order of their `moves`.
+    Returns None if one of the places cannot be the answer.
     """
     others = [event for event in story.events if event.thing or event.actor != person]
     if sentences(others) + len(moves) > cast.longest:
@@ -132,8 +130,8 @@ def _with_moves(
 ) -> list[Event] | None:
     """Returns the events `others` with the comings and goings of `person` inserted.
 
-    `move_after` maps the index of an event in `others` to the kind of the move after this event.
-    The events happen in `world`, whose state changes. Returns None if an event is impossible.
+    `move_after` maps the index of an event in `others` to the kind of the move after it. The events
+    happen in `world`, whose state changes. Returns None if one is impossible.
     """
     events = []
     for index, event in enumerate(others):

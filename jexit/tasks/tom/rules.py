@@ -14,7 +14,6 @@ from jexit.tasks.tom.world import Event, World
 
 
 def is_named(person: str, event: Event) -> bool:
-    """Returns whether the sentence about `event` names `person`."""
     return person in (event.actor, event.hearer, event.secret, event.distracted)
 
 
@@ -32,8 +31,8 @@ def last_named(question: Question, story: Story) -> str:
 def before_last_move(person: str, thing: str, story: Story) -> str:
     """Returns the last place named with `thing` before `person` last entered or left a room.
 
-    If the person never does, returns the last place named with the thing. If no place was named
-    with the thing before, returns the first place that is named with the thing.
+    Without such a move, returns the last place named with the thing. Without such a place, returns
+    the first.
     """
     moves = [at for at, e in enumerate(story.events) if e.actor == person and not e.place]
     until = story.events[: moves[-1]] if moves else story.events
@@ -49,10 +48,9 @@ def others_know_place(question: Question, person: str, world: World) -> bool:
 
 
 def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
-    """Returns two facts about the sentences that tell about the topic of `question`.
+    """Returns whether a sentence about the topic of `question` names all people asked about.
 
-    The first fact is whether one of these sentences names all people asked about. The second fact
-    is whether one of these sentences tells everybody in the room about the topic.
+    The second value is whether one of these sentences tells everybody in the room.
     """
     tells = [e for e in story.events if e.kind == "tells" and e.thing == question.thing]
     named = [set(question.people) <= {e.actor, e.hearer, e.secret} for e in tells]
@@ -69,8 +67,7 @@ class Surface:
     """Features of a story about a belief that a rule can use without tracking anybody's knowledge.
 
     `verbs` contains the verbs of the second and third mention of the thing ("moves", "tells" or
-    "whispers"). In the first mention, somebody puts the thing in a place. `last_named` is the rank
-    of the place that the function `last_named` returns, which is the index of this place in the
+    "whispers"). `last_named` is the rank of the place that the function `last_named` returns in the
     order of the first mentions.
     """
 

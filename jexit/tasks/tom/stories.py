@@ -81,8 +81,8 @@ def draw_problem(
 ) -> tuple[Story, Question]:
     """Draws a story and a question of the given kind.
 
-    `people` contains the smallest and the largest number of people. `moves` contains the smallest
-    and the largest number of sentences that name a place or, if the answer is yes or no, a topic.
+    `people` is the range of the number of people. `moves` is that of the number of sentences that
+    name a place or, if the answer is yes or no, a topic.
     """
     cast = Cast(
         people=draw.sample(NAMES, draw.integer(*people)),
@@ -108,9 +108,9 @@ def draw_problem(
 
 
 def draw_pattern(draw: Draw, length: int) -> tuple[int, ...]:
-    """Draws the number of the place that each of `length` mentions names.
+    """Draws which place, in the order of their first mention, each of `length` mentions names.
 
-    The three places are numbered from 0 in the order of their first mention. All three occur.
+    All three places occur.
 
     >>> draw_pattern(Draw("any"), 3)
     (0, 1, 2)
@@ -127,10 +127,9 @@ def _about_places(
 ) -> tuple[Story, Question] | None:
     """Returns a story with `count` mentions of places, and a question about a place.
 
-    The answer is the place at index `rank` of `cast.places`. If `surface` is given, which is only
-    the case for questions about beliefs, the story has the features in `surface`. Stories are drawn
-    until one fits. Returns None after `_STORIES` attempts, because a fitting story is then unlikely
-    to exist.
+    The answer is `cast.places[rank]`. For a question about a belief, the story has the features in
+    `surface`, if given. Stories are drawn until one fits. Returns None after `_STORIES` attempts,
+    because a fitting story is then unlikely to exist.
     """
     thing, other = draw.sample(cast.things, 2)
     pattern = draw_pattern(draw, count)
@@ -163,9 +162,8 @@ def _how_of_reality(count: int, rank: int) -> list[How]:
     """Returns how each of `count` mentions is told if the place numbered `rank` is the answer.
 
     The thing is put down in its first place. It is then moved once and talked about once, or talked
-    about twice if the answer is the first place (`rank` 0). The second mention of the other thing,
-    if there is one, makes up for this difference, so that the number of moves is the same for every
-    answer.
+    about twice if the answer is the first place. The second mention of the other thing, if there is
+    one, makes up for this difference: the number of moves is the same for every answer.
     """
     how = [ANYHOW] * count
     for at, turn in enumerate((PLACES + 1, 1, 2)):
@@ -179,9 +177,8 @@ def _plan_of_memory(
 ) -> list[Mention]:
     """Divides the mentions of places between two things, so that the answer has the given rank.
 
-    The first mention of `thing` names the place numbered `rank`, which is the answer. The other
-    mentions in `pattern` name `thing` or `other`. The number of mentions of `thing` does not depend
-    on `rank`.
+    The first mention of `thing` names the answer, the place numbered `rank`. The number of mentions
+    of `thing` does not depend on `rank`.
     """
     least = len(pattern) - pattern.index(PLACES - 1)
     count = draw.integer(1, least)
@@ -215,10 +212,9 @@ def _about_topics(draw: Draw, kind: Kind, cast: Cast, count: int) -> tuple[Story
 def _twins(draw: Draw, story: Story, asked: Sequence[Question]) -> tuple[Story, Question] | None:
     """Returns a twin of `story`, and a question from `asked` that the twin answers differently.
 
-    The twin consists of the same words in another order: two events, or one part of each (such as
-    the two actors or the two topics), are exchanged. The facts that `told_by_name` returns are the
-    same for both stories, and so are those of `who_knows`, if possible. Returns None if there is no
-    such twin.
+    In a twin, two events or one part of each (such as the two actors) are exchanged. The facts of
+    `told_by_name` are the same for both stories, and so are those of `who_knows`, if possible.
+    Returns None if there is no such twin.
     """
     before = story.end()
     assert before is not None
@@ -261,8 +257,8 @@ def _exchanged(
 ) -> tuple[Event, ...] | None:
     """Returns `events` after an exchange between the events at the indices `first` and `second`.
 
-    `part` is "order" to exchange the events themselves, or the name of the field of `Event` to
-    exchange. Returns None if nothing changes or the parts cannot be exchanged.
+    `part` is "order" to exchange the events themselves, or a field of `Event`. Returns None if
+    nothing changes or the parts cannot be exchanged.
     """
     one, other = events[first], events[second]
     if part == "order":

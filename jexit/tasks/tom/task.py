@@ -59,10 +59,9 @@ class Tom(ChainTask):
     every change of the answer), `at_once` (no chain of thought), `free` (the model chooses; the
     reference completion is fine or coarse, drawn for each problem), or `mixed` (each problem draws
     free, prescribed or no steps, with the probabilities in `MIXTURE`). `people_min` and
-    `people_max` bound the number of people. `moves_min` and `moves_max` bound the number of
-    sentences that name a place or a topic. `kinds` contains the kinds of question, which occur
-    equally often. The story and its question decide the split (see `split_of`), whatever the names
-    and things.
+    `people_max` bound the number of people, `moves_min` and `moves_max` that of the sentences that
+    name a place or a topic. `kinds` contains the kinds of question, which occur equally often. The
+    story and its question decide the split, whatever the names and things.
 
     Answers are balanced (see `jexit.tasks.tom.stories`): each of the three places of a story is the
     answer equally often, two of three questions about a belief ask for a false belief, and yes is
@@ -113,8 +112,7 @@ class Tom(ChainTask):
     def _draw_mode(self, split: Split, index: int) -> tuple[bool, str]:
         """Returns whether the reference is fine, and which kind of chain the prompt prescribes.
 
-        A fine reference has a line for every event that matters. Both results are drawn separately
-        from the story, so the story at an index does not depend on the option `steps`.
+        Both are drawn apart from the story, which therefore does not depend on the option `steps`.
         """
         draw = Draw("tom steps", self.seed, split, index)
         mode = draw.weighted(MIXTURE) if self.mode == "mixed" else self.mode
@@ -123,15 +121,14 @@ class Tom(ChainTask):
         return (draw.choice((True, False)) if mode == "free" else mode == "fine"), mode
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        return self.verdict(phrases.judge(completion, problem.answer, _candidates(problem)))
+        of_places = problem.fields["kind"] in OF_PLACES
+        candidates = phrases.themselves(CONTAINERS) if of_places else phrases.YES_NO
+        return self.verdict(phrases.judge(completion, problem.answer, candidates))
 
     def text_totals(
         self, problems: Sequence[Problem], attempts: Sequence[Attempt]
     ) -> dict[str, tuple[float, int]]:
-        """Returns the total number of lines in the chains of thought and the number of completions.
-
-        Their quotient is the metric `chain_lines`.
-        """
+        """Returns `chain_lines`: the lines in the chains, and the number of completions."""
         lines = sum(len(self.steps(attempt.text)) for attempt in attempts)
         return {"chain_lines": (lines, len(attempts))}
 
@@ -166,10 +163,9 @@ class Tom(ChainTask):
         """Changes one line of the chain, and drops the lines after it.
 
         The line then names another place, or other people who hear about the topic. Only lines that
-        determine the answer are changed, so the new answer is known: it is stated at the end of the
-        changed line. A model that only copies the last word of its chain therefore also follows the
-        change. The task `sums`, in which the rest must be computed, tells such a model from one
-        that reasons. Returns None if no line can be changed.
+        determine the answer are changed, so it is known, and stated at the end of the changed line.
+        A model that only copies the last word of its chain therefore also follows the change. The
+        task `sums`, in which the rest must be computed, tells such a model from one that reasons.
         """
         answer, lines = self.final_answer(completion), self.steps(completion)
         if answer is None:
@@ -198,16 +194,10 @@ def _stories(
     def draw_story(draw: Draw) -> tuple[Story, Question]:
         return draw_problem(draw, draw.choice(kinds), people=people, moves=moves)
 
-    return Stream("tom", seed, draw_story, substance)
+    def key_of(drawn: tuple[Story, Question]) -> str:
+        return canonical(" ".join(part.text() for part in drawn))
 
-
-def substance(drawn: tuple[Story, Question]) -> str:
-    """Returns the text of a story and its question, with codes in place of names and things.
-
-    The text is the same for problems that differ only in names and things (see `canonical`).
-    """
-    story, question = drawn
-    return canonical(f"{story.text()} {question.text()}")
+    return Stream("tom", seed, draw_story, key_of)
 
 
 def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> Problem:
@@ -237,8 +227,8 @@ def make_problem(story: Story, question: Question, *, mode: str, fine: bool) -> 
 def canonical(text: str) -> str:
     """Returns `text` with names, rooms, containers, objects and topics replaced by codes.
 
-    A code consists of a letter for the class of the word and a number, which counts the words of
-    the class in the order of their first mention: the first name becomes "P0" and the second "P1".
+    A code is a letter for the class of the word and its number in the order of the first mentions
+    of its class: the first name becomes "P0".
     """
     numbers: dict[str, str] = {}
     counts = [0] * (1 + max(_CLASS_OF.values()))
@@ -254,8 +244,3 @@ def canonical(text: str) -> str:
         return numbers[word]
 
     return _NAMED.sub(number, text)
-
-
-def _candidates(problem: Problem) -> phrases.Candidates:
-    of_places = problem.fields["kind"] in OF_PLACES
-    return phrases.themselves(CONTAINERS) if of_places else phrases.YES_NO

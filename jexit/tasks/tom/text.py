@@ -58,9 +58,8 @@ SENTENCES: Mapping[str, str] = {
 class Question:
     """A question about a thing and perhaps about the thoughts of one or two people.
 
-    Without `people`, the question is about the world itself. With one person A in `people`, the
-    question is what A thinks or knows about the thing. With two people A and B, the question is
-    what A thinks that B thinks or knows about the thing. `kind` is a key of QUESTIONS.
+    Without `people`, the question is about the world itself. With one person A, it is what A thinks
+    or knows about the thing, and with two people A and B, what A thinks that B thinks or knows.
     """
 
     kind: Kind
@@ -74,7 +73,7 @@ class Question:
     def answer(self, world: World) -> str:
         """Returns the answer in the given state of the world.
 
-        The answer about a place that was never mentioned to these people is UNKNOWN.
+        It is UNKNOWN if no place was ever mentioned to these people.
         """
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
@@ -91,8 +90,7 @@ class Question:
 class Story:
     """A story, as a state of the world in which it starts and the events that follow.
 
-    `room_of` maps each person to the room in which this person starts. `homes` maps each container
-    to its room. `events` contains the events in order.
+    `room_of` maps each person to their first room, and `homes` each container to its room.
     """
 
     room_of: Mapping[str, str]
@@ -103,10 +101,7 @@ class Story:
         return World(self.room_of, self.homes)
 
     def end(self) -> World | None:
-        """Returns the state of the world after all events, or None if an event is impossible.
-
-        Each event must be possible after the events before it (see `World.possible`).
-        """
+        """Returns the state of the world after all events, or None if an event is impossible."""
         world = self.start()
         for event in self.events:
             if not world.possible(event):
@@ -127,10 +122,7 @@ def _opening(people: Sequence[str], room: str) -> str:
 
 
 def sentence(event: Event) -> str:
-    """Returns the sentence that tells `event`.
-
-    A second sentence names the secret witness, and another one the distracted person, if any.
-    """
+    """Returns the sentence that tells `event`, and others for a secret or distracted person."""
     text = SENTENCES[event.kind].format_map(dataclasses.asdict(event))
     if event.hearer:
         text = text.replace("tells everybody", f"whispers to {event.hearer}")

@@ -34,10 +34,9 @@ class Event:
     """One event in the world, such as "Tom moves the coins to the jar".
 
     `thing` is an object, or a topic for `tells`. `place` is the container into which the object is
-    put, or in which the object is said to be. `room` is the room that is entered or left, or to
-    which the object is taken. `hearer` is the person to whom the actor whispers, and is empty if
-    everybody hears the actor. `secret` is the secret witness, and `distracted` the person who
-    misses the event.
+    put, or in which it is said to be. `room` is the room that is entered or left, or to which the
+    object is taken. `hearer` is the person to whom the actor whispers, and empty if everybody
+    hears. `secret` is the secret witness, and `distracted` the person who misses the event.
     """
 
     kind: EventKind
@@ -54,8 +53,7 @@ class Event:
 class Witnesses:
     """The people who learn from an event.
 
-    `groups` contains the open witnesses, in groups whose members see each other. `secret` is the
-    secret witness, who sees the open witnesses unseen, or an empty string.
+    The members of each of `groups` see each other. `secret`, if not empty, sees them all unseen.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -66,10 +64,7 @@ class Witnesses:
         return {person for group in self.groups for person in group} | {self.secret} - {""}
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields (a, b) if a saw that b saw the event, and (a, a) if a saw the event.
-
-        The letters a and b stand for the names of people.
-        """
+        """Yields (a, b) if a saw that b saw the event, and (a, a) if a saw the event."""
         for group in self.groups:
             for a in group:
                 for b in group:
@@ -84,12 +79,10 @@ class World:
     """The state of the world after the events so far, with the beliefs of the people.
 
     `room_of` maps each person to their room (None: outside), and `homes` each container to its
-    room. `place_of` maps each object to the container where the object is, and `first_place_of` to
-    the container where the object was put first. `beliefs` maps a pair of a chain of people and a
-    thing to a belief: `beliefs[("Mia",), "coins"]` is where Mia thinks that the coins are, and
-    `beliefs[("Tom", "Mia"), "coins"]` is where Tom thinks that Mia thinks that they are. A missing
-    entry means that these people have no belief about the thing. The belief about a topic is KNOWN
-    ("yes") if the topic is known.
+    room. `place_of` and `first_place_of` map each object to its present and its first container.
+    `beliefs[("Mia",), "coins"]` is where Mia thinks that the coins are, and `beliefs[("Tom",
+    "Mia"), "coins"]` is where Tom thinks that Mia thinks that they are. A missing entry means that
+    there is no belief. The belief about a known topic is KNOWN ("yes").
     """
 
     def __init__(self, room_of: Mapping[str, str], homes: Mapping[str, str]) -> None:
@@ -101,22 +94,15 @@ class World:
         self._eyewitnesses: dict[str, set[str]] = {}  # of the object's last placing
 
     def inside(self, room: str | None) -> tuple[str, ...]:
-        """Returns the people in `room`, in the order in which the story introduced them.
-
-        If `room` is None, these are the people who are outside.
-        """
+        """Returns the people in `room` (None: outside), in the order of their introduction."""
         return tuple([person for person, place in self.room_of.items() if place == room])
 
     def in_company(self) -> bool:
-        """Returns whether at least two people are in the same room."""
         rooms = [room for room in self.room_of.values() if room is not None]
         return len(set(rooms)) < len(rooms)
 
     def witnesses(self, event: Event) -> Witnesses:
-        """Returns the people who would learn from `event` if it happened in the current state.
-
-        For `enters` and `leaves`, there are no witnesses.
-        """
+        """Returns the people who would learn from `event` if it happened in the current state."""
         if event.kind in ("enters", "leaves"):
             return Witnesses(groups=())
         if event.hearer:
@@ -134,10 +120,9 @@ class World:
         """Returns whether `event` can happen in the current state.
 
         People move only objects that are in their room. A speaker who claims where an object is
-        must have a belief about the object. No hearer of a claim may have seen the object's last
-        placing, so that nobody hears a claim against a placing that they saw and that is still
-        true. What people saw before the last placing, and what they heard, is replaced by what they
-        hear later.
+        must have a belief about it. No hearer of a claim may have seen the object's last placing:
+        nobody hears a claim against what they saw and what is still true. What people saw before,
+        and what they heard, is replaced by what they hear later.
         """
         room = self.room_of.get(event.actor)
         if event.kind == "enters":
@@ -174,14 +159,10 @@ class World:
         return home == event.room != room
 
     def _is_beside(self, person: str, actor: str) -> bool:
-        """Returns whether `person` and `actor` are two different people in the same room."""
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
     def happen(self, event: Event) -> Witnesses:
-        """Updates the state and the beliefs by `event`, and returns the people who learnt of it.
-
-        The event must be possible (see `possible`).
-        """
+        """Updates the state and the beliefs by a possible event; returns who learnt of it."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
