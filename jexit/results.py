@@ -1,10 +1,9 @@
 """The schemas of the files with a run's measurements, such as `eval.json` and `completions.json`.
 
-An evaluation writes an `Evaluation`, which the report and sweeps read. A file that an older jexit
-or another program wrote is either read, or refused with a UserError of one sentence. Fields without
-a default are in every file that jexit has ever written. Fields with a default were added later or
-are measured on demand, and a file contains them only if they were set. Unknown fields in a file are
-ignored.
+A file that an older jexit or another program wrote is either read, or refused with a UserError of
+one sentence. Fields without a default are in every file that jexit has ever written. Fields with a
+default were added later or are measured on demand, and a file contains them only if they were set.
+Unknown fields are ignored.
 
 JSON has no NaN. A `Number` that is not finite is therefore written as null, and null is read as
 NaN.
@@ -22,7 +21,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     Strict,
     TypeAdapter,
     ValidationError,
@@ -42,10 +40,7 @@ Kind = TypeVar("Kind")
 
 
 def _fits(fits: Any, wanted: str) -> AfterValidator:
-    """Returns a validator that refuses a value unless `fits(value)` is true.
-
-    `wanted` describes the valid values in the error message.
-    """
+    """Returns a validator that refuses values for which `fits` is false as not `wanted`."""
 
     def check(value: Any) -> Any:
         if not fits(value):
@@ -93,55 +88,42 @@ class Record(BaseModel):
         return checked(cls, read_json(path, REMEDY), str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fields that were set to the JSON file `path`.
-
-        The file is replaced as a whole and is therefore never left incomplete. Raises UserError if
-        the disk is full.
-        """
+        """Replaces the JSON file `path` as a whole, by the fields that were set."""
         write_json_atomic(path, self.model_dump(exclude_unset=True))
 
 
 class ClassDepth(Record):
-    tokens: Count = Field(description="Number of tokens of the class.")
-    depth_mean: Finite = Field(description="Mean layers run per token.")
+    tokens: Count  # number of tokens of the class
+    depth_mean: Finite  # mean layers run per token
 
 
 class PolicyResult(Record):
-    """The results of one policy, over the problems of an evaluation.
+    """The results of one policy: an entry of `runs` in `eval.json`, `before.json` or `after.json`.
 
-    The record is an entry of `runs` in `eval.json`, or the whole of `before.json` or `after.json`.
     The depth of a token is the number of layers run in the pass that produced the token. The
     intervals of depth and layers are bootstrapped over problems.
     """
 
-    policy: str = Field(
-        description="full, sample, threshold:X, confidence:X, fixed:N, or a control."
-    )
-    accuracy: Share = Field(description="Share of correct answers.")
-    accuracy_ci95: Interval = Field(description="Wilson's interval of the accuracy.")
-    depth_mean: Finite = Field(description="Mean layers run per token.")
-    depth_fraction: Share = Field(description="Mean share of all layers run per token.")
-    depth_fraction_ci95: Interval | None = Field(None, description="Its interval.")
-    layers_per_problem: Number = Field(
-        math.nan, description="Sum of a completion's depths: the cost of an answer."
-    )
-    layers_per_problem_ci95: Interval | None = Field(None, description="Its interval.")
-    depth_histogram: dict[LayerCount, Count] = Field({}, description="Tokens by layers run.")
-    depth_by_class: dict[str, ClassDepth] | None = Field(
-        None, description="Mean depth per class of token."
-    )
-    problems: Count = Field(description="Number of problems.")
-    tokens: Count = Field(description="Tokens of all completions.")
-    completion_length: Number = Field(math.nan, description="Mean tokens per completion.")
-    truncated: Number = Field(math.nan, description="Share of completions that were cut off.")
-    verdicts: dict[str, Count] = Field({}, description="Completions by verdict.")
-    tokens_per_second: Number = Field(description="Decoding speed without compilation.")
-    text: dict[str, Number] = Field({}, description="The task's own metrics of completions.")
-    control_of: str | None = Field(None, description="The policy whose mean depth a control has.")
-    compute_fraction: Number = Field(
-        math.nan,
-        description="FLOPs of the layers as a share of full depth; a skipped layer is not free.",
-    )
+    policy: str  # full, sample, threshold:X, confidence:X, fixed:N, or a control
+    accuracy: Share  # share of correct answers
+    accuracy_ci95: Interval  # Wilson's interval of the accuracy
+    depth_mean: Finite  # mean layers run per token
+    depth_fraction: Share  # mean share of all layers run per token
+    depth_fraction_ci95: Interval | None = None
+    layers_per_problem: Number = math.nan  # sum of a completion's depths: the cost of an answer
+    layers_per_problem_ci95: Interval | None = None
+    depth_histogram: dict[LayerCount, Count] = {}  # tokens by layers run
+    depth_by_class: dict[str, ClassDepth] | None = None  # mean depth per class of token
+    problems: Count
+    tokens: Count  # tokens of all completions
+    completion_length: Number = math.nan  # mean tokens per completion
+    truncated: Number = math.nan  # share of completions that were cut off
+    verdicts: dict[str, Count] = {}  # completions by verdict
+    tokens_per_second: Number  # decoding speed without compilation
+    text: dict[str, Number] = {}  # the task's own metrics of completions
+    control_of: str | None = None  # the policy whose mean depth a control has
+    # FLOPs of the layers as a share of full depth; a skipped layer is not free
+    compute_fraction: Number = math.nan
 
     @model_validator(mode="after")
     def _layers_of_older_files(self) -> Self:
@@ -152,44 +134,32 @@ class PolicyResult(Record):
 
     @property
     def seconds_per_problem(self) -> float:
-        """The wall time per answer in seconds when problems are decoded in batches.
-
-        The time is NaN if the decoding speed was not measured.
-        """
+        """The wall time per answer in seconds when problems are decoded in batches, or NaN."""
         speed = self.tokens_per_second
         return self.completion_length / speed if speed > 0 else math.nan
 
     @property
     def kind(self) -> str:
-        """The policy's name without its argument, such as `threshold` for `threshold:0.5`."""
         return self.policy.partition(":")[0]
 
     @property
     def is_control(self) -> bool:
-        """Whether the policy is a control, which matches the mean depth of another policy.
-
-        The policy `fixed:N` is not a control.
-        """
+        """Whether the policy matches the mean depth of another one; `fixed:N` does not."""
         return self.control_of is not None
 
 
 class ControlDifference(Record):
     """The accuracy and the share of layers of a policy less those of its control.
 
-    A control has about the policy's mean depth, but does not choose which tokens stop early. A
-    positive difference of the accuracies is the gain from this choice.
+    A positive difference of the accuracies is the gain from choosing which tokens stop early.
     """
 
     policy: str
     control: str
-    accuracy_difference: Number = Field(description="Difference of the accuracies.")
-    accuracy_difference_ci95: Interval | None = Field(
-        None, description="Its interval, paired over problems."
-    )
-    depth_fraction_difference: Number = Field(description="Difference of the shares of layers run.")
-    depth_fraction_difference_ci95: Interval | None = Field(
-        None, description="Its interval, paired over problems."
-    )
+    accuracy_difference: Number
+    accuracy_difference_ci95: Interval | None = None  # its interval, paired over problems
+    depth_fraction_difference: Number  # difference of the shares of layers run
+    depth_fraction_difference_ci95: Interval | None = None  # its interval, paired over problems
     problems: Count
 
 
@@ -199,32 +169,29 @@ class ExitAgreement(Record):
     The averages cover the passes that can leave early: all but the first pass of each completion.
     """
 
-    exit: Count = Field(description="The exit, given by the number of layers run before it.")
-    kl_nats: Number = Field(description="Mean KL(π_L ‖ π_e) in nats.")
-    same_token: Number = Field(description="Share of passes with the same most likely token.")
-    close: Number = Field(description="Share of passes with a KL under 0.05 nats.")
+    exit: Count  # the exit, given by the number of layers run before it
+    kl_nats: Number  # mean KL(π_L ‖ π_e) in nats
+    same_token: Number  # share of passes with the same most likely token
+    close: Number  # share of passes with a KL under 0.05 nats
 
 
 class EarlyLeaving(Record):
     """The agreement with full depth when each token leaves at the first exit under a threshold.
 
-    The threshold applies to the KL between the last layer's prediction and the exit's. If no exit
-    has a KL under `threshold_nats`, the token runs all layers.
+    If no exit has a KL to the last layer under `threshold_nats`, the token runs all layers.
     """
 
     threshold_nats: Number
-    depth_fraction: Number = Field(description="Mean share of all layers run per token.")
-    kl_nats: Number = Field(description="Mean KL from full depth in nats.")
-    same_token: Number = Field(description="Share of tokens with the same most likely token.")
-    same_token_full_depth: Number = Field(
-        math.nan,
-        description="The same share among the tokens that run all layers; NaN if there are none.",
-    )
+    depth_fraction: Number  # mean share of all layers run per token
+    kl_nats: Number  # mean KL from full depth in nats
+    same_token: Number  # share of tokens with the same most likely token
+    # the same share among the tokens that run all layers; NaN if there are none
+    same_token_full_depth: Number = math.nan
 
 
 class ExitQuality(Record):
     policy: str
-    passes: Count = Field(description="Passes that could leave.")
+    passes: Count  # passes that could leave
     exits: tuple[ExitAgreement, ...]
     leaving: tuple[EarlyLeaving, ...]
 
@@ -238,13 +205,10 @@ class HazardBin(Record):
 
 
 class ExitCalibration(Record):
-    """The calibration of one exit's hazards, over the passes that reach the exit.
-
-    A hazard is the probability of leaving at an exit that has been reached.
-    """
+    """The calibration of one exit's hazards, over the passes that reach the exit."""
 
     exit: Count
-    ece: Finite = Field(description="Expected calibration error.")
+    ece: Finite  # expected calibration error
     positions: Count
     hazard_mean: Finite
     target_mean: Finite
@@ -258,32 +222,23 @@ class HazardCalibration(Record):
     """
 
     policy: str
-    sharpness: Number = Field(description="The factor k in the target 1 − tanh(k·KL / 2).")
-    target: str = Field(
-        "teacher", description="The model whose exits define the target: teacher or student."
-    )
-    ece: Number = Field(
-        description="Expected calibration error, averaged over exits with decisions as weights."
-    )
-    kl_student_teacher_nats: Number | None = Field(
-        None, description="Mean KL(student ‖ teacher) at the policy's depths, in nats."
-    )
+    sharpness: Number  # the factor k in the target 1 − tanh(k·KL / 2)
+    target: str = "teacher"  # the model whose exits define the target: teacher or student
+    ece: Number  # expected calibration error, averaged over exits with decisions as weights
+    # mean KL(student ‖ teacher) at the policy's depths, in nats
+    kl_student_teacher_nats: Number | None = None
     exits: tuple[ExitCalibration, ...]
 
 
 class SerialDepth(Record):
-    """The opaque serial depth of a policy's tokens: operations on the longest path of a pass.
-
-    `jexit.evaluation.serial_depth` defines what counts as an operation.
-    """
+    """The opaque serial depth of a policy's tokens: see `jexit.evaluation.serial_depth`."""
 
     policy: str
-    length: Count = Field(description="Tokens over which a pass attends.")
-    by_depth: dict[LayerCount, Count] = Field(
-        description="Serial depth of a pass, by the number of layers that it runs."
-    )
-    full: Count = Field(description="Serial depth of a pass through all layers.")
-    mean: Number = Field(description="Mean over the tokens, at the depths that were run.")
+    length: Count  # tokens over which a pass attends
+    # serial depth of a pass, by the number of layers that it runs
+    by_depth: dict[LayerCount, Count]
+    full: Count  # serial depth of a pass through all layers
+    mean: Number  # mean over the tokens, at the depths that were run
 
 
 class Planning(Record):
@@ -293,28 +248,21 @@ class Planning(Record):
     """
 
     policy: str
-    layer: Count = Field(description="The number of layers below the residual.")
-    ahead: Positive = Field(description="k: the pass that produces token t predicts token t + k.")
+    layer: Count  # the number of layers below the residual
+    ahead: Positive  # k: the pass that produces token t predicts token t + k
     accuracy: Share
-    accuracy_embedding: Share = Field(description="The control's accuracy.")
-    gain_ci95: Interval = Field(description="Interval of the gain over the control.")
+    accuracy_embedding: Share  # the control's accuracy
+    gain_ci95: Interval  # interval of the gain over the control
     passes: Count
 
 
 class CurvePoint(Record):
-    """The results when the answer is forced after a part of the chain of thought.
+    """The shares of problems when the answer is forced after a part of the chain of thought."""
 
-    `same_answer` and `right` are shares of problems.
-    """
-
-    kept: Share = Field(description="Share of the steps after which the answer was forced.")
-    same_answer: Number = Field(
-        description="Share of answers that equal the whole completion's answer."
-    )
-    of_whole: Number = Field(
-        math.nan, description="`same_answer` divided by its value with the whole chain."
-    )
-    right: Number = Field(description="Share of correct answers.")
+    kept: Share  # share of the steps after which the answer was forced
+    same_answer: Number  # share of answers that equal the whole completion's answer
+    of_whole: Number = math.nan  # `same_answer` divided by its value with the whole chain
+    right: Number  # share of correct answers
 
 
 class Measure(Record):
@@ -325,24 +273,17 @@ class Measure(Record):
 
     name: str
     value: Number
-    ci95: Interval | None = Field(None, description="The interval of the value, over problems.")
+    ci95: Interval | None = None  # the interval of the value, over problems
     problems: Count
-    depth_fraction: Number = Field(
-        math.nan, description="Mean share of all layers run for the replies' tokens."
-    )
-    completion_length: Number = Field(math.nan, description="Mean tokens per reply.")
-    detail: dict[str, Number] = Field({}, description="The numbers behind the value.")
+    depth_fraction: Number = math.nan  # mean share of all layers run for the replies' tokens
+    completion_length: Number = math.nan  # mean tokens per reply
+    detail: dict[str, Number] = {}  # the numbers behind the value
     curve: tuple[CurvePoint, ...] | None = None
-    caveat: str | None = Field(
-        None, description="The reason why the value is less informative than it seems."
-    )
+    caveat: str | None = None  # the reason why the value is less informative than it seems
 
 
 class Faithfulness(Record):
-    """The results of a policy, and the measures of faithfulness of its chains of thought.
-
-    The results are those without any intervention.
-    """
+    """A policy's results without any intervention, and the measures of its chains' faithfulness."""
 
     policy: str
     problems: Count
@@ -353,11 +294,7 @@ class Faithfulness(Record):
 
 
 class PairedMeasure(Record):
-    """The values of one measure under two policies, `policy` and `against`, and their difference.
-
-    The values cover the problems for which both policies have a value. `difference` is `value` −
-    `against_value`.
-    """
+    """A measure under `policy` less that under `against`, on the problems with a value in both."""
 
     policy: str
     against: str
@@ -372,29 +309,22 @@ class PairedMeasure(Record):
 class Capacity(Record):
     """The accuracy of a policy when the steps of its chains have one prescribed size.
 
-    The prompt prescribes the size of all steps, or a forced prefix prescribes the size of the first
-    step.
+    The prompt prescribes the size of all steps, or a forced prefix that of the first step.
     """
 
     policy: str
-    granularity: str = Field(description="Operands per step, or the name of the step size.")
+    granularity: str  # operands per step, or the name of the step size
     problems: Count
-    accuracy: Share = Field(description="Share of correct answers, or of correct steps.")
+    accuracy: Share  # share of correct answers, or of correct steps
     accuracy_ci95: Interval | None = None
-    depth_fraction: Share = Field(description="Mean share of all layers run per token.")
-    completion_length: Number = Field(math.nan, description="Mean tokens per completion.")
-    step_size: Number | None = Field(None, description="Mean operands per step that was written.")
-    obeyed: Number | None = Field(
-        None, description="Share of completions with the prescribed steps."
-    )
-    accuracy_obeyed: Number | None = Field(
-        None, description="Accuracy of the completions with the prescribed steps."
-    )
+    depth_fraction: Share  # mean share of all layers run per token
+    completion_length: Number = math.nan  # mean tokens per completion
+    step_size: Number | None = None  # mean operands per step that was written
+    obeyed: Number | None = None  # share of completions with the prescribed steps
+    accuracy_obeyed: Number | None = None  # accuracy of the completions with the prescribed steps
     accuracy_obeyed_ci95: Interval | None = None
-    left_out: Count = Field(0, description="Problems for which the model had no room.")
-    less_full: Number | None = Field(
-        None, description="Accuracy less the accuracy at full depth on the same problems."
-    )
+    left_out: Count = 0  # problems for which the model had no room
+    less_full: Number | None = None  # accuracy less the accuracy at full depth on the same problems
     less_full_ci95: Interval | None = None
 
 
@@ -410,12 +340,10 @@ class Evaluation(Record):
     The tuples after `runs` are empty for measures that were not requested.
     """
 
-    version: Count = Field(0, description="Version of this schema.")
-    complete: Annotated[bool, Strict()] = Field(
-        True, description="Whether the evaluation has finished."
-    )
-    task: dict[str, Any] = Field(description="The section `task` of the config.")
-    split: str = Field("test", description="The split of the task's problems.")
+    version: Count = 0  # version of this schema
+    complete: Annotated[bool, Strict()] = True  # whether the evaluation has finished
+    task: dict[str, Any]  # the section `task` of the config
+    split: str = "test"  # the split of the task's problems
     model: ModelDescription
     runs: tuple[PolicyResult, ...]
     controls: tuple[ControlDifference, ...] = ()
@@ -439,51 +367,46 @@ class Evaluation(Record):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Returns the finite numbers of all parts except `exits`, by path.
-
-        Examples of paths are `sample/accuracy` and `full/capacity/3/obeyed`.
-        """
-        found: dict[str, float] = {}
-        for run in self.runs:
-            found |= numbers(run.policy, run)
-        for pair in self.controls:
-            found |= numbers(f"{pair.policy} less {pair.control}", pair)
-        for both in self.faithfulness_paired:
-            place = f"{both.policy} less {both.against}/faithfulness/{both.measure}"
-            found |= numbers(place, both)
-        for entry in self.faithfulness:
-            for measure in entry.measures:
-                found |= numbers(f"{entry.policy}/faithfulness/{measure.name}", measure)
+        """Returns the finite numbers of all parts but `exits`, by paths like `sample/accuracy`."""
+        placed: list[tuple[str, Record]] = [(run.policy, run) for run in self.runs]
+        placed += [(f"{pair.policy} less {pair.control}", pair) for pair in self.controls]
+        placed += [
+            (f"{both.policy} less {both.against}/faithfulness/{both.measure}", both)
+            for both in self.faithfulness_paired
+        ]
+        placed += [
+            (f"{entry.policy}/faithfulness/{measure.name}", measure)
+            for entry in self.faithfulness
+            for measure in entry.measures
+        ]
         for part in ("capacity", "begun_steps"):
-            for step in getattr(self, part):
-                found |= numbers(f"{step.policy}/{part}/{step.granularity}", step)
+            steps = getattr(self, part)
+            placed += [(f"{step.policy}/{part}/{step.granularity}", step) for step in steps]
         for part in ("hazards", "serial_depth"):
-            for entry in getattr(self, part):
-                found |= numbers(f"{entry.policy}/{part}", entry)
-        for probed in self.planning:
-            place = f"{probed.policy}/planning/{probed.layer}/{probed.ahead}"
-            found |= numbers(place, probed)
+            placed += [(f"{entry.policy}/{part}", entry) for entry in getattr(self, part)]
+        placed += [(f"{p.policy}/planning/{p.layer}/{p.ahead}", p) for p in self.planning]
+        found: dict[str, float] = {}
+        for place, record in placed:
+            found |= numbers(place, record)
         return found
 
 
 class Completion(Record):
     """One completion, with the number of layers run for each of its tokens.
 
-    The record is an entry of `completions.json`, or a line of `samples.jsonl`. Only lines of
-    `samples.jsonl` contain `step` and `reward`.
+    The record is an entry of `completions.json`, or a line of `samples.jsonl`, which also contains
+    `step` and `reward`.
     """
 
     prompt: str
     completion: str
     tokens: tuple[str, ...]
-    depths: tuple[Count, ...] = Field(description="Layers run for each token.")
+    depths: tuple[Count, ...]  # layers run for each token
     policy: str = "sample"
     verdict: str = ""
     answer: str = ""
-    hazards: tuple[tuple[Number | None, ...] | None, ...] | None = Field(
-        None,
-        description="P(leave) of each token at each exit; null at exits that it did not reach.",
-    )
+    # P(leave) of each token at each exit; null at exits that it did not reach
+    hazards: tuple[tuple[Number | None, ...] | None, ...] | None = None
     step: Count | None = None
     reward: Number | None = None
 
@@ -499,10 +422,7 @@ class Completion(Record):
 
 
 def numbers(place: str, value: Any) -> dict[str, float]:
-    """Returns the finite numbers in `value` by path, where every path begins with `place`.
-
-    The ends of an interval have the paths `…/low` and `…/high`.
-    """
+    """Returns the finite numbers in `value` by path from `place` on, with `…/low` and `…/high`."""
     if isinstance(value, Record):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
@@ -520,8 +440,7 @@ def is_number(value: Any) -> bool:
 def checked(kind: type[Kind], value: Any, where: str) -> Kind:
     """Returns the JSON value `value` as a `kind`, such as a record or a tuple of records.
 
-    Raises UserError for the first field that is missing or invalid. `where` names the file in the
-    error message.
+    Raises UserError for the first field that is missing or invalid in the file `where`.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -543,10 +462,7 @@ _WANTED = {
 
 
 def _refusal(error: Mapping[str, Any], where: str) -> str:
-    """Returns a pydantic error as a sentence with the place, the value and the rule.
-
-    `where` names the file that contains the value.
-    """
+    """Returns a pydantic error as a sentence with the place, the value and the rule."""
     kind, place, value = error["type"], error["loc"], error["input"]
     if kind == "missing":
         return f"{_placed(where, place[:-1])} lacks the field {place[-1]!r}"
@@ -559,17 +475,12 @@ def _refusal(error: Mapping[str, Any], where: str) -> str:
 
 
 def _placed(where: str, place: Sequence[str | int]) -> str:
-    """Returns a file and the path of a field in it, such as `eval.json: runs[1].accuracy`.
-
-    `place` contains the keys and list indices that lead to the field. Keys are escaped and
-    shortened.
-    """
+    """Returns a file and the path of a field in it, such as `eval.json: runs[1].accuracy`."""
     parts = (f"[{p}]" if isinstance(p, int) else f".{repr(p[:40])[1:-1]}" for p in place)
     path = "".join(parts).removeprefix(".")
     return f"{where}: {path}" if path else where
 
 
 def _shown(value: Any) -> str:
-    """Returns the `repr` of a value for an error message, cut off after 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

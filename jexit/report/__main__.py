@@ -17,10 +17,6 @@ from jexit.report.runs import read_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the report that `argv` requests (default: `sys.argv[1:]`) and returns an exit code.
-
-    An error of the user is printed as one sentence on standard error.
-    """
     parser = argparse.ArgumentParser(
         prog="python -m jexit.report",
         description=__doc__,

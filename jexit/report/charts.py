@@ -13,8 +13,6 @@ import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
-from markupsafe import Markup
-
 from jexit.report.colours import file_style
 from jexit.report.rendering import NO_BREAK, asset, render, short_number
 
@@ -29,10 +27,7 @@ Tick = tuple[float, str]  # a value on an axis and its label
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """An outline in the path syntax of SVG.
-
-    `title` is shown when the pointer rests on the outline. `classes` contains the style classes.
-    """
+    """An outline in SVG's path syntax, with style classes and a tooltip."""
 
     d: str
     classes: str
@@ -41,11 +36,7 @@ class Path:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A line of text at a position in CSS pixels.
-
-    `x` is the position of the text's `anchor`, which is start, middle or end. `y` is the position
-    of the baseline.
-    """
+    """A line of text with its `anchor` (start, middle or end) at `x` and its baseline at `y`."""
 
     x: float
     y: float
@@ -56,8 +47,6 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Shapes that are moved together, by `x` to the right and `y` downwards, in CSS pixels."""
-
     x: float
     y: float
     shapes: Sequence[Path | Text]
@@ -65,11 +54,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis of a chart.
-
-    `label` contains the quantity and its unit, `span` the lowest and the highest value, and `ticks`
-    the marked values with their texts.
-    """
+    """An axis of a chart: quantity and unit, lowest and highest value, marked values with texts."""
 
     label: str
     span: tuple[float, float]
@@ -98,10 +83,7 @@ class Axis:
 
     @classmethod
     def around_shares(cls, label: str, values: Sequence[float]) -> Axis:
-        """Returns an axis of shares that contains all finite `values`, with room on both sides.
-
-        The axis is at least 20 percentage points long, unless it is cut off at 0 or 100 %.
-        """
+        """Returns an axis around all finite `values`, which are shares, of at least 20 points."""
         known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
         reach = max(0.05 * (high - low), (0.2 - (high - low)) / 2, 0.0)
@@ -229,8 +211,8 @@ class Chart:
     def told_at(self, columns: Sequence[tuple[float, str]]) -> None:
         """Adds invisible columns as high as the chart, each with a text that the pointer shows.
 
-        `columns` contains pairs (x, text) in ascending order of x. Two neighbouring columns meet
-        halfway between their values of x.
+        `columns` contains (x, text) in ascending order of x; neighbours meet halfway between
+        theirs.
         """
         xs = [x for x, _ in columns]
         middles = [(a + b) / 2 for a, b in pairwise(xs)]
@@ -250,8 +232,8 @@ class Chart:
     def label_points(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
         """Writes each label (x, y, text, class) beside its point, where the label overlaps least.
 
-        Labels of one class whose points almost coincide form one block with a line per text. If a
-        block and its point are apart, a thin line connects the block to its point.
+        Labels of one class whose points almost coincide form one block with a line per text. A thin
+        line connects a block to a point that is apart.
         """
         blocks: list[tuple[float, float, str, list[str]]] = []
         for x, y, text, class_ in labels:
@@ -276,10 +258,7 @@ class Chart:
                 self.shapes.append(Text(x, foot, text, f"name {class_}", anchor))
 
     def _free_box(self, x: float, y: float, width: float, height: float) -> Box:
-        """Returns the place near (x, y) where a box overlaps other shapes the least.
-
-        If several places overlap equally, the nearest place is returned.
-        """
+        """Returns the nearest of the places at (x, y) where a box overlaps shapes the least."""
         steps = (6 + number * LINE for number in range(8))
         downs = [-height / 2, *(down for step in steps for down in (step, -height - step))]
         sides = (x + 9, x - 9 - width, x - width / 2)
@@ -317,10 +296,7 @@ class Chart:
 def marker(
     shape: str, x: float, y: float, classes: str, title: str = "", size: float = 1.0
 ) -> Path:
-    """Returns a circle, square, triangle or diamond around the point (x, y).
-
-    The marker is hollow if `shape` has the prefix `open-`.
-    """
+    """Returns a circle, square, triangle or diamond, which the prefix `open-` makes hollow."""
     kind = shape.removeprefix("open-")
     classes = f"mark open {classes}" if kind != shape else f"mark {classes}"
     if kind == "circle":
@@ -336,19 +312,8 @@ def marker(
     return Path(f"M{d}Z", classes, title)
 
 
-def side_by_side(charts: Sequence[Chart], *, small: bool = False) -> Markup:
-    """Renders charts for a page, with as many charts in each row as fit.
-
-    With `small`, the charts have a smaller size.
-    """
-    return render("charts.html", charts=charts, small=small)
-
-
 def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
-    """Returns the text of an SVG file with the charts in rows of `columns` charts.
-
-    Each chart is below its title, its note and its legend.
-    """
+    """Returns the text of an SVG file with the charts in rows of `columns` charts."""
     width, gap = max(chart.width for chart in charts), 28.0
     groups: list[Group] = []
     top = 0.0
@@ -365,10 +330,7 @@ def as_file(charts: Sequence[Chart], columns: int = 1) -> str:
 
 
 def drawing(groups: Sequence[Group], width: float, height: float) -> str:
-    """Returns the text of an SVG file with the given shapes, for light and dark pages.
-
-    `width` and `height` are the size of the drawing in CSS pixels.
-    """
+    """Returns the text of an SVG file with the given shapes, for light and dark pages."""
     style = file_style(asset("charts.css"))
     return render("drawing.svg", groups=groups, width=width, height=height, style=style)
 
@@ -390,8 +352,8 @@ def _head(chart: Chart) -> tuple[list[Group], float]:
     return groups, top + (24.0 if chart.legend else 6.0)
 
 
-def text_width(text: str, size: float = FONT) -> float:
-    return CHARACTER * size * len(text)
+def text_width(text: str) -> float:
+    return CHARACTER * FONT * len(text)
 
 
 _LEAST = 1e-300  # smaller floats lose digits, and the smallest have no logarithm

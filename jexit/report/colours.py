@@ -50,15 +50,14 @@ def depth_class(depth: float, layers: int) -> str:
 
 
 def level_class(index: int, count: int) -> str:
-    """Returns the style class of level `index` of `count` levels, from v0 for level 0 to v8."""
     return f"v{round(LEVELS * index / max(count - 1, 1))}"
 
 
 def depth_colours(scheme: str) -> list[tuple[str, str]]:
-    """Returns the background and text colours of the classes c0 to c32.
+    """Returns the background and text colours of the classes c0 to c32 on light or dark pages.
 
-    `scheme` is light or dark. The text is black or white, whichever has the higher contrast with
-    the background (WCAG 2.2, 1.4.3). The contrast is at least 4.5 on every background.
+    The text is black or white, whichever has the higher contrast with the background (WCAG 2.2,
+    1.4.3): at least 4.5.
     """
     backgrounds = [_between(_DEPTHS[scheme], step / STEPS) for step in range(STEPS + 1)]
     return [(b, "#000000" if luminance(b) > 0.179 else "#ffffff") for b in backgrounds]
@@ -84,11 +83,7 @@ def page_colours() -> str:
 
 @functools.cache
 def file_style(rules: str) -> str:
-    """Returns the style of an SVG file, with a light and a dark variant.
-
-    The style contains `rules` with the colour called NAME in place of each `var(--NAME)`. Programs
-    that support neither variables nor media queries draw the light variant.
-    """
+    """Returns the style of an SVG file: `rules` with colours in place of `var(--NAME)`."""
 
     def coloured(scheme: str) -> str:
         named = named_colours(scheme)
@@ -130,5 +125,4 @@ def _between(anchors: Sequence[str], share: float) -> str:
 
 
 def _channels(colour: str) -> tuple[int, ...]:
-    """Returns the red, green and blue channels of a colour #rrggbb, each from 0 to 255."""
     return tuple(bytes.fromhex(colour[1:]))

@@ -27,9 +27,8 @@ CONTROL = "link dash1"
 def accuracy_over_depth(runs: Sequence[Run]) -> list[Chart]:
     """Returns charts of accuracy over the share of layers run, one chart per task.
 
-    Each policy is a point with 95 % intervals. A control is a hollow point, and a line connects the
-    control to the policy whose mean depth the control matches. Another line connects the threshold
-    policies of a run in the order of their depths.
+    Each policy is a point with 95 % intervals. A control is a hollow point, joined by a line to the
+    policy whose mean depth it matches. Another line joins a run's threshold policies by depth.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
@@ -135,10 +134,7 @@ def histograms(run: Run) -> list[Chart]:
 
 
 def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
-    """Returns a chart of the answers that are forced after a part of the chain of thought.
-
-    Returns None if no entry contains the measure `early_answering`.
-    """
+    """Returns a chart of the answers forced after a part of the chain of thought, if any."""
     curves = [
         (entry.policy, measure.curve)
         for entry in entries
@@ -174,22 +170,14 @@ def early_answering(entries: Sequence[Faithfulness]) -> Chart | None:
 
 
 def _agreement(curve: Sequence[CurvePoint]) -> list[float]:
-    """Returns each point's agreement divided by the agreement with the whole chain, at most 1.
-
-    Noise may raise the ratio above 1. If the file does not contain the ratio of every point, the
-    agreement itself is returned.
-    """
+    """Returns each point's agreement over that of the whole chain, if known, or else as it is."""
     if all(math.isfinite(point.of_whole) for point in curve):
         return [min(point.of_whole, 1.0) for point in curve]
     return [point.same_answer for point in curve]
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
-    """Returns a chart of accuracy over step size, with one line per policy.
-
-    The prompt prescribes the step size, which is how much one step of the chain of thought
-    computes.
-    """
+    """Returns a chart of accuracy over the step size that the prompt prescribes."""
     return _over_steps(
         entries,
         "Head capacity",
@@ -201,11 +189,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Chart:
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Chart:
-    """Returns a chart of accuracy over the size of a begun step, with one line per policy.
-
-    A forced prefix of the completion begins the step and fixes the step's number of operands, which
-    is its size.
-    """
+    """Returns a chart of accuracy over the operands of a step that a forced prefix begins."""
     return _over_steps(
         entries,
         "One step, begun",
@@ -248,21 +232,14 @@ def _over_steps(
 
 
 def granularities(entries: Sequence[Capacity]) -> list[str]:
-    """Returns the step sizes of the entries: numbers in ascending order, then names.
-
-    Names are in the order of `entries`.
-    """
+    """Returns the step sizes of the entries: numbers in ascending order, then names."""
     names = list(dict.fromkeys(entry.granularity for entry in entries))
     numbers = sorted((name for name in names if name.isdigit()), key=lambda n: (len(n), n))
     return numbers + [name for name in names if not name.isdigit()]
 
 
 def reliability(entries: Sequence[HazardCalibration]) -> list[Chart]:
-    """Returns charts of the mean target over the mean hazard of each bin, with one line per exit.
-
-    A hazard is the probability of leaving at an exit. A point on the diagonal belongs to a bin
-    whose hazards equal their targets on average.
-    """
+    """Returns charts of the mean target over the mean hazard of each bin, one line per exit."""
     charts = []
     for entry in entries:
         chart = Chart(

@@ -24,11 +24,10 @@ VERDICTS = {
 
 
 def heat_maps(run: Run) -> Markup | None:
-    """Renders a run's completions as heat maps, grouped by prompt.
+    """Renders a run's completions as heat maps, grouped by prompt, or None if there are none.
 
     The first prompts are unfolded. Prompts that would make the page too large for a browser are
-    left out, and the page shows the number of these prompts. Returns None if the run has no
-    completions or if its number of layers is not known.
+    left out, and counted on the page.
     """
     completions, steps = _completions(run)
     if not completions or run.layers is None:
@@ -61,8 +60,7 @@ def heat_maps(run: Run) -> Markup | None:
 def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
     """Returns the completions that a run's heat maps show, and the training steps that wrote them.
 
-    For an evaluation, the list of steps is empty. For a training run, the completions are the
-    rollouts of the last and the first step that wrote rollouts.
+    An evaluation has no such steps. A training run shows those of its last and its first step.
     """
     if run.completions or not run.samples:
         return run.completions, []
@@ -75,11 +73,7 @@ def _completions(run: Run) -> tuple[Sequence[Completion], list[int]]:
 def heat_map(
     completion: Completion, layers: int, exits: Sequence[int]
 ) -> Iterator[tuple[str, int, str, str, bool]]:
-    """Yields a cell for each token of a completion.
-
-    A cell contains the token's text, depth, style class and tooltip, and whether a line ends after
-    the token.
-    """
+    """Yields each token's text, depth, class and tooltip, and whether a line ends after it."""
     for place, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
         hazards = None if completion.hazards is None else completion.hazards[place]
         following = completion.tokens[place + 1] if place + 1 < len(completion.tokens) else ""
@@ -116,11 +110,7 @@ def visible(token: str) -> str:
 
 
 def facts(completion: Completion, layers: int) -> list[str]:
-    """Returns strings that describe a completion, for display above its heat map.
-
-    The strings contain the completion's policy or training step, verdict, number of tokens, mean
-    depth and reward, as far as these are known.
-    """
+    """Returns what is known of a completion, for display above its heat map."""
     told = [completion.policy if completion.step is None else f"step {completion.step}"]
     if completion.verdict:
         told.append(VERDICTS.get(completion.verdict, completion.verdict))

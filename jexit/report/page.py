@@ -11,7 +11,7 @@ from markupsafe import Markup
 from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
 from jexit.report import evaluation_charts, tables
-from jexit.report.charts import Chart, side_by_side
+from jexit.report.charts import Chart
 from jexit.report.colours import page_colours
 from jexit.report.heat_maps import heat_maps
 from jexit.report.rendering import asset, render
@@ -26,19 +26,15 @@ def write_report(
 ) -> Path:
     """Writes the report on one run, or on several runs side by side, and returns its path.
 
-    `workdirs` contains the directories of the runs. The default `output` is `report.html` in the
-    first directory. The same files always give the same page, byte for byte. Raises UserError,
-    without writing anything, if a directory contains nothing to report, if a file in a directory is
-    invalid, or if the page cannot be written.
+    The default `output` is `report.html` in the first of `workdirs`. The same files always give the
+    same page, byte for byte. Raises UserError, without writing anything, if a directory contains
+    nothing to report, if a file in it is invalid, or if the page cannot be written.
     """
     return write_page(read_runs(workdirs), output)
 
 
 def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report on runs that have already been read, and returns the page's path.
-
-    See `write_report`.
-    """
+    """Writes the report on runs that have already been read; see `write_report`."""
     path = runs[0].workdir / REPORT_FILE if output is None else Path(output)
     if path.is_dir():
         raise UserError(
@@ -50,10 +46,7 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike[str] | None = None
 
 
 def page(runs: Sequence[Run]) -> Markup:
-    """Renders the whole page of the report on `runs`.
-
-    The template `templates/page.html` contains the sections and their texts.
-    """
+    """Renders the whole page; the template `templates/page.html` contains the texts."""
     return render(
         "page.html",
         runs=runs,
@@ -72,15 +65,14 @@ def page(runs: Sequence[Run]) -> Markup:
 def drawn(*charts: Chart | None, small: bool = False) -> Markup:
     """Draws the charts that are not None side by side, or returns empty markup if all are None."""
     there = [chart for chart in charts if chart is not None]
-    return side_by_side(there, small=small) if there else Markup()
+    return render("charts.html", charts=there, small=small) if there else Markup()
 
 
 def training(runs: Sequence[Run]) -> list[tuple[str, list[Chart], list[Chart]]]:
-    """Returns the training curves of each command, such as `sft` or `rl`.
+    """Returns a heading, the training curves, and small charts of other metrics for each command.
 
-    Each entry contains a heading with the runs of the command, the charts of these runs, and small
-    charts of all other metrics. Commands are kept apart because two commands may log different
-    quantities under the same name, such as `loss`.
+    Commands are kept apart because two commands may log different quantities under the same name,
+    such as `loss`.
     """
     by_command: dict[str, list[Run]] = {}
     for run in runs:

@@ -74,27 +74,16 @@ def per_cent(value: float | None, digits: int = 1) -> str:
     return f"{number(100 * value, digits)}{NO_BREAK}%" if known else "–"
 
 
-def interval(bounds: tuple[float, float] | None, digits: int = 1) -> str:
+def interval(bounds: tuple[float, float] | None) -> str:
     """Formats an interval of shares in per cent, or as an empty string if it is not known."""
     if bounds is None or not all(map(math.isfinite, bounds)):
         return ""
-    low, high = (number(100 * bound, digits) for bound in bounds)
+    low, high = (number(100 * bound, 1) for bound in bounds)
     return f"{low} to {high}{NO_BREAK}%"
 
 
-def number_interval(bounds: tuple[float, float] | None, digits: int = 3) -> str:
-    return "" if bounds is None else " to ".join(number(bound, digits) for bound in bounds)
-
-
 def points(value: float | None) -> str:
-    """Formats a difference of two shares in percentage points, with a plus or minus sign.
-
-    The result is a dash if the difference is not known.
-    """
+    """Formats a difference of two shares in percentage points, with its sign, or as a dash."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{'+' if value > 0 else ''}{number(100 * value, 1)}"
-
-
-def points_interval(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else " to ".join(map(points, bounds))

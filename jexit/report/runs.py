@@ -30,10 +30,7 @@ Kind = TypeVar("Kind")
 
 
 class CommandName(Record):
-    """The fields of `config.json` that the report interprets: the command and the preset of a run.
-
-    The report only displays the other fields.
-    """
+    """The fields of `config.json` that the report interprets; it only displays the others."""
 
     command: str = ""
     preset: str = ""
@@ -65,10 +62,7 @@ class Curves:
         return name in self._points
 
     def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the steps and the values of the metric `name`.
-
-        A value is replaced by NaN if it is not finite or if its size exceeds `LARGEST`.
-        """
+        """Returns the steps and the values of a metric, NaN if not finite or too large."""
         steps, values = self._points[name].T
         return steps, np.where(np.abs(values) <= LARGEST, values, np.nan)
 
@@ -84,8 +78,8 @@ class Curves:
 class Run:
     """The contents of one run's directory, as the report needs them.
 
-    `notes` contains sentences about parts of the run's files that were left out. `place` is the
-    run's number on the page, which determines the run's colour.
+    `notes` contains sentences about parts of files that were left out. `place` is the run's number
+    on the page, which determines its colour.
     """
 
     workdir: Path
@@ -144,7 +138,7 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """Reads the runs in the directories `workdirs`, and gives each run a label.
 
     The label is the shortest end of the directory's path that is unique. Raises UserError if a
-    directory is given twice, or if `read_run` cannot read a directory.
+    directory is given twice, and the errors of `read_run`.
     """
     paths = [Path(workdir) for workdir in workdirs]
     resolved = [path.resolve() for path in paths]
@@ -164,8 +158,7 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -> Run:
     """Reads everything that a run has written to its directory so far.
 
-    `label` and `place` are the run's name and number in the report. Raises UserError if there is
-    nothing to report, or if a file is invalid.
+    Raises UserError if there is nothing to report, or if a file is invalid.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -207,10 +200,7 @@ def read_run(workdir: str | os.PathLike[str], label: str = "", place: int = 0) -
 
 
 def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns every setting of a nested config by its dotted name, such as `task.name`.
-
-    Each name begins with `prefix`.
-    """
+    """Returns every setting of a nested config by its dotted name after `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -219,10 +209,7 @@ def settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the default settings of the command and preset that `config` names.
-
-    Returns None if the command or the preset is not known.
-    """
+    """Returns the default settings of the command and preset in `config`, or None if unknown."""
     try:
         defaults = config_dict(config.get("command", ""), config.get("preset", ""))
     except ValueError:

@@ -15,10 +15,8 @@ from jexit.report.evaluation_charts import granularities
 from jexit.report.rendering import (
     interval,
     number,
-    number_interval,
     per_cent,
     points,
-    points_interval,
     render,
 )
 from jexit.report.runs import Run, default_settings, settings
@@ -103,18 +101,18 @@ def _of(part: Callable[[Any], Any], *columns: Column) -> Columns:
     return [(head, lambda entry, cell=cell: cell(part(entry))) for head, cell in columns]
 
 
-def _estimate(
-    head: str,
-    name: str,
-    value: Callable[..., str] = per_cent,
-    bounds: Callable[..., str] = interval,
-    **digits: int,
-) -> Columns:
+def _estimate(head: str, name: str, value: Callable[..., str] = per_cent, **digits: int) -> Columns:
     """Returns two columns: the field `name` of an entry, and the field's 95 % interval."""
     return (
         (head, lambda entry: value(getattr(entry, name), **digits)),
-        ("95 % interval", lambda entry: bounds(getattr(entry, f"{name}_ci95"), **digits)),
+        ("95 % interval", lambda entry: _ends(getattr(entry, f"{name}_ci95"), value, **digits)),
     )
+
+
+def _ends(bounds: Sequence[float] | None, value: Callable[..., str], **digits: int) -> str:
+    if bounds is None or value is per_cent:
+        return interval(bounds)
+    return " to ".join(value(bound, **digits) for bound in bounds)
 
 
 _problems: Column = ("problems", lambda entry: number(entry.problems, 0))
@@ -153,10 +151,7 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _depth_penalty(run: Run, flat: Mapping[str, Any]) -> str:
-    """Returns the depth penalty's coefficient λ, as the config sets λ, as a string.
-
-    If a schedule changed λ, the string also contains λ in the last training step.
-    """
+    """Returns the depth penalty λ of the config, and of the last step if a schedule changed it."""
     if run.command != "rl" or "rl.depth_coef" not in flat:
         return ""
     last, given = run.curves.last("depth_coef"), flat["rl.depth_coef"]
@@ -177,10 +172,7 @@ def duration(seconds: float | None) -> str:
 
 
 def main_results(runs: Sequence[Run]) -> Markup | None:
-    """Renders a table of the key figures of every run, for its main policy and its baseline.
-
-    The baseline is full depth in an evaluation, and the model before training in a training run.
-    """
+    """Renders the key figures of every run, for its main policy and its `headline` baseline."""
     named = [
         (run.label, name, result)
         for run in runs
@@ -217,7 +209,6 @@ def headline(run: Run) -> list[tuple[str, PolicyResult]]:
 
 
 def policies(run: Run) -> Markup:
-    """Renders a table of all results of each policy in the evaluation of `run`."""
     results = run.evaluation.runs
     texts = sorted({name for result in results for name in result.text})
     columns = (
@@ -227,7 +218,7 @@ def policies(run: Run) -> Markup:
         *_estimate("share of layers", "depth_fraction"),
         ("compute", lambda r: per_cent(r.compute_fraction)),
         ("tokens", lambda r: number(r.completion_length, 1)),
-        *_estimate("layers a problem", "layers_per_problem", number, number_interval, digits=1),
+        *_estimate("layers a problem", "layers_per_problem", number, digits=1),
         ("cut off", lambda r: per_cent(r.truncated)),
         ("tokens/s", lambda r: number(r.tokens_per_second, 0)),
         ("s/problem", lambda r: number(r.seconds_per_problem, 3)),
@@ -251,12 +242,11 @@ def _verdicts(result: PolicyResult) -> str:
 
 
 def differences(run: Run) -> Markup:
-    """Renders a table of the differences between policies and the controls at their mean depths."""
     columns = (
         ("policy", lambda e: e.policy),
         ("control", lambda e: e.control),
-        *_estimate("accuracy", "accuracy_difference", points, points_interval),
-        *_estimate("depth", "depth_fraction_difference", points, points_interval),
+        *_estimate("accuracy", "accuracy_difference", points),
+        *_estimate("depth", "depth_fraction_difference", points),
         _problems,
     )
     caption = "Policy minus control, in percentage points"
@@ -264,7 +254,6 @@ def differences(run: Run) -> Markup:
 
 
 def token_classes(run: Run) -> Markup | None:
-    """Renders a table of the mean depth per policy and token class, with heat-map colours."""
     results = [result for result in run.evaluation.runs if result.depth_by_class]
     if not results:
         return None
@@ -289,7 +278,6 @@ def token_classes(run: Run) -> Markup | None:
 
 
 def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
-    """Renders a table of the accuracy for every policy and step size that the prompt prescribes."""
     columns = (
         ("policy", lambda e: e.policy),
         ("step", lambda e: e.granularity.replace("_", " ")),
@@ -299,7 +287,7 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
         ("steps as asked", lambda e: per_cent(e.obeyed)),
         *_estimate("accuracy of those", "accuracy_obeyed"),
         _problems,
-        *_estimate("less full depth", "less_full", points, points_interval),
+        *_estimate("less full depth", "less_full", points),
     )
     names = list(dict.fromkeys(entry.policy for entry in entries))
     order = granularities(entries)
@@ -308,10 +296,6 @@ def prescribed_steps(entries: Sequence[Capacity]) -> Markup:
 
 
 def begun_steps(entries: Sequence[Capacity]) -> Markup:
-    """Renders a table of the accuracy of begun steps, for every policy and number of operands.
-
-    A forced prefix begins the step.
-    """
     columns = (
         ("policy", lambda e: e.policy),
         ("operands", lambda e: e.granularity),
@@ -319,7 +303,7 @@ def begun_steps(entries: Sequence[Capacity]) -> Markup:
         ("share of layers", lambda e: per_cent(e.depth_fraction)),
         ("results given", lambda e: per_cent(e.obeyed)),
         _problems,
-        *_estimate("less full depth", "less_full", points, points_interval),
+        *_estimate("less full depth", "less_full", points),
     )
     return table("Results of steps that were begun", entries, columns, texts=2)
 
@@ -331,7 +315,6 @@ def measures(entries: Sequence[Faithfulness]) -> list[tuple[str, str]]:
 
 
 def faithfulness(entries: Sequence[Faithfulness]) -> Markup:
-    """Renders a table of every measure of faithfulness under every policy, with its details."""
     found = [(entry.policy, measure) for entry in entries for measure in entry.measures]
     names = [*MEASURES, *(measure.name for _, measure in found)]
     columns = (
@@ -340,7 +323,7 @@ def faithfulness(entries: Sequence[Faithfulness]) -> Markup:
         *_of(
             operator.itemgetter(1),
             ("value", lambda m: number(m.value, 3)),
-            ("95 % interval", lambda m: number_interval(m.ci95)),
+            ("95 % interval", lambda m: _ends(m.ci95, number, digits=3)),
             _problems,
             ("share of layers", lambda m: per_cent(m.depth_fraction)),
             ("tokens", lambda m: number(m.completion_length, 1)),
@@ -359,17 +342,13 @@ def _also(measure: Measure) -> str:
 
 
 def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
-    """Renders a table of the difference of each measure between two policies.
-
-    Each difference covers the problems for which both policies have a value.
-    """
     columns = (
         ("measure", lambda e: e.measure.replace("_", " ")),
         ("policy", lambda e: e.policy),
         ("against", lambda e: e.against),
         ("value", lambda e: number(e.value, 3)),
         ("its value", lambda e: number(e.against_value, 3)),
-        *_estimate("difference", "difference", number, number_interval, digits=3),
+        *_estimate("difference", "difference", number, digits=3),
         _problems,
     )
     caption = "Policy minus full depth on the same weights and the same problems"
@@ -377,10 +356,6 @@ def faithfulness_paired(entries: Sequence[PairedMeasure]) -> Markup:
 
 
 def hazards(entries: Sequence[HazardCalibration]) -> Markup:
-    """Renders a table of the calibration of every exit's hazards.
-
-    The table also contains the KL to the teacher in nats.
-    """
     rows: list[tuple[object, ...]] = []
     for entry in entries:
         kl = number(entry.kl_student_teacher_nats, 3)
@@ -396,7 +371,6 @@ def hazards(entries: Sequence[HazardCalibration]) -> Markup:
 
 
 def serial_depth(entries: Sequence[SerialDepth]) -> Markup:
-    """Renders a table of the opaque serial depth of policies and of a pass of each depth."""
     rows: list[tuple[object, ...]] = []
     for entry in entries:
         rows.append((entry.policy, "as run", number(entry.mean, 1)))
@@ -407,7 +381,6 @@ def serial_depth(entries: Sequence[SerialDepth]) -> Markup:
 
 
 def planning(entries: Sequence[Planning]) -> Markup:
-    """Renders a table of probes for tokens that are to come, and of their control."""
     columns = (
         ("policy", lambda e: e.policy),
         ("tokens ahead", lambda e: e.ahead),
@@ -421,10 +394,9 @@ def planning(entries: Sequence[Planning]) -> Markup:
 
 
 def setting_differences(runs: Sequence[Run]) -> Markup | None:
-    """Renders a table of the settings that differ between the runs.
+    """Renders a table of the settings that differ between the runs, or None without any config.
 
-    For a single run, the table contains the settings that differ from the defaults of its command.
-    Returns None if no run has a config.
+    For a single run, these are the settings that differ from the defaults of its command.
     """
     known = [run for run in runs if run.config]
     if not known:
@@ -442,13 +414,12 @@ def setting_differences(runs: Sequence[Run]) -> Markup | None:
     keys = sorted({key for values in columns.values() for key in values})
     rows = []
     for key in keys:
-        values = [_setting(column, key) for column in columns.values()]
+        values = [
+            json.dumps(column[key], ensure_ascii=False) if key in column else "–"
+            for column in columns.values()
+        ]
         if len(values) == 1 or len(set(values)) > 1:
             rows.append([Markup("<code>{}</code>").format(text) for text in (key, *values)])
     if not rows:
         return Markup("<p>{}: none.</p>").format(caption)
     return table(caption, rows, _ready(("setting", *columns)), texts=1 + len(columns))
-
-
-def _setting(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if key in values else "–"

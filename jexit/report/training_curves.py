@@ -32,10 +32,7 @@ OTHER = "other"  # the charts of metrics without a panel
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """The description of a chart of metrics that a training run logs.
-
-    `metrics` maps the names of metrics to labels, and `unit` is the label of the y axis.
-    """
+    """A chart of metrics that a training run logs; `metrics` maps their names to labels."""
 
     title: str
     unit: str
@@ -114,8 +111,8 @@ class Line:
 def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     """Returns charts of all metrics of the runs, by name of an SVG file, accuracy and depth first.
 
-    A thin line shows the logged values, and a thick line their running mean. Metrics that no panel
-    describes, or whose panel is uninformative, have a small chart under the name `other`.
+    A thin line shows the logged values, and a thick line their running mean. Metrics without an
+    informative panel have a small chart under the name `other`.
     """
     trained = [run for run in runs if run.curves.names]
     charts: dict[str, list[Chart]] = {}
@@ -137,11 +134,7 @@ def training_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def write_charts(run: Run) -> list[Path]:
-    """Draws every metric of a run to `WORKDIR/plots/*.svg`, and returns the paths of the files.
-
-    WORKDIR is the directory of the run. The first path is that of the main chart. Raises UserError
-    if a file cannot be written.
-    """
+    """Draws every metric of a run to `WORKDIR/plots/*.svg`; returns the paths, the main first."""
     paths = []
     for name, charts in training_charts([run]).items():
         path = run.workdir / "plots" / f"{name}.svg"
@@ -151,11 +144,7 @@ def write_charts(run: Run) -> list[Path]:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean of the values in a window around each value.
-
-    At the two ends of `values`, the window is cut off. The mean skips gaps (NaN), and is NaN if the
-    window contains only gaps.
-    """
+    """Returns the mean of the finite values in a window around each value, or NaN without any."""
     count = len(values)
     span = max(3, round(MEAN_SPAN * count))
     known = np.isfinite(values)
@@ -168,10 +157,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most `POINTS` points: the lowest and the highest value of each interval of steps.
-
-    A curve that has at most `POINTS` points is returned unchanged.
-    """
+    """Returns at most `POINTS` points: the lowest and highest value of each interval of steps."""
     if len(values) <= POINTS:
         return steps, values
     kept = []
@@ -204,7 +190,10 @@ def _lines(panel: Panel, runs: Sequence[Run]) -> list[Line]:
 def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
     lines = _lines(panel, runs)
     ends = [(line.mean[np.isfinite(line.mean)][-1], line.classes) for line in lines]
-    labels = [(end, _end_text(end, panel.shares), classes) for end, classes in ends]
+    labels = [
+        (end, f"{100 * end:.0f}{NO_BREAK}%" if panel.shares else short_number(end), classes)
+        for end, classes in ends
+    ]
     chart = Chart(
         panel.title,
         Axis.of_steps(
@@ -229,10 +218,7 @@ def _chart(panel: Panel, runs: Sequence[Run]) -> Chart:
 
 
 def _draw(chart: Chart, line: Line) -> None:
-    """Draws the running mean of a line as a thick line, and the values as a thin line.
-
-    If there are few values, they are drawn as points.
-    """
+    """Draws the values as a thin line, or few as points, and their running mean as a thick line."""
     values, mean = (np.clip(v, *chart.y_span) for v in (line.values, line.mean))
     if line.few:
         for step, value in zip(line.steps, values, strict=True):
@@ -258,10 +244,7 @@ def _y_axis(panel: Panel, values: np.ndarray) -> Axis:
 
 
 def _told(lines: Sequence[Line], panel: Panel) -> list[tuple[float, str]]:
-    """Returns tooltips with the values of all lines at each step, or their means over intervals.
-
-    A tooltip is a pair of a step and a text.
-    """
+    """Returns tooltips (step, text) with the values of all lines, or means over intervals."""
     steps = np.unique(np.concatenate([line.steps for line in lines]))
     stretches = np.array_split(steps, min(len(steps), TOLD_SMALL if panel.small else TOLD))
     columns = []
@@ -294,10 +277,6 @@ def _depth_band(chart: Chart, line: Line) -> None:
 
 
 def _exits(run: Run) -> list[str]:
-    """Returns the names of the metrics `exit/LAYER` in ascending order of LAYER.
-
-    The result is empty if there are fewer than two such metrics.
-    """
     names = [n for n in run.curves.names if n.startswith("exit/") and _layer(n).isdecimal()]
     return sorted(names, key=lambda name: int(_layer(name))) if len(names) > 1 else []
 
@@ -307,10 +286,7 @@ def _layer(name: str) -> str:
 
 
 def _leaving(run: Run, several: bool) -> Chart:
-    """Returns a chart of the shares of tokens by layers run, stacked from the shallowest exit up.
-
-    With `several`, the title contains the label of the run.
-    """
+    """Returns a chart of the shares of tokens by layers run, from the shallowest exit up."""
     names = _exits(run)
     steps = np.unique(np.concatenate([run.curves[name][0] for name in names]))
     rows = []
@@ -347,7 +323,3 @@ def _leaving(run: Run, several: bool) -> Chart:
 def _told_shares(names: Sequence[str], step: float, shares: np.ndarray) -> str:
     lines = (f"{_layer(n)} layers: {per_cent(s)}" for n, s in zip(names, shares, strict=True))
     return "\n".join([f"step {step:.0f}", *lines])
-
-
-def _end_text(value: float, share: bool) -> str:
-    return f"{100 * value:.0f}{NO_BREAK}%" if share else short_number(value)
