@@ -1,1 +1,1 @@
-"""Tables and figures of published studies, from the results of their runs."""
+"""Tables and charts of published studies, from the results of their runs."""

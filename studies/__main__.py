@@ -1,4 +1,4 @@
-"""Tables and figures of studies, from the numbers that are kept beside them.
+"""Tables and charts of studies, from the numbers that are kept beside them.
 
     python -m studies docs/results
 
@@ -9,10 +9,10 @@ table between the lines
     <!-- NAME: label; label; … -->
     <!-- end -->
 
-where the labels say which columns, and those figures that they link to are drawn: NAME-plane.svg
+where the labels say which columns, and those charts that they link to are drawn: NAME-plane.svg
 (accuracy over depth, with the controls), NAME-curves.svg, NAME-measures.svg, NAME-classes.svg
 (depth by class of token) and NAME-tokens.svg (completions, each token with its depth). With --all,
-every figure that there are numbers for. The same numbers give the same files, byte for byte.
+every chart that there are numbers for. The same numbers give the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from jexit.errors import UserError
 from jexit.io.files import write_bytes_atomic
-from studies.figures import FIGURES, drawn
+from studies.charts import CHARTS, drawn
 from studies.study import COLUMNS, Study
 
 _BLOCK = re.compile(
@@ -36,9 +36,9 @@ _PICTURE = re.compile(r"!\[[^]]*\]\((?P<path>[^)]+\.svg)\)")
 
 
 def with_tables(text: str, studies: Mapping[str, Study]) -> str:
-    """The Markdown with each study's table between its lines, made anew.
+    """Returns the Markdown with each study's table between its two markers, made anew.
 
-    Raises UserError for a study or a label that there is not, and for a line without the other.
+    Raises UserError for an unknown study or column, and for a marker without the other.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -60,28 +60,27 @@ def with_tables(text: str, studies: Mapping[str, Study]) -> str:
     return _BLOCK.sub(block, text)
 
 
-def linked_figures(page: Path, directory: Path) -> set[str]:
-    """The names of the directory's .svg files that a page shows."""
+def linked_charts(page: Path, directory: Path) -> set[str]:
+    """Returns the names of the .svg files in `directory` that a page shows."""
     shown = (page.parent / found["path"] for found in _PICTURE.finditer(page.read_text("utf-8")))
     return {path.name for path in shown if path.parent.resolve() == directory}
 
 
 def _wanted(shown: set[str], studies: Mapping[str, Study]) -> dict[str, list[str]]:
-    """The figures to draw of each study; UserError for one that is shown and can't be drawn."""
-    known = {f"{name}-{figure}.svg": (name, figure) for name in studies for figure in FIGURES}
+    """Returns the charts to draw of each study; raises UserError for an unknown one in a page."""
+    known = {f"{name}-{chart}.svg": (name, chart) for name in studies for chart in CHARTS}
     if unknown := sorted(shown - known.keys()):
         raise UserError(
             f"a page shows {unknown[0]}, which is no figure of a study here; a figure is "
-            f"NAME-{{{','.join(FIGURES)}}}.svg, beside NAME.csv"
+            f"NAME-{{{','.join(CHARTS)}}}.svg, beside NAME.csv"
         )
     wanted: dict[str, list[str]] = {name: [] for name in studies}
-    for name, figure in (known[file] for file in sorted(shown)):
-        wanted[name].append(figure)
+    for name, chart in (known[file] for file in sorted(shown)):
+        wanted[name].append(chart)
     return wanted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, writes, and turns a user's mistake into one sentence and an exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m studies",
         description=__doc__,
@@ -99,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         studies = {path.stem: Study(path) for path in paths}
         pages = [*directory.parent.glob("*.md"), *directory.parent.parent.glob("*.md")]
-        wanted = _wanted({name for p in pages for name in linked_figures(p, directory)}, studies)
+        wanted = _wanted({name for p in pages for name in linked_charts(p, directory)}, studies)
         files: dict[Path, str] = {}
         for name, study in studies.items():
             files |= drawn(study, directory, None if arguments.all else wanted[name])

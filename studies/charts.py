@@ -222,7 +222,7 @@ def _file(charts: Sequence[Chart], columns: int) -> str:
 
 
 # What NAME-FIGURE.svg holds, "" for a study without the numbers.
-FIGURES = {
+CHARTS = {
     "plane": lambda study: _file(plane(study), 1),
     "curves": lambda study: _file(curves(study), 2),
     "measures": lambda study: _file(measures(study), 2),
@@ -232,14 +232,14 @@ FIGURES = {
 
 
 def drawn(study: Study, directory: Path, wanted: Collection[str] | None = None) -> dict[Path, str]:
-    """NAME-FIGURE.svg of those of `FIGURES` that are wanted, or that there are numbers for.
+    """Returns NAME-CHART.svg for each wanted chart, or for each that has numbers.
 
-    Raises UserError for one that is wanted and has no numbers.
+    Raises UserError for a wanted chart without numbers.
     """
     files = {}
-    for name in FIGURES if wanted is None else wanted:
+    for name in CHARTS if wanted is None else wanted:
         path = directory / f"{study.name}-{name}.svg"
-        text = FIGURES[name](study)
+        text = CHARTS[name](study)
         if text:
             files[path] = text
         elif wanted is not None:

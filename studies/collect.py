@@ -35,7 +35,7 @@ SHOWN = 2  # completions of a run in NAME-completions.json
 
 
 def curves(cell: Cell) -> Iterator[dict[str, float]]:
-    """A run's training metrics, means over stretches of steps; `step` is the last one."""
+    """Yields a run's training metrics as means over stretches of steps; `step` is the last one."""
     records = read_metrics(cell.workdir)
     count = min(POINTS, len(records))
     for number in range(count):
@@ -51,7 +51,7 @@ def curves(cell: Cell) -> Iterator[dict[str, float]]:
 
 
 def completions(cell: Cell) -> list[dict[str, Any]]:
-    """The first completions that a run's evaluation decoded under sampled exits and kept."""
+    """Returns the first completions under sampled exits that a run's evaluation kept."""
     if cell.evaluation is None:
         return []
     run = read_run(cell.evaluation.parent)
@@ -104,7 +104,6 @@ def collect(cells: Sequence[Cell], target: Path, initial: Outcomes | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, writes, and turns a user's mistake into one sentence and an exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m studies.collect",
         description=__doc__,

@@ -76,7 +76,7 @@ Group = tuple[str, ...]  # the values of a study's settings
 
 
 class OverSeeds(NamedTuple):
-    """A number of a group's runs: its mean, and its smallest and largest value."""
+    """The mean, the smallest and the largest value of a number over a group's runs."""
 
     mean: float
     low: float
@@ -84,10 +84,10 @@ class OverSeeds(NamedTuple):
 
 
 class Study:
-    """One study's runs by setting, from NAME.csv and what lies beside it.
+    """One study's runs by setting, from NAME.csv and the files beside it.
 
-    Settings are the columns that are not numbers, but for the seed. Raises UserError for files
-    that no sweep has made, or that two have.
+    The settings are the columns that are not numbers, except the seed. Raises UserError for files
+    that no sweep has made, or that belong to different sweeps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,24 +114,24 @@ class Study:
 
     @property
     def token_classes(self) -> list[str]:
-        """The classes of tokens whose mean depth the first run has."""
+        """The classes of tokens for which the first run has a mean depth."""
         ends = "sample/depth_by_class/", "/depth_mean"
         columns = self._runs[self.groups[0]].columns
         found = [c for c in columns if c.startswith(ends[0]) and c.endswith(ends[1])]
         return [column.removeprefix(ends[0]).removesuffix(ends[1]) for column in found]
 
     def values(self, group: Group, source: str) -> list[float]:
-        """A column's numbers of a group's runs; NaN where a run has none."""
+        """Returns a column's numbers of a group's runs, NaN for a run without one."""
         runs = self._runs[group]
         return runs[source].tolist() if source in runs else [math.nan] * len(runs)
 
     def over_seeds(self, group: Group, source: str) -> OverSeeds:
-        """Over the group's runs that have the number; NaN for none."""
+        """Returns the mean and range of a column over the runs that have it, NaN without any."""
         known = [v for v in self.values(group, source) if math.isfinite(v)] or [math.nan]
         return OverSeeds(float(np.mean(known)), min(known), max(known))
 
     def curve(self, group: Group, name: str) -> dict[int, OverSeeds]:
-        """A training metric of a group's runs by step; steps without any number are left out."""
+        """Returns a training metric of a group's runs by step, without steps that lack it."""
         curves = self._curves.get(group)
         if curves is None or name not in curves:
             return {}
@@ -139,7 +139,7 @@ class Study:
         return {int(step): OverSeeds(*row) for step, *row in by_step.itertuples()}
 
     def label(self, group: Group) -> str:
-        """The settings' last names and values; of one that is a path, a name, only its value."""
+        """Returns the settings' last names and values; of a single path or name, only its value."""
         if len(group) == 1 and self.settings[0] in _SAYS_ITSELF:
             return group[0]
         return ", ".join(
@@ -148,7 +148,7 @@ class Study:
         )
 
     def table(self, labels: Sequence[str]) -> str:
-        """A Markdown table: a line for every setting, the mean over seeds and its range."""
+        """Returns a Markdown table: a line per setting, with means over seeds and their ranges."""
         heads = [*(f"`{key}`" for key in self.settings), "seeds", *labels]
         rows = [
             [*group, str(len(runs)), *(self._text(group, COLUMNS[label]) for label in labels)]
@@ -177,7 +177,7 @@ def _read(path: Path) -> pd.DataFrame:
 def _grouped(
     lines: pd.DataFrame, settings: Sequence[str], path: Path, *others: str
 ) -> dict[Group, pd.DataFrame]:
-    """The lines by the values of the settings, in the order of the file."""
+    """Returns the lines by the values of the settings, in the order of the file."""
     if missing := [key for key in (*settings, *others) if key not in lines]:
         raise UserError(
             f"{path} has no column {missing[0][:80]!r}, which its study has; collect both from the "
@@ -190,7 +190,7 @@ def _grouped(
 
 
 def _with_layers_per_problem(lines: pd.DataFrame) -> pd.DataFrame:
-    """What older tables lack and imply: a policy's mean depth times its completions' length."""
+    """Adds what older tables lack: a policy's mean depth times its completions' length."""
     made = {}
     for source in lines.columns:
         policy, _, name = source.rpartition("/")
@@ -202,9 +202,9 @@ def _with_layers_per_problem(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def _numeric(lines: pd.DataFrame, texts: Sequence[str], path: Path) -> pd.DataFrame:
-    """All columns but the `texts` as numbers, NaN for empty cells.
+    """Returns all columns except `texts` as numbers, NaN for empty cells.
 
-    Raises UserError for a cell that is no number, or one that cannot be drawn.
+    Raises UserError for a cell that is not a number, or is too large to be drawn.
     """
     names = [column for column in lines.columns if column not in texts]
     cells = lines[names].replace("", "nan")

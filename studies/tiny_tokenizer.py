@@ -41,19 +41,10 @@ OTHER_WORDS = ("sum", " by", " at", " once")  # the command words of `sums`
 STORIES = 400  # that the words of `tom` are collected from
 
 
-def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, which byte-level BPE is written in."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: chr(byte) for byte in printable}
-    alphabet |= {byte: chr(256 + rank) for rank, byte in enumerate(others)}
-    return alphabet
-
-
 def written(text: str) -> str:
-    """The text in the byte alphabet."""
-    alphabet = byte_alphabet()
-    return "".join(alphabet[byte] for byte in text.encode())
+    """The text in GPT-2's printable stand-ins for bytes, which byte-level BPE is written in."""
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pieces.pre_tokenize_str(text)[0][0]
 
 
 def task_words() -> list[str]:
@@ -109,7 +100,7 @@ def _merged(pieces: list[str], left: str, right: str) -> list[str]:
 def build() -> Tokenizer:
     """The tokenizer, with exactly VOCAB_SIZE entries."""
     words = task_words()
-    entries = [*SPECIAL_TOKENS, *sorted(byte_alphabet().values())]
+    entries = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     whole = [*SYMBOLS, *map(written, words)]
     entries += [entry for entry in whole if entry not in entries]
     merges = learn_merges(words, set(entries), VOCAB_SIZE - len(entries))

@@ -20,7 +20,7 @@ LETTER = 8.2  # a letter's width in tokens
 
 
 class Strip(pydantic.BaseModel, extra="ignore"):
-    """A completion of a run with `settings`: its tokens, and how many of `layers` each ran."""
+    """A completion of a run with `settings`: its tokens, and how many of the `layers` each ran."""
 
     settings: dict[str, str]
     layers: Annotated[int, pydantic.Field(ge=1)]
@@ -36,7 +36,7 @@ class Strip(pydantic.BaseModel, extra="ignore"):
 
 
 def read_strips(path: Path, settings: Sequence[str]) -> list[Strip]:
-    """What was collected of completions; raises UserError where it is none, or another study's."""
+    """Reads NAME-completions.json; raises UserError if it is invalid or another study's."""
     try:
         strips = pydantic.TypeAdapter(list[Strip]).validate_json(path.read_bytes())
     except pydantic.ValidationError as error:
@@ -52,7 +52,7 @@ def read_strips(path: Path, settings: Sequence[str]) -> list[Strip]:
 
 
 def draw(title: str, strips: Sequence[tuple[str, Strip]]) -> str:
-    """An SVG file of each strip under its label: a cell a token, the depth below its text."""
+    """Returns an SVG file of the strips: a cell per token, with the depth below its text."""
     heads = textwrap.wrap(title, 110)
     shapes: list[charts.Path | Text] = [
         Text(0.0, 14.0 + 17.0 * row, head, "title") for row, head in enumerate(heads)

@@ -1,4 +1,4 @@
-"""Tables and figures of studies, from numbers whose means and ranges are known."""
+"""Tables and charts of studies, from numbers whose means and ranges are known."""
 
 import codecs
 import csv
