@@ -83,20 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", required=True, help="directory of a checkpoint, or hub id")
     parser.add_argument("--target", required=True, help="model directory to write")
     parser.add_argument(
-        "--download", action="store_true", help="download a hub id that is not in the cache"
+        "--download",
+        dest="fetch",
+        action="store_true",
+        help="download a hub id that is not in the cache",
     )
     parser.add_argument("--layers", type=int, metavar="N", help="keep only the first N layers")
-    options = parser.parse_args(argv)
-    source, target, layers = options.source, options.target, options.layers
-    return run(lambda: convert(source, target, fetch=options.download, layers=layers))
+    options = vars(parser.parse_args(argv))
+    return run(lambda: convert(**options))
 
 
 def run(command: Callable[[], str]) -> int:
-    """Calls `command`, a conversion that returns a summary, and returns the exit code.
-
-    Prints the summary to stdout (exit code 0), or the message of a ValueError or OSError to stderr
-    (exit code 1).
-    """
+    """Prints the summary of a conversion, or its ValueError or OSError; returns the exit code."""
     jax.config.update("jax_platforms", "cpu")  # a conversion should not occupy an accelerator
     storage_errors.say_once()
     try:

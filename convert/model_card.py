@@ -33,11 +33,10 @@ def model_card(
 ) -> str:
     """Returns the text of the model card for an export of the model at `source`.
 
-    `model` is the description of the model, `name` is OWNER/NAME or the name of the export's
-    directory, and `adapter` says whether the export contains only a PEFT adapter. The results are
-    read from `evaluation`, an `eval.json` or its directory; if `evaluation` is empty, they are read
-    from the evaluation of the run that made the model, if there is one. Raises MissingFile or
-    UserError if the evaluation is missing or damaged.
+    `name` is OWNER/NAME or the name of the export's directory, and `adapter` says whether the
+    export contains only a PEFT adapter. The results are read from `evaluation`, an `eval.json` or
+    its directory, or else from the evaluation of the run that made the model, if there is one.
+    Raises MissingFile or UserError if the evaluation is missing or damaged.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -45,15 +44,14 @@ def model_card(
     found = _evaluation(evaluation, run)
     measured = Evaluation.read(found) if found else None
     arch, stages = model.architecture, list(_stages(run))
-    if measured and (measured.model.layers, measured.model.exits) != (
-        arch.layers,
-        model.exit_layers,
-    ):
+    own = (arch.layers, model.exit_layers)
+    if measured and (measured.model.layers, measured.model.exits) != own:
         raise UserError(
             f"{found} has the results of another model, {measured.model.path}; give the evaluation "
             f"of {source}"
         )
     results = measured.runs if measured else ()
+    task = _task_name(measured.task["name"]) if measured else ""
     metadata = ModelCardData(
         base_model=model.source if is_hub_id(model.source) else None,
         library_name="peft" if adapter else "transformers",
@@ -63,8 +61,8 @@ def model_card(
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=_task_name(measured.task["name"]),
-                dataset_name=f"{_task_name(measured.task['name'])}, {measured.split}",
+                dataset_type=task,
+                dataset_name=f"{task}, {measured.split}",
                 metric_type="accuracy",
                 metric_name=f"accuracy, {result.policy}",
                 metric_value=round(result.accuracy, 4),
@@ -80,13 +78,12 @@ def model_card(
     return template.render(
         metadata=metadata.to_yaml(),
         name=name,
-        path=name,
         family=arch.family,
         architecture=f"A {arch.family} model of {arch.layers} layers × {arch.width}",
         exits=f"layers {exits}" if exits else "none: it has no exit heads",
         adapter=adapter,
         stages=stages,
-        task=_task_name(measured.task["name"]) if measured else "",
+        task=task,
         split=measured.split if measured else "",
         measured=_measured_name(measured) if measured else "",
         problems=results[0].problems if results else 0,
@@ -95,10 +92,9 @@ def model_card(
 
 
 def _run_of(source: pathlib.Path) -> pathlib.Path | None:
-    """Returns the directory of the run that made the model at `source`, or None.
+    """Returns the directory of the run that made the model at `source`, or None if none did.
 
-    `source` is the directory of a run or its subdirectory `model`. None means that no run made the
-    model.
+    `source` is the directory of a run or its subdirectory `model`.
     """
     return next((d for d in (source, source.parent) if _command(d / "config.json")), None)
 
@@ -123,11 +119,10 @@ def _evaluation(given: str, run: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
-    """Yields a description of each run that led to the model, from the first run to the last.
+    """Yields each run that led to the model, from the first to `run`, the directory of the last.
 
-    `run` is the directory of the last run. A description contains the command, the path of the
-    model from which the run started, the name of the task, and the settings that differ from their
-    defaults.
+    This is its command, the model from which it started, its task, and the settings that differ
+    from their defaults.
     """
     if run is None:
         return
@@ -172,7 +167,6 @@ def _public(value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
-    """Returns a setting as the text of a Markdown table's cell of code."""
     return repr(value).replace("|", "\\|").replace("`", "'")
 
 

@@ -62,7 +62,8 @@ _AXES = {
 class Rule:
     """Connects one kind of tensor in a safetensors file with one parameter of jexit.
 
-    `layout` describes how the axes correspond, such as "(N H) D -> D N H" (see the module).
+    `layout` describes how the axes correspond (see the module). In all methods, `sizes` maps axis
+    letters to lengths.
     """
 
     name: str  # in the file; {layer} stands for a layer's or an exit's number
@@ -75,30 +76,21 @@ class Rule:
         return LAYER in self.name
 
     def name_at(self, layer: int | None) -> str:
-        """Returns the name of the tensor of one layer or exit.
-
-        `layer` is the number of the layer or exit; None returns `name` unchanged.
-        """
+        """Returns the name of the tensor of one layer or exit, or `name` for None."""
         return self.name if layer is None else self.name.replace(LAYER, str(layer))
 
     def file_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the shape of the tensor in the file; `sizes` maps axis letters to lengths."""
         groups, _ = _parse(self.layout)
         return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the shape of the parameter without the stacked axis.
-
-        `sizes` maps axis letters to lengths.
-        """
         _, letters = _parse(self.layout)
         return tuple(sizes[letter] for letter in letters)
 
     def to_jexit(self, tensor: Any, sizes: Mapping[str, int]) -> Any:
         """Converts the tensor of one layer or exit to the corresponding slice of the parameter.
 
-        `tensor` is any array with the methods reshape and transpose. `sizes` maps axis letters to
-        lengths.
+        `tensor` is any array with the methods reshape and transpose.
         """
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
@@ -106,10 +98,7 @@ class Rule:
         return split.transpose([flat.index(letter) for letter in letters])
 
     def to_hf(self, parameter: Any, sizes: Mapping[str, int]) -> Any:
-        """Converts one slice of the parameter to the tensor that the file stores.
-
-        The slice belongs to one layer or exit. `sizes` maps axis letters to lengths.
-        """
+        """Converts one slice of the parameter to the tensor that the file stores."""
         groups, letters = _parse(self.layout)
         flat = [letter for group in groups for letter in group]
         ordered = parameter.transpose([letters.index(letter) for letter in flat])
@@ -117,10 +106,9 @@ class Rule:
 
 
 def axis_sizes(**sizes: Any) -> dict[str, int]:
-    """Returns the length of every axis letter, given the lengths by name.
+    """Returns the length of every axis letter, given the lengths by name; 0 for others.
 
-    `sizes` contains the fields of an `Architecture`, and for adapters and exits also rank,
-    exit_width or continuation_rank. A letter without a length gets 0.
+    The names are the fields of an `Architecture`, rank, exit_width and continuation_rank.
     """
     return {letter: sizes.get(name, 0) for letter, name in _AXES.items()}
 
@@ -184,8 +172,7 @@ def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
 def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
     """Returns the rules of the exit heads, which the file names as PyTorch modules by layer number.
 
-    The modules of a head are norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if `kind` is
-    "mlp") and out (Linear).
+    These are norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if `kind` is "mlp") and out.
     """
     prefix = f"exit_heads.{LAYER}"
     rules = []
@@ -204,11 +191,10 @@ def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
 
 
 def continuation_rules(rank: int) -> tuple[Rule, ...]:
-    """Returns the rules of the continuation, which maps the residual through the skipped layers.
+    """Returns the rules of the continuation, an affine map for each layer m that a token skips.
 
-    Each layer m that a token skips after its exit is replaced by an affine map. The file names the
-    maps of layer m as PyTorch's Linear modules: update, or with `rank` above 0 reduce followed by
-    update.
+    The file names the maps of layer m as PyTorch's Linear modules: update, or with `rank` above 0
+    reduce followed by update.
     """
     prefix, path = f"continuation.{LAYER}", "blocks.continuation"
     if rank == 0:
@@ -227,11 +213,7 @@ def _group(letters: tuple[str, ...]) -> str:
 
 @functools.cache
 def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Returns the axes of a layout's two sides, the tensor in the file and the parameter.
-
-    An axis of the tensor is a group of letters, which is empty for `1`. An axis of the parameter is
-    one letter.
-    """
+    """Returns the axes of a layout's two sides: groups of letters (none for `1`), and letters."""
     left, right = layout.split("->")
     groups = []
     for bracket, letter in re.findall(r"\(([^)]*)\)|(\S+)", left):

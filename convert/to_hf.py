@@ -69,9 +69,9 @@ def export(
 ) -> str:
     """Exports the model at `source` to the Hugging Face directory `target`; returns a summary.
 
-    The parameters are the command-line options of this module; `evaluation` is --eval. The summary
-    is one line. Raises UserError or OSError if options contradict each other, or if files cannot be
-    read, written or uploaded.
+    The parameters are the command-line options of this module; `evaluation` is --eval. Raises
+    UserError or OSError if options contradict each other, or if files cannot be read, written or
+    uploaded.
     """
     model = open_model(source)
     arch = model.architecture
@@ -128,10 +128,7 @@ def export(
 
 
 def _published_base(model: ModelSource) -> str:
-    """Returns the Hugging Face directory or hub id of the base weights, or "" if there is none.
-
-    A directory that no longer exists is not returned.
-    """
+    """Returns the existing directory or the hub id of the base weights, or "" if there is none."""
     if not (model.base / MODEL_FILE).exists():
         return model.source or str(model.base.resolve())
     known = model.source
@@ -182,9 +179,8 @@ def _merged(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the base weights with the LoRA adapters added: W + (alpha / rank) · A · B.
 
-    `parameters` yields the dotted path and the stacked array of each base weight W. `adapters`
-    contains the matrices A and B by dotted path, and `lora` contains alpha and rank. The sum is
-    computed in float32 and converted to the dtype that `dtypes` contains for the path.
+    `parameters` and `adapters` contain W, A and B by dotted path. The sum is computed in float32
+    and converted to the dtype that `dtypes` contains for the path.
     """
     for path, array in parameters:
         projection = path.removesuffix(".kernel")
@@ -221,20 +217,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--card", action="store_true", help="write a model card")
     parser.add_argument("--push", default="", help="OWNER/NAME on the hub to upload to")
-    parser.add_argument("--eval", default="", help="evaluation whose results the card shows")
-    options = parser.parse_args(argv)
-    return run(
-        lambda: export(
-            options.source,
-            options.target,
-            adapter=options.adapter,
-            dtype=options.dtype,
-            base=options.base,
-            card=options.card,
-            push=options.push,
-            evaluation=options.eval,
-        )
+    parser.add_argument(
+        "--eval",
+        dest="evaluation",
+        metavar="EVAL",
+        default="",
+        help="evaluation whose results the card shows",
     )
+    options = vars(parser.parse_args(argv))
+    return run(lambda: export(**options))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def machine() -> list[str]:
-    """Returns lines to print that describe the software versions, the devices and the host."""
     import jax
 
     import jexit
@@ -86,7 +85,6 @@ def machine() -> list[str]:
 
 
 def _versions() -> list[str]:
-    """Returns the names and versions of the installed packages that decide what runs and how."""
     found = {
         package.name: package.version
         for package in metadata.distributions()

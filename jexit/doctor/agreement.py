@@ -33,10 +33,7 @@ Outputs = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of the inputs of the checks.
-
-    They are chosen so that no kernel's tile size divides the number of tokens or the vocabulary.
-    """
+    """The sizes of the inputs; no kernel's tile size divides the tokens or the vocabulary."""
 
     tokens: int
     width: int
@@ -51,10 +48,7 @@ ACCELERATOR = Sizes(531, 1_024, 50_257, 4, 1_024)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result for one implementation of an op in one dtype.
-
-    `failure` describes what is wrong and is empty if the implementation is correct.
-    """
+    """The result for one implementation of an op in one dtype; `failure` is empty if correct."""
 
     operation: str
     implementation: str
@@ -69,9 +63,8 @@ class Check:
 class Case:
     """One operation to check, with the implementations to compare with its definition.
 
-    `function(implementation, inputs)` returns the operation's outputs and gradients by name, and
-    `inputs(dtype)` makes the inputs. `setting` is the command-line setting that avoids the
-    implementations other than XLA's.
+    `function(implementation, inputs)` returns the outputs and gradients by name, and
+    `inputs(dtype)` makes the inputs. `setting` is what avoids the implementations other than XLA's.
     """
 
     operation: str
@@ -134,10 +127,7 @@ def seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """Returns max |found − wanted| / max |wanted|, over the entries where `wanted` is finite.
-
-    If an entry is finite in only one of the two arrays, returns infinity.
-    """
+    """Returns max |found − wanted| / max |wanted|, or ∞ if different entries are finite."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
         return float("inf")
@@ -168,10 +158,7 @@ def cases() -> list[Case]:
 
 
 def _states(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random hidden states [N, D] and [E, N, D], an output head, and target token ids.
-
-    The head is scaled so that the logits are of order 1 to 10.
-    """
+    """Returns random hidden states [N, D] and [E, N, D], a head for logits ≤ 10, and targets."""
     shapes = {
         "h_ND": (sizes.tokens, sizes.width),
         "h_END": (sizes.exits, sizes.tokens, sizes.width),
@@ -219,10 +206,7 @@ def _linear_logprob(name: str, inputs: Outputs) -> Outputs:
 
 
 def _cache(sizes: Sizes, dtype: str) -> Outputs:
-    """Returns random queries, and a cache of 7 rows that are filled to different lengths.
-
-    Three query heads share each key/value head.
-    """
+    """Returns random queries, and a cache of 7 rows that are filled to different lengths."""
     rows, heads, width = 7, 2, 64
     shape = (heads, 2, rows, sizes.slots, width)
     return {
@@ -288,8 +272,7 @@ def _attention_by_definition(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any) -> jax.Array
 def _weighted(values: jax.Array) -> jax.Array:
     """Returns the sum of `values`, each multiplied by a fixed random number.
 
-    The random factors make the gradient of the sum differ between entries, so that entries in the
-    wrong place are noticed.
+    Entries then differ in their gradients, so that those in the wrong place are noticed.
     """
     return jnp.vdot(_normal("weights", values.shape, "float32"), values.astype(jnp.float32))
 

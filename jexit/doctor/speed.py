@@ -53,10 +53,9 @@ class Timing:
 
 
 def fitting() -> tuple[str, Architecture]:
-    """Returns the name and architecture of the largest preset that fits the first device.
+    """Returns the name and architecture of the largest of `FITTING` that fits the first device.
 
-    The presets are those of `FITTING`. If no preset fits, returns the smallest one. On a CPU,
-    returns `SMALL`, a model of 10 layers.
+    If none fits, returns the smallest, and on a CPU `SMALL`, a model of 10 layers.
     """
     if target().platform == "cpu":
         return "a small model", SMALL
@@ -77,8 +76,7 @@ def parameters(arch: Architecture) -> int:
 def timings(arch: Architecture, *, kernels: bool) -> Iterator[Timing]:
     """Yields the timings of decoding, of a calibration step and of a reinforcement step.
 
-    The work is timed with XLA's kernels and attention alone. If `kernels`, the work is first timed
-    with those that an accelerator chooses too.
+    With `kernels`, those that an accelerator chooses come first, then XLA's alone.
     """
     on_cpu = target().platform == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
@@ -165,18 +163,12 @@ def random_rollouts(model: Transformer, *, rows: int, prompt: int, new: int) -> 
 
 
 def sft_step(model: Transformer, split: SplitModel, config: SFTConfig, rows: Completions) -> Any:
-    """Returns a function without arguments that runs a compiled calibration step on `rows`.
-
-    The step has run once already, and each call continues from the state that the last call left.
-    """
+    """Returns a function that runs a compiled calibration step, and has run once already."""
     return _step(model, split, functools.partial(make_sft_step, config=config), rows)
 
 
 def rl_step(model: Transformer, split: SplitModel, config: RLConfig, batch: RLBatch) -> Any:
-    """Returns a function without arguments that runs a compiled reinforcement step on `batch`.
-
-    The step has run once already, and each call continues from the state that the last call left.
-    """
+    """Returns a function that runs a compiled reinforcement step on `batch`, as in `sft_step`."""
     make = functools.partial(make_rl_step, config=config)
     return _step(model, split, make, batch, Penalties(0.5, 0.0))
 

@@ -43,10 +43,6 @@ TABLE = "table.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the sweep that `arguments` describe (default: `sys.argv[1:]`) and returns an exit code.
-
-    An error of the user is printed as one sentence on standard error.
-    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__.strip())

@@ -31,11 +31,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.,=+()-]+")
 
 
 class Asked(Record):
-    """The settings and command-line arguments requested for one combination of a sweep.
-
-    The record is stored in a JSON file beside the combination's directory. `run` and `eval` contain
-    the arguments of `jexit.main` for the combination's run and for the evaluation of that run.
-    """
+    """The settings and arguments of `jexit.main` for one combination, in a file of their own."""
 
     settings: dict[str, str]
     run: tuple[str, ...] | None = None
@@ -44,10 +40,7 @@ class Asked(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of a sweep's settings, and the directory of its run.
-
-    `settings` maps config keys to values, for example `rl.depth_coef` to `0.4`.
-    """
+    """One combination of a sweep's settings, by config key, and the directory of its run."""
 
     settings: Mapping[str, str]
     workdir: pathlib.Path
@@ -69,7 +62,6 @@ class Cell:
 
     @property
     def asked(self) -> pathlib.Path:
-        """The path of the JSON file that records the combination's arguments; see `Asked`."""
         return self.workdir.parent / f"{self.name}.json"
 
     @property
@@ -82,18 +74,12 @@ class Cell:
 
     @property
     def evaluation(self) -> pathlib.Path | None:
-        """The path of the finished `eval.json` for this run, or None if no evaluation has finished.
-
-        If the run is itself an evaluation, the path is that of the run's own file.
-        """
+        """The path of the finished `eval.json` of the run or of its evaluation, or None."""
         paths = (self.workdir / "eval" / EVALUATED, self.workdir / EVALUATED)
         return next(filter(_whole, paths), None)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the numbers in the result files of the finished run and of its evaluation.
-
-        Numbers that depend on the machine, such as speed, are left out.
-        """
+        """Returns the numbers of the run and its evaluation that do not depend on the machine."""
         found: dict[str, float] = {}
         for stage in ("before", "after"):
             path = self.workdir / f"{stage}.json"
@@ -104,18 +90,12 @@ class Cell:
         return {key: value for key, value in found.items() if not MACHINE.search(key)}
 
     def begin(self, part: str, arguments: Sequence[str]) -> None:
-        """Records `arguments` in the JSON file `self.asked`.
-
-        `part` is `"run"` for a run's arguments, and `"eval"` for those of its evaluation.
-        """
+        """Records the arguments of `part`: `"run"`, or `"eval"` for the run's evaluation."""
         asked = _asked(self.asked) or Asked(settings=dict(self.settings))
         asked.model_copy(update={part: tuple(arguments)}).write(self.asked)
 
     def check(self, part: str, arguments: Sequence[str]) -> None:
-        """Raises UserError if `arguments` differ from the arguments recorded for `part`.
-
-        `part` is `"run"` or `"eval"`. If nothing has been recorded, any arguments pass.
-        """
+        """Raises UserError if `arguments` differ from those recorded for `part`, if any."""
         asked = getattr(_asked(self.asked), part, None)
         if differing := sorted(set(asked or arguments) ^ set(arguments)):
             raise UserError(
@@ -129,9 +109,8 @@ class Sweep:
     """The arguments of a sweep's command line.
 
     `config` is the config file of the runs, `grid` maps each key that varies to its values, and
-    `fixed` maps the other keys that were set to values. `into` is the directory that contains the
-    runs. `evaluation` is the config file for evaluating each finished run, or an empty string.
-    `jobs` is the number of simultaneous runs. With `table_only`, nothing is run.
+    `fixed` maps the other keys that were set to values. `into` is the directory of the runs.
+    `evaluation` is the config file for evaluating each finished run, or an empty string.
     """
 
     config: str
@@ -222,9 +201,8 @@ class Sweep:
     def begun(self, cells: Sequence[Cell]) -> list[Cell]:
         """Returns `cells`, followed by the other combinations that were begun in `into`.
 
-        Raises UserError if the directory `into` contains a combination of other keys, or a run or
-        evaluation that was started with other arguments than this sweep would use, such as another
-        config.
+        Raises UserError if `into` contains a combination of other keys, or a run or evaluation that
+        was started with other arguments, such as another config.
         """
         found = {cell.name for cell in cells}
         others = [cell for cell in begun_in(self.into) if cell.name not in found]
@@ -244,7 +222,6 @@ class Sweep:
         return begun
 
     def training(self, cell: Cell) -> list[str]:
-        """Returns the arguments of `jexit.main` for the run of the combination `cell`."""
         return _arguments(self.config, cell.workdir, {**self.fixed, **cell.settings})
 
     def evaluating(self, cell: Cell, task: Mapping[str, Any] | None = None) -> list[str]:
@@ -263,8 +240,7 @@ class Sweep:
     def commands(self, cell: Cell) -> Iterator[list[str]]:
         """Yields the arguments of `jexit.main` for each process that `cell` still needs.
 
-        The processes are the run and its evaluation, unless they have finished. The arguments of a
-        process are recorded before they are yielded.
+        The arguments of a process are recorded before they are yielded.
         """
         if not cell.finished:
             cell.begin("run", self.training(cell))
@@ -274,10 +250,7 @@ class Sweep:
             yield self.evaluating(cell)
 
     def check_settings(self, cell: Cell) -> None:
-        """Raises UserError if a config file or a setting for the combination `cell` is invalid.
-
-        No process is started.
-        """
+        """Raises UserError if a config file or a setting for the combination `cell` is invalid."""
         try:
             config = parse(["jexit.main", *self.training(cell)]).config
             task = config.task
@@ -289,25 +262,20 @@ class Sweep:
 
 
 def begun_in(into: pathlib.Path) -> list[Cell]:
-    """Returns the combinations that any sweep has begun in the directory `into`.
-
-    Combinations are ordered by their values: numbers by size, then other values alphabetically.
-    """
+    """Returns the combinations that any sweep has begun in `into`, in the order of their values."""
     records = ((path, _asked(path)) for path in sorted(into.glob("*.json")))
     cells = [Cell(asked.settings, into / path.stem) for path, asked in records if asked]
     return sorted(cells, key=lambda cell: [*map(_rank, cell.settings.values())])
 
 
 def _whole(path: pathlib.Path) -> bool:
-    """Returns whether the file `path` exists and contains an evaluation that has finished."""
     return path.exists() and Evaluation.read(path).complete
 
 
 def _asked(path: pathlib.Path) -> Asked | None:
-    """Returns the settings and arguments that `Cell.begin` has recorded in the JSON file `path`.
+    """Returns what `Cell.begin` has recorded in `path`, or None if this is not such a file.
 
-    Returns None if the file does not exist or is not such a record. Raises UserError if the record
-    is damaged or does not contain settings.
+    Raises UserError if the record is damaged or does not contain settings.
     """
     record = read_json(path, REMEDY) if path.exists() else None
     if not isinstance(record, dict) or not record.keys() & Asked.model_fields.keys():
@@ -330,7 +298,6 @@ def _task(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _rank(value: str) -> tuple[float, str]:
-    """Returns a sort key that orders numbers by size, then other values alphabetically."""
     try:
         return float(value), value
     except ValueError:

@@ -108,8 +108,8 @@ class Runner:
 def shares(jobs: int) -> list[Sequence[int]]:
     """Returns a set of CPU cores for each of `jobs` simultaneous jobs; the sets are disjoint.
 
-    For a single job, or on a system that does not list the cores of a process, the sets are empty
-    and jobs run on any core. Raises UserError if there are fewer cores than jobs.
+    They are empty for a single job, or on a system that does not list the cores of a process.
+    Raises UserError if there are fewer cores than jobs.
     """
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):
         return [()] * jobs

@@ -11,22 +11,18 @@ SEED = "seed"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of the summary: the source of its numbers, and the format in which they are shown.
-
-    `source` is a column of `table.csv`. For an interval, `source` is the column of the lower end
-    and `upper` that of the upper end.
-    """
+    """A column of the summary: the column of `table.csv` with its numbers, and their format."""
 
     source: str
     share: bool = True  # shown in per cent
     upper: str | None = None  # of an interval, whose lower end is `source`
 
     def text(self, values: Sequence[float], upper: Sequence[float] = ()) -> str:
-        """Returns a cell of the summary: the mean over seeds and, if values differ, their range.
+        """Returns a cell: the mean of `values` over seeds and, if they differ, their range.
 
         For an interval, `values` contains the lower ends and `upper` the upper ends, and the cell
-        shows the smallest lower end and the largest upper end. If only some seeds have the number,
-        the cell ends with the count of these seeds.
+        shows the smallest and the largest end. If only some seeds have the number, the cell counts
+        them.
         """
         ends = zip(values, upper or values, strict=True)
         whole = [pair for pair in ends if all(map(math.isfinite, pair))]
