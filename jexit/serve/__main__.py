@@ -32,10 +32,6 @@ KEY_VARIABLE = "JEXIT_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves the model that `argv` names (default: `sys.argv[1:]`) until a signal ends it.
-
-    Returns an exit code. An error of the user is printed as one sentence on standard error.
-    """
     arguments = _parser().parse_args(argv)
     try:
         import prometheus_client  # noqa: F401

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -21,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from jexit.errors import RunEnded
-from jexit.serve.metrics import CONTENT_TYPE, Metrics
+from jexit.serve.metrics import Metrics
 from jexit.serve.pool import Opened
 from jexit.serve.protocol import (
     Asked,
@@ -93,7 +94,7 @@ class Server:
 
     async def prometheus(self, request: Request) -> Response:
         self.metrics.completions.set(self.completions)
-        return PlainTextResponse(self.metrics.text(), media_type=CONTENT_TYPE)
+        return PlainTextResponse(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
@@ -301,6 +302,5 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client has gone."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)

@@ -39,17 +39,13 @@ class PoolThread(threading.Thread):
 
     def __init__(self, arrivals: Arrivals) -> None:
         super().__init__(name="jexit-pool", daemon=True)
-        self._arrivals = arrivals
+        self.arrivals = arrivals
         # Each message joins a stream to the pool, or lets a choice of a stream leave it.
         self._inbox: queue.SimpleQueue[tuple[Stream, int | None] | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
         self._speculations: dict[Stream, Speculation] = {}  # decoded beside the pool, in rounds
         self.failure: Exception | None = None
         self._closed = False
-
-    def check(self, request: Request) -> None:
-        """Raises UserError if the pool cannot serve the request."""
-        self._arrivals.check(request)
 
     def join_pool(self, stream: Stream) -> None:
         """Decodes the stream's request; raises RunEnded if the thread has been closed."""
@@ -85,7 +81,7 @@ class PoolThread(threading.Thread):
         steps = 1
         while self._read():
             began = time.perf_counter()
-            news = self._arrivals.turn(steps)
+            news = self.arrivals.turn(steps)
             if news:  # an empty pool returns at once, which says nothing about a step
                 share = TURN_SECONDS / (time.perf_counter() - began)
                 steps = min(max(1, round(steps * min(max(share, 0.5), 2.0))), MOST_STEPS)
@@ -124,7 +120,7 @@ class PoolThread(threading.Thread):
         """Handles all messages, and waits for one if the pool is empty; False at the end."""
         while True:
             try:
-                idle = not self._arrivals.under_way and not self._speculations
+                idle = not self.arrivals.under_way and not self._speculations
                 message = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
@@ -139,9 +135,9 @@ class PoolThread(threading.Thread):
     def _join(self, stream: Stream) -> None:
         try:
             if isinstance(stream.request.policy, Speculate):
-                self._speculations[stream] = Speculation(self._arrivals.split, stream.request)
+                self._speculations[stream] = Speculation(self.arrivals.split, stream.request)
                 return
-            for choice, ticket in enumerate(self._arrivals.join(stream.request)):
+            for choice, ticket in enumerate(self.arrivals.join(stream.request)):
                 self._streams[ticket] = stream, choice
         except Exception as error:  # of this request alone
             _log.exception("a request could not join the decoding pool")
@@ -152,7 +148,7 @@ class PoolThread(threading.Thread):
             self._speculations[stream].end(choice)
         for ticket, owner in list(self._streams.items()):
             if owner == (stream, choice):
-                self._arrivals.leave(ticket)
+                self.arrivals.leave(ticket)
                 del self._streams[ticket]
 
 
@@ -215,7 +211,7 @@ class Opened:
         """Returns the request with the fields `values`; raises Refused if it cannot be served."""
         try:
             asked = parse(values, chat=chat, tokenizer=self.tokenizer, limits=self.limits)
-            self.pool.check(asked.request)
+            self.pool.arrivals.check(asked.request)
         except UserError as error:
             raise Refused(400, str(error)) from None
         return asked
@@ -245,9 +241,9 @@ def open_pool(
     """Loads a model, compiles the programs of its pool and starts the pool's thread.
 
     `name` is the model's name for clients, by default that of the directory or, for WORKDIR/model,
-    of the run. `policy` is the policy of requests that name none. By default, prompts and
-    completions may have up to 1,024 tokens each, or half of the model's positions. Raises UserError
-    if a value or the directory is not valid.
+    of the run. `policy` is for requests that name none. By default, prompts and completions may
+    have up to 1,024 tokens each, or half of the model's positions. Raises UserError if a value or
+    the directory is not valid.
     """
     for what, value in (("prompt", max_prompt_tokens), ("new", max_new_tokens)):
         if value is not None and value < 1:

@@ -190,10 +190,7 @@ def values_of(data: bytes) -> dict[str, Any]:
 
 
 def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits: Limits) -> Asked:
-    """Returns the request with the fields `values`; raises Refused or UserError if it is not valid.
-
-    `chat` is whether it is a chat completion or a completion of plain text.
-    """
+    """Returns the request with the fields `values`; raises Refused or UserError for others."""
     try:
         body = (ChatBody if chat else TextBody).model_validate(values)
     except ValidationError as error:
