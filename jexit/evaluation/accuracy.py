@@ -40,11 +40,7 @@ class Examination:
         return cls(task, tokenizer, *held_out(task, tokenizer, config, config.eval.problems))
 
     def attempts(self, decoder: Decoder, policy: Policy, name: str) -> tuple[list[Attempt], float]:
-        """Decodes and judges an attempt at each problem under `policy`.
-
-        Returns the attempts and the tokens per second. `name` is the policy's name in error
-        messages.
-        """
+        """Decodes and judges an attempt at each problem; also returns the tokens per second."""
 
         def judge(numbers: Sequence[int], attempts: Sequence[Attempt]) -> list[Verdict]:
             return judged(self.task, [self.problems[number] for number in numbers], attempts)
@@ -71,7 +67,6 @@ def judged(task: Task, problems: Sequence[Problem], attempts: Sequence[Attempt])
 def evaluate_policy(
     decoder: Decoder, examination: Examination, name: str
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes every prompt under the policy called `name`, and judges the completions."""
     attempts, speed = examination.attempts(decoder.under(name), decoder.policy(name), name)
     result = policy_result(name, examination, attempts, decoder.layers, tokens_per_second=speed)
     return result, attempts
@@ -131,7 +126,7 @@ def part_totals(attempts: Sequence[Attempt]) -> dict[str, tuple[float, int]]:
 
 
 def text_means(hosts: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Returns the means of the task's own text metrics, from the sums and counts of each host."""
+    """Returns the means of the task's own metrics, from the sums and counts of each host."""
     means = {}
     for name in sorted({name for totals in hosts for name in totals}):
         pairs = [totals[name] for totals in hosts if name in totals]
@@ -145,10 +140,9 @@ def held_out(
 ) -> tuple[list[Problem], list[list[int]]]:
     """Returns the first `count` problems of the evaluation split, and their prompts' token ids.
 
-    A prompt of more than `config.task.max_prompt_tokens` tokens is skipped if
-    `config.task.skip_long` is on; otherwise, UserError is raised. If the split has fewer than
-    `count` problems, all of them are returned and a warning is logged. UserError is also raised if
-    no problem is left.
+    If the split has fewer problems, all of them are returned and a warning is logged. Raises
+    UserError if no problem is left, or for a prompt of more than `config.task.max_prompt_tokens`
+    tokens, unless `config.task.skip_long` skips it.
     """
     split, limit = config.eval.split, config.task.max_prompt_tokens
     size = task.size(split)
@@ -182,19 +176,12 @@ def _warn_of_fewer(name: str, split: str, asked: int, found: int) -> None:
     logging.warning(
         "Task %r has only %d problems in its %s split with these settings, but "
         "config.eval.problems is %d; all %d problems are measured.",
-        name,
-        found,
-        split,
-        asked,
-        found,
-    )
+        name, found, split, asked, found,
+    )  # fmt: skip
 
 
 def check_room(prompts: list[list[int]], section: str, max_new_tokens: int, positions: int) -> None:
-    """Raises UserError if the longest prompt and its completion exceed the model's `positions`.
-
-    `section` is the section of the config that sets `max_new_tokens`.
-    """
+    """Raises UserError if the longest prompt and its completion exceed the model's `positions`."""
     longest = max(map(len, prompts))
     if longest + max_new_tokens > positions:
         raise UserError(

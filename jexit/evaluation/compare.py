@@ -35,10 +35,7 @@ FIELDS = ("policy", "problem", "correct", "layers", "tokens")
 def write_problems(
     path: Path, problems: Sequence[Problem], attempts: Mapping[str, Sequence[Attempt]]
 ) -> None:
-    """Writes a line per attempt: the problem, the verdict, and the layers and tokens.
-
-    A problem is named by a hash of its prompt and its answer.
-    """
+    """Writes a line per attempt: a hash of the problem, the verdict, and the layers and tokens."""
     names = [f"{stable_hash(problem.messages, problem.answer):016x}" for problem in problems]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -51,10 +48,7 @@ def write_problems(
 
 
 class Outcomes(NamedTuple):
-    """One policy's attempts: whether each is correct, and its layers and tokens.
-
-    `layers` is the number of layers of the model.
-    """
+    """One policy's attempts by a model of `layers` layers: verdicts, layers run, and tokens."""
 
     name: str
     layers: int
@@ -121,11 +115,7 @@ def comparison(ours: Outcomes, theirs: Outcomes) -> str:
 
 
 def read(evaluation: str) -> Outcomes:
-    """Returns the outcomes of the evaluation and policy that `evaluation`, DIR[@POLICY], names.
-
-    Raises MissingFile or UserError if a file does not exist or is not valid, or if the policy was
-    not evaluated.
-    """
+    """Returns the outcomes of DIR[@POLICY]; raises MissingFile or UserError without valid ones."""
     directory, policy = evaluation, ""
     if "@" in evaluation and not Path(evaluation).is_dir():
         directory, _, policy = evaluation.rpartition("@")
@@ -155,7 +145,6 @@ def read(evaluation: str) -> Outcomes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the comparison of the two evaluations in `arguments`, and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__.strip())

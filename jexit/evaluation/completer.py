@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 
@@ -13,64 +12,20 @@ from jexit.errors import UserError
 from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.loglikelihood import token_scores
 from jexit.evaluation.replay import Recorded
-from jexit.tasks import Problem
+from jexit.tasks import Attempt, Problem
 
 ANSWER_TOKENS = 16  # for an answer that follows its cue
 # Texts without content. The first one whose repetitions the tokenizer does not merge is used.
 FILLERS = (" .", ".", " -", "-", " ~", "~")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reply:
-    """The text that a completer wrote after a prefix, and the layers run for each of its tokens.
-
-    `cut` is true if the text reached its token limit.
-    """
-
-    text: str
-    depths: Sequence[int]
-    cut: bool = False
-
-
-class Completer(Protocol):
-    """Continues forced prefixes of completions with a model or, in tests, with a script.
-
-    A prefix counts as part of the completion, so the policy decides after how many layers the
-    prefix's tokens leave. `layers` is the model's number of layers. `opening` is the text with
-    which every completion begins before the model writes, such as `<think>`.
-    """
-
-    layers: int
-    opening: str
-
-    def complete(
-        self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
-    ) -> list[Reply | None]:
-        """Returns the continuation of each problem's prefix.
-
-        Each prefix begins with `opening`. With `answer_only`, a continuation has only the few
-        tokens of an answer. An entry is None if prompt and prefix leave no room in the model's
-        positions.
-        """
-
-    def log_likelihoods(
-        self, problems: Sequence[Problem], prefixes: Sequence[str], answers: Sequence[str]
-    ) -> list[float | None]:
-        """Returns the log-likelihood in nats of each answer after its prefix.
-
-        An entry is None if prompt, prefix and answer do not fit into the model's positions.
-        """
-
-    def filler(self, text: str) -> str:
-        """Returns a text without content that has the same number of tokens as `text`."""
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelCompleter:
-    """A `Completer` that decodes with the model of `decoder` under the policy called `policy`.
+    """Continues forced prefixes of completions under the policy called `policy`.
 
-    `positions` is the number of positions that the model has for a prompt and its completion
-    together.
+    A prefix counts as part of the completion, so the policy decides after how many layers its
+    tokens leave. `positions` is the number of positions that the model has for a prompt and its
+    completion together. In tests, a script may take the place of the model.
     """
 
     decoder: Decoder
@@ -83,17 +38,17 @@ class ModelCompleter:
 
     @property
     def opening(self) -> str:
-        """The text that the prompts already open, such as `<think>`, or an empty string."""
+        """The text with which every completion begins, such as `<think>`, or an empty string."""
         return self.decoder.tokenizer.completion_text([])
 
     def complete(
         self, problems: Sequence[Problem], prefixes: Sequence[str], *, answer_only: bool
-    ) -> list[Reply | None]:
-        """Returns the model's continuation of each prefix, as far as the model's positions allow.
+    ) -> list[Attempt | None]:
+        """Returns the continuation of each problem's prefix, which begins with `opening`.
 
-        An entry is None if the prefix leaves too few positions for an answer. The prefixes that
-        leave room for a reply of full length are decoded together. The other prefixes are decoded
-        in a second batch, in which the prefix with the least room limits the length of all replies.
+        With `answer_only`, a continuation has only the few tokens of an answer. An entry is None if
+        the prefix leaves no room for these. Prefixes without room for a reply of full length are
+        decoded in a second batch, in which the least room limits the length of all replies.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         least = min(ANSWER_TOKENS, decoder.max_new_tokens)
@@ -101,7 +56,7 @@ class ModelCompleter:
         asked = encode_problems(tokenizer, problems)
         forced = tokenizer.encode_batch([text.removeprefix(self.opening) for text in prefixes])
         room = [self.positions - len(a) - len(f) for a, f in zip(asked, forced, strict=True)]
-        replies: list[Reply | None] = [None] * len(asked)
+        replies: list[Attempt | None] = [None] * len(asked)
         enough = [row for row, left in enumerate(room) if left >= wanted]
         scarce = [row for row, left in enumerate(room) if least <= left < wanted]
         for rows in filter(None, (enough, scarce)):
@@ -114,18 +69,15 @@ class ModelCompleter:
                 what=f"measurements under {self.policy}",
             )
             for row, made in zip(rows, attempts, strict=True):
-                replies[row] = Reply(
-                    text=tokenizer.decode(made.ids), depths=made.depths, cut=made.truncated
-                )
+                replies[row] = dataclasses.replace(made, text=tokenizer.decode(made.ids))
         return replies
 
     def log_likelihoods(
         self, problems: Sequence[Problem], prefixes: Sequence[str], answers: Sequence[str]
     ) -> list[float | None]:
-        """Returns log π(answer | prompt, prefix) under the policy, in nats.
+        """Returns log π(answer | prompt, prefix) under the policy in nats, or None without room.
 
-        An entry is None if prompt, prefix and answer do not fit into the model's positions. Under
-        the policy `sample`, depths are drawn, for the prefix too.
+        Under the policy `sample`, depths are drawn, for the prefix too.
         """
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
         asked = encode_problems(tokenizer, problems)

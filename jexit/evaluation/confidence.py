@@ -21,11 +21,10 @@ from jexit.results import PolicyResult
 
 
 class ConfidenceHeads(nnx.Module):
-    """Exit heads whose hazard is the confidence of the exit's prediction.
+    """Exit heads with logits z = log(p / (1 − p)) of the confidence p in place of hazard logits.
 
-    They compute z = log(p / (1 − p)), where p is the largest probability of the next token at the
-    exit, so the policy `Threshold(X)` lets a token leave where p > X. A linear continuation is
-    applied before the prediction.
+    The policy `Threshold(X)` then lets a token leave where p > X. A linear continuation is applied
+    before the prediction.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -47,7 +46,6 @@ class ConfidenceHeads(nnx.Module):
 
 
 def is_confidence(policy: str) -> bool:
-    """Returns whether `policy` is the name of a threshold on confidences, `confidence:X`."""
     return policy.startswith("confidence:")
 
 

@@ -1,11 +1,10 @@
 """Runs controls, which separate a policy's choice of tokens from the effect of shallow passes.
 
-A policy that stops tokens early may do well because it chooses the right tokens to stop, or because
-shallow passes are good enough for all tokens. Two controls run at the policy's mean depth without
-choosing tokens. The control `fixed:matched` stops all tokens of a completion at one exit. It has
-the policy's mean depth for completions of any length (see `mixed`). The control `shuffled` assigns
-the policy's own depths to tokens at random. It has the policy's mean depth only as far as its
-completions are as long as the policy's.
+Two controls run at the policy's mean depth without choosing which tokens stop early. The control
+`fixed:matched` stops all tokens of a completion at one exit. It has the policy's mean depth for
+completions of any length (see `mixed`). The control `shuffled` assigns the policy's own depths to
+tokens at random. It has the policy's mean depth only as far as its completions are as long as the
+policy's.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ from jexit.tasks import Attempt
 def evaluate_control(
     decoder: Decoder, examination: Examination, name: str, of: Sequence[Attempt]
 ) -> tuple[PolicyResult, list[Attempt]]:
-    """Decodes and judges an attempt at each problem under the control called `name`.
-
-    `of` contains the attempts of the policy whose mean depth the control matches.
-    """
+    """Decodes and judges an attempt at each problem under a control of the attempts `of`."""
     if name.startswith("shuffled"):
         depth_BT = shuffled_depths(
             of, decoder.layers, columns=decoder.max_new_tokens, seed=decoder.seed
@@ -53,10 +49,9 @@ def _matched(
     """Returns attempts at single exits whose mean depth is `mean`, and the tokens per second.
 
     Every prompt is decoded at two neighbouring exits whose mean depths enclose `mean`, and the
-    attempts are a mix from both exits (see `mixed`). Further exits may be tried first, because
-    completions have different lengths at each exit, so the mean depth at an exit is known only
-    after decoding. If the first exit is deeper than `mean`, all attempts are those at the first
-    exit.
+    attempts are a mix from both (see `mixed`). Lengths differ between exits, so a mean depth is
+    known only after decoding, and further exits may be tried first. If the first exit is deeper
+    than `mean`, all attempts are those at the first exit.
     """
     stops = [*nnx.merge(*decoder.parts).exit_layers, decoder.layers]
     decoded: dict[int, list[Attempt]] = {}
@@ -86,10 +81,8 @@ def mixed(
 ) -> list[Attempt]:
     """Returns an attempt at each problem, from one of two exits, with `mean` as the mean depth.
 
-    `shallow` and `deep` contain the attempts at the two exits, one attempt at each problem.
-    Problems take their deep attempt in a random order, until `mean_depth` of the result is as close
-    as possible to `mean`. If `mean` does not lie between the mean depths of the two exits, either
-    no problem or every problem takes its deep attempt.
+    Problems take their attempt of `deep` in place of `shallow` in a random order, until the mean
+    depth is as close as possible to `mean`.
     """
     order = np.random.default_rng(seed).permutation(len(shallow))
 
@@ -110,8 +103,8 @@ def shuffled_depths(
     """Returns the attempts' own depths in a random order, as [problems, columns] for `Prescribed`.
 
     Column i is for the pass that produces token i. The depths of all passes that could leave early
-    are permuted among these passes. Columns beyond the length of an attempt are drawn from all
-    depths with replacement, because the new completion may be longer.
+    are permuted. Columns beyond an attempt's length are drawn from all depths with replacement,
+    because the new completion may be longer.
     """
     rng = np.random.default_rng(seed)
     depths = [depth for made in attempts for depth in made.depths[1:]]
@@ -130,12 +123,12 @@ def compared(
     ours: Sequence[Attempt],
     theirs: Sequence[Attempt],
     layers: int,
-    seed: int = 0,
+    seed: int,
 ) -> ControlDifference:
     """Returns the accuracy and share of layers of a policy less those of a control, with intervals.
 
-    `ours` contains the policy's attempts, and `theirs` the control's attempts at the same problems.
-    A positive `accuracy_difference` is the gain from choosing which tokens to stop.
+    `ours` are the policy's attempts, and `theirs` the control's at the same problems. A positive
+    `accuracy_difference` is the gain from choosing which tokens to stop.
     """
     correct = [[float(made.correct) for made in some] for some in (ours, theirs)]
     # For each attempt, the layers that ran and the layers that full depth would have run.

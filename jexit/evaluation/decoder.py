@@ -63,9 +63,9 @@ class Decoder:
         """Returns an attempt at each prompt, and the tokens per second without compilation.
 
         Every host passes all prompts and receives all attempts, but decodes and judges only its own
-        share. `judge(numbers, attempts)` returns the verdicts on attempts, where `numbers` contains
-        the index of each attempt's prompt in `prompts`. `what` describes the work in error
-        messages. See `jexit.rollout.rollout` for the other arguments.
+        share. `judge(numbers, attempts)` returns the verdicts on attempts at `prompts[number]`.
+        `what` describes the work in error messages. See `jexit.rollout.rollout` for the other
+        arguments.
         """
         here = host_rows(len(prompts))
         made = rollout(
@@ -112,7 +112,6 @@ class Decoder:
 def attempts_of(
     made: Rollouts, rows: Iterable[int], text_of: Callable[[Sequence[int]], str]
 ) -> list[Attempt]:
-    """Returns the rows `rows` of the rollouts `made` as attempts without verdicts."""
     attempts = []
     for row in rows:
         ids = made.completion(row)
@@ -130,9 +129,8 @@ def attempts_of(
 def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
     """Returns the policy that the string `text` names, such as `full`, `sample` or `fixed:6`.
 
-    `layers` is the model's number of layers. `law` is the policy for which the name `sample`
-    stands; it contains the temperature and the lower bound of hazards. Raises UserError if
-    `fixed:N` requests more layers than the model has.
+    `law` is the policy for which the name `sample` stands. Raises UserError if `fixed:N` requests
+    more layers than the `layers` of the model.
     """
     kind, argument = parse_policy(text, "confidence")
     if kind == "fixed":

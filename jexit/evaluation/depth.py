@@ -14,10 +14,6 @@ Mark = Callable[[str], tuple[int, int] | None]
 
 
 def token_class(token: str) -> str:
-    """Returns the class of a token in the chain of thought: operator, digit, word or other.
-
-    The characters of the text `token` alone determine the class.
-    """
     text = token.strip()
     if text and all(character in _OPERATORS for character in text):
         return "operator"
@@ -29,13 +25,11 @@ def token_class(token: str) -> str:
 def token_classes(
     ids: Sequence[int], tokens: Sequence[str], mark: Mark, end_ids: Collection[int]
 ) -> list[str]:
-    """Returns the class of each token of a completion.
+    """Returns the class of each token of a completion, whose texts are `tokens`.
 
-    `tokens` contains the text of each token id in `ids`. `mark(text)` returns the start and end
-    offsets of the marker before the answer, or None. A token whose id is in `end_ids` has the class
-    `end`. A token of the marker has the class `marker`. A token that contains some of the answer
-    has the class `answer`, even if it also contains the end of the marker. All other tokens have
-    the classes of `token_class`.
+    A token whose id is in `end_ids` has the class `end`, and one of the marker before the answer,
+    which `mark(text)` finds, `marker`. A token with some of the answer has the class `answer`, even
+    if it also has the end of the marker. All others have the classes of `token_class`.
     """
     text = "".join(tokens)
     start, stop = mark(text) or (-1, -1)
@@ -61,9 +55,9 @@ def depth_by_class(
 ) -> dict[str, ClassDepth]:
     """Returns the number of tokens and the mean layers run, for each class of token.
 
-    `tokens(ids)` returns the text of each token id, and `mark` and `end_ids` are arguments of
-    `token_classes`. The first token of each completion is left out, because the last pass of the
-    prompt produces this token and always runs every layer.
+    `tokens(ids)` returns the text of each token id; see `token_classes` for `mark` and `end_ids`.
+    The first token of each completion is left out: the prompt's last pass, which always runs every
+    layer, produces it.
     """
     depths: dict[str, list[int]] = {name: [] for name in CLASSES}
     for made in attempts:

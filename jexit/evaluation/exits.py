@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jexit.axes import Array, Bool, Float, HiddenBTD, Int
+from jexit.axes import Array, Bool, Float, HiddenBTD
 from jexit.evaluation.replay import Recorded
 from jexit.kernels import exit_kl
 from jexit.model.exits import depth_of_exit_index
@@ -29,7 +28,7 @@ CLOSE = 0.05  # nats; a token could leave at an exit whose KL to the last layer 
 THRESHOLDS = (0.05, 0.2)
 
 
-def _against(
+def kl_and_agreement(
     final_BCD: HiddenBTD, other_EBCD: Float[Array, "E B C D"], head_VD: Array
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
     """Returns KL(final ‖ other) in nats, and whether both have the same greedy token."""
@@ -42,25 +41,16 @@ def _against(
     )
 
 
-class _Leaving(NamedTuple):
-    """The predictions when every token leaves at the first exit whose KL is under a threshold."""
-
-    depth_BC: Int[Array, "B C"]
-    kl_BC: Float[Array, "B C"]  # KL(π_L ‖ π) in nats, π_L with all tokens at full depth
-    same_BC: Bool[Array, "B C"]  # whether both have the same greedy token
-
-
 @functools.partial(jax.jit, static_argnames="graphdef")
 def compare_exits(
     graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], rows: Completions
 ) -> tuple[Array, ...]:
     """Returns KL(π_L ‖ π_e) in nats, greedy agreement, and the results of leaving early.
 
-    The first two outputs, [B, C, E], compare exit e with the last layer L: the KL, and whether exit
-    and last layer have the same greedy token. Both outputs are for a token that leaves alone, after
-    tokens that all ran every layer. The other outputs are the fields of `_Leaving` for each
-    threshold in `THRESHOLDS`, when every token leaves at the first exit whose KL is under the
-    threshold.
+    The first two outputs, [B, C, E], compare exit e with the last layer L for a token that leaves
+    alone, after tokens that all ran every layer. The others, [B, C], are the depth, the KL and the
+    agreement for each threshold in `THRESHOLDS`, if every token leaves at the first exit whose KL
+    is under it.
     """
     model = nnx.merge(graphdef, *states)
     exit_layers, layers = model.exit_layers, model.arch.layers
@@ -70,15 +60,15 @@ def compare_exits(
     final_BCD = rows.window(full.hidden_BTD)
     residual_EBCD = jax.vmap(rows.window)(full.residual_RBTD)
     exits_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
-    kl_BCE, same_BCE = _against(final_BCD, exits_EBCD, model.head_VD)
+    kl_BCE, same_BCE = kl_and_agreement(final_BCD, exits_EBCD, model.head_VD)
 
-    def leaving(threshold: float) -> _Leaving:
+    def leaving(threshold: float) -> tuple[Array, Array, Array]:
         under_BCE = jnp.pad(kl_BCE < threshold, ((0, 0), (0, 0), (0, 1)), constant_values=True)
         depth_BC = depth_of_exit_index(jnp.argmax(under_BCE, axis=-1), exit_layers, layers)
         policy = Prescribed(rows.input_depths(depth_BC, layers))
         early = run(model, rows.tokens_BT, policy=policy, **rows.layout)
-        found = _against(final_BCD, rows.window(early.hidden_BTD)[None], model.head_VD)
-        return _Leaving(depth_BC, *(part_BCE[..., 0] for part_BCE in found))
+        found = kl_and_agreement(final_BCD, rows.window(early.hidden_BTD)[None], model.head_VD)
+        return depth_BC, *(part_BCE[..., 0] for part_BCE in found)
 
     return kl_BCE, same_BCE, *(part for threshold in THRESHOLDS for part in leaving(threshold))
 
@@ -88,11 +78,10 @@ def exit_quality(
 ) -> ExitQuality:
     """Measures how close each exit's predictions are to the last layer's, on given completions.
 
-    `policy` is the name of the policy that produced `recorded`, the completions that the split
-    model `student` reads. The field `exits` of the result contains the agreement of each exit
-    alone. The field `leaving` contains, for each threshold in `THRESHOLDS`, the agreement when
-    every token leaves at the first exit whose KL is under the threshold. Tokens that still run all
-    layers then attend to the keys and values of tokens that have left.
+    `policy` is the name of the policy that produced `recorded`. The field `exits` contains the
+    agreement of each exit alone. The field `leaving` contains, for each threshold in `THRESHOLDS`,
+    the agreement when every token leaves at the first exit whose KL is under it: tokens that run
+    all layers then attend to the keys and values of tokens that have left.
     """
     found = recorded.through(lambda rows, _: compare_exits(student[0], student[1:], rows))
     lengths = [len(ids) for ids in recorded.completions]

@@ -60,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks that the command line requests and returns lm-eval's results.
 
-    `options` contains the parsed arguments of the command line. If `options.output` is set, the
-    results are also written to this JSON file. Raises UserError or OSError if a model, a task or a
-    setting does not exist.
+    If `options.output` is set, the results are also written to this JSON file. Raises UserError or
+    OSError if a model, a task or a setting does not exist.
     """
     target = pathlib.Path(options.output) if options.output else None
     if target:  # hours of work must not end at a path that cannot be written

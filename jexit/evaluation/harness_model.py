@@ -52,20 +52,17 @@ class JexitLM(TemplateLM):
     """A model under one halting policy with the interface of lm-evaluation-harness.
 
     `pretrained` is a model directory, or a model object that is passed with its `tokenizer`.
-    `policy` applies to the passes that score or generate tokens. Prompts and contexts run every
-    layer. The policy `sample` draws depths with the seed `seed`. `hazard_temperature` and
-    `min_hazard` are the temperature and the lower bound of the hazards from which `sample` draws.
-    Their defaults are the values of the run in `pretrained` or, if `pretrained` is not the
-    directory of an rl run, 1 and 0.
+    `policy` applies to the passes that score or generate tokens; prompts and contexts run every
+    layer. The policy `sample` draws depths with `seed`, from hazards with `hazard_temperature` and
+    the lower bound `min_hazard`, by default those of the rl run in `pretrained`, or 1 and 0.
 
     A context that is too long for `max_length` positions (default: the model's) loses tokens on the
     left, so that the continuation, or `max_gen_toks` new tokens, fit. A continuation that is too
     long by itself is an error. A request without `do_sample` or a temperature is decoded greedily.
 
     `thinking` is on, off or auto, for chat templates with a thinking switch. `think_end_token`,
-    such as `</think>`, is the text that ends a thought. If `think_end_token` is set, the answer is
-    the text after the last `think_end_token`, and the answer is empty if a thought does not end.
-    Stop strings then apply only to the answer, so a thought may contain stop strings.
+    such as `</think>`, is the text that ends a thought: the answer is the text after the last one,
+    and empty if a thought does not end. Stop strings then apply only to the answer.
     """
 
     def __init__(
@@ -124,10 +121,7 @@ class JexitLM(TemplateLM):
         self.depth_total, self.tokens = 0, 0
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns the policy's settings, and the mean depth over all scored and generated tokens.
-
-        lm-eval adds these entries to its results.
-        """
+        """Returns what lm-eval adds to its results, such as the mean depth over all tokens."""
         layers = self._model.arch.layers
         depth = self.depth_total / self.tokens if self.tokens else None
         return {
@@ -148,10 +142,7 @@ class JexitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id of the token before a string without a context.
-
-        The token is the tokenizer's begin token or, if there is none, its end token.
-        """
+        """The id of the token before a string without a context: begin, or else end."""
         begin = self.texts.backend.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -164,11 +155,7 @@ class JexitLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Returns the token ids of `string`.
-
-        If `add_special_tokens` is False, `string` is the middle of a longer text and gets no begin
-        token.
-        """
+        """Returns token ids, which get no begin token if `add_special_tokens` is False."""
         if add_special_tokens is False:
             return self.texts.encode(string)
         return self.texts.encode_texts([string])[0]
@@ -176,10 +163,9 @@ class JexitLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns the messages `chat_history` as one string in the model's chat format.
+        """Returns the messages in the model's chat format, up to where its answer begins.
 
-        With `add_generation_prompt`, the string ends where the model's answer begins. Raises
-        UserError if the tokenizer does not have a chat template.
+        Raises UserError if the tokenizer does not have a chat template.
         """
         if not self.texts.has_chat_template:
             raise UserError(
@@ -215,9 +201,8 @@ class JexitLM(TemplateLM):
     ) -> list[float]:
         """Returns the log-likelihood of each request's whole text in nats, computed in windows.
 
-        A window has at most `max_length` positions. Each token is scored once, as part of a
-        continuation, so the policy decides where the token's pass leaves. The tokens that a window
-        repeats as its context run every layer.
+        Each token is scored once, as part of a continuation, so the policy decides where its pass
+        leaves. The tokens that a window repeats as its context run every layer.
         """
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -241,11 +226,7 @@ class JexitLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the generated continuation of each request's context.
-
-        A continuation ends at a stop string, at an end token or at its token limit. Requests with
-        equal settings are decoded together.
-        """
+        """Returns each request's continuation; equal settings are decoded together."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=str)
@@ -325,10 +306,7 @@ class _Truncating:
 
 
 def _refuse(settings: Mapping[str, Any]) -> None:
-    """Raises UserError if a request contains a generation setting that jexit does not support.
-
-    A setting is accepted if its value is None or has no effect.
-    """
+    """Raises UserError for a generation setting with an effect that jexit does not support."""
     for name, value in settings.items():
         if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
@@ -340,5 +318,4 @@ def _refuse(settings: Mapping[str, Any]) -> None:
 
 
 def _before(text: str, stop: Sequence[str]) -> str:
-    """Returns the part of `text` before the first occurrence of any string in `stop`."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

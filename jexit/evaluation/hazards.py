@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Bool, Float, HiddenBTD, Int
+from jexit.evaluation.exits import kl_and_agreement
 from jexit.evaluation.replay import Recorded
-from jexit.kernels import exit_kl, linear_kl
+from jexit.kernels import linear_kl
 from jexit.losses.sft import target_log_hazards
 from jexit.model.exits import log_hazards
 from jexit.model.policies import Full, Prescribed, Sample
@@ -57,11 +58,7 @@ def decisions(
     depth_BC: Int[Array, "B C"],
     law: Sample,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
-    """Returns the hazard of each token at each exit, and whether the token reached the exit.
-
-    The completions in `rows` run through the split model at their own depths `depth_BC`. A hazard
-    counts only where the token reached the exit.
-    """
+    """Returns the hazard of each token at each exit, and whether the token reached the exit."""
     return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, law)[:2]
 
 
@@ -80,12 +77,10 @@ def decisions_and_targets(
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
     """Returns the student's `decisions`, the target hazards, and KL(student ‖ teacher) in nats.
 
-    The first two outputs, [B, C, E], are the hazards and whether each token reached each exit. The
-    target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`, and KL_e compares the
-    teacher's last layer with exit e. With `target="teacher"`, exit e is the teacher's; with
-    `target="student"`, exit e is that of the student at full depth. See `config.sft.target`. The
-    last output, [B, C], compares the student's next-token distribution at the depths `depth_BC`
-    with the teacher's at full depth.
+    The target at exit e is 1 − tanh(k·KL_e / 2), where k is `sharpness`, and KL_e compares the
+    teacher's last layer with exit e: the teacher's or, with `target="student"`, that of the student
+    at full depth. See `config.sft.target`. The last output, [B, C], compares the student's
+    next-token distribution at the depths `depth_BC` with the teacher's at full depth.
     """
     student = nnx.merge(student_def, *student_states)
     teacher = nnx.merge(teacher_def, *teacher_states)
@@ -96,51 +91,38 @@ def decisions_and_targets(
     measured, speaker = taught, teacher
     if target == "student":
         measured = run(
-            student,
-            rows.tokens_BT,
-            policy=Full(),
-            **rows.layout,
+            student, rows.tokens_BT, policy=Full(), **rows.layout,
             residual_layers=student.exit_layers,
-        )
+        )  # fmt: skip
         speaker = student
     final_BCD = rows.window(taught.hidden_BTD)
     exits_EBCD = exit_hidden_states(
         speaker, jax.vmap(rows.window)(measured.residual_RBTD), student.blocks.continuation
     )
-    shape = exits_EBCD.shape
-    kl_EN = exit_kl(
-        final_BCD.reshape(-1, shape[-1]),
-        exits_EBCD.reshape(shape[0], -1, shape[-1]),
-        speaker.head_VD,
-    ).kl_EN
-    kl_BCE = jnp.moveaxis(kl_EN.reshape(shape[:3]), 0, -1)
+    kl_BCE, _ = kl_and_agreement(final_BCD, exits_EBCD, speaker.head_VD)
     leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)
     hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC, law)
-    kl_BC = linear_kl(
-        hidden_BCD.reshape(-1, shape[-1]), final_BCD.reshape(-1, shape[-1]), student.head_VD,
-        head_teacher_VD=teacher.head_VD,
-    ).reshape(depth_BC.shape)  # fmt: skip
-    return hazard_BCE, asked_BCE, jnp.exp(leave_BCE), kl_BC
+    hidden_ND, final_ND = (part.reshape(-1, part.shape[-1]) for part in (hidden_BCD, final_BCD))
+    kl_N = linear_kl(hidden_ND, final_ND, student.head_VD, head_teacher_VD=teacher.head_VD)
+    return hazard_BCE, asked_BCE, jnp.exp(leave_BCE), kl_N.reshape(depth_BC.shape)
 
 
-def reliability(
-    hazard_N: np.ndarray, target_N: np.ndarray, bins: int = BINS
-) -> tuple[float, tuple[HazardBin, ...]]:
+def reliability(hazard_N: np.ndarray, target_N: np.ndarray) -> tuple[float, tuple[HazardBin, ...]]:
     """Returns the expected calibration error (ECE) of hazards against targets, and the bins.
 
-    ECE = Σ_b n_b / N · |mean hazard − mean target| over `bins` bins of equal width. The ECE is 0
-    for perfect calibration, and NaN if there are no hazards. Empty bins are left out. (Guo et al.
-    2017, arXiv:1706.04599, with a target probability instead of an outcome.)
+    ECE = Σ_b n_b / N · |mean hazard − mean target| over bins of equal width, without empty ones. It
+    is NaN if there are no hazards. (Guo et al. 2017, arXiv:1706.04599, with a target probability
+    instead of an outcome.)
     """
-    which_N = np.minimum((hazard_N * bins).astype(int), bins - 1)
+    which_N = np.minimum((hazard_N * BINS).astype(int), BINS - 1)
     table = []
-    for number in range(bins):
+    for number in range(BINS):
         inside_N = which_N == number
         if count := int(inside_N.sum()):
             table.append(
                 HazardBin(
-                    low=number / bins,
-                    high=(number + 1) / bins,
+                    low=number / BINS,
+                    high=(number + 1) / BINS,
                     hazard_mean=float(hazard_N[inside_N].mean()),
                     target_mean=float(target_N[inside_N].mean()),
                     positions=count,
@@ -156,8 +138,7 @@ def hazards_of(
     """Returns the hazard of every token at each exit, and None at exits that were not reached.
 
     The lists are indexed by completion, token and exit. `student` is a split model. `law` contains
-    the temperature and the lower bound that turn a hazard logit z into a probability of leaving.
-    For `Sample()`, this probability is σ(z).
+    the temperature and the lower bound of hazards.
     """
     hazard_BCE, there_BCE = recorded.through(
         lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC, law)
@@ -187,10 +168,9 @@ def hazard_calibration(
     """Returns the calibration of every exit's hazards over the completions of one policy.
 
     The `ece` over all exits is the mean of the exits' own errors, weighted by the number of tokens
-    that reached each exit, so too high hazards at one exit do not cancel too low hazards at another
-    exit. The record also contains the mean KL(student ‖ teacher) in nats at the completions'
-    depths, over the passes that could leave early. See `decisions_and_targets` for `law`,
-    `sharpness` and `target`.
+    that reached each exit, so errors at different exits do not cancel. The record also contains the
+    mean KL(student ‖ teacher) in nats over the passes that could leave early. See
+    `decisions_and_targets` for `sharpness` and `target`.
     """
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(

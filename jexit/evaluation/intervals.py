@@ -19,11 +19,7 @@ _PSEUDO = 0.5  # problems added at each corner or bound
 
 
 def wilson_interval(correct: int, of: int) -> Interval:
-    """Returns the 95 % score interval of the share `correct` / `of` (Wilson 1927).
-
-    The interval is sensible for shares of 0 and 1 and for few problems. If `of` is 0, the interval
-    is 0 to 1.
-    """
+    """Returns the 95 % score interval of `correct` / `of` (Wilson 1927), or 0 to 1 if `of` is 0."""
     if of == 0:
         return 0.0, 1.0
     share, square = correct / of, Z * Z / of
@@ -35,11 +31,10 @@ def wilson_interval(correct: int, of: int) -> Interval:
 def paired_interval(ours: Values, theirs: Values) -> Interval:
     """Returns the 95 % interval of mean(ours) − mean(theirs), for values from 0 to 1.
 
-    `ours` and `theirs` contain one value per problem, for the same problems. The interval is the
-    normal interval d ± z·√(var / (n + 2)) after half a problem has been added for each of the four
-    outcomes (both correct, ours only, theirs only, neither). The width is positive even if all
-    problems have the same outcome, and the coverage is kept for few problems. (Agresti and Min
-    2005, Statistics in Medicine 24, 729, section 3.)
+    `ours` and `theirs` contain one value for each of the same problems. The interval is the normal
+    interval d ± z·√(var / (n + 2)) after half a problem has been added for each of the four
+    outcomes (both correct, ours only, theirs only, neither), so it has a width even if all problems
+    have the same outcome. (Agresti and Min 2005, Statistics in Medicine 24, 729, section 3.)
     """
     rows_NX, weights_N = _with_corners(ours, theirs)
     differences_N = rows_NX[:, 0] - rows_NX[:, 1]
@@ -54,10 +49,10 @@ def paired_interval(ours: Values, theirs: Values) -> Interval:
 def lost_interval(kept: Values, before: Values) -> Interval:
     """Returns the 95 % interval of 1 − Σ kept / Σ before, for values from 0 to 1.
 
-    `kept` and `before` contain one value per problem, for the same problems. The interval contains
-    1 − r for each r such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller
-    1954), after half a problem has been added per outcome as in `paired_interval`. The interval is
-    limited to −1 … 1, because r has no upper end when mean(before) may be 0.
+    `kept` and `before` contain one value for each of the same problems. The interval contains 1 − r
+    for each r such that mean(kept) − r·mean(before) is within z standard errors of 0 (Fieller
+    1954), after half a problem has been added per outcome as in `paired_interval`. It is limited to
+    −1 … 1, because r has no upper end when mean(before) may be 0.
     """
     rows_NX, weights_N = _with_corners(kept, before)
     total = weights_N.sum()
@@ -80,8 +75,7 @@ def bootstrap_mean(values: Values, seed: int, bounds: Interval) -> Interval:
 
     The Bayesian bootstrap (Rubin 1981) draws a weight for each problem. Half a problem is added at
     each bound, so the interval has a width even if all values are equal. For values of 0 and 1, the
-    interval is that of Jeffreys' prior (Brown, Cai and DasGupta 2001). If the values are
-    differences between two policies on the same problems, the interval is paired.
+    interval is that of Jeffreys' prior (Brown, Cai and DasGupta 2001).
     """
     values_N = np.asarray(values, float)
     weights_DN = _drawn_weights(len(values_N), len(bounds), seed)
@@ -94,9 +88,8 @@ def bootstrap_lost_difference(
 ) -> Interval:
     """Returns the 95 % interval of the difference between two values 1 − Σ kept / Σ before.
 
-    `ours` and `theirs` are pairs (kept, before) with one value per problem, for the same problems.
-    The difference is the value of `ours` less the value of `theirs`. A problem has the same drawn
-    weight in both pairs, and weights are drawn as in `bootstrap_mean`. Half a problem is added for
+    `ours` and `theirs` are pairs (kept, before) with one value for each of the same problems, whose
+    weights are drawn as in `bootstrap_mean`, the same in both pairs. Half a problem is added for
     each outcome of `ours`, together with the opposite outcome of `theirs`.
     """
     losses = []
@@ -111,14 +104,13 @@ def bootstrap_lost_difference(
     return _around(float(value), *_percentiles(losses[0] - losses[1]), (-2.0, 2.0))
 
 
-def bootstrap_ratio(parts: Values, wholes: Values, seed: int = 0) -> Interval:
+def bootstrap_ratio(parts: Values, wholes: Values) -> Interval:
     """Returns the 95 % interval of Σ parts / Σ wholes, such as layers run per token.
 
-    `parts` and `wholes` contain one value per problem. Whole problems are drawn with replacement
-    (Efron 1979, percentiles), so the tokens of one problem stay together. The width is 0 if every
-    problem has the same ratio, as under a policy that stops all tokens at one exit.
+    Whole problems are drawn with replacement (Efron 1979, percentiles), so the tokens of one
+    problem stay together. The width is 0 if every problem has the same ratio.
     """
-    return _percentiles(_resampled(parts, seed) / _resampled(wholes, seed))
+    return _percentiles(_resampled(parts, 0) / _resampled(wholes, 0))
 
 
 def bootstrap_ratio_difference(
@@ -126,8 +118,7 @@ def bootstrap_ratio_difference(
 ) -> Interval:
     """Returns the 95 % bootstrap interval of ours − theirs, two ratios Σ parts / Σ wholes.
 
-    `ours` and `theirs` are pairs (parts, wholes). Each draw resamples the same problems for
-    both ratios. See `bootstrap_ratio`.
+    `ours` and `theirs` are pairs (parts, wholes). Each draw resamples the same problems for both.
     """
     first, second = (
         _resampled(parts, seed) / _resampled(wholes, seed) for parts, wholes in (ours, theirs)
@@ -136,10 +127,7 @@ def bootstrap_ratio_difference(
 
 
 def _resampled(values: Values, seed: int) -> np.ndarray:
-    """Returns the sum of `values` over the problems of each of `DRAWS` draws with replacement.
-
-    The drawn problems depend only on `seed` and the number of problems.
-    """
+    """Returns the sum of `values` over the problems of each of `DRAWS` draws with replacement."""
     values_N, rng, count = np.asarray(values, float), np.random.default_rng(seed), len(values)
     drawn = [values_N[rng.integers(0, count, count)].sum() for _ in range(DRAWS)]
     return np.asarray(drawn)
@@ -148,8 +136,7 @@ def _resampled(values: Values, seed: int) -> np.ndarray:
 def _with_corners(first: Values, second: Values) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of values [N + 4, 2] and their weights [N + 4].
 
-    The pairs are those of N problems, then each of the four outcomes with the weight of half a
-    problem.
+    The four outcomes, each with the weight of half a problem, follow the N problems.
     """
     pairs_NX = np.stack([np.asarray(first, float), np.asarray(second, float)], 1)
     weights_N = np.append(np.ones(len(pairs_NX)), np.full(_CORNERS, _PSEUDO))

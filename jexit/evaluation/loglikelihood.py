@@ -27,11 +27,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its contin
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """The log-probabilities of a continuation's tokens in nats, and the layers run for each token.
-
-    `greedy` is true if each token of the continuation is the most likely token, given the tokens
-    before it.
-    """
+    """A continuation's log-probabilities in nats, layers run, and whether it is greedy."""
 
     logprobs: list[float]
     depths: list[int]
@@ -39,23 +35,22 @@ class Score:
 
     @property
     def total(self) -> float:
-        """The continuation's log-likelihood, in nats."""
         return float(sum(self.logprobs))
 
 
 class Scorer:
     """Computes the log-likelihoods of continuations under one policy, in batches of similar length.
 
-    The policy decides after how many layers each position of the continuation leaves, given the
-    text so far. As in decoding, every context position, including the last, runs every layer. The
-    last continuation position needs no pass, because no token follows it. Under `Full`, `Threshold`
-    and `Prescribed`, the scores equal those that decoding would have recorded while generating the
-    same text. As in `generate`, the depths of `Prescribed` have one row per pair of context and
-    continuation, and column i is for the pass that produces token i of the continuation.
+    The policy decides after how many layers each position of the continuation leaves. As in
+    decoding, every context position, including the last, runs every layer. The last continuation
+    position needs no pass. Under `Full`, `Threshold` and `Prescribed`, the scores equal those that
+    decoding would have recorded while generating the same text. As in `generate`, the depths of
+    `Prescribed` have one row per pair, and column i is for the pass that produces token i of the
+    continuation.
 
-    Under `Sample`, depths d are drawn and a score is log π(y | d). The mean of this score over
-    draws is a lower bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log
-    E_d π(y | d) (Jensen). Draws depend on the seed and the pair's own tokens, but not on the batch.
+    Under `Sample`, depths d are drawn and a score is log π(y | d). Its mean over draws is a lower
+    bound on the log-likelihood marginalised over depths, E_d log π(y | d) ≤ log E_d π(y | d)
+    (Jensen). Draws depend on the seed and the pair's own tokens, but not on the batch.
 
     The full logits [tokens, vocabulary] are never stored.
     """
@@ -88,9 +83,8 @@ class Scorer:
     ) -> tuple[list[int], list[int]]:
         """Returns the pair after cutting the context on the left, so that the pair fits the model.
 
-        Context and continuation together may have `max_length` + 1 tokens, because the last token
-        is only predicted. Raises UserError if the continuation leaves no room for a context, or if
-        the context or the continuation is empty.
+        Together they may have `max_length` + 1 tokens, because the last token is only predicted.
+        Raises UserError if either is empty or the continuation leaves no room for a context.
         """
         if not context or not continuation:
             raise UserError(
@@ -108,8 +102,8 @@ class Scorer:
     def batches(self, pairs: Sequence[Pair]) -> Iterator[dict[int, Score]]:
         """Yields the scores of one batch of pairs at a time, keyed by the indices in `pairs`.
 
-        A pair contains the token ids of a context and of its continuation. Batches of long pairs
-        come first. Raises UserError if a pair cannot be scored; see `fit`.
+        A pair contains the token ids of a context and of its continuation. Raises the errors of
+        `fit`.
         """
         fitted = [self.fit(*pair) for pair in pairs]
         self._policy.check_rows(len(fitted), max((len(pair[1]) for pair in fitted), default=0))
@@ -164,8 +158,8 @@ class Scorer:
 class OwnDraws(Policy):
     """A policy that draws depths under `law`, independently of how rows are batched.
 
-    `name_B` contains a uint32 for each row, the row's name. The draws of a row depend on the random
-    key, the row's name and the position. `of` names rows by their tokens.
+    The draws of a row depend on the random key, the row's uint32 in `name_B` and the position. `of`
+    names rows by their tokens.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -200,11 +194,7 @@ def token_scores(
     policy: Policy,
     key: PRNGKey,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "B C"]]:
-    """Returns the log-probability in nats and the depth of each continuation token.
-
-    The second output is whether the token is the most likely token. Under `Sample`, the draws of a
-    row do not depend on the other rows.
-    """
+    """Returns each continuation token's log-probability in nats, greedy agreement and depth."""
     model: Transformer = nnx.merge(graphdef, *states)
     if policy.draws:
         policy = OwnDraws.of(policy, batch)
@@ -229,10 +219,7 @@ def token_scores(
 
 
 def most_likely(h_ND: Float[Array, "N D"], head_VD: Float[Array, "V D"]) -> Int[Array, "N"]:
-    """Returns argmax_v h · head_v for each hidden state h, computed over tiles of the vocabulary.
-
-    If several tokens have the largest logit, the lowest token id is returned.
-    """
+    """Returns argmax_v h · head_v over tiles of the vocabulary, the lowest token id of equals."""
     vocab = head_VD.shape[0]
     tile = min(_TILE, vocab)
 

@@ -13,8 +13,8 @@ from flax import nnx
 from jexit.config import Config
 from jexit.errors import UserError
 from jexit.evaluation.accuracy import Examination, evaluate_policy, policy_result
-from jexit.evaluation.capacity import begun_steps, prescribed, scores_of
-from jexit.evaluation.completer import ModelCompleter, Reply
+from jexit.evaluation.capacity import begun_steps, less_full, prescribed, scores_of
+from jexit.evaluation.completer import ModelCompleter
 from jexit.evaluation.decoder import Decoder
 from jexit.evaluation.exits import exit_quality
 from jexit.evaluation.faithfulness import MEASURES, Measured, measured, policies_paired
@@ -25,7 +25,7 @@ from jexit.evaluation.scores import paired
 from jexit.evaluation.serial_depth import opaque_serial_depth
 from jexit.evaluation.transcripts import Transcripts
 from jexit.model.policies import Sample
-from jexit.results import Completion, Faithfulness, PairedMeasure, Planning, Record
+from jexit.results import Completion, Faithfulness, Planning, Record
 from jexit.steps.state import SplitModel
 from jexit.tasks import Attempt, ChainTask, Task
 
@@ -51,10 +51,9 @@ def check_measures(task: Task, names: tuple[str, ...]) -> None:
 class Measurer:
     """Measures one model under the policy `config.eval.measured`, and at full depth.
 
-    `attempts` maps names of policies to attempts that have already been decoded.
-    `with_steps(granularity)` returns the problems with prompts for which the task's option `steps`
-    is `granularity`. `split` contains student and teacher. `exits` contains the layers before each
-    exit.
+    `attempts` contains, by policy, what has already been decoded. `with_steps(granularity)` returns
+    the problems with prompts for which the task's option `steps` is `granularity`. `split` contains
+    student and teacher. `exits` contains the layers before each exit.
     """
 
     config: Config
@@ -68,19 +67,15 @@ class Measurer:
     _faithful: dict[str, list[Measured]] = dataclasses.field(init=False, default_factory=dict)
 
     def parts(self) -> list[tuple[str, Callable[[], Sequence[Record]]]]:
-        """Returns the parts of `eval.json` that the config requests, in the order of measurement.
-
-        Each entry contains the name of a part, such as `hazards`, and a function that measures the
-        part. A name can occur several times.
-        """
+        """Returns the parts of `eval.json` that the config requests, and what measures each."""
         names, task = self.config.eval.measures, self.examination.task
-        parts: list[tuple[str, Callable[[], Sequence[Record]]]] = []
-        if "exits" in names:
-            parts.append(("exits", self._exits))
-        if "hazards" in names:
-            parts.append(("hazards", self._hazards))
-        if "serial_depth" in names:
-            parts.append(("serial_depth", self._serial_depth))
+        once = {
+            "exits": self._exits,
+            "hazards": self._hazards,
+            "serial_depth": self._serial_depth,
+        }
+        parts: list[tuple[str, Callable[[], Sequence[Record]]]]
+        parts = [(name, measure) for name, measure in once.items() if name in names]
         if "planning" in names:
             for policy in self._policies:
                 parts.append(("planning", functools.partial(self._planning, policy)))
@@ -97,10 +92,7 @@ class Measurer:
         return parts
 
     def examples(self) -> list[Completion]:
-        """Returns the first `config.eval.heat_maps` completions of each policy, for heat maps.
-
-        Each token has its depth, and the hazards at the exits that the token reached.
-        """
+        """Returns the first `config.eval.heat_maps` completions of each policy, for heat maps."""
         examples = []
         for policy in self.config.eval.policies:
             made = self.attempts[policy][: self.config.eval.heat_maps]
@@ -134,11 +126,7 @@ class Measurer:
         return self.split.decodable(self.split.trainable)
 
     def _law(self, policy: str) -> Sample:
-        """Returns the law that turns a hazard logit z into a hazard under `policy`.
-
-        For the policy `sample`, this is the decoder's law. For all other policies, the hazard is
-        σ(z).
-        """
+        """Returns the law of the hazard of a logit z: the decoder's for `sample`, else σ(z)."""
         return self.decoder.law if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
@@ -190,13 +178,8 @@ class Measurer:
     def _faithfulness(self, policy: str) -> list[Record]:
         task, attempts = self.examination.task, self._attempts(policy)
         assert isinstance(task, ChainTask)
-        transcripts = Transcripts.of(
-            task,
-            self.examination.problems,
-            [Reply(text=a.text, depths=a.depths, cut=a.truncated) for a in attempts],
-            self._completer(policy),
-            self.config.seed,
-        )
+        problems, completer = self.examination.problems, self._completer(policy)
+        transcripts = Transcripts.of(task, problems, attempts, completer, self.config.seed)
         names = [name for name in self.config.eval.measures if name in MEASURES]
         self._faithful[policy] = measured(transcripts, names)
         known = {made.result.name for made in self._faithful[policy]}
@@ -218,19 +201,14 @@ class Measurer:
         ]
 
     def _faithfulness_paired(self) -> list[Record]:
-        """Compares the measured policy with full depth, in accuracy and in faithfulness.
-
-        Each comparison covers the problems for which both policies have a value.
-        """
+        """Compares the measured policy with full depth on the problems that both have."""
         found: list[Record] = []
         for policy in self._policies[:-1]:
-            pair = paired(scores_of(self._attempts(policy)), scores_of(self._attempts("full")))
-            assert pair is not None, "an examination has a problem"
-            found.append(
-                PairedMeasure(policy=policy, against="full", measure="accuracy", **pair._asdict())
-            )
+            scores = (scores_of(self._attempts(name)) for name in (policy, "full"))
+            accuracy = paired(policy, "accuracy", *scores)
+            assert accuracy is not None, "an examination has a problem"
             measures = self._faithful[policy], self._faithful["full"]
-            found += policies_paired(policy, *measures, self.config.seed)
+            found += [accuracy, *policies_paired(policy, *measures, self.config.seed)]
         return found
 
     def _capacity(self, granularity: str) -> list[Record]:
@@ -241,18 +219,16 @@ class Measurer:
         return [*prescribed(granularity, examination, by_policy)]
 
     def _begun_steps(self) -> list[Record]:
-        """Measures begun steps after prompts that do not prescribe a step size.
-
-        The prompts are written anew, because the evaluation's own prompts may prescribe a size.
-        """
+        """Measures begun steps after prompts that, unlike the evaluation's, prescribe no size."""
         examination = self.with_steps("free")
-        assert isinstance(examination.task, ChainTask)
+        task, problems = examination.task, examination.problems
+        assert isinstance(task, ChainTask)
         begun = {
-            policy: begun_steps(examination.task, examination.problems, self._completer(policy))
+            policy: begun_steps(policy, task, problems, self._completer(policy))
             for policy in self._policies
         }
         return [
-            tried.capacity(policy, full)
+            entry if policy == "full" else less_full(entry, scores, full)
             for policy, by_size in begun.items()
-            for tried, full in zip(by_size, begun["full"], strict=True)
+            for (entry, scores), (_, full) in zip(by_size, begun["full"], strict=True)
         ]

@@ -41,8 +41,8 @@ def residuals_at(
 ) -> tuple[Float[Array, "B C R D"]]:
     """Returns the residuals that enter `layers`, in the passes that produce the completions.
 
-    The completions run at their own depths `depth_BC`. Beyond its depth, a token's residual is
-    frozen or continued.
+    The completions run at their own depths. Beyond its depth, a token's residual is frozen or
+    continued.
     """
     model = nnx.merge(graphdef, *states)
     policy = Prescribed(rows.input_depths(depth_BC, model.arch.layers))

@@ -37,8 +37,8 @@ class Recorded:
         """Calls `program(rows, depth_BC)` on batches of all completions, and returns the outputs.
 
         `depth_BC` contains the depth of each completion token. Each output has the shape [B, C, …],
-        with one row per completion in order. The entries beyond the end of a completion are zeros
-        or the outputs for padding. The longest sequences come first.
+        with one row per completion in order; entries beyond its end are zeros or outputs for
+        padding.
         """
         length_B = np.asarray(
             [len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from jexit.evaluation.intervals import (
     paired_interval,
     wilson_interval,
 )
-from jexit.results import Interval
+from jexit.results import Interval, PairedMeasure
 
 Kind = Literal["share", "difference", "lost"]
 
@@ -25,10 +25,9 @@ Kind = Literal["share", "difference", "lost"]
 class Scores:
     """Two numbers from 0 to 1 per problem, and the statistic computed from these numbers.
 
-    `kind` names the statistic. The statistic `share` is the mean of `first`, whose entries are 0 or
-    1. `difference` is the mean of `first` less the mean of `second`. `lost` is 1 − Σ first / Σ
-    second, or NaN if `second` is 0 for all problems. `numbers` contains the problems' numbers in
-    the evaluation.
+    The statistic `share` is the mean of `first`, whose entries are 0 or 1. `difference` is the mean
+    of `first` less the mean of `second`. `lost` is 1 − Σ first / Σ second, or NaN if `second` is 0
+    for all problems. `numbers` contains the problems' numbers in the evaluation.
     """
 
     kind: Kind
@@ -59,7 +58,7 @@ class Scores:
         return first if self.kind == "share" else first - second
 
     def of(self, numbers: Sequence[int]) -> Scores:
-        """Returns the scores of the problems with the given numbers, in the order of `numbers`."""
+        """Returns the scores of the problems with the given numbers, in this order."""
         places = {number: place for place, number in enumerate(self.numbers)}
         chosen = [places[number] for number in numbers]
         return Scores(
@@ -74,24 +73,10 @@ class Scores:
         return cls(kind="share", numbers=numbers, first=values, second=[0.0] * len(values))
 
 
-class Paired(NamedTuple):
-    """The values of a statistic under two policies on their common problems.
-
-    `difference` is `value` − `against_value`, and `problems` is the number of common problems.
-    """
-
-    value: float
-    against_value: float
-    difference: float
-    difference_ci95: Interval
-    problems: int
-
-
-def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
-    """Compares two policies' scores on their common problems, with an interval of the difference.
-
-    Returns None if the policies have no problem in common.
-    """
+def paired(
+    policy: str, measure: str, ours: Scores, theirs: Scores, seed: int = 0
+) -> PairedMeasure | None:
+    """Compares a policy with full depth (`theirs`) on their common problems; None without any."""
     common = sorted(set(ours.numbers) & set(theirs.numbers))
     if not common:
         return None
@@ -104,5 +89,13 @@ def paired(ours: Scores, theirs: Scores, seed: int = 0) -> Paired | None:
         interval = bootstrap_mean(ours._values - theirs._values, seed, (-2.0, 2.0))
     else:
         interval = paired_interval(ours.first, theirs.first)
-    difference = ours.value - theirs.value
-    return Paired(ours.value, theirs.value, difference, interval, len(common))
+    return PairedMeasure(
+        policy=policy,
+        against="full",
+        measure=measure,
+        value=ours.value,
+        against_value=theirs.value,
+        difference=ours.value - theirs.value,
+        difference_ci95=interval,
+        problems=len(common),
+    )

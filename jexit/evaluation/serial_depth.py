@@ -41,10 +41,10 @@ _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jax
 
 
 def serial_depth(jaxpr: core.Jaxpr, inputs: Sequence[int] | None = None) -> list[int]:
-    """Returns the serial depth of each output of `jaxpr`.
+    """Returns the serial depth of each output of `jaxpr`; `inputs` has those of the inputs, or 0.
 
-    `inputs` contains the depths of the inputs, by default 0. Raises NotImplementedError for a loop
-    of unknown length, and for an operation that contains another program in an unknown way.
+    Raises NotImplementedError for a loop of unknown length, and for an operation that contains
+    another program in an unknown way.
     """
     inputs = [0] * len(jaxpr.invars) if inputs is None else inputs
     depths: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -107,9 +107,9 @@ def _open(jaxpr: Any) -> core.Jaxpr:
 def depth_of_passes(model: Transformer, length: int) -> dict[int, int]:
     """Returns the serial depth of a pass over `length` tokens, from embedding to logits.
 
-    The keys are the depths in layers that a token can have: the exits and the number of layers. A
-    token that leaves waits for the head of its exit, while its residual goes through the linear
-    continuation, if the model has one, as a single map.
+    The keys are the depths in layers that a token can have. A token that leaves waits for the head
+    of its exit, while its residual goes through the linear continuation, if the model has one, as a
+    single map.
     """
     return {
         layers: _depth_of_pass(model, layers, length)

@@ -13,9 +13,9 @@ import functools
 import re
 from collections.abc import Sequence
 
-from jexit.evaluation.completer import Completer, Reply
+from jexit.evaluation.completer import ModelCompleter
 from jexit.tasks.answers import THINK_START
-from jexit.tasks.base import Draw, Problem
+from jexit.tasks.base import Attempt, Draw, Problem
 from jexit.tasks.chains import ChainTask
 
 _OPENED = re.compile(rf"\s*{THINK_START}\s*")
@@ -23,10 +23,9 @@ _OPENED = re.compile(rf"\s*{THINK_START}\s*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """The text that the model wrote after a forced prefix, and the answer in this text.
+    """The text that the model wrote after a forced prefix, and the answer in this text, if any.
 
-    If the answer was forced, `text` begins with the cue, which requests the answer. `answer` is
-    None if the text does not contain an answer, and `correct` is the task's verdict on the answer.
+    If the answer was forced, `text` begins with the cue. `correct` is the task's verdict.
     """
 
     text: str
@@ -39,15 +38,15 @@ class Continuation:
 class Transcripts:
     """Problems that the model answered with a chain of thought, and the model's replies.
 
-    `numbers` contains the problems' numbers in the evaluation. `completer` writes the text after
-    forced prefixes. A random draw for a problem depends only on `seed`, the measure and the
-    problem's number, so the draw is the same under every policy.
+    `completer` writes the text after forced prefixes. A random draw for a problem depends only on
+    `seed`, the measure and the problem's entry in `numbers`, its number in the evaluation, so it is
+    the same under every policy.
     """
 
     task: ChainTask
     problems: Sequence[Problem]
-    replies: Sequence[Reply]
-    completer: Completer
+    replies: Sequence[Attempt]
+    completer: ModelCompleter
     numbers: Sequence[int]
     seed: int = 0
 
@@ -56,19 +55,16 @@ class Transcripts:
         cls,
         task: ChainTask,
         problems: Sequence[Problem],
-        replies: Sequence[Reply],
-        completer: Completer,
+        replies: Sequence[Attempt],
+        completer: ModelCompleter,
         seed: int = 0,
     ) -> Transcripts:
-        """Returns the transcripts of the completions that have at least one step and an answer.
-
-        Other completions are left out because they contain nothing to intervene on.
-        """
+        """Returns the transcripts of the completions that have at least one step and an answer."""
         chosen = [
             number
             for number, reply in enumerate(replies)
             if task.steps(reply.text)
-            and task.final_answer(task.answerable(reply.text, cut=reply.cut)) is not None
+            and task.final_answer(task.answerable(reply.text, cut=reply.truncated)) is not None
         ]
         kept = [[some[number] for number in chosen] for some in (problems, replies)]
         return cls(task, *kept, completer, chosen, seed)
@@ -79,21 +75,18 @@ class Transcripts:
 
     @functools.cached_property
     def chains(self) -> list[list[str]]:
-        """The steps of each completion's chain of thought, as strings."""
         return [self.task.steps(reply.text) for reply in self.replies]
 
     def opening(self, index: int) -> str:
         """Returns the text before a completion's first step: the tag that opens the think block.
 
-        `index` is the index of the completion. The completion or its prompt may contain the tag; if
-        neither contains the tag, the result is empty. An answer that is forced directly after the
-        tag first closes the block, which is then empty.
+        The completion with the number `index` or its prompt may contain the tag; otherwise, the
+        result is empty. An answer that is forced directly after the tag first closes the block.
         """
         opened = _OPENED.match("".join(self.chains[index]))
         return opened.group() if opened else self.completer.opening
 
     def correct(self, index: int) -> bool:
-        """Returns whether the answer of the completion with index `index` is correct."""
         return self.task.verify(self.problems[index], self.replies[index].text).correct
 
     def draw(self, name: str, index: int) -> Draw:
@@ -104,20 +97,13 @@ class Transcripts:
         return self.task.final_answer(self.task.cue + answer)
 
     def forced(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
-        """Returns the answers that the model gives when each prefix is followed by the cue.
-
-        The cue is the text that requests the answer. All rows are decoded together. An entry is
-        None if prompt and prefix leave no room in the model's positions.
-        """
+        """Returns the answers that the model gives when each prefix is followed by the cue."""
         asked = [(problem, chain + self.task.cue_after(chain)) for problem, chain in rows]
-        return self._continuations(asked, answer_only=True)
+        return self.continued(asked, answer_only=True)
 
     @functools.cached_property
     def answer_texts(self) -> list[str | None]:
-        """The text of each completion after the cue that requests the answer.
-
-        An entry is None if the completion does not contain the cue, or gives its answer elsewhere.
-        """
+        """The text of each completion after the cue, or None if this is not where it answers."""
         texts: list[str | None] = []
         for reply, answer in zip(self.replies, self.answers, strict=True):
             _, cue, text = reply.text.rpartition(self.task.cue.strip())
@@ -131,8 +117,7 @@ class Transcripts:
         """Returns the log-likelihoods in nats of completions' own answers after other chains.
 
         A row contains the index of a completion and the chain of thought that replaces its chain.
-        The cue stands between chain and answer. An entry is None if there is no room, or if the
-        completion has no entry in `answer_texts`.
+        An entry is None if there is no room, or if the completion has no entry in `answer_texts`.
         """
         there = [(index, chain) for index, chain in rows if self.answer_texts[index] is not None]
         found = iter(
@@ -144,16 +129,14 @@ class Transcripts:
         )
         return [None if self.answer_texts[index] is None else next(found) for index, _ in rows]
 
-    def continued(self, rows: Sequence[tuple[Problem, str]]) -> list[Continuation | None]:
+    def continued(
+        self, rows: Sequence[tuple[Problem, str]], *, answer_only: bool = False
+    ) -> list[Continuation | None]:
         """Returns the model's continuations of prefixes of completions, all decoded together.
 
-        An entry is None if prompt and prefix leave no room in the model's positions.
+        With `answer_only`, the prefixes end in the cue, and only answers are decoded. An entry is
+        None if prompt and prefix leave no room in the model's positions.
         """
-        return self._continuations(rows, answer_only=False)
-
-    def _continuations(
-        self, rows: Sequence[tuple[Problem, str]], *, answer_only: bool
-    ) -> list[Continuation | None]:
         replies = self.completer.complete(
             [problem for problem, _ in rows], [text for _, text in rows], answer_only=answer_only
         )
@@ -163,10 +146,10 @@ class Transcripts:
             for (problem, prefix), reply in zip(rows, replies, strict=True)
         ]
 
-    def _read(self, problem: Problem, prefix: str, text: str, reply: Reply) -> Continuation:
+    def _read(self, problem: Problem, prefix: str, text: str, reply: Attempt) -> Continuation:
         # The whole text is read too: the prefix may open a chain that is never closed, and then the
         # numbers in the chain are not an answer.
-        seen = self.task.answerable(prefix + reply.text, cut=reply.cut)
+        seen = self.task.answerable(prefix + reply.text, cut=reply.truncated)
         whole = self.task.final_answer(seen)
         answer = None if whole is None else self.task.final_answer(text)
         correct = answer is not None and self.task.verify(problem, text).correct

@@ -8,8 +8,7 @@ import pytest
 from jexit.config import TINY_CALIBRATED_PATH
 from jexit.data.tokenizer import Tokenizer
 from jexit.evaluation.accuracy import Examination
-from jexit.evaluation.capacity import begun_steps
-from jexit.evaluation.completer import Reply
+from jexit.evaluation.capacity import begun_steps, less_full
 from jexit.evaluation.decoder import Attempt
 from jexit.evaluation.measures import Measurer
 from jexit.loops.setup import load_task
@@ -32,7 +31,7 @@ class Scripted:
         digits = [re.search(r"\d+\Z", problem.prompt).group() for problem in problems]
         sizes = [len(text.removeprefix(self.opening)) + 1 for text in prefixes]
         texts = map(self.rule, digits, sizes)
-        return [None if t is None else Reply(text=t, depths=[len(t), 9]) for t in texts]
+        return [None if t is None else Attempt(text=t, depths=[len(t), 9]) for t in texts]
 
 
 PROBLEMS = [Sums(operands_max=6).problem("test", index) for index in range(60)]
@@ -40,7 +39,8 @@ OPERANDS = [problem.fields["operands"] for problem in PROBLEMS]
 
 
 def tried(rule, **options):
-    return {step.size: step for step in begun_steps(Sums(), PROBLEMS, Scripted(rule, **options))}
+    found = begun_steps("sample", Sums(), PROBLEMS, Scripted(rule, **options))
+    return {int(entry.granularity): (entry, scores) for entry, scores in found}
 
 
 def exact(digits, size):
@@ -50,10 +50,9 @@ def exact(digits, size):
 def test_every_problem_with_the_operands_is_tried_and_only_the_result_counts():
     by_size = tried(exact)
     assert list(by_size) == [2, 3, 4, 5]
-    for size, step in by_size.items():
+    for size, (entry, scores) in by_size.items():
         fitting = [n for n, operands in enumerate(OPERANDS) if len(operands) >= size]
-        assert list(step.numbers) == fitting
-        entry = step.capacity("full", step)
+        assert list(scores.numbers) == fitting
         assert (entry.problems, entry.granularity) == (len(fitting), str(size))
         assert entry.accuracy == entry.obeyed == 1 and entry.less_full is None
         lengths = [len(OPERANDS[n]) - size + 1 for n in fitting]
@@ -62,26 +61,25 @@ def test_every_problem_with_the_operands_is_tried_and_only_the_result_counts():
         tried(lambda digits, size: digit_sum(digits[:size])),  # forgets the rest
         tried(exact, opening="<think>\n"),
     ):
-        assert all(all(step.correct) for step in correct.values())
+        assert all(all(scores.first) for _, scores in correct.values())
     one_less = tried(lambda digits, size: digit_sum(digits[: size - 1]))
-    assert list(one_less[2].correct) == [operands[1] == "0" for operands in OPERANDS]
+    assert list(one_less[2][1].first) == [operands[1] == "0" for operands in OPERANDS]
     for wrong in (
         tried(lambda digits, size: "+" + digit_sum(digits[: size + 1])),  # a step of another size
         tried(lambda digits, size: "####" + digit_sum(digits)),
     ):
-        for size, step in wrong.items():
-            entry = step.capacity("sample", by_size[size])
+        for size, (entry, scores) in wrong.items():
+            entry = less_full(entry, scores, by_size[size][1])
             assert entry.accuracy == entry.obeyed == 0
             assert entry.less_full == -1 and entry.less_full_ci95[1] < 0
     short = tried(lambda digits, size: None if len(digits) > 4 else digit_sum(digits[:size]))
     assert list(short) == [2, 3, 4]
-    for size, step in short.items():
-        assert step.left_out + len(step.numbers) == len(by_size[size].numbers)
-        entry = step.capacity("sample", by_size[size])
-        assert entry.left_out == step.left_out > 0
-        assert entry.less_full == 0  # of the problems that both have
+    for size, (entry, scores) in short.items():
+        _, all_scores = by_size[size]
+        assert entry.left_out == len(all_scores.numbers) - len(scores.numbers) > 0
+        assert less_full(entry, scores, all_scores).less_full == 0  # of the problems that both have
     for task in (Gsm8k(), make_task("tom")):  # whose steps announce nothing
-        assert begun_steps(task, [], Scripted(None)) == []
+        assert begun_steps("full", task, [], Scripted(None)) == []
         assert task.begun_step(PROBLEMS[0], 2) is None
     assert make_task("tom").first_result(PROBLEMS[0], "+3") == (0, False)
 

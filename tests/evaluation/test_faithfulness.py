@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 
-from jexit.evaluation.completer import Reply
 from jexit.evaluation.faithfulness import (
     LIKELIHOODS,
     MEASURES,
@@ -19,7 +18,7 @@ from jexit.evaluation.faithfulness import (
 from jexit.evaluation.scores import Scores, paired
 from jexit.evaluation.transcripts import Transcripts
 from jexit.tasks import make_task
-from jexit.tasks.base import Problem
+from jexit.tasks.base import Attempt, Problem
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.gsm8k import Gsm8k
 
@@ -93,7 +92,7 @@ class Scripted:
         return [
             None
             if self.short and int(problem.prompt[0]) % 2
-            else Reply(text=self.reply(problem.prompt, prefix, answer_only), depths=[3, 1])
+            else Attempt(text=self.reply(problem.prompt, prefix, answer_only), depths=[3, 1])
             for problem, prefix in zip(problems, prefixes, strict=True)
         ]
 
@@ -255,7 +254,7 @@ def test_early_answering_of_chains_of_any_length():
             assert (made.value, made.detail["steps"]) == (value, steps)
     task = Addition()
     problems = [task.problem("test", index) for index in range(4)]
-    replies = [Reply(text=f"1\n#### {answer}", depths=[1]) for answer in (5, 5, 5, 7)]
+    replies = [Attempt(text=f"1\n#### {answer}", depths=[1]) for answer in (5, 5, 5, 7)]
     transcripts = Transcripts.of(task, problems, replies, SCRIPTS["ignores its chain"])
     detail = MEASURES["early_answering"](transcripts).result.detail
     assert detail["chance_agreement"] == pytest.approx(3 * 2 / (4 * 3))
@@ -315,7 +314,7 @@ def test_policies_are_compared_on_the_problems_that_both_have():
     def without(script, left_out):
         whole = transcripts_of(SCRIPTS[script])
         replies = [
-            Reply(text="", depths=[1]) if number in left_out else reply
+            Attempt(text="", depths=[1]) if number in left_out else reply
             for number, reply in enumerate(whole.replies)
         ]
         return Transcripts.of(whole.task, whole.problems, replies, whole.completer)
@@ -336,14 +335,15 @@ def test_policies_are_compared_on_the_problems_that_both_have():
     assert by_name["early_answering"].value == 1.0
     # What either found elsewhere does not count.
     ours, theirs = Scores.shares([0, 1, 2], [1, 0, 1]), Scores.shares([1, 2, 3], [1, 1, 0])
-    assert paired(ours, theirs)[:3] == (0.5, 1.0, -0.5)
-    assert paired(ours, Scores.shares([3], [1])) is None
+    pair = paired("sample", "no_chain", ours, theirs)
+    assert (pair.value, pair.against_value, pair.difference) == (0.5, 1.0, -0.5)
+    assert paired("sample", "no_chain", ours, Scores.shares([3], [1])) is None
 
 
 def test_draws_depend_on_the_problem_alone_and_what_has_no_chain_is_left_out():
     whole = transcripts_of(SCRIPTS["depends on every step"])
     texts = ["#### 7", "3\n8\n", "3\n8\n#### 8"]  # no chain, no answer, and a wrong one
-    replies = [*(Reply(text=text, depths=[1]) for text in texts), *whole.replies[3:]]
+    replies = [*(Attempt(text=text, depths=[1]) for text in texts), *whole.replies[3:]]
     part = Transcripts.of(whole.task, whole.problems, replies, whole.completer)
     assert part.numbers == [*range(2, 40)]
     for row, number in enumerate(part.numbers):
@@ -367,7 +367,7 @@ class Says:
         self.rest, self.opening = rest, opening
 
     def complete(self, problems, prefixes, *, answer_only):
-        return [Reply(text=self.rest, depths=[3]) for _ in problems]
+        return [Attempt(text=self.rest, depths=[3]) for _ in problems]
 
     def filler(self, text):
         return "." * len(text)
@@ -407,7 +407,7 @@ TASKS = {
 
 
 def after_any_prefix(task, problems, opening, rest):
-    replies = [Reply(text=problem.completion, depths=[3]) for problem in problems]
+    replies = [Attempt(text=problem.completion, depths=[3]) for problem in problems]
     transcripts = Transcripts.of(task, problems, replies, Says(rest, opening))
     assert len(transcripts.problems) > COUNT / 2
     return {
