@@ -133,10 +133,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """Returns the last number in `text` that is not part of an expression, or None.
-
-    Only the text from 400 characters (`_SPAN`) before its last digit is searched.
-    """
+    """Returns the last number in `text` that is not part of an expression, or None."""
     end = 1 + max(map(text.rfind, "0123456789"))
     start = max(end - _SPAN, 0)
     found = list(_IN_TEXT.finditer(_plain(text[start : end + _SPAN])))
@@ -244,10 +241,7 @@ def _side(side: str) -> Fraction | None:
 
 
 def visible_text(completion: str) -> str | None:
-    """Returns the text after the last `</think>`, or None if it contains a `<think>`.
-
-    An unfinished thought is not an answer, whatever numbers it contains.
-    """
+    """Returns the text after the last `</think>`, or None if a thought in it is not finished."""
     after = completion.rpartition(THINK_END)[2]
     return None if THINK_START in after else after
 
@@ -282,10 +276,10 @@ def final_number(completion: str) -> Fraction | None:
 
 
 def judge(completion: str, answer: str) -> VerdictKind:
-    """Compares a completion's answer with the right answer `answer` by value.
+    """Compares a completion's answer with the correct answer `answer` by value.
 
-    Returns `strict` for the right answer in a last line `#### n`, which decides whatever else the
-    text contains, and `lenient` for the right answer elsewhere. Thoughts do not count.
+    Returns `strict` for the correct answer in a last line `#### n`, which decides whatever else the
+    text contains, and `lenient` for the correct answer elsewhere. Thoughts do not count.
     """
     found = final_number(completion)
     if found is None:

@@ -27,7 +27,7 @@ _PARTS = 8  # of all generated problems: one part is the test split, one the val
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question with its right answer.
+    """One question with its correct answer.
 
     `prompt` is the user's message before any chat template. `completion` is a reference completion
     without its end token, or None. `earlier` contains the chat messages before the prompt, such as
@@ -42,7 +42,6 @@ class Problem:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The chat messages to complete: the earlier ones, then the prompt."""
         return (*self.earlier, {"role": "user", "content": self.prompt})
 
 
@@ -60,9 +59,9 @@ class Rewards:
 class Verdict:
     """The judgement of one completion.
 
-    `kind` is `strict` for the right answer in the required format, `lenient` for the right answer
-    in another format, `wrong` for another answer, and `none` if no answer was found. `parts` maps
-    the names of a task's own reward functions to their rewards before weighting.
+    `kind` is `strict` for the correct answer in the required format, `lenient` for the correct
+    answer in another format, `wrong` for another answer, and `none` if no answer was found. `parts`
+    maps the names of a task's own reward functions to their rewards before weighting.
     """
 
     kind: VerdictKind
@@ -237,7 +236,6 @@ class Draw:
         return options[int(self._random() * len(options))]
 
     def sample(self, options: Sequence[Any], count: int) -> tuple[Any, ...]:
-        """Returns `count` elements of `options` without replacement, in random order."""
         left = list(options)
         return tuple(left.pop(self.integer(0, len(left) - 1)) for _ in range(count))
 

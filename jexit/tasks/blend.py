@@ -100,7 +100,6 @@ class Blend(Task):
 def _of_part(
     name: str, problems: Sequence[Any], attempts: Sequence[Attempt]
 ) -> tuple[list[int], list[Problem], list[Attempt]]:
-    """Returns the indices, problems and attempts that belong to the part called `name`."""
     index = [i for i, problem in enumerate(problems) if problem.part == name]
     return index, [problems[i].own for i in index], [attempts[i] for i in index]
 

@@ -77,17 +77,11 @@ class ChainTask(Task):
         """Returns the answer that `completion` gives, or None; equal values are equal strings."""
 
     def begun_step(self, problem: Problem, size: int) -> str | None:
-        """Returns the text of a first step with `size` operands, up to but without its result.
-
-        Returns None if the problem has fewer operands, or if steps cannot be begun (the default).
-        """
+        """Returns the text of a first step with `size` operands before its result, or None."""
         return None
 
     def first_result(self, problem: Problem, completion: str) -> tuple[int, bool]:
-        """Returns the number of operands of the first step, and whether its result is correct.
-
-        Returns (0, False), the default, if the completion contains no such result.
-        """
+        """Returns the first step's operands and whether its result is correct, or (0, False)."""
         return 0, False
 
     @abc.abstractmethod
@@ -98,10 +92,7 @@ class ChainTask(Task):
         """
 
     def reworded(self, completion: str) -> str | None:
-        """Returns the chain of `completion` in other words, or None (the default) if it has none.
-
-        Numbers, names and the order of the steps stay.
-        """
+        """Returns the chain in other words, with all numbers and names in their order, or None."""
         return None
 
     def answer_follows(self, completion: str) -> bool:

@@ -159,8 +159,8 @@ def candidates(problem: Problem) -> phrases.Candidates:
 def asked_for(problem: Problem, known: phrases.Candidates) -> phrases.Candidates:
     """Returns those of the candidates `known` that the question asks for: containers or rooms.
 
-    All count if the question names no such sort of place ("In which room"). The right answer always
-    counts.
+    All count if the question names no such sort of place ("In which room"). The correct answer
+    always counts.
     """
     sort = re.match(r"in which (container|room)\b", problem.fields["question"], re.IGNORECASE)
     if sort is None or problem.fields["style"] != "place":

@@ -145,14 +145,12 @@ class FileTask(Task):
 
     def _hold_out(self, problems: list[Problem], every: int) -> tuple[list[Problem], list[Problem]]:
         """Splits `problems` into those to keep and every `every`-th group (0: none) to hold out."""
-        ranks: dict[str, int] = {}
-        for problem in problems:
-            ranks.setdefault(self._group(problem), len(ranks))
+        groups = list(dict.fromkeys(map(self._group, problems)))
+        chosen = set(groups[every - 1 :: every] if every else ())
         kept: list[Problem] = []
         held_out: list[Problem] = []
         for problem in problems:
-            last = every > 0 and ranks[self._group(problem)] % every == every - 1
-            (held_out if last else kept).append(problem)
+            (held_out if self._group(problem) in chosen else kept).append(problem)
         return kept, held_out
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jexit.errors import MissingFile, UserError
 from jexit.tasks import answers
-from jexit.tasks.base import SPLITS, Draw, Message, Problem, Rewards, Split, Verdict, turns
+from jexit.tasks.base import SPLITS, Draw, Message, Problem, Rewards, Split, turns
 from jexit.tasks.files import FileTask, Row, Source, read_jsonl, source_of, text_fault
 from jexit.tasks.number_chain import NumberChain
 
@@ -77,14 +77,8 @@ class Gsm8k(FileTask, NumberChain):
         problem = super().problem(split, index)
         return dataclasses.replace(problem, earlier=self._shots(problem)) if self.shots else problem
 
-    def verify(self, problem: Problem, completion: str) -> Verdict:
-        return self.verdict(answers.judge(completion, problem.answer))
-
     def _shots(self, problem: Problem) -> tuple[Message, ...]:
-        """Returns `shots` worked examples of the training split, without one equal to `problem`.
-
-        Raises UserError if the split contains too few questions.
-        """
+        """Returns `shots` worked examples of the training split, without one equal to `problem`."""
         if not self._examples:
             # Keyed by question, because the data may contain one twice. One more than are shown is
             # drawn, in case one of them is the problem itself.

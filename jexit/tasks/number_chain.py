@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from jexit.errors import UserError
 from jexit.tasks import answers
-from jexit.tasks.base import Draw, Problem
+from jexit.tasks.base import Draw, Problem, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
 
 # The end is before the line break, which then belongs to the next step. Any prefix of steps can
@@ -41,6 +41,9 @@ class NumberChain(ChainTask):
     """A task whose answers are numbers, and whose steps are lines or one line's sentences."""
 
     cue = "\n#### "
+
+    def verify(self, problem: Problem, completion: str) -> Verdict:
+        return self.verdict(answers.judge(completion, problem.answer))
 
     def steps(self, completion: str) -> list[str]:
         chain = answers.chain_of_thought(completion)
@@ -91,10 +94,7 @@ class NumberChain(ChainTask):
         return changed if changed != chain else None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the last result is the answer, and all equations of two numbers hold.
-
-        Quotients may be rounded to whole numbers.
-        """
+        """Returns whether the last result is the answer, and equations hold up to rounding."""
         steps = self.steps(completion)
         result = result_of(steps[-1]) if steps else None
         if result is None or self.final_answer(self.cue + result) != self.final_answer(completion):
@@ -145,10 +145,7 @@ def _holds(equation: tuple[str, str, str, str]) -> bool:
 
 
 def nearby_numbers(literal: str, draw: Draw) -> Iterator[str]:
-    """Yields numbers near that in `literal`, in its format and in random order.
-
-    They differ from it by 1, 2, 3 or 10 and are not negative.
-    """
+    """Yields numbers near that in `literal`, not negative and in its format, in random order."""
     whole, point, decimals = literal.partition(".")
     value, separator = int(whole.replace(",", "")), "," if "," in whole else ""
     for offset in draw.sample(_OFFSETS, len(_OFFSETS)):

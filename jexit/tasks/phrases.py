@@ -109,10 +109,7 @@ def mentions(text: str, candidates: Candidates) -> list[str]:
 
 
 def last_mention(text: str, candidates: Candidates) -> str | None:
-    """Returns the last of the answers that `mentions` would return, or None.
-
-    Only the last `_LAST` (64) candidate phrases in `text` are read.
-    """
+    """Returns the last of the answers that `mentions` would return, or None."""
     words, starts = _words_and_starts(text)
     spelled = _spelled(candidates)
     places = reversed(collections.deque(_places(words, spelled), maxlen=_LAST))
@@ -145,10 +142,7 @@ def _places(words: tuple[str, ...], spelled: _Spelled) -> Iterator[slice]:
 def _meaning(
     words: tuple[str, ...], starts: set[int], place: slice, spelled: _Spelled
 ) -> str | None:
-    """Returns the answer that the candidate at the slice `place` stands for.
-
-    If it is negated, this is the answer of the opposite candidate ("not know"), or None.
-    """
+    """Returns the answer of the candidate at `place` or, if it is negated, of its opposite."""
     phrase = words[place]
     answer = spelled[phrase]
     if answer is None or not _denied(words, starts, place.start):
@@ -221,10 +215,7 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
-    """Returns where the last `####` with a word after it on its line starts and ends, or None.
-
-    A `<think>` without a `</think>` after it leaves no mark.
-    """
+    """Returns where the last visible `####` with a word after it on its line is, or None."""
     text = visible_text(completion)
     if text is None:
         return None
@@ -262,10 +253,10 @@ def final_phrase(text: str, candidates: Candidates) -> str | None:
 
 
 def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
-    """Compares a completion's answer with the right answer `answer`.
+    """Compares a completion's answer with the correct answer `answer`.
 
     Returns `strict` if a last line `#### ...`, which decides whatever else the text contains, has
-    only the right answer, `lenient` if a sentence or another place gives it, `wrong` for another
+    only the correct answer, `lenient` if a sentence or another place gives it, `wrong` for another
     answer, and `none` for no answer. Thoughts do not count.
     """
     text = visible_text(completion)
@@ -281,5 +272,4 @@ def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
 
 
 def themselves(phrases: Sequence[str]) -> dict[str, str | None]:
-    """Returns candidates that map each of `phrases` to itself."""
     return {phrase: phrase for phrase in phrases}

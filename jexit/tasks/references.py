@@ -180,7 +180,7 @@ def _keywords(found: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
         hints = typing.get_type_hints(makes, include_extras=True)
     except (ValueError, TypeError, NameError):
         return {}, True
-    known = {p.name: hints.get(p.name) for p in parameters if p.kind not in (p.VAR_KEYWORD,)}
+    known = {p.name: hints.get(p.name) for p in parameters if p.kind is not p.VAR_KEYWORD}
     return known, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 

@@ -69,7 +69,8 @@ class RewardFunction:
             arguments = {name: values for name, values in arguments.items() if name in named}
         arguments = {name: [*values] for name, values in arguments.items()}  # its own, to change
         what = f"reward function {self.name!r} failed"
-        with user_code(what, self._file), time_limit(seconds, f"reward function {self.name!r}"):
+        file = getattr(getattr(self.function, "__code__", None), "co_filename", None)
+        with user_code(what, file), time_limit(seconds, f"reward function {self.name!r}"):
             made = self.function(**arguments)
             if inspect.isawaitable(made):
                 made = _awaited(made)
@@ -113,10 +114,6 @@ class RewardFunction:
             return list(inspect.signature(self.function).parameters.values())
         except ValueError:  # of a built-in function, which does not say what it takes
             return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
-
-    @property
-    def _file(self) -> str | None:
-        return getattr(getattr(self.function, "__code__", None), "co_filename", None)
 
 
 @functools.cache

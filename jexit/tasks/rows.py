@@ -83,8 +83,8 @@ class RowsTask(FileTask):
 
     def _verdict(self, made: Mapping[RewardFunction, float | None]) -> Verdict:
         earned = {f: made[f] for f in self._functions if made[f] is not None}
-        right = made[self._correct]
-        kind = "none" if right is None else "strict" if right >= CORRECT else "wrong"
+        correct = made[self._correct]
+        kind = "none" if correct is None else "strict" if correct >= CORRECT else "wrong"
         return Verdict(
             kind=kind,
             reward=sum(self._functions[f] * reward for f, reward in earned.items()),
@@ -308,10 +308,7 @@ def _hub_rows(reference: str, source: Source) -> Sequence[Mapping[str, Any]]:
 
 
 def _text_of(value: Any) -> str | None:
-    """Returns a string, or the content of the only chat message in a list.
-
-    Returns None for any other value, and for a string that is blank or not valid Unicode.
-    """
+    """Returns a string, or the content of the only message in a list, if it is text, or None."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0].get("content") if isinstance(value[0], Mapping) else None
     if not isinstance(value, str) or not value.strip():

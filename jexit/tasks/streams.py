@@ -42,23 +42,19 @@ class Stream(Generic[T]):
             return self._draw(split, index)
         listed = self._listed[split]
         while len(listed) <= index:
-            listed.append(self._draw(split, len(listed), self._keys[split]))
+            listed.append(self._draw(split, len(listed)))
         return listed[index]
 
-    def _draw(self, split: Split, index: int, seen: set[str] | None = None) -> T:
-        """Returns the first item drawn for this index that belongs to `split` and whose key is new.
-
-        A key is new if the set `seen`, to which it is added, does not contain it.
-        """
+    def _draw(self, split: Split, index: int) -> T:
+        """Returns the first item drawn for this index that belongs to `split` and is new there."""
         draw = Draw(self.name, self.seed, split, index)
+        seen = self._keys.get(split, set())  # in train, an item may occur again
         for _ in range(ATTEMPTS):
             drawn = self._draw_one(draw)
             key = self._key_of(drawn)
-            if split_of(key) != split or (seen is not None and key in seen):
-                continue
-            if seen is not None:
+            if split_of(key) == split and key not in seen:
                 seen.add(key)
-            return drawn
+                return drawn
         raise NoMoreProblems(
             f"the {split} split of {self.name!r} has only about {index} distinct problems with "
             "these settings; lower config.eval.problems or widen the ranges in config.task"

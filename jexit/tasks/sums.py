@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
@@ -75,7 +75,8 @@ class Sums(ChainTask):
             words, steps = "sum at once", []
         elif mode == "free":
             largest = draw.integer(MIN_STEP, MAX_STEP)
-            words, steps = "sum", _draw_steps(draw, len(digits), largest)
+            words = "sum"
+            steps = _reducing(len(digits), lambda left: draw.integer(MIN_STEP, min(largest, left)))
         else:
             step = draw.integer(MIN_STEP, MAX_STEP) if mode == "prescribed" else int(mode)
             mode, words = "prescribed", f"sum by {step}"
@@ -99,12 +100,12 @@ class Sums(ChainTask):
         `steps_correct` is the share of steps whose result follows from the list before them.
         `as_announced` is the share of written steps whose plus signs agree with their size.
         """
-        on_page = additions = 0
+        written_out = additions = 0
         steps = []
         for problem, attempt in zip(problems, attempts, strict=True):
             operands = problem.fields["operands"]
             read = chain_steps(operands, attempt.text)
-            on_page += written_reductions(operands, read)
+            written_out += written_reductions(operands, read)
             additions += len(operands) - 1
             steps += read
         sizes = [step.size for step in steps if step.size >= MIN_STEP]
@@ -112,7 +113,7 @@ class Sums(ChainTask):
         return {
             "step_size": (sum(sizes), len(sizes)),
             "steps_correct": (sum(step.correct for step in steps), len(steps)),
-            "written_out": (on_page, additions),
+            "written_out": (written_out, additions),
             "as_announced": (sum(s.announced == s.size for s in written), len(written)),
         }
 
@@ -190,22 +191,15 @@ def _digits(seed: int, operands: tuple[int, int]) -> Stream[str]:
     return Stream("sums", seed, draw_digits, str)
 
 
-def _draw_steps(draw: Draw, count: int, largest: int) -> list[int]:
-    steps = []
-    while count > 1:
-        steps.append(draw.integer(MIN_STEP, min(largest, count)))
-        count -= steps[-1] - 1
-    return steps
-
-
 def prescribed_steps(count: int, step: int) -> list[int]:
-    """Returns the step sizes that reduce `count` operands to one, `step` operands at a time.
+    """Returns the step sizes that reduce `count` operands to one, `step` or the rest at a time."""
+    return _reducing(count, lambda left: min(step, left))
 
-    The last step reduces the operands that remain, which may be fewer than `step`.
-    """
+
+def _reducing(count: int, size: Callable[[int], int]) -> list[int]:
     steps = []
     while count > 1:
-        steps.append(min(step, count))
+        steps.append(size(count))
         count -= steps[-1] - 1
     return steps
 

@@ -11,8 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-from jexit.tasks import answers
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
+from jexit.tasks.base import Draw, Problem, Rewards, Split
 from jexit.tasks.number_chain import NumberChain
 from jexit.tasks.streams import Stream
 
@@ -122,14 +121,10 @@ class WordProblems(NumberChain):
 
     def __init__(self, *, seed: int = 0, rewards: Rewards | None = None) -> None:
         super().__init__(rewards=rewards)
-        self.seed = seed
         self._problems = _problems(seed)
 
     def problem(self, split: Split, index: int) -> Problem:
         return self._problems.at(split, index)
-
-    def verify(self, problem: Problem, completion: str) -> Verdict:
-        return self.verdict(answers.judge(completion, problem.answer))
 
     def follow(
         self, problem: Problem, steps: Sequence[str], number: str
@@ -141,8 +136,8 @@ class WordProblems(NumberChain):
         """
         program, numbers = problem.fields["program"], problem.fields["numbers"]
         place = len(steps) - 1
-        right, _ = worked(program, numbers)
-        if [step.strip() for step in steps] != right[: place + 1]:
+        own, _ = worked(program, numbers)
+        if [step.strip() for step in steps] != own[: place + 1]:
             return True, None
         _, results = worked(program, numbers, {place: int(number)})
         return min(results) >= 0, str(results[-1])
@@ -173,7 +168,6 @@ def _problems(seed: int) -> Stream[Problem]:
 
 
 def substance(problem: Problem) -> str:
-    """Returns a problem's template and numbers, which decide its split."""
     return f"{problem.fields['template']} {problem.fields['numbers']}"
 
 

@@ -51,7 +51,8 @@ def chain(story: Story, question: Question, *, fine: bool) -> list[str]:
     world, lines = story.start(), []
     for index, event in enumerate(story.events):
         before, left = question.answer(world), world.room_of[event.actor]
-        seen = world.happen(event)
+        seen = world.witnesses(event)
+        world.happen(event)
         state = question.answer(world)
         if about[index] and fine:
             lines.append(f"{_heading(event, question, seen)}: {state}\n")

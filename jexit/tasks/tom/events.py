@@ -40,10 +40,7 @@ class Cast:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """The ways in which a mention of a place may be told: the kinds of event, and aloud or not.
-
-    If `whispered` is None, speech may be whispered or said aloud.
-    """
+    """The kinds of event that may tell a mention of a place, whispered or not (None: either)."""
 
     kinds: Kinds = (*PLACINGS, "claims")
     whispered: bool | None = None
@@ -90,10 +87,7 @@ def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[
 
 
 def draw_stage(draw: Draw, cast: Cast) -> Story:
-    """Draws who and what is in which room at the start of a story, which has no events yet.
-
-    Each person and each container is in the first of the two rooms with probability 3/4.
-    """
+    """Draws who and what is in which room at the start of a story, which has no events yet."""
     main, other = cast.rooms
     return Story(
         room_of={person: other if draw.integer(0, 3) == 0 else main for person in cast.people},
@@ -114,11 +108,11 @@ def story_of_places(
     world, events = stage.start(), []
     for mention in mentions:
         if events and draw.integer(0, 1):
-            events.append(happening(world, _coming_or_going(draw, world, cast)))
+            events.append(world.happen(_coming_or_going(draw, world, cast)))
         event = _named(draw, world, cast, mention)
         if event is None:
             return None
-        events.append(happening(world, event))
+        events.append(world.happen(event))
     story = story_told(stage, events, cast)
     return None if story is None else (story, world)
 
@@ -132,10 +126,10 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
     world, events = stage.start(), []
     for _ in range(count):
         if events and draw.integer(0, 1):
-            events.append(happening(world, _coming_or_going(draw, world, cast)))
+            events.append(world.happen(_coming_or_going(draw, world, cast)))
         if draw.integer(0, 5):
             if not world.in_company():
-                events.append(happening(world, _joining(draw, world, cast)))
+                events.append(world.happen(_joining(draw, world, cast)))
             event = _speech(draw, world, cast)
         else:
             event = _named(
@@ -143,7 +137,7 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
             )
         if event is None or event in events:
             return None
-        events.append(happening(world, event))
+        events.append(world.happen(event))
     return story_told(stage, events, cast)
 
 
@@ -155,17 +149,7 @@ def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | Non
 
 
 def sentences(events: Sequence[Event]) -> int:
-    """Returns the number of sentences that tell the events.
-
-    Each secret witness and each distracted person takes an additional sentence.
-    """
     return sum(1 + bool(event.secret) + bool(event.distracted) for event in events)
-
-
-def happening(world: World, event: Event) -> Event:
-    """Makes `event` happen in `world`, whose state changes, and returns the event."""
-    world.happen(event)
-    return event
 
 
 def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
@@ -179,7 +163,6 @@ def _coming_or_going(draw: Draw, world: World, cast: Cast) -> Event:
 
 
 def _joining(draw: Draw, world: World, cast: Cast) -> Event:
-    """Returns an event in which somebody enters the room of another person, or the first room."""
     hosts = [person for person in cast.people if world.room_of[person]] or cast.people
     host = draw.choice(hosts)
     actor = draw.choice([person for person in cast.people if person != host])
@@ -236,7 +219,6 @@ def _hearer(draw: Draw, cast: Cast, whispered: bool | None = None) -> str:
 
 
 def _with_extra(draw: Draw, world: World, cast: Cast, event: Event) -> Event:
-    """Returns `event`, sometimes with a secret witness or a distracted person, if possible."""
     if draw.integer(1, 100) > _EXTRA_PERCENT:
         return event
     person = draw.choice(cast.people)

@@ -1,19 +1,17 @@
 """Stories about beliefs that depend only on the comings and goings of one person.
 
 Three versions of a story differ only in the room where one of the people asked about starts, and in
-the times when this person comes and goes. All other sentences are the same, and so is the number of
-the person's comings and goings. Each of the three versions has a different answer, and one of them
-is drawn. Therefore a rule that uses the other sentences in any way, but does not work out who was
-in the room, cannot be right more often than in one story of three.
+the times when this person comes and goes, equally often. Each version has another answer, and one
+of them is drawn. Therefore a rule that uses the other sentences, but does not work out who was in
+the room, cannot be right more often than in one story of three.
 
 If the question is what A thinks that B thinks, either A or B comes and goes, while the other one
 knows where the thing is. The answer is therefore not always what A thinks, and not always what B
-thinks. The answer is still nearly always what the person with less information thinks.
+thinks. It is still nearly always what the person with less information thinks.
 
-The rule `before_last_move` returns the place that was named before the person last came or went.
-With a probability of one in three, this place is required to be the answer, and otherwise it must
-not be. The share of stories in which it is the answer is somewhat larger, because a draw is
-repeated if its requirement cannot be met.
+The place that `before_last_move` returns is required to be the answer with a probability of one in
+three, and otherwise must not be. Its share is somewhat larger, because a draw is repeated if its
+requirement cannot be met.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from jexit.tasks.tom.events import (
     PLACES,
     VERBS,
     Cast,
-    happening,
     plan,
     questions,
     sentences,
@@ -137,7 +134,7 @@ def _with_moves(
     for index, event in enumerate(others):
         if not world.possible(event):
             return None
-        events.append(happening(world, event))
+        events.append(world.happen(event))
         if index not in move_after:
             continue
         here = world.room_of[person]
@@ -148,5 +145,5 @@ def _with_moves(
         else:
             room = here
         move = Event(kind=move_after[index], actor=person, room=room)
-        events.append(happening(world, move))
+        events.append(world.happen(move))
     return events

@@ -41,7 +41,6 @@ def before_last_move(person: str, thing: str, story: Story) -> str:
 
 
 def others_know_place(question: Question, person: str, world: World) -> bool:
-    """Returns whether all people asked about, except `person`, know where the thing is."""
     place = world.place_of.get(question.thing)
     others = (other for other in question.people if other != person)
     return all(world.beliefs.get(((other,), question.thing)) == place for other in others)
@@ -58,7 +57,6 @@ def told_by_name(question: Question, story: Story) -> tuple[bool, bool]:
 
 
 def who_knows(question: Question, world: World) -> tuple[bool, ...]:
-    """Returns, for each person asked about, whether this person knows about the topic."""
     return tuple(((person,), question.thing) in world.beliefs for person in question.people)
 
 

@@ -1,38 +1,33 @@
 """Draws theory-of-mind stories whose wording does not reveal the answer.
 
 If the question asks for a place, the story names three places, each of them once with the thing
-asked about. (Questions of the kind `memory` differ, see below.) Mentions of another thing may stand
-between these three mentions. The rank of a place is its position in the order in which the story
-names the three places with the thing. The rank of the answer is drawn before the story.
+asked about, perhaps with mentions of another thing between. (For `memory`, see below.) The rank of
+a place is its position in this order. The rank of the answer is drawn before the story.
 
 In three of four stories about beliefs, only the comings and goings of one person determine the
 answer (see `jexit.tasks.tom.presence`). In the fourth, a sentence may name the person asked about
-where this person learns of a place: as the actor, as the hearer of a whisper, or as a secret
-witness. Some features of such a story could help a rule that tracks nobody (see `Surface`): whether
-the thing is later moved, told about or whispered about, and the last place that an event names
-together with the person. These features are drawn before the story and independently of the answer,
-and stories are drawn until one has these features and this answer. Therefore no rule about places,
-verbs or the position of the thing is right more often than in one of three stories. A rule that
-knows in which rooms the person is named answers the fourth kind of story better, and is right in
-about 0.4 of all stories. In the fourth kind of story, if the question asks what one person thinks
-that another person thinks, the other person knows where the thing is, as in the classic test
-(Perner and Wimmer 1985). The question is whether the first person knows that.
+where this person learns of a place. Some features of such a story could help a rule that tracks
+nobody (see `Surface`): whether the thing is later moved, told about or whispered about, and the
+last place that an event names together with the person. These features are drawn before the story
+and independently of the answer, and stories are drawn until one has them. Therefore no rule about
+places, verbs or the position of the thing is right more often than in one of three stories. A rule
+that knows in which rooms the person is named answers the fourth kind of story better, and is right
+in about 0.4 of all stories. If the question then asks what one person thinks that another thinks,
+the other knows where the thing is, as in the classic test (Perner and Wimmer 1985).
 
 For questions of the kind `reality` (where the thing is now), things are moved and talked about
 equally often for every answer. For `memory` (where the thing was at first), the thing and another
 thing share a pattern of places, such as first, second, first, third, and the rank of the answer in
-this pattern is drawn. Only the facts that define a question answer it: the last placing, the first
-placing, or, for beliefs, who saw what.
-
-With two people or fewer than five sentences, some of these combinations occur less often or never.
+this pattern is drawn. With two people or fewer than five sentences, some of these combinations
+occur less often or never.
 
 If the answer is yes or no, a story has a twin, which consists of exactly the same words in another
-order and has the opposite answer. The story and its twin agree on whether the topic is told to all
-people asked about by name, and on whether the topic is told to everybody. One of the two is drawn
-with equal probability. Therefore neither the words nor the names of the people who are named with
-the topic answer more than half of the questions. If the question is whether one person thinks that
-another knows about a topic, the same people know the topic in both stories, if there is such a
-twin. Names, things and places are drawn uniformly.
+order and has the opposite answer. One of the two is drawn. They agree on whether the topic is told
+to all people asked about by name, and on whether it is told to everybody. Therefore neither the
+words nor the names of the people who are named with the topic answer more than half of the
+questions. If the question is whether one person thinks that another knows about a topic, the same
+people know it in both stories, if there is such a twin. Names, things and places are drawn
+uniformly.
 """
 
 from __future__ import annotations

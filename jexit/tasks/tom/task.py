@@ -8,9 +8,8 @@
     Tom see jar: box
     #### box
 
-The last sentence of the prompt prescribes the chain of thought. `Answer in full.` prescribes a line
-for every event that matters for the answer. `Answer in short.` prescribes a line for every change
-of the answer (`Mia: box`). `Answer at once.` prescribes the answer without a chain.
+The last sentence prescribes the chain of thought: `in full` a line for every event that matters for
+the answer, `in short` a line for every change of the answer (`Mia: box`), and `at once` none.
 """
 
 from __future__ import annotations
@@ -154,7 +153,6 @@ class Tom(ChainTask):
         return changed if changed != chain else None
 
     def answer_follows(self, completion: str) -> bool:
-        """Returns whether the last line of the chain states the answer."""
         steps = self.steps(completion)
         line = read_line(steps[-1]) if steps else None
         return line is not None and line.state == self.final_answer(completion)
@@ -179,7 +177,7 @@ class Tom(ChainTask):
         return draw.choice(possible) if possible else None
 
     def wrong_answer(self, problem: Problem, draw: Draw) -> str:
-        """Returns another place of the story, or the opposite of a right answer yes or no."""
+        """Returns another place of the story, or the opposite of a correct answer yes or no."""
         possible = problem.fields["places"] if problem.fields["kind"] in OF_PLACES else (YES, NO)
         return draw.choice([answer for answer in possible if answer != problem.answer])
 

@@ -1,14 +1,4 @@
-"""The words of the theory-of-mind stories and of their questions.
-
-This is an example of a prompt and its completion:
-
-Tom and Mia are in the hall. Tom puts the coins in the box. Mia leaves the hall. Tom moves the coins
-to the jar. Where does Mia think the coins are? Answer in full.
-Tom Mia see box: box
-Mia leaves: Tom
-Tom see jar: box
-#### box
-"""
+"""The words of the theory-of-mind stories and of their questions; see `task` for an example."""
 
 from __future__ import annotations
 
@@ -71,10 +61,7 @@ class Question:
         return self.kind in OF_PLACES
 
     def answer(self, world: World) -> str:
-        """Returns the answer in the given state of the world.
-
-        It is UNKNOWN if no place was ever mentioned to these people.
-        """
+        """Returns the answer in a state of the world, UNKNOWN for a place never mentioned."""
         if self.kind == "reality":
             return world.place_of.get(self.thing, UNKNOWN)
         if self.kind == "memory":
@@ -88,10 +75,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story, as a state of the world in which it starts and the events that follow.
-
-    `room_of` maps each person to their first room, and `homes` each container to its room.
-    """
+    """A story: the first room of each person and of each container, and the events that follow."""
 
     room_of: Mapping[str, str]
     homes: Mapping[str, str]

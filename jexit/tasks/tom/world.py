@@ -161,8 +161,8 @@ class World:
     def _is_beside(self, person: str, actor: str) -> bool:
         return person != actor and self.room_of.get(person) == self.room_of[actor]
 
-    def happen(self, event: Event) -> Witnesses:
-        """Updates the state and the beliefs by a possible event; returns who learnt of it."""
+    def happen(self, event: Event) -> Event:
+        """Updates the state and the beliefs by a possible event, and returns the event."""
         seen = self.witnesses(event)
         value = KNOWN if event.kind == "tells" else event.place
         for a, b in seen.pairs():
@@ -177,4 +177,4 @@ class World:
             self.room_of[event.actor] = event.room
         if event.kind == "leaves":
             self.room_of[event.actor] = None
-        return seen
+        return event
