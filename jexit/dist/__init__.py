@@ -23,27 +23,3 @@ from jexit.dist.multihost import (
     whole,
 )
 from jexit.dist.rules import constrain, constrain_parameters, data_axes
-
-__all__ = [
-    "HostRows",
-    "barrier",
-    "constrain",
-    "constrain_parameters",
-    "data_axes",
-    "data_shards",
-    "fetch_rows",
-    "from_primary",
-    "gather",
-    "gathered_width",
-    "host_rows",
-    "is_primary",
-    "make_mesh",
-    "place_parameter",
-    "place_parameters",
-    "place_rows",
-    "provide_threads",
-    "several_hosts",
-    "use_mesh",
-    "waiting",
-    "whole",
-]

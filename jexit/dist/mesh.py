@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jexit.dist.rules import AXES, constrain, data_axes, names_of, parameter_axes, spec
+from jexit.dist.rules import AXES, constrain, data_axes, map_parameters, parameter_axes, spec
 from jexit.errors import UserError
 
 THREADS_A_DEVICE = 8
@@ -28,23 +28,22 @@ def make_mesh(
 ) -> Mesh:
     """Makes a mesh with the axes `data`, `fsdp` and `tensor`, with close devices along `tensor`.
 
-    `devices` defaults to all devices of the run; the mesh uses the first data × fsdp × tensor of
-    them. Raises UserError if there are too few devices, or if a run on several hosts would leave
-    some of its devices unused.
+    The mesh uses the first data × fsdp × tensor of `devices` (None: all devices of the run). Raises
+    UserError if there are too few devices, or if a run on several hosts would leave some unused.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
     wanted = math.prod(sizes)
+    requested = (
+        f"config.mesh requests {wanted} devices (data={data} × fsdp={fsdp} × tensor={tensor})"
+    )
     if wanted > len(devices):
-        raise UserError(
-            f"config.mesh requests {wanted} devices (data={data} × fsdp={fsdp} × tensor={tensor}), "
-            f"but this run has {len(devices)}; lower the sizes"
-        )
+        raise UserError(f"{requested}, but this run has {len(devices)}; lower the sizes")
     if jax.process_count() > 1 and wanted < len(devices):
         raise UserError(
-            f"config.mesh requests {wanted} devices (data={data} × fsdp={fsdp} × tensor={tensor}), "
-            f"but the {jax.process_count()} hosts have {len(devices)} and must use all of them; "
-            f"choose sizes whose product is {len(devices)}, such as config.mesh.fsdp={len(devices)}"
+            f"{requested}, but the {jax.process_count()} hosts have {len(devices)} and must use "
+            f"all of them; choose sizes whose product is {len(devices)}, such as "
+            f"config.mesh.fsdp={len(devices)}"
         )
     if wanted < len(devices) and devices[0].platform != "cpu":
         logging.warning(
@@ -61,10 +60,9 @@ def make_mesh(
 def provide_threads() -> None:
     """Makes XLA start 8 threads for each simulated CPU device; must be called before JAX starts.
 
-    The devices are those that XLA_FLAGS simulates with `--xla_force_host_platform_device_count`; a
-    number of threads that PJRT_NPROC sets is kept. XLA runs independent collectives at the same
-    time, and each collective occupies one thread of every device until all devices have joined.
-    With one thread per device, collectives can wait for each other for ever.
+    XLA runs independent collectives at the same time, and each occupies one thread of every device
+    until all devices have joined. With one thread per device, collectives can wait for each other
+    for ever. A number of threads in PJRT_NPROC is kept.
     """
     pretended = re.search(
         r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
@@ -87,11 +85,9 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 class HostRows:
     """The rows of a batch that one host prepares, given by their indices in the whole batch.
 
-    Attributes:
-      total: the number of rows of the whole batch.
-      index_B: the indices of this host's rows in the whole batch, in ascending order.
-      first_B: for each of this host's rows, whether no host of lower number has the row too. A sum
-        over hosts that takes only these rows counts no row twice.
+    `total` is the number of rows of the whole batch, and `index_B` contains this host's indices in
+    ascending order. `first_B` is False for rows that a host of lower number has too: a sum over
+    hosts of the other rows counts no row twice.
     """
 
     total: int
@@ -128,8 +124,7 @@ def _host_rows(mesh: Mesh, total: int) -> HostRows:
 def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
     """Puts this host's arrays, whose first axis is the rows, on the devices of the mesh.
 
-    The rows are sharded over the data axes. `rows` says which rows of the whole batch the arrays
-    contain; None means all rows.
+    `rows` says which rows of the whole batch the arrays contain (None: all rows).
     """
 
     def place(array: np.ndarray) -> jax.Array:
@@ -148,8 +143,8 @@ def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
     return jax.tree.map(place, tree)
 
 
-def fetch_rows(tree: Any, axis: int = 0) -> Any:
-    """Returns this host's rows of device arrays as NumPy arrays; `axis` is the axis of the rows.
+def fetch_rows(tree: Any) -> Any:
+    """Returns this host's rows (the first axis) of device arrays as NumPy arrays.
 
     If an array is spread over several hosts, only its rows may be sharded.
     """
@@ -159,30 +154,22 @@ def fetch_rows(tree: Any, axis: int = 0) -> Any:
             return jax.device_get(array)
         parts = {}
         for shard in array.addressable_shards:
-            other = [s for a, s in enumerate(shard.index) if a != axis]
-            assert all(s == slice(None) for s in other), "only rows may be divided"
-            parts[shard.index[axis].start or 0] = shard.data
-        return np.concatenate([jax.device_get(parts[start]) for start in sorted(parts)], axis)
+            rows, *other = shard.index
+            assert all(part == slice(None) for part in other), "only rows may be divided"
+            parts[rows.start or 0] = shard.data
+        return np.concatenate([jax.device_get(parts[start]) for start in sorted(parts)])
 
     return jax.tree.map(fetch, tree)
 
 
 def place_parameter(path: str, array: np.ndarray) -> jax.Array:
-    """Places a parameter on the mesh, sharded as `jexit.dist.rules` says for its dotted path.
-
-    Each device gets only its own shard, so a sharded parameter is never whole on one device.
-    """
+    """Places a parameter on the mesh by its dotted path; it is never whole on one device."""
     return _place(array, parameter_axes(path.split("."), np.ndim(array)))
 
 
 def place_parameters(tree: Any) -> Any:
-    """Places a tree of parameters on the mesh, sharded as `jexit.dist.rules` says for each path.
-
-    The arrays may be NumPy arrays or already be on devices.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _place(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
-    )
+    """Places a tree of parameters (NumPy or JAX arrays) on the mesh, as `place_parameter` does."""
+    return map_parameters(_place, tree)
 
 
 def data_shards() -> int:
@@ -197,12 +184,7 @@ def gathered_width(tree: Any) -> Any:
 
     One gathering then serves many uses of the parameters, such as all tokens of a rollout.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: constrain(
-            leaf, parameter_axes(names_of(path), leaf.ndim).replace("D", ".")
-        ),
-        tree,
-    )
+    return map_parameters(lambda leaf, axes: constrain(leaf, axes.replace("D", ".")), tree)
 
 
 def _place(array: np.ndarray | jax.Array, axes: str) -> jax.Array:

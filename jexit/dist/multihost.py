@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,11 +47,7 @@ _numbers = itertools.count()
 
 
 class HostLost(RunEnded):
-    """Raised if another host did not arrive or was lost.
-
-    The message names the missing hosts, if JAX knows which ones are missing, and the place in the
-    run where this host waited.
-    """
+    """Raised if another host did not arrive or was lost; says where in the run this host waited."""
 
     exit_code = HOST_LOST
 
@@ -65,11 +61,10 @@ def initialize(
 ) -> None:
     """Joins the hosts of this run; does nothing in a process that runs alone.
 
-    On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts, and
-    the arguments can be left out. Elsewhere all three are needed: `coordinator` is HOST:PORT of
-    process 0, `processes` the number of processes, and `process` the number of this process. Must
-    be called before the first computation. `timeout`, in seconds, limits this wait and every later
-    wait for other hosts.
+    On Cloud TPU, under SLURM with several tasks and under Open MPI, JAX finds the other hosts.
+    Elsewhere all arguments are needed: `coordinator` is HOST:PORT of process 0, `processes` the
+    number of processes, and `process` the number of this process. Must be called before the first
+    computation. `timeout`, in seconds, also limits every later wait for other hosts.
 
     Raises UserError if the arguments contradict each other or those of another host, or if the port
     cannot be opened. Raises HostLost if other hosts do not arrive in time.
@@ -109,7 +104,9 @@ def initialize(
     # step; before the first step a signal ends the process, as it does on a single host.
     jax.config.update("jax_enable_preemption_service", False)
     patience = int(timeout) + MARGIN_SECONDS
-    timer = _after(timeout + 5, _nobody_came, process, processes)
+    timer = threading.Timer(timeout + 5, _nobody_came, (process, processes))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -142,8 +139,7 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
     """Lets all processes meet at the coordinator's port and compare their values of `processes`.
 
     JAX itself makes no such comparison. It ends a process if the port never opens, and crashes on
-    process 0 if the port is taken. Raises HostLost if a process does not arrive within `timeout`
-    seconds, and UserError if the values differ or process 0 cannot open the port.
+    process 0 if the port is taken.
     """
     if process == 0:
         told = _hear_all(coordinator, processes, timeout)
@@ -165,8 +161,8 @@ def _call_roll(coordinator: str, processes: int, process: int, timeout: float) -
 def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int]:
     """Collects every process's value of `--processes` on process 0; returns the values by process.
 
-    Collection stops when all processes have reported, when a process reports a different value, or
-    after `timeout` seconds. Then all values are sent to the processes that have reported.
+    Stops when all have reported, when a value differs, or after `timeout` seconds; then sends all
+    values to the processes that have reported.
     """
     told, others = {0: processes}, []
     end = time.monotonic() + timeout
@@ -190,10 +186,7 @@ def _hear_all(coordinator: str, processes: int, timeout: float) -> dict[int, int
 
 
 def _report(coordinator: str, processes: int, process: int, timeout: float) -> dict[int, int]:
-    """Sends this process's value of `--processes` to process 0; returns all values by process.
-
-    Raises HostLost if process 0 does not answer within `timeout` seconds.
-    """
+    """Sends this process's value of `--processes` to process 0; returns all values by process."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -210,10 +203,7 @@ def _report(coordinator: str, processes: int, process: int, timeout: float) -> d
 
 
 def _listening(port: int) -> socket.socket:
-    """Opens a server socket for `port` on every address of this machine, as JAX's coordinator does.
-
-    Raises UserError if the port cannot be opened.
-    """
+    """Opens a server socket on every address of this machine, as JAX's coordinator does."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -261,14 +251,10 @@ def _task_of_several() -> bool:
 
 
 def _cluster_present() -> bool:
-    """Checks whether the run may have other processes that JAX can find without arguments.
-
-    True for one of several tasks of SLURM or Open MPI, and on a machine with a TPU.
-    """
-    environment = os.environ
+    """Checks whether the run may have other processes that JAX can find without arguments."""
     if _task_of_several():
         return True
-    if environment.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
+    if os.environ.get("JAX_PLATFORMS", "tpu") == "cpu" or not importlib.util.find_spec("libtpu"):
         return False
     # On a slice JAX finds the others in the environment (GKE) or in the machine's metadata.
     return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
@@ -287,8 +273,8 @@ def gather(place: str, value: Any) -> list[Any]:
     """Returns a list of every host's `value`, a JSON value, ordered by process index.
 
     `place` names this wait in error messages. The values go through JAX's coordinator and not
-    through the devices, so the call does not wait for a computation to finish. Raises HostLost if a
-    host does not arrive within the timeout.
+    through the devices, so the call does not wait for a computation. Raises HostLost if a host does
+    not arrive within the timeout.
     """
     if not several_hosts():
         return [value]
@@ -311,18 +297,12 @@ def gather(place: str, value: Any) -> list[Any]:
 
 
 def from_primary(place: str, value: Any) -> Any:
-    """Returns the primary host's `value`, a JSON value, on every host.
-
-    `place` names this wait in error messages. Raises HostLost if a host does not arrive in time.
-    """
+    """Returns the primary host's `value`, a JSON value, on every host; see `gather`."""
     return gather(place, value if is_primary() else None)[0]
 
 
 def barrier(place: str) -> None:
-    """Waits until every host has reached this call; `place` names this wait in error messages.
-
-    Raises HostLost if a host does not arrive within the timeout.
-    """
+    """Waits until every host has reached this call; see `gather`."""
     gather(place, None)
 
 
@@ -360,18 +340,10 @@ def _main_stack() -> traceback.StackSummary:
     return traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)
 
 
-def _after(seconds: float, function: Callable[..., None], *arguments: Any) -> threading.Timer:
-    timer = threading.Timer(seconds, function, arguments)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
 def whole(tree: Any, place: str) -> Any:
     """Returns the whole of each array of `tree` as a NumPy array on every host.
 
-    The arrays may be sharded over several hosts and must be small, because every host receives a
-    copy. `place` names this wait in error messages.
+    The arrays must be small. `place` names this wait in error messages.
     """
     with waiting(place):
         return jax.tree.map(_whole, tree)
@@ -397,11 +369,11 @@ def ended(error: BaseException) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends this process with exit code `code`, without waiting in JAX's shutdown barrier.
+    """Ends this process with exit code `code`, without JAX's shutdown barrier.
 
-    The barrier would wait for hosts that are gone. If `code` does not stand for a lost host, the
-    primary host ends last. The reason is that JAX's coordinator ends with the primary host, and a
-    host that loses the coordinator is aborted before it can print why it stops.
+    The barrier would wait for hosts that are gone. Unless `code` stands for a lost host, the
+    primary host ends last: JAX's coordinator ends with it, and a host that loses the coordinator is
+    aborted before it can print why it stops.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -412,10 +384,7 @@ def leave(code: int) -> None:
 
 
 def _say_goodbye() -> None:
-    """Tells the primary host that this host leaves.
-
-    The primary host itself waits up to CLIENT_SECONDS for the other hosts to leave.
-    """
+    """Tells the primary host that this host leaves; the primary waits up to CLIENT_SECONDS."""
     client = ocp.multihost.get_jax_distributed_client()
     if not is_primary():
         client.key_value_set(f"jexit/left/{jax.process_index()}", "")

@@ -8,7 +8,7 @@ every array on a mesh of one device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,43 +32,26 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAMETERS: dict[tuple[str, ...], str] = {
     ("embed", "embedding"): "VD",
     ("head", "kernel"): "VD",
-    ("q", "kernel"): "LDNH",
-    ("k", "kernel"): "LDKH",
-    ("v", "kernel"): "LDKH",
-    ("o", "kernel"): "LNHD",
-    ("gate", "kernel"): "LDF",
-    ("up", "kernel"): "LDF",
-    ("down", "kernel"): "LFD",
-    ("q", "bias"): "LNH",
-    ("k", "bias"): "LKH",
-    ("v", "bias"): "LKH",
-    ("q", "lora_a"): "LDR",
-    ("k", "lora_a"): "LDR",
-    ("v", "lora_a"): "LDR",
-    ("o", "lora_a"): "LNHR",
-    ("gate", "lora_a"): "LDR",
-    ("up", "lora_a"): "LDR",
-    ("down", "lora_a"): "LFR",
-    ("q", "lora_b"): "LRNH",
-    ("k", "lora_b"): "LRKH",
-    ("v", "lora_b"): "LRKH",
-    ("o", "lora_b"): "LRD",
-    ("gate", "lora_b"): "LRF",
-    ("up", "lora_b"): "LRF",
-    ("down", "lora_b"): "LRD",
     ("update", "kernel"): "LDF",  # of continuations, or [L, R, D] with a rank
     ("reduce", "kernel"): "LDR",
     ("exits", "w1"): "EDF",
     ("exits", "b1"): "EF",
     ("exits", "w2"): "EF",
 }
+for _name, _inputs, _outputs in (
+    *(("q", "D", "NH"), ("k", "D", "KH"), ("v", "D", "KH"), ("o", "NH", "D")),
+    *(("gate", "D", "F"), ("up", "D", "F"), ("down", "F", "D")),
+):
+    PARAMETERS[_name, "kernel"] = f"L{_inputs}{_outputs}"
+    PARAMETERS[_name, "bias"] = f"L{_outputs}"
+    PARAMETERS[_name, "lora_a"] = f"L{_inputs}R"
+    PARAMETERS[_name, "lora_b"] = f"LR{_outputs}"
 
 
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
-    """Returns the partition spec of an array whose logical axes are the letters of `axes`.
+    """Returns the partition spec of an array with the logical axes `axes`, where these divide.
 
-    An axis is sharded only if the mesh axes divide its size. `mesh` defaults to the mesh that
-    `jax.set_mesh` has set.
+    `mesh` defaults to the mesh that `jax.set_mesh` has set.
     """
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
     entries: list[tuple[str, ...] | None] = []
@@ -84,9 +67,23 @@ def free_axes(mesh: Any) -> dict[str, int]:
     return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
-def divides(mesh: Any) -> bool:
-    """Checks whether the mesh axes that are not manual in a `shard_map` have several devices."""
+def divides() -> bool:
+    """Checks whether the current mesh's axes outside `shard_map` have several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and math.prod(free_axes(mesh).values()) > 1
+
+
+def per_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    """Returns `function` applied on each device of the current mesh to that device's shards."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(free_axes(mesh)),
+        check_vma=False,
+    )
 
 
 def data_axes() -> tuple[str, ...]:
@@ -97,35 +94,30 @@ def data_axes() -> tuple[str, ...]:
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
-    """Returns the logical axes of a parameter or its optimiser moment, one letter per axis.
+    """Returns the logical axes of a parameter or its moment, by the last two names of `path`.
 
-    The last two names of `path` decide. Arrays with other names get only dots; a dot stands for an
-    axis that is never sharded.
+    Arrays with other names get only dots; a dot stands for an axis that is never sharded.
     """
     axes = PARAMETERS.get(tuple(path[-2:]), "." * ndim)
     return axes if len(axes) == ndim else "." * ndim
 
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:
-    """Constrains the sharding of an intermediate array with the logical axes `axes`.
-
-    Without a mesh of several devices, the array is returned unchanged.
-    """
-    if not divides(jax.sharding.get_abstract_mesh()):
+    """Constrains the sharding of an intermediate array with the logical axes `axes`."""
+    if not divides():
         return array
     return jax.lax.with_sharding_constraint(array, spec(axes, array.shape))
 
 
 def constrain_parameters(tree: Any) -> Any:
-    """Constrains a tree of parameters, moments or gradients to the sharding of the parameters.
+    """Constrains parameters, moments or gradients, so that a step does not move them."""
+    return map_parameters(constrain, tree)
 
-    As a result, a step does not move these arrays between devices.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
 
+def map_parameters(function: Callable[[Any, str], Any], tree: Any) -> Any:
+    """Returns a tree of `function(leaf, axes)`, where `axes` are the leaf's `parameter_axes`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: constrain(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
+        lambda path, leaf: function(leaf, parameter_axes(names_of(path), leaf.ndim)), tree
     )
 
 

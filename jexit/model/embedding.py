@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jexit.axes import Array, Float, Int
-from jexit.dist.rules import divides, free_axes, spec
+from jexit.dist.rules import divides, per_device, spec
 from jexit.presets import Architecture
 
 
@@ -26,14 +26,12 @@ class Embedding(nnx.Module):
 def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[Array, "B *T D"]:
     """Returns `table_VD[tokens]`; under a mesh, the result's rows are sharded as batch rows are.
 
-    The table is sharded by vocabulary (over `tensor`) and by width (over `fsdp`). The compiler
-    alone would compute the whole result on every device. Here each device looks up the tokens of
-    all its neighbours along `fsdp` in its own shard of the table. A sum over `tensor` combines the
-    shards of the vocabulary; then the neighbours exchange slices of the width, so that each device
-    has its own rows at full width.
+    The compiler alone would compute the whole result on every device. Here each device looks up the
+    tokens of all its neighbours along `fsdp` in its own shard of the table. A sum over `tensor`
+    combines the shards of the vocabulary; then the neighbours exchange slices of the width, so that
+    each device has its own rows at full width.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not divides(mesh):
+    if not divides():
         return table_VD[tokens]
     table_spec = spec("VD", table_VD.shape)
     rows_spec = spec("B" + "." * (tokens.ndim - 1), tokens.shape)
@@ -57,15 +55,8 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Int[Array, "B *T"]) -> Float[
             return jax.lax.all_gather(found, width_axes, axis=last, tiled=True)
         return found
 
-    divided = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(table_spec, rows_spec),
-        out_specs=P(*rows_spec, None),
-        axis_names=set(free_axes(mesh)),
-        check_vma=False,
-    )
-    return divided(table_VD, tokens)
+    in_specs = (table_spec, rows_spec)
+    return per_device(local, in_specs=in_specs, out_specs=P(*rows_spec, None))(table_VD, tokens)
 
 
 def _names(entry: str | tuple[str, ...] | None) -> set[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jexit.axes import Array, CacheKLPSH, Float, MaskBT, SegmentBT
-from jexit.dist.rules import divides, free_axes, spec
+from jexit.dist.rules import divides, per_device, spec
 
 # (queries [B, T, N, H], keys and values [B, S, K, H], segments [B, S] or None) → [B, T, N, H]
 Attend = Callable[[Array, Array, Array, Array | None], Array]
@@ -24,13 +24,11 @@ def over_mesh(
 ) -> Float[Array, "B T N H"]:
     """Runs `attend` on each device of the current mesh, with the rows and heads of that device.
 
-    This serves kernels that the compiler cannot shard by itself. Arrays are sharded as in
-    `jexit.dist.rules`. If the number of key/value heads is not divisible by the size of `tensor`,
-    every device has all key/value heads and selects the heads that its query heads use. Devices
-    exchange no data, except to sum the gradients of key/value heads that several devices have.
+    This serves kernels that the compiler cannot shard by itself. If the size of `tensor` does not
+    divide the key/value heads, every device has all of them and selects those that its query heads
+    use. Devices exchange no data, except to sum the gradients of shared key/value heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not divides(mesh):
+    if not divides():
         return attend(q_BTNH, k_BSKH, v_BSKH, segment_BS)
     q_spec, kv_spec = spec("B.N.", q_BTNH.shape), spec("B.K.", k_BSKH.shape)
     segment_spec = None if segment_BS is None else spec("B.", segment_BS.shape)
@@ -44,14 +42,8 @@ def over_mesh(
             k_BSKH, v_BSKH = (own_heads(part, first, count, group) for part in (k_BSKH, v_BSKH))
         return attend(q_BTNH, k_BSKH, v_BSKH, segment_BS)
 
-    divided = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, segment_spec),
-        out_specs=q_spec,
-        axis_names=set(free_axes(mesh)),
-        check_vma=False,
-    )
+    in_specs = (q_spec, kv_spec, kv_spec, segment_spec)
+    divided = per_device(local, in_specs=in_specs, out_specs=q_spec)
     return divided(q_BTNH, k_BSKH, v_BSKH, segment_BS)
 
 
@@ -71,10 +63,10 @@ def own_heads(
 def cache_heads(query_heads: int, kv_heads: int) -> int:
     """Returns the number of key/value heads that a cache stores under the current mesh.
 
-    The number is the least multiple of `kv_heads` that the size of `tensor` divides and that
-    divides `query_heads`; above `kv_heads`, each head is stored repeatedly. Each device then has
-    exactly the heads of its own queries. If no such number exists, the query heads cannot be
-    sharded over `tensor` either, and the number is `kv_heads`.
+    This is the least multiple of `kv_heads` that the size of `tensor` divides and that divides
+    `query_heads`; above `kv_heads`, each head is stored repeatedly. Each device then has exactly
+    the heads of its own queries. If there is no such number, the query heads cannot be sharded over
+    `tensor` either, and the result is `kv_heads`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -93,23 +85,12 @@ def decode_over_mesh(
     values_KLPSH: CacheKLPSH,
     *rest: Array | None,
 ) -> Float[Array, "B N H"]:
-    """Runs `attend` on each device with the heads of that device; the devices exchange no data.
-
-    `attend` is `jexit.kernels.decode_attention`, and `rest` contains the further arguments of
-    `attend`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not divides(mesh):
+    """Runs `jexit.kernels.decode_attention` on each device with the heads of that device."""
+    if not divides():
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
     q_spec, kv_spec = spec(".N.", q_BNH.shape), spec("K....", keys_KLPSH.shape)
-    divided = jax.shard_map(
-        attend,
-        mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, *(None if part is None else P() for part in rest)),
-        out_specs=q_spec,
-        axis_names=set(free_axes(mesh)),
-        check_vma=False,
-    )
+    in_specs = (q_spec, kv_spec, kv_spec, *(None if part is None else P() for part in rest))
+    divided = per_device(attend, in_specs=in_specs, out_specs=q_spec)
     return divided(q_BNH, keys_KLPSH, values_KLPSH, *rest)
 
 
@@ -120,16 +101,8 @@ def over_heads(
     *rest: Array,
 ) -> CacheKLPSH:
     """Runs `write` on each device for the cache heads of that device; devices exchange no data."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not divides(mesh):
+    if not divides():
         return write(part_KLPSH, new_KBH, *rest)
     kv_spec = spec("K....", part_KLPSH.shape)
-    divided = jax.shard_map(
-        write,
-        mesh=mesh,
-        in_specs=(kv_spec, spec("K..", new_KBH.shape), *(P() for _ in rest)),
-        out_specs=kv_spec,
-        axis_names=set(free_axes(mesh)),
-        check_vma=False,
-    )
-    return divided(part_KLPSH, new_KBH, *rest)
+    in_specs = (kv_spec, spec("K..", new_KBH.shape), *(P() for _ in rest))
+    return per_device(write, in_specs=in_specs, out_specs=kv_spec)(part_KLPSH, new_KBH, *rest)
