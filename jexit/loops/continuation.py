@@ -35,10 +35,9 @@ _WHAT = "the continuation's fit"
 def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Params) -> Params:
     """Returns `trainable` with a linear continuation fitted by ridge regression to the trunk.
 
-    Returns `trainable` unchanged if the continuation is frozen, or if the linear continuation is no
-    longer the identity, because adapters may have learnt to work with its maps. The fit uses every
-    trajectory once, except for a remainder smaller than a batch. Raises UserError if there are too
-    few trajectories.
+    Returns `trainable` unchanged if the continuation is frozen or no longer the identity, because
+    adapters may have learnt to work with its maps. The fit uses every trajectory once, except for a
+    remainder smaller than a batch. Raises UserError if there are too few.
     """
     flat = {
         tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
@@ -70,19 +69,13 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 
 
 def rows_at_a_time(config: Config, rows: int) -> int:
-    """Returns the number of rows per batch of the fit, of `rows` in all.
-
-    The number is a multiple of the mesh's data shards.
-    """
+    """Returns the rows per batch of the fit, of `rows` in all: a multiple of the data shards."""
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 
 
 def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[Sums, Sums]:
-    """Returns the sums over the fitting batches and over the held-back batches, as NumPy arrays.
-
-    Raises UserError if the trajectories fill fewer than two batches.
-    """
+    """Returns the sums over the fitting batches and over the held-back batches, as NumPy arrays."""
     config, split = stage.config, stage.split
     arch, size = split.student(split.trainable).arch, rows_at_a_time(config, len(trajectories))
     batches = len(trajectories) // size
@@ -101,13 +94,13 @@ def _sums(stage: Stage, trajectories: Trajectories, trainable: Params) -> tuple[
         with waiting(_WHAT):
             return add(sums, trainable, split.fixed, batch)
 
-    with Progress(batches, description=_WHAT, enabled=is_primary()) as progress:
+    with Progress(batches, description=_WHAT) as progress:
         held_back = list(range(0, batches, HELD_BACK))
         for step in range(batches):
             if step not in held_back:
                 sums = added(sums, step)
                 progress.update(step + 1)
-        other = sums.beside()
+        other = sums.cleared()
         for step in held_back:
             other = added(other, step)
         progress.update(batches)

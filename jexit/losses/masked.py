@@ -8,10 +8,7 @@ from jexit.axes import Array, Float
 
 
 def masked_sum(values: Float[Array, "*A"], mask: Array, axis: int | None = None) -> Array:
-    """Returns Σ values · mask over `axis` (None: all axes).
-
-    NaN and infinity contribute 0 where the mask is 0.
-    """
+    """Returns Σ values · mask over `axis` (None: all axes)."""
     return jnp.sum(jnp.where(mask != 0, values * mask, 0.0), axis=axis)
 
 

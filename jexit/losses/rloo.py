@@ -35,14 +35,14 @@ def depth_cost(
 ) -> Float[Array, "J"]:
     """Returns the depth cost of each rollout; the reward subtracts λ times this cost.
 
-    `depth_fraction_JW` is depth/L of the pass that produced each token. `token_JW` is the mask of
-    all generated tokens, and `action_JW` the mask of the tokens whose pass could leave early.
-    `norm` selects the cost:
+    `depth_fraction_JW` is depth/L of the pass that produced each token, `token_JW` the mask of all
+    generated tokens, and `action_JW` the mask of the tokens whose pass could leave early. `norm`
+    selects the cost:
 
     - `mean` (arXiv:2603.21376): the mean of depth/L over `action_JW`, or 1 for a rollout of one
       token, which has no such pass. Additional shallow tokens lower this mean.
-    - `total`: the sum of depth/L over `token_JW`, divided by `length_ref`. This measures the
-      compute of the whole answer, so additional tokens cannot lower this cost.
+    - `total`: the sum of depth/L over `token_JW`, divided by `length_ref`, which measures the
+      compute of the whole answer.
     """
     if norm == "total":
         return jnp.sum(depth_fraction_JW * token_JW, axis=1) / length_ref
@@ -64,10 +64,10 @@ def rewards(
     """Returns R = verifier − λ·depth cost − β·KL − μ·T/T_ref of each rollout, with its penalties.
 
     λ is `depth_coef`, β `kl_coef`, μ `length_coef` and T_ref `length_ref`. T is the number of
-    generated tokens, Σ `token_JW`. KL is the mean of `log_ratio_JW`, log π_student − log π_teacher,
-    over these T tokens. Because the policy determines T, the gradient of the KL penalty is not
-    exactly β times the gradient of a KL per token. The penalty also favours lengths T at which the
-    student happens to stay near the teacher.
+    generated tokens. KL is the mean over them of `log_ratio_JW`, log π_student − log π_teacher.
+    Because the policy determines T, the gradient of the KL penalty is not exactly β times the
+    gradient of a KL per token: it also favours lengths T at which the student happens to stay near
+    the teacher.
     """
     kl_J = masked_mean(log_ratio_JW, token_JW, axis=1)
     parts = (
@@ -90,9 +90,9 @@ def group_advantages(
     - `group_mean_std` (arXiv:2402.03300): the advantage of `group_mean`, divided by the group's
       standard deviation (with n − 1) plus 1e-4.
 
-    Rows with keep_J = 0 get advantage 0 and are left out of the group's means and deviations. If
-    only one row of a group is kept, its advantage is 0. Each index along the extra axes X has its
-    own advantages. Raises UserError if `rollouts` is below 2, because every advantage would be 0.
+    Rows with keep_J = 0 get advantage 0 and are left out of the group's means and deviations. The
+    only kept row of a group gets advantage 0, too. Each index along the extra axes X has its own
+    advantages. Raises UserError if `rollouts` is below 2.
     """
     if rollouts < 2:
         raise UserError(
@@ -227,11 +227,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups in which all verifier rewards are equal.
-
-    A group is the `rollouts` adjacent rows of one prompt. If its verifier rewards are equal, they
-    add nothing to its advantages.
-    """
+    """Returns the share of groups (`rollouts` adjacent rows) whose verifier rewards are equal."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 
@@ -243,12 +239,11 @@ def reached_decision_entropy(
 ) -> Float[Array, "*A"]:
     """Returns the entropy, in nats, of the leave/stay decisions at the exits that a token reached.
 
-    `log_hazard` and `log_rest` are log h and log(1 − h), where h is the probability of leaving at
-    an exit. The token reached the exits up to `exit_index` (E: all). Over depths drawn from the
-    policy, the mean of this entropy is the entropy of the distribution of depths (chain rule),
-    although no hazards after the token's own exit are needed. Its gradient lacks one part of the
-    gradient of that distribution's entropy, because the hazards also determine which exits are
-    reached; `depth_entropy_bonus` adds this part.
+    `log_hazard` and `log_rest` are log h and log(1 − h) of the hazards h. The token reached the
+    exits up to `exit_index` (E: all). Over depths drawn from the policy, the mean of this entropy
+    is the entropy of the distribution of depths (chain rule), although no hazards after the token's
+    own exit are needed. Its gradient lacks one part, because the hazards also determine which exits
+    are reached; `depth_entropy_bonus` adds it.
     """
     leave, rest = jnp.exp(log_hazard), jnp.exp(log_rest)
     safe_rest = jnp.where(rest > 0, log_rest, 0.0)
@@ -263,9 +258,8 @@ def depth_entropy_bonus(
 ) -> Float[Array, "*A"]:
     """Returns terms whose mean gradient is that of the entropy of the distribution of depths, P.
 
-    `reached_entropy` is h, from `reached_decision_entropy`. `depth_logprob` is log P(d) of each
-    token's depth d, which must have been drawn from P. ∇E_P[h] = E_P[∇h + h·∇log P(d)] is the sum
-    of a pathwise part and a score-function part. The pathwise part alone would pull every hazard to
-    ½.
+    `reached_entropy` is h, from `reached_decision_entropy`. `depth_logprob` is log P(d) of depths d
+    drawn from P. ∇E_P[h] = E_P[∇h + h·∇log P(d)] is the sum of a pathwise part and a score-function
+    part. The pathwise part alone would pull every hazard to ½.
     """
     return reached_entropy + jax.lax.stop_gradient(reached_entropy) * depth_logprob

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jexit.axes import Array, Float, Int, PRNGKey
-from jexit.model.exits import law_of_log_hazards
+from jexit.model.exits import distribution_of_log_hazards
 
 
 def target_log_hazards(
@@ -35,21 +35,20 @@ def draw_exit_indices(
     *,
     samples: int,
     explore: float,
-) -> tuple[Int[Array, "S *A"], Array]:
+) -> Int[Array, "S *A"]:
     """Draws S = `samples` exit indices per token from the depth distribution of the target hazards.
 
     `leave` and `stay` are log h* and log(1 − h*) of the target hazards h* at the E exits. Index E
     means full depth. With probability `explore`, a draw is instead uniform over the E exits and
     full depth, so that the student also learns to finish at exits where the teacher could not.
-    Returns the indices and a mask of the uniform draws, both [S, …].
     """
-    log_law = law_of_log_hazards(leave, stay)
-    law_key, flip_key, uniform_key = jax.random.split(key, 3)
-    shape = (samples, *log_law.shape[:-1])
-    drawn = jax.random.categorical(law_key, log_law, shape=shape)
-    uniform = jax.random.randint(uniform_key, shape, 0, log_law.shape[-1])
+    log_probs = distribution_of_log_hazards(leave, stay)
+    depth_key, flip_key, uniform_key = jax.random.split(key, 3)
+    shape = (samples, *log_probs.shape[:-1])
+    drawn = jax.random.categorical(depth_key, log_probs, shape=shape)
+    uniform = jax.random.randint(uniform_key, shape, 0, log_probs.shape[-1])
     explored = jax.random.bernoulli(flip_key, explore, shape)
-    return jnp.where(explored, uniform, drawn).astype(jnp.int32), explored
+    return jnp.where(explored, uniform, drawn).astype(jnp.int32)
 
 
 def hazard_cross_entropy(
@@ -63,9 +62,8 @@ def hazard_cross_entropy(
 
     `log_hazard` is log h, `log_rest` is log(1 − h), `target_leave` is log h*, and w is
     `stay_weight`. For inputs that a head cannot distinguish, the best h at w = 1 is the mean of
-    their targets. At any other w, the odds of the best h are divided by w. A w above 1 helps
-    sampling: a token can leave too early at each exit that it passes, so heads should leave only
-    when they are certain.
+    their targets; otherwise its odds are divided by w. A w above 1 helps sampling: a token can
+    leave too early at each exit that it passes, so heads should leave only when they are certain.
     """
     target = jnp.exp(target_leave)
     return -(target * log_hazard + stay_weight * (1.0 - target) * log_rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,11 @@ from jexit.config import LoRA
 from jexit.errors import UserError
 from jexit.kernels.dispatch import target
 from jexit.model.layers import RMSNorm, apply_rope
-from jexit.model.lora import StackedLinear
+from jexit.model.lora import projection
 from jexit.model.sharded_attention import over_mesh
 from jexit.model.splash import splash_attention
 from jexit.presets import Architecture
 
-Padding = Literal["right", "left"]
 # The platform that an implementation is written for; the others run anywhere.
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Positions from which `auto` takes splash attention on a TPU.
@@ -36,39 +35,22 @@ class KeysValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """The attention projections q, k, v and o of all layers.
-
-    Qwen2 has biases on q, k and v. Qwen3 has norms on queries and keys. Llama has no biases or
-    norms.
-    """
+    """The attention projections q, k, v and o of all layers, with biases or norms of the family."""
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         query = (arch.query_heads, arch.head_dim)
         key = (arch.kv_heads, arch.head_dim)
-        width = (arch.width,)
-
-        def linear(
-            name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], use_bias: bool
-        ) -> StackedLinear:
-            adapter = lora if lora and name in lora.targets else None
-            return StackedLinear(
-                arch.layers,
-                inputs,
-                outputs,
-                use_bias=use_bias,
-                lora=adapter,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        self.q = linear("q", width, query, arch.qkv_bias)
-        self.k = linear("k", width, key, arch.qkv_bias)
-        self.v = linear("v", width, key, arch.qkv_bias)
-        self.o = linear("o", query, width, False)
-        shape = (arch.layers, arch.head_dim)
-        norm = {"eps": arch.rms_norm_eps, "dtype": dtype}
-        self.q_norm = RMSNorm(*shape, **norm) if arch.qk_norm else None
-        self.k_norm = RMSNorm(*shape, **norm) if arch.qk_norm else None
+        width, bias = (arch.width,), arch.qkv_bias
+        linear = functools.partial(projection, lora, layers=arch.layers, dtype=dtype, rngs=rngs)
+        self.q = linear("q", inputs=width, outputs=query, use_bias=bias)
+        self.k = linear("k", inputs=width, outputs=key, use_bias=bias)
+        self.v = linear("v", inputs=width, outputs=key, use_bias=bias)
+        self.o = linear("o", inputs=query, outputs=width)
+        norm = functools.partial(
+            RMSNorm, arch.layers, arch.head_dim, eps=arch.rms_norm_eps, dtype=dtype
+        )
+        self.q_norm = norm() if arch.qk_norm else None
+        self.k_norm = norm() if arch.qk_norm else None
 
     def queries(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
@@ -82,10 +64,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Returns keys, after the optional norm and rotary embedding, and values.
-
-        `x_BTD` is the normalised input of the block.
-        """
+        """Returns keys, after the optional norm and rotary embedding, and values."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])
@@ -107,11 +86,9 @@ def check_attention(name: str) -> None:
 def choose_attention(name: str, length: int) -> str:
     """Returns the implementation that `name` means for sequences of `length` positions.
 
-    `auto` means `splash` on a TPU from 2,048 positions on, and `xla` otherwise; any other name
-    means itself. At 2,048 positions `xla` would need over 4·N·T² bytes per row for the attention
-    scores (0.8 GB for Qwen3-4B, and 3.2 GB at 4,096). The two implementations have not been timed
-    on a chip. The limit of 2,048 comes from the compiler's memory figures, which give no reason to
-    use `splash` at 1,024 positions.
+    At 2,048 positions `xla` would need over 4·N·T² bytes per row for the attention scores (0.8 GB
+    for Qwen3-4B, and 3.2 GB at 4,096). The two implementations have not been timed on a chip. The
+    limit comes from the compiler's memory figures, which give no reason to use `splash` at 1,024.
     """
     if name != "auto":
         return name
@@ -125,22 +102,21 @@ def attend(
     *,
     segment_BT: SegmentBT | None = None,
     branches: bool = False,
-    padding: Padding = "right",
     implementation: str = "xla",
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q·k / sqrt(H)) · v over the valid keys at or before each query.
 
     Queries and keys are whole sequences with the same positions; for one query per row over a
-    cache, use `Cache.attend`. `valid_BT` is False at padding, which is on the side that `padding`
-    names; results at padding are finite but have no meaning. `segment_BT` replaces `valid_BT` if
-    several texts share a row: it contains the number of each position's text, and attention stays
-    within a text. With `branches`, text n·BRANCHES is a trunk, and the later texts n·BRANCHES + b
-    in the same row also attend to this trunk.
+    cache, use `Cache.attend`. `valid_BT` is False at padding, which for cuDNN must be on the right;
+    results at padding are finite but have no meaning. `segment_BT` replaces `valid_BT` if several
+    texts share a row: attention stays within the positions of equal number. With `branches`, text
+    n·BRANCHES is a trunk, and the later texts n·BRANCHES + b in the same row also attend to this
+    trunk.
 
     `implementation` is `xla`, `cudnn` (NVIDIA GPUs, 16-bit floats), `splash` (TPUs, no branches),
-    or `auto`, which picks `xla` or `splash`. Raises UserError if the current platform cannot run
-    the implementation. `interpret` runs splash attention on any platform, very slowly.
+    or `auto`; see `choose_attention`. Raises UserError if the current platform cannot run it.
+    `interpret` runs splash attention on any platform, very slowly.
     """
     chosen = choose_attention(implementation, q_BTNH.shape[1])
     if chosen == "xla":
@@ -166,8 +142,7 @@ def attend(
         )
     if chosen == "cudnn":
         check_attention(chosen)
-        cudnn = functools.partial(_cudnn, padding=padding, branches=branches)
-        return over_mesh(cudnn, q_BTNH, *kv, seen_BT)
+        return over_mesh(functools.partial(_cudnn, branches=branches), q_BTNH, *kv, seen_BT)
     raise UserError(
         f"attention has no implementation {implementation!r}; use auto, xla, cudnn or splash"
     )
@@ -188,10 +163,9 @@ def _cudnn(
     v_BTKH: Array,
     seen_BT: Array | None,
     *,
-    padding: Padding,
     branches: bool,
 ) -> Array:
-    """Runs cuDNN's flash attention, with a mask [B, 1, T, T] for segments or left padding."""
+    """Runs cuDNN's flash attention, with a mask [B, 1, T, T] for segments."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
             "config.model.attention=cudnn supports only bfloat16 and float16, but the dtype is "
@@ -200,9 +174,6 @@ def _cudnn(
     mask_BNTS = length_B = None
     if seen_BT is not None and seen_BT.dtype != jnp.bool_:
         mask_BNTS = _visible(seen_BT, branches)
-    elif seen_BT is not None and padding == "left":
-        batch, length = seen_BT.shape
-        mask_BNTS = jnp.broadcast_to(seen_BT[:, None, None], (batch, 1, length, length))
     elif seen_BT is not None:
         length_B = jnp.sum(seen_BT, axis=1, dtype=jnp.int32)
     return jax.nn.dot_product_attention(

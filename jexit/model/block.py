@@ -36,12 +36,11 @@ class Block(nnx.Module):
         self.attn = Attention(arch, lora, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(arch.layers, arch.width, **norm)
         self.mlp = MLP(arch, lora, dtype=dtype, rngs=rngs)
-        linear = exit_head.continuation == "linear"
-        self.continuation = (
-            Continuation(arch.layers, arch.width, rank=exit_head.continuation_rank, rngs=rngs)
-            if linear
-            else None
-        )
+        if exit_head.continuation == "linear":
+            rank = exit_head.continuation_rank
+            self.continuation = Continuation(arch.layers, arch.width, rank=rank, rngs=rngs)
+        else:
+            self.continuation = None
 
     def __call__(
         self,
@@ -55,9 +54,8 @@ class Block(nnx.Module):
     ) -> tuple[HiddenBTD, KeysValues]:
         """Runs one layer over whole sequences; returns the new residual, and the keys and values.
 
-        `cos` and `sin` are the tables of the rotary embedding. `attend` is a function of queries
-        [B, T, N, H] and `KeysValues`, such as `jexit.model.attention.attend` with its other
-        arguments set.
+        `attend` is a function of queries [B, T, N, H] and `KeysValues`, such as
+        `jexit.model.attention.attend` with its other arguments set.
         """
         keys = [None] * 4 if dropout_key is None else list(jax.random.split(dropout_key, 4))
         x_BTD = self.attn_norm(h_BTD)

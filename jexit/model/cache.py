@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jexit.axes import Array, CacheKLPSH, Float, Int
 from jexit.dist import constrain
@@ -18,8 +17,7 @@ SMALLEST_CACHE = 128  # slots: one block of XLA's decode attention
 SMALLEST_PROMPT = 16
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Cache:
     """The keys, after rotary embedding, and the values [K, L, P, S, H] of P rows with S slots each.
 
@@ -64,25 +62,25 @@ class Cache:
 
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
-    def with_prompts(self, places_B: Int[Array, "B"], kv: KeysValues) -> Cache:
+    def with_prompts(self, rows_B: Int[Array, "B"], kv: KeysValues) -> Cache:
         """Returns the cache after the keys and values [L, B, T, K, H] of B prompts are written.
 
-        Prompt b begins at slot 0 of row `places_B[b]`. A prompt whose row is outside the cache is
+        Prompt b begins at slot 0 of row `rows_B[b]`. A prompt whose row is outside the cache is
         dropped.
         """
 
         def write(part_KLPSH: Array, new_LBTKH: Array) -> Array:
             new_KLBTH = _repeated(jnp.moveaxis(new_LBTKH, 3, 0), part_KLPSH)
-            place = part_KLPSH.at[:, :, places_B, : new_KLBTH.shape[3]]
-            return place.set(new_KLBTH, mode="drop")  # several may have no place
+            slots = part_KLPSH.at[:, :, rows_B, : new_KLBTH.shape[3]]
+            return slots.set(new_KLBTH, mode="drop")
 
         return Cache(write(self.keys_KLPSH, kv.keys), write(self.values_KLPSH, kv.values))
 
-    def with_row(self, row: Int[Array, ""], prompts: Cache, place: Int[Array, ""]) -> Cache:
-        """Returns the cache after row `place` of `prompts` is copied to the start of row `row`."""
+    def with_row(self, row: Int[Array, ""], prompts: Cache, source: Int[Array, ""]) -> Cache:
+        """Returns the cache after row `source` of `prompts` is copied to the start of `row`."""
 
         def copied(part_KLPSH: Array, prompts_KLQTH: Array) -> Array:
-            prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, place, 1, axis=2)
+            prompt = jax.lax.dynamic_slice_in_dim(prompts_KLQTH, source, 1, axis=2)
             zero = jnp.zeros((), jnp.int32)
             return jax.lax.dynamic_update_slice(part_KLPSH, prompt, (zero, zero, row, zero, zero))
 
@@ -97,18 +95,11 @@ class Cache:
     ) -> Float[Array, "B N H"]:
         """Returns softmax(q·k / sqrt(H)) · v for one query per row, in one layer.
 
-        The query of a row attends to the first `length_B` (at least 1) slots of the row. `rows_B`
-        contains the rows of the queries; None means all rows, in order.
+        The query attends to the first `length_B` (at least 1) slots of its row. `rows_B` None means
+        all rows, in order.
         """
-        return decode_over_mesh(
-            decode_attention,
-            q_BNH,
-            self.keys_KLPSH,
-            self.values_KLPSH,
-            layer,
-            rows_B,
-            length_B,
-        )
+        cache = self.keys_KLPSH, self.values_KLPSH
+        return decode_over_mesh(decode_attention, q_BNH, *cache, layer, rows_B, length_B)
 
 
 def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
@@ -123,8 +114,8 @@ def token_bytes(arch: Architecture, dtype: jnp.dtype) -> int:
 def _write(part_KLPSH: Array, new_KBH: Array, layer: Array, rows_B: Array, slot_B: Array) -> Array:
     """Returns the array after one token is written to each of B rows, head by head.
 
-    Writing head by head follows the memory order of the cache. A single write across heads would
-    make TPUs change the layout of the whole cache in each layer.
+    This follows the memory order of the cache. A single write across heads would make TPUs change
+    the layout of the whole cache in each layer.
     """
     heads, layers, rows, slots, width = part_KLPSH.shape
     row_KB = (jnp.arange(heads)[:, None] * layers + layer) * rows + rows_B
@@ -158,7 +149,6 @@ def cache_bucket(used: int, most: int) -> int:
     """Returns the slots per row of a cache that needs `used` slots now and `most` slots at the end.
 
     The size is a power of two, at least 128 and at most `most` (padded like a prompt). Doubling
-    keeps compilations few, and the cache takes at most about twice the memory that the longest row
-    needs.
+    keeps compilations few, and memory within about twice what the longest row needs.
     """
     return max(SMALLEST_CACHE, min(1 << (used - 1).bit_length(), prompt_bucket(most)))

@@ -1,7 +1,7 @@
-"""Exit heads, the linear continuation of tokens after an exit, and the depth law.
+"""Exit heads, the linear continuation of tokens after an exit, and the distribution of depths.
 
-The hazard of an exit is the probability that a token at the exit leaves. The depth law is the
-resulting distribution of depths, which only `law_of_log_hazards` computes.
+The hazard of an exit is the probability that a token at the exit leaves. Only
+`distribution_of_log_hazards` computes the resulting distribution of depths.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.axes import Array, Float, Int
+from jexit.config import ExitSettings
 from jexit.model.layers import rms_norm
 from jexit.model.lora import StackedLinear
 
@@ -44,10 +45,7 @@ class Continuation(nnx.Module):
         self.update.kernel[...] = jnp.zeros_like(self.update.kernel[...])
 
     def __call__(self, h: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-        """Returns the residual after one skipped layer, in the dtype of `h`.
-
-        The module must contain one layer's slice of the stacked parameters.
-        """
+        """Returns the residual after one skipped layer, in the dtype of `h`."""
         return h + self.update(h if self.reduce is None else self.reduce(h))
 
     def after(
@@ -82,13 +80,8 @@ def maps_to_end(
         q_EDD = q_EDD.at[index].set(q_DD, mode="drop")
         return (q_DD, c_D, q_EDD, c_ED.at[index].set(c_D, mode="drop")), None
 
-    zero_DD, zero_D = jnp.zeros((width, width)), jnp.zeros((width,))
-    none = (
-        zero_DD,
-        zero_D,
-        jnp.zeros((len(exit_layers), *zero_DD.shape)),
-        jnp.zeros((len(exit_layers), *zero_D.shape)),
-    )
+    exits, vector, matrix = len(exit_layers), (width,), (width, width)
+    none = tuple(jnp.zeros(shape) for shape in (matrix, vector, (exits, *matrix), (exits, *vector)))
     first = exit_layers[0]  # no token skips the layers below
     skipped = jax.tree.map(lambda leaf: leaf[first:], stacked)
     (_, _, q_EDD, c_ED), _ = jax.lax.scan(
@@ -110,25 +103,22 @@ class ExitHeads(nnx.Module):
         self,
         exits: int,
         width: int,
+        head: ExitSettings = ExitSettings(),
         *,
-        kind: str = "mlp",
-        norm: str = "rms",
-        bias: float = -4.0,
         eps: float = 1e-6,
-        detached: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.kind, self.norm, self.eps, self.detached = kind, norm, eps, detached
-        self.scale = ExitParam(jnp.ones((exits, width))) if norm == "rms" else None
-        hidden = 2 * width if kind == "mlp" else width
-        if kind == "mlp":
+        self.kind, self.norm, self.eps, self.detached = head.kind, head.norm, eps, head.detached
+        self.scale = ExitParam(jnp.ones((exits, width))) if head.norm == "rms" else None
+        hidden = 2 * width if head.kind == "mlp" else width
+        if head.kind == "mlp":
             init = jax.random.normal(rngs.params(), (exits, width, hidden))
             self.w1 = ExitParam(init * width**-0.5)
             self.b1 = ExitParam(jnp.zeros((exits, hidden)))
         else:
             self.w1 = self.b1 = None
         self.w2 = ExitParam(jax.random.normal(rngs.params(), (exits, hidden)) * 0.1 * hidden**-0.5)
-        self.b2 = ExitParam(jnp.full((exits,), bias))
+        self.b2 = ExitParam(jnp.full((exits,), head.bias))
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
         """Returns float32 hazard logits z [...] of exit `exit_index` for residuals h [..., D]."""
@@ -165,29 +155,23 @@ def log_hazards(
     return leave, log_rest + jax.nn.log_sigmoid(-z)
 
 
-def depth_log_law(
-    hazard_logits: Float[Array, "*A E"],
-    *,
-    temperature: Float[Array, ""] | float = 1.0,
-    min_hazard: Float[Array, ""] | float = 0.0,
+def depth_log_distribution(
+    hazard_logits: Float[Array, "*A E"], **hazards: Float[Array, ""] | float
 ) -> Float[Array, "*A E1"]:
     """Returns log-probabilities [..., E + 1] of leaving at each exit and, last, of never leaving.
 
     log P(e) = log hazard_e + Σ_{j<e} log(1 − hazard_j);  log P(E) = Σ_j log(1 − hazard_j).
-    The hazards are those of `log_hazards`. The student's loss, the sampler and RL use this
-    function through `depth_log_prob`.
+    `hazards` are the settings of `log_hazards`.
     """
-    leave, stay = log_hazards(hazard_logits, temperature=temperature, min_hazard=min_hazard)
-    return law_of_log_hazards(leave, stay)
+    return distribution_of_log_hazards(*log_hazards(hazard_logits, **hazards))
 
 
-def law_of_log_hazards(
+def distribution_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """Returns the log-probabilities of `depth_log_law` from log(hazard) and log(1 − hazard).
+    """Returns the result of `depth_log_distribution` from log(hazard) and log(1 − hazard).
 
-    `leave` is log(hazard) and `stay` is log(1 − hazard). Calibration passes target hazards, which
-    do not come from hazard logits.
+    Calibration passes target hazards, which do not come from hazard logits.
     """
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
@@ -197,17 +181,14 @@ def law_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the exit index e at which each depth ends, or E (the number of exits) for full depth.
-
-    Each depth must be one of `exit_layers` or equal to `layers`.
-    """
+    """Returns the exit index e of each depth, or E (the number of exits) for full depth."""
     return jnp.searchsorted(jnp.asarray((*exit_layers, layers)), depth).astype(jnp.int32)
 
 
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the depth, as a number of layers, of each exit index; index E means all `layers`."""
+    """Returns the depth, in layers, of each exit index; index E means all `layers`."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 
@@ -216,11 +197,9 @@ def depth_log_prob(
     hazard_logits: Float[Array, "*A E"],
     exit_layers: tuple[int, ...],
     layers: int,
-    *,
-    temperature: Float[Array, ""] | float = 1.0,
-    min_hazard: Float[Array, ""] | float = 0.0,
+    **hazards: Float[Array, ""] | float,
 ) -> Float[Array, "*A"]:
-    """Returns log P(depth) of each depth under the distribution of `depth_log_law`."""
-    law = depth_log_law(hazard_logits, temperature=temperature, min_hazard=min_hazard)
+    """Returns log P(depth) of each depth under `depth_log_distribution`."""
+    log_probs = depth_log_distribution(hazard_logits, **hazards)
     index = exit_index_of_depth(depth, exit_layers, layers)
-    return jnp.take_along_axis(law, index[..., None], axis=-1)[..., 0]
+    return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from jexit.axes import Array, Float, HiddenBTD, PositionsBT, PRNGKey
 from jexit.config import LoRA
-from jexit.model.lora import StackedLinear
+from jexit.model.lora import projection
 from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
@@ -38,14 +39,10 @@ class MLP(nnx.Module):
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, hidden = (arch.width,), (arch.mlp_width,)
-
-        def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> StackedLinear:
-            adapter = lora if lora and name in lora.targets else None
-            return StackedLinear(arch.layers, inputs, outputs, lora=adapter, dtype=dtype, rngs=rngs)
-
-        self.gate = linear("gate", width, hidden)
-        self.up = linear("up", width, hidden)
-        self.down = linear("down", hidden, width)
+        linear = functools.partial(projection, lora, layers=arch.layers, dtype=dtype, rngs=rngs)
+        self.gate = linear("gate", inputs=width, outputs=hidden)
+        self.up = linear("up", inputs=width, outputs=hidden)
+        self.down = linear("down", inputs=hidden, outputs=width)
 
     def __call__(
         self, x_BTD: HiddenBTD, *, adapters: bool, dropout_key: PRNGKey | None
@@ -104,10 +101,7 @@ def _yarn_attention(yarn: Yarn) -> float:
 
 
 def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:
-    """Returns the fractional index of the frequency that makes `turns` turns over the context.
-
-    The context is the original context, before scaling.
-    """
+    """Returns the fractional index of the frequency of `turns` turns in the original context."""
     ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
     return arch.head_dim * math.log(ratio) / (2.0 * math.log(arch.rope_theta))
 

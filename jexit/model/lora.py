@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,24 @@ def merge_adapters(model: nnx.Module) -> None:
     model.lora = None
 
 
+def projection(
+    lora: LoRA | None,
+    name: str,
+    layers: int,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    **settings: Any,
+) -> StackedLinear:
+    """Returns a `StackedLinear`, with an adapter if `name` is among the targets of `lora`."""
+    adapter = lora if lora and name in lora.targets else None
+    return StackedLinear(layers, inputs, outputs, lora=adapter, **settings)
+
+
 class StackedLinear(nnx.Module):
     """A linear projection that contains the parameters of all layers, stacked on a leading axis.
 
-    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]; both are of the
-    class `param`. `__call__` needs a module with one layer's slice of the parameters, without the
-    axis L, as the scan over layers provides.
+    The kernel is [L, *inputs, *outputs] and the optional bias is [L, *outputs]. `__call__` needs a
+    module with one layer's slice of the parameters, as the scan over layers provides.
     """
 
     def __init__(
@@ -53,9 +66,8 @@ class StackedLinear(nnx.Module):
     ):
         self.inputs, self.outputs = inputs, outputs
         self.turned = False  # whether the kernel lies as [*outputs, *inputs]
-        fan_in = math.prod(inputs)
+        scale = math.prod(inputs) ** -0.5
         shape = (layers, *inputs, *outputs)
-        scale = fan_in**-0.5
         self.kernel = param(jax.random.normal(rngs.params(), shape, dtype) * scale)
         self.bias = param(jnp.zeros((layers, *outputs), dtype)) if use_bias else None
         self.lora_scale = lora.scale if lora else 0.0
@@ -64,7 +76,7 @@ class StackedLinear(nnx.Module):
             self.lora_a = self.lora_b = None
         else:
             normal_a = jax.random.normal(rngs.params(), (layers, *inputs, lora.rank))
-            self.lora_a = LoRAParam(normal_a * fan_in**-0.5)
+            self.lora_a = LoRAParam(normal_a * scale)
             self.lora_b = LoRAParam(jnp.zeros((layers, lora.rank, *outputs)))
 
     def __call__(

@@ -9,7 +9,6 @@ arrays of a policy have one row per completion. `at` selects the entries of sing
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
 from jexit.config import parse_policy
@@ -87,18 +87,14 @@ class Policy:
         return {}
 
 
-def _pytree(cls: type) -> type:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_pytree
+@struct.dataclass
 class Full(Policy):
     """Every token runs all layers."""
 
     leaves_early: ClassVar[bool] = False
 
 
-@_pytree
+@struct.dataclass
 class Fixed(Policy):
     """Every token runs `layer` layers: up to an exit, or all layers of the model."""
 
@@ -119,7 +115,7 @@ class Fixed(Policy):
         return {"depth": self.layer}
 
 
-@_pytree
+@struct.dataclass
 class Speculate(Policy):
     """Every token runs all layers; in `generate`, exit `layer` drafts tokens that these verify.
 
@@ -127,7 +123,7 @@ class Speculate(Policy):
     differs. Everything but `generate`, `stream` and the server treats it like `Full`.
     """
 
-    layer: int = dataclasses.field(metadata={"static": True})
+    layer: int = struct.field(pytree_node=False)
     leaves_early: ClassVar[bool] = False
 
     @property
@@ -142,7 +138,7 @@ class Speculate(Policy):
             )
 
 
-@_pytree
+@struct.dataclass
 class Prescribed(Policy):
     """Each token runs the number of layers that `depth_BT` contains: up to an exit, or all layers.
 
@@ -189,12 +185,12 @@ class Prescribed(Policy):
         )
 
 
-@_pytree
+@struct.dataclass
 class Sample(Policy):
     """A token that reaches an exit leaves there with a probability equal to the exit's hazard.
 
     The hazard is min_hazard + (1 − min_hazard)·σ(z / temperature), where z is the hazard logit. The
-    depths then follow the distribution of `jexit.model.exits.depth_log_law`.
+    depths then follow the distribution of `jexit.model.exits.depth_log_distribution`.
     """
 
     reads_hazards: ClassVar[bool] = True
@@ -234,7 +230,7 @@ class Sample(Policy):
         return {"temperature": self.temperature, "min_hazard": self.min_hazard}
 
 
-@_pytree
+@struct.dataclass
 class Threshold(Policy):
     """A token leaves at the first exit where σ(z) > `hazard`; z is the exit's hazard logit."""
 
@@ -262,7 +258,7 @@ class Threshold(Policy):
         return {"hazard": self.hazard}
 
 
-@_pytree
+@struct.dataclass
 class Mixed(Policy):
     """A separate policy for each completion; one compiled program serves all these policies."""
 
@@ -304,7 +300,7 @@ class Mixed(Policy):
 def policy_of(text: str, sample: Sample = Sample()) -> Policy:
     """Returns the policy named `text`, such as `full`, `threshold:0.5`, `fixed:6`, `speculate:6`.
 
-    For the name `sample`, returns the argument `sample`. Raises UserError for an unknown name.
+    The argument `sample` is what the name `sample` stands for.
     """
     kind, argument = parse_policy(text, "speculate")
     if argument is None:

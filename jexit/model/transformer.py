@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 
 from jexit.axes import (
     Array,
@@ -33,7 +33,7 @@ from jexit.config import Execution, ExitSettings, LoRA
 from jexit.dist import constrain
 from jexit.errors import UserError
 from jexit.kernels import tiles
-from jexit.model.attention import KeysValues, Padding, attend
+from jexit.model.attention import KeysValues, attend
 from jexit.model.block import Block
 from jexit.model.embedding import Embedding
 from jexit.model.exits import Continuation, ExitHeads, maps_to_end
@@ -58,9 +58,8 @@ class Head(nnx.Module):
 class Transformer(nnx.Module):
     """A Qwen-family or Llama decoder with exit heads and, optionally, LoRA adapters.
 
-    The module contains only parameters and settings; `run` and `forward` compute with the module.
-    `exit_layers` are sorted layer numbers: a token that leaves at exit layer ℓ runs only layers
-    0 … ℓ − 1.
+    The module contains only parameters and settings; `run` and `forward` compute with it. A token
+    that leaves at exit layer ℓ, one of the sorted `exit_layers`, runs only layers 0 … ℓ − 1.
     """
 
     def __init__(
@@ -85,14 +84,7 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(arch.width, eps=arch.rms_norm_eps, dtype=dtype)
         self.head = None if arch.tied else Head(arch, dtype=dtype, rngs=rngs)
         self.exits = ExitHeads(
-            len(exit_layers),
-            arch.width,
-            kind=exit_head.kind,
-            norm=exit_head.norm,
-            bias=exit_head.bias,
-            detached=exit_head.detached,
-            eps=arch.rms_norm_eps,
-            rngs=rngs,
+            len(exit_layers), arch.width, exit_head, eps=arch.rms_norm_eps, rngs=rngs
         )
 
     @property
@@ -105,16 +97,15 @@ class Transformer(nnx.Module):
         return self.embed.embedding.get_value().dtype
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Run:
     """The results of `run`; results that were not requested are None.
 
-    `hidden_BTD` is the output of the final norm, so the product of `hidden_BTD` and the head is the
-    logits. `residual_RBTD` contains the residuals that enter the requested layers. In layers that a
-    token skips, these are the residuals from which its keys and values are computed. At exits
-    beyond a token's depth, the hazard logits are computed from the residual of a token that has
-    already left; the depth law does not read these logits.
+    The product of `hidden_BTD`, the output of the final norm, and the head is the logits.
+    `residual_RBTD` contains the residuals that enter the requested layers. In layers that a token
+    skips, its keys and values are computed from these. At exits beyond a token's depth, the hazard
+    logits are computed from the residual of a token that has already left; the distribution of
+    depths does not read them.
     """
 
     hidden_BTD: HiddenBTD
@@ -134,7 +125,6 @@ def run(
     valid_BT: MaskBT | None = None,
     segment_BT: SegmentBT | None = None,
     branches: bool = False,
-    padding: Padding = "right",
     action_BT: MaskBT | None = None,
     key: PRNGKey | Key[Array, "B"] | None = None,
     adapters: bool = True,
@@ -147,13 +137,10 @@ def run(
 ) -> Run:
     """Runs the stack over whole sequences, each token through the layers that `policy` allows.
 
-    `valid_BT` is False at padding, which is on the side that `padding` names. If several texts
-    share a row, `segment_BT` replaces `valid_BT`: it contains the number of each token's text,
-    tokens attend only within their text, and `positions_BT` must restart with each text. With
-    `branches`, texts may also attend to a common beginning, the trunk (see `attend`). `action_BT`
-    is True at positions that may leave early (None: all positions). If `key` contains one PRNG key
-    per row, a row's draws depend only on the key of that row. `adapters=False` omits LoRA, as for
-    the teacher.
+    `valid_BT`, `segment_BT` and `branches` are those of `attend`; with segments, `positions_BT`
+    must restart with each text. `action_BT` is True at positions that may leave early (None: all
+    positions). If `key` contains one PRNG key per row, a row's draws depend only on the key of that
+    row. `adapters=False` omits LoRA, as for the teacher.
 
     Later layers still compute keys and values of a token that has left, from the token's residual,
     which stays as it was at the exit or continues linearly: h = where(layer < depth, block(h),
@@ -162,8 +149,8 @@ def run(
     `residual_layers` are sorted layer numbers, at which the residuals are kept: number ℓ is the
     residual that enters layer ℓ, and the number of layers L is the one that leaves the last layer.
 
-    `observe` maps a layer's input, the layer's output and the layer's slice of `observed` [L, …] to
-    the new slice, which the result contains.
+    `observe` maps a layer's input, its output and its slice of `observed` [L, …] to the new slice,
+    which the result contains.
 
     `model.execution.attention` names the implementation of attention. Decoding, which has one query
     per row over a cache, always uses `jexit.kernels.decode_attention` instead.
@@ -178,7 +165,6 @@ def run(
         valid_BT=valid_BT,
         segment_BT=segment_BT,
         branches=branches,
-        padding=padding,
         implementation=execution.attention,
     )
 
@@ -217,14 +203,7 @@ def run(
                 lambda: residual_RBTD,
             )
         block = nnx.merge(block_def, params)
-        new_BTD, kv = block(
-            h_BTD,
-            cos,
-            sin,
-            mix,
-            adapters=adapters,
-            dropout_key=dropout,
-        )
+        new_BTD, kv = block(h_BTD, cos, sin, mix, adapters=adapters, dropout_key=dropout)
         if observe is not None:
             seen = observe(h_BTD, new_BTD, seen)
         if policy.leaves_early:
@@ -273,10 +252,9 @@ def exit_hidden_states(
 ) -> ExitHiddenEBTD:
     """Returns the final hidden states of tokens that leave at each exit.
 
-    The hidden states are the residuals at the exits after the continuation and the final norm.
-    `continuation` is the linear continuation to use: `model.blocks.continuation`, or the student's
-    continuation if the residuals are the teacher's. If `continuation` is None, the final norm is
-    applied to the residuals directly (the logit lens).
+    These are the residuals at the exits after the continuation and the final norm. `continuation`
+    may be the student's where the residuals are the teacher's; None means the logit lens, the final
+    norm applied to the residuals directly.
     """
     if continuation is not None:
         q_EDD, c_ED = maps_to_end(continuation, model.exit_layers, model.arch.layers)
@@ -291,8 +269,8 @@ def exit_hidden_states(
 class Output:
     """The results of `forward`: float32 logits and hazard logits, and int32 depths in layers.
 
-    `residual_LBTD` contains the residual that enters each layer, in the model's dtype, and at index
-    L (the number of layers) the one that leaves the last layer. It is None unless requested.
+    `residual_LBTD`, unless None, contains the residual that enters each layer, in the model's
+    dtype, and at index L (the number of layers) the one that leaves the last layer.
     """
 
     logits_BTV: LogitsBTV

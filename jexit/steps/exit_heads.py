@@ -10,12 +10,12 @@ values of skipped layers need.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from jexit.axes import Array, Float, Int
 from jexit.config import SFTConfig
@@ -30,8 +30,7 @@ from jexit.steps.optim import Metrics, apply_gradients
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class ExitStates:
     """The training data of the hazard heads, at completion positions N and exits E."""
 
@@ -39,28 +38,21 @@ class ExitStates:
     kl_NE: Float[Array, "N E"]  # KL(π_L ‖ π_e) in nats, π_e with the continuation from exit e
 
 
-def make_exit_states(
-    split: SplitModel,
-) -> Callable[[Params, Fixed, Completions], ExitStates]:
+def make_exit_states(split: SplitModel) -> Callable[[Params, Fixed, Completions], ExitStates]:
     """Returns the jitted function (trainable, fixed, batch) → `ExitStates`.
 
-    The model runs at full depth. The result has N = B·C positions: all completion positions of the
-    batch in order of rows, including padding.
+    The result has N = B·C positions: all completion positions of the batch in order of rows,
+    including padding.
     """
 
     def states(trainable: Params, fixed: Fixed, batch: Completions) -> ExitStates:
         model = split.student(trainable, fixed)
-        full = run(
-            model,
-            batch.tokens_BT,
-            policy=Full(),
-            **batch.layout,
-            residual_layers=model.exit_layers,
-        )
+        exits = model.exit_layers
+        full = run(model, batch.tokens_BT, policy=Full(), **batch.layout, residual_layers=exits)
         residual_EBCD = jax.vmap(batch.window)(full.residual_RBTD)
         hidden_EBCD = exit_hidden_states(model, residual_EBCD, model.blocks.continuation)
         residual_END, hidden_END = (
-            values.reshape(len(model.exit_layers), -1, model.arch.width)
+            values.reshape(len(exits), -1, model.arch.width)
             for values in (residual_EBCD, hidden_EBCD)
         )
         final_ND = batch.window(full.hidden_BTD).reshape(-1, model.arch.width)
@@ -85,10 +77,7 @@ def make_lens_step(
     exit_layers = split.student(split.trainable).exit_layers
 
     def step(
-        state: TrainState,
-        fixed: Fixed,
-        states: ExitStates,
-        position_M: Int[Array, "M"],
+        state: TrainState, fixed: Fixed, states: ExitStates, position_M: Int[Array, "M"]
     ) -> tuple[TrainState, Metrics]:
         residual_MED, kl_ME = states.residual_NED[position_M], states.kl_NE[position_M]
         target_ME, _ = target_log_hazards(kl_ME, config.sharpness)

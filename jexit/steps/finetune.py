@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from jexit.axes import Array, PRNGKey
-from jexit.kernels import linear_logprob
 from jexit.losses.masked import masked_sum
 from jexit.model.policies import Full, Policy
 from jexit.model.transformer import run
-from jexit.steps.completions import Completions
-from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
+from jexit.steps.completions import Completions, token_logprobs
+from jexit.steps.optim import Metrics, gradient_step
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
@@ -50,23 +49,12 @@ def make_finetune_step(
                 **rows.layout,
             )
             hidden_BCD = rows.window(result.hidden_BTD)
-            logprob_N = linear_logprob(
-                hidden_BCD.reshape(-1, hidden_BCD.shape[-1]),
-                model.head_VD,
-                rows.completion_tokens_BC.reshape(-1),
-            ).logprob_N
-            loss = -masked_sum(logprob_N.reshape(rows.token_BC.shape), rows.token_BC) / tokens
+            logprob_BC, _ = token_logprobs(model.head_VD, hidden_BCD, rows.completion_tokens_BC)
+            loss = -masked_sum(logprob_BC, rows.token_BC) / tokens
             return loss, {"loss": loss}
 
-        loss, metrics, gradients = accumulated_gradients(
-            loss_fn,
-            state.trainable,
-            lambda index: micro_batch(batch, index, micro_batches),
-            micro_batches,
-            key,
-        )
-        state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
+        state, metrics = gradient_step(loss_fn, state, optimizer, batch, micro_batches, key)
         metrics["tokens"] = jnp.sum(batch.segment_BT > 0).astype(jnp.float32)
-        return state, metrics | update_metrics
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -23,10 +23,10 @@ LossFn = Callable[[Params, Any, PRNGKey], tuple[Array, Metrics]]
 
 
 def schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
-    """Returns a learning-rate schedule with a linear warm-up of `config.warmup_steps` to `peak`.
+    """Returns a learning-rate schedule with a linear warm-up to `peak`, then `config.schedule`.
 
-    After the warm-up, `config.schedule` decides: the rate stays at `peak` (constant), or falls to
-    final_fraction · `peak` by step `steps`, linearly or along a cosine.
+    The rate then stays at `peak` (constant), or falls to final_fraction · `peak` by step `steps`,
+    linearly or along a cosine.
     """
     warmup, end = config.warmup_steps, config.final_fraction * peak
     rest = max(steps - warmup, 1)
@@ -47,9 +47,8 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
 
     `labels` is the tree of each parameter's kind (see `parameter_labels`). Each kind has its own
     peak learning rate, scheduled over `steps` steps. Weight decay applies to matrices only. The
-    gradient of the continuation is clipped by a norm of its own. Because the continuation reads
-    unnormalised residuals, its gradient is a hundred times that of all other parameters in real
-    models, and would dominate a common norm.
+    gradient of the continuation has a norm of its own: because the continuation reads unnormalised
+    residuals, its gradient is a hundred times that of all other parameters in real models.
     """
     peaks = {
         "lora": config.lora_lr,
@@ -96,11 +95,28 @@ def micro_batch(batch: Any, index: Array, micro_batches: int) -> Any:
 
 
 def joined(parts: Any) -> Any:
-    """Joins arrays [micro_batches, rows, …] into one batch [micro_batches · rows, …].
-
-    This inverts `micro_batch`: the rows return to their original order.
-    """
+    """Joins arrays [micro_batches, rows, …] into one batch; the inverse of `micro_batch`."""
     return jax.tree.map(lambda rows: jnp.swapaxes(rows, 0, 1).reshape(-1, *rows.shape[2:]), parts)
+
+
+def gradient_step(
+    loss_fn: LossFn,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    batch: Any,
+    micro_batches: int,
+    key: PRNGKey,
+) -> tuple[TrainState, Metrics]:
+    """Takes one step on the sum of `loss_fn` over the micro-batches of `batch`."""
+    loss, metrics, gradients = accumulated_gradients(
+        loss_fn,
+        state.trainable,
+        lambda index: micro_batch(batch, index, micro_batches),
+        micro_batches,
+        key,
+    )
+    state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
+    return state, metrics | update_metrics
 
 
 def accumulated_gradients(
@@ -109,8 +125,7 @@ def accumulated_gradients(
     """Returns loss, metrics and gradients, summed over micro-batches `take(0)` … `take(count − 1)`.
 
     `loss_fn` must divide by the denominators of the whole batch. The sums then equal the results of
-    one pass over the whole batch, even if rows have different lengths. Each micro-batch gets a key
-    derived from `key`.
+    one pass over the whole batch, even if rows have different lengths.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -139,7 +154,6 @@ def summed(one: Callable[[Array], Any], count: int) -> Any:
 
 
 def _all_finite(tree: Any) -> Array:
-    """Returns whether all values in the arrays of a pytree are finite."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves))
 
@@ -153,8 +167,7 @@ def apply_gradients(
     """Takes one optimiser step, or skips it; returns the new state and metrics.
 
     A step is skipped if the loss, the gradients, the new parameters or the new optimiser state are
-    not finite. Parameters and optimiser state then stay unchanged, and the state's count of
-    consecutive skipped steps rises by 1.
+    not finite. Only the counters then change.
     """
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from jexit.axes import Array, Float, Int, PRNGKey
-from jexit.kernels import linear_logprob
 from jexit.losses.masked import masked_sum
 from jexit.model.transformer import exit_hidden_states, run
-from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch
+from jexit.steps.completions import token_logprobs
+from jexit.steps.optim import Metrics, gradient_step
 from jexit.steps.state import Params, SplitModel, TrainState
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class PretrainBatch:
     """Rows of token ids, each with several texts; weights and groups apply to tokens as targets.
 
     `weight_BT` is the weight of a token in the loss, 0 for the first token of a text. `segment_BT`
     numbers the texts of a row (0: padding), which do not attend to each other, and `position_BT`
-    numbers the tokens of each text. `group_BT` assigns tokens to numbered groups (0: no group); the
-    step reports the mean probability of each group's tokens as a metric.
+    the tokens of each text. `group_BT` assigns tokens to numbered groups (0: no group).
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -65,13 +63,9 @@ def make_pretrain_step(
                 residual_layers=model.exit_layers if exit_loss > 0 else (),
             )
             weight_BT, group_BT = rows.weight_BT[:, 1:], rows.group_BT[:, 1:]
-            targets_N = rows.tokens_BT[:, 1:].reshape(-1)
 
             def log_prob_BT(hidden_BTD: Array) -> Array:
-                hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-                return linear_logprob(hidden_ND, model.head_VD, targets_N).logprob_N.reshape(
-                    weight_BT.shape
-                )
+                return token_logprobs(model.head_VD, hidden_BTD, rows.tokens_BT[:, 1:])[0]
 
             logprob_BT = log_prob_BT(result.hidden_BTD)
             text_loss = -masked_sum(logprob_BT, weight_BT) / weight_total
@@ -88,15 +82,8 @@ def make_pretrain_step(
             metrics["loss"] = loss
             return loss, metrics
 
-        loss, metrics, gradients = accumulated_gradients(
-            loss_fn,
-            state.trainable,
-            lambda index: micro_batch(batch, index, micro_batches),
-            micro_batches,
-            key,
-        )
-        state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
+        state, metrics = gradient_step(loss_fn, state, optimizer, batch, micro_batches, key)
         metrics["tokens"] = jnp.sum(batch.segment_BT[:, 1:] > 0).astype(jnp.float32)
-        return state, metrics | update_metrics
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from flax import struct
 
 from jexit.axes import Array, Float
 from jexit.dist import constrain
@@ -36,8 +37,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ORIGINS = ("x_origin_ED", "v_origin_PD")  # fields of Sums
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Sums:
     """Sums over tokens for the ridge fit: of residuals x at the exits and of displacements v.
 
@@ -45,7 +45,7 @@ class Sums:
     of layer m, for each pair P of an exit and a layer m that tokens leaving there skip; see
     `pairs`. An origin near the mean is subtracted from all values, because float32 sums would
     otherwise lose the differences between tokens. The origin is the mean of the first batch, or a
-    copy of the origin of other sums (`beside`).
+    copy of the origin of other sums (`cleared`).
     """
 
     count: Float[Array, ""]
@@ -79,7 +79,7 @@ class Sums:
             vv_PD=vector(count),
         )
 
-    def beside(self) -> Sums:
+    def cleared(self) -> Sums:
         """Returns sums over no tokens, with the origins of these sums."""
         return Sums(
             **{
@@ -130,8 +130,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
 
         def at_exit(e: Array, sums: Sums) -> Sums:
             x_BCD, origin_D = centred(residual_EBCD[e], sums.x_origin_ED[e])
-            return dataclasses.replace(
-                sums,
+            return sums.replace(
                 x_origin_ED=sums.x_origin_ED.at[e].set(origin_D),
                 x_ED=sums.x_ED.at[e].add(jnp.sum(x_BCD, (0, 1))),
                 xx_EDD=sums.xx_EDD.at[e].add(product(x_BCD, x_BCD)),
@@ -145,8 +144,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
             x_BCD = (residual_BCD - sums.x_origin_ED[e]) * weight_BC[..., None]
             moved_BCD = result.observed[jnp.asarray(layer_P)[p]].astype(jnp.float32) - residual_BCD
             v_BCD, origin_D = centred(moved_BCD, sums.v_origin_PD[p])
-            return dataclasses.replace(
-                sums,
+            return sums.replace(
                 v_origin_PD=sums.v_origin_PD.at[p].set(origin_D),
                 v_PD=sums.v_PD.at[p].add(jnp.sum(v_BCD, (0, 1))),
                 xv_PDD=sums.xv_PDD.at[p].add(product(x_BCD, v_BCD)),
@@ -154,7 +152,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
             )
 
         sums = jax.lax.fori_loop(0, len(exit_P), of_pair, sums)
-        return dataclasses.replace(sums, count=sums.count + count)
+        return sums.replace(count=sums.count + count)
 
     return jax.jit(step, donate_argnums=0)
 

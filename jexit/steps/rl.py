@@ -5,16 +5,16 @@ The reward contains a penalty on depth.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from jexit.axes import Array, Bool, Float, Int, PRNGKey
 from jexit.config import RLConfig
-from jexit.kernels import linear_kl, linear_logprob
+from jexit.kernels import linear_kl
 from jexit.losses.masked import masked_mean, masked_sum
 from jexit.losses.rloo import (
     Reward,
@@ -33,28 +33,20 @@ from jexit.losses.rloo import (
 from jexit.model.exits import depth_log_prob, exit_index_of_depth, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, run
-from jexit.steps.completions import Completions
-from jexit.steps.optim import (
-    Metrics,
-    accumulated_gradients,
-    apply_gradients,
-    joined,
-    micro_batch,
-)
+from jexit.steps.completions import Completions, flat, token_logprobs
+from jexit.steps.optim import Metrics, gradient_step, joined, micro_batch
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class RLBatch:
     """A batch of rollouts J with the values recorded in sampling, for one RL step.
 
-    Rollouts of the same prompt are adjacent. `rows` contains prompts and rollouts as packed token
-    ids. Per token W, `depth_JW` is the depth of the pass that produced the token, `logprobs_JW` the
-    token's log-probability in the tempered distribution from which it was drawn, and
-    `depth_logprobs_JW` the depth's log-probability under the halting policy (0 at position 0, where
-    the depth is not chosen). `verifier_J` is the task's reward. `truncated_J` marks rollouts that
-    reached the token limit.
+    Rollouts of the same prompt are adjacent. Per token W, `depth_JW` is the depth of the pass that
+    produced the token, `logprobs_JW` the token's log-probability in the tempered distribution from
+    which it was drawn, and `depth_logprobs_JW` the depth's under the halting policy (0 at position
+    0, where the depth is not chosen). `verifier_J` is the task's reward. `truncated_J` marks
+    rollouts that reached the token limit.
     """
 
     rows: Completions
@@ -76,13 +68,9 @@ class RLBatch:
         return self.token_JW & (jnp.arange(self.depth_JW.shape[1]) > 0)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Penalties:
-    """The coefficients λ (`depth_coef`) and μ (`length_coef`) of the penalties in one step.
-
-    They are passed to the jitted step as arrays, so new values do not cause recompilation.
-    """
+    """The coefficients λ and μ of the penalties in one step, as arrays for the jitted step."""
 
     depth_coef: Float[Array, ""] | float
     length_coef: Float[Array, ""] | float
@@ -93,13 +81,9 @@ RLStep = Callable[[TrainState, Fixed, RLBatch, Penalties, PRNGKey], tuple[TrainS
 EXACT_KL = {"exact": "student_teacher", "forward": "teacher_student"}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Scored:
-    """A batch after the teacher has scored it: rows, and values per completion token C.
-
-    All values stay constant during the optimiser steps on the batch.
-    """
+    """A batch after the teacher has scored it; constant during the optimiser steps."""
 
     rows: Completions
     depth_BC: Int[Array, "B C"]
@@ -138,19 +122,15 @@ def make_rl_step(
 
         start = state.step
         for update in range(config.updates_per_batch):
-            loss, loss_metrics, gradients = accumulated_gradients(
-                loss_fn,
-                state.trainable,
-                lambda index: micro_batch(scored, index, micro_batches),
-                micro_batches,
-                jax.random.fold_in(key, update),
+            update_key = jax.random.fold_in(key, update)
+            state, update_metrics = gradient_step(
+                loss_fn, state, optimizer, scored, micro_batches, update_key
             )
-            state, update_metrics = apply_gradients(state, optimizer, gradients, loss)
             if update > 0:  # the gap to the sampler is meaningful only before the first update
-                loss_metrics.pop("sampler_gap")
-            metrics |= loss_metrics | update_metrics
+                update_metrics.pop("sampler_gap")
+            metrics |= update_metrics
         metrics["tokens"] = jnp.sum(batch.lengths_J).astype(jnp.float32)
-        return dataclasses.replace(state, step=start + 1), metrics
+        return state.replace(step=start + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -162,10 +142,7 @@ def score(
     config: RLConfig,
     micro_batches: int,
 ) -> tuple[Scored, Metrics]:
-    """Returns a batch with teacher scores, advantages and loss weights, and metrics of the rewards.
-
-    The rows pass through the teacher in `micro_batches` parts.
-    """
+    """Returns a batch with teacher scores, advantages and loss weights, and metrics of rewards."""
     rows, token_JW = batch.rows, batch.token_JW.astype(jnp.float32)
     teacher_BC, teacher_hidden_BCD = teacher_scores(teacher, rows, config, micro_batches)
     log_ratio_JW = batch.logprobs_JW - rows.by_completion(teacher_BC, batch.depth_JW.shape)
@@ -215,8 +192,8 @@ def teacher_scores(
 ) -> tuple[Float[Array, "B C"], Array | None]:
     """Returns log π_teacher of every token and the teacher's final hidden states [B, C, D].
 
-    The hidden states are divided by the sampling temperature. They are None unless the loss
-    contains a KL over the whole vocabulary.
+    The hidden states are divided by the sampling temperature; None unless the loss contains a KL
+    over the whole vocabulary.
     """
     wants_hidden = config.kl_loss_coef > 0 and config.kl_loss in EXACT_KL
 
@@ -233,10 +210,7 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns depth/L, the action mask and the token mask, each [J, W], as `depth_cost` takes them.
-
-    The action mask selects the tokens whose pass could leave early.
-    """
+    """Returns depth/L, action mask and token mask, each [J, W], as `depth_cost` takes them."""
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -248,11 +222,10 @@ def advantages(
     depth_coef: Array | float,
     config: RLConfig,
 ) -> Float[Array, "J W"]:
-    """Returns the advantage of every pair of token and depth.
+    """Returns the advantage of every pair of token and depth; 0 where `keep_J` is False.
 
-    `spent` is the result of `depth_shares`; rollouts where `keep_J` is False get advantage 0.
-    Without `config.causal_depth`, all pairs of a rollout have the same advantage. With it, a token
-    is charged only for the depths at and after this token.
+    `spent` is the result of `depth_shares`. With `config.causal_depth`, a token is charged only for
+    the depths at and after this token; without, all pairs of a rollout have the same advantage.
     """
     if not config.causal_depth:
         advantage_J = group_advantages(reward.total_J, config.rollouts, config.advantage, keep_J)
@@ -277,7 +250,7 @@ def policy_loss(
     """
     rows, depth_BC = item.rows, item.depth_BC
     exit_layers, layers = student.exit_layers, student.arch.layers
-    hazard_law = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
+    hazards = {"temperature": config.hazard_temperature, "min_hazard": config.min_hazard}
     result = run(
         student,
         rows.tokens_BT,
@@ -289,7 +262,7 @@ def policy_loss(
     logprob_BC, entropy_BC = token_logprobs(student.head_VD, hidden_BCD, rows.completion_tokens_BC)
     z_BCE = rows.window(result.hazard_logits_BTE)
     depth_logprob_BC = jnp.where(
-        rows.action_BC, depth_log_prob(depth_BC, z_BCE, exit_layers, layers, **hazard_law), 0.0
+        rows.action_BC, depth_log_prob(depth_BC, z_BCE, exit_layers, layers, **hazards), 0.0
     )
     pair_BC = logprob_BC + depth_logprob_BC
     terms_BC = policy_loss_terms(
@@ -308,7 +281,7 @@ def policy_loss(
     exit_index_BC = exit_index_of_depth(depth_BC, exit_layers, layers)
     depth_entropy_BC = jnp.where(
         rows.action_BC,
-        reached_decision_entropy(*log_hazards(z_BCE, **hazard_law), exit_index_BC),
+        reached_decision_entropy(*log_hazards(z_BCE, **hazards), exit_index_BC),
         0.0,
     )
     if config.depth_entropy_coef > 0:
@@ -331,16 +304,12 @@ def kl_terms(
     config: RLConfig,
     teacher_head_VD: Array | None,
 ) -> Float[Array, "B C"]:
-    """Returns the KL between student and teacher at each token, of the kind `config.kl_loss`.
-
-    `exact` and `forward` sum over the whole vocabulary, `k2` and `k3` estimate the KL from the
-    log-probabilities of the sampled token.
-    """
+    """Returns the KL between student and teacher at each token, of the kind `config.kl_loss`."""
     if config.kl_loss not in EXACT_KL:
         return {"k2": k2, "k3": k3}[config.kl_loss](logprob_BC, item.teacher_BC)
     return linear_kl(
-        _flat(hidden_BCD),
-        _flat(item.teacher_hidden_BCD),
+        flat(hidden_BCD),
+        flat(item.teacher_hidden_BCD),
         head_VD,
         direction=EXACT_KL[config.kl_loss],
         head_teacher_VD=teacher_head_VD,
@@ -350,26 +319,15 @@ def kl_terms(
 def tempered(hidden_BCD: Array, temperature: float) -> Array:
     """Returns the hidden states divided by the sampling temperature, in float32.
 
-    The logits are then divided as well, because they are linear in the hidden states. The sampler
-    divides float32 logits, so a quotient rounded to bfloat16 would give other log-probabilities
-    than the sampler's. At temperature 1, the hidden states stay unchanged.
+    The logits, which are linear in them, are then divided as well. The sampler divides float32
+    logits, so a quotient rounded to bfloat16 would give other log-probabilities than the sampler's.
+    At temperature 1, the hidden states stay unchanged.
     """
     return hidden_BCD if temperature == 1.0 else hidden_BCD.astype(jnp.float32) / temperature
 
 
-def token_logprobs(
-    head_VD: Array, hidden_BCD: Array, tokens_BC: Int[Array, "B C"]
-) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Returns each token's log-probability and the entropy of its distribution, both in nats."""
-    result = linear_logprob(_flat(hidden_BCD), head_VD, _flat(tokens_BC))
-    return result.logprob_N.reshape(tokens_BC.shape), result.entropy_N.reshape(tokens_BC.shape)
-
-
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns metrics of the depths of the passes that produced the tokens.
-
-    The metrics are the mean, quantiles, layers per problem, and share of tokens per exit.
-    """
+    """Returns metrics of the depths of the passes that produced the tokens."""
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {
@@ -383,8 +341,3 @@ def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> 
         at_layer = (depth_JW == layer).astype(jnp.float32)
         metrics[f"exit/{layer}"] = masked_mean(at_layer, batch.action_JW)
     return metrics
-
-
-def _flat(values: Array) -> Array:
-    """Reshapes [B, C, …] to [B·C, …]."""
-    return values.reshape(-1, *values.shape[2:])

@@ -21,14 +21,8 @@ from jexit.losses.sft import draw_exit_indices, expected_exit_loss, target_log_h
 from jexit.model.exits import depth_log_prob, depth_of_exit_index, log_hazards
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import Transformer, exit_hidden_states, run
-from jexit.steps.completions import Completions
-from jexit.steps.optim import (
-    Metrics,
-    accumulated_gradients,
-    apply_gradients,
-    micro_batch,
-    summed,
-)
+from jexit.steps.completions import Completions, flat
+from jexit.steps.optim import Metrics, accumulated_gradients, apply_gradients, micro_batch, summed
 from jexit.steps.state import Fixed, Params, SplitModel, TrainState
 
 
@@ -60,14 +54,10 @@ def make_sft_step(
             return calibration_loss(student, item, actions, config, key, teacher_head_VD)
 
         def gradients_of(index: Array) -> tuple[Array, Metrics, Params]:
-            """Returns loss, metrics and gradients of one micro-batch.
-
-            The teacher runs once for all S student runs.
-            """
             rows = micro_batch(batch, index, micro_batches)
             student = split.student(state.trainable, fixed)
             hidden_BCD, leave_BCE, stay_BCE = targets(student, teacher, rows, config)
-            exits_SBC, _ = draw_exit_indices(
+            exits_SBC = draw_exit_indices(
                 jax.random.fold_in(target_key, index),
                 leave_BCE,
                 stay_BCE,
@@ -91,10 +81,7 @@ def make_sft_step(
 
 
 class Taught(NamedTuple):
-    """Rows with the student's targets and the depths at which the student runs.
-
-    The targets are the teacher's final hidden states and the target hazards.
-    """
+    """Rows with the student's targets and the depths at which the student runs."""
 
     rows: Completions
     hidden_BCD: Array  # final hidden states of the teacher
@@ -122,19 +109,13 @@ def targets(
     )
     measured, speaker = taught, teacher
     if not from_teacher:
-        speaker = student
-        measured = run(
-            student,
-            rows.tokens_BT,
-            policy=Full(),
-            **rows.layout,
-            residual_layers=student.exit_layers,
-        )
+        speaker, exits = student, student.exit_layers
+        measured = run(student, rows.tokens_BT, policy=Full(), **rows.layout, residual_layers=exits)
     final_BCD = rows.window(taught.hidden_BTD)
     residual_EBCD = jax.vmap(rows.window)(measured.residual_RBTD)
     exits_EBCD = exit_hidden_states(speaker, residual_EBCD, student.blocks.continuation)
     exits_END = exits_EBCD.reshape(exits_EBCD.shape[0], -1, exits_EBCD.shape[-1])
-    kl_EN = exit_kl(_flat(final_BCD), exits_END, speaker.head_VD).kl_EN
+    kl_EN = exit_kl(flat(final_BCD), exits_END, speaker.head_VD).kl_EN
     kl_BCE = jnp.moveaxis(kl_EN.reshape(exits_EBCD.shape[:3]), 0, -1)
     leave_BCE, stay_BCE = target_log_hazards(kl_BCE, config.sharpness)
     return jax.lax.stop_gradient((final_BCD, leave_BCE, stay_BCE))
@@ -151,10 +132,10 @@ def calibration_loss(
     """Returns the part of the loss that `item` contributes, and its part of the metrics.
 
     The loss is a KL between student and teacher plus `config.exit_coef` times the loss of the exit
-    heads, averaged by dividing by `actions`: S times the number of action positions (tokens whose
-    pass could leave early) in the whole batch. `teacher_head_VD` is None if teacher and student
-    share the output head. Depths drawn with exploration need `config.exit_loss="expected"`, because
-    −log P(d) would teach the exploration to the heads.
+    heads, divided by `actions`: S times the number of action positions (tokens whose pass could
+    leave early) in the whole batch. `teacher_head_VD` is None if teacher and student share the
+    output head. Depths drawn with exploration need `config.exit_loss="expected"`, because −log P(d)
+    would teach the exploration to the heads.
     """
     rows, exits_BC = item.rows, item.exits_BC
     exit_layers, layers = student.exit_layers, student.arch.layers
@@ -168,8 +149,8 @@ def calibration_loss(
         hazards=True,
     )
     kl_BC = linear_kl(
-        _flat(rows.window(result.hidden_BTD)),
-        _flat(item.hidden_BCD),
+        flat(rows.window(result.hidden_BTD)),
+        flat(item.hidden_BCD),
         student.head_VD,
         direction=config.direction,
         head_teacher_VD=teacher_head_VD,
@@ -196,8 +177,3 @@ def calibration_loss(
     for index, layer in enumerate((*exit_layers, layers)):
         metrics[f"exit/{layer}"] = mean((exits_BC == index).astype(jnp.float32))
     return loss, metrics
-
-
-def _flat(hidden_BCD: Array) -> Array:
-    """Reshapes [B, C, D] to [B·C, D]."""
-    return hidden_BCD.reshape(-1, hidden_BCD.shape[-1])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, struct
 
 from jexit.axes import Array, Int, PRNGKey
 from jexit.model.exits import ContinuationParam, ExitParam
@@ -18,13 +17,11 @@ from jexit.model.transformer import Transformer
 Params = Any  # nested nnx.State of arrays
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class TrainState:
     """The trainable parameters, the optimiser's state and two counters.
 
-    `step` counts steps. Batches and PRNG keys derive from the seed and `step`, so training that
-    resumes from a saved state continues with the same data. `skipped` counts the latest consecutive
+    Batches and PRNG keys derive from the seed and `step`. `skipped` counts the latest consecutive
     steps that were skipped because of NaN or infinity.
     """
 
@@ -37,8 +34,8 @@ class TrainState:
 class Fixed(NamedTuple):
     """The parameters that a run does not train.
 
-    `frozen` belongs to the student. `teacher` is a copy of the initial trainable parameters if the
-    run trains the trunk and needs a teacher, and otherwise None. Jitted steps take a `Fixed` as an
+    `frozen` belongs to the student. `teacher` is a copy of the initial trainable parameters, or
+    None if the trunk stays fixed or no teacher is needed. Jitted steps take a `Fixed` as an
     argument, because arrays in a closure would be compiled into the program as constants.
     """
 
@@ -47,28 +44,19 @@ class Fixed(NamedTuple):
 
 
 class SplitModel(NamedTuple):
-    """A model split into its graph, trainable parameters and fixed parameters.
-
-    The model is split once per run, so that training steps are pure functions of parameters.
-    """
+    """A model split once per run, so that training steps are pure functions of parameters."""
 
     graphdef: nnx.GraphDef
     trainable: Params
     fixed: Fixed
 
     def student(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the model with the parameters `trainable` and `fixed` (None: the split's own).
-
-        The call is cheap enough to be made while a step is traced.
-        """
+        """Returns the model with these parameters; `fixed` None means the split's own."""
         fixed = self.fixed if fixed is None else fixed
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
     def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the model with the base model's trunk; run it with `adapters=False`.
-
-        With a copy in `fixed.teacher`, `trainable` is ignored. No gradient flows to the parameters.
-        """
+        """Returns the model with the base model's trunk, without gradient; use `adapters=False`."""
         fixed = self.fixed if fixed is None else fixed
         if fixed.teacher is not None:
             trainable = fixed.teacher
@@ -91,11 +79,9 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
     """Splits a model into trainable and fixed parameters.
 
     Without `full`, the adapters, exit heads and continuation are trainable. With `full`, all
-    parameters are trainable, and the teacher is a second copy of them, unless `keep_teacher` is
-    False.
+    parameters are, and the teacher is a second copy of them, unless `keep_teacher` is False.
     """
-    trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
-    graphdef, trainable, frozen = nnx.split(model, trains, ...)
+    graphdef, trainable, frozen = nnx.split(model, _trains(full), ...)
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
     teacher = None
     if full and keep_teacher:  # shapes without values need no copy
@@ -108,8 +94,8 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
     """Returns the kind of each trainable parameter, in a tree with the structure of the parameters.
 
-    The kinds are `lora`, `exit` (output layers of the exit heads), `exit_hidden` (hidden layers of
-    the exit heads), `continuation` and `base`. `full` is the same as in `split_model`.
+    The kinds are `lora`, `exit` (output layers of the exit heads), `exit_hidden` (their hidden
+    layers), `continuation` and `base`. `full` is that of `split_model`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
@@ -119,10 +105,13 @@ def parameter_labels(model: Transformer, *, full: bool) -> Params:
             return "exit" if path[-1].key in ("w2", "b2") else "exit_hidden"
         return "lora" if isinstance(variable, LoRAParam) else "base"
 
-    trains = nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
     return jax.tree_util.tree_map_with_path(
-        label, nnx.state(model, trains), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        label, nnx.state(model, _trains(full)), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
+
+
+def _trains(full: bool) -> Any:
+    return nnx.Param if full else nnx.Any(LoRAParam, ExitParam)
 
 
 def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -132,9 +121,6 @@ def new_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def step_key(seed: int, step: int | Array, stream: int = 0) -> PRNGKey:
-    """Returns the PRNG key of training step `step`.
-
-    `stream` selects one of several independent keys of the same step.
-    """
+    """Returns the PRNG key of training step `step`; each `stream` has an independent one."""
     key = jax.random.fold_in(jax.random.key(seed), stream)
     return jax.random.fold_in(key, step)

@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,2048,4096")
     parser.add_argument("--shape", default="1,32,8,128", help="B,N,K,H")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--padding", choices=("right", "left"), default="right")
     parser.add_argument("--json", action="store_true", help="one line a case")
     arguments = parser.parse_args()
     shape = tuple(map(int, arguments.shape.split(",")))
@@ -76,7 +75,7 @@ def compile_case(
 
     def loss(q: Any, k: Any, v: Any, valid: Any) -> Any:
         kv = KeysValues(k, v)
-        out = attend(q, kv, valid, padding=arguments.padding, implementation=attention)
+        out = attend(q, kv, valid, implementation=attention)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
     key = operand(rows, length, kv_heads, width)

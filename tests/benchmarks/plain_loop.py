@@ -129,7 +129,6 @@ def complete(
         prompts_BT,
         positions_BT=jnp.maximum(slot_T - pad_B[:, None], 0),
         valid_BT=slot_T >= pad_B[:, None],
-        padding="left",
         keys_values=True,
     )
     logits_BV = logits_of(result.hidden_BTD[:, -1], model.head_VD)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import jexit
 from jexit.evaluation.loglikelihood import Scorer, most_likely, token_scores
-from jexit.model.exits import depth_log_law
+from jexit.model.exits import depth_log_distribution
 from jexit.model.policies import Full, Prescribed, Sample, Threshold
 from jexit.rollout import rollout
 from jexit.steps.completions import Completions
@@ -94,7 +94,7 @@ def test_sampled_depths_follow_the_law_and_the_seed(model):
     pair = ([5, 17, 40], [9, 22])
     tokens_BT = jnp.asarray([[*pair[0], *pair[1]]])
     hazards = jexit.forward(model, tokens_BT, policy=Full()).hazard_logits_BTE[0, 3]
-    law = np.exp(np.asarray(depth_log_law(hazards)))
+    law = np.exp(np.asarray(depth_log_distribution(hazards)))
     scores = {
         depth: scored(model, [pair], policy=Prescribed([[3, depth]]))[0] for depth in (1, 2, 3)
     }

@@ -27,7 +27,7 @@ def check(packed: Packed, asked: Lengths, parts=1):
         *ids, 0, row_of=packed.row_of_J, shape=(rows, length, width), prompt_of=prompt_of
     )
     assert (made.tokens_BT > 0).sum() == packed.tokens
-    assert (made.place_BC >= 0).sum() == asked.completion_J.sum()
+    assert (made.index_BC >= 0).sum() == asked.completion_J.sum()
     part_J = np.arange(len(asked.prompt_J)) * parts // len(asked.prompt_J)
     np.testing.assert_array_equal(packed.row_of_J // (rows // parts), part_J)
 
@@ -140,9 +140,9 @@ def test_rows_hold_each_completion_behind_its_prompt():
     assert rows.completion_tokens_BC[1].tolist() == [7, 8, 10, 11, 12, 0]
     assert rows.source_BC[1].tolist() == [2, 3, 6, 7, 8, 0]
     assert rows.owner_BC[1].tolist() == [0, 0, 2, 2, 2, 0]
-    assert rows.place_BC.tolist() == [[0, *[-1] * 5], [0, 1, 0, 1, 2, -1], [-1] * 6]
+    assert rows.index_BC.tolist() == [[0, *[-1] * 5], [0, 1, 0, 1, 2, -1], [-1] * 6]
     np.testing.assert_array_equal(rows.window(rows.tokens_BT)[1, :5], [3, 7, 6, 10, 11])
-    depth_BC = np.where(rows.place_BC >= 0, 2, 0).astype(np.int32)
+    depth_BC = np.where(rows.index_BC >= 0, 2, 0).astype(np.int32)
     assert rows.input_depths(depth_BC, 9).tolist() == [
         [9] * 11, [9, 9, 9, 2, 9, 9, 9, 2, 2, 9, 9], [9] * 11,
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jexit.losses import rloo
-from jexit.model.exits import depth_log_law, log_hazards
+from jexit.model.exits import depth_log_distribution, log_hazards
 
 
 def test_rloo_equals_the_formula_that_trl_documents():
@@ -155,7 +155,7 @@ def entropy(log_law):
 
 def test_decision_entropy_averages_to_the_entropy_of_the_law():
     z = jnp.array([0.3, -1.2, 2.0])
-    law = jnp.exp(depth_log_law(z))
+    law = jnp.exp(depth_log_distribution(z))
     per_exit = jnp.stack(
         [rloo.reached_decision_entropy(*log_hazards(z), jnp.int32(e)) for e in range(4)]
     )
@@ -167,9 +167,9 @@ def bonus_gradient(z):
 
     def term(z, e):
         entropy = rloo.reached_decision_entropy(*log_hazards(z), jnp.int32(e))
-        return rloo.depth_entropy_bonus(entropy, depth_log_law(z)[e])
+        return rloo.depth_entropy_bonus(entropy, depth_log_distribution(z)[e])
 
-    law = jnp.exp(depth_log_law(z))
+    law = jnp.exp(depth_log_distribution(z))
     return law @ jnp.stack([jax.grad(term)(z, e) for e in range(len(law))])
 
 
@@ -177,7 +177,7 @@ def test_the_depth_entropy_bonus_has_the_gradient_of_the_entropy():
     known = jnp.array([-0.5, 0.0, 0.0])
     np.testing.assert_allclose(bonus_gradient(known), [-0.127, -0.108, 0.0], atol=1e-3)
     for z in (known, jnp.array([0.3, -1.2, 2.0]), jnp.array([-3.0, 1.0])):
-        truth = jax.grad(lambda z: entropy(depth_log_law(z)))(z)
+        truth = jax.grad(lambda z: entropy(depth_log_distribution(z)))(z)
         np.testing.assert_allclose(bonus_gradient(z), truth, rtol=1e-4, atol=1e-6)
 
 

@@ -48,7 +48,7 @@ def test_other_heads_and_lengths_compile():
         ("--shape=2,14,2,64", "--lengths=1152"),  # qwen2.5-0.5b
         ("--shape=1,8,2,128", "--lengths=1400", "--dtype=float32"),
     ):
-        row = compiled("v5e:2x2", "--attention=splash", "--padding=left", *options)
+        row = compiled("v5e:2x2", "--attention=splash", *options)
         assert row["kernels"] == 3
 
 
@@ -58,9 +58,9 @@ def test_cudnn_is_called_and_nothing_holds_scores():
     """As far as one gets without a GPU: XLA emits the two calls and plans their memory.
 
     Which of cuDNN's kernels serves a call, cuDNN decides on the chip when the program is loaded;
-    that it has one for these shapes cannot be shown here. Padding on the left costs a mask.
+    that it has one for these shapes cannot be shown here.
     """
-    row = compiled("h100:1", "--attention=cudnn", "--lengths=4096", "--padding=left")
+    row = compiled("h100:1", "--attention=cudnn", "--lengths=4096")
     assert row["kernels"] == 2, "forward and backward"
     assert not row["holds_scores"], f"the program holds an array [{row['largest']}]"
     assert row["share"] < 0.08, f"{row['temp_bytes'] / 1e6:.0f} MB of temporaries"

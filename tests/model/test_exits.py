@@ -10,13 +10,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jexit.config import ExitSettings
 from jexit.model.exits import (
     ExitHeads,
-    depth_log_law,
+    depth_log_distribution,
     depth_log_prob,
     depth_of_exit_index,
+    distribution_of_log_hazards,
     exit_index_of_depth,
-    law_of_log_hazards,
 )
 from tolerances import GRADIENT, relative_error
 
@@ -42,7 +43,9 @@ def enumerated(hazard_E):
 
 
 def test_law_is_the_sum_over_every_leave_stay_sequence():
-    law_of = jax.jit(lambda z, law: depth_log_law(z, temperature=law[0], min_hazard=law[1]))
+    law_of = jax.jit(
+        lambda z, law: depth_log_distribution(z, temperature=law[0], min_hazard=law[1])
+    )
     for law in LAWS:
         for exits in (1, 2, 5):
             z_AE = np.random.default_rng(exits).normal(0.0, 2.0, (6, exits))
@@ -57,14 +60,16 @@ def test_law_is_the_sum_over_every_leave_stay_sequence():
     st.sampled_from(LAWS),
 )
 def test_law_sums_to_one_and_is_finite_whatever_the_logits(z_E, law):
-    log_law = np.asarray(depth_log_law(jnp.asarray(z_E), temperature=law[0], min_hazard=law[1]))
+    log_law = np.asarray(
+        depth_log_distribution(jnp.asarray(z_E), temperature=law[0], min_hazard=law[1])
+    )
     assert np.isfinite(log_law).all() and (log_law <= 0).all()
     assert np.exp(log_law.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_extreme_logits_keep_their_exact_log_probabilities():
     """No epsilon: the log-probability of an all but impossible exit is its logit."""
-    law = depth_log_law(jnp.asarray([[-200.0, 300.0, -1e30], [1e30, 0.0, 0.0]]))
+    law = depth_log_distribution(jnp.asarray([[-200.0, 300.0, -1e30], [1e30, 0.0, 0.0]]))
     np.testing.assert_allclose(law[0], [-200.0, 0.0, -300.0 - 1e30, -300.0], rtol=1e-6)
     np.testing.assert_allclose(law[1], [0.0, -1e30, -1e30, -1e30], rtol=1e-6)
 
@@ -102,7 +107,7 @@ def test_log_prob_picks_the_depths_entry_of_the_law():
     np.testing.assert_array_equal(exit_index_of_depth(depth_AB, EXIT_LAYERS, LAYERS), index_AB)
     np.testing.assert_array_equal(depth_of_exit_index(index_AB, EXIT_LAYERS, LAYERS), depth_AB)
     z_ABE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
-    law_ABE1 = np.asarray(depth_log_law(z_ABE, temperature=0.7, min_hazard=0.05))
+    law_ABE1 = np.asarray(depth_log_distribution(z_ABE, temperature=0.7, min_hazard=0.05))
     truth = np.take_along_axis(law_ABE1, index_AB[..., None], -1)
     np.testing.assert_array_equal(log_prob(z_ABE, depth_AB, 0.7, 0.05), truth[..., 0])
 
@@ -111,7 +116,7 @@ def test_law_of_target_hazards_that_are_no_logits():
     """A target hazard of exactly 1 (an exit as good as the end) leaves nothing for later exits."""
     hazard_E = np.asarray([0.25, 1.0, 0.5])
     with np.errstate(divide="ignore"):
-        law = law_of_log_hazards(jnp.log(hazard_E), jnp.asarray(np.log(1 - hazard_E)))
+        law = distribution_of_log_hazards(jnp.log(hazard_E), jnp.asarray(np.log(1 - hazard_E)))
     np.testing.assert_allclose(np.exp(law), enumerated(hazard_E), atol=1e-7)
 
 
@@ -129,7 +134,8 @@ def head_by_hand(parameters, index, h, eps):
 def test_head_is_the_formula_in_float32():
     """Whatever the residual's dtype."""
     for kind, norm in (("mlp", "rms"), ("linear", "none")):
-        heads = ExitHeads(3, 8, kind=kind, norm=norm, bias=-2.0, eps=1e-3, rngs=nnx.Rngs(0))
+        settings = ExitSettings(kind=kind, norm=norm, bias=-2.0)
+        heads = ExitHeads(3, 8, settings, eps=1e-3, rngs=nnx.Rngs(0))
         rng = np.random.default_rng(0)
         graphdef, state = nnx.split(heads)
         state = jax.tree.map(

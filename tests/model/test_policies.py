@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jexit
-from jexit.model.exits import depth_log_law
+from jexit.model.exits import depth_log_distribution
 from jexit.model.policies import (
     Fixed,
     Full,
@@ -111,7 +111,7 @@ def test_sampled_depths_follow_the_law_that_scores_them(model):
     tokens_BT = jnp.full((ROWS, 1), 7)
     # Beyond the exit that it takes, a row's own hazard logits are those of its frozen residual.
     z_E = jexit.forward(model, tokens_BT, policy=Full()).hazard_logits_BTE[0, 0]
-    plain = np.exp(np.asarray(depth_log_law(z_E), np.float64))
+    plain = np.exp(np.asarray(depth_log_distribution(z_E), np.float64))
     for temperature, floor in ((1.0, 0.0), (0.4, 0.0), (3.0, 0.25)):
         policy = Sample(temperature, floor)
         depth_B = jexit.forward(model, tokens_BT, policy=policy, key=jax.random.key(3)).depth_BT

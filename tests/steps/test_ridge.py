@@ -62,7 +62,7 @@ add = make_sums_step(SPLIT)
 
 
 def summed(*batches, beside=None, split=SPLIT):
-    sums = Sums.zero(EXITS, LAYERS, WIDTH) if beside is None else beside.beside()
+    sums = Sums.zero(EXITS, LAYERS, WIDTH) if beside is None else beside.cleared()
     for batch in batches:
         sums = add(sums, split.trainable, split.fixed, batch)
     return sums

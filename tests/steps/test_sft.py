@@ -35,10 +35,7 @@ def draw(monkeypatch, exits_of):
     """Draws what a function makes of the target hazards [B, C, E], the same for every sample."""
     monkeypatch.setattr(
         "jexit.steps.sft.draw_exit_indices",
-        lambda _, leave_BCE, *__, samples, **___: (
-            jnp.stack([exits_of(leave_BCE)] * samples),
-            None,
-        ),
+        lambda _, leave_BCE, *__, samples, **___: jnp.stack([exits_of(leave_BCE)] * samples),
     )
 
 
