@@ -129,7 +129,7 @@ def test_every_jitted_step_of_a_command_has_its_row(command, eight_cpus, capsys)
     reports = preflight(config_of(command), "cpu:8")
     assert [report.step for report in reports] == STEPS[command]
     for report in reports:
-        assert report.arguments > 0 and report.peak >= report.arguments + report.beside
+        assert report.arguments > 0 and report.peak >= report.arguments + report.resident
         assert report.cost.flops > 0 or "cache" in report.step or "weights" in report.step
     out = capsys.readouterr().out
     if command == "sft":
@@ -144,7 +144,7 @@ def test_the_row_of_pretraining_has_the_flops_of_its_products(eight_cpus, capsys
     config = config_of("pretrain", mesh__fsdp=8)
     (report,) = preflight(config, "cpu:8")
     assert report.step == "pretraining step" and report.seconds > 0
-    assert report.arguments > 0 and report.peak >= report.arguments + report.beside
+    assert report.arguments > 0 and report.peak >= report.arguments + report.resident
     p, rows, length = config.pretrain, config.batch_size, config.pretrain.length - 1
     width, inner = p.width, p.query_heads * p.head_dim
     assert p.kv_heads == p.query_heads
@@ -200,7 +200,7 @@ def test_parameters_that_do_not_fit_are_named(eight_cpus, monkeypatch):
     gathered, prefill, decode = reports
     assert gathered.arguments > 0
     # The student, two moments of every weight, and the teacher's copy as the rules divide it.
-    assert prefill.beside > 3.9 * gathered.arguments
+    assert prefill.resident > 3.9 * gathered.arguments
     assert decode.held > decode.made
     assert "blocks.mlp.up.kernel" in " ".join(decode.largest)
     sentence = preflight_module._refusal(decode, Topology("cpu:8", "cpu", jax.devices()), 2**10)

@@ -33,13 +33,10 @@ COLLECTIVES = (
 class Cost:
     """The FLOPs and collectives of one run of a computation on one device.
 
-    Attributes:
-      flops: the FLOPs, counted as the module describes.
-      collectives: for each kind, such as `all-gather`, the number of operations started and the
-        bytes that these operations produce.
-      at_most: names of loops that may end before the trip count that was assumed.
-      unknown: names of loops that are counted once because their trip count is not known.
-      kernels: names of kernels that do not declare their FLOPs, which `flops` leaves out.
+    `collectives` contains, for each kind, such as `all-gather`, the number of operations started
+    and the bytes that these produce. `at_most` names loops that may end before the trip count that
+    was assumed, `unknown` loops that are counted once because their trip count is not known, and
+    `kernels` kernels that do not declare their FLOPs, which `flops` leaves out.
     """
 
     flops: float = 0.0
@@ -76,11 +73,11 @@ class Cost:
 def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, int] = {}) -> Cost:
     """Returns the cost of one run of the module on one device.
 
-    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside this
-    scope; it is used for loops whose trip count the module does not give. A conditional costs
-    `branch_share` times its most expensive branch plus 1 − `branch_share` times its cheapest
-    branch. In the layer stack, only the exit heads are conditional, and with E exits they run in E
-    of the L layers, so `branch_share` is E / L.
+    `loops` maps the name of a `jax.named_scope` to the largest trip count of the loops inside it,
+    for loops whose trip count the module does not give. A conditional costs `branch_share` times
+    its most expensive branch plus 1 − `branch_share` times its cheapest. In the layer stack, only
+    the exit heads are conditional, and with E exits they run in E of the L layers, so
+    `branch_share` is E / L.
     """
 
     @functools.cache
@@ -125,10 +122,9 @@ def cost_of(module: Module, *, branch_share: float = 1.0, loops: Mapping[str, in
 def largest_arrays(module: Module, count: int) -> list[tuple[Array, str]]:
     """Returns the `count` largest arrays that the module makes besides its arguments, with origins.
 
-    The origin of an array is the `op_name` of the instruction that makes the array, such as
-    `jit(step)/while/body/dot_general`. If the compiler added this instruction, the origin is the
-    name of the nearest operation that uses the array. Arrays of equal type and shape are listed
-    once.
+    The origin of an array is the `op_name` of the instruction that makes it, such as
+    `jit(step)/while/body/dot_general`, or of the nearest operation that uses it if the compiler
+    added that instruction. Arrays of equal type and shape are listed once.
     """
     found: dict[str, tuple[Array, str, Instruction]] = {}
     for name in _scheduled(module):
@@ -151,8 +147,8 @@ def _traced(instruction: Instruction) -> bool:
 def _origin(module: Module, name: str, instruction: Instruction) -> str:
     """Returns the traced program's name for an instruction of the computation `name`.
 
-    If the compiler added the instruction, returns the name of the nearest traced instruction that
-    uses its result. If there is no such instruction, returns the compiler's own name.
+    If the compiler added the instruction, this is the name of the nearest traced instruction that
+    uses its result, or, without one, the compiler's own name.
     """
     reached = [(name, instruction)]
     for place, one in reached:  # the body extends this list
@@ -186,8 +182,7 @@ _MAKES_NOTHING = (
 def _scheduled(module: Module) -> list[str]:
     """Returns the names of the computations whose instructions have memory of their own.
 
-    These are the entry, bodies of loops, branches and calls, but not the computations inside
-    fusions.
+    These are not the computations inside fusions.
     """
     found, waiting = [], [module.entry]
     while waiting:
@@ -218,18 +213,15 @@ def _collective(instruction: Instruction) -> dict[str, tuple[float, float]] | No
 
 
 def _is_reduce_scatter(instruction: Instruction) -> bool:
-    """Checks whether an instruction is a TPU fusion that acts as a reduce-scatter.
-
-    The fusion contains an all-reduce and the slice of its result that the device keeps.
-    """
+    """Checks whether an instruction is a TPU fusion that acts as a reduce-scatter."""
     return any(name.startswith("all-reduce-scatter") for name in instruction.called)
 
 
 def _products(instruction: Instruction, computation: Computation) -> Cost:
     """Returns the cost of a matrix product, convolution or kernel; zero for other instructions."""
     if instruction.opcode == "dot":
-        contracted = _integers(instruction.attributes, "lhs_contracting_dims")
-        return Cost(_dot_flops(instruction, computation, contracted))
+        found = re.search(r"\blhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        return Cost(_dot_flops(instruction, computation, found[1] if found else ""))
     if instruction.opcode == "convolution":
         return Cost(_convolution_flops(instruction, computation))
     if instruction.opcode == "custom-call":
@@ -237,30 +229,24 @@ def _products(instruction: Instruction, computation: Computation) -> Cost:
     return Cost()
 
 
-def _dot_flops(
-    instruction: Instruction, computation: Computation, contracted: Sequence[int]
-) -> float:
+def _dot_flops(instruction: Instruction, computation: Computation, contracted: str) -> float:
+    """Returns the FLOPs of a matrix product that contracts the axes in the text `contracted`."""
     left = computation[instruction.operands[0]].arrays[0].dims
-    return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left[i] for i in contracted)
+    depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
+    return 2.0 * math.prod(instruction.arrays[0].dims) * depth
 
 
 def _custom_call_cost(instruction: Instruction, computation: Computation) -> Cost:
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes).group(1)
     if "gemm" in target or "matmul" in target:  # a cuBLAS call
         found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-        contracted = [int(index) for index in re.findall(r"\d+", found.group(1))]
-        return Cost(_dot_flops(instruction, computation, contracted))
+        return Cost(_dot_flops(instruction, computation, found[1]))
     if target not in ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"):
         return Cost()
     said = re.search(r'"cost_estimate":(\{[^{}]*\})', instruction.attributes)
     if said is None:
         return Cost(kernels=frozenset({instruction.op_name or instruction.name}))
     return Cost(float(json.loads(said.group(1))["flops"]))
-
-
-def _integers(text: str, key: str) -> list[int]:
-    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", text)
-    return [int(part) for part in found.group(1).split(",") if part] if found else []
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
@@ -283,22 +269,19 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _window(attributes: str, axes: int) -> list[tuple[int, ...]]:
-    """Returns the settings of each spatial axis of a convolution.
-
-    The settings of an axis are its stride, leading padding, left dilation and right dilation.
-    """
+    """Returns each spatial axis's stride, leading padding, left dilation and right dilation."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in found.group(1).split()) if found else {}
 
-    def of(key: str, default: int) -> list[int]:
-        """Returns the setting `key` of each axis; for a padding such as `1_2`, the leading 1."""
-        if key not in parts:
-            return [default] * axes
-        return [int(number.split("_")[0]) for number in parts[key].split("x")]
-
-    return list(
-        zip(of("stride", 1), of("pad", 0), of("lhs_dilate", 1), of("rhs_dilate", 1), strict=True)
+    defaults = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+    settings = (
+        # Of a padding such as `1_2`, the leading 1.
+        [int(number.split("_")[0]) for number in parts[key].split("x")]
+        if key in parts
+        else [default] * axes
+        for key, default in defaults.items()
     )
+    return list(zip(*settings, strict=True))
 
 
 @functools.cache
@@ -311,10 +294,7 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs of output and kernel positions that meet an input position on one axis.
-
-    `left`, `right` and `out` are the sizes of input, kernel and output.
-    """
+    """Counts the pairs of output and kernel positions that meet an input position on one axis."""
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

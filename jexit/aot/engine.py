@@ -24,16 +24,13 @@ from jexit.steps.state import SplitModel
 
 
 class EnginePrograms:
-    """The jitted programs of decoding: gathering of weights, prefill, ticks, growth of the cache.
-
-    A tick runs one segment of the layer stack for some of the completions in progress.
-    """
+    """The jitted programs of decoding: gathering of weights, prefill, ticks, larger caches."""
 
     def __init__(self, config: Config, mesh: Mesh, split: SplitModel, state: Any) -> None:
         self._mesh, self._split = mesh, split
         self._size = config.engine
         self._longest = config.task.max_prompt_tokens
-        self._beside = {"state": state, "fixed": split.fixed}
+        self._resident = {"state": state, "fixed": split.fixed}
         self._gathered: set[bool] = set()  # True: the teacher's own weights; False: the student's
 
     def programs(
@@ -45,15 +42,15 @@ class EnginePrograms:
         policies: list[tuple[str, Policy]],
         *,
         adapters: bool = True,
-        written: int = 0,
+        forced: int = 0,
     ) -> Iterator[Program]:
         """Yields the programs that decode `samples` completions of `new` tokens per prompt.
 
         There is one prefill and, for each policy, one tick over the largest cache. If a run needs
-        these programs, the gathering of the weights comes first, and the last copy into a larger
-        cache comes last. With `written`, each prompt is followed by up to `written` tokens of its
-        completion, which exit under the first policy. `name` begins every program's name. Without
-        `adapters`, the teacher decodes.
+        them, the gathering of the weights comes first, and the last copy into a larger cache comes
+        last. Each prompt is followed by up to `forced` tokens of its completion, which exit under
+        the first policy. `name` begins every program's name. Without `adapters`, the teacher
+        decodes.
         """
         split, mesh = self._split, self._mesh
         model = split.student(split.trainable)
@@ -62,14 +59,14 @@ class EnginePrograms:
         trunk = split.fixed.teacher if own_teacher else split.trainable
         held = (trunk, split.fixed.frozen)
         layout = Layout.of(
-            np.full(prompts, self._longest + written),
+            np.full(prompts, self._longest + forced),
             samples,
             self._size,
             token_bytes=token_bytes(model.arch, model.dtype),
             new=new,
         )
         shards, most = layout.shards, layout.prompt_slots + new - 1
-        states, beside = held, self._beside
+        states, resident = held, self._resident
         if mesh.shape["fsdp"] > 1:
             states = placed_parameters(held, mesh, whole_width=True)
             if own_teacher not in self._gathered:
@@ -78,7 +75,7 @@ class EnginePrograms:
                     name=f"{name} weights, gathered over fsdp",
                     function=gathered_width,
                     arguments=(held,),
-                    beside=self._beside,
+                    resident=self._resident,
                 )
         sizes = {
             "rows": shards * layout.rows,
@@ -89,29 +86,27 @@ class EnginePrograms:
             "slots": cache_bucket(most, most),
             "hazards": False,
         }
-        pool, records, store = self._by_rows(
+        pool, records, prefixes = self._by_rows(
             jax.eval_shape(lambda states: empty(split.graphdef, states, **sizes), states)
         )
-        work = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.jobs_from(0))
+        jobs = jax.tree.map(lambda part: rows(mesh, *part.shape), layout.jobs_from(0))
         eos, most_new = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
         draws = Draws(abstract_key(), eos, most_new, Sampling.of(1.0, 1.0))
         group = shards * max(group.rows for group in layout.groups.values())
         batch = (
             rows(mesh, group, layout.prompt_slots), rows(mesh, group), rows(mesh, group, samples)
         )  # fmt: skip
-        placed_policies = [
-            (label, self._of_jobs(policy, shards * layout.jobs, columns_bucket(new + written)))
-            for label, policy in policies
-        ]
-        begun = None
-        if written:
-            begun = ForcedPrefix(rows(mesh, group), rows(mesh, group), placed_policies[0][1])
+        depths = rows(mesh, shards * layout.jobs, columns_bucket(new + forced))
+        placed_policies = [(label, policy.map_rows(lambda _: depths)) for label, policy in policies]
+        prefix = None
+        if forced:
+            prefix = ForcedPrefix(rows(mesh, group), rows(mesh, group), placed_policies[0][1])
         yield Program(
             name=f"{name} prefill",
             function=prefill,
-            arguments=(split.graphdef, states, store, records, work, *batch, draws, begun),
+            arguments=(split.graphdef, states, prefixes, records, jobs, *batch, draws, prefix),
             options={"adapters": adapters},
-            beside=beside | {"pool": pool},
+            resident=resident | {"pool": pool},
         )
         if new == 1:  # the prefill draws this token, so no tick runs
             return
@@ -121,24 +116,17 @@ class EnginePrograms:
                 name=f"{name} decode{label}, a token",
                 function=advance,
                 arguments=(
-                    split.graphdef, states, None, pool, records, store, work, ready, more,
+                    split.graphdef, states, None, pool, records, prefixes, jobs, ready, more,
                     np.int32(1), policy, draws,
                 ),
                 options={"places": layout.places, "adapters": adapters, "hazards": False},
                 loops={LAYERS_SCOPE: layers, FILL_SCOPE: 0, COPY_SCOPE: 0},
-                beside=beside,
+                resident=resident,
                 note=f"{name} decode: each data shard has up to {layout.rows} completions in "
                 f"progress and runs {layout.places} of them per tick",
             )  # fmt: skip
-        held = beside | {"states": states, "records": records, "store": store}
+        held = resident | {"states": states, "records": records, "prefixes": prefixes}
         yield from self._growth(name, layout, most, pool.cache, held)
-
-    def _of_jobs(self, policy: Policy, jobs: int, columns: int) -> Policy:
-        """Returns the policy with any depths as abstract arrays [jobs, columns].
-
-        The jobs are sharded over the data axes.
-        """
-        return policy.map_rows(lambda _: rows(self._mesh, jobs, columns))
 
     def _by_rows(self, tree: Any) -> Any:
         """Returns the tree's abstract arrays with their rows sharded over the data axes."""
@@ -151,12 +139,9 @@ class EnginePrograms:
         return jax.tree.map(place, tree, is_leaf=lambda part: isinstance(part, Cache))
 
     def _growth(
-        self, name: str, layout: Layout, most: int, cache: Cache, beside: Any
+        self, name: str, layout: Layout, most: int, cache: Cache, resident: Any
     ) -> Iterator[Program]:
-        """Yields the last copy into a larger cache, if decoding starts with a smaller cache.
-
-        `most` is the largest number of slots that a row needs.
-        """
+        """Yields the last copy into a larger cache, if decoding starts with a smaller cache."""
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:
             return
@@ -173,5 +158,5 @@ class EnginePrograms:
             function=grown,
             arguments=(before,),
             options={"slots": slots},
-            beside=beside,
+            resident=resident,
         )

@@ -69,10 +69,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The origin in the traced program, such as `jit(step)/while/body/dot_general`.
-
-        If the compiler has recorded no origin, an empty string.
-        """
+        """The origin in the traced program, such as `jit(step)/while/body/dot_general`, or ""."""
         found = _OP_NAME.search(self.attributes)
         return found.group(1) if found else ""
 
@@ -90,10 +87,7 @@ Source = Instruction | None
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-    """The number of times that a loop's body runs.
-
-    `kind` says whether `count` is exact or an upper bound; if `kind` is `unknown`, `count` is 1.
-    """
+    """The number of times that a loop's body runs: exact, an upper bound, or unknown and 1."""
 
     count: int
     kind: Literal["exact", "at most", "unknown"]
@@ -109,10 +103,10 @@ class Module:
     def trips(self, loop: Instruction, computation: Computation) -> Trips:
         """Returns how many times the `while` instruction `loop` of this computation runs its body.
 
-        For GPUs and CPUs, XLA writes the number into the module (`known_trip_count`). Otherwise the
-        number is derived from a counter that starts at a constant, grows by a constant and is
-        compared with a constant. If this comparison is one of several conditions, the number is an
-        upper bound.
+        For GPUs and CPUs, XLA writes the number into the module (`known_trip_count`). Otherwise it
+        is derived from a counter that starts at a constant, grows by a constant and is compared
+        with a constant. If this comparison is one of several conditions, the number is an upper
+        bound.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -135,10 +129,9 @@ class Module:
         return Trips(min(counts), "at most" if joined or len(comparisons) > 1 else "exact")
 
     def _seen(self, computation: Computation) -> Iterator[tuple[Instruction, list[Source]]]:
-        """Yields each instruction with the instructions that make its operands.
+        """Yields each instruction, also inside fusions, with the instructions of its operands.
 
-        Instructions inside fusions are included. A parameter of a fusion counts as the value that
-        the computation passes to the fusion.
+        A parameter of a fusion counts as the value that the computation passes to the fusion.
         """
         for outer in computation.values():
             yield outer, [_source(name, computation) for name in outer.operands]
@@ -162,8 +155,8 @@ class Module:
     ) -> int | None:
         """Returns the number of trips for which a loop's counter stays below a limit.
 
-        `sources` are the instructions that make the counter and the limit of the comparison.
-        Returns None if the counter's start, the counter's step or the limit is not a constant.
+        `sources` make the counter and the limit of the comparison. Returns None if the counter's
+        start, its step or the limit is not a constant.
         """
         counter, limit = sources
         index = _tuple_index(counter)
@@ -177,10 +170,7 @@ class Module:
         return max(0, -(-(end - first) // step))
 
     def _step(self, body: Computation, index: int | None) -> int | None:
-        """Returns the constant that a loop's body adds to element `index` of the carried tuple.
-
-        Returns None if the body does not add a constant to this element.
-        """
+        """Returns the constant, if any, that a loop's body adds to element `index` of its tuple."""
         root = next((i for i in body.values() if i.is_root), None)
         if root is None or root.opcode != "tuple" or index is None:
             return None
@@ -244,10 +234,7 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes the value `name`, behind any copies and conversions.
-
-    Returns None if the computation has no such instruction.
-    """
+    """Returns the instruction, if any, that makes the value `name`, behind any copies."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])
@@ -267,10 +254,7 @@ def _tuple_index(instruction: Instruction | None) -> int | None:
 
 
 def _element(loop: Instruction, index: int | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes element `index` of the tuple that enters a loop.
-
-    Returns None if this instruction cannot be found.
-    """
+    """Returns the instruction, if found, that makes element `index` of a loop's carried tuple."""
     if index is None:
         return None
     carried = _source(loop.operands[0], computation)

@@ -35,12 +35,12 @@ class DoesNotFit(RunEnded):
 class Report:
     """The memory, FLOPs, collectives and compile time of one call of one jitted step on one device.
 
-    Sizes are in bytes, and figures that are not known are None.
+    Sizes are in bytes.
     """
 
     step: str
     arguments: int
-    beside: int  # the run's state that is not an argument of this step
+    resident: int  # the run's state that is not an argument of this step
     temporaries: int | None
     outputs: int = 0  # outputs that do not share memory with arguments
     cost: Cost | None = None
@@ -50,7 +50,7 @@ class Report:
 
     @property
     def held(self) -> int:
-        return self.arguments + self.beside
+        return self.arguments + self.resident
 
     @property
     def made(self) -> int:
@@ -64,9 +64,9 @@ class Report:
 def preflight(config: Config, topology_name: str) -> list[Report]:
     """Compiles the config's jitted steps for a topology, prints a table and returns its rows.
 
-    `topology_name` names absent devices, such as `v5e:4x4`. Each row reports what one step needs on
-    one device. Raises UserError if the topology does not exist or if the config does not divide
-    over its devices, and DoesNotFit if a step needs more than the chip's memory.
+    `topology_name` names absent devices, such as `v5e:4x4`. Raises UserError if the topology does
+    not exist or if the config does not divide over its devices, and DoesNotFit if a step needs more
+    than the chip's memory.
     """
     topology = get_topology(topology_name)
     config, notes = _on_mesh(config, topology)
@@ -79,10 +79,9 @@ def preflight(config: Config, topology_name: str) -> list[Report]:
             if program.note:
                 notes.append(program.note)
     _print(config, topology, mesh, capacity, reports, notes)
-    worst = max(reports, key=lambda report: report.peak)
     refused = [report for report in reports if report.refused]
+    worst = max(refused or reports, key=lambda report: report.peak)
     if refused or worst.peak > capacity:
-        worst = max(refused or [worst], key=lambda report: report.peak)
         raise DoesNotFit(_refusal(worst, topology, capacity))
     return reports
 
@@ -91,17 +90,18 @@ def _on_mesh(config: Config, topology: Topology) -> tuple[Config, list[str]]:
     """Returns the config with a mesh of all devices of the topology, and notes to print about it.
 
     If the config's mesh is 1 × 1 × 1, the mesh is chosen here. For training, `fsdp` is the greatest
-    common divisor of the number of devices and the rows of a micro-batch, and `tensor` is the
-    number of devices divided by `fsdp`. For decoding alone, `tensor` is the greatest common divisor
-    of the number of devices and the number of query heads, and `data` is the number of devices
-    divided by `tensor`; `fsdp` stays 1, because decoding would gather the weights that `fsdp`
-    shards. If the config sets a mesh with another number of devices, raises UserError.
+    common divisor of the number of devices and the rows of a micro-batch, and `tensor` takes the
+    rest. For decoding alone, `tensor` is the greatest common divisor of the number of devices and
+    the number of query heads, and `data` takes the rest; `fsdp` stays 1, because decoding would
+    gather the weights that it shards. Raises UserError if the config sets a mesh with another
+    number of devices.
     """
     count, mesh = len(topology.devices), config.mesh
-    if math.prod(dataclasses.astuple(mesh)) != 1 or count == 1:
-        if math.prod(dataclasses.astuple(mesh)) != count:
+    requested = math.prod(dataclasses.astuple(mesh))
+    if requested != 1 or count == 1:
+        if requested != count:
             raise UserError(
-                f"config.mesh requests {math.prod(dataclasses.astuple(mesh))} devices "
+                f"config.mesh requests {requested} devices "
                 f"(data={mesh.data} × fsdp={mesh.fsdp} × tensor={mesh.tensor}), but "
                 f"{topology.name} has {count}; choose sizes whose product is {count}"
             )
@@ -139,7 +139,7 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
     report = Report(
         step=program.name,
         arguments=memory.argument_size_in_bytes,
-        beside=_beside(program, memory.argument_size_in_bytes),
+        resident=_resident(program, memory.argument_size_in_bytes),
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         cost=cost_of(module, branch_share=exit_share, loops=program.loops),
@@ -151,12 +151,9 @@ def _compile(program: Program, mesh: Mesh, exit_share: float) -> Report:
     return dataclasses.replace(report, largest=largest)
 
 
-def _beside(program: Program, arguments: int) -> int:
-    """Returns the bytes per device of the run's state that is not an argument of the step.
-
-    `arguments` is the size of the arguments in bytes. State that is also an argument is left out.
-    """
-    together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.beside))}
+def _resident(program: Program, arguments: int) -> int:
+    """Returns the bytes per device of the run's state that is not an argument of the step."""
+    together = {id(leaf): leaf for _, leaf in on_devices((program.inputs, program.resident))}
     return max(0, device_bytes(list(together.values())) - arguments)
 
 
@@ -178,7 +175,7 @@ def _refused(
     report = Report(
         step=program.name,
         arguments=arguments,
-        beside=_beside(program, arguments),
+        resident=_resident(program, arguments),
         temporaries=temporaries,
         seconds=seconds,
         refused=error.strip().splitlines()[0],
@@ -191,12 +188,9 @@ def _refused(
 
 
 def _largest_inputs(program: Program) -> list[str]:
-    """Returns the names and sizes of the largest arrays that lie on the devices before the step.
-
-    These are arguments of the step and other state of the run; an array that is both is named once.
-    """
+    """Returns the names and sizes of the largest arrays that lie on the devices before the step."""
     sized = {}
-    for path, leaf in reversed(on_devices((program.inputs, program.beside))):
+    for path, leaf in reversed(on_devices((program.inputs, program.resident))):
         names = [name for name in names_of(path) if name not in _UNSAID and name[0] != "["]
         sized[id(leaf)] = _array(leaf, leaf.sharding.shard_shape(leaf.shape)), ".".join(names)
     largest = sorted(sized.values(), key=lambda pair: -pair[0].bytes)[:_LARGEST]
@@ -213,10 +207,7 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays that a step makes besides its arguments.
-
-    The sizes are totals over all devices, because the lowered program is not partitioned yet.
-    """
+    """Returns the largest arrays that a step makes besides its arguments, over all devices."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())
@@ -230,28 +221,24 @@ def _named(array: Array, name: str) -> str:
 
 
 def _refusal(worst: Report, topology: Topology, capacity: float) -> str:
-    """Returns the error message for the step `worst`, which does not fit in `capacity` bytes.
-
-    The message states the step's size, its largest arrays and a remedy.
-    """
-    part, size, remedy = (
-        "arguments",
-        worst.held,
-        "divide the parameters over more devices with config.mesh.fsdp or config.mesh.tensor, or "
-        "choose a larger topology",
-    )
-    if worst.held <= worst.made:
-        part, size, remedy = (
-            "temporaries",
-            worst.made,
-            "raise config.optim.accumulate, set config.model.remat=block, or divide over more "
-            "devices",
+    """Returns the error message for the step `worst`, which does not fit in `capacity` bytes."""
+    part, size = "temporaries", worst.made
+    if worst.held > worst.made:
+        part, size = "arguments", worst.held
+        remedy = (
+            "divide the parameters over more devices with config.mesh.fsdp or config.mesh.tensor, "
+            "or choose a larger topology"
         )
-        if "step" not in worst.step and "update" not in worst.step:
-            remedy = (
-                "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
-                "config.engine.rows), lower max_new_tokens, or divide over more devices"
-            )
+    elif "step" in worst.step or "update" in worst.step:
+        remedy = (
+            "raise config.optim.accumulate, set config.model.remat=block, or divide over more "
+            "devices"
+        )
+    else:
+        remedy = (
+            "decode fewer prompts at once (config.batch_size, config.sft.generate_batch or "
+            "config.engine.rows), lower max_new_tokens, or divide over more devices"
+        )
     said = f" (compiler: {worst.refused})" if worst.refused else ""
     return (
         f"{worst.step} needs {_gib(worst.peak)} GiB per device, but each {topology.name} device "
@@ -283,7 +270,7 @@ def _print(
         table.add_row(
             report.step,
             _gib(report.arguments),
-            _gib(report.beside),
+            _gib(report.resident),
             "?" if report.temporaries is None else _gib(report.temporaries),
             _gib(report.peak),
             f"{report.peak / capacity:.0%}",

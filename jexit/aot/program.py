@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jexit.dist.rules import names_of, parameter_axes, spec
+from jexit.dist.rules import map_parameters, spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """One jitted step: its arguments, and the arrays that lie on the devices while it runs.
 
-    `options` are the keyword arguments. `beside` is the state that the run keeps on the devices
+    `options` are the keyword arguments. `resident` is the state that the run keeps on the devices
     besides this step's arguments. `loops` maps the name of a `jax.named_scope` to the trip count of
-    the loops inside this scope, for loops whose trip count the compiled module does not give.
-    `note` is a sentence to print about the step.
+    the loops inside it, where the compiled module does not give one. `note` is a sentence to print
+    about the step.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Program:
     arguments: tuple[Any, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loops: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    beside: Any = None
+    resident: Any = None
     note: str = ""
 
     def lower(self) -> jax.stages.Lowered:
@@ -58,17 +58,11 @@ def device_bytes(tree: Any) -> int:
 
 
 def placed_parameters(tree: Any, mesh: Mesh, *, whole_width: bool = False) -> Any:
-    """Returns the tree as abstract arrays with the shardings that `jexit.dist` gives to parameters.
+    """Returns parameters, moments or counters as abstract arrays with the shardings of a run."""
 
-    The tree may contain parameters, their optimiser moments and counters. If `whole_width`, the
-    model width is not sharded, as in the output of `jexit.dist.gathered_width`.
-    """
-
-    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        axes = parameter_axes(names_of(path), leaf.ndim)
-        return placed(leaf, mesh, axes.replace("D", ".") if whole_width else axes)
-
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return map_parameters(
+        lambda leaf, axes: placed(leaf, mesh, axes.replace("D", ".") if whole_width else axes), tree
+    )
 
 
 def placed(leaf: Any, mesh: Mesh, axes: str) -> jax.ShapeDtypeStruct:

@@ -49,10 +49,7 @@ from jexit.steps.state import Fixed, SplitModel, new_state, parameter_labels, sp
 
 
 def rows_of(config: Config) -> int:
-    """Returns the number of rows of a training step's micro-batch.
-
-    This number must be a multiple of the number of data shards.
-    """
+    """Returns the number of rows of a training step's micro-batch."""
     samples = config.rl.rollouts if config.command == "rl" else 1
     return config.batch_size * samples // config.optim.accumulate
 
@@ -76,12 +73,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     layers, section = model.arch.layers, config.eval
     state = None
     if config.command in ("finetune", "sft", "rl"):
-        optimizer = make_optimizer(
-            config.optim, config.steps, parameter_labels(model, full=config.lora.rank == 0)
-        )
-        state = placed_parameters(
-            jax.eval_shape(lambda: new_state(_zeros(split.trainable), optimizer)), mesh
-        )
+        optimizer, state = _optimized(config, mesh, model, split, full=config.lora.rank == 0)
     rollouts = EnginePrograms(config, mesh, split, state)
     if config.command == "finetune":
         yield _finetuning(config, mesh, split, state, optimizer)
@@ -124,10 +116,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 def _measurements(
     config: Config, mesh: Mesh, split: SplitModel, rollouts: EnginePrograms
 ) -> Iterator[Program]:
-    """Yields the steps of the measurements in `config.eval.measures` of an evaluation.
-
-    The decoding of the evaluation's own policies is not among these steps.
-    """
+    """Yields the steps of the measures `config.eval.measures` of an evaluation."""
     prompts, new = config.eval.problems, config.eval.max_new_tokens
     layers = split.student(split.trainable).arch.layers
     measures = set(config.eval.measures)
@@ -136,7 +125,7 @@ def _measurements(
         label, policy = _labelled(config, config.eval.measured, both, new, layers)
         policies = {label: policy, " (full)": Full()}
         yield from rollouts.programs(
-            "measurement", both, 1, new, list(policies.items()), written=new
+            "measurement", both, 1, new, list(policies.items()), forced=new
         )
     if not measures & {"exits", "hazards", "planning", *LIKELIHOODS}:
         return
@@ -165,7 +154,7 @@ def _measurements(
             name="exits against the last layer",
             function=compare_exits,
             arguments=(student[0], student[1:], batch),
-            beside=split.fixed,
+            resident=split.fixed,
         )
     if "hazards" in measures:
         teacher = split.decodable_teacher(split.trainable)
@@ -211,9 +200,8 @@ def _prompts(config: Config) -> int:
 
 
 def architecture(config: Config) -> Architecture:
-    """Returns the architecture of the config's preset, such as its width and its number of layers.
+    """Returns the architecture of the config's preset, or of its model for the tiny preset.
 
-    For the tiny preset, the architecture is read from the model files in `config.model.path`.
     Raises UserError if the weights there do not fit the architecture.
     """
     if config.preset in PRESETS:
@@ -242,8 +230,17 @@ def _abstract_model(config: Config) -> Transformer:
     return nnx.eval_shape(build)
 
 
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+def _optimized(
+    config: Config, mesh: Mesh, model: Transformer, split: SplitModel, *, full: bool
+) -> tuple[Any, Any]:
+    """Returns the optimiser of a run and the abstract state of its training."""
+    optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=full))
+
+    def begun() -> Any:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), split.trainable)
+        return new_state(zeros, optimizer)
+
+    return optimizer, placed_parameters(jax.eval_shape(begun), mesh)
 
 
 def _pretraining(config: Config, mesh: Mesh) -> Program:
@@ -251,10 +248,7 @@ def _pretraining(config: Config, mesh: Mesh) -> Program:
     model = nnx.eval_shape(lambda: new_model(config, tokenizer))
     split = split_model(model, full=True, keep_teacher=False)
     split = SplitModel(split.graphdef, placed_parameters(split.trainable, mesh), split.fixed)
-    optimizer = make_optimizer(config.optim, config.steps, parameter_labels(model, full=True))
-    state = placed_parameters(
-        jax.eval_shape(lambda: new_state(_zeros(split.trainable), optimizer)), mesh
-    )
+    optimizer, state = _optimized(config, mesh, model, split, full=True)
     step = make_pretrain_step(
         split,
         optimizer,
@@ -274,7 +268,7 @@ def _completions(
     """Returns `count` abstract rows, each for a prompt at the length limit and `new` more tokens.
 
     If `shared`, several completions in a row share one copy of their prompt, unless the attention
-    implementation is `splash`, which does not support sharing.
+    is `splash`.
     """
     length = bucket_length(config.task.max_prompt_tokens + new)
     branches = shared and choose_attention(config.model.attention, length) != "splash"
@@ -302,18 +296,14 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
         name="fit of the continuation",
         function=step,
         arguments=(sums, state.trainable, split.fixed, batch),
-        beside=state,
+        resident=state,
     )
 
 
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the two steps of training only the exit heads.
-
-    The first step computes the hidden states at the exits, and the second trains the heads on these
-    states.
-    """
+    """Yields the two steps of training only the exit heads: states at the exits, and training."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
@@ -322,7 +312,7 @@ def _heads(
         name="states at the exits",
         function=observe,
         arguments=(state.trainable, split.fixed, batch),
-        beside=state,
+        resident=state,
     )
     step = make_lens_step(split, optimizer, config.sft)
     with jax.set_mesh(mesh):
@@ -352,12 +342,7 @@ def _calibration(
 
 
 def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
-    """Returns abstract rows for `count` completions of at most `new` tokens, packed as in a run.
-
-    Every row has room for one prompt and one completion at their length limits; no packing of the
-    completions needs more positions. The number of rows is rounded up to a multiple of the data
-    shards times the micro-batches.
-    """
+    """Returns abstract rows with room for `count` completions of `new` tokens, however packed."""
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate
     return _completions(config, mesh, -(-count // unit) * unit, new, shared=shared)

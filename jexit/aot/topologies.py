@@ -71,8 +71,8 @@ class Topology:
     def compiling(self) -> Iterator[None]:
         """Makes code that is traced inside choose implementations and tile sizes for these devices.
 
-        The context also sets an abstract mesh that names the chip. Where the code sets no mesh of
-        these devices, JAX reads the chip from the abstract mesh to lower Pallas kernels.
+        JAX reads the chip from the abstract mesh to lower Pallas kernels, where the code sets no
+        mesh of these devices.
         """
         device = AbstractDevice(self.device_kind, None, self.platform)
         mesh = AbstractMesh((), (), abstract_device=device)
@@ -88,10 +88,9 @@ class Topology:
 def _described_cudnn() -> Iterator[None]:
     """Lets cuDNN's attention be traced on a machine without cuDNN.
 
-    While JAX traces the attention, JAX asks the installed cuDNN for its version, records the
-    version and refuses what an old version lacks. Inside this context JAX gets version 9.8, the
-    cuDNN version assumed for the chip being compiled for. The compiled program passes the attention
-    to cuDNN only when the program runs.
+    JAX asks the installed cuDNN for its version, records the version and refuses what an old
+    version lacks. Inside this context it gets version 9.8. The compiled program passes the
+    attention to cuDNN only when the program runs.
     """
     asked = cudnn.check_cudnn_version
     cudnn.check_cudnn_version = lambda: CUDNN
