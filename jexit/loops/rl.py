@@ -35,26 +35,22 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
     """Runs stage 2, reinforcement learning, and writes the trained model to `WORKDIR/model`.
 
     The written model consists of a reference to the base model, the adapters and the exit heads. If
-    `rl.stop_on_collapse` stops the run, it writes the last checkpoint before the collapse, if that
-    is kept, and raises Collapsed.
+    `rl.stop_on_collapse` stops the run, it writes the last kept checkpoint before the collapse, and
+    raises Collapsed.
     """
     rl = config.rl
     stage = Stage.open(config, workdir, updates=config.steps * rl.updates_per_batch)
     tokenizer, split, layers = stage.tokenizer, stage.split, stage.layers
     before = stage.measure_before()
     step_fn = make_rl_step(split, stage.optimizer, rl, micro_batches=config.optim.accumulate)
-    schedule = PenaltySchedule(rl, AccuracyFloor.absolute(rl))
+    schedule = PenaltySchedule(rl, AccuracyFloor(rl.accuracy_floor, rl.accuracy_floor))
     watch = FailureWatch(stage.exit_layers[0] / layers, schedule, rl.stop_on_collapse)
     shapes = stage.packed_shapes(shared=True)
     trainer = Trainer(
         config,
         workdir,
         "rl",
-        shown={
-            "accuracy": "accuracy",
-            "depth/fraction": "depth/fraction",
-            "reward/mean": "reward",
-        },
+        shown={"accuracy": "accuracy", "depth/fraction": "depth/fraction", "reward/mean": "reward"},
         kept=(schedule, watch, shapes),
         measure=(
             (lambda state: stage.validation(state, schedule.floor.held_out))
@@ -107,7 +103,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
                 state, split.fixed, batch, penalties, step_key(config.seed, step)
             )
         schedule.observe(totals.accuracy)
-        failure = watch.observe(step + 1, totals.mean_depth(layers) / layers, totals.mean_length)
+        mean_length = totals.tokens / totals.rows
+        failure = watch.observe(step + 1, totals.mean_depth(layers) / layers, mean_length)
         if step % config.log.samples_every == 0:
             count = min(config.log.samples, rollouts.rows)
             rows = np.linspace(0, rollouts.rows - 1, count).astype(int)
@@ -119,8 +116,8 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             "rollout_seconds": rollouts.seconds,
             "data/skipped": totals.skipped,
             "data/padding": packed.padding,
-            "engine/idle": rollouts.efficiency.idle,
-            "engine/prompt_padding": rollouts.efficiency.prompt_padding,
+            "engine/idle": rollouts.idle,
+            "engine/prompt_padding": rollouts.prompt_padding,
             "model_flops": totals.rollout_flops
             + stage.flops.rl_step(totals.pass_size, totals.tokens, updates=rl.updates_per_batch),
         }
@@ -144,7 +141,7 @@ def reinforce(config: Config, workdir: pathlib.Path) -> None:
             f"{collapse}; {workdir / 'model'} contains the model of step {step}, the last "
             "checkpoint before the collapse"
         ) from None
-    stage.finish(trainer, stage.chosen(trainer, state), before)
+    stage.finish(trainer, trainer.chosen(state), before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +165,7 @@ class Judged:
         return cls(rollouts, problems, made, verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns the completion in row `row` as an entry for `samples.jsonl`.
-
-        The entry contains the depth of each token's pass.
-        """
+        """Returns the completion in row `row` as an entry for `samples.jsonl`."""
         attempt, verdict = self.attempts[row], self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,
@@ -187,10 +181,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Totals over the rollouts of all hosts in one step.
-
-    Each row counts once, even if several hosts have it.
-    """
+    """Totals over the rollouts of all hosts in one step; a row on several hosts counts once."""
 
     rows: int
     correct: int
@@ -209,8 +200,8 @@ class Totals:
     ) -> Totals:
         """Returns the totals over all hosts; every host calls this with its own rollouts `here`.
 
-        `samples` is the number of completions per prompt. `skipped` is the number of prompts that
-        this host skipped, and `rollout_flops` the FLOPs that this host's rollouts count.
+        `samples` is the number of completions per prompt, `skipped` the number of prompts that this
+        host skipped, and `rollout_flops` the FLOPs that its rollouts count.
         """
         rollouts, own = here.rollouts, np.flatnonzero(here.rollouts.host_rows.first_B)
         lengths_B, total = rollouts.lengths_B[own], rollouts.host_rows.total
@@ -265,23 +256,13 @@ class Totals:
         first_J = np.diff(number_J, prepend=-1) > 0
         return PassSize.of_branches(prompt_J, completion_J, first_J)
 
-    @property
-    def mean_length(self) -> float:
-        return self.tokens / self.rows
-
     def mean_depth(self, layers: int) -> float:
-        """Returns the mean depth of the passes that could leave early; `layers` if there are none.
-
-        These are the passes that produced a generated token other than a row's first.
-        """
+        """Returns the mean depth of passes that could leave early; `layers` if there are none."""
         return self.layers_run / self.passes if self.passes else float(layers)
 
 
 def rl_batch(own: Judged, pad_id: int, packed: Packed) -> RLBatch:
-    """Returns this host's judged rollouts as the batch of an RL step, placed on the devices.
-
-    `packed` assigns the completions of the whole batch to rows.
-    """
+    """Returns this host's judged rollouts as the packed batch of an RL step, on the devices."""
     rollouts = own.rollouts
     rows = packed.placed(
         [rollouts.prompts[index] for index in rollouts.prompt_B],

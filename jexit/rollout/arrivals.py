@@ -20,6 +20,7 @@ from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Engine, SplitModel
 from jexit.rollout.pool import Jobs
 from jexit.rollout.requests import Request
+from jexit.rollout.results import Grown
 from jexit.rollout.sampling import TRUNCATIONS, Draws, MixedSampling, Sampling
 from jexit.rollout.scheduling import AUTOMATIC, columns_bucket, fitted
 
@@ -27,18 +28,6 @@ AT_ONCE = 64  # most completions under way at a time; `EngineSize` can only lowe
 PREFIXES = 8  # most prefilled prompts whose completions wait for a row
 SHARED = 8  # most completions that share the prefill of a prompt
 TOGETHER = 4  # different prompts that are prefilled at once where so many wait
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grown:
-    """The tokens that one `Arrivals.turn` added to a completion; lists have one entry per token."""
-
-    ticket: int
-    tokens: list[int]
-    depths: list[int]
-    logprobs: list[float]
-    hazard_logits: list[list[float]]  # one entry per exit, NaN at exits that were not reached
-    finished: bool
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,14 +47,13 @@ class _Completion:
 class Arrivals:
     """A running decoding pool: requests with different settings can join and leave at any time.
 
-    Each request gets the tokens, depths and log-probabilities that `rollout` returns for that
-    request alone. One compiled program serves all halting policies. The pool decodes at most
-    `size.rows` completions at a time, and never more than `AT_ONCE` (64); further completions wait.
-    Each of these has room for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is
-    compiled while requests wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for
-    the first time. Equal prompts that follow one another share a prefill. The pool
-    works on one data shard (a mesh with more raises UserError) and supports neither forced prefixes
-    nor several samples per prompt.
+    Each request gets the tokens, depths and log-probabilities that `rollout` returns for it alone.
+    One compiled program serves all halting policies. The pool decodes at most `size.rows`
+    completions at a time, and never more than `AT_ONCE`; further completions wait. Each has room
+    for `max_prompt_tokens` + `max_new_tokens` from the start, so nothing is compiled while requests
+    wait, unless the pool meets a truncation (`top_p`, `top_k`, `min_p`) for the first time. Equal
+    prompts that follow one another share a prefill. The pool works on one data shard (a mesh with
+    more raises UserError) and supports neither forced prefixes nor several samples per prompt.
     """
 
     def __init__(
@@ -146,7 +134,7 @@ class Arrivals:
     def join(self, request: Request) -> list[int]:
         """Adds a request to the pool and returns one ticket number for each of its prompts.
 
-        The tickets identify the completions in `Grown` and `leave`. Raises what `check` raises.
+        Raises what `check` raises.
         """
         self.check(request)
         self._truncations |= set(request.sampling.truncations)
@@ -167,10 +155,7 @@ class Arrivals:
         return list(tickets)
 
     def leave(self, ticket: int) -> None:
-        """Ends the completion `ticket`, so that no more of its tokens are reported.
-
-        If the completion has already ended, does nothing.
-        """
+        """Ends the completion `ticket`, so that no more of its tokens are reported."""
         self._queue = collections.deque(c for c in self._queue if c.ticket != ticket)
         for job, completion in enumerate(self._jobs):
             if completion.ticket == ticket:
@@ -180,10 +165,9 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills waiting prompts while there is room, then runs up to `steps` drawing ticks.
+        """Prefills waiting prompts while there is room, then runs `steps` ticks that draw tokens.
 
-        A drawing tick is an engine step that draws tokens. Returns the additions to each completion
-        that grew or ended, or an empty list if no completion is being decoded.
+        Returns the additions to each completion that grew or ended.
         """
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
@@ -191,7 +175,7 @@ class Arrivals:
             return []
         # `started` counts the ready jobs that begin in this turn, so it is reset here.
         started = jnp.zeros_like(self._engine.pool.started)
-        self._engine.pool = dataclasses.replace(self._engine.pool, started=started)
+        self._engine.pool = self._engine.pool.replace(started=started)
         status = self._engine.advance(
             self._placed_jobs(),
             np.asarray([len(self._ready)], np.int32),
@@ -205,7 +189,7 @@ class Arrivals:
     def check(self, request: Request) -> None:
         """Raises UserError if a request is invalid or if this pool cannot serve it.
 
-        Changes nothing, so any thread may call it.
+        Any thread may call it.
         """
         longest, (most_prompt, most_new) = max(map(len, request.prompts), default=0), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
@@ -269,7 +253,6 @@ class Arrivals:
         self._engine.prefill(self._placed_jobs(), prompts, self._settings_of_jobs()[1])
 
     def _release(self, job: int) -> None:
-        """Frees the job of an ended completion."""
         self._jobs[job], self._settings = self._idle, None
         if job in self._ready:  # it ended before it had a row
             self._ready.remove(job)
@@ -312,7 +295,6 @@ class Arrivals:
         )
 
     def _settings_of_jobs(self) -> tuple[Policy, Draws]:
-        """Returns the policy and the draws of all jobs."""
         if self._settings is None:
             truncations = tuple(name for name in TRUNCATIONS if name in self._truncations)
             draws = Draws(
@@ -326,8 +308,5 @@ class Arrivals:
 
 
 def _prompt_slots(length: int) -> int:
-    """Returns the length to which a prompt is padded: a power of two, at least 16.
-
-    The powers of two are few, so `warm_up` can compile the prefill for each.
-    """
+    """Returns the length to which a prompt is padded: a power of two, so `warm_up` compiles few."""
     return max(SMALLEST_PROMPT, 1 << (length - 1).bit_length())

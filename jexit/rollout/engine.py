@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -12,15 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jexit.config import EngineSize
-from jexit.dist import (
-    fetch_rows,
-    gather,
-    gathered_width,
-    host_rows,
-    place_rows,
-    waiting,
-    whole,
-)
+from jexit.dist import fetch_rows, gather, gathered_width, host_rows, place_rows, waiting, whole
 from jexit.model.cache import cache_bucket, token_bytes
 from jexit.model.policies import Policy
 from jexit.model.transformer import Transformer
@@ -28,7 +21,7 @@ from jexit.rollout import pool, prefill, ticks
 from jexit.rollout.pool import Jobs, Records, Status
 from jexit.rollout.prefill import ForcedPrefix
 from jexit.rollout.requests import Request
-from jexit.rollout.results import Efficiency, Rollouts
+from jexit.rollout.results import Rollouts
 from jexit.rollout.sampling import Draws
 from jexit.rollout.scheduling import AUTOMATIC, Layout, columns_bucket
 from jexit.rollout.weights import KEPT, LayerWeights, apart, on_cpu
@@ -50,10 +43,9 @@ def rollout(
 
     `prompts` and `settings` are the fields of `jexit.rollout.Request`. `model` is a `Transformer`
     or the tuple that `nnx.split(model, ...)` returns; a training loop passes the tuple, which saves
-    splitting the model on each call. `size` sets how many completions are decoded at a time. New
-    parameter values never cause a recompilation. Raises UserError if the model cannot serve the
-    request (`Request.check`), or if the depths of a `Prescribed` policy have the wrong number of
-    rows or too few columns.
+    splitting the model on each call. New parameter values never cause a recompilation. Raises
+    UserError if the model cannot serve the request (`Request.check`), or if the depths of a
+    `Prescribed` policy have the wrong number of rows or too few columns.
     """
     decoding = Decoding(model, Request(prompts=prompts, **settings), size)
     while not decoding.turn():
@@ -62,17 +54,16 @@ def rollout(
 
 
 class Engine:
-    """A model together with the device arrays that store the completions being decoded.
+    """A model with the device arrays that store the completions being decoded.
 
-    `open` creates these arrays: the pool, the records and the prefix cache. With `hazards`, hazard
-    logits are recorded. `compiling` is the time spent on compilations, in seconds.
+    `open` creates these arrays. With `hazards`, hazard logits are recorded. `compiling` is the time
+    spent on compilations, in seconds.
     """
 
     def __init__(self, model: Transformer | SplitModel, *, adapters: bool, hazards: bool) -> None:
         self.compiling = 0.0
         self.graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
         self.states, self.adapters, self.hazards = tuple(states), adapters, hazards
-        self._layers: LayerWeights | None = None  # made before the first tick, on CPUs only
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty and mesh.shape["fsdp"] > 1:  # gather the weights along the model width
             self.states = self._timed(gathered_width, lambda: gathered_width(self.states))
@@ -81,8 +72,8 @@ class Engine:
     def open(self, *, rows: int, slots: int, most: int, places: int, **sizes: int) -> None:
         """Creates an empty pool whose KV cache has `slots` tokens per row and can grow to `most`.
 
-        Each of the `rows` of the pool decodes one completion at a time. One tick runs at most
-        `places` rows per data shard. `sizes` contains the other arguments of `pool.empty`.
+        One tick runs at most `places` rows per data shard. `sizes` contains the other arguments of
+        `pool.empty`.
         """
         self.slots, self._most, self._places, self._compiled_slots = slots, most, places, 0
         sizes |= {"rows": rows, "slots": slots, "hazards": self.hazards}
@@ -95,8 +86,7 @@ class Engine:
     ) -> None:
         """Prefills prompts and draws the first token of each completion.
 
-        `prompts` contains the arguments (tokens_BT, length_B, job_BG) of
-        `jexit.rollout.prefill.prefill`.
+        `prompts` is (tokens_BT, length_B, job_BG) of `jexit.rollout.prefill.prefill`.
         """
         self.prefixes, self.records = self._timed(
             prefill.prefill,
@@ -111,14 +101,12 @@ class Engine:
     ) -> Status:
         """Runs ticks until the host has to act or `steps` ticks have drawn tokens (None: no limit).
 
-        A tick runs some layers for some rows. `jexit.rollout.ticks.advance` explains the arguments.
+        `jexit.rollout.ticks.advance` explains the arguments.
         """
-        if self._layers is None and on_cpu():
-            self._layers = self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
 
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(
-                self.graphdef, self.states, self._layers, self.pool, self.records, self.prefixes,
+                self.graphdef, self.states, self.layers, self.pool, self.records, self.prefixes,
                 jobs, ready, more, steps, policy, draws, places=self._places,
                 adapters=self.adapters, hazards=self.hazards,
             )  # fmt: skip
@@ -130,11 +118,18 @@ class Engine:
         with waiting("the rollouts"):
             return jax.device_get(run(NO_LIMIT if steps is None else np.int32(steps)))
 
+    @functools.cached_property
+    def layers(self) -> LayerWeights | None:
+        """Each layer's weights apart, on CPUs; None on accelerators."""
+        if not on_cpu():
+            return None
+        return self._timed(apart, lambda: KEPT.of(self.graphdef, self.states))
+
     def grow(self) -> None:
         """Enlarges the KV cache of every row of the pool to the next size of `cache_bucket`."""
         self.slots = cache_bucket(self.slots + 1, self._most)
         cache = self._timed(pool.grown, lambda: pool.grown(self.pool.cache, slots=self.slots))
-        self.pool = dataclasses.replace(self.pool, cache=cache)
+        self.pool = self.pool.replace(cache=cache)
 
     def cut(self, length_J: Any) -> None:
         """Ends completion j after its first `length_J[j]` tokens, unless `length_J[j]` is 0."""
@@ -204,9 +199,9 @@ class Decoding:
     def turn(self, steps: int | None = None) -> bool:
         """Prefills prompts while there is room, then decodes until the host has to act again.
 
-        The host has to act if prompts can be prefilled or the cache is full. Unless `steps` is
-        None, decoding also stops after `steps` ticks that draw tokens. Returns whether all
-        completions have ended.
+        The host has to act if prompts can be prefilled or the cache is full. Decoding also stops
+        after `steps` ticks that draw tokens (None: no limit). Returns whether all completions have
+        ended.
         """
         layout = self._layout
         # The prefill draws it, so no tick runs and the prompts' slots are free again at once.
@@ -229,10 +224,7 @@ class Decoding:
         return bool(np.all(begun & (self._status.under_way == 0)))
 
     def so_far(self) -> Records:
-        """Returns the records of this host's completions so far, in the order of the batch.
-
-        The records have `max_new_tokens` columns. A completion has length 0 before its prefill.
-        """
+        """Returns the records of this host's completions so far, in the order of the batch."""
         layout, columns = self._layout, self.request.max_new_tokens
         job_B = layout.job_B[host_rows(self._total * layout.samples).index_B]
         with waiting("the rollouts"):
@@ -246,10 +238,7 @@ class Decoding:
         )
 
     def cut(self, length_B: np.ndarray) -> None:
-        """Ends each completion b after its first `length_B[b]` tokens, unless `length_B[b]` is 0.
-
-        Every host must call this method, with the lengths of all completions of the whole batch.
-        """
+        """Ends completion b after `length_B[b]` tokens, unless that is 0; all hosts call this."""
         self.engine.cut(place_rows(self._layout.by_job(np.asarray(length_B, np.int32))))
 
     def rollouts(self) -> Rollouts:
@@ -274,10 +263,8 @@ class Decoding:
             truncated_B=~records.ended_J,
             shape=(layout.prompt_slots, self.engine.slots),
             seconds=time.perf_counter() - self._began - self.engine.compiling,
-            efficiency=Efficiency(
-                prompt_padding=1.0 - int(layout.length_SP.sum()) / self._positions,
-                idle=1.0 - float(status.filled.sum()) / offered if offered else 0.0,
-            ),
+            prompt_padding=1.0 - int(layout.length_SP.sum()) / self._positions,
+            idle=1.0 - float(status.filled.sum()) / offered if offered else 0.0,
         )
 
     def _of_all(self, numbers: Iterable[int]) -> np.ndarray:
@@ -304,8 +291,7 @@ class Decoding:
         layout = self._layout
         group = layout.groups[self._prefilled]
         index_SB, length_SB = layout.group(self._prefilled)
-        slots = group.slots
-        tokens_SBT = np.full((*index_SB.shape, slots), self.request.pad_id, np.int32)
+        tokens_SBT = np.full((*index_SB.shape, group.slots), self.request.pad_id, np.int32)
         for shard, row in np.ndindex(index_SB.shape):
             index = index_SB[shard, row]
             prompt = self._held.get(int(shard * layout.most_prompts + index))
@@ -313,10 +299,9 @@ class Decoding:
                 tokens_SBT[shard, row, : length_SB[shard, row]] = self.request.prompts[prompt]
         self._prefilled += group.prompts
         self._positions += tokens_SBT.size
-        job_BG = index_SB.reshape(-1, 1) * layout.samples + np.arange(
-            layout.samples, dtype=np.int32
-        )
-        rows = (tokens_SBT.reshape(-1, slots), length_SB.reshape(-1), job_BG)
+        sample_G = np.arange(layout.samples, dtype=np.int32)
+        job_BG = index_SB.reshape(-1, 1) * layout.samples + sample_G
+        rows = (tokens_SBT.reshape(-1, group.slots), length_SB.reshape(-1), job_BG)
         forced = None if self.request.forced is None else self._forced(index_SB)
         self.engine.prefill(self._jobs, place_rows(rows), self._draws, forced)
 

@@ -1,21 +1,20 @@
 """The state of decoding: the jobs (completions to make), their records, and the pool of rows.
 
 Each row of the pool decodes one completion at a time. The first axis of each array (in a cache, the
-row axis) is sharded over the data shards of the mesh; this axis is J jobs, P rows of the pool, or
-one number per shard. Each shard decodes independently. Within a shard, the heads, MLP and
-vocabulary are sharded over `tensor`.
+row axis) is sharded over the data shards of the mesh; it is J jobs, P rows of the pool, or one
+number per shard. Each shard decodes independently. Within a shard, the heads, MLP and vocabulary
+are sharded over `tensor`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
 from jexit.axes import Array, Bool, Float, Int
@@ -27,11 +26,7 @@ from jexit.model.transformer import Transformer
 FREE = -1  # a row of the pool without a completion
 
 
-def pytree(cls: type) -> type:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@pytree
+@struct.dataclass
 class Jobs:
     """The completions to make, one entry per completion; completions of one prompt are adjacent."""
 
@@ -43,7 +38,7 @@ class Jobs:
     order_J: Int[Array, "J"]  # completions in the order in which they start
 
 
-@pytree
+@struct.dataclass
 class Records:
     """The recorded tokens of every completion, in T columns (at least `max_new_tokens`)."""
 
@@ -61,18 +56,38 @@ class Records:
         integers_JT = jnp.zeros((rows, columns), jnp.int32)
         floats_JT = jnp.zeros((rows, columns), jnp.float32)
         z_JTE = None if exits is None else jnp.full((rows, columns, exits), jnp.nan, jnp.float32)
-        return cls(
-            integers_JT,
-            integers_JT,
-            floats_JT,
-            floats_JT,
-            z_JTE,
-            jnp.zeros(rows, jnp.int32),
-            jnp.zeros(rows, bool),
+        length_J, ended_J = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
+        return cls(integers_JT, integers_JT, floats_JT, floats_JT, z_JTE, length_J, ended_J)
+
+    def with_tokens(
+        self,
+        job_B: Int[Array, "B"],
+        index: Int[Array, "B"] | int,
+        token_B: Int[Array, "B"],
+        depth_B: Int[Array, "B"],
+        logprob_B: Float[Array, "B"],
+        depth_logprob_B: Float[Array, "B"],
+        hazard_logits_BE: Float[Array, "B E"] | None,
+        ends_B: Bool[Array, "B"],
+    ) -> Records:
+        """Returns the records with token number `index` of the jobs `job_B`; drops other jobs."""
+
+        def kept(record: Array, new: Array) -> Array:
+            return record.at[job_B, index].set(new, mode="drop")
+
+        z_JTE = self.hazard_logits_JTE
+        return Records(
+            tokens_JT=kept(self.tokens_JT, token_B),
+            depths_JT=kept(self.depths_JT, depth_B),
+            logprobs_JT=kept(self.logprobs_JT, logprob_B),
+            depth_logprobs_JT=kept(self.depth_logprobs_JT, depth_logprob_B),
+            hazard_logits_JTE=z_JTE if hazard_logits_BE is None else kept(z_JTE, hazard_logits_BE),
+            length_J=self.length_J.at[job_B].set(index + 1, mode="drop"),
+            ended_J=self.ended_J.at[job_B].set(ends_B, mode="drop"),
         )
 
 
-@pytree
+@struct.dataclass
 class Pool:
     """The completions being decoded; a row contains the state of its completion's current token."""
 
@@ -86,8 +101,8 @@ class Pool:
     cache: Cache
     tick: Int[Array, "1"]
     started: Int[Array, "1"]  # how many completions of `Jobs.order_J` have begun
-    filled: Float[Array, "1"]  # places of all ticks that ran a row, weighted by cost in layers
-    offered: Float[Array, "1"]  # all places of all ticks, weighted likewise
+    filled: Float[Array, "1"]  # rows that ticks ran, weighted by their cost in layers
+    offered: Float[Array, "1"]  # rows that ticks had room for, weighted likewise
 
     @classmethod
     def empty(cls, rows: int, width: int, exits: int, cache: Cache, shards: int) -> Pool:
@@ -109,7 +124,7 @@ class Pool:
         )
 
 
-@pytree
+@struct.dataclass
 class Status:
     """The state of every data shard, from which the host decides what to do next."""
 
@@ -140,7 +155,7 @@ def empty(
 ) -> tuple[Pool, Records, Cache]:
     """Returns an empty (pool, records, prefix cache) for all data shards together.
 
-    The sizes are `rows` and `slots` per row, `jobs` and `columns`, `prefixes` and `prompt_slots`.
+    The sizes are `rows` × `slots`, `jobs` × `columns` and `prefixes` × `prompt_slots`.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     arch, exits = model.arch, len(model.exit_layers)
@@ -158,14 +173,12 @@ def cut(pool: Pool, records: Records, length_J: Int[Array, "J"]) -> tuple[Pool, 
     def local(pool: Pool, records: Records, length_J: Array) -> tuple[Pool, Records]:
         over_J = length_J > 0
         over_P = (pool.job_P != FREE) & over_J[pool.job_P]
-        pool = dataclasses.replace(
-            pool,
+        pool = pool.replace(
             job_P=jnp.where(over_P, FREE, pool.job_P),
             segment_P=jnp.where(over_P, 0, pool.segment_P),
             since_P=jnp.where(over_P, pool.tick[0], pool.since_P),
         )
-        records = dataclasses.replace(
-            records,
+        records = records.replace(
             length_J=jnp.where(over_J, length_J, records.length_J),
             ended_J=records.ended_J | over_J,
         )
@@ -198,10 +211,7 @@ def rows_spec() -> P:
 
 
 def specs(tree: Any) -> Any:
-    """Returns the partition specs of the arrays in `tree`, which shard rows over the data axes.
-
-    Rows are the first axis of a plain array, the second of `KeysValues` and the third of a `Cache`.
-    """
+    """Returns the partition specs of the arrays in `tree`, whose rows the data axes shard."""
     rows = rows_spec()
     inside = {Cache: P(None, None, *rows), KeysValues: P(None, *rows)}
     return jax.tree.map(

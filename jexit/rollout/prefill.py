@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
 from jexit.axes import Array, Float, Int
@@ -16,32 +16,28 @@ from jexit.model.attention import KeysValues
 from jexit.model.cache import Cache
 from jexit.model.policies import Policy
 from jexit.model.transformer import Transformer, logits_of, run
-from jexit.rollout.pool import Jobs, Records, by_shard, pytree, specs
+from jexit.rollout.pool import Jobs, Records, by_shard, specs
 from jexit.rollout.sampling import TOKEN_DRAW, Draws, fold_in
 
 DEPTH_DRAW = 1  # number of the forced tokens' depth draws; 0 is the draw of the first new token
 
 
-@pytree
+@struct.dataclass
 class ForcedPrefix:
     """The number of forced tokens at the end of each prompt, and the policy under which they exit.
 
-    `job_B` contains the first job (completion) of each prompt. The tokens of a completion exit
-    under `policy`, whether the tokens were forced or drawn. The prompt before the forced tokens
-    runs all layers, including its last position.
+    `job_B` contains the first job (completion) of each prompt, numbered over all shards. The prompt
+    before the forced tokens runs all layers, including its last position.
     """
 
     tokens_B: Int[Array, "B"]
-    job_B: Int[Array, "B"]  # of all shards together
+    job_B: Int[Array, "B"]
     policy: Policy
 
     def exits(
         self, jobs: Jobs, draws: Draws, length_B: Int[Array, "B"], length: int
     ) -> dict[str, Any]:
-        """Returns the arguments of `jexit.model.transformer.run` that let forced tokens leave.
-
-        `length_B` contains the lengths of the prompts, which are padded to `length`.
-        """
+        """Returns the arguments of `jexit.model.transformer.run` that let forced tokens leave."""
         index_BT = jnp.arange(length) - (length_B - self.tokens_B)[:, None]
         # Column i of `Prescribed` is for the pass that produces token i of the completion.
         policy = self.policy.at(self.job_B[:, None], jnp.maximum(index_BT + 1, 0))
@@ -49,7 +45,7 @@ class ForcedPrefix:
         return {"policy": policy, "action_BT": index_BT >= 0, "key": fold_in(keys_B, DEPTH_DRAW)}
 
 
-@pytree
+@struct.dataclass
 class _Prefilled:
     """The keys and values of prefilled prompts, and the results at each prompt's last position."""
 
@@ -83,9 +79,8 @@ def prefill(
     """Prefills right-padded prompts and draws the first token of each completion.
 
     `job_BG` contains the jobs (completions) of each prompt, in the numbers of its data shard; a
-    number beyond the shard's jobs marks padding. Prompts run all layers,
-    except for forced prefixes. Returns the prefix cache with the keys and values of these prompts,
-    and the records with the first tokens.
+    number beyond the shard's jobs marks padding. Prompts run all layers, except for forced
+    prefixes. Returns the prefix cache and the records with these prompts and tokens.
     """
     model: Transformer = nnx.merge(graphdef, *states)
     length = tokens_BT.shape[1]
@@ -111,7 +106,7 @@ def prefill(
         reached_BE = (jnp.asarray(model.exit_layers) <= depth_B[:, None]) & exits_B[:, None]
         z_BE = jnp.where(reached_BE, z_BE, jnp.nan) if keeps_hazards else None
 
-    def store(
+    def record(
         prefixes: Cache, records: Records, jobs: Jobs, made: _Prefilled, draws: Draws
     ) -> tuple[Cache, Records]:
         count = records.length_J.shape[0]
@@ -125,29 +120,18 @@ def prefill(
         slot_B = jnp.where(real_B, jobs.slot_J[known_B], prefixes.keys_KLPSH.shape[2])
         prefixes = prefixes.with_prompts(slot_B[::samples], made.keys_values)
 
-        def first(record_JT: Array, new: Array) -> Array:
-            return record_JT.at[job_B, 0].set(new, mode="drop")
-
-        def of_prompt(record_JT: Array, new_B: Array) -> Array:
-            return first(record_JT, jnp.repeat(new_B, samples, axis=0))
-
-        z_JTE = records.hazard_logits_JTE
-        if made.hazard_logits_BE is not None:
-            z_JTE = of_prompt(z_JTE, made.hazard_logits_BE)
-        records = Records(
-            tokens_JT=first(records.tokens_JT, token_B),
-            depths_JT=of_prompt(records.depths_JT, made.depth_B),
-            logprobs_JT=first(records.logprobs_JT, logprob_B),
-            depth_logprobs_JT=of_prompt(records.depth_logprobs_JT, made.depth_logprob_B),
-            hazard_logits_JTE=z_JTE,
-            length_J=records.length_J.at[job_B].set(1, mode="drop"),
-            ended_J=records.ended_J.at[job_B].set(draws.ends(token_B), mode="drop"),
+        depth_B, depth_logprob_B, z_BE = jax.tree.map(
+            lambda of_prompt: jnp.repeat(of_prompt, samples, axis=0),
+            (made.depth_B, made.depth_logprob_B, made.hazard_logits_BE),
         )
-        return prefixes, records
+        ends_B = draws.ends(token_B)
+        return prefixes, records.with_tokens(
+            job_B, 0, token_B, depth_B, logprob_B, depth_logprob_B, z_BE, ends_B
+        )
 
     made = _Prefilled(result.keys_values, job_BG, logits_BV, depth_B, depth_logprob_B, z_BE)
     stored = by_shard(
-        store,
+        record,
         in_specs=(*specs((prefixes, records, jobs, made)), P()),
         out_specs=specs((prefixes, records)),
     )

@@ -22,14 +22,14 @@ class Request:
 
     Temperature 0 means greedy decoding. The random draws of a completion depend only on `key`, on
     the prompt's number (`first_prompt` plus the prompt's index), and on the indices of the sample
-    and the token. The draws do not depend on other completions or on the engine's size. With
-    several hosts, `prompts` contains only this host's share of the `total` prompts
-    (`jexit.dist.host_rows`), but a `Prescribed` policy contains the depths of all prompts.
+    and the token, not on other completions or the engine's size. With several hosts, `prompts`
+    contains only this host's share of the `total` prompts (`jexit.dist.host_rows`), but a
+    `Prescribed` policy contains the depths of all prompts.
 
-    `forced[i]` is the number of tokens at the end of prompt i with which all completions of prompt
-    i are forced to begin. Forced tokens exit under the policy as if they had been decoded, and
-    column 0 of `Prescribed` is the first forced token. Returned completions contain only the new
-    tokens. All samples of a prompt share the depths drawn for the prompt's forced tokens.
+    All completions of prompt i are forced to begin with the last `forced[i]` tokens of prompt i.
+    Forced tokens exit under the policy as if they had been decoded, and column 0 of `Prescribed` is
+    the first forced token. Returned completions contain only the new tokens. All samples of a
+    prompt share the depths drawn for the prompt's forced tokens.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -63,7 +63,6 @@ class Request:
 
     @property
     def forced_B(self) -> list[int]:
-        """The number of forced tokens at the end of each prompt; all are 0 if `forced` is None."""
         return [0] * len(self.prompts) if self.forced is None else [int(n) for n in self.forced]
 
     def check(self, model: Transformer) -> None:

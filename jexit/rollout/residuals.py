@@ -29,7 +29,7 @@ def residuals_of(
     """Returns, for each completion, the residuals [tokens, R, D] that enter the R layers `layers`.
 
     Entry i belongs to the pass that produced token i of the completion. Prompts run all layers, and
-    the tokens of the completion run at `depths`, which has one entry per token.
+    completions run at `depths`, which has one entry per token.
     """
     whole = model.arch.layers
     found: list[np.ndarray] = []

@@ -10,11 +10,18 @@ from jexit.dist import HostRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Efficiency:
-    """The shares of the decoding engine's work for one batch that were wasted, over all devices."""
+class Grown:
+    """The tokens that one turn added to a completion; lists have one entry per token.
 
-    prompt_padding: float  # share of the prefilled positions that are padding
-    idle: float  # share of the places of all ticks that no row took, weighted by the ticks' costs
+    `ticket` is that of `Arrivals.join`, or the index of the prompt under `Speculate`.
+    """
+
+    ticket: int
+    tokens: list[int]
+    depths: list[int]
+    logprobs: list[float]
+    hazard_logits: list[list[float]]  # one entry per exit, NaN at exits that were not reached
+    finished: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +30,8 @@ class Rollouts:
 
     T is `max_new_tokens`. Beyond the length of a row, tokens are `pad_id`, hazard logits are NaN
     and all other numbers are 0. The depth of a token is the number of layers that ran in the pass
-    that produced the token. Column 0 of `depths_BT` is L (all layers), except after a forced
-    prefix, whose tokens may exit early. With several hosts, the arrays contain only this host's
-    rows.
+    that produced it; in column 0 it is L (all layers), except after a forced prefix, whose tokens
+    may exit early. With several hosts, the arrays contain only this host's rows.
     """
 
     prompts: list[list[int]]
@@ -40,7 +46,8 @@ class Rollouts:
     truncated_B: np.ndarray  # bool: reached `max_new_tokens` without an end token
     shape: tuple[int, int]  # compiled sizes: padded prompt length and final cache slots
     seconds: float  # without compilation
-    efficiency: Efficiency
+    prompt_padding: float  # share of the prefilled positions that are padding, over all devices
+    idle: float  # share of the rows of all ticks that stayed empty, weighted by the ticks' costs
 
     @property
     def rows(self) -> int:

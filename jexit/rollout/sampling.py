@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from jexit.axes import Array, Bool, Float, Int, Key, PRNGKey
 from jexit.errors import UserError
@@ -18,32 +18,27 @@ TOKEN_DRAW = 0  # number of a pass's token draw; 1 + e are the numbers of its dr
 SHARPEST = 1e-6  # the lowest temperature above 0; logits divided by less may overflow
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Sampling:
     """The settings for drawing tokens; static flags leave unused steps out of the compiled program.
 
     As in Hugging Face's `generate`, the logits are first divided by the temperature. Then tokens
-    are truncated to the `top_k` most likely ones, to the nucleus of probability `top_p` among the
-    remaining tokens, and to tokens with at least `min_p` times the probability of the most likely
-    token.
+    are truncated to the `top_k` most likely ones, to the nucleus of probability `top_p` among them,
+    and to tokens with at least `min_p` times the probability of the most likely token.
     """
 
     temperature: Float[Array, ""] | float
     top_k: Int[Array, ""] | int
     top_p: Float[Array, ""] | float
     min_p: Float[Array, ""] | float
-    greedy: bool = dataclasses.field(metadata={"static": True})
-    truncations: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    greedy: bool = struct.field(pytree_node=False)
+    truncations: tuple[str, ...] = struct.field(pytree_node=False)
 
     @classmethod
     def of(
         cls, temperature: float, top_p: float = 1.0, *, top_k: int = 0, min_p: float = 0.0
     ) -> Sampling:
-        """Returns checked settings; temperature 0 means greedy decoding without truncation.
-
-        Raises UserError if a setting is out of its range.
-        """
+        """Returns checked settings; temperature 0 means greedy decoding without truncation."""
         if not (temperature == 0.0 or SHARPEST <= temperature < float("inf")):
             raise UserError(
                 f"temperature is {temperature}, but it must be 0 (greedy) or a finite number of at "
@@ -99,8 +94,7 @@ class Sampling:
         return _drawn(self.distribution(logits_BV), keys_B, self.greedy)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class MixedSampling:
     """The sampling settings of each completion; one compiled program serves different settings."""
 
@@ -109,10 +103,9 @@ class MixedSampling:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], truncations: tuple[str, ...]) -> MixedSampling:
-        """Combines the settings of all completions for a program that applies these truncations.
+        """Combines the settings of all completions for a program that applies `truncations`.
 
-        `truncations` contains keys of `TRUNCATIONS`. A truncation that a completion does not use
-        keeps all tokens of that completion.
+        A truncation that a completion does not use keeps all tokens of that completion.
         """
         all_kept = {"top_k": np.int32(2**31 - 1), "top_p": np.float32(2.0), "min_p": np.float32(0)}
         limits = {
@@ -138,9 +131,9 @@ class MixedSampling:
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """Draws from the softmax of the logits and returns (tokens, log-probabilities), each [B].
+    """Returns tokens drawn from the softmax of the logits, and their log-probabilities, each [B].
 
-    If `greedy` is True, takes the most likely tokens instead of drawing them.
+    If `greedy` is True, takes the most likely tokens instead.
     """
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
@@ -153,8 +146,7 @@ def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]
     return token_B, chosen_B - top_B1[:, 0] - jnp.log(total_B)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Draws:
     """The settings by which completions draw their tokens and end.
 
@@ -168,10 +160,10 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns one PRNG key per token, derived from `key` and three numbers.
+        """Returns one PRNG key per token: `key` with three numbers folded in.
 
-        For token b of completion `job_B[b]`, these are the numbers of the prompt and the sample in
-        `jobs`, and the token's index `index_B[b]`.
+        They are those of the prompt and the sample of completion `job_B[b]`, and the token's index
+        `index_B[b]`.
         """
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
@@ -235,10 +227,9 @@ def _first(true_BC: Array) -> Array:
 
 
 def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) -> Array:
-    """Returns the logits with −inf outside the `top_k` most likely tokens.
+    """Returns the logits with −inf outside the `top_k` most likely tokens and ties with them.
 
-    Tokens that tie with the least likely of the `top_k` tokens are kept too. Tokens whose
-    probability rounds to 0 may also be kept, but they are never drawn.
+    Tokens whose probability rounds to 0 may also be kept, but they are never drawn.
     """
     return _truncate(logits, lambda kept, probs: jnp.sum(kept, axis=-1) >= top_k)
 
@@ -246,8 +237,7 @@ def truncate_top_k(logits: Float[Array, "*A V"], top_k: Int[Array, ""] | int) ->
 def truncate_top_p(logits: Float[Array, "*A V"], top_p: Float[Array, ""] | float) -> Array:
     """Returns the logits with −inf outside the nucleus (arXiv:1904.09751).
 
-    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p. The nucleus contains
-    all tokens whose probability equals τ.
+    The nucleus is {p ≥ τ} with the largest τ for which Σ_{p ≥ τ} p ≥ top_p.
     """
     return _truncate(logits, lambda kept, p: jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= top_p)
 

@@ -1,11 +1,10 @@
 """The order of work: which prompts each shard prefills, and which segment each tick runs.
 
 Prompts are prefilled in groups of similar length, the shortest first. The exits divide the stack of
-layers into segments. A tick of the decoding engine runs one segment for a limited number of
-sequences (the tick's places) and reads the weights of the segment's layers once for all of these
-sequences. A tick of segment 0 begins by drawing tokens: a sequence that has left at an exit, or has
-run the last segment, draws its token. In the same tick the new token runs through segment 0,
-because no token can leave before the first exit.
+layers into segments. A tick of the decoding engine runs one segment for a limited number of rows
+and reads the weights of the segment's layers once for all of them. A tick of segment 0 begins by
+drawing tokens: a row that has left at an exit, or has run the last segment, draws its token. In the
+same tick the new token runs through segment 0, because no token can leave before the first exit.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ from jexit.model.policies import Policy
 from jexit.presets import Architecture
 from jexit.rollout.pool import Jobs
 
-# The (least, most) places of a tick. With fewer than the least, a layer's products take no less
-# time, because they wait for its weights (peak FLOP/s over bandwidth). More than the most gain
-# nothing.
+# The (least, most) rows of a tick. With fewer than the least, a layer's products take no less time,
+# because they wait for its weights (peak FLOP/s over bandwidth). More than the most gain nothing.
 PLACES = {"cpu": (16, 128), "gpu": (256, 512), "tpu": (256, 512)}
-ROWS_A_PLACE = 3  # rows of the pool per place: some wait at other segments while the places fill
+ROWS_A_PLACE = 3  # rows of the pool per row of a tick: some wait at other segments
 # Positions of one prefill on each data shard. More positions read the weights less often, but add
 # more padding.
 PREFILL_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
@@ -43,8 +41,8 @@ CALL_SHARE = 1 / 16  # cost of a call, which reads all weights, as a share of th
 # the same amount again.
 CACHE_SHARE = 0.3
 LEAST_COLUMNS = 128  # least tokens per completion in the records, which have four numbers per token
-# A sequence is overdue if it has waited for more than PATIENCE ticks per segment. The segment of
-# the oldest overdue sequence runs next, even if few other sequences wait there.
+# A row is overdue if it has waited for more than PATIENCE ticks per segment. The segment of the
+# oldest overdue row runs next, even if few other rows wait there.
 PATIENCE = 4
 
 
@@ -52,11 +50,11 @@ AUTOMATIC = EngineSize()
 
 
 def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
-    """Returns (rows of the pool, places of a tick) of one data shard for `jobs` completions.
+    """Returns (rows of the pool, rows of a tick) of one data shard for `jobs` completions.
 
-    `row_bytes` is the size of the KV cache of one row. A tick with few places takes as long as a
-    tick with the lower number of `PLACES`, so a few completions are best run all at once. On CPUs,
-    only `size.rows` limits the memory of the pool.
+    `row_bytes` is the size of the KV cache of one row. A tick with few rows takes as long as one
+    with the lower number of `PLACES`, so a few completions are best run all at once. On CPUs, only
+    `size.rows` limits the memory of the pool.
     """
     platform = target().platform
     least, most = PLACES[platform]
@@ -71,8 +69,8 @@ def fitted(size: EngineSize, jobs: int, row_bytes: int = 0) -> tuple[int, int]:
 def prompts_bucket(prompts: int, samples: int) -> int:
     """Rounds a shard's number of prompts up to a number that programs are compiled for.
 
-    The rounded numbers double as long as the added completions (`samples` per prompt) do not make a
-    tick slower (`PLACES`). Beyond that, there are four numbers per doubling.
+    The numbers double as long as the added completions (`samples` per prompt) do not make a tick
+    slower (`PLACES`). Beyond that, there are four per doubling.
     """
     doubled = 1 << (prompts - 1).bit_length()
     free = doubled * samples <= PLACES[target().platform][0]
@@ -99,8 +97,8 @@ class Layout:
 
     Each shard has n prompts, in the caller's order; the last shards may have fewer. Programs are
     compiled for n rounded up to a bucket, so the last prompts of a program may not exist. The
-    prompts of a shard are prefilled in groups of similar length, the shortest first, into a ring
-    buffer of `prefixes` cache slots.
+    prompts are prefilled in groups of similar length, the shortest first, into a ring buffer of
+    `prefixes` cache slots.
     """
 
     length_SP: np.ndarray  # 0 where a shard has fewer prompts
@@ -185,10 +183,10 @@ class Layout:
     def groups(self) -> dict[int, Group]:
         """The cheapest prefill groups; the key of a group is its first position in `order_SP`.
 
-        A group has the slots that its longest prompt needs. The number of rows of a group is the
-        number that fits a prefill, divided by a member of `GROUP_PARTS`. Each bucket of lengths
-        therefore has only one program per divisor, for any batch. The cost counts all rows and
-        slots, used or not, and a fixed cost for each call.
+        A group has the slots that its longest prompt needs, and the rows that fit a prefill,
+        divided by a member of `GROUP_PARTS`. Each bucket of lengths therefore has only one program
+        per divisor, for any batch. The cost counts all rows and slots, used or not, and a fixed
+        cost for each call.
         """
         tokens, prompts = PREFILL_TOKENS[target().platform], self.most_prompts
         length_ST = np.take_along_axis(self.length_SP, self.order_SP[:, :prompts], axis=1)
@@ -224,18 +222,14 @@ class Layout:
         return prompt_bucket(int(self.length_SP.max()))
 
     def first_slots(self, most: int) -> int:
-        """Returns the slots per row of the initial cache: the longest prompt, and some room.
-
-        `most` is the number of slots per row that the final cache needs.
-        """
+        """Returns the slots per row of the initial cache: the longest prompt, and some room."""
         slots = self.prompt_slots + max(16, self.prompt_slots // 8)
         return cache_bucket(min(slots, most), most)
 
     def has_room(self, prefilled: int, started_S: np.ndarray) -> bool:
         """Returns whether the prefix cache has free slots for the group at `prefilled` in `groups`.
 
-        `started_S` counts the completions begun per shard. The slot of a prompt is free once all
-        completions of the prompt have begun.
+        The slot of a prompt is free once all its completions have begun.
         """
         begun_S = np.where(started_S >= self.jobs_S, self.prompts, started_S // self.samples)
         return prefilled + self.groups[prefilled].prompts - self.prefixes <= int(begun_S.min())
@@ -285,10 +279,7 @@ class Segments:
     def of(
         cls, arch: Architecture, exit_layers: tuple[int, ...], policy: Policy, *, hazards: bool
     ) -> Segments:
-        """Divides the stack at its exits, or makes one segment of all layers if no exit is used.
-
-        The exits are used if `policy` lets tokens leave early or if `hazards` are recorded.
-        """
+        """Divides the stack at its exits, or makes one segment of all layers if no exit is used."""
         inner = exit_layers if hazards or policy.leaves_early else ()
         heads = 2 * arch.head_dim * (arch.query_heads + arch.kv_heads)
         layer = arch.width * (heads + 3 * arch.mlp_width)
@@ -308,7 +299,7 @@ class Segments:
 
     @property
     def costs_S(self) -> np.ndarray:
-        """The cost of one place in a tick of each segment, in units of one layer."""
+        """The cost of one row in a tick of each segment, in units of one layer."""
         layers = [end - start for start, end in pairwise(self.bounds)]
         return np.asarray([layers[0] + self.head, *layers[1:]], np.float32)
 
@@ -323,9 +314,9 @@ def choose(
 ) -> Int[Array, ""]:
     """Returns the segment that the next tick runs, from the rows that wait for each segment.
 
-    A tick of cost c with n of W places filled wastes c · (W − n) / n per filled place. The segment
-    with the least waste is chosen (in a tie, the deepest). If some row has waited for more than
-    `PATIENCE` ticks per segment, the segment of the longest-waiting row is chosen instead.
+    A tick of cost c with n of W rows filled wastes c · (W − n) / n per filled row. The segment with
+    the least waste is chosen (in a tie, the deepest), unless some row is overdue (`PATIENCE`); then
+    it is the segment of the longest-waiting row.
     """
     count = segments.count
     if count == 1:
@@ -344,10 +335,10 @@ def choose(
 def pick(
     here_P: Bool[Array, "P"], since_P: Int[Array, "P"], tick: Int[Array, ""], places: int
 ) -> tuple[Int[Array, "B"] | None, Bool[Array, "B"]]:
-    """Returns the rows that take a tick's places, longest-waiting first, and a mask of rows to run.
+    """Returns the rows that a tick runs, longest-waiting first, and a mask of rows to run.
 
     `here_P` is True for rows that wait for the tick's segment. The mask is False for other rows,
-    which only fill up the places. If every row of the pool has a place, returns (None, `here_P`).
+    which only fill up the tick. If a tick holds every row of the pool, returns (None, `here_P`).
     """
     if places == here_P.shape[0]:
         return None, here_P

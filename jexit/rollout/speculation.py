@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 
 from jexit.axes import Array, Bool, Float, Int, Key
 from jexit.dist import data_axes
@@ -28,18 +29,18 @@ from jexit.model.exits import maps_to_end
 from jexit.model.layers import rope_table
 from jexit.model.policies import Speculate
 from jexit.model.transformer import Transformer, logits_of, run
-from jexit.rollout.engine import SplitModel
-from jexit.rollout.pool import pytree
+from jexit.rollout.engine import Engine, SplitModel
 from jexit.rollout.requests import Request
+from jexit.rollout.results import Grown
 from jexit.rollout.sampling import Sampling, draw_by_weight, fold_in
-from jexit.rollout.weights import KEPT, LayerWeights, at_layer, head_logits, on_cpu
+from jexit.rollout.weights import LayerWeights, at_layer, head_logits
 
 DRAFT = 4  # tokens that an exit drafts before they are verified
 # Numbers of a round's draws; drafted token i has the number i.
 _ACCEPT, _REST = 1_000, 1_001
 
 
-@pytree
+@struct.dataclass
 class Rows:
     """The completions of a request: the token that runs next, and its position in the text."""
 
@@ -48,16 +49,6 @@ class Rows:
     slot_B: Int[Array, "B"]
     index_B: Int[Array, "B"]  # tokens drawn so far
     keys_B: Key[Array, "B"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Added:
-    """The tokens that a round added to one completion."""
-
-    row: int
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
 
 
 class Speculation:
@@ -69,9 +60,8 @@ class Speculation:
     """
 
     def __init__(self, model: Transformer | SplitModel, request: Request) -> None:
-        self._graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
-        self._states, self.request = tuple(states), request
-        self.model: Transformer = nnx.merge(self._graphdef, *self._states)
+        self._engine = Engine(model, adapters=request.adapters, hazards=False)
+        self.request, self.model = request, self._engine.model
         policy = request.policy
         assert isinstance(policy, Speculate)
         request.check(self.model)
@@ -87,7 +77,7 @@ class Speculation:
             )
         self._layer = policy.layer
         self._exit = self.model.exit_layers.index(policy.layer)
-        self._layers: LayerWeights | None = None
+        self._eos = set(request.eos_ids)
         self.accepted = self.drafted = 0
         self._lengths = [0] * len(request.prompts)
         self._over = [False] * len(request.prompts)
@@ -101,23 +91,21 @@ class Speculation:
         """Ends a completion, of which no more tokens are returned."""
         self._over[row] = True
 
-    def turn(self) -> list[Added]:
+    def turn(self) -> list[Grown]:
         """Prefills the prompts or, after that, runs one round; returns what was added."""
         if self._rows is None:
             return self._began()
-        if on_cpu() and self._layers is None:
-            self._layers = KEPT.of(self._graphdef, self._states)
-        active_B = ~np.asarray(self._over)
+        engine, active_B = self._engine, ~np.asarray(self._over)
         self._rows, made = _round(
-            self._graphdef, self._states, self._layers, self._end_map, self._rows, active_B,
-            self.request.sampling, layer=self._layer, adapters=self.request.adapters,
+            engine.graphdef, engine.states, engine.layers, self._end_map, self._rows, active_B,
+            self.request.sampling, layer=self._layer, adapters=engine.adapters,
         )  # fmt: skip
         token_BC, logprob_BC, count_B = jax.device_get(made)
         self.drafted += DRAFT * int(active_B.sum())
         self.accepted += int((count_B - 1)[active_B].sum())
         return self._news(token_BC, logprob_BC, count_B)
 
-    def _began(self) -> list[Added]:
+    def _began(self) -> list[Grown]:
         request = self.request
         prompts = request.prompts
         length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
@@ -128,37 +116,35 @@ class Speculation:
         most = width + request.max_new_tokens + DRAFT
         number_B = request.first_prompt + np.arange(len(prompts), dtype=np.int32)
         self._rows, self._end_map, made = _prefilled(
-            self._graphdef, self._states, tokens_BT, length_B, number_B, request.prng_key,
-            request.sampling, slots=cache_bucket(most, most), exit_index=self._exit,
-            adapters=request.adapters,
+            self._engine.graphdef, self._engine.states, tokens_BT, length_B, number_B,
+            request.prng_key, request.sampling, slots=cache_bucket(most, most),
+            exit_index=self._exit, adapters=request.adapters,
         )  # fmt: skip
         token_B, logprob_B = jax.device_get(made)
         return self._news(token_B[:, None], logprob_B[:, None], np.ones(len(prompts), np.int32))
 
-    def _news(self, token_BC: Any, logprob_BC: Any, count_B: Any) -> list[Added]:
+    def _news(self, token_BC: Any, logprob_BC: Any, count_B: Any) -> list[Grown]:
         news = []
         for row, over in enumerate(self._over):
             if over:
                 continue
             room = self.request.max_new_tokens - self._lengths[row]
             tokens = token_BC[row, : min(int(count_B[row]), room)].tolist()
-            ends = [place for place, token in enumerate(tokens) if token in self._eos]
+            ends = [index for index, token in enumerate(tokens) if token in self._eos]
             tokens = tokens[: ends[0] + 1] if ends else tokens
             self._lengths[row] += len(tokens)
             self._over[row] = bool(ends) or len(tokens) == room
             news.append(
-                Added(
-                    row=row,
+                Grown(
+                    ticket=row,
                     tokens=tokens,
+                    depths=[self.model.arch.layers] * len(tokens),
                     logprobs=logprob_BC[row, : len(tokens)].tolist(),
+                    hazard_logits=[[math.nan] * len(self.model.exit_layers)] * len(tokens),
                     finished=self._over[row],
                 )
             )
         return news
-
-    @functools.cached_property
-    def _eos(self) -> set[int]:
-        return set(self.request.eos_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots", "exit_index", "adapters"))
@@ -230,8 +216,7 @@ def _round(
             q_DD, c_D = (part.astype(h_BD.dtype) for part in end_map)
             h_BD = h_BD + h_BD @ q_DD + c_D
         weights_BV = _weights(sampling, head_logits(model.final_norm(h_BD), model.head_VD))
-        keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(draw_keys_B, step)
-        token_B = draw_by_weight(weights_BV, keys_B)
+        token_B = draw_by_weight(weights_BV, fold_in(draw_keys_B, step))
         return (token_B, cache), (h_B1D[:, 0], token_B, weights_BV)
 
     (token_B, cache), drafted = jax.lax.scan(draft, (rows.token_B, rows.cache), jnp.arange(DRAFT))
@@ -246,9 +231,8 @@ def _round(
     p_BCV = _weights(sampling, logits_BCV)
     count_B, rest_BV = accepted(p_BCV, q_BGV, draft_BG, fold_in(draw_keys_B, _ACCEPT))
     last_B = draw_by_weight(rest_BV, fold_in(draw_keys_B, _REST))
-    place_C = jnp.arange(chunk)
     padded_BC = jnp.pad(draft_BG, ((0, 0), (0, 1)))
-    token_BC = jnp.where(place_C == count_B[:, None], last_B[:, None], padded_BC)
+    token_BC = jnp.where(jnp.arange(chunk) == count_B[:, None], last_B[:, None], padded_BC)
     scored_BCV = logits_BCV if sampling.greedy else sampling.distribution(logits_BCV)
     logprob_BC = jnp.take_along_axis(jax.nn.log_softmax(scored_BCV), token_BC[..., None], axis=-1)[
         ..., 0
@@ -272,8 +256,8 @@ def accepted(
 ) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
     """Returns the number of drafted tokens that are accepted, and the weights of the next token.
 
-    `q_BGV` are the distributions from which the G tokens `draft_BG` were drawn, and `p_BCV` those
-    of all layers at the same places and after the last draft (C = G + 1). Source: Leviathan et al.,
+    The G tokens `draft_BG` were drawn from `q_BGV`; `p_BCV` are the distributions of all layers at
+    the same positions and after the last draft (C = G + 1). Source: Leviathan et al.,
     arXiv:2211.17192, algorithm 1.
     """
     drafted = draft_BG.shape[1]
@@ -284,9 +268,8 @@ def accepted(
     count_B = jnp.sum(jnp.cumprod(accepts_BG.astype(jnp.int32), axis=1), axis=1)
     at_B11 = count_B[:, None, None]
     p_BV = jnp.take_along_axis(p_BCV, at_B11, axis=1)[:, 0]
-    padded_BCV = jnp.pad(
-        q_BGV, ((0, 0), (0, 1), (0, 0))
-    )  # after the last draft nothing is left out
+    # After the last draft nothing is left out.
+    padded_BCV = jnp.pad(q_BGV, ((0, 0), (0, 1), (0, 0)))
     q_BV = jnp.take_along_axis(padded_BCV, at_B11, axis=1)[:, 0]
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # p = q up to rounding, though a draft was rejected: what is left is p itself.
@@ -295,7 +278,7 @@ def accepted(
 
 
 def _weights(sampling: Sampling, logits: Float[Array, "*A V"]) -> Float[Array, "*A V"]:
-    """The probabilities with which tokens are drawn; greedy decoding has one with probability 1."""
+    """Returns the probabilities with which tokens are drawn; greedy decoding has one of 1."""
     if sampling.greedy:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     return jax.nn.softmax(sampling.distribution(logits))
@@ -329,9 +312,9 @@ class _Stack:
         def one(layer: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             h_BCD, cache = carry
             q_BCNH, kv = at_layer(layer, self.model.blocks, self.layers, inputs, h_BCD)
-            for place in range(chunk):
-                part = KeysValues(*(values[:, place : place + 1] for values in kv))
-                cache = cache.written(layer, rows_B, slot_BC[:, place], part)
+            for index in range(chunk):
+                part = KeysValues(*(values[:, index : index + 1] for values in kv))
+                cache = cache.written(layer, rows_B, slot_BC[:, index], part)
             q_NNH = q_BCNH.reshape(batch * chunk, *q_BCNH.shape[2:])
             length_N = jnp.minimum(slot_BC.reshape(-1) + 1, cache.slots)
             mixed_NNH = cache.attend(layer, jnp.repeat(rows_B, chunk), q_NNH, length_N)

@@ -30,7 +30,7 @@ _INCOMPLETE = "\ufffd"  # the first bytes of a character are decoded to this
 class Generation:
     """The completions of text prompts, as lists with one entry per prompt.
 
-    The tokens of a completion include the end token if the completion drew one.
+    The tokens include the end token if the completion drew one.
     """
 
     texts: list[str]
@@ -50,7 +50,7 @@ class Piece:
     """The text and tokens added to one completion by an update; lists have one entry per token.
 
     `text` may lag behind `tokens`: the bytes of an incomplete character, and characters that may
-    begin a stop string, are held back until later tokens decide the text.
+    begin a stop string, are held back.
     """
 
     index: int  # the prompt's index
@@ -87,10 +87,10 @@ def generate(
     `jexit.data.tokenizer.Tokenizer`. With `chat`, each prompt is put into the tokenizer's chat
     format: a string is the user's message, and a list of messages (dicts with `role` and `content`)
     is a conversation that ends with the user's message. Without `chat`, a prompt is plain text, and
-    the tokenizer may put a begin token before the text. Temperature 0 means greedy decoding. A
-    completion ends with an end token, or with the token that completes one of the `stop` strings;
-    the returned text ends before the stop string. With `hazards`, the hazard logits at the exits
-    are returned too. `adapters=False` omits LoRA.
+    the tokenizer may put a begin token before it. Temperature 0 means greedy decoding. A completion
+    ends with an end token, or with the token that completes one of the `stop` strings; the returned
+    text ends before the stop string. With `hazards`, the hazard logits at the exits are returned
+    too. `adapters=False` omits LoRA.
 
     `residuals` are layer numbers in rising order: number ℓ stands for the residual that enters
     layer ℓ, and the number of layers for the one that leaves the last layer. They are computed by
@@ -123,7 +123,7 @@ def generate(
 
     tokens, depths = rows(made.tokens_BT), rows(made.depths_BT)
     return Generation(
-        texts=texts.whole,
+        texts=[text.whole for text in texts],
         tokens=tokens,
         depths=depths,
         logprobs=rows(made.logprobs_BT),
@@ -140,7 +140,9 @@ def generate(
     )
 
 
-def _speculated(speculation: Speculation, texts: _Texts, layers: tuple[int, ...]) -> Generation:
+def _speculated(
+    speculation: Speculation, texts: list[GrowingText], layers: tuple[int, ...]
+) -> Generation:
     """Returns what self-speculative decoding generates; `layers` are those of the residuals."""
     model, request = speculation.model, speculation.request
     check_layers(layers, model.arch.layers)
@@ -155,7 +157,7 @@ def _speculated(speculation: Speculation, texts: _Texts, layers: tuple[int, ...]
     asked = request.prompts, tokens, depths, layers
     eos, most = set(request.eos_ids), request.max_new_tokens
     return Generation(
-        texts=texts.whole,
+        texts=[text.whole for text in texts],
         tokens=tokens,
         depths=depths,
         logprobs=logprobs,
@@ -164,26 +166,26 @@ def _speculated(speculation: Speculation, texts: _Texts, layers: tuple[int, ...]
         residuals=residuals_of(model, *asked, adapters=request.adapters) if layers else None,
         truncated=[
             len(row) == most and row[-1] not in eos and not text.stopped
-            for row, text in zip(tokens, texts.rows, strict=True)
+            for row, text in zip(tokens, texts, strict=True)
         ],
         seconds=seconds,
         acceptance=speculation.accepted / max(speculation.drafted, 1),
     )
 
 
-def _speculated_pieces(speculation: Speculation, texts: _Texts) -> Iterator[Piece]:
+def _speculated_pieces(speculation: Speculation, texts: list[GrowingText]) -> Iterator[Piece]:
     while not speculation.ended:
-        for added in speculation.turn():
-            text, known = texts.rows[added.row], texts.rows[added.row].tokens
-            if text.grow(added.tokens, added.finished):
-                speculation.end(added.row)
+        for grown in speculation.turn():
+            text, known = texts[grown.ticket], texts[grown.ticket].tokens
+            if text.grow(grown.tokens, grown.finished):
+                speculation.end(grown.ticket)
             kept = text.tokens - known
             yield Piece(
-                index=added.row,
+                index=grown.ticket,
                 text=text.news(),
-                tokens=added.tokens[:kept],
-                depths=[speculation.model.arch.layers] * kept,
-                logprobs=added.logprobs[:kept],
+                tokens=grown.tokens[:kept],
+                depths=grown.depths[:kept],
+                logprobs=grown.logprobs[:kept],
                 finished=text.over,
             )
 
@@ -198,10 +200,10 @@ def stream(
 ) -> Iterator[Piece]:
     """Returns an iterator over pieces of the completions of `generate`, as the completions grow.
 
-    `settings` are the keyword arguments of `generate`. The joined pieces of a prompt are the text,
-    tokens, depths and log-probabilities that `generate` returns. `every` is the number of
-    token-drawing ticks (engine steps) between updates: with 1, each token is yielded as soon as it
-    is drawn; larger values cost less time. Raises UserError before the first piece.
+    `settings` are the keyword arguments of `generate`. The joined pieces of a prompt are what
+    `generate` returns. `every` is the number of token-drawing ticks (engine steps) between updates:
+    with 1, each token is yielded as soon as it is drawn; larger values cost less time. Raises
+    UserError before the first piece.
     """
     if every < 1:
         raise UserError(
@@ -232,7 +234,7 @@ def _asked(
     stop: Sequence[str] = (),
     policy: Policy | str = Full(),
     **settings: Any,
-) -> tuple[Request, _Texts]:
+) -> tuple[Request, list[GrowingText]]:
     """Checks the arguments of `generate` and returns its request and the texts to grow."""
     if isinstance(prompts, str):
         raise UserError(
@@ -259,37 +261,47 @@ def _asked(
         key=seed,
         **settings,
     )
-    return request, _Texts(tokenizer, len(request.prompts), stop)
+    if isinstance(stop, str) or not all(stop):
+        raise UserError(
+            f"stop is {stop!r}, but it must be a list of non-empty strings; give one such as "
+            "['\\n\\n']"
+        )
+    return request, [GrowingText(tokenizer.decode, stop) for _ in request.prompts]
 
 
-def _pieces(decoding: Decoding, texts: _Texts, every: int) -> Iterator[Piece]:
-    done, sent = False, [0] * len(texts.whole)
+def _pieces(decoding: Decoding, texts: list[GrowingText], every: int) -> Iterator[Piece]:
+    done, sent = False, [0] * len(texts)
     while not done:
         done = decoding.turn(every)
         records = _look(decoding, texts)
-        for row, text, finished in texts.news():
-            part = slice(sent[row], int(records.length_J[row]))
-            sent[row] = part.stop
+        for row, text in enumerate(texts):
+            part = slice(sent[row], text.tokens)
+            sent[row] = text.tokens
+            if part.start == part.stop:
+                continue
             yield Piece(
                 index=row,
-                text=text,
+                text=text.news(),
                 tokens=records.tokens_JT[row, part].tolist(),
                 depths=records.depths_JT[row, part].tolist(),
                 logprobs=records.logprobs_JT[row, part].tolist(),
-                finished=finished,
+                finished=text.over,
             )
 
 
-def _look(decoding: Decoding, texts: _Texts) -> Records:
+def _look(decoding: Decoding, texts: list[GrowingText]) -> Records:
     """Updates the texts, ends completions that contain a stop string, and returns the records."""
-    records = decoding.so_far()
-    full_B = records.length_J >= records.tokens_JT.shape[1]
-    length_B = texts.grow(records.tokens_JT, records.length_J, records.ended_J | full_B)
-    if length_B.any():
-        decoding.cut(length_B)
-        records = dataclasses.replace(
-            records, length_J=np.where(length_B > 0, length_B, records.length_J)
-        )
+    records, cut_B = decoding.so_far(), np.zeros(len(texts), np.int32)
+    over_B = records.ended_J | (records.length_J >= records.tokens_JT.shape[1])
+    for row, text in enumerate(texts):
+        length, over = records.length_J[row], bool(over_B[row])
+        if text.over or length == text.tokens:
+            text.over |= over
+        elif text.grow(records.tokens_JT[row, text.tokens : length].tolist(), over):
+            cut_B[row] = text.tokens
+    if cut_B.any():
+        decoding.cut(cut_B)
+        records = records.replace(length_J=np.where(cut_B > 0, cut_B, records.length_J))
     return records
 
 
@@ -348,41 +360,3 @@ class GrowingText:
                     settled = min(settled, end - size)
                     break
         return settled
-
-
-class _Texts:
-    """The growing texts of a batch."""
-
-    def __init__(self, tokenizer: Any, rows: int, stop: Sequence[str]) -> None:
-        if isinstance(stop, str) or not all(stop):
-            raise UserError(
-                f"stop is {stop!r}, but it must be a list of non-empty strings; give one such as "
-                "['\\n\\n']"
-            )
-        self.rows = [GrowingText(tokenizer.decode, stop) for _ in range(rows)]
-        self._told = [0] * rows  # number of tokens
-
-    @property
-    def whole(self) -> list[str]:
-        return [text.whole for text in self.rows]
-
-    def grow(self, tokens_BT: np.ndarray, length_B: np.ndarray, over_B: np.ndarray) -> np.ndarray:
-        """Decodes new tokens; returns the length at which a stop string ends each row, else 0.
-
-        `length_B` is the number of tokens of each row, and `over_B` is True for rows that have
-        ended.
-        """
-        cut_B = np.zeros(len(length_B), np.int32)
-        for row, text in enumerate(self.rows):
-            if text.over or length_B[row] == text.tokens:
-                text.over |= bool(over_B[row])
-            elif text.grow(tokens_BT[row, text.tokens : length_B[row]].tolist(), bool(over_B[row])):
-                cut_B[row] = text.tokens
-        return cut_B
-
-    def news(self) -> Iterator[tuple[int, str, bool]]:
-        """Yields (row, new text, finished) of rows with new tokens."""
-        for row, text in enumerate(self.rows):
-            if text.tokens != self._told[row]:
-                self._told[row] = text.tokens
-                yield row, text.news(), text.over

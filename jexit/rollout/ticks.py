@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import PartitionSpec as P
 
 from jexit.axes import Array, Bool, Float, Int
@@ -25,7 +25,7 @@ from jexit.model.cache import Cache
 from jexit.model.layers import rope_table
 from jexit.model.policies import Policy
 from jexit.model.transformer import Transformer
-from jexit.rollout.pool import FREE, Jobs, Pool, Records, Status, by_shard, pytree, rows_spec, specs
+from jexit.rollout.pool import FREE, Jobs, Pool, Records, Status, by_shard, rows_spec, specs
 from jexit.rollout.sampling import TOKEN_DRAW, Draws, fold_in
 from jexit.rollout.scheduling import Segments, choose, pick
 from jexit.rollout.weights import LayerWeights, at_layer, head_logits
@@ -34,16 +34,16 @@ from jexit.rollout.weights import LayerWeights, at_layer, head_logits
 LAYERS_SCOPE, FILL_SCOPE, COPY_SCOPE = "layers", "fill", "copy"
 
 
-@pytree
+@struct.dataclass
 class Rows:
-    """The rows of the pool that take the places of one tick."""
+    """The rows of the pool that one tick runs."""
 
     job_B: Int[Array, "B"]
     index_B: Int[Array, "B"]
     depth_B: Int[Array, "B"]
     h_BD: Float[Array, "B D"]
     hazard_logits_BE: Float[Array, "B E"]
-    here_B: Bool[Array, "B"]  # False for a row that only fills up a place
+    here_B: Bool[Array, "B"]  # False for a row that only fills up the tick
     rows_B: Int[Array, "B"] | None  # None: all rows of the pool, in order
 
     @property
@@ -63,7 +63,7 @@ def _nothing_drawn(at: Rows) -> tuple[Array, Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """The ticks of one data shard, together with the values that stay constant during the ticks."""
+    """The ticks of one data shard, with the values that stay constant during the ticks."""
 
     graphdef: nnx.GraphDef
     states: tuple[nnx.State, ...]
@@ -110,16 +110,8 @@ class Ticks:
         def of_rows(part: Array) -> Array:
             return part if rows_B is None else part[rows_B]
 
-        at = Rows(
-            *(
-                of_rows(part)
-                for part in (
-                    pool.job_P, pool.index_P, pool.depth_P, pool.h_PD, pool.hazard_logits_PE
-                )
-            ),
-            here_B=here_B,
-            rows_B=rows_B,
-        )  # fmt: skip
+        state = (pool.job_P, pool.index_P, pool.depth_P, pool.h_PD, pool.hazard_logits_PE)
+        at = Rows(*map(of_rows, state), here_B=here_B, rows_B=rows_B)
         draws = segment == 0
         at, records, cache, started = self._next(at, records, pool, draws)
         at, cache = self._run(at, cache, segment)
@@ -132,8 +124,7 @@ class Ticks:
             return new if rows_B is None else part.at[rows_B].set(new, unique_indices=True)
 
         cost = jnp.asarray(segments.costs_S)[segment]
-        after = dataclasses.replace(
-            pool,
+        after = pool.replace(
             job_P=back(pool.job_P, at.job_B),
             index_P=back(pool.index_P, at.index_B),
             depth_P=back(pool.depth_P, at.depth_B),
@@ -164,10 +155,13 @@ class Ticks:
         token_B, logprob_B, depth_logprob_B = jax.lax.cond(
             jnp.any(draws_B), self._draw, lambda at: _nothing_drawn(at), at
         )
-        ends_B = self.draws.ends(token_B)
-        records = self._recorded(
-            records, at, jnp.where(draws_B, at.job_B, jobs), token_B, logprob_B, depth_logprob_B,
-            ends_B,
+        ends_B, z_BE = self.draws.ends(token_B), None
+        if self.hazards:
+            reached_BE = jnp.asarray(model.exit_layers) <= at.depth_B[:, None]
+            z_BE = jnp.where(reached_BE, at.hazard_logits_BE, jnp.nan)
+        records = records.with_tokens(
+            jnp.where(draws_B, at.job_B, jobs), at.index_B, token_B, at.depth_B, logprob_B,
+            depth_logprob_B, z_BE, ends_B,
         )  # fmt: skip
         over_B = draws_B & (ends_B | (at.index_B + 1 >= self.draws.limit_at(at.job_B)))
 
@@ -188,10 +182,9 @@ class Ticks:
         h_BD = jax.lax.cond(
             draws, lambda: model.embed(token_B).astype(at.h_BD.dtype), lambda: at.h_BD
         )
-        after = dataclasses.replace(at, job_B=job_B, index_B=index_B)
+        after = at.replace(job_B=job_B, index_B=index_B)
         depth_B = self._policy(after).start(job_B.shape, layers)
-        after = dataclasses.replace(
-            after,
+        after = after.replace(
             depth_B=jnp.where(passes_B, depth_B, at.depth_B),
             h_BD=jnp.where(passes_B[:, None], h_BD, at.h_BD),
             hazard_logits_BE=jnp.where(passes_B[:, None], 0.0, at.hazard_logits_BE),
@@ -208,34 +201,8 @@ class Ticks:
         depth_logprob_B = self._policy(at).log_prob(at.depth_B, at.hazard_logits_BE, depths)
         return token_B, logprob_B, depth_logprob_B
 
-    def _recorded(
-        self, records: Records, at: Rows, job_B: Array, token_B: Array, logprob_B: Array,
-        depth_logprob_B: Array, ends_B: Array,
-    ) -> Records:  # fmt: skip
-        """Returns the records with one more token per row; drops rows with an invalid `job_B`."""
-
-        def kept(record: Array, new: Array) -> Array:
-            return record.at[job_B, at.index_B].set(new, mode="drop")
-
-        z_JTE = records.hazard_logits_JTE
-        if z_JTE is not None:
-            reached_BE = jnp.asarray(self.model.exit_layers) <= at.depth_B[:, None]
-            z_JTE = kept(z_JTE, jnp.where(reached_BE, at.hazard_logits_BE, jnp.nan))
-        return Records(
-            tokens_JT=kept(records.tokens_JT, token_B),
-            depths_JT=kept(records.depths_JT, at.depth_B),
-            logprobs_JT=kept(records.logprobs_JT, logprob_B),
-            depth_logprobs_JT=kept(records.depth_logprobs_JT, depth_logprob_B),
-            hazard_logits_JTE=z_JTE,
-            length_J=records.length_J.at[job_B].set(at.index_B + 1, mode="drop"),
-            ended_J=records.ended_J.at[job_B].set(ends_B, mode="drop"),
-        )
-
     def _fill(self, at: Rows, cache: Cache, fills_B: Array) -> tuple[Rows, Cache]:
-        """Continues tokens that have left (`fills_B`) to the last layer of the stack.
-
-        The keys and values of the skipped layers are cached.
-        """
+        """Continues tokens that have left (`fills_B`) to the last layer; caches keys and values."""
         layers = self.model.arch.layers
         slot_B = self._slot(at)
         rope = rope_table(self.model.arch, slot_B[:, None])
@@ -256,7 +223,7 @@ class Ticks:
         first = jnp.min(jnp.where(fills_B, at.depth_B, layers))
         with jax.named_scope(FILL_SCOPE):
             h_BD, cache = jax.lax.fori_loop(first, layers, fill, (at.h_BD, cache))
-        return dataclasses.replace(at, h_BD=h_BD), cache
+        return at.replace(h_BD=h_BD), cache
 
     def _copied(self, cache: Cache, at: Rows, begins_B: Array, job_B: Array) -> Cache:
         """Copies the prompts' keys and values into the cache rows of completions that begin."""
@@ -299,7 +266,7 @@ class Ticks:
             h_BD, cache = jax.lax.fori_loop(
                 first, jnp.minimum(end, deepest), layer_of, (at.h_BD, cache)
             )
-        at = dataclasses.replace(at, h_BD=h_BD)
+        at = at.replace(h_BD=h_BD)
         if not self.reads_hazards or self.segments.count == 1:
             return at, cache
 
@@ -318,7 +285,7 @@ class Ticks:
             lambda at: (at.depth_B, at.hazard_logits_BE),
             at,
         )
-        return dataclasses.replace(at, depth_B=depth_B, hazard_logits_BE=z_BE), cache
+        return at.replace(depth_B=depth_B, hazard_logits_BE=z_BE), cache
 
     def _keys_values(self, block: Block, x_B1D: Array, rope: tuple[Array, Array]) -> KeysValues:
         return block.attn.keys_values(x_B1D, *rope, adapters=self.adapters, key=None)
@@ -363,8 +330,8 @@ def advance(
 
     The host has to act in two cases: a row needs a larger cache; or a row is free, all `ready`
     (prefilled) completions of the row's data shard have begun, and `more` is True because further
-    completions are to come. The ticks also stop when `steps` of them have drawn tokens. `places` is
-    the number of rows that one tick of a shard runs.
+    completions are to come. The ticks also stop when `steps` of them have drawn tokens. One tick of
+    a shard runs `places` rows.
     """
 
     def local(

@@ -46,10 +46,7 @@ def apart(graphdef: nnx.GraphDef, states: tuple[nnx.State, ...]) -> LayerWeights
 
 
 class Copy:
-    """A cache of the result of `apart` for the newest model, kept while all its arrays exist.
-
-    Every training step makes new arrays, so decoding after the step computes a new result.
-    """
+    """A cache of the result of `apart` for the newest model, kept while all its arrays exist."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,7 +57,8 @@ class Copy:
         arrays = jax.tree.leaves(states)
         with self._lock:
             kept = self._kept
-            if kept is not None and kept[0] == graphdef and _are(kept[1], arrays):
+            same = kept is not None and kept[0] == graphdef
+            if same and [id(ref()) for ref in kept[1]] == [id(array) for array in arrays]:
                 return kept[2]
             kept = self._kept = None  # free the old copy first: memory need not fit both
             layers = apart(graphdef, states)
@@ -71,14 +69,10 @@ class Copy:
             return layers
 
     def _forget(self, ref: weakref.ref) -> None:
-        """Drops the cached result when an array of its model is freed; ignores other arrays."""
+        """Drops the cached result when an array of its model is freed."""
         kept = self._kept
         if kept is not None and any(ref is other for other in kept[1]):
             self._kept = None
-
-
-def _are(refs: list[weakref.ref], arrays: list[Array]) -> bool:
-    return [id(ref()) for ref in refs] == [id(array) for array in arrays]
 
 
 KEPT = Copy()
@@ -91,7 +85,7 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Returns `function(block, *operands)`, where `block` is the block of layer `layer`.
+    """Returns `function(block, *operands)` of the block of layer `layer`.
 
     The block comes from `layers` or, if `layers` is None, from the stacked `blocks`.
     """
@@ -107,10 +101,9 @@ def at_layer(
 
 
 def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
-    """Returns the logits [B, V] of a few rows. See `jexit.model.transformer.logits_of`.
+    """Returns the logits [B, V] of a few rows; see `jexit.model.transformer.logits_of`.
 
-    On CPUs the product is computed as head · hᵀ, which takes half the time of h · headᵀ; a barrier
-    stops XLA from reversing the order.
+    On CPUs head · hᵀ takes half the time of h · headᵀ; a barrier stops XLA from reversing it.
     """
     if not on_cpu():
         return logits_of(h_BD, head_VD)
@@ -119,5 +112,4 @@ def head_logits(h_BD: Float[Array, "B D"], head_VD: Float[Array, "V D"]) -> Floa
 
 
 def on_cpu() -> bool:
-    """Returns whether XLA compiles for a CPU, where decoding needs separate weights per layer."""
     return target().platform == "cpu"

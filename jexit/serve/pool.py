@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import math
 import pathlib
 import queue
 import threading
@@ -103,18 +102,8 @@ class PoolThread(threading.Thread):
         if speculation.ended:
             del self._speculations[stream]
             return
-        model = speculation.model
-        for added in speculation.turn():
-            count = len(added.tokens)
-            grown = Grown(
-                ticket=-1,
-                tokens=added.tokens,
-                depths=[model.arch.layers] * count,
-                logprobs=added.logprobs,
-                hazard_logits=[[math.nan] * len(model.exit_layers)] * count,
-                finished=added.finished,
-            )
-            stream.deliver(added.row, grown)
+        for grown in speculation.turn():
+            stream.deliver(grown.ticket, grown)
 
     def _read(self) -> bool:
         """Handles all messages, and waits for one if the pool is empty; False at the end."""

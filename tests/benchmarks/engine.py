@@ -84,7 +84,7 @@ def compare(arguments: argparse.Namespace) -> bool:
 
     def engine(name: str, policy: Any, columns: int) -> None:
         made = rollout(split, prompts, policy=policy, max_new_tokens=columns, size=size, **asked)
-        idle[name], tokens[f"engine, {name}"] = made.efficiency.idle, made.tokens_BT
+        idle[name], tokens[f"engine, {name}"] = made.idle, made.tokens_BT
 
     def stacked() -> None:
         with unittest.mock.patch.multiple(engine_module, on_cpu=lambda: False), \

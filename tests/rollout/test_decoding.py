@@ -197,7 +197,7 @@ def test_prompts_are_prefilled_once_and_with_those_of_like_length(model, monkeyp
     prompts = [[5] * length for length in (3, 11, 6)]
     made = rollout(model, prompts, samples_per_prompt=7, **GREEDY | {"max_new_tokens": 1})
     assert made.rows == 21 and shapes == [(3, 16)]
-    assert made.efficiency.prompt_padding == pytest.approx(1 - 20 / 48)
+    assert made.prompt_padding == pytest.approx(1 - 20 / 48)
 
     shapes.clear()
     monkeypatch.setitem(scheduling.PREFILL_TOKENS, "cpu", 128)  # two prompts of up to 64 tokens
@@ -205,7 +205,7 @@ def test_prompts_are_prefilled_once_and_with_those_of_like_length(model, monkeyp
     prompts = [[length % 60] * length for length in lengths]
     made = rollout(model, prompts, **GREEDY | {"max_new_tokens": 1})
     assert shapes == [(2, 16), (2, 32), (2, 64)]
-    assert made.efficiency.prompt_padding == pytest.approx(1 - sum(lengths) / 224)
+    assert made.prompt_padding == pytest.approx(1 - sum(lengths) / 224)
 
 
 def test_programs_multiply_with_neither_prompt_lengths_nor_parameters(model, prompts):

@@ -24,8 +24,8 @@ def decoded(model, **settings):
     made = [([], []) for _ in settings["prompts"]]
     while not speculation.ended:
         for added in speculation.turn():
-            made[added.row][0].extend(added.tokens)
-            made[added.row][1].extend(added.logprobs)
+            made[added.ticket][0].extend(added.tokens)
+            made[added.ticket][1].extend(added.logprobs)
     return made, speculation
 
 
