@@ -27,7 +27,7 @@ from jexit.errors import UserError
 from jexit.evaluation.decoder import make_policy
 from jexit.evaluation.loglikelihood import Scorer
 from jexit.io.model_dir import load
-from jexit.io.workdir import trained_law
+from jexit.io.workdir import exit_settings_of
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
 from jexit.rollout import generate
@@ -100,7 +100,7 @@ class JexitLM(TemplateLM):
         self.policy, self.seed = policy, int(seed)
         law = {"hazard_temperature": 1.0, "min_hazard": 0.0}
         if not isinstance(pretrained, Transformer):
-            law |= trained_law(pretrained).get("rl", {})
+            law |= exit_settings_of(pretrained).get("rl", {})
         given = {"hazard_temperature": hazard_temperature, "min_hazard": min_hazard}
         law |= {name: value for name, value in given.items() if value is not None}
         law = Sample(float(law["hazard_temperature"]), float(law["min_hazard"]))

@@ -1,8 +1,8 @@
 """Stores each parameter on disk as an Orbax checkpoint of its own, which limits the use of memory.
 
-At most one parameter is in memory twice at any time. Writing a single Orbax checkpoint of all
-parameters would need about three times the memory of the parameters. The name of a parameter is its
-dotted path in the parameter tree, such as `blocks.attn.q.kernel`.
+At most one parameter is in memory twice at any time; a single checkpoint of all parameters would
+need about three times their memory. The name of a parameter is its dotted path in the parameter
+tree, such as `blocks.attn.q.kernel`.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ class ArrayStore:
             ) from error
 
     def spec(self, name: str) -> Spec:
-        """Returns the shape and dtype of the array `name` without reading its values.
-
-        Raises UserError if the stored array is damaged.
-        """
+        """Returns the shape and dtype of the array `name` without reading its values."""
         path = (self.directory / name).resolve()
         try:
             # The checkpointer's own `metadata` logs damage instead of raising an error.
@@ -73,7 +70,7 @@ class ArrayStore:
     def read(self, name: str) -> np.ndarray:
         """Returns the array `name` in the dtype in which it was stored.
 
-        Raises UserError if the stored array is damaged, or if it contains NaN or infinity.
+        Raises UserError if the array is damaged, or if it contains NaN or infinity.
         """
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}

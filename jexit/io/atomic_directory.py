@@ -19,11 +19,9 @@ def atomic_directory(
 ) -> Iterator[pathlib.Path]:
     """Yields a new empty directory, and renames it to `target` when the `with` block ends.
 
-    The new directory is beside `target`, and its files are flushed to disk before the rename. If
-    the block raises an error, the new directory is removed, with the parent directories that were
-    created for `target`. If `target` is a directory that is not empty, the old directory is
-    replaced with `overwrite`, and UserError is raised without. Also raises UserError if `target` is
-    a file or cannot be written.
+    Its files are flushed to disk before the rename. If the block raises an error, nothing is left.
+    If `target` is a directory that is not empty, it is replaced with `overwrite`; without,
+    UserError is raised, as for a file or a `target` that cannot be written.
     """
     target = pathlib.Path(target).absolute()
     _check_target(target, overwrite)
@@ -38,7 +36,8 @@ def atomic_directory(
         with disk_errors(target):
             partial.mkdir()
         yield partial
-        _flush_all(partial)
+        for path in (partial, *partial.rglob("*")):
+            flush(path)
         shutil.rmtree(previous, ignore_errors=True)
         if target.exists():
             target.rename(previous)
@@ -67,8 +66,3 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         raise UserError(
             f"{target} exists and is not empty; give another target, or remove it first"
         )
-
-
-def _flush_all(directory: pathlib.Path) -> None:
-    for path in (directory, *directory.rglob("*")):
-        flush(path)

@@ -27,11 +27,10 @@ _SCORE = "score"  # a checkpoint's only metric: higher is better
 class Checkpoints:
     """The checkpoints of a run, each a pytree of arrays in `WORKDIR/checkpoints/STEP/`.
 
-    `config` sets the number of newest and of best checkpoints that are kept, and the number of
-    steps between checkpoints. Each array is stored under the name of its path in the pytree. If a
-    checkpoint cannot be read (truncated, corrupted), `restore` logs a warning and tries the
-    checkpoint before it. Checkpoints are written in the background: if a write fails, `save` or a
-    later call of `save`, `wait` or `close` raises UserError.
+    Each array is stored under the name of its path in the pytree. If a checkpoint cannot be read
+    (truncated, corrupted), `restore` logs a warning and tries the one before it. Checkpoints are
+    written in the background: if a write fails, `save` or a later call of `save`, `wait` or `close`
+    raises UserError.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
@@ -39,12 +38,8 @@ class Checkpoints:
         self.every = config.every
         kept = [ocp.checkpoint_managers.LatestN(config.keep)]
         if config.keep_best:
-            best = ocp.checkpoint_managers.BestN(
-                get_metric_fn=_score,
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            kept.append(best)
+            best = {"n": config.keep_best, "keep_checkpoints_without_metrics": False}
+            kept.append(ocp.checkpoint_managers.BestN(get_metric_fn=_score, **best))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
             # Needed for scores to be written; the policy above decides which checkpoints are kept.
@@ -71,13 +66,12 @@ class Checkpoints:
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, tree: Any, score: float | None = None) -> None:
-        """Starts writing the pytree `tree` as the checkpoint of `step`.
+        """Starts writing the pytree `tree` as the checkpoint of `step`, unless that exists.
 
-        Does nothing if a checkpoint of `step` exists. `score` (higher is better) ranks the
-        checkpoint among the best checkpoints; without a score, the checkpoint is kept only as one
-        of the newest. Raises UserError if an array on the devices contains NaN or infinity, because
-        saving such an array could delete a good checkpoint. Raises UserError if a write fails,
-        possibly one of an earlier call.
+        `score` (higher is better) ranks the checkpoint among the best ones; without a score, it is
+        kept only as one of the newest. Raises UserError if an array on the devices contains NaN or
+        infinity, because saving it could delete a good checkpoint, and if a write fails, possibly
+        an earlier one.
         """
         if step in self._manager.all_steps():
             return
@@ -98,21 +92,17 @@ class Checkpoints:
             )
 
     def best_step(self) -> int | None:
-        """Returns the step of the checkpoint with the highest score, or None if there is no score.
-
-        On ties, the later step is returned.
-        """
+        """Returns the latest step whose checkpoint has the highest score, or None without one."""
         return self._manager.best_step()
 
     def restore(self, like: Any, step: int | None = None) -> Any | None:
         """Returns the newest readable checkpoint, or None if no checkpoint exists.
 
         The result has the structure, shapes, dtypes and shardings of the pytree `like`. With
-        `step`, only the checkpoint of that step is tried. Without `step`, all checkpoints are tried
-        from the newest to the oldest; once a checkpoint has been restored, the newer checkpoints,
-        which could not be read, are deleted. If one host cannot read a checkpoint, no host uses it.
-        Raises UserError if a checkpoint contains other parameters than `like`, or if checkpoints
-        exist but none can be read.
+        `step`, only the checkpoint of that step is tried. Otherwise all are tried from the newest
+        to the oldest; the newer ones, which could not be read, are then deleted. If one host cannot
+        read a checkpoint, no host uses it. Raises UserError if a checkpoint contains other
+        parameters than `like`, or if checkpoints exist but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         failures = []
@@ -126,7 +116,6 @@ class Checkpoints:
                 self._check_bytes(step, named)
             except Exception as error:  # Orbax raises many kinds for damaged files
                 failure = str(error) or type(error).__name__
-            # If one host cannot read the checkpoint, no host uses it.
             reasons = [text for text in gather(f"reading checkpoint {step}", failure) if text]
             if reasons:
                 logging.warning(
@@ -196,17 +185,11 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Returns the arrays of a pytree in tree order, keyed by their paths, such as `params/kernel`.
-
-    Leaves that are not arrays are converted to NumPy arrays.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    """Returns the arrays of a pytree in tree order, by their paths, such as `params/kernel`."""
     arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        if isinstance(leaf, arrays)
-        else np.asarray(leaf)
-        for path, leaf in leaves
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert len(named) == len(leaves)
-    return named
+    return {
+        name: leaf if isinstance(leaf, arrays) else np.asarray(leaf) for name, leaf in named.items()
+    }

@@ -18,28 +18,20 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path` as indented JSON, but not atomically.
-
-    An interrupted call may leave an incomplete file. Use this function only for files in a
-    directory that is itself written atomically (see `atomic_directory`).
-    """
+    """Writes `value` as indented JSON, not atomically, into a directory written atomically."""
     path.write_bytes(json_line(value, indent=2))
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` to `path` as indented JSON, so that `path` never contains an incomplete file.
-
-    Raises UserError if `path` cannot be written, or if `value` contains something that JSON cannot
-    represent. An existing file is then unchanged.
-    """
+    """Writes `value` to `path` as indented JSON; see `write_bytes_atomic` and `to_jsonable`."""
     write_bytes_atomic(path, json_line(value, indent=2))
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` to `path` atomically, through a temporary file that is renamed to `path`.
+    """Writes `data` to `path` through a temporary file beside it, which is then renamed.
 
-    The temporary file is in the same directory, and missing parent directories are created. Raises
-    UserError if `path` cannot be written; an existing file is then unchanged.
+    Creates missing parent directories. Raises UserError, and leaves an existing file unchanged, if
+    `path` cannot be written.
     """
     path = Path(path)
     # A fixed name, so that the next process overwrites the file that a killed process left behind.
@@ -70,10 +62,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError in the `with` block into a UserError that says that `path` is not writable.
-
-    The message is that of `disk_message`.
-    """
+    """Turns an OSError in the `with` block into a UserError with `disk_message`."""
     try:
         yield
     except OSError as error:
@@ -91,8 +80,8 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
     """Tries to lock an open file; returns False if another process has already locked the file.
 
     The lock ends when this process, and every child process that inherited the open file, has
-    closed the file or ended. Raises UserError, with a message that ends in `remedy`, if the file
-    system does not support locks.
+    closed the file or ended. Raises UserError, which ends in `remedy`, if the file system has no
+    locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,12 +93,7 @@ def take_lock(file: IO[Any], remedy: str) -> bool:
 
 
 def json_line(value: Any, indent: int | None = None) -> bytes:
-    """Returns `value` as JSON text in UTF-8 that ends with a newline.
-
-    `indent` is the number of spaces per level; None puts all of the JSON text on one line. Numbers
-    that are not finite become null. Raises UserError if `value` contains something that JSON cannot
-    represent.
-    """
+    """Returns `value` as JSON text in UTF-8 that ends with a newline; see `to_jsonable`."""
     text = json.dumps(to_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode(errors="replace")
 
@@ -117,7 +101,7 @@ def json_line(value: Any, indent: int | None = None) -> bytes:
 def to_jsonable(value: Any) -> Any:
     """Returns `value` with arrays as lists, paths as strings and non-finite numbers as None.
 
-    Raises UserError if `value` contains an object of any other type that JSON cannot represent.
+    Raises UserError for an object of any other type that JSON cannot represent.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()

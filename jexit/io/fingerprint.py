@@ -21,8 +21,8 @@ def digests(named: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
     """Returns a 32-bit digest of each array in `named`, computed from every bit of the array.
 
     The digest of an array on devices is Σ_i bits_i · (2i + 1) modulo 2³², where bits_i is entry i,
-    in row-major order, as an unsigned integer. This sum is exact in any order, so the digest does
-    not depend on how the array is sharded, and no host needs another host's shards. The digest of a
+    in row-major order, as an unsigned integer. This sum is exact in any order, so it does not
+    depend on how the array is sharded, and no host needs another host's shards. The digest of a
     NumPy array is the CRC-32 of its bytes.
     """
     on_device = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}

@@ -25,6 +25,7 @@ from jexit.untrusted import read_object
 ADAPTER_CONFIG = "adapter_config.json"
 EXIT_CONFIG = "exit_heads.json"
 _EXIT_FORMAT = 1
+_EXIT_KEYS = ("kind", "norm", "continuation", "continuation_rank")
 # Keys of PEFT adapters that are more than plain LoRA on whole projections.
 _BEYOND_LORA = (
     *("alora_invocation_tokens", "alpha_pattern", "corda_config", "eva_config", "exclude_modules"),
@@ -67,8 +68,8 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
 def architecture_of_config(config: dict[str, Any], *, where: str = "config.json") -> Architecture:
     """Returns the architecture that `config`, a parsed config.json, describes.
 
-    `where` is the name of the file in error messages. Raises UserError for a missing or invalid
-    value, and for a model family or a feature that jexit does not support.
+    `where` names the file in error messages. Raises UserError for a missing or invalid value, and
+    for a model family or a feature that jexit does not support.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -105,8 +106,7 @@ def config_of_architecture(
 ) -> dict[str, Any]:
     """Returns the contents of a config.json for `arch`, which transformers 4 and 5 can load.
 
-    `dtype` is the name of the dtype of the stored weights. `eos_ids`, `pad_id` and `bos_id` are the
-    token ids of the end tokens, of padding and of the begin token.
+    `dtype` is the name of the dtype of the stored weights.
     """
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
@@ -173,9 +173,8 @@ def positive(
 ) -> Any:
     """Returns the number above zero at `key` in `values`, or `default` if `key` is absent or null.
 
-    With `whole`, the number must be an integer. `where` is the name of the file in error messages.
-    Raises UserError if the value is not such a number, or if there is neither a value nor a
-    default.
+    With `whole`, the number must be an integer. `where` names the file in error messages. Raises
+    UserError if there is no such number and no default.
     """
     value = default if values.get(key) is None else values[key]
     if value is None:
@@ -187,7 +186,7 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     """Returns rope_theta and the rope scaling (None for plain rope) of a parsed config.json.
 
     Reads `rope_parameters` of transformers 5, and `rope_theta` and `rope_scaling` of transformers
-    4. `where` is the name of the file in error messages.
+    4.
     """
     given: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -234,12 +233,11 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 
 def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float | None:
-    """Returns the attention factor in a checkpoint's rope parameters `given`, or None.
+    """Returns the attention factor in a checkpoint's rope parameters; None means YaRN's own rule.
 
-    If `given` contains no attention_factor but mscale and mscale_all_dim, the attention factor is
-    (0.1·mscale·ln(factor) + 1) / (0.1·mscale_all_dim·ln(factor) + 1), or 1 if factor ≤ 1
-    (DeepSeek-V2, arXiv:2405.04434, section 3.1.4, as in transformers). None means that YaRN's own
-    rule determines the attention factor.
+    From mscale and mscale_all_dim, it is (0.1·mscale·ln(factor) + 1) /
+    (0.1·mscale_all_dim·ln(factor) + 1), or 1 if factor ≤ 1 (DeepSeek-V2, arXiv:2405.04434, section
+    3.1.4, as in transformers).
     """
     if given.get("attention_factor") is not None:
         return positive(given, "attention_factor", where)
@@ -253,10 +251,9 @@ def _attention_factor(given: dict[str, Any], factor: float, where: str) -> float
 
 
 def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
-    """Returns the LoRA settings and the base model's name or path from a PEFT adapter_config.json.
+    """Returns the LoRA settings and the base model's name or path ("": none) of a PEFT adapter.
 
-    The name is "" if the file contains none. Raises UserError for an adapter that is more than
-    plain LoRA on whole projections, such as DoRA.
+    Raises UserError for an adapter that is more than plain LoRA on whole projections, such as DoRA.
     """
     file = directory / ADAPTER_CONFIG
     config = read_object(file, "copy it again")
@@ -302,10 +299,7 @@ def read_adapter_config(directory: pathlib.Path) -> tuple[LoRA, str]:
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
-    """Returns the contents of an adapter_config.json that `peft` can load.
-
-    `base` is the name or path of the base model.
-    """
+    """Returns the contents of an adapter_config.json for `peft`, with the base's name or path."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -347,18 +341,10 @@ def read_exit_config(directory: pathlib.Path) -> tuple[tuple[int, ...], ExitSett
 
 
 def exit_config(layers: tuple[int, ...], head: ExitSettings, eps: float) -> dict[str, Any]:
-    """Returns the contents of exit_heads.json.
-
-    `layers` are the layers with an exit head, `head` contains the settings of the exit heads, and
-    `eps` is the epsilon of their RMSNorm.
-    """
-    settings = {key: getattr(head, key) for key in _EXIT_KEYS}
+    """Returns the contents of exit_heads.json; `eps` is the epsilon of the heads' RMSNorm."""
     return {
         "format_version": _EXIT_FORMAT,
         "exit_layers": list(layers),
-        **settings,
+        **{key: getattr(head, key) for key in _EXIT_KEYS},
         "rms_norm_eps": eps,
     }
-
-
-_EXIT_KEYS = ("kind", "norm", "continuation", "continuation_rank")

@@ -20,7 +20,7 @@ def is_hub_id(text: str) -> bool:
 def cached(hub_id: str) -> pathlib.Path:
     """Returns the directory of the model `hub_id` in the local cache of the Hugging Face hub.
 
-    Nothing is downloaded. Raises MissingFile if the cache does not contain the model.
+    Raises MissingFile if the cache does not contain the model.
     """
     from huggingface_hub import snapshot_download
 
@@ -37,8 +37,8 @@ def cached(hub_id: str) -> pathlib.Path:
 def download(hub_id: str) -> None:
     """Downloads those files of the model `hub_id` that the local cache of the hub lacks.
 
-    Raises UserError if `hub_id` does not have the form OWNER/NAME or is a local directory, and if
-    the hub refuses the download or cannot be reached.
+    Raises UserError if `hub_id` is not an OWNER/NAME or is a local directory, and if the hub
+    refuses the download or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -57,10 +57,9 @@ def download(hub_id: str) -> None:
 
 
 def upload(directory: str | os.PathLike[str], hub_id: str) -> None:
-    """Uploads the files of `directory` to the repository `hub_id` on the Hugging Face hub.
+    """Uploads the files of `directory` to the repository `hub_id`, created as private if missing.
 
-    A repository that does not exist is created as a private one. Raises UserError if the hub
-    refuses the upload or cannot be reached; `directory` is not changed.
+    Raises UserError if the hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 

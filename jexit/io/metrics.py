@@ -39,29 +39,21 @@ MetricValue = Any
 class _LineWriter(contextlib.AbstractContextManager):
     """The base class of writers that append whole lines to one of a run's JSON-lines files.
 
-    Args:
-      workdir: The run's directory, which is created if it does not exist.
-      resume_step: The number of finished steps in the checkpoint from which the run resumes. Lines
-        of later steps are removed. None means that the run starts over, with an empty file.
-      enabled: Whether the methods write; False for every process but the first.
-
-    Raises UserError if the file cannot be written.
+    Lines of steps above `resume_step`, the number of finished steps, are removed from the file. The
+    methods write only if `enabled`, which is False for every process but the first. Raises
+    UserError if the file cannot be written.
     """
 
     file_name: ClassVar[str]
 
     def __init__(
-        self,
-        workdir: str | os.PathLike[str],
-        resume_step: int | None = None,
-        *,
-        enabled: bool = True,
+        self, workdir: str | os.PathLike[str], resume_step: int = 0, *, enabled: bool = True
     ) -> None:
         self._workdir = Path(workdir)
         self._path = self._workdir / self.file_name
         self._file = None
         if enabled:
-            before = () if resume_step is None else _read_records(self._path)
+            before = _read_records(self._path)
             kept = [json_line(record) for record in before if record["step"] <= resume_step]
             write_bytes_atomic(self._path, b"".join(kept))
             with disk_errors(self._path):
@@ -94,15 +86,8 @@ class _LineWriter(contextlib.AbstractContextManager):
 class MetricsWriter(_LineWriter):
     """Appends metrics to `metrics.jsonl` and, if requested, to TensorBoard and Weights & Biases.
 
-    Args:
-      workdir: The run's directory, which is created if it does not exist.
-      resume_step: The number of finished steps in the checkpoint from which the run resumes. Lines
-        of later steps are removed. None starts a new file.
-      tensorboard: Whether to write event files to `workdir/tensorboard` as well.
-      wandb: The name of a W&B project, or None to disable W&B.
-      enabled: Whether the methods write; False for every process but the first.
-
-    Raises UserError if a file cannot be written, or if W&B is enabled but the package is missing.
+    `wandb` is the name of a W&B project, or None to disable W&B. Raises UserError if a file cannot
+    be written, or if W&B is enabled but the package is missing.
     """
 
     file_name = METRICS_FILE
@@ -110,7 +95,7 @@ class MetricsWriter(_LineWriter):
     def __init__(
         self,
         workdir: str | os.PathLike[str],
-        resume_step: int | None = None,
+        resume_step: int = 0,
         *,
         tensorboard: bool = True,
         wandb: str | None = None,
@@ -126,9 +111,8 @@ class MetricsWriter(_LineWriter):
             # neither of the two.
             from jexit.io.tensorboard import EventFile
 
-            first_step = 0 if resume_step is None else resume_step + 1
             with disk_errors(self._workdir / TENSORBOARD_DIR):
-                self._tensorboard = EventFile(self._workdir / TENSORBOARD_DIR, first_step)
+                self._tensorboard = EventFile(self._workdir / TENSORBOARD_DIR, resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Appends one line with the metrics of `step`.
@@ -161,7 +145,7 @@ class MetricsWriter(_LineWriter):
 
 
 class SamplesWriter(_LineWriter):
-    """Appends sample completions of a run to `samples.jsonl`; for the arguments, see `_LineWriter`.
+    """Appends sample completions of a run to `samples.jsonl`.
 
     A record describes one completion: `prompt`, `completion`, `tokens`, `depths` (the number of
     layers run for each token), `reward`, and any other keys that the caller adds.
@@ -176,10 +160,7 @@ class SamplesWriter(_LineWriter):
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the records of `metrics.jsonl` in `workdir`, in the order of the lines.
-
-    `null` becomes NaN. Returns [] if the file does not exist.
-    """
+    """Returns the records of `metrics.jsonl` in line order, with NaN for null; [] if none."""
     return [
         {name: _null_to_nan(value) for name, value in record.items()}
         for record in _read_records(Path(workdir) / METRICS_FILE)

@@ -23,13 +23,7 @@ from jexit.io.array_store import ArrayStore
 from jexit.io.atomic_directory import atomic_directory
 from jexit.io.files import write_json
 from jexit.io.finite import all_finite
-from jexit.io.model_source import (
-    FORMAT_VERSION,
-    MODEL_FILE,
-    ModelSource,
-    check_rising,
-    open_model,
-)
+from jexit.io.model_source import FORMAT_VERSION, MODEL_FILE, ModelSource, check_rising, open_model
 from jexit.model.exits import ExitParam
 from jexit.model.lora import LoRAParam
 from jexit.model.transformer import Transformer
@@ -57,11 +51,11 @@ def load(
     the settings of the exit heads, and `lora` the settings of the adapters.
 
     Without `exit_layers`, `exit_head` and `lora`, the model gets the exit heads and the adapters
-    that the directory contains. If the directory contains no exit heads, new exit heads are drawn
-    from `seed` (by default at every 5th layer, or in the middle of a model of at most 5 layers). If
-    `lora` is passed and the directory contains no adapters, new adapters are drawn from `seed`.
-    `execution` selects how the layers are computed. `place(path, array)` puts one parameter, with
-    its dotted path and its array in the final dtype, on devices; by default on the first device.
+    that the directory contains. If it contains no exit heads, new ones are drawn from `seed` (by
+    default at every 5th layer, or in the middle of a model of at most 5 layers). If `lora` is
+    passed and the directory contains no adapters, new ones are drawn from `seed`. `execution`
+    selects how the layers are computed. `place(path, array)` puts one parameter, with its dotted
+    path and its array in the final dtype, on devices; by default on the first device.
 
     Raises UserError if the directory's exit heads or adapters differ from the requested ones, or if
     the directory's files are damaged. Raises MissingFile if the model or the tokenizer is missing.
@@ -114,13 +108,12 @@ def save_model(
 ) -> None:
     """Writes a model directory, either completely or not at all.
 
-    If `base` is empty, all parameters are stored. If `base` is the path of a model directory, only
-    LoRA adapters and exit heads are stored, and the new directory refers to `base` for the base
-    weights. The base weights of `model` must then equal those of `base`. If the base weights are in
-    the directory that is replaced, all parameters are stored even with `base`. If `with_exits` is
-    false, the exit heads are left out, so the directory contains a plain transformer. `overwrite`
-    allows an existing directory to be replaced. With several hosts, all hosts must call this
-    function, and the primary host writes.
+    If `base` is empty, all parameters are stored. Otherwise only LoRA adapters and exit heads are,
+    and the new directory refers to the model directory `base`, which must have the base weights of
+    `model`; if that is the directory that is replaced, all parameters are stored even so. Without
+    `with_exits`, the directory contains a plain transformer. `overwrite` allows an existing
+    directory to be replaced. With several hosts, all hosts must call this function, and the primary
+    host writes.
 
     Raises UserError if `base` has another architecture than `model`, or if `directory` exists, is
     not empty and `overwrite` is false.
@@ -173,11 +166,10 @@ def write_model(
 ) -> None:
     """Writes the files of a model directory into `model.directory`, which must exist.
 
-    `model` is the description that is written. `weights` yields the dotted path and the array of
-    each base weight; `adapters` and `exits` map dotted paths to arrays. `base` is the path of the
-    model directory that contains the base weights if `weights` is empty. To keep memory use low,
-    the arrays of `weights` are read one at a time, and the function `tokenizer`, which loads the
-    tokenizer, is called after all arrays have been written.
+    `model` is the description that is written. Arrays are named by their dotted paths. `base` is
+    the path of the model directory that contains the base weights if `weights` is empty. To keep
+    memory use low, the arrays of `weights` are read one at a time, and the function `tokenizer`,
+    which loads the tokenizer, is called after all arrays have been written.
     """
     dtypes: dict[str, str] = {}
     parts = {"base": weights, "adapters": adapters.items(), "exits": exits.items()}
@@ -208,9 +200,8 @@ def write_model(
 def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer's end tokens to the file generation_config.json in `directory`.
 
-    An existing file keeps its values, except that `eos_token_id` is replaced by the list of all end
-    tokens if the file lacks an end token other than `tokenizer.eos_id`. A new file contains
-    `eos_token_id` and `pad_token_id`.
+    An existing file keeps its values, except that `eos_token_id` becomes the list of all end tokens
+    if the file lacks one other than `tokenizer.eos_id`.
     """
     file = directory / "generation_config.json"
     values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -224,8 +215,7 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 def _reference(base: pathlib.Path) -> str:
     """Returns the path that a model directory stores to refer to the directory `base`.
 
-    The path is absolute, except for a model that is shipped with jexit, whose path is
-    `jexit/assets/...` in every installation.
+    The path is absolute, or `jexit/assets/...` for a model that is shipped with jexit.
     """
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
@@ -258,17 +248,13 @@ def _exits_to_use(
         if not wanted and 1 < layers <= 5:
             wanted = (layers // 2,)
         return check_exits(wanted, layers), head or ExitSettings()
-    if wanted:
-        _check_same(source, {"exits.layers": (stored, wanted)})
+    _check_same(source, {"exits.layers": (stored, wanted or stored)})
     if head is None:
         return stored, kept
-    # A frozen continuation may become a linear one, which starts out equal to it. Nothing else may
-    # change.
-    same = {"exit_head": ("kind", "norm")}
-    same["exits"] = ("continuation", "continuation_rank") if kept.continuation == "linear" else ()
-    for section, names in same.items():
-        pairs = {f"{section}.{n}": (getattr(kept, n), getattr(head, n)) for n in names}
-        _check_same(source, pairs)
+    same = {"exit_head.kind": "kind", "exit_head.norm": "norm"}
+    if kept.continuation == "linear":  # a frozen one may become linear, which starts out equal
+        same |= {f"exits.{name}": name for name in ("continuation", "continuation_rank")}
+    _check_same(source, {key: (getattr(kept, n), getattr(head, n)) for key, n in same.items()})
     return stored, dataclasses.replace(head, bias=kept.bias)
 
 
@@ -285,7 +271,7 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
 def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
     """Raises UserError if a setting stored in a model directory differs from the requested one.
 
-    `pairs` maps a setting's key, such as "lora.rank", to its stored and its requested value.
+    `pairs` maps a setting's key, such as "lora.rank", to both values.
     """
     for key, (stored, wanted) in pairs.items():
         if stored != wanted:
@@ -298,8 +284,7 @@ def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> No
 def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
     """Returns newly drawn adapters and exit heads of the model that `build` makes, by dotted path.
 
-    `build` runs under jit, which skips the base weights because no output depends on the base
-    weights.
+    Under jit, `build` skips the base weights, because no output depends on them.
     """
 
     @jax.jit

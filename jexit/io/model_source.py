@@ -52,11 +52,7 @@ ASSETS = "jexit/assets/"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """The description of a model directory, with methods that read its weights and its tokenizer.
-
-    A ModelSource is what `open_model` returns. The base weights may be in another directory,
-    `base`.
-    """
+    """The description of a model directory, with methods that read its weights and tokenizer."""
 
     directory: pathlib.Path
     base: pathlib.Path  # the directory that contains the base weights
@@ -80,11 +76,7 @@ class ModelSource:
         return self._read(self.lora and adapter_part(self.architecture, self.lora))
 
     def exits(self) -> dict[str, np.ndarray]:
-        """Returns the parameters of the exit heads and the continuation by path, in float32.
-
-        The continuation maps the residual of a token through the layers after its exit. Returns {}
-        if there are no exit heads.
-        """
+        """Returns the parameters of exit heads and continuation by dotted path; {} if none."""
         layers = self.exit_layers
         return self._read(exit_part(self.architecture, layers, self.exit_head) if layers else None)
 
@@ -93,10 +85,9 @@ class ModelSource:
         return {path: array.astype(np.float32) for path, array in parameters}
 
     def tokenizer(self) -> Tokenizer:
-        """Loads the tokenizer from `self.directory`, or from `self.base` if there is none.
+        """Loads the tokenizer, and adds the end tokens `self.eos_ids` to its own.
 
-        The end tokens `self.eos_ids` are added to those of the tokenizer. Raises UserError if the
-        tokenizer has more tokens than the model has embeddings.
+        Raises UserError if the tokenizer has more tokens than the model has embeddings.
         """
         directory = self.find_tokenizer()
         tokenizer = Tokenizer.load(directory)
@@ -109,10 +100,9 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the directory from which `tokenizer` loads: `self.directory` or `self.base`.
+        """Returns the directory of the tokenizer: `self.directory`, or `self.base` if it has none.
 
-        `self.base` is returned if `self.directory` has no tokenizer_config.json. Raises MissingFile
-        if the directory to be returned lacks tokenizer files.
+        Raises MissingFile if that directory lacks tokenizer files.
         """
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
@@ -123,26 +113,16 @@ def _opened(directory: pathlib.Path, part: Part) -> Weights:
 
 
 def _is_own(directory: pathlib.Path) -> bool:
-    """Returns whether `directory` is in jexit's own format."""
     return (directory / MODEL_FILE).exists()
 
 
-def open_model(path: str | os.PathLike[str]) -> ModelSource:
+def open_model(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...] = ()) -> ModelSource:
     """Returns the description of the model at `path`, without reading the weights.
 
     `path` is a model directory, the directory of a run, or the id of a model in the hub's local
-    cache. Raises MissingFile if there is no model at `path`, and UserError if the model cannot be
-    used.
-    """
-    return _open(path, ())
-
-
-def _open(path: str | os.PathLike[str], above: tuple[pathlib.Path, ...]) -> ModelSource:
-    """Returns the description of the model at `path`, as `open_model` does.
-
-    `above` contains the directories of the models that are based on the model at `path`, directly
-    or indirectly, from the outermost to the innermost. Raises UserError if the directory of `path`
-    is in `above`, because a model cannot be its own base.
+    cache. `above` contains the directories of the models that are based on this one, from the
+    outermost to the innermost. Raises MissingFile if there is no model at `path`, and UserError if
+    the model cannot be used, such as one that is its own base.
     """
     directory = find_model(path)
     if directory.resolve() in above:
@@ -221,13 +201,13 @@ def _open_base(
 ) -> ModelSource:
     """Opens the base model to which `directory` refers by the path or hub id `reference`.
 
-    A relative path is tried in `directory` first. `above` is explained in `_open`. Raises
-    MissingFile if there is no model at `reference`. Raises UserError if the base has adapters, or
-    if its architecture is not `architecture`.
+    A relative path is tried in `directory` first. Raises MissingFile if there is no model at
+    `reference`. Raises UserError if the base has adapters, or another architecture than
+    `architecture`.
     """
     beside = directory / reference
     try:
-        base = _open(beside.resolve() if reference and beside.is_dir() else reference, above)
+        base = open_model(beside.resolve() if reference and beside.is_dir() else reference, above)
     except MissingFile as error:
         raise MissingFile(
             f"{directory} needs its base model at {reference or 'an empty path'}, but no model was "
@@ -259,10 +239,7 @@ def _difference(stored: Architecture, found: Architecture) -> str:
 
 
 def check_rising(exits: tuple[Any, ...], layers: int, what: str) -> None:
-    """Raises UserError unless `exits` are rising numbers from 1 to `layers` - 1.
-
-    `layers` is the number of layers of the model. The error message begins with `what`.
-    """
+    """Raises UserError unless `exits` are rising numbers below `layers`; it begins with `what`."""
     rising = all(isinstance(e, int) for e in exits) and list(exits) == sorted(set(exits))
     if not rising or (exits and not 1 <= exits[0] <= exits[-1] < layers):
         raise UserError(
@@ -276,8 +253,8 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
 
     A relative path is looked up in the working directory, and a path `jexit/assets/...` also in the
     installed package. OWNER/NAME is looked up in the hub's local cache, and nothing is downloaded.
-    If `path` is the directory of a run, the result is the run's subdirectory `model`. Raises
-    MissingFile if there is no model or the run has not finished, and UserError if `path` is a file.
+    For the directory of a run, the result is its subdirectory `model`. Raises MissingFile if there
+    is no model or the run has not finished, and UserError if `path` is a file.
     """
     text = os.fspath(path)
     if text and pathlib.Path(text).is_dir():
@@ -307,10 +284,7 @@ def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _maker(text: str) -> str:
-    """Returns the command that makes the model at the path `text`, or "" if no command is known.
-
-    A command is known for the paths models/PRESET and runs/COMMAND-PRESET.
-    """
+    """Returns the command that makes the model at models/PRESET or runs/COMMAND-PRESET, or ""."""
     if (found := re.fullmatch(r"models/([\w.-]+)", text)) and found[1] in PRESETS:
         return f"python -m convert.from_hf --source={PRESETS[found[1]].hub_id} --target={text}"
     run = re.fullmatch(rf"runs/({'|'.join(COMMANDS)})-([\w.-]+?)(/model)?", text)

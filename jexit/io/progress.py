@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
+from jexit.dist import is_primary
+
 # The ETA is estimated from the steps of the last ETA_SECONDS. The first step, which compiles, is
 # never counted.
 ETA_SECONDS = 3600.0
@@ -25,19 +27,13 @@ class Progress(contextlib.AbstractContextManager):
 
     In a terminal that supports redrawing, the display is one live line. Elsewhere (a log,
     `TERM=dumb`), a line is printed for the first update, then at most every `interval` seconds, and
-    for the last step.
+    for the last step. Only the primary host shows anything.
 
         with Progress(total=100, description="rl") as progress:
             progress.update(step, accuracy=0.8, **{"depth/fraction": 0.5})
 
-    Args:
-      total: The number of steps at which the run is finished.
-      start: The number of steps that were finished before this run resumed.
-      description: The text at the beginning of the line.
-      interval: The smallest number of seconds between printed lines.
-      enabled: Whether to show anything; False for every process but the first.
-      console: The console to print to; by default, standard output.
-      clock: A function that returns monotonic time in seconds; tests replace it.
+    `start` is the number of steps that were finished before this run resumed. `clock` returns
+    monotonic time in seconds; tests replace it.
     """
 
     def __init__(
@@ -47,13 +43,12 @@ class Progress(contextlib.AbstractContextManager):
         description: str = "",
         *,
         interval: float = 30.0,
-        enabled: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or _default_console()
-        self._enabled = enabled
-        self._live = enabled and self._console.is_interactive
+        self._enabled = is_primary()
+        self._live = self._enabled and self._console.is_interactive
         self._interval = interval
         self._clock = clock
         self._shown: dict[str, Any] = {}
@@ -80,8 +75,7 @@ class Progress(contextlib.AbstractContextManager):
     def update(self, step: int, **shown: Any) -> None:
         """Records that `step` steps are finished, and shows metrics (numbers or strings) by name.
 
-        A metric of an earlier call stays visible until a later call passes a new value of the
-        metric.
+        A metric stays visible until a later call passes a new value.
         """
         if not self._enabled:
             return
@@ -127,9 +121,8 @@ def closing_table(
 ) -> None:
     """Prints a table with the value of each metric before and after a run, and the difference.
 
-    Each row is `(name, before, after)`. Numbers are formatted by `format_value`, strings are
-    printed unchanged, and None and NaN are printed as a dash. `console` is by default standard
-    output. If the output is not a terminal, the table is ASCII without colours.
+    Each row is `(name, before, after)`; see `format_value`. If the output is not a terminal, the
+    table is ASCII without colours.
     """
     console = console or _default_console()
     table = Table(
@@ -143,20 +136,16 @@ def closing_table(
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, before, after in rows:
-        table.add_row(
-            name,
-            format_value(name, before),
-            format_value(name, after),
-            _change(name, before, after),
-        )
+        shown = format_value(name, before), format_value(name, after)
+        table.add_row(name, *shown, _change(name, before, after))
     console.print(table)
 
 
 def format_value(name: str, value: Any) -> str:
     """Formats the value of the metric `name` for display.
 
-    A share, such as an accuracy, is formatted in per cent (see `is_share`), and any other number
-    with three or four digits. A string is returned unchanged, NaN and None become "-".
+    A share (see `is_share`) is formatted in per cent, and any other number with three or four
+    digits. A string is returned unchanged, NaN and None become "-".
     """
     number = _number(value)
     if number is None:

@@ -16,11 +16,10 @@ STARTS_FILE = "starts.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """One start of a run, with the time and the code version of the start.
+    """One start of a run: its UTC time as YYYY-MM-DD HH:MM, and the version of jexit.
 
-    `time` is in UTC, as YYYY-MM-DD HH:MM. `version` is the version of jexit. `commit` is the git
-    commit of the checkout that ran, with "-dirty" added if files were edited, or "" for an
-    installed jexit.
+    `commit` is the git commit of the checkout that ran, with "-dirty" added if files were edited,
+    or "" for an installed jexit.
     """
 
     time: str
@@ -29,10 +28,7 @@ class Start:
 
 
 def record_start(workdir: Path) -> None:
-    """Appends a line with the present time and code version to `starts.jsonl` in `workdir`.
-
-    A run that was continued has one line per start. Raises UserError if the file cannot be written.
-    """
+    """Appends a line with the present time and code version to `starts.jsonl` in `workdir`."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
     start = Start(time=now, version=jexit.__version__, commit=_commit())
     path = workdir / STARTS_FILE
@@ -41,11 +37,7 @@ def record_start(workdir: Path) -> None:
 
 
 def read_starts(workdir: Path) -> tuple[Start, ...]:
-    """Returns the starts of the run in `workdir`, from the first to the last.
-
-    Skips lines that do not describe a start, and returns () if there is no `starts.jsonl`. Raises
-    UserError if the file cannot be read.
-    """
+    """Returns the starts of the run in `workdir`, from the first to the last; skips other lines."""
     names = [field.name for field in dataclasses.fields(Start)]
     return tuple(
         Start(**{name: line[name] for name in names})
@@ -55,10 +47,7 @@ def read_starts(workdir: Path) -> tuple[Start, ...]:
 
 
 def _commit() -> str:
-    """Returns the git commit of jexit's checkout, or "" if there is no checkout.
-
-    "-dirty" is added if files were edited.
-    """
+    """Returns the git commit of jexit's checkout, or "" if there is no checkout."""
     checkout = Path(jexit.__file__).parents[1]
     if not (checkout / ".git").exists():
         return ""

@@ -18,8 +18,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # TensorStore's
 def system_reason(error: BaseException | None) -> str | None:
     """Returns the operating system's message for an error, such as "File too large", or None.
 
-    The message belongs to the first exception with an error code in the chain that starts with
-    `error` and continues with its cause or context. None means that no exception has an error code.
+    It belongs to the first exception with an error code in the chain of causes and contexts.
     """
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
@@ -32,18 +31,14 @@ def system_reason(error: BaseException | None) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the reason for a failed write, in one line.
-
-    The reason is the operating system's message if there is one, otherwise the first line of
-    `error`, or the name of its type if `error` has no message.
-    """
+    """Returns the reason for a failed write, in one line: the operating system's, if known."""
     return system_reason(error) or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def say_once() -> None:
     """Suppresses the tracebacks that threads of Orbax and TensorStore print when a write fails.
 
-    The error is still reported, because the call that waits for the write raises the error.
+    The call that waits for the write raises the error.
     """
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)

@@ -1,10 +1,9 @@
 """Reads and writes safetensors files one tensor at a time.
 
-For reading, this module uses the safetensors library without memory maps, so that memory contains
-only the tensors that are being converted. For writing, this module lays out a file before the data
-of the tensors exist, which the library does not support. A safetensors file consists of an 8-byte
-little-endian header length, a JSON header of dtypes, shapes and offsets, and the bytes of the
-tensors (https://huggingface.co/docs/safetensors, "Format").
+Reading uses the safetensors library without memory maps, so that memory contains only the tensors
+that are being converted. Writing lays out a file before the data of the tensors exist, which the
+library does not support: an 8-byte little-endian header length, a JSON header of dtypes, shapes and
+offsets, and the bytes of the tensors (https://huggingface.co/docs/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -47,11 +46,10 @@ class Spec:
 class TensorReader:
     """Reads the tensors of `STEM.safetensors`, or of the shards that its index file lists.
 
-    STEM is the argument `stem`, and the index file is `STEM.safetensors.index.json`. The
-    constructor reads only the headers: `specs` then contains the shape and dtype of every tensor by
-    name. Raises MissingFile if neither file exists, or if shards are missing. Raises UserError if
-    the weights are stored as a pickle, if a file is damaged, if a dtype is not supported, or if two
-    files contain the same tensor.
+    The constructor reads only the headers: `specs` then contains the shape and dtype of every
+    tensor by name. Raises MissingFile if neither file exists, or if shards are missing. Raises
+    UserError if the weights are stored as a pickle, if a file is damaged, if a dtype is not
+    supported, or if two files contain the same tensor.
     """
 
     def __init__(self, directory: pathlib.Path, stem: str = "model"):
@@ -86,10 +84,7 @@ class TensorReader:
             self._files[name] = (path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the tensor `name` in the dtype in which the file stores the tensor.
-
-        Raises UserError if the tensor cannot be read, or if it contains NaN or infinity.
-        """
+        """Returns the tensor `name` in the dtype in which the file stores the tensor."""
         path, file = self._files[name]
         try:
             tensor = file.get_tensor(name)
@@ -147,9 +142,8 @@ def _find_files(directory: pathlib.Path, stem: str) -> list[pathlib.Path]:
 class TensorWriter:
     """Writes `STEM.safetensors`, or shards with an index file if the tensors exceed `shard_bytes`.
 
-    STEM is the argument `stem`. `specs` contains the shape and dtype of every tensor by name, from
-    which the constructor lays out the files. `write` then accepts the tensors in any order. If the
-    `with` block ends without an error, an assertion checks that every tensor has been written.
+    The constructor lays out the files for `specs`, and `write` accepts the tensors in any order. If
+    the `with` block ends without an error, an assertion checks that every tensor has been written.
     """
 
     def __init__(
@@ -161,13 +155,12 @@ class TensorWriter:
         shard_bytes: int = SHARD_BYTES,
     ):
         self._specs = dict(specs)
-        self._places: dict[str, tuple[Any, int]] = {}
+        self._offsets: dict[str, tuple[Any, int]] = {}
         self._files = []
         shards = _plan_shards(specs, shard_bytes)
         weight_map = {}
         for number, names in enumerate(shards, 1):
-            whole = len(shards) == 1
-            suffix = "" if whole else f"-{number:05d}-of-{len(shards):05d}"
+            suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
             path = pathlib.Path(directory) / f"{stem}{suffix}.safetensors"
             self._lay_out(path, names)
             weight_map.update(dict.fromkeys(names, path.name))
@@ -180,10 +173,9 @@ class TensorWriter:
         # Wide dtypes first, so that every tensor is aligned to its own item size.
         names = sorted(names, key=lambda name: -self._specs[name].dtype.itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset, offsets = 0, {}
+        offset = 0
         for name in names:
             spec = self._specs[name]
-            offsets[name] = offset
             header[name] = {
                 "dtype": _CODE_OF_DTYPE[spec.dtype],
                 "shape": list(spec.shape),
@@ -197,7 +189,7 @@ class TensorWriter:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
         for name in names:
-            self._places[name] = (file, 8 + len(text) + offsets[name])
+            self._offsets[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Writes the tensor `name`, which must have the shape and dtype of its spec.
@@ -211,7 +203,7 @@ class TensorWriter:
                 f"{name} contains NaN or infinity as {spec.dtype}, so it is not written; use a "
                 "wider dtype, or a model whose parameters are all finite"
             )
-        file, offset = self._places.pop(name)
+        file, offset = self._offsets.pop(name)
         file.seek(offset)
         file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
@@ -224,7 +216,7 @@ class TensorWriter:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.close()
-        assert kind is not None or not self._places, f"not written: {sorted(self._places)}"
+        assert kind is not None or not self._offsets, f"not written: {sorted(self._offsets)}"
 
 
 def _plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
@@ -232,8 +224,7 @@ def _plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]
     filled = 0
     for name, spec in specs.items():
         if shards[-1] and filled + spec.bytes > shard_bytes:
-            shards.append([])
-            filled = 0
+            shards, filled = [*shards, []], 0
         shards[-1].append(name)
         filled += spec.bytes
     return shards

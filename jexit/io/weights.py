@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ class Part:
     In jexit's format, a part is the directory `folder`; in Hugging Face's, the file
     `STEM.safetensors` for the field `stem`. `stacks` contains pairs (rules, numbers): each rule
     maps one parameter to the tensors of the layers or exits with these numbers. `sizes` contains
-    the length of every axis letter in the rules.
+    the length of every axis letter.
     """
 
     folder: str
@@ -80,12 +80,11 @@ def adapter_part(arch: Architecture, lora: LoRA) -> Part:
 def exit_part(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -> Part:
     """Returns the part that contains the exit heads and the continuation.
 
-    `layers` are the numbers of the decoder layers with an exit head. The head of layer ℓ reads the
-    residual h that enters decoder layer ℓ, counted from 0, and computes the exit probability
-    `hazard = sigmoid(out(relu(hidden(norm(h)))))`, without `hidden` and relu if the head is linear.
-    For a token that has exited, the continuation replaces each remaining layer m: the residual h
-    becomes `h + update(h)`, or with a continuation_rank `h + update(reduce(h))`. A frozen
-    continuation leaves h unchanged and has no tensors.
+    The head of layer ℓ in `layers` reads the residual h that enters decoder layer ℓ, counted from
+    0, and computes the exit probability `hazard = sigmoid(out(relu(hidden(norm(h)))))`, without
+    `hidden` and relu if the head is linear. For a token that has exited, the continuation replaces
+    each remaining layer: h becomes `h + update(h)`, or with a continuation_rank `h +
+    update(reduce(h))`. A frozen continuation leaves h unchanged and has no tensors.
     """
     head.check_width(arch.width)
     stacks = [(names.exit_rules(head.kind, head.norm), layers)]
@@ -106,24 +105,11 @@ def exit_part(arch: Architecture, layers: tuple[int, ...], head: ExitSettings) -
 FOLDERS = ("base", "adapters", "exits")
 
 
-class Weights(Protocol):
-    """One part of a model on disk, in any format.
-
-    `dtypes` returns the dtype of every parameter by dotted path. `parameters` yields the dotted
-    path and the array of each parameter.
-    """
-
-    def dtypes(self) -> dict[str, np.dtype]: ...
-
-    def parameters(self) -> Iterator[tuple[str, np.ndarray]]: ...
-
-
 class StoredArrays:
     """One part of a model, read from a directory in jexit's own format.
 
-    The constructor checks the names and shapes before any array is read. Raises MissingFile if the
-    directory does not contain the part, and UserError if names or shapes are not those that `part`
-    describes.
+    Raises MissingFile if the directory does not contain the part, and UserError if names or shapes
+    are not those that `part` describes.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -150,9 +136,8 @@ class StoredArrays:
 class Safetensors:
     """One part of a model, read from safetensors files in a Hugging Face directory.
 
-    The constructor reads only headers. Raises MissingFile if files are missing, and UserError if a
-    file cannot be read. If tensors are missing, surplus or of the wrong shape, raises one UserError
-    that lists all such tensors.
+    Raises MissingFile if files are missing, and UserError if a file cannot be read. If tensors are
+    missing, surplus or of the wrong shape, one UserError lists them all.
     """
 
     def __init__(self, directory: pathlib.Path, part: Part):
@@ -181,11 +166,7 @@ class Safetensors:
             self._check_tied_head()
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Returns the dtype of every parameter by dotted path.
-
-        If the layers of a parameter are stored in different dtypes, the result is a dtype that can
-        represent them all.
-        """
+        """Returns the dtype of every parameter, one that can represent those of all its layers."""
         specs = self._reader.specs
         return {
             rule.path: functools.reduce(jnp.promote_types, (specs[n].dtype for n in tensors))
@@ -193,10 +174,7 @@ class Safetensors:
         }
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the dotted path and the stacked array of every parameter, and reads one at a time.
-
-        The arrays have the dtypes that `dtypes` returns.
-        """
+        """Yields the dotted path and the stacked array of every parameter, read one at a time."""
         dtypes, sizes = self.dtypes(), self._part.sizes
         for rule, tensors in self._part.rules():
             if not rule.stacked:
@@ -218,6 +196,9 @@ class Safetensors:
             )
 
 
+Weights: TypeAlias = StoredArrays | Safetensors
+
+
 def write_safetensors(
     directory: pathlib.Path,
     part: Part,
@@ -227,8 +208,7 @@ def write_safetensors(
     """Writes one part of a model as safetensors files into `directory`.
 
     `parameters` yields the dotted path and the stacked array of each parameter, and is read one
-    parameter at a time to keep memory use low. `dtypes` contains the dtypes of the arrays by dotted
-    path.
+    parameter at a time to keep memory use low.
     """
     rules = {rule.path: (rule, tensors) for rule, tensors in part.rules()}
     specs = {
@@ -245,10 +225,7 @@ def write_safetensors(
 
 
 def _check_shapes(directory: pathlib.Path, found: Shapes, expected: Shapes) -> None:
-    """Raises one UserError that lists every difference between the found and the expected shapes.
-
-    `found` and `expected` map names of tensors to shapes. `directory` appears in the message.
-    """
+    """Raises one UserError that lists every difference between found and expected shapes."""
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     misshapen = [

@@ -31,17 +31,17 @@ LOCK = ".lock"  # the locked file, which names the process that holds the lock
 # Settings that may change when a run is continued, as they do not affect the finished steps.
 CONTINUABLE = ("steps", "mesh", "checkpoint", "log", "task.time_limit")
 # The settings that a run's exits are trained under, by command, which is also their section.
-LAWS = {"sft": ("sharpness", "target"), "rl": ("min_hazard", "hazard_temperature")}
+TRAINED_UNDER = {"sft": ("sharpness", "target"), "rl": ("min_hazard", "hazard_temperature")}
 
 
 @contextlib.contextmanager
 def sole_run(workdir: pathlib.Path) -> Iterator[None]:
     """Creates the run's directory `workdir` and locks it until the `with` block ends.
 
-    If the block leaves a newly created directory empty, the directory is removed. If the process
-    ends early, for whatever reason, the operating system releases the lock. With several hosts, the
-    primary host takes the lock for all. Raises UserError on every host if another run has locked
-    the directory, if the file system does not support locks, or if `workdir` is a file.
+    If the block leaves a newly created directory empty, it is removed. If the process ends early,
+    the operating system releases the lock. With several hosts, the primary host takes the lock for
+    all. Raises UserError on every host if another run has locked the directory, if the file system
+    does not support locks, or if `workdir` is a file.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""
@@ -92,8 +92,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
 def check_same_run(workdir: pathlib.Path, config: Config) -> None:
     """Raises UserError if `workdir` contains a run with another config or another task file.
 
-    The task file is the Python file with a user's own task. The settings in `CONTINUABLE` (such as
-    the number of steps) may differ. Nothing is written.
+    The settings in `CONTINUABLE` (such as the number of steps) may differ.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -127,7 +126,7 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
 
     The caller makes all other checks first, because a run that is refused should change nothing.
     Raises UserError if `check_same_run` does, and if a host does not see the file that the primary
-    host wrote, because all hosts must share the file system of `workdir`.
+    host wrote.
     """
     check_same_run(workdir, config)
     path = workdir / "config.json"
@@ -145,17 +144,17 @@ def start_run(workdir: pathlib.Path, config: Config) -> None:
         )
 
 
-def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+def exit_settings_of(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Returns the settings under which a run's exits were trained, by section of the config.
 
-    `directory` is the directory of an sft or rl run, or of a finetune run that kept the exits of
-    its model, and an example of the result is {"rl": {"min_hazard": 0.0, "hazard_temperature":
-    1.0}}. If an rl run started from an sft run, the result also contains the settings of the sft
-    run. Returns {} if `directory` belongs to no such run. Raises UserError if the run's config.json
-    cannot be read or lacks one of the settings.
+    `directory` is that of an sft or rl run, or of a finetune run that kept the exits of its model.
+    An example of the result is {"rl": {"min_hazard": 0.0, "hazard_temperature": 1.0}}. If an rl run
+    started from an sft run, the result also contains the settings of the sft run; for other
+    directories it is {}. Raises UserError if the run's config.json cannot be read or lacks one of
+    the settings.
     """
     without = "give the path of the run's model/ to load it without these settings"
-    law: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     seen: set[pathlib.Path] = set()
     path = pathlib.Path(directory) / "config.json"
     while path.exists() and path.resolve() not in seen:
@@ -165,18 +164,18 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
         )
         command, tuned = config.get("command"), config.get("finetune")
         keeps_exits = isinstance(tuned, dict) and tuned.get("policy") == "sample"
-        if command not in [*LAWS] and not (command == "finetune" and keeps_exits):
+        if command not in [*TRAINED_UNDER] and not (command == "finetune" and keeps_exits):
             break
-        sections = [*LAWS] if command == "finetune" else [command]
+        wanted = TRAINED_UNDER if command == "finetune" else {command: TRAINED_UNDER[command]}
         try:
             own = {
-                section: {name: config[section][name] for name in LAWS[section]}
-                for section in sections
+                section: {name: config[section][name] for name in names}
+                for section, names in wanted.items()
             }
             start = pathlib.Path(config["model"]["path"]) if command == "rl" else None
         except (KeyError, TypeError):
             keys = " and ".join(
-                f"{section}.{name}" for section in sections for name in LAWS[section]
+                f"{section}.{n}" for section, names in wanted.items() for n in names
             )
             raise UserError(
                 f"{path} of a run of {command} lacks {keys}, under which the run was trained; "
@@ -186,8 +185,8 @@ def trained_law(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
             Config.from_dict({"command": command} | own)
         except ValueError as error:
             raise UserError(f"{path} has been modified: {error}; {without}") from None
-        law = own | law
+        found = own | found
         if start is None:
             break
         path = start / "config.json"
-    return law
+    return found

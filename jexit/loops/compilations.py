@@ -13,9 +13,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 class Compilations:
     """A context manager that counts XLA compilations; the training loop enters it for each step.
 
-    Within a step, the loop assigns the step's array shapes to `shapes`. Compiling is expected in
-    the first step with given shapes. In a later step with the same shapes, a compilation counts as
-    a recompilation, which is a fault of the program.
+    Within a step, the loop assigns the step's array shapes to `shapes`. In a later step with the
+    same shapes, a compilation counts as a recompilation, which is a fault of the program.
     """
 
     def __init__(self) -> None:
@@ -31,11 +30,7 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def of_step(self) -> dict[str, int]:
-        """Returns the counts of the step that ends here as metrics, and resets the count.
-
-        `compilations` counts all compilations of the step. `recompilations` is the same number if
-        an earlier step had the same shapes, and otherwise 0.
-        """
+        """Returns the counts of the step that ends here as metrics, and resets the count."""
         count, self._count = self._count, 0
         again = count if self.shapes in self._seen else 0
         self._seen.add(self.shapes)

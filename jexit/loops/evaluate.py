@@ -29,16 +29,15 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates the policies `eval.policies`, then runs the measures `eval.measures`.
 
     Writes `eval.json`, `problems.csv`, `completions.json` and a report to `workdir`. `eval.json` is
-    first written before the measures start, with the results of the policies and `complete` set to
-    false. A model from a training run is evaluated with that run's settings of the depth
-    distribution, whatever `config` says.
+    first written before the measures start, with `complete` set to false. A model from a training
+    run is evaluated with that run's settings of the depth distribution, whatever `config` says.
     """
     given, config = config, with_trained_exits(config)
     measurer, flops = _open(config)
     decoder, examination, attempts = measurer.decoder, measurer.examination, measurer.attempts
     start_run(workdir, given)
     policies, parts = config.eval.policies, measurer.parts()
-    with Progress(len(policies) + len(parts), description="eval", enabled=is_primary()) as progress:
+    with Progress(len(policies) + len(parts), description="eval") as progress:
         results = []
         for policy in policies:
             if of := control_of(policy):
@@ -56,11 +55,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
             "complete": False,
             "task": dataclasses.asdict(config.task),
             "split": config.eval.split,
-            "model": {
-                "path": config.model.path,
-                "layers": decoder.layers,
-                "exits": measurer.exits,
-            },
+            "model": {"path": config.model.path, "layers": decoder.layers, "exits": measurer.exits},
             "runs": results,
             "controls": [
                 compared(of, policy, attempts[of], attempts[policy], decoder.layers, config.seed)

@@ -77,5 +77,4 @@ def finetune(config: Config, workdir: pathlib.Path) -> None:
         }
         return state, metrics | stage.learning_rates(step)
 
-    state = trainer.run(state, one_step)
-    stage.finish(trainer, stage.chosen(trainer, state), before)
+    stage.finish(trainer, trainer.chosen(trainer.run(state, one_step)), before)

@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jexit.config import LoRA
+from jexit.config import ExitSettings, LoRA
 from jexit.kernels.chips import chip
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
@@ -94,28 +94,22 @@ class ModelFlops:
 
     arch: Architecture
     exit_layers: tuple[int, ...]
-    exit_kind: str
-    rank: int | None  # rank of the linear continuation (0: full matrices), or None if it is frozen
+    exit_head: ExitSettings
     lora: LoRA | None
     full: bool  # whether the base weights train
 
     @classmethod
     def of(cls, model: Transformer, *, full: bool) -> ModelFlops:
-        head = model.exit_head
         return cls(
             arch=model.arch,
             exit_layers=model.exit_layers,
-            exit_kind=model.exit_head.kind,
-            rank=head.continuation_rank if head.continuation == "linear" else None,
+            exit_head=model.exit_head,
             lora=model.lora,
             full=full,
         )
 
     def forward(self, size: PassSize, *, adapters: bool = True, hazards: bool = False) -> float:
-        """Returns the FLOPs of a forward pass, including LoRA's if `adapters` is set.
-
-        With `hazards`, every exit head also runs at every token.
-        """
+        """Returns the FLOPs of a forward pass, with the exit heads at every token if `hazards`."""
         token = self._base() + (self._adapters() if adapters else 0.0)
         layers = self.arch.layers * (token * size.tokens + self._pair() * size.pairs)
         return layers + (len(self.exit_layers) * self._exit_head() * size.tokens if hazards else 0)
@@ -128,15 +122,12 @@ class ModelFlops:
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the FLOPs of the output head at `tokens` final states.
-
-        With `trained`, the count includes the backward pass of a loss on the logits.
-        """
+        """Returns the FLOPs of the output head at `tokens` states, and backward if `trained`."""
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
     def pretrain_step(self, size: PassSize, *, exit_loss: bool) -> float:
-        """Returns the FLOPs of a pretraining step; `size` is the size of a pass over all texts."""
+        """Returns the FLOPs of a pretraining step; `size` is that of a pass over all texts."""
         losses = 1 + (len(self.exit_layers) if exit_loss else 0)
         passes = self.forward(size) + self.backward(size)
         return passes + losses * self.logits(size.tokens, trained=True)
@@ -144,11 +135,7 @@ class ModelFlops:
     def sft_step(
         self, size: PassSize, completion_tokens: int, *, samples: int, target: str
     ) -> float:
-        """Returns the FLOPs of a calibration step with `samples` student passes.
-
-        `size` is the size of a pass over prompts and completions, `completion_tokens` the number of
-        tokens in the completions, and `target` the setting `sft.target`.
-        """
+        """Returns the FLOPs of a calibration step with `samples` student passes."""
         measured = self.forward(size, adapters=False)
         if target == "student":
             measured += self.forward(size)
@@ -160,27 +147,19 @@ class ModelFlops:
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:
-        """Returns the FLOPs of a fine-tuning step.
-
-        `size` is the size of a pass over prompts and references, and `completion_tokens` the number
-        of tokens in the references.
-        """
+        """Returns the FLOPs of a fine-tuning step on prompts and references."""
         passes = self.forward(size) + self.backward(size)
         return passes + self.logits(completion_tokens, trained=True)
 
     def rl_step(self, size: PassSize, completion_tokens: int, *, updates: int) -> float:
-        """Returns the FLOPs of an RL step without rollouts: one teacher pass and `updates` updates.
-
-        `size` is the size of a pass over prompts and completions.
-        """
+        """Returns the FLOPs of an RL step without rollouts: a teacher pass and all updates."""
         scored = self.forward(size, adapters=False) + self.logits(completion_tokens)
         return scored + updates * self._student(size, completion_tokens)
 
     def rollouts(self, rollouts: Rollouts, rows_B: np.ndarray, *, samples: int) -> float:
         """Returns the FLOPs of decoding those rows of `rollouts` that the mask `rows_B` selects.
 
-        Each prompt has `samples` adjacent rows. The FLOPs of the prompt count with the first of
-        these rows.
+        Each prompt has `samples` adjacent rows; its FLOPs count with the first of these.
         """
         length_B, prompt_B = rollouts.lengths_B, rollouts.prompt_lengths_B
         first_B = rows_B & (rollouts.host_rows.index_B % samples == 0)
@@ -198,20 +177,18 @@ class ModelFlops:
         return flops + reached * self._exit_head() + self.logits(passes)
 
     def skipped_layer(self) -> float:
-        """Returns the FLOPs of one token in a layer that the token skips.
-
-        A skipped layer still computes keys, values and the continuation's map.
-        """
-        width = self.arch.width
-        maps = 0.0 if self.rank is None else 2.0 * width * (2 * self.rank or width)
+        """Returns the FLOPs of one token in a skipped layer: keys, values and the continuation."""
+        width, head = self.arch.width, self.exit_head
+        maps = 2.0 * width * (2 * head.continuation_rank or width)
+        maps = maps if head.continuation == "linear" else 0.0
         return self._base("k", "v") + self._adapters("k", "v") + maps
 
     def compute_fraction(self, depth_fraction: float, logits: float = 0.0) -> float:
         """Returns the FLOPs of the layers at a mean depth, as a fraction of those at full depth.
 
-        `depth_fraction` is the mean depth divided by the number of layers. Skipped layers count
-        with `skipped_layer`, and attention scores are not counted. `logits` is how often a token
-        computes all logits at exits, on average, in order to decide whether to leave.
+        `depth_fraction` is the mean depth divided by the number of layers. Attention scores are not
+        counted. `logits` is how often a token computes all logits at exits, on average, in order to
+        decide whether to leave.
         """
         layer = self._base() + self._adapters()
         skipped = self.skipped_layer() / layer
@@ -254,4 +231,4 @@ class ModelFlops:
 
     def _exit_head(self) -> float:
         width = self.arch.width
-        return 2.0 * width if self.exit_kind == "linear" else 4.0 * width**2 + 4.0 * width
+        return 2.0 * width if self.exit_head.kind == "linear" else 4.0 * width**2 + 4.0 * width

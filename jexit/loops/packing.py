@@ -45,8 +45,7 @@ class PackedShape:
 class Lengths(NamedTuple):
     """The lengths, in tokens, of a batch's completions J and of each completion's prompt.
 
-    `number_J` is the number of each completion's prompt. Completions of the same prompt are
-    adjacent.
+    `number_J` is the number of each completion's prompt; those of a prompt are adjacent.
     """
 
     prompt_J: np.ndarray
@@ -56,11 +55,7 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The placement of a batch's completions J in rows: completion j goes into row `row_of_J[j]`.
-
-    If the completions divide equally among the data shards, which divide the rows among them, each
-    completion stays on its shard.
-    """
+    """The placement of a batch's completions J in rows: completion j goes into `row_of_J[j]`."""
 
     shape: PackedShape
     row_of_J: np.ndarray
@@ -83,8 +78,8 @@ class Packed:
     ) -> Completions:
         """Packs this host's prompts and completions into rows and places the rows on the devices.
 
-        For each of these completions, `numbers` contains its index in the whole batch, and
-        `prompt_of` the number of its prompt.
+        `numbers` contains each completion's index in the whole batch, and `prompt_of` the number of
+        its prompt.
         """
         rows, row_of = host_rows(self.shape.rows), self.row_of_J[numbers]
         here = np.flatnonzero(np.isin(row_of, rows.index_B))
@@ -105,10 +100,10 @@ class PackedShapes:
 
     `shards` is the number of parts into which the mesh divides rows. A completion stays in its part
     if the completions divide equally among the parts; otherwise every device has all completions.
-    Row counts are multiples of `shards` · `micro_batches`. Prompts with completions, and rows, have
-    at most `longest` tokens, which bounds the memory of attention scores. `shares(length)` returns
-    whether attention over rows of `length` tokens lets completions share a copy of their prompt.
-    The chosen shapes depend on earlier batches, so checkpoints save them (`state`, `load`).
+    Prompts with completions, and rows, have at most `longest` tokens, which bounds the memory of
+    attention scores. `shares(length)` returns whether attention over rows of `length` tokens lets
+    completions share a copy of their prompt. The chosen shapes depend on earlier batches, so
+    checkpoints save them (`state`, `load`).
     """
 
     def __init__(
@@ -170,10 +165,7 @@ class PackedShapes:
         return dataclasses.replace(packed, shape=shape, row_of_J=row_of_J)
 
     def _new(self, need: PackedShape, completions: int) -> PackedShape:
-        """Returns a shape with more rows or width than `need`, so that similar batches fit too.
-
-        `completions` is the number of completions, which limits the rows.
-        """
+        """Returns a shape with more rows or width than `need`, so that similar batches fit too."""
         most = -(-completions // self.unit) * self.unit  # one row per completion
         rows = min(-(-int(np.ceil(SLACK * need.rows)) // self.unit) * self.unit, most)
         widths = [known.width for known in self._known if known.length == need.length]
@@ -184,8 +176,7 @@ class PackedShapes:
 def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
     """Packs each of `parts` equal parts of the completions into rows of `length` tokens.
 
-    Every part gets as many rows as the fullest part needs. With `shared`, completions of one prompt
-    in the same row share one copy of the prompt.
+    Every part gets as many rows as the fullest part needs.
     """
     rows: list[list[int]] = []
     for prompt_J, number_J, completion_J in zip(

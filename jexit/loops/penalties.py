@@ -26,17 +26,13 @@ class AccuracyFloor:
     """The least accuracy that the depth and length penalties must preserve (0: no floor).
 
     `rollouts` is the floor in training rollouts, and `held_out` the floor on held-out problems. If
-    the floors are a share of the initial model's accuracy, `length` is the mean length of the
-    initial model's completions in tokens; otherwise `length` is 0.
+    they are a share of the initial model's accuracy, `length` is the mean length of its completions
+    in tokens; otherwise it is 0.
     """
 
     rollouts: float
     held_out: float
     length: float = 0.0
-
-    @classmethod
-    def absolute(cls, rl: RLConfig) -> AccuracyFloor:
-        return cls(rl.accuracy_floor, rl.accuracy_floor)
 
 
 @dataclasses.dataclass
@@ -45,9 +41,8 @@ class PenaltySchedule:
 
     Without `dual_ascent`, λ and μ rise linearly over the warm-up. While accuracy, a moving average
     over updates, is below the floor or not known yet, they are 0. With `dual_ascent`, a multiplier
-    in [0, 1] scales λ and μ. The multiplier rises by `dual_rate` per update while accuracy is at or
-    above the floor, and falls by `dual_rate` otherwise (projected dual ascent on the constraint
-    accuracy ≥ floor).
+    in [0, 1] scales λ and μ. It rises by `dual_rate` per update while accuracy is at or above the
+    floor, and falls by it otherwise (projected dual ascent on the constraint accuracy ≥ floor).
     """
 
     config: RLConfig
@@ -92,10 +87,10 @@ def penalised_reward(
 ) -> float:
     """Returns the mean reward of `completions`, minus a penalty for accuracy below `floor`.
 
-    The reward is that of `losses.rloo.rewards` without the KL to the teacher. The coefficients λ of
-    depth and μ of length have their full, configured values, whatever the schedule's current
-    values. Each percentage point of accuracy below `floor` subtracts 1. Models above the floor are
-    therefore ranked by their reward, and models below the floor mainly by their accuracy.
+    The reward is that of `losses.rloo.rewards` without the KL to the teacher, with the full,
+    configured λ and μ. Each percentage point of accuracy below `floor` subtracts 1. Models above
+    the floor are therefore ranked by their reward, and models below the floor mainly by their
+    accuracy.
     """
     lengths_J1 = np.asarray([[len(completion.depths)] for completion in completions])
     depth_JW = np.zeros((len(completions), lengths_J1.max()))

@@ -16,8 +16,7 @@ from jexit.report.training_curves import write_charts
 def draw(workdir: pathlib.Path) -> str:
     """Writes `plots/*.svg` and `report.html` to `workdir`; returns a description of these files.
 
-    An error is reported on stderr and does not end the run, because the run's results are already
-    on disk. `python -m jexit.report WORKDIR` can draw the files later.
+    An error is reported on stderr and does not end the run, whose results are already on disk.
     """
 
     def plots() -> str:
@@ -32,10 +31,7 @@ def draw(workdir: pathlib.Path) -> str:
 
 
 def _drawn(workdir: pathlib.Path, what: str, write: Callable[[], str]) -> str:
-    """Returns the description from `write`; after an error, reports it and returns an empty string.
-
-    `what` names the drawing in that report.
-    """
+    """Returns the description from `write`; after an error, reports it and returns ""."""
     try:
         return write()
     except Exception as error:

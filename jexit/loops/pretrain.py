@@ -19,7 +19,7 @@ from jexit.io.model_source import find_model
 from jexit.io.workdir import start_run
 from jexit.loops.flops import ModelFlops, PassSize
 from jexit.loops.pictures import draw
-from jexit.loops.setup import execution_of, set_chat_format
+from jexit.loops.setup import execution_of
 from jexit.loops.trainer import Trainer
 from jexit.model.transformer import Transformer
 from jexit.presets import Architecture
@@ -54,10 +54,9 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
         tied=True,
         max_positions=1024,
     )
-    exits = check_exits(config.exits.layers, arch.layers)
     return Transformer(
         arch,
-        exit_layers=exits,
+        exit_layers=check_exits(config.exits.layers, arch.layers),
         exit_head=config.exit_settings,
         execution=execution_of(config),
         rngs=nnx.Rngs(config.seed),
@@ -65,11 +64,9 @@ def new_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 
 
 def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """Returns the model that training starts from.
+    """Returns the model in the directory `config.pretrain.start`, or a new model if that is empty.
 
-    This is the model in the directory `config.pretrain.start`, or a new model if that setting is
-    empty. Raises UserError if the stored model has another size than the configured one, or has
-    adapters.
+    Raises UserError if the stored model has another size than the configured one, or has adapters.
     """
     fresh = new_model(config, tokenizer)
     if not config.pretrain.start:
@@ -98,8 +95,7 @@ def first_model(config: Config, tokenizer: Tokenizer) -> Transformer:
 def mixture(config: Config) -> list[tuple[Task, float]]:
     """Returns the tasks that provide the training text, with each task's share of the texts.
 
-    Tasks with share 0 are left out. The tasks `sums` and `tom` use prompts of every kind
-    (`steps="mixed"`).
+    `sums` and `tom` use prompts of every kind (`steps="mixed"`).
     """
     p = config.pretrain
     sums = max(0.0, 1.0 - p.word_problems - p.tom)  # rounding could make it slightly negative
@@ -114,7 +110,7 @@ def mixture(config: Config) -> list[tuple[Task, float]]:
 def pretrain(config: Config, workdir: pathlib.Path) -> None:
     """Trains for `config.steps` steps and writes the trunk to `WORKDIR/model`."""
     tokenizer = Tokenizer.load(find_model(config.model.path))
-    set_chat_format(tokenizer, config.task)
+    tokenizer.system, tokenizer.thinking = config.task.system, config.task.thinking
     model = first_model(config, tokenizer)
     tasks = mixture(config)
     names = [task.name for task, _ in tasks]
@@ -161,12 +157,8 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
         groups=tuple(GROUPS),
         micro_batches=config.optim.accumulate,
     )
-    trainer = Trainer(
-        config,
-        workdir,
-        "pretrain",
-        {"loss": "loss", **{f"p_right/{name}": name for name in GROUPS}},
-    )
+    shown = {"loss": "loss", **{f"p_right/{name}": name for name in GROUPS}}
+    trainer = Trainer(config, workdir, "pretrain", shown)
     state = trainer.restore(new_state(split.trainable, optimizer))
     rate = schedule(config.optim, config.optim.full_lr, config.steps)
 
@@ -179,9 +171,7 @@ def pretrain(config: Config, workdir: pathlib.Path) -> None:
             state, metrics = step_fn(state, batch, step_key(config.seed, step))
         return state, metrics | {"lr": rate(step), "model_flops": flops}
 
-    state = trainer.run(state, one_step)
-    if config.checkpoint.final == "best":
-        state = trainer.best(state)
+    state = trainer.chosen(trainer.run(state, one_step))
     trainer.close()
     # The exit heads are untrained, so a plain trunk is written.
     student = split.student(state.trainable)

@@ -14,7 +14,7 @@ from jexit.dist import place_parameter
 from jexit.errors import UserError
 from jexit.evaluation.decoder import Decoder
 from jexit.io.model_dir import load
-from jexit.io.workdir import trained_law
+from jexit.io.workdir import exit_settings_of
 from jexit.model.attention import check_attention
 from jexit.model.policies import Sample
 from jexit.model.transformer import Transformer
@@ -25,14 +25,12 @@ from jexit.tasks.base import Rewards
 def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]:
     """Loads the model and the tokenizer that `config` names.
 
-    With `trains`, the model also gets the adapters and exit heads of `config`. The tokenizer
-    formats prompts with `config.task.system` and `config.task.thinking`. Raises UserError if
-    `trains` asks for full fine-tuning of a model that has adapters.
+    With `trains`, the model also gets the adapters and exit heads of `config`. Raises UserError if
+    `trains` asks for full fine-tuning of a model that has adapters, or if the chat template does
+    not support `config.task.system` and `config.task.thinking`.
     """
-    settings: dict[str, Any] = {}
-    if trains:
-        settings = {"exit_head": config.exit_settings, "lora": config.adapters}
     model = config.model
+    trained = {"exit_head": config.exit_settings, "lora": config.adapters} if trains else {}
     loaded, tokenizer = load(
         model.path,
         dtype=model.dtype,
@@ -40,7 +38,7 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
         execution=execution_of(config),
         seed=config.seed,
         place=place_parameter,
-        **settings,
+        **trained,
     )
     if trains and config.lora.rank == 0 and loaded.lora is not None:
         raise UserError(
@@ -48,45 +46,27 @@ def load_model(config: Config, *, trains: bool) -> tuple[Transformer, Tokenizer]
             "config.lora.rank=0 trains the trunk itself; merge the adapters first (python -m "
             f"convert.to_hf --adapter=merge) or set config.lora.rank={loaded.lora.rank}"
         )
-    set_chat_format(tokenizer, config.task)
+    tokenizer.system, tokenizer.thinking = config.task.system, config.task.thinking
     return loaded, tokenizer
 
 
-def set_chat_format(tokenizer: Tokenizer, config: TaskConfig) -> None:
-    """Sets the tokenizer's system message and thinking mode from `config`.
-
-    Raises UserError if the tokenizer's chat template does not support them.
-    """
-    tokenizer.system, tokenizer.thinking = config.system, config.thinking
-
-
 def execution_of(config: Config) -> Execution:
-    """Returns the settings by which the model's layers are computed.
-
-    Raises UserError if the configured attention cannot run on this platform.
-    """
+    """Returns the settings by which the layers are computed, after `check_attention`."""
     check_attention(config.model.attention)
     return config.model.execution
 
 
 def with_trained_exits(config: Config) -> Config:
-    """Returns `config` with the settings under which the exits of its model were trained.
-
-    If `config.model.path` was not written by a run that trains exits, `config` is returned
-    unchanged.
-    """
+    """Returns `config` with the settings under which its model's exits, if any, were trained."""
     trained = {
         section: dataclasses.replace(getattr(config, section), **values)
-        for section, values in trained_law(config.model.path).items()
+        for section, values in exit_settings_of(config.model.path).items()
     }
     return dataclasses.replace(config, **trained)
 
 
 def sample_policy(config: Config) -> Sample:
-    """Returns the halting policy `sample`, which draws depths from the hazards.
-
-    `config.rl` gives its hazard temperature and smallest hazard.
-    """
+    """Returns the halting policy `sample` with the hazard temperature and floor of `config.rl`."""
     rl = config.rl
     # NumPy numbers: to read an array on a device, the host would have to wait for the running step.
     return Sample(np.float32(rl.hazard_temperature), np.float32(rl.min_hazard))
@@ -97,7 +77,7 @@ def make_decoder(
 ) -> Decoder:
     """Returns a decoder with the settings of `config`, some of them replaced by `changed`.
 
-    `parts` is the model in the form of `SplitModel.decodable`, and `layers` its number of layers.
+    `parts` is the model in the form of `SplitModel.decodable`.
     """
     settings = {
         "law": sample_policy(config),

@@ -17,7 +17,7 @@ import numpy as np
 
 from jexit.config import Config
 from jexit.data.loader import prepared
-from jexit.dist import host_rows, is_primary, place_rows, waiting
+from jexit.dist import host_rows, place_rows, waiting
 from jexit.io.progress import Progress
 from jexit.loops.continuation import fitted_continuation, rows_at_a_time
 from jexit.loops.flops import PassSize
@@ -36,8 +36,7 @@ HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
     """Runs stage 1, the calibration of the exits, and writes the model to `WORKDIR/model`.
 
-    The written model consists of a reference to the base model, adapters, exit heads and
-    continuation.
+    The written model refers to the base model for its trunk.
     """
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
@@ -50,19 +49,12 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     lens = make_optimizer(heads_only, max(lens_steps, 1), stage.labels)
     lens_fn = make_lens_step(stage.split, lens, config.sft)
     remembered: tuple[ExitStates, np.ndarray] | None = None
-    shown = ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")
-    trainer = Trainer(
-        config,
-        workdir,
-        "sft",
-        shown={name: name for name in shown},
-        steps=config.steps + lens_steps,
-    )
-
+    shown = {name: name for name in ("kl/exits", "kl/teacher", "loss/exit", "depth/fraction")}
+    trainer = Trainer(config, workdir, "sft", shown, steps=config.steps + lens_steps)
     state = trainer.restore(new_state(stage.split.trainable, stage.optimizer))
     if int(state.step) == 0:
         fitted = fitted_continuation(stage, trajectories, state.trainable)
-        state = dataclasses.replace(state, trainable=fitted)
+        state = state.replace(trainable=fitted)
 
     here = host_rows(rows_of_batch(config))
 
@@ -94,7 +86,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     def heads_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         nonlocal remembered
         if step == config.steps > 0:  # the new phase starts with fresh moments
-            state = dataclasses.replace(state, opt_state=stage.optimizer.init(state.trainable))
+            state = state.replace(opt_state=stage.optimizer.init(state.trainable))
         if remembered is None:
             remembered = exit_states(stage, trajectories, state.trainable)
         states, position_V = remembered
@@ -109,8 +101,7 @@ def calibrate(config: Config, workdir: pathlib.Path) -> None:
     def one_step(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         return (adapters_step if step < config.steps else heads_step)(state, step)
 
-    state = trainer.run(state, one_step)
-    stage.finish(trainer, stage.chosen(trainer, state), before)
+    stage.finish(trainer, trainer.chosen(trainer.run(state, one_step)), before)
 
 
 def exit_states(
@@ -119,7 +110,7 @@ def exit_states(
     """Returns the training data of the exit heads, and the indices V of its usable positions.
 
     A position is usable if its pass could leave early. The model runs once over trajectories with
-    `sft.lens_tokens` usable positions, or over all trajectories if they have fewer.
+    up to `sft.lens_tokens` usable positions.
     """
     config, states_of = stage.config, make_exit_states(stage.split)
     size = rows_at_a_time(config, len(trajectories))
@@ -128,7 +119,7 @@ def exit_states(
     number_V = np.zeros(0, np.int32)
     actions = sum(len(one.completion) - 1 for row in trajectories.rows for one in row)
     end, most = 0, min(config.sft.lens_tokens, actions)
-    with Progress(most, description="the exits' states", enabled=is_primary()) as progress:
+    with Progress(most, description="the exits' states") as progress:
         for step in range(batches):
             batch, rows = trajectories.batch(step, here)
             width = batch.completion_tokens_BC.shape[1]

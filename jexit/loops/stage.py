@@ -35,10 +35,7 @@ from jexit.untrusted import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """The parts that a run of fine-tuning, calibration or RL uses from its beginning to its end.
-
-    They include the model (split into trainable and fixed parameters), the task and the optimiser.
-    """
+    """The parts that a run of fine-tuning, calibration or RL uses from its beginning to its end."""
 
     config: Config
     workdir: pathlib.Path
@@ -105,11 +102,7 @@ class Stage:
         )
 
     def packed_shapes(self, *, shared: bool) -> PackedShapes:
-        """Returns the choice of shapes for this run's packed training batches.
-
-        With `shared`, the completions of a prompt share one copy of the prompt if the
-        implementation of attention supports this.
-        """
+        """Returns the shapes of this run's packed batches, with `shared` prompts if possible."""
         config, new = self.config, getattr(self.config, self.config.command).max_new_tokens
         return PackedShapes(
             data_shards(),
@@ -150,10 +143,7 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Returns accuracy, depth and compute of the model on the evaluation split.
-
-        The model runs under the halting policy `self.policy`.
-        """
+        """Returns accuracy, depth and compute on the evaluation split, under `self.policy`."""
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
@@ -161,8 +151,8 @@ class Stage:
     def initial_floor(self) -> AccuracyFloor:
         """Returns floors of `rl.accuracy_floor` times the accuracy at full depth before training.
 
-        The evaluation split is decoded twice: with the rollouts' settings for the floor in
-        rollouts, and with the settings of `config.eval` for the floor on held-out problems.
+        The evaluation split is decoded with the rollouts' settings for the floor in rollouts, and
+        with those of `config.eval` for the floor on held-out problems.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(
@@ -187,10 +177,7 @@ class Stage:
         return floor
 
     def validation(self, state: TrainState, floor: float) -> dict[str, float]:
-        """Returns metrics on the evaluation split, by which RL chooses its best checkpoint.
-
-        `floor` is the accuracy below which `val/reward` is penalised.
-        """
+        """Returns metrics on the evaluation split, by which RL chooses its best checkpoint."""
         result, made = self._measured(state.trainable)
         reward = penalised_reward(self.config.rl, floor, made, self.layers)
         names = ("accuracy", "depth_fraction", "layers_per_problem")
@@ -209,18 +196,10 @@ class Stage:
         """The halting policy that measures the run: `finetune.policy`, otherwise `sample`."""
         return self.config.finetune.policy if self.config.command == "finetune" else "sample"
 
-    def chosen(self, trainer: Trainer, state: TrainState) -> TrainState:
-        """Returns the state from which the run's model is written.
-
-        This is the state of the best checkpoint if `checkpoint.final` is best, and otherwise
-        `state`, the last one.
-        """
-        return trainer.best(state) if self.config.checkpoint.final == "best" else state
-
     def finish(self, trainer: Trainer, state: TrainState, before: PolicyResult) -> None:
-        """Ends a run: measures the model, writes `WORKDIR/model`, draws plots and prints a table.
+        """Ends a run: measures the model, writes `WORKDIR/model` from `state` and draws plots.
 
-        The table compares the new measurement with `before`. The model is written from `state`.
+        Prints a table that compares the new measurement with `before`.
         """
         trainer.close()
         after = self.measure(state.trainable)
@@ -248,10 +227,9 @@ class Stage:
 def check_prompts(task: Task, tokenizer: Tokenizer, config: Config, positions: int) -> None:
     """Raises UserError if a prompt is too long for `config` or for the model.
 
-    A prompt is too long if it exceeds `task.max_prompt_tokens`, or if prompt and longest allowed
-    completion together exceed `positions`, the number of positions of the model. The check covers
-    the held-out problems and the training problems: all of them if the task is finite, otherwise
-    those of the first batch.
+    A prompt is too long if it exceeds `task.max_prompt_tokens`, or if it and the longest allowed
+    completion together exceed the model's `positions`. Checks the held-out problems and the
+    training problems: all of a finite task, otherwise those of the first batch.
     """
     _, held_out_prompts = held_out(task, tokenizer, config, config.eval.problems)
     check_room(held_out_prompts, "eval", config.eval.max_new_tokens, positions)

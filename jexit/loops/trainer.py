@@ -31,10 +31,7 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """A part of a training loop with state on the host that checkpoints save.
-
-    `state` returns the part's arrays by name; no two parts of a loop may use the same name.
-    """
+    """A part of a training loop with state on the host that checkpoints save, by unique names."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -62,8 +59,8 @@ class Trainer:
     Step n is dispatched before the metrics of step n − 1 are fetched, so the device never waits for
     the log. The metrics `tokens` and `model_flops` of a step are logged as `tokens_per_second` and,
     if the chip's peak is known, `mfu`. `shown` maps the metrics on the progress bar to their short
-    names there. `kept` are the loop's parts with state on the host. At each step whose checkpoint
-    gets a score, `measure(state)` is called, and its metrics are logged as well.
+    names there. At each step whose checkpoint gets a score, `measure(state)` is called, and its
+    metrics are logged as well.
     """
 
     config: Config
@@ -105,28 +102,18 @@ class Trainer:
         return state
 
     def shapes(self, shapes: Hashable) -> None:
-        """Records the array shapes of the current step, for counting recompilations.
-
-        `one_step` must call this before the step's first jitted call.
-        """
+        """Records the array shapes of the current step, before its first jitted call."""
         self._compilations.shapes = shapes
 
-    def best(self, state: TrainState) -> TrainState:
-        """Returns the state of the best checkpoint, or `state` if there is no checkpoint.
-
-        `state` also provides the shapes of the arrays. There is no checkpoint only if every step at
-        which one was due was skipped.
-        """
-        step = self.checkpoints.best_step()
+    def chosen(self, state: TrainState) -> TrainState:
+        """Returns the state of the run's model: `state`, or the best checkpoint's if configured."""
+        step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state
         return self.checkpoints.restore(self._saved(state), step)["state"]
 
     def good(self, state: TrainState, step: int) -> tuple[TrainState | None, int]:
-        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one.
-
-        `state` provides the shapes of the arrays.
-        """
+        """Returns (state, step) of the newest checkpoint up to `step`, or (None, 0) without one."""
         with waiting("the last checkpoint"):
             self.checkpoints.wait()
         found = self.checkpoints.newest(step)
@@ -139,13 +126,12 @@ class Trainer:
 
         Raises Diverged after `optim.max_skipped` consecutive skipped (not finite) steps, or if all
         steps were skipped, and Interrupted after a signal. While steps are skipped, no checkpoint
-        is written, so the newest checkpoint is always good. If `one_step` raises Collapsed, the
-        exception is passed on.
+        is written, so the newest checkpoint is always good.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
         pending: Pending | None = None
-        progress = Progress(total, start=start, description=self.description, enabled=is_primary())
+        progress = Progress(total, start=start, description=self.description)
         with stop, progress as self._progress:
             last = time.monotonic()
             for step in range(start, total):
@@ -166,9 +152,7 @@ class Trainer:
                 last = now
                 done = step + 1 == total
                 # A signal to one host stops all of them after the same step.
-                signals = [
-                    name for name in gather(f"the end of step {step + 1}", stop.name) if name
-                ]
+                signals = list(filter(None, gather(f"the end of step {step + 1}", stop.name)))
                 due = done or self.checkpoints.due(step + 1)
                 if due and self.measure is not None:
                     try:
@@ -204,8 +188,7 @@ class Trainer:
     ) -> UserError:
         """Saves the state before the failed step `step`; returns `error` with the saved step added.
 
-        If the step before was skipped because it was not finite, nothing is saved, and the returned
-        error names the newest checkpoint's step.
+        Nothing is saved if the step before was skipped because it was not finite.
         """
         if pending is not None:
             self._flush(*pending)
@@ -221,16 +204,11 @@ class Trainer:
         self._writer.close()
 
     def _saved(self, state: TrainState) -> dict[str, Any]:
-        """Returns the pytree that a checkpoint contains."""
         host = {name: value for part in self.kept for name, value in part.state().items()}
         return {"state": state, "host": host, "scores": self._scores}
 
     def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
-        """Saves a checkpoint, with a score if `scored`.
-
-        A checkpoint that only a signal requested gets no score, so that it cannot become the best
-        checkpoint.
-        """
+        """Saves a checkpoint, with a score if `scored`, so that it can become the best one."""
         score = None
         if scored:
             total, count = self._scores
@@ -304,15 +282,14 @@ def peak_memory() -> dict[str, float]:
 class _StopSignals:
     """A context manager in which SIGTERM and SIGINT request a stop after the current step.
 
-    A second signal raises KeyboardInterrupt at once. A SIGTERM within `ECHO_SECONDS` of the first
-    signal is ignored, however, because launchers often signal a process and then its whole group.
+    A second signal raises KeyboardInterrupt at once, except a SIGTERM within `ECHO_SECONDS` of the
+    first, because launchers often signal a process and then its whole group.
     """
 
     ECHO_SECONDS = 1.0
 
     def __init__(self) -> None:
-        self.requested, self.name = False, ""
-        self._first = 0.0
+        self.name, self._first = "", 0.0
 
     def __enter__(self) -> None:
         self._previous = {
@@ -326,8 +303,8 @@ class _StopSignals:
 
     def _request(self, number: int, _: object) -> None:
         now = time.monotonic()
-        if self.requested:
+        if self.name:
             if number == signal.SIGTERM and now - self._first < self.ECHO_SECONDS:
                 return
-            raise KeyboardInterrupt  # a second request: stop at once
-        self.requested, self.name, self._first = True, signal.Signals(number).name, now
+            raise KeyboardInterrupt
+        self.name, self._first = signal.Signals(number).name, now

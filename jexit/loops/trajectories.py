@@ -14,7 +14,7 @@ from jexit.config import Config
 from jexit.data.buckets import LengthBuckets
 from jexit.data.loader import PromptBatch, encode_references
 from jexit.data.teacher_store import TeacherStore, Trajectory
-from jexit.dist import HostRows, barrier, from_primary, host_rows, is_primary
+from jexit.dist import HostRows, barrier, from_primary, host_rows
 from jexit.errors import UserError
 from jexit.io.fingerprint import fingerprint
 from jexit.io.progress import Progress
@@ -58,10 +58,7 @@ class Trajectories:
         return cls(rows, buckets, config.seed, pad_id, shared)
 
     def batch(self, step: int, here: HostRows) -> tuple[Completions, list[list[Trajectory]]]:
-        """Returns this host's rows of a step's batch, packed, and all rows of it as trajectories.
-
-        `here` are the indices of this host's rows.
-        """
+        """Returns this host's rows `here` of a step's batch, packed, and all its rows."""
         index_B, shape = self.buckets.batch(seed=self.seed, step=step, batch_size=here.total)
         mine = [self.rows[index] for index in index_B[here.index_B]]
         row_of = [index for index, row in enumerate(mine) for _ in row]
@@ -84,10 +81,9 @@ def rows_of_batch(config: Config) -> int:
 def teacher_trajectories(stage: Stage) -> Trajectories:
     """Returns up to `sft.pool` trajectories, with the teacher's completions or the references.
 
-    `sft.trajectories` selects between them; the references belong to the data set. Completions of
-    one token are left out. Trajectories that a run with the same settings has stored in the working
-    directory are read from disk, and only the others are made. Raises UserError if no completion
-    has more than one token.
+    `sft.trajectories` selects between them. Completions of one token are left out. Trajectories
+    that a run with the same settings has stored in the working directory are read from disk. Raises
+    UserError if no completion has more than one token.
     """
     config, sft, split, tokenizer = stage.config, stage.config.sft, stage.split, stage.tokenizer
     prompts = max(1, min(sft.generate_batch, sft.pool) // sft.completions)
@@ -109,16 +105,15 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     store.read()
     missing = [step for step in range(batches) if not store.holds(step, batch_size)]
     missing = from_primary("the teacher's missing trajectories", missing)
-    make = _references if sft.trajectories == "dataset" else _generated
-    with Progress(
-        batches,
-        start=batches - len(missing),
-        description="teacher trajectories",
-        enabled=is_primary(),
-    ) as progress:
-        for number, step in enumerate(missing, start=1 + batches - len(missing)):
-            here = host_rows(prompts)
-            made, own = make(stage, step, stage.prompts(step, here), here)
+    start = batches - len(missing)
+    with Progress(batches, start=start, description="teacher trajectories") as progress:
+        for number, step in enumerate(missing, start=1 + start):
+            own = host_rows(prompts)
+            batch = stage.prompts(step, own)
+            if sft.trajectories == "dataset":
+                made = _references(stage, batch)
+            else:
+                made, own = _generated(stage, step, batch, prompts)
             # One token has no action position: nothing to calibrate.
             rows = [one if len(one.completion) > 1 else None for one in made]
             mine = np.flatnonzero(own.first_B)
@@ -135,27 +130,22 @@ def teacher_trajectories(stage: Stage) -> Trajectories:
     return Trajectories.of(config, made, tokenizer.pad_id)
 
 
-def _references(
-    stage: Stage, step: int, batch: PromptBatch, here: HostRows
-) -> tuple[list[Trajectory], HostRows]:
-    """Returns the data set's completions of this host's prompts, and the rows that they form.
-
-    The rows are given as `HostRows` of the batch. Completions are cut to `sft.max_new_tokens`.
-    """
+def _references(stage: Stage, batch: PromptBatch) -> list[Trajectory]:
+    """Returns the data set's completions of this host's prompts, cut to `sft.max_new_tokens`."""
     remedy = "set config.sft.trajectories=generate"
     references = encode_references(stage.tokenizer, batch.problems, remedy=remedy)
     most = stage.config.sft.max_new_tokens
     return [
         Trajectory(prompt, ids[:most]) for prompt, ids in zip(batch.tokens, references, strict=True)
-    ], here
+    ]
 
 
 def _generated(
-    stage: Stage, step: int, batch: PromptBatch, here: HostRows
+    stage: Stage, step: int, batch: PromptBatch, total: int
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the teacher's completions of this host's prompts, and the rows that they form.
+    """Returns the teacher's completions of this host's prompts, and their rows of the batch.
 
-    The rows are given as `HostRows` of the batch.
+    `total` is the number of prompts on all hosts.
     """
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(
@@ -168,7 +158,7 @@ def _generated(
         key=step_key(config.seed, step, TEACHER_STREAM),
         adapters=False,
         samples_per_prompt=sft.completions,
-        total=here.total,
+        total=total,
         size=config.engine,
     )
     return [

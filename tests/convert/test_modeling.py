@@ -10,7 +10,6 @@ import pytest
 import jexit
 from convert import to_hf
 from jexit.config import TINY_CALIBRATED_PATH, Config
-from jexit.loops.setup import set_chat_format
 from jexit.presets import FAMILIES
 from jexit.tasks import make_task
 from tolerances import LOGITS, LOGITS_REAL
@@ -94,9 +93,8 @@ def test_a_real_model_decodes_alike(tmp_path):
     if not run:
         pytest.skip("JEXIT_STUDENT names no run of calibration or reinforcement")
     theirs, (ours, tokenizer) = loaded(run, tmp_path / "out"), jexit.load(run)
-    set_chat_format(
-        tokenizer, Config.from_dict(json.loads((Path(run) / "config.json").read_text())).task
-    )
+    trained = Config.from_dict(json.loads((Path(run) / "config.json").read_text())).task
+    tokenizer.system, tokenizer.thinking = trained.system, trained.thinking
     task = make_task("word_problems")
     prompts = [task.problem("test", index).prompt for index in range(20)]
     assert_decodes_alike(theirs, ours, tokenizer, prompts, fixed=ours.exit_layers[4])

@@ -14,7 +14,7 @@ from jexit.io.metrics import MetricsWriter, SamplesWriter, read_metrics, read_sa
 from jexit.io.tensorboard import EventFile
 
 
-def log(workdir, steps, resume_step=None, value=0.0):
+def log(workdir, steps, resume_step=0, value=0.0):
     with MetricsWriter(workdir, resume_step, tensorboard=False) as writer:
         for step in steps:
             writer.write(step, {"loss": step + value})
@@ -115,7 +115,7 @@ def test_metrics_reach_tensorboard_at_their_steps(tmp_path):
         pass
     # A reader drops what it holds of steps from a START event's on.
     sessions = [e for e in events_in(tmp_path / "tensorboard") if e.HasField("session_log")]
-    assert [e.step for e in sessions if e.session_log.status == SessionLog.START] == [0, 4]
+    assert [e.step for e in sessions if e.session_log.status == SessionLog.START] == [1, 4]
 
 
 def test_wandb_gets_flat_values_under_their_step(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def printed(total, steps, kind=None, width=120, seconds=1.0, shown=(), **options
     return console.file.getvalue()
 
 
-def test_a_log_gets_step_eta_and_values_and_is_not_flooded():
+def test_a_log_gets_step_eta_and_values_and_is_not_flooded(monkeypatch):
     shown = {"accuracy": jnp.float32(0.5), "depth/fraction": 0.25, "state": "[bold]x"}
     text = printed(100, [1, 2, 3], shown=shown, description="rl", interval=0.0)
     values = "accuracy 50.0 %  depth/fraction 25.0 %  state [bold]x"
@@ -37,13 +37,14 @@ def test_a_log_gets_step_eta_and_values_and_is_not_flooded():
     for options, lines in (
         ({"total": 1000, "steps": range(1, 1001)}, [1, 241, 481, 721, 961, 1000]),
         ({"total": 1000, "steps": range(1, 4)}, [1, 3]),  # one that stops early says where
-        ({"total": 3, "steps": [1, 2, 3], "enabled": False}, []),  # not the first process
         ({"total": 20, "steps": [1, 20], "kind": "dumb"}, [1, 20]),
     ):
         found = printed(**options, seconds=0.125, interval=30.0).splitlines()
         assert [line.split()[0] for line in found] == [f"{n}/{options['total']}" for n in lines]
     # A run that goes on is timed by its own steps.
     assert "92/100  ETA 0:24" in printed(100, [91, 92], seconds=3.0, start=90, interval=0.0)
+    monkeypatch.setattr("jexit.io.progress.is_primary", lambda: False)
+    assert printed(3, [1, 2, 3]) == ""  # not the first process
 
 
 def test_a_terminal_shows_one_live_line():

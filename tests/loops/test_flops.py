@@ -110,7 +110,8 @@ def test_steps_are_made_of_passes():
 def test_the_biggest_part_is_six_times_the_parameters_a_token():
     """The rule of thumb, for a real model without adapters, within a twentieth."""
     arch = PRESETS["qwen3-4b"].architecture
-    ours = ModelFlops(arch=arch, exit_layers=(), exit_kind="mlp", rank=None, lora=None, full=True)
+    head = ExitSettings()
+    ours = ModelFlops(arch=arch, exit_layers=(), exit_head=head, lora=None, full=True)
     parameters = 4.02e9  # published; the tied head is among them
     found = ours.pretrain_step(PassSize.of(np.array([512])), exit_loss=False) / 512
     assert found == pytest.approx(6 * parameters, rel=0.05)

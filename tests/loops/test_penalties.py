@@ -17,7 +17,7 @@ from jexit.tasks import Attempt, Verdict
 
 
 def schedule_of(rl):
-    return PenaltySchedule(rl, AccuracyFloor.absolute(rl))
+    return PenaltySchedule(rl, AccuracyFloor(rl.accuracy_floor, rl.accuracy_floor))
 
 
 def test_penalties_rise_linearly_over_the_warm_up():
@@ -63,8 +63,7 @@ def test_its_state_survives_a_checkpoint_with_the_floor_of_the_initial_model():
 
 
 def watch_of(stops=False, floor=None):
-    rl = RLConfig()
-    return FailureWatch(0.25, PenaltySchedule(rl, floor or AccuracyFloor.absolute(rl)), stops)
+    return FailureWatch(0.25, PenaltySchedule(RLConfig(), floor or AccuracyFloor(0.0, 0.0)), stops)
 
 
 def updates(watch, *, start, number, accuracy, **values):
