@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
@@ -614,11 +615,11 @@ class Config:
     @property
     def exit_settings(self) -> ExitSettings:
         """The settings of the exit heads and the continuation that a run trains."""
-        continuation = {
-            field.name: getattr(self.exits, field.name)
-            for field in dataclasses.fields(Continuation)
-        }
-        return ExitSettings(**dataclasses.asdict(self.exit_head), **continuation)
+        return ExitSettings(
+            **dataclasses.asdict(self.exit_head),
+            continuation=self.exits.continuation,
+            continuation_rank=self.exits.continuation_rank,
+        )
 
     @property
     def best_metric(self) -> str:
@@ -633,7 +634,7 @@ class Config:
         """Returns a checked config with the settings in `values`.
 
         Raises UserError if a key does not exist, a value is not allowed or values contradict each
-        other. The message states key, value, rule and remedy.
+        other.
         """
         config = build(
             cls, values.to_dict() if isinstance(values, ConfigDict) else values, "config"
@@ -642,13 +643,9 @@ class Config:
         return config
 
     def validate(self) -> None:
-        """Raises UserError if settings contradict each other.
-
-        Only the rules that do not depend on the model are checked. `check_exits` checks the exits
-        against the number of layers.
-        """
+        """Raises UserError if settings contradict each other, by the rules that need no model."""
         _check_preset(self.preset)
-        for rules in (_exits, _sizes, _tasks, _calibration, _checkpoints, _reinforcement):
+        for rules in (_exits, _sizes, _calibration, _checkpoints, _reinforcement):
             for contradiction in rules(self):
                 raise UserError(contradiction)
         _check_policies(self)
@@ -673,10 +670,7 @@ def _exits(config: Config) -> Iterator[str]:
 
 
 def _sizes(config: Config) -> Iterator[str]:
-    """Yields a message for each contradiction between sizes and each product that is too large.
-
-    A product is too large if its texts, tokens or parameters would not fit in memory.
-    """
+    """Yields a message for each contradiction between sizes, and for products beyond the memory."""
     accumulate, mesh = config.optim.accumulate, config.mesh
     together = config.sft.completions if config.command == "sft" else 1  # sequences of a row
     if config.batch_size % (accumulate * together):
@@ -715,10 +709,6 @@ def _sizes(config: Config) -> Iterator[str]:
             f"config.pretrain requests {parameters} parameters in the blocks, but at most "
             f"{MOST_PARAMETERS} are allowed; lower width, layers, mlp_width or the heads"
         )
-
-
-def _tasks(config: Config) -> Iterator[str]:
-    p = config.pretrain
     if p.word_problems + p.tom > 1.0:
         yield (
             "config.pretrain.word_problems and config.pretrain.tom add up to "
@@ -856,10 +846,9 @@ def check_key(key: str) -> type:
 
 
 def check_exits(exits: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """Returns the exits of a model of `layers` layers: `exits`, or every 5th layer if it is empty.
+    """Returns `exits`, or every 5th layer of a model of `layers` layers if it is empty.
 
-    An exit is the number of layers that a token has run when it leaves there. Raises UserError if
-    an exit is not below `layers`, or if there are no exits.
+    Raises UserError if an exit is not below `layers`, or if there are no exits.
     """
     exits = tuple(exits) or tuple(range(5, layers, 5))
     if not exits:
@@ -879,8 +868,8 @@ def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:
     """Returns the kind and the number of the halting policy with the name `text`.
 
     Names are `threshold:X` (0 < X < 1), `fixed:LAYERS` (at least 1), and `full` and `sample`, whose
-    number is None. `further` contains the kinds that are also allowed: `confidence` (evaluation
-    only; 0 < X < 1) and `speculate` (decoding only; a layer). Raises UserError for any other name.
+    number is None. `further` adds `confidence` (0 < X < 1) or `speculate` (a layer). Raises
+    UserError for any other name.
     """
     kind, _, argument = text.partition(":")
     if kind in ("full", "sample") and not argument:
@@ -902,26 +891,21 @@ def parse_policy(text: str, *further: str) -> tuple[str, float | int | None]:
 
 
 def control_of(text: str) -> str | None:
-    """Returns the name of the policy whose mean depth the control `text` copies.
+    """Returns the name of the policy whose mean depth the control `text` copies; None for others.
 
-    Returns None if `text` is not a control. The control `shuffled` assigns the depths of `sample`
-    to tokens at random. The control `fixed:matched` stops each completion at one of the two exits
-    that enclose the mean depth of `sample`. `shuffled:POLICY` and `fixed:matched:POLICY` use the
-    policy POLICY instead of `sample`.
+    The control `shuffled` assigns the depths of `sample` to tokens at random. The control
+    `fixed:matched` stops each completion at one of the two exits that enclose the mean depth of
+    `sample`. `shuffled:POLICY` and `fixed:matched:POLICY` use the policy POLICY instead of
+    `sample`.
     """
-    for control in ("shuffled", "fixed:matched"):
-        if text == control:
-            return "sample"
-        if text.startswith(f"{control}:"):
-            return text.removeprefix(f"{control}:")
-    return None
+    found = re.fullmatch(r"(?:shuffled|fixed:matched)(?::(.*))?", text, re.DOTALL)
+    if found is None:
+        return None
+    return "sample" if found[1] is None else found[1]
 
 
 def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
-    """Returns the default settings of `command` for `preset`, as a locked, type-checked ConfigDict.
-
-    Raises UserError if the command or the preset is not known.
-    """
+    """Returns the default settings of `command` for `preset`, as a locked ConfigDict."""
     if command not in COMMANDS:
         raise UserError(f"command {command!r} is not known; choose one of {', '.join(COMMANDS)}")
     config = ConfigDict(Config(command=command, preset=preset or TINY_PRESET).to_dict())
@@ -946,10 +930,7 @@ def config_dict(command: str, preset: str = TINY_PRESET) -> ConfigDict:
 
 
 def _locked(config: ConfigDict) -> ConfigDict:
-    """Returns `config`, locked against new keys and other types, except in the task's options.
-
-    The task itself checks its options.
-    """
+    """Returns `config`, locked against new keys and other types, except in the task's options."""
     config.task.options = ConfigDict(config.task.options.to_dict(), type_safe=False)
     config.lock()
     config.task.options.unlock()

@@ -42,9 +42,7 @@ from jexit.settings import shown
 class Arguments:
     """A parsed command line: the checked config, the run's directory, and where to run.
 
-    `aot` is the topology for which to compile instead of running. If the hosts do not find each
-    other, `coordinator`, `processes` and `process` describe them. `host_timeout` is the time in
-    seconds that a host waits for another host.
+    `aot` is the topology for which to compile instead of running.
     """
 
     config: Config
@@ -59,7 +57,7 @@ class Arguments:
 def parse(argv: Sequence[str]) -> Arguments:
     """Parses and checks a command line, whose first word in `argv` is the program's name.
 
-    If a config file does not exist, it is also looked up in jexit's installation. Raises UserError
+    A config file that does not exist is also looked up in jexit's installation. Raises UserError
     for every mistake in the command line.
     """
     argv, options = _without_task_options(_with_own_config(argv))
@@ -105,18 +103,14 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _with_own_config(argv: Sequence[str]) -> list[str]:
-    """Returns the command line with the path of an existing config file.
-
-    If the config file on the command line does not exist, its path is replaced by that of the file
-    with the same name in jexit's installation.
-    """
+    """Returns the command line with the path of an existing config file; see `_own_config`."""
     words = list(argv)
-    for place, word in enumerate(argv):
+    for index, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag in ("--config", "-config") and equals:
-            words[place] = f"{flag}={_own_config(value)}"
-        elif flag in ("--config", "-config") and place + 1 < len(argv):
-            words[place + 1] = _own_config(argv[place + 1])
+            words[index] = f"{flag}={_own_config(value)}"
+        elif flag in ("--config", "-config") and index + 1 < len(argv):
+            words[index + 1] = _own_config(argv[index + 1])
     return words
 
 
@@ -143,10 +137,9 @@ def _without_task_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
 
 
 def _own_config(value: str) -> str:
-    """Returns `value`, which is FILE or FILE:PRESET, with the path at which FILE exists.
+    """Returns `value`, which is FILE or FILE:PRESET, with the path at which FILE exists, if any.
 
-    FILE is looked up in the working directory, in the installed package and in the checkout. If
-    FILE does not exist, `value` is returned unchanged.
+    FILE is looked up in the working directory, in the installed package and in the checkout.
     """
     file, colon, preset = value.partition(":")
     package = pathlib.Path(jexit.__file__).parent
@@ -156,10 +149,7 @@ def _own_config(value: str) -> str:
 
 
 def _flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns the flags of jexit, not yet parsed.
-
-    The flags depend on `argv` and cannot be used to parse another command line.
-    """
+    """Returns the flags of jexit, not yet parsed, for the command line `argv`."""
     known = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -181,10 +171,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _unknown(error: flags.UnrecognizedFlagError) -> str:
-    """Returns the error message for an unknown flag.
-
-    If the flag has the name of a setting, the message shows how to set the setting.
-    """
+    """Returns the error message for an unknown flag, or for a setting without `config.`."""
     setting = f"config.{error.flagname}"
     try:
         check_key(setting)
@@ -194,10 +181,7 @@ def _unknown(error: flags.UnrecognizedFlagError) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError) -> str:
-    """Returns the error message for a flag with an invalid value.
-
-    For a setting of the config, the message is jexit's own; for any other flag, it is absl's.
-    """
+    """Returns the error message for a flag with an invalid value: jexit's own for a setting."""
     name, _, rest = str(error).removeprefix("flag --").partition("=")
     if not name.startswith("config."):
         return _one_line(error)
@@ -209,10 +193,9 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
-    """Runs the command of `config` in the directory `workdir`.
+    """Runs the command of `config` in `workdir`, or compiles its steps for `topology`.
 
-    If `topology` is passed, such as v5e:4x4, nothing is run; instead, the steps of the command are
-    compiled for this topology. Raises UserError for mistakes of the user.
+    Raises UserError for mistakes of the user.
     """
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.model_source import find_model
@@ -285,10 +268,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _exit_code(error: Exception, workdir: pathlib.Path) -> int | None:
-    """Prints why the run ended and returns the exit code, or returns None for an unexpected error.
-
-    `workdir` is named in the message if the disk is full and the error does not name a file.
-    """
+    """Prints why the run ended and returns the exit code; None for an unexpected error."""
     from jexit.dist import multihost
 
     if lost := multihost.ended(error):

@@ -1,8 +1,8 @@
 """The architectures of the supported models, by preset name.
 
-A checkpoint always has its own numbers (its `Architecture` is read from its config.json). This
-table is for configs that need the shape of a model before its weights are available. The numbers
-are from the models' published config.json files.
+This table is for configs that need the shape of a model before its weights are available; a
+checkpoint's own numbers come from its config.json. The numbers are from the models' published
+config.json files.
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ SCALINGS = {"yarn": Yarn, "llama3": Llama3Rope}
 class Architecture:
     """The sizes and constants that define one Qwen2, Qwen3 or Llama transformer.
 
-    `width` is the size of the residual, `head_dim` the size of one attention head, and
-    `max_positions` the largest number of positions. `tied` says whether the output head shares the
-    embedding matrix. `rope_scaling` is None for plain rotary embeddings. Raises UserError if values
-    are out of range or do not fit together.
+    `width` is the size of the residual, and `head_dim` that of one attention head. `tied` says
+    whether the output head shares the embedding matrix. Raises UserError if values are out of range
+    or do not fit together.
     """
 
     family: Family
@@ -165,11 +164,7 @@ def _preset(
     lora_rank: int = 8,
     **other: Any,
 ) -> Preset:
-    """Returns a preset of a family whose presets share the values `common`.
-
-    `common` and `other` contain fields of `Architecture`. `heads` contains the number of query
-    heads and the number of key/value heads.
-    """
+    """Returns a preset with the fields `common` of its family and `other` of its own."""
     shape = {"width": width, "layers": layers, "mlp_width": mlp_width}
     shape |= {"query_heads": heads[0], "kv_heads": heads[1], "head_dim": width // heads[0]}
     architecture = Architecture(**shape | common | other)

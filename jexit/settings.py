@@ -34,7 +34,6 @@ class Bounds:
         )
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError if `value` is out of bounds or NaN; the message names `where`."""
         if not (self.at_least <= value <= self.at_most or (self.or_zero and value == 0)):
             raise UserError(f"{where} is {shown(value)}; it must be {self}")
 
@@ -46,7 +45,6 @@ class Length:
     at_most: int
 
     def check(self, value: Sized, where: str) -> None:
-        """Raises UserError if `value` is longer than `at_most`; the message names `where`."""
         if len(value) > self.at_most:
             parts = "characters" if isinstance(value, str) else "values"
             raise UserError(
@@ -57,17 +55,9 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """An annotation of a dictionary of settings that another module, such as a task, defines.
-
-    The names are Python identifiers, and the values are numbers, strings or lists of numbers and
-    strings.
-    """
+    """An annotation of a task's own settings: identifiers with numbers, strings or lists."""
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
-        """Raises UserError if a name is not a Python identifier, or if a value has another type.
-
-        `where` names the dictionary in the message.
-        """
         for name, value in values.items():
             if not (isinstance(name, str) and name.isidentifier()):
                 raise UserError(
@@ -119,11 +109,11 @@ def annotations(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
-    """Builds the dataclass `cls` from plain values, such as parsed JSON.
+    """Builds the dataclass `cls` from plain values, such as parsed JSON, named `where` in messages.
 
-    `where` is the name of the settings in error messages. An integer is accepted for a float, and a
-    list or a single value for a tuple. Raises UserError, with the name of the key, if a key is
-    unknown or missing, or if the annotation of a field does not allow the value.
+    An integer is accepted for a float, and a list or a single value for a tuple. Raises UserError,
+    with the name of the key, if a key is unknown or missing, or if the annotation of a field does
+    not allow the value.
     """
     hints = annotations(cls)
     if not isinstance(values, Mapping):
@@ -149,8 +139,7 @@ def build(cls: type[Section], values: Mapping[str, Any], where: str) -> Section:
 def check(settings: Any) -> None:
     """Raises UserError if the annotation of a field of the dataclass `settings` forbids its value.
 
-    A dataclass calls `check(self)` in its `__post_init__`, so that an instance made directly is
-    checked as in `build`.
+    Call it in `__post_init__`, so that an instance made directly is checked as in `build`.
     """
     for name, hint in annotations(type(settings)).items():
         if not dataclasses.is_dataclass(hint):
@@ -161,7 +150,7 @@ def checked(hint: Any, value: Any, where: str) -> Any:
     """Returns `value`, converted to the type of the annotation `hint`.
 
     Integers become floats, and lists and single values become tuples, where `hint` requires it.
-    Raises UserError, with a message that begins with `where`, if `hint` does not allow the value.
+    Raises UserError, which begins with `where`, if `hint` does not allow the value.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:

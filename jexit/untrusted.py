@@ -27,8 +27,7 @@ _KINDS = {
 def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
     """Returns the value in a JSON file of at most `MAX_BYTES` bytes.
 
-    Raises the errors of `read_bytes`, and UserError if `parse_json` rejects the text. The messages
-    end in `remedy`, which says what the user can do.
+    Raises the errors of `read_bytes`, and UserError if `parse_json` rejects the text.
     """
     data = read_bytes(path, remedy, MAX_BYTES)
     try:
@@ -41,8 +40,8 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
     """Returns the contents of a regular file.
 
     Raises MissingFile if the file does not exist. Raises UserError if the path is a directory, a
-    pipe or a device, if the file is larger than `limit` bytes (None: no limit), or if the file
-    cannot be read. The messages end in `remedy`, which says what the user can do.
+    pipe or a device, if the file is larger than `limit` bytes (None: no limit), or if it cannot be
+    read. The messages end in `remedy`, which says what the user can do.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
@@ -64,11 +63,7 @@ def read_bytes(path: str | os.PathLike[str], remedy: str, limit: int | None = No
 
 
 def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
-    """Returns the object in a JSON file as a dictionary.
-
-    Raises the errors of `read_json`, and UserError if the file contains a value that is not an
-    object. The messages end in `remedy`, which says what the user can do.
-    """
+    """Returns the object in a JSON file; raises UserError as `read_json`, and for other values."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise UserError(f"{path} contains a JSON {type(value).__name__}, not an object; {remedy}")
@@ -78,8 +73,7 @@ def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
 def read_json_lines(path: str | os.PathLike[str], remedy: str) -> Iterator[Any]:
     """Yields the values of a file with one JSON text per line; yields nothing if there is no file.
 
-    Lines that are incomplete or not valid JSON are skipped. Raises UserError, with a message that
-    ends in `remedy`, if the file cannot be read.
+    Skips lines that are incomplete or not valid JSON. Raises UserError if the file cannot be read.
     """
     try:
         lines = read_bytes(path, remedy).splitlines(keepends=True)
@@ -95,8 +89,8 @@ def parse_json(data: bytes) -> Any:
     """Returns the value of a JSON text in UTF-8, with or without a byte order mark.
 
     Raises ValueError, with the reason, if the text is not JSON, is nested deeper than `MAX_DEPTH`,
-    contains NaN or a number beyond the range of a float, or contains duplicate keys. Duplicate keys
-    are rejected because some readers use the first value and others the last.
+    or contains NaN, a number beyond the range of a float or duplicate keys, of which some readers
+    use the first value and others the last.
     """
     try:
         value = json.loads(
@@ -123,9 +117,8 @@ def parse_json(data: bytes) -> Any:
 def check_files(directory: Path, folders: Iterable[str] = ()) -> None:
     """Raises UserError for special files in a model directory, and for links that lead out of it.
 
-    Special files are rejected because reading a pipe or a device may never end. Links that lead out
-    of the directory are rejected because a downloaded directory must not choose which of this
-    machine's files are read. Checks the top level of `directory` and everything in its
+    Reading a pipe or a device may never end, and a downloaded directory must not choose which of
+    this machine's files are read. Checks the top level of `directory` and everything in its
     subdirectories `folders`. Links to the `blobs` of a model in the Hugging Face hub's cache are
     allowed, because the cache consists of such links.
     """

@@ -13,12 +13,11 @@ MULTIPLE = 8  # every padded length is a multiple of this
 class LengthBuckets:
     """Divides a pool of rows into buckets by length, which saves padding and limits batch shapes.
 
-    A row consists of a prompt and a completion; `prompt_lengths` and `completion_lengths` contain
-    the lengths in tokens. Each of at most `count` buckets pads its rows to one length. The lengths
-    minimise the number of tokens in the whole pool, including padding. `shapes` contains a pair for
-    each bucket, from short to long: the padded length of a row, and the length of the longest
-    completion in this and all shorter buckets. Both are rounded up to a multiple of 8, and neither
-    decreases from one bucket to the next.
+    A row consists of a prompt and a completion, of the given lengths in tokens. Each of at most
+    `count` buckets pads its rows to one length. The lengths minimise the number of tokens in the
+    whole pool, including padding. `shapes` contains a pair for each bucket, from short to long: the
+    padded length of a row, and the length of the longest completion in this and all shorter
+    buckets. Both are rounded up to a multiple of 8.
     """
 
     def __init__(
@@ -37,19 +36,18 @@ class LengthBuckets:
     def batch(self, *, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Returns the row indices [B] of a step's batch, and the pair in `shapes` for its padding.
 
-        The pair belongs to the bucket of the longest row in the batch. The result depends only on
-        `seed` and `step`. If the number of rows is a multiple of `batch_size`, an epoch uses every
-        row once; otherwise each epoch leaves out other randomly drawn rows. If the pool has fewer
-        rows than a batch, rows are repeated.
+        If the number of rows is a multiple of `batch_size`, an epoch uses every row once; otherwise
+        each epoch leaves out other randomly drawn rows. If the pool has fewer rows than a batch,
+        rows are repeated.
         """
         rows_N = np.arange(len(self._bucket_N))
         rows_N = np.tile(rows_N, -(-batch_size // len(rows_N)))
         batches = len(rows_N) // batch_size
-        epoch, place = divmod(step, batches)
+        epoch, number = divmod(step, batches)
         random = np.random.default_rng((seed, epoch))
         rows_N = random.permutation(rows_N)[: batches * batch_size]
         rows_N = rows_N[np.argsort(self._bucket_N[rows_N], kind="stable")]
-        rows_B = rows_N.reshape(batches, batch_size)[random.permutation(batches)[place]]
+        rows_B = rows_N.reshape(batches, batch_size)[random.permutation(batches)[number]]
         return rows_B, self.shapes[self._bucket_N[rows_B].max()]
 
 
@@ -60,8 +58,7 @@ def _rounded(lengths: np.ndarray) -> np.ndarray:
 def _best_borders(lengths_N: np.ndarray, count: int) -> np.ndarray:
     """Returns at most `count` rising lengths that minimise the padded size of rows of `lengths_N`.
 
-    Every row is padded to the smallest of the returned lengths that is not below its own length.
-    The padded size is the sum of the padded lengths.
+    Every row is padded to the smallest of these lengths that is not below its own.
     """
     lengths_U, rows_U = np.unique(lengths_N, return_counts=True)
     below_U = np.concatenate([[0], np.cumsum(rows_U)])

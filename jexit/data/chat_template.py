@@ -2,15 +2,14 @@
 
 A chat template is a program written by the publisher of a checkpoint. Jinja's sandbox protects the
 interpreter from the template, but the template can still run forever or fill the memory. Nothing
-inside a Python process can stop the template: a thread cannot be killed, and signal handlers,
-tracers and loop counters all wait for an operation such as `10**10**9` or `'x' * 10**11` to return.
-A process can be stopped at any point, so a child process renders the templates under two limits
-that the kernel enforces: processor time per text, and memory. When the processor time is used up,
-the kernel ends the child, which closes the pipe from which this process reads. This process
-therefore needs no timer of its own.
+inside a Python process can stop it: a thread cannot be killed, and signal handlers, tracers and
+loop counters all wait for an operation such as `10**10**9` or `'x' * 10**11` to return. A child
+process therefore renders the templates under two limits that the kernel enforces: processor time
+per text, and memory. When the processor time is used up, the kernel ends the child, which closes
+the pipe from which this process reads.
 
-One child process renders all templates. The child starts with the first text. It ends when this
-process ends, because the child's input is then closed.
+One child process, started with the first text, renders all templates. It ends when this process
+ends, because its input is then closed.
 """
 
 from __future__ import annotations
@@ -36,12 +35,9 @@ _REASON = 200  # the most characters that a reason may have
 def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
     """Returns the string that a chat template produces for messages (`role`, `content`).
 
-    `variables` are the template's other variables, which must be JSON values. A template can use
-    the same names as in transformers' `apply_chat_template`.
-
-    Raises:
-      ValueError: If the template is broken, rejects the messages or exceeds a limit. The error
-        message contains only the reason.
+    `variables` are the template's other variables, which must be JSON values, with the names that
+    transformers' `apply_chat_template` uses. Raises ValueError, with only the reason, if the
+    template is broken, rejects the messages or exceeds a limit.
     """
     request = {"template": template, "messages": list(messages), "variables": variables}
     reply = _child.ask(request | {"seconds": SECONDS})
@@ -60,7 +56,13 @@ class _Child:
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._process = self._started()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", __file__],  # -P: files of this directory are no modules
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # only the parent handles signals to its group
+                )
             assert self._process.stdin is not None and self._process.stdout is not None
             try:
                 self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -78,19 +80,6 @@ class _Child:
             if code == -signal.SIGPROF:
                 return {"fault": f"it takes more than {request['seconds']:g} s of processor time"}
             return {"fault": f"the process that rendered it ended with code {code}"}
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                __file__,
-            ],  # -P: do not import files of this directory as modules
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # only the parent handles signals to its group
-        )
 
     def stop(self) -> None:
         process, self._process = self._process, None
@@ -201,10 +190,7 @@ def _environment() -> Any:
 
 
 def _fault(error: Exception) -> str:
-    """Returns the reason why a template failed, in one line.
-
-    The reason begins with the line number in the template if that number is known.
-    """
+    """Returns the reason why a template failed, in one line, with the line number if known."""
     if isinstance(error, MemoryError):
         return f"it takes more than {MEBIBYTES} MiB of memory"
     line, trace = getattr(error, "lineno", None), error.__traceback__

@@ -32,13 +32,11 @@ Batch = TypeVar("Batch")
 class TextBatch:
     """Prompts with reference completions, several per row, padded at the end of each row.
 
-    The axes are B (rows), T (tokens of a row) and N (texts). `tokens_BT` int32 contains the token
-    ids. `loss_mask_BT` float32 is the weight of each token *as a target*: 1 on the completion and
-    its end token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a row
-    from 1 (0: padding), and `position_BT` int32 numbers the tokens of each text from 0. `task_BT`
-    int32 is the index in the mixture of the task that the text comes from (-1: padding).
-    `lengths_N` int32 contains the number of tokens of every text, in the order in which the texts
-    were drawn.
+    `loss_mask_BT` float32 is the weight of each token *as a target*: 1 on the completion and its
+    end token, 0 on the prompt and on padding. `segment_BT` int32 numbers the texts of a row from 1
+    (0: padding), and `position_BT` int32 the tokens of each text from 0. `task_BT` int32 is the
+    index in the mixture of the text's task (-1: padding). `lengths_N` int32 contains the number of
+    tokens of every text N, in the order in which the texts were drawn.
     """
 
     tokens_BT: np.ndarray
@@ -53,9 +51,8 @@ class TextBatch:
 class PromptBatch:
     """The problems of one step that belong to this host, with the token ids of their prompts.
 
-    The lists in `tokens` have different lengths. `skipped` is the number of problems that were left
-    out because their prompt exceeds the limit. For finite data, `skipped` counts problems of the
-    whole split; for generated data, draws of this batch.
+    `skipped` is the number of problems left out because their prompt exceeds the limit: of the
+    whole split for finite data, of this batch's draws for generated data.
     """
 
     problems: list[Problem]
@@ -66,9 +63,7 @@ class PromptBatch:
 def prepared(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
     """Yields `make(step)` for steps `start` to `stop` - 1, computed ahead in a background thread.
 
-    The step is the iterator's only state, so an iterator that starts at step n yields the same
-    batches as an iterator that has reached step n. If `make` raises an error, the iterator raises
-    the error in place of that batch.
+    If `make` raises an error, the iterator raises it in place of that batch.
     """
     steps = grain.MapDataset.range(start, stop).map(make)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREPARED_AHEAD)
@@ -86,11 +81,11 @@ def text_batch(
 ) -> TextBatch:
     """Returns a pretraining batch of reference texts from a weighted mixture of tasks.
 
-    `mixture` contains pairs of a task and its weight. Texts are drawn from a random stream that
-    depends on `seed` and `step`. The batch contains the first n texts of the stream, with the
-    largest n that `pack` fits into `batch_size` rows of `length` tokens. Raises UserError if a text
-    with its end token is longer than `length`, if a task has no reference completions, or if the
-    weights are negative or all zero.
+    `mixture` contains pairs of a task and its weight. The batch contains the first n texts of a
+    random stream that depends on `seed` and `step`, with the largest n that `pack` fits into
+    `batch_size` rows of `length` tokens. Raises UserError if a text with its end token is longer
+    than `length`, if a task has no reference completions, or if the weights are negative or all
+    zero.
     """
     weights = {str(i): weight for i, (_, weight) in enumerate(mixture)}
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -104,13 +99,11 @@ def text_batch(
     while sum(len(ids) for ids, *_ in texts) <= room:
         problems, tasks = [], []
         for number in range(len(texts), len(texts) + batch_size):
-            position = (
-                step * room + number
-            )  # the steps' ranges do not overlap: a text has at least one token
+            # The steps' ranges do not overlap: a text has at least one token.
+            position = step * room + number
             tasks.append(int(Draw("mixture", seed, position).weighted(weights)))
-            problems.append(
-                _problem_at(mixture[tasks[-1]][0], "train", seed=seed, position=position)
-            )
+            task, _ = mixture[tasks[-1]]
+            problems.append(_problem_at(task, "train", seed=seed, position=position))
         encoded = _encoded(tokenizer, problems, length)
         texts += [(*text, task) for text, task in zip(encoded, tasks, strict=True)]
     lengths = [len(ids) for ids, *_ in texts]
@@ -149,8 +142,7 @@ def encode_references(
 ) -> list[list[int]]:
     """Returns the token ids of each problem's reference completion, followed by the end token.
 
-    Raises UserError, with a message that ends in `remedy`, for a problem without a reference
-    completion.
+    Raises UserError, which ends in `remedy`, for a problem without a reference completion.
     """
     for problem in problems:
         if problem.completion is None:
@@ -164,10 +156,9 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns for each problem its token ids, and how many of these belong to the prompt.
+    """Returns for each problem the token ids of its whole text, and how many belong to the prompt.
 
-    The token ids are those of the prompt, the reference completion and the end token. Raises
-    UserError if a problem has more than `length` token ids.
+    Raises UserError if a problem has more than `length` token ids.
     """
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
@@ -186,9 +177,8 @@ def _encoded(
 def pack(lengths: Sequence[int], room: int) -> list[int]:
     """Returns the row of each text, chosen by best-fit decreasing; rows are numbered from 0.
 
-    `lengths` are the lengths of the texts in tokens, and `room` is the length of a row, which every
-    text must fit into. From the longest text to the shortest, each text goes into the fullest row
-    that has room for the text, or into a new row if no row has room.
+    From the longest text to the shortest, each goes into the fullest row of `room` tokens that has
+    room for it, or into a new row.
     """
     row_of = [0] * len(lengths)
     rows: list[tuple[int, int]] = []  # (room that is left, row), the fullest first
@@ -214,13 +204,13 @@ def prompt_batch(
 ) -> PromptBatch:
     """Returns this host's prompts of one step: the rows `rows` of the batch (None: all rows).
 
-    `task` provides the problems. Finite data is visited in epochs. An epoch visits every problem
-    once, in an order drawn from (seed, epoch), and a batch may extend into the next epoch.
-    Generated data never repeats an index, and each seed has its own indices.
+    Finite data is visited in epochs. An epoch visits every problem once, in an order drawn from
+    (seed, epoch), and a batch may extend into the next epoch. Generated data never repeats an
+    index, and each seed has its own indices.
 
-    Without `skip_long`, raises UserError if a prompt is longer than `max_prompt_tokens`. With
-    `skip_long`, problems with longer prompts are left out and counted instead, and UserError is
-    raised if the split has only such problems. Also raises UserError if the split is empty.
+    Raises UserError if a prompt is longer than `max_prompt_tokens`; with `skip_long`, such problems
+    are left out and counted instead, and UserError is raised if the split has no others. Also
+    raises UserError if the split is empty.
     """
     rows = range(batch_size) if rows is None else rows
     positions = [step * batch_size + int(row) for row in rows]
@@ -246,15 +236,11 @@ def prompt_batch(
 
 
 def encode_problems(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
-    """Returns the token ids of each problem's prompt.
-
-    A prompt includes the messages before the user's message, such as a system message.
-    """
+    """Returns the token ids of each problem's prompt, with the messages before the user's."""
     return tokenizer.encode_prompts([problem.messages for problem in problems])
 
 
 def require_problems(task: Task, split: Split) -> None:
-    """Raises UserError if the split `split` of `task` contains no problems."""
     if task.size(split) == 0:
         raise UserError(
             f"task {task.name!r} has no problem in its {split} split; give it data for this split, "
@@ -263,10 +249,6 @@ def require_problems(task: Task, split: Split) -> None:
 
 
 def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens: int) -> None:
-    """Raises UserError if `ids`, the token ids of a prompt, are more than `max_prompt_tokens`.
-
-    `problem` is the problem that the prompt belongs to; its beginning appears in the message.
-    """
     if len(ids) > max_prompt_tokens:
         raise UserError(
             f"a prompt has {len(ids)} tokens, over the limit of {max_prompt_tokens} "
@@ -275,10 +257,7 @@ def check_prompt_length(problem: Problem, ids: Sequence[int], max_prompt_tokens:
 
 
 def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Problem:
-    """Returns the problem at `position` in the endless stream of problems that `seed` determines.
-
-    Raises UserError if the split is empty.
-    """
+    """Returns the problem at `position` in the endless stream that `seed` determines."""
     size = task.size(split)
     if size is None:
         # Seeds may be large or negative; their hash picks the range of indices.
@@ -289,10 +268,7 @@ def _problem_at(task: Task, split: Split, *, seed: int, position: int) -> Proble
 
 @functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, size: int) -> grain.MapDataset:
-    """Returns an endless data set with random access: 0 … size - 1, epoch after epoch.
-
-    Each epoch has its own order, which depends on `seed`.
-    """
+    """Returns an endless data set: 0 … size - 1, epoch after epoch, each in its own order."""
     seed = stable_hash("epochs", seed) & 0x7FFFFFFF  # seeds may be large or negative
     return grain.MapDataset.range(size).shuffle(seed=seed).repeat()
 
@@ -301,10 +277,7 @@ def _shuffled(seed: int, size: int) -> grain.MapDataset:
 def _short_enough(
     task: Task, tokenizer: Tokenizer, split: Split, max_prompt_tokens: int
 ) -> tuple[int, ...]:
-    """Returns the indices of the problems in a finite split whose prompts are within the limit.
-
-    The limit is `max_prompt_tokens`. Raises UserError if every prompt is longer.
-    """
+    """Returns the indices of the problems in a finite split whose prompts are within the limit."""
     problems = [task.problem(split, index) for index in range(task.size(split) or 0)]
     lengths = map(len, encode_problems(tokenizer, problems))
     kept = tuple(i for i, tokens in enumerate(lengths) if tokens <= max_prompt_tokens)

@@ -31,12 +31,11 @@ _AS_PUBLISHED = "put the files of github.com/openai/grade-school-math there, exa
 
 
 def prepare_gsm8k(source: str | os.PathLike[str], target: str | os.PathLike[str] | None) -> str:
-    """Builds the dataset `target`/gsm8k/VERSION from the files in `source`; returns a summary.
+    """Builds the dataset `target`/gsm8k/VERSION from the files in `source`; returns a summary line.
 
-    `target` is the data directory of tensorflow-datasets; None means the library's default. The
-    summary is one line. An existing dataset is not changed. Raises MissingFile or UserError if
-    files or rows are missing or damaged, if an existing dataset cannot be read, or if the dataset
-    cannot be written.
+    `target` None means the library's data directory. An existing dataset is not changed. Raises
+    MissingFile or UserError if files or rows are missing or damaged, if an existing dataset cannot
+    be read, or if the dataset cannot be written.
     """
     source = pathlib.Path(source).expanduser()
     data_dir = str(pathlib.Path(target).expanduser().absolute()) if target else None
@@ -78,7 +77,7 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
 def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
     """Yields the rows of a published JSONL file, with the fields of the dataset.
 
-    Raises UserError if a row is damaged, or if the file contains no rows.
+    Raises UserError if a row is damaged, or if there are none.
     """
     empty = True
     for place, row in read_jsonl(file):
@@ -101,10 +100,9 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def _builder(data_dir: str | None) -> Any:
-    """Returns tensorflow-datasets' builder of GSM8K, which uses given rows instead of a download.
+    """Returns tensorflow-datasets' builder of GSM8K, which uses its `rows` instead of a download.
 
-    The attribute `rows` must be set before the dataset is built. Raises UserError if `data_dir`
-    contains a gsm8k dataset that the library cannot read.
+    Raises UserError if `data_dir` contains a gsm8k dataset that the library cannot read.
     """
     # The class, not tfds.builder("gsm8k"): looking the name up needs TensorFlow.
     import tensorflow_datasets as tfds

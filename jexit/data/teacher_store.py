@@ -14,10 +14,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The token ids of a prompt and of a completion generated for the prompt.
-
-    `completion` includes the end token if the completion has one.
-    """
+    """The token ids of a prompt and of its completion, with the end token if it has one."""
 
     prompt: list[int]
     completion: list[int]
@@ -26,16 +23,14 @@ class Trajectory:
 class TeacherStore:
     """Stores trajectories on disk: prompts with the completions of a teacher model.
 
-    `settings` are all settings that affect the trajectories. Each set of settings has its own
-    folder in `directory`, named by a hash of the settings. `writer` is the number of this writer,
-    usually the index of the host. A writer appends only to its own file, so hosts never wait for
-    each other. A writer reads the files of all writers, because an earlier run may have had another
-    number of hosts.
+    `settings` are all settings that affect the trajectories; each set of settings has its own
+    folder in `directory`. Each `writer`, usually the index of the host, appends only to its own
+    file, so hosts never wait for each other, and reads the files of all writers, because an earlier
+    run may have had another number of hosts.
 
-    The first line of a file contains the settings. Each further line contains the rows of one batch
-    that the writer generated. Each line begins with a checksum. If a line is damaged, or incomplete
-    because the process that wrote the line was killed, that line and all lines after it are
-    ignored. They are removed when the file's own writer opens the file.
+    The first line of a file contains the settings, and each further line the rows of one batch.
+    Each line begins with a checksum. A damaged or incomplete line and all lines after it are
+    ignored, and removed when the file's own writer opens the file.
     """
 
     def __init__(
@@ -52,18 +47,16 @@ class TeacherStore:
             os.truncate(self.path, whole)
         if not self.path.exists() or not self.path.stat().st_size:
             self._append(self._header)
-        self._rows: dict[tuple[int, int], Trajectory | None] = {}
         self.read()
 
     def read(self) -> None:
         """Reads all rows that any writer has stored so far."""
-        self._rows = {}
+        self._rows: dict[tuple[int, int], Trajectory | None] = {}
         for path in sorted(self.directory.glob("host-*.jsonl")):
-            for number, (text, _) in enumerate(_whole_lines(path)):
-                if number == 0:
-                    if text != self._header:
-                        break
-                    continue
+            lines = _whole_lines(path)
+            if next(lines, ("", 0))[0] != self._header:
+                continue
+            for text, _ in lines:
                 stored = json.loads(text)
                 for row, pair in zip(stored["rows"], stored["trajectories"], strict=True):
                     trajectory = None if pair is None else Trajectory(**pair)
@@ -76,16 +69,14 @@ class TeacherStore:
     @property
     def trajectories(self) -> list[Trajectory]:
         """All stored trajectories that can be used, ordered by batch number and row."""
-        rows = (self._rows[place] for place in sorted(self._rows))
-        return [row for row in rows if row is not None]
+        return [row for _, row in sorted(self._rows.items()) if row is not None]
 
     def append(
         self, batch: int, rows: Sequence[int], trajectories: Sequence[Trajectory | None]
     ) -> None:
         """Stores the trajectories of the rows with numbers `rows` in the batch with number `batch`.
 
-        None in `trajectories` marks a row whose trajectory cannot be used; `holds` counts such a
-        row as stored, so that the row is not generated again.
+        None marks a row whose trajectory cannot be used; `holds` counts it as stored.
         """
         pairs = [None if row is None else dataclasses.asdict(row) for row in trajectories]
         numbers = [int(row) for row in rows]

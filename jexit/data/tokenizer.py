@@ -39,12 +39,10 @@ TOKENIZER_FILES = (
 class Tokenizer:
     """Converts strings to token ids and back, applies the chat template, and knows the end tokens.
 
-    `backend` is a tokenizer of transformers. The attribute `eos_ids` is a set, because a model may
-    end with one of several tokens (Qwen3: 151645 or 151643). The set contains the end token of
-    `backend` and the argument `eos_ids`, which `load` reads from generation_config.json and
-    config.json. The padding token `pad_id` may be one of the end tokens, so the end of a sequence
-    must be determined from its length, never from `pad_id`. Raises UserError if there is no end
-    token.
+    `backend` is a tokenizer of transformers. The attribute `eos_ids` contains its end token and the
+    argument `eos_ids`, because a model may end with one of several tokens (Qwen3: 151645 or
+    151643). The padding token `pad_id` may be one of them, so the end of a sequence must be
+    determined from its length, never from `pad_id`. Raises UserError if there is no end token.
     """
 
     def __init__(
@@ -90,9 +88,8 @@ class Tokenizer:
     def find(directory: str | os.PathLike[str]) -> pathlib.Path:
         """Returns `directory` as a path, after checking that it contains the files of a tokenizer.
 
-        The files are not read. Raises MissingFile if the directory or its tokenizer files are
-        missing, and UserError if the directory contains a special file or a link that leads out of
-        it.
+        Raises MissingFile if the directory or its tokenizer files are missing, and UserError for a
+        special file or a link that leads out of it.
         """
         path = pathlib.Path(directory)
         if not path.is_dir():
@@ -123,9 +120,8 @@ class Tokenizer:
     def thinking(self) -> Thinking:
         """The thinking mode that prompts pass to the chat template; `auto` passes none.
 
-        Assigning a value other than `auto`, `on` or `off` raises UserError. Assigning `on` or `off`
-        raises UserError if the template has no switch for thinking (Qwen3's template has the switch
-        `enable_thinking`; the templates of Qwen2.5 and R1-Distill have none).
+        Assigning `on` or `off` raises UserError if the template has no switch for thinking, such as
+        Qwen3's `enable_thinking`.
         """
         return self._thinking
 
@@ -178,19 +174,15 @@ class Tokenizer:
 
     @functools.cached_property
     def opens_thinking(self) -> bool:
-        """Whether the chat template ends a prompt with `<think>`.
-
-        A completion then begins inside the think block.
-        """
+        """Whether the chat template ends a prompt with `<think>`, which completions then close."""
         return self.has_chat_template and self.chat_text("?").rstrip().endswith(THINK_START)
 
     def render(self, messages: Messages, *, answer: bool = True) -> str:
         """Returns messages (`role`, `content`) as one string in the format of the chat template.
 
-        With `answer`, the string ends with the beginning of the assistant's turn. Otherwise the
-        string ends with the content of the last message, which a model can then continue. The
-        property `thinking` is passed to the template. Raises UserError if the template is broken,
-        rejects the messages or exceeds a limit (see `chat_template.render`).
+        With `answer`, the string ends with the beginning of the assistant's turn; otherwise with
+        the content of the last message, which a model can then continue. Raises UserError if the
+        template is broken, rejects the messages or exceeds a limit (see `chat_template.render`).
         """
         return self._render(messages, thinking=self._thinking, answer=answer)
 
@@ -232,10 +224,10 @@ class Tokenizer:
         """Returns a conversation as a string that ends where the assistant's answer begins.
 
         `prompt` is the user's message, or a list of messages that ends with the user's. The
-        tokenizer's `system` message comes first, unless the list begins with another system
-        message. Without a chat template, the string contains only the messages, with a line break
-        after a user's message and a blank line after an assistant's message. Raises UserError if
-        there is a system message but no template that can include the message.
+        tokenizer's `system` message comes first, unless the list begins with another. Without a
+        chat template, the string contains only the messages, with a line break after a user's
+        message and a blank line after an assistant's. Raises UserError if there is a system message
+        but no template.
         """
         said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         own = said[0]["role"] == "system"
@@ -254,8 +246,8 @@ class Tokenizer:
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
         """Returns the token ids of `chat_text(prompt)`.
 
-        A chat template adds a begin token itself, if the model uses one. Without a chat template,
-        the string is encoded by `encode_texts`, which adds the tokenizer's begin token.
+        A chat template adds a begin token itself, if the model uses one; without a template,
+        `encode_texts` does.
         """
         return self.encode_prompts([prompt])[0]
 
@@ -266,18 +258,12 @@ class Tokenizer:
 
     @functools.cached_property
     def begin_id(self) -> int | None:
-        """The id of the token that the tokenizer puts before texts, or None if it puts none.
-
-        Llama's tokenizer has such a token, and Qwen's does not.
-        """
+        """The id of the token that the tokenizer (such as Llama's) puts before texts, or None."""
         begin = self.backend.bos_token_id
         return begin if begin is not None and self.backend.encode("")[:1] == [begin] else None
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, starting with `begin_id` unless `begin_id` is None.
-
-        A text that already begins with the begin token gets no second begin token.
-        """
+        """Returns the token ids of each text, which start with one `begin_id`, if there is one."""
         made = self.encode_batch(texts)
         if self.begin_id is None:
             return made
@@ -295,10 +281,7 @@ class Tokenizer:
         return self.backend(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Returns the string for token ids.
-
-        Special tokens (such as end tokens and padding) are left out unless `keep_special` is true.
-        """
+        """Returns the string for token ids, without special tokens unless `keep_special`."""
         return self.backend.decode(
             [int(i) for i in ids],
             skip_special_tokens=not keep_special,
@@ -308,9 +291,8 @@ class Tokenizer:
     def completion_text(self, ids: Iterable[int]) -> str:
         """Returns the string by which a task judges the completion `ids`.
 
-        The string is `decode(ids)`. If the chat template ends the prompt with `<think>`, the string
-        begins with `<think>` as well, because an unfinished thought could otherwise not be
-        distinguished from an answer.
+        It begins with `<think>` if the chat template ends the prompt so, because an unfinished
+        thought could otherwise not be distinguished from an answer.
         """
         return (f"{THINK_START}\n" if self.opens_thinking else "") + self.decode(ids)
 
@@ -340,8 +322,7 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the tokenizer's files, including the chat template, into a directory.
 
-        The files that the tokenizer was loaded from are copied unchanged, so that a checkpoint's
-        tokenizer remains byte for byte as published.
+        The files that the tokenizer was loaded from are copied unchanged.
         """
         target = pathlib.Path(directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -356,10 +337,7 @@ class Tokenizer:
 
 
 def _left_open(text: str) -> str:
-    """Returns the rendered string `text` up to the end of its last message.
-
-    `_OPEN_END` marks the end of the last message. Raises UserError if the template omits the mark.
-    """
+    """Returns the rendered string `text` up to the mark `_OPEN_END` after its last message."""
     before, mark, after = text.rpartition(_OPEN_END.strip())
     if not mark:
         raise UserError("it omits the end of the message that is to be continued")
@@ -385,10 +363,7 @@ def _configured_eos_ids(directory: pathlib.Path) -> set[int]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the token ids in `value`, which is read from JSON: one id, a list of ids, or None.
-
-    None means no ids. Raises UserError if `value` contains something that is not a token id.
-    """
+    """Returns the token ids in a JSON value: one id, a list of ids, or None."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for number in ids:
         if type(number) is not int or not 0 <= number < LARGEST_COUNT:
