@@ -193,10 +193,7 @@ def _refusal(error: flags.IllegalFlagValueError) -> str:
 
 
 def dispatch(config: Config, workdir: pathlib.Path, topology: str | None = None) -> None:
-    """Runs the command of `config` in `workdir`, or compiles its steps for `topology`.
-
-    Raises UserError for mistakes of the user.
-    """
+    """Runs the command of `config` in `workdir`, or compiles its steps for `topology`."""
     from jexit.dist import make_mesh, several_hosts, use_mesh
     from jexit.io.model_source import find_model
     from jexit.io.workdir import check_same_run, sole_run

@@ -39,10 +39,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Rope:
-    """Llama 3.1's scaling of rotary embeddings (meta-llama/llama-models).
-
-    The parameters are those of Hugging Face.
-    """
+    """Llama 3.1's rope scaling (meta-llama/llama-models), with Hugging Face's parameters."""
 
     kind: Literal["llama3"] = "llama3"
     factor: Number

@@ -180,10 +180,7 @@ _MAKES_NOTHING = (
 
 
 def _scheduled(module: Module) -> list[str]:
-    """Returns the names of the computations whose instructions have memory of their own.
-
-    These are not the computations inside fusions.
-    """
+    """Returns the computations, none inside fusions, whose results have memory of their own."""
     found, waiting = [], [module.entry]
     while waiting:
         name = waiting.pop()

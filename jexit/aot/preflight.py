@@ -33,10 +33,7 @@ class DoesNotFit(RunEnded):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The memory, FLOPs, collectives and compile time of one call of one jitted step on one device.
-
-    Sizes are in bytes.
-    """
+    """The memory in bytes, FLOPs, collectives and compile time of one step on one device."""
 
     step: str
     arguments: int
@@ -160,10 +157,7 @@ def _resident(program: Program, arguments: int) -> int:
 def _refused(
     program: Program, lowered: jax.stages.Lowered, mesh: Mesh, error: str, seconds: float
 ) -> Report:
-    """Returns a report of a step that the compiler refused because the step does not fit in memory.
-
-    The size of the temporaries is read from the compiler's message `error`, if stated there.
-    """
+    """Returns a report of a step that does not fit, from the compiler's message `error`."""
     arguments = device_bytes(program.inputs)
     used = [
         float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]

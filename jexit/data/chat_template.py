@@ -138,10 +138,7 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """Supports `{% generation %}` blocks, whose contents it renders unchanged.
-
-        Chat templates use these blocks to mark the assistant's text for training tools.
-        """
+        """Renders the contents of `{% generation %}` blocks, which training tools use."""
 
         tags = frozenset(("generation",))
 

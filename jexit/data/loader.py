@@ -156,10 +156,7 @@ def encode_references(
 def _encoded(
     tokenizer: Tokenizer, problems: Sequence[Problem], length: int
 ) -> list[tuple[list[int], int]]:
-    """Returns for each problem the token ids of its whole text, and how many belong to the prompt.
-
-    Raises UserError if a problem has more than `length` token ids.
-    """
+    """Returns for each problem its token ids, at most `length`, and the prompt's number."""
     prompts = encode_problems(tokenizer, problems)
     completions = encode_references(tokenizer, problems)
     made = []

@@ -75,10 +75,7 @@ def _source_files(source: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Yields the rows of a published JSONL file, with the fields of the dataset.
-
-    Raises UserError if a row is damaged, or if there are none.
-    """
+    """Yields the published file's rows with the dataset's fields; raises UserError if damaged."""
     empty = True
     for place, row in read_jsonl(file):
         empty = False

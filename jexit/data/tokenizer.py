@@ -244,11 +244,7 @@ class Tokenizer:
         return text.removesuffix("\n")
 
     def encode_prompt(self, prompt: str | Messages) -> list[int]:
-        """Returns the token ids of `chat_text(prompt)`.
-
-        A chat template adds a begin token itself, if the model uses one; without a template,
-        `encode_texts` does.
-        """
+        """Returns the token ids of `chat_text(prompt)`, with a begin token if the model has one."""
         return self.encode_prompts([prompt])[0]
 
     def encode_prompts(self, prompts: Sequence[str | Messages]) -> list[list[int]]:

@@ -35,10 +35,7 @@ class ArrayStore:
         return sorted(entry.name for entry in self.directory.iterdir() if entry.is_dir())
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Stores `array` under `name`, which must be new.
-
-        Raises UserError if the array contains NaN or infinity, or if it cannot be written.
-        """
+        """Stores `array` as `name`; raises UserError if it is not finite or cannot be written."""
         if not all_finite(array):
             raise UserError(
                 f"the parameter {name} contains NaN or infinity, so it is not written to "
@@ -68,10 +65,7 @@ class ArrayStore:
             raise UserError(self._damaged(name, error)) from error
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the array `name` in the dtype in which it was stored.
-
-        Raises UserError if the array is damaged, or if it contains NaN or infinity.
-        """
+        """Returns the array `name` as stored; raises UserError if it is damaged or not finite."""
         path = (self.directory / name).resolve()
         restore = {_ITEM: ocp.RestoreArgs(restore_type=np.ndarray)}
         try:

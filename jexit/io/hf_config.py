@@ -104,10 +104,7 @@ def config_of_architecture(
     pad_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the contents of a config.json for `arch`, which transformers 4 and 5 can load.
-
-    `dtype` is the name of the dtype of the stored weights.
-    """
+    """Returns a config.json for `arch` and weights of `dtype`, for transformers 4 and 5."""
     ends = sorted(eos_ids)
     config: dict[str, Any] = {
         "architectures": [f"{arch.family.title()}ForCausalLM"],

@@ -213,10 +213,7 @@ def write_eos_ids(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _reference(base: pathlib.Path) -> str:
-    """Returns the path that a model directory stores to refer to the directory `base`.
-
-    The path is absolute, or `jexit/assets/...` for a model that is shipped with jexit.
-    """
+    """Returns the absolute path of `base`, or jexit/assets/... for a model shipped with jexit."""
     shipped = pathlib.Path(jexit.__file__).parent.parent.resolve()
     base = base.resolve()
     if base.is_relative_to(shipped / "jexit" / "assets"):
@@ -269,10 +266,7 @@ def _lora_to_use(source: ModelSource, wanted: LoRA | None) -> LoRA | None:
 
 
 def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError if a setting stored in a model directory differs from the requested one.
-
-    `pairs` maps a setting's key, such as "lora.rank", to both values.
-    """
+    """Raises UserError if a setting's stored and requested values, listed by its key, differ."""
     for key, (stored, wanted) in pairs.items():
         if stored != wanted:
             raise UserError(
@@ -282,10 +276,7 @@ def _check_same(source: ModelSource, pairs: Mapping[str, tuple[Any, Any]]) -> No
 
 
 def _fresh_trainables(build: Callable[[], Transformer]) -> dict[str, Array]:
-    """Returns newly drawn adapters and exit heads of the model that `build` makes, by dotted path.
-
-    Under jit, `build` skips the base weights, because no output depends on them.
-    """
+    """Returns new adapters and exit heads, by dotted path; jit skips the base weights."""
 
     @jax.jit
     def trainables() -> nnx.State:

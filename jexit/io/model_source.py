@@ -100,10 +100,7 @@ class ModelSource:
         return tokenizer
 
     def find_tokenizer(self) -> pathlib.Path:
-        """Returns the directory of the tokenizer: `self.directory`, or `self.base` if it has none.
-
-        Raises MissingFile if that directory lacks tokenizer files.
-        """
+        """Returns the directory with the tokenizer's files: `self.directory` or `self.base`."""
         own = (self.directory / "tokenizer_config.json").exists()
         return Tokenizer.find(self.directory if own else self.base)
 

@@ -73,10 +73,7 @@ class Progress(contextlib.AbstractContextManager):
         (self._task,) = self._bar.tasks
 
     def update(self, step: int, **shown: Any) -> None:
-        """Records that `step` steps are finished, and shows metrics (numbers or strings) by name.
-
-        A metric stays visible until a later call passes a new value.
-        """
+        """Records that `step` steps are finished; a metric is shown until its next value."""
         if not self._enabled:
             return
         self._shown |= shown

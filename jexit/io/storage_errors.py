@@ -36,10 +36,7 @@ def reason(error: BaseException) -> str:
 
 
 def say_once() -> None:
-    """Suppresses the tracebacks that threads of Orbax and TensorStore print when a write fails.
-
-    The call that waits for the write raises the error.
-    """
+    """Suppresses tracebacks of Orbax's and TensorStore's threads; waiting raises the errors."""
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_news)
     if not isinstance(sys.unraisablehook, functools.partial):

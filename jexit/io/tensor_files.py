@@ -192,10 +192,7 @@ class TensorWriter:
             self._offsets[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes the tensor `name`, which must have the shape and dtype of its spec.
-
-        Raises UserError if the tensor contains NaN or infinity.
-        """
+        """Writes the tensor `name`; raises UserError if it contains NaN or infinity."""
         spec = self._specs[name]
         assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, spec)
         if not all_finite(tensor):

@@ -83,10 +83,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _open(config: Config) -> tuple[Measurer, ModelFlops]:
-    """Loads the model and the task of `config`; returns the measurer and the FLOP counts.
-
-    Raises UserError, before any decoding, if a policy or measure cannot run.
-    """
+    """Loads model and task; raises UserError if a policy or measure of `config` cannot run."""
     task = load_task(config.task, config.eval.split)
     check_measures(task, config.eval.measures)
     model, tokenizer = load_model(config, trains=False)

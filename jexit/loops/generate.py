@@ -10,10 +10,7 @@ from jexit.rollout import generate
 
 
 def print_generations(config: Config) -> None:
-    """Completes the prompts in `generate.prompts`; prints each completion with its depths.
-
-    A depth is the number of layers that the pass which produced a token has run.
-    """
+    """Completes the prompts in `generate.prompts`; prints texts and depths in layers."""
     config = with_trained_exits(config)
     model, tokenizer = load_model(config, trains=False)
     g = config.generate

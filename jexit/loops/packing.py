@@ -174,10 +174,7 @@ class PackedShapes:
 
 
 def _packed(lengths: Lengths, length: int, parts: int, *, shared: bool) -> Packed:
-    """Packs each of `parts` equal parts of the completions into rows of `length` tokens.
-
-    Every part gets as many rows as the fullest part needs.
-    """
+    """Packs each of `parts` equal parts of the completions into rows of `length` tokens."""
     rows: list[list[int]] = []
     for prompt_J, number_J, completion_J in zip(
         *(np.split(values, parts) for values in lengths), strict=True

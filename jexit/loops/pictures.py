@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
 
 from jexit.errors import UserError
 from jexit.report.page import write_report
@@ -23,24 +22,20 @@ def draw(workdir: pathlib.Path) -> str:
         written = write_charts(read_run(workdir))
         return f"{len(written)} plots in {workdir / 'plots'}" if written else ""
 
-    done = [
-        _drawn(workdir, "the plots were", plots),
-        _drawn(workdir, "the report was", lambda: str(write_report([workdir]))),
-    ]
+    def report() -> str:
+        return str(write_report([workdir]))
+
+    done = []
+    for what, write in (("the plots were", plots), ("the report was", report)):
+        try:
+            done.append(write())
+        except Exception as error:
+            if not isinstance(error, UserError):  # a bug: show where it is
+                traceback.print_exception(error)
+            why = " ".join(str(error).split())
+            print(
+                f"jexit: {what} not drawn ({why}), but the run's results in {workdir} are "
+                f"complete; to try again, run `python -m jexit.report {workdir}`",
+                file=sys.stderr,
+            )
     return " and ".join(filter(None, done)) or "no picture"
-
-
-def _drawn(workdir: pathlib.Path, what: str, write: Callable[[], str]) -> str:
-    """Returns the description from `write`; after an error, reports it and returns ""."""
-    try:
-        return write()
-    except Exception as error:
-        if not isinstance(error, UserError):  # a bug: show where it is
-            traceback.print_exception(error)
-        why = " ".join(str(error).split())
-    print(
-        f"jexit: {what} not drawn ({why}), but the run's results in {workdir} are complete; to try "
-        f"again, run `python -m jexit.report {workdir}`",
-        file=sys.stderr,
-    )
-    return ""

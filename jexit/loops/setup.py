@@ -75,10 +75,7 @@ def sample_policy(config: Config) -> Sample:
 def make_decoder(
     config: Config, parts: tuple[Any, ...], layers: int, tokenizer: Tokenizer, **changed: Any
 ) -> Decoder:
-    """Returns a decoder with the settings of `config`, some of them replaced by `changed`.
-
-    `parts` is the model in the form of `SplitModel.decodable`.
-    """
+    """Returns a decoder with the settings of `config`, some of them replaced by `changed`."""
     settings = {
         "law": sample_policy(config),
         "size": config.engine,

@@ -34,10 +34,7 @@ HEADS_TOKENS = 512  # tokens, each at all exits, in a step that trains the heads
 
 
 def calibrate(config: Config, workdir: pathlib.Path) -> None:
-    """Runs stage 1, the calibration of the exits, and writes the model to `WORKDIR/model`.
-
-    The written model refers to the base model for its trunk.
-    """
+    """Runs stage 1, the calibration of the exits, and writes the model to `WORKDIR/model`."""
     stage, lens_steps = Stage.open(config, workdir, updates=config.steps), config.sft.lens_steps
     trajectories = teacher_trajectories(stage)
     before = stage.measure_before()

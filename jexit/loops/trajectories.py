@@ -143,10 +143,7 @@ def _references(stage: Stage, batch: PromptBatch) -> list[Trajectory]:
 def _generated(
     stage: Stage, step: int, batch: PromptBatch, total: int
 ) -> tuple[list[Trajectory], HostRows]:
-    """Returns the teacher's completions of this host's prompts, and their rows of the batch.
-
-    `total` is the number of prompts on all hosts.
-    """
+    """Returns the teacher's completions of this host's prompts (of `total`), and their rows."""
     config, sft, tokenizer = stage.config, stage.config.sft, stage.tokenizer
     made = rollout(
         stage.split.decodable_teacher(stage.split.trainable),

@@ -169,10 +169,7 @@ def depth_log_distribution(
 def distribution_of_log_hazards(
     leave: Float[Array, "*A E"], stay: Float[Array, "*A E"]
 ) -> Float[Array, "*A E1"]:
-    """Returns the result of `depth_log_distribution` from log(hazard) and log(1 − hazard).
-
-    Calibration passes target hazards, which do not come from hazard logits.
-    """
+    """Returns the result of `depth_log_distribution` from log(hazard) and log(1 − hazard)."""
     stayed = jnp.cumsum(stay, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(stayed[..., :1]), stayed[..., :-1]], axis=-1)
     return jnp.concatenate([leave + before, stayed[..., -1:]], axis=-1)

@@ -87,7 +87,12 @@ def _llama3_ramp(scaling: Llama3Rope, plain: np.ndarray) -> np.ndarray:
 
 def _yarn_ramp(arch: Architecture, yarn: Yarn) -> np.ndarray:
     """Returns how far [H/2] YaRN scales each frequency: 0 keeps it, 1 divides it by `factor`."""
-    low, high = (_turns_dimension(arch, yarn, beta) for beta in (yarn.beta_fast, yarn.beta_slow))
+
+    def dimension(turns: float) -> float:  # of the frequency of `turns` turns in the context
+        ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
+        return arch.head_dim * math.log(ratio) / (2.0 * math.log(arch.rope_theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, arch.head_dim - 1)
@@ -98,12 +103,6 @@ def _yarn_attention(yarn: Yarn) -> float:
     if yarn.attention_factor is not None:
         return yarn.attention_factor
     return 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1.0 else 1.0
-
-
-def _turns_dimension(arch: Architecture, yarn: Yarn, turns: float) -> float:
-    """Returns the fractional index of the frequency of `turns` turns in the original context."""
-    ratio = yarn.original_max_positions / (turns * 2.0 * math.pi)
-    return arch.head_dim * math.log(ratio) / (2.0 * math.log(arch.rope_theta))
 
 
 def rope_table(

@@ -132,10 +132,7 @@ class Arrivals:
                     self.turn()
 
     def join(self, request: Request) -> list[int]:
-        """Adds a request to the pool and returns one ticket number for each of its prompts.
-
-        Raises what `check` raises.
-        """
+        """Adds a request (see `check`) and returns one ticket number per prompt."""
         self.check(request)
         self._truncations |= set(request.sampling.truncations)
         tickets = range(self._tickets, self._tickets + len(request.prompts))
@@ -165,10 +162,7 @@ class Arrivals:
                 self._release(job)
 
     def turn(self, steps: int = 1) -> list[Grown]:
-        """Prefills waiting prompts while there is room, then runs `steps` ticks that draw tokens.
-
-        Returns the additions to each completion that grew or ended.
-        """
+        """Prefills waiting prompts, then runs up to `steps` drawing ticks; returns what grew."""
         while self._queue and self._free_slots and self._idle in self._jobs:
             self._admit()
         if all(completion is self._idle for completion in self._jobs):
@@ -187,10 +181,7 @@ class Arrivals:
         return self._news()
 
     def check(self, request: Request) -> None:
-        """Raises UserError if a request is invalid or if this pool cannot serve it.
-
-        Any thread may call it.
-        """
+        """Raises UserError if a request is invalid or not for this pool; any thread may ask."""
         longest, (most_prompt, most_new) = max(map(len, request.prompts), default=0), self._limits
         if longest > most_prompt or request.max_new_tokens > most_new:
             raise UserError(

@@ -84,10 +84,7 @@ class Engine:
     def prefill(
         self, jobs: Jobs, prompts: tuple, draws: Draws, forced: ForcedPrefix | None = None
     ) -> None:
-        """Prefills prompts and draws the first token of each completion.
-
-        `prompts` is (tokens_BT, length_B, job_BG) of `jexit.rollout.prefill.prefill`.
-        """
+        """Prefills (tokens_BT, length_B, job_BG) and draws each completion's first token."""
         self.prefixes, self.records = self._timed(
             prefill.prefill,
             lambda: prefill.prefill(
@@ -99,10 +96,7 @@ class Engine:
     def advance(
         self, jobs: Jobs, ready: Any, more: Any, steps: int | None, policy: Policy, draws: Draws
     ) -> Status:
-        """Runs ticks until the host has to act or `steps` ticks have drawn tokens (None: no limit).
-
-        `jexit.rollout.ticks.advance` explains the arguments.
-        """
+        """Runs `ticks.advance` until the host has to act or `steps` ticks have drawn tokens."""
 
         def run(steps: np.int32) -> Status:
             self.pool, self.records, status = ticks.advance(

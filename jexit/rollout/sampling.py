@@ -131,10 +131,7 @@ class MixedSampling:
 
 
 def _drawn(logits_BV: Array, keys_B: Array, greedy: bool) -> tuple[Array, Array]:
-    """Returns tokens drawn from the softmax of the logits, and their log-probabilities, each [B].
-
-    If `greedy` is True, takes the most likely tokens instead.
-    """
+    """Returns drawn (if `greedy`, the likeliest) tokens and their log-probabilities, [B]."""
     top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     if greedy:
         token_B = _first(logits_BV == top_B1)
@@ -160,11 +157,7 @@ class Draws:
     sampling: Sampling | MixedSampling
 
     def keys(self, jobs: Jobs, job_B: Int[Array, "B"], index_B: Int[Array, "B"]) -> Key[Array, "B"]:
-        """Returns one PRNG key per token: `key` with three numbers folded in.
-
-        They are those of the prompt and the sample of completion `job_B[b]`, and the token's index
-        `index_B[b]`.
-        """
+        """Returns a PRNG key per token: `key` with the numbers of prompt, sample and token."""
         numbers = jobs.number_J[job_B], jobs.sample_J[job_B], index_B
         if not jnp.ndim(self.key):
             return jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, self.key))(

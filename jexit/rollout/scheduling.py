@@ -118,10 +118,7 @@ class Layout:
         new: int,
         forced_B: np.ndarray | None = None,
     ) -> Layout:
-        """Lays out prompts of lengths `length_B` for up to `new` tokens per completion.
-
-        `token_bytes` is the size of one token's keys and values on a device.
-        """
+        """Lays out prompts of lengths `length_B` for up to `new` tokens per completion."""
         shards = data_shards()
         most_prompts = -(-len(length_B) // shards)
         beyond = prompts_bucket(most_prompts, samples) - most_prompts

@@ -85,10 +85,7 @@ def at_layer(
     function: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    """Returns `function(block, *operands)` of the block of layer `layer`.
-
-    The block comes from `layers` or, if `layers` is None, from the stacked `blocks`.
-    """
+    """Returns `function(block, *operands)` of a layer, from `layers` or stacked `blocks`."""
     if layers is None:
         graphdef, stacked = nnx.split(blocks)
         one = jax.tree.map(

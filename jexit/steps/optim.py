@@ -138,10 +138,7 @@ def accumulated_gradients(
 
 
 def summed(one: Callable[[Array], Any], count: int) -> Any:
-    """Returns one(0) + … + one(count − 1), where `one` returns a pytree of arrays.
-
-    The sum runs in a `scan`, so `one` is compiled only once.
-    """
+    """Returns one(0) + … + one(count − 1) of pytrees; a `scan` compiles `one` only once."""
     if count == 1:
         return one(jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
