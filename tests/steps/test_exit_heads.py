@@ -95,24 +95,26 @@ def test_the_heads_learn_at_their_rates_and_nothing_else_moves():
     given = states_of(split, toy.rows())
 
     def learned(share, steps):
+        """What the first step moves, what all do, and the losses."""
         optim = OptimConfig(lora_lr=0.0, full_lr=0.0, exit_lr=1e-2, exit_hidden=share)
         optimizer = make_optimizer(optim, 30, labels_of(split))
         step, state = make_lens_step(split, optimizer, SFTConfig()), toy.start(split, optimizer)
-        losses = []
+        moved, losses = [], []
         for _ in range(steps):
             state, metrics = step(state, split.fixed, *given)
             losses.append(float(metrics["loss/exit"]))
-        return jax.tree.map(jnp.subtract, state.trainable, split.trainable), losses
+            moved.append(jax.tree.map(jnp.subtract, state.trainable, split.trainable))
+        return moved[0]["exits"], moved[-1], losses
 
-    moved, losses = learned(1.0, 30)
+    whole, moved, losses = learned(1.0, 30)
     assert losses[-1] < 0.8 * losses[0]
     jax.tree.map(
         lambda label, change: label.startswith("exit") or np.testing.assert_array_equal(change, 0),
         labels_of(split),
         moved,
     )
-    whole, half, none = (learned(share, 1)[0]["exits"] for share in (1.0, 0.5, 0.0))
+    half, *_ = learned(0.5, 1)
     for name, change in whole.items():
         share = 1.0 if name in ("w2", "b2") else 0.5
         np.testing.assert_allclose(half[name], share * change, rtol=1e-3, atol=1e-6)
-        assert jnp.any(change) and bool(jnp.any(none[name])) == (name in ("w2", "b2")), name
+        assert jnp.any(change), name
