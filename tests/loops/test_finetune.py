@@ -41,13 +41,19 @@ def test_a_reference_over_the_limit_is_refused(model_dir, tmp_path):
         run("finetune", model_dir, tmp_path / "run", finetune__max_new_tokens=4)
 
 
-def test_a_run_under_sampled_exits_keeps_them(model_dir, tmp_path):
-    settings = SETTINGS | {"finetune__policy": "sample", "exits__layers": (1, 2), "lora__rank": 0}
+SAMPLED = SETTINGS | {"finetune__policy": "sample", "exits__layers": (1, 2), "lora__rank": 0}
+
+
+def test_exits_that_have_not_been_trained_are_not_sampled(tmp_path):
     with pytest.raises(ValueError, match=r"is 'sample', but the model in .* has no trained exits"):
-        run("finetune", TINY_PATH, tmp_path / "no", **settings)
+        run("finetune", TINY_PATH, tmp_path / "no", **SAMPLED)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_run_under_sampled_exits_keeps_them(model_dir, tmp_path):
     workdir = tmp_path / "run"
-    run("finetune", model_dir, workdir, steps=8, optim__full_lr=1e-2, **settings)
+    run("finetune", model_dir, workdir, steps=8, optim__full_lr=1e-2, **SAMPLED)
     rows = metrics(workdir)
     assert rows[-1]["loss"] < rows[0]["loss"]
     before, after = parameters(model_dir), parameters(workdir)
