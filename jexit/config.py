@@ -280,6 +280,10 @@ class OptimConfig:
     """The learning rate of the heads' hidden layers, as a fraction of exit_lr. At 0, only the
     output layers train, on fixed features. Otherwise, Adam moves each of the many hidden parameters
     by about its learning rate, driven by the noise of the policy gradient."""
+    exit_bias: Annotated[float, Bounds(0, 1000)] = 1.0
+    """The learning rate of the heads' output biases, as a multiple of exit_lr. The depth penalty
+    moves mostly these few numbers; at a high rate they follow it, while the thousands of other
+    weights, which Adam moves as fast, would collect the noise of the policy gradient."""
     continuation_lr: LearningRate = 0.0
     """The peak learning rate of the linear continuation. At 0, it keeps its ridge fit. It reads
     unnormalised residuals with values of several hundred, so even 1e-5 spoils a real model within

@@ -53,6 +53,7 @@ def make_optimizer(config: OptimConfig, steps: int, labels: Params) -> optax.Gra
     peaks = {
         "lora": config.lora_lr,
         "exit": config.exit_lr,
+        "exit_bias": config.exit_bias * config.exit_lr,
         "exit_hidden": config.exit_hidden * config.exit_lr,
         "continuation": config.continuation_lr,
         "base": config.full_lr,

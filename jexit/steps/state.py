@@ -94,15 +94,15 @@ def split_model(model: Transformer, *, full: bool, keep_teacher: bool = True) ->
 def parameter_labels(model: Transformer, *, full: bool) -> Params:
     """Returns the kind of each trainable parameter, in a tree with the structure of the parameters.
 
-    The kinds are `lora`, `exit` (output layers of the exit heads), `exit_hidden` (their hidden
-    layers), `continuation` and `base`. `full` is that of `split_model`.
+    The kinds are `lora`, `exit` (output weights of the exit heads), `exit_bias` (their biases),
+    `exit_hidden` (the hidden layers), `continuation` and `base`. `full` is that of `split_model`.
     """
 
     def label(path: tuple, variable: nnx.Variable) -> str:
         if isinstance(variable, ContinuationParam):
             return "continuation"
         if isinstance(variable, ExitParam):
-            return "exit" if path[-1].key in ("w2", "b2") else "exit_hidden"
+            return {"w2": "exit", "b2": "exit_bias"}.get(path[-1].key, "exit_hidden")
         return "lora" if isinstance(variable, LoRAParam) else "base"
 
     return jax.tree_util.tree_map_with_path(

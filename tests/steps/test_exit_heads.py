@@ -90,13 +90,15 @@ def test_positions_count_as_often_as_they_are_drawn():
 
 
 def test_the_heads_learn_at_their_rates_and_nothing_else_moves():
-    """Hidden layers of the heads learn at a share of the rate of the rest."""
+    """Hidden layers of the heads learn at a share of the output weights' rate, biases at theirs."""
     split = toy.make_split(continuation="linear")
     given = states_of(split, toy.rows())
 
-    def learned(share, steps):
+    def learned(share, steps, bias=1.0):
         """What the first step moves, what all do, and the losses."""
-        optim = OptimConfig(lora_lr=0.0, full_lr=0.0, exit_lr=1e-2, exit_hidden=share)
+        optim = OptimConfig(
+            lora_lr=0.0, full_lr=0.0, exit_lr=1e-2, exit_hidden=share, exit_bias=bias
+        )
         optimizer = make_optimizer(optim, 30, labels_of(split))
         step, state = make_lens_step(split, optimizer, SFTConfig()), toy.start(split, optimizer)
         moved, losses = [], []
@@ -113,8 +115,8 @@ def test_the_heads_learn_at_their_rates_and_nothing_else_moves():
         labels_of(split),
         moved,
     )
-    half, *_ = learned(0.5, 1)
+    half, *_ = learned(0.5, 1, bias=3.0)
     for name, change in whole.items():
-        share = 1.0 if name in ("w2", "b2") else 0.5
+        share = {"w2": 1.0, "b2": 3.0}.get(name, 0.5)
         np.testing.assert_allclose(half[name], share * change, rtol=1e-3, atol=1e-6)
         assert jnp.any(change), name
