@@ -55,7 +55,7 @@ def get_config(variant: str = "measure"):
         config.sft.samples = 1
         config.steps = 300
         config.batch_size = 16
-        config.model.remat = "none"  # a batch is short
+        config.model.remat = "none"  # completions are short
         config.lora.dropout = 0.0
         config.optim.lora_lr = 4e-4
         config.optim.schedule = "cosine"
@@ -65,6 +65,7 @@ def get_config(variant: str = "measure"):
         return config
     if variant == "reinforce":
         config.model.path = "runs/smollm2-sft/seed=0"
+        config.model.remat = "none"
         config.steps = 48
         config.batch_size = 16
         config.rl.rollouts = 6
@@ -79,7 +80,8 @@ def get_config(variant: str = "measure"):
         config.rl.accuracy_floor = 0.85  # of the full depth's, under which λ is withheld
         config.rl.warmup_steps = 10
         config.optim.lora_lr = 3e-4  # 1e-4 moved nothing in 20 updates
-        config.optim.exit_lr = 6e-3  # at 2e-3 the penalty moved nothing in 24 updates
+        config.optim.exit_lr = 2e-3
+        config.optim.exit_bias = 15.0  # with 1 the penalty moved nothing in 24 updates
         config.optim.exit_hidden = 0.0
         config.optim.warmup_steps = 5
         config.checkpoint.every = 10
