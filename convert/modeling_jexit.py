@@ -19,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import shutil
 import sys
 from typing import Any
 
@@ -29,6 +31,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
+EXIT_FILES = ("exit_heads.json", "exit_heads.safetensors")
 # Settings of `generate` with which a pass makes several tokens, or none.
 NOT_A_PASS_PER_TOKEN = (
     "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size",
@@ -46,14 +49,24 @@ class ExitOutput(CausalLMOutputWithPast):
     hazard_logits: torch.FloatTensor | None = None
 
 
-class ExitHead(nn.Module):
+class _Float32(nn.Module):
+    """Buffers that stay in float32 when the model is cast to another type."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
+
+    def _apply(self, move: Any, recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: tensor.to(move(tensor).device), recurse)
+
+
+class ExitHead(_Float32):
     """z = w2 · relu(W1 · norm(h) + b1) + b2, or without the hidden layer, in float32."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], eps: float) -> None:
-        super().__init__()
+        super().__init__(tensors)
         self.eps = eps
-        for name, tensor in tensors.items():
-            self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x = h.to(self.out_weight.dtype)
@@ -64,13 +77,8 @@ class ExitHead(nn.Module):
         return nn.functional.linear(x, self.out_weight, self.out_bias)[..., 0]
 
 
-class Continuation(nn.Module):
+class Continuation(_Float32):
     """h ← h + update(h) of a token that skips one layer; `reduce` makes the update low-rank."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name.replace(".", "_"), tensor.float(), persistent=False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x = h.to(self.update_weight.dtype)
@@ -85,6 +93,7 @@ class Exits(nn.Module):
         super().__init__()
         self.exit_layers, self.layers = tuple(config["exit_layers"]), layers
         self.policy, self.temperature, self.min_hazard = "full", 1.0, 0.0
+        self.depth_BT = None  # no pass is under way
         eps = config["rms_norm_eps"]
         self.heads = nn.ModuleDict(
             {f"{n}": ExitHead(_under(tensors, f"exit_heads.{n}."), eps) for n in self.exit_layers}
@@ -103,6 +112,12 @@ class Exits(nn.Module):
         if depths is None and decides and kind == "fixed":
             depths = torch.full(shape, int(argument))
         given = torch.full(shape, self.layers) if depths is None else torch.as_tensor(depths)
+        known = torch.tensor([*self.exit_layers, self.layers])
+        if not torch.isin(given.cpu(), known).all():
+            raise ValueError(
+                f"depths contains {given.min()} to {given.max()}, but a token can leave only at "
+                f"{', '.join(map(str, known.tolist()))} layers; use these"
+            )
         self.depth_BT = given.to(device, torch.long).expand(shape).clone()
         self.hazard_BTE = torch.full(
             (*shape, len(self.exit_layers)), torch.nan, dtype=torch.float32, device=device
@@ -110,6 +125,8 @@ class Exits(nn.Module):
 
     def layer(self, run: Any, layer: nn.Module, number: int, h: torch.Tensor, kwargs: Any) -> Any:
         """The residual after a layer: computed, or continued where tokens have left."""
+        if self.depth_BT is None:  # called by the layers alone
+            return run(h, **kwargs)
         alive_BT = self.depth_BT > number
         if number in self.exit_layers:
             z_BT = self.heads[f"{number}"](h)
@@ -138,7 +155,7 @@ class Exits(nn.Module):
 
     def check(self, policy: str) -> str:
         """The policy, if it is one; raises ValueError for another text."""
-        kind, _, argument = policy.partition(":")
+        kind, _, argument = str(policy).partition(":")
         depths = (*self.exit_layers, self.layers)
         if policy in ("full", "sample"):
             return policy
@@ -192,16 +209,26 @@ def _layer_with_exits(layer_class: type) -> type:
 class WithExits:
     """A causal language model of transformers whose tokens may leave early."""
 
+    _passes = None
+
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder") if k in kwargs}
-        with open(cached_file(path, "exit_heads.json", **hub)) as file:
+        model.exit_files = [cached_file(path, name, **hub) for name in EXIT_FILES]
+        with open(model.exit_files[0]) as file:
             config = json.load(file)
-        tensors = load_file(cached_file(path, "exit_heads.safetensors", **hub))
-        model.add_exits(config, tensors)
+        model.add_exits(config, load_file(model.exit_files[1]))
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As the library's, with the exits."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for file in self.exit_files:
+            target = os.path.join(save_directory, os.path.basename(file))
+            if not (os.path.exists(target) and os.path.samefile(file, target)):
+                shutil.copyfile(file, target)
 
     def add_exits(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Puts exits into the layers: what exit_heads.json and exit_heads.safetensors contain."""
@@ -224,15 +251,27 @@ class WithExits:
         self, input_ids: Any = None, *args: Any, depths: Any = None, **kwargs: Any
     ) -> ExitOutput:
         """As the library's, with `depths` [B, T] or one number, and `return_dict` always."""
+        kwargs["return_dict"] = True
+        exits = getattr(self, "exits", None)
+        if exits is None:  # a model without weights, from a config
+            return super().forward(input_ids, *args, **kwargs)
+        if depths is not None and self.model.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing forgets depths; disable it, or leave them out")
         inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        # After the attention mask and the positions, or by either of its names.
+        cache = args[2] if len(args) > 2 else kwargs.get("cache", kwargs.get("past_key_values"))
         continues = cache is not None and cache.get_seq_length() > 0
-        decides = depths is None and inputs.shape[1] == 1 and continues
-        self.exits.begin(inputs.shape[:2], inputs.device, decides=decides, depths=depths)
-        out = super().forward(input_ids, *args, **kwargs | {"return_dict": True})
+        # The first pass of `generate` ends the prompt, which may follow a given cache.
+        decides = depths is None and inputs.shape[1] == 1 and continues and self._passes != []
+        exits.begin(inputs.shape[:2], inputs.device, decides=decides, depths=depths)
+        try:
+            out = super().forward(input_ids, *args, **kwargs)
+            found = {"depths": exits.depth_BT, "hazard_logits": exits.hazard_BTE}
+        finally:
+            exits.depth_BT = exits.hazard_BTE = None
         if self._passes is not None:
-            self._passes.append(self.exits.depth_BT[:, -1])
-        return ExitOutput(**out, depths=self.exits.depth_BT, hazard_logits=self.exits.hazard_BTE)
+            self._passes.append(found["depths"][:, -1])
+        return ExitOutput(**out, **found)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's; afterwards `last_depths` [B, N] has each generated token's depth.
@@ -240,10 +279,12 @@ class WithExits:
         Rows that ended before others have depth 0 behind their end. Raises ValueError for beams,
         of which a row would have several, and where passes are not one per token.
         """
-        config = kwargs.get("generation_config") or self.generation_config
+        own = self.generation_config
+        config = kwargs.get("generation_config") or own
 
         def setting(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(config, name, None)
+            given = (kwargs.get(name), *(getattr(c, name, None) for c in (config, own)))
+            return next((value for value in given if value is not None), None)
 
         if (setting("num_beams") or 1) > 1:
             raise ValueError("exits follow one continuation per row; set num_beams=1")
@@ -263,11 +304,14 @@ class WithExits:
             self._passes = None
         sequences = made if isinstance(made, torch.Tensor) else made.sequences
         tokens = sequences[:, -depths.shape[1] :]
-        ends = kwargs.get("eos_token_id", config.eos_token_id)
-        if ends is not None:
+        is_end, pad = torch.zeros_like(tokens, dtype=torch.bool), setting("pad_token_id")
+        if (ends := setting("eos_token_id")) is not None:
             is_end = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device))
-            over = torch.cumsum(is_end, dim=1) - is_end.long() > 0
-            depths = torch.where(over, 0, depths)
+        over = torch.cumsum(is_end, dim=1) - is_end.long() > 0
+        if pad is not None:  # behind a stop string
+            behind = tokens.eq(pad).flip(1).cumprod(dim=1).flip(1) > 0
+            over |= behind & ~(is_end & (behind.cumsum(dim=1) == 1))
+        depths = torch.where(over, 0, depths)
         self.last_depths = depths
         return made
 

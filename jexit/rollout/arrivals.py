@@ -97,7 +97,6 @@ class Arrivals:
         self._slot_J = np.zeros(len(self._jobs), np.int32)
         self._queue: collections.deque[_Completion] = collections.deque()
         self._ready: list[int] = []  # prefilled jobs that wait for a row, in order of arrival
-        self._truncations: set[str] = set()
         self._tickets = 0
         self._settings: tuple[Policy, Draws] | None = None  # None: the jobs have changed
 
@@ -134,7 +133,6 @@ class Arrivals:
     def join(self, request: Request) -> list[int]:
         """Adds a request (see `check`) and returns one ticket number per prompt."""
         self.check(request)
-        self._truncations |= set(request.sampling.truncations)
         tickets = range(self._tickets, self._tickets + len(request.prompts))
         self._tickets = tickets.stop
         for index, ticket in enumerate(tickets):
@@ -214,24 +212,18 @@ class Arrivals:
         One prompt with the completions that share it, or several prompts with one completion each.
         The completions then wait for a row.
         """
-        free, idle = sorted(self._free_slots), self._jobs.count(self._idle)
-        first, count = self._queue[0].prompt, 0
-        waiting = list(itertools.islice(self._queue, idle))
-        shared = len(list(itertools.takewhile(lambda c: c.prompt == first, waiting[:SHARED])))
-        length = _prompt_slots(len(first))
-        if shared == 1:
-            alike = itertools.takewhile(lambda c: _prompt_slots(len(c.prompt)) == length, waiting)
-            count = len(list(alike))
-        # Three shapes, so that one completion does not pay for the draws and rows of others.
-        if shared > 1:
-            prompts, samples, shape = 1, shared, (1, SHARED)
-        elif min(count, len(free)) >= TOGETHER:
-            prompts, samples, shape = TOGETHER, 1, (TOGETHER, 1)
-        else:
-            prompts, samples, shape = 1, 1, (1, 1)
-        tokens_BT = np.full((shape[0], length), self._pad_id, np.int32)
-        length_B = np.ones(shape[0], np.int32)
-        job_BG = np.full(shape, len(self._jobs), np.int32)
+        free = sorted(self._free_slots)
+        waiting = list(itertools.islice(self._queue, self._jobs.count(self._idle)))
+        first, length = waiting[0].prompt, _prompt_slots(len(waiting[0].prompt))
+        equal = itertools.takewhile(lambda c: c.prompt == first, waiting[:SHARED])
+        alike = itertools.takewhile(lambda c: _prompt_slots(len(c.prompt)) == length, waiting)
+        prompts, samples = 1, len(list(equal))
+        if samples == 1 and min(len(list(alike)), len(free)) >= TOGETHER:
+            prompts = TOGETHER
+        # Three shapes, so that one completion does not pay for the rows and draws of others.
+        tokens_BT = np.full((prompts, length), self._pad_id, np.int32)
+        length_B = np.zeros(prompts, np.int32)
+        job_BG = np.full((prompts, 1 if samples == 1 else SHARED), len(self._jobs), np.int32)
         for row, sample in np.ndindex(prompts, samples):
             job = self._jobs.index(self._idle)
             completion = self._jobs[job] = self._queue.popleft()
@@ -240,8 +232,8 @@ class Arrivals:
             length_B[row] = len(completion.prompt)
             self._ready.append(job)
         self._settings = None
-        prompts = tokens_BT, length_B, job_BG
-        self._engine.prefill(self._placed_jobs(), prompts, self._settings_of_jobs()[1])
+        placed = tokens_BT, length_B, job_BG
+        self._engine.prefill(self._placed_jobs(), placed, self._settings_of_jobs()[1])
 
     def _release(self, job: int) -> None:
         self._jobs[job], self._settings = self._idle, None
@@ -287,7 +279,8 @@ class Arrivals:
 
     def _settings_of_jobs(self) -> tuple[Policy, Draws]:
         if self._settings is None:
-            truncations = tuple(name for name in TRUNCATIONS if name in self._truncations)
+            used = {name for job in self._jobs for name in job.sampling.truncations}
+            truncations = tuple(name for name in TRUNCATIONS if name in used)
             draws = Draws(
                 jax.random.wrap_key_data(np.stack([job.key for job in self._jobs])),
                 self._eos_N,

@@ -39,7 +39,10 @@ PAGE = pathlib.Path(__file__).parent / "page"
 LARGE = 1 << 14  # bytes of a body that is parsed and tokenised beside the event loop
 STALLED = 60.0  # seconds until a client that reads nothing has left
 # The page loads nothing from elsewhere and runs no script but its own.
-PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -21,7 +21,7 @@ from jexit.serve.pool import open_pool
 from jexit.serve.protocol import Refused, TokenLogprob, gathered, usage
 
 CONNECTIONS = 64  # as many completions as the pool decodes at a time
-SETTINGS = {  # of Inspect's config → fields of a request; other settings are refused
+SETTINGS = {  # of Inspect's config → fields of a request
     "max_tokens": "max_tokens",
     "temperature": "temperature",
     "top_p": "top_p",
@@ -34,6 +34,8 @@ SETTINGS = {  # of Inspect's config → fields of a request; other settings are 
     "frequency_penalty": "frequency_penalty",
     "presence_penalty": "presence_penalty",
     "logit_bias": "logit_bias",
+    "best_of": "best_of",
+    "response_schema": "response_format",
 }
 
 
@@ -73,7 +75,7 @@ class JexitAPI(ModelAPI):
         for name, field in SETTINGS.items():
             if (value := getattr(config, name)) is not None:
                 values[field] = value
-        asked = self._opened.asked(values, chat=True)
+        asked = self._opened.asked(values | (config.extra_body or {}), chat=True)
         whole = await gathered(self._opened.answer(asked))
         used = usage(asked, [choice for choice, _ in whole])
         layers, exits = self._opened.model.arch.layers, list(self._opened.model.exit_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -32,8 +33,9 @@ _log = logging.getLogger(__name__)
 class PoolThread(threading.Thread):
     """Owns a running decoding pool; all other threads send it requests.
 
-    If the pool fails, `failure` is the exception, and every stream is told. A speculation, which is
-    decoded beside the pool, fails alone. The thread ends with `close`.
+    If the pool fails, `failure` is the exception, and every stream is told. Completions with
+    `Speculate` are decoded beside the pool, one after the other, and fail alone. The thread ends
+    with `close`.
     """
 
     def __init__(self, arrivals: Arrivals) -> None:
@@ -42,7 +44,8 @@ class PoolThread(threading.Thread):
         # Each message joins a stream to the pool, or lets a choice of a stream leave it.
         self._inbox: queue.SimpleQueue[tuple[Stream, int | None] | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # ticket → stream and its choice
-        self._speculations: dict[Stream, Speculation] = {}  # decoded beside the pool, in rounds
+        self._drafted: collections.deque[tuple[Stream, int]] = collections.deque()
+        self._speculation: Speculation | None = None  # of the first of `_drafted`
         self.failure: Exception | None = None
         self._closed = False
 
@@ -69,7 +72,7 @@ class PoolThread(threading.Thread):
         except Exception as failure:  # of the device: out of memory, lost
             _log.exception("the decoding pool has failed")
             self.failure = error = failure
-        for stream in {*self._speculations, *(stream for stream, _ in self._streams.values())}:
+        for stream in {stream for stream, _ in (*self._drafted, *self._streams.values())}:
             stream.deliver(0, error)
         while self.failure is not None and (message := self._inbox.get()) is not None:
             stream, choice = message
@@ -89,27 +92,34 @@ class PoolThread(threading.Thread):
                 if grown.finished:
                     del self._streams[grown.ticket]
                 stream.deliver(choice, grown)
-            for stream, speculation in list(self._speculations.items()):
-                try:
-                    self._speculate(stream, speculation)
-                except Exception as error:
-                    _log.exception("a speculation has failed")
-                    del self._speculations[stream]
-                    stream.deliver(0, error)
+            if self._drafted:
+                self._speculate(*self._drafted[0])
 
-    def _speculate(self, stream: Stream, speculation: Speculation) -> None:
-        """Runs a round of a request that drafts with an exit."""
-        if speculation.ended:
-            del self._speculations[stream]
-            return
-        for grown in speculation.turn():
-            stream.deliver(grown.ticket, grown)
+    def _speculate(self, stream: Stream, choice: int) -> None:
+        """Runs a round of a completion that drafts with an exit."""
+        try:
+            if self._speculation is None:
+                request = stream.request
+                alone = dataclasses.replace(
+                    request,
+                    prompts=[request.prompts[choice]],
+                    first_prompt=request.first_prompt + choice,
+                )
+                self._speculation = Speculation(self.arrivals.split, alone)
+            for grown in self._speculation.turn():
+                stream.deliver(choice, grown)
+            if self._speculation.ended:
+                self._leave(stream, choice)
+        except Exception as error:
+            _log.exception("a speculation has failed")
+            self._leave(stream, choice)
+            stream.deliver(choice, error)
 
     def _read(self) -> bool:
         """Handles all messages, and waits for one if the pool is empty; False at the end."""
         while True:
             try:
-                idle = not self.arrivals.under_way and not self._speculations
+                idle = not self.arrivals.under_way and not self._drafted
                 message = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
@@ -124,7 +134,7 @@ class PoolThread(threading.Thread):
     def _join(self, stream: Stream) -> None:
         try:
             if isinstance(stream.request.policy, Speculate):
-                self._speculations[stream] = Speculation(self.arrivals.split, stream.request)
+                self._drafted.extend((stream, n) for n in range(len(stream.request.prompts)))
                 return
             for choice, ticket in enumerate(self.arrivals.join(stream.request)):
                 self._streams[ticket] = stream, choice
@@ -133,8 +143,10 @@ class PoolThread(threading.Thread):
             stream.deliver(0, error)
 
     def _leave(self, stream: Stream, choice: int) -> None:
-        if stream in self._speculations:
-            self._speculations[stream].end(choice)
+        if (stream, choice) in self._drafted:
+            if self._drafted[0] == (stream, choice):
+                self._speculation = None
+            self._drafted.remove((stream, choice))
         for ticket, owner in list(self._streams.items()):
             if owner == (stream, choice):
                 self.arrivals.leave(ticket)

@@ -7,6 +7,7 @@ the probability of leaving at each exit (null at exits that the token did not re
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import math
@@ -197,10 +198,10 @@ def parse(values: Mapping[str, Any], *, chat: bool, tokenizer: Tokenizer, limits
         raise _refused(error) from None
     check_model(body.model, limits)
     stop = body.stops
-    if "" in stop or not all(map(is_unicode, stop)):
+    if "" in stop or "\ufffd" in "".join(stop) or not all(map(is_unicode, stop)):
         raise Refused(
             400,
-            f"stop is {shown(stop)}, but it must be texts that are not empty; give some",
+            f"stop is {shown(stop)}, but it must be valid texts that are not empty; give some",
             "stop",
         )
     n = body.n or 1
@@ -325,7 +326,8 @@ class Choice:
     def __post_init__(self) -> None:
         self.text = GrowingText(self.tokenizer.decode, self.asked.stop)
         self.layers_run, self.finish_reason, self.parts = 0, "", 0
-        self._ids: list[int] = []  # with log-probabilities only
+        self._characters = 0  # of the tokens so far, with log-probabilities only
+        self._character = codecs.getincrementaldecoder("utf-8")("replace")
 
     def grow(self, grown: Grown) -> dict[str, Any]:
         """Adds tokens; returns jexit's and OpenAI's fields for them, with the new `text`."""
@@ -347,10 +349,10 @@ class Choice:
             fields["logprobs"] = []
             strings = self.tokenizer.tokens(ids)
             for number, text, value in zip(ids, strings, grown.logprobs[:kept], strict=True):
-                offset = len(self.tokenizer.decode(self._ids))
-                entry = TokenLogprob(text, self.tokenizer.token_bytes(number), value, offset)
-                fields["logprobs"].append(entry)
-                self._ids.append(number)
+                data = self.tokenizer.token_bytes(number)
+                fields["logprobs"].append(TokenLogprob(text, data, value, self._characters))
+                if number not in self.tokenizer.eos_ids:
+                    self._characters += len(self._character.decode(data))
         return fields
 
 

@@ -1,5 +1,6 @@
 """Exits of an export in transformers, against jexit: tokens, depths, logits, layers not run."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from tolerances import LOGITS, LOGITS_REAL
 
 torch = pytest.importorskip("torch")
 hf_models = pytest.importorskip("hf_models")
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 
 EXITS, LAYERS = (1, 3), 4
 TOKENS_BT = hf_models.random_tokens(2, 14, seed=8)
@@ -179,6 +180,51 @@ def test_a_layer_that_no_row_needs_is_not_run(shipped):
     assert runs[7] < len(depths)
 
 
+def test_a_pass_leaves_nothing_behind(shipped, tmp_path):
+    theirs, _, tokenizer = shipped
+    ids = torch.tensor(tokenizer.encode_prompts(["sum 37295"]))
+    theirs.exit_policy = "full"
+    with torch.no_grad():
+        plain = theirs.model(ids).last_hidden_state
+        shallow = theirs(ids, depths=1)
+        assert torch.equal(theirs.model(ids).last_hidden_state, plain)
+    assert (shallow.depths == 1).all() and not torch.equal(theirs(ids).logits, shallow.logits)
+    copy.deepcopy(theirs)  # which a kept graph of gradients would forbid
+    # What is saved again has the exits, in float32 whatever the rest is cast to.
+    theirs.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(ids, depths=1).logits, shallow.logits)
+    again.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in again.exits.buffers()} == {torch.float32}
+    bare = AutoModelForCausalLM.from_config(again.config, trust_remote_code=True)
+    assert bare(ids).logits.shape == shallow.logits.shape
+
+
+def test_depths_end_where_a_row_ends(shipped):
+    theirs, _, tokenizer = shipped
+    theirs.exit_policy = "threshold:0.5"
+    prompts = ["sum 1", "sum 990417"]
+    wanted = completed(theirs, tokenizer, prompts)
+    theirs.generation_config.eos_token_id = sorted(tokenizer.eos_ids)
+    inputs = padded(tokenizer, prompts) | {"do_sample": False, "max_new_tokens": 64}
+    given = GenerationConfig(pad_token_id=tokenizer.pad_id)
+    theirs.generate(**inputs, generation_config=given)
+    assert [[d for d in row if d] for row in theirs.last_depths.tolist()] == [d for _, d in wanted]
+    # A stop string ends a row before its end token.
+    theirs.generate(
+        **inputs, pad_token_id=tokenizer.pad_id, stop_strings=["####"],
+        tokenizer=tokenizer.backend,
+    )  # fmt: skip
+    lengths = [
+        next(n for n in range(len(tokens)) if "####" in tokenizer.decode(tokens[:n]))
+        for tokens, _ in wanted
+    ]
+    assert lengths[0] < lengths[1]
+    assert (theirs.last_depths > 0).sum(dim=1).tolist() == lengths
+    theirs.exit_policy = "full"
+
+
 def test_wrong_policies_and_beams_are_one_sentence(shipped):
     theirs, _, tokenizer = shipped
     for policy in ("often", "fixed:5", "fixed:x", "threshold:2", "threshold:nan"):
@@ -192,4 +238,7 @@ def test_wrong_policies_and_beams_are_one_sentence(shipped):
     theirs.exit_policy = "fixed:2"
     with pytest.raises(ValueError, match="'fixed:2' needs the cache; leave out use_cache=False"):
         theirs.generate(**padded(tokenizer, ["sum 1"]), use_cache=False)
+    for depths in (0, 5, 99, 2.7):
+        with pytest.raises(ValueError, match="can leave only at 1, 2, 3, 4, 6, 8 layers"):
+            theirs(torch.tensor([[5, 6]]), depths=depths)
     theirs.exit_policy = "full"
