@@ -173,9 +173,7 @@ def answer_mark(completion: str) -> tuple[int, int] | None:
     The mark is the `\\boxed{` of the last `\\boxed{}`, or else the last `####` that marks an
     answer. A `<think>` without a `</think>` after it leaves no mark.
     """
-    text = visible_text(completion)
-    if text is None:
-        return None
+    text = visible_text(completion) or ""
     hidden = len(completion) - len(text)
     if box := next(_last(_BOXED, text), None):
         return hidden + box.start(), hidden + box.start(1)
@@ -268,9 +266,7 @@ def with_think_start(steps: Sequence[str]) -> list[str]:
 
 def final_number(completion: str) -> Fraction | None:
     """Returns the number that the rules of this module find in a completion, or None."""
-    text = visible_text(completion)
-    if text is None:
-        return None
+    text = visible_text(completion) or ""
     strict = strict_number(text)
     return lenient_number(text) if strict is None else strict
 

@@ -216,18 +216,13 @@ def stated(line: str, candidates: Candidates) -> str | None:
 
 def answer_mark(completion: str) -> tuple[int, int] | None:
     """Returns where the last visible `####` with a word after it on its line is, or None."""
-    text = visible_text(completion)
-    if text is None:
-        return None
-    hidden, end = len(completion) - len(text), len(text)
-    while (marker := text.rfind(MARKER, 0, end)) >= 0:
-        start = text.rfind("\n", 0, marker) + 1
-        stop = text.find("\n", marker)
-        said = start + _last_word(text[start : stop if stop >= 0 else None])
-        marker = text.rfind(MARKER, start, max(said, start))
+    end = len(completion)
+    for line in reversed((visible_text(completion) or "").split("\n")):
+        start = end - len(line)
+        marker = line.rfind(MARKER, 0, max(_last_word(line), 0)) if MARKER in line else -1
         if marker >= 0:
-            return hidden + marker, hidden + marker + len(MARKER)
-        end = start
+            return start + marker, start + marker + len(MARKER)
+        end = start - 1
     return None
 
 
@@ -259,9 +254,7 @@ def judge(completion: str, answer: str, candidates: Candidates) -> VerdictKind:
     only the correct answer, `lenient` if a sentence or another place gives it, `wrong` for another
     answer, and `none` for no answer. Thoughts do not count.
     """
-    text = visible_text(completion)
-    if text is None:
-        return "none"
+    text = visible_text(completion) or ""
     strict = strict_phrase(text)
     if strict is not None and words_of(strict) == words_of(answer):
         return "strict"

@@ -7,7 +7,8 @@ Each event is drawn from the events that are possible in the current state of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from jexit.tasks.base import Draw
@@ -80,20 +81,11 @@ def plan(draw: Draw, cast: Cast, thing: str, other: str, how: Sequence[How]) -> 
 
 
 def questions(kind: Kind, people: Sequence[str], things: Sequence[str]) -> list[Question]:
-    asked: list[tuple[str, ...]] = [()]
-    for _ in range(PEOPLE_ASKED[kind]):
-        asked = [(*some, one) for some in asked for one in people if one not in some]
-    return [Question(kind=kind, people=some, thing=thing) for some in asked for thing in things]
-
-
-def draw_stage(draw: Draw, cast: Cast) -> Story:
-    """Draws who and what is in which room at the start of a story, which has no events yet."""
-    main, other = cast.rooms
-    return Story(
-        room_of={person: other if draw.integer(0, 3) == 0 else main for person in cast.people},
-        homes={place: other if draw.integer(0, 3) == 0 else main for place in cast.places},
-        events=(),
-    )
+    return [
+        Question(kind=kind, people=asked, thing=thing)
+        for asked in itertools.permutations(people, PEOPLE_ASKED[kind])
+        for thing in things
+    ]
 
 
 def story_of_places(
@@ -104,17 +96,9 @@ def story_of_places(
     Returns the story and the state of the world at its end, or None if a mention is impossible or
     the story is too long.
     """
-    stage = draw_stage(draw, cast)
-    world, events = stage.start(), []
-    for mention in mentions:
-        if events and draw.integer(0, 1):
-            events.append(world.happen(_coming_or_going(draw, world, cast)))
-        event = _named(draw, world, cast, mention)
-        if event is None:
-            return None
-        events.append(world.happen(event))
-    story = story_told(stage, events, cast)
-    return None if story is None else (story, world)
+    return _story(
+        draw, cast, len(mentions), lambda at, world, _: _named(draw, world, cast, mentions[at])
+    )
 
 
 def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
@@ -122,30 +106,43 @@ def story_of_topics(draw: Draw, cast: Cast, count: int) -> Story | None:
 
     Returns None if a mention is impossible or repeated, or if the story is too long.
     """
-    stage = draw_stage(draw, cast)
-    world, events = stage.start(), []
-    for _ in range(count):
-        if events and draw.integer(0, 1):
-            events.append(world.happen(_coming_or_going(draw, world, cast)))
+
+    def mention(_: int, world: World, events: list[Event]) -> Event | None:
         if draw.integer(0, 5):
             if not world.in_company():
                 events.append(world.happen(_joining(draw, world, cast)))
             event = _speech(draw, world, cast)
         else:
-            event = _named(
-                draw, world, cast, Mention(draw.choice(cast.things), draw.choice(cast.places))
-            )
-        if event is None or event in events:
+            of_thing = Mention(draw.choice(cast.things), draw.choice(cast.places))
+            event = _named(draw, world, cast, of_thing)
+        return None if event in events else event
+
+    told = _story(draw, cast, count, mention)
+    return told and told[0]
+
+
+def _story(
+    draw: Draw, cast: Cast, count: int, mention: Callable[[int, World, list[Event]], Event | None]
+) -> tuple[Story, World] | None:
+    """Draws a story of `count` mentions, with comings and goings between, and the world after it.
+
+    Each person and each container starts in the first of the two rooms with probability 3/4.
+    Returns None if `mention` does, or if the story exceeds `cast.longest` sentences.
+    """
+    main, other = cast.rooms
+    room_of = {person: other if draw.integer(0, 3) == 0 else main for person in cast.people}
+    homes = {place: other if draw.integer(0, 3) == 0 else main for place in cast.places}
+    world, events = World(room_of, homes), []
+    for index in range(count):
+        if events and draw.integer(0, 1):
+            events.append(world.happen(_coming_or_going(draw, world, cast)))
+        event = mention(index, world, events)
+        if event is None:
             return None
         events.append(world.happen(event))
-    return story_told(stage, events, cast)
-
-
-def story_told(stage: Story, events: Sequence[Event], cast: Cast) -> Story | None:
-    """Returns the story from `stage` on, or None if it exceeds `cast.longest` sentences."""
     if sentences(events) > cast.longest:
         return None
-    return dataclasses.replace(stage, events=tuple(events))
+    return Story(room_of=room_of, homes=homes, events=tuple(events)), world
 
 
 def sentences(events: Sequence[Event]) -> int:

@@ -138,9 +138,7 @@ class Tom(ChainTask):
         return answers.with_think_start(chain.splitlines(keepends=True))
 
     def final_answer(self, completion: str) -> str | None:
-        text = answers.visible_text(completion)
-        if text is None:
-            return None
+        text = answers.visible_text(completion) or ""
         return phrases.final_phrase(text, phrases.themselves(CONTAINERS) | dict(phrases.YES_NO))
 
     def answer_mark(self, text: str) -> tuple[int, int] | None:
