@@ -26,21 +26,21 @@ _GATHERED = 64  # completions per message between hosts
 class Decoder:
     """A model that completes prompts under named policies.
 
-    `parts` is the model in the split form that `jexit.rollout` accepts. `law` is the policy for
-    which the name `sample` stands. `temperature` is that of the next token's distribution.
+    `parts` is the model in the split form that `jexit.rollout` accepts. `sample` is the policy of
+    that name. `temperature` is that of the next token's distribution.
     """
 
     parts: tuple[Any, ...]
     layers: int
     tokenizer: Tokenizer
-    law: Sample = Sample()
+    sample: Sample = Sample()
     size: EngineSize
     temperature: float
     max_new_tokens: int
     seed: int
 
     def policy(self, name: str) -> Policy:
-        return make_policy(name, self.layers, self.law)
+        return make_policy(name, self.layers, self.sample)
 
     def under(self, name: str) -> Decoder:
         """Returns the decoder for the policy called `name`, whose exits may be confidences."""
@@ -126,11 +126,11 @@ def attempts_of(
     return attempts
 
 
-def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
+def make_policy(text: str, layers: int, sample: Sample = Sample()) -> Policy:
     """Returns the policy that the string `text` names, such as `full`, `sample` or `fixed:6`.
 
-    `law` is the policy for which the name `sample` stands. Raises UserError if `fixed:N` requests
-    more layers than the `layers` of the model.
+    `sample` is the policy of that name. Raises UserError if `fixed:N` requests more layers than the
+    `layers` of the model.
     """
     kind, argument = parse_policy(text, "confidence")
     if kind == "fixed":
@@ -142,4 +142,4 @@ def make_policy(text: str, layers: int, law: Sample = Sample()) -> Policy:
         return Fixed(argument)
     if kind in ("threshold", "confidence"):  # of the exit heads, or of the exits' own predictions
         return Threshold(argument)
-    return law if kind == "sample" else Full()
+    return sample if kind == "sample" else Full()

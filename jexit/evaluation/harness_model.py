@@ -98,13 +98,13 @@ class JexitLM(TemplateLM):
         self.texts.thinking = thinking
         self.tokenizer = self.texts.backend  # where lm-eval looks for the chat template
         self.policy, self.seed = policy, int(seed)
-        law = {"hazard_temperature": 1.0, "min_hazard": 0.0}
+        hazards = {"hazard_temperature": 1.0, "min_hazard": 0.0}
         if not isinstance(pretrained, Transformer):
-            law |= exit_settings_of(pretrained).get("rl", {})
+            hazards |= exit_settings_of(pretrained).get("rl", {})
         given = {"hazard_temperature": hazard_temperature, "min_hazard": min_hazard}
-        law |= {name: value for name, value in given.items() if value is not None}
-        law = Sample(float(law["hazard_temperature"]), float(law["min_hazard"]))
-        self._policy = make_policy(policy, self._model.arch.layers, law)
+        hazards |= {name: value for name, value in given.items() if value is not None}
+        sample = Sample(float(hazards["hazard_temperature"]), float(hazards["min_hazard"]))
+        self._policy = make_policy(policy, self._model.arch.layers, sample)
         self.max_gen_toks, self.think_end_token = int(max_gen_toks), think_end_token
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         if max_batch_size is not None:

@@ -30,9 +30,9 @@ BINS = 10
 
 
 def _decisions(
-    student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], law: Sample
+    student: Transformer, rows: Completions, depth_BC: Int[Array, "B C"], sample: Sample
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], HiddenBTD]:
-    """Returns the hazards under `law`, whether each exit was reached, and final hidden states."""
+    """Returns the hazards of `sample`, whether each exit was reached, and final hidden states."""
     result = run(
         student,
         rows.tokens_BT,
@@ -42,8 +42,8 @@ def _decisions(
     )
     log_hazard_BCE, _ = log_hazards(
         rows.window(result.hazard_logits_BTE),
-        temperature=law.temperature,
-        min_hazard=law.min_hazard,
+        temperature=sample.temperature,
+        min_hazard=sample.min_hazard,
     )
     reached_BCE = jnp.asarray(student.exit_layers) <= depth_BC[..., None]
     hidden_BCD = rows.window(result.hidden_BTD)
@@ -56,10 +56,10 @@ def decisions(
     states: tuple[nnx.State, ...],
     rows: Completions,
     depth_BC: Int[Array, "B C"],
-    law: Sample,
+    sample: Sample,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"]]:
     """Returns the hazard of each token at each exit, and whether the token reached the exit."""
-    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, law)[:2]
+    return _decisions(nnx.merge(graphdef, *states), rows, depth_BC, sample)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("student_def", "teacher_def", "target"))
@@ -71,7 +71,7 @@ def decisions_and_targets(
     rows: Completions,
     depth_BC: Int[Array, "B C"],
     sharpness: Float[Array, ""],
-    law: Sample,
+    sample: Sample,
     *,
     target: str,
 ) -> tuple[Float[Array, "B C E"], Bool[Array, "B C E"], Float[Array, "B C E"], Float[Array, "B C"]]:
@@ -101,7 +101,7 @@ def decisions_and_targets(
     )
     kl_BCE, _ = kl_and_agreement(final_BCD, exits_EBCD, speaker.head_VD)
     leave_BCE, _ = target_log_hazards(kl_BCE, sharpness)
-    hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC, law)
+    hazard_BCE, asked_BCE, hidden_BCD = _decisions(student, rows, depth_BC, sample)
     hidden_ND, final_ND = (part.reshape(-1, part.shape[-1]) for part in (hidden_BCD, final_BCD))
     kl_N = linear_kl(hidden_ND, final_ND, student.head_VD, head_teacher_VD=teacher.head_VD)
     return hazard_BCE, asked_BCE, jnp.exp(leave_BCE), kl_N.reshape(depth_BC.shape)
@@ -133,15 +133,15 @@ def reliability(hazard_N: np.ndarray, target_N: np.ndarray) -> tuple[float, tupl
 
 
 def hazards_of(
-    student: SplitModel, recorded: Recorded, law: Sample
+    student: SplitModel, recorded: Recorded, sample: Sample
 ) -> list[list[list[float | None]]]:
     """Returns the hazard of every token at each exit, and None at exits that were not reached.
 
-    The lists are indexed by completion, token and exit. `student` is a split model. `law` contains
+    The lists are indexed by completion, token and exit. `student` is a split model. `sample` has
     the temperature and the lower bound of hazards.
     """
     hazard_BCE, there_BCE = recorded.through(
-        lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC, law)
+        lambda rows, depth_BC: decisions(student[0], student[1:], rows, depth_BC, sample)
     )
     return [
         [
@@ -160,7 +160,7 @@ def hazard_calibration(
     teacher: SplitModel,
     exit_layers: Sequence[int],
     recorded: Recorded,
-    law: Sample,
+    sample: Sample,
     *,
     sharpness: float,
     target: str,
@@ -175,7 +175,7 @@ def hazard_calibration(
     hazard_BCE, there_BCE, target_BCE, kl_BC = recorded.through(
         lambda rows, depth_BC: decisions_and_targets(
             student[0], student[1:], teacher[0], teacher[1:], rows, depth_BC,
-            jnp.float32(sharpness), law, target=target,
+            jnp.float32(sharpness), sample, target=target,
         )
     )  # fmt: skip
     exits = []

@@ -156,7 +156,7 @@ class Scorer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OwnDraws(Policy):
-    """A policy that draws depths under `law`, independently of how rows are batched.
+    """A policy that draws depths under `policy`, independently of how rows are batched.
 
     The draws of a row depend on the random key, the row's uint32 in `name_B` and the position. `of`
     names rows by their tokens.
@@ -164,22 +164,22 @@ class OwnDraws(Policy):
 
     reads_hazards: ClassVar[bool] = True
 
-    law: Sample
+    policy: Sample
     name_B: Int[Array, "B"]
 
     @classmethod
-    def of(cls, law: Sample, rows: Completions) -> OwnDraws:
+    def of(cls, policy: Sample, rows: Completions) -> OwnDraws:
         weight_T = jnp.cumprod(jnp.full(rows.tokens_BT.shape[1], 2_654_435_761, jnp.uint32))
         ids_BT = jnp.where(rows.valid_BT, rows.tokens_BT + 1, 0).astype(jnp.uint32)
-        return cls(law, jnp.sum(ids_BT * weight_T, axis=1, dtype=jnp.uint32))
+        return cls(policy, jnp.sum(ids_BT * weight_T, axis=1, dtype=jnp.uint32))
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "B T"]:
-        return self.law.start(shape, layers)
+        return self.policy.start(shape, layers)
 
     def leaves(self, hazard_logits: Float[Array, "B T"], key: PRNGKey) -> Bool[Array, "B T"]:
         def at(name: Array, position: Array, z: Array) -> Array:
             own = jax.random.fold_in(jax.random.fold_in(key, name), position)
-            return self.law.leaves(z, own)
+            return self.policy.leaves(z, own)
 
         positions = jnp.arange(hazard_logits.shape[1])
         along_row = jax.vmap(at, in_axes=(None, 0, 0))

@@ -99,7 +99,7 @@ class Measurer:
             if not made:
                 continue
             parts = self.decoder.under(policy).parts
-            hazards = hazards_of(parts, self._recorded(made), self._law(policy))
+            hazards = hazards_of(parts, self._recorded(made), self._hazard_policy(policy))
             for problem, attempt, found in zip(
                 self.examination.problems[: len(made)], made, hazards, strict=True
             ):
@@ -125,9 +125,9 @@ class Measurer:
     def _student(self) -> tuple[Any, ...]:
         return self.split.decodable(self.split.trainable)
 
-    def _law(self, policy: str) -> Sample:
-        """Returns the law of the hazard of a logit z: the decoder's for `sample`, else σ(z)."""
-        return self.decoder.law if policy == "sample" else Sample()
+    def _hazard_policy(self, policy: str) -> Sample:
+        """Returns what makes a hazard of a logit z: the decoder's for `sample`, else σ(z)."""
+        return self.decoder.sample if policy == "sample" else Sample()
 
     def _attempts(self, policy: str) -> list[Attempt]:
         if policy not in self.attempts:
@@ -159,7 +159,7 @@ class Measurer:
                 self.split.decodable_teacher(self.split.trainable),
                 self.exits,
                 self._recorded(self._attempts(policy)),
-                self._law(policy),
+                self._hazard_policy(policy),
                 sharpness=sft.sharpness,
                 target=sft.target,
             )

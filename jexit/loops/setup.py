@@ -77,7 +77,7 @@ def make_decoder(
 ) -> Decoder:
     """Returns a decoder with the settings of `config`, some of them replaced by `changed`."""
     settings = {
-        "law": sample_policy(config),
+        "sample": sample_policy(config),
         "size": config.engine,
         "temperature": config.eval.temperature,
         "max_new_tokens": config.eval.max_new_tokens,
