@@ -19,7 +19,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
+from jexit.tasks.base import Attempt, Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.options import MIXTURE, check_range, check_steps
 from jexit.tasks.streams import Stream

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from jexit.errors import UserError
 from jexit.tasks import answers, phrases
-from jexit.tasks.base import Draw, Problem, Rewards, Split, Verdict
+from jexit.tasks.base import Attempt, Draw, Problem, Rewards, Split, Verdict
 from jexit.tasks.chains import ChainTask, Corruption
 from jexit.tasks.options import MIXTURE, check_range, check_steps
 from jexit.tasks.streams import Stream
