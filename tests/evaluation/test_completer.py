@@ -95,6 +95,7 @@ def test_log_likelihoods_are_those_of_the_forward_pass(completer):
     assert second == pytest.approx(found[1], abs=LOGPROBS)
 
 
+@pytest.mark.slow
 def test_replies_are_as_long_as_the_positions_that_are_left_allow(model_dir):
     """Prompts that differ in their room: whole, cut off, and none."""
     completer = completer_of(model_dir)

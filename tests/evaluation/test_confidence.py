@@ -20,7 +20,7 @@ from tolerances import LOGITS
 TOKENS_BT = np.random.default_rng(0).integers(0, 60, (3, 12))
 
 
-@pytest.fixture(scope="module", params=["frozen", "linear"])
+@pytest.fixture(scope="module", params=[pytest.param("frozen", marks=pytest.mark.slow), "linear"])
 def model(request):
     head = ExitSettings(continuation=request.param)
     arch = dataclasses.replace(ARCHITECTURE, tied=request.param == "frozen")

@@ -31,7 +31,7 @@ def model_with(continuation):
     return model
 
 
-@pytest.mark.parametrize("continuation", ["frozen", "linear"])
+@pytest.mark.parametrize("continuation", [pytest.param("frozen", marks=pytest.mark.slow), "linear"])
 def test_exits_and_leaving_by_hand(continuation, monkeypatch):
     monkeypatch.setattr(exits, "CLOSE", 0.5)
     monkeypatch.setattr(exits, "THRESHOLDS", (0.5,))

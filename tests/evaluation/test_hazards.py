@@ -136,7 +136,7 @@ def by_hand(split, recorded, target, sharpness):
     return decisions, divergences
 
 
-@pytest.mark.parametrize("target", ["teacher", "student"])
+@pytest.mark.parametrize("target", [pytest.param("teacher", marks=pytest.mark.slow), "student"])
 def test_reliability_of_a_model(split, recorded, target):
     student = split.decodable(split.trainable)
     made = hazard_calibration(

@@ -50,6 +50,7 @@ def scored(model, pairs, **settings):
     return [scores[index] for index in range(len(pairs))]
 
 
+@pytest.mark.slow
 def test_what_decoding_recorded(model, pairs):
     """test_harness_model.py has the same of thresholds and fixed depths, where text is greedy."""
     prompts = [context for context, _ in pairs]
