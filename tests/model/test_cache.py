@@ -1,7 +1,6 @@
-"""The decode cache against attention over whole sequences, and its bucket sizes."""
+"""The decode cache against attention over whole sequences."""
 
 import dataclasses
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from jexit.dist import make_mesh, use_mesh
 from jexit.model.attention import KeysValues
-from jexit.model.cache import SMALLEST_CACHE, Cache, cache_bucket, prompt_bucket
+from jexit.model.cache import Cache
 from jexit.model.sharded_attention import cache_heads
 from jexit.presets import PRESETS
 
@@ -65,20 +64,3 @@ def test_heads_are_repeated_where_devices_are_more():
             assert cache_heads(8, 2) == (expected if tensor in (1, 2, 4) else 8)
     with use_mesh(make_mesh(tensor=4)):
         assert cache_heads(6, 2) == 2, "six queries do not divide over four devices"
-
-
-def test_buckets_hold_every_length_with_little_padding_in_few_sizes():
-    """A cache's at least double until the last."""
-    sizes = set()
-    for length in range(1, 4097):
-        bucket = prompt_bucket(length)
-        sizes.add(bucket)
-        assert bucket >= length and (bucket <= 16 or bucket - length < max(16, bucket / 4))
-    assert len(sizes) <= 32
-    most = 3000
-    slots = [cache_bucket(1, most)]
-    while slots[-1] < most:
-        slots.append(cache_bucket(slots[-1] + 1, most))
-    assert slots[0] == SMALLEST_CACHE and len(slots) <= 8
-    assert slots[-1] == prompt_bucket(most) and slots[-1] - most < most / 4
-    assert all(after >= 2 * before or after == slots[-1] for before, after in pairwise(slots))

@@ -143,4 +143,5 @@ def test_sizes_that_programs_are_compiled_for_are_few():
         assert length <= padded <= max(length + 15, 1.25 * length)
         assert length <= cache.cache_bucket(length, 3000) <= max(128, 2 * length)
     assert len({cache.prompt_bucket(length) for length in range(1, 4097)}) < 32
+    assert len({cache.cache_bucket(length, 3000) for length in range(1, 3001)}) <= 8
     assert cache.cache_bucket(100, 100) == 128 and cache.cache_bucket(200, 210) == 224
