@@ -136,11 +136,11 @@ def test_blocks_hold_every_length_with_little_padding():
 @pytest.mark.parametrize(
     ("sizes", "heads", "kv_heads", "rows"),
     [
-        pytest.param((2, 2, 2), 4, 2, 4, id="everything divided"),
         pytest.param((1, 2, 2), 12, 3, 4, id="a device's heads straddle key heads"),
         *(
             pytest.param(*case, id=name, marks=pytest.mark.slow)
             for name, case in (
+                ("everything divided", ((2, 2, 2), 4, 2, 4)),
                 ("several devices share a key head", ((1, 1, 8), 8, 2, 3)),
                 ("neither heads nor rows divide", ((2, 1, 4), 6, 2, 3)),
             )

@@ -141,7 +141,7 @@ def test_a_directory_keeps_it(settings, tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "settings", [LINEAR, pytest.param(FACTORED, marks=pytest.mark.slow)], ids=["full", "rank 3"]
 )
-def test_a_directory_that_gains_it_says_and_exports_the_same(settings, tmp_path, tokenizer):
+def test_a_directory_that_gains_it_exports_the_same(settings, tmp_path, tokenizer):
     """Bit for bit, but for the continuation's own arrays."""
     save_model(tmp_path / "frozen", saved_models.make_model(tokenizer.vocab_size), tokenizer)
     gained = dataclasses.replace(
@@ -152,20 +152,6 @@ def test_a_directory_that_gains_it_says_and_exports_the_same(settings, tmp_path,
     fresh, _ = load(tmp_path / "frozen", dtype="float32", exit_head=gained)
     save_model(tmp_path / "linear", fresh, tokenizer)
     frozen, linear = (load(tmp_path / name, dtype="float32")[0] for name in ("frozen", "linear"))
-
-    made = [
-        jexit.generate(
-            model, tokenizer, ["3+4=", "17+25+3="], policy=jexit.Sample(), temperature=1.0,
-            max_new_tokens=12, seed=3,
-        )
-        for model in (frozen, linear)
-    ]  # fmt: skip
-    for name in ("texts", "tokens", "depths"):
-        assert getattr(made[0], name) == getattr(made[1], name)
-    for ours, theirs in zip(made[0].logprobs, made[1].logprobs, strict=True):
-        assert np.array_equal(ours, theirs)
-    assert min(map(min, made[0].depths)) < frozen.arch.layers
-
     ours, theirs = (saved_models.parameters(model) for model in (linear, frozen))
     assert {name for name in ours if "continuation" not in name} == theirs.keys() < ours.keys()
     assert all(np.array_equal(ours[name], array) for name, array in theirs.items())
@@ -180,17 +166,7 @@ def test_a_directory_that_gains_it_says_and_exports_the_same(settings, tmp_path,
             assert one.read_bytes() == other.read_bytes(), name
 
 
-def test_settings_that_mean_nothing_are_refused():
-    for settings, sentence in (
-        ({"continuation": "quadratic"}, "continuation is 'quadratic'; choose one of frozen, lin"),
-        ({"continuation_rank": 4}, "continuation_rank is 4, but a frozen continuation"),
-        (
-            {"continuation": "linear", "continuation_rank": -1},
-            "continuation_rank is -1; it must be at least 0",
-        ),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            ExitSettings(**settings)
+def test_a_rank_that_is_not_below_the_width_is_refused():
     with pytest.raises(ValueError, match="continuation_rank is 16, but it must be smaller than"):
         random_model(exit_head=ExitSettings(continuation="linear", continuation_rank=16))
 

@@ -15,9 +15,7 @@ from jexit.model.exits import (
     ExitHeads,
     depth_log_distribution,
     depth_log_prob,
-    depth_of_exit_index,
     distribution_of_log_hazards,
-    exit_index_of_depth,
 )
 from tolerances import GRADIENT, relative_error
 
@@ -99,17 +97,6 @@ def test_gradient_is_finite_at_extreme_logits_and_right_at_ordinary_ones():
     # log σ(−z) of a stay that was all but impossible has slope −1, where log(p + ε) has none.
     slope = jax.grad(lambda z: depth_log_prob(jnp.asarray(9), z, (2,), 9))(jnp.asarray([60.0]))
     np.testing.assert_allclose(slope, [-1.0])
-
-
-def test_log_prob_picks_the_depths_entry_of_the_law():
-    index_AB = np.asarray([[0, 1, 2, 3], [3, 3, 0, 1]])
-    depth_AB = np.asarray([*EXIT_LAYERS, LAYERS])[index_AB]
-    np.testing.assert_array_equal(exit_index_of_depth(depth_AB, EXIT_LAYERS, LAYERS), index_AB)
-    np.testing.assert_array_equal(depth_of_exit_index(index_AB, EXIT_LAYERS, LAYERS), depth_AB)
-    z_ABE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
-    law_ABE1 = np.asarray(depth_log_distribution(z_ABE, temperature=0.7, min_hazard=0.05))
-    truth = np.take_along_axis(law_ABE1, index_AB[..., None], -1)
-    np.testing.assert_array_equal(log_prob(z_ABE, depth_AB, 0.7, 0.05), truth[..., 0])
 
 
 def test_law_of_target_hazards_that_are_no_logits():

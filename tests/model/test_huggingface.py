@@ -78,7 +78,14 @@ LENGTHS = (48, 1, 29)  # right-padded rows; the original contexts of scaled rope
 EXITS = (1, 3)
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Of each family, and of each way to scale positions, the default has one.
+SLOW = ("qwen3-tied-one-kv-head-yarn", "llama-untied-theta5e5")
+
+
+PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def pair(request, tmp_path_factory):
     """Hugging Face's model, and jexit's from the converted directory; random exit heads."""
     family, overrides = CASES[request.param]

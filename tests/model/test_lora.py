@@ -24,7 +24,7 @@ def small_model(family="qwen3", **options):
     return random_model(family, layers=3, exit_layers=(1, 2), **options)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=[pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def adapted(request):
     return small_model(request.param, lora=ALL)
 
