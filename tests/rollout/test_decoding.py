@@ -77,14 +77,9 @@ def test_every_policy_decodes_as_teacher_forcing_says(model, sampled):
     assert len(set(sampled.lengths_B.tolist())) > 4, "completions should end at different times"
     assert 1 in sampled.lengths_B and sampled.truncated_B.any()
     assert len(np.unique(sampled.depths_BT)) > 4
-    greedy = {"temperature": 0.0, "top_p": 1.0, "first_prompt": 3}
-    for policy, asked in (
-        (Full(), {}),
-        (Threshold(0.55), {}),
-        (Prescribed(DEPTH_BT), {}),
-        (SAMPLE, greedy),
-        (SAMPLE, greedy | {"adapters": False}),  # the teacher
-    ):
+    # Prescribed depths are tried at random below.
+    teacher = {"temperature": 0.0, "top_p": 1.0, "first_prompt": 3, "adapters": False}
+    for policy, asked in ((Full(), {}), (Threshold(0.55), {}), (SAMPLE, teacher)):
         made = decoded(model, ten_prompts(), policy=policy, **ASKED | asked)
         seen = set(made.depths_BT.flat) - {0}
         assert seen == {LAYERS} if isinstance(policy, Full) else len(seen) > 2
@@ -314,8 +309,6 @@ def test_wrong_requests_get_one_sentence(model, prompts):
         ([[1]], {"policy": Prescribed(np.ones((1, 11)))}, r"\(1, 11\), but .* be \(1, 12 or"),
         ([[1]], {"policy": Prescribed(np.ones(12))}, r"\(12,\), but .* or use Fixed\(depth\)"),
         ([[1]], {"policy": Prescribed(np.full((1, 12), 3))}, r"depth 3, .* exits \(1, 2, 4\)"),
-        ([[1]], {"policy": Sample(temperature=-1.0)}, r"temperature -1\.0, .* above 0"),
-        ([[1]], {"policy": "sample"}, "policy is 'sample', but it must be a policy; give"),
         ([[1]], {"forced": [0, 1]}, "forced has length 2, but prompts has length 1"),
         ([[1, 2]], {"forced": [2]}, r"forced\[0\] is 2, but prompt 0 has 2 tokens"),
         ([[1, 2]], {"forced": [-1]}, "a number from 0 to 1"),
@@ -363,6 +356,7 @@ def test_forced_prefixes_go_on_as_if_decoding_had_never_stopped(model, prompts, 
         assert np.abs(prompt.logprobs_BT - made.logprobs_BT).max() > 100 * LOGPROBS
 
 
+@pytest.mark.slow
 def test_forced_tokens_leave_as_often_as_the_hazards_say(model):
     """At the first exit, which no earlier token's depth has touched."""
     copies, begun = 250, [7, 3, 11, 30, 2]

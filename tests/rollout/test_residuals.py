@@ -15,7 +15,11 @@ EXITS = (1, 2, 4)
 LAYERS = (0, 1, 2, 4, 5)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["student", "teacher"])
+@pytest.fixture(
+    scope="module",
+    params=[True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["student", "teacher"],
+)
 def made(request, model, prompts):
     return request.param, rollout(
         model, prompts, policy=jexit.Sample(2.0, 0.1), max_new_tokens=12, temperature=0.8,

@@ -29,8 +29,8 @@ def decoded(model, **settings):
     return made, speculation
 
 
-@pytest.mark.parametrize("layer", [1, 2, 4])
-@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("layer", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 4])
+@pytest.mark.parametrize("adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_greedy_text_and_log_probabilities_are_those_of_all_layers(model, prompts, layer, adapters):
     settings = {"prompts": prompts, "max_new_tokens": 23, "temperature": 0.0, "key": 0}
     full = rollout(model, **SETTINGS | settings, adapters=adapters)

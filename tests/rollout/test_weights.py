@@ -12,8 +12,7 @@ from flax import nnx
 
 from jexit.model.policies import Full
 from jexit.rollout import rollout, weights
-from jexit.rollout.weights import Copy, apart, at_layer
-from tolerances import LOGITS
+from jexit.rollout.weights import Copy, apart
 
 
 @pytest.fixture
@@ -33,20 +32,6 @@ def copies(monkeypatch) -> list:
 def complete(split: tuple) -> np.ndarray:
     asked = {"policy": Full(), "max_new_tokens": 8, "eos_ids": (), "pad_id": 0, "key": 0}
     return rollout(split, [[5, 9, 2]], temperature=0.0, **asked).tokens_BT
-
-
-def test_a_layer_by_its_number_gives_what_its_stacked_weights_give(model):
-    graphdef, *states = nnx.split(model)
-    h_BD = jax.random.normal(jax.random.key(0), (3, model.arch.width))
-
-    def product(block, h_BD):
-        return block.mlp(h_BD, adapters=True, dropout_key=None)
-
-    taken = apart(graphdef, tuple(states))
-    one = jax.jit(lambda number: at_layer(number, model.blocks, taken, product, h_BD))
-    for layer in range(model.arch.layers):
-        wanted = at_layer(jnp.int32(layer), model.blocks, None, product, h_BD)
-        np.testing.assert_allclose(one(jnp.int32(layer)), wanted, atol=LOGITS)
 
 
 def test_weights_are_copied_once_for_many_batches_and_anew_for_new_values(model, copies):
