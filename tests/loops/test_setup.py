@@ -11,7 +11,6 @@ from chat_templates import DEFAULT_SYSTEM, OPENED, SWITCHED, with_template
 from jexit.config import Config, TaskConfig
 from jexit.data.loader import PromptBatch
 from jexit.data.tokenizer import Tokenizer
-from jexit.evaluation.accuracy import held_out
 from jexit.io.model_dir import save_model
 from jexit.loops.rl import Judged
 from jexit.loops.setup import load_model, load_task
@@ -65,33 +64,6 @@ def test_the_config_gives_a_system_message(tmp_path):
         assert tokenizer.encode_prompt(asked) == tokenizer.encode(text)
         own = [{"role": "system", "content": "Rows say so."}, *asked]
         assert tokenizer.chat_text(own) == text.replace(shown, "Rows say so.")
-
-
-def test_shots_come_from_the_config(gsm8k, model_dir):
-    settings = {"task__name": "gsm8k", "task__path": str(gsm8k), "task__max_prompt_tokens": 512}
-    config = make_config("eval", model_dir, task__options={"shots": 2, "seed": 3}, **settings)
-    task = load_task(config.task, "test")
-    tokenizer = Tokenizer.load(model_dir)
-    problems, prompts = held_out(task, tokenizer, config, 2)
-    for problem, ids in zip(problems, prompts, strict=True):
-        assert len(problem.earlier) == 4
-        text = tokenizer.decode(ids, keep_special=True)
-        assert text.count("<|user|>") == 3 and text.count("<|end|>") == 2
-        assert text == tokenizer.chat_text(problem.messages)
-    short = make_config(
-        "eval",
-        model_dir,
-        task__options={"shots": 2},
-        **(settings | {"task__max_prompt_tokens": 60}),
-    )
-    with pytest.raises(ValueError, match="over the limit of 60"):
-        held_out(task, tokenizer, short, 2)
-
-
-def test_tasks_without_shots_refuse_them():
-    config = Config.from_dict({"command": "rl", "task": {"options": {"shots": 1}}})
-    with pytest.raises(ValueError, match="task 'sums' has no option 'shots'; it takes"):
-        load_task(config.task, "train")
 
 
 def test_completions_are_judged_with_the_prompts_thought_and_what_was_cut_off(gsm8k):

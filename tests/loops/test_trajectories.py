@@ -1,9 +1,6 @@
 """Completions of one prompt that share a row: nothing changes but the work."""
 
-import pathlib
-
 import numpy as np
-import pytest
 
 from jexit.data.teacher_store import Trajectory
 from jexit.dist import host_rows
@@ -68,22 +65,3 @@ def test_positions_are_those_whose_pass_could_leave(model_dir):
     for place, row in enumerate(rows):
         text = [*row[0].prompt, *(token for one in row for token in one.completion)]
         assert batch.tokens_BT[place, : len(text)].tolist() == text
-
-
-def test_settings_that_contradict_are_refused():
-    for settings, message in [
-        (
-            {"batch_size": 32, "sft.completions": 3},
-            r"multiple of config\.optim\.accumulate=1 × config\.sft\.completions=3",
-        ),
-        (
-            {"batch_size": 12, "sft.completions": 3, "sft.generate_batch": 64},
-            r"generate_batch is 64, but it must be a multiple of config\.sft\.completions=3",
-        ),
-        (
-            {"sft.completions": 2, "sft.trajectories": "dataset"},
-            "there is one completion per prompt",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            make_config("sft", pathlib.Path("model"), **settings)

@@ -100,11 +100,8 @@ def test_wrong_names_and_options_are_one_sentence(write):
     for reference, options, said in (
         ("nowhere.py:task", {}, "task file nowhere.py does not exist; .* relative to /"),
         ("no_such_module:task", {}, "no_such_module cannot be imported .*No module named"),
-        ("summs", {}, r"no task 'summs'; set config.task.name to one of .*sums.*FILE.py:NAME"),
         (name, {"rows": 3}, "already a Task, so it does not take config.task.options.rows; make"),
         (f"{name}:right", {}, r"mine.py:right returned|mine.py:right' cannot be made"),
-        ("sums", {"operands_max": "x"}, r"options.operands_max is 'x'; it must be of type int"),
-        ("word_problems", {"steps": "mixed"}, "'word_problems' has no option 'steps'; it takes se"),
     ):
         with pytest.raises(UserError, match=said) as caught:
             make_task(reference, **options)
