@@ -80,7 +80,3 @@ def test_the_shipped_trunk_takes_steps_of_every_size_and_answers_stories():
         texts = jexit.generate(model, tokenizer, prompts, max_new_tokens=56, temperature=0.0).texts
         kinds = [task.verify(*pair).kind for pair in zip(asked, texts, strict=True)]
         assert kinds.count("strict") >= least, task
-
-
-def test_the_shipped_assets_are_small():
-    assert sum(file.stat().st_size for file in ASSETS.rglob("*")) < 12e6

@@ -17,7 +17,6 @@ from jexit.errors import INTERRUPTED
 from jexit.sweep.__main__ import main
 from jexit.sweep.plan import Sweep
 from jexit.sweep.runner import Runner, shares
-from jexit.sweep.summary import summary
 from report_files import evaluation, policy_figures, write_json
 from small_runs import ROOT, saved_small_model, small_settings
 
@@ -221,19 +220,6 @@ def test_the_table_has_every_number_of_the_finished_runs(tmp_path, capsys):
     assert main(given) == 0
     (line,) = table(tmp_path / "evals")
     assert line["model.path"] == "a" and line["full/tokens"] == "3000"
-
-
-def test_the_summary_has_means_over_seeds_of_what_there_is():
-    runs = [("0", "0", 0.5, 0.875), ("0", "1", 0.75, 0.625), ("2", "0", 1.0, 0.5)]
-    rows = [
-        ({"rl.depth_coef": level, "seed": seed}, {"sample/accuracy": a, "sample/depth_fraction": d})
-        for level, seed, a, d in runs
-    ]
-    assert summary(rows) == (
-        "rl.depth_coef  seeds  accuracy             depth\n"
-        "0              2      62.5 (50.0 to 75.0)  75.0 (62.5 to 87.5)\n"
-        "2              1      100.0                50.0"
-    )
 
 
 def test_other_values_of_the_same_keys_add_to_the_study(tmp_path, capsys, monkeypatch):

@@ -29,14 +29,3 @@ def test_every_word_of_the_tasks_is_one_token():
             problem = problems.problem("train", builder.STORIES + index)
             for piece in re.findall(builder.PIECES, f"{problem.prompt}\n{problem.completion}"):
                 assert len(tokenizer.encode(piece).ids) == 1, piece
-
-
-def test_merges_by_hand():
-    # "aab" "aac": the pairs aa (2), ab, ac; then (aa)b and (aa)c tie, b first.
-    assert builder.learn_merges(["aab", "aac"], set("abc"), 2) == [("a", "a"), ("aa", "b")]
-    # A merge that spells a known word is free, so one more fits.
-    assert builder.learn_merges(["aab", "aac"], {*"abc", "aa"}, 2) == [
-        ("a", "a"),
-        ("aa", "b"),
-        ("aa", "c"),
-    ]

@@ -229,7 +229,6 @@ def test_settings_agree_with_the_directory_or_are_refused(saved_once):
             r"targets=\('down', 'q'\); set",
         ),
         ({"exit_layers": (2, 1)}, r"config\.exits\.layers is \(2, 1\), but exits must be rising"),
-        ({"exit_layers": (0, 1)}, "exits must be rising layer numbers from 1 to 2"),
         ({"exit_layers": (1, 7)}, "exits must be rising layer numbers from 1 to 2"),
     ):
         with pytest.raises(UserError, match=words):

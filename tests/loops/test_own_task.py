@@ -92,6 +92,7 @@ def test_a_mistake_in_the_third_batch_loses_nothing(model_dir, tmp_path, task_fi
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_validation_loses_nothing(model_dir, tmp_path, task_file):
     validation = THIRD.replace("len(completions) == 8", "len(completions) < 8")
     task_file.write_text(
