@@ -296,6 +296,7 @@ def test_every_step_of_a_stage_is_compiled_for_a_tpu(command):
 
 @pytest.mark.tpu_aot
 @compilers.needs_libtpu
+@pytest.mark.slow
 def test_what_does_not_fit_a_tpu_ends_the_command_with_one_sentence():
     small = "from jexit.kernels import chips; chips.CHIPS['v5 lite'] = chips.Chip(0.0001); "
     done = run(["jexit", "--config=configs/generate.py", "--aot=v5e:2x2"], small)

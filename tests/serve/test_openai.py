@@ -27,7 +27,11 @@ def ask(client, prompt, **settings):
     )
 
 
-@pytest.mark.parametrize("policy", ["full", "threshold:0.5", "fixed:4", "speculate:4"])
+@pytest.mark.parametrize(
+    "policy",
+    ["threshold:0.5", "speculate:4",
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "fixed:4"))],
+)  # fmt: skip
 def test_an_answer_is_what_generate_returns(client, loaded, policy, idle):
     model, tokenizer = loaded
     made = jexit.generate(
