@@ -77,17 +77,19 @@ def test_loss_and_gradient(monkeypatch, direction, full, detached):
 
 
 def test_calibration_lowers_the_exit_loss():
-    """This model's distributions hardly differ, so the heads have all there is to learn."""
+    """This model's distributions hardly differ, so the heads have all there is to learn.
+
+    With what draws of the student's depths are expected to cost; that of given depths is above.
+    """
     split, batch, optimizer = toy.make_split(), toy.rows(), optax.adam(1e-2)
-    for target, exit_loss, explore in (("teacher", "sampled", 0.0), ("student", "expected", 0.3)):
-        config = SFTConfig(samples=2, explore=explore, target=target, exit_loss=exit_loss)
-        step, state = make_sft_step(split, optimizer, config), toy.start(split, optimizer)
-        exits = []
-        for index in range(40):
-            state, metrics = step(state, split.fixed, batch, jax.random.key(index))
-            exits.append(float(metrics["loss/exit"]))
-        # The exit loss is a cross-entropy: it cannot fall under the entropy of its targets.
-        assert np.mean(exits[-10:]) < 0.9 * np.mean(exits[:5])
+    config = SFTConfig(samples=2, explore=0.3, target="student", exit_loss="expected")
+    step, state = make_sft_step(split, optimizer, config), toy.start(split, optimizer)
+    exits = []
+    for index in range(40):
+        state, metrics = step(state, split.fixed, batch, jax.random.key(index))
+        exits.append(float(metrics["loss/exit"]))
+    # The exit loss is a cross-entropy: it cannot fall under the entropy of its targets.
+    assert np.mean(exits[-10:]) < 0.9 * np.mean(exits[:5])
 
 
 @pytest.mark.slow
@@ -109,6 +111,7 @@ def test_micro_batches_add_up_to_the_whole(monkeypatch):
     assert len({float(metrics_once[f"exit/{layer}"]) for layer in (1, 2, 3)}) > 1
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_key(monkeypatch):
     """Of a student whose depths are drawn the same."""
     split, batch = toy.make_split(dropout=0.5), toy.rows()
@@ -120,16 +123,3 @@ def test_dropout_follows_the_key(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, once, again)
     for found, another in zip(jax.tree.leaves(once), jax.tree.leaves(other), strict=True):
         assert not np.allclose(found, another)
-
-
-def test_the_window_lines_up_with_depths():
-    batch = toy.rows()
-    shape = batch.completion_tokens_BC.shape
-    depth_BC = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape) + 100
-    inputs = np.asarray(batch.input_depths(depth_BC, 3))
-    back = np.asarray(batch.window(jnp.asarray(inputs)[..., None])[..., 0])
-    action = np.asarray(batch.action_BC)
-    np.testing.assert_array_equal(back[action], np.asarray(depth_BC)[action])
-    assert np.all(back[:, 0] == 3)  # the last prompt position never leaves
-    for row, length in enumerate(np.asarray(batch.valid_BT).sum(1)):
-        assert np.all(inputs[row, length - 1 :] == 3)
