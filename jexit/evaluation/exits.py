@@ -21,7 +21,7 @@ from jexit.model.exits import depth_of_exit_index
 from jexit.model.policies import Full, Prescribed
 from jexit.model.transformer import exit_hidden_states, run
 from jexit.results import EarlyLeaving, ExitAgreement, ExitQuality
-from jexit.rollout import SplitModel
+from jexit.rollout import Decodable
 from jexit.steps.completions import Completions
 
 CLOSE = 0.05  # nats; a token could leave at an exit whose KL to the last layer is below this
@@ -74,7 +74,7 @@ def compare_exits(
 
 
 def exit_quality(
-    policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
+    policy: str, student: Decodable, exit_layers: Sequence[int], layers: int, recorded: Recorded
 ) -> ExitQuality:
     """Measures how close each exit's predictions are to the last layer's, on given completions.
 

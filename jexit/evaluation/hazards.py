@@ -23,7 +23,7 @@ from jexit.model.exits import log_hazards
 from jexit.model.policies import Full, Prescribed, Sample
 from jexit.model.transformer import Transformer, exit_hidden_states, run
 from jexit.results import ExitCalibration, HazardBin, HazardCalibration
-from jexit.rollout import SplitModel
+from jexit.rollout import Decodable
 from jexit.steps.completions import Completions
 
 BINS = 10
@@ -133,7 +133,7 @@ def reliability(hazard_N: np.ndarray, target_N: np.ndarray) -> tuple[float, tupl
 
 
 def hazards_of(
-    student: SplitModel, recorded: Recorded, sample: Sample
+    student: Decodable, recorded: Recorded, sample: Sample
 ) -> list[list[list[float | None]]]:
     """Returns the hazard of every token at each exit, and None at exits that were not reached.
 
@@ -156,8 +156,8 @@ def hazards_of(
 
 def hazard_calibration(
     policy: str,
-    student: SplitModel,
-    teacher: SplitModel,
+    student: Decodable,
+    teacher: Decodable,
     exit_layers: Sequence[int],
     recorded: Recorded,
     sample: Sample,

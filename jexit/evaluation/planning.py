@@ -22,7 +22,7 @@ from jexit.evaluation.replay import Recorded
 from jexit.model.policies import Prescribed
 from jexit.model.transformer import run
 from jexit.results import Planning
-from jexit.rollout import SplitModel
+from jexit.rollout import Decodable
 from jexit.steps.completions import Completions
 
 AHEAD = (1, 2, 3, 4)
@@ -51,7 +51,7 @@ def residuals_at(
 
 
 def planning(
-    policy: str, student: SplitModel, exit_layers: Sequence[int], layers: int, recorded: Recorded
+    policy: str, student: Decodable, exit_layers: Sequence[int], layers: int, recorded: Recorded
 ) -> list[Planning]:
     """Measures how well probes at each exit, and at the end, predict the tokens to come.
 

@@ -17,7 +17,7 @@ from jexit.errors import UserError
 from jexit.model.cache import SMALLEST_PROMPT, cache_bucket, token_bytes
 from jexit.model.policies import Full, Mixed, Policy, Sample
 from jexit.model.transformer import Transformer
-from jexit.rollout.engine import Engine, SplitModel
+from jexit.rollout.engine import Decodable, Engine
 from jexit.rollout.pool import Jobs
 from jexit.rollout.requests import Request
 from jexit.rollout.results import Grown
@@ -58,7 +58,7 @@ class Arrivals:
 
     def __init__(
         self,
-        model: Transformer | SplitModel,
+        model: Transformer | Decodable,
         *,
         eos_ids: Iterable[int],
         pad_id: int,
@@ -101,7 +101,7 @@ class Arrivals:
         self._settings: tuple[Policy, Draws] | None = None  # None: the jobs have changed
 
     @property
-    def split(self) -> SplitModel:
+    def split(self) -> Decodable:
         """The model, in the form of `nnx.split`."""
         return self._engine.graphdef, *self._engine.states
 

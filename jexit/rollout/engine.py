@@ -27,13 +27,13 @@ from jexit.rollout.scheduling import AUTOMATIC, Layout, columns_bucket
 from jexit.rollout.weights import KEPT, LayerWeights, apart, on_cpu
 
 T = TypeVar("T")
-SplitModel: TypeAlias = tuple[Any, ...]  # (graphdef, *states) as `nnx.split` returns them
+Decodable: TypeAlias = tuple[Any, ...]  # a model as `nnx.split` returns it: (graphdef, *states)
 
 NO_LIMIT = np.int32(2**31 - 1)
 
 
 def rollout(
-    model: Transformer | SplitModel,
+    model: Transformer | Decodable,
     prompts: Sequence[Sequence[int]],
     *,
     size: EngineSize = AUTOMATIC,
@@ -60,7 +60,7 @@ class Engine:
     spent on compilations, in seconds.
     """
 
-    def __init__(self, model: Transformer | SplitModel, *, adapters: bool, hazards: bool) -> None:
+    def __init__(self, model: Transformer | Decodable, *, adapters: bool, hazards: bool) -> None:
         self.compiling = 0.0
         self.graphdef, *states = nnx.split(model) if isinstance(model, nnx.Module) else model
         self.states, self.adapters, self.hazards = tuple(states), adapters, hazards
@@ -149,7 +149,7 @@ class Decoding:
     """
 
     def __init__(
-        self, model: Transformer | SplitModel, request: Request, size: EngineSize = AUTOMATIC
+        self, model: Transformer | Decodable, request: Request, size: EngineSize = AUTOMATIC
     ) -> None:
         self._began = time.perf_counter()
         self.engine = Engine(model, adapters=request.adapters, hazards=request.hazards)

@@ -29,7 +29,7 @@ from jexit.model.exits import maps_to_end
 from jexit.model.layers import rope_table
 from jexit.model.policies import Speculate
 from jexit.model.transformer import Transformer, logits_of, run
-from jexit.rollout.engine import Engine, SplitModel
+from jexit.rollout.engine import Decodable, Engine
 from jexit.rollout.requests import Request
 from jexit.rollout.results import Grown
 from jexit.rollout.sampling import Sampling, draw_by_weight, fold_in
@@ -59,7 +59,7 @@ class Speculation:
     is not an exit of the model, or if the mesh has several data shards.
     """
 
-    def __init__(self, model: Transformer | SplitModel, request: Request) -> None:
+    def __init__(self, model: Transformer | Decodable, request: Request) -> None:
         self._engine = Engine(model, adapters=request.adapters, hazards=False)
         self.request, self.model = request, self._engine.model
         policy = request.policy

@@ -14,7 +14,7 @@ from jexit.data.tokenizer import Messages
 from jexit.errors import UserError
 from jexit.model.policies import Full, Policy, Speculate, policy_of, warn_if_untrained
 from jexit.model.transformer import Transformer
-from jexit.rollout.engine import Decoding, SplitModel
+from jexit.rollout.engine import Decodable, Decoding
 from jexit.rollout.pool import Records
 from jexit.rollout.requests import Request
 from jexit.rollout.residuals import check_layers, residuals_of
@@ -62,7 +62,7 @@ class Piece:
 
 
 def generate(
-    model: Transformer | SplitModel,
+    model: Transformer | Decodable,
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
@@ -191,7 +191,7 @@ def _speculated_pieces(speculation: Speculation, texts: list[GrowingText]) -> It
 
 
 def stream(
-    model: Transformer | SplitModel,
+    model: Transformer | Decodable,
     tokenizer: Any,
     prompts: Sequence[str | Messages],
     *,
@@ -217,7 +217,7 @@ def stream(
     return _pieces(_decoding(model, request, size), texts, every)
 
 
-def _decoding(model: Transformer | SplitModel, request: Request, size: EngineSize) -> Decoding:
+def _decoding(model: Transformer | Decodable, request: Request, size: EngineSize) -> Decoding:
     decoding = Decoding(model, request, size)
     warn_if_untrained(request.policy, decoding.engine.model)
     return decoding
