@@ -70,11 +70,15 @@ def _residuals(
     ).residual_RBTD
 
 
-def check_layers(layers: tuple[int, ...], most: int) -> None:
-    """Raises UserError unless `layers` are different numbers from 0 to `most` in rising order."""
-    known = all(isinstance(layer, int | np.integer) and 0 <= layer <= most for layer in layers)
+def checked_layers(layers: Any, most: int) -> tuple[int, ...]:
+    """Returns `layers`; raises UserError unless they are numbers from 0 to `most` that rise."""
+    known = isinstance(layers, Sequence) and all(
+        isinstance(layer, int | np.integer) and not isinstance(layer, bool) and 0 <= layer <= most
+        for layer in layers
+    )
     if not known or list(layers) != sorted(set(layers)):
         raise UserError(
             f"residuals is {layers}, but it must be layer numbers from 0 to {most} in rising "
             f"order; give some such as (0, {most})"
         )
+    return tuple(layers)

@@ -17,7 +17,7 @@ from jexit.model.transformer import Transformer
 from jexit.rollout.engine import Decodable, Decoding
 from jexit.rollout.pool import Records
 from jexit.rollout.requests import Request
-from jexit.rollout.residuals import check_layers, residuals_of
+from jexit.rollout.residuals import checked_layers, residuals_of
 from jexit.rollout.scheduling import AUTOMATIC
 from jexit.rollout.speculation import Speculation
 from jexit.tasks.base import conversation_fault
@@ -99,17 +99,16 @@ def generate(
 
     Raises UserError for an invalid argument and for a request that `jexit.rollout.rollout` rejects.
     """
-    layers = tuple(residuals)
     request, texts = _asked(
         tokenizer, prompts, chat=chat, policy=policy, max_new_tokens=max_new_tokens, seed=seed,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, stop=stop,
         adapters=adapters, hazards=hazards,
     )  # fmt: skip
     if isinstance(request.policy, Speculate):
-        return _speculated(Speculation(model, request), texts, layers)
+        return _speculated(Speculation(model, request), texts, residuals)
     decoding = _decoding(model, request, size)
     model = decoding.engine.model
-    check_layers(layers, model.arch.layers)
+    layers = checked_layers(residuals, model.arch.layers)
     while not decoding.turn(STOP_EVERY if stop else None):
         if stop:
             _look(decoding, texts)
@@ -141,11 +140,11 @@ def generate(
 
 
 def _speculated(
-    speculation: Speculation, texts: list[GrowingText], layers: tuple[int, ...]
+    speculation: Speculation, texts: list[GrowingText], residuals: Sequence[int]
 ) -> Generation:
-    """Returns what self-speculative decoding generates; `layers` are those of the residuals."""
+    """Returns what self-speculative decoding generates."""
     model, request = speculation.model, speculation.request
-    check_layers(layers, model.arch.layers)
+    layers = checked_layers(residuals, model.arch.layers)
     began, count = time.perf_counter(), len(request.prompts)
     tokens: list[list[int]] = [[] for _ in range(count)]
     logprobs: list[list[float]] = [[] for _ in range(count)]

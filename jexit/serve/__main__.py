@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jexit: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # while the programs are compiled
+        return 130
     return 0 if server.opened.pool.failure is None else 1
 
 

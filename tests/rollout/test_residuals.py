@@ -66,7 +66,7 @@ def test_generate_returns_those_that_are_asked_for():
         assert np.isfinite(z_TE).any()
 
 
-@pytest.mark.parametrize("asked", [(5, 3), (2, 2), (-1,), (9,), (1.5,), ("1",)])
+@pytest.mark.parametrize("asked", [(5, 3), (2, 2), (-1,), (9,), (1.5,), ("1",), (True,), 3])
 def test_layers_that_do_not_exist_are_refused(asked):
     model, tokenizer = jexit.load("jexit/assets/tiny-calibrated")
     with pytest.raises(ValueError, match=r"must be layer numbers from 0 to 8 in rising order"):
