@@ -30,7 +30,7 @@ SHARED = 8  # most completions that share the prefill of a prompt
 TOGETHER = 4  # different prompts that are prefilled at once where so many wait
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class _Completion:
     """One prompt of a request with its settings; `sent` counts the tokens reported so far."""
 

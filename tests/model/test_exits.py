@@ -15,7 +15,9 @@ from jexit.model.exits import (
     ExitHeads,
     depth_log_distribution,
     depth_log_prob,
+    depth_of_exit_index,
     distribution_of_log_hazards,
+    exit_index_of_depth,
 )
 from tolerances import GRADIENT, relative_error
 
@@ -97,6 +99,13 @@ def test_gradient_is_finite_at_extreme_logits_and_right_at_ordinary_ones():
     # log σ(−z) of a stay that was all but impossible has slope −1, where log(p + ε) has none.
     slope = jax.grad(lambda z: depth_log_prob(jnp.asarray(9), z, (2,), 9))(jnp.asarray([60.0]))
     np.testing.assert_allclose(slope, [-1.0])
+
+
+def test_depths_and_exit_indices_are_inverse():
+    index_AB = np.asarray([[0, 1, 2, 3], [3, 3, 0, 1]])
+    depth_AB = np.asarray([*EXIT_LAYERS, LAYERS])[index_AB]
+    np.testing.assert_array_equal(exit_index_of_depth(depth_AB, EXIT_LAYERS, LAYERS), index_AB)
+    np.testing.assert_array_equal(depth_of_exit_index(index_AB, EXIT_LAYERS, LAYERS), depth_AB)
 
 
 def test_law_of_target_hazards_that_are_no_logits():
