@@ -342,9 +342,9 @@ def _known(value: Any) -> np.ndarray | None:
 
 def _check_depths(name: str, depth: Any, depths: tuple[int, ...]) -> None:
     known = _known(depth)
-    wrong = [] if known is None else np.setdiff1d(known, depths)
-    if len(wrong):
+    wrong = set() if known is None else {*known.ravel().tolist()} - {*depths}
+    if wrong:
         raise UserError(
-            f"{name} has depth {wrong[0]}, but a token of this model leaves at one of the exits "
+            f"{name} has depth {min(wrong)}, but a token of this model leaves at one of the exits "
             f"{depths[:-1]} or runs all {depths[-1]} layers; give one of these depths"
         )

@@ -133,6 +133,7 @@ class Arrivals:
     def join(self, request: Request) -> list[int]:
         """Adds a request (see `check`) and returns one ticket number per prompt."""
         self.check(request)
+        key = np.asarray(jax.random.key_data(request.prng_key))
         tickets = range(self._tickets, self._tickets + len(request.prompts))
         self._tickets = tickets.stop
         for index, ticket in enumerate(tickets):
@@ -143,7 +144,7 @@ class Arrivals:
                     number=request.first_prompt + index,
                     policy=request.policy,
                     sampling=request.sampling,
-                    key=np.asarray(jax.random.key_data(request.prng_key)),
+                    key=key,
                     limit=request.max_new_tokens,
                 )
             )
@@ -166,7 +167,7 @@ class Arrivals:
         if all(completion is self._idle for completion in self._jobs):
             return []
         # `started` counts the ready jobs that begin in this turn, so it is reset here.
-        started = jnp.zeros_like(self._engine.pool.started)
+        started = np.zeros(1, np.int32)
         self._engine.pool = self._engine.pool.replace(started=started)
         status = self._engine.advance(
             self._placed_jobs(),

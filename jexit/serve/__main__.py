@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.closing(_listening(arguments.host, arguments.port)) as listening:
             server = _server(arguments)
+            # Otherwise each full collection walks through all of JAX's and transformers' objects
+            # and stops the server for a fifth of a second.
+            gc.collect()
+            gc.freeze()
+            listening.listen()  # who reads the next line can connect
             host, port = listening.getsockname()[:2]
             print(f"jexit: serving {server.opened.limits.name} on http://{host}:{port}", flush=True)
             config = uvicorn.Config(

@@ -305,5 +305,6 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+    """Returns when the client has gone; the body of `request` must have been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
