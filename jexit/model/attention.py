@@ -35,7 +35,7 @@ class KeysValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """The q, k, v and o projections of all layers, with the biases and norms of the model family."""
+    """The q, k, v and o projections of all layers, with the model family's biases and norms."""
 
     def __init__(self, arch: Architecture, lora: LoRA | None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         query = (arch.query_heads, arch.head_dim)
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Projects the normalised input to values and keys; keys get the norm and rotary embedding."""
+        """Projects the normalised input to values and (with norm and rotary embedding) keys."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])

@@ -65,7 +65,7 @@ class Block(nnx.Module):
         return self.finish(h_BTD, mixed_BTNH, adapters=adapters, keys=(keys[2], keys[3])), kv
 
     def skipped(self, h: Array) -> Array:
-        """Returns the residual [..., D] that a token which skips this layer takes to the next one."""
+        """Returns the residual [..., D] after this layer for a token that skips the layer."""
         return h if self.continuation is None else self.continuation(h)
 
     def finish(

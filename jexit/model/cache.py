@@ -39,7 +39,7 @@ class Cache:
         return cls(*(constrain(jnp.zeros(shape, dtype), "K.B..") for _ in range(2)))
 
     def grown(self, slots: int) -> Cache:
-        """Returns the cache enlarged to `slots` slots per row, one per token; new slots are zeros."""
+        """Returns the cache enlarged to `slots` token slots per row; new slots contain zeros."""
         room = [(0, 0), (0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
         return jax.tree.map(lambda part: jnp.pad(part, room), self)
 

@@ -121,7 +121,7 @@ class ExitHeads(nnx.Module):
         self.b2 = ExitParam(jnp.full((exits,), head.bias))
 
     def __call__(self, h: Float[Array, "*A D"], exit_index: Int[Array, ""]) -> Float[Array, "*A"]:
-        """Returns float32 hazard logits z [...] of exit `exit_index` for the residuals h [..., D]."""
+        """Returns float32 hazard logits z [...] at exit `exit_index`, from residuals h [..., D]."""
 
         def pick(parameter: ExitParam) -> Array:
             return jax.lax.dynamic_index_in_dim(parameter[...], exit_index, 0, keepdims=False)
@@ -178,14 +178,14 @@ def distribution_of_log_hazards(
 def exit_index_of_depth(
     depth: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the exit index of each depth (in layers); full depth has index E, the number of exits."""
+    """Returns the exit index of each depth (in layers); E, the number of exits, is full depth."""
     return jnp.searchsorted(jnp.asarray((*exit_layers, layers)), depth).astype(jnp.int32)
 
 
 def depth_of_exit_index(
     exit_index: Int[Array, "*A"], exit_layers: tuple[int, ...], layers: int
 ) -> Int[Array, "*A"]:
-    """Returns the depth in layers of each exit index; index E, the number of exits, is full depth."""
+    """Returns the depth in layers of each exit index; E, the number of exits, means full depth."""
     return jnp.asarray(np.asarray((*exit_layers, layers), np.int32))[exit_index]
 
 

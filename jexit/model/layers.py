@@ -17,7 +17,7 @@ from jexit.presets import Architecture, Llama3Rope, Yarn
 
 
 class RMSNorm(nnx.Module):
-    """One RMS norm (arXiv:1910.07467), or several stacked ones, with scales of shape [..., width]."""
+    """An RMS norm (arXiv:1910.07467), or several stacked norms, with scales [..., width]."""
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones(shape, dtype))

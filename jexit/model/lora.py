@@ -98,7 +98,7 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Transposes one layer's kernel to [*outputs, *inputs], which CPUs multiply faster by few rows."""
+        """Transposes one layer's kernel to [*outputs, *inputs], which is faster on CPUs."""
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
         self.kernel = type(self.kernel)(turned)

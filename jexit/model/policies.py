@@ -42,10 +42,10 @@ class Policy:
         return type(self).__name__.lower()
 
     def check(self, depths: tuple[int, ...]) -> None:
-        """Raises UserError if a setting is invalid for these depths; does not check traced values."""
+        """Raises UserError if a setting is invalid for these depths; ignores traced values."""
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless per-token arrays have `rows` rows and at least `columns` columns."""
+        """Raises UserError unless per-token arrays have `rows` rows and `columns` columns or more."""
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
         """Returns each token's depth before any layer runs: `layers` where the exits decide."""
@@ -260,7 +260,7 @@ class Threshold(Policy):
 
 @struct.dataclass
 class Mixed(Policy):
-    """A separate policy for each completion, stored as arrays so that one compiled program fits all."""
+    """A separate policy for each completion, stored as arrays for one compiled program."""
 
     reads_hazards: ClassVar[bool] = True
     draws: ClassVar[bool] = True
@@ -325,7 +325,7 @@ def check_policy(policy: Any, depths: tuple[int, ...]) -> None:
 
 
 def warn_if_untrained(policy: Policy, model: Any) -> None:
-    """Warns if `policy` depends on untrained exit heads, with which tokens hardly ever leave early."""
+    """Warns if `policy` uses exit heads that are untrained, so tokens hardly ever leave early."""
     bias_E = _known(model.exits.b2[...]) if policy.reads_hazards else None
     if bias_E is not None and np.all(bias_E == np.float32(model.exit_head.bias)):
         warnings.warn(

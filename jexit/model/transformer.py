@@ -237,7 +237,7 @@ def run(
 
 
 def _index_of_layer(chosen: tuple[int, ...], layers: int) -> Int[np.ndarray, "L"]:
-    """Returns each layer's index in `chosen` as int32, or −1 for a layer that is not in `chosen`."""
+    """Returns each layer's index in `chosen` (int32), or −1 for a layer that is not in `chosen`."""
     index_L = np.full(layers + 1, -1, np.int32)
     index_L[list(chosen)] = np.arange(len(chosen))
     return index_L[:layers]

@@ -1,4 +1,4 @@
-"""The TPU kernel, which multiplies a tile of the head in VMEM with final and exit hidden states."""
+"""The TPU kernel, which multiplies each tile of the head in VMEM by final and exit states."""
 
 from functools import partial
 
@@ -19,9 +19,9 @@ def exit_kl(
     *,
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
-    """Computes `jexit.kernels.exit_kl.api.exit_kl` on TPUs, from the same arguments.
+    """Implements `jexit.kernels.exit_kl` with a Pallas kernel for TPUs.
 
-    Sizes that `tile` sets replace those chosen for the chip.
+    Sizes set in `tile` replace the tile sizes that are chosen for the chip.
     """
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)

@@ -1,4 +1,4 @@
-"""The reference implementation of `linear_kl`: its definition, with gradients by JAX.
+"""The reference implementation of `linear_kl`: the formula, differentiated by JAX.
 
 All logits are in memory at once.
 """
@@ -20,7 +20,7 @@ def linear_kl(
     *,
     direction: str = STUDENT_TEACHER,
 ) -> jax.Array:
-    """Computes `jexit.kernels.linear_kl.api.linear_kl` by its definition."""
+    """Implements `jexit.kernels.linear_kl` directly by its formula, for tests."""
     head_teacher_VD = head_VD if head_teacher_VD is None else head_teacher_VD
     log_student_NV = _log_probability(h_student_ND, head_VD)
     log_teacher_NV = jax.lax.stop_gradient(_log_probability(h_teacher_ND, head_teacher_VD))

@@ -15,9 +15,9 @@ from jexit.kernels.tpu import BY_CHIP, Operands, Tile
 def linear_logprob(
     h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
 ) -> LinearLogprob:
-    """Computes `jexit.kernels.linear_logprob.api.linear_logprob` on TPUs, from the same arguments.
+    """Implements `jexit.kernels.linear_logprob` with Pallas kernels for TPUs.
 
-    Sizes that `tile` sets replace those chosen for the chip.
+    Sizes set in `tile` replace the tile sizes that are chosen for the chip.
     """
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
@@ -27,7 +27,7 @@ def linear_logprob(
 
 
 def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a tile's logits [C, T], and a mask [C, T] that is true at each token's target."""
+    """Returns a tile's logits [C, T], and a mask [C, T] that is true at the target of each token."""
     z_CT = blocks.logits(blocks.hidden[0][...])
     # A target beyond the vocabulary must not meet the last block's masked rows.
     targets_1T = jnp.where(targets_1T < blocks.vocab, targets_1T, -1)
@@ -37,7 +37,7 @@ def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Arr
 def _statistics(
     tile: Tile, h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array
 ) -> Statistics:
-    """Returns the statistics [N] of one device's tokens and vocabulary; see `tiled.Tiled`."""
+    """Returns the statistics [N] for the tokens and vocabulary of one device; see `tiled.Tiled`."""
     total = tpu.statistics(
         lambda blocks: statistics.of_tile(*_logits(blocks, blocks.rows), axis=0)[0],
         lambda left, right: statistics.merge(left, right)[0],
@@ -56,7 +56,7 @@ def _gradients(
     g: LinearLogprob,
     head_dtype: jnp.dtype | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns one device's gradients of the hidden states and the head; see `tiled.Tiled`."""
+    """Returns one device's gradients for the hidden states and the head; see `tiled.Tiled`."""
 
     def dlogits(blocks: Operands) -> jax.Array:
         targets_1T, finished, g = blocks.rows
