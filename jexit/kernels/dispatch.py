@@ -121,8 +121,8 @@ class Operation:
 
         Raises:
           UserError: if no implementation with this name is registered.
-          NotImplementedError: if the named implementation does not support the call or, without a name,
-            if no implementation does.
+          NotImplementedError: if the named implementation (without a name: every one that is tried)
+            does not support the call.
         """
         implementation = implementation or _PREFERRED.get()
         if implementation != AUTO:

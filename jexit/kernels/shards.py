@@ -103,7 +103,7 @@ class Shards(NamedTuple):
         return mapped(*arguments)
 
     def vocab_start(self, rows: int) -> jax.Array | int:
-        """Returns the vocabulary index of this device's first head row, of `rows` rows per device."""
+        """Returns the vocabulary index of the first of this device's `rows` rows of the head."""
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:

@@ -227,7 +227,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups (`rollouts` adjacent rows) in which all verifier rewards are equal."""
+    """Returns the share of groups (`rollouts` adjacent rows) with equal verifier rewards."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 

@@ -45,7 +45,7 @@ class Policy:
         """Raises UserError if a setting is invalid for these depths; ignores traced values."""
 
     def check_rows(self, rows: int, columns: int) -> None:
-        """Raises UserError unless per-token arrays have `rows` rows and `columns` columns or more."""
+        """Raises UserError unless per-token arrays have the shape [`rows`, `columns` or more]."""
 
     def start(self, shape: tuple[int, ...], layers: int) -> Int[Array, "*A"]:
         """Returns each token's depth before any layer runs: `layers` where the exits decide."""

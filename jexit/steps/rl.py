@@ -210,7 +210,7 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns depth/L, action mask and token mask, each [J, W]: the first arguments of `depth_cost`."""
+    """Returns depth/L, action mask and token mask, each [J, W], in the order of `depth_cost`."""
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 

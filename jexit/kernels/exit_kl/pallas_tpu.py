@@ -19,10 +19,7 @@ def exit_kl(
     *,
     tile: Tile = BY_CHIP,
 ) -> ExitKL:
-    """Implements `jexit.kernels.exit_kl` with a Pallas kernel for TPUs.
-
-    Sizes set in `tile` replace the tile sizes that are chosen for the chip.
-    """
+    """Implements `jexit.kernels.exit_kl` on TPUs; sizes set in `tile` override the defaults."""
     if h_final_ND.shape[0] == 0:
         return reference.exit_kl(h_final_ND, h_exits_END, head_VD)
     if h_exits_END.shape[0] == 0:

@@ -21,10 +21,7 @@ def linear_kl(
     direction: str = STUDENT_TEACHER,
     tile: Tile = BY_CHIP,
 ) -> jax.Array:
-    """Implements `jexit.kernels.linear_kl` with Pallas kernels for GPUs.
-
-    Sizes set in `tile` replace the tile sizes that are chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_kl` on GPUs; sizes set in `tile` override the defaults."""
     arguments = (h_student_ND, h_teacher_ND, head_VD, head_teacher_VD)
     if h_student_ND.shape[0] == 0:
         return reference.linear_kl(*arguments, direction=direction)

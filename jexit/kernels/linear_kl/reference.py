@@ -1,7 +1,4 @@
-"""The reference implementation of `linear_kl`: the formula, differentiated by JAX.
-
-All logits are in memory at once.
-"""
+"""The reference implementation of `linear_kl`: the formula on all logits, differentiated by JAX."""
 
 import jax
 import jax.numpy as jnp

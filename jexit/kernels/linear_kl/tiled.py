@@ -1,7 +1,4 @@
-"""The forward and backward pass of `linear_kl` by tiles, on one device or a mesh.
-
-The backward pass recomputes the logits of each tile.
-"""
+"""`linear_kl` by tiles, on one device or a mesh; the backward pass recomputes the logits."""
 
 from collections.abc import Callable
 from functools import partial

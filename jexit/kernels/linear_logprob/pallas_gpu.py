@@ -17,10 +17,7 @@ NEUTRAL = Statistics(MASKED, 0.0, 0.0, float("-inf"))  # for an empty vocabulary
 def linear_logprob(
     h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
 ) -> LinearLogprob:
-    """Implements `jexit.kernels.linear_logprob` with Pallas kernels for GPUs.
-
-    Sizes set in `tile` replace the tile sizes that are chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_logprob` on GPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     kernels = tiled.Tiled(partial(_statistics, tile), partial(_gradients, tile))

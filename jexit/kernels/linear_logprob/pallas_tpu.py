@@ -15,10 +15,7 @@ from jexit.kernels.tpu import BY_CHIP, Operands, Tile
 def linear_logprob(
     h_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, *, tile: Tile = BY_CHIP
 ) -> LinearLogprob:
-    """Implements `jexit.kernels.linear_logprob` with Pallas kernels for TPUs.
-
-    Sizes set in `tile` replace the tile sizes that are chosen for the chip.
-    """
+    """Implements `jexit.kernels.linear_logprob` on TPUs; sizes in `tile` override the defaults."""
     if h_ND.shape[0] == 0:
         return reference.linear_logprob(h_ND, head_VD, targets_N)
     tpu.check_covers(Operands((h_ND,), (head_VD,)))
@@ -27,7 +24,7 @@ def linear_logprob(
 
 
 def _logits(blocks: Operands, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a tile's logits [C, T], and a mask [C, T] that is true at the target of each token."""
+    """Returns a tile's logits [C, T], and a mask [C, T] that is true at each token's target."""
     z_CT = blocks.logits(blocks.hidden[0][...])
     # A target beyond the vocabulary must not meet the last block's masked rows.
     targets_1T = jnp.where(targets_1T < blocks.vocab, targets_1T, -1)

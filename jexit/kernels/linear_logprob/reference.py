@@ -1,7 +1,4 @@
-"""The reference implementation of `linear_logprob`: the formula, differentiated by JAX.
-
-All logits are in memory at once.
-"""
+"""The reference implementation of `linear_logprob`: the formula on all logits and JAX's autodiff."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,4 @@
-"""The forward and backward pass of `linear_logprob` by tiles, on one device or a mesh.
-
-The backward pass recomputes the logits of each tile.
-"""
+"""`linear_logprob` by tiles, on one device or a mesh; the backward pass recomputes the logits."""
 
 import functools
 from collections.abc import Callable
