@@ -120,10 +120,10 @@ def _evaluation(given: str, run: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _stages(run: pathlib.Path | None) -> Iterator[Mapping[str, Any]]:
-    """Yields each run that led to the model, from the first to `run`, the directory of the last.
+    """Yields a description of each run that led to the model, the last of which is `run`.
 
-    Each item contains the command of the run, the model from which it started, its task, and the
-    settings that differ from their defaults.
+    A description contains the command of the run, the model from which it started, its task, and
+    the settings that differ from their defaults.
     """
     if run is None:
         return
@@ -155,12 +155,12 @@ def _measured_name(measured: Evaluation) -> str:
 
 
 def _task_name(name: Any) -> str:
-    """Returns the name of a task without directories of a task file, which are private."""
+    """Returns the name of a task; of a task file, only the file name, because paths are private."""
     return pathlib.Path(str(name)).name
 
 
 def _public(value: Any) -> Any:
-    """Returns a setting in which each path is reduced to its last part; directories are private."""
+    """Returns a setting with each path reduced to its last part, as directories are private."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_public, value))
     is_path = isinstance(value, str) and "/" in value and not value.startswith("hf:")

@@ -1,4 +1,4 @@
-"""Early exits of a jexit model in transformers; this file lies beside the weights.
+"""Early exits of a jexit model for transformers; exported models contain a copy of this file.
 
     model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
     model.exit_policy = "threshold:0.5"  # or "sample", "fixed:12", "full"
@@ -7,11 +7,11 @@
 
 Without `trust_remote_code` the same directory loads as a plain model, which runs all layers.
 
-A token that leaves at an exit skips the layers above it. There its residual stays as it is, or goes
-through a linear map per layer, and each skipped layer still computes the key and value of the token
-from that residual. A layer that every row of the batch skips computes nothing else. Prompt tokens
-never leave: exits decide only in steps that extend a cache by one token. `forward(..., depths=...)`
-prescribes the depth of every position instead.
+A token that leaves at an exit skips the layers above it. In these its residual stays as it is, or
+goes through a linear map per layer, and each skipped layer still computes the key and value of the
+token from that residual. A layer that every row of the batch skips computes nothing else. Prompt
+tokens never leave: exits decide only in steps that extend a cache by one token. `forward(...,
+depths=...)` prescribes the depth of every position instead.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class WithExits:
     ) -> ExitOutput:
         """Runs the model like its base class; `depths` [B, T], or one number, prescribes depths.
 
-        Always returns an `ExitOutput`, whatever `return_dict` is. Raises ValueError if depths are
+        Always returns an output object, whatever `return_dict` is. Raises ValueError if depths are
         given while training with gradient checkpointing.
         """
         kwargs["return_dict"] = True

@@ -1,4 +1,4 @@
-"""A table of the parameter names of Hugging Face checkpoints and of jexit, for both directions.
+"""A table that maps parameter names of Hugging Face checkpoints to those of jexit, and back.
 
 A `Rule` maps one kind of tensor in a checkpoint to one parameter and describes how their axes
 correspond:
@@ -107,7 +107,7 @@ class Rule:
 
 
 def axis_sizes(**sizes: Any) -> dict[str, int]:
-    """Returns the length of every axis letter, from lengths by name; 0 if no length is given.
+    """Returns {axis letter: length} for all letters, given lengths by name (0 if not given).
 
     The names are the fields of an `Architecture`, and rank, exit_width and continuation_rank.
     """
@@ -171,10 +171,10 @@ def adapter_rules(targets: Iterable[str]) -> tuple[Rule, ...]:
 
 
 def exit_rules(kind: str, norm: str) -> tuple[Rule, ...]:
-    """Returns the rules of the exit heads, which the file stores as PyTorch modules by layer.
+    """Returns the rules of the exit heads, which the file numbers by layer.
 
-    These are norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if `kind` is "mlp") and out
-    (Linear).
+    Each head consists of the PyTorch modules norm (RMSNorm, if `norm` is "rms"), hidden (Linear, if
+    `kind` is "mlp") and out (Linear).
     """
     prefix = f"exit_heads.{LAYER}"
     rules = []
@@ -215,7 +215,10 @@ def _group(letters: tuple[str, ...]) -> str:
 
 @functools.cache
 def _parse(layout: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Splits a layout into its left side, in groups of letters (`1`: empty), and right side."""
+    """Parses a layout into its left side and its right side.
+
+    The left side has a group of letters per axis, empty for `1`; the right side has only letters.
+    """
     left, right = layout.split("->")
     groups = []
     for bracket, letter in re.findall(r"\(([^)]*)\)|(\S+)", left):

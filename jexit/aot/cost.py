@@ -227,7 +227,7 @@ def _products(instruction: Instruction, computation: Computation) -> Cost:
 
 
 def _dot_flops(instruction: Instruction, computation: Computation, contracted: str) -> float:
-    """Returns the FLOPs of a matrix product; the text `contracted` lists its contracted axes."""
+    """Returns the FLOPs of a matrix product over the axes `contracted`, such as "1,2"."""
     left = computation[instruction.operands[0]].arrays[0].dims
     depth = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
     return 2.0 * math.prod(instruction.arrays[0].dims) * depth
@@ -291,7 +291,7 @@ def _meetings(
     left_dilation: int,
     right_dilation: int,
 ) -> int:
-    """Counts the pairs of output and kernel positions that use an input element, on one axis."""
+    """Counts the pairs of output and kernel position, on one axis, that read an input element."""
     end = (left - 1) * left_dilation + 1
     return sum(
         0 <= (place := o * stride + k * right_dilation - padding) < end

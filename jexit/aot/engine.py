@@ -47,7 +47,7 @@ class EnginePrograms:
         """Yields the programs that decode `samples` completions of `new` tokens per prompt.
 
         There is one prefill and, for each policy, one tick over the largest cache. If a run needs
-        them, the gathering of the weights comes first, and the last copy into a larger cache comes
+        them, the gathering of the weights comes first, and the last enlargement of the cache comes
         last. Each prompt is followed by up to `forced` given tokens of its completion, which exit
         under the first policy. The names of all programs begin with `name`. Without `adapters`, the
         teacher decodes.
@@ -141,7 +141,7 @@ class EnginePrograms:
     def _growth(
         self, name: str, layout: Layout, most: int, cache: Cache, resident: Any
     ) -> Iterator[Program]:
-        """Yields the last copy into a larger cache, if decoding starts with a smaller one."""
+        """Yields the program that grows the cache to its largest size, if it starts smaller."""
         slots, smaller = cache.slots, layout.first_slots(most)
         if smaller >= slots:
             return

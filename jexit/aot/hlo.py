@@ -153,7 +153,7 @@ class Module:
     def _count(
         self, sources: list[Source], body: Computation, loop: Instruction, computation: Computation
     ) -> int | None:
-        """Returns how often a loop runs while its counter is below a limit.
+        """Returns the trip count of a loop that runs while its counter is below a limit.
 
         `sources` are the instructions that make the counter and the limit of the comparison.
         Returns None if the counter's start, its step or the limit is not a constant.
@@ -234,7 +234,7 @@ _FORWARDING = ("copy", "bitcast", "convert", "copy-done", "reshape")
 
 
 def _source(name: str | None, computation: Computation) -> Instruction | None:
-    """Returns the instruction that makes the value `name`, traced through copies, or None."""
+    """Returns the instruction, if any, that makes the value `name`, looking through copies."""
     instruction = computation.get(name or "")
     while instruction is not None and instruction.opcode in _FORWARDING and instruction.operands:
         instruction = computation.get(instruction.operands[0])

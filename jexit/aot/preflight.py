@@ -201,7 +201,7 @@ def _array(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
 
 
 def _largest_types(program: Program, lowered: jax.stages.Lowered) -> list[Array]:
-    """Returns the largest arrays, over all devices, that a step makes besides its arguments."""
+    """Returns the largest arrays, before partitioning, that a step makes besides its arguments."""
     found = {
         Array(_STABLEHLO.get(dtype, dtype), tuple(map(int, dims.split("x")[:-1])))
         for dims, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)>", lowered.as_text())

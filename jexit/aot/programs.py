@@ -189,7 +189,7 @@ def _labelled(
 
 
 def _policy(config: Config, name: str, layers: int) -> Policy:
-    """Returns the policy called `name` with abstract arrays, as no device can hold values."""
+    """Returns the policy `name` with abstract arrays, as absent devices cannot hold values."""
     return jax.eval_shape(lambda: make_policy(name, layers, sample_policy(config)))
 
 
@@ -304,7 +304,7 @@ def _fit(config: Config, mesh: Mesh, split: SplitModel, state: Any) -> Program:
 def _heads(
     config: Config, mesh: Mesh, split: SplitModel, state: Any, optimizer: Any
 ) -> Iterator[Program]:
-    """Yields the two steps of training the exit heads alone: states at the exits, and training."""
+    """Yields the steps that compute the states at the exits and train only the exit heads."""
     with jax.set_mesh(mesh):
         size = rows_at_a_time(config, config.sft.pool // config.sft.completions)
     batch = _trajectories(config, mesh, size)
@@ -343,7 +343,7 @@ def _calibration(
 
 
 def _packed(config: Config, mesh: Mesh, count: int, new: int, *, shared: bool) -> Completions:
-    """Returns abstract rows that hold `count` completions of `new` tokens, however packed."""
+    """Returns abstract rows that can hold `count` completions of `new` tokens in any packing."""
     with jax.set_mesh(mesh):
         unit = data_shards() * config.optim.accumulate
     return _completions(config, mesh, -(-count // unit) * unit, new, shared=shared)

@@ -1,8 +1,8 @@
-"""Descriptions of accelerators by name, to compile for accelerators that this machine lacks.
+"""Named descriptions of accelerators, for compilation on machines that lack them.
 
 `v5e:2x2`, `v5p:2x2x1` and `v6e:4x4` name a TPU generation and a slice of it, and need libtpu.
-`h100:8` names the GPUs of one node, and needs JAX's CUDA plugin but not CUDA itself. `launch/run.sh
---aot=NAME` installs the packages that the name needs.
+`h100:8` names the GPUs of one node, and needs JAX's CUDA plugin but not CUDA itself. The command
+`launch/run.sh --aot=NAME` installs the packages that the name needs.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Topology:
     def compiling(self) -> Iterator[None]:
         """Makes code traced in this context select implementations and tile sizes for the devices.
 
-        To lower Pallas kernels, JAX reads the chip from the abstract mesh. This sets such a mesh
-        for code that sets none itself.
+        To lower Pallas kernels, JAX reads the chip from the abstract mesh. This context sets such a
+        mesh, for code that sets none itself.
         """
         device = AbstractDevice(self.device_kind, None, self.platform)
         mesh = AbstractMesh((), (), abstract_device=device)

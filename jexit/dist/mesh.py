@@ -26,10 +26,11 @@ THREADS_A_DEVICE = 8
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """Makes a mesh with the axes `data`, `fsdp` and `tensor`; devices along `tensor` are close.
+    """Makes a mesh of devices with the axes `data`, `fsdp` and `tensor`.
 
-    The mesh uses the first data × fsdp × tensor of `devices` (None: all devices of the run). Raises
-    UserError if there are too few devices, or if a run on several hosts would leave some unused.
+    The mesh uses the first data × fsdp × tensor of `devices` (None: all devices of the run), with
+    neighbouring devices along `tensor`. Raises UserError if there are too few devices, or if a run
+    on several hosts would leave some unused.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
@@ -95,7 +96,7 @@ class HostRows:
     first_B: np.ndarray
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the positions, among this host's rows, of `rows` given by batch index."""
+        """Converts `rows`, indices in the whole batch, to positions among this host's rows."""
         return np.searchsorted(self.index_B, rows)
 
 
@@ -122,7 +123,7 @@ def _host_rows(mesh: Mesh, total: int) -> HostRows:
 
 
 def place_rows(tree: Any, rows: HostRows | None = None) -> Any:
-    """Places arrays of this host, whose first axis is the rows, on the devices of the mesh.
+    """Places this host's rows, the first axis of each array in `tree`, on the mesh.
 
     `rows` states which rows of the whole batch the arrays contain (None: all rows).
     """

@@ -1,9 +1,9 @@
 """Several processes as one run: startup, exchange of small values, and waits with a timeout.
 
 A *host* is one process of JAX's distributed runtime. Every host runs the same program. Each host
-prepares, verifies and records its own rows; the primary host (number 0) writes the files that are
-needed only once. Every wait for other hosts has a timeout, and the error message after a timeout
-names the place in the run where the host waited.
+prepares, verifies and records its own rows; the primary host (number 0) writes the files shared by
+all hosts. Every wait for other hosts has a timeout, and the error message after a timeout names the
+place in the run where the host waited.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def several_hosts() -> bool:
 
 
 def is_primary() -> bool:
-    """Checks whether this is host 0, which writes the files that are needed only once."""
+    """Checks whether this is host 0, the only host that writes files shared by all hosts."""
     return jax.process_index() == 0
 
 

@@ -51,7 +51,7 @@ for _name, _inputs, _outputs in (
 def spec(axes: str, shape: Sequence[int], mesh: Any = None) -> P:
     """Returns the partition spec of an array whose logical axes are the letters in `axes`.
 
-    Axes that the mesh does not divide stay whole. `mesh` defaults to the mesh set by
+    An axis whose size the mesh axes do not divide stays whole. `mesh` defaults to the mesh set by
     `jax.set_mesh`.
     """
     sizes = free_axes(jax.sharding.get_abstract_mesh()) if mesh is None else dict(mesh.shape)
@@ -95,7 +95,7 @@ def data_axes() -> tuple[str, ...]:
 
 
 def parameter_axes(path: Sequence[str], ndim: int) -> str:
-    """Returns the logical axes of a parameter (or its moments) by the last two names of `path`.
+    """Returns the logical axes of a parameter or its moments, by the last two names of `path`.
 
     Each axis is a letter, or a dot if it is never sharded. Arrays with unknown names get only dots.
     """
@@ -104,14 +104,14 @@ def parameter_axes(path: Sequence[str], ndim: int) -> str:
 
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:
-    """Constrains the sharding of an intermediate array, whose logical axes are `axes`."""
+    """Constrains the sharding of an intermediate array with the logical axes `axes`."""
     if not divides():
         return array
     return jax.lax.with_sharding_constraint(array, spec(axes, array.shape))
 
 
 def constrain_parameters(tree: Any) -> Any:
-    """Constrains the sharding of parameters, moments or gradients to that of the parameters."""
+    """Constrains parameters, moments or gradients to the shardings of the parameters."""
     return map_parameters(constrain, tree)
 
 

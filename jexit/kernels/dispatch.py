@@ -72,7 +72,7 @@ def using(implementation: str) -> Iterator[None]:
 
 
 class Implementation(NamedTuple):
-    """An implementation of an op, and the platforms on which unnamed calls may use it."""
+    """An implementation of an op, and the platforms on which calls without a name may use it."""
 
     function: Callable[..., Any]
     platforms: tuple[str, ...]
@@ -93,7 +93,7 @@ class Operation:
     def register(
         self, name: str, function: Callable[..., Any], *, platforms: tuple[str, ...] = ANYWHERE
     ) -> None:
-        """Adds an implementation.
+        """Registers `function` as an implementation of this op.
 
         Args:
           name: the value of `implementation` that selects this function in a call.
@@ -105,7 +105,7 @@ class Operation:
         self._implementations[name] = Implementation(function, platforms)
 
     def candidates(self, platform: str) -> tuple[str, ...]:
-        """Returns the implementations that an unnamed call on `platform` tries, in order.
+        """Returns the implementations that a call without a name tries on `platform`, in order.
 
         Implementations for the fewest platforms come first.
         """

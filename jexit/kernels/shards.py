@@ -36,7 +36,7 @@ class Shards(NamedTuple):
 
     @classmethod
     def current(cls, vocab: int) -> "Shards":
-        """Returns the sharding over the mesh set by `jax.set_mesh`, without its manual axes.
+        """Returns the sharding over the current mesh (see `jax.set_mesh`), except for manual axes.
 
         Tokens are sharded over `data` and `fsdp`, and the `vocab` entries of the vocabulary over
         `tensor`. If the size of `tensor` does not divide `vocab`, every device has the whole
@@ -107,10 +107,7 @@ class Shards(NamedTuple):
         return 0 if self.vocab_axis is None else jax.lax.axis_index(self.vocab_axis) * rows
 
     def merged(self, part: Partial, merge: Callable[[Partial, Partial], Partial]) -> Partial:
-        """Gathers the statistics `part` of every device over the vocabulary axis and merges them.
-
-        The statistics are merged in the order of the vocabulary.
-        """
+        """Gathers the statistics `part` of all vocabulary shards and merges them in order."""
         if self.vocab_axis is None:
             return part
         parts = jax.lax.all_gather(part, self.vocab_axis)

@@ -74,14 +74,14 @@ def slice_head(head_VD: jax.Array, start: jax.Array | int, size: int) -> jax.Arr
 def take_rows(head_VD: jax.Array, rows_N: jax.Array) -> jax.Array:
     """Returns the rows `rows_N` of the head, with indices clipped to valid ones.
 
-    `slice_head` explains the optimisation barrier.
+    See `slice_head` for the reason for the optimisation barrier.
     """
     head_VD, rows_N = lax.optimization_barrier((head_VD, rows_N))
     return jnp.take(head_VD, rows_N, axis=0, mode="clip")
 
 
 def product(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Multiplies matrices over axis `contract[0]` of `left` and axis `contract[1]` of `right`.
+    """Multiplies matrices, contracting axis `contract[0]` of `left` with `contract[1]` of `right`.
 
     Operands of two dtypes are converted to the wider one. The sums are float32. Float32 operands
     are multiplied in full precision, because accelerators would otherwise round them to bfloat16 or
@@ -139,7 +139,7 @@ def _split(tree: Any, tokens: int, chunk: int) -> Any:
 def _pick(tree: Any, step: jax.Array) -> Any:
     """Returns chunk number `step` of the arrays that `_split` returned.
 
-    `slice_head` explains the optimisation barrier.
+    See `slice_head` for the reason for the optimisation barrier.
     """
     tree, step = lax.optimization_barrier((tree, step))
     return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, step, keepdims=False), tree)

@@ -33,7 +33,7 @@ TOKEN_TILES = (1024, 512, 256, 128)
 
 
 class Tile(NamedTuple):
-    """The tokens and vocabulary entries in a tile of logits; None means a size for the chip."""
+    """The tokens and vocabulary entries per tile of logits; the chip determines those left None."""
 
     tokens: int | None = None  # a multiple of 128
     vocab: int | None = None  # a multiple of 16, or the whole vocabulary

@@ -69,7 +69,7 @@ def fitted_continuation(stage: Stage, trajectories: Trajectories, trainable: Par
 
 
 def rows_at_a_time(config: Config, rows: int) -> int:
-    """Returns the batch size of the fit, given `rows` in all; a multiple of the data shards."""
+    """Returns the rows per batch for a fit to `rows` rows, as a multiple of the data shards."""
     shards = data_shards()
     return max(1, min(rows_of_batch(config), rows // HELD_BACK) // shards) * shards
 

@@ -122,7 +122,7 @@ class ModelFlops:
         return layers + (heads if hazards else 0.0)
 
     def logits(self, tokens: int, *, trained: bool = False) -> float:
-        """Returns the output head's FLOPs for `tokens` tokens, with the backward if `trained`."""
+        """Returns the FLOPs of the output head on `tokens` tokens, plus backward if `trained`."""
         products = 1 + (2 if self.full else 1) * trained
         return products * 2.0 * self.arch.width * self.arch.vocab_size * tokens
 
@@ -143,7 +143,7 @@ class ModelFlops:
         return measured + samples * self._student(size, completion_tokens)
 
     def lens_step(self, tokens: int) -> float:
-        """Returns the FLOPs of a step that trains only the exit heads, each on `tokens` tokens."""
+        """Returns the FLOPs of a step that trains only the exit heads, all of them per token."""
         return 3.0 * len(self.exit_layers) * self._exit_head() * tokens
 
     def finetune_step(self, size: PassSize, completion_tokens: int) -> float:

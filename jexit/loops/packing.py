@@ -1,4 +1,4 @@
-"""Chooses shapes for packed batches, such that padding is small and shapes are few.
+"""Chooses the shapes of packed batches, with little padding and few different shapes.
 
 Every new shape costs a compilation of the training step.
 """
@@ -34,7 +34,7 @@ class PackedShape:
         return self.rows * self.length
 
     def cost(self, model_width: int) -> float:
-        """Returns the relative cost of a pass at this shape; 1 is a position without attention.
+        """Returns the cost of a pass at this shape, in units of one position without attention.
 
         With D = `model_width`, a position costs about 12·D² multiply-adds in matrix products and
         2·T·D in attention over T keys.

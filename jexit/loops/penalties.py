@@ -1,7 +1,4 @@
-"""Schedules the coefficients of the RL penalties, λ (depth) and μ (length), and detects collapse.
-
-Collapse means that accuracy falls while depth or text shrinks.
-"""
+"""Schedules the RL penalties' coefficients, λ (depth) and μ (length), and detects failing runs."""
 
 from __future__ import annotations
 
@@ -127,7 +124,8 @@ class FailureWatch:
 
     - Collapse: nearly every token leaves at the first exit, and accuracy is below half of the best.
     - Text collapse: completions are shorter than 0.4 of the floor's length (or of the first
-      batch's, if the floor has none), and accuracy is below half of the best or of the floor.
+      batch's, if the floor has none), and accuracy is below half of the best or of the floor,
+      whichever is higher.
     - Shut exits: hardly any token leaves early.
 
     Accuracy and length are moving averages. With `stops`, the run should stop after a collapse or

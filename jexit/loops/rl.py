@@ -165,7 +165,7 @@ class Judged:
         return cls(rollouts, problems, made, verdicts)
 
     def sample(self, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns the completion in row `row` as an entry for `samples.jsonl`."""
+        """Returns row `row` as an entry for `samples.jsonl`: prompt, text, depths and verdict."""
         attempt, verdict = self.attempts[row], self.verdicts[row]
         return {
             "prompt": self.problems[row].prompt,

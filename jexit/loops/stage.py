@@ -1,4 +1,4 @@
-"""Code shared by fine-tuning, calibration and RL: to open, measure and end a run."""
+"""Code shared by fine-tuning, calibration and RL: opening, measuring and ending a run."""
 
 from __future__ import annotations
 
@@ -144,16 +144,17 @@ class Stage:
         return checked(PolicyResult, found, str(path))
 
     def measure(self, trainable: Params) -> PolicyResult:
-        """Returns accuracy, depth and compute on the evaluation split, under `self.policy`."""
+        """Measures accuracy, depth and compute on the evaluation split, under `self.policy`."""
         result = self._measured(trainable)[0]
         compute = self.flops.compute_fraction(result.depth_fraction)
         return result.model_copy(update={"compute_fraction": compute})
 
     def initial_floor(self) -> AccuracyFloor:
-        """Returns floors of `rl.accuracy_floor` times the accuracy at full depth before training.
+        """Returns accuracy floors relative to the accuracy at full depth before training.
 
-        The evaluation split is decoded twice: with the settings of the rollouts for the floor of
-        rollouts, and with those of `config.eval` for the floor of held-out problems.
+        The share is `rl.accuracy_floor`. The evaluation split is decoded twice: with the settings
+        of the rollouts for the floor of rollouts, and with those of `config.eval` for held-out
+        problems.
         """
         rl, evaluation = self.config.rl, self.config.eval
         sampled, _ = self._measured(

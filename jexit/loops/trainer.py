@@ -31,7 +31,7 @@ OneStep = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
 
 
 class Kept(Protocol):
-    """Part of a training loop whose state on the host is saved in checkpoints, by unique names."""
+    """A part of a training loop whose host state checkpoints save; the names must be unique."""
 
     def state(self) -> dict[str, np.ndarray]: ...
 
@@ -106,7 +106,7 @@ class Trainer:
         self._compilations.shapes = shapes
 
     def chosen(self, state: TrainState) -> TrainState:
-        """Returns the final state: that of the best checkpoint if so configured, otherwise `state`."""
+        """Returns the final state: the best checkpoint's if so configured, otherwise `state`."""
         step = self.checkpoints.best_step() if self.config.checkpoint.final == "best" else None
         if step is None:
             return state
@@ -124,9 +124,10 @@ class Trainer:
     def run(self, state: TrainState, one_step: OneStep) -> TrainState:
         """Trains from `state` to the last step and returns the last state.
 
-        A step is skipped if it is not finite. Raises Diverged after `optim.max_skipped` skipped
-        steps in a row, or if all steps were skipped, and Interrupted after a signal. While steps
-        are skipped, no checkpoint is written, so the newest checkpoint is always good.
+        A step is skipped if its loss, gradients or updated parameters are not finite. Raises
+        Diverged after `optim.max_skipped` skipped steps in a row, or if all steps were skipped, and
+        Interrupted after a signal. While steps are skipped, no checkpoint is written, so the newest
+        checkpoint is always good.
         """
         start, total = int(state.step), self.steps or self.config.steps
         stop = _StopSignals()
@@ -186,7 +187,7 @@ class Trainer:
     def _kept_until(
         self, error: SharedUserError, step: int, state: TrainState, pending: Pending | None
     ) -> UserError:
-        """Saves the state before the failed step; returns `error` with the last saved step added.
+        """Saves the state before the failed step; returns a UserError that names the saved step.
 
         Nothing is saved if the step before was skipped because it was not finite.
         """
@@ -208,7 +209,7 @@ class Trainer:
         return {"state": state, "host": host, "scores": self._scores}
 
     def _save(self, step: int, state: TrainState, *, scored: bool) -> None:
-        """Saves a checkpoint, with a score if `scored`, so that it can become the best one."""
+        """Saves a checkpoint; with `scored`, it gets a score and can become the best one."""
         score = None
         if scored:
             total, count = self._scores
@@ -254,7 +255,7 @@ class Trainer:
 
     @property
     def _last_good(self) -> str:
-        """The newest checkpoint in words; it is good, because skipped steps are not saved."""
+        """The newest checkpoint, as text; it is good, because skipped steps are not saved."""
         latest = self.checkpoints.latest_step()
         return f"step {latest} in {self.checkpoints.directory}" if latest else "none was written"
 

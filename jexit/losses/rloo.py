@@ -15,8 +15,8 @@ from jexit.losses.masked import masked_mean
 class Reward(NamedTuple):
     """The total reward of each rollout J, and the three penalties that it contains.
 
-    total_J = verifier reward + depth_J + kl_J + length_J. The penalties are at most 0 for a
-    positive cost, and already multiplied by their coefficients.
+    total_J = verifier reward + depth_J + kl_J + length_J. The penalties include their coefficients
+    and their minus signs.
     """
 
     total_J: Float[Array, "J"]
@@ -126,7 +126,7 @@ def causal_depth_cost(
     norm: str,
     length_ref: float,
 ) -> Float[Array, "J W"]:
-    """Returns the depth cost charged to each token: that of its rollout, without earlier tokens.
+    """Returns the depth cost charged to each token: its rollout's cost minus the part before it.
 
     The cost of token t is Σ_s d_s / n − Σ_{s<t} d_s / n̄, where d_s = depth/L of the pass that
     produced token s. Token t is thus charged only for d_t and later depths (causal credit).
@@ -227,7 +227,7 @@ def k3(log_student: Array, log_teacher: Array) -> Array:
 
 
 def zero_spread_groups(verifier_J: Float[Array, "J"], rollouts: int) -> Float[Array, ""]:
-    """Returns the share of groups (`rollouts` adjacent rows) with equal verifier rewards."""
+    """Returns the share of groups (`rollouts` adjacent rows) in which all rewards are equal."""
     groups = verifier_J.reshape(-1, rollouts)
     return jnp.mean((jnp.max(groups, 1) == jnp.min(groups, 1)).astype(jnp.float32))
 

@@ -80,11 +80,11 @@ def expected_exit_loss(
 ) -> Float[Array, "*A"]:
     """Returns the sum of `hazard_cross_entropy` over the exits that a token reached.
 
-    The token reached the exits e ≤ `exit_index` and left at the last of them (E: full depth). Later
-    exits do not count, because their inputs come from the continuation. With w = `stay_weight` = 1
-    and depths drawn from the target hazards, the mean of this loss equals the mean of −log
-    P_student(d), with less noise. With explored depths, each hazard is still compared with its own
-    target.
+    The token reached the exits e ≤ `exit_index` and left at the last of them; index E means that it
+    reached all and never left. Later exits do not count, because their inputs come from the
+    continuation. With w = `stay_weight` = 1 and depths drawn from the target hazards, this loss has
+    the same mean as −log P_student(d), with less noise. With explored depths, each hazard is still
+    compared with its own target.
     """
     exits = log_hazard.shape[-1]
     reached = jnp.arange(exits) <= exit_index[..., None]

@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x_BTD: HiddenBTD, cos: Array, sin: Array, *, adapters: bool, key: PRNGKey | None
     ) -> KeysValues:
-        """Projects the normalised input to values and (with norm and rotary embedding) keys."""
+        """Projects the normalised input to keys (optional norm, rotary embedding) and values."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         k_BTKH = self.k(x_BTD, adapters=adapters, dropout_key=keys[0])
         v_BTKH = self.v(x_BTD, adapters=adapters, dropout_key=keys[1])

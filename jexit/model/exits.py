@@ -67,7 +67,7 @@ class Continuation(nnx.Module):
 def maps_to_end(
     continuation: Continuation, exit_layers: tuple[int, ...], layers: int
 ) -> tuple[Float[Array, "E D D"], Float[Array, "E D"]]:
-    """Returns (Q, c) such that h ↦ h · (I + Q_e) + c_e takes h from exit e past the last layer."""
+    """Returns (Q, c) such that h ↦ h · (I + Q_e) + c_e continues h from exit e to the end."""
     graphdef, stacked = nnx.split(continuation)
     index_L = np.full(layers, len(exit_layers), np.int32)  # without an exit: outside, so dropped
     index_L[list(exit_layers)] = np.arange(len(exit_layers))

@@ -98,7 +98,10 @@ class StackedLinear(nnx.Module):
         return y
 
     def turn(self) -> None:
-        """Transposes one layer's kernel to [*outputs, *inputs], which is faster on CPUs."""
+        """Transposes one layer's kernel to [*outputs, *inputs].
+
+        CPUs then multiply few rows, as in decoding, faster.
+        """
         ahead = tuple(range(-len(self.outputs), 0))
         turned = jnp.moveaxis(self.kernel[...], ahead, tuple(range(len(ahead))))
         self.kernel = type(self.kernel)(turned)

@@ -119,8 +119,8 @@ class Fixed(Policy):
 class Speculate(Policy):
     """Self-speculative decoding: exit `layer` drafts tokens, and the full model verifies them.
 
-    Every accepted token follows the distribution of `Full`, and greedy decoding gives the same
-    tokens. Only `generate`, `stream` and the server speculate; elsewhere this acts like `Full`.
+    Samples have the distribution of `Full`, and greedy decoding gives the same tokens; only the
+    speed differs. `generate`, `stream` and the server speculate; elsewhere this acts like `Full`.
     """
 
     layer: int = struct.field(pytree_node=False)

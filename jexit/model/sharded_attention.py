@@ -85,7 +85,7 @@ def decode_over_mesh(
     values_KLPSH: CacheKLPSH,
     *rest: Array | None,
 ) -> Float[Array, "B N H"]:
-    """Runs `attend` over a KV cache on each device, with the query and cache heads found there."""
+    """Runs `attend` over a KV cache on each device, with that device's query and cache heads."""
     if not divides():
         return attend(q_BNH, keys_KLPSH, values_KLPSH, *rest)
     q_spec, kv_spec = spec(".N.", q_BNH.shape), spec("K....", keys_KLPSH.shape)

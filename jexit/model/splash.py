@@ -27,7 +27,7 @@ BLOCKS = (512, 384, 256)
 
 
 def block_size(length: int) -> int:
-    """Returns the number of positions per block, to a multiple of which sequences are padded.
+    """Returns the positions per block; sequences are padded to a multiple of this number.
 
     A length of at most 512 is one block, padded to a multiple of 128 (the lanes of a TPU). For a
     longer sequence, the block size is the one in `BLOCKS` with the least padding (under 256

@@ -101,10 +101,11 @@ class Transformer(nnx.Module):
 class Run:
     """The results of `run`; results that were not requested are None.
 
-    `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ. The leading
-    axis of `residual_RBTD` is that of `residual_layers`. In a layer that a token skips, its keys
-    and values are computed from the layer's residual. Hazard logits at exits beyond a token's depth
-    are computed although the token has already left; the distribution of depths ignores them.
+    `hidden_BTD` is the output of the final norm; the logits are `hidden_BTD` · headᵀ.
+    `residual_RBTD` contains one residual for each of `residual_layers`. In a layer that a token
+    skips, its keys and values are computed from the residual that enters the layer. Hazard logits
+    at exits beyond a token's depth are computed although the token has already left; the
+    distribution of depths ignores them.
     """
 
     hidden_BTD: HiddenBTD

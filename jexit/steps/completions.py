@@ -50,7 +50,7 @@ class Completions:
 
     @property
     def valid_BT(self) -> MaskBT:
-        """A mask of the input positions that contain a token and not padding."""
+        """A mask that is True at input tokens and False at padding."""
         return self.segment_BT > 0
 
     @property
@@ -74,7 +74,7 @@ class Completions:
         return self.input_depths(jnp.ones_like(self.source_BC), 0) > 0
 
     def input_depths(self, depth_BC: Int[Array, "B C"], layers: int) -> DepthBT:
-        """Returns depths by input position: `depth_BC` where a pass may leave, else `layers`."""
+        """Returns each input position's depth: `depth_BC` if its pass may leave, else `layers`."""
         length = self.tokens_BT.shape[1]
 
         def scattered(source_C: Array, action_C: Array, depth_C: Array) -> Array:
@@ -84,12 +84,12 @@ class Completions:
         return jax.vmap(scattered)(self.source_BC, self.action_BC, depth_BC)
 
     def by_row(self, values_JW: Array) -> Array:
-        """Rearranges values [J, W], by completion and token, into rows [B, C]; 0 at padding."""
+        """Rearranges values of completions [J, W] into packed rows [B, C]; 0 at padding."""
         values_BC = values_JW[self.owner_BC, jnp.maximum(self.index_BC, 0)]
         return jnp.where(self.token_BC, values_BC, jnp.zeros((), values_JW.dtype))
 
     def by_completion(self, values_BC: Array, shape: tuple[int, int]) -> Array:
-        """Rearranges values from rows [B, C] to `shape` [J, W], by completion; 0 at padding."""
+        """Rearranges values of packed rows [B, C] into completions [J, W]; 0 at padding."""
         index_BC = jnp.where(self.token_BC, self.index_BC, shape[1])  # beyond the end: dropped
         values_JW = jnp.zeros(shape, values_BC.dtype)
         return values_JW.at[self.owner_BC, index_BC].set(values_BC, mode="drop")
@@ -194,7 +194,7 @@ def flat(values: Array) -> Array:
 
 
 def bucket_length(length: int) -> int:
-    """Rounds up to a multiple of 1/8 of the power of two below `length`, and of at least 8."""
+    """Rounds `length` up to a multiple of max(8, p / 8), where p is the power of two below it."""
     power = 1 << max(length - 1, 1).bit_length()
     notch = max(power // 16, 8)
     return -(-length // notch) * notch

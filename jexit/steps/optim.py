@@ -140,7 +140,7 @@ def accumulated_gradients(
 
 
 def summed(one: Callable[[Array], Any], count: int) -> Any:
-    """Returns one(0) + … + one(count − 1), sums of pytrees; a `scan` compiles `one` only once."""
+    """Returns the sum one(0) + … + one(count − 1) of pytrees; a `scan` compiles `one` only once."""
     if count == 1:
         return one(jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))

@@ -81,7 +81,7 @@ class Sums:
         )
 
     def cleared(self) -> Sums:
-        """Returns sums over no tokens, with the origins of these sums."""
+        """Returns sums over no tokens that keep the origins of these sums."""
         return Sums(
             **{
                 f.name: (jnp.copy if f.name in ORIGINS else jnp.zeros_like)(getattr(self, f.name))
@@ -113,7 +113,7 @@ def make_sums_step(split: SplitModel) -> Callable[[Sums, Params, Fixed, Completi
         first = sums.count == 0.0
 
         def centred(values_BCD: Array, origin_D: Array) -> tuple[Array, Array]:
-            """Returns (masked values − origin, origin); an origin of zeros becomes the mean."""
+            """Returns (masked values − origin, origin); the first batch replaces 0 by its mean."""
             mean_D = jnp.einsum("BCD,BC->D", values_BCD, weight_BC) / jnp.maximum(count, 1.0)
             origin_D = jnp.where(first & ~jnp.any(origin_D), mean_D, origin_D)
             return (values_BCD - origin_D) * weight_BC[..., None], origin_D
@@ -284,7 +284,7 @@ def fit(
             return Moments.mixed([chain.moments(of, e, pair_of[e, layer]) for e in here])
 
         def extend(chain: Chain, of: Moments, strength: float, here: list[int] = here) -> tuple:
-            """Appends the layer's map to the chain; returns ((A,), b), or (factors of A, b)."""
+            """Appends the layer's map to the chain; returns the factors of A (or A alone) and b."""
             a_DD, b_D = of.ridge(strength)
             found = factors(a_DD, of.xx_DD, rank) if rank else (a_DD,)
             if rank:

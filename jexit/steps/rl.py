@@ -210,7 +210,7 @@ def teacher_scores(
 
 
 def depth_shares(batch: RLBatch, layers: int) -> tuple[Array, Array, Array]:
-    """Returns depth/L, action mask and token mask, each [J, W], in the order of `depth_cost`."""
+    """Returns depth/L, action mask and token mask [J, W], as arguments for `depth_cost`."""
     masks = (mask_JW.astype(jnp.float32) for mask_JW in (batch.action_JW, batch.token_JW))
     return batch.depth_JW / layers, *masks
 
@@ -327,7 +327,7 @@ def tempered(hidden_BCD: Array, temperature: float) -> Array:
 
 
 def depth_metrics(batch: RLBatch, exit_layers: tuple[int, ...], layers: int) -> Metrics:
-    """Returns metrics of depth: means, quantiles, layers per problem and the share of each exit."""
+    """Returns depth metrics: mean, quantiles, layers per problem and the share of each exit."""
     token_JW, depth_JW = batch.token_JW, batch.depth_JW
     known_JW = jnp.where(token_JW, depth_JW.astype(jnp.float32), jnp.nan)
     metrics = {

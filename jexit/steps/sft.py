@@ -81,7 +81,7 @@ def make_sft_step(
 
 
 class Taught(NamedTuple):
-    """A batch with the student's targets and the depths at which the student runs."""
+    """A micro-batch with the targets of the student and the depths at which the student runs."""
 
     rows: Completions
     hidden_BCD: Array  # final hidden states of the teacher

@@ -56,7 +56,10 @@ class SplitModel(NamedTuple):
         return nnx.merge(self.graphdef, trainable, fixed.frozen)
 
     def teacher(self, trainable: Params, fixed: Fixed | None = None) -> Transformer:
-        """Returns the teacher, which carries no gradient; run it with `adapters=False`."""
+        """Returns the teacher, without gradient; run it with `adapters=False`.
+
+        `trainable` provides the trained parameters, unless `fixed` has a copy for the teacher.
+        """
         fixed = self.fixed if fixed is None else fixed
         if fixed.teacher is not None:
             trainable = fixed.teacher

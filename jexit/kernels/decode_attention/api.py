@@ -28,8 +28,8 @@ def decode_attention(
     """Computes softmax(q·k / sqrt(H)) · v for one query per row, over the filled slots of its row.
 
     The cache holds P sequences, one per row, with S slots each, one per token. All implementations
-    but the reference stop at the longest of the rows that have a query, rounded up to whole blocks
-    of slots. The softmax is computed in float32.
+    but the reference read no further than the longest row that has a query, rounded up to whole
+    blocks of slots. The softmax is computed in float32.
 
     Args:
       q_BNH: queries after the rotary embedding; query heads that share a key/value head are

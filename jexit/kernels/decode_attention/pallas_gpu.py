@@ -1,4 +1,4 @@
-"""The GPU implementation: JAX's paged attention in Triton (arXiv:2309.06180)."""
+"""`decode_attention` on GPUs, with JAX's paged attention kernel in Triton (arXiv:2309.06180)."""
 
 import jax
 import jax.numpy as jnp

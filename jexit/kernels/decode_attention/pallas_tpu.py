@@ -1,4 +1,4 @@
-"""The TPU implementation: JAX's paged attention kernel (arXiv:2309.06180)."""
+"""`decode_attention` on TPUs, with JAX's paged attention kernel (arXiv:2309.06180)."""
 
 import contextlib
 

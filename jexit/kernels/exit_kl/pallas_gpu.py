@@ -1,4 +1,4 @@
-"""The GPU kernel, which keeps logits of the final state and several exits in registers."""
+"""The GPU kernel of `exit_kl`, which keeps logits of the last layer and exits in registers."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The TPU kernel, which multiplies each tile of the head in VMEM by final and exit states."""
+"""The TPU kernel of `exit_kl`, which multiplies tiles of the head by all hidden states."""
 
 from functools import partial
 

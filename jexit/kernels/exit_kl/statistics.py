@@ -80,7 +80,7 @@ def of_exit(z: jax.Array, final: FinalTile, index: jax.Array, axis: int) -> Exit
 def first_index(z: jax.Array, top: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """Returns the smallest entry of `index` at which `z` equals its maximum `top`.
 
-    Unlike `argmax`, this uses only elementwise operations and a minimum, as the kernels require.
+    Unlike `argmax`, this uses only elementwise operations and a minimum.
     """
     return jnp.where(z == top, index, jnp.iinfo(jnp.int32).max).min(axis, keepdims=True)
 

@@ -1,4 +1,4 @@
-"""The reference implementation of `linear_kl`: the formula on all logits, differentiated by JAX."""
+"""The reference implementation of `linear_kl`: the formula, with all logits in memory."""
 
 import jax
 import jax.numpy as jnp

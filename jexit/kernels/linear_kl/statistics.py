@@ -19,7 +19,7 @@ from jexit.kernels.linear_kl.reference import JEFFREYS, STUDENT_TEACHER, TEACHER
 
 
 class Statistics(NamedTuple):
-    """Statistics per token over part of the vocabulary; None if the direction does not need them.
+    """Statistics per token over part of the vocabulary; those that are not needed are None.
 
     x is a logit minus its distribution's largest logit, and gap = x_student − x_teacher. The
     centred gap is the gap minus its value at the student's arg-max.
@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weights of the rows of the head, for each token of a tile; the gradient sums these rows.
+    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
 
     x is a logit minus its distribution's largest logit.
     """
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """Rescales sums over one part of the vocabulary when it is merged with another part.
+    """The rescaling of sums over one part of the vocabulary when it is merged with another.
 
     `student` and `teacher` multiply the sums; `move` is added to the centred gap.
     """

@@ -71,7 +71,7 @@ def _finished(static: _Static, *arguments: Any) -> Finished:
 def _forward(static: _Static, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the KL [N], and the residuals for the backward pass.
 
-    Each argument has an array as `value` and, as `perturbed`, whether the array is differentiated.
+    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
     """
     head_trains = arguments[2].perturbed
     values = tuple(None if pair is None else pair.value for pair in arguments)

@@ -1,4 +1,4 @@
-"""The reference implementation of `linear_logprob`: the formula on all logits and JAX's autodiff."""
+"""The reference implementation of `linear_logprob`: the formula, with all logits in memory."""
 
 from typing import NamedTuple
 

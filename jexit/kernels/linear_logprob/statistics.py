@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weights of the rows of the head, for each token of a tile; the gradient sums these rows.
+    """Per-token weights of the rows of the head; the weighted sums of rows give the gradient.
 
     x is a logit minus the largest logit.
     """
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class Rescale(NamedTuple):
-    """Rescales sums over one part of the vocabulary when it is merged with another part.
+    """The rescaling of sums over one part of the vocabulary when it is merged with another.
 
     `scale` multiplies exp(x), where x is a logit minus the largest logit; `shift` is added to x.
     """
@@ -94,7 +94,7 @@ def merge(left: Statistics, right: Statistics) -> tuple[Statistics, Rescale, Res
 
 
 def finish(total: Statistics) -> Finished:
-    """Returns the outputs, and the values that their gradients need, for the whole vocabulary."""
+    """Returns the outputs, and the values that their gradients need, from total statistics."""
     log_sum, mean = jnp.log(total.sum), total.spread / total.sum
     # Differences to the maximum, not to the log-sum-exp: no digits are lost at large logits.
     out = LinearLogprob(

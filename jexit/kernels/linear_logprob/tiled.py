@@ -74,7 +74,7 @@ def _finished(
 def _forward(static: _Static, *arguments: Any) -> tuple[LinearLogprob, tuple[Any, ...]]:
     """Returns the outputs [N], and the residuals for the backward pass.
 
-    Each argument has an array as `value` and, as `perturbed`, whether the array is differentiated.
+    Each argument is a pair: its `value`, an array, and `perturbed`, whether it is differentiated.
     """
     values = tuple(pair.value for pair in arguments)
     finished = _finished(static, *values)
